@@ -1,0 +1,1 @@
+"""A model in, a bundle out: gate, prepare, differentiate once, lower, cut into stages."""

@@ -1,0 +1,368 @@
+"""Every error that splitonnx raises on purpose, split by whose fault it is.
+
+An exception stores facts as attributes and composes its sentence in ``__str__``: what was
+expected, what came, what to do next.  The command line prints that sentence on one line and
+exits with code 2.  This module knows no model, no file format and no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def quote(names: Iterable[str]) -> str:
+    """Join names for a sentence: ``'a', 'b'``."""
+    return ", ".join(f"'{name}'" for name in names)
+
+
+class SplitonnxError(Exception):
+    """Root of the tree; catching it catches every error raised on purpose."""
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+class ModelError(SplitonnxError):
+    """The user's ONNX model cannot be used as it is."""
+
+
+@dataclass(eq=False)
+class NotAModel(ModelError):
+    """The bytes are no ONNX model, or one that no checker accepts."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source} is not a usable ONNX model: {self.reason}"
+
+
+@dataclass(eq=False)
+class UnsupportedModel(ModelError):
+    """The model is valid ONNX, but uses something that splitonnx does not take."""
+
+    subject: str
+    reason: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
+
+
+@dataclass(eq=False)
+class ForbiddenExternalData(ModelError):
+    """A tensor's external data lies outside the folder of the model."""
+
+    tensor: str
+    location: str
+
+    def __str__(self) -> str:
+        return (
+            f"tensor '{self.tensor}' keeps its data in '{self.location}', outside the model's own "
+            "folder; move the file beside the model or save the model in one piece"
+        )
+
+
+@dataclass(eq=False)
+class NotDifferentiable(ModelError):
+    """An operator on the way from a trainable parameter to the loss has no gradient."""
+
+    node: str
+    operator: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        tail = f"; {self.advice}" if self.advice else ""
+        return (
+            f"node '{self.node}' ({self.operator}) lies between a trainable parameter and the "
+            f"loss, and {self.operator} has no gradient{tail}"
+        )
+
+
+# --- the cut --------------------------------------------------------------------------------
+
+
+class CutError(SplitonnxError):
+    """The place where the user wants to cut is not one where this model can be cut."""
+
+
+@dataclass(eq=False)
+class UnknownTensor(CutError):
+    """A name that the model does not contain."""
+
+    name: str
+    nearest: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        offer = f"; did you mean {quote(self.nearest)}?" if self.nearest else ""
+        return f"the model has no tensor or node '{self.name}'{offer}"
+
+
+@dataclass(eq=False)
+class NotACut(CutError):
+    """The named tensors do not divide the model."""
+
+    tensors: Sequence[str]
+    missing: Sequence[str] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.missing:
+            return (
+                f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
+                "too; add them to the cut to let them cross, or choose another one "
+                "(`splitonnx inspect` lists the single-tensor cuts)"
+            )
+        return f"{quote(self.tensors)} do not divide the model: {self.reason}"
+
+
+@dataclass(eq=False)
+class IntegerCut(CutError):
+    """A cut tensor carries no gradient although trainable parameters lie before it."""
+
+    tensor: str
+    dtype: str
+    parameters: Sequence[str]
+
+    def __str__(self) -> str:
+        return (
+            f"the cut tensor '{self.tensor}' is {self.dtype} and carries no gradient, but the "
+            f"trainable {quote(self.parameters)} lie before it; cut elsewhere or freeze them"
+        )
+
+
+@dataclass(eq=False)
+class SharedParameter(CutError):
+    """A trainable tensor is used on both sides of the cut."""
+
+    parameters: Sequence[str]
+
+    def __str__(self) -> str:
+        return (
+            f"{quote(self.parameters)} would be trained on both sides of the cut; cut so that one "
+            "party holds every use, or freeze with --freeze"
+        )
+
+
+# --- the data -------------------------------------------------------------------------------
+
+
+class DataError(SplitonnxError):
+    """The training or prediction data do not fit the model."""
+
+
+@dataclass(eq=False)
+class MissingArray(DataError):
+    """The data lack an array that the model needs."""
+
+    name: str
+    present: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"the data have no array '{self.name}'; they hold {quote(self.present) or 'none'}"
+
+
+@dataclass(eq=False)
+class ArrayMismatch(DataError):
+    """An array, or a tensor on the wire, differs from its declaration in dtype or shape."""
+
+    name: str
+    expected: str
+    actual: str
+
+    def __str__(self) -> str:
+        return f"'{self.name}' should be {self.expected}, but is {self.actual}"
+
+
+@dataclass(eq=False)
+class ValueOutOfRange(DataError):
+    """An integer array, labels as a rule, holds a value outside its declared range."""
+
+    name: str
+    value: int
+    lower: int
+    upper: int
+
+    def __str__(self) -> str:
+        return f"'{self.name}' holds {self.value}; allowed are {self.lower} to {self.upper - 1}"
+
+
+@dataclass(eq=False)
+class NotFinite(DataError):
+    """A tensor holds NaN or infinity."""
+
+    name: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"'{self.name}' holds NaN or infinity ({self.where}); nothing was updated with it"
+
+
+@dataclass(eq=False)
+class UnusableData(DataError):
+    """The data's file or iterable itself cannot be read as arrays."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+# --- bundles and files ----------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class BundleError(SplitonnxError):
+    """A bundle's folder is missing, incomplete, altered, or in the way."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(eq=False)
+class FormatError(SplitonnxError):
+    """Bytes that should be tensors in the safetensors layout, or JSON of ours, are not."""
+
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}"
+
+
+# --- the environment ------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class MissingExtra(SplitonnxError):
+    """A package is missing that an extra of splitonnx would have installed."""
+
+    module: str
+    extra: str
+    purpose: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.purpose} needs '{self.module}', which is not installed; "
+            f"run: pip install 'splitonnx[{self.extra}]'"
+        )
+
+
+@dataclass(eq=False)
+class WrongRuntime(SplitonnxError):
+    """The installed ONNX Runtime is not the one that the work needs."""
+
+    installed: str
+    needed: str
+
+    def __str__(self) -> str:
+        return f"the installed ONNX Runtime is {self.installed}, but this needs {self.needed}"
+
+
+@dataclass(eq=False)
+class UsageError(SplitonnxError):
+    """Options or arguments that contradict each other or lie outside their range."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class StageFailed(SplitonnxError):
+    """ONNX Runtime could not load or run a stage."""
+
+    stage: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"stage '{self.stage}' failed: {self.reason}"
+
+
+# --- the connection -------------------------------------------------------------------------
+
+
+class ProtocolError(SplitonnxError):
+    """Root of what can go wrong between two parties."""
+
+
+@dataclass(eq=False)
+class LocalProtocolError(ProtocolError):
+    """This side tried to send what the protocol does not allow now: a bug on this side."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not allowed now: {self.reason}"
+
+
+@dataclass(eq=False)
+class RemoteProtocolError(ProtocolError):
+    """The other side sent what the protocol does not allow."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the other side broke the protocol: {self.reason}"
+
+
+@dataclass(eq=False)
+class BundleMismatch(ProtocolError):
+    """The two sides were not cut together, or stand at different steps."""
+
+    subject: str
+    local: str
+    remote: str
+
+    def __str__(self) -> str:
+        return (
+            f"client and server do not belong together: {self.subject} is {self.local} here and "
+            f"{self.remote} there; use the two folders of one bundle"
+        )
+
+
+@dataclass(eq=False)
+class ServerBusy(ProtocolError):
+    """The server is training with another client."""
+
+    def __str__(self) -> str:
+        return "the server is busy with another client; try again when that one is done"
+
+
+@dataclass(eq=False)
+class RemoteFault(ProtocolError):
+    """The other side reported an error of its own."""
+
+    code: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the other side reported {self.code}: {self.reason}"
+
+
+@dataclass(eq=False)
+class ConnectionLost(ProtocolError):
+    """The connection could not be made, broke, or fell silent for too long."""
+
+    peer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"connection to {self.peer} lost: {self.reason}"
+
+
+@dataclass(eq=False)
+class PortInUse(SplitonnxError):
+    """The server's port is taken."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"port {self.port} on {self.host} is in use; choose another with --port"

@@ -1,0 +1,188 @@
+"""The manifest: all that a runtime must know to run a bundle, and nothing about neural networks.
+
+A bundle's folder::
+
+    manifest.json           BundleManifest: how it was cut
+    model.onnx              the model in inference form, without its trainable weights
+    client/ server/         one folder a party, complete in itself:
+        manifest.json       PartyManifest
+        *.onnx              one file a stage
+        weights.safetensors the weights that training starts from
+        state.safetensors   the state after training, once there was any
+
+A *phase* is what a party does for one task (``train``, ``predict``, ``evaluate``): a set of
+stages that each run as soon as their inputs are there.  Values have names; where a name's value
+comes from is written at the stage's input (:class:`Source`).  The manifest is the whole contract
+between partitioner and runtime, also between the Python runtime and one in another language.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeVar
+
+import msgspec
+
+from splitonnx.errors import FormatError
+from splitonnx.tensors import TensorSpec
+
+FORMAT = "splitonnx.bundle/1"
+
+KEY = "splitonnx.key"
+"""Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it."""
+LEARNING_RATE = "splitonnx.learning_rate"
+"""Scalar input, F32[]: the step's learning rate."""
+STEP = "splitonnx.step"
+"""Scalar input, I64[]: the number of this update, counted from 1 (Adam's t)."""
+
+
+class Source(StrEnum):
+    """Where a stage's input comes from."""
+
+    DATA = "data"  # an array of the caller's batch
+    WIRE = "wire"  # sent by the other party
+    STASH = "stash"  # kept from an earlier stage of this party in the same task
+    STATE = "state"  # a parameter, buffer or optimizer state of this party
+    SCALAR = "scalar"  # KEY, LEARNING_RATE or STEP, supplied by the runtime
+
+
+class Role(StrEnum):
+    """What a state tensor is."""
+
+    PARAMETER = "parameter"  # trained
+    FROZEN = "frozen"  # a weight that keeps its value
+    BUFFER = "buffer"  # BatchNormalization's running statistics
+    OPTIMIZER = "optimizer"  # starts at zero; not part of weights.safetensors
+
+
+class WireKind(StrEnum):
+    """Why a tensor travels."""
+
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+    INPUT = "input"  # a raw input or the labels, named by the user or implied by a vanilla cut
+    OUTPUT = "output"  # an output of the model
+    REPORT = "report"  # loss or metric
+    NORM = "norm"  # squared gradient norms, for clipping by the global norm
+
+
+class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that a party keeps from step to step; its shape is fully known."""
+
+    tensor: TensorSpec
+    role: Role
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that travels from one party to the other within a task."""
+
+    tensor: TensorSpec
+    sender: str
+    receiver: str
+    kind: WireKind
+
+
+class StageInput(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage graph's input and where its value comes from; names are those in the graph."""
+
+    name: str
+    source: Source
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One ONNX graph that a party runs in one go; it runs once a task, when its inputs are there.
+
+    ``graph`` is the file's name within the party's folder.
+    """
+
+    name: str
+    graph: str
+    inputs: tuple[StageInput, ...]
+    outputs: tuple[str, ...]
+
+
+class Phase(msgspec.Struct, frozen=True, kw_only=True):
+    """What one party does for one task.
+
+    ``data``: arrays that the caller must supply.  ``wires``: everything that travels in this
+    phase, in both directions, the same list on both sides.  ``results``: names of values handed
+    back to the caller.  ``commits``: state name -> name of the value (a stage's output) that
+    replaces it, all at once, when every stage of the phase has run.
+    """
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    data: tuple[TensorSpec, ...] = ()
+    wires: tuple[Wire, ...] = ()
+    results: tuple[str, ...] = ()
+    commits: dict[str, str] = {}
+
+
+class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one party needs to know; written as ``manifest.json`` in the party's folder.
+
+    ``digest`` identifies the bundle and is the same for every party.  ``files`` maps each graph
+    file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
+    ``outputs`` declares the model's outputs as ``predict`` returns them.
+    """
+
+    format: str
+    party: str
+    digest: str
+    target: str
+    phases: tuple[Phase, ...]
+    state: tuple[StateSpec, ...]
+    files: dict[str, str]
+    learning_rate: float
+    outputs: tuple[TensorSpec, ...] = ()
+
+    def phase(self, name: str) -> Phase:
+        """Return the phase of that name; an absent one is an empty phase (nothing to do)."""
+        return next((p for p in self.phases if p.name == name), Phase(name=name))
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How a bundle was cut: enough to cut the same model again, or to leave it whole."""
+
+    at: tuple[str, ...]
+    tail_at: tuple[str, ...]
+    loss: str
+    output: str
+    optimizer: dict[str, float | str | None]
+    batchnorm: str | None = None
+    dropout: str | None = None
+    freeze: tuple[str, ...] = ()
+    client_target: str = "training"
+    server_target: str = "training"
+
+
+class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole bundle's manifest, beside the parties' folders."""
+
+    format: str
+    digest: str
+    recipe: Recipe
+    parties: tuple[str, ...]
+
+
+_Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
+
+
+def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
+    """Write a manifest as indented JSON, keys in declaration order, so that diffs stay readable."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
+    """Read a manifest back.
+
+    Raises:
+        FormatError: not JSON, a field missing or of the wrong type, or another format version.
+    """
+    try:
+        manifest = msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(source, f"not a manifest of splitonnx: {error}") from error
+    if manifest.format != FORMAT:
+        raise FormatError(source, f"its format is '{manifest.format}', this version reads {FORMAT}")
+    return manifest
