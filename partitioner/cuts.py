@@ -1,0 +1,203 @@
+"""Where a model can be cut: names to tensors, tensors to a division, all single-tensor cuts.
+
+A *division* gives the server the nodes between the cut tensors ``at`` and the cut tensors
+``tail_at`` (or the model's outputs), and the client everything else.  The client may therefore
+lead a skip connection from head to tail, or tie weights between them, without anything crossing.
+Legal is a division in which nothing crosses but the named tensors: no other activation, no raw
+input unless it is named, no trainable tensor used on both sides.
+
+This module knows graphs and names; it knows no loss, no gradient and no runtime.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
+from splitonnx.partitioner.frontiers import find_dependents, list_inputs, map_values, walk_back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A legal division of a graph, in nodes and values of that graph.
+
+    ``server`` holds the server's nodes; all others are the client's.
+    """
+
+    at: tuple[ir.Value, ...]
+    tail_at: tuple[ir.Value, ...]
+    server: frozenset[ir.Node]
+
+
+def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
+    """Find the tensors that ``names`` mean: a tensor, a node (its outputs) or a glob pattern.
+
+    Raises:
+        UnknownTensor: a name or pattern fits nothing; the nearest names are offered.
+    """
+    values = map_values(graph)
+    nodes = {node.name: node for node in graph if node.name}
+    found: dict[str, ir.Value] = {}
+    for name in names:
+        for value in _resolve_name(name, values, nodes):
+            found[value.name or ""] = value
+    return tuple(found.values())
+
+
+def _resolve_name(
+    name: str, values: dict[str, ir.Value], nodes: dict[str, ir.Node]
+) -> list[ir.Value]:
+    if name in values:
+        return [values[name]]
+    if name in nodes:
+        outputs = nodes[name].outputs
+        return [value for value in outputs if value.uses() or value.is_graph_output()]
+    matches = [values[known] for known in fnmatch.filter(values, name)]
+    if not matches:
+        nearest = difflib.get_close_matches(name, [*values, *nodes], n=3, cutoff=0.5)
+        raise UnknownTensor(name, nearest)
+    return matches
+
+
+def divide(
+    graph: ir.Graph,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value] = (),
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+) -> Division:
+    """Divide ``graph`` at the given tensors, or say why it cannot be.
+
+    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
+    them that are trained.  Without ``at`` everything belongs to the client.
+
+    Raises:
+        NotACut: more than the named tensors would cross, or nothing would be left to the server.
+        SharedParameter: a trainable tensor would be used on both sides.
+    """
+    if not at:
+        if tail_at:
+            raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
+        return Division(at=(), tail_at=(), server=frozenset())
+    raw = [value for value in graph.inputs if value.name not in state]
+    data = find_dependents(graph, raw)
+    names = [value.name or "" for value in (*at, *tail_at)]
+    _refuse_constants(names, (*at, *tail_at), data)
+
+    server, sources = walk_back(tail_at or _server_outputs(graph, at), stop=set(at))
+    ends = (*at, *graph.outputs) if tail_at else at
+    client, known = walk_back(ends, stop=set(tail_at))
+    if not any(node.inputs and set(node.outputs) & data for node in server):
+        raise NotACut(names, reason="nothing would be left for the server")
+    _refuse_unused(set(at) - sources, names, "server")
+    _refuse_unused(set(tail_at) - known, names, "client")
+    shared = {node for node in server & client if set(node.outputs) & data}
+    leaks = sources & set(raw) - set(at)
+    if shared or leaks:
+        raise NotACut(names, missing=_find_missing(graph, at, tail_at, server, client, data))
+    _refuse_shared_parameters(server, client, graph, trainable)
+    return Division(at=tuple(at), tail_at=tuple(tail_at), server=frozenset(server))
+
+
+def _server_outputs(graph: ir.Graph, at: Sequence[ir.Value]) -> list[ir.Value]:
+    """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
+    head, _ = walk_back(at)
+    return [value for value in graph.outputs if value.producer() not in head]
+
+
+def _refuse_constants(
+    names: Sequence[str], tensors: Iterable[ir.Value], data: Collection[ir.Value]
+) -> None:
+    for value in tensors:
+        if value not in data:
+            raise NotACut(names, reason=f"'{value.name}' does not depend on the model's inputs")
+
+
+def _refuse_unused(unused: Collection[ir.Value], names: Sequence[str], party: str) -> None:
+    for value in unused:
+        raise NotACut(names, reason=f"the {party}'s part does not use '{value.name}'")
+
+
+def _find_missing(
+    graph: ir.Graph,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value],
+    server: Collection[ir.Node],
+    client: Collection[ir.Node],
+    data: Collection[ir.Value],
+) -> list[str]:
+    """Name the tensors that would have to cross as well to make the division legal."""
+    beyond = find_dependents(graph, at)
+    if tail_at:
+        tail, _ = walk_back(graph.outputs, stop=set(tail_at))
+        overlap = {v for n in tail & set(server) for v in n.outputs}
+        leaving = [
+            v.name or ""
+            for n in graph
+            if n in client and n not in server
+            for v in list_inputs(n)
+            if v in overlap and v in beyond and v not in at
+        ]
+        if leaving:
+            return sorted(set(leaving))
+    head, _ = walk_back(at)
+    inside = {n for n in server if n not in head and set(n.outputs) & beyond}
+    made = {v for n in inside for v in n.outputs} | set(at)
+    return sorted(
+        {v.name or "" for n in inside for v in list_inputs(n) if v in data and v not in made}
+    )
+
+
+def _refuse_shared_parameters(
+    server: Collection[ir.Node],
+    client: Collection[ir.Node],
+    graph: ir.Graph,
+    trainable: Collection[str],
+) -> None:
+    def read(nodes: Collection[ir.Node]) -> set[str]:
+        return {v.name or "" for n in nodes for v in list_inputs(n)} & set(trainable)
+
+    shared = read(server) & read(client)
+    if shared:
+        order = [value.name or "" for value in graph.inputs]
+        raise SharedParameter(sorted(shared, key=order.index))
+
+
+def find_single_cuts(
+    graph: ir.Graph, *, state: Collection[str], trainable: Collection[str] = frozenset()
+) -> list[Division]:
+    """Find every tensor that alone divides the graph in two, in the graph's order.
+
+    A single-tensor cut is the only data-dependent tensor alive right after it was computed, in
+    whatever topological order; candidates found so are confirmed by :func:`divide`.
+    """
+    raw = {value for value in graph.inputs if value.name not in state}
+    data = find_dependents(graph, raw)
+    needed, _ = walk_back(graph.outputs)
+    order = [node for node in graph if node in needed and set(node.outputs) & data]
+    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in data}
+    for node in order:
+        for value in list_inputs(node):
+            if value in data:
+                waiting[value].add(node)
+    alive = {value for value in raw if waiting[value]}
+    found = []
+    for node in order:
+        for value in list_inputs(node):
+            if value in waiting:
+                waiting[value].discard(node)
+                if not waiting[value]:
+                    alive.discard(value)
+        alive.update(value for value in node.outputs if waiting[value])
+        if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
+            try:
+                found.append(divide(graph, [only], state=state, trainable=trainable))
+            except (NotACut, SharedParameter):
+                continue
+    return found

@@ -1,0 +1,82 @@
+"""Walks over a graph: what a node reads, what a value depends on.  Knows nothing of cuts.
+
+Values captured by the bodies of ``If``, ``Loop`` and ``Scan`` count as read by the node that
+holds the body, so no dependency is overlooked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import onnx_ir as ir
+
+
+def list_inputs(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield every value that ``node`` reads, those captured by its bodies included."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from _list_captures(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from _list_captures(graph)
+
+
+def _list_captures(body: ir.Graph) -> Iterator[ir.Value]:
+    inner = set(body.inputs) | set(body.initializers.values())
+    for node in body:
+        for value in list_inputs(node):
+            if value not in inner:
+                yield value
+        inner.update(node.outputs)
+    for value in body.outputs:
+        if value not in inner:
+            yield value
+
+
+def walk_back(
+    targets: Iterable[ir.Value], stop: Collection[ir.Value] = frozenset()
+) -> tuple[set[ir.Node], set[ir.Value]]:
+    """Collect the nodes that ``targets`` depend on, and the sources where the walk ended.
+
+    The walk does not go beyond a value in ``stop``.  A source is a stop value, a graph input or
+    an initializer that was reached.
+    """
+    nodes: set[ir.Node] = set()
+    sources: set[ir.Value] = set()
+    pending = list(targets)
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None or value in stop:
+            sources.add(value)
+        elif node not in nodes:
+            nodes.add(node)
+            pending.extend(list_inputs(node))
+    return nodes, sources
+
+
+def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect ``roots`` and every value that is computed from one of them."""
+    dependents = set(roots)
+    for node in graph:  # in topological order
+        if any(value in dependents for value in list_inputs(node)):
+            dependents.update(node.outputs)
+    return dependents
+
+
+def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Map each name to its value: inputs, initializers and outputs of the graph's own nodes."""
+    values = {value.name: value for value in graph.inputs if value.name}
+    values.update(graph.initializers)
+    for node in graph:
+        values.update({value.name: value for value in node.outputs if value.name})
+    return values
+
+
+def prune(graph: ir.Graph) -> None:
+    """Remove the nodes that no output of the graph depends on."""
+    needed, _ = walk_back(graph.outputs)
+    graph.remove([node for node in graph if node not in needed], safe=True)

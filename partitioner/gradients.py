@@ -1,0 +1,111 @@
+"""One differentiation of a whole model: the only module that talks to onnxruntime-training.
+
+It uses the pybind layer of onnxruntime-training 1.19.2, which needs no torch.  It knows nothing
+of cuts: a port is to it an Identity like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
+from splitonnx.partitioner.frontiers import find_dependents, list_inputs, walk_back
+
+GRADIENT = "_grad"
+"""The builder names the gradient of a value ``x`` so: ``x_grad``."""
+
+WITHOUT_GRADIENT = frozenset(
+    """Acos Acosh AffineGrid Asin Asinh Atan Atanh BlackmanWindow Celu CenterCropPad Col2Im Compress
+    ConvTranspose Cosh CumSum DFT DeformConv DepthToSpace DequantizeLinear Det Einsum Elu GRU
+    GlobalLpPool GlobalMaxPool GridSample GroupNormalization HardSigmoid HardSwish Hardmax If
+    InstanceNormalization LRN LSTM Loop LpNormalization LpPool MaxRoiPool MaxUnpool Mean
+    MeanVarianceNormalization Mish Mod NegativeLogLikelihoodLoss PRelu QuantizeLinear RNN ReduceL1
+    ReduceLogSum ReduceMax ReduceMin ReduceProd ReduceSumSquare Resize ReverseSequence RoiAlign
+    Round STFT Scan Selu Shrink Sinh Softplus Softsign SpaceToDepth Sum Tan ThresholdedRelu
+    Upsample""".split()
+)
+"""Operators that 1.19.2 cannot differentiate, or whose gradient has no kernel; ``If`` aborts."""
+
+_ADVICE = (
+    "cut so that it lies before every trained parameter, freeze the parameters before it, or "
+    "export the model without it"
+)
+
+
+def refuse_undifferentiable(graph: ir.Graph, parameters: Sequence[str], loss: str) -> None:
+    """Raise for the first node between a parameter and the loss that has no gradient.
+
+    This comes before the builder, which aborts the process on some operators.
+    """
+    trained = set(parameters)
+    moving = find_dependents(graph, [v for v in graph.inputs if v.name in trained])
+    ends = [value for value in graph.outputs if value.name == loss]
+    needed, _ = walk_back(ends)
+    for node in graph:
+        if node not in needed or node.op_type not in WITHOUT_GRADIENT or node.domain:
+            continue
+        if any(v in moving and _is_float(v) for v in list_inputs(node)):
+            raise NotDifferentiable(node.name or "", node.op_type, _ADVICE)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
+
+
+def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
+    """Return the joint graph: ``model`` with the gradient of ``loss`` to every parameter.
+
+    Parameters are graph inputs; the gradient of each is a graph output ``<name>_grad``, and so
+    are all outputs of ``model``.  Training-mode BatchNormalization comes back as ORT's
+    BatchNormInternal, and some patterns (GELU, LayerNormalization) fused.
+
+    Raises:
+        NotDifferentiable: an operator has no gradient.
+        UnsupportedModel: the builder refuses the model for another reason.
+        MissingExtra, WrongRuntime: onnxruntime-training is not installed.
+    """
+    refuse_undifferentiable(model.graph, parameters, loss)
+    capi = _import_builder()
+    try:
+        from onnxruntime import SessionOptions
+
+        options = SessionOptions()
+        options.log_severity_level = 3
+        content = ir.to_proto(model).SerializeToString()
+        wanted = set(parameters)
+        optimized = capi.get_optimized_model(content, wanted, options)
+        builder = capi.GradientGraphBuilder(optimized, {loss}, wanted, loss, options)
+        builder.build()
+        return ir.from_proto(_parse(builder.get_model()))
+    except RuntimeError as error:
+        raise _translate(error) from error
+
+
+def _import_builder():  # type: ignore[no-untyped-def]  # a pybind module without declarations
+    try:
+        from onnxruntime.capi import _pybind_state
+    except ImportError as error:
+        raise MissingExtra("onnxruntime-training", "cpu", "differentiating a model") from error
+    if not hasattr(_pybind_state, "GradientGraphBuilder"):
+        raise WrongRuntime(
+            "stock onnxruntime", "onnxruntime-training (pip install 'splitonnx[cpu]' into an "
+            "environment without stock onnxruntime)"
+        )
+    return _pybind_state
+
+
+def _parse(content: bytes):  # type: ignore[no-untyped-def]
+    import onnx
+
+    return onnx.load_from_string(content)
+
+
+def _translate(error: RuntimeError) -> NotDifferentiable | UnsupportedModel:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"gradient builder has not been registered: (\S+) for node (.*)", text)
+    if unknown:
+        return NotDifferentiable(unknown.group(2), unknown.group(1), _ADVICE)
+    return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {text}")

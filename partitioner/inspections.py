@@ -1,0 +1,99 @@
+"""What a user wants to know before cutting: the tensors that alone divide a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from splitonnx.errors import SplitonnxError
+from splitonnx.partitioner.cuts import Division, find_single_cuts
+from splitonnx.partitioner.frontiers import list_inputs, walk_back
+from splitonnx.partitioner.gates import ModelSource, open_model
+from splitonnx.partitioner.joints import declare
+from splitonnx.partitioner.preparations import PreparedModel, prepare
+from splitonnx.tensors import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A tensor that alone divides the model in two.
+
+    ``op`` is the operator that makes it.  ``shape`` has a number where the dimension is known,
+    else its symbol or ``None``.  ``bytes_up`` and ``bytes_down`` are what travels in one training
+    step: the activation up, its gradient down (0 where nothing before it is trained); ``None``
+    where the size is not known.  Parameters are counted in elements.
+    """
+
+    tensor: str
+    op: str
+    shape: tuple[int | str | None, ...]
+    bytes_up: int | None
+    bytes_down: int | None
+    client_parameters: int
+    server_parameters: int
+
+
+def inspect(model: ModelSource, *, batch: int | None = None) -> list[Cut]:
+    """List the legal single-tensor cuts of a model, from its input to its output.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded one.
+        batch: the size of the first dimension of the model's inputs where it is not fixed;
+            without it sizes in bytes are not known for a model with a dynamic batch.
+
+    Raises:
+        ModelError: the model cannot be read or prepared.
+    """
+    prepared = prepare(open_model(model))
+    form = prepared.inference
+    if batch is not None:
+        _fix_batch(form, prepared, batch)
+    divisions = find_single_cuts(
+        form.graph, state=prepared.state, trainable=prepared.trainable
+    )
+    return [_describe(division, prepared) for division in divisions]
+
+
+def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
+    for value in model.graph.inputs:
+        if value.name not in prepared.state and value.shape is not None and len(value.shape):
+            dims = list(value.shape)
+            if not isinstance(dims[0], int):
+                value.shape = ir.Shape([batch, *dims[1:]])
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+
+
+def _describe(division: Division, prepared: PreparedModel) -> Cut:
+    value = division.at[0]
+    producer = value.producer()
+    assert producer is not None
+    try:
+        spec = declare(value)
+        shape, itemsize = spec.shape, DTYPES[spec.dtype].itemsize
+    except SplitonnxError:
+        shape, itemsize = (), 0
+    known = [dim for dim in shape if isinstance(dim, int)]
+    size = math.prod(known) * itemsize if itemsize and len(known) == len(shape) else None
+    before = {v.name for v in walk_back([value])[1]}
+    read = {v.name for node in division.server for v in list_inputs(node)}
+    trained_before = any(name in before for name in prepared.trainable)
+    return Cut(
+        tensor=value.name or "",
+        op=producer.op_type,
+        shape=shape,
+        bytes_up=size,
+        bytes_down=size if trained_before else 0,
+        client_parameters=_count(prepared, before),
+        server_parameters=_count(prepared, read),
+    )
+
+
+def _count(prepared: PreparedModel, names: set[str | None]) -> int:
+    trained = [name for name in prepared.trainable if name in names]
+    return sum(prepared.weights[name].size for name in trained)

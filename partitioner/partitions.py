@@ -1,0 +1,112 @@
+"""From a model to a bundle: prepare, attach the loss, differentiate once, cut into stages.
+
+This is the partitioner's table of contents; each step is a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import UsageError
+from splitonnx.manifests import Recipe
+from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
+from splitonnx.partitioner.assemblies import assemble
+from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.joints import build_predict, build_training
+from splitonnx.partitioner.preparations import (
+    BatchNormMode,
+    DropoutMode,
+    PreparedModel,
+    prepare,
+)
+
+Target = Literal["portable", "training"]
+Source = str | Path | bytes | onnx.ModelProto | ir.Model
+
+
+def cut(
+    model: Source,
+    *,
+    at: str | Sequence[str] | None,
+    tail_at: str | Sequence[str] = (),
+    loss: str = "cross-entropy",
+    output: str | None = None,
+    optimizer: Optimizer | None = None,
+    batchnorm: BatchNormMode | None = None,
+    dropout: DropoutMode | None = None,
+    freeze: Sequence[str] = (),
+    client_target: Target = "training",
+    server_target: Target = "training",
+) -> Bundle:
+    """Cut a model into a client's and a server's part, ready to be trained.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded one.  It is not changed.
+        at: the tensors (by tensor, node or glob pattern) that go from client to server.  The
+            model's part up to them is the client's head.  ``None`` leaves the model whole, for
+            training without a server.
+        tail_at: the tensors that come back to the client for a U-shaped cut: what lies behind
+            them, the loss and the labels are the client's too.
+        loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` where
+            ``output`` is the loss; see :func:`splitonnx.partitioner.losses.attach_loss`.
+        output: the model output that the loss is taken of; the first one by default.
+        optimizer: ``AdamW(lr=1e-3)`` by default.
+        batchnorm: ``train`` normalises by the batch and keeps running statistics, ``frozen`` uses
+            the running statistics; by default as each node says.
+        dropout: ``keep`` turns every Dropout on, ``off`` off; by default as each node says.
+        freeze: regular expressions; parameters whose name one of them finds keep their value.
+        client_target, server_target: ``training`` keeps ORT's fused gradient kernels,
+            ``portable`` uses standard ONNX operators only, for stock ONNX Runtime.
+
+    Returns:
+        The bundle, in memory; ``bundle.save(folder)`` writes it.
+
+    Raises:
+        ModelError: the model cannot be read, prepared or differentiated.
+        CutError: the tensors do not exist or do not divide the model.
+        UsageError: arguments contradict each other.
+    """
+    optimizer = optimizer or AdamW(lr=1e-3)
+    for target in (client_target, server_target):
+        if target not in ("portable", "training"):
+            raise UsageError(f"there is no target '{target}'; choose portable or training")
+    prepared = prepare(open_model(model), batchnorm=batchnorm, dropout=dropout, freeze=freeze)
+    names_at, names_tail = _list_names(at), _list_names(tail_at)
+    output = _choose_output(prepared, output)
+    recipe = Recipe(
+        at=names_at,
+        tail_at=names_tail,
+        loss=loss,
+        output=output,
+        optimizer=describe_optimizer(optimizer),
+        batchnorm=batchnorm,
+        dropout=dropout,
+        freeze=tuple(freeze),
+        client_target=client_target,
+        server_target=server_target,
+    )
+    training = build_training(prepared, names_at, names_tail, loss, output)
+    predict = build_predict(prepared, names_at, names_tail)
+    return assemble(prepared, training, predict, recipe, optimizer)
+
+
+def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _choose_output(prepared: PreparedModel, output: str | None) -> str:
+    known = [value.name or "" for value in prepared.training.graph.outputs]
+    if not known:
+        raise UsageError("the model has no output that depends on its inputs")
+    if output is not None and output not in known:
+        raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
+    return output or known[0]
+

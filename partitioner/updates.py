@@ -1,0 +1,255 @@
+"""Optimizer updates as graphs of standard ONNX operators.
+
+Parameters, gradients and optimizer state in; parameters and state out.  The learning rate and
+the number of the update are scalar inputs, so the runtime may change them from step to step.
+This module knows the formulas of torch.optim; it knows no cut beyond whose norms it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
+from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.tensors import TensorSpec
+
+OPSET = 18
+NEXT = "#next"
+
+_DTYPES = {"F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT, "F64": ir.DataType.DOUBLE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """The vectors of squared gradient norms that all parties together yield, for clipping.
+
+    ``sizes`` maps each vector's name to its length.  Element ``order[i]`` of the vectors, joined
+    in that order, belongs to the whole model's ``i``-th parameter: summed so, the norm is bit
+    for bit that of the model left whole.
+    """
+
+    sizes: Mapping[str, int]
+    order: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update graph, the optimizer state it keeps, and which output replaces which state."""
+
+    graph: ir.Graph
+    state: tuple[StateSpec, ...]
+    commits: Mapping[str, str]
+
+
+def build_norms(
+    parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
+) -> ir.Graph:
+    """Build the graph that yields F32[n], each parameter's squared gradient norm, in order."""
+    draft = _Draft()
+    squares = []
+    for spec in parameters:
+        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
+        square = draft.op("ReduceSumSquare", gradient, keepdims=0)
+        squares.append(draft.op("Reshape", draft.cast(square, "F32"), draft.integers([1])))
+    return draft.finish("norms", {output: draft.op("Concat", *squares, axis=0)})
+
+
+def build_update(
+    parameters: Sequence[TensorSpec],
+    gradients: Mapping[str, str],
+    optimizer: Optimizer,
+    norms: Norms | None = None,
+) -> Update:
+    """Build the graph that updates ``parameters``.
+
+    ``gradients`` maps a parameter to the name of its gradient.  With ``optimizer.clip_norm``,
+    ``norms`` names the vectors of squared norms that become inputs too.
+    """
+    draft = _Draft()
+    rate = draft.input(LEARNING_RATE, "F32", ())
+    clip = _clip_factor(draft, optimizer, norms)
+    shared = _SharedTerms(draft, optimizer, rate)
+    state: list[StateSpec] = []
+    outputs: dict[str, ir.Value] = {}
+    for spec in parameters:
+        parameter = draft.input(spec.name, spec.dtype, spec.shape)
+        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
+        if clip is not None:
+            gradient = draft.op("Mul", gradient, draft.cast(clip, spec.dtype))
+        step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
+        for name, value in step(draft, spec, parameter, gradient, optimizer, shared).items():
+            outputs[name + NEXT] = value
+            if name != spec.name:
+                tensor = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
+                state.append(StateSpec(tensor=tensor, role=Role.OPTIMIZER))
+    return Update(
+        graph=draft.finish("update", outputs),
+        state=tuple(state),
+        commits={name.removesuffix(NEXT): name for name in outputs},
+    )
+
+
+def _clip_factor(draft: _Draft, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
+    """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
+    if optimizer.clip_norm is None:
+        return None
+    assert norms is not None
+    vectors = [draft.input(name, "F32", (size,)) for name, size in norms.sizes.items()]
+    joined = draft.op("Concat", *vectors, axis=0)
+    ordered = draft.op("Gather", joined, draft.integers(list(norms.order)), axis=0)
+    norm = draft.op("Sqrt", draft.op("ReduceSum", ordered, keepdims=0))
+    padded = draft.op("Add", norm, draft.number(1e-6, "F32"))
+    factor = draft.op("Div", draft.number(optimizer.clip_norm, "F32"), padded)
+    return draft.op("Min", factor, draft.number(1.0, "F32"))
+
+
+class _SharedTerms:
+    """Scalars that every parameter of an update needs, in the dtype asked for."""
+
+    def __init__(self, draft: _Draft, optimizer: Optimizer, rate: ir.Value) -> None:
+        self._draft = draft
+        self._terms: dict[tuple[str, str], ir.Value] = {}
+        self._scalars = {"rate": rate}
+        if isinstance(optimizer, Adam):
+            step = draft.cast(draft.input(STEP, "I64", ()), "F32")
+            # the corrections 1 - beta**t, in double: in single they cancel badly at beta2 = 0.999
+            exact = draft.cast(step, "F64")
+            for name, beta in (("first", optimizer.beta1), ("second", optimizer.beta2)):
+                power = draft.op("Pow", draft.number(beta, "F64"), exact)
+                self._scalars[name] = draft.op("Sub", draft.number(1.0, "F64"), power)
+            wide = draft.cast(rate, "F64")
+            self._scalars["step_size"] = draft.op("Div", wide, self._scalars["first"])
+            self._scalars["spread"] = draft.op("Sqrt", self._scalars["second"])
+            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, "F64"))
+            self._scalars["keep"] = draft.op("Sub", draft.number(1.0, "F64"), decay)
+
+    def get(self, name: str, dtype: str) -> ir.Value:
+        """Give a scalar in ``dtype``, cast once."""
+        if (name, dtype) not in self._terms:
+            self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
+        return self._terms[name, dtype]
+
+
+def _decay_gradient(
+    draft: _Draft, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
+) -> ir.Value:
+    if not decay:
+        return gradient
+    penalty = draft.op("Mul", parameter, draft.number(decay, spec.dtype))
+    return draft.op("Add", gradient, penalty)
+
+
+def _update_sgd(
+    draft: _Draft,
+    spec: TensorSpec,
+    parameter: ir.Value,
+    gradient: ir.Value,
+    optimizer: Optimizer,
+    shared: _SharedTerms,
+) -> dict[str, ir.Value]:
+    assert isinstance(optimizer, SGD)
+    outputs = {}
+    direction = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+    if optimizer.momentum:
+        name = f"{spec.name}#momentum"
+        velocity = draft.input(name, spec.dtype, spec.shape)
+        kept = draft.op("Mul", velocity, draft.number(optimizer.momentum, spec.dtype))
+        direction = outputs[name] = draft.op("Add", kept, direction)
+    change = draft.op("Mul", direction, shared.get("rate", spec.dtype))
+    return {spec.name: draft.op("Sub", parameter, change), **outputs}
+
+
+def _update_adam(
+    draft: _Draft,
+    spec: TensorSpec,
+    parameter: ir.Value,
+    gradient: ir.Value,
+    optimizer: Optimizer,
+    shared: _SharedTerms,
+) -> dict[str, ir.Value]:
+    """p -= lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)."""
+    assert isinstance(optimizer, Adam)
+    dtype = spec.dtype
+    if isinstance(optimizer, AdamW):
+        if optimizer.weight_decay:
+            parameter = draft.op("Mul", parameter, shared.get("keep", dtype))
+    else:
+        gradient = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+
+    def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
+        old = draft.input(name, dtype, spec.shape)
+        kept = draft.op("Mul", old, draft.number(beta, dtype))
+        return draft.op("Add", kept, draft.op("Mul", value, draft.number(1.0 - beta, dtype)))
+
+    first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
+    mean = blend(first, optimizer.beta1, gradient)
+    square = blend(second, optimizer.beta2, draft.op("Mul", gradient, gradient))
+    spread = draft.op("Div", draft.op("Sqrt", square), shared.get("spread", dtype))
+    ratio = draft.op("Div", mean, draft.op("Add", spread, draft.number(optimizer.eps, dtype)))
+    change = draft.op("Mul", ratio, shared.get("step_size", dtype))
+    return {spec.name: draft.op("Sub", parameter, change), first: mean, second: square}
+
+
+class _Draft:
+    """A graph under construction: inputs, constants (shared) and nodes with plain names."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[object, str], ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
+        """Declare a graph input."""
+        kind = ir.DataType.INT64 if dtype == "I64" else _DTYPES[dtype]
+        if name not in self._inputs:
+            self._inputs[name] = ir.Value(
+                name=name, type=ir.TensorType(kind), shape=ir.Shape(list(shape))
+            )
+        return self._inputs[name]
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """Append a node and return its one output."""
+        node = ir.node(kind, list(inputs), dict(attributes), name=f"{len(self._nodes)}_{kind}")
+        node.outputs[0].name = f"v{len(self._nodes)}"
+        self._nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, value: float, dtype: str) -> ir.Value:
+        """Give a scalar constant."""
+        return self._constant(value, dtype, ir.tensor(value, dtype=_DTYPES[dtype]))
+
+    def integers(self, values: list[int]) -> ir.Value:
+        """Give a vector of I64."""
+        return self._constant(tuple(values), "I64", ir.tensor(values, dtype=ir.DataType.INT64))
+
+    def _constant(self, key: object, dtype: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if (key, dtype) not in self._constants:
+            node = ir.node("Constant", [], {"value": tensor}, name=f"{len(self._nodes)}_Constant")
+            node.outputs[0].name = f"v{len(self._nodes)}"
+            self._nodes.append(node)
+            self._constants[key, dtype] = node.outputs[0]
+        return self._constants[key, dtype]
+
+    def cast(self, value: ir.Value, dtype: str) -> ir.Value:
+        """Cast, where it is not of that dtype already."""
+        if value.dtype == _DTYPES[dtype]:
+            return value
+        result = self.op("Cast", value, to=_DTYPES[dtype].value)
+        result.type = ir.TensorType(_DTYPES[dtype])
+        return result
+
+    def finish(self, name: str, outputs: Mapping[str, ir.Value]) -> ir.Graph:
+        """Close the graph; an output takes the name that it is given here."""
+        for output, value in outputs.items():
+            value.name = output
+        inputs = [value for value in self._inputs.values() if value.uses()]
+        return ir.Graph(
+            inputs,
+            list(outputs.values()),
+            nodes=self._nodes,
+            name=name,
+            opset_imports={"": OPSET},
+        )

@@ -1,0 +1,85 @@
+"""Which stage of a phase can run, which values can travel, and which can be forgotten.
+
+Pure bookkeeping on names, driven by the manifest's phase alone: it holds no tensor, runs nothing
+and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from splitonnx.manifests import Phase, Source, Stage
+
+
+class Dataflow:
+    """What one party's phase needs and gives: worked out once, valid for every task.
+
+    ``receives`` and ``sends`` name the wires towards this party and away from it.  ``stages`` are
+    in the manifest's order, which decides among several that are ready.
+    """
+
+    def __init__(self, phase: Phase, party: str) -> None:
+        self.stages = phase.stages
+        self.receives = frozenset(w.tensor.name for w in phase.wires if w.receiver == party)
+        self.sends = tuple(w.tensor.name for w in phase.wires if w.sender == party)
+        self.needs = {
+            stage.name: frozenset(i.name for i in stage.inputs if i.source is not Source.STATE)
+            for stage in phase.stages
+        }
+        self.kept = frozenset(phase.results) | frozenset(phase.commits.values())
+        """Values that outlive the stages: results and the state's replacements."""
+        self.uses = Counter(name for names in self.needs.values() for name in names)
+        self.uses.update(self.sends)
+        """How many stages and outgoing wires take a value."""
+
+    def wants(self, name: str) -> bool:
+        """Whether anything takes this value, so that it is worth keeping."""
+        return self.uses[name] > 0 or name in self.kept
+
+    def start(self) -> Progress:
+        """Begin one task, in which nothing is there yet."""
+        return Progress(self)
+
+
+class Progress:
+    """How far one task has come."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        self._flow = flow
+        self._present: set[str] = set()
+        self._waiting = list(flow.stages)
+        self._unsent = list(flow.sends)
+        self._uses = flow.uses.copy()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage ran, every wire arrived and every wire was sent."""
+        return not self._waiting and not self._unsent and not self.missing
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Wires that have not arrived."""
+        return self._flow.receives - self._present
+
+    def arrive(self, names: Iterable[str]) -> None:
+        """Note that these values are there: data, scalars, wires, or what a stage gave."""
+        self._present.update(names)
+
+    def next_stage(self) -> Stage | None:
+        """Take the first stage whose inputs are all there, or ``None``; it counts as running."""
+        for index, stage in enumerate(self._waiting):
+            if self._flow.needs[stage.name] <= self._present:
+                return self._waiting.pop(index)
+        return None
+
+    def next_wires(self) -> tuple[str, ...]:
+        """Take the outgoing wires that are there and were not taken before."""
+        ready = tuple(name for name in self._unsent if name in self._present)
+        self._unsent = [name for name in self._unsent if name not in self._present]
+        return ready
+
+    def release(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Note one use of each value as done; return those that nothing needs any more."""
+        self._uses.subtract(names := tuple(names))
+        return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)

@@ -1,0 +1,224 @@
+"""The caller's data: arrays by name, checked against what a phase declares, and cut into batches.
+
+It knows numpy's files and the specs of the manifest; what the arrays mean it does not know.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import ArrayMismatch, MissingArray, NotFinite, UnusableData
+from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
+
+Batch: TypeAlias = Mapping[str, np.ndarray]
+DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
+
+
+class Dataset(ABC):
+    """Arrays by name that come in batches; made by :func:`open_dataset`."""
+
+    size: int | None
+    """Number of samples, or ``None`` where it is not known beforehand."""
+
+    @abstractmethod
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Raise unless the arrays are as ``specs`` declare, as far as can be told beforehand.
+
+        Raises:
+            MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
+        """
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield one epoch's batches, the same for the same arguments.
+
+        The last batch is smaller where the size does not divide, or left out with ``drop_last``.
+
+        Raises:
+            NotFinite: a floating-point array of the next batch holds NaN or infinity.
+            UnusableData: there is no next epoch, or the next batch is no dictionary of arrays.
+        """
+
+
+class ArrayDataset(Dataset):
+    """Arrays that share their first dimension, one row a sample."""
+
+    size: int
+
+    def __init__(self, arrays: Batch, source: str) -> None:
+        if not arrays:
+            raise UnusableData(source, "it holds no arrays")
+        rows = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"'{name}' {count}" for name, count in rows.items())
+            raise UnusableData(source, f"its arrays differ in their number of rows: {counts}")
+        self.size = next(iter(rows.values()))
+        if self.size == 0:
+            raise UnusableData(source, "it holds no samples")
+        self._arrays = arrays
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Check every array whole, but for its number of rows."""
+        check_batch(self._arrays, [_any_rows(spec) for spec in specs])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield one epoch's batches; the order follows from ``seed`` and ``epoch`` alone."""
+        order = np.arange(self.size)
+        if shuffle:
+            np.random.default_rng([seed, epoch]).shuffle(order)
+        for start in range(0, self.size, batch_size):
+            rows = order[start : start + batch_size]
+            if drop_last and len(rows) < batch_size:
+                return
+            # A slice of a mapped file reads only what it covers, and copies nothing.
+            index = rows if shuffle else slice(start, start + batch_size)
+            batch = {name: np.asarray(array[index]) for name, array in self._arrays.items()}
+            check_finite(batch, "", rows)
+            yield batch
+
+
+class BatchDataset(Dataset):
+    """Batches as an iterable gives them: their size and order are its own."""
+
+    size = None
+
+    def __init__(self, source: Iterable[Batch]) -> None:
+        self._source = source
+        self._specs: Sequence[TensorSpec] = ()
+        self._spent = False
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Check each batch from now on, when its turn comes."""
+        self._specs = specs
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the iterable's batches; all arguments are the iterable's business."""
+        if self._spent:
+            raise UnusableData("the data", "an iterator serves one epoch; pass a list or a dataset")
+        self._spent = isinstance(self._source, Iterator)
+        for number, batch in enumerate(self._source):
+            if not isinstance(batch, Mapping):
+                kind = type(batch).__name__
+                raise UnusableData("the data", f"batch {number} is a {kind}, no dict of arrays")
+            arrays = {name: np.asarray(array) for name, array in batch.items()}
+            check_batch(arrays, self._specs)
+            check_finite(arrays, f"batch {number}, ")
+            yield arrays
+
+
+def open_dataset(source: DataSource) -> Dataset:
+    """Open data: an ``.npz`` file, a folder of ``.npy`` files, arrays by name, or batches.
+
+    A folder's files are mapped and read as needed.  Arrays are named as the model's inputs, the
+    targets ``labels``, and all have the samples along their first dimension.  An iterable of
+    dictionaries of arrays is taken as it is: batched, and in its own order.
+
+    Raises:
+        UnusableData: the file cannot be read, holds Python objects, or its arrays differ in rows.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, Mapping):
+        arrays = {name: np.asarray(array) for name, array in source.items()}
+        return ArrayDataset(arrays, "the data")
+    if not isinstance(source, str | Path):
+        return BatchDataset(source)
+    path = Path(source)
+    try:
+        return ArrayDataset(_read_folder(path) if path.is_dir() else _read_npz(path), str(path))
+    except OSError as error:
+        raise UnusableData(str(path), error.strerror or str(error)) from error
+    except (ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise UnusableData(str(path), f"it cannot be read as arrays: {error}") from error
+
+
+def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
+    """Raise unless ``batch`` has every array that ``specs`` declare, and each as declared.
+
+    Nothing is converted; where another dtype was meant, the error says how to convert.
+
+    Raises:
+        MissingArray: an array is not there.
+        ArrayMismatch: dtype or shape differ.
+        ValueOutOfRange: an integer, a label as a rule, lies outside its bounds.
+    """
+    symbols: dict[str, int] = {}
+    for spec in specs:
+        if spec.name not in batch:
+            raise MissingArray(spec.name, tuple(batch))
+        array = batch[spec.name]
+        dtype = DTYPES[spec.dtype]
+        if array.dtype != dtype:
+            advice = f"convert it with .astype('{dtype.name}')"
+            raise ArrayMismatch(spec.name, str(spec), f"{describe(array)}; {advice}")
+        check_array(array, spec, symbols)
+
+
+def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
+    """Raise where a floating-point array holds NaN or infinity.
+
+    ``where`` goes before the row in the error; ``rows`` are the rows' numbers, else they are
+    counted within the batch.
+
+    Raises:
+        NotFinite: it names the array and its first such row.
+    """
+    for name, array in batch.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(np.atleast_1d(array)))[0, 0])
+            raise NotFinite(name, f"{where}row {row if rows is None else rows[row]}")
+
+
+def _any_rows(spec: TensorSpec) -> TensorSpec:
+    if spec.shape and isinstance(spec.shape[0], int):
+        return msgspec.structs.replace(spec, shape=(None, *spec.shape[1:]))
+    return spec
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix != ".npz":
+        raise UnusableData(str(path), "data are an .npz file or a folder of .npy files")
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
+        return dict(archive)
+
+
+def _read_folder(path: Path) -> dict[str, np.ndarray]:
+    return {
+        file.stem: np.load(file, mmap_mode="r", allow_pickle=False)
+        for file in sorted(path.glob("*.npy"))
+    }

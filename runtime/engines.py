@@ -1,0 +1,199 @@
+"""Running stage graphs with ONNX Runtime, whichever build of it is installed.
+
+The only module of the runtime that imports onnxruntime: its values and its exceptions stay in
+here.  It knows graphs, arrays and threads, and nothing of phases, wires or training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+import numpy as np
+
+from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
+
+_ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
+    "tensor(bool)": np.dtype("?"),
+    "tensor(uint8)": np.dtype("u1"),
+    "tensor(int8)": np.dtype("i1"),
+    "tensor(uint16)": np.dtype("<u2"),
+    "tensor(int16)": np.dtype("<i2"),
+    "tensor(float16)": np.dtype("<f2"),
+    "tensor(uint32)": np.dtype("<u4"),
+    "tensor(int32)": np.dtype("<i4"),
+    "tensor(float)": np.dtype("<f4"),
+    "tensor(uint64)": np.dtype("<u8"),
+    "tensor(int64)": np.dtype("<i8"),
+    "tensor(double)": np.dtype("<f8"),
+}
+_UNKNOWN_OPERATOR = re.compile(
+    r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
+)
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledRuntime:
+    """Which ONNX Runtime is installed; ``training`` says that it has the gradient kernels."""
+
+    version: str
+    training: bool
+
+    def __str__(self) -> str:
+        return f"onnxruntime{'-training' if self.training else ''} {self.version}"
+
+
+def installed_runtime() -> InstalledRuntime:
+    """Say which ONNX Runtime is installed.
+
+    Raises:
+        MissingExtra: none is.
+    """
+    ort = _import_onnxruntime()
+    from onnxruntime.capi import _pybind_state  # type: ignore[import-untyped]
+
+    # The training build and the stock build share a folder: only what is inside tells them apart.
+    return InstalledRuntime(
+        version=ort.__version__, training=hasattr(_pybind_state, "GradientGraphBuilder")
+    )
+
+
+class Tensor:
+    """A tensor in ONNX Runtime's hands; opaque, made by :class:`Engine`."""
+
+    __slots__ = ("_session", "_value")
+
+    def __init__(self, value: Any, session: Any = None) -> None:
+        self._value = value
+        self._session = session  # a constant output lives in its session's memory
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": tuple(self._value.shape()),
+            "typestr": _ELEMENT_TYPES[self._value.data_type()].str,
+            "data": (self._value.data_ptr(), True),  # True: read-only
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedStage:
+    """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in its order."""
+
+    name: str
+    outputs: tuple[str, ...]
+    session: Any
+
+
+class Engine:
+    """Loads stage graphs and runs them on the CPU.
+
+    ``threads`` is the number of threads that one operator may use; ``None`` leaves it to ONNX
+    Runtime (all cores).  Running releases the interpreter's lock.
+
+    Raises:
+        MissingExtra: no ONNX Runtime is installed.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._ort = _import_onnxruntime()
+        self._threads = threads
+
+    def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
+        """Load a stage graph from bytes.
+
+        With ``training`` its nodes run exactly as they stand, unoptimized: the graph was optimized
+        before it was differentiated, and a split and an unsplit run must use the same kernels.
+
+        Raises:
+            WrongRuntime: the graph has training-only operators and ONNX Runtime is the stock one.
+            StageFailed: ONNX Runtime refuses the graph for another reason.
+        """
+        levels = self._ort.GraphOptimizationLevel
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = (
+            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
+        )
+        options.intra_op_num_threads = self._threads or 0
+        # A thread that spins while it waits for the next stage takes the core from the other party.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # what is logged as an error is raised as well
+        try:
+            session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except _exceptions() as error:
+            _refuse(name, error)
+        outputs = tuple(output.name for output in session.get_outputs())
+        return LoadedStage(name=name, outputs=outputs, session=session)
+
+    def from_array(self, array: np.ndarray) -> Tensor:
+        """Hand an array to ONNX Runtime, without a copy if it is contiguous and aligned.
+
+        The array must not be written to afterwards.
+        """
+        contiguous = np.require(array, requirements=["C", "A"])
+        return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))
+
+    def to_array(self, tensor: Tensor) -> np.ndarray:
+        """View a tensor as a read-only array that shares, and keeps alive, its memory."""
+        if 0 in tensor._value.shape():  # no memory to point at
+            interface = tensor.__array_interface__
+            return np.empty(interface["shape"], interface["typestr"])
+        return np.asarray(tensor)
+
+    def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a stage and return all its outputs by name.
+
+        Raises:
+            StageFailed: an operator failed, or the feeds are not what the graph takes.
+        """
+        values = {name: tensor._value for name, tensor in feeds.items()}
+        try:
+            produced = stage.session.run_with_ort_values(stage.outputs, values)
+        except _exceptions() as error:
+            raise StageFailed(stage.name, _one_line(error)) from error
+        # A graph's input that is also its output comes back as a second handle on the same memory,
+        # which does not keep that memory alive: the feed itself does.
+        return {
+            name: feeds.get(name) or Tensor(value, stage.session)
+            for name, value in zip(stage.outputs, produced, strict=True)
+        }
+
+
+@cache
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
+    onnxruntime.set_default_logger_severity(3)  # errors only; device discovery warns on its own
+    return onnxruntime
+
+
+@cache
+def _exceptions() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
+    own = (kind for kind in vars(state).values() if isinstance(kind, type))
+    return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
+
+
+def _refuse(stage: str, error: Exception) -> NoReturn:
+    unknown = _UNKNOWN_OPERATOR.search(str(error))
+    runtime = installed_runtime()
+    if unknown and not runtime.training:
+        raise WrongRuntime(
+            str(runtime),
+            f"the training operator {unknown[1] or unknown[2]} (stage '{stage}'); install "
+            "splitonnx[cpu], or cut the model with the target portable",
+        ) from error
+    raise StageFailed(stage, _one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(_PREFIX.sub("", str(error)).split())[:400]

@@ -1,0 +1,221 @@
+"""One party's work: its state, and the tasks it has open, run as the manifest says.
+
+The executor feeds stages with state, data, scalars, stash and received wires, and commits a
+task's outcome to the state all at once.  It knows no network and no neural network: who carries
+the wires is the caller's business.  Tensors stay in the engine's hands between stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from splitonnx import bundles
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import (
+    BundleError,
+    LocalProtocolError,
+    MissingArray,
+    RemoteProtocolError,
+    quote,
+)
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.dataflows import Dataflow, Progress
+from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
+from splitonnx.tensors import check_array
+
+TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
+
+
+@dataclass(kw_only=True)
+class _Task:
+    phase: Phase
+    flow: Dataflow
+    progress: Progress
+    values: dict[str, Tensor] = field(default_factory=dict)
+    symbols: dict[str, int] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs one party's stages and keeps its state.
+
+    ``step`` is the number of updates committed so far.  Several tasks may be open at once; they
+    share the state.  Not safe for use from two threads at a time.
+    """
+
+    def __init__(self, party: PartyBundle, engine: Engine) -> None:
+        self.step = party.step
+        self.manifest = party.manifest
+        self._party = party
+        self._engine = engine
+        self._state = {name: engine.from_array(a) for name, a in party.state().items()}
+        self._flows: dict[str, Dataflow] = {}
+        self._loaded: dict[tuple[str, str], LoadedStage] = {}
+        self._tasks: dict[TaskKey, _Task] = {}
+
+    def prepare(self, phase: str) -> None:
+        """Load the stages of a phase now instead of at its first task.
+
+        Raises:
+            WrongRuntime: a stage needs a training build of ONNX Runtime.
+            StageFailed: ONNX Runtime refuses a stage.
+        """
+        if phase in self._flows:
+            return
+        declared = self.manifest.phase(phase)
+        training = self.manifest.target == "training" and phase not in (PREDICT, EVALUATE)
+        for stage in declared.stages:
+            graph = self._party.graphs[stage.graph]
+            loaded = self._engine.load(stage.name, graph, training=training)
+            self._loaded[phase, stage.name] = loaded
+        self._flows[phase] = Dataflow(declared, self.manifest.party)
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task with this party's data; arrays beyond what the phase declares are ignored.
+
+        ``seed`` keys the random masks; ``learning_rate`` is this step's.  The arrays must not be
+        written to until the task is over.
+
+        Raises:
+            MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
+            LocalProtocolError: the task is open already, or trains at another step than the next.
+        """
+        if key in self._tasks:
+            raise LocalProtocolError(f"{key} is open already")
+        if key.phase == TRAIN and key.step != self.step:
+            raise LocalProtocolError(f"to train at step {key.step}; the next is {self.step}")
+        self.prepare(key.phase)
+        flow = self._flows[key.phase]
+        phase = self.manifest.phase(key.phase)
+        task = _Task(phase=phase, flow=flow, progress=flow.start())
+        for spec in phase.data:
+            if spec.name not in data:
+                raise MissingArray(spec.name, tuple(data))
+            check_array(data[spec.name], spec, task.symbols)
+        self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
+        self._supply(
+            task,
+            {
+                KEY: np.array([seed, key.step, key.micro_batch], np.int64),
+                LEARNING_RATE: np.array(learning_rate, np.float32),
+                STEP: np.array(key.step + 1, np.int64),
+            },
+        )
+        self._tasks[key] = task
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hand wires from the other party to an open task.
+
+        Raises:
+            RemoteProtocolError: a tensor is no wire towards this party, or came before.
+            ArrayMismatch, ValueOutOfRange: a tensor is not as its wire declares.
+        """
+        task = self._task(key)
+        if unexpected := tensors.keys() - task.progress.missing:
+            raise RemoteProtocolError(f"it sent {quote(sorted(unexpected))}, not expected now")
+        for wire in task.phase.wires:
+            if wire.tensor.name in tensors:
+                check_array(tensors[wire.tensor.name], wire.tensor, task.symbols)
+        self._supply(task, tensors)
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that can be sent now.
+
+        Data that travel go with the first group.  The arrays are read-only views.
+
+        Raises:
+            StageFailed: an operator failed; the task should be abandoned.
+        """
+        task = self._task(key)
+        while stage := task.progress.next_stage():
+            self._run(task, stage)
+            if wires := task.progress.next_wires():
+                yield self._hand_out(task, wires)
+        if wires := task.progress.next_wires():  # data alone: no stage was ready
+            yield self._hand_out(task, wires)
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Whether every stage of the task ran and every wire was received and handed out."""
+        return self._task(key).progress.is_finished
+
+    def results(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Return the phase's results, before anything is committed; the task must be finished."""
+        task = self._finished(key)
+        return {name: self._engine.to_array(task.values[name]) for name in task.phase.results}
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task: commit its state all at once, and return the phase's results.
+
+        A task of the phase ``train`` counts as one step.
+
+        Raises:
+            LocalProtocolError: the task is not finished.
+        """
+        results = self.results(key)
+        task = self._tasks.pop(key)
+        self._state.update({name: task.values[v] for name, v in task.phase.commits.items()})
+        if key.phase == TRAIN:
+            self.step += 1
+        return results
+
+    def abandon(self, key: TaskKey) -> None:
+        """Forget a task, open or not; the state is as it was before it."""
+        self._tasks.pop(key, None)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the whole state, optimizer's included, as read-only arrays that stay as they are.
+
+        Shapes and dtypes are those of the manifest.
+        """
+        return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
+
+    def save(self) -> None:
+        """Write the state into the party's folder, whole or not at all.
+
+        Raises:
+            BundleError: the bundle is in memory only.
+        """
+        if self._party.path is None:
+            raise BundleError("bundle in memory", "it has no folder to save the state in")
+        bundles.write_state(self._party.path, self.state(), self.step, self.manifest.digest)
+
+    def _task(self, key: TaskKey) -> _Task:
+        if key not in self._tasks:
+            raise LocalProtocolError(f"{key} is not open")
+        return self._tasks[key]
+
+    def _finished(self, key: TaskKey) -> _Task:
+        task = self._task(key)
+        if not task.progress.is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
+        return task
+
+    def _supply(self, task: _Task, arrays: Mapping[str, np.ndarray]) -> None:
+        self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
+
+    def _keep(self, task: _Task, tensors: Mapping[str, Tensor]) -> None:
+        task.values.update((n, t) for n, t in tensors.items() if task.flow.wants(n))
+        task.progress.arrive(tensors)
+
+    def _run(self, task: _Task, stage: Stage) -> None:
+        feeds = {
+            i.name: self._state[i.name] if i.source is Source.STATE else task.values[i.name]
+            for i in stage.inputs
+        }
+        outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
+        self._keep(task, outputs)
+        self._drop(task, task.flow.needs[stage.name])
+
+    def _hand_out(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
+        arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
+        self._drop(task, wires)
+        return arrays
+
+    def _drop(self, task: _Task, names: Iterable[str]) -> None:
+        for name in task.progress.release(names):
+            del task.values[name]

@@ -1,0 +1,103 @@
+"""Optimizers as values: their kind and hyperparameters, nothing that computes.
+
+Semantics and defaults are those of torch.optim, so that figures carry over.  Gradient clipping
+(``clip_norm``) is by the global norm over all parameters of all parties, as
+``torch.nn.utils.clip_grad_norm_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from splitonnx.errors import UsageError
+
+
+def _check(name: str, value: float, *, lower: float, upper: float | None = None) -> None:
+    if not lower <= value or (upper is not None and not value < upper):
+        allowed = f"at least {lower:g}" + (f" and below {upper:g}" if upper is not None else "")
+        raise UsageError(f"{name} must be {allowed}, not {value:g}")
+
+
+def _check_clip(clip_norm: float | None) -> None:
+    if clip_norm is not None and not clip_norm > 0:
+        raise UsageError(f"clip_norm must be above 0, not {clip_norm:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent: ``p -= lr * v`` with ``v = momentum * v + g``.
+
+    ``weight_decay`` adds ``weight_decay * p`` to the gradient.
+    """
+
+    lr: float = 1e-2
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("lr", self.lr, lower=0)
+        _check("momentum", self.momentum, lower=0, upper=1)
+        _check("weight_decay", self.weight_decay, lower=0)
+        _check_clip(self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam (arXiv 1412.6980); ``weight_decay`` adds ``weight_decay * p`` to the gradient."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("lr", self.lr, lower=0)
+        _check("beta1", self.beta1, lower=0, upper=1)
+        _check("beta2", self.beta2, lower=0, upper=1)
+        _check("eps", self.eps, lower=0)
+        _check("weight_decay", self.weight_decay, lower=0)
+        _check_clip(self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """AdamW (arXiv 1711.05101): Adam with ``p -= lr * weight_decay * p`` apart from the rest."""
+
+    weight_decay: float = 1e-2
+
+
+Optimizer = SGD | Adam | AdamW
+
+_KINDS: Mapping[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+
+
+def list_optimizers() -> list[str]:
+    """List the names that ``--optimizer`` takes."""
+    return list(_KINDS)
+
+
+def describe_optimizer(optimizer: Optimizer) -> dict[str, float | str | None]:
+    """Write an optimizer as a plain dictionary, its kind under ``name``."""
+    return {"name": type(optimizer).__name__.lower(), **asdict(optimizer)}
+
+
+def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
+    """Make the optimizer of a description; what is absent takes its default.
+
+    Raises:
+        UsageError: no such optimizer, a setting that it does not have, or one out of range.
+    """
+    name = description.get("name")
+    kind = _KINDS.get(str(name))
+    if kind is None:
+        raise UsageError(f"there is no optimizer '{name}'; choose from {', '.join(_KINDS)}")
+    settings = {key: value for key, value in description.items() if key != "name"}
+    known = [field.name for field in fields(kind)]
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"{name} has no setting '{key}'; it has {', '.join(known)}")
+    return kind(**settings)  # type: ignore[arg-type]  # keys are checked, values by the class

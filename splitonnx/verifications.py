@@ -1,0 +1,175 @@
+"""The promise, checked on the user's own model: split training equals unsplit training.
+
+A bundle's two parts train in one process, linked by the in-memory transport, beside the same
+model left whole; after every step the losses and all parameters are compared.  This module
+stands above partitioner and runtime and needs both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.errors import UsageError
+from splitonnx.manifests import Role
+from splitonnx.optimizers import read_optimizer
+from splitonnx.partitioner.merges import collect_weights
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.preparations import restore_weights
+from splitonnx.runtime.clients import Client
+from splitonnx.runtime.datasets import DataSource, open_dataset
+from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.transports import MemoryTransport
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepComparison:
+    """One step of both runs; ``difference`` is the largest over all ``differences``.
+
+    ``differences`` maps ``loss`` and every parameter and running statistic to its relative
+    difference: the largest absolute difference over the largest absolute value.
+    """
+
+    step: int
+    split_loss: float
+    whole_loss: float
+    differences: Mapping[str, float]
+
+    @property
+    def difference(self) -> float:
+        """The step's largest relative difference."""
+        return max(self.differences.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The comparison of all steps, and whether it stayed within ``rtol``."""
+
+    steps: tuple[StepComparison, ...]
+    rtol: float
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest relative difference of any tensor after any step."""
+        return max(step.difference for step in self.steps)
+
+    @property
+    def ok(self) -> bool:
+        """Whether split training equalled unsplit training within ``rtol``."""
+        return self.largest_difference <= self.rtol
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    data: DataSource,
+    *,
+    steps: int = 5,
+    batch_size: int = 32,
+    rtol: float = 1e-5,
+    seed: int = 0,
+) -> Verification:
+    """Train split and unsplit side by side from the bundle's first weights and compare.
+
+    Nothing is written; a bundle that was trained already is compared from its start.  Both runs
+    use one thread, so that where both run the same kernels the difference is exactly 0.
+
+    Args:
+        bundle: a bundle, or the folder of one.
+        data: as :meth:`Client.fit` takes it; the first ``steps`` batches of a shuffled epoch.
+        steps: how many optimizer steps to compare.
+        batch_size: samples a step.
+        rtol: the largest relative difference that counts as equal.
+        seed: of shuffling and Dropout, the same in both runs.
+
+    Raises:
+        UsageError: fewer than one step, or the data hold no whole batch.
+        SplitonnxError: whatever cutting or training raises.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if steps < 1:
+        raise UsageError(f"verify compares at least one step, not {steps}")
+    compared = tuple(compare_steps(loaded, data, steps, batch_size, seed))
+    if not compared:
+        raise UsageError("the data hold no sample to train with")
+    return Verification(steps=compared, rtol=rtol)
+
+
+def compare_steps(
+    bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
+) -> Iterator[StepComparison]:
+    """Yield the comparison of one step after the other."""
+    engine = Engine(threads=1)
+    whole = leave_whole(bundle)
+    parties = {name: _rewind(party) for name, party in bundle.parties.items()}
+    link = None
+    session = None
+    if "server" in parties:
+        session = Session(parties["server"], engine)
+        link = MemoryTransport(session)
+    batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
+    with (
+        Client(parties["client"], link, threads=1, seed=seed) as split,
+        Client(_rewind(whole.client), None, threads=1, seed=seed) as unsplit,
+    ):
+        for step, batch in enumerate(islice(batches, steps)):
+            split_loss = float(split.step(batch)["loss"])
+            whole_loss = float(unsplit.step(batch)["loss"])
+            state = dict(split.state())
+            if session is not None:
+                session.drain()
+                state |= session.state()
+            differences = {"loss": _compare(np.float64(split_loss), np.float64(whole_loss))}
+            wanted = {
+                s.tensor.name
+                for s in whole.client.manifest.state
+                if s.role in (Role.PARAMETER, Role.BUFFER)
+            }
+            for name, value in unsplit.state().items():
+                if name in wanted:
+                    differences[name] = _compare(state[name], value)
+            yield StepComparison(
+                step=step,
+                split_loss=split_loss,
+                whole_loss=whole_loss,
+                differences=differences,
+            )
+
+
+def leave_whole(bundle: Bundle) -> Bundle:
+    """Make the unsplit bundle of the same model, loss, optimizer and first weights."""
+    recipe = bundle.manifest.recipe
+    model = ir.from_proto(onnx.load_from_string(bundle.skeleton))
+    restore_weights(model.graph, collect_weights(bundle, trained=False))
+    return cut(
+        ir.to_proto(model).SerializeToString(),
+        at=None,
+        loss=recipe.loss,
+        output=recipe.output,
+        optimizer=read_optimizer(recipe.optimizer),
+        batchnorm=recipe.batchnorm,
+        dropout=recipe.dropout,
+        freeze=recipe.freeze,
+        client_target=recipe.server_target,
+    )
+
+
+def _rewind(party: PartyBundle) -> PartyBundle:
+    """The party as it was before any training, and without a folder to write to."""
+    return PartyBundle(manifest=party.manifest, graphs=party.graphs, weights=party.weights)
+
+
+def _compare(actual: np.ndarray | np.float64, expected: np.ndarray | np.float64) -> float:
+    """Largest absolute difference over the largest absolute value; 0 for equal tensors."""
+    difference = float(np.max(np.abs(np.subtract(actual, expected, dtype=np.float64)), initial=0.0))
+    if difference == 0.0:
+        return 0.0
+    scale = float(np.max(np.abs(np.asarray(expected, np.float64)), initial=0.0))
+    return difference / scale if scale else float("inf")
