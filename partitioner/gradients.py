@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
-from splitonnx.partitioner.frontiers import find_dependents, list_inputs, walk_back
+from splitonnx.partitioner.frontiers import find_dependents, list_inputs, map_values, walk_back
 
 GRADIENT = "_grad"
 """The builder names the gradient of a value ``x`` so: ``x_grad``."""
@@ -28,6 +30,19 @@ WITHOUT_GRADIENT = frozenset(
     Upsample""".split()
 )
 """Operators that 1.19.2 cannot differentiate, or whose gradient has no kernel; ``If`` aborts."""
+
+_TYPES = {
+    "tensor(bool)": ir.DataType.BOOL,
+    "tensor(double)": ir.DataType.DOUBLE,
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(float16)": ir.DataType.FLOAT16,
+    "tensor(int32)": ir.DataType.INT32,
+    "tensor(int64)": ir.DataType.INT64,
+    "tensor(int8)": ir.DataType.INT8,
+    "tensor(uint32)": ir.DataType.UINT32,
+    "tensor(uint64)": ir.DataType.UINT64,
+    "tensor(uint8)": ir.DataType.UINT8,
+}
 
 _ADVICE = (
     "cut so that it lies before every trained parameter, freeze the parameters before it, or "
@@ -68,39 +83,67 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         MissingExtra, WrongRuntime: onnxruntime-training is not installed.
     """
     refuse_undifferentiable(model.graph, parameters, loss)
-    capi = _import_builder()
+    builder = _import_builder()
+    options = _make_options()
+    wanted = set(parameters)
+    content = ir.to_proto(model).SerializeToString()
     try:
-        from onnxruntime import SessionOptions
-
-        options = SessionOptions()
-        options.log_severity_level = 3
-        content = ir.to_proto(model).SerializeToString()
-        wanted = set(parameters)
-        optimized = capi.get_optimized_model(content, wanted, options)
-        builder = capi.GradientGraphBuilder(optimized, {loss}, wanted, loss, options)
-        builder.build()
-        return ir.from_proto(_parse(builder.get_model()))
+        content = builder.get_optimized_model(content, wanted, options)
+        gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
+        gradients.build()
+        joint: bytes = gradients.get_model()
     except RuntimeError as error:
         raise _translate(error) from error
+    derived = ir.from_proto(onnx.load_from_string(joint))
+    _annotate(derived)
+    return derived
 
 
-def _import_builder():  # type: ignore[no-untyped-def]  # a pybind module without declarations
+def _import_builder() -> Any:
     try:
-        from onnxruntime.capi import _pybind_state
+        from onnxruntime.capi import _pybind_state  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtra("onnxruntime-training", "cpu", "differentiating a model") from error
     if not hasattr(_pybind_state, "GradientGraphBuilder"):
         raise WrongRuntime(
-            "stock onnxruntime", "onnxruntime-training (pip install 'splitonnx[cpu]' into an "
-            "environment without stock onnxruntime)"
+            "stock onnxruntime",
+            "onnxruntime-training; run: pip install 'splitonnx[cpu]' in an environment without "
+            "stock onnxruntime",
         )
     return _pybind_state
 
 
-def _parse(content: bytes):  # type: ignore[no-untyped-def]
-    import onnx
+def _make_options() -> Any:
+    import onnxruntime  # type: ignore[import-untyped]
 
-    return onnx.load_from_string(content)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _annotate(model: ir.Model) -> None:
+    """Give every value the type that ONNX Runtime infers, and each gradient its value's shape.
+
+    onnx's own inference stops at the training-only operators, which it does not know.
+    """
+    import onnxruntime
+
+    values = map_values(model.graph)
+    proto = ir.to_proto(model)
+    known = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), _make_options(), providers=["CPUExecutionProvider"]
+    )
+    for output in session.get_outputs():
+        value = values[output.name]
+        if value.type is None:
+            value.type = ir.TensorType(_TYPES[output.type])
+    for name, value in values.items():
+        base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
+        if value.shape is None and base is not None:
+            value.shape = base.shape
 
 
 def _translate(error: RuntimeError) -> NotDifferentiable | UnsupportedModel:

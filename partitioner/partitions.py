@@ -6,18 +6,14 @@ This is the partitioner's table of contents; each step is a module of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
-
-import onnx
-import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.assemblies import assemble
-from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import build_predict, build_training
 from splitonnx.partitioner.preparations import (
     BatchNormMode,
@@ -27,11 +23,10 @@ from splitonnx.partitioner.preparations import (
 )
 
 Target = Literal["portable", "training"]
-Source = str | Path | bytes | onnx.ModelProto | ir.Model
 
 
 def cut(
-    model: Source,
+    model: ModelSource,
     *,
     at: str | Sequence[str] | None,
     tail_at: str | Sequence[str] = (),

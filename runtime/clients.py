@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
@@ -25,10 +26,22 @@ from splitonnx.errors import (
     RemoteFault,
     RemoteProtocolError,
     ServerBusy,
+    SplitonnxError,
     UsageError,
 )
 from splitonnx.manifests import PartyManifest, Phase
-from splitonnx.messages import Bye, Fault, Hello, Message, Save, Saved, TaskKey, Tensors, Welcome
+from splitonnx.messages import (
+    PROTOCOL,
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Welcome,
+)
 from splitonnx.runtime.datasets import (
     Batch,
     Dataset,
@@ -38,9 +51,9 @@ from splitonnx.runtime.datasets import (
     open_dataset,
 )
 from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import EVALUATE, PREDICT, TRAIN, Executor
+from splitonnx.runtime.executors import EVALUATE, LOSS, PREDICT, TRAIN, Executor
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.protocols import Protocol
+from splitonnx.runtime.protocols import Protocol, list_wires
 from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
@@ -236,7 +249,7 @@ class Client:
         return StepRecord(
             step=self._executor.step,
             epoch=epoch,
-            loss=metrics.pop("loss"),
+            loss=metrics.pop(LOSS),
             metrics=metrics,
             samples=self._count(TRAIN, batch),
             seconds=seconds,
@@ -281,8 +294,6 @@ class Client:
             on_failure.callback(self.close)
             on_failure.callback(self._executor.abandon, key)
             self._exchange(key, rate)
-            if phase == TRAIN:
-                _require_finite(self._executor.results(key), step)
             results = self._executor.finish(key)
             on_failure.pop_all()
         return results
@@ -323,56 +334,39 @@ class _Link:
     def send_wires(
         self, key: TaskKey, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        message = Tensors(
-            session=key.session,
-            phase=key.phase,
-            step=key.step,
-            micro_batch=key.micro_batch,
-            seed=seed,
-            learning_rate=learning_rate,
-        )
-        self._send(message, wires)
+        key_fields = msgspec.structs.asdict(key)
+        self._send(Tensors(**key_fields, seed=seed, learning_rate=learning_rate), wires)
 
     def receive_wires(self, key: TaskKey) -> Mapping[str, np.ndarray]:
         message, tensors = self._receive(Tensors)
-        answered = TaskKey(
-            session=message.session,
-            phase=message.phase,
-            step=message.step,
-            micro_batch=message.micro_batch,
-        )
-        if answered != key:
-            raise RemoteProtocolError(f"it answered {answered}, open is {key}")
+        if message.key != key:
+            raise RemoteProtocolError(f"it answered {message.key}, open is {key}")
         return tensors
 
     def save(self, step: int) -> None:
-        self._send(Save(session=self.session, step=step), {})
+        self._send(Save(session=self.session, step=step))
         self._receive(Saved)
 
     def close(self) -> None:
         with suppress(ProtocolError):  # the other side may be gone already
-            self._send(Bye(), {})
+            self._send(Bye())
         self._transport.close()
 
     def _greet(self, manifest: PartyManifest, step: int) -> str:
-        wires = {phase.name: phase.wires for phase in manifest.phases if phase.wires}
-        self._send(Hello(digest=manifest.digest, step=step, wires=wires), {})
-        welcome, _ = self._receive(Welcome)
-        for subject, local, remote in (
-            ("the bundle's digest", manifest.digest, welcome.digest),
-            ("the number of steps trained", step, welcome.step),
-        ):
-            if local != remote:
-                raise BundleMismatch(subject, str(local), str(remote))
+        wires = list_wires(manifest)
+        self._send(Hello(protocol=PROTOCOL, digest=manifest.digest, step=step, wires=wires))
+        welcome, _ = self._receive(Welcome)  # the protocol compares digest and wires
+        if welcome.step != step:
+            raise BundleMismatch("the number of steps trained", str(step), str(welcome.step))
         return welcome.session
 
-    def _send(self, message: Message, tensors: Mapping[str, np.ndarray]) -> None:
+    def _send(self, message: Message, tensors: Mapping[str, np.ndarray] | None = None) -> None:
         self._transport.send(self._protocol.send(message, tensors))
 
     def _receive(self, expected: type[_Answer]) -> tuple[_Answer, Mapping[str, np.ndarray]]:
         message, tensors = self._protocol.receive(self._transport.receive())
         if isinstance(message, Fault):
-            raise _FAULTS.get(message.code, lambda: RemoteFault(message.code, message.reason))()
+            raise _translate(message)
         if not isinstance(message, expected):
             raise RemoteProtocolError(
                 f"it sent {type(message).__name__} where {expected.__name__} was due"
@@ -380,9 +374,12 @@ class _Link:
         return message, tensors
 
 
-def _require_finite(results: Mapping[str, np.ndarray], step: int) -> None:
-    if not np.isfinite(results["loss"]).all():
-        raise NotFinite("loss", f"step {step + 1}")
+def _translate(fault: Fault) -> SplitonnxError:
+    if fault.code == ServerBusy.__name__:
+        return ServerBusy()
+    if fault.code == NotFinite.__name__:
+        return NotFinite("loss", "at the server")
+    return RemoteFault(fault.code, fault.reason)
 
 
 def _require_positive(**counts: int) -> None:

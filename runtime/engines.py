@@ -159,7 +159,7 @@ class Engine:
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
-            name: feeds.get(name) or Tensor(value, stage.session)
+            name: feeds.get(name) or Tensor(_detach(value), stage.session)
             for name, value in zip(stage.outputs, produced, strict=True)
         }
 
@@ -172,6 +172,15 @@ def _import_onnxruntime() -> Any:
         raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
     onnxruntime.set_default_logger_severity(3)  # errors only; device discovery warns on its own
     return onnxruntime
+
+
+def _detach(value: Any) -> Any:
+    """Take one output out of its run's list, of which each item keeps all the others alive."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    alone = OrtValueVector()
+    alone.push_back(value._ortvalue)
+    return type(value)(alone[0])
 
 
 @cache

@@ -18,6 +18,7 @@ from splitonnx.errors import (
     BundleError,
     LocalProtocolError,
     MissingArray,
+    NotFinite,
     RemoteProtocolError,
     quote,
 )
@@ -28,6 +29,7 @@ from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
 from splitonnx.tensors import check_array
 
 TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
+LOSS = "loss"
 
 
 @dataclass(kw_only=True)
@@ -126,10 +128,12 @@ class Executor:
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
         """Run every stage that can run; after each, yield the wires that can be sent now.
 
-        Data that travel go with the first group.  The arrays are read-only views.
+        Data that travel go with the first group.  The arrays are read-only views.  After an error
+        the task should be abandoned.
 
         Raises:
-            StageFailed: an operator failed; the task should be abandoned.
+            StageFailed: an operator failed.
+            NotFinite: the training loss is NaN or infinite; nothing that follows from it is sent.
         """
         task = self._task(key)
         while stage := task.progress.next_stage():
@@ -208,6 +212,10 @@ class Executor:
             for i in stage.inputs
         }
         outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
+        if task.phase.name == TRAIN and LOSS in outputs:
+            loss = self._engine.to_array(outputs[LOSS])
+            if not np.isfinite(loss).all():
+                raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
         self._keep(task, outputs)
         self._drop(task, task.flow.needs[stage.name])
 

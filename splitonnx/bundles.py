@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from splitonnx.codecs import decode_tensors, encode_tensors
+from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
 from splitonnx.errors import ArrayMismatch, BundleError, FormatError, quote
 from splitonnx.manifests import (
     BundleManifest,
@@ -177,7 +177,7 @@ class Bundle:
             _write_file(folder / name / MANIFEST, [encode_manifest(party.manifest)])
             for file, graph in party.graphs.items():
                 _write_file(folder / name / file, [graph])
-            _write_file(folder / name / WEIGHTS, encode_tensors(party.weights, {}))
+            _write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
             if party.trained is not None:
                 write_state(folder / name, party.trained, party.step, party.manifest.digest)
 
@@ -262,7 +262,7 @@ def _read_tensors(
     return tensors, metadata
 
 
-def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)

@@ -26,6 +26,7 @@ from splitonnx.partitioner.preparations import restore_weights
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.sessions import Session
 from splitonnx.runtime.transports import MemoryTransport
 
@@ -106,14 +107,10 @@ def compare_steps(
     bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[StepComparison]:
     """Yield the comparison of one step after the other."""
-    engine = Engine(threads=1)
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
-    link = None
-    session = None
-    if "server" in parties:
-        session = Session(parties["server"], engine)
-        link = MemoryTransport(session)
+    server = Executor(parties["server"], Engine(threads=1)) if "server" in parties else None
+    link = None if server is None else MemoryTransport(Session(server))
     batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
     with (
         Client(parties["client"], link, threads=1, seed=seed) as split,
@@ -123,9 +120,9 @@ def compare_steps(
             split_loss = float(split.step(batch)["loss"])
             whole_loss = float(unsplit.step(batch)["loss"])
             state = dict(split.state())
-            if session is not None:
-                session.drain()
-                state |= session.state()
+            if server is not None and link is not None:
+                link.drain()
+                state |= server.state()
             differences = {"loss": _compare(np.float64(split_loss), np.float64(whole_loss))}
             wanted = {
                 s.tensor.name

@@ -67,6 +67,21 @@ def test_an_output_outlives_its_stage_and_an_input_that_is_an_output_its_array()
     np.testing.assert_array_equal(arrays["x"], np.arange(50_000))
 
 
+def test_an_output_does_not_keep_the_others_of_its_run_alive() -> None:
+    large = helper.make_node("Add", ["x", "x"], ["large"])
+    small = helper.make_node("ReduceMean", ["large"], ["small"], keepdims=0)
+    stage = ENGINE.load(
+        "step", graph(large, small, inputs="x", outputs="large small"), training=True
+    )
+    feeds = {"x": ENGINE.from_array(np.ones(1 << 20, np.float32))}
+    kept, places = [], set()
+    for _ in range(3):
+        outputs = ENGINE.run(stage, feeds)
+        places.add(outputs.pop("large").__array_interface__["data"])
+        kept.append(outputs)
+    assert len(places) == 1  # its memory was free to be used again
+
+
 @pytest.mark.parametrize(
     ("feeds", "reason"),
     [

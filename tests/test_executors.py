@@ -26,7 +26,7 @@ ENGINE = Engine(threads=1)
 
 
 def key(step: int = 0, phase: str = "train", micro_batch: int = 0) -> TaskKey:
-    return TaskKey(session="s", phase=phase, step=step, micro_batch=micro_batch)
+    return TaskKey("s", phase, step, micro_batch)
 
 
 def begin(executor: Executor, task: TaskKey, data: dict[str, np.ndarray] | None = None) -> None:

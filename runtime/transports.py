@@ -1,0 +1,88 @@
+"""How messages get from a client to its server and back: one narrow interface.
+
+The websocket lives in :mod:`sockets`; the one here links a client with a server's session in the
+same process and thread, for tests and for verifying a bundle.  It encodes and decodes like any
+other and does everything in one order, so that a run can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost
+from splitonnx.runtime.sessions import Session
+
+
+class Transport(Protocol):
+    """A client's connection; ``bytes_sent`` and ``bytes_received`` count whole messages."""
+
+    bytes_sent: int
+    bytes_received: int
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks as one message.
+
+        Raises:
+            ConnectionLost: it cannot be sent.
+        """
+
+    def receive(self) -> Chunk:
+        """Wait for the next message.
+
+        Raises:
+            ConnectionLost: none will come, or none came in time.
+        """
+
+    def close(self) -> None:
+        """End the connection; may be called twice."""
+
+
+class MemoryTransport:
+    """A client's connection to a session in the same thread.
+
+    The server's work is done when the client waits for a reply, and what is left of it before
+    the client's next message, at :meth:`drain` and at :meth:`close`.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._session = session
+        self._replies: Iterator[list[Chunk]] = iter(())
+        self._waiting: list[bytes] = []
+        self._closed = False
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        """Hand the session one message."""
+        if self._closed:
+            raise ConnectionLost("the server", "the connection is closed")
+        self.drain()
+        content = b"".join(chunks)
+        self.bytes_sent += len(content)
+        self._replies = self._session.handle(content)
+
+    def receive(self) -> bytes:
+        """Let the session work until its next reply."""
+        content = self._waiting.pop(0) if self._waiting else self._next_reply()
+        if content is None:
+            raise ConnectionLost("the server", "it has nothing to say")
+        self.bytes_received += len(content)
+        return content
+
+    def drain(self) -> None:
+        """Let the session finish what it was told; its replies are kept."""
+        while (content := self._next_reply()) is not None:
+            self._waiting.append(content)
+
+    def close(self) -> None:
+        """End the connection."""
+        if not self._closed:
+            self.drain()
+            self._session.abandon()
+        self._closed = True
+
+    def _next_reply(self) -> bytes | None:
+        chunks = next(self._replies, None)
+        return None if chunks is None else b"".join(chunks)

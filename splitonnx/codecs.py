@@ -1,0 +1,170 @@
+"""Tensors to bytes and back, in the layout of safetensors, for the wire and for weight files.
+
+A message is 8 bytes of header length (little-endian), a JSON header padded with spaces to a
+multiple of 64 bytes, then the raw tensors.  The header maps each name to its ``dtype``, ``shape``
+and ``data_offsets``; ``__metadata__`` maps strings to strings.
+(Format: github.com/huggingface/safetensors.)
+
+The reader trusts nothing: every size is checked by arithmetic before anything is looked at, the
+tensors must fill the bytes without gap, overlap or rest, and no code in the bytes can run.  This
+module knows neither messages nor bundles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+
+from splitonnx.errors import FormatError
+from splitonnx.tensors import DTYPES, name_dtype
+
+ALIGNMENT = 64
+"""Bytes; the raw data start at a multiple of it, so that views of them are aligned."""
+MAX_RANK = 32
+
+_LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+
+Chunk = bytes | memoryview
+
+
+def encode_tensors(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> list[Chunk]:
+    """Write tensors as chunks that, joined, are one safetensors message; no tensor is copied.
+
+    The larger element types come first, so that every tensor is aligned to its elements.
+
+    Raises:
+        FormatError: an element type that cannot travel.
+    """
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
+    chunks: list[Chunk] = []
+    end = 0
+    for name, array in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        dtype = name_dtype(array.dtype)
+        if dtype not in DTYPES:
+            raise FormatError(f"tensor '{name}'", f"its element type {dtype} cannot travel")
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+        if array.nbytes:
+            chunks.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(len(text) + _LENGTH.size) % ALIGNMENT)
+    return [_LENGTH.pack(len(text)) + text, *chunks]
+
+
+def decode_tensors(
+    content: Chunk | bytearray, *, max_header: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read tensors, as read-only views of ``content``, and the metadata.
+
+    Args:
+        content: the whole message.
+        max_header: bytes that the header may take.
+
+    Raises:
+        FormatError: the bytes are anything but one whole, well-formed message.
+    """
+    view = memoryview(content).toreadonly().cast("B")
+    header, start = _read_header(view, max_header)
+    metadata = _check_metadata(header.pop(_METADATA, {}))
+    data = view[start:]
+    tensors: dict[str, np.ndarray] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _read_start(*item)):
+        dtype, shape, stop = _check_entry(name, entry, end)
+        if stop > len(data):
+            raise _malformed(f"tensor '{name}' ends at byte {stop} of {len(data)}")
+        tensors[name] = _view(data[end:stop], dtype, shape)
+        end = stop
+    if end != len(data):
+        raise _malformed(f"{len(data) - end} bytes follow the last tensor")
+    return {name: tensors[name] for name in header}, metadata
+
+
+def _malformed(reason: str) -> FormatError:
+    return FormatError("not a well-formed tensor message", reason)
+
+
+def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], int]:
+    if len(view) < _LENGTH.size:
+        raise _malformed(f"{len(view)} bytes are no header")
+    (length,) = _LENGTH.unpack(view[: _LENGTH.size])
+    if length > max_header:
+        raise _malformed(f"its header of {length} bytes is over the limit of {max_header}")
+    if length > len(view) - _LENGTH.size:
+        raise _malformed(f"its header of {length} bytes is cut short")
+    start = _LENGTH.size + length
+    try:
+        header = json.loads(
+            bytes(view[_LENGTH.size : start]).decode(),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _malformed("its header is no JSON object")
+    return header, start
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_metadata(metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _malformed("its metadata do not map strings to strings")
+    return metadata
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _read_start(name: str, entry: object) -> tuple[int, int]:
+    """Give a tensor's offsets to sort by; empty tensors come before what starts where they do."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _malformed(f"tensor '{name}' has no valid offsets")
+    return offsets[0], offsets[1]
+
+
+def _check_entry(
+    name: str, entry: object, start: int
+) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
+    assert isinstance(entry, dict)  # _read_start saw to it
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _malformed(f"tensor '{name}' has the fields {sorted(entry)}")
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _malformed(f"tensor '{name}' has the unknown element type {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_size, shape)):
+        raise _malformed(f"tensor '{name}' has no valid shape")
+    begin, end = entry["data_offsets"]
+    if begin != start:
+        raise _malformed(f"tensor '{name}' starts at byte {begin} instead of {start}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != size:
+        raise _malformed(f"tensor '{name}' takes {end - begin} bytes instead of {size}")
+    return DTYPES[dtype], tuple(shape), end
+
+
+def _view(data: memoryview, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    raw = np.frombuffer(data, np.uint8)
+    if raw.ctypes.data % dtype.itemsize:  # files of other writers may be packed unaligned
+        raw = raw.copy()
+        raw.flags.writeable = False
+    return raw.view(dtype).reshape(shape)
