@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
@@ -226,9 +225,7 @@ def _name_stage(
     return f"{part}.forward" if first else f"{part}.backward"
 
 
-def _share_training(
-    joint: JointGraph, party: str, portable: bool, optimizer: Optimizer
-) -> _Share:
+def _share_training(joint: JointGraph, party: str, portable: bool, optimizer: Optimizer) -> _Share:
     """The stages that lead to the gradients, and behind them the party's update."""
     share = _share_phase(TRAIN, joint, party, portable)
     inputs = map_values(joint.graph)

@@ -48,9 +48,7 @@ def key_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
             _bypass(graph, node)
             continue
         if key is None:
-            key = ir.Value(
-                name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3])
-            )
+            key = ir.Value(name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
             graph.inputs.append(key)
         _write_out(graph, node, key, ratio)
 
@@ -64,7 +62,9 @@ def _read_ratio(node: ir.Node) -> float:
         raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its ratio is not a constant")
     ratio = float(tensor.numpy())
     if not 0.0 <= ratio < 1.0:
-        raise UnsupportedModel(f"node '{node.name}' (Dropout)", f"its ratio {ratio} is not in [0, 1)")
+        raise UnsupportedModel(
+            f"node '{node.name}' (Dropout)", f"its ratio {ratio} is not in [0, 1)"
+        )
     return ratio
 
 
@@ -108,9 +108,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> N
     _take_over(graph, node, list(tape.nodes), output)
 
 
-def _draw_mask(
-    tape: ir.tape.Tape, x: ir.Value, key: ir.Value, name: str, keep: float
-) -> ir.Value:
+def _draw_mask(tape: ir.tape.Tape, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
     """Compute the boolean mask in the shape of ``x``."""
 
     def integer(value: int | list[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
@@ -156,9 +154,7 @@ def _cast(tape: ir.tape.Tape, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     return tape.op("Cast", [value], {"to": dtype.value})
 
 
-def _take_over(
-    graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value
-) -> None:
+def _take_over(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value) -> None:
     old = node.outputs[0]
     output.name, output.type, output.shape = old.name, old.type, old.shape
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [output])

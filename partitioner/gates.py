@@ -182,9 +182,7 @@ def _check_tensor(tensor: TensorProto, label: str, folder: Path | None) -> None:
     if tensor.data_location == TensorProto.EXTERNAL:
         _check_external(tensor, label, folder, size)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != size:
-        raise NotAModel(
-            label, f"{subject} declares {size} bytes, but holds {len(tensor.raw_data)}"
-        )
+        raise NotAModel(label, f"{subject} declares {size} bytes, but holds {len(tensor.raw_data)}")
     elif not tensor.HasField("raw_data") and _count_typed(tensor) < min(1, size):
         raise NotAModel(label, f"{subject} declares {size} bytes, but holds none")
 

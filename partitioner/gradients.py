@@ -20,14 +20,77 @@ GRADIENT = "_grad"
 """The builder names the gradient of a value ``x`` so: ``x_grad``."""
 
 WITHOUT_GRADIENT = frozenset(
-    """Acos Acosh AffineGrid Asin Asinh Atan Atanh BlackmanWindow Celu CenterCropPad Col2Im Compress
-    ConvTranspose Cosh CumSum DFT DeformConv DepthToSpace DequantizeLinear Det Einsum Elu GRU
-    GlobalLpPool GlobalMaxPool GridSample GroupNormalization HardSigmoid HardSwish Hardmax If
-    InstanceNormalization LRN LSTM Loop LpNormalization LpPool MaxRoiPool MaxUnpool Mean
-    MeanVarianceNormalization Mish Mod NegativeLogLikelihoodLoss PRelu QuantizeLinear RNN ReduceL1
-    ReduceLogSum ReduceMax ReduceMin ReduceProd ReduceSumSquare Resize ReverseSequence RoiAlign
-    Round STFT Scan Selu Shrink Sinh Softplus Softsign SpaceToDepth Sum Tan ThresholdedRelu
-    Upsample""".split()
+    [
+        "Acos",
+        "Acosh",
+        "AffineGrid",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "BlackmanWindow",
+        "Celu",
+        "CenterCropPad",
+        "Col2Im",
+        "Compress",
+        "ConvTranspose",
+        "Cosh",
+        "CumSum",
+        "DFT",
+        "DeformConv",
+        "DepthToSpace",
+        "DequantizeLinear",
+        "Det",
+        "Einsum",
+        "Elu",
+        "GRU",
+        "GlobalLpPool",
+        "GlobalMaxPool",
+        "GridSample",
+        "GroupNormalization",
+        "HardSigmoid",
+        "HardSwish",
+        "Hardmax",
+        "If",
+        "InstanceNormalization",
+        "LRN",
+        "LSTM",
+        "Loop",
+        "LpNormalization",
+        "LpPool",
+        "MaxRoiPool",
+        "MaxUnpool",
+        "Mean",
+        "MeanVarianceNormalization",
+        "Mish",
+        "Mod",
+        "NegativeLogLikelihoodLoss",
+        "PRelu",
+        "QuantizeLinear",
+        "RNN",
+        "ReduceL1",
+        "ReduceLogSum",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSumSquare",
+        "Resize",
+        "ReverseSequence",
+        "RoiAlign",
+        "Round",
+        "STFT",
+        "Scan",
+        "Selu",
+        "Shrink",
+        "Sinh",
+        "Softplus",
+        "Softsign",
+        "SpaceToDepth",
+        "Sum",
+        "Tan",
+        "ThresholdedRelu",
+        "Upsample",
+    ]
 )
 """Operators that 1.19.2 cannot differentiate, or whose gradient has no kernel; ``If`` aborts."""
 
@@ -132,7 +195,9 @@ def _annotate(model: ir.Model) -> None:
     values = map_values(model.graph)
     proto = ir.to_proto(model)
     known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in values if name not in known
+    )
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), _make_options(), providers=["CPUExecutionProvider"]
     )

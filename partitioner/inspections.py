@@ -51,9 +51,7 @@ def inspect(model: ModelSource, *, batch: int | None = None) -> list[Cut]:
     form = prepared.inference
     if batch is not None:
         _fix_batch(form, prepared, batch)
-    divisions = find_single_cuts(
-        form.graph, state=prepared.state, trainable=prepared.trainable
-    )
+    divisions = find_single_cuts(form.graph, state=prepared.state, trainable=prepared.trainable)
     return [_describe(division, prepared) for division in divisions]
 
 

@@ -17,7 +17,7 @@ from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, resolve_names
 from splitonnx.partitioner.frontiers import map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
-from splitonnx.partitioner.losses import LOSS, AttachedLoss, attach_loss, skip_activation
+from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
 from splitonnx.partitioner.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.stages import Crossing
@@ -131,9 +131,7 @@ def build_training(
     )
 
 
-def build_predict(
-    prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]
-) -> JointGraph:
+def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
     """Put ports into the inference form; the model's outputs end up with the client."""
     graph = prepared.inference.clone().graph
     division = _divide(prepared, graph, at, tail_at)
@@ -229,16 +227,12 @@ def _list_port_wires(
             tensor = TensorSpec(
                 name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, bounds=labels.bounds
             )
-        crossing = Crossing(
-            value=values[tensor.name], sender=port.sender, receiver=port.receiver
-        )
+        crossing = Crossing(value=values[tensor.name], sender=port.sender, receiver=port.receiver)
         wires.append(WireSpec(crossing=crossing, tensor=tensor, kind=port.kind))
     return wires
 
 
-def _list_gradients(
-    graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]
-) -> list[WireSpec]:
+def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -> list[WireSpec]:
     """Find the gradient of each port's wire; one that is not needed does not exist."""
     values = map_values(graph)
     wires = []

@@ -100,8 +100,9 @@ def find_activation(output: ir.Value, loss: str) -> str | None:
 def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
     if value.dtype != ir.DataType.FLOAT or (value.shape is not None and len(value.shape)):
         raise UnsupportedModel(
-            f"output '{value.name}'", f"a loss is a float32 scalar, this is {value.type}"
-            f"{list(value.shape or [])}", "name the loss with --output",
+            f"output '{value.name}'",
+            f"a loss is a float32 scalar, this is {value.type}{list(value.shape or [])}",
+            "name the loss with --output",
         )
     if value.name != LOSS:
         _clear_names(graph, (LOSS,), value)

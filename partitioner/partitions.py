@@ -104,4 +104,3 @@ def _choose_output(prepared: PreparedModel, output: str | None) -> str:
     if output is not None and output not in known:
         raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
     return output or known[0]
-

@@ -230,9 +230,7 @@ def _convert(model: ir.Model, target: int, changed: Sequence[str]) -> ir.Model:
     return ir.from_proto(proto)
 
 
-def _refuse_unkept_statistics(
-    statistics: Collection[str], weights: Collection[str]
-) -> None:
+def _refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
     for name in statistics:
         if name not in weights:
             raise UnsupportedModel(
@@ -259,8 +257,9 @@ def _assign_roles(
     for pattern in freeze:
         if not any(re.search(pattern, name) for name in weights):
             raise UnsupportedModel(
-                f"--freeze {pattern}", "no parameter's name fits this pattern", "see the names in "
-                "`splitonnx inspect`"
+                f"--freeze {pattern}",
+                "no parameter's name fits this pattern",
+                "see the names in `splitonnx inspect`",
             )
     return roles
 

@@ -57,9 +57,7 @@ def cut_stages(
     ``targets`` maps each party to the values it must compute for its own sake; the wires that it
     sends are added.
     """
-    received = {
-        party: {c.value for c in crossings if c.receiver == party} for party in targets
-    }
+    received = {party: {c.value for c in crossings if c.receiver == party} for party in targets}
     wanted = {
         party: list(dict.fromkeys([*(c.value for c in crossings if c.sender == party), *values]))
         for party, values in targets.items()

@@ -73,7 +73,8 @@ class Client:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        UsageError: a server is missing, or given where there is nothing for it to do.
+        UsageError: a server is missing, or given where there is nothing for it to do; the seed is
+            negative.
         ConnectionLost: the server cannot be reached.
         BundleMismatch, ServerBusy, RemoteFault: the server refuses.
     """
@@ -88,6 +89,8 @@ class Client:
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         self._manifest = party.manifest
+        if seed < 0:
+            raise UsageError(f"the seed must not be negative, not {seed}")
         self._seed = seed
         self._closed = False
         if (server is not None) != any(phase.wires for phase in self._manifest.phases):

@@ -53,13 +53,9 @@ def installed_runtime() -> InstalledRuntime:
     Raises:
         MissingExtra: none is.
     """
-    ort = _import_onnxruntime()
-    from onnxruntime.capi import _pybind_state  # type: ignore[import-untyped]
-
     # The training build and the stock build share a folder: only what is inside tells them apart.
-    return InstalledRuntime(
-        version=ort.__version__, training=hasattr(_pybind_state, "GradientGraphBuilder")
-    )
+    training = hasattr(_bindings(), "GradientGraphBuilder")
+    return InstalledRuntime(version=_import_onnxruntime().__version__, training=training)
 
 
 class Tensor:
@@ -174,21 +170,21 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _bindings() -> Any:
+    return _import_onnxruntime().capi.onnxruntime_pybind11_state
+
+
 def _detach(value: Any) -> Any:
     """Take one output out of its run's list, of which each item keeps all the others alive."""
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
-
-    alone = OrtValueVector()
+    alone = _bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
     return type(value)(alone[0])
 
 
 @cache
 def _exceptions() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
     # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
-    own = (kind for kind in vars(state).values() if isinstance(kind, type))
+    own = (kind for kind in vars(_bindings()).values() if isinstance(kind, type))
     return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
 
 

@@ -20,6 +20,7 @@ from splitonnx.errors import (
     MissingArray,
     NotFinite,
     RemoteProtocolError,
+    UsageError,
     quote,
 )
 from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage
@@ -86,11 +87,13 @@ class Executor:
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
             LocalProtocolError: the task is open already, or trains at another step than the next.
+            UsageError: seed or learning rate lie outside what their tensors hold.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
         if key.phase == TRAIN and key.step != self.step:
             raise LocalProtocolError(f"to train at step {key.step}; the next is {self.step}")
+        scalars = _make_scalars(key, seed, learning_rate)
         self.prepare(key.phase)
         flow = self._flows[key.phase]
         phase = self.manifest.phase(key.phase)
@@ -100,14 +103,7 @@ class Executor:
                 raise MissingArray(spec.name, tuple(data))
             check_array(data[spec.name], spec, task.symbols)
         self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
-        self._supply(
-            task,
-            {
-                KEY: np.array([seed, key.step, key.micro_batch], np.int64),
-                LEARNING_RATE: np.array(learning_rate, np.float32),
-                STEP: np.array(key.step + 1, np.int64),
-            },
-        )
+        self._supply(task, scalars)
         self._tasks[key] = task
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
@@ -227,3 +223,17 @@ class Executor:
     def _drop(self, task: _Task, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]
+
+
+def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
+    """Make the runtime's scalars; what they are made of may come from the other party."""
+    numbers = (seed, key.step, key.micro_batch)
+    if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
+        raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")
+    if not 0 <= learning_rate <= float(np.finfo(np.float32).max):  # NaN fails too
+        raise UsageError(f"the learning rate must be finite and not negative, not {learning_rate}")
+    return {
+        KEY: np.array(numbers, np.int64),
+        LEARNING_RATE: np.array(learning_rate, np.float32),
+        STEP: np.array(key.step + 1, np.int64),
+    }

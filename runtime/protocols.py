@@ -102,9 +102,7 @@ class Protocol:
         self.state = following
         return encode_message(message, tensors)
 
-    def receive(
-        self, content: Chunk | bytearray
-    ) -> tuple[Message, dict[str, np.ndarray]]:
+    def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
         """Read a message, check it, and move on; the tensors are views of ``content``.
 
         Raises:

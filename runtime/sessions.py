@@ -55,9 +55,7 @@ class Session:
         while self._open:
             self.executor.abandon(self._open.pop())
 
-    def _answer(
-        self, message: Message, tensors: Mapping[str, np.ndarray]
-    ) -> Iterator[list[Chunk]]:
+    def _answer(self, message: Message, tensors: Mapping[str, np.ndarray]) -> Iterator[list[Chunk]]:
         match message:
             case Hello():
                 yield self._greet(message)
@@ -89,9 +87,7 @@ class Session:
         )
         return self._protocol.send(welcome)
 
-    def _work(
-        self, message: Tensors, tensors: Mapping[str, np.ndarray]
-    ) -> Iterator[list[Chunk]]:
+    def _work(self, message: Tensors, tensors: Mapping[str, np.ndarray]) -> Iterator[list[Chunk]]:
         self._check_session(message.session)
         if message.phase == TRAIN:
             self._check_step(message.step)

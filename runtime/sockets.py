@@ -151,9 +151,7 @@ async def serve(
         await handle(Peer(socket))
 
     try:
-        server = await serve_websockets(
-            welcome, host, port, compression=None, max_size=MAX_MESSAGE
-        )
+        server = await serve_websockets(welcome, host, port, compression=None, max_size=MAX_MESSAGE)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(host, port) from error

@@ -223,7 +223,9 @@ def test_a_part_needs_a_server_and_a_whole_model_none() -> None:
         Client(tiny.local_bundle().client, Scripted())
 
 
-def test_counts_below_one_are_refused() -> None:
+def test_counts_below_one_and_negative_seeds_are_refused() -> None:
+    with pytest.raises(UsageError, match="seed"):
+        local_client(seed=-1)
     with pytest.raises(UsageError, match="epochs must be at least 1, not 0"):
         local_client().fit(DATA, epochs=0)
     with pytest.raises(UsageError, match="batch_size"):

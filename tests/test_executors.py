@@ -15,6 +15,7 @@ from splitonnx.errors import (
     MissingArray,
     RemoteProtocolError,
     StageFailed,
+    UsageError,
 )
 from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source
 from splitonnx.messages import TaskKey
@@ -235,6 +236,21 @@ def test_steps_are_taken_in_their_order_and_tasks_opened_and_closed_once() -> No
         begin(client, key(), tiny.batch(0))
     with pytest.raises(LocalProtocolError, match="not finished"):
         client.finish(key())
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 1e39, -0.1])
+def test_a_learning_rate_that_would_spoil_the_weights_is_refused(rate: float) -> None:
+    client, _ = parties()
+    with pytest.raises(UsageError, match="learning rate"):
+        client.begin(key(), data=tiny.batch(0), seed=0, learning_rate=rate)
+
+
+@pytest.mark.parametrize(("seed", "micro_batch"), [(-1, 0), (1 << 63, 0), (0, 1 << 64)])
+def test_numbers_beyond_their_scalars_are_refused(seed: int, micro_batch: int) -> None:
+    client, _ = parties()
+    task = key(micro_batch=micro_batch)
+    with pytest.raises(UsageError, match="seed, step and micro-batch"):
+        client.begin(task, data=tiny.batch(0), seed=seed, learning_rate=tiny.RATE)
 
 
 def test_a_failing_stage_is_named_and_the_state_stays() -> None:

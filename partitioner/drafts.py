@@ -1,0 +1,108 @@
+"""Drafts: nodes under construction, with names of their own and constants that are shared.
+
+Losses, updates and lowerings write their formulas with it.  It knows how to write nodes, not
+which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+Attribute = int | float | str | Sequence[int] | Sequence[float]
+
+
+class Draft:
+    """A row of nodes; every node and value is named ``<prefix>/<number>``.
+
+    ``nodes`` is what was written so far, in order.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.nodes: list[ir.Node] = []
+        self._prefix = prefix
+        self._constants: dict[tuple[object, ...], ir.Value] = {}
+
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        """Append a node with one output and return that."""
+        return self.ops(kind, list(inputs), 1, attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        attributes: Mapping[str, Attribute],
+    ) -> Sequence[ir.Value]:
+        """Append a node with several outputs and return them."""
+        name = f"{self._prefix}/{len(self.nodes)}"
+        node = ir.node(kind, inputs, dict(attributes), num_outputs=outputs, name=f"{name}_{kind}")
+        for index, value in enumerate(node.outputs):
+            value.name = f"{name}_{index}" if index else name
+        self.nodes.append(node)
+        return node.outputs
+
+    def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
+        """Give a scalar constant; ``dtype`` is as a rule that of a neighbour."""
+        assert dtype is not None
+        return self._constant((value, dtype), ir.tensor(value, dtype=dtype))
+
+    def integers(self, values: Sequence[int]) -> ir.Value:
+        """Give a constant vector of I64."""
+        key = (*values, "I64")
+        return self._constant(key, ir.tensor(list(values), dtype=ir.DataType.INT64))
+
+    def integer(self, value: int) -> ir.Value:
+        """Give a constant scalar of I64."""
+        return self._constant((value,), ir.tensor(value, dtype=ir.DataType.INT64))
+
+    def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Give a constant tensor."""
+        return self._constant((id(tensor), "tensor"), tensor)
+
+    def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """Cast to ``dtype``, where the value is not known to be of it already."""
+        assert dtype is not None
+        if value.dtype == dtype:
+            return value
+        result = self.op("Cast", value, to=dtype.value)
+        result.type = ir.TensorType(dtype)
+        return result
+
+    def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
+        """Give (a piece of) a value's shape as I64 vector: a constant where it is known."""
+        dims = known_dims(value)
+        piece = None if dims is None else dims[start:end]
+        if piece is not None and all(dim is not None for dim in piece):
+            return self.integers([dim for dim in piece if dim is not None])
+        if end is None:
+            return self.op("Shape", value, start=start)
+        return self.op("Shape", value, start=start, end=end)
+
+    def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
+        if key not in self._constants:
+            node = ir.node(
+                "Constant",
+                [],
+                {"value": tensor},
+                name=f"{self._prefix}/{len(self.nodes)}_Constant",
+            )
+            value = node.outputs[0]
+            value.name = f"{self._prefix}/{len(self.nodes)}"
+            value.type = ir.TensorType(tensor.dtype)
+            self.nodes.append(node)
+            self._constants[key] = value
+        return self._constants[key]
+
+
+def known_dims(value: ir.Value) -> list[int | None] | None:
+    """List a value's dimensions, ``None`` for one that is not a number; ``None`` without rank."""
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def known_rank(value: ir.Value) -> int | None:
+    """Give a value's number of dimensions, if it is known."""
+    return None if value.shape is None else len(value.shape)

@@ -1,0 +1,122 @@
+"""Lowerings: training-only operators written as standard ONNX operators.
+
+A portable part runs on any ONNX Runtime, so nothing may be left in it that only
+onnxruntime-training knows.  :data:`LOWERINGS` shows the whole coverage; each entry is a small
+function from a node to the values that replace its outputs.  The formulas are the textbook
+derivatives of the forward operators as onnx.ai/onnx/operators defines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.lowerings import (
+    activations,
+    convolutions,
+    losses,
+    normalizations,
+    pools,
+    shapes,
+)
+
+Lowering = Callable[[Draft, ir.Node], Sequence[ir.Value | None]]
+
+LOWERINGS: Mapping[str, Lowering] = {
+    "AveragePoolGrad": pools.lower_average_pool_grad,
+    "BatchNormInternal": normalizations.lower_batch_norm,
+    "BatchNormalizationGrad": normalizations.lower_batch_norm_grad,
+    "BroadcastGradientArgs": shapes.lower_broadcast_axes,
+    "ConcatTraining": shapes.lower_concat,
+    "ConvGrad": convolutions.lower_conv_grad,
+    "FastGelu": activations.lower_fast_gelu,
+    "FastGeluGrad": activations.lower_fast_gelu_grad,
+    "FusedMatMul": shapes.lower_matmul,
+    "GatherElementsGrad": shapes.lower_gather_elements_grad,
+    "GatherGrad": shapes.lower_gather_grad,
+    "GatherNDGrad": shapes.lower_gather_nd_grad,
+    "Gelu": activations.lower_gelu,
+    "GeluGrad": activations.lower_gelu_grad,
+    "LayerNormalizationGrad": normalizations.lower_layer_norm_grad,
+    "LeakyReluGrad": activations.lower_leaky_relu_grad,
+    "LogSoftmaxGrad_13": activations.lower_log_softmax_grad,
+    "MaxPoolGrad": pools.lower_max_pool_grad,
+    "QuickGelu": activations.lower_quick_gelu,
+    "QuickGeluGrad": activations.lower_quick_gelu_grad,
+    "ReluGrad": activations.lower_relu_grad,
+    "Scale": shapes.lower_scale,
+    "SigmoidGrad": activations.lower_sigmoid_grad,
+    "SimplifiedLayerNormalization": normalizations.lower_rms_norm,
+    "SimplifiedLayerNormalizationGrad": normalizations.lower_rms_norm_grad,
+    "SinGrad": activations.lower_sin_grad,
+    "SliceGrad": shapes.lower_slice_grad,
+    "SoftmaxCrossEntropyLoss": losses.lower_cross_entropy,
+    "SoftmaxCrossEntropyLossGrad": losses.lower_cross_entropy_grad,
+    "SoftmaxGrad_13": activations.lower_softmax_grad,
+    "SplitTraining": shapes.lower_split,
+    "TanhGrad": activations.lower_tanh_grad,
+}
+"""Operator -> how to write it in standard operators."""
+
+_WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
+"""Standard operators for which the mobile builds of ONNX Runtime have no kernel."""
+
+
+def lower(graph: ir.Graph) -> None:
+    """Replace, in place, every operator that stock ONNX Runtime lacks.
+
+    Values keep their names.  A dynamic batch stays dynamic; other dimensions are taken from the
+    shapes noted on the graph's values where they are known.
+
+    Raises:
+        UnsupportedModel: an operator has no lowering, or one lacks a shape that it needs.
+    """
+    opset = graph.opset_imports[""]
+    for node in list(graph):
+        if is_standard(node, opset):
+            continue
+        lowering = LOWERINGS.get(node.op_type)
+        if lowering is None:
+            raise UnsupportedModel(
+                f"node '{node.name}' ({node.op_type})",
+                "it has no counterpart in standard operators",
+                "choose the target training for the party that runs it",
+            )
+        _replace(graph, node, lowering)
+
+
+def is_standard(node: ir.Node, opset: int) -> bool:
+    """Tell whether any ONNX Runtime, mobile builds included, runs a node at ``opset``."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
+        return False
+    try:
+        onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    return True
+
+
+def _replace(graph: ir.Graph, node: ir.Node, lowering: Lowering) -> None:
+    draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
+    made = list(lowering(draft, node))
+    old, new = [], []
+    own = {value for written in draft.nodes for value in written.outputs}
+    for value, replacement in zip(node.outputs, made, strict=False):
+        if not value.name or not (value.uses() or value.is_graph_output()):
+            continue
+        if replacement is None:
+            raise UnsupportedModel(
+                f"node '{node.name}' ({node.op_type})",
+                f"its output '{value.name}' cannot be written in standard operators",
+                "choose the target training for the party that runs it",
+            )
+        if replacement not in own or replacement in new:
+            replacement = draft.op("Identity", replacement)
+            own.add(replacement)
+        old.append(value)
+        new.append(replacement)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], draft.nodes, old, new)

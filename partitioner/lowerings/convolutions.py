@@ -1,0 +1,235 @@
+"""The gradient of Conv, for any number of spatial dimensions, groups, strides and dilations.
+
+The gradient to the input is itself a convolution, with the weights flipped and their channels
+swapped; with a stride it is a ConvTranspose.  The gradient to the weights is one matrix product
+of the output's gradient with the windows of the input, gathered by one strided Slice for each
+element of the kernel (im2col).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims
+
+_END = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """How a convolution's window moves; one entry for each spatial dimension.
+
+    ``before`` and ``after`` are the padding, ``size`` the input's and ``steps`` the output's
+    extent, ``None`` where they are not known.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    size: tuple[int | None, ...]
+    groups: int
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Elements from a window's first to its last, less one."""
+        return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilations, strict=True))
+
+    @property
+    def steps(self) -> tuple[int | None, ...]:
+        """The output's extent."""
+        parts = zip(self.size, self.before, self.after, self.reach, self.strides, strict=True)
+        return tuple(None if n is None else (n + b + a - r - 1) // s + 1 for n, b, a, r, s in parts)
+
+
+def lower_conv_grad(draft: Draft, node: ir.Node) -> Sequence[ir.Value | None]:
+    """The gradients of Conv to its input, weights and bias, each where it is wanted."""
+    dy, x, w = node.inputs[:3]
+    assert dy is not None
+    assert x is not None
+    assert w is not None
+    window = _read_window(node, x, w)
+    wanted = [bool(v.name) and (bool(v.uses()) or v.is_graph_output()) for v in node.outputs]
+    wanted += [False] * (3 - len(wanted))
+    spatial = range(2, 2 + len(window.kernel))
+    return [
+        _grad_input(draft, node, dy, x, w, window) if wanted[0] else None,
+        _grad_weights(draft, dy, x, w, window) if wanted[1] else None,
+        draft.op("ReduceSum", dy, draft.integers([0, *spatial]), keepdims=0) if wanted[2] else None,
+    ]
+
+
+def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
+    shape, size = known_dims(w), known_dims(x)
+    if shape is None or None in shape or size is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' (ConvGrad)", "the shape of its weights or input is not known"
+        )
+    kernel = tuple(dim for dim in shape[2:] if dim is not None)
+    rank = len(kernel)
+    ones = (1,) * rank
+    strides = tuple(node.attributes.get_ints("strides", ones))
+    dilations = tuple(node.attributes.get_ints("dilations", ones))
+    pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * rank)))
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode.startswith("SAME"):
+        pads = _same_pads(node, mode, size[2:], kernel, strides, dilations)
+    elif mode == "VALID":
+        pads = (0,) * (2 * rank)
+    return _Window(
+        kernel=kernel,
+        strides=strides,
+        dilations=dilations,
+        before=pads[:rank],
+        after=pads[rank:],
+        size=tuple(size[2:]),
+        groups=node.attributes.get_int("group", 1),
+    )
+
+
+def _same_pads(
+    node: ir.Node,
+    mode: str,
+    size: Sequence[int | None],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> tuple[int, ...]:
+    small, large = [], []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        if n is None:
+            raise UnsupportedModel(
+                f"node '{node.name}' (ConvGrad)", f"auto_pad {mode} needs a known image size"
+            )
+        total = max(0, (-(-n // s) - 1) * s + d * (k - 1) + 1 - n)
+        small.append(total // 2)
+        large.append(total - total // 2)
+    return (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
+
+
+def _grad_input(
+    draft: Draft, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+) -> ir.Value:
+    mirrored = [r - b for r, b in zip(window.reach, window.before, strict=True)]
+    mirrored += [r - a for r, a in zip(window.reach, window.after, strict=True)]
+    if all(stride == 1 for stride in window.strides) and min(mirrored) >= 0:
+        return draft.op(
+            "Conv",
+            dy,
+            _mirror_weights(draft, w, window),
+            pads=mirrored,
+            dilations=window.dilations,
+            group=window.groups,
+        )
+    # the whole reach of the windows, then the part of it that is the input
+    whole = draft.op(
+        "ConvTranspose",
+        dy,
+        w,
+        strides=window.strides,
+        dilations=window.dilations,
+        group=window.groups,
+    )
+    return _crop_input(draft, whole, x, window)
+
+
+def _mirror_weights(draft: Draft, w: ir.Value, window: _Window) -> ir.Value:
+    """[M, C/g, k...] to [C, M/g, k...], flipped along the kernel."""
+    outputs, inputs, *kernel = known_dims(w) or []
+    assert outputs is not None
+    assert inputs is not None
+    groups, rank = window.groups, len(window.kernel)
+    spatial = list(range(rank))
+    if any(extent != 1 for extent in kernel):
+        w = draft.op(
+            "Slice",
+            w,
+            draft.integers([-1] * rank),
+            draft.integers([-_END] * rank),
+            draft.integers([2 + axis for axis in spatial]),
+            draft.integers([-1] * rank),
+        )
+    if groups == 1:
+        return draft.op("Transpose", w, perm=[1, 0, *(2 + axis for axis in spatial)])
+    split = draft.integers([groups, outputs // groups, inputs, *window.kernel])
+    w = draft.op(
+        "Transpose", draft.op("Reshape", w, split), perm=[0, 2, 1, *(3 + a for a in spatial)]
+    )
+    return draft.op(
+        "Reshape", w, draft.integers([groups * inputs, outputs // groups, *window.kernel])
+    )
+
+
+def _crop_input(draft: Draft, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
+    """Cut the input's part out of the windows' whole reach; what no window touched is 0."""
+    rank = len(window.kernel)
+    axes = draft.integers(range(2, 2 + rank))
+    # the last window may end before the input does: by less than a stride
+    margin = [max(0, s - 1 - a) for s, a in zip(window.strides, window.after, strict=True)]
+    if any(margin):
+        whole = draft.op(
+            "Pad", whole, draft.integers([0] * (2 + rank) + [0, 0, *margin]), mode="constant"
+        )
+    start = draft.integers(window.before)
+    end = draft.op("Add", draft.shape(x, 2), start)
+    return draft.op("Slice", whole, start, end, axes)
+
+
+def _grad_weights(
+    draft: Draft, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+) -> ir.Value:
+    """[M/g, N * L] by [N * L, k * C/g] in each group, L the windows of one image."""
+    outputs, inputs, *_ = known_dims(w) or []
+    assert outputs is not None
+    assert inputs is not None
+    rank, groups, count = len(window.kernel), window.groups, math.prod(window.kernel)
+    swap = [1, 0, *range(2, 2 + rank)]
+    rows = draft.op("Transpose", dy, perm=swap)  # [M, N, L...]
+    columns = _gather_windows(draft, draft.op("Transpose", x, perm=swap), dy, window)
+    if groups == 1:
+        rows = draft.op("Reshape", rows, draft.integers([outputs, -1]))
+        flat = [draft.op("Reshape", c, draft.integers([inputs, -1])) for c in columns]
+        stacked = flat[0] if count == 1 else draft.op("Concat", *flat, axis=0)
+        product = draft.op("Gemm", rows, stacked, transB=1)  # [M, k * C]
+        product = draft.op("Reshape", product, draft.integers([outputs, count, inputs]))
+    else:
+        rows = draft.op("Reshape", rows, draft.integers([groups, outputs // groups, -1]))
+        flat = [draft.op("Reshape", c, draft.integers([groups, inputs, -1])) for c in columns]
+        stacked = flat[0] if count == 1 else draft.op("Concat", *flat, axis=1)
+        product = draft.op("MatMul", rows, draft.op("Transpose", stacked, perm=[0, 2, 1]))
+        product = draft.op("Reshape", product, draft.integers([outputs, count, inputs]))
+    moved = draft.op("Transpose", product, perm=[0, 2, 1])
+    return draft.op("Reshape", moved, draft.integers([outputs, inputs, *window.kernel]))
+
+
+def _gather_windows(draft: Draft, x: ir.Value, dy: ir.Value, window: _Window) -> list[ir.Value]:
+    """For each element of the kernel, the elements of ``x`` [C, N, ...] that it meets."""
+    rank = len(window.kernel)
+    if any(window.before) or any(window.after):
+        pads = [0, 0, *window.before, 0, 0, *window.after]
+        x = draft.op("Pad", x, draft.integers(pads), mode="constant")
+    axes, strides = draft.integers(range(2, 2 + rank)), draft.integers(window.strides)
+    steps = window.steps
+    found = []
+    for offset in itertools.product(*(range(k) for k in window.kernel)):
+        start = [o * d for o, d in zip(offset, window.dilations, strict=True)]
+        if all(step is not None for step in steps):
+            parts = zip(start, steps, window.strides, strict=True)
+            end = [b + ((n or 1) - 1) * s + 1 for b, n, s in parts]
+            found.append(
+                draft.op("Slice", x, draft.integers(start), draft.integers(end), axes, strides)
+            )
+            continue
+        piece = draft.op(
+            "Slice", x, draft.integers(start), draft.integers([_END] * rank), axes, strides
+        )
+        zeros = draft.integers([0] * rank)
+        found.append(draft.op("Slice", piece, zeros, draft.shape(dy, 2), axes))
+    return found

@@ -1,0 +1,126 @@
+"""Gradients of pooling.  The input's extent is taken from the shape noted on the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims
+
+Values = Sequence[ir.Value | None]
+
+
+def _read_extent(node: ir.Node) -> list[int]:
+    """The spatial extent of the pooled input, which is that of the gradient made here."""
+    dims = known_dims(node.outputs[0])
+    if dims is None or None in dims[2:]:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            "the image size of the pooled input is not known",
+            "export the model with a fixed image size",
+        )
+    return [dim for dim in dims[2:] if dim is not None]
+
+
+def lower_max_pool_grad(draft: Draft, node: ir.Node) -> Values:
+    """Add each gradient where its maximum came from.
+
+    MaxPool's second output counts positions over the whole input, batch and channels included.
+    """
+    dy, indices = node.inputs[:2]
+    assert dy is not None
+    assert indices is not None
+    shape = draft.op("Concat", draft.shape(dy, 0, 2), draft.integers(_read_extent(node)), axis=0)
+    everything = draft.integers([-1])
+    total = draft.op("ReduceProd", shape, keepdims=1)
+    zeros = draft.op("Expand", draft.number(0.0, dy.dtype), total)
+    placed = draft.op(
+        "ScatterElements",
+        zeros,
+        draft.op("Reshape", indices, everything),
+        draft.op("Reshape", dy, everything),
+        axis=0,
+        reduction="add",
+    )
+    return [draft.op("Reshape", placed, shape)]
+
+
+def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
+    """Spread each gradient, over its window's count, by a depthwise ConvTranspose with ones."""
+    dy = node.inputs[0]
+    assert dy is not None
+    extent = _read_extent(node)
+    dims = known_dims(node.outputs[0]) or []
+    rank = len(extent)
+    kernel = list(node.attributes.get_ints("kernel_shape"))
+    strides = list(node.attributes.get_ints("strides", [1] * rank))
+    pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode.startswith("SAME"):
+        pads = _same_pads(mode, extent, kernel, strides)
+    steps = [
+        -(-(n + pads[i] + pads[i + rank] - k) // s) + 1
+        if node.attributes.get_int("ceil_mode", 0)
+        else (n + pads[i] + pads[i + rank] - k) // s + 1
+        for i, (n, k, s) in enumerate(zip(extent, kernel, strides, strict=True))
+    ]
+    include = bool(node.attributes.get_int("count_include_pad", 0))
+    counts = _count_windows(extent, kernel, strides, pads, steps, include=include)
+    dtype = dy.dtype
+    assert dtype is not None
+    divisor = draft.tensor(ir.tensor(counts.astype(dtype.numpy())))
+    shared = draft.op("Div", dy, divisor)
+    # channels join the batch, so that one kernel of ones serves them all
+    flat = draft.op("Reshape", shared, draft.integers([-1, 1, *steps]))
+    ones = draft.tensor(ir.tensor(np.ones((1, 1, *kernel), dtype.numpy())))
+    whole = draft.op("ConvTranspose", flat, ones, strides=strides)
+    reach = [(m - 1) * s + k for m, s, k in zip(steps, strides, kernel, strict=True)]
+    margin = [max(0, pads[i] + n - r) for i, (n, r) in enumerate(zip(extent, reach, strict=True))]
+    if any(margin):
+        padding = draft.integers([0] * (2 + rank) + [0, 0, *margin])
+        whole = draft.op("Pad", whole, padding, mode="constant")
+    start = pads[:rank]
+    end = [b + n for b, n in zip(start, extent, strict=True)]
+    axes = draft.integers(range(2, 2 + rank))
+    part = draft.op("Slice", whole, draft.integers(start), draft.integers(end), axes)
+    channels = draft.integers([dims[1]]) if dims[1] is not None else draft.shape(dy, 1, 2)
+    shape = draft.op("Concat", draft.shape(dy, 0, 1), channels, draft.integers(extent), axis=0)
+    return [draft.op("Reshape", part, shape)]
+
+
+def _same_pads(
+    mode: str, extent: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
+) -> list[int]:
+    totals = [
+        max(0, (-(-n // s) - 1) * s + k - n)
+        for n, k, s in zip(extent, kernel, strides, strict=True)
+    ]
+    small = [total // 2 for total in totals]
+    large = [total - total // 2 for total in totals]
+    return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
+
+
+def _count_windows(
+    extent: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    steps: Sequence[int],
+    *,
+    include: bool,
+) -> np.ndarray:
+    """Count, for each window, the elements that it averages; with ``include`` padding too."""
+    counts = np.ones((1, 1, *([1] * len(extent))))
+    rank = len(extent)
+    for axis, (n, k, s, m) in enumerate(zip(extent, kernel, strides, steps, strict=True)):
+        begin = np.arange(m) * s - pads[axis]
+        # a window that ceil_mode adds may reach beyond the padding: that part never counts
+        low, high = (-pads[axis], n + pads[axis + rank]) if include else (0, n)
+        along = np.minimum(begin + k, high) - np.maximum(begin, low)
+        shape = [1] * (2 + rank)
+        shape[2 + axis] = m
+        counts = counts * along.reshape(shape)
+    return counts

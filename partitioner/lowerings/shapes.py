@@ -1,0 +1,156 @@
+"""Operators that move, select or scale elements, their gradients, and the fused matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_rank
+
+Values = Sequence[ir.Value | None]
+
+
+def _take(node: ir.Node, count: int) -> list[ir.Value]:
+    values = [value for value in node.inputs[:count] if value is not None]
+    assert len(values) == count
+    return values
+
+
+def _require_rank(node: ir.Node, value: ir.Value) -> int:
+    rank = known_rank(value)
+    if rank is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})", f"the rank of '{value.name}' is not known"
+        )
+    return rank
+
+
+def _zeros(draft: Draft, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    return draft.op("Expand", draft.number(0.0, dtype), shape)
+
+
+def lower_scale(draft: Draft, node: ir.Node) -> Values:
+    """x * scale, or x / scale with ``scale_down``."""
+    x, scale = _take(node, 2)
+    kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
+    return [draft.op(kind, x, draft.cast(scale, x.dtype))]
+
+
+def lower_concat(draft: Draft, node: ir.Node) -> Values:
+    """Concat, and the extent of each input along the axis."""
+    axis = node.attributes.get_int("axis")
+    values = [value for value in node.inputs if value is not None]
+    rank = _require_rank(node, values[0])
+    along = axis % rank
+    lengths = [draft.op("Shape", value, start=along, end=along + 1) for value in values]
+    return [
+        draft.op("Concat", *values, axis=axis),
+        draft.op("Concat", *lengths, axis=0) if len(node.outputs) > 1 else None,
+    ]
+
+
+def lower_split(draft: Draft, node: ir.Node) -> Values:
+    """Split into parts of the given extents."""
+    x, extents = _take(node, 2)
+    axis = node.attributes.get_int("axis", 0)
+    return draft.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
+
+
+def lower_slice_grad(draft: Draft, node: ir.Node) -> Values:
+    """Put each gradient back to where its element came from; any starts, ends and steps."""
+    dy, shape, *selection = node.inputs
+    assert dy is not None
+    assert shape is not None
+    total = draft.op("ReduceProd", shape, keepdims=0)
+    places = draft.op("Range", draft.integer(0), total, draft.integer(1))
+    chosen = draft.op("Slice", draft.op("Reshape", places, shape), *selection)
+    everything = draft.integers([-1])
+    flat = draft.op("Reshape", total, draft.integers([1]))
+    placed = draft.op(
+        "ScatterElements",
+        _zeros(draft, flat, dy.dtype),
+        draft.op("Reshape", chosen, everything),
+        draft.op("Reshape", dy, everything),
+        axis=0,
+    )
+    return [draft.op("Reshape", placed, shape)]
+
+
+def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
+    """Add each gradient to the row that it was gathered from."""
+    shape, indices, dy = _take(node, 3)
+    rank, span = _require_rank(node, node.outputs[0]), _require_rank(node, indices)
+    axis = node.attributes.get_int("axis", 0) % rank
+    front = [*range(axis, axis + span), *range(axis), *range(axis + span, rank - 1 + span)]
+    order = [axis, *(a for a in range(rank) if a != axis)]
+    if axis:
+        dy = draft.op("Transpose", dy, perm=front)
+        shape = draft.op("Gather", shape, draft.integers(order), axis=0)
+    zeros = _zeros(draft, shape, node.inputs[2].dtype if node.inputs[2] else None)
+    rows = draft.op("Unsqueeze", draft.cast(indices, ir.DataType.INT64), draft.integers([-1]))
+    placed = draft.op("ScatterND", zeros, rows, dy, reduction="add")
+    back = [int(place) for place in np.argsort(order)]
+    return [draft.op("Transpose", placed, perm=back) if axis else placed]
+
+
+def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
+    """Add each gradient to the element that it was gathered from."""
+    dy, shape, indices = _take(node, 3)
+    axis = node.attributes.get_int("axis", 0)
+    zeros = _zeros(draft, shape, dy.dtype)
+    return [draft.op("ScatterElements", zeros, indices, dy, axis=axis, reduction="add")]
+
+
+def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
+    """Add each gradient to the slice that it was gathered from."""
+    shape, indices, dy = _take(node, 3)
+    if node.attributes.get_int("batch_dims", 0):
+        raise UnsupportedModel(
+            f"node '{node.name}' (GatherNDGrad)", "batch_dims has no counterpart in ScatterND"
+        )
+    zeros = _zeros(draft, shape, dy.dtype)
+    return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
+
+
+def lower_matmul(draft: Draft, node: ir.Node) -> Values:
+    """alpha * A @ B, each with its last two axes swapped where so marked."""
+    a, b = _take(node, 2)
+    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+        raise UnsupportedModel(
+            f"node '{node.name}' (FusedMatMul)", "transposed batch axes are not taken"
+        )
+
+    def turn(value: ir.Value, mark: str) -> ir.Value:
+        rank = _require_rank(node, value)
+        if not node.attributes.get_int(mark, 0) or rank < 2:
+            return value
+        return draft.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+    dtype = a.dtype
+    product = draft.op("MatMul", turn(a, "transA"), turn(b, "transB"))
+    alpha = node.attributes.get_float("alpha", 1.0)
+    return [product if alpha == 1.0 else draft.op("Mul", product, draft.number(alpha, dtype))]
+
+
+def lower_broadcast_axes(draft: Draft, node: ir.Node) -> Values:
+    """The axes along which each of two shapes is stretched to their common one."""
+    left, right = _take(node, 2)
+    one = draft.integers([1])
+    lengths = [draft.op("Shape", shape) for shape in (left, right)]
+    longest = draft.op("Max", *lengths)
+
+    def align(shape: ir.Value, length: ir.Value) -> ir.Value:
+        missing = draft.op("Sub", longest, length)
+        return draft.op("Concat", draft.op("Expand", one, missing), shape, axis=0)
+
+    aligned = [align(s, n) for s, n in zip((left, right), lengths, strict=True)]
+
+    def find(own: ir.Value, other: ir.Value) -> ir.Value:
+        single = draft.op("Equal", own, one)
+        stretched = draft.op("And", single, draft.op("Not", draft.op("Equal", other, one)))
+        return draft.op("Reshape", draft.op("NonZero", stretched), draft.integers([-1]))
+
+    return [find(*aligned), find(aligned[1], aligned[0])]
