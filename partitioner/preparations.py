@@ -109,6 +109,7 @@ def prepare(
     buffers = train_batchnorms(training.graph, mode=batchnorm)
     frozen_statistics = freeze_batchnorms(training.graph)
     key_dropouts(training.graph, mode=dropout)
+    _declare_statistics(training.graph)
     settle(inference.graph)
     for form in (training, inference):
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(form)
@@ -125,6 +126,15 @@ def prepare(
         roles=roles,
         next_buffers=buffers,
     )
+
+
+def _declare_statistics(graph: ir.Graph) -> None:
+    """Declare LayerNormalization's mean and deviation, which its gradient needs."""
+    for node in graph:
+        if node.op_type == "LayerNormalization" and not node.domain and len(node.outputs) < 3:
+            node.resize_outputs(3)
+            for value, kind in zip(node.outputs[1:], ("mean", "inv_std"), strict=True):
+                value.name = value.name or f"{node.outputs[0].name}#{kind}"
 
 
 def settle(graph: ir.Graph) -> None:

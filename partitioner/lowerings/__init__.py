@@ -8,7 +8,7 @@ derivatives of the forward operators as onnx.ai/onnx/operators defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -33,6 +33,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "BroadcastGradientArgs": shapes.lower_broadcast_axes,
     "ConcatTraining": shapes.lower_concat,
     "ConvGrad": convolutions.lower_conv_grad,
+    "DivGrad": shapes.lower_div_grad,
     "FastGelu": activations.lower_fast_gelu,
     "FastGeluGrad": activations.lower_fast_gelu_grad,
     "FusedMatMul": shapes.lower_matmul,
@@ -66,8 +67,12 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 """Standard operators for which the mobile builds of ONNX Runtime have no kernel."""
 
 
-def lower(graph: ir.Graph) -> None:
-    """Replace, in place, every operator that stock ONNX Runtime lacks.
+DEFECTIVE = frozenset({"AveragePoolGrad"})
+"""Operators whose kernel in onnxruntime-training 1.19.2 fails: this one with a dynamic batch."""
+
+
+def lower(graph: ir.Graph, *, only: Collection[str] | None = None) -> None:
+    """Replace, in place, every operator that stock ONNX Runtime lacks, or of them those named.
 
     Values keep their names.  A dynamic batch stays dynamic; other dimensions are taken from the
     shapes noted on the graph's values where they are known.
@@ -77,7 +82,7 @@ def lower(graph: ir.Graph) -> None:
     """
     opset = graph.opset_imports[""]
     for node in list(graph):
-        if is_standard(node, opset):
+        if is_standard(node, opset) or (only is not None and node.op_type not in only):
             continue
         lowering = LOWERINGS.get(node.op_type)
         if lowering is None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_rank
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
 
 Values = Sequence[ir.Value | None]
 
@@ -135,22 +135,41 @@ def lower_matmul(draft: Draft, node: ir.Node) -> Values:
     return [product if alpha == 1.0 else draft.op("Mul", product, draft.number(alpha, dtype))]
 
 
+def lower_div_grad(draft: Draft, node: ir.Node) -> Values:
+    """da = dy / b, db = -dy * a / b**2, each summed over where it was stretched."""
+    dy, a, b = _take(node, 3)
+    da = draft.op("Div", dy, b)
+    db = draft.op("Neg", draft.op("Mul", da, draft.op("Div", a, b)))
+    return [_sum_stretched(draft, da, a, b), _sum_stretched(draft, db, b, a)]
+
+
+def _sum_stretched(draft: Draft, value: ir.Value, own: ir.Value, other: ir.Value) -> ir.Value:
+    """Sum a gradient over the axes along which ``own`` was stretched to meet ``other``."""
+    dims = known_dims(own)
+    if dims is not None and None not in dims and dims == known_dims(other):
+        return value
+    shape = draft.shape(own)
+    axes = _find_stretched(draft, shape, draft.shape(other))
+    total = draft.op("ReduceSum", value, axes, keepdims=1, noop_with_empty_axes=1)
+    return draft.op("Reshape", total, shape)
+
+
 def lower_broadcast_axes(draft: Draft, node: ir.Node) -> Values:
     """The axes along which each of two shapes is stretched to their common one."""
     left, right = _take(node, 2)
+    return [_find_stretched(draft, left, right), _find_stretched(draft, right, left)]
+
+
+def _find_stretched(draft: Draft, own: ir.Value, other: ir.Value) -> ir.Value:
     one = draft.integers([1])
-    lengths = [draft.op("Shape", shape) for shape in (left, right)]
+    lengths = [draft.op("Shape", shape) for shape in (own, other)]
     longest = draft.op("Max", *lengths)
 
     def align(shape: ir.Value, length: ir.Value) -> ir.Value:
         missing = draft.op("Sub", longest, length)
         return draft.op("Concat", draft.op("Expand", one, missing), shape, axis=0)
 
-    aligned = [align(s, n) for s, n in zip((left, right), lengths, strict=True)]
-
-    def find(own: ir.Value, other: ir.Value) -> ir.Value:
-        single = draft.op("Equal", own, one)
-        stretched = draft.op("And", single, draft.op("Not", draft.op("Equal", other, one)))
-        return draft.op("Reshape", draft.op("NonZero", stretched), draft.integers([-1]))
-
-    return [find(*aligned), find(aligned[1], aligned[0])]
+    mine, theirs = (align(s, n) for s, n in zip((own, other), lengths, strict=True))
+    single = draft.op("Equal", mine, one)
+    stretched = draft.op("And", single, draft.op("Not", draft.op("Equal", theirs, one)))
+    return draft.op("Reshape", draft.op("NonZero", stretched), draft.integers([-1]))

@@ -1,0 +1,47 @@
+"""Run by the tests in an environment with stock onnxruntime alone: train bundles, keep the result.
+
+    python portable_training.py FOLDER...
+
+Each FOLDER holds a bundle and data.npz; trained.npz with the losses and all parameters is written
+beside them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.runtime.clients import Client
+from splitonnx.runtime.engines import Engine, installed_runtime
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.transports import MemoryTransport
+
+BATCH = 8
+
+
+def train(folder: Path) -> None:
+    """Train one bundle over all its data, batch by batch, and save what came out."""
+    server = Executor(PartyBundle.load(folder / "bundle" / "server"), Engine(threads=1))
+    data = dict(np.load(folder / "data.npz"))
+    samples = len(data["labels"])
+    losses = []
+    link = MemoryTransport(Session(server))
+    with Client(folder / "bundle" / "client", link, threads=1) as client:
+        for start in range(0, samples, BATCH):
+            batch = {name: array[start : start + BATCH] for name, array in data.items()}
+            losses.append(client.step(batch)["loss"])
+        link.drain()
+        state = {**server.state(), **client.state()}
+        np.savez(folder / "trained.npz", **state, **{"#losses": np.array(losses)})
+
+
+if __name__ == "__main__":
+    assert importlib.util.find_spec("onnx") is None, "onnx is installed"
+    assert not installed_runtime().training, "the training wheel is installed"
+    for argument in sys.argv[1:]:
+        train(Path(argument))
