@@ -322,10 +322,9 @@ def _serialize(graph: ir.Graph) -> bytes:
     used = {node.domain or "" for node in graph.all_nodes()} | {""}
     for domain in [domain for domain in graph.opset_imports if domain not in used]:
         del graph.opset_imports[domain]
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            if value.type is None:
-                value.shape = None  # a shape without a type is no valid ONNX
     proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="splitonnx"))
+    typed = [value for value in proto.graph.value_info if value.HasField("type")]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(typed)  # onnx's checker refuses one without a type
     content: bytes = proto.SerializeToString(deterministic=True)
     return content

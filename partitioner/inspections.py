@@ -10,7 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import SplitonnxError
 from splitonnx.partitioner.cuts import Division, find_single_cuts
-from splitonnx.partitioner.frontiers import list_inputs, walk_back
+from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
 from splitonnx.partitioner.preparations import PreparedModel, prepare
@@ -78,12 +78,13 @@ def _describe(division: Division, prepared: PreparedModel) -> Cut:
         shape, itemsize = (), 0
     known = [dim for dim in shape if isinstance(dim, int)]
     size = math.prod(known) * itemsize if itemsize and len(known) == len(shape) else None
+    made = map_values(prepared.skeleton.graph).get(value.name or "", value).producer()
     before = {v.name for v in walk_back([value])[1]}
     read = {v.name for node in division.server for v in list_inputs(node)}
     trained_before = any(name in before for name in prepared.trainable)
     return Cut(
         tensor=value.name or "",
-        op=producer.op_type,
+        op=made.op_type if made is not None else producer.op_type,
         shape=shape,
         bytes_up=size,
         bytes_down=size if trained_before else 0,

@@ -35,6 +35,9 @@ def merge(bundle: Bundle | str | Path) -> bytes:
     model = ir.from_proto(onnx.load_from_string(loaded.skeleton))
     restore_weights(model.graph, collect_weights(loaded))
     settle(model.graph)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
+            model.graph.initializers.pop(name)
     model.producer_name = "splitonnx"
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content

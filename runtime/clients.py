@@ -6,6 +6,7 @@ of what the stages compute.  A model left whole is trained by the same loop with
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -93,6 +94,7 @@ class Client:
             raise UsageError(f"the seed must not be negative, not {seed}")
         self._seed = seed
         self._closed = False
+        self._others = itertools.count()  # numbers the tasks that are no training step
         if (server is not None) != any(phase.wires for phase in self._manifest.phases):
             raise UsageError(
                 "this model was left whole and has no part for a server"
@@ -291,7 +293,8 @@ class Client:
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         rate = self._manifest.learning_rate if rate is None else float(rate)
         session = "" if self._link is None else self._link.session
-        key = TaskKey(session=session, phase=phase, step=step, micro_batch=0)
+        number = step if phase == TRAIN else next(self._others)
+        key = TaskKey(session=session, phase=phase, step=number, micro_batch=0)
         self._executor.begin(key, data=data, seed=self._seed, learning_rate=rate)
         with ExitStack() as on_failure:
             on_failure.callback(self.close)

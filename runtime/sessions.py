@@ -75,7 +75,7 @@ class Session:
         executor = self.executor
         if hello.step != executor.step:
             raise BundleMismatch(
-                "the number of steps trained (remove state.safetensors on both sides to start over)",
+                "the number of steps trained (remove state.safetensors on both to start over)",
                 str(executor.step),
                 str(hello.step),
             )

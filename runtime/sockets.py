@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from websockets.asyncio.server import ServerConnection
@@ -60,10 +60,12 @@ class WebSocketTransport:
         self.bytes_received = 0
         self._url = url
         self._reply_timeout = reply_timeout
+        self._opened = ExitStack()  # websockets wants to be used as a context manager
         try:
-            self._socket = connect_websocket(
+            connecting = connect_websocket(
                 url, compression=None, max_size=MAX_MESSAGE, open_timeout=open_timeout, proxy=None
             )
+            self._socket = self._opened.enter_context(connecting)
         except InvalidURI as error:
             raise UsageError(f"'{url}' is no websocket address such as ws://host:8765") from error
         except (OSError, InvalidHandshake) as error:
@@ -91,7 +93,7 @@ class WebSocketTransport:
 
     def close(self) -> None:
         """End the connection; may be called twice."""
-        self._socket.close()
+        self._opened.close()
 
 
 def connect(url: str) -> WebSocketTransport:

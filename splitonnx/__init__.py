@@ -1,1 +1,68 @@
-"""Split learning on ONNX: cut any model, train its parts apart, exactly as the whole."""
+"""Split learning on ONNX: cut any model, train its parts apart, exactly as the whole.
+
+The names below are found when they are first used, so that ``import splitonnx`` stays light and
+a device that trains needs no ``onnx``::
+
+    from splitonnx import AdamW, Client, Server, cut, merge, verify
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from splitonnx.bundles import Bundle
+    from splitonnx.errors import SplitonnxError
+    from splitonnx.optimizers import SGD, Adam, AdamW
+    from splitonnx.partitioner.inspections import inspect
+    from splitonnx.partitioner.merges import merge
+    from splitonnx.partitioner.partitions import cut
+    from splitonnx.runtime.clients import Client
+    from splitonnx.runtime.histories import History
+    from splitonnx.runtime.servers import Server
+    from splitonnx.verifications import verify
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Bundle",
+    "Client",
+    "History",
+    "Server",
+    "SplitonnxError",
+    "cut",
+    "inspect",
+    "merge",
+    "verify",
+]
+
+_HOMES = {
+    "SGD": "optimizers",
+    "Adam": "optimizers",
+    "AdamW": "optimizers",
+    "Bundle": "bundles",
+    "Client": "runtime.clients",
+    "History": "runtime.histories",
+    "Server": "runtime.servers",
+    "SplitonnxError": "errors",
+    "cut": "partitioner.partitions",
+    "inspect": "partitioner.inspections",
+    "merge": "partitioner.merges",
+    "verify": "verifications",
+}
+"""The module that each name comes from."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'splitonnx' has no attribute '{name}'")
+    from splitonnx.extras import load
+
+    value: object = getattr(load(f"splitonnx.{_HOMES[name]}", name), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -235,6 +235,17 @@ class FormatError(SplitonnxError):
         return f"{self.subject}: {self.reason}"
 
 
+@dataclass(eq=False)
+class UnwritableFile(SplitonnxError):
+    """An output file cannot be written, or something stands in its place."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be written: {self.reason}"
+
+
 # --- the environment ------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ def make_environment(folder: Path, *requirements: str) -> Path:
     """Make a fresh virtual environment, install ``requirements``, and return its python."""
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    command = [python, "-m", "pip", "install", "--quiet", *requirements]
+    command = [str(python), "-m", "pip", "install", "--quiet", *requirements]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return python
@@ -32,5 +32,3 @@ def portable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given:
         return Path(given)
     return make_environment(tmp_path_factory.mktemp("portable-env") / "venv", f"{ROOT}[portable]")
-
-

@@ -105,5 +105,3 @@ def test_training_parts_keep_their_fused_kernels() -> None:
     }
     assert "ConvGrad" in kinds["training"]
     assert "ConvGrad" not in kinds["portable"]
-
-

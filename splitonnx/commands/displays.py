@@ -1,0 +1,324 @@
+"""What the commands print: tables, a progress bar, or JSON; it computes nothing.
+
+Results go to stdout, progress to stderr, so that either can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+    from splitonnx.bundles import Bundle
+    from splitonnx.partitioner.inspections import Cut
+    from splitonnx.runtime.histories import Evaluation, History, StepRecord
+    from splitonnx.verifications import Verification
+
+
+def print_json(value: object) -> None:
+    """Print a value as indented JSON."""
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_json_lines(values: Iterable[object]) -> None:
+    """Print one line of JSON a value, at once."""
+    import msgspec
+
+    for value in values:
+        print(msgspec.json.encode(value).decode(), flush=True)
+
+
+def print_cuts(cuts: Iterable[Cut]) -> None:
+    """Print the legal single-tensor cuts as a table."""
+    table = _make_table("tensor", "operator", "shape")
+    for heading in ("up / step", "down / step", "client params", "server params"):
+        table.add_column(heading, justify="right")
+    for cut in cuts:
+        table.add_row(
+            cut.tensor,
+            cut.op,
+            " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
+            _format_bytes(cut.bytes_up),
+            _format_bytes(cut.bytes_down),
+            f"{cut.client_parameters:,}",
+            f"{cut.server_parameters:,}",
+        )
+    _print(table)
+
+
+def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Gather what ``cut`` reports: the recipe, and for each party what it holds and sends."""
+    from splitonnx.manifests import Role
+
+    def count(name: str, role: Role) -> int:
+        state = bundle.parties[name].manifest.state
+        return sum(
+            bundle.parties[name].weights[s.tensor.name].size for s in state if s.role is role
+        )
+
+    return {
+        "digest": bundle.manifest.digest,
+        "recipe": bundle.manifest.recipe,
+        "parties": {
+            name: {
+                "target": party.manifest.target,
+                "parameters": count(name, Role.PARAMETER),
+                "frozen": count(name, Role.FROZEN),
+                "stages": [stage.name for stage in party.manifest.phase("train").stages],
+                "sends": [
+                    {"tensor": w.tensor.name, "kind": w.kind, "declared": str(w.tensor)}
+                    for w in party.manifest.phase("train").wires
+                    if w.sender == name
+                ],
+            }
+            for name, party in bundle.parties.items()
+        },
+    }
+
+
+def print_bundle(bundle: Bundle, path: Path) -> None:
+    """Print what each party holds, runs and sends in one training step."""
+    summary = summarize_bundle(bundle)
+    recipe = bundle.manifest.recipe
+    shape = "U-shaped" if recipe.tail_at else "vanilla"
+    table = _make_table("party", "kernels")
+    table.add_column("params", justify="right")
+    table.add_column("stages of a step")
+    table.add_column("sends")
+    for name, party in summary["parties"].items():
+        sends = [f"{w['kind']} {w['tensor']} {w['declared']}" for w in party["sends"]]
+        table.add_row(
+            name,
+            party["target"],
+            f"{party['parameters']:,}",
+            "\n".join(party["stages"]),
+            "\n".join(sends),
+        )
+    _print(table)
+    rate = f"lr {recipe.optimizer['lr']:g}"
+    _print(f"{path}: {shape}, {recipe.loss}, {recipe.optimizer['name']} {rate}")
+
+
+def print_written(path: Path, size: int) -> None:
+    """Say that a file was written; ``size`` in bytes."""
+    _print(f"{path}: {_format_bytes(size)}")
+
+
+def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
+    """Say which arrays were written where."""
+    from splitonnx.tensors import describe
+
+    arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())
+    _print(f"{path}: {arrays}")
+
+
+def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
+    """Yield one record a step and then the verdict."""
+    for step in verification.steps:
+        yield {
+            "step": step.step + 1,
+            "split_loss": step.split_loss,
+            "whole_loss": step.whole_loss,
+            "difference": step.difference,
+        }
+    yield {
+        "largest_difference": verification.largest_difference,
+        "rtol": verification.rtol,
+        "ok": verification.ok,
+    }
+
+
+def print_verification(verification: Verification) -> None:
+    """Print each step's comparison and the verdict."""
+    table = _make_table()
+    for heading in ("step", "loss split", "loss whole", "largest difference"):
+        table.add_column(heading, justify="right")
+    table.add_column("in")
+    for step in verification.steps:
+        worst = max(step.differences, key=step.differences.__getitem__)
+        table.add_row(
+            str(step.step + 1),
+            f"{step.split_loss:.6f}",
+            f"{step.whole_loss:.6f}",
+            f"{step.difference:.2g}",
+            worst if step.difference else "",
+        )
+    _print(table)
+    verdict = "[green]equal[/]" if verification.ok else "[red]not equal[/]"
+    largest, rtol = verification.largest_difference, verification.rtol
+    _print(f"{verdict}: largest relative difference {largest:.2g}, allowed {rtol:g}", markup=True)
+
+
+class TrainingDisplay(ABC):
+    """Shows training as it goes: :class:`Bar`, :class:`Lines` or :class:`Silence`."""
+
+    @contextmanager
+    def showing(self, steps: int | None) -> Iterator[None]:
+        """Show while the context lasts; ``steps`` is how many there will be, if known."""
+        yield
+
+    @abstractmethod
+    def show_step(self, record: StepRecord) -> None:
+        """Show one step."""
+
+    @abstractmethod
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Show the evaluation at an epoch's end."""
+
+    @abstractmethod
+    def summarize(self, history: History, saved: str) -> None:
+        """Show what came of it; ``saved`` says where it went."""
+
+
+def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDisplay:
+    """Choose how training is shown."""
+    if quiet:
+        return Silence()
+    return Lines() if as_json else Bar(epochs)
+
+
+class Silence(TrainingDisplay):
+    """Nothing."""
+
+    def show_step(self, record: StepRecord) -> None:
+        """Show nothing."""
+
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Show nothing."""
+
+    def summarize(self, history: History, saved: str) -> None:
+        """Show nothing."""
+
+
+class Lines(TrainingDisplay):
+    """One line of JSON a step, and one an evaluation, on stdout."""
+
+    def show_step(self, record: StepRecord) -> None:
+        """Print the record."""
+        print_json_lines([record])
+
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Print the record."""
+        print_json_lines([evaluation])
+
+    def summarize(self, history: History, saved: str) -> None:
+        """Print nothing more: the lines say it all."""
+
+
+class Bar(TrainingDisplay):
+    """A progress bar on stderr, a line an evaluation, and a summary on stdout."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def showing(self, steps: int | None) -> Iterator[None]:
+        """Show the bar while the context lasts."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.table import Column
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", table_column=Column()),  # may wrap
+        )
+        with Progress(*columns, console=_open_console(sys.stderr)) as progress:
+            self._progress = progress
+            self._task = progress.add_task(self._name_epoch(0), total=steps, figures="")
+            yield
+
+    def show_step(self, record: StepRecord) -> None:
+        """Move the bar on by one step."""
+        assert self._progress is not None
+        assert self._task is not None
+        figures = {"loss": record.loss, **record.metrics}
+        text = [f"{name} {value:.4f}" for name, value in figures.items()]
+        text.append(f"{record.samples_per_second:,.0f} samples/s")
+        if record.bytes_up or record.bytes_down:
+            up, down = _format_bytes(record.bytes_up), _format_bytes(record.bytes_down)
+            text.append(f"{up} up {down} down")
+        self._progress.update(
+            self._task,
+            advance=1,
+            description=self._name_epoch(record.epoch),
+            figures="  ".join(text),
+        )
+
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Print the evaluation above the bar."""
+        assert self._progress is not None
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
+
+    def summarize(self, history: History, saved: str) -> None:
+        """Print the totals."""
+        steps = history.steps
+        seconds = sum(record.seconds for record in steps)
+        table = _make_table()
+        for heading in ("steps", "seconds", "samples/s", "up / step", "down / step"):
+            table.add_column(heading, justify="right")
+        figures = [
+            str(len(steps)),
+            f"{seconds:.2f}",
+            f"{history.samples_per_second:,.0f}",
+            _format_bytes(sum(record.bytes_up for record in steps) // max(len(steps), 1)),
+            _format_bytes(sum(record.bytes_down for record in steps) // max(len(steps), 1)),
+        ]
+        last = history.evaluations[-1].metrics if history.evaluations else {}
+        for name, value in last.items():
+            table.add_column(f"held-out {name}", justify="right")
+            figures.append(f"{value:.4f}")
+        table.add_row(*figures)
+        _print(table)
+        _print(saved)
+
+    def _name_epoch(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self._epochs}"
+
+
+def _make_table(*headings: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _format_bytes(size: int | None) -> str:
+    from rich.filesize import decimal
+
+    return "?" if size is None else decimal(size)
+
+
+def _open_console(file: TextIO) -> Console:
+    from rich.console import Console
+
+    # A pipe has no width: cut at 80 columns, a log would lose what it was kept for.
+    return Console(file=file, width=None if file.isatty() else 160, highlight=False)
+
+
+def _print(item: Table | str, *, markup: bool = False) -> None:
+    _open_console(sys.stdout).print(item, markup=markup, soft_wrap=isinstance(item, str))

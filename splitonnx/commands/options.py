@@ -1,0 +1,154 @@
+"""Options that several commands share, spelled once; what they mean together, too."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitonnx.errors import UsageError
+from splitonnx.optimizers import Optimizer, read_optimizer
+
+
+class BatchNorm(StrEnum):
+    """Choices of ``--batchnorm``."""
+
+    TRAIN = "train"
+    FROZEN = "frozen"
+
+
+class Dropout(StrEnum):
+    """Choices of ``--dropout``."""
+
+    KEEP = "keep"
+    OFF = "off"
+
+
+class Target(StrEnum):
+    """Choices of ``--client-target`` and ``--server-target``."""
+
+    PORTABLE = "portable"
+    TRAINING = "training"
+
+
+_RECIPE = "What is trained, and how"
+
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        help="cross-entropy (default), mse, l1, bce-with-logits or from-model.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="NAME",
+        help="The model output that the loss is taken of; the first by default.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+OptimizerOption = Annotated[
+    str | None,
+    typer.Option(help="sgd, adam or adamw (default).", rich_help_panel=_RECIPE),
+]
+LearningRateOption = Annotated[
+    float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=_RECIPE)
+]
+MomentumOption = Annotated[
+    float | None, typer.Option(help="Momentum of sgd.", rich_help_panel=_RECIPE)
+]
+WeightDecayOption = Annotated[
+    float | None, typer.Option(help="Weight decay.", rich_help_panel=_RECIPE)
+]
+ClipNormOption = Annotated[
+    float | None,
+    typer.Option(help="Clip gradients to this global norm.", rich_help_panel=_RECIPE),
+]
+BatchNormOption = Annotated[
+    BatchNorm | None,
+    typer.Option(
+        help="Batch statistics or the running ones; by default as the model says.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+DropoutOption = Annotated[
+    Dropout | None,
+    typer.Option(help="On or off; by default as the model says.", rich_help_panel=_RECIPE),
+]
+FreezeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Parameters whose name it finds keep their value; repeatable.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+ClientTargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        help="ORT's fused gradient kernels (training, default) or standard operators for any "
+        "ONNX Runtime (portable).",
+        rich_help_panel=_RECIPE,
+    ),
+]
+ServerTargetOption = Annotated[
+    Target | None, typer.Option(help="The same for the server.", rich_help_panel=_RECIPE)
+]
+
+ModelArgument = Annotated[Path, typer.Argument(help="The ONNX model.")]
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        help="An .npz file or a folder of .npy files; arrays named as the model's inputs, "
+        "and 'labels'."
+    ),
+]
+ServerOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="The server, such as ws://127.0.0.1:8765.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of shuffling and Dropout.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what stands there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+
+
+def make_optimizer(
+    name: str | None,
+    *,
+    lr: float | None,
+    momentum: float | None,
+    weight_decay: float | None,
+    clip_norm: float | None,
+) -> Optimizer:
+    """Make the optimizer of these options; what was not given takes the optimizer's default.
+
+    Raises:
+        UsageError: no such optimizer, an option that it does not have, or one out of range.
+    """
+    settings = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "clip_norm": clip_norm,
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return read_optimizer({"name": name or "adamw", **given})
+
+
+def refuse_both(first: str, second: str, *given: object) -> None:
+    """Raise where two options that exclude each other were both given.
+
+    Raises:
+        UsageError: it names the two.
+    """
+    if all(given):
+        raise UsageError(f"{first} and {second} exclude each other")

@@ -1,0 +1,158 @@
+"""The commands that work on models and bundles: inspect, cut, merge, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import splitonnx
+from splitonnx.commands import displays
+from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.options import (
+    BatchNormOption,
+    BatchSizeOption,
+    BundleArgument,
+    ClientTargetOption,
+    ClipNormOption,
+    DataOption,
+    DropoutOption,
+    ForceOption,
+    FreezeOption,
+    JsonOption,
+    LearningRateOption,
+    LossOption,
+    ModelArgument,
+    MomentumOption,
+    OptimizerOption,
+    OutputOption,
+    QuietOption,
+    SeedOption,
+    ServerTargetOption,
+    Target,
+    WeightDecayOption,
+    make_optimizer,
+    refuse_both,
+)
+
+
+def inspect(
+    model: ModelArgument,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size, to know bytes where it is dynamic.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the tensors that alone divide a model: where it may be cut, and what would travel."""
+    cuts = splitonnx.inspect(model, batch=batch)
+    if as_json:
+        displays.print_json(cuts)
+    else:
+        displays.print_cuts(cuts)
+
+
+def cut(
+    model: ModelArgument,
+    at: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="Tensor, node or glob pattern that goes from client to server; repeatable.",
+        ),
+    ],
+    bundle: Annotated[
+        Path, typer.Option("-o", metavar="BUNDLE", help="The folder to write.", show_default=False)
+    ],
+    tail_at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What comes back to the client for a U-shaped cut: the layers behind it, the "
+            "loss and the labels stay there; repeatable.",
+        ),
+    ] = None,
+    loss: LossOption = None,
+    output: OutputOption = None,
+    optimizer: OptimizerOption = None,
+    lr: LearningRateOption = None,
+    momentum: MomentumOption = None,
+    weight_decay: WeightDecayOption = None,
+    clip_norm: ClipNormOption = None,
+    batchnorm: BatchNormOption = None,
+    dropout: DropoutOption = None,
+    freeze: FreezeOption = None,
+    client_target: ClientTargetOption = None,
+    server_target: ServerTargetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Cut a model into a client's and a server's part, ready to be trained."""
+    refuse_both("--json", "--quiet", as_json, quiet)
+    refuse_existing(bundle, force=force)
+    made = splitonnx.cut(
+        model,
+        at=at,
+        tail_at=tail_at or (),
+        loss=loss or "cross-entropy",
+        output=output,
+        optimizer=make_optimizer(
+            optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
+        ),
+        batchnorm=None if batchnorm is None else batchnorm.value,
+        dropout=None if dropout is None else dropout.value,
+        freeze=freeze or (),
+        client_target=(client_target or Target.TRAINING).value,
+        server_target=(server_target or Target.TRAINING).value,
+    )
+    made.save(bundle, overwrite=force)
+    if as_json:
+        displays.print_json(displays.summarize_bundle(made))
+    elif not quiet:
+        displays.print_bundle(made, bundle)
+
+
+def merge(
+    bundle: BundleArgument,
+    output: Annotated[
+        Path, typer.Option("-o", metavar="FILE", help="The model to write.", show_default=False)
+    ],
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Join a bundle's parts into one plain ONNX model for inference, with trained weights."""
+    refuse_existing(output, force=force)
+    content = splitonnx.merge(bundle)
+    with open_whole(output) as file:
+        file.write(content)
+    if not quiet:
+        displays.print_written(output, len(content))
+
+
+def verify(
+    bundle: BundleArgument,
+    data: DataOption,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
+    batch_size: BatchSizeOption = 32,
+    rtol: Annotated[
+        float, typer.Option(min=0.0, help="Largest relative difference that counts as equal.")
+    ] = 1e-5,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train split and unsplit side by side and compare the loss and every parameter, each step.
+
+    Nothing is written.  Exit code 1 where they differ by more than --rtol.
+    """
+    refuse_both("--json", "--quiet", as_json, quiet)
+    verification = splitonnx.verify(
+        bundle, data, steps=steps, batch_size=batch_size, rtol=rtol, seed=seed
+    )
+    if as_json:
+        displays.print_json_lines(displays.summarize_verification(verification))
+    elif not quiet:
+        displays.print_verification(verification)
+    if not verification.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,186 @@
+"""The command that trains: split against a server, or the whole model as the baseline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import splitonnx
+from splitonnx.commands import displays
+from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.options import (
+    BatchNormOption,
+    BatchSizeOption,
+    ClientTargetOption,
+    ClipNormOption,
+    DataOption,
+    DropoutOption,
+    ForceOption,
+    FreezeOption,
+    JsonOption,
+    LossOption,
+    MomentumOption,
+    OptimizerOption,
+    OutputOption,
+    QuietOption,
+    SeedOption,
+    ServerOption,
+    Target,
+    ThreadsOption,
+    WeightDecayOption,
+    make_optimizer,
+    refuse_both,
+)
+from splitonnx.errors import UsageError
+
+if TYPE_CHECKING:
+    from splitonnx.bundles import Bundle
+    from splitonnx.runtime.histories import History
+
+
+def train(
+    source: Annotated[
+        Path,
+        typer.Argument(help="The client's folder, or with --local an ONNX model."),
+    ],
+    data: DataOption,
+    server: ServerOption = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Train a whole model here, without a cut.")
+    ] = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out data, evaluated after each epoch.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1,
+    batch_size: BatchSizeOption = 32,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
+    ] = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    merged: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            metavar="FILE",
+            help="With --local: the trained model to write.",
+            show_default=False,
+        ),
+    ] = None,
+    force: ForceOption = False,
+    loss: LossOption = None,
+    output: OutputOption = None,
+    optimizer: OptimizerOption = None,
+    momentum: MomentumOption = None,
+    weight_decay: WeightDecayOption = None,
+    clip_norm: ClipNormOption = None,
+    batchnorm: BatchNormOption = None,
+    dropout: DropoutOption = None,
+    freeze: FreezeOption = None,
+    client_target: ClientTargetOption = None,
+) -> None:
+    """Train a bundle against its server and save both halves, or with --local a whole model.
+
+    The options under "What is trained, and how" go with --local; a bundle has its own from cut.
+    """
+    refuse_both("--json", "--quiet", as_json, quiet)
+    if not local:
+        _refuse_recipe(
+            {
+                "-o": merged,
+                "--force": force,
+                "--loss": loss,
+                "--output": output,
+                "--optimizer": optimizer,
+                "--momentum": momentum,
+                "--weight-decay": weight_decay,
+                "--clip-norm": clip_norm,
+                "--batchnorm": batchnorm,
+                "--dropout": dropout,
+                "--freeze": freeze or None,
+                "--client-target": client_target,
+            }
+        )
+        if server is None:
+            raise UsageError("name the server with --server, or train a whole model with --local")
+        bundle = None
+    else:
+        refuse_both("--local", "--server", local, server)
+        if force and merged is None:
+            raise UsageError("--force needs an output to overwrite; name it with -o")
+        if merged is not None:
+            refuse_existing(merged, force=force)
+        bundle = splitonnx.cut(
+            source,
+            at=None,
+            loss=loss or "cross-entropy",
+            output=output,
+            optimizer=make_optimizer(
+                optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
+            ),
+            batchnorm=None if batchnorm is None else batchnorm.value,
+            dropout=None if dropout is None else dropout.value,
+            freeze=freeze or (),
+            client_target=(client_target or Target.TRAINING).value,
+        )
+    display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
+    part = source if bundle is None else bundle.client
+    with splitonnx.Client(part, server, threads=threads, seed=seed) as client:
+        history = _fit(client, display, data, eval_data, epochs, batch_size, lr)
+        if bundle is None:
+            client.save()
+        elif merged is not None:
+            _write_merged(bundle, client, merged)
+    display.summarize(history, _describe_saved(source, local, merged))
+
+
+def _refuse_recipe(options: dict[str, object]) -> None:
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: with --local only; a bundle was cut with its own settings"
+        )
+
+
+def _fit(
+    client: splitonnx.Client,
+    display: displays.TrainingDisplay,
+    data: Path,
+    eval_data: Path | None,
+    epochs: int,
+    batch_size: int,
+    lr: float | None,
+) -> History:
+    from splitonnx.runtime.datasets import open_dataset
+
+    dataset = open_dataset(data)
+    steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
+    with display.showing(steps):
+        return client.fit(
+            dataset,
+            epochs=epochs,
+            batch_size=batch_size,
+            eval_data=eval_data,
+            learning_rate=lr,
+            on_step=display.show_step,
+            on_epoch=display.show_evaluation,
+        )
+
+
+def _write_merged(bundle: Bundle, client: splitonnx.Client, path: Path) -> None:
+    trained = replace(bundle.client, trained=client.state(), step=client.steps)
+    content = splitonnx.merge(replace(bundle, parties={"client": trained}))
+    with open_whole(path) as file:
+        file.write(content)
+
+
+def _describe_saved(source: Path, local: bool, merged: Path | None) -> str:
+    if not local:
+        return f"both halves saved; this one in {source}"
+    return "not saved; -o would" if merged is None else f"saved as {merged}"
