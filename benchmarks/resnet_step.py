@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ class _Network:
         self.weights: list[onnx.TensorProto] = []
         self._random = np.random.default_rng(0)
 
-    def add(self, name: str, kind: str, *inputs: str, **attributes: object) -> str:
+    def add(self, name: str, kind: str, *inputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
@@ -105,10 +106,10 @@ def build_resnet18(width: int) -> onnx.ModelProto:
 def serve(folder: Path) -> Iterator[str]:
     """Serve a folder from a process of its own."""
     command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
         try:
-            yield "ws://" + process.stdout.readline().split("ws://")[1].split(",")[0].strip()
+            yield "ws://" + process.stderr.readline().split("ws://")[1].split(",")[0].strip()
         finally:
             process.terminate()
             process.communicate()
@@ -129,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     model = build_resnet18(options.width)
     random = np.random.default_rng(1)
-    batch = {
+    batch: dict[str, np.ndarray] = {
         "x": random.standard_normal((BATCH, 3, 32, 32), np.float32),
         "labels": random.integers(0, 10, BATCH),
     }

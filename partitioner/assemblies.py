@@ -324,7 +324,10 @@ def _serialize(graph: ir.Graph) -> bytes:
         del graph.opset_imports[domain]
     proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="splitonnx"))
     typed = [value for value in proto.graph.value_info if value.HasField("type")]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(typed)  # onnx's checker refuses one without a type
+    constants = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
+    del proto.graph.value_info[:], proto.graph.initializer[:]
+    # onnx's checker refuses a value without a type
+    proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
+    proto.graph.initializer.extend(constants)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content

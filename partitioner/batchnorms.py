@@ -73,7 +73,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     rank, dtype = len(x.shape), x.dtype
     tape = ir.tape.Tape()
 
-    def constant(name: str, tensor: ir.Tensor) -> ir.Value:
+    def constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
         return tape.op("Constant", [], {"value": tensor}, name=f"{node.name}/{name}")
 
     def spread(value: ir.Value | None) -> ir.Value:

@@ -164,7 +164,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
 
 def _import_builder() -> Any:
     try:
-        from onnxruntime.capi import _pybind_state  # type: ignore[import-untyped]
+        from onnxruntime.capi import _pybind_state
     except ImportError as error:
         raise MissingExtra("onnxruntime-training", "cpu", "differentiating a model") from error
     if not hasattr(_pybind_state, "GradientGraphBuilder"):
@@ -177,7 +177,7 @@ def _import_builder() -> Any:
 
 
 def _make_options() -> Any:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

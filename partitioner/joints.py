@@ -268,6 +268,7 @@ def _trace_owners(
             if w.crossing.sender == party and w.kind is not WireKind.GRADIENT
         ]
         for source in walk_back([*values, *sent], stop=stop)[1]:
-            if source.name in prepared.weights:
-                owners[source.name] = owners.get(source.name, frozenset()) | {party}
+            name = source.name or ""
+            if name in prepared.weights:
+                owners[name] = owners.get(name, frozenset()) | {party}
     return owners

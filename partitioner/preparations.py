@@ -186,7 +186,7 @@ def _lift_weights(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
         if not uses or (uses & _CONSTANT_USES and not uses <= statistics):
             continue
         value.type = ir.TensorType(tensor.dtype)
-        value.shape = ir.Shape(list(tensor.shape))
+        value.shape = ir.Shape(tensor.shape.numpy())
         value.const_value = None
         graph.initializers.pop(name)
         graph.inputs.append(value)

@@ -163,7 +163,7 @@ class Engine:
 @cache
 def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
     except ImportError as error:
         raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
     onnxruntime.set_default_logger_severity(3)  # errors only; device discovery warns on its own

@@ -19,7 +19,7 @@ between partitioner and runtime, also between the Python runtime and one in anot
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -149,11 +149,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     loss: str
     output: str
     optimizer: dict[str, float | str | None]
-    batchnorm: str | None = None
-    dropout: str | None = None
+    batchnorm: Literal["train", "frozen"] | None = None
+    dropout: Literal["keep", "off"] | None = None
     freeze: tuple[str, ...] = ()
-    client_target: str = "training"
-    server_target: str = "training"
+    client_target: Literal["portable", "training"] = "training"
+    server_target: Literal["portable", "training"] = "training"
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,29 +1,55 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share: the built wheel, and environments it is put into."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "splitonnx", "partitioner", "runtime")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed: str = done.stdout
+    return printed
 
 
 def make_environment(folder: Path, *requirements: str) -> Path:
     """Make a fresh virtual environment, install ``requirements``, and return its python."""
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    command = [str(python), "-m", "pip", "install", "--quiet", *requirements]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(python, "-m", "pip", "install", "--quiet", *requirements, cwd=ROOT)
     return python
 
 
 @pytest.fixture(scope="session")
-def portable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sdist, which is built from a clean copy of the sources."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            unwanted = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    run(sys.executable, "-m", "build", "--outdir", "dist", cwd=folder)
+    (built,) = folder.glob("dist/*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def portable_python(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The python of an environment as a device has it: splitonnx[portable], and no onnx.
 
     SPLITONNX_PORTABLE_PYTHON names one that stands already.
@@ -31,4 +57,5 @@ def portable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("SPLITONNX_PORTABLE_PYTHON")
     if given:
         return Path(given)
-    return make_environment(tmp_path_factory.mktemp("portable-env") / "venv", f"{ROOT}[portable]")
+    wheel: Path = request.getfixturevalue("wheel")
+    return make_environment(tmp_path_factory.mktemp("portable") / "venv", f"{wheel}[portable]")

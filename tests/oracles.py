@@ -104,7 +104,9 @@ def sample_gradients(
     feeds |= {name: weights[name] for name in parameters}
 
     def measure() -> float:
-        return LOSSES[loss](evaluator.run(None, feeds)[0], labels)
+        outputs = evaluator.run(None, feeds)
+        assert isinstance(outputs, list)
+        return LOSSES[loss](outputs[0], labels)
 
     random = np.random.default_rng(0)
     for name in parameters:

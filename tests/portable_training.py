@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,8 @@ def train(folder: Path) -> None:
             batch = {name: array[start : start + BATCH] for name, array in data.items()}
             losses.append(client.step(batch)["loss"])
         link.drain()
-        state = {**server.state(), **client.state()}
-        np.savez(folder / "trained.npz", **state, **{"#losses": np.array(losses)})
+        trained: dict[str, Any] = {**server.state(), **client.state()}
+        np.savez(folder / "trained.npz", **trained | {"#losses": np.array(losses)})
 
 
 if __name__ == "__main__":

@@ -14,32 +14,9 @@ import pytest
 import splitonnx
 from splitonnx import extras
 from splitonnx.errors import MissingExtra
-from tests.conftest import ROOT, make_environment
+from tests.conftest import ROOT, make_environment, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "splitonnx", "partitioner", "runtime")
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed: str = done.stdout
-    return printed
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist, which is built from a clean copy of the sources."""
-    folder = tmp_path_factory.mktemp("build")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            unwanted = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    run(sys.executable, "-m", "build", "--outdir", "dist", cwd=folder)
-    (built,) = folder.glob("dist/*.whl")
-    return built
 
 
 def list_modules(base: Path) -> set[str]:
@@ -113,10 +90,8 @@ def test_without_onnx_the_client_works_and_cut_names_its_extra(
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        "splitonnx: inspect needs 'onnx', which is not installed; "
-        "run: pip install 'splitonnx[cpu]'\n"
-    )
+    assert done.stderr.startswith("splitonnx: inspect needs 'onnx")
+    assert done.stderr.endswith("run: pip install 'splitonnx[cpu]'\n")
 
 
 def test_a_module_that_no_extra_brings_is_python_s_own_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +32,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
     root = tmp_path_factory.mktemp("portable")
     folders = {}
     for name, entry in ZOO.items():
-        model, data = entry.build(), entry.data(STEPS * portable_training.BATCH)
+        model = entry.build()
+        data: dict[str, Any] = {**entry.data(STEPS * portable_training.BATCH)}
         for number, (at, tail) in enumerate(list_places(name)):
             bundle = cut(
                 model,
@@ -43,7 +45,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
             )
             folder = root / f"{name}-{number}"
             bundle.save(folder / "bundle")
-            np.savez(folder / "data.npz", **data)
+            np.savez(folder / "data.npz", **data)  # type: ignore[arg-type]
             folders[folder] = name
     return folders
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ class Net:
         self.weights: list[onnx.TensorProto] = []
         self._random = np.random.default_rng(len(self.nodes))
 
-    def op(self, kind: str, *inputs: str, out: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, out: str, **attributes: Any) -> str:
         """Append a node named like its output and return that."""
         self.nodes.append(
             helper.make_node(kind, list(inputs), [out], name=f"{out}_node", **attributes)
@@ -57,7 +58,7 @@ class Net:
             self.constant(f"{name}.var", ones * np.float32(1.5)),
         ]
         outputs = [out, f"{name}.mean_next", f"{name}.var_next"] if training else [out]
-        attributes = {"training_mode": 1} if training else {}
+        attributes: dict[str, Any] = {"training_mode": 1} if training else {}
         self.nodes.append(
             helper.make_node("BatchNormalization", inputs, outputs, name=name, **attributes)
         )

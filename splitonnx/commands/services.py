@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,11 +52,11 @@ def predict(
     """Run the model split, and write its outputs by name into an .npz file."""
     refuse_existing(output, force=force)
     with splitonnx.Client(bundle, server, threads=threads) as client:
-        outputs = client.predict(data, batch_size=batch_size)
+        outputs: dict[str, Any] = {**client.predict(data, batch_size=batch_size)}
     import numpy as np
 
     with open_whole(output) as file:
-        np.savez(file, **outputs)  # type: ignore[arg-type]  # numpy's own keyword is a bool
+        np.savez(file, **outputs)
     if not quiet:
         displays.print_outputs(output, outputs)
 
