@@ -4,8 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The first Python 3.11 or 3.12 that really runs.
-PYTHON := $(shell for p in $(PYTHON_CHOICE) python3.12 python3.11 python3 python; do \
+# The first Python 3.11 or 3.12 that really runs; `make PYTHON=...` names another.
+PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 

@@ -54,7 +54,10 @@ def build_norms(
         gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
         square = draft.op("ReduceSumSquare", gradient, keepdims=0)
         squares.append(draft.op("Reshape", draft.cast(square, "F32"), draft.integers([1])))
-    return draft.finish("norms", {output: draft.op("Concat", *squares, axis=0)})
+    joined = draft.op("Concat", *squares, axis=0)
+    joined.type = ir.TensorType(ir.DataType.FLOAT)
+    joined.shape = ir.Shape([len(squares)])
+    return draft.finish("norms", {output: joined})
 
 
 def build_update(
@@ -81,6 +84,7 @@ def build_update(
             gradient = draft.op("Mul", gradient, draft.cast(clip, spec.dtype))
         step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
         for name, value in step(draft, spec, parameter, gradient, optimizer, shared).items():
+            value.type, value.shape = parameter.type, parameter.shape
             outputs[name + NEXT] = value
             if name != spec.name:
                 tensor = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)

@@ -274,22 +274,22 @@ class Bar(TrainingDisplay):
     def summarize(self, history: History, saved: str) -> None:
         """Print the totals."""
         steps = history.steps
-        seconds = sum(record.seconds for record in steps)
-        table = _make_table()
-        for heading in ("steps", "seconds", "samples/s", "up / step", "down / step"):
-            table.add_column(heading, justify="right")
-        figures = [
-            str(len(steps)),
-            f"{seconds:.2f}",
-            f"{history.samples_per_second:,.0f}",
-            _format_bytes(sum(record.bytes_up for record in steps) // max(len(steps), 1)),
-            _format_bytes(sum(record.bytes_down for record in steps) // max(len(steps), 1)),
-        ]
+        up = sum(record.bytes_up for record in steps)
+        down = sum(record.bytes_down for record in steps)
+        figures = {
+            "steps": str(len(steps)),
+            "seconds": f"{sum(record.seconds for record in steps):.2f}",
+            "samples/s": f"{history.samples_per_second:,.0f}",
+        }
+        if up or down:
+            figures["up / step"] = _format_bytes(up // len(steps))
+            figures["down / step"] = _format_bytes(down // len(steps))
         last = history.evaluations[-1].metrics if history.evaluations else {}
-        for name, value in last.items():
-            table.add_column(f"held-out {name}", justify="right")
-            figures.append(f"{value:.4f}")
-        table.add_row(*figures)
+        figures |= {f"held-out {name}": f"{value:.4f}" for name, value in last.items()}
+        table = _make_table()
+        for heading in figures:
+            table.add_column(heading, justify="right")
+        table.add_row(*figures.values())
         _print(table)
         _print(saved)
 

@@ -1,0 +1,86 @@
+"""What is said comes back as it was said, and what cannot be said is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from splitonnx.codecs import encode_tensors
+from splitonnx.errors import FormatError
+from splitonnx.manifests import Wire, WireKind
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Welcome,
+    decode_message,
+    encode_message,
+)
+from splitonnx.tensors import TensorSpec
+
+WIRE = Wire(
+    tensor=TensorSpec(name="h@server", dtype="F32", shape=("N", 3, None), bounds=None),
+    sender="client",
+    receiver="server",
+    kind=WireKind.ACTIVATION,
+)
+TASK = Tensors(
+    session="s", phase="train", step=2**40, micro_batch=0, seed=-7, learning_rate=0.1 + 0.2
+)
+EVERY: list[Message] = [
+    Hello(digest="d", step=3, wires={"train": (WIRE,)}),
+    Welcome(session="s", digest="d", step=3, wires={"train": (WIRE,)}),
+    TASK,
+    Save(session="s", step=3),
+    Saved(session="s", step=3),
+    Fault(code="ServerBusy", reason="später"),
+    Bye(),
+]
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
+def test_every_message_comes_back_as_it_was(message: Message) -> None:
+    assert decode_message(b"".join(encode_message(message))) == (message, {})
+
+
+def test_tensors_travel_with_their_message() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    message, tensors = decode_message(b"".join(encode_message(TASK, {"h@server": array})))
+    assert isinstance(message, Tensors)
+    assert message.key == TaskKey("s", "train", 2**40, 0)
+    np.testing.assert_array_equal(tensors["h@server"], array)
+
+
+def test_a_recorded_message_can_be_read_by_the_safetensors_library() -> None:
+    array = np.arange(6, dtype=np.float32)
+    content = b"".join(encode_message(TASK, {"h": array}))
+    np.testing.assert_array_equal(safetensors.numpy.load(content)["h"], array)
+
+
+def test_only_tensors_carry_tensors() -> None:
+    content = b"".join(encode_message(Bye(), {"x": np.zeros(1)}))
+    with pytest.raises(FormatError, match="Bye carries no tensors"):
+        decode_message(content)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"splitonnx": "{}"},
+        {"splitonnx": "nonsense"},
+        {"splitonnx": '{"type":"Shout"}'},
+        {"splitonnx": '{"type":"Save","session":"s"}'},
+        {"splitonnx": '{"type":"Save","session":"s","step":"3"}'},
+        {"splitonnx": '{"type":"Bye"}', "other": ""},
+    ],
+)
+def test_what_is_no_message_is_refused(metadata: dict[str, str]) -> None:
+    with pytest.raises(FormatError):
+        decode_message(b"".join(encode_tensors({}, metadata)))
