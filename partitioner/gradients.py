@@ -209,6 +209,21 @@ def _annotate(model: ir.Model) -> None:
         base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
         if value.shape is None and base is not None:
             value.shape = base.shape
+    for node in model.graph:
+        for value in node.outputs[1:]:
+            if value.shape is None:
+                value.shape = _find_shape(node)
+
+
+def _find_shape(node: ir.Node) -> ir.Shape | None:
+    """Give the shape of what a node keeps for its gradient, which no inference knows."""
+    if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
+        return node.inputs[1].shape  # the batch's statistics, one a channel like the scale
+    if node.op_type == "MaxPool":
+        return node.outputs[0].shape  # where each maximum stood
+    if node.op_type == "ConcatTraining":
+        return ir.Shape([len(node.inputs)])  # how long each input was
+    return None
 
 
 def _translate(error: RuntimeError) -> NotDifferentiable | UnsupportedModel:

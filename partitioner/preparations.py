@@ -27,6 +27,7 @@ from splitonnx.partitioner.batchnorms import (
 )
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.frontiers import find_dependents
+from splitonnx.partitioner.paddings import settle_paddings
 
 LOWEST_OPSET, HIGHEST_OPSET = 18, 21
 """Dropout's mask needs BitwiseXor (18); onnxruntime 1.19.2 ends at 21."""
@@ -104,6 +105,7 @@ def prepare(
     weights = _lift_weights(model.graph)
     model = adapt_opset(model)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    settle_paddings(model.graph)
 
     skeleton, training, inference = model, model.clone(), model.clone()
     buffers = train_batchnorms(training.graph, mode=batchnorm)

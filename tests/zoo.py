@@ -260,8 +260,9 @@ def build_convolutions() -> onnx.ModelProto:
     )  # fmt: skip
     value = net.op("Relu", value, out="r3")
     value = net.op("Conv", value, net.weight("w4", 3, 6, 1, 1), out="pointwise", strides=[3, 2])
+    value = net.op("Conv", value, net.weight("w5", 3, 3, 2, 2), out="same", auto_pad="SAME_UPPER")
     value = net.op("Flatten", value, out="flat")
-    output = net.op("MatMul", value, net.weight("w5", 3 * 2 * 3, 3), out="scores")
+    output = net.op("MatMul", value, net.weight("w6", 3 * 2 * 3, 3), out="scores")
     return net.finish({"x": (FLOAT, ["N", 3, 9, 9])}, output, 3)
 
 

@@ -78,11 +78,6 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
     strides = tuple(node.attributes.get_ints("strides", ones))
     dilations = tuple(node.attributes.get_ints("dilations", ones))
     pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * rank)))
-    mode = node.attributes.get_string("auto_pad", "NOTSET")
-    if mode.startswith("SAME"):
-        pads = _same_pads(node, mode, size[2:], kernel, strides, dilations)
-    elif mode == "VALID":
-        pads = (0,) * (2 * rank)
     return _Window(
         kernel=kernel,
         strides=strides,
@@ -92,26 +87,6 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
         size=tuple(size[2:]),
         groups=node.attributes.get_int("group", 1),
     )
-
-
-def _same_pads(
-    node: ir.Node,
-    mode: str,
-    size: Sequence[int | None],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> tuple[int, ...]:
-    small, large = [], []
-    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
-        if n is None:
-            raise UnsupportedModel(
-                f"node '{node.name}' (ConvGrad)", f"auto_pad {mode} needs a known image size"
-            )
-        total = max(0, (-(-n // s) - 1) * s + d * (k - 1) + 1 - n)
-        small.append(total // 2)
-        large.append(total - total // 2)
-    return (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
 
 
 def _grad_input(

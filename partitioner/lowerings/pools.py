@@ -58,9 +58,10 @@ def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
     kernel = list(node.attributes.get_ints("kernel_shape"))
     strides = list(node.attributes.get_ints("strides", [1] * rank))
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
-    mode = node.attributes.get_string("auto_pad", "NOTSET")
-    if mode.startswith("SAME"):
-        pads = _same_pads(mode, extent, kernel, strides)
+    if any(step != 1 for step in node.attributes.get_ints("dilations", [])):
+        raise UnsupportedModel(
+            f"node '{node.name}' (AveragePoolGrad)", "a dilated AveragePool has no gradient here"
+        )
     steps = [
         -(-(n + pads[i] + pads[i + rank] - k) // s) + 1
         if node.attributes.get_int("ceil_mode", 0)
@@ -68,6 +69,16 @@ def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
         for i, (n, k, s) in enumerate(zip(extent, kernel, strides, strict=True))
     ]
     include = bool(node.attributes.get_int("count_include_pad", 0))
+    if include and any(
+        (m - 1) * s + k > n + pads[i] + pads[i + rank]
+        for i, (n, k, s, m) in enumerate(zip(extent, kernel, strides, steps, strict=True))
+    ):
+        raise UnsupportedModel(
+            f"node '{node.name}' (AveragePoolGrad)",
+            "with ceil_mode and count_include_pad a window reaches beyond the padding, which "
+            "runtimes count differently",
+            "export the model without ceil_mode",
+        )
     counts = _count_windows(extent, kernel, strides, pads, steps, include=include)
     dtype = dy.dtype
     assert dtype is not None
@@ -89,18 +100,6 @@ def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
     channels = draft.integers([dims[1]]) if dims[1] is not None else draft.shape(dy, 1, 2)
     shape = draft.op("Concat", draft.shape(dy, 0, 1), channels, draft.integers(extent), axis=0)
     return [draft.op("Reshape", part, shape)]
-
-
-def _same_pads(
-    mode: str, extent: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
-) -> list[int]:
-    totals = [
-        max(0, (-(-n // s) - 1) * s + k - n)
-        for n, k, s in zip(extent, kernel, strides, strict=True)
-    ]
-    small = [total // 2 for total in totals]
-    large = [total - total // 2 for total in totals]
-    return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
 
 
 def _count_windows(

@@ -1,0 +1,148 @@
+"""Update graphs against the definitions, written out in float64 numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from splitonnx.errors import UsageError
+from splitonnx.manifests import LEARNING_RATE, STEP
+from splitonnx.optimizers import (
+    SGD,
+    Adam,
+    AdamW,
+    Optimizer,
+    describe_optimizer,
+    read_optimizer,
+)
+from splitonnx.partitioner.updates import Norms, build_norms, build_update
+from splitonnx.tensors import TensorSpec
+
+Arrays = dict[str, np.ndarray]
+SHAPES = {"w": (3, 4), "b": (5,)}
+SPECS = [TensorSpec(name=name, dtype="F32", shape=shape) for name, shape in SHAPES.items()]
+GRADIENTS = {name: f"{name}_grad" for name in SHAPES}
+STEPS = 6
+
+
+def load(graph: ir.Graph) -> onnxruntime.InferenceSession:
+    model = ir.to_proto(ir.Model(graph, ir_version=10))
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
+def run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    wanted = [value.name for value in session.get_inputs()]
+    results = session.run(None, {name: feeds[name] for name in wanted})
+    return dict(zip([value.name for value in session.get_outputs()], results, strict=True))
+
+
+def draw(seed: int) -> Arrays:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+def sgd(optimizer: Optimizer, p: np.ndarray, g: np.ndarray, s: Arrays, lr: float, t: int) -> None:
+    assert isinstance(optimizer, SGD)
+    g = g + optimizer.weight_decay * p
+    s["v"] = optimizer.momentum * s.get("v", np.zeros_like(p)) + g
+    p -= lr * s["v"]
+
+
+def adam(optimizer: Optimizer, p: np.ndarray, g: np.ndarray, s: Arrays, lr: float, t: int) -> None:
+    assert isinstance(optimizer, Adam)
+    if isinstance(optimizer, AdamW):
+        p *= 1 - lr * optimizer.weight_decay
+    else:
+        g = g + optimizer.weight_decay * p
+    s["m"] = optimizer.beta1 * s.get("m", 0) + (1 - optimizer.beta1) * g
+    s["v"] = optimizer.beta2 * s.get("v", 0) + (1 - optimizer.beta2) * g * g
+    mean, square = s["m"] / (1 - optimizer.beta1**t), s["v"] / (1 - optimizer.beta2**t)
+    p -= lr * mean / (np.sqrt(square) + optimizer.eps)
+
+
+Reference = Callable[[Optimizer, np.ndarray, np.ndarray, Arrays, float, int], None]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"),
+    [
+        (SGD(lr=0.1), sgd),
+        (SGD(lr=0.1, momentum=0.9), sgd),
+        (SGD(lr=0.1, momentum=0.5, weight_decay=0.1), sgd),
+        (Adam(lr=0.01), adam),
+        (Adam(lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-4), adam),
+        (AdamW(lr=0.01), adam),
+        (AdamW(lr=0.01, weight_decay=0.3), adam),
+        (AdamW(lr=0.01, weight_decay=0.0), adam),
+    ],
+)
+def test_an_update_is_what_the_definition_says(optimizer: Optimizer, reference: Reference) -> None:
+    update = build_update(SPECS, GRADIENTS, optimizer)
+    session = load(update.graph)
+    expected, own = draw(0), {name: {} for name in SHAPES}  # type: Arrays, dict[str, Arrays]
+    state: Arrays = {name: array.astype(np.float32) for name, array in expected.items()}
+    for spec in update.state:
+        state[spec.tensor.name] = np.zeros(SHAPES[spec.tensor.name.split("#")[0]], np.float32)
+    for step in range(1, STEPS + 1):
+        rate = optimizer.lr / step
+        gradients = draw(step)
+        feeds = {f"{name}_grad": g.astype(np.float32) for name, g in gradients.items()}
+        feeds |= {LEARNING_RATE: np.array(rate, np.float32), STEP: np.array(step)}
+        made = run(session, {**state, **feeds})
+        state = {name: made[value] for name, value in update.commits.items()}
+        for name, parameter in expected.items():
+            reference(optimizer, parameter, gradients[name], own[name], rate, step)
+            np.testing.assert_allclose(state[name], parameter, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_clipping_scales_by_the_global_norm_of_all_parties(scale: float) -> None:
+    gradients = {name: (array * scale).astype(np.float32) for name, array in draw(1).items()}
+    vectors: Arrays = {}
+    for name in SHAPES:  # each parameter with a party of its own
+        spec = next(spec for spec in SPECS if spec.name == name)
+        norms = load(build_norms([spec], GRADIENTS, f"norms.{name}"))
+        vectors |= run(norms, {f"{name}_grad": gradients[name]})
+    whole = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
+    factor = min(1.0, 0.5 / (whole + 1e-6))
+    for spec in SPECS:
+        update = build_update(
+            [spec],
+            GRADIENTS,
+            SGD(lr=1.0, clip_norm=0.5),
+            Norms(sizes={"norms.w": 1, "norms.b": 1}, order=[0, 1]),
+        )
+        zeros = np.zeros(SHAPES[spec.name], np.float32)
+        feeds = {spec.name: zeros, f"{spec.name}_grad": gradients[spec.name], **vectors}
+        made = run(load(update.graph), {**feeds, LEARNING_RATE: np.array(1, np.float32)})
+        expected = -gradients[spec.name] * factor
+        np.testing.assert_allclose(made[f"{spec.name}#next"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.5, momentum=0.1), Adam(clip_norm=2.0), AdamW(lr=1e-4, eps=1e-6)]
+)
+def test_a_description_gives_the_same_optimizer_back(optimizer: Optimizer) -> None:
+    assert read_optimizer(describe_optimizer(optimizer)) == optimizer
+
+
+@pytest.mark.parametrize(
+    ("description", "reason"),
+    [
+        ({"name": "lion"}, "choose from sgd, adam, adamw"),
+        ({"name": "adam", "momentum": 0.9}, "no setting 'momentum'"),
+        ({"name": "sgd", "lr": -1.0}, "lr must be at least 0"),
+        ({"name": "sgd", "momentum": 1.0}, "below 1"),
+        ({"name": "adamw", "beta2": float("nan")}, "beta2"),
+        ({"name": "adamw", "clip_norm": 0.0}, "clip_norm must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    description: dict[str, float | str | None], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        read_optimizer(description)
