@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft
 
 NEXT = "#next"
 
@@ -70,34 +71,22 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
             "the rank of its input is not known",
             "export the model with shapes",
         )
-    rank, dtype = len(x.shape), x.dtype
-    tape = ir.tape.Tape()
+    rank = len(x.shape)
+    draft = Draft(node.name or "")
 
-    def constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        return tape.op("Constant", [], {"value": tensor}, name=f"{node.name}/{name}")
-
-    def spread(value: ir.Value | None) -> ir.Value:
+    def spread(value: ir.Value | None) -> ir.Value | None:
         """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
-        return tape.op("Unsqueeze", [value, axes]) if rank > 2 else value  # type: ignore[return-value]
+        return (
+            draft.op("Unsqueeze", value, draft.integers(range(1, rank - 1))) if rank > 2 else value
+        )
 
-    axes = constant("axes", ir.tensor(list(range(1, rank - 1)), dtype=ir.DataType.INT64))
-    assert dtype is not None
-    epsilon = constant(
-        "epsilon", ir.tensor(node.attributes.get_float("epsilon", 1e-5), dtype=dtype)
-    )
-    deviation = tape.op("Sqrt", [tape.op("Add", [variance, epsilon])])
-    factor = tape.op("Div", [scale, deviation])
-    centred = tape.op("Sub", [x, spread(mean)])
-    scaled = tape.op("Mul", [centred, spread(factor)])
-    output = tape.op("Add", [scaled, spread(bias)])
-    for index, new in enumerate(tape.nodes):
-        new.name = f"{node.name}/{index}_{new.op_type}"
-        for value in new.outputs:
-            value.name = f"{node.name}/{index}"
-    output.name = node.outputs[0].name
-    output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
+    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
+    deviation = draft.op("Sqrt", draft.op("Add", variance, epsilon))
+    factor = draft.op("Div", scale, deviation)
+    scaled = draft.op("Mul", draft.op("Sub", x, spread(mean)), spread(factor))
+    output = draft.op("Add", scaled, spread(bias))
     ir.convenience.replace_nodes_and_values(
-        graph, node, [node], tape.nodes, [node.outputs[0]], [output]
+        graph, node, [node], draft.nodes, [node.outputs[0]], [output]
     )
 
 

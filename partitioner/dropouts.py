@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
+from splitonnx.partitioner.drafts import Draft
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
@@ -94,67 +95,58 @@ def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> N
         raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its mask is used by other nodes")
     x = node.inputs[0]
     assert x is not None
-    assert x.dtype is not None
-    tape = ir.tape.Tape()
-    mask = _draw_mask(tape, x, key, node.name or "", 1.0 - ratio)
-    factor = _cast(tape, mask, x.dtype)
-    scale = tape.op("Constant", [], {"value": ir.tensor(1.0 / (1.0 - ratio), dtype=x.dtype)})
-    factor = tape.op("Mul", [factor, scale])
+    draft = Draft(node.name or "")
+    mask = _draw_mask(draft, x, key, node.name or "", 1.0 - ratio)
+    scale = draft.number(1.0 / (1.0 - ratio), x.dtype)
+    factor = draft.op("Mul", draft.cast(mask, x.dtype), scale)
     factor.type, factor.shape = x.type, x.shape  # spares the gradient its broadcast analysis
-    output = tape.op("Mul", [x, factor])
-    for index, new in enumerate(tape.nodes):
-        new.name = f"{node.name}/{index}_{new.op_type}"
-        new.outputs[0].name = f"{node.name}/{index}"
-    _take_over(graph, node, list(tape.nodes), output)
+    output = draft.op("Mul", x, factor)
+    _take_over(graph, node, draft.nodes, output)
 
 
-def _draw_mask(tape: ir.tape.Tape, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
+def _draw_mask(draft: Draft, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
     """Compute the boolean mask in the shape of ``x``."""
 
-    def integer(value: int | list[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(value, dtype=dtype)})
-
     def word(value: ir.Value) -> ir.Value:
-        return _cast(tape, value, ir.DataType.UINT32)
+        return draft.cast(value, ir.DataType.UINT32)
 
     def long(value: ir.Value) -> ir.Value:
-        return _cast(tape, value, ir.DataType.INT64)
+        return draft.cast(value, ir.DataType.INT64)
+
+    def xor(one: ir.Value, other: ir.Value) -> ir.Value:
+        return _typed(draft.op("BitwiseXor", one, other), ir.DataType.UINT32)
 
     def fold(value: ir.Value, shift: int) -> ir.Value:
-        shifted = tape.op(
-            "BitShift", [value, integer(shift, ir.DataType.UINT32)], {"direction": "RIGHT"}
-        )
-        return tape.op("BitwiseXor", [value, shifted])
+        places = draft.number(shift, ir.DataType.UINT32)
+        return xor(value, draft.op("BitShift", value, places, direction="RIGHT"))
 
     def multiply(value: ir.Value, factor: int) -> ir.Value:
-        return word(tape.op("Mul", [long(value), integer(factor)]))
+        product = draft.op("Mul", long(value), draft.integer(factor))
+        return word(_typed(product, ir.DataType.INT64))
 
     def scramble(value: ir.Value, *, within: ir.Value | None = None) -> ir.Value:
         value = multiply(fold(value, 16), _MULTIPLIERS[0])
         if within is not None:
-            value = tape.op("BitwiseXor", [value, within])
+            value = xor(value, within)
         return fold(multiply(fold(value, 15), _MULTIPLIERS[1]), 16)
 
-    spread = tape.op(
-        "ReduceSum",
-        [tape.op("Mul", [tape.op("Mod", [key, integer(2**31)]), integer(list(_SPREAD))])],
-        {"keepdims": 0},
-    )
-    named = tape.op("Add", [spread, integer(zlib.crc32(name.encode()))])
+    spread = draft.op("Mul", draft.op("Mod", key, draft.integer(2**31)), draft.integers(_SPREAD))
+    total = draft.op("ReduceSum", spread, keepdims=0)
+    named = draft.op("Add", total, draft.integer(zlib.crc32(name.encode())))
     first = scramble(word(named))
-    second = scramble(tape.op("BitwiseXor", [first, integer(0x5BD1E995, ir.DataType.UINT32)]))
-    count = tape.op("Size", [x])
-    index = tape.op("Range", [integer(0), count, integer(1)])
-    mixed = scramble(word(tape.op("Add", [index, long(first)])), within=second)
-    kept = tape.op("Less", [long(mixed), integer(round(keep * 2**32))])
-    return tape.op("Reshape", [kept, tape.op("Shape", [x])])
+    second = scramble(xor(first, draft.number(0x5BD1E995, ir.DataType.UINT32)))
+    count = draft.op("Size", x)
+    index = draft.op("Range", draft.integer(0), count, draft.integer(1))
+    mixed = scramble(word(draft.op("Add", index, long(first))), within=second)
+    kept = draft.op("Less", long(mixed), draft.integer(round(keep * 2**32)))
+    return draft.op("Reshape", kept, draft.op("Shape", x))
 
 
-def _cast(tape: ir.tape.Tape, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    return tape.op("Cast", [value], {"to": dtype.value})
+def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Note a value's type, so that it is not cast to what it is already."""
+    value.type = ir.TensorType(dtype)
+    return value
 
 
 def _take_over(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value) -> None:
-    old = node.outputs[0]
-    output.name, output.type, output.shape = old.name, old.type, old.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [output])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [output])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.frontiers import map_values
 from splitonnx.tensors import TensorSpec
 
@@ -58,13 +59,9 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     labels = spec(value)
     source = _make_input(labels)
     graph.inputs.append(source)
-    tape = ir.tape.Tape()
-    results = build(tape, value, source)
-    for index, node in enumerate(tape.nodes):
-        node.name = f"splitonnx.loss/{index}_{node.op_type}"
-        for position, made in enumerate(node.outputs):
-            made.name = f"splitonnx.loss/{index}" + (f"_{position}" if position else "")
-    graph.extend(tape.nodes)
+    draft = Draft("splitonnx.loss")
+    results = build(draft, value, source)
+    graph.extend(draft.nodes)
     for name, result in results.items():
         result.name = name
         result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
@@ -156,59 +153,54 @@ def _float_labels(output: ir.Value) -> TensorSpec:
     return TensorSpec(name=LABELS, dtype="F32", shape=_dims(output))
 
 
-def _constant(tape: ir.tape.Tape, number: float) -> ir.Value:
-    return tape.op("Constant", [], {"value": ir.tensor(number, dtype=ir.DataType.FLOAT)})
+def _number(draft: Draft, number: float) -> ir.Value:
+    return draft.number(number, ir.DataType.FLOAT)
 
 
-def _mean(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
-    return tape.op("ReduceMean", [value], {"keepdims": 0})
+def _mean(draft: Draft, value: ir.Value) -> ir.Value:
+    return draft.op("ReduceMean", value, keepdims=0)
 
 
-def _match_rate(tape: ir.tape.Tape, left: ir.Value, right: ir.Value) -> ir.Value:
-    equal = tape.op("Equal", [left, right])
-    return _mean(tape, tape.op("Cast", [equal], {"to": ir.DataType.FLOAT.value}))
+def _match_rate(draft: Draft, left: ir.Value, right: ir.Value) -> ir.Value:
+    return _mean(draft, draft.cast(draft.op("Equal", left, right), ir.DataType.FLOAT))
 
 
-def _cross_entropy(
-    tape: ir.tape.Tape, scores: ir.Value, labels: ir.Value
-) -> Mapping[str, ir.Value]:
+def _cross_entropy(draft: Draft, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     # the gradient builder wants the second output, log_prob, declared
-    loss, _ = tape.op_multi_out(
-        "SoftmaxCrossEntropyLoss", [scores, labels], {"reduction": "mean"}, num_outputs=2
-    )
-    guess = tape.op("ArgMax", [scores], {"axis": 1, "keepdims": 0})
-    return {LOSS: loss, ACCURACY: _match_rate(tape, guess, labels)}
+    loss, _ = draft.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
+    guess = draft.op("ArgMax", scores, axis=1, keepdims=0)
+    return {LOSS: loss, ACCURACY: _match_rate(draft, guess, labels)}
 
 
-def _mse(tape: ir.tape.Tape, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    difference = tape.op("Sub", [output, labels])
-    return {LOSS: _mean(tape, tape.op("Mul", [difference, difference]))}
+def _mse(draft: Draft, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    difference = draft.op("Sub", output, labels)
+    return {LOSS: _mean(draft, draft.op("Mul", difference, difference))}
 
 
-def _l1(tape: ir.tape.Tape, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    return {LOSS: _mean(tape, tape.op("Abs", [tape.op("Sub", [output, labels])]))}
+def _l1(draft: Draft, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    return {LOSS: _mean(draft, draft.op("Abs", draft.op("Sub", output, labels)))}
 
 
-def _bce(tape: ir.tape.Tape, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _bce(draft: Draft, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
 
     So written its derivative at x = 0 is 1/2 - y, as it should be, where Abs has derivative 0.
     """
-    size = tape.op("Abs", [scores])
-    positive = tape.op("Mul", [tape.op("Add", [scores, size]), _constant(tape, 0.5)])
-    decay = tape.op("Exp", [tape.op("Neg", [size])])
-    rest = tape.op("Log", [tape.op("Add", [decay, _constant(tape, 1.0)])])
-    linear = tape.op("Sub", [positive, tape.op("Mul", [scores, labels])])
-    loss = _mean(tape, tape.op("Add", [linear, rest]))
-    guess = tape.op("Greater", [scores, _constant(tape, 0.0)])
-    truth = tape.op("Greater", [labels, _constant(tape, 0.5)])
-    return {LOSS: loss, ACCURACY: _match_rate(tape, guess, truth)}
+    size = draft.op("Abs", scores)
+    positive = draft.op("Mul", draft.op("Add", scores, size), _number(draft, 0.5))
+    decay = draft.op("Exp", draft.op("Neg", size))
+    rest = draft.op("Log", draft.op("Add", decay, _number(draft, 1.0)))
+    linear = draft.op("Sub", positive, draft.op("Mul", scores, labels))
+    loss = _mean(draft, draft.op("Add", linear, rest))
+    guess = draft.op("Greater", scores, _number(draft, 0.0))
+    truth = draft.op("Greater", labels, _number(draft, 0.5))
+    return {LOSS: loss, ACCURACY: _match_rate(draft, guess, truth)}
 
 
 _ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
 
 _Spec = Callable[[ir.Value], TensorSpec]
-_Build = Callable[[ir.tape.Tape, ir.Value, ir.Value], Mapping[str, ir.Value]]
+_Build = Callable[[Draft, ir.Value, ir.Value], Mapping[str, ir.Value]]
 _LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
     "cross-entropy": (_class_labels, _cross_entropy),
     "mse": (_float_labels, _mse),
@@ -226,17 +218,15 @@ def build_evaluation(
     undone first.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
-    tape = ir.tape.Tape()
+    draft = Draft("splitonnx.scores")
     scores = source
     if activation is not None:
-        floor = tape.op("Max", [source, _constant(tape, 1e-30)])
-        scores = tape.op("Log", [floor])  # softmax(log p) is p
+        floor = _number(draft, 1e-30)
+        scores = draft.op("Log", draft.op("Max", source, floor))  # softmax(log p) is p
         if activation == "Sigmoid":
-            rest = tape.op("Sub", [_constant(tape, 1.0), source])
-            rest = tape.op("Max", [rest, _constant(tape, 1e-30)])
-            scores = tape.op("Sub", [scores, tape.op("Log", [rest])])
-        scores.name, scores.type, scores.shape = "scores", output.type, output.shape
-    nodes = list(tape.nodes)
-    graph = ir.Graph([source], [], nodes=nodes, name="evaluate", opset_imports={"": 18})
+            rest = draft.op("Sub", _number(draft, 1.0), source)
+            scores = draft.op("Sub", scores, draft.op("Log", draft.op("Max", rest, floor)))
+        scores.type, scores.shape = output.type, output.shape
+    graph = ir.Graph([source], [], nodes=draft.nodes, name="evaluate", opset_imports={"": 18})
     attached = attach_loss(graph, loss, scores.name or "")
     return ir.Model(graph, ir_version=10), attached

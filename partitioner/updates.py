@@ -14,12 +14,19 @@ import onnx_ir as ir
 
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.partitioner.drafts import Draft
 from splitonnx.tensors import TensorSpec
 
 OPSET = 18
 NEXT = "#next"
 
-_DTYPES = {"F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT, "F64": ir.DataType.DOUBLE}
+_DTYPES = {
+    "F16": ir.DataType.FLOAT16,
+    "F32": ir.DataType.FLOAT,
+    "F64": ir.DataType.DOUBLE,
+    "I64": ir.DataType.INT64,
+}
+_SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +55,16 @@ def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
     """Build the graph that yields F32[n], each parameter's squared gradient norm, in order."""
-    draft = _Draft()
+    draft = _Graph("norms")
     squares = []
     for spec in parameters:
         gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
         square = draft.op("ReduceSumSquare", gradient, keepdims=0)
-        squares.append(draft.op("Reshape", draft.cast(square, "F32"), draft.integers([1])))
+        squares.append(draft.op("Reshape", draft.cast(square, _SINGLE), draft.integers([1])))
     joined = draft.op("Concat", *squares, axis=0)
     joined.type = ir.TensorType(ir.DataType.FLOAT)
     joined.shape = ir.Shape([len(squares)])
-    return draft.finish("norms", {output: joined})
+    return draft.finish({output: joined})
 
 
 def build_update(
@@ -71,7 +78,7 @@ def build_update(
     ``gradients`` maps a parameter to the name of its gradient.  With ``optimizer.clip_norm``,
     ``norms`` names the vectors of squared norms that become inputs too.
     """
-    draft = _Draft()
+    draft = _Graph("update")
     rate = draft.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(draft, optimizer, norms)
     shared = _SharedTerms(draft, optimizer, rate)
@@ -81,7 +88,7 @@ def build_update(
         parameter = draft.input(spec.name, spec.dtype, spec.shape)
         gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
         if clip is not None:
-            gradient = draft.op("Mul", gradient, draft.cast(clip, spec.dtype))
+            gradient = draft.op("Mul", gradient, draft.cast(clip, _DTYPES[spec.dtype]))
         step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
         for name, value in step(draft, spec, parameter, gradient, optimizer, shared).items():
             value.type, value.shape = parameter.type, parameter.shape
@@ -90,13 +97,13 @@ def build_update(
                 tensor = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
                 state.append(StateSpec(tensor=tensor, role=Role.OPTIMIZER))
     return Update(
-        graph=draft.finish("update", outputs),
+        graph=draft.finish(outputs),
         state=tuple(state),
         commits={name.removesuffix(NEXT): name for name in outputs},
     )
 
 
-def _clip_factor(draft: _Draft, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
+def _clip_factor(draft: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
     """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
     if optimizer.clip_norm is None:
         return None
@@ -105,32 +112,32 @@ def _clip_factor(draft: _Draft, optimizer: Optimizer, norms: Norms | None) -> ir
     joined = draft.op("Concat", *vectors, axis=0)
     ordered = draft.op("Gather", joined, draft.integers(list(norms.order)), axis=0)
     norm = draft.op("Sqrt", draft.op("ReduceSum", ordered, keepdims=0))
-    padded = draft.op("Add", norm, draft.number(1e-6, "F32"))
-    factor = draft.op("Div", draft.number(optimizer.clip_norm, "F32"), padded)
-    return draft.op("Min", factor, draft.number(1.0, "F32"))
+    padded = draft.op("Add", norm, draft.number(1e-6, _SINGLE))
+    factor = draft.op("Div", draft.number(optimizer.clip_norm, _SINGLE), padded)
+    return draft.op("Min", factor, draft.number(1.0, _SINGLE))
 
 
 class _SharedTerms:
     """Scalars that every parameter of an update needs, in the dtype asked for."""
 
-    def __init__(self, draft: _Draft, optimizer: Optimizer, rate: ir.Value) -> None:
+    def __init__(self, draft: _Graph, optimizer: Optimizer, rate: ir.Value) -> None:
         self._draft = draft
-        self._terms: dict[tuple[str, str], ir.Value] = {}
+        self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
         self._scalars = {"rate": rate}
         if isinstance(optimizer, Adam):
-            step = draft.cast(draft.input(STEP, "I64", ()), "F32")
+            step = draft.cast(draft.input(STEP, "I64", ()), _SINGLE)
             # the corrections 1 - beta**t, in double: in single they cancel badly at beta2 = 0.999
-            exact = draft.cast(step, "F64")
+            exact = draft.cast(step, _DOUBLE)
             for name, beta in (("first", optimizer.beta1), ("second", optimizer.beta2)):
-                power = draft.op("Pow", draft.number(beta, "F64"), exact)
-                self._scalars[name] = draft.op("Sub", draft.number(1.0, "F64"), power)
-            wide = draft.cast(rate, "F64")
+                power = draft.op("Pow", draft.number(beta, _DOUBLE), exact)
+                self._scalars[name] = draft.op("Sub", draft.number(1.0, _DOUBLE), power)
+            wide = draft.cast(rate, _DOUBLE)
             self._scalars["step_size"] = draft.op("Div", wide, self._scalars["first"])
             self._scalars["spread"] = draft.op("Sqrt", self._scalars["second"])
-            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, "F64"))
-            self._scalars["keep"] = draft.op("Sub", draft.number(1.0, "F64"), decay)
+            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, _DOUBLE))
+            self._scalars["keep"] = draft.op("Sub", draft.number(1.0, _DOUBLE), decay)
 
-    def get(self, name: str, dtype: str) -> ir.Value:
+    def get(self, name: str, dtype: ir.DataType) -> ir.Value:
         """Give a scalar in ``dtype``, cast once."""
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
@@ -138,16 +145,16 @@ class _SharedTerms:
 
 
 def _decay_gradient(
-    draft: _Draft, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
+    draft: _Graph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
 ) -> ir.Value:
     if not decay:
         return gradient
-    penalty = draft.op("Mul", parameter, draft.number(decay, spec.dtype))
+    penalty = draft.op("Mul", parameter, draft.number(decay, _DTYPES[spec.dtype]))
     return draft.op("Add", gradient, penalty)
 
 
 def _update_sgd(
-    draft: _Draft,
+    draft: _Graph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -160,14 +167,14 @@ def _update_sgd(
     if optimizer.momentum:
         name = f"{spec.name}#momentum"
         velocity = draft.input(name, spec.dtype, spec.shape)
-        kept = draft.op("Mul", velocity, draft.number(optimizer.momentum, spec.dtype))
+        kept = draft.op("Mul", velocity, draft.number(optimizer.momentum, _DTYPES[spec.dtype]))
         direction = outputs[name] = draft.op("Add", kept, direction)
-    change = draft.op("Mul", direction, shared.get("rate", spec.dtype))
+    change = draft.op("Mul", direction, shared.get("rate", _DTYPES[spec.dtype]))
     return {spec.name: draft.op("Sub", parameter, change), **outputs}
 
 
 def _update_adam(
-    draft: _Draft,
+    draft: _Graph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -176,7 +183,7 @@ def _update_adam(
 ) -> dict[str, ir.Value]:
     """p -= lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)."""
     assert isinstance(optimizer, Adam)
-    dtype = spec.dtype
+    dtype = _DTYPES[spec.dtype]
     if isinstance(optimizer, AdamW):
         if optimizer.weight_decay:
             parameter = draft.op("Mul", parameter, shared.get("keep", dtype))
@@ -184,7 +191,7 @@ def _update_adam(
         gradient = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
 
     def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
-        old = draft.input(name, dtype, spec.shape)
+        old = draft.input(name, spec.dtype, spec.shape)
         kept = draft.op("Mul", old, draft.number(beta, dtype))
         return draft.op("Add", kept, draft.op("Mul", value, draft.number(1.0 - beta, dtype)))
 
@@ -197,55 +204,23 @@ def _update_adam(
     return {spec.name: draft.op("Sub", parameter, change), first: mean, second: square}
 
 
-class _Draft:
-    """A graph under construction: inputs, constants (shared) and nodes with plain names."""
+class _Graph(Draft):
+    """A graph under construction: nodes, and the inputs that they read."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._name = name
         self._inputs: dict[str, ir.Value] = {}
-        self._constants: dict[tuple[object, str], ir.Value] = {}
-        self._nodes: list[ir.Node] = []
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
-        """Declare a graph input."""
-        kind = ir.DataType.INT64 if dtype == "I64" else _DTYPES[dtype]
+        """Declare a graph input, once."""
         if name not in self._inputs:
             self._inputs[name] = ir.Value(
-                name=name, type=ir.TensorType(kind), shape=ir.Shape(list(shape))
+                name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape))
             )
         return self._inputs[name]
 
-    def op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        """Append a node and return its one output."""
-        node = ir.node(kind, list(inputs), dict(attributes), name=f"{len(self._nodes)}_{kind}")
-        node.outputs[0].name = f"v{len(self._nodes)}"
-        self._nodes.append(node)
-        return node.outputs[0]
-
-    def number(self, value: float, dtype: str) -> ir.Value:
-        """Give a scalar constant."""
-        return self._constant(value, dtype, ir.tensor(value, dtype=_DTYPES[dtype]))
-
-    def integers(self, values: list[int]) -> ir.Value:
-        """Give a vector of I64."""
-        return self._constant(tuple(values), "I64", ir.tensor(values, dtype=ir.DataType.INT64))
-
-    def _constant(self, key: object, dtype: str, tensor: ir.TensorProtocol) -> ir.Value:
-        if (key, dtype) not in self._constants:
-            node = ir.node("Constant", [], {"value": tensor}, name=f"{len(self._nodes)}_Constant")
-            node.outputs[0].name = f"v{len(self._nodes)}"
-            self._nodes.append(node)
-            self._constants[key, dtype] = node.outputs[0]
-        return self._constants[key, dtype]
-
-    def cast(self, value: ir.Value, dtype: str) -> ir.Value:
-        """Cast, where it is not of that dtype already."""
-        if value.dtype == _DTYPES[dtype]:
-            return value
-        result = self.op("Cast", value, to=_DTYPES[dtype].value)
-        result.type = ir.TensorType(_DTYPES[dtype])
-        return result
-
-    def finish(self, name: str, outputs: Mapping[str, ir.Value]) -> ir.Graph:
+    def finish(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
         """Close the graph; an output takes the name that it is given here."""
         for output, value in outputs.items():
             value.name = output
@@ -253,7 +228,7 @@ class _Draft:
         return ir.Graph(
             inputs,
             list(outputs.values()),
-            nodes=self._nodes,
-            name=name,
+            nodes=self.nodes,
+            name=self._name,
             opset_imports={"": OPSET},
         )

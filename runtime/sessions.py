@@ -75,9 +75,10 @@ class Session:
         executor = self.executor
         if hello.step != executor.step:
             raise BundleMismatch(
-                "the number of steps trained (remove state.safetensors on both to start over)",
+                "the number of steps trained",
                 str(executor.step),
                 str(hello.step),
+                "restart the server to go back to what was last saved",
             )
         welcome = Welcome(
             session=self.id,

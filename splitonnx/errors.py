@@ -330,11 +330,12 @@ class BundleMismatch(ProtocolError):
     subject: str
     local: str
     remote: str
+    advice: str = "use the two folders of one bundle"
 
     def __str__(self) -> str:
         return (
             f"client and server do not belong together: {self.subject} is {self.local} here and "
-            f"{self.remote} there; use the two folders of one bundle"
+            f"{self.remote} there; {self.advice}"
         )
 
 
