@@ -183,8 +183,10 @@ def _check_tensor(tensor: TensorProto, label: str, folder: Path | None) -> None:
         _check_external(tensor, label, folder, size)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != size:
         raise NotAModel(label, f"{subject} declares {size} bytes, but holds {len(tensor.raw_data)}")
-    elif not tensor.HasField("raw_data") and _count_typed(tensor) < min(1, size):
-        raise NotAModel(label, f"{subject} declares {size} bytes, but holds none")
+    elif not tensor.HasField("raw_data") and _count_typed(tensor) * max(bits, 8) < 8 * size:
+        raise NotAModel(
+            label, f"{subject} declares {size} bytes, but holds {_count_typed(tensor)} elements"
+        )
 
 
 def _count_typed(tensor: TensorProto) -> int:
