@@ -173,10 +173,12 @@ def open_session(bundle: Bundle) -> tuple[Session, Protocol, str]:
 
 
 def ask(
-    session: Session, protocol: Protocol, message: Tensors | Save, **wires: np.ndarray
+    session: Session,
+    protocol: Protocol,
+    message: Tensors | Save,
+    wires: dict[str, np.ndarray] | None = None,
 ) -> object:
-    named = {name.replace("_at_", "@"): array for name, array in wires.items()}
-    replies = list(session.handle(b"".join(protocol.send(message, named))))
+    replies = list(session.handle(b"".join(protocol.send(message, wires))))
     return decode_message(b"".join(replies[0]))[0]
 
 
