@@ -130,13 +130,22 @@ def prepare(
     )
 
 
+_KEPT_OUTPUTS = {
+    "LayerNormalization": ("mean", "inv_std"),
+    "SoftmaxCrossEntropyLoss": ("log_prob",),
+}
+"""Optional outputs that the gradient of an operator reads."""
+
+
 def _declare_statistics(graph: ir.Graph) -> None:
-    """Declare LayerNormalization's mean and deviation, which its gradient needs."""
+    """Declare the optional outputs that gradients need."""
     for node in graph:
-        if node.op_type == "LayerNormalization" and not node.domain and len(node.outputs) < 3:
-            node.resize_outputs(3)
-            for value, kind in zip(node.outputs[1:], ("mean", "inv_std"), strict=True):
-                value.name = value.name or f"{node.outputs[0].name}#{kind}"
+        kinds = _KEPT_OUTPUTS.get(node.op_type, ())
+        if node.domain or len(node.outputs) > len(kinds) or not kinds:
+            continue
+        node.resize_outputs(1 + len(kinds))
+        for value, kind in zip(node.outputs[1:], kinds, strict=True):
+            value.name = value.name or f"{node.outputs[0].name}#{kind}"
 
 
 def settle(graph: ir.Graph) -> None:

@@ -345,3 +345,20 @@ def test_serve_says_where_and_stops_when_told(bundle: Path) -> None:
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "splitonnx", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["cut"], "Missing argument"),
+        (["cut", MODEL, "-o", "bundle"], "--at"),
+        (["cut", MODEL, "--speed", "11"], "--speed"),
+        (["serve", "bundle/server", "--port", "99999"], "--port"),
+        (["inspect", MODEL, "--batch", "0"], "--batch"),
+        (["explode"], "explode"),
+    ],
+)
+def test_a_slip_in_the_command_line_is_one_line_too(
+    command: Command, words: list[object], reason: str
+) -> None:
+    assert reason in command.fail(*words)

@@ -8,6 +8,7 @@ splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -37,7 +38,25 @@ for command in (
 def main() -> None:
     """Run the command line; the entry point of ``splitonnx``."""
     try:
-        app(prog_name="splitonnx")
+        code = app(prog_name="splitonnx", standalone_mode=False)
     except SplitonnxError as error:
-        print(f"splitonnx: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        # typer keeps the class of its usage errors to itself, but each can show itself
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(describe())
+            sys.exit(2)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "splitonnx"
+        _fail(f"{describe().rstrip('.')} (see {command} --help)")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
