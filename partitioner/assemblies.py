@@ -39,7 +39,12 @@ from splitonnx.partitioner.joints import JointGraph, declare
 from splitonnx.partitioner.losses import build_evaluation, find_activation
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.ports import CLIENT, SERVER
-from splitonnx.partitioner.preparations import IR_VERSION, PreparedModel, read_array
+from splitonnx.partitioner.preparations import (
+    IR_VERSION,
+    PreparedModel,
+    read_array,
+    restore_weights,
+)
 from splitonnx.partitioner.stages import StageCut, cut_stages
 from splitonnx.partitioner.updates import Norms, build_norms, build_update
 from splitonnx.tensors import TensorSpec, name_dtype
@@ -87,6 +92,7 @@ def assemble(
             outputs = tuple(declare(value) for value in prepared.inference.graph.outputs)
             parties[party] = _amend(parties[party], outputs=outputs)
     digest = _digest(parties)
+    _keep_orphans(prepared, parties)
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
@@ -94,6 +100,13 @@ def assemble(
         parties={name: _amend(party, digest=digest) for name, party in parties.items()},
         skeleton=_serialize(prepared.skeleton.graph),
     )
+
+
+def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
+    """Leave weights that no party runs (behind an output that reads no input) in the skeleton."""
+    owned = {name for party in parties.values() for name in party.weights}
+    orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
+    restore_weights(prepared.skeleton.graph, orphans)
 
 
 def _amend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import cache
 from itertools import combinations
@@ -169,3 +170,66 @@ def test_the_raw_input_does_not_cross() -> None:
         bundle = cut(ZOO[name].build(), at=tensor, loss=ZOO[name].loss)
         crossing = {w.tensor.name for w in bundle.client.manifest.phase("train").wires}
         assert not crossing & {f"{data}@server" for data in ZOO[name].inputs}
+
+
+def build_with_more_outputs() -> onnx.ModelProto:
+    """The chain with an output of the head, and one that reads weights alone."""
+    model = ZOO["chain"].build()
+    lonely = onnx.numpy_helper.from_array(np.array([1.0, -2.0], np.float32), "lonely")
+    model.graph.initializer.append(lonely)
+    model.graph.node.append(onnx.helper.make_node("Abs", ["lonely"], ["constant"], name="abs"))
+    more: dict[str, list[int | str]] = {"act0": ["N", 8], "constant": [2]}
+    for name, dims in more.items():
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+        model.graph.output.append(value)
+    return model
+
+
+@pytest.mark.parametrize(("at", "tail"), [("act1", ()), ("act0", ()), ("act0", "act2")])
+def test_outputs_beside_the_trained_one_are_predicted_and_merged(at: str, tail: str) -> None:
+    model, data = build_with_more_outputs(), ZOO["chain"].data(16)
+    original = onnxruntime.InferenceSession(model.SerializeToString())
+    names = [value.name for value in original.get_outputs()]
+    expected = dict(zip(names, original.run(None, {"x": data["x"]}), strict=True))
+    bundle = cut(model, at=at, tail_at=tail)
+    assert verify(bundle, data, batch_size=8).largest_difference == 0.0
+    merged = onnxruntime.InferenceSession(merge(bundle))
+    assert [value.name for value in merged.get_outputs()] == names
+    assert [value.name for value in merged.get_inputs()] == ["x"]
+    for name, array in zip(names, merged.run(None, {"x": data["x"]}), strict=True):
+        np.testing.assert_allclose(array, expected[name], rtol=1e-6)
+    assert bundle.server is not None
+    link = MemoryTransport(Session(Executor(bundle.server, Engine(threads=1))))
+    with Client(bundle.client, link, threads=1) as client:
+        predicted = client.predict({"x": data["x"]})
+    assert set(predicted) == {"linear4", "act0"}
+    for name, array in predicted.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", [(), "act2"])
+def test_the_raw_input_crosses_where_it_is_named(tail: str) -> None:
+    bundle = cut(ZOO["chain"].build(), at="x", tail_at=tail)
+    assert verify(bundle, ZOO["chain"].data(16), batch_size=8).largest_difference == 0.0
+
+
+def test_a_skip_from_head_to_tail_stays_on_the_client() -> None:
+    bundle = cut(ZOO["residual"].build(), at="m2", tail_at="m3")
+    assert_equal_to_whole("residual", bundle)
+    wires = {wire.tensor.name for wire in bundle.client.manifest.phase("train").wires}
+    assert wires == {"m2@server", "m3@client", "m2@server_grad", "m3@client_grad"}
+
+
+def test_frozen_parameters_keep_their_value() -> None:
+    data = ZOO["dropout"].data(BATCH * STEPS)
+    for frozen in (["w1"], ["w2", r"n2\.bn"], ["w3", "b3"], ["w1", "n1"]):
+        bundle = cut(ZOO["dropout"].build(), at="d1", tail_at="pool", freeze=frozen)
+        assert verify(bundle, data, batch_size=BATCH).largest_difference == 0.0
+        states = [s for p in bundle.parties.values() for s in p.manifest.state]
+        kept = {s.tensor.name for s in states if s.role == "frozen"}
+        assert kept == {
+            s.tensor.name for s in states
+            if any(re.search(f, s.tensor.name) for f in frozen)
+            and s.role not in ("buffer", "optimizer")
+        }  # fmt: skip
+        assert kept
