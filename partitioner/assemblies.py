@@ -88,16 +88,13 @@ def assemble(
             if any(party in owner.get(name, ()) for owner in owners)
         }
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
-        if party == CLIENT:
-            outputs = tuple(declare(value) for value in prepared.inference.graph.outputs)
-            parties[party] = _amend(parties[party], outputs=outputs)
     digest = _digest(parties)
     _keep_orphans(prepared, parties)
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
         ),
-        parties={name: _amend(party, digest=digest) for name, party in parties.items()},
+        parties={name: _sign(party, digest) for name, party in parties.items()},
         skeleton=_serialize(prepared.skeleton.graph),
     )
 
@@ -109,18 +106,8 @@ def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -
     restore_weights(prepared.skeleton.graph, orphans)
 
 
-def _amend(
-    party: PartyBundle, *, digest: str | None = None, outputs: tuple[TensorSpec, ...] | None = None
-) -> PartyBundle:
-    manifest = party.manifest
-    return replace(
-        party,
-        manifest=msgspec.structs.replace(
-            manifest,
-            digest=manifest.digest if digest is None else digest,
-            outputs=manifest.outputs if outputs is None else outputs,
-        ),
-    )
+def _sign(party: PartyBundle, digest: str) -> PartyBundle:
+    return replace(party, manifest=msgspec.structs.replace(party.manifest, digest=digest))
 
 
 def _build_party(
@@ -149,6 +136,7 @@ def _build_party(
         state=(*declared, *(spec for share in shares for spec in share.state)),
         files={file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()},
         learning_rate=optimizer.lr,
+        outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
 
@@ -222,20 +210,18 @@ def _name_stage(
     phase: str, joint: JointGraph, party: str, cuts: Sequence[StageCut], index: int
 ) -> str:
     """Name a stage as the design does: head.forward, body.step, tail.predict, ..."""
-    reporting = [i for i, cut in enumerate(cuts) if set(cut.outputs) & set(joint.results)]
+    reporting = bool(set(cuts[index].outputs) & set(joint.results))
     if party == SERVER:
         part = "body"
     elif not joint.wires:
         part = "model"
     else:
-        part = "tail" if reporting and index == reporting[0] and index > 0 else "head"
+        part = "tail" if reporting and index > 0 else "head"
     if phase == PREDICT:
-        return f"{part}.{phase}" if index == 0 or part == "tail" else f"{part}.{phase}{index}"
-    if index in reporting:
+        return f"{part}.predict"
+    if reporting:
         return f"{part}.step"
-    last_forward = reporting[0] if reporting else (len(cuts) - 1) / 2
-    first = index == 0 and (part == "head" or index < last_forward)
-    return f"{part}.forward" if first else f"{part}.backward"
+    return f"{part}.forward" if index == 0 else f"{part}.backward"
 
 
 def _share_training(joint: JointGraph, party: str, portable: bool, optimizer: Optimizer) -> _Share:
