@@ -16,7 +16,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
@@ -233,3 +233,22 @@ def test_frozen_parameters_keep_their_value() -> None:
             and s.role not in ("buffer", "optimizer")
         }  # fmt: skip
         assert kept
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("targets", [("portable", "training"), ("training", "portable")])
+def test_parties_with_different_kernels_stay_within_rounding(
+    name: str, targets: tuple[Target, Target]
+) -> None:
+    entry, cuts = ZOO[name], list_cuts(name)
+    for at, tail in ((cuts[len(cuts) // 2], ()), (cuts[0], cuts[-1])):
+        bundle = cut(
+            entry.build(),
+            at=at,
+            tail_at=tail,
+            loss=entry.loss,
+            client_target=targets[0],
+            server_target=targets[1],
+        )
+        verification = verify(bundle, entry.data(BATCH * STEPS), batch_size=BATCH)
+        assert verification.largest_difference <= 1e-5
