@@ -38,15 +38,12 @@ from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.joints import JointGraph, declare
 from splitonnx.partitioner.losses import build_evaluation, find_activation
 from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.opsets import IR_VERSION
 from splitonnx.partitioner.ports import CLIENT, SERVER
-from splitonnx.partitioner.preparations import (
-    IR_VERSION,
-    PreparedModel,
-    read_array,
-    restore_weights,
-)
+from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.stages import StageCut, cut_stages
 from splitonnx.partitioner.updates import Norms, build_norms, build_update
+from splitonnx.partitioner.weights import read_array, restore_weights
 from splitonnx.tensors import TensorSpec, name_dtype
 
 TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-Attribute = int | float | str | Sequence[int] | Sequence[float]
+DETACHED = "splitonnx.detached"
+"""Key of a node's metadata that marks an Identity which lets no gradient pass."""
+
+Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
+
+
+class MissingOutput(Exception):
+    """A node was to be replaced, but nothing was written for an output of it that is used."""
 
 
 class Draft:
@@ -79,6 +86,40 @@ class Draft:
         if end is None:
             return self.op("Shape", value, start=start)
         return self.op("Shape", value, start=start, end=end)
+
+    def detach(self, value: ir.Value) -> ir.Value:
+        """Give a value through which no gradient passes: a constant to differentiation."""
+        result = self.op("Identity", value)
+        result.type, result.shape = value.type, value.shape
+        node = result.producer()
+        assert node is not None
+        node.metadata_props[DETACHED] = "1"
+        return result
+
+    def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
+        """Put what was written in the place of ``node``; ``made`` takes over its outputs.
+
+        Outputs keep their names, types and shapes; one that nobody reads needs no replacement.
+
+        Raises:
+            MissingOutput: ``made`` has nothing for an output that is used.
+        """
+        graph = node.graph
+        assert graph is not None
+        old, new = [], []
+        own = {value for written in self.nodes for value in written.outputs}
+        for index, value in enumerate(node.outputs):
+            if not value.name or not (value.uses() or value.is_graph_output()):
+                continue
+            replacement = made[index] if index < len(made) else None
+            if replacement is None:
+                raise MissingOutput(value.name)
+            if replacement not in own or replacement in new:
+                replacement = self.op("Identity", replacement)
+                own.add(replacement)
+            old.append(value)
+            new.append(replacement)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], self.nodes, old, new)
 
     def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
         if key not in self._constants:

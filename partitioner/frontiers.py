@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.drafts import DETACHED
+
 
 def list_inputs(node: ir.Node) -> Iterator[ir.Value]:
     """Yield every value that ``node`` reads, those captured by its bodies included."""
@@ -65,6 +67,23 @@ def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Valu
         if any(value in dependents for value in list_inputs(node)):
             dependents.update(node.outputs)
     return dependents
+
+
+def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect ``roots`` and every value that a gradient could lead back from to one of them.
+
+    None passes a detached Identity, nor a value that is no float.
+    """
+    moving = set(roots)
+    for node in graph:
+        if DETACHED not in node.metadata_props and any(v in moving for v in list_inputs(node)):
+            moving.update(value for value in node.outputs if is_float(value))
+    return moving
+
+
+def is_float(value: ir.Value) -> bool:
+    """Tell whether a value may carry a gradient; one of unknown type may."""
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def map_values(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -7,14 +7,21 @@ of cuts: a port is to it an Identity like any other.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
-from splitonnx.partitioner.frontiers import find_dependents, list_inputs, map_values, walk_back
+from splitonnx.partitioner.drafts import DETACHED
+from splitonnx.partitioner.frontiers import (
+    find_moving,
+    is_float,
+    list_inputs,
+    map_values,
+    walk_back,
+)
 
 GRADIENT = "_grad"
 """The builder names the gradient of a value ``x`` so: ``x_grad``."""
@@ -119,18 +126,14 @@ def refuse_undifferentiable(graph: ir.Graph, parameters: Sequence[str], loss: st
     This comes before the builder, which aborts the process on some operators.
     """
     trained = set(parameters)
-    moving = find_dependents(graph, [v for v in graph.inputs if v.name in trained])
+    moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
     ends = [value for value in graph.outputs if value.name == loss]
     needed, _ = walk_back(ends)
     for node in graph:
         if node not in needed or node.op_type not in WITHOUT_GRADIENT or node.domain:
             continue
-        if any(v in moving and _is_float(v) for v in list_inputs(node)):
+        if any(v in moving and is_float(v) for v in list_inputs(node)):
             raise NotDifferentiable(node.name or "", node.op_type, _ADVICE)
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
@@ -146,6 +149,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         MissingExtra, WrongRuntime: onnxruntime-training is not installed.
     """
     refuse_undifferentiable(model.graph, parameters, loss)
+    detached = _take_out_detached(model.graph)
     builder = _import_builder()
     options = _make_options()
     wanted = set(parameters)
@@ -158,8 +162,40 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     except RuntimeError as error:
         raise _translate(error) from error
     derived = ir.from_proto(onnx.load_from_string(joint))
+    _put_back_detached(derived.graph, detached)
     _annotate(derived)
     return derived
+
+
+def _take_out_detached(graph: ir.Graph) -> dict[str, str]:
+    """Make every detached value a graph input, so that the builder takes it for data.
+
+    Returns the name of each and of the value that it stands for, which becomes a graph output.
+    """
+    detached: dict[str, str] = {}
+    for node in [node for node in graph if DETACHED in node.metadata_props]:
+        (source,), (value,) = node.inputs, node.outputs
+        assert source is not None
+        stand_in = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        value.name = f"{value.name}.source"
+        value.replace_all_uses_with(stand_in, replace_graph_outputs=True)
+        graph.inputs.append(stand_in)
+        graph.outputs.append(value)
+        detached[stand_in.name or ""] = value.name
+    return detached
+
+
+def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
+    """Lead the uses of every stand-in back to the value that it stands for."""
+    values = map_values(graph)
+    for name, source in detached.items():
+        stand_in, value = values[name], values[source]
+        graph.outputs.remove(value)
+        stand_in.replace_all_uses_with(value, replace_graph_outputs=True)
+        if stand_in in graph.inputs:
+            graph.inputs.remove(stand_in)
+    if detached:
+        graph.sort()
 
 
 def _import_builder() -> Any:

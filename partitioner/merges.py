@@ -11,7 +11,8 @@ import onnx_ir as ir
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleMismatch
 from splitonnx.manifests import Role
-from splitonnx.partitioner.preparations import restore_weights, settle
+from splitonnx.partitioner.preparations import settle
+from splitonnx.partitioner.weights import restore_weights
 
 
 def merge(bundle: Bundle | str | Path) -> bytes:

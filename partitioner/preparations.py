@@ -7,13 +7,10 @@ knows operators' modes in training and inference; it knows no cut, no loss and n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, ShapeInferencePass
 
@@ -27,28 +24,10 @@ from splitonnx.partitioner.batchnorms import (
 )
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.frontiers import find_dependents
+from splitonnx.partitioner.opsets import adapt_opset
 from splitonnx.partitioner.paddings import settle_paddings
-
-LOWEST_OPSET, HIGHEST_OPSET = 18, 21
-"""Dropout's mask needs BitwiseXor (18); onnxruntime 1.19.2 ends at 21."""
-IR_VERSION = 10
-
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
-
-_CONSTANT_USES = {
-    ("BatchNormalization", 3),
-    ("BatchNormalization", 4),
-    ("Clip", 1),
-    ("Clip", 2),
-    ("DequantizeLinear", 1),
-    ("OneHot", 2),
-    ("Pad", 2),
-    ("QuantizeLinear", 1),
-    ("Resize", 1),
-    ("Resize", 2),
-    ("Upsample", 1),
-}
-"""(operator, input index) where a float initializer is a setting, not a weight to train."""
+from splitonnx.partitioner.rewrites import rewrite
+from splitonnx.partitioner.weights import assign_roles, lift_weights
 
 BatchNormMode = Literal["train", "frozen"]
 DropoutMode = Literal["keep", "off"]
@@ -102,7 +81,7 @@ def prepare(
     model = InlinePass()(model).model
     RemoveInitializersFromInputsPass()(model)
     _name_nodes(model.graph)
-    weights = _lift_weights(model.graph)
+    weights = lift_weights(model.graph)
     model = adapt_opset(model)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     settle_paddings(model.graph)
@@ -115,11 +94,12 @@ def prepare(
     settle(inference.graph)
     for form in (training, inference):
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(form)
+    _refuse_unkept_statistics(buffers, weights)
+    roles = assign_roles(weights, {*buffers, *frozen_statistics}, set(buffers), freeze)
+    rewrite(training, [name for name, role in roles.items() if role is Role.PARAMETER])
     for form in (training, inference):
         _keep_data_outputs(form.graph, weights)
 
-    _refuse_unkept_statistics(buffers, weights)
-    roles = _assign_roles(weights, {*buffers, *frozen_statistics}, set(buffers), freeze)
     return PreparedModel(
         training=training,
         inference=inference,
@@ -154,14 +134,6 @@ def settle(graph: ir.Graph) -> None:
     drop_dropouts(graph)
 
 
-def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
-    """Turn graph inputs back into initializers: the inverse of lifting the weights."""
-    for value in [value for value in graph.inputs if value.name in weights]:
-        graph.inputs.remove(value)
-        value.const_value = ir.tensor(weights[value.name or ""], name=value.name)
-        graph.register_initializer(value)
-
-
 def _keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
     """Drop outputs that no input of the model reaches, and running statistics among them."""
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
@@ -182,75 +154,6 @@ def _name_nodes(graph: ir.Graph) -> None:
         taken.add(node.name)
 
 
-def _lift_weights(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
-    """Turn float initializers of rank 1 and up into graph inputs and return their tensors.
-
-    Scalars stay: exporters write constants such as an exponent or a scale so.
-    """
-    lifted: dict[str, ir.TensorProtocol] = {}
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) == 0:
-            continue
-        uses = {(use.node.op_type, use.idx) for use in value.uses()}
-        statistics = {("BatchNormalization", 3), ("BatchNormalization", 4)}
-        if not uses or (uses & _CONSTANT_USES and not uses <= statistics):
-            continue
-        value.type = ir.TensorType(tensor.dtype)
-        value.shape = ir.Shape(tensor.shape.numpy())
-        value.const_value = None
-        graph.initializers.pop(name)
-        graph.inputs.append(value)
-        lifted[name] = tensor
-    return lifted
-
-
-def adapt_opset(model: ir.Model) -> ir.Model:
-    """Bring a model to opset 18 to 21 and IR version 10.
-
-    Where no operator changed on the way only the number is set; else onnx's converter is asked.
-    """
-    model.ir_version = IR_VERSION
-    version = model.graph.opset_imports.get("", 1)
-    target = min(max(version, LOWEST_OPSET), HIGHEST_OPSET)
-    if target == version:
-        return model
-    changed = sorted({n.op_type for n in _all_nodes(model) if _changes(n, version, target)})
-    if changed:
-        model = _convert(model, target, changed)
-        model.ir_version = IR_VERSION
-    model.graph.opset_imports[""] = target
-    for node in _all_nodes(model):
-        node.version = None
-    return model
-
-
-def _all_nodes(model: ir.Model) -> list[ir.Node]:
-    return list(model.graph.all_nodes())
-
-
-def _changes(node: ir.Node, version: int, target: int) -> bool:
-    if node.domain not in ("", "ai.onnx"):
-        return False
-    try:
-        schemas = [onnx.defs.get_schema(node.op_type, v, "") for v in (version, target)]
-    except onnx.defs.SchemaError:
-        return True
-    return schemas[0].since_version != schemas[1].since_version
-
-
-def _convert(model: ir.Model, target: int, changed: Sequence[str]) -> ir.Model:
-    try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UnsupportedModel(
-            f"operators {', '.join(changed)} of opset {model.graph.opset_imports.get('')}",
-            f"they cannot be brought to opset {target} ({str(error).strip().splitlines()[0]})",
-            f"export the model with opset {LOWEST_OPSET} to {HIGHEST_OPSET}",
-        ) from error
-    return ir.from_proto(proto)
-
-
 def _refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
     for name in statistics:
         if name not in weights:
@@ -259,32 +162,3 @@ def _refuse_unkept_statistics(statistics: Collection[str], weights: Collection[s
                 "it is computed in the graph, so it cannot be updated",
                 "train with --batchnorm frozen",
             )
-
-
-def _assign_roles(
-    weights: Mapping[str, ir.TensorProtocol],
-    statistics: set[str],
-    buffers: set[str],
-    freeze: Sequence[str],
-) -> dict[str, Role]:
-    roles: dict[str, Role] = {}
-    for name in weights:
-        if name in buffers:
-            roles[name] = Role.BUFFER
-        elif name in statistics or any(re.search(pattern, name) for pattern in freeze):
-            roles[name] = Role.FROZEN
-        else:
-            roles[name] = Role.PARAMETER
-    for pattern in freeze:
-        if not any(re.search(pattern, name) for name in weights):
-            raise UnsupportedModel(
-                f"--freeze {pattern}",
-                "no parameter's name fits this pattern",
-                "see the names in `splitonnx inspect`",
-            )
-    return roles
-
-
-def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Give a weight as a contiguous little-endian array (mapped where the file was mapped)."""
-    return np.ascontiguousarray(tensor.numpy())

@@ -22,7 +22,7 @@ from splitonnx.manifests import Role
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import collect_weights
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.preparations import restore_weights
+from splitonnx.partitioner.weights import restore_weights
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine

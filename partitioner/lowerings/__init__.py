@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.drafts import Draft, MissingOutput
 from splitonnx.partitioner.lowerings import (
     activations,
     convolutions,
@@ -91,7 +91,7 @@ def lower(graph: ir.Graph, *, only: Collection[str] | None = None) -> None:
                 "it has no counterpart in standard operators",
                 "choose the target training for the party that runs it",
             )
-        _replace(graph, node, lowering)
+        _replace(node, lowering)
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
@@ -105,23 +105,13 @@ def is_standard(node: ir.Node, opset: int) -> bool:
     return True
 
 
-def _replace(graph: ir.Graph, node: ir.Node, lowering: Lowering) -> None:
+def _replace(node: ir.Node, lowering: Lowering) -> None:
     draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
-    made = list(lowering(draft, node))
-    old, new = [], []
-    own = {value for written in draft.nodes for value in written.outputs}
-    for value, replacement in zip(node.outputs, made, strict=False):
-        if not value.name or not (value.uses() or value.is_graph_output()):
-            continue
-        if replacement is None:
-            raise UnsupportedModel(
-                f"node '{node.name}' ({node.op_type})",
-                f"its output '{value.name}' cannot be written in standard operators",
-                "choose the target training for the party that runs it",
-            )
-        if replacement not in own or replacement in new:
-            replacement = draft.op("Identity", replacement)
-            own.add(replacement)
-        old.append(value)
-        new.append(replacement)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], draft.nodes, old, new)
+    try:
+        draft.replace(node, lowering(draft, node))
+    except MissingOutput as error:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"its output '{error}' cannot be written in standard operators",
+            "choose the target training for the party that runs it",
+        ) from error

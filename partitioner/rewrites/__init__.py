@@ -1,0 +1,69 @@
+"""Rewrites: operators without a gradient in onnxruntime-training, written as ones that have one.
+
+They come before differentiation and touch only what lies behind a trained parameter.
+:data:`REWRITES` shows the whole coverage; each entry is a small function from a node to the
+values that replace its outputs, or ``None`` where the node can stay as it is.  The formulas are
+the definitions of the operators at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, MissingOutput
+from splitonnx.partitioner.frontiers import find_moving, list_inputs
+from splitonnx.partitioner.rewrites import steps
+
+Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
+
+REWRITES: Mapping[str, Rewrite] = {
+    "Ceil": steps.rewrite_step,
+    "Floor": steps.rewrite_step,
+    "Round": steps.rewrite_step,
+    "Sign": steps.rewrite_step,
+}
+"""Operator -> how to write it in operators that have a gradient."""
+
+_MOST_ROUNDS = 8
+"""A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
+
+
+def rewrite(model: ir.Model, trained: Collection[str]) -> None:
+    """Replace, in place, every operator without a gradient that a trained parameter reaches.
+
+    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred anew
+    after each round, so that a rewrite may use what another one made.
+
+    Raises:
+        UnsupportedModel: a rewrite lacks a shape or a constant that it needs.
+    """
+    for _ in range(_MOST_ROUNDS):
+        if not _rewrite_once(model.graph, trained):
+            return
+        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+
+
+def _rewrite_once(graph: ir.Graph, trained: Collection[str]) -> bool:
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    changed = False
+    for node in list(graph):
+        rule = REWRITES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if rule is None or not any(value in moving for value in list_inputs(node)):
+            continue
+        draft = Draft(f"{node.outputs[0].name or node.name}/rewritten")
+        made = rule(draft, node)
+        if made is not None:
+            try:
+                draft.replace(node, made)
+            except MissingOutput as error:
+                raise UnsupportedModel(
+                    f"node '{node.name}' ({node.op_type})",
+                    f"its output '{error}' cannot be differentiated",
+                    "cut so that it lies before every trained parameter",
+                ) from error
+            changed = True
+    return changed
