@@ -81,6 +81,21 @@ def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
     return moving
 
 
+def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
+    """Collect the graph inputs and initializers that a gradient of ``targets`` leads back to."""
+    seen: set[ir.Value] = set()
+    pending = list(targets)
+    while pending:
+        value = pending.pop()
+        if value in seen or not is_float(value):
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is not None and DETACHED not in node.metadata_props:
+            pending.extend(list_inputs(node))
+    return {value for value in seen if value.producer() is None}
+
+
 def is_float(value: ir.Value) -> bool:
     """Tell whether a value may carry a gradient; one of unknown type may."""
     return value.dtype is None or value.dtype.is_floating_point()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, resolve_names
-from splitonnx.partitioner.frontiers import map_values, prune, walk_back
+from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
 from splitonnx.partitioner.lowerings import DEFECTIVE, lower
@@ -190,7 +190,7 @@ def _refuse_integer_cuts(prepared: PreparedModel, division: Division) -> None:
 
 def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:
     loss = [value for value in graph.outputs if value.name == LOSS]
-    reached = {value.name for value in walk_back(loss)[1]}
+    reached = {value.name for value in find_movers(loss)}
     trained = [name for name in prepared.trainable if name in reached]
     if not trained:
         raise UsageError("nothing is left to train: the loss depends on no trainable parameter")

@@ -43,8 +43,11 @@ class Erf(OpRun):
         return (np.vectorize(math.erf, otypes=[np.float64])(x),)
 
 
+_NARROW = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
 def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a float32 model as a float64 one."""
+    """Copy a model with every float as float64."""
     double = onnx.ModelProto()
     double.CopyFrom(model)
     graph = double.graph
@@ -54,14 +57,16 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _widen(attribute.t)
+            if attribute.name in ("to", "dtype", "stash_type") and attribute.i in _NARROW:
+                attribute.i = TensorProto.DOUBLE
     for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+        if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
     return double
 
 
 def _widen(tensor: TensorProto) -> None:
-    if tensor.data_type == TensorProto.FLOAT:
+    if tensor.data_type in _NARROW:
         array = numpy_helper.to_array(tensor).astype(np.float64)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
@@ -98,7 +103,7 @@ def sample_gradients(
             double.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, TensorProto.DOUBLE, tensor.dims)
             )
-    evaluator = ReferenceEvaluator(double, new_ops=[Erf])
+    evaluator = make_evaluator(double)
     feeds = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in data.items()}
     labels = feeds.pop("labels")
     feeds |= {name: weights[name] for name in parameters}
@@ -108,16 +113,30 @@ def sample_gradients(
         assert isinstance(outputs, list)
         return LOSSES[loss](outputs[0], labels)
 
-    random = np.random.default_rng(0)
     for name in parameters:
-        array = feeds[name]
-        places = random.permutation(array.size)[:entries]
-        for place in places:
-            index = tuple(int(i) for i in np.unravel_index(place, array.shape))
-            kept = array[index]
-            array[index] = kept + STEP
-            above = measure()
-            array[index] = kept - STEP
-            below = measure()
-            array[index] = kept
-            yield name, index, (above - below) / (2 * STEP)
+        for index, slope in differentiate_numerically(measure, feeds[name], entries=entries):
+            yield name, index, slope
+
+
+def differentiate_numerically(
+    measure: Callable[[], float], array: np.ndarray, *, entries: int, step: float = STEP
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Yield (index, derivative of ``measure``) for some entries of a float64 ``array``.
+
+    ``array`` is changed in place for each, and restored.
+    """
+    places = np.random.default_rng(0).permutation(array.size)[:entries]
+    for place in places:
+        index = tuple(int(i) for i in np.unravel_index(place, array.shape))
+        kept = array[index]
+        array[index] = kept + step
+        above = measure()
+        array[index] = kept - step
+        below = measure()
+        array[index] = kept
+        yield index, (above - below) / (2 * step)
+
+
+def make_evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
+    """Make onnx's own evaluator, with the operators that it would round done in float64."""
+    return ReferenceEvaluator(model, new_ops=[Erf])

@@ -1,0 +1,342 @@
+"""The onnx package's own node test cases, each turned into a model that can be trained.
+
+    python -m tests.node_cases [-v] OPERATOR...
+
+A case's float inputs become parameters, all else constants; the loss is the sum of every numeric
+output times a random tensor.  The model goes through :func:`cut` on both targets, and its
+gradients are held against central differences in float64 that onnx.reference takes of the case as
+the onnx package wrote it.  Nothing of splitonnx and nothing of ONNX Runtime is in that oracle.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.backend.test.case.test_case import TestCase
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import SplitonnxError, StageFailed
+from splitonnx.manifests import KEY
+from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.preparations import prepare
+from splitonnx.runtime.engines import Engine
+from tests.oracles import differentiate_numerically, make_evaluator, to_double
+
+RTOL = 1e-3
+FLOOR = 1e-6
+"""Gradients below this are zero: those of step functions, and of what normalizations cancel."""
+
+ENTRIES = 10
+TARGETS: tuple[Target, ...] = ("training", "portable")
+WEIGHTS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCase:
+    """One test case of the onnx package: a model of one node, and what goes into it."""
+
+    name: str
+    operator: str
+    model: ModelProto
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a case on one target.
+
+    ``error`` is the relative error of the worst gradient entry, ``None`` where the case has
+    nothing to differentiate; ``refusal`` is the sentence of the error that it met.  ``rewritten``
+    tells that the operator itself is not what was differentiated.
+    """
+
+    case: str
+    target: str
+    parameters: tuple[str, ...] = ()
+    error: float | None = None
+    loss_error: float = 0.0
+    refusal: str = ""
+    rewritten: bool = False
+    worst: str = field(default="", compare=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model trained and its gradients and loss are right."""
+        return not self.refusal and (self.error or 0.0) <= RTOL and self.loss_error <= RTOL
+
+
+@cache
+def list_node_cases(operator: str) -> tuple[NodeCase, ...]:
+    """List the cases of one operator, without those that spell out its function's body."""
+    return tuple(case for case in _collect_cases() if case.operator == operator)
+
+
+@cache
+def _collect_cases() -> tuple[NodeCase, ...]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the cases divide by zero on purpose
+        from onnx.backend.test.case.node import collect_testcases
+
+        found = collect_testcases(None)
+    return tuple(_read_case(case) for case in found if "_expanded" not in case.name)
+
+
+def _read_case(case: TestCase) -> NodeCase:
+    model = case.model
+    assert model is not None
+    assert case.data_sets is not None
+    inputs, outputs = case.data_sets[0]
+    return NodeCase(
+        name=case.name,
+        operator=model.graph.node[0].op_type,
+        model=model,
+        inputs={value.name: array for value, array in zip(model.graph.input, inputs, strict=False)},
+        outputs={v.name: a for v, a in zip(model.graph.output, outputs, strict=False)},
+    )
+
+
+def is_tensors_only(case: NodeCase) -> bool:
+    """Whether everything that goes in and comes out is a tensor of numbers or truth values."""
+    values = (*case.model.graph.input, *case.model.graph.output)
+    arrays = (*case.inputs.values(), *case.outputs.values())
+    return all(v.type.HasField("tensor_type") for v in values) and all(
+        isinstance(a, np.ndarray) and a.dtype.kind not in "OSU" for a in arrays
+    )
+
+
+def build_problem(case: NodeCase) -> tuple[ModelProto, Arrays]:
+    """Make a case trainable: inputs as initializers, and a loss; return the data that it takes.
+
+    ``anchor`` is a parameter beside the case, so that one without floats can be trained, too.
+    """
+    model = ModelProto()
+    model.CopyFrom(case.model)
+    graph = model.graph
+    model.ir_version = max(model.ir_version, 4)
+    del graph.input[:]
+    for name, array in case.inputs.items():
+        graph.initializer.append(_to_tensor(case, name, array))
+    graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "anchor"))
+    random = np.random.default_rng(5)
+    data: Arrays = {}
+    terms = []
+    for index, (name, array) in enumerate(case.outputs.items()):
+        if not array.size:
+            continue
+        weight = f"case.weight{index}"
+        data[weight] = random.uniform(0.5, 1.5, array.shape).astype(np.float32)
+        data[weight] *= random.choice(np.array([-1.0, 1.0], np.float32), array.shape)
+        graph.input.append(helper.make_tensor_value_info(weight, TensorProto.FLOAT, array.shape))
+        cast = f"case.float{index}"
+        graph.node.append(helper.make_node("Cast", [name], [cast], to=TensorProto.FLOAT))
+        graph.node.append(helper.make_node("Mul", [cast, weight], [f"case.product{index}"]))
+        total = f"case.total{index}"
+        graph.node.append(
+            helper.make_node("ReduceSum", [f"case.product{index}"], [total], keepdims=0)
+        )
+        terms.append(total)
+    data["case.scale"] = np.ones(1, np.float32)
+    graph.input.append(helper.make_tensor_value_info("case.scale", TensorProto.FLOAT, [1]))
+    graph.node.append(helper.make_node("Mul", ["anchor", "case.scale"], ["case.scaled"]))
+    graph.node.append(helper.make_node("ReduceSum", ["case.scaled"], ["case.anchor"], keepdims=0))
+    result = "case.anchor"
+    for index, term in enumerate(terms):
+        graph.node.append(helper.make_node("Add", [result, term], [f"case.sum{index}"]))
+        result = f"case.sum{index}"
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, []))
+    return model, data
+
+
+def _to_tensor(case: NodeCase, name: str, array: np.ndarray) -> TensorProto:
+    value = next(value for value in case.model.graph.input if value.name == name)
+    tensor = numpy_helper.from_array(np.asarray(array), name)
+    tensor.data_type = value.type.tensor_type.elem_type
+    return tensor
+
+
+def try_case(case: NodeCase, target: Target) -> Outcome:
+    """Cut a case whole, run its step, and compare loss and gradients with the oracle."""
+    problem, data = build_problem(case)
+    loss = problem.graph.output[0].name
+    try:
+        bundle = cut(
+            problem, at=None, loss="from-model", output=loss,
+            client_target=target, server_target=target,
+        )  # fmt: skip
+        prepared = prepare(open_model(problem))
+    except SplitonnxError as error:
+        return Outcome(case=case.name, target=target, refusal=str(error))
+    parameters = _list_parameters(prepared.trainable, case)
+    weights = _draw_weights(case, parameters)
+    try:
+        found = run_step(bundle, {**data, **weights})
+    except StageFailed as error:
+        return Outcome(case=case.name, target=target, refusal=f"FAILED: {error}")
+    expected = _measure_loss(case, {**case.inputs, **weights}, data)
+    size = sum(float(np.abs(w * 1.0).sum()) for w in data.values()) or 1.0
+    size = max(1.0, abs(expected), size if np.isfinite(expected) else 1.0)
+    loss_error = abs(float(found["loss"]) - expected) / size if np.isfinite(expected) else 0.0
+    worst, where = None if not parameters else 0.0, ""
+    for name in parameters:
+        gradient = found.get(f"{name}_grad", np.zeros_like(weights[name]))
+        off, place = _compare(case, name, weights, data, gradient)
+        if worst is None or off > worst:
+            worst, where = off, f"{name}{place}"
+    return Outcome(
+        case=case.name,
+        target=target,
+        parameters=parameters,
+        error=worst,
+        loss_error=loss_error,
+        rewritten=case.operator not in {node.op_type for node in prepared.training.graph},
+        worst=where,
+    )
+
+
+def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    """Run the whole model's training stage and return its outputs by name."""
+    engine = Engine(threads=1)
+    stage = engine.load("step", bundle.client.graphs["model.step.onnx"], training=True)
+    known = {**bundle.client.weights, **feeds, KEY: np.array([0, 0, 0], np.int64)}
+    wanted = {value.name: value.type for value in stage.session.get_inputs()}
+    inputs = {
+        name: known[name].astype(np.float32) if kind == "tensor(float)" else known[name]
+        for name, kind in wanted.items()
+    }
+    found = engine.run(stage, {name: engine.from_array(array) for name, array in inputs.items()})
+    return {name: np.array(engine.to_array(tensor)) for name, tensor in found.items()}
+
+
+def _list_parameters(trained: Collection[str], case: NodeCase) -> tuple[str, ...]:
+    categories = _categorize_inputs(case)
+    return tuple(
+        name for name in case.inputs if name in trained and categories.get(name) != "constant"
+    )
+
+
+def _categorize_inputs(case: NodeCase) -> dict[str, str]:
+    """Tell of each input whether the operator's schema declares it not differentiable."""
+    node = case.model.graph.node[0]
+    version = next((e.version for e in case.model.opset_import if e.domain == node.domain), 1)
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
+    found = {}
+    for index, name in enumerate(node.input):
+        formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+        is_constant = formal.differentiation_category == constant
+        found[name] = "constant" if is_constant else "variable"
+    return found
+
+
+def _draw_weights(case: NodeCase, parameters: Sequence[str]) -> Arrays:
+    """Move every weight a little off the case's own value: away from ties, kinks and zeros."""
+    random = np.random.default_rng(11)
+    for width in (2e-2, 2e-3, 0.0):
+        weights = {}
+        for name in parameters:
+            array = np.asarray(case.inputs[name], np.float64)
+            shift = random.uniform(0.3, 1.0, array.shape) * random.choice([-1, 1], array.shape)
+            weights[name] = (array + width * shift).astype(np.float32)
+        if _is_inside(case, {**case.inputs, **weights}):
+            break
+    return weights
+
+
+def _is_inside(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether the case is finite there, if it was finite where the onnx package put it."""
+    outputs = [np.asarray(o) for o in evaluate(case, inputs)]
+    return all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f")
+
+
+def evaluate(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Evaluate a case in float64 by onnx.reference."""
+    evaluator = _make_case_evaluator(case.operator, case.name)
+    feeds = {n: np.asarray(a).astype(np.float64) if _is_float(a) else a for n, a in inputs.items()}
+    results = evaluator.run(None, feeds)
+    assert isinstance(results, list)
+    return results
+
+
+@cache
+def _make_case_evaluator(operator: str, name: str) -> onnx.reference.ReferenceEvaluator:
+    case = next(case for case in list_node_cases(operator) if case.name == name)
+    return make_evaluator(to_double(case.model))
+
+
+def _is_float(array: np.ndarray) -> bool:
+    kind: str = np.asarray(array).dtype.name
+    return kind.startswith(("float", "bfloat")) and not kind.startswith("float8")
+
+
+def _measure_loss(
+    case: NodeCase, inputs: Mapping[str, np.ndarray], data: Mapping[str, np.ndarray]
+) -> float:
+    total = 1.0  # the anchor
+    results = [result for result in evaluate(case, inputs) if np.asarray(result).size]
+    weights = [weight for name, weight in data.items() if name != "case.scale"]
+    for result, weight in zip(results, weights, strict=True):
+        total += float(np.sum(np.asarray(result).astype(np.float64) * weight.astype(np.float64)))
+    return total
+
+
+def _compare(
+    case: NodeCase,
+    name: str,
+    weights: Mapping[str, np.ndarray],
+    data: Mapping[str, np.ndarray],
+    gradient: np.ndarray,
+) -> tuple[float, tuple[int, ...]]:
+    """Give the relative error of the worst entry that was looked at, and where it is."""
+    inputs = {**case.inputs, **{n: w.astype(np.float64) for n, w in weights.items()}}
+    scale, errors = float(np.abs(gradient).max(initial=0.0)), []
+    numeric = differentiate_numerically(
+        lambda: _measure_loss(case, inputs, data), inputs[name], entries=ENTRIES
+    )
+    for index, expected in numeric:
+        scale = max(scale, abs(expected))
+        errors.append((abs(float(gradient[index]) - expected), index))
+    worst, place = max(errors, default=(0.0, ()))
+    return (0.0 if worst <= FLOOR else worst / scale), place
+
+
+def try_cases(operators: Sequence[str]) -> Iterator[tuple[NodeCase, Outcome]]:
+    """Try every case of tensors of the given operators on both targets."""
+    for operator in operators:
+        for case in list_node_cases(operator):
+            if is_tensors_only(case):
+                for target in TARGETS:
+                    yield case, try_case(case, target)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line a case; return 1 if one is wrong."""
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    bad = 0
+    for case, outcome in try_cases(names):
+        bad += not outcome.ok
+        state = "ok  " if outcome.ok else "BAD "
+        error = "none" if outcome.error is None else f"{outcome.error:.1e}"
+        how = "rewritten" if outcome.rewritten else "native"
+        print(
+            f"{state} {case.operator:18} {outcome.target:8} {how:9} grad {error} "
+            f"loss {outcome.loss_error:.1e} {outcome.worst} {case.name} {outcome.refusal}"
+        )
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.exit(main(sys.argv[1:]))
