@@ -16,17 +16,19 @@ from onnx_ir.passes.common import ShapeInferencePass
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, MissingOutput
 from splitonnx.partitioner.frontiers import find_moving, list_inputs
-from splitonnx.partitioner.rewrites import losses, normalizations, steps
+from splitonnx.partitioner.rewrites import losses, normalizations, products, steps
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
 REWRITES: Mapping[str, Rewrite] = {
     "Ceil": steps.rewrite_step,
+    "Det": products.rewrite_determinant,
     "Floor": steps.rewrite_step,
     "GroupNormalization": normalizations.rewrite_group_norm,
     "InstanceNormalization": normalizations.rewrite_instance_norm,
     "LayerNormalization": normalizations.rewrite_layer_norm,
     "LpNormalization": normalizations.rewrite_lp_norm,
+    "MatMul": products.rewrite_matmul,
     "MeanVarianceNormalization": normalizations.rewrite_mean_variance_norm,
     "NegativeLogLikelihoodLoss": losses.rewrite_nll_loss,
     "RMSNormalization": normalizations.rewrite_rms_norm,

@@ -155,7 +155,9 @@ def _invert_root(
     epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), dtype)
     square = draft.op("Mul", value, value)
     mean = draft.op("ReduceMean", square, draft.integers(axes), keepdims=1)
-    return draft.op("Div", draft.number(1.0, dtype), draft.op("Sqrt", draft.op("Add", mean, epsilon)))
+    return draft.op(
+        "Div", draft.number(1.0, dtype), draft.op("Sqrt", draft.op("Add", mean, epsilon))
+    )
 
 
 def _scale_channels(
