@@ -159,11 +159,11 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
         gradients.build()
         joint: bytes = gradients.get_model()
-    except RuntimeError as error:
+        derived = ir.from_proto(onnx.load_from_string(joint))
+        _put_back_detached(derived.graph, detached)
+        _annotate(derived)
+    except _list_exceptions(builder) as error:
         raise _translate(error) from error
-    derived = ir.from_proto(onnx.load_from_string(joint))
-    _put_back_detached(derived.graph, detached)
-    _annotate(derived)
     return derived
 
 
@@ -210,6 +210,13 @@ def _import_builder() -> Any:
             "stock onnxruntime",
         )
     return _pybind_state
+
+
+def _list_exceptions(builder: Any) -> tuple[type[Exception], ...]:
+    """List what ONNX Runtime raises; its exceptions have no base class in common."""
+    kinds = vars(builder).values()
+    own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+    return (RuntimeError, ValueError, IndexError, *own)
 
 
 def _make_options() -> Any:
@@ -262,9 +269,16 @@ def _find_shape(node: ir.Node) -> ir.Shape | None:
     return None
 
 
-def _translate(error: RuntimeError) -> NotDifferentiable | UnsupportedModel:
+def _translate(error: Exception) -> NotDifferentiable | UnsupportedModel:
     text = " ".join(str(error).split())
     unknown = re.search(r"gradient builder has not been registered: (\S+) for node (.*)", text)
     if unknown:
         return NotDifferentiable(unknown.group(2), unknown.group(1), _ADVICE)
+    missing = re.search(r"implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    if missing:
+        return UnsupportedModel(
+            f"node '{missing.group(2)}' ({missing.group(1)})",
+            "ONNX Runtime has no kernel for it with these element types",
+            "export the model in float32",
+        )
     return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {text}")
