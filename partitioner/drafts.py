@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 DETACHED = "splitonnx.detached"
@@ -67,6 +68,11 @@ class Draft:
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Give a constant tensor."""
         return self._constant((id(tensor), "tensor"), tensor)
+
+    def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+        """Give a constant tensor with what an array holds, as ``dtype``."""
+        assert dtype is not None
+        return self.tensor(ir.tensor(array.astype(dtype.numpy()), dtype=dtype))
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """Cast to ``dtype``, where the value is not known to be of it already."""
@@ -147,3 +153,9 @@ def known_dims(value: ir.Value) -> list[int | None] | None:
 def known_rank(value: ir.Value) -> int | None:
     """Give a value's number of dimensions, if it is known."""
     return None if value.shape is None else len(value.shape)
+
+
+def known_array(value: ir.Value | None) -> np.ndarray | None:
+    """Give what a value holds, if the model says it: an initializer, or a Constant's output."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()

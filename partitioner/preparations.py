@@ -26,6 +26,7 @@ from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.opsets import adapt_opset
 from splitonnx.partitioner.paddings import settle_paddings
+from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.weights import assign_roles, lift_weights
 
@@ -85,6 +86,7 @@ def prepare(
     model = adapt_opset(model)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     settle_paddings(model.graph)
+    settle_reductions(model.graph)
 
     skeleton, training, inference = model, model.clone(), model.clone()
     buffers = train_batchnorms(training.graph, mode=batchnorm)

@@ -27,7 +27,6 @@ from splitonnx.manifests import (
     decode_manifest,
     encode_manifest,
 )
-from splitonnx.pieces import split_pieces
 from splitonnx.tensors import DTYPES, check_array
 
 MANIFEST = "manifest.json"
@@ -266,8 +265,7 @@ def _read_tensors(
 def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
-            for piece in split_pieces(chunk):
-                file.write(piece)
+            file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
 

@@ -60,6 +60,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "SoftmaxGrad_13": activations.lower_softmax_grad,
     "SplitTraining": shapes.lower_split,
     "TanhGrad": activations.lower_tanh_grad,
+    "Trilu": shapes.lower_trilu,
 }
 """Operator -> how to write it in standard operators."""
 

@@ -115,6 +115,11 @@ def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
 
 
+def lower_trilu(draft: Draft, node: ir.Node) -> Values:
+    """The standard operator, of which ONNX Runtime keeps a copy in a domain of its own."""
+    return draft.ops("Trilu", node.inputs, 1, dict(node.attributes))
+
+
 def lower_matmul(draft: Draft, node: ir.Node) -> Values:
     """alpha * A @ B, each with its last two axes swapped where so marked."""
     a, b = _take(node, 2)

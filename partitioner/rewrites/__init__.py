@@ -15,26 +15,64 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, MissingOutput
-from splitonnx.partitioner.frontiers import find_moving, list_inputs
-from splitonnx.partitioner.rewrites import losses, normalizations, products, steps
+from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
+from splitonnx.partitioner.rewrites import (
+    activations,
+    arithmetic,
+    reductions,
+    steps,
+    trigonometry,
+)
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
 REWRITES: Mapping[str, Rewrite] = {
+    "Acos": trigonometry.rewrite_function,
+    "Acosh": trigonometry.rewrite_function,
+    "Asin": trigonometry.rewrite_function,
+    "Asinh": trigonometry.rewrite_function,
+    "Atan": trigonometry.rewrite_function,
+    "Atanh": trigonometry.rewrite_function,
+    "Cast": arithmetic.rewrite_cast,
+    "CastLike": arithmetic.rewrite_cast_like,
     "Ceil": steps.rewrite_step,
-    "Det": products.rewrite_determinant,
+    "Celu": activations.rewrite_celu,
+    "Clip": activations.rewrite_clip,
+    "Cosh": trigonometry.rewrite_function,
+    "CumProd": reductions.rewrite_running_product,
+    "CumSum": reductions.rewrite_running_sum,
+    "Elu": activations.rewrite_elu,
     "Floor": steps.rewrite_step,
-    "GroupNormalization": normalizations.rewrite_group_norm,
-    "InstanceNormalization": normalizations.rewrite_instance_norm,
-    "LayerNormalization": normalizations.rewrite_layer_norm,
-    "LpNormalization": normalizations.rewrite_lp_norm,
-    "MatMul": products.rewrite_matmul,
-    "MeanVarianceNormalization": normalizations.rewrite_mean_variance_norm,
-    "NegativeLogLikelihoodLoss": losses.rewrite_nll_loss,
-    "RMSNormalization": normalizations.rewrite_rms_norm,
+    "Gelu": activations.rewrite_gelu,
+    "HardSigmoid": activations.rewrite_hard_sigmoid,
+    "HardSwish": activations.rewrite_hard_swish,
+    "Hardmax": steps.rewrite_step,
+    "LeakyRelu": activations.rewrite_leaky_relu,
+    "Mean": arithmetic.rewrite_mean,
+    "Mish": activations.rewrite_mish,
+    "Mod": arithmetic.rewrite_mod,
+    "PRelu": activations.rewrite_prelu,
+    "Pow": arithmetic.rewrite_pow,
+    "ReduceL1": reductions.rewrite_l1,
+    "ReduceL2": reductions.rewrite_smooth,
+    "ReduceLogSum": reductions.rewrite_log_sum,
+    "ReduceLogSumExp": reductions.rewrite_smooth,
+    "ReduceMax": reductions.rewrite_extreme,
+    "ReduceMin": reductions.rewrite_extreme,
+    "ReduceProd": reductions.rewrite_product,
+    "ReduceSumSquare": reductions.rewrite_sum_square,
     "Round": steps.rewrite_step,
+    "Selu": activations.rewrite_selu,
+    "Shrink": activations.rewrite_shrink,
     "Sign": steps.rewrite_step,
-    "SoftmaxCrossEntropyLoss": losses.rewrite_cross_entropy,
+    "Sinh": trigonometry.rewrite_function,
+    "Softplus": activations.rewrite_softplus,
+    "Softsign": activations.rewrite_softsign,
+    "Sum": arithmetic.rewrite_sum,
+    "Swish": activations.rewrite_swish,
+    "Tan": trigonometry.rewrite_function,
+    "ThresholdedRelu": activations.rewrite_thresholded_relu,
+    "Where": arithmetic.rewrite_where,
 }
 """Operator -> how to write it in operators that have a gradient."""
 
@@ -63,6 +101,8 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str]) -> bool:
     for node in list(graph):
         rule = REWRITES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if rule is None or not any(value in moving for value in list_inputs(node)):
+            continue
+        if not any(is_float(value) for value in node.outputs):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/rewritten")
         made = rule(draft, node)

@@ -1,0 +1,141 @@
+"""Arithmetic between tensors whose shapes broadcast, choice between them, and changes of dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.frontiers import is_float
+from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
+
+Values = Sequence[ir.Value]
+
+_STRETCHED = "splitonnx.stretched"
+"""Key of the metadata of a Where whose branches were stretched, if inference sees it or not."""
+
+
+def _list_inputs(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
+
+
+def rewrite_sum(draft: Draft, node: ir.Node) -> Values:
+    """One Add after the other."""
+    return [_add_up(draft, node)]
+
+
+def rewrite_mean(draft: Draft, node: ir.Node) -> Values:
+    """The sum through the number of inputs."""
+    total, count = _add_up(draft, node), len(node.inputs)
+    first = _list_inputs(node)[0]
+    return [total if count == 1 else draft.op("Div", total, draft.number(count, first.dtype))]
+
+
+def _add_up(draft: Draft, node: ir.Node) -> ir.Value:
+    return reduce(lambda a, b: draft.op("Add", a, b), _list_inputs(node))
+
+
+def rewrite_mod(draft: Draft, node: ir.Node) -> Values:
+    """x - y * q, where q, the whole part of x / y, lets no gradient pass."""
+    x, y = _list_inputs(node)
+    points = [draft.detach(value) for value in (x, y)]
+    value = draft.ops("Mod", points, 1, dict(node.attributes))[0]
+    whole = draft.op("Round", draft.op("Div", draft.op("Sub", points[0], value), points[1]))
+    one = draft.number(1.0, x.dtype)
+    slopes = [one, draft.op("Neg", whole)]
+    tangents = [
+        Tangent(source=source, point=point, slope=slope)
+        for source, point, slope in zip((x, y), points, slopes, strict=True)
+    ]
+    return [follow_tangents(draft, value, tangents)]
+
+
+def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
+    """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
+
+    The builder takes a float exponent that is no parameter, and is right where it is not 0 (or x
+    is not).  The slope to the exponent is 0 where x is not positive, as x ** y is not a function
+    of a real y there.
+    """
+    x, y = _list_inputs(node)
+    exponent = known_array(y)
+    if exponent is not None and exponent.all():
+        if y.dtype == x.dtype:
+            return None
+        return [draft.op("Pow", x, draft.array(exponent, x.dtype))]
+    y, real = draft.cast(y, x.dtype), is_float(y) and exponent is None
+    base, power = draft.detach(x), draft.detach(y)
+    value = draft.op("Pow", base, power)
+    tangents = [Tangent(source=x, point=base, slope=_slope_to_base(draft, base, power))]
+    if real:
+        slope = _slope_to_exponent(draft, base, value)
+        tangents.append(Tangent(source=y, point=power, slope=slope))
+    return [follow_tangents(draft, value, tangents)]
+
+
+def _slope_to_base(draft: Draft, base: ir.Value, power: ir.Value) -> ir.Value:
+    zero, one = draft.number(0.0, base.dtype), draft.number(1.0, base.dtype)
+    slope = draft.op("Mul", power, draft.op("Pow", base, draft.op("Sub", power, one)))
+    slope = draft.op("Where", draft.op("Equal", power, zero), zero, slope)
+    return bound_slope(draft, slope, base.dtype)
+
+
+def _slope_to_exponent(draft: Draft, base: ir.Value, value: ir.Value) -> ir.Value:
+    positive = draft.op("Greater", base, draft.number(0.0, base.dtype))
+    log = draft.op("Log", draft.op("Where", positive, base, draft.number(1.0, base.dtype)))
+    return bound_slope(draft, draft.op("Mul", value, log), base.dtype)
+
+
+def rewrite_where(draft: Draft, node: ir.Node) -> Values | None:
+    """Where on branches that are stretched beforehand.
+
+    The builder of 1.19.2 forgets to sum the gradient of a branch over the axes along which Where
+    stretches it.
+    """
+    condition, *branches = _list_inputs(node)
+    result = node.outputs[0].shape
+    fitting = [known_array(v) is not None or _is_same(v.shape, result) for v in branches]
+    if all(fitting) or _STRETCHED in node.metadata_props:
+        return None
+    whole = draft.op("Where", condition, *(draft.detach(value) for value in branches))
+    whole.shape = result
+    shape = draft.shape(whole)
+    stretched = [
+        value if fits else draft.op("Expand", value, shape)
+        for value, fits in zip(branches, fitting, strict=True)
+    ]
+    chosen = draft.op("Where", condition, *stretched)
+    draft.nodes[-1].metadata_props[_STRETCHED] = "1"
+    return [chosen]
+
+
+def _is_same(own: ir.Shape | None, other: ir.Shape | None) -> bool:
+    if own is None or other is None or len(own) != len(other):
+        return False
+    return all(_is_same_dim(a, b) for a, b in zip(own, other, strict=True))
+
+
+def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    unknown = isinstance(a, ir.SymbolicDim) and a.value is None
+    return a == b and not unknown
+
+
+def rewrite_cast(draft: Draft, node: ir.Node) -> Values | None:
+    """A Cast to the dtype that is there already, on which the optimizer of 1.19.2 can stumble."""
+    (x,) = _list_inputs(node)
+    return [x] if x.dtype == node.attributes.get_int("to") else None
+
+
+def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
+    """A Cast to the other's dtype."""
+    x, like = _list_inputs(node)
+    if like.dtype is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' (CastLike)",
+            f"the dtype of '{like.name}' is not known",
+            "export the model with a Cast instead",
+        )
+    return [draft.op("Cast", x, to=like.dtype.value)]

@@ -1,0 +1,223 @@
+"""Reductions along axes, and running sums and products.
+
+The axes of a reduction are its second input and stay that; only a product needs to know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.accumulations import Line, accumulate
+from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+
+Values = Sequence[ir.Value]
+
+
+def _take(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _axes(node: ir.Node) -> ir.Value | None:
+    return node.inputs[1] if len(node.inputs) > 1 else None
+
+
+def _keeps_dims(node: ir.Node) -> bool:
+    return bool(node.attributes.get_int("keepdims", 1))
+
+
+def _reduce(
+    draft: Draft, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
+) -> ir.Value:
+    """Reduce ``x`` as ``node`` does, but with the operator ``kind``."""
+    kept = node.attributes.get_int("keepdims", 1) if keepdims is None else keepdims
+    empty = node.attributes.get_int("noop_with_empty_axes", 0)
+    axes = _axes(node)
+    inputs = [x] if axes is None else [x, axes]
+    return draft.op(kind, *inputs, keepdims=kept, noop_with_empty_axes=empty)
+
+
+def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
+    """The mean of the elements that equal the extreme: they share its gradient."""
+    x = _take(node)
+    point = draft.detach(x)
+    zero, one = draft.number(0.0, x.dtype), draft.number(1.0, x.dtype)
+    extreme = _reduce(draft, node.op_type, node, point, keepdims=1)
+    # "beaten", not "equal": NaN is not beaten and so comes through
+    beaten = draft.op("Less" if node.op_type == "ReduceMax" else "Greater", point, extreme)
+    count = _reduce(draft, "ReduceSum", node, draft.op("Where", beaten, zero, one), keepdims=1)
+    shares = draft.op("Mul", x, draft.op("Reciprocal", count))
+    return [_reduce(draft, "ReduceSum", node, draft.op("Where", beaten, zero, shares))]
+
+
+def rewrite_l1(draft: Draft, node: ir.Node) -> Values:
+    """The sum of |x|."""
+    return [_reduce(draft, "ReduceSum", node, draft.op("Abs", _take(node)))]
+
+
+def rewrite_log_sum(draft: Draft, node: ir.Node) -> Values:
+    """The logarithm of the sum."""
+    return [draft.op("Log", _reduce(draft, "ReduceSum", node, _take(node)))]
+
+
+def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
+    """The sum of x * x."""
+    x = _take(node)
+    return [_reduce(draft, "ReduceSum", node, draft.op("Mul", x, x))]
+
+
+def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
+    """ReduceL2 and ReduceLogSumExp without axes, which the builder of 1.19.2 cannot type."""
+    x = _take(node)
+    if _axes(node) is not None or _keeps_dims(node):
+        return None
+    flat = draft.op("Reshape", x, draft.integers([-1]))
+    return [draft.op(node.op_type, flat, draft.integers([0]), keepdims=0)]
+
+
+def rewrite_product(draft: Draft, node: ir.Node) -> Values:
+    """Products of halves, axis after axis; nothing is divided, so that zeros do no harm."""
+    x = _take(node)
+    rank = _require_rank(node, x)
+    axes = _find_axes(node, rank)
+    dims = known_dims(x) or [None] * rank
+    dtype = x.dtype
+    for axis in axes:
+        length = dims[axis]
+        if length is None:
+            x = _multiply_unknown(draft, x, axis, rank, dtype)
+        else:
+            x = _multiply_halves(draft, x, Line(axis=axis, rank=rank, length=length), dtype)
+    if _keeps_dims(node):
+        return [x]
+    return [draft.op("Squeeze", x, draft.integers(axes))]
+
+
+def _multiply_halves(draft: Draft, x: ir.Value, line: Line, dtype: ir.DataType | None) -> ir.Value:
+    halvings = max(line.length - 1, 0).bit_length()
+    missing = 2**halvings - line.length
+    if missing:
+        pads = [0] * (2 * line.rank)
+        pads[line.rank + line.axis] = missing
+        x = draft.op("Pad", x, draft.integers(pads), draft.number(1.0, dtype))
+    for _ in range(halvings):
+        halves = draft.ops("Split", [x], 2, {"axis": line.axis, "num_outputs": 2})
+        x = draft.op("Mul", *halves)
+    return x
+
+
+def _multiply_unknown(
+    draft: Draft, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
+) -> ir.Value:
+    """The slope to an element is the product of the others: a square, its diagonal ones."""
+    last = [*(a for a in range(rank) if a != axis), axis]
+    point = draft.detach(x)
+    row = draft.op("Unsqueeze", draft.op("Transpose", point, perm=last), draft.integers([-2]))
+    places = draft.op(
+        "Range",
+        draft.integer(0),
+        draft.op("Squeeze", draft.op("Shape", point, start=axis, end=axis + 1)),
+        draft.integer(1),
+    )
+    own = draft.op("Equal", places, draft.op("Unsqueeze", places, draft.integers([1])))
+    others = draft.op("Where", own, draft.number(1.0, dtype), row)  # (..., L, L)
+    slope = draft.op("ReduceProd", others, draft.integers([-1]), keepdims=0)
+    back = [last.index(a) for a in range(rank)]
+    slope = draft.op("Transpose", slope, perm=back)
+    along = draft.integers([axis])
+    moved = draft.op("Mul", slope, draft.op("Sub", x, point))
+    value = draft.op("ReduceProd", point, along, keepdims=1)
+    return draft.op("Add", value, draft.op("ReduceSum", moved, along, keepdims=1))
+
+
+def rewrite_running_sum(draft: Draft, node: ir.Node) -> Values:
+    """CumSum by shifts; along an axis of unknown length by a product with a triangle of ones."""
+    x = _take(node)
+    line = _find_line(node, x)
+    exclusive = bool(node.attributes.get_int("exclusive", 0))
+    if line.length >= 0:
+        return [accumulate(draft, "Add", x, line, exclusive=exclusive)]
+    return [_multiply_triangle(draft, x, line, exclusive)]
+
+
+def _multiply_triangle(draft: Draft, x: ir.Value, line: Line, exclusive: bool) -> ir.Value:
+    dtype = x.dtype
+    places = draft.op(
+        "Range",
+        draft.integer(0),
+        draft.op("Squeeze", draft.op("Shape", x, start=line.axis, end=line.axis + 1)),
+        draft.integer(1),
+    )
+    column = draft.op("Unsqueeze", places, draft.integers([1]))
+    kind = ("Greater" if line.reverse else "Less") + ("" if exclusive else "OrEqual")
+    ones = draft.cast(draft.op(kind, column, places), dtype)  # (L, L), summands in a column
+    swap = list(range(line.rank))
+    swap[line.axis], swap[-1] = swap[-1], swap[line.axis]
+    if line.axis == line.rank - 1:
+        return draft.op("MatMul", x, ones)
+    return draft.op(
+        "Transpose", draft.op("MatMul", draft.op("Transpose", x, perm=swap), ones), perm=swap
+    )
+
+
+def rewrite_running_product(draft: Draft, node: ir.Node) -> Values:
+    """CumProd by shifts."""
+    x = _take(node)
+    line = _find_line(node, x)
+    if line.length < 0:
+        raise UnsupportedModel(
+            f"node '{node.name}' (CumProd)",
+            f"the length of '{x.name}' along axis {line.axis} is not known",
+            "export the model with that dimension fixed",
+        )
+    exclusive = bool(node.attributes.get_int("exclusive", 0))
+    return [accumulate(draft, "Mul", x, line, exclusive=exclusive)]
+
+
+def _find_line(node: ir.Node, x: ir.Value) -> Line:
+    """Read the axis of a running operator; the length of one that is not known is -1."""
+    rank = _require_rank(node, x)
+    axis = known_array(node.inputs[1])
+    if axis is None:
+        raise _unknown_axes(node)
+    place = int(axis.reshape(-1)[0]) % rank
+    length = (known_dims(x) or [None] * rank)[place]
+    return Line(
+        axis=place,
+        rank=rank,
+        length=-1 if length is None else length,
+        reverse=bool(node.attributes.get_int("reverse", 0)),
+    )
+
+
+def _find_axes(node: ir.Node, rank: int) -> list[int]:
+    axes = _axes(node)
+    array = None if axes is None else known_array(axes)
+    if axes is not None and array is None:
+        raise _unknown_axes(node)
+    if array is not None and array.size:
+        return sorted(int(axis) % rank for axis in array)
+    return list(range(rank))
+
+
+def _unknown_axes(node: ir.Node) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        "its axes are computed in the graph",
+        "export the model with constant axes",
+    )
+
+
+def _require_rank(node: ir.Node, x: ir.Value) -> int:
+    rank = known_rank(x)
+    if rank is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"the rank of '{x.name}' is not known",
+            "export the model with shapes",
+        )
+    return rank

@@ -1,0 +1,48 @@
+"""Values with a derivative of their own: for operators that no formula of others expresses well.
+
+``value + slope * (x - detach(x))`` has the value of the operator itself, to the last bit, and the
+slope that is written down for it.  It costs three elementwise operators forward and one backward,
+and nothing can overflow on a branch that is not taken.  The one thing it cannot take is an
+infinite ``x``, for which it gives NaN.  It knows no operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft
+
+_LARGEST = 3.4e38
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tangent:
+    """How a value moves with one of its inputs.
+
+    ``point`` is the detached ``source``, ``slope`` the derivative there, computed from points.
+    """
+
+    source: ir.Value
+    point: ir.Value
+    slope: ir.Value
+
+
+def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
+    """Give ``value`` (computed from points) the derivatives that ``tangents`` say.
+
+    Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
+    :func:`bound_slope`.
+    """
+    for tangent in tangents:
+        step = draft.op("Sub", tangent.source, tangent.point)
+        value = draft.op("Add", value, draft.op("Mul", tangent.slope, step))
+    return value
+
+
+def bound_slope(draft: Draft, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """Take the largest number of float32 for infinity; NaN stays what it is."""
+    bounds = [draft.number(sign * _LARGEST, dtype) for sign in (-1, 1)]
+    return draft.op("Clip", slope, *bounds)

@@ -1,0 +1,99 @@
+"""Trigonometric and hyperbolic functions and their inverses, each with its textbook derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
+
+Slope = Callable[[Draft, ir.Value, ir.Value], ir.Value]
+"""From x (detached) and the function's value there to its derivative there."""
+
+
+def rewrite_function(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+    """The operator itself, with its derivative from :data:`SLOPES`."""
+    x = node.inputs[0]
+    assert x is not None
+    point = draft.detach(x)
+    value = draft.op(node.op_type, point)
+    slope = SLOPES[node.op_type](draft, point, value)
+    return [follow_tangents(draft, value, [Tangent(source=x, point=point, slope=slope)])]
+
+
+def _one(draft: Draft, x: ir.Value) -> ir.Value:
+    return draft.number(1.0, x.dtype)
+
+
+def _slope_tan(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 + tan(x)**2."""
+    return draft.op("Add", draft.op("Mul", y, y), _one(draft, x))
+
+
+def _inverse(draft: Draft, x: ir.Value, denominator: ir.Value, *, root: bool) -> ir.Value:
+    below = draft.op("Sqrt", denominator) if root else denominator
+    return bound_slope(draft, draft.op("Reciprocal", below), x.dtype)
+
+
+def _outside(draft: Draft, x: ir.Value) -> ir.Value:
+    """1 - x**2 as (1 - x) * (1 + x), which loses nothing close to 1."""
+    one = _one(draft, x)
+    return draft.op("Mul", draft.op("Sub", one, x), draft.op("Add", one, x))
+
+
+def _slope_asin(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 / sqrt(1 - x**2)."""
+    return _inverse(draft, x, _outside(draft, x), root=True)
+
+
+def _slope_acos(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """-1 / sqrt(1 - x**2)."""
+    return draft.op("Neg", _slope_asin(draft, x, y))
+
+
+def _slope_atan(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 / (1 + x**2); where x**2 overflows that is the 0 it should be."""
+    square = draft.op("Mul", x, x)
+    return draft.op("Reciprocal", draft.op("Add", square, _one(draft, x)))
+
+
+def _slope_sinh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """cosh(x)."""
+    return bound_slope(draft, draft.op("Cosh", x), x.dtype)
+
+
+def _slope_cosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """sinh(x)."""
+    return bound_slope(draft, draft.op("Sinh", x), x.dtype)
+
+
+def _slope_asinh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 / sqrt(1 + x**2)."""
+    square = draft.op("Mul", x, x)
+    below = draft.op("Sqrt", draft.op("Add", square, _one(draft, x)))
+    return draft.op("Reciprocal", below)
+
+
+def _slope_acosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 / sqrt(x**2 - 1); x is at least 1."""
+    return _inverse(draft, x, draft.op("Neg", _outside(draft, x)), root=True)
+
+
+def _slope_atanh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+    """1 / (1 - x**2)."""
+    return _inverse(draft, x, _outside(draft, x), root=False)
+
+
+SLOPES: Mapping[str, Slope] = {
+    "Acos": _slope_acos,
+    "Acosh": _slope_acosh,
+    "Asin": _slope_asin,
+    "Asinh": _slope_asinh,
+    "Atan": _slope_atan,
+    "Atanh": _slope_atanh,
+    "Cosh": _slope_cosh,
+    "Sinh": _slope_sinh,
+    "Tan": _slope_tan,
+}
