@@ -44,6 +44,7 @@ from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.stages import StageCut, cut_stages
 from splitonnx.partitioner.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.weights import read_array, restore_weights
+from splitonnx.pieces import split_pieces
 from splitonnx.tensors import TensorSpec, name_dtype
 
 TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
@@ -152,7 +153,8 @@ def _digest(parties: Mapping[str, PartyBundle]) -> str:
         total.update(encode_manifest(parties[name].manifest))
         for weight, array in parties[name].weights.items():
             total.update(weight.encode() + b"\0")
-            total.update(array.reshape(-1).view(np.uint8).data)
+            for piece in split_pieces(array):
+                total.update(piece)
     return total.hexdigest()
 
 

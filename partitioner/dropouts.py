@@ -84,15 +84,22 @@ def _is_on(node: ir.Node) -> bool:
 
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
-    if len(node.outputs) > 1 and node.outputs[1].uses():
-        raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its mask is used by other nodes")
     identity = ir.node("Identity", [node.inputs[0]], name=node.name)
-    _take_over(graph, node, [identity], identity.outputs[0])
+    draft = Draft(f"{node.name}/mask")
+    mask = None
+    if _uses_mask(node):
+        assert node.inputs[0] is not None
+        everything = draft.number(1, ir.DataType.BOOL)
+        mask = draft.op("Expand", everything, draft.shape(node.inputs[0]))
+    _take_over(graph, node, [identity, *draft.nodes], identity.outputs[0], mask)
+
+
+def _uses_mask(node: ir.Node) -> bool:
+    mask = node.outputs[1] if len(node.outputs) > 1 else None
+    return mask is not None and (bool(mask.uses()) or mask.is_graph_output())
 
 
 def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> None:
-    if len(node.outputs) > 1 and node.outputs[1].uses():
-        raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its mask is used by other nodes")
     x = node.inputs[0]
     assert x is not None
     draft = Draft(node.name or "")
@@ -101,7 +108,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> N
     factor = draft.op("Mul", draft.cast(mask, x.dtype), scale)
     factor.type, factor.shape = x.type, x.shape  # spares the gradient its broadcast analysis
     output = draft.op("Mul", x, factor)
-    _take_over(graph, node, draft.nodes, output)
+    _take_over(graph, node, draft.nodes, output, mask)
 
 
 def _draw_mask(draft: Draft, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
@@ -148,5 +155,11 @@ def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     return value
 
 
-def _take_over(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value) -> None:
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [output])
+def _take_over(
+    graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value, mask: ir.Value | None
+) -> None:
+    old, new = [node.outputs[0]], [output]
+    if _uses_mask(node) and mask is not None:
+        old.append(node.outputs[1])
+        new.append(mask)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, old, new)

@@ -160,11 +160,11 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
         gradients.build()
         joint: bytes = gradients.get_model()
-    except RuntimeError as error:
+        derived = ir.from_proto(onnx.load_from_string(joint))
+        _put_back_detached(derived.graph, detached)
+        _annotate(derived)
+    except _list_exceptions(builder) as error:
         raise _translate(error) from error
-    derived = ir.from_proto(onnx.load_from_string(joint))
-    _put_back_detached(derived.graph, detached)
-    _annotate(derived)
     return derived
 
 
@@ -231,6 +231,13 @@ def _import_builder() -> Any:
     return _pybind_state
 
 
+def _list_exceptions(builder: Any) -> tuple[type[Exception], ...]:
+    """List what ONNX Runtime raises; its exceptions have no base class in common."""
+    kinds = vars(builder).values()
+    own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+    return (RuntimeError, ValueError, IndexError, *own)
+
+
 def _make_options() -> Any:
     import onnxruntime
 
@@ -253,12 +260,9 @@ def _annotate(model: ir.Model) -> None:
     proto.graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in values if name not in known
     )
-    try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), _make_options(), providers=["CPUExecutionProvider"]
-        )
-    except _list_errors() as error:
-        raise _translate_missing(error) from error
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), _make_options(), providers=["CPUExecutionProvider"]
+    )
     for output in session.get_outputs():
         value = values[output.name]
         if value.type is None:
@@ -273,24 +277,6 @@ def _annotate(model: ir.Model) -> None:
                 value.shape = _find_shape(node)
 
 
-def _list_errors() -> tuple[type[Exception], ...]:
-    """List the exceptions of ONNX Runtime, which have no base class in common."""
-    own = [kind for kind in vars(_import_builder()).values() if isinstance(kind, type)]
-    return (RuntimeError, *(kind for kind in own if issubclass(kind, Exception)))
-
-
-def _translate_missing(error: Exception) -> UnsupportedModel:
-    text = " ".join(str(error).split())
-    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node.*?'(.*?)'", text)
-    if missing is None:
-        return UnsupportedModel("the joint graph", f"onnxruntime-training refuses it: {text}")
-    return UnsupportedModel(
-        f"node '{missing.group(2)}' ({missing.group(1)})",
-        "ONNX Runtime has no CPU kernel for it with the dtypes of its inputs",
-        "cast them to float32 or int64",
-    )
-
-
 def _find_shape(node: ir.Node) -> ir.Shape | None:
     """Give the shape of what a node keeps for its gradient, which no inference knows."""
     if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
@@ -302,9 +288,16 @@ def _find_shape(node: ir.Node) -> ir.Shape | None:
     return None
 
 
-def _translate(error: RuntimeError) -> NotDifferentiable | UnsupportedModel:
+def _translate(error: Exception) -> NotDifferentiable | UnsupportedModel:
     text = " ".join(str(error).split())
     unknown = re.search(r"gradient builder has not been registered: (\S+) for node (.*)", text)
     if unknown:
         return NotDifferentiable(unknown.group(2), unknown.group(1), _ADVICE)
+    missing = re.search(r"implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    if missing:
+        return UnsupportedModel(
+            f"node '{missing.group(2)}' ({missing.group(1)})",
+            "ONNX Runtime has no kernel for it with these element types",
+            "export the model in float32",
+        )
     return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {text}")

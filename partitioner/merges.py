@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import BundleMismatch
+from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
+from splitonnx.partitioner.gates import open_model
 from splitonnx.partitioner.preparations import settle
 from splitonnx.partitioner.weights import restore_weights
+from splitonnx.pieces import split_pieces
+
+MAX_INSIDE = 2**31 - 2**26
+"""Bytes of weights that fit into one ONNX file, which Protocol Buffers end at 2 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Join:
+    """A joined model's bytes, and the weights that stand in a file beside it, in their order."""
+
+    content: bytes
+    beside: Sequence[np.ndarray] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.content) + sum(array.nbytes for array in self.beside)
 
 
 def merge(bundle: Bundle | str | Path) -> bytes:
@@ -30,18 +50,52 @@ def merge(bundle: Bundle | str | Path) -> bytes:
     Raises:
         BundleError, FormatError: the folder cannot be read.
         BundleMismatch: the parties stand at different steps.
+        UsageError: the model is too large for one file; :func:`write_merged` writes two.
     """
-    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    _check_steps(loaded)
-    model = ir.from_proto(onnx.load_from_string(loaded.skeleton))
-    restore_weights(model.graph, collect_weights(loaded))
-    settle(model.graph)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
-            model.graph.initializers.pop(name)
-    model.producer_name = "splitonnx"
-    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return content
+    model = _join_parts(bundle)
+    size = sum(tensor.nbytes for tensor in _list_tensors(model))
+    if size > MAX_INSIDE:
+        raise UsageError(
+            f"the merged model's weights take {size / 1e9:.2f} GB, more than one ONNX file holds; "
+            "write it with write_merged or `splitonnx merge`, which put them into a file beside it"
+        )
+    return _serialize(model).content
+
+
+def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bool = False) -> int:
+    """Join the parts as :func:`merge` does, and write the model to ``path``.
+
+    A model whose weights are too large for one ONNX file gets them in a second one, ``path`` with
+    ``.data`` behind its name, as external data; they are streamed, so they need not fit into
+    memory.  The files appear when they are complete, the model last.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        UnwritableFile: something stands in the place of a file, or it cannot be written.
+        BundleError, FormatError, BundleMismatch: as :func:`merge` raises them.
+    """
+    target = Path(path)
+    beside = target.with_name(f"{target.name}.data")
+    model = _join_parts(bundle)
+    large = sum(tensor.nbytes for tensor in _list_tensors(model)) > MAX_INSIDE
+    joined = _serialize(model, beside.name if large else None)
+    for file in (target, beside) if large else (target,):
+        if file.exists() and not overwrite:
+            raise UnwritableFile(str(file), "it exists already; choose another place or overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            if large:
+                _write(Path(scratch, "data"), joined.beside)
+            _write(Path(scratch, "model"), [joined.content])
+            if large:
+                os.replace(Path(scratch, "data"), beside)
+            os.replace(Path(scratch, "model"), target)
+    except OSError as error:
+        raise UnwritableFile(str(target), error.strerror or str(error)) from error
+    return joined.size
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
@@ -52,6 +106,66 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
         roles = {spec.tensor.name: spec.role for spec in party.manifest.state}
         weights |= {n: a for n, a in source.items() if roles[n] is not Role.OPTIMIZER}
     return weights
+
+
+def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
+    """Put the parties' weights back into the bundle's skeleton: the model as it was prepared.
+
+    Raises:
+        ModelError: the skeleton is no model that could have been cut.
+    """
+    model = open_model(bundle.skeleton)
+    restore_weights(model.graph, collect_weights(bundle, trained=trained))
+    return model
+
+
+def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    _check_steps(loaded)
+    model = restore_model(loaded)
+    settle(model.graph)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
+            model.graph.initializers.pop(name)
+    model.producer_name = "splitonnx"
+    return model
+
+
+def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    values = model.graph.initializers.values()
+    return [value.const_value for value in values if value.const_value is not None]
+
+
+def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
+    """Write a model as bytes; with ``beside`` it refers to a file of that name for its weights."""
+    arrays: list[np.ndarray] = []
+    if beside is not None:
+        offset = 0
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or not isinstance(tensor.raw, np.ndarray):
+                continue
+            value.const_value = ir.ExternalTensor(
+                beside,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+            )
+            arrays.append(tensor.raw)
+            offset += tensor.nbytes
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return _Join(content=content, beside=arrays)
+
+
+def _write(path: Path, buffers: Sequence[bytes | np.ndarray]) -> None:
+    with path.open("wb") as file:
+        for buffer in buffers:
+            for piece in split_pieces(buffer):
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_steps(bundle: Bundle) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import onnx_ir as ir
+
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
@@ -26,7 +28,7 @@ Target = Literal["portable", "training"]
 
 
 def cut(
-    model: ModelSource,
+    model: ModelSource | ir.Model,
     *,
     at: str | Sequence[str] | None,
     tail_at: str | Sequence[str] = (),
@@ -42,7 +44,8 @@ def cut(
     """Cut a model into a client's and a server's part, ready to be trained.
 
     Args:
-        model: a path, the bytes of an ONNX model, or a loaded one.  It is not changed.
+        model: a path, the bytes of an ONNX model, or a loaded one.  It is not changed.  An
+            ``onnx_ir`` model is taken to be well-formed, and is consumed.
         at: the tensors (by tensor, node or glob pattern) that go from client to server.  The
             model's part up to them is the client's head.  ``None`` leaves the model whole, for
             training without a server.
@@ -71,7 +74,8 @@ def cut(
     for target in (client_target, server_target):
         if target not in ("portable", "training"):
             raise UsageError(f"there is no target '{target}'; choose portable or training")
-    prepared = prepare(open_model(model), batchnorm=batchnorm, dropout=dropout, freeze=freeze)
+    opened = model if isinstance(model, ir.Model) else open_model(model)
+    prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, freeze=freeze)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
     output = _choose_output(prepared, output)
     recipe = Recipe(

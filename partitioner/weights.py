@@ -23,11 +23,13 @@ _CONSTANT_USES = {
     ("Clip", 1),
     ("Clip", 2),
     ("DequantizeLinear", 1),
+    ("NegativeLogLikelihoodLoss", 2),
     ("OneHot", 2),
     ("Pad", 2),
     ("QuantizeLinear", 1),
     ("Resize", 1),
     ("Resize", 2),
+    ("SoftmaxCrossEntropyLoss", 2),
     ("Upsample", 1),
 }
 """(operator, input index) where a float initializer is a setting, not a weight to train."""

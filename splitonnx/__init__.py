@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
     from splitonnx.partitioner.inspections import inspect
-    from splitonnx.partitioner.merges import merge
+    from splitonnx.partitioner.merges import merge, write_merged
     from splitonnx.partitioner.partitions import cut
     from splitonnx.runtime.clients import Client
     from splitonnx.runtime.histories import History
@@ -35,6 +35,7 @@ __all__ = [
     "inspect",
     "merge",
     "verify",
+    "write_merged",
 ]
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "inspect": "partitioner.inspections",
     "merge": "partitioner.merges",
     "verify": "verifications",
+    "write_merged": "partitioner.merges",
 }
 """The module that each name comes from."""
 

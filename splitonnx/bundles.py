@@ -27,6 +27,7 @@ from splitonnx.manifests import (
     decode_manifest,
     encode_manifest,
 )
+from splitonnx.pieces import split_pieces
 from splitonnx.tensors import DTYPES, check_array
 
 MANIFEST = "manifest.json"
@@ -265,7 +266,8 @@ def _read_tensors(
 def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
-            file.write(chunk)
+            for piece in split_pieces(chunk):
+                file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

@@ -13,16 +13,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
 from splitonnx.optimizers import read_optimizer
-from splitonnx.partitioner.merges import collect_weights
+from splitonnx.partitioner.merges import restore_model
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.weights import restore_weights
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine
@@ -143,10 +140,8 @@ def compare_steps(
 def leave_whole(bundle: Bundle) -> Bundle:
     """Make the unsplit bundle of the same model, loss, optimizer and first weights."""
     recipe = bundle.manifest.recipe
-    model = ir.from_proto(onnx.load_from_string(bundle.skeleton))
-    restore_weights(model.graph, collect_weights(bundle, trained=False))
     return cut(
-        ir.to_proto(model).SerializeToString(),
+        restore_model(bundle, trained=False),
         at=None,
         loss=recipe.loss,
         output=recipe.output,

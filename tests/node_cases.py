@@ -131,9 +131,8 @@ def build_problem(case: NodeCase) -> tuple[ModelProto, Arrays]:
     random = np.random.default_rng(5)
     data: Arrays = {}
     terms = []
-    for index, (name, array) in enumerate(case.outputs.items()):
-        if not array.size:
-            continue
+    for index, name in _list_results(case):
+        array = case.outputs[name]
         weight = f"case.weight{index}"
         data[weight] = random.uniform(0.5, 1.5, array.shape).astype(np.float32)
         data[weight] *= random.choice(np.array([-1.0, 1.0], np.float32), array.shape)
@@ -157,6 +156,28 @@ def build_problem(case: NodeCase) -> tuple[ModelProto, Arrays]:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, []))
     return model, data
+
+
+def _list_results(case: NodeCase) -> list[tuple[int, str]]:
+    """Number and name the outputs that the loss is made of.
+
+    A float output that its schema declares not differentiable (a running statistic) is none.
+    """
+    schema = _find_schema(case)
+    constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
+    found = []
+    for index, (name, array) in enumerate(case.outputs.items()):
+        formal = schema.outputs[min(index, len(schema.outputs) - 1)]
+        skipped = _is_float(array) and formal.differentiation_category == constant
+        if array.size and not skipped:
+            found.append((index, name))
+    return found
+
+
+def _find_schema(case: NodeCase) -> onnx.defs.OpSchema:
+    node = case.model.graph.node[0]
+    version = next((e.version for e in case.model.opset_import if e.domain == node.domain), 1)
+    return onnx.defs.get_schema(node.op_type, version, node.domain)
 
 
 def _to_tensor(case: NodeCase, name: str, array: np.ndarray) -> TensorProto:
@@ -228,12 +249,10 @@ def _list_parameters(trained: Collection[str], case: NodeCase) -> tuple[str, ...
 
 def _categorize_inputs(case: NodeCase) -> dict[str, str]:
     """Tell of each input whether the operator's schema declares it not differentiable."""
-    node = case.model.graph.node[0]
-    version = next((e.version for e in case.model.opset_import if e.domain == node.domain), 1)
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    schema = _find_schema(case)
     constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
     found = {}
-    for index, name in enumerate(node.input):
+    for index, name in enumerate(case.model.graph.node[0].input):
         formal = schema.inputs[min(index, len(schema.inputs) - 1)]
         is_constant = formal.differentiation_category == constant
         found[name] = "constant" if is_constant else "variable"
@@ -284,7 +303,8 @@ def _measure_loss(
     case: NodeCase, inputs: Mapping[str, np.ndarray], data: Mapping[str, np.ndarray]
 ) -> float:
     total = 1.0  # the anchor
-    results = [result for result in evaluate(case, inputs) if np.asarray(result).size]
+    outputs = evaluate(case, inputs)
+    results = [outputs[index] for index, _ in _list_results(case)]
     weights = [weight for name, weight in data.items() if name != "case.scale"]
     for result, weight in zip(results, weights, strict=True):
         total += float(np.sum(np.asarray(result).astype(np.float64) * weight.astype(np.float64)))

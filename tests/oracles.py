@@ -15,6 +15,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from tests.doubles import DOUBLES
+
 STEP = 1e-6
 
 
@@ -150,4 +152,4 @@ def differentiate_numerically(
 
 def make_evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """Make onnx's own evaluator, with the operators that it would round done in float64."""
-    return ReferenceEvaluator(model, new_ops=[Erf, Gelu])
+    return ReferenceEvaluator(model, new_ops=[Erf, Gelu, *DOUBLES])

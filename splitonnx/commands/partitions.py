@@ -9,7 +9,7 @@ import typer
 
 import splitonnx
 from splitonnx.commands import displays
-from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
     BatchSizeOption,
@@ -121,13 +121,14 @@ def merge(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Join a bundle's parts into one plain ONNX model for inference, with trained weights."""
+    """Join a bundle's parts into one plain ONNX model for inference, with trained weights.
+
+    Weights that are too large for one ONNX file (2 GiB) go into FILE.data beside it.
+    """
     refuse_existing(output, force=force)
-    content = splitonnx.merge(bundle)
-    with open_whole(output) as file:
-        file.write(content)
+    size = splitonnx.write_merged(bundle, output, overwrite=force)
     if not quiet:
-        displays.print_written(output, len(content))
+        displays.print_written(output, size)
 
 
 def verify(

@@ -11,7 +11,7 @@ import typer
 
 import splitonnx
 from splitonnx.commands import displays
-from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
     BatchSizeOption,
@@ -136,7 +136,7 @@ def train(
         if bundle is None:
             client.save()
         elif merged is not None:
-            _write_merged(bundle, client, merged)
+            _write_merged(bundle, client, merged, force=force)
     display.summarize(history, _describe_saved(source, local, merged))
 
 
@@ -173,11 +173,10 @@ def _fit(
         )
 
 
-def _write_merged(bundle: Bundle, client: splitonnx.Client, path: Path) -> None:
+def _write_merged(bundle: Bundle, client: splitonnx.Client, path: Path, *, force: bool) -> None:
     trained = replace(bundle.client, trained=client.state(), step=client.steps)
-    content = splitonnx.merge(replace(bundle, parties={"client": trained}))
-    with open_whole(path) as file:
-        file.write(content)
+    whole = replace(bundle, parties={"client": trained})
+    splitonnx.write_merged(whole, path, overwrite=force)
 
 
 def _describe_saved(source: Path, local: bool, merged: Path | None) -> str:

@@ -1,0 +1,218 @@
+"""Normalizations over an instance, a group, chosen axes or the last ones, by their formulas.
+
+The gradient builder differentiates LayerNormalization alone, and of that only the first output
+with a scale in the shape of what is normalized.  Statistics are taken from the centred values,
+never as the mean of squares less the square of the mean, which cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+
+Values = Sequence[ir.Value | None]
+
+
+def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
+    """Normalize each channel of each sample over its space; scale and bias are per channel."""
+    x, scale, bias = _take(node, 3)
+    rank = _require_rank(node, x)
+    normal = _normalize_rows(draft, node, x, list(range(2, rank)), 1e-5)
+    return [_scale_channels(draft, normal, scale, bias, rank)]
+
+
+def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
+    """Normalize each group of channels of each sample.
+
+    Scale and bias are per group in opset 18 to 20, per channel from 21 on.
+    """
+    x, scale, bias = _take(node, 3)
+    rank = _require_rank(node, x)
+    groups = node.attributes.get_int("num_groups")
+    assert groups is not None
+    dims = known_dims(x) or []
+    channels = dims[1] if len(dims) > 1 else None
+    if channels is None:
+        raise _refuse(node, f"the number of channels of '{x.name}'")
+    shape = draft.op(
+        "Concat", draft.integers([0, groups, channels // groups]), draft.shape(x, 2), axis=0
+    )
+    grouped = draft.op("Reshape", x, shape if rank > 2 else draft.integers([0, groups, -1]))
+    space = dims[2:]
+    grouped.type = x.type
+    assert x.shape is not None
+    grouped.shape = ir.Shape([x.shape[0], groups, channels // groups, *space])
+    stash = ir.DataType(node.attributes.get_int("stash_type", ir.DataType.FLOAT.value))
+    wide = _widen(draft, grouped, stash)
+    normal = _normalize_rows(draft, node, wide, list(range(2, rank + 1)), 1e-5)
+    normal = draft.op("Reshape", _narrow(draft, normal, wide, x), draft.shape(x))
+    per_group = (known_dims(scale) or [None])[0] == groups != channels
+    if per_group:
+        scale, bias = (_repeat(draft, value, channels // groups) for value in (scale, bias))
+    return [_scale_channels(draft, normal, scale, bias, rank)]
+
+
+def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
+    """The formula, where the statistics are used or the scale is spread over the input.
+
+    A missing bias becomes zero, as LayerNormalization's gradient wants one.
+    """
+    x, scale = _take(node, 2)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    rank = _require_rank(node, x)
+    axes = _last_axes(node, rank)
+    used = any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+    dims = known_dims(x) or []
+    whole = known_dims(scale) == dims[axes[0] :] and None not in dims[axes[0] :]
+    if not used and bias is None and whole:
+        zero = draft.op("Expand", draft.number(0.0, scale.dtype), draft.shape(scale))
+        return draft.ops("LayerNormalization", [x, scale, zero], 3, dict(node.attributes))
+    if not used and bias is not None and whole and known_dims(bias) == known_dims(scale):
+        return None
+    wide = _widen(draft, x, _read_stash(node))
+    mean = draft.op("ReduceMean", wide, draft.integers(axes), keepdims=1)
+    centred = draft.op("Sub", wide, mean)
+    inverse = _invert_root(draft, node, centred, axes, wide.dtype)
+    normal = _narrow(draft, draft.op("Mul", centred, inverse), wide, x)
+    y = draft.op("Mul", normal, scale)
+    return [y if bias is None else draft.op("Add", y, bias), mean, inverse]
+
+
+def rewrite_rms_norm(draft: Draft, node: ir.Node) -> Values:
+    """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467)."""
+    x, scale = _take(node, 2)
+    axes = _last_axes(node, _require_rank(node, x))
+    wide = _widen(draft, x, _read_stash(node))
+    normal = draft.op("Mul", wide, _invert_root(draft, node, wide, axes, wide.dtype))
+    return [draft.op("Mul", _narrow(draft, normal, wide, x), scale)]
+
+
+def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
+    """(x - mean) / (deviation + 1e-9).
+
+    1e-18 under the root keeps the gradient finite where all values of a slice are equal.
+    """
+    (x,) = _take(node, 1)
+    axes = draft.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
+    centred = draft.op("Sub", x, draft.op("ReduceMean", x, axes, keepdims=1))
+    square = draft.op("Mul", centred, centred)
+    variance = draft.op("ReduceMean", square, axes, keepdims=1)
+    root = draft.op("Sqrt", draft.op("Add", variance, draft.number(1e-18, x.dtype)))
+    return [draft.op("Div", centred, draft.op("Add", root, draft.number(1e-9, x.dtype)))]
+
+
+def rewrite_lp_norm(draft: Draft, node: ir.Node) -> Values:
+    """x / norm along an axis, and zero where the norm is."""
+    (x,) = _take(node, 1)
+    axis = draft.integers([node.attributes.get_int("axis", -1)])
+    if node.attributes.get_int("p", 2) == 1:
+        norm = draft.op("ReduceSum", draft.op("Abs", x), axis, keepdims=1)
+    else:
+        square = draft.op("ReduceSum", draft.op("Mul", x, x), axis, keepdims=1)
+        # a root of zero has no gradient: where all is zero the norm counts as one
+        norm = draft.op("Sqrt", _replace_zeros(draft, square, x.dtype))
+    return [draft.op("Div", x, _replace_zeros(draft, norm, x.dtype))]
+
+
+def _replace_zeros(draft: Draft, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    empty = draft.op("Equal", value, draft.number(0.0, dtype))
+    return draft.op("Where", empty, draft.number(1.0, dtype), value)
+
+
+def _normalize_rows(
+    draft: Draft, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
+) -> ir.Value:
+    """Give (x - mean) / sqrt(variance + epsilon) over the last axes.
+
+    Where their size is known it is a LayerNormalization of flat rows, whose gradient is one
+    fused kernel; else the formula.
+    """
+    dims = (known_dims(x) or [])[axes[0] :] if axes else []
+    sizes = [dim for dim in dims if dim is not None]
+    if axes and len(sizes) == len(dims) == len(axes):
+        size = math.prod(sizes)
+        lead = [0] * axes[0]
+        rows = draft.op("Reshape", x, draft.integers([*lead, size]))
+        one = draft.op("Expand", draft.number(1.0, x.dtype), draft.integers([size]))
+        zero = draft.op("Expand", draft.number(0.0, x.dtype), draft.integers([size]))
+        epsilon = node.attributes.get_float("epsilon", epsilon)
+        kept = draft.ops("LayerNormalization", [rows, one, zero], 3, {"epsilon": epsilon})
+        return draft.op("Reshape", kept[0], draft.integers([*lead, *sizes]))
+    mean = draft.op("ReduceMean", x, draft.integers(axes), keepdims=1)
+    centred = draft.op("Sub", x, mean)
+    return draft.op("Mul", centred, _invert_root(draft, node, centred, axes, x.dtype))
+
+
+def _invert_root(
+    draft: Draft, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
+) -> ir.Value:
+    """Give 1 / sqrt(mean(value**2) + epsilon)."""
+    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), dtype)
+    square = draft.op("Mul", value, value)
+    mean = draft.op("ReduceMean", square, draft.integers(axes), keepdims=1)
+    return draft.op(
+        "Div", draft.number(1.0, dtype), draft.op("Sqrt", draft.op("Add", mean, epsilon))
+    )
+
+
+def _scale_channels(
+    draft: Draft, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
+) -> ir.Value:
+    """x * scale + bias with both spread along axis 1."""
+    if rank > 2:
+        axes = draft.integers(range(1, rank - 1))
+        scale, bias = draft.op("Unsqueeze", scale, axes), draft.op("Unsqueeze", bias, axes)
+    return draft.op("Add", draft.op("Mul", x, scale), bias)
+
+
+def _repeat(draft: Draft, value: ir.Value, times: int) -> ir.Value:
+    """[G] to [G * times], each element in a row of its own."""
+    column = draft.op("Unsqueeze", value, draft.integers([1]))
+    table = draft.op("Tile", column, draft.integers([1, times]))
+    return draft.op("Reshape", table, draft.integers([-1]))
+
+
+def _last_axes(node: ir.Node, rank: int) -> list[int]:
+    axis = node.attributes.get_int("axis", -1)
+    return list(range(axis % rank, rank))
+
+
+def _read_stash(node: ir.Node) -> ir.DataType:
+    return ir.DataType(node.attributes.get_int("stash_type", ir.DataType.FLOAT.value))
+
+
+def _widen(draft: Draft, x: ir.Value, stash: ir.DataType) -> ir.Value:
+    """Cast to the type that statistics are taken in, unless that would lose digits."""
+    assert x.dtype is not None
+    return draft.cast(x, stash) if x.dtype.itemsize < stash.itemsize else x
+
+
+def _narrow(draft: Draft, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
+    value.type = wide.type
+    return draft.cast(value, x.dtype)
+
+
+def _take(node: ir.Node, count: int) -> list[ir.Value]:
+    values = [value for value in node.inputs[:count] if value is not None]
+    assert len(values) == count
+    return values
+
+
+def _require_rank(node: ir.Node, value: ir.Value) -> int:
+    rank = known_rank(value)
+    if rank is None:
+        raise _refuse(node, f"the rank of '{value.name}'")
+    return rank
+
+
+def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        f"{what} is not known",
+        "export the model with shapes",
+    )

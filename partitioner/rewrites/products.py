@@ -1,0 +1,73 @@
+"""Matrix products with vectors, and determinants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+
+Values = Sequence[ir.Value | None]
+
+_LARGEST_DETERMINANT = 24
+"""A determinant's gradient takes as many determinants as the matrix has elements."""
+
+
+def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
+    """Make a vector a row or a column: the gradient builder refuses it beside a stack."""
+    a, b = node.inputs
+    assert a is not None
+    assert b is not None
+    ranks = known_rank(a), known_rank(b)
+    if 1 not in ranks:
+        return None
+    gone = []
+    if ranks[0] == 1:
+        a = draft.op("Unsqueeze", a, draft.integers([0]))
+        gone.append(-2)
+    if ranks[1] == 1:
+        b = draft.op("Unsqueeze", b, draft.integers([1]))
+        gone.append(-1)
+    return [draft.op("Squeeze", draft.op("MatMul", a, b), draft.integers(gone))]
+
+
+def rewrite_determinant(draft: Draft, node: ir.Node) -> Values:
+    """The determinant as a constant, plus its first-order change: <cofactors, x - constant x>.
+
+    The cofactors are determinants of minors, so that no inverse is needed and a singular matrix
+    has its gradient, too.
+    """
+    (x,) = node.inputs
+    assert x is not None
+    dims = known_dims(x)
+    size = dims[-1] if dims else None
+    if dims is None or size is None or size != dims[-2] or size > _LARGEST_DETERMINANT:
+        raise UnsupportedModel(
+            f"node '{node.name}' (Det)",
+            f"matrices are to be square and of a known size up to {_LARGEST_DETERMINANT}",
+            "cut so that it lies before every trained parameter",
+        )
+    still = draft.detach(x)
+    still.type, still.shape = x.type, x.shape
+    change = draft.op("Sub", x, still)
+    if size > 1:
+        change = draft.op("Mul", change, draft.detach(_find_cofactors(draft, still, size)))
+    slope = draft.op("ReduceSum", change, draft.integers([-2, -1]), keepdims=0)
+    return [draft.op("Add", draft.detach(draft.op("Det", still)), slope)]
+
+
+def _find_cofactors(draft: Draft, x: ir.Value, size: int) -> ir.Value:
+    """(..., n, n) to the cofactor of each element."""
+    rank = known_rank(x) or 0
+    others = [[j for j in range(size) if j != i] for i in range(size)]
+    index = draft.tensor(ir.tensor(np.array(others, np.int64)))
+    rows = draft.op("Gather", x, index, axis=rank - 2)  # (..., i, n - 1, n)
+    both = draft.op("Gather", rows, index, axis=rank)  # (..., i, n - 1, j, n - 1)
+    lead = list(range(rank - 2))
+    minors = draft.op("Transpose", both, perm=[*lead, rank - 2, rank, rank - 1, rank + 1])
+    places = np.indices((size, size)).sum(0)
+    signs = np.where(places % 2 == 0, 1.0, -1.0).astype(np.float32)
+    return draft.op("Mul", draft.op("Det", minors), draft.tensor(ir.tensor(signs)))

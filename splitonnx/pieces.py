@@ -1,0 +1,54 @@
+"""Large tensors piece by piece: what is hashed or written need not be in memory at once.
+
+A tensor that is mapped from a file costs no memory until it is read; so each piece that was used
+is given back before the next one is read.  This module knows buffers and mappings; it knows no
+format and no file.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+
+PIECE = 8 << 20
+"""Bytes of a piece, a multiple of every page size."""
+
+
+def split_pieces(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview]:
+    """Yield the bytes of a contiguous buffer in order, ``PIECE`` at a time.
+
+    Pages of a mapped file leave this process's memory once the next piece is asked for; they are
+    read from the file again where they are used again.
+    """
+    flat = _flatten(content)
+    mapping = _find_mapping(content)
+    for start in range(0, len(flat), PIECE):
+        piece = flat[start : start + PIECE]
+        yield piece.data
+        if mapping is not None:
+            _give_back(mapping, piece)
+
+
+def _flatten(content: bytes | memoryview | np.ndarray) -> np.ndarray:
+    if isinstance(content, np.ndarray):
+        return content.reshape(-1).view(np.uint8)
+    return np.frombuffer(content, np.uint8)
+
+
+def _find_mapping(content: object) -> mmap.mmap | None:
+    """Find the mapped file that a buffer shows a part of."""
+    while isinstance(content, np.ndarray | memoryview):
+        content = content.base if isinstance(content, np.ndarray) else content.obj
+    if isinstance(content, mmap.mmap) and memoryview(content).readonly:
+        return content
+    return None  # a page that was written to might be lost
+
+
+def _give_back(mapping: mmap.mmap, piece: np.ndarray) -> None:
+    if not hasattr(mapping, "madvise"):  # Windows
+        return
+    offset = piece.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, start, offset + piece.nbytes - start)

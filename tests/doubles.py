@@ -1,0 +1,51 @@
+"""Operators in float64, where onnx's own evaluator rounds them to float32 on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+
+class GroupNormalization(OpRun):
+    """As of opset 21: scale and bias are per channel."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+        epsilon: float = 1e-5,
+        num_groups: int = 1,
+        stash_type: int = 1,
+    ) -> tuple[np.ndarray]:
+        rows = x.reshape(len(x), num_groups, -1)
+        centred = rows - rows.mean(-1, keepdims=True)
+        normal = centred / np.sqrt(rows.var(-1, keepdims=True) + epsilon)
+        spread = (1, -1) + (1,) * (x.ndim - 2)
+        return (normal.reshape(x.shape) * scale.reshape(spread) + bias.reshape(spread),)
+
+
+class LpNormalization(OpRun):
+    """x / norm; onnx's own evaluator takes no absolute values for p = 1."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axis: int = -1, p: int = 2) -> tuple[np.ndarray]:
+        norm = (np.abs(x) ** p).sum(axis, keepdims=True) ** (1 / p)
+        return (np.where(norm == 0, 0.0, x / np.where(norm == 0, 1.0, norm)),)
+
+
+class MeanVarianceNormalization(OpRun):
+    """(x - mean) / (deviation + 1e-9)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axes: tuple[int, ...] = (0, 2, 3)) -> tuple[np.ndarray]:
+        axes = tuple(axes)
+        deviation = x.std(axes, keepdims=True) + 1e-9
+        return ((x - x.mean(axes, keepdims=True)) / deviation,)
+
+
+DOUBLES = (GroupNormalization, LpNormalization, MeanVarianceNormalization)
