@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY, Role
@@ -24,7 +24,7 @@ from splitonnx.partitioner.batchnorms import (
 )
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.frontiers import find_dependents
-from splitonnx.partitioner.opsets import adapt_opset
+from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
@@ -79,11 +79,11 @@ def prepare(
         UnsupportedModel: its operators cannot be brought to opset 18 to 21, or a pattern in
             ``freeze`` fits no parameter.
     """
-    model = InlinePass()(model).model
+    inline_functions(model)
     RemoveInitializersFromInputsPass()(model)
     _name_nodes(model.graph)
     weights = lift_weights(model.graph)
-    model = adapt_opset(model)
+    adapt_opset(model)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
