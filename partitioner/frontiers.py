@@ -83,6 +83,11 @@ def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
 
 def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
     """Collect the graph inputs and initializers that a gradient of ``targets`` leads back to."""
+    return {value for value in trace_gradients(targets) if value.producer() is None}
+
+
+def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
+    """Collect every value that a gradient of ``targets`` leads back to, themselves included."""
     seen: set[ir.Value] = set()
     pending = list(targets)
     while pending:
@@ -93,7 +98,7 @@ def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
         node = value.producer()
         if node is not None and DETACHED not in node.metadata_props:
             pending.extend(list_inputs(node))
-    return {value for value in seen if value.producer() is None}
+    return seen
 
 
 def is_float(value: ir.Value) -> bool:

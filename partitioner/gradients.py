@@ -20,8 +20,10 @@ from splitonnx.partitioner.frontiers import (
     is_float,
     list_inputs,
     map_values,
+    trace_gradients,
     walk_back,
 )
+from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
 """The builder names the gradient of a value ``x`` so: ``x_grad``."""
@@ -157,6 +159,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     content = ir.to_proto(model).SerializeToString()
     try:
         content = builder.get_optimized_model(content, wanted, options)
+        content = _separate_splits(content, loss)
         gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
         gradients.build()
         joint: bytes = gradients.get_model()
@@ -215,6 +218,16 @@ def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
             graph.inputs.remove(stand_in)
     if detached:
         graph.sort()
+
+
+def _separate_splits(content: bytes, loss: str) -> bytes:
+    """Make the gradient of every Split right; slices side by side are a Split by now, too."""
+    model = ir.from_proto(onnx.load_from_string(content))
+    ends = [value for value in model.graph.outputs if value.name == loss]
+    if not separate_splits(model.graph, trace_gradients(ends)):
+        return content
+    separated: bytes = ir.to_proto(model).SerializeToString()
+    return separated
 
 
 def _import_builder() -> Any:

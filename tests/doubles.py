@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_scatter_elements import ScatterElements
 
 
 class GroupNormalization(OpRun):
@@ -48,4 +49,10 @@ class MeanVarianceNormalization(OpRun):
         return ((x - x.mean(axes, keepdims=True)) / deviation,)
 
 
-DOUBLES = (GroupNormalization, LpNormalization, MeanVarianceNormalization)
+class Scatter(ScatterElements):
+    """ScatterElements under the name that it had before opset 11."""
+
+    op_domain = ""
+
+
+DOUBLES = (GroupNormalization, LpNormalization, MeanVarianceNormalization, Scatter)

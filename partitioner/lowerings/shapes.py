@@ -107,35 +107,52 @@ def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
 def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
     """Add each gradient to the slice that it was gathered from."""
     shape, indices, dy = _take(node, 3)
-    if node.attributes.get_int("batch_dims", 0):
-        raise UnsupportedModel(
-            f"node '{node.name}' (GatherNDGrad)", "batch_dims has no counterpart in ScatterND"
-        )
+    batch = node.attributes.get_int("batch_dims", 0)
+    if batch:
+        indices = _spell_batches(draft, indices, _require_rank(node, indices), batch)
     zeros = _zeros(draft, shape, dy.dtype)
     return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
 
 
+def _spell_batches(draft: Draft, indices: ir.Value, rank: int, batch: int) -> ir.Value:
+    """Write each index's own place along the batch axes in front of it."""
+    front = draft.op("Shape", indices, start=0, end=rank - 1)
+    span = draft.op("Concat", front, draft.integers([1]), axis=0)
+    places = []
+    for axis in range(batch):
+        extent = draft.op("Squeeze", draft.shape(indices, axis, axis + 1))
+        count = draft.op("Range", draft.integer(0), extent, draft.integer(1))
+        others = draft.integers([a for a in range(rank) if a != axis])
+        places.append(draft.op("Expand", draft.op("Unsqueeze", count, others), span))
+    return draft.op("Concat", *places, draft.cast(indices, ir.DataType.INT64), axis=-1)
+
+
 def lower_trilu(draft: Draft, node: ir.Node) -> Values:
-    """The standard operator, of which ONNX Runtime keeps a copy in a domain of its own."""
-    return draft.ops("Trilu", node.inputs, 1, dict(node.attributes))
+    """The standard operator of the same name and meaning."""
+    upper = node.attributes.get_int("upper", 1)
+    return [draft.op("Trilu", *node.inputs, upper=upper)]
 
 
 def lower_matmul(draft: Draft, node: ir.Node) -> Values:
-    """alpha * A @ B, each with its last two axes swapped where so marked."""
-    a, b = _take(node, 2)
-    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
-        raise UnsupportedModel(
-            f"node '{node.name}' (FusedMatMul)", "transposed batch axes are not taken"
-        )
+    """alpha * A @ B; axes swapped where so marked.
 
-    def turn(value: ir.Value, mark: str) -> ir.Value:
+    ``transBatch`` moves the first axis behind the batch axes, ``trans`` swaps the last two then.
+    """
+    a, b = _take(node, 2)
+
+    def turn(value: ir.Value, side: str) -> ir.Value:
         rank = _require_rank(node, value)
-        if not node.attributes.get_int(mark, 0) or rank < 2:
+        order = [*range(rank)]
+        if rank < 2:
             return value
-        return draft.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+        if node.attributes.get_int(f"transBatch{side}", 0):
+            order = [*order[1:-1], order[0], order[-1]]
+        if node.attributes.get_int(f"trans{side}", 0):
+            order[-2:] = order[:-3:-1]
+        return value if order == [*range(rank)] else draft.op("Transpose", value, perm=order)
 
     dtype = a.dtype
-    product = draft.op("MatMul", turn(a, "transA"), turn(b, "transB"))
+    product = draft.op("MatMul", turn(a, "A"), turn(b, "B"))
     alpha = node.attributes.get_float("alpha", 1.0)
     return [product if alpha == 1.0 else draft.op("Mul", product, draft.number(alpha, dtype))]
 

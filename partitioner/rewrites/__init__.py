@@ -23,6 +23,8 @@ from splitonnx.partitioner.rewrites import (
     normalizations,
     products,
     reductions,
+    scatters,
+    selections,
     steps,
     trigonometry,
 )
@@ -41,11 +43,14 @@ REWRITES: Mapping[str, Rewrite] = {
     "Ceil": steps.rewrite_step,
     "Celu": activations.rewrite_celu,
     "Clip": activations.rewrite_clip,
+    "Compress": selections.rewrite_compress,
+    "Concat": selections.rewrite_concat,
     "Cosh": trigonometry.rewrite_function,
     "CumProd": reductions.rewrite_running_product,
     "CumSum": reductions.rewrite_running_sum,
     "Det": products.rewrite_determinant,
     "Elu": activations.rewrite_elu,
+    "EyeLike": steps.rewrite_step,
     "Floor": steps.rewrite_step,
     "Gelu": activations.rewrite_gelu,
     "GroupNormalization": normalizations.rewrite_group_norm,
@@ -62,9 +67,11 @@ REWRITES: Mapping[str, Rewrite] = {
     "Mish": activations.rewrite_mish,
     "Mod": arithmetic.rewrite_mod,
     "NegativeLogLikelihoodLoss": losses.rewrite_nll_loss,
+    "OneHot": selections.rewrite_one_hot,
     "PRelu": activations.rewrite_prelu,
     "Pow": arithmetic.rewrite_pow,
     "RMSNormalization": normalizations.rewrite_rms_norm,
+    "Range": selections.rewrite_range,
     "ReduceL1": reductions.rewrite_l1,
     "ReduceL2": reductions.rewrite_smooth,
     "ReduceLogSum": reductions.rewrite_log_sum,
@@ -73,11 +80,16 @@ REWRITES: Mapping[str, Rewrite] = {
     "ReduceMin": reductions.rewrite_extreme,
     "ReduceProd": reductions.rewrite_product,
     "ReduceSumSquare": reductions.rewrite_sum_square,
+    "Reshape": selections.rewrite_reshape,
+    "ReverseSequence": selections.rewrite_reverse_sequence,
     "Round": steps.rewrite_step,
+    "ScatterElements": scatters.rewrite_scatter,
+    "ScatterND": scatters.rewrite_scatter,
     "Selu": activations.rewrite_selu,
     "Shrink": activations.rewrite_shrink,
     "Sign": steps.rewrite_step,
     "Sinh": trigonometry.rewrite_function,
+    "Slice": selections.rewrite_slice,
     "SoftmaxCrossEntropyLoss": losses.rewrite_cross_entropy,
     "Softplus": activations.rewrite_softplus,
     "Softsign": activations.rewrite_softsign,
@@ -85,6 +97,8 @@ REWRITES: Mapping[str, Rewrite] = {
     "Swish": activations.rewrite_swish,
     "Tan": trigonometry.rewrite_function,
     "ThresholdedRelu": activations.rewrite_thresholded_relu,
+    "Transpose": selections.rewrite_transpose,
+    "Unique": selections.rewrite_unique,
     "Where": arithmetic.rewrite_where,
 }
 """Operator -> how to write it in operators that have a gradient."""
@@ -102,13 +116,13 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     Raises:
         UnsupportedModel: a rewrite lacks a shape or a constant that it needs.
     """
-    for _ in range(_MOST_ROUNDS):
-        if not _rewrite_once(model.graph, trained):
+    for index in range(_MOST_ROUNDS):
+        if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
             return
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
 
 
-def _rewrite_once(graph: ir.Graph, trained: Collection[str]) -> bool:
+def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     changed = False
     for node in list(graph):
@@ -117,7 +131,7 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str]) -> bool:
             continue
         if not any(is_float(value) for value in node.outputs):
             continue
-        draft = Draft(f"{node.outputs[0].name or node.name}/rewritten")
+        draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
         made = rule(draft, node)
         if made is not None:
             try:

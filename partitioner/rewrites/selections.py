@@ -1,0 +1,217 @@
+"""Operators that select and move elements, written with Gather, GatherND and Slice.
+
+Selection is linear, so each rewrite yields the operator's own values and a gradient that adds
+every element's share to where it came from.  Formulas: the definitions at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+
+Values = Sequence[ir.Value | None]
+
+
+def _take(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _require_rank(node: ir.Node, value: ir.Value) -> int:
+    rank = known_rank(value)
+    if rank is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"the rank of its input '{value.name}' is not known",
+            "export the model with shapes",
+        )
+    return rank
+
+
+def _read_ints(node: ir.Node, index: int) -> list[int] | None:
+    """Read an integer input that is a constant; an optional one that is missing is empty."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return []
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else [int(entry) for entry in tensor.numpy().reshape(-1)]
+
+
+def _flatten(draft: Draft, value: ir.Value) -> ir.Value:
+    return draft.op("Reshape", value, draft.integers([-1]))
+
+
+def _count(draft: Draft, value: ir.Value, axis: int | None = None) -> ir.Value:
+    """Number the elements of a value, or its places along an axis: 0, 1, 2, ... as I64."""
+    if axis is None:
+        total = draft.op("Size", value)
+    else:
+        total = draft.op("Squeeze", draft.shape(value, axis, axis + 1))
+    return draft.op("Range", draft.integer(0), total, draft.integer(1))
+
+
+def rewrite_compress(draft: Draft, node: ir.Node) -> Values:
+    """Gather at the places where the condition holds."""
+    x, condition = _take(node, 0), _take(node, 1)
+    places = _flatten(draft, draft.op("NonZero", condition))
+    axis = node.attributes.get_int("axis", None)
+    if axis is None:
+        return [draft.op("Gather", _flatten(draft, x), places, axis=0)]
+    return [draft.op("Gather", x, places, axis=axis)]
+
+
+def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
+    """Gather where each value stands first; the places themselves are constants.
+
+    Where a value stands several times, its whole gradient goes to the first.
+    """
+    x = _take(node, 0)
+    made = draft.ops("Unique", [draft.detach(x)], 4, dict(node.attributes))
+    axis = node.attributes.get_int("axis", None)
+    if axis is None:
+        y = draft.op("Gather", _flatten(draft, x), made[1], axis=0)
+    else:
+        y = draft.op("Gather", x, made[1], axis=axis)
+    return [y, *made[1:]]
+
+
+def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
+    """GatherND at (length - 1 - t, b) within each sequence, at (t, b) behind it."""
+    x, lengths = _take(node, 0), _take(node, 1)
+    time = node.attributes.get_int("time_axis", 0)
+    batch = node.attributes.get_int("batch_axis", 1)
+    t = draft.op("Unsqueeze", _count(draft, x, time), draft.integers([batch]))
+    b = draft.op("Unsqueeze", _count(draft, x, batch), draft.integers([time]))
+    lengths = draft.cast(lengths, ir.DataType.INT64)
+    length = draft.op("Unsqueeze", lengths, draft.integers([time]))
+    turned = draft.op("Sub", draft.op("Sub", length, draft.integer(1)), t)
+    source = draft.op("Where", draft.op("Less", t, length), turned, t)
+    b = draft.op("Expand", b, draft.op("Shape", source))
+    pair = [source, b] if time == 0 else [b, source]
+    last = draft.integers([-1])
+    places = draft.op("Concat", *(draft.op("Unsqueeze", p, last) for p in pair), axis=-1)
+    return [draft.op("GatherND", x, places)]
+
+
+def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
+    """Gather where a step is negative or not known: SliceGrad's kernel takes positive ones only."""
+    x, starts, ends = _take(node, 0), _take(node, 1), _take(node, 2)
+    steps = _read_ints(node, 4)
+    if steps is not None and all(step > 0 for step in steps):
+        return None
+    axes = _read_ints(node, 3)
+    if axes is None or steps is None:
+        chosen = draft.op("Reshape", _count(draft, x), draft.op("Shape", x))
+        chosen = draft.op("Slice", chosen, *node.inputs[1:])
+        return [draft.op("Gather", _flatten(draft, x), chosen, axis=0)]
+    rank = _require_rank(node, x)
+    y = x
+    for index, (axis, step) in enumerate(zip(axes or range(len(steps)), steps, strict=True)):
+        place = draft.integers([index])
+        start, end = (draft.op("Gather", limits, place, axis=0) for limits in (starts, ends))
+        if step > 0:
+            y = draft.op("Slice", y, start, end, draft.integers([axis]), draft.integers([step]))
+            continue
+        chosen = draft.op(
+            "Slice", _count(draft, x, axis % rank), start, end, draft.integers([0]),
+            draft.integers([step]),
+        )  # fmt: skip
+        y = draft.op("Gather", y, chosen, axis=axis)
+    return [y]
+
+
+def rewrite_range(draft: Draft, node: ir.Node) -> Values:
+    """start + delta * (0, 1, 2, ...); how many there are is a constant."""
+    start, delta = _take(node, 0), _take(node, 2)
+    detached = [draft.detach(value) for value in node.inputs if value is not None]
+    places = draft.cast(_count(draft, draft.op("Range", *detached)), start.dtype)
+    return [draft.op("Add", start, draft.op("Mul", delta, places))]
+
+
+def rewrite_one_hot(draft: Draft, node: ir.Node) -> Values:
+    """off + hot * (on - off) as a choice between the two, which are scalars to a gradient."""
+    indices, depth, values = _take(node, 0), _take(node, 1), _take(node, 2)
+    axis = node.attributes.get_int("axis", -1)
+    truth = draft.tensor(ir.tensor(np.array([0, 1], np.int64)))
+    hot = draft.op("OneHot", draft.detach(indices), draft.detach(depth), truth, axis=axis)
+    off, on = (draft.op("Gather", values, draft.integer(place), axis=0) for place in (0, 1))
+    return [draft.op("Where", draft.op("Cast", hot, to=ir.DataType.BOOL.value), on, off)]
+
+
+def rewrite_transpose(draft: Draft, node: ir.Node) -> Values | None:
+    """Name the order of the axes, which onnxruntime-training's gradient reads unasked."""
+    if "perm" in node.attributes:
+        return None
+    x = _take(node, 0)
+    order = [*reversed(range(_require_rank(node, x)))]
+    return [draft.op("Transpose", x, perm=order)]
+
+
+def rewrite_concat(draft: Draft, node: ir.Node) -> Values | None:
+    """Give every input a name of its own: one that stands twice gets two gradients of one name."""
+    values = [value for value in node.inputs if value is not None]
+    if len(set(values)) == len(values):
+        return None
+    seen: set[ir.Value] = set()
+    inputs = []
+    for value in values:
+        inputs.append(draft.op("Identity", value) if value in seen else value)
+        seen.add(value)
+    return [draft.op("Concat", *inputs, axis=node.attributes.get_int("axis"))]
+
+
+def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
+    """Without ``allowzero``, which the Reshape of its gradient would lack.
+
+    A shape with a zero in it makes a tensor without elements, from which no gradient comes.
+    """
+    if not node.attributes.get_int("allowzero", 0):
+        return None
+    x, shape = _take(node, 0), _take(node, 1)
+    target = _read_ints(node, 1)
+    dims = known_dims(x)
+    if (target is not None and 0 in target) or (dims is not None and 0 in dims):
+        return [draft.op("Reshape", draft.detach(x), shape, allowzero=1)]
+    if target is not None:
+        return [draft.op("Reshape", x, shape)]
+    raise UnsupportedModel(
+        f"node '{node.name}' (Reshape)",
+        "it has allowzero set and a shape that is not a constant",
+        "export the model without allowzero",
+    )
+
+
+def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
+    """Take out of each Split, in place, its ``needed`` outputs if others are not; tell if any.
+
+    ``needed`` are the values that get a gradient.  The gradient of Split in onnxruntime-training
+    1.19.2 is the Concat of those gradients that exist: where one does not, its shape is wrong.
+    This comes after ``get_optimized_model``, which makes one Split of slices side by side.
+    """
+    changed = False
+    for node in [node for node in graph if node.op_type == "Split" and not node.domain]:
+        wanted = [value for value in node.outputs if value in needed]
+        if wanted and len(wanted) < len(node.outputs):
+            _slice_apart(node, wanted)
+            changed = True
+    return changed
+
+
+def _slice_apart(node: ir.Node, wanted: Sequence[ir.Value]) -> None:
+    x = _take(node, 0)
+    axis = node.attributes.get_int("axis", 0) % _require_rank(node, x)
+    draft = Draft(f"{node.name or wanted[0].name}/separated")
+    pieces = draft.ops("Split", node.inputs, len(node.outputs), dict(node.attributes))
+    where = draft.integers([axis])
+    start, made = draft.integers([0]), []
+    for value, piece in zip(node.outputs, pieces, strict=True):
+        end = draft.op("Add", start, draft.op("Shape", piece, start=axis, end=axis + 1))
+        made.append(draft.op("Slice", x, start, end, where) if value in wanted else piece)
+        start = end
+    draft.replace(node, made)
