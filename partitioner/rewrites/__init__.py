@@ -28,6 +28,8 @@ from splitonnx.partitioner.rewrites import (
     steps,
     trigonometry,
 )
+from splitonnx.partitioner.frontiers import find_moving, list_inputs
+from splitonnx.partitioner.rewrites import convolutions, layouts, steps
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
@@ -51,6 +53,9 @@ REWRITES: Mapping[str, Rewrite] = {
     "Det": products.rewrite_determinant,
     "Elu": activations.rewrite_elu,
     "EyeLike": steps.rewrite_step,
+    "Col2Im": convolutions.rewrite_col2im,
+    "ConvTranspose": convolutions.rewrite_conv_transpose,
+    "DepthToSpace": layouts.rewrite_depth_to_space,
     "Floor": steps.rewrite_step,
     "Gelu": activations.rewrite_gelu,
     "GroupNormalization": normalizations.rewrite_group_norm,
@@ -100,6 +105,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Transpose": selections.rewrite_transpose,
     "Unique": selections.rewrite_unique,
     "Where": arithmetic.rewrite_where,
+    "SpaceToDepth": layouts.rewrite_space_to_depth,
 }
 """Operator -> how to write it in operators that have a gradient."""
 

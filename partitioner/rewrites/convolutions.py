@@ -1,0 +1,198 @@
+"""Convolutions: ConvTranspose and Col2Im, and Conv where its padding depends on the image.
+
+A ConvTranspose of stride s puts its windows s pixels apart, so each pixel of its output belongs
+to one of s phases per axis, and each phase is an ordinary convolution with every s-th element of
+the kernel.  All phases at once are one Conv with s times the output channels, whose channels are
+then spread over the image: as many multiplications as the operator itself needs, and no zeros
+stuffed into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.rewrites.extents import (
+    Extent,
+    add,
+    multiply,
+    read_extents,
+    refuse,
+    require_array,
+    require_sizes,
+    reshape,
+)
+from splitonnx.partitioner.rewrites.layouts import spread_channels
+
+Values = Sequence[ir.Value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transposed:
+    """A ConvTranspose; one entry for each spatial dimension.
+
+    ``kernel`` counts the elements of the weights, ``reach`` what they span once dilated;
+    ``before`` and ``after`` are cut off the output, or added to it where they are negative.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    groups: int
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Pixels that a window spans."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Elements of the kernel that one phase has."""
+        return tuple(-(-r // s) for r, s in zip(self.reach, self.strides, strict=True))
+
+
+def rewrite_conv_transpose(draft: Draft, node: ir.Node) -> Values:
+    """One Conv for all phases, then its channels spread over the image, cropped or padded."""
+    x, w = node.inputs[:2]
+    assert x is not None
+    assert w is not None
+    inputs, outputs, *kernel = require_sizes(node, w)
+    window = _read_transposed(node, x, kernel)
+    rank = len(kernel)
+    margin = [t - 1 for t in window.taps]
+    phases = _split_phases(draft, w, inputs, outputs, window)
+    made = draft.op("Conv", x, phases, pads=[*margin, *margin], group=window.groups)
+    batch, _, *spatial = read_extents(draft, node, x)
+    extents: list[Extent] = [batch, outputs * window.groups * math.prod(window.strides)]
+    extents += [add(draft, n, t) for n, t in zip(spatial, margin, strict=True)]
+    if any(stride != 1 for stride in window.strides):
+        made = spread_channels(draft, made, extents, window.strides)
+    parts = zip(window.strides, window.taps, window.reach, window.after, strict=True)
+    pads = [0, 0, *(-b for b in window.before), 0, 0, *(r - s * t - a for s, t, r, a in parts)]
+    if any(pads):
+        made = draft.op("Pad", made, draft.integers(pads), mode="constant")
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        column = draft.op("Reshape", bias, draft.integers([-1, *([1] * rank)]))
+        made = draft.op("Add", made, column)
+    return [made]
+
+
+def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Transposed:
+    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+    strides = tuple(node.attributes.get_ints("strides", ones))
+    dilations = tuple(node.attributes.get_ints("dilations", ones))
+    extra = node.attributes.get_ints("output_padding", zeros)
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    wanted = node.attributes.get_ints("output_shape", [])
+    if wanted or mode.startswith("SAME"):
+        parts = zip(kernel, dilations, strides, extra, strict=True)
+        # what the output would have over ``stride`` times the input
+        surplus = [d * (k - 1) + 1 - s + e for k, d, s, e in parts]
+        if wanted:
+            sizes = require_sizes(node, x, 2)
+            parts2 = zip(surplus, strides, sizes, wanted[-len(kernel) :], strict=True)
+            surplus = [p + s * n - m for p, s, n, m in parts2]
+        # an output that is larger than its windows reach ends in zeros
+        before = [max(0, p) // 2 if mode == "SAME_UPPER" else (max(0, p) + 1) // 2 for p in surplus]
+        after = [p - b for p, b in zip(surplus, before, strict=True)]
+    else:
+        pads = list(node.attributes.get_ints("pads", [])) if mode == "NOTSET" else []
+        pads = pads or [0] * (2 * len(kernel))
+        before, after = pads[: len(kernel)], pads[len(kernel) :]
+    return _Transposed(
+        kernel=tuple(kernel),
+        strides=strides,
+        dilations=dilations,
+        before=tuple(before),
+        after=tuple(a - e for a, e in zip(after, extra, strict=True)),
+        groups=node.attributes.get_int("group", 1),
+    )
+
+
+def _split_phases(
+    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+) -> ir.Value:
+    """[C, M/g, k...] to [M * s..., C/g, t...]: a convolution's weights, a phase a channel."""
+    rank, groups = len(window.kernel), window.groups
+    w = _dilate_weights(draft, w, inputs, outputs, window)
+    full = [t * s for t, s in zip(window.taps, window.strides, strict=True)]
+    missing = [f - r for f, r in zip(full, window.reach, strict=True)]
+    if any(missing):
+        pads = draft.integers([0] * (2 + rank) + [0, 0, *missing])
+        w = draft.op("Pad", w, pads, mode="constant")
+    shape = [groups, inputs // groups, outputs]
+    for taps, stride in zip(window.taps, window.strides, strict=True):
+        shape += [taps, stride]
+    w = draft.op("Reshape", w, draft.integers(shape))
+    taps_axes, phase_axes = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
+    w = draft.op("Transpose", w, perm=[0, 2, *phase_axes, 1, *taps_axes])
+    channels = groups * outputs * math.prod(window.strides)
+    w = draft.op("Reshape", w, draft.integers([channels, inputs // groups, *window.taps]))
+    for axis, taps in enumerate(window.taps):  # a convolution walks its kernel the other way
+        if taps > 1:
+            backwards = draft.integers(range(taps - 1, -1, -1))
+            w = draft.op("Gather", w, backwards, axis=2 + axis)
+    return w
+
+
+def _dilate_weights(
+    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+) -> ir.Value:
+    """Put zeros between the kernel's elements."""
+    for axis, (k, d) in enumerate(zip(window.kernel, window.dilations, strict=True)):
+        if d == 1 or k == 1:
+            continue
+        done, left = window.reach[:axis], window.kernel[axis + 1 :]
+        w = draft.op("Unsqueeze", w, draft.integers([3 + axis]))
+        rank = 3 + len(window.kernel)
+        pads = [0] * (2 * rank)
+        pads[rank + 3 + axis] = d - 1
+        w = draft.op("Pad", w, draft.integers(pads), mode="constant")
+        w = draft.op("Reshape", w, draft.integers([inputs, outputs, *done, k * d, *left]))
+        pads = [0] * (2 * (rank - 1))
+        pads[rank - 1 + 2 + axis] = 1 - d
+        w = draft.op("Pad", w, draft.integers(pads), mode="constant")
+    return w
+
+
+def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
+    """A ConvTranspose that puts each element of a block to its place in the window."""
+    x = node.inputs[0]
+    assert x is not None
+    image = [int(n) for n in require_array(node, 1, "image's sizes")]
+    block = [int(n) for n in require_array(node, 2, "block's sizes")]
+    rank, size = len(image), math.prod(block)
+    ones = [1] * rank
+    strides = list(node.attributes.get_ints("strides", ones))
+    dilations = list(node.attributes.get_ints("dilations", ones))
+    pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    batch, rows, _ = read_extents(draft, node, x)
+    if not isinstance(rows, int):
+        raise refuse(node, "its number of channels is not known", "export it with a fixed one")
+    room = [
+        n + pads[i] + pads[rank + i] - d * (k - 1) - 1
+        for i, (n, k, d) in enumerate(zip(image, block, dilations, strict=True))
+    ]
+    steps = [r // s + 1 for r, s in zip(room, strides, strict=True)]
+    dtype = x.dtype
+    assert dtype is not None
+    places = np.eye(size, dtype=np.float32).reshape(size, 1, *block)
+    columns = reshape(draft, x, [multiply(draft, [batch, rows // size]), size, *steps])
+    made = draft.op(
+        "ConvTranspose",
+        columns,
+        draft.tensor(ir.tensor(places.astype(dtype.numpy()))),
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        output_padding=[r % s for r, s in zip(room, strides, strict=True)],
+    )
+    return [reshape(draft, made, [batch, rows // size, *image])]

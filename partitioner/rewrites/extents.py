@@ -1,0 +1,149 @@
+"""Extents: sizes of tensors as rewrites need them, a number where it is known, else computed.
+
+A rewrite that is written with extents keeps every dimension dynamic that the model leaves so.
+It knows shapes and arithmetic on them, and no operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+
+Extent = int | ir.Value
+"""A number, or an I64 vector of one element that the graph computes."""
+
+
+def require_rank(node: ir.Node, value: ir.Value) -> int:
+    """Give a value's number of dimensions.
+
+    Raises:
+        UnsupportedModel: it is not known.
+    """
+    rank = known_rank(value)
+    if rank is None:
+        raise refuse(node, f"the rank of '{value.name}' is not known", "export it with its rank")
+    return rank
+
+
+def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
+    """Give a value's dimensions from ``start``, all numbers.
+
+    Raises:
+        UnsupportedModel: one is not known.
+    """
+    dims = known_dims(value)
+    sizes = [] if dims is None else [dim for dim in dims[start:] if dim is not None]
+    if dims is None or len(sizes) < len(dims[start:]):
+        raise refuse(
+            node,
+            f"the shape of '{value.name}' is not known from dimension {start} on",
+            "export the model with fixed sizes",
+        )
+    return sizes
+
+
+def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
+    """Give what an input holds.
+
+    Raises:
+        UnsupportedModel: it is computed in the graph.
+    """
+    array = known_array(node.inputs[index])
+    if array is None:
+        raise refuse(node, f"its {what} are computed in the graph", f"export it with fixed {what}")
+    return array
+
+
+def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
+    """Make the error that names a node."""
+    return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
+
+
+def read_extents(draft: Draft, node: ir.Node, value: ir.Value) -> list[Extent]:
+    """List a value's extents.
+
+    Raises:
+        UnsupportedModel: its rank is not known.
+    """
+    require_rank(node, value)
+    return [
+        draft.shape(value, axis, axis + 1) if dim is None else dim
+        for axis, dim in enumerate(known_dims(value) or [])
+    ]
+
+
+def to_vector(draft: Draft, extent: Extent) -> ir.Value:
+    """Give an extent as I64 vector of one element."""
+    return draft.integers([extent]) if isinstance(extent, int) else extent
+
+
+def multiply(draft: Draft, extents: Sequence[Extent]) -> Extent:
+    """Give the product of extents."""
+    known, result = 1, None
+    for extent in extents:
+        if isinstance(extent, int):
+            known *= extent
+        else:
+            result = extent if result is None else draft.op("Mul", result, extent)
+    if result is None:
+        return known
+    return result if known == 1 else draft.op("Mul", result, draft.integers([known]))
+
+
+def divide(draft: Draft, extent: Extent, by: int) -> Extent:
+    """Give an extent's whole number of ``by``."""
+    if isinstance(extent, int):
+        return extent // by
+    return extent if by == 1 else draft.op("Div", extent, draft.integers([by]))
+
+
+def add(draft: Draft, extent: Extent, number: int) -> Extent:
+    """Give an extent raised by a number."""
+    if isinstance(extent, int):
+        return extent + number
+    return extent if number == 0 else draft.op("Add", extent, draft.integers([number]))
+
+
+def join(draft: Draft, extents: Sequence[Extent]) -> ir.Value:
+    """Give extents as one shape vector."""
+    parts: list[ir.Value] = []
+    row: list[int] = []
+    for extent in extents:
+        if isinstance(extent, int):
+            row.append(extent)
+            continue
+        if row:
+            parts.append(draft.integers(row))
+            row = []
+        parts.append(extent)
+    if row:
+        parts.append(draft.integers(row))
+    return parts[0] if len(parts) == 1 else draft.op("Concat", *parts, axis=0)
+
+
+def reshape(draft: Draft, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+    """Bring a value into another shape; the one extent that is not known is left to Reshape."""
+    unknown = [extent for extent in extents if not isinstance(extent, int)]
+    if len(unknown) == 1:
+        extents = [extent if isinstance(extent, int) else -1 for extent in extents]
+    return draft.op("Reshape", value, join(draft, extents))
+
+
+def count_up(draft: Draft, extent: Extent) -> ir.Value:
+    """Give 0, 1, ... extent - 1 as I64 vector."""
+    if isinstance(extent, int):
+        return draft.integers(range(extent))
+    end = draft.op("Squeeze", extent, draft.integers([0]))
+    return draft.op("Range", draft.integer(0), end, draft.integer(1))
+
+
+def to_number(draft: Draft, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
+    """Give an extent in another dtype, to calculate with."""
+    if isinstance(extent, int):
+        return draft.number(extent, dtype)
+    return draft.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)
