@@ -29,7 +29,7 @@ from splitonnx.partitioner.rewrites import (
     trigonometry,
 )
 from splitonnx.partitioner.frontiers import find_moving, list_inputs
-from splitonnx.partitioner.rewrites import convolutions, layouts, steps
+from splitonnx.partitioner.rewrites import convolutions, layouts, resizes, steps
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
@@ -87,6 +87,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "ReduceSumSquare": reductions.rewrite_sum_square,
     "Reshape": selections.rewrite_reshape,
     "ReverseSequence": selections.rewrite_reverse_sequence,
+    "Resize": resizes.rewrite_resize,
     "Round": steps.rewrite_step,
     "ScatterElements": scatters.rewrite_scatter,
     "ScatterND": scatters.rewrite_scatter,

@@ -100,6 +100,12 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
             sizes = require_sizes(node, x, 2)
             parts2 = zip(surplus, strides, sizes, wanted[-len(kernel) :], strict=True)
             surplus = [p + s * n - m for p, s, n, m in parts2]
+        if not wanted and min(surplus) < 0:
+            raise refuse(
+                node,
+                "its kernel is smaller than its stride, where runtimes disagree on automatic padding",
+                "export it with explicit pads",
+            )
         # an output that is larger than its windows reach ends in zeros
         before = [max(0, p) // 2 if mode == "SAME_UPPER" else (max(0, p) + 1) // 2 for p in surplus]
         after = [p - b for p, b in zip(surplus, before, strict=True)]

@@ -1,0 +1,122 @@
+"""Interpolation along one axis as numbers: which elements each output reads, with what weights.
+
+Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing as the onnx package's reference has it.
+Pure arithmetic on sizes and scales; it knows no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How Resize samples one axis of ``before`` elements, to ``after``.
+
+    ``scale`` is the factor that the model gives, which ``after / before`` may be a rounding of;
+    ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
+    """
+
+    before: int
+    after: int
+    scale: float
+    coordinates: str
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def identical(self) -> bool:
+        """Whether the axis stays as it is."""
+        whole = (self.start, self.end) == (0.0, 1.0)
+        return self.before == self.after and np.isclose(self.scale, 1.0).item() and whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What weighs the neighbours: ``mode`` linear or cubic, ``sharpness`` is cubic's a."""
+
+    mode: str
+    sharpness: float = -0.75
+    antialias: bool = False
+    exclude_outside: bool = False
+
+
+def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """Give the place, in the input's coordinates, of each output."""
+    y: np.ndarray = np.arange(sampling.after).astype(dtype)
+    n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
+    x: np.ndarray = (y + half) / scale - half
+    match sampling.coordinates:
+        case "align_corners" if sampling.after > 1:
+            x = y * (n - 1) / dtype(sampling.after - 1)
+        case "align_corners" | "pytorch_half_pixel" if sampling.after == 1:
+            x = np.zeros(1, dtype)
+        case "asymmetric":
+            x = y / scale
+        case "half_pixel_symmetric":
+            x = x + n / 2 * (1 - dtype(sampling.after) / (scale * n))
+        case "tf_crop_and_resize":
+            extent = dtype(sampling.end - sampling.start) * (n - 1)
+            x = y * extent / dtype(sampling.after - 1) if sampling.after > 1 else y + extent / 2
+            x = x + dtype(sampling.start) * (n - 1)
+    return x
+
+
+def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
+    """Give the element that each output copies.
+
+    In float32, as ONNX Runtime has it: rounding decides which of two neighbours is the nearer.
+    """
+    x = find_coordinates(sampling, np.float32)
+    match mode:
+        case "floor":
+            found = np.floor(x)
+        case "ceil":
+            found = np.ceil(x)
+        case "round_prefer_ceil":
+            found = np.floor(x + np.float32(0.5))
+        case _:
+            found = np.ceil(x - np.float32(0.5))
+    places: np.ndarray = np.clip(found, 0, sampling.before - 1).astype(np.int64)
+    return places
+
+
+def find_outside(sampling: Sampling) -> np.ndarray:
+    """Tell which outputs lie outside of the input and take the extrapolation's value."""
+    if sampling.coordinates != "tf_crop_and_resize":
+        return np.zeros(sampling.after, bool)
+    x = find_coordinates(sampling)
+    outside: np.ndarray = (x < 0) | (x > sampling.before - 1)
+    return outside
+
+
+def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
+    """Give the matrix of the interpolation  # (after, before)."""
+    x = find_coordinates(sampling)
+    n = sampling.before
+    shrink = min(sampling.scale, 1.0) if kernel.antialias else 1.0
+    radius = 1 if kernel.mode == "linear" else 2
+    reach = int(np.ceil(radius / shrink))
+    # the element on the left is at most 1 away, so that an integer has one neighbour more there
+    places = (np.ceil(x) - 1).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
+    distances = np.abs((x[:, None] - places) * shrink)
+    weights = np.clip(1 - distances, 0, 1) if radius == 1 else _cubic(distances, kernel.sharpness)
+    if kernel.exclude_outside:
+        weights = np.where((places < 0) | (places >= n), 0.0, weights)
+    if kernel.exclude_outside or kernel.antialias:
+        total = weights.sum(1, keepdims=True)
+        weights = weights / np.where(total == 0, 1.0, total)
+    matrix = np.zeros((sampling.after, n))
+    rows = np.broadcast_to(np.arange(sampling.after)[:, None], places.shape)
+    np.add.at(matrix, (rows, np.clip(places, 0, n - 1)), weights)
+    matrix[find_outside(sampling)] = 0.0
+    return matrix
+
+
+def _cubic(distances: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution (IEEE TASSP 29, 1981)."""
+    near = ((a + 2) * distances - (a + 3)) * distances**2 + 1
+    far = ((a * distances - 5 * a) * distances + 8 * a) * distances - 4 * a
+    return np.where(distances <= 1, near, np.where(distances < 2, far, 0.0))

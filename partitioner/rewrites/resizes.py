@@ -1,0 +1,228 @@
+"""Resize: a copy of elements or a product with a constant matrix, along one axis after the other.
+
+Formulas: Resize-19 at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft, known_array, known_dims
+from splitonnx.partitioner.rewrites.extents import (
+    Extent,
+    multiply,
+    read_extents,
+    refuse,
+    require_rank,
+    reshape,
+)
+from splitonnx.partitioner.rewrites.interpolations import (
+    Kernel,
+    Sampling,
+    find_nearest,
+    find_outside,
+    weigh_neighbours,
+)
+
+Values = Sequence[ir.Value]
+
+_SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
+"""Coordinates that follow from the scale alone, whatever the image's size."""
+
+
+def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
+    """Sample each axis that changes; whole factors of ``nearest`` need no fixed image size."""
+    x = node.inputs[0]
+    assert x is not None
+    mode = node.attributes.get_string("mode", "nearest")
+    made, left = x, dict(_read_factors(node, x))
+    extents = read_extents(draft, node, x)
+    if mode == "nearest":
+        repeats = {axis: int(s) for axis, s in left.items() if s and _repeats(node, s)}
+        if any(times > 1 for times in repeats.values()):
+            made, extents = _repeat_elements(draft, x, extents, repeats)
+        left = {axis: s for axis, s in left.items() if axis not in repeats}
+    samplings = _read_samplings(node, x, left)
+    for axis, sampling in samplings.items():
+        if sampling.identical:
+            continue
+        if mode == "nearest":
+            nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
+            places = find_nearest(sampling, nearest)
+            made = draft.op("Gather", made, draft.integers(places.tolist()), axis=axis)
+        else:
+            matrix = weigh_neighbours(sampling, _read_kernel(node))
+            made = _multiply_axis(draft, made, extents, axis, matrix, x.dtype)
+        extents[axis] = sampling.after
+    return [_extrapolate(draft, node, x, made, samplings)]
+
+
+def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
+    rank = require_rank(node, x)
+    return [axis % rank for axis in node.attributes.get_ints("axes", range(rank))]
+
+
+def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
+    """Give each axis's factor, ``None`` where sizes are given instead."""
+    axes = _read_axes(node, x)
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    scales = known_array(given)
+    if scales is not None and scales.size:
+        return {axis: float(scale) for axis, scale in zip(axes, scales, strict=True)}
+    if given is not None and scales is None:
+        raise refuse(node, "its scales are computed in the graph", "export it with fixed scales")
+    return dict.fromkeys(axes)
+
+
+def _repeats(node: ir.Node, scale: float) -> bool:
+    """Tell whether an axis repeats each of its elements, whatever its size."""
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if scale == 1.0:
+        return coordinates != "tf_crop_and_resize"
+    if not scale.is_integer() or coordinates not in _SIZELESS:
+        return False
+    times, some = int(scale), 4
+    sampling = Sampling(before=some, after=some * times, scale=scale, coordinates=coordinates)
+    nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
+    expected = np.repeat(np.arange(some), times)
+    return bool(np.array_equal(find_nearest(sampling, nearest), expected))
+
+
+def _repeat_elements(
+    draft: Draft, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
+) -> tuple[ir.Value, list[Extent]]:
+    """(N, C, H, W) to (N, C, H, 1, W, 1) to (N, C, H, h, W, w) to (N, C, H * h, W * w)."""
+    axes = sorted(axis for axis, times in repeats.items() if times > 1)
+    places = [axis + 1 + count for count, axis in enumerate(axes)]
+    spread = draft.op("Unsqueeze", x, draft.integers(places))
+    shape = [1] * (len(extents) + len(axes))
+    for axis, place in zip(axes, places, strict=True):
+        shape[place] = repeats[axis]
+    spread = draft.op("Expand", spread, draft.integers(shape))
+    grown = [multiply(draft, [n, repeats.get(axis, 1)]) for axis, n in enumerate(extents)]
+    return reshape(draft, spread, grown), grown
+
+
+def _read_samplings(
+    node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
+) -> dict[int, Sampling]:
+    """Settle, for each axis of ``factors``, how it is sampled.
+
+    Raises:
+        UnsupportedModel: the size before or after is not known, or runtimes disagree.
+    """
+    sizes = _read_sizes(node, x, factors)
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    regions = _read_regions(node, x, coordinates)
+    samplings = {}
+    for axis, (before, after, scale) in sizes.items():
+        start, end = regions.get(axis, (0.0, 1.0))
+        if coordinates == "align_corners" and abs(scale * before - after) > 1e-3 and after > 1:
+            raise refuse(
+                node,
+                f"with align_corners a scale of {scale:g} makes {before} elements a fraction, "
+                "which ONNX Runtime and the standard's reference place differently",
+                "export it with sizes instead of scales",
+            )
+        samplings[axis] = Sampling(
+            before=before, after=after, scale=scale, coordinates=coordinates, start=start, end=end
+        )
+    return samplings
+
+
+def _read_sizes(
+    node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
+) -> dict[int, tuple[int, int, float]]:
+    """Map an axis to its size before and after and its scale; leave out what stays unknown."""
+    before, after = known_dims(x) or [], known_dims(node.outputs[0]) or []
+    axes = _read_axes(node, x)
+    wanted = known_array(node.inputs[3]) if len(node.inputs) > 3 else None
+    found: dict[int, tuple[int, int, float]] = {}
+    for axis, scale in factors.items():
+        n = before[axis]
+        m = after[axis] if len(after) > axis else None
+        if wanted is not None:
+            m = int(wanted[axes.index(axis)])
+        if m is None and n is not None and scale is not None:
+            m = int(np.float32(scale) * np.float32(n))
+        if n is not None and m is not None:
+            found[axis] = (n, m, m / n if scale is None else scale)
+        elif axis > 1 or scale not in (None, 1.0):
+            raise refuse(
+                node,
+                f"the size of '{x.name}' along axis {axis}, before or after, is not known",
+                "export it with a fixed image size, or with mode nearest and whole scales",
+            )
+    policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
+    if policy == "stretch" or wanted is None:
+        return found
+    pick = min if policy == "not_larger" else max
+    shared = pick(scale for _, _, scale in found.values())
+    return {axis: (n, int(shared * n + 0.5), shared) for axis, (n, _, _) in found.items()}
+
+
+def _read_regions(
+    node: ir.Node, x: ir.Value, coordinates: str
+) -> Mapping[int, tuple[float, float]]:
+    if coordinates != "tf_crop_and_resize":
+        return {}
+    region = known_array(node.inputs[1])
+    axes = _read_axes(node, x)
+    if region is None or region.size != 2 * len(axes):
+        raise refuse(node, "its region is computed in the graph", "export it with a fixed region")
+    ends = zip(region[: len(axes)].tolist(), region[len(axes) :].tolist(), strict=True)
+    return dict(zip(axes, ends, strict=True))
+
+
+def _read_kernel(node: ir.Node) -> Kernel:
+    return Kernel(
+        mode=node.attributes.get_string("mode", "nearest"),
+        sharpness=node.attributes.get_float("cubic_coeff_a", -0.75),
+        antialias=bool(node.attributes.get_int("antialias", 0)),
+        exclude_outside=bool(node.attributes.get_int("exclude_outside", 0)),
+    )
+
+
+def _multiply_axis(
+    draft: Draft,
+    x: ir.Value,
+    extents: Sequence[Extent],
+    axis: int,
+    matrix: np.ndarray,
+    dtype: ir.DataType | None,
+) -> ir.Value:
+    """Multiply one axis by a matrix (after, before); the axes behind it are columns."""
+    assert dtype is not None
+    weights = matrix.astype(dtype.numpy())
+    if axis == len(extents) - 1:
+        return draft.op("MatMul", x, draft.tensor(ir.tensor(weights.T.copy())))
+    factor = draft.tensor(ir.tensor(weights))
+    if axis == len(extents) - 2:
+        return draft.op("MatMul", factor, x)
+    front, behind = extents[:axis], extents[axis + 1 :]
+    columns = reshape(draft, x, [*front, extents[axis], multiply(draft, behind)])
+    return reshape(draft, draft.op("MatMul", factor, columns), [*front, len(matrix), *behind])
+
+
+def _extrapolate(
+    draft: Draft, node: ir.Node, x: ir.Value, made: ir.Value, samplings: Mapping[int, Sampling]
+) -> ir.Value:
+    """Put the extrapolation's value where a region reaches beyond the input."""
+    outside = {axis: find_outside(sampling) for axis, sampling in samplings.items()}
+    if not any(places.any() for places in outside.values()):
+        return made
+    assert x.dtype is not None
+    rank = require_rank(node, x)
+    inside = np.ones([1] * rank)
+    for axis, places in outside.items():
+        shape = [1] * rank
+        shape[axis] = len(places)
+        inside = inside * ~places.reshape(shape)
+    dtype = x.dtype.numpy()
+    value = node.attributes.get_float("extrapolation_value", 0.0)
+    if node.attributes.get_string("mode", "nearest") == "nearest":
+        made = draft.op("Mul", made, draft.tensor(ir.tensor(inside.astype(dtype))))
+    return draft.op("Add", made, draft.tensor(ir.tensor(((1 - inside) * value).astype(dtype))))

@@ -1,0 +1,297 @@
+"""Rewrites of operators on images, where the onnx package's node cases do not reach.
+
+Each rewritten operator is held against the one that it stands for, as onnx.reference evaluates it
+in float64, and its gradients against finite differences of that: with a dynamic batch, and a
+dynamic image size where the rewrite takes one, by the fused kernels and lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.gradients import differentiate
+from splitonnx.partitioner.lowerings import DEFECTIVE, lower
+from splitonnx.partitioner.paddings import settle_paddings
+from splitonnx.partitioner.rewrites import rewrite
+from tests.oracles import differentiate_numerically, make_evaluator, to_double
+
+Arrays = Mapping[str, np.ndarray]
+FLOAT = TensorProto.FLOAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An operator on ``x`` and further inputs; ``trained`` names those to differentiate to.
+
+    ``fixed`` says how many trailing dimensions of ``x`` the model knows.
+    """
+
+    kind: str
+    x: tuple[int, ...]
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)
+    trained: Sequence[str] = ("x",)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    outputs: int = 1
+    fixed: int = 3
+    opset: int = 21
+
+
+def build(case: Case) -> onnx.ModelProto:
+    """Make a model of the operator alone, whose other inputs are constants if not trained."""
+    names = ["x", *case.others]
+    node = helper.make_node(
+        case.kind,
+        ["" if name.startswith("none") else name for name in names],
+        ["y", *(f"y{i}" for i in range(1, case.outputs))],
+        name="node",
+        **case.attributes,
+    )
+    dims: list[int | str] = list(case.x)
+    for axis in range(len(dims) - case.fixed):
+        dims[axis] = f"d{axis}"
+    inputs = [helper.make_tensor_value_info("x", FLOAT, dims)]
+    constants = []
+    for name, array in case.others.items():
+        if name in case.trained:
+            inputs.append(helper.make_tensor_value_info(name, FLOAT, array.shape))
+        elif not name.startswith("none"):
+            constants.append(numpy_helper.from_array(array, name))
+    outputs = [helper.make_empty_tensor_value_info("y")]
+    graph = helper.make_graph([node], "case", inputs, outputs, constants)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10
+    )
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def draw(case: Case) -> dict[str, np.ndarray]:
+    """Draw ``x``, without ties, and give what is trained beside it."""
+    random = np.random.default_rng(4)
+    size = int(np.prod(case.x))
+    values = (random.permutation(size) + random.uniform(0.1, 0.4, size)) * 4 / size - 2
+    feeds = {"x": values.reshape(case.x).astype(np.float32)}
+    return feeds | {n: a for n, a in case.others.items() if n in case.trained and n != "x"}
+
+
+def attach(model: ir.Model) -> ir.Model:
+    """Add the loss: the sum of the output times a tensor ``r``."""
+    y = model.graph.outputs[0]
+    shape = None if y.shape is None else ir.Shape(y.shape.dims)
+    r = ir.Value(name="r", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    model.graph.inputs.append(r)
+    product = ir.node("Mul", [y, r], name="product")
+    product.outputs[0].name = "product_value"
+    total = ir.node("ReduceSum", [product.outputs[0]], {"keepdims": 0}, name="total")
+    total.outputs[0].name = "loss"
+    total.outputs[0].type, total.outputs[0].shape = r.type, ir.Shape([])
+    model.graph.extend([product, total])
+    model.graph.outputs.append(total.outputs[0])
+    return model
+
+
+def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+    used = {value.name for value in model.graph.inputs}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    results = session.run(None, {n: a for n, a in feeds.items() if n in used})
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, results, strict=True))
+
+
+def hold(case: Case, *, oracle: str = "both") -> set[str]:
+    """Check values and gradients of the rewritten operator; name the operators it became.
+
+    The oracle is onnx.reference, or where that is wrong ONNX Runtime's kernel, whose differences
+    are wide, as they are float32: for operators linear in each input.  ``both`` holds the two to
+    the same values.
+    """
+    original, feeds = build(case), draw(case)
+    evaluator = make_evaluator(to_double(original))
+    wide = {name: array.astype(np.float64) for name, array in feeds.items()}
+
+    def evaluate() -> np.ndarray:
+        if oracle == "kernel":
+            narrow = {name: array.astype(np.float32) for name, array in wide.items()}
+            return run(ir.from_proto(original), narrow)["y"].astype(np.float64)
+        results = evaluator.run(None, wide)
+        assert isinstance(results, list)
+        return np.asarray(results[0])
+
+    expected = evaluate()
+    if oracle == "both":
+        kernels = run(ir.from_proto(original), feeds)["y"]
+        np.testing.assert_allclose(kernels, expected, rtol=1e-4, atol=1e-4)
+    factors = np.random.default_rng(6).uniform(0.5, 1.5, expected.shape).astype(np.float32)
+
+    model = ir.from_proto(original)
+    settle_paddings(model.graph)
+    rewrite(model, case.trained)
+    used = {node.op_type for node in model.graph}
+    joint = differentiate(attach(model), list(case.trained), "loss")
+    lower(joint.graph, only=DEFECTIVE)
+    lowered = joint.clone()
+    lower(lowered.graph)
+    for found in (run(joint, {**feeds, "r": factors}), run(lowered, {**feeds, "r": factors})):
+        assert found["y"].shape == expected.shape
+        np.testing.assert_allclose(found["y"], expected, rtol=1e-4, atol=1e-4)
+        for name in case.trained:
+            gradient = found[f"{name}_grad"]
+            assert gradient.shape == feeds[name].shape
+            scale = max(1.0, float(np.abs(gradient).max()))
+            slopes = differentiate_numerically(
+                lambda: float((evaluate() * factors).sum()),
+                wide[name],
+                entries=5,
+                step=0.25 if oracle == "kernel" else 1e-5,
+            )
+            for index, slope in slopes:
+                assert abs(gradient[index] - slope) <= 1e-3 * scale, (name, index)
+    return used
+
+
+def floats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def whole(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def weights(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"strides": [2, 2]},
+        {"strides": [2, 3], "pads": [1, 0, 2, 1]},
+        {"strides": [3, 2], "output_padding": [2, 1]},
+        {"strides": [2, 2], "dilations": [2, 3], "pads": [1, 2, 0, 1]},
+        {"strides": [1, 1], "dilations": [2, 1], "pads": [2, 1, 2, 1]},
+        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"strides": [2, 1], "auto_pad": "SAME_LOWER"},
+        {"strides": [4, 4]},
+    ],
+)
+@pytest.mark.parametrize("fixed", [1, 3])
+def test_a_transposed_convolution(attributes: dict[str, Any], fixed: int) -> None:
+    others = {"w": weights(3, 2, 3, 2), "b": weights(2)}
+    case = Case(
+        kind="ConvTranspose", x=(2, 3, 3, 4), others=others, trained=("x", "w", "b"),
+        attributes=attributes, fixed=fixed,
+    )  # fmt: skip
+    assert "Conv" in hold(case)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_transposed_convolution_in_groups(channels: int) -> None:
+    attributes = {"group": 4 // channels, "strides": [2], "pads": [1, 1], "output_padding": [1]}
+    case = Case(
+        kind="ConvTranspose", x=(2, 4, 5), others={"w": weights(4, 3, 3)}, trained=("x", "w"),
+        attributes=attributes, fixed=2,
+    )  # fmt: skip
+    hold(case, oracle="kernel")
+
+
+def test_a_transposed_convolution_of_volumes_that_hits_a_given_shape() -> None:
+    attributes = {"strides": [2, 2, 2], "output_shape": [6, 5, 7]}
+    case = Case(
+        kind="ConvTranspose", x=(2, 2, 3, 2, 3), others={"w": weights(2, 2, 3, 2, 2)},
+        trained=("x", "w"), attributes=attributes, fixed=4,
+    )  # fmt: skip
+    hold(case, oracle="kernel")
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+@pytest.mark.parametrize("fixed", [0, 2, 3])
+def test_depth_to_space(mode: str, fixed: int) -> None:
+    attributes = {"blocksize": 2, "mode": mode}
+    hold(Case(kind="DepthToSpace", x=(2, 8, 2, 3), attributes=attributes, fixed=fixed))
+
+
+@pytest.mark.parametrize("fixed", [0, 3])
+def test_space_to_depth(fixed: int) -> None:
+    hold(Case(kind="SpaceToDepth", x=(2, 2, 4, 6), attributes={"blocksize": 2}, fixed=fixed))
+
+
+def resize(x: tuple[int, ...], *, fixed: int, **settings: Any) -> Case:
+    """A Resize by scales, sizes or a region; the rest are attributes."""
+    scales = settings.pop("scales", None)
+    sizes = settings.pop("sizes", None)
+    others = {
+        "roi": settings.pop("roi", floats()),
+        "scales" if scales else "none_scales": floats(*(scales or [])),
+    }
+    if sizes:
+        others["sizes"] = whole(*sizes)
+    return Case(kind="Resize", x=x, others=others, attributes=settings, fixed=fixed, opset=19)
+
+
+@pytest.mark.parametrize("nearest", ["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"])
+@pytest.mark.parametrize(
+    "coordinates", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]
+)
+@pytest.mark.parametrize("sizes", [(8, 6), (5, 4), (2, 1)])
+def test_resize_to_the_nearest(nearest: str, coordinates: str, sizes: tuple[int, int]) -> None:
+    case = resize(
+        (2, 3, 4, 3), fixed=3, sizes=[2, 3, *sizes], nearest_mode=nearest,
+        coordinate_transformation_mode=coordinates,
+    )  # fmt: skip
+    hold(case)
+
+
+@pytest.mark.parametrize("antialias", [0, 1])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("sizes", [(8, 6), (3, 5), (1, 7)])
+def test_resize_by_weights(mode: str, antialias: int, sizes: tuple[int, int]) -> None:
+    case = resize(
+        (2, 3, 6, 5), fixed=3, sizes=[2, 3, *sizes], mode=mode, antialias=antialias,
+        coordinate_transformation_mode="half_pixel",
+    )  # fmt: skip
+    assert "MatMul" in hold(case)
+
+
+@pytest.mark.parametrize("exclude", [0, 1])
+@pytest.mark.parametrize("coordinates", ["align_corners", "asymmetric", "pytorch_half_pixel"])
+def test_resize_by_cubic_weights_of_another_sharpness(coordinates: str, exclude: int) -> None:
+    case = resize(
+        (2, 1, 4, 4), fixed=3, sizes=[2, 1, 6, 3], mode="cubic", cubic_coeff_a=-0.5,
+        coordinate_transformation_mode=coordinates, exclude_outside=exclude,
+    )  # fmt: skip
+    hold(case)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_resize_of_a_region_that_reaches_beyond_the_image(mode: str) -> None:
+    case = resize(
+        (2, 1, 4, 4), fixed=3, sizes=[2, 1, 3, 5], mode=mode, roi=floats(0, 0, -0.2, 0.1, 1, 1, 1, 1.4),
+        coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=2.5,
+    )  # fmt: skip
+    hold(case)
+
+
+@pytest.mark.parametrize("times", [1.0, 2.0, 3.0])
+def test_resize_by_whole_factors_takes_any_image_size(times: float) -> None:
+    case = resize(
+        (2, 3, 4, 3), fixed=0, scales=[1, 1, times, 2], mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    )  # fmt: skip
+    assert "Expand" in hold(case)
+
+
+def test_resize_of_volumes() -> None:
+    case = resize((2, 1, 3, 4, 2), fixed=4, scales=[1, 1, 2, 1.5, 2], mode="linear")
+    hold(case)
