@@ -23,6 +23,7 @@ from splitonnx.partitioner.batchnorms import (
     train_batchnorms,
 )
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
+from splitonnx.partitioner.folds import fold
 from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
@@ -85,6 +86,7 @@ def prepare(
     weights = lift_weights(model.graph)
     adapt_opset(model)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    fold(model, weights)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
 

@@ -1,0 +1,235 @@
+"""Dimensions as symbols: sums of products of unknown sizes, compared only where it is provable.
+
+A size that is not known is an *atom*, such as the batch ``N``; ``4*N + 1`` is computed with like
+a number.  Two dimensions are equal exactly where their sums are: the same atom is the same size
+within one run of a model.  An atom is at least 0.  This module knows no graph and no operator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+UNKNOWN = "unk__"
+"""Part of the name of every atom that stands for a size of which nothing is known."""
+
+
+class Undecided(Exception):
+    """A comparison or division that holds for some sizes and not for others."""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A sum of products: ``terms`` pairs sorted atoms with a factor; at least one has an atom."""
+
+    terms: tuple[tuple[tuple[str, ...], int], ...]
+
+    def __str__(self) -> str:
+        return " + ".join(_write_term(atoms, factor) for atoms, factor in self.terms)
+
+    @property
+    def atoms(self) -> frozenset[str]:
+        """The atoms that occur in it."""
+        return frozenset(atom for atoms, _ in self.terms for atom in atoms)
+
+    def __add__(self, other: int | Dim) -> int | Dim:
+        return _collect([*self.terms, *_list_terms(other)])
+
+    def __mul__(self, other: int | Dim) -> int | Dim:
+        return _collect(
+            [
+                (tuple(sorted((*left, *right))), factor * scale)
+                for left, factor in self.terms
+                for right, scale in _list_terms(other)
+            ]
+        )
+
+    def __sub__(self, other: int | Dim) -> int | Dim:
+        return self + -other
+
+    def __rsub__(self, other: int) -> int | Dim:
+        return -self + other
+
+    def __neg__(self) -> int | Dim:
+        return self * -1
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+Amount = int | Dim
+"""A known number, or a dimension."""
+
+
+def make_atom(name: str) -> Dim:
+    """Give the dimension that is one unknown size."""
+    return Dim((((name,), 1),))
+
+
+def parse_dim(text: str) -> Dim | int:
+    """Read a symbolic dimension as exporters write it: ``N``, ``2*s77``, ``s0 + 1``.
+
+    What is no such sum of products is one atom, name and all.
+    """
+    if not re.fullmatch(r"[\w.]+( ?[*] ?[\w.]+)*( [+] [\w.]+( ?[*] ?[\w.]+)*)*", text):
+        return make_atom(text)
+    total: int | Dim = 0
+    for term in text.split(" + "):
+        factors = [f.strip() for f in term.split("*")]
+        total = total + prod_of(int(f) if f.isdigit() else make_atom(f) for f in factors)
+    return total
+
+
+def prod_of(amounts: Iterable[Amount]) -> Amount:
+    """Multiply amounts."""
+    result: Amount = 1
+    for amount in amounts:
+        result = result * amount
+    return result
+
+
+def is_positive(amount: int | Dim) -> bool:
+    """Tell whether an amount is at least 1 whatever its atoms are."""
+    return is_natural(amount) and sum(f for atoms, f in _list_terms(amount) if not atoms) > 0
+
+
+def is_natural(amount: int | Dim) -> bool:
+    """Tell whether an amount is at least 0 whatever its atoms are."""
+    return all(factor >= 0 for _, factor in _list_terms(amount))
+
+
+def is_equal(left: int | Dim, right: int | Dim) -> bool:
+    """Compare two amounts.
+
+    Raises:
+        Undecided: they are equal for some sizes only.
+    """
+    difference = left - right
+    if isinstance(difference, int):
+        return difference == 0
+    if is_positive(difference) or is_positive(-difference):
+        return False
+    raise Undecided
+
+
+def is_less(left: int | Dim, right: int | Dim) -> bool:
+    """Tell whether ``left`` is smaller.
+
+    Raises:
+        Undecided: it depends on the sizes.
+    """
+    if is_positive(right - left):
+        return True
+    if is_natural(left - right):
+        return False
+    raise Undecided
+
+
+def divide_exactly(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+    """Divide where no remainder is left whatever the sizes are.
+
+    Raises:
+        Undecided: a remainder may be left.
+    """
+    parts = _list_terms(divisor)
+    if len(parts) != 1 or parts[0][1] == 0:
+        raise Undecided
+    (atoms, factor), quotients = parts[0], []
+    for own, scale in _list_terms(amount):
+        rest = list(own)
+        for atom in atoms:
+            if atom not in rest:
+                raise Undecided
+            rest.remove(atom)
+        if scale % factor:
+            raise Undecided
+        quotients.append((tuple(rest), scale // factor))
+    return _collect(quotients)
+
+
+def divide_rounding(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+    """Divide as integers are in ONNX; what does not come out even is an atom of its own."""
+    if isinstance(amount, int) and isinstance(divisor, int):
+        if divisor == 0:
+            raise Undecided
+        quotient = abs(amount) // abs(divisor)
+        return quotient if (amount < 0) == (divisor < 0) else -quotient
+    try:
+        return divide_exactly(amount, divisor)
+    except Undecided:
+        return _compose("//", amount, divisor)
+
+
+def take_remainder(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+    """Give the remainder of a division of amounts that are at least 0.
+
+    Raises:
+        Undecided: it depends on the sizes.
+    """
+    if isinstance(amount, int) and isinstance(divisor, int) and divisor:
+        return amount % divisor
+    divide_exactly(amount, divisor)
+    return 0
+
+
+def _compose(sign: str, left: int | Dim, right: int | Dim) -> Dim:
+    if not (is_natural(left) and is_positive(right)):
+        raise Undecided  # an atom is at least 0
+    return make_atom(f"({left}){sign}({right})")
+
+
+def solve(wanted: int | Dim, known: Mapping[str, int | Dim]) -> dict[str, tuple[str, int, int]]:
+    """Say how every atom of ``wanted`` follows from one of the ``known`` dimensions.
+
+    Returns for each atom (key of the known dimension, factor, offset): the dimension is
+    ``factor * atom + offset``.
+
+    Raises:
+        Undecided: an atom follows from none.
+    """
+    atoms = wanted.atoms if isinstance(wanted, Dim) else frozenset[str]()
+    return {atom: _solve_atom(atom, known) for atom in sorted(atoms)}
+
+
+def _solve_atom(atom: str, known: Mapping[str, int | Dim]) -> tuple[str, int, int]:
+    found = []
+    for key, amount in known.items():
+        terms = dict(_list_terms(amount))
+        offset = terms.pop((), 0)
+        if set(terms) == {(atom,)}:
+            found.append((key, terms[(atom,)], offset))
+    if not found:
+        raise Undecided
+    return min(found, key=lambda way: (way[1] != 1, way[2] != 0))
+
+
+def name_unknown(value: str, axis: int) -> Dim:
+    """Make the atom of a dimension of which nothing is known."""
+    return make_atom(f"{UNKNOWN}{value}:{axis}")
+
+
+def is_unknown(amount: int | Dim) -> bool:
+    """Tell whether nothing is known of an amount or of a part of it."""
+    return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
+
+
+def _list_terms(amount: int | Dim) -> list[tuple[tuple[str, ...], int]]:
+    return list(amount.terms) if isinstance(amount, Dim) else [((), int(amount))]
+
+
+def _collect(terms: list[tuple[tuple[str, ...], int]]) -> int | Dim:
+    sums: dict[tuple[str, ...], int] = {}
+    for atoms, factor in terms:
+        sums[atoms] = sums.get(atoms, 0) + factor
+    kept = tuple(sorted(((a, f) for a, f in sums.items() if f), key=lambda t: (not t[0], t[0])))
+    if not any(atoms for atoms, _ in kept):
+        return sum(factor for _, factor in kept)
+    return Dim(kept)
+
+
+def _write_term(atoms: tuple[str, ...], factor: int) -> str:
+    if not atoms:
+        return str(factor)
+    names = "*".join(atoms)
+    return names if factor == 1 else f"{factor}*{names}"
