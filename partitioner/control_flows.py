@@ -208,8 +208,11 @@ def _hoist_constants(body: ir.Graph, node: ir.Node) -> None:
     taken = _list_names(graph)
     for name, value in list(body.initializers.items()):
         body.initializers.pop(name)
-        if name in taken:
+        if name in taken and value.const_value is not None:
+            # a tensor of its own: to rename the old one would rename it in the user's model too
+            content, value.const_value = value.const_value.numpy(), None
             value.name = f"{node.name}/{name}"
+            value.const_value = ir.tensor(content, name=value.name)
         graph.register_initializer(value)
 
 

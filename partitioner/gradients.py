@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
+from splitonnx.partitioner.control_flows import KEPT
 from splitonnx.partitioner.drafts import DETACHED
 from splitonnx.partitioner.frontiers import (
     find_moving,
@@ -135,7 +136,9 @@ def refuse_undifferentiable(graph: ir.Graph, parameters: Sequence[str], loss: st
         if node not in needed or node.op_type not in WITHOUT_GRADIENT or node.domain:
             continue
         if any(v in moving and is_float(v) for v in list_inputs(node)):
-            raise NotDifferentiable(node.name or "", node.op_type, _ADVICE)
+            reason = node.metadata_props.get(KEPT)
+            advice = f"{reason}: {_ADVICE}" if reason else _ADVICE
+            raise NotDifferentiable(node.name or "", node.op_type, advice)
 
 
 def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:

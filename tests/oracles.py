@@ -63,19 +63,24 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy a model with every float as float64."""
     double = onnx.ModelProto()
     double.CopyFrom(model)
-    graph = double.graph
+    _widen_graph(double.graph)
+    return double
+
+
+def _widen_graph(graph: onnx.GraphProto) -> None:
     for tensor in graph.initializer:
         _widen(tensor)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _widen(attribute.t)
+            if attribute.HasField("g"):
+                _widen_graph(attribute.g)
             if attribute.name in ("to", "dtype", "stash_type") and attribute.i in _NARROW:
                 attribute.i = TensorProto.DOUBLE
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
-    return double
 
 
 def _widen(tensor: TensorProto) -> None:
