@@ -18,7 +18,6 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.gradients import differentiate
 from splitonnx.partitioner.lowerings import DEFECTIVE, lower
 from splitonnx.partitioner.paddings import settle_paddings
@@ -276,8 +275,9 @@ def test_resize_by_cubic_weights_of_another_sharpness(coordinates: str, exclude:
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_resize_of_a_region_that_reaches_beyond_the_image(mode: str) -> None:
+    region = floats(0, 0, -0.2, 0.1, 1, 1, 1, 1.4)
     case = resize(
-        (2, 1, 4, 4), fixed=3, sizes=[2, 1, 3, 5], mode=mode, roi=floats(0, 0, -0.2, 0.1, 1, 1, 1, 1.4),
+        (2, 1, 4, 4), fixed=3, sizes=[2, 1, 3, 5], mode=mode, roi=region,
         coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=2.5,
     )  # fmt: skip
     hold(case)

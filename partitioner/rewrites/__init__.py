@@ -19,17 +19,18 @@ from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
 from splitonnx.partitioner.rewrites import (
     activations,
     arithmetic,
+    convolutions,
+    layouts,
     losses,
     normalizations,
     products,
     reductions,
+    resizes,
     scatters,
     selections,
     steps,
     trigonometry,
 )
-from splitonnx.partitioner.frontiers import find_moving, list_inputs
-from splitonnx.partitioner.rewrites import convolutions, layouts, resizes, steps
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 

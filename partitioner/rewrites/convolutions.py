@@ -103,7 +103,7 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
         if not wanted and min(surplus) < 0:
             raise refuse(
                 node,
-                "its kernel is smaller than its stride, where runtimes disagree on automatic padding",
+                "with a kernel smaller than its stride, runtimes disagree on its automatic padding",
                 "export it with explicit pads",
             )
         # an output that is larger than its windows reach ends in zeros
