@@ -7,7 +7,7 @@ of cuts: a port is to it an Identity like any other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -123,10 +123,12 @@ _ADVICE = (
 )
 
 
-def refuse_undifferentiable(graph: ir.Graph, parameters: Sequence[str], loss: str) -> None:
-    """Raise for the first node between a parameter and the loss that has no gradient.
+def list_undifferentiable(
+    graph: ir.Graph, parameters: Sequence[str], loss: str
+) -> Iterator[NotDifferentiable]:
+    """Yield an error for each node between a parameter and the loss that has no gradient.
 
-    This comes before the builder, which aborts the process on some operators.
+    It is asked before the builder, which aborts the process on some operators.
     """
     trained = set(parameters)
     moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
@@ -138,7 +140,7 @@ def refuse_undifferentiable(graph: ir.Graph, parameters: Sequence[str], loss: st
         if any(v in moving and is_float(v) for v in list_inputs(node)):
             reason = node.metadata_props.get(KEPT)
             advice = f"{reason}: {_ADVICE}" if reason else _ADVICE
-            raise NotDifferentiable(node.name or "", node.op_type, advice)
+            yield NotDifferentiable(node.name or "", node.op_type, advice)
 
 
 def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
@@ -153,7 +155,8 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         UnsupportedModel: the builder refuses the model for another reason.
         MissingExtra, WrongRuntime: onnxruntime-training is not installed.
     """
-    refuse_undifferentiable(model.graph, parameters, loss)
+    for fault in list_undifferentiable(model.graph, parameters, loss):
+        raise fault
     _part_twins(model.graph, parameters)
     detached = _take_out_detached(model.graph)
     builder = _import_builder()

@@ -47,7 +47,11 @@ def inspect(model: ModelSource, *, batch: int | None = None) -> list[Cut]:
     Raises:
         ModelError: the model cannot be read or prepared.
     """
-    prepared = prepare(open_model(model))
+    return list_cuts(prepare(open_model(model)), batch)
+
+
+def list_cuts(prepared: PreparedModel, batch: int | None) -> list[Cut]:
+    """List the legal single-tensor cuts of a prepared model; its inference form may change."""
     form = prepared.inference
     if batch is not None:
         _fix_batch(form, prepared, batch)

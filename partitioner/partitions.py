@@ -77,7 +77,7 @@ def cut(
     opened = model if isinstance(model, ir.Model) else open_model(model)
     prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, freeze=freeze)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
-    output = _choose_output(prepared, output)
+    output = choose_output(prepared, output)
     recipe = Recipe(
         at=names_at,
         tail_at=names_tail,
@@ -101,7 +101,12 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _choose_output(prepared: PreparedModel, output: str | None) -> str:
+def choose_output(prepared: PreparedModel, output: str | None) -> str:
+    """Give the output that a loss is taken of: the one named, or else the model's first.
+
+    Raises:
+        UsageError: the model has no such output, or none that depends on its inputs.
+    """
     known = [value.name or "" for value in prepared.training.graph.outputs]
     if not known:
         raise UsageError("the model has no output that depends on its inputs")

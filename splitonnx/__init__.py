@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
+    from splitonnx.partitioner.checks import check
     from splitonnx.partitioner.inspections import inspect
     from splitonnx.partitioner.merges import merge, write_merged
     from splitonnx.partitioner.partitions import cut
@@ -31,6 +32,7 @@ __all__ = [
     "History",
     "Server",
     "SplitonnxError",
+    "check",
     "cut",
     "inspect",
     "merge",
@@ -47,6 +49,7 @@ _HOMES = {
     "History": "runtime.histories",
     "Server": "runtime.servers",
     "SplitonnxError": "errors",
+    "check": "partitioner.checks",
     "cut": "partitioner.partitions",
     "inspect": "partitioner.inspections",
     "merge": "partitioner.merges",

@@ -73,6 +73,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_check_says_what_becomes_of_a_model(command: Command) -> None:
+    out = command.succeed("check", MODEL)
+    assert "can be trained" in out
+    assert "23,122 to train" in out
+    found = json.loads(command.succeed("check", MODEL, "--json"))
+    assert {use["operator"] for use in found["operators"]} >= {"Conv", "Gemm"}
+    assert found["obstacles"] == []
+    code, out, _ = command("check", MODEL, "--loss", "from-model")
+    assert code == 1
+    assert "cannot be trained" in out
+
+
 @pytest.fixture(scope="session")
 def cut_once() -> Bundle:
     return splitonnx.cut(MODEL, at=AT, tail_at=TAIL_AT)

@@ -1,4 +1,4 @@
-"""The command line: ``splitonnx inspect | cut | serve | train | predict | merge | verify``.
+"""The command line: ``splitonnx check | inspect | cut | serve | train | predict | merge | verify``.
 
 Each command is a thin shell around a call of the library; what it imports, it imports when it
 runs, so that ``--help`` is quick and a device's commands need no ``onnx``.  An error of
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
+    partitions.check,
     partitions.inspect,
     partitions.cut,
     services.serve,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from splitonnx.bundles import Bundle
+    from splitonnx.partitioner.checks import Check
     from splitonnx.partitioner.inspections import Cut
     from splitonnx.runtime.histories import Evaluation, History, StepRecord
     from splitonnx.verifications import Verification
@@ -37,6 +38,32 @@ def print_json_lines(values: Iterable[object]) -> None:
 
     for value in values:
         print(msgspec.json.encode(value).decode(), flush=True)
+
+
+def print_check(check: Check, path: Path) -> None:
+    """Print what becomes of each operator, what could be trained where, and the verdict."""
+    from splitonnx.partitioner.checks import Handling
+
+    table = _make_table("operator")
+    for heading in Handling:
+        table.add_column(heading, justify="right")
+    nodes = {(use.operator, use.handling): str(use.nodes) for use in check.operators}
+    for operator in dict.fromkeys(use.operator for use in check.operators):
+        table.add_row(operator, *(nodes.get((operator, handling), "") for handling in Handling))
+    _print(table)
+    producer = f", by {check.producer}" if check.producer else ""
+    _print(f"{path}: opset {check.opset}{producer}")
+    _print(
+        f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
+        f"{check.statistics:,} running statistics"
+    )
+    _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
+    if check.losses:
+        _print(f"losses that fit output '{check.output}': {', '.join(check.losses)}")
+    for obstacle in check.obstacles:
+        _print(f"in the way: {obstacle}")
+    verdict = "[green]can be trained[/]" if check.trainable else "[red]cannot be trained[/]"
+    _print(verdict, markup=True)
 
 
 def print_cuts(cuts: Iterable[Cut]) -> None:

@@ -1,4 +1,4 @@
-"""The commands that work on models and bundles: inspect, cut, merge, verify."""
+"""The commands that work on models and bundles: check, inspect, cut, merge, verify."""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+
+
+def check(
+    model: ModelArgument,
+    loss: LossOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether a model can be trained, what would be rewritten, and what stands in the way.
+
+    Exit code 1 where it cannot be trained.
+    """
+    found = splitonnx.check(model, loss=loss, output=output)
+    if as_json:
+        displays.print_json(found)
+    else:
+        displays.print_check(found, model)
+    if not found.trainable:
+        raise typer.Exit(1)
 
 
 def inspect(
