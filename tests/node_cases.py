@@ -22,7 +22,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import SplitonnxError, StageFailed
+from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.gates import open_model
 from splitonnx.partitioner.partitions import Target, cut
@@ -57,8 +57,9 @@ class Outcome:
     """What came of a case on one target.
 
     ``error`` is the relative error of the worst gradient entry, ``None`` where the case has
-    nothing to differentiate; ``refusal`` is the sentence of the error that it met.  ``rewritten``
-    tells that the operator itself is not what was differentiated.
+    nothing to differentiate; ``refusal`` is the sentence of the error that it met, and
+    ``undifferentiable`` tells that it was for want of a gradient.  ``rewritten`` tells that the
+    operator itself is not what was differentiated.
     """
 
     case: str
@@ -67,6 +68,7 @@ class Outcome:
     error: float | None = None
     loss_error: float = 0.0
     refusal: str = ""
+    undifferentiable: bool = False
     rewritten: bool = False
     worst: str = field(default="", compare=False)
 
@@ -198,7 +200,12 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
         )  # fmt: skip
         prepared = prepare(open_model(problem))
     except SplitonnxError as error:
-        return Outcome(case=case.name, target=target, refusal=str(error))
+        return Outcome(
+            case=case.name,
+            target=target,
+            refusal=str(error),
+            undifferentiable=isinstance(error, NotDifferentiable),
+        )
     parameters = _list_parameters(prepared.trainable, case)
     weights = _draw_weights(case, parameters)
     try:
