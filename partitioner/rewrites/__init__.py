@@ -126,11 +126,14 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """
     for index in range(_MOST_ROUNDS):
         if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
+    for turn in range(_MOST_ROUNDS):
+        if not _rewrite_once(model.graph, trained, turn):
             return
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
 
 
 def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:
+def _rewrite_once(graph: ir.Graph, trained: Collection[str], turn: int) -> bool:
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     changed = False
     for node in list(graph):
@@ -140,6 +143,8 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not any(is_float(value) for value in node.outputs):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
+        # a node made in an earlier turn may have taken over the name of the one that it replaced
+        draft = Draft(f"{node.outputs[0].name or node.name}/rewritten{turn or ''}")
         made = rule(draft, node)
         if made is not None:
             try:

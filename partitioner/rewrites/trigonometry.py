@@ -32,11 +32,6 @@ def _slope_tan(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
     return draft.op("Add", draft.op("Mul", y, y), _one(draft, x))
 
 
-def _inverse(draft: Draft, x: ir.Value, denominator: ir.Value, *, root: bool) -> ir.Value:
-    below = draft.op("Sqrt", denominator) if root else denominator
-    return bound_slope(draft, draft.op("Reciprocal", below), x.dtype)
-
-
 def _outside(draft: Draft, x: ir.Value) -> ir.Value:
     """1 - x**2 as (1 - x) * (1 + x), which loses nothing close to 1."""
     one = _one(draft, x)
@@ -45,7 +40,8 @@ def _outside(draft: Draft, x: ir.Value) -> ir.Value:
 
 def _slope_asin(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / sqrt(1 - x**2)."""
-    return _inverse(draft, x, _outside(draft, x), root=True)
+    below = draft.op("Sqrt", _outside(draft, x))
+    return bound_slope(draft, draft.op("Reciprocal", below), x.dtype)
 
 
 def _slope_acos(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -70,20 +66,18 @@ def _slope_cosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _slope_asinh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(1 + x**2)."""
-    square = draft.op("Mul", x, x)
-    below = draft.op("Sqrt", draft.op("Add", square, _one(draft, x)))
-    return draft.op("Reciprocal", below)
+    """1 / sqrt(1 + x**2), which is 1 / cosh(y); nothing overflows in that."""
+    return draft.op("Reciprocal", draft.op("Cosh", y))
 
 
 def _slope_acosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(x**2 - 1); x is at least 1."""
-    return _inverse(draft, x, draft.op("Neg", _outside(draft, x)), root=True)
+    """1 / sqrt(x**2 - 1), which is 1 / sinh(y)."""
+    return bound_slope(draft, draft.op("Reciprocal", draft.op("Sinh", y)), x.dtype)
 
 
 def _slope_atanh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / (1 - x**2)."""
-    return _inverse(draft, x, _outside(draft, x), root=False)
+    return bound_slope(draft, draft.op("Reciprocal", _outside(draft, x)), x.dtype)
 
 
 SLOPES: Mapping[str, Slope] = {
