@@ -13,8 +13,6 @@ from tests.derivatives import assert_differentiable, close_net, take_step
 from tests.node_cases import TARGETS, run_step
 from tests.zoo import FLOAT, Net
 
-INFINITE = np.float32(np.inf)
-
 
 def draw(low: float, high: float, *shape: int) -> np.ndarray:
     return np.random.default_rng(4).uniform(low, high, shape).astype(np.float32)
@@ -215,7 +213,7 @@ def test_a_choice_between_broadcast_branches(
 
 def test_a_choice_stretched_along_a_dynamic_batch() -> None:
     net = Net()
-    chosen = net.op("Greater", "x", net.constant("zero", np.float32(0)), out="chosen")
+    chosen = net.op("Greater", "x", net.constant("zero", np.array(0, "f")), out="chosen")
     scaled = net.op("Neg", net.constant("w", draw(-1, 1, 5)), out="scaled")
     net.op("Where", chosen, net.constant("v", draw(-1, 1, 1, 5)), scaled, out="y")
     assert_differentiable(net, {"x": draw(-1, 1, 3, 5)})
@@ -223,7 +221,7 @@ def test_a_choice_stretched_along_a_dynamic_batch() -> None:
 
 def test_a_masked_softmax_keeps_its_infinities() -> None:
     net = Net()
-    hidden = net.op("Greater", "x", net.constant("edge", np.float32(0.8)), out="hidden")
+    hidden = net.op("Greater", "x", net.constant("edge", np.array(0.8, "f")), out="hidden")
     masked = net.op(
         "Where", hidden, net.constant("never", np.array(-np.inf, "f")), weigh(net, 4, 5), out="m"
     )

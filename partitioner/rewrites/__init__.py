@@ -46,17 +46,17 @@ REWRITES: Mapping[str, Rewrite] = {
     "Ceil": steps.rewrite_step,
     "Celu": activations.rewrite_celu,
     "Clip": activations.rewrite_clip,
+    "Col2Im": convolutions.rewrite_col2im,
     "Compress": selections.rewrite_compress,
     "Concat": selections.rewrite_concat,
+    "ConvTranspose": convolutions.rewrite_conv_transpose,
     "Cosh": trigonometry.rewrite_function,
     "CumProd": reductions.rewrite_running_product,
     "CumSum": reductions.rewrite_running_sum,
+    "DepthToSpace": layouts.rewrite_depth_to_space,
     "Det": products.rewrite_determinant,
     "Elu": activations.rewrite_elu,
     "EyeLike": steps.rewrite_step,
-    "Col2Im": convolutions.rewrite_col2im,
-    "ConvTranspose": convolutions.rewrite_conv_transpose,
-    "DepthToSpace": layouts.rewrite_depth_to_space,
     "Floor": steps.rewrite_step,
     "Gelu": activations.rewrite_gelu,
     "GroupNormalization": normalizations.rewrite_group_norm,
@@ -87,8 +87,8 @@ REWRITES: Mapping[str, Rewrite] = {
     "ReduceProd": reductions.rewrite_product,
     "ReduceSumSquare": reductions.rewrite_sum_square,
     "Reshape": selections.rewrite_reshape,
-    "ReverseSequence": selections.rewrite_reverse_sequence,
     "Resize": resizes.rewrite_resize,
+    "ReverseSequence": selections.rewrite_reverse_sequence,
     "Round": steps.rewrite_step,
     "ScatterElements": scatters.rewrite_scatter,
     "ScatterND": scatters.rewrite_scatter,
@@ -100,6 +100,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "SoftmaxCrossEntropyLoss": losses.rewrite_cross_entropy,
     "Softplus": activations.rewrite_softplus,
     "Softsign": activations.rewrite_softsign,
+    "SpaceToDepth": layouts.rewrite_space_to_depth,
     "Sum": arithmetic.rewrite_sum,
     "Swish": activations.rewrite_swish,
     "Tan": trigonometry.rewrite_function,
@@ -107,7 +108,6 @@ REWRITES: Mapping[str, Rewrite] = {
     "Transpose": selections.rewrite_transpose,
     "Unique": selections.rewrite_unique,
     "Where": arithmetic.rewrite_where,
-    "SpaceToDepth": layouts.rewrite_space_to_depth,
 }
 """Operator -> how to write it in operators that have a gradient."""
 
@@ -126,14 +126,11 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """
     for index in range(_MOST_ROUNDS):
         if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
-    for turn in range(_MOST_ROUNDS):
-        if not _rewrite_once(model.graph, trained, turn):
             return
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
 
 
 def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:
-def _rewrite_once(graph: ir.Graph, trained: Collection[str], turn: int) -> bool:
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     changed = False
     for node in list(graph):
@@ -143,8 +140,6 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], turn: int) -> bool:
         if not any(is_float(value) for value in node.outputs):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
-        # a node made in an earlier turn may have taken over the name of the one that it replaced
-        draft = Draft(f"{node.outputs[0].name or node.name}/rewritten{turn or ''}")
         made = rule(draft, node)
         if made is not None:
             try:
