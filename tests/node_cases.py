@@ -40,6 +40,8 @@ WEIGHTS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorPro
 
 Arrays = dict[str, np.ndarray]
 
+_FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64}
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCase:
@@ -240,7 +242,7 @@ def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:
     known = {**bundle.client.weights, **feeds, KEY: np.array([0, 0, 0], np.int64)}
     wanted = {value.name: value.type for value in stage.session.get_inputs()}
     inputs = {
-        name: known[name].astype(np.float32) if kind == "tensor(float)" else known[name]
+        name: known[name].astype(_FLOATS[kind]) if kind in _FLOATS else known[name]
         for name, kind in wanted.items()
     }
     found = engine.run(stage, {name: engine.from_array(array) for name, array in inputs.items()})

@@ -101,7 +101,7 @@ def rewrite_where(draft: Draft, node: ir.Node) -> Values | None:
     if all(fitting) or _STRETCHED in node.metadata_props:
         return None
     whole = draft.op("Where", condition, *(draft.detach(value) for value in branches))
-    whole.shape = result
+    whole.type, whole.shape = node.outputs[0].type, result
     shape = draft.shape(whole)
     stretched = [
         value if fits else draft.op("Expand", value, shape)
