@@ -25,6 +25,7 @@ from splitonnx.partitioner.batchnorms import (
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.folds import fold
 from splitonnx.partitioner.frontiers import find_dependents
+from splitonnx.partitioner.layouts import settle_layouts
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
 from splitonnx.partitioner.reductions import settle_reductions
@@ -85,6 +86,7 @@ def prepare(
     _name_nodes(model.graph)
     weights = lift_weights(model.graph)
     adapt_opset(model)
+    settle_layouts(model.graph)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     fold(model, weights)
     settle_paddings(model.graph)

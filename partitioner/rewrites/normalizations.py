@@ -29,7 +29,8 @@ def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
 def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
     """Normalize each group of channels of each sample.
 
-    Scale and bias are per group in opset 18 to 20, per channel from 21 on.
+    Scale and bias are per channel, as of opset 21; onnx's checker refuses the operator of opset
+    18, whose scale was per group, as deprecated.
     """
     x, scale, bias = _take(node, 3)
     rank = _require_rank(node, x)
@@ -51,9 +52,6 @@ def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
     wide = _widen(draft, grouped, stash)
     normal = _normalize_rows(draft, node, wide, list(range(2, rank + 1)), 1e-5)
     normal = draft.op("Reshape", _narrow(draft, normal, wide, x), draft.shape(x))
-    per_group = (known_dims(scale) or [None])[0] == groups != channels
-    if per_group:
-        scale, bias = (_repeat(draft, value, channels // groups) for value in (scale, bias))
     return [_scale_channels(draft, normal, scale, bias, rank)]
 
 
@@ -168,13 +166,6 @@ def _scale_channels(
         axes = draft.integers(range(1, rank - 1))
         scale, bias = draft.op("Unsqueeze", scale, axes), draft.op("Unsqueeze", bias, axes)
     return draft.op("Add", draft.op("Mul", x, scale), bias)
-
-
-def _repeat(draft: Draft, value: ir.Value, times: int) -> ir.Value:
-    """[G] to [G * times], each element in a row of its own."""
-    column = draft.op("Unsqueeze", value, draft.integers([1]))
-    table = draft.op("Tile", column, draft.integers([1, times]))
-    return draft.op("Reshape", table, draft.integers([-1]))
 
 
 def _last_axes(node: ir.Node, rank: int) -> list[int]:

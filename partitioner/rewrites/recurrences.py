@@ -1,0 +1,315 @@
+"""LSTM, GRU and RNN unrolled in time.
+
+The input's part of all steps is one matrix product, for both directions together; a step then
+takes one more, of the hidden state.  The length of the sequence has to be known, the batch not.
+Sequences of unequal length are masked: past its end a sequence keeps its state and puts out zero.
+Layout 1 never comes here (:mod:`layouts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.rewrites.cells import (
+    Cell,
+    State,
+    read_functions,
+    step_gru,
+    step_linear_gru,
+    step_lstm,
+    step_rnn,
+)
+
+Values = Sequence[ir.Value | None]
+Step = Callable[[Draft, Cell, Sequence[ir.Value], State], State]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A recurrence's node as read: its sizes and its inputs, ``None`` where one is not given."""
+
+    node: ir.Node
+    steps: int
+    size: int
+    hidden: int
+    directions: int
+    x: ir.Value
+    weights: ir.Value
+    recurrent: ir.Value
+    bias: ir.Value | None
+    lengths: ir.Value | None
+    states: Sequence[ir.Value | None]
+    peepholes: ir.Value | None
+
+
+def rewrite_rnn(draft: Draft, node: ir.Node) -> Values:
+    """H = f(X W^T + H R^T + b)."""
+    layer = _read_layer(node, states=1)
+    bias = _add_biases(draft, layer, 1)
+    inputs = [[x] for x in _project(draft, layer, layer.weights, bias, [1])]
+    cells = _make_cells(draft, layer, layer.recurrent, ["Tanh"])
+    return _unroll(draft, layer, step_rnn, cells, inputs)
+
+
+def rewrite_gru(draft: Draft, node: ir.Node) -> Values:
+    """A gated recurrence; with ``linear_before_reset`` the recurrent bias stays by itself."""
+    layer = _read_layer(node, states=1)
+    functions = ["Sigmoid", "Tanh"]
+    if node.attributes.get_int("linear_before_reset", 0):
+        own, bias = _part_biases(draft, layer, 3)
+        cells = _make_cells(draft, layer, layer.recurrent, functions, biases=own)
+        step: Step = step_linear_gru
+    else:
+        bias, step = _add_biases(draft, layer, 3), step_gru
+        cells = _make_cells(draft, layer, layer.recurrent, functions, parts=(2, 1))
+    inputs = _project(draft, layer, layer.weights, bias, [2, 1])
+    return _unroll(draft, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)])
+
+
+def rewrite_lstm(draft: Draft, node: ir.Node) -> Values:
+    """A recurrence with a memory; with ``input_forget`` the forget gate's rows are left out."""
+    layer = _read_layer(node, states=2)
+    coupled = bool(node.attributes.get_int("input_forget", 0))
+    weights, recurrent = layer.weights, layer.recurrent
+    bias = _add_biases(draft, layer, 4)
+    if coupled:
+        weights, recurrent = (_drop_forget(draft, layer, v) for v in (weights, recurrent))
+        bias = None if bias is None else _drop_forget(draft, layer, bias)
+    inputs = [[x] for x in _project(draft, layer, weights, bias, [3 if coupled else 4])]
+    cells = _make_cells(draft, layer, recurrent, ["Sigmoid", "Tanh", "Tanh"], coupled=coupled)
+    return _unroll(draft, layer, step_lstm, cells, inputs)
+
+
+def _read_layer(node: ir.Node, *, states: int) -> _Layer:
+    given = [*node.inputs, *[None] * 8]
+    x, weights, recurrent = given[:3]
+    assert x is not None
+    assert weights is not None
+    assert recurrent is not None
+    dims, sizes, hidden = known_dims(x), known_dims(weights), known_dims(recurrent)
+    if dims is None or dims[0] is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            "it can be trained only unrolled, and its sequence length is not known",
+            "export the model with a fixed sequence length",
+        )
+    if sizes is None or hidden is None or sizes[2] is None or hidden[2] is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})", "the shapes of its weights are not known"
+        )
+    return _Layer(
+        node=node,
+        steps=dims[0],
+        size=sizes[2],
+        hidden=hidden[2],
+        directions=2 if _read_direction(node) == "bidirectional" else 1,
+        x=x,
+        weights=weights,
+        recurrent=recurrent,
+        bias=given[3],
+        lengths=given[4],
+        states=given[5 : 5 + states],
+        peepholes=given[7] if states > 1 else None,
+    )
+
+
+def _read_direction(node: ir.Node) -> str:
+    return node.attributes.get_string("direction", "forward") or "forward"
+
+
+def _add_biases(draft: Draft, layer: _Layer, gates: int) -> ir.Value | None:
+    """(D, 2GH) to the sum of both biases, (D, GH)."""
+    if layer.bias is None:
+        return None
+    both = draft.op(
+        "Reshape", layer.bias, draft.integers([layer.directions, 2, gates * layer.hidden])
+    )
+    return draft.op("ReduceSum", both, draft.integers([1]), keepdims=0)
+
+
+def _part_biases(
+    draft: Draft, layer: _Layer, gates: int
+) -> tuple[Sequence[ir.Value], ir.Value | None]:
+    """(D, 2GH) to the recurrent bias of each direction, (GH), and the input's, (D, GH)."""
+    if layer.bias is None:
+        return [], None
+    size = gates * layer.hidden
+    halves = draft.ops("Split", [layer.bias, draft.integers([size, size])], 2, {"axis": 1})
+    return _part_directions(draft, layer, halves[1]), halves[0]
+
+
+def _drop_forget(draft: Draft, layer: _Layer, value: ir.Value) -> ir.Value:
+    """Leave out the rows of the forget gate, the third of four, along axis 1."""
+    size, axis, one = layer.hidden, draft.integers([1]), draft.integers
+    first = draft.op("Slice", value, one([0]), one([2 * size]), axis)
+    last = draft.op("Slice", value, one([3 * size]), one([4 * size]), axis)
+    return draft.op("Concat", first, last, axis=1)
+
+
+def _part_directions(draft: Draft, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
+    """(D, ...) to D values (...)."""
+    parts: Sequence[ir.Value] = [value]
+    if layer.directions > 1:
+        parts = draft.ops("Split", [value, draft.integers([1, 1])], 2, {"axis": 0})
+    return [draft.op("Squeeze", part, draft.integers([0])) for part in parts]
+
+
+def _project(
+    draft: Draft, layer: _Layer, weights: ir.Value, bias: ir.Value | None, groups: Sequence[int]
+) -> list[Sequence[ir.Value]]:
+    """Give X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
+    rows = draft.op("Reshape", layer.x, draft.integers([-1, layer.size]))  # (TN, I)
+    count = layer.directions * sum(groups) * layer.hidden
+    weights = draft.op("Reshape", weights, draft.integers([count, layer.size]))
+    inputs = [rows, weights]
+    if bias is not None:
+        inputs.append(draft.op("Reshape", bias, draft.integers([count])))
+    product = draft.op("Gemm", *inputs, transB=1)
+    sizes = [group * layer.hidden for group in groups] * layer.directions
+    parts: Sequence[ir.Value] = [product]
+    if len(sizes) > 1:
+        parts = draft.ops("Split", [product, draft.integers(sizes)], len(sizes), {"axis": 1})
+    return [_part_steps(draft, layer, p, size) for p, size in zip(parts, sizes, strict=True)]
+
+
+def _part_steps(draft: Draft, layer: _Layer, value: ir.Value, size: int) -> Sequence[ir.Value]:
+    """(TN, size) to T values (N, size)."""
+    if layer.steps == 1:
+        return [value]
+    attributes = {"axis": 0, "num_outputs": layer.steps}
+    parts = draft.ops("Split", [value], layer.steps, attributes)
+    for part in parts:
+        _note(layer, part, size)
+    return parts
+
+
+def _note(layer: _Layer, value: ir.Value, size: int) -> None:
+    """Note a value's shape (N, size): a batch that is not known has a name then."""
+    assert layer.x.shape is not None
+    value.type, value.shape = layer.x.type, ir.Shape([layer.x.shape[1], size])
+
+
+def _make_cells(
+    draft: Draft,
+    layer: _Layer,
+    recurrent: ir.Value,
+    defaults: Sequence[str],
+    *,
+    biases: Sequence[ir.Value] = (),
+    parts: Sequence[int] = (),
+    coupled: bool = False,
+) -> list[Cell]:
+    """Make the cell of each direction; ``parts`` tells how to part the gates of R."""
+    functions = read_functions(layer.node, defaults, layer.directions)
+    clip = layer.node.attributes.get_float("clip", 0.0)
+    peepholes: list[Sequence[ir.Value]] = [()] * layer.directions
+    if layer.peepholes is not None:
+        sizes = draft.integers([layer.hidden] * 3)
+        own = _part_directions(draft, layer, layer.peepholes)
+        peepholes = [draft.ops("Split", [value, sizes], 3, {"axis": 0}) for value in own]
+    cells = []
+    for index, matrix in enumerate(_part_directions(draft, layer, recurrent)):
+        pieces: Sequence[ir.Value] = ()
+        if parts:
+            sizes = draft.integers([part * layer.hidden for part in parts])
+            pieces = draft.ops("Split", [matrix, sizes], len(parts), {"axis": 0})
+        count = len(defaults)
+        cells.append(
+            Cell(
+                hidden=layer.hidden,
+                functions=functions[count * index : count * (index + 1)],
+                recurrent=matrix,
+                dtype=layer.x.dtype,
+                clip=clip or None,
+                bias=biases[index] if biases else None,
+                peepholes=peepholes[index],
+                coupled=coupled,
+                parts=pieces,
+            )
+        )
+    return cells
+
+
+def _unroll(
+    draft: Draft,
+    layer: _Layer,
+    step: Step,
+    cells: Sequence[Cell],
+    inputs: Sequence[Sequence[Sequence[ir.Value]]],
+) -> Values:
+    """Run every direction and put Y, Y_h and Y_c together; ``inputs``: direction, group, step."""
+    masks = _make_masks(draft, layer)
+    starts = _read_states(draft, layer)
+    zero = draft.number(0.0, layer.x.dtype)
+    sequences, ends = [], []
+    for index, cell in enumerate(cells):
+        backwards = index == 1 or _read_direction(layer.node) == "reverse"
+        state: State = tuple(start[index] for start in starts)
+        shown: dict[int, ir.Value] = {}
+        for time in reversed(range(layer.steps)) if backwards else range(layer.steps):
+            new = step(draft, cell, [group[time] for group in inputs[index]], state)
+            mask = masks[time]
+            shown[time] = new[0]
+            if mask is not None:
+                shown[time] = draft.op("Where", mask, new[0], zero)
+                pairs = zip(new, state, strict=True)
+                new = tuple(draft.op("Where", mask, after, before) for after, before in pairs)
+            state = new
+        sequences.append([shown[time] for time in range(layer.steps)])
+        ends.append(state)
+    outputs: list[ir.Value | None] = [_stack_sequences(draft, layer, sequences)]
+    for values in zip(*ends, strict=True):
+        rows = [draft.op("Unsqueeze", value, draft.integers([0])) for value in values]
+        outputs.append(rows[0] if len(rows) == 1 else draft.op("Concat", *rows, axis=0))
+    return outputs
+
+
+def _stack_sequences(
+    draft: Draft, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
+) -> ir.Value | None:
+    """Give Y of shape (T, D, N, H), where it is used."""
+    output = layer.node.outputs[0]
+    if not output.uses() and not output.is_graph_output():
+        return None
+    axes = draft.integers([0, 1])
+    stacked = []
+    for sequence in sequences:
+        rows = [draft.op("Unsqueeze", value, axes) for value in sequence]
+        stacked.append(rows[0] if len(rows) == 1 else draft.op("Concat", *rows, axis=0))
+    return stacked[0] if len(stacked) == 1 else draft.op("Concat", *stacked, axis=1)
+
+
+def _read_states(draft: Draft, layer: _Layer) -> list[Sequence[ir.Value]]:
+    """Give the initial states of each direction, (N, H), zero where none is given."""
+    zero: ir.Value | None = None
+    found: list[Sequence[ir.Value]] = []
+    for value in layer.states:
+        if value is not None:
+            found.append(_part_directions(draft, layer, value))
+            continue
+        if zero is None:
+            batch = draft.shape(layer.x, 1, 2)
+            shape = draft.op("Concat", batch, draft.integers([layer.hidden]), axis=0)
+            zero = draft.op("Expand", draft.number(0.0, layer.x.dtype), shape)
+            _note(layer, zero, layer.hidden)
+        found.append([zero] * layer.directions)
+    return found
+
+
+def _make_masks(draft: Draft, layer: _Layer) -> list[ir.Value | None]:
+    """Tell of each step which sequences have not ended, (N, 1); ``None`` where none has."""
+    masks: list[ir.Value | None] = [None] * layer.steps
+    if layer.lengths is None:
+        return masks
+    constant = ir.convenience.get_const_tensor(layer.lengths)
+    shortest = 0 if constant is None else int(constant.numpy().min(initial=layer.steps))
+    column = draft.op("Unsqueeze", layer.lengths, draft.integers([1]))
+    for time in range(shortest, layer.steps):
+        limit = draft.number(time, ir.DataType.INT32)
+        masks[time] = draft.op("Greater", column, limit)
+    return masks
