@@ -295,3 +295,40 @@ def test_resize_by_whole_factors_takes_any_image_size(times: float) -> None:
 def test_resize_of_volumes() -> None:
     case = resize((2, 1, 3, 4, 2), fixed=4, scales=[1, 1, 2, 1.5, 2], mode="linear")
     hold(case)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize(
+    ("pads", "axes"),
+    [
+        ([0, 0, 1, 2, 0, 0, 2, 0], None),
+        ([0, 0, -1, 1, 0, 0, 1, -2], None),
+        ([1, 2, 0, 1], [-1, 2]),
+        ([-1, -1], [3]),
+    ],
+)
+def test_padding(mode: str, fixed: int, pads: list[int], axes: list[int] | None) -> None:
+    others = {"pads": whole(*pads), "value": np.array(1.5, np.float32)}
+    if axes is not None:
+        others["axes"] = whole(*axes)
+    case = Case(
+        kind="Pad", x=(2, 2, 4, 5), others=others, attributes={"mode": mode}, fixed=fixed, opset=19
+    )
+    negative = min(pads) < 0
+    hold(case, oracle="kernel" if negative else "both")
+
+
+def test_padding_with_a_trained_value() -> None:
+    others = {"pads": whole(1, 2, 0, 1), "value": floats(1.5), "axes": whole(2, 3)}
+    hold(Case(kind="Pad", x=(2, 2, 4, 5), others=others, trained=("x", "value")))
+
+
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize("sizes", [(3, 8), (7, 4), (2, 2)])
+def test_center_crop_pad(sizes: tuple[int, int], fixed: int) -> None:
+    case = Case(
+        kind="CenterCropPad", x=(2, 2, 4, 5), others={"sizes": whole(*sizes)},
+        attributes={"axes": [2, -1]}, fixed=fixed,
+    )  # fmt: skip
+    hold(case)
