@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_rank
+from splitonnx.partitioner.accumulations import Line, accumulate
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
 from splitonnx.partitioner.upgrades import refuse
 
 Adapter = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
@@ -20,7 +21,7 @@ _ADVICE = "export the model without it"
 
 
 def _multiply_up(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
-    """CumProd: the product over j of x[j] where j <= i, else of 1."""
+    """CumProd by shifts; for an unknown length the product over j of x[j] where j <= i, else 1."""
     x, axis = node.inputs
     assert x is not None
     assert axis is not None
@@ -28,13 +29,17 @@ def _multiply_up(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
     if rank is None or place is None or x.dtype is None:
         raise refuse(node, "its axis, or the rank of its input, is not known", _ADVICE)
     along = int(place.numpy().item()) % rank
+    reverse = bool(node.attributes.get_int("reverse", 0))
+    exclusive = bool(node.attributes.get_int("exclusive", 0))
+    length = (known_dims(x) or [None] * rank)[along]
+    if length is not None:
+        line = Line(axis=along, rank=rank, length=length, reverse=reverse)
+        return [accumulate(draft, "Mul", x, line, exclusive=exclusive)]
     size = draft.op("Squeeze", draft.op("Shape", x, start=along, end=along + 1))
     steps = draft.op("Range", draft.integer(0), size, draft.integer(1))
     behind = list(range(1, rank - along))
     to = draft.op("Unsqueeze", steps, draft.integers([1, *[1 + axis for axis in behind]]))
     each = draft.op("Unsqueeze", steps, draft.integers([0, *[1 + axis for axis in behind]]))
-    reverse = node.attributes.get_int("reverse", 0)
-    exclusive = node.attributes.get_int("exclusive", 0)
     kind = ("Greater" if reverse else "Less") + ("" if exclusive else "OrEqual")
     table = draft.op("Unsqueeze", x, draft.integers([along]))  # (..., 1, n, ...)
     kept = draft.op("Where", draft.op(kind, each, to), table, draft.number(1, x.dtype))

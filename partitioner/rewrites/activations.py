@@ -96,14 +96,6 @@ def rewrite_hard_swish(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", x, _clip_line(draft, x, 1 / 6, 0.5))]
 
 
-def rewrite_swish(draft: Draft, node: ir.Node) -> Values:
-    """x * sigmoid(alpha * x)."""
-    x = _take(node)
-    alpha = node.attributes.get_float("alpha", 1.0)
-    inner = x if alpha == 1.0 else draft.op("Mul", x, draft.number(alpha, x.dtype))
-    return [draft.op("Mul", x, draft.op("Sigmoid", inner))]
-
-
 def rewrite_gelu(draft: Draft, node: ir.Node) -> Values | None:
     """x / 2 * (1 + tanh(a * (x + b * x**3))) (arXiv 1606.08415).
 

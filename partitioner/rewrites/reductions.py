@@ -71,12 +71,15 @@ def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
 
 
 def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
-    """ReduceL2 and ReduceLogSumExp without axes, which the builder of 1.19.2 cannot type."""
-    x = _take(node)
-    if _axes(node) is not None or _keeps_dims(node):
+    """ReduceL2 and ReduceLogSumExp to a scalar, by way of keeping the dimensions.
+
+    Without axes the builder of 1.19.2 cannot type their gradient; with all axes it gives that of
+    ReduceL2 a dimension too many.
+    """
+    if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
-    flat = draft.op("Reshape", x, draft.integers([-1]))
-    return [draft.op(node.op_type, flat, draft.integers([0]), keepdims=0)]
+    kept = _reduce(draft, node.op_type, node, _take(node), keepdims=1)
+    return [draft.op("Reshape", kept, draft.integers([]))]
 
 
 def rewrite_product(draft: Draft, node: ir.Node) -> Values:
@@ -162,20 +165,6 @@ def _multiply_triangle(draft: Draft, x: ir.Value, line: Line, exclusive: bool) -
     return draft.op(
         "Transpose", draft.op("MatMul", draft.op("Transpose", x, perm=swap), ones), perm=swap
     )
-
-
-def rewrite_running_product(draft: Draft, node: ir.Node) -> Values:
-    """CumProd by shifts."""
-    x = _take(node)
-    line = _find_line(node, x)
-    if line.length < 0:
-        raise UnsupportedModel(
-            f"node '{node.name}' (CumProd)",
-            f"the length of '{x.name}' along axis {line.axis} is not known",
-            "export the model with that dimension fixed",
-        )
-    exclusive = bool(node.attributes.get_int("exclusive", 0))
-    return [accumulate(draft, "Mul", x, line, exclusive=exclusive)]
 
 
 def _find_line(node: ir.Node, x: ir.Value) -> Line:
