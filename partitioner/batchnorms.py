@@ -56,8 +56,8 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
     for node in list_batchnorms(graph):
         if is_training(node):
             continue
-        _write_out(graph, node)
         statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
+        _write_out(graph, node)  # which takes the node's inputs away
     return statistics
 
 

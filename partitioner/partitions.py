@@ -37,6 +37,7 @@ def cut(
     optimizer: Optimizer | None = None,
     batchnorm: BatchNormMode | None = None,
     dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     client_target: Target = "training",
     server_target: Target = "training",
@@ -58,6 +59,8 @@ def cut(
         batchnorm: ``train`` normalises by the batch and keeps running statistics, ``frozen`` uses
             the running statistics; by default as each node says.
         dropout: ``keep`` turns every Dropout on, ``off`` off; by default as each node says.
+        train: regular expressions; each means the parameters whose name it finds, and where it
+            finds none, the constants, which become parameters.  It overrules ``freeze``.
         freeze: regular expressions; parameters whose name one of them finds keep their value.
         client_target, server_target: ``training`` keeps ORT's fused gradient kernels,
             ``portable`` uses standard ONNX operators only, for stock ONNX Runtime.
@@ -75,7 +78,7 @@ def cut(
         if target not in ("portable", "training"):
             raise UsageError(f"there is no target '{target}'; choose portable or training")
     opened = model if isinstance(model, ir.Model) else open_model(model)
-    prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, freeze=freeze)
+    prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
     output = choose_output(prepared, output)
     recipe = Recipe(
@@ -86,6 +89,7 @@ def cut(
         optimizer=describe_optimizer(optimizer),
         batchnorm=batchnorm,
         dropout=dropout,
+        train=tuple(train),
         freeze=tuple(freeze),
         client_target=client_target,
         server_target=server_target,

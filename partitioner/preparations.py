@@ -30,7 +30,7 @@ from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
-from splitonnx.partitioner.weights import assign_roles, lift_weights
+from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
 
 BatchNormMode = Literal["train", "frozen"]
 DropoutMode = Literal["keep", "off"]
@@ -70,25 +70,30 @@ def prepare(
     *,
     batchnorm: BatchNormMode | None = None,
     dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> PreparedModel:
     """Prepare a gated model; ``model`` itself is consumed.
 
-    ``batchnorm`` and ``dropout`` overrule what the model says; ``freeze`` holds regular
-    expressions, and a parameter that one of them finds (``re.search``) keeps its value.
+    ``batchnorm`` and ``dropout`` overrule what the model says.  ``train`` and ``freeze`` hold
+    regular expressions (``re.search``): what one of ``train`` finds is trained
+    (:func:`~splitonnx.partitioner.weights.lift_weights`), what one of ``freeze`` finds keeps its
+    value; ``train`` overrules ``freeze``.
 
     Raises:
-        UnsupportedModel: its operators cannot be brought to opset 18 to 21, or a pattern in
-            ``freeze`` fits no parameter.
+        UnsupportedModel: its operators cannot be brought to opset 18 to 21, or a pattern fits
+            nothing.
+        UsageError: a pattern is no regular expression or has no effect.
     """
     inline_functions(model)
     RemoveInitializersFromInputsPass()(model)
     _name_nodes(model.graph)
-    weights = lift_weights(model.graph)
+    weights = lift_weights(model.graph, train)
     adapt_opset(model)
     settle_layouts(model.graph)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     fold(model, weights)
+    return_weights(model.graph, weights)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
 
@@ -101,7 +106,9 @@ def prepare(
     for form in (training, inference):
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(form)
     _refuse_unkept_statistics(buffers, weights)
-    roles = assign_roles(weights, {*buffers, *frozen_statistics}, set(buffers), freeze)
+    roles = assign_roles(
+        weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
+    )
     rewrite(training, [name for name, role in roles.items() if role is Role.PARAMETER])
     for form in (training, inference):
         _keep_data_outputs(form.graph, weights)

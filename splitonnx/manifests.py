@@ -151,6 +151,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: dict[str, float | str | None]
     batchnorm: Literal["train", "frozen"] | None = None
     dropout: Literal["keep", "off"] | None = None
+    train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     client_target: Literal["portable", "training"] = "training"
     server_target: Literal["portable", "training"] = "training"

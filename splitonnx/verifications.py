@@ -20,6 +20,7 @@ from splitonnx.manifests import Role
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.weights import pin_names
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine
@@ -140,6 +141,8 @@ def compare_steps(
 def leave_whole(bundle: Bundle) -> Bundle:
     """Make the unsplit bundle of the same model, loss, optimizer and first weights."""
     recipe = bundle.manifest.recipe
+    specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]
+    trained = [spec.tensor.name for spec in specs if spec.role is Role.PARAMETER]
     return cut(
         restore_model(bundle, trained=False),
         at=None,
@@ -148,7 +151,8 @@ def leave_whole(bundle: Bundle) -> Bundle:
         optimizer=read_optimizer(recipe.optimizer),
         batchnorm=recipe.batchnorm,
         dropout=recipe.dropout,
-        freeze=recipe.freeze,
+        train=pin_names(trained),  # whatever the patterns would find in the restored model
+        freeze=["."],
         client_target=recipe.server_target,
     )
 

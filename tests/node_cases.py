@@ -10,6 +10,7 @@ the onnx package wrote it.  Nothing of splitonnx and nothing of ONNX Runtime is 
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from splitonnx.manifests import KEY
 from splitonnx.partitioner.gates import open_model
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.partitioner.preparations import prepare
+from splitonnx.partitioner.uses import Kind, judge
 from splitonnx.runtime.engines import Engine
 from tests.oracles import differentiate_numerically, make_evaluator, to_double
 
@@ -197,10 +199,10 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
     loss = problem.graph.output[0].name
     try:
         bundle = cut(
-            problem, at=None, loss="from-model", output=loss,
+            problem, at=None, loss="from-model", output=loss, train=_list_trained(problem),
             client_target=target, server_target=target,
         )  # fmt: skip
-        prepared = prepare(open_model(problem))
+        prepared = prepare(open_model(problem), train=_list_trained(problem))
     except SplitonnxError as error:
         return Outcome(
             case=case.name,
@@ -233,6 +235,19 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
         rewritten=case.operator not in {node.op_type for node in prepared.training.graph},
         worst=where,
     )
+
+
+def _list_trained(problem: ModelProto) -> list[str]:
+    """Give patterns for all that could be trained, also what is a constant as a rule."""
+    model = open_model(problem)
+    return [
+        f"^{re.escape(name)}$"
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.dtype.is_floating_point()
+        and len(value.const_value.shape)
+        and judge(value, value.const_value).kind in (Kind.PARAMETER, Kind.CONSTANT)
+    ]
 
 
 def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:

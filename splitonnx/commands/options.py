@@ -79,6 +79,15 @@ DropoutOption = Annotated[
     Dropout | None,
     typer.Option(help="On or off; by default as the model says.", rich_help_panel=_RECIPE),
 ]
+TrainOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Train what it finds: parameters in spite of --freeze, or constants that would "
+        "not be trained; repeatable.",
+        rich_help_panel=_RECIPE,
+    ),
+]
 FreezeOption = Annotated[
     list[str] | None,
     typer.Option(

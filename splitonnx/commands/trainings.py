@@ -31,6 +31,7 @@ from splitonnx.commands.options import (
     ServerOption,
     Target,
     ThreadsOption,
+    TrainOption,
     WeightDecayOption,
     make_optimizer,
     refuse_both,
@@ -82,6 +83,7 @@ def train(
     clip_norm: ClipNormOption = None,
     batchnorm: BatchNormOption = None,
     dropout: DropoutOption = None,
+    train: TrainOption = None,
     freeze: FreezeOption = None,
     client_target: ClientTargetOption = None,
 ) -> None:
@@ -103,6 +105,7 @@ def train(
                 "--clip-norm": clip_norm,
                 "--batchnorm": batchnorm,
                 "--dropout": dropout,
+                "--train": train or None,
                 "--freeze": freeze or None,
                 "--client-target": client_target,
             }
@@ -126,6 +129,7 @@ def train(
             ),
             batchnorm=None if batchnorm is None else batchnorm.value,
             dropout=None if dropout is None else dropout.value,
+            train=train or (),
             freeze=freeze or (),
             client_target=(client_target or Target.TRAINING).value,
         )
