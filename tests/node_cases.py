@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -84,8 +84,19 @@ class Outcome:
 
 @cache
 def list_node_cases(operator: str) -> tuple[NodeCase, ...]:
-    """List the cases of one operator, without those that spell out its function's body."""
-    return tuple(case for case in _collect_cases() if case.operator == operator)
+    """List the cases of one operator, without those that spell out its function's body.
+
+    Float64 becomes float32.  So do integers, where an operator that differentiates has no case
+    with floats.
+    """
+    cases = [case for case in _collect_cases() if case.operator == operator]
+    doubles = [_make_float(case, {TensorProto.DOUBLE}) for case in cases]
+    if any(_list_variables(case) for case in doubles):
+        return tuple(doubles)
+    return tuple(_make_float(case, _INTEGERS) for case in doubles)
+
+
+_INTEGERS = {TensorProto.INT32, TensorProto.INT64}
 
 
 @cache
@@ -107,8 +118,58 @@ def _read_case(case: TestCase) -> NodeCase:
         name=case.name,
         operator=model.graph.node[0].op_type,
         model=model,
-        inputs={value.name: array for value, array in zip(model.graph.input, inputs, strict=False)},
-        outputs={v.name: a for v, a in zip(model.graph.output, outputs, strict=False)},
+        inputs={v.name: _read_array(a) for v, a in zip(model.graph.input, inputs, strict=False)},
+        outputs={v.name: _read_array(a) for v, a in zip(model.graph.output, outputs, strict=False)},
+    )
+
+
+def _read_array(value: object) -> np.ndarray:
+    """Give a tensor as an array; what is none (a sequence, nothing) becomes one of objects."""
+    if isinstance(value, TensorProto):
+        return numpy_helper.to_array(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)
+    return np.array([value, None], object)[:1]
+
+
+def _list_variables(case: NodeCase) -> list[str]:
+    """Name the float inputs that the schema does not declare constants."""
+    categories = _categorize_inputs(case)
+    floats = [name for name, array in case.inputs.items() if _is_float(array)]
+    return [name for name in floats if categories.get(name) != "constant"]
+
+
+def _make_float(case: NodeCase, kinds: Collection[int]) -> NodeCase:
+    """Declare as float32 what is of one of ``kinds`` and may be float32, input and output alike."""
+    schema, node = _find_schema(case), case.model.graph.node[0]
+    model = ModelProto()
+    model.CopyFrom(case.model)
+    declared = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
+    rows = [(node.input, schema.inputs), (node.output, schema.outputs)]
+    formals = [
+        (name, formals[min(index, len(formals) - 1)])
+        for names, formals in rows
+        for index, name in enumerate(names)
+        if name in declared
+    ]
+    variable = onnx.defs.OpSchema.DifferentiationCategory.Differentiable
+    turned = {
+        formal.type_str
+        for name, formal in formals
+        if declared[name].elem_type in kinds
+        and "tensor(float)" in formal.types
+        and formal.differentiation_category == variable
+    }
+    arrays = {**case.inputs, **case.outputs}
+    for name, formal in formals:
+        if formal.type_str in turned and declared[name].elem_type in kinds:
+            declared[name].elem_type = TensorProto.FLOAT
+            arrays[name] = arrays[name].astype(np.float32)
+    return replace(
+        case,
+        model=model,
+        inputs={name: arrays[name] for name in case.inputs},
+        outputs={name: arrays[name] for name in case.outputs},
     )
 
 
@@ -117,7 +178,7 @@ def is_tensors_only(case: NodeCase) -> bool:
     values = (*case.model.graph.input, *case.model.graph.output)
     arrays = (*case.inputs.values(), *case.outputs.values())
     return all(v.type.HasField("tensor_type") for v in values) and all(
-        isinstance(a, np.ndarray) and a.dtype.kind not in "OSU" for a in arrays
+        a.dtype.kind not in "OSU" for a in arrays
     )
 
 
