@@ -96,6 +96,9 @@ def list_node_cases(operator: str) -> tuple[NodeCase, ...]:
     return tuple(_make_float(case, _INTEGERS) for case in doubles)
 
 
+_PIECEWISE_LINEAR = {"Ceil", "DFT", "Floor", "Round", "STFT", "Sign"}
+"""Operators that their schema declares not differentiable, and that are."""
+
 _INTEGERS = {TensorProto.INT32, TensorProto.INT64}
 
 
@@ -336,10 +339,11 @@ def _categorize_inputs(case: NodeCase) -> dict[str, str]:
     """Tell of each input whether the operator's schema declares it not differentiable."""
     schema = _find_schema(case)
     constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
+    linear = case.operator in _PIECEWISE_LINEAR
     found = {}
     for index, name in enumerate(case.model.graph.node[0].input):
         formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-        is_constant = formal.differentiation_category == constant
+        is_constant = formal.differentiation_category == constant and not linear
         found[name] = "constant" if is_constant else "variable"
     return found
 
