@@ -105,6 +105,22 @@ def divide(
     return Division(at=tuple(at), tail_at=tuple(tail_at), server=frozenset(server))
 
 
+def find_lost(
+    tensors: Sequence[ir.Value], trainable: Collection[str]
+) -> tuple[ir.Value, list[str]] | None:
+    """Find a cut tensor that is an integer, and the parameters whose gradient it would hold back.
+
+    Those that another of ``tensors`` serves as well are not lost.
+    """
+    floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
+    served = {value.name for value in walk_back(floats)[1]}
+    for value in tensors:
+        before = {v.name or "" for v in walk_back([value])[1]} & set(trainable)
+        if value not in floats and before - served:
+            return value, sorted(before - served)
+    return None
+
+
 def _server_outputs(graph: ir.Graph, at: Sequence[ir.Value]) -> list[ir.Value]:
     """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
     head, _ = walk_back(at)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import SplitonnxError
-from splitonnx.partitioner.cuts import Division, find_single_cuts
+from splitonnx.partitioner.cuts import Division, find_lost, find_single_cuts
 from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
@@ -56,7 +56,8 @@ def list_cuts(prepared: PreparedModel, batch: int | None) -> list[Cut]:
     if batch is not None:
         _fix_batch(form, prepared, batch)
     divisions = find_single_cuts(form.graph, state=prepared.state, trainable=prepared.trainable)
-    return [_describe(division, prepared) for division in divisions]
+    kept = [d for d in divisions if find_lost(d.at, prepared.trainable) is None]
+    return [_describe(division, prepared) for division in kept]
 
 
 def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:

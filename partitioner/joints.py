@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
-from splitonnx.partitioner.cuts import Division, divide, resolve_names
+from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
@@ -165,27 +165,13 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
 def _divide(
     prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
 ) -> Division:
-    division = divide(
-        graph,
-        resolve_names(graph, at),
-        resolve_names(graph, tail_at),
-        state=prepared.state,
-        trainable=prepared.trainable,
-    )
-    _refuse_integer_cuts(prepared, division)
-    return division
-
-
-def _refuse_integer_cuts(prepared: PreparedModel, division: Division) -> None:
-    """No gradient passes an integer; refuse where a parameter would be left with none."""
-    for tensors in (division.at, division.tail_at):
-        floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
-        served = {value.name for value in walk_back(floats)[1]}
-        for value in tensors:
-            before = [v.name or "" for v in walk_back([value])[1] if v.name in prepared.trainable]
-            lost = sorted(set(before) - served)
-            if value not in floats and lost:
-                raise IntegerCut(value.name or "", str(value.dtype), lost)
+    first, last = resolve_names(graph, at), resolve_names(graph, tail_at)
+    for tensors in (first, last):
+        lost = find_lost(tensors, prepared.trainable)
+        if lost:
+            value, parameters = lost
+            raise IntegerCut(value.name or "", str(value.dtype), parameters)
+    return divide(graph, first, last, state=prepared.state, trainable=prepared.trainable)
 
 
 def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:

@@ -16,6 +16,7 @@ from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.partitioner.gates import open_model
 from splitonnx.partitioner.preparations import settle
+from splitonnx.partitioner.quantizations import fold_quantized
 from splitonnx.partitioner.weights import restore_weights
 from splitonnx.pieces import split_pieces
 
@@ -124,6 +125,7 @@ def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
     _check_steps(loaded)
     model = restore_model(loaded)
     settle(model.graph)
+    fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
             model.graph.initializers.pop(name)

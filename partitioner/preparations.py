@@ -28,6 +28,11 @@ from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.layouts import settle_layouts
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
+from splitonnx.partitioner.quantizations import (
+    lift_quantized,
+    pass_gradients,
+    refuse_integer_model,
+)
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
@@ -88,6 +93,7 @@ def prepare(
     inline_functions(model)
     RemoveInitializersFromInputsPass()(model)
     _name_nodes(model.graph)
+    lift_quantized(model.graph)
     weights = lift_weights(model.graph, train)
     adapt_opset(model)
     settle_layouts(model.graph)
@@ -109,7 +115,12 @@ def prepare(
     roles = assign_roles(
         weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
     )
-    rewrite(training, [name for name, role in roles.items() if role is Role.PARAMETER])
+    trained = [name for name, role in roles.items() if role is Role.PARAMETER]
+    if not trained:
+        refuse_integer_model(training.graph)
+    if pass_gradients(training.graph, trained):
+        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(training)
+    rewrite(training, trained)
     for form in (training, inference):
         _keep_data_outputs(form.graph, weights)
 

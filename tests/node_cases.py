@@ -331,7 +331,9 @@ def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:
 def _list_parameters(trained: Collection[str], case: NodeCase) -> tuple[str, ...]:
     categories = _categorize_inputs(case)
     return tuple(
-        name for name in case.inputs if name in trained and categories.get(name) != "constant"
+        name
+        for name, array in case.inputs.items()
+        if name in trained and categories.get(name) != "constant" and _is_float(array)
     )
 
 
