@@ -29,7 +29,7 @@ def hold_gradients(
 ) -> None:
     """Cut ``nodes`` whole on both targets and hold loss and gradients against ``evaluate``.
 
-    Float arrays are parameters but for those in ``constants``.  One in ``dynamic`` is data whose
+    Float arrays are parameters but for scalars and those in ``constants``.  One in ``dynamic`` is data whose
     extent along that axis the model does not know, times a parameter of ones.  The loss is the sum
     of all outputs, each times a random tensor.
     """
@@ -49,7 +49,8 @@ def hold_gradients(
     model = _build_model(nodes, arrays, shares, opset, dynamic, constants)
     data = {name: arrays[name] for name in dynamic}
     data |= {f"{name}.share": share.astype(np.float32) for name, share in shares.items()}
-    trained = [n for n, a in arrays.items() if a.dtype == np.float32 and n not in constants]
+    floats = [n for n, a in arrays.items() if a.dtype == np.float32 and n not in constants]
+    trained = [name for name in floats if arrays[name].ndim]
     expected = measure()
     for target in TARGETS:
         bundle = cut(
@@ -131,7 +132,7 @@ def _build_model(
     for name, array in arrays.items():
         if name in dynamic:
             dims: list[int | str] = list(array.shape)
-            dims[dynamic[name]] = "N"
+            dims[dynamic[name]] = f"N{array.shape[dynamic[name]]}"
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             if array.dtype.kind != "f":
                 inputs.append(helper.make_tensor_value_info(name, kind, dims))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import FunctionType, SimpleNamespace
+
 import numpy as np
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_causal_conv_with_state import CausalConvWithState
+from onnx.reference.ops.op_linear_attention import LinearAttention
 from onnx.reference.ops.op_scatter_elements import ScatterElements
 
 
@@ -55,4 +59,19 @@ class Scatter(ScatterElements):
     op_domain = ""
 
 
-DOUBLES = (GroupNormalization, LpNormalization, MeanVarianceNormalization, Scatter)
+def _widen(operator: type[OpRun]) -> type[OpRun]:
+    """Copy an operator of onnx's evaluator, with float64 wherever it says float32."""
+    run = operator._run
+    numpy = SimpleNamespace(**{**vars(np), "float32": np.float64})
+    wide = FunctionType(run.__code__, {**run.__globals__, "np": numpy}, None, run.__defaults__)
+    return type(operator.__name__, (operator,), {"_run": wide, "op_domain": ""})
+
+
+DOUBLES: tuple[type[OpRun], ...] = (
+    _widen(CausalConvWithState),
+    _widen(LinearAttention),
+    GroupNormalization,
+    LpNormalization,
+    MeanVarianceNormalization,
+    Scatter,
+)

@@ -1,0 +1,232 @@
+"""Einsum as diagonals, sums, products and transpositions, contracted from left to right.
+
+An axis is known by its label; the axes of an ellipsis get labels of their own, ``...0`` the last
+of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims
+
+Values = Sequence[ir.Value | None]
+Size = int | ir.Value
+"""How long an axis is: a number, or a vector of one I64 where only the data know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operand:
+    """A value with a label for each of its axes."""
+
+    value: ir.Value
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sum:
+    """An equation under way: the draft that it is written with, and how long each axis is."""
+
+    draft: Draft
+    sizes: Mapping[str, Size]
+
+    def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
+        """Multiply two operands and sum over the labels that both have and nothing else needs."""
+        shared = [label for label in left.labels if label in right.labels]
+        batch = tuple(label for label in shared if label in kept)
+        summed = tuple(label for label in shared if label not in kept)
+        rows = tuple(label for label in left.labels if label not in shared)
+        columns = tuple(label for label in right.labels if label not in shared)
+        if not summed:
+            return self._multiply(left, right, batch, rows, columns)
+        a = self._group(left, batch, rows, summed)
+        b = self._group(right, batch, summed, columns)
+        product = self.draft.op("MatMul", a, b)
+        labels = batch + rows + columns
+        if len(rows) != 1 or len(columns) != 1:
+            product = self._shape(product, labels)
+        return _Operand(value=product, labels=labels)
+
+    def _multiply(
+        self,
+        left: _Operand,
+        right: _Operand,
+        batch: tuple[str, ...],
+        rows: tuple[str, ...],
+        columns: tuple[str, ...],
+    ) -> _Operand:
+        """Multiply element by element: batch, rows and columns side by side."""
+        a = self.transpose(left, batch + rows)
+        if columns and rows + batch:
+            places = range(len(a.labels), len(a.labels) + len(columns))
+            a = self._unsqueeze(a, places)
+        b = self.transpose(right, batch + columns)
+        if rows and columns + batch:
+            b = self._unsqueeze(b, range(len(batch), len(batch) + len(rows)))
+        product = self.draft.op("Mul", a.value, b.value)
+        return _Operand(value=product, labels=batch + rows + columns)
+
+    def _unsqueeze(self, operand: _Operand, places: Sequence[int]) -> _Operand:
+        value = self.draft.op("Unsqueeze", operand.value, self.draft.integers(places))
+        return _Operand(value=value, labels=operand.labels)
+
+    def _group(
+        self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
+    ) -> ir.Value:
+        """Give a stack of matrices: batch axes, then one axis a group."""
+        value = self.transpose(operand, batch + sum(groups, ())).value
+        if all(len(group) == 1 for group in groups):
+            return value
+        return self._shape(value, batch, groups)
+
+    def transpose(self, operand: _Operand, labels: tuple[str, ...]) -> _Operand:
+        """Bring the axes into this order."""
+        if operand.labels == labels:
+            return operand
+        perm = [operand.labels.index(label) for label in labels]
+        return _Operand(value=self.draft.op("Transpose", operand.value, perm=perm), labels=labels)
+
+    def total(self, operand: _Operand, gone: Collection[str]) -> _Operand:
+        """Sum over some labels."""
+        axes = [axis for axis, label in enumerate(operand.labels) if label in gone]
+        if not axes:
+            return operand
+        value = self.draft.op("ReduceSum", operand.value, self.draft.integers(axes), keepdims=0)
+        labels = tuple(label for label in operand.labels if label not in gone)
+        return _Operand(value=value, labels=labels)
+
+    def diagonal(self, operand: _Operand) -> _Operand:
+        """Take the diagonal of axes of the same label, until each label is there once."""
+        labels = operand.labels
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is None:
+            return operand
+        first, second = [axis for axis, label in enumerate(labels) if label == twice][:2]
+        rest = [axis for axis in range(len(labels)) if axis not in (first, second)]
+        others = tuple(labels[axis] for axis in rest)
+        value = self.draft.op("Transpose", operand.value, perm=[first, second, *rest])
+        value = self._shape(value, (), [(twice, twice), *((label,) for label in others)])
+        value = self.draft.op("Gather", value, self._place_diagonal(self.sizes[twice]), axis=0)
+        return self.diagonal(_Operand(value=value, labels=(twice, *others)))
+
+    def _place_diagonal(self, size: Size) -> ir.Value:
+        """Give where the diagonal's elements stand in a square matrix laid out in a row."""
+        if isinstance(size, int):
+            return self.draft.integers([index * (size + 1) for index in range(size)])
+        size = self.draft.op("Squeeze", size, self.draft.integers([0]))
+        places = self.draft.op("Range", self.draft.integer(0), size, self.draft.integer(1))
+        return self.draft.op("Mul", places, self.draft.op("Add", size, self.draft.integer(1)))
+
+    def _shape(
+        self, value: ir.Value, batch: tuple[str, ...], groups: Sequence[tuple[str, ...]] = ()
+    ) -> ir.Value:
+        """Reshape to an axis a label of ``batch`` and an axis a group; one may stay unknown."""
+        found = [self._measure(group) for group in [*((label,) for label in batch), *groups]]
+        unknown = [index for index, size in enumerate(found) if not isinstance(size, int)]
+        if len(unknown) == 1:
+            found[unknown[0]] = -1
+        if all(isinstance(size, int) for size in found):
+            shape = self.draft.integers([size for size in found if isinstance(size, int)])
+        else:
+            pieces = [self.draft.integers([s]) if isinstance(s, int) else s for s in found]
+            shape = self.draft.op("Concat", *pieces, axis=0)
+        return self.draft.op("Reshape", value, shape)
+
+    def _measure(self, group: tuple[str, ...]) -> Size:
+        sizes = [self.sizes[label] for label in group]
+        total: Size = math.prod(size for size in sizes if isinstance(size, int))
+        for size in sizes:
+            if isinstance(size, ir.Value):
+                known = self.draft.integers([total]) if isinstance(total, int) else total
+                total = size if total == 1 else self.draft.op("Mul", known, size)
+        return total
+
+
+def rewrite_einsum(draft: Draft, node: ir.Node) -> Values:
+    """Contract the operands one after the other, then order the axes."""
+    values = [value for value in node.inputs if value is not None]
+    terms, result = _read_equation(node, values)
+    operands = [_Operand(value=v, labels=t) for v, t in zip(values, terms, strict=True)]
+    sizes, operands = _measure_labels(draft, operands)
+    work = _Sum(draft=draft, sizes=sizes)
+    operands = [work.diagonal(operand) for operand in operands]
+    made: _Operand | None = None
+    for index, operand in enumerate(operands):
+        later = {label for other in operands[index + 1 :] for label in other.labels} | {*result}
+        if made is None:
+            made = work.total(operand, {*operand.labels} - later)
+            continue
+        own = {*operand.labels} - later - {*made.labels}
+        operand = work.total(operand, own)
+        made = work.contract(made, operand, later)
+        made = work.total(made, {*made.labels} - later)
+    assert made is not None
+    return [work.transpose(made, result).value]
+
+
+def _read_equation(
+    node: ir.Node, values: Sequence[ir.Value]
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Give the labels of each operand's axes, and of the result's."""
+    equation = (node.attributes.get_string("equation") or "").replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = []
+    for term, value in zip(left.split(","), values, strict=False):
+        named = re.sub(r"\.\.\.", "", term)
+        rank = None if value.shape is None else len(value.shape)
+        if rank is None or rank < len(named) or ("..." not in term and rank != len(named)):
+            raise UnsupportedModel(
+                f"node '{node.name}' (Einsum)",
+                f"'{value.name}' has to have a known number of axes that fits '{equation}'",
+                "export the model with shapes",
+            )
+        terms.append(_spell(term, rank - len(named)))
+    if len(terms) != len(values):
+        raise UnsupportedModel(
+            f"node '{node.name}' (Einsum)", f"'{equation}' does not fit its {len(values)} inputs"
+        )
+    hidden = max(sum(label.startswith("...") for label in term) for term in terms)
+    if arrow:
+        return terms, _spell(right, hidden)
+    every = [label for term in terms for label in term]
+    named_once = sorted(label for label in {*every} if every.count(label) == 1 and label[0] != ".")
+    return terms, (*_spell("...", hidden), *named_once)
+
+
+def _spell(term: str, hidden: int) -> tuple[str, ...]:
+    """Name the axes of a term; ``hidden`` of them stand for its ellipsis."""
+    labels: list[str] = []
+    for piece in re.findall(r"\.\.\.|.", term):
+        labels += [f"...{i}" for i in reversed(range(hidden))] if piece == "..." else [piece]
+    return tuple(labels)
+
+
+def _measure_labels(
+    draft: Draft, operands: Sequence[_Operand]
+) -> tuple[dict[str, Size], list[_Operand]]:
+    """Find how long each label's axes are; drop an axis of 1 that is spread over a longer one."""
+    sizes: dict[str, Size] = {}
+    for operand in operands:
+        dims = known_dims(operand.value) or []
+        for axis, (label, dim) in enumerate(zip(operand.labels, dims, strict=True)):
+            if dim is None and sizes.get(label, 1) == 1:
+                sizes[label] = draft.shape(operand.value, axis, axis + 1)
+            elif dim is not None and (dim != 1 or label not in sizes):
+                sizes[label] = dim
+    spread = []
+    for operand in operands:
+        dims = known_dims(operand.value) or []
+        pairs = list(enumerate(zip(operand.labels, dims, strict=True)))
+        gone = [axis for axis, (label, dim) in pairs if dim == 1 and sizes[label] != 1]
+        value = operand.value
+        if gone:
+            value = draft.op("Squeeze", value, draft.integers(gone))
+        labels = tuple(label for axis, (label, _) in pairs if axis not in gone)
+        spread.append(_Operand(value=value, labels=labels))
+    return sizes, spread
