@@ -15,8 +15,6 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft
 
-_LARGEST = 3.4e38
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent:
@@ -43,6 +41,7 @@ def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) 
 
 
 def bound_slope(draft: Draft, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Take the largest number of float32 for infinity; NaN stays what it is."""
-    bounds = [draft.number(sign * _LARGEST, dtype) for sign in (-1, 1)]
+    """Take the largest number of ``dtype`` for infinity; NaN stays what it is."""
+    assert dtype is not None
+    bounds = [draft.number(float(bound), dtype) for bound in (dtype.min, dtype.max)]
     return draft.op("Clip", slope, *bounds)
