@@ -12,6 +12,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.accumulations import Line, accumulate
 from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+from splitonnx.partitioner.rewrites.steps import rewrite_step
 
 Values = Sequence[ir.Value]
 
@@ -24,6 +25,11 @@ def _take(node: ir.Node) -> ir.Value:
 
 def _axes(node: ir.Node) -> ir.Value | None:
     return node.inputs[1] if len(node.inputs) > 1 else None
+
+
+def _is_empty(x: ir.Value) -> bool:
+    """Tell of a value that has no elements; the gradient of a product stumbles over it."""
+    return 0 in (known_dims(x) or ())
 
 
 def _keeps_dims(node: ir.Node) -> bool:
@@ -44,6 +50,14 @@ def _reduce(
 def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
     """The mean of the elements that equal the extreme: they share its gradient."""
     x = _take(node)
+    if _is_empty(x) and node.op_type == "ReduceMax":
+        raise UnsupportedModel(
+            f"node '{node.name}' (ReduceMax)",
+            f"'{x.name}' has no elements, for which ONNX Runtime has no kernel",
+            "export the model without it",
+        )
+    if _is_empty(x):
+        return rewrite_step(draft, node)
     point = draft.detach(x)
     zero, one = draft.number(0.0, x.dtype), draft.number(1.0, x.dtype)
     extreme = _reduce(draft, node.op_type, node, point, keepdims=1)
@@ -67,6 +81,8 @@ def rewrite_log_sum(draft: Draft, node: ir.Node) -> Values:
 def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
     """The sum of x * x."""
     x = _take(node)
+    if _is_empty(x):
+        return rewrite_step(draft, node)
     return [_reduce(draft, "ReduceSum", node, draft.op("Mul", x, x))]
 
 
