@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.faults import blame
 
 NEXT = "#next"
 
@@ -35,18 +36,19 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", int(training))
         if not training:
             continue
-        if len(node.outputs) < 3:
-            node.resize_outputs(3)
-        for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
-            assert statistic is not None
-            if statistic.name in successors:
-                raise UnsupportedModel(
-                    f"node '{node.name}' (BatchNormalization)",
-                    f"its running statistic '{statistic.name}' belongs to another node as well",
-                )
-            output.name = output.name or f"{statistic.name}{NEXT}"
-            output.type, output.shape = statistic.type, statistic.shape
-            successors[statistic.name or ""] = output.name
+        with blame(node):
+            if len(node.outputs) < 3:
+                node.resize_outputs(3)
+            for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
+                assert statistic is not None
+                if statistic.name in successors:
+                    raise UnsupportedModel(
+                        f"node '{node.name}' (BatchNormalization)",
+                        f"its running statistic '{statistic.name}' belongs to another node as well",
+                    )
+                output.name = output.name or f"{statistic.name}{NEXT}"
+                output.type, output.shape = statistic.type, statistic.shape
+                successors[statistic.name or ""] = output.name
     return successors
 
 
@@ -57,7 +59,8 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
         if is_training(node):
             continue
         statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
-        _write_out(graph, node)  # which takes the node's inputs away
+        with blame(node):
+            _write_out(graph, node)  # which takes the node's inputs away
     return statistics
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.faults import blame
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
@@ -43,15 +44,16 @@ def key_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
     """
     key: ir.Value | None = None
     for node in list_dropouts(graph):
-        ratio = _read_ratio(node)
-        on = _is_on(node) if mode is None else mode == "keep"
-        if not on or ratio == 0.0:
-            _bypass(graph, node)
-            continue
-        if key is None:
-            key = ir.Value(name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
-            graph.inputs.append(key)
-        _write_out(graph, node, key, ratio)
+        with blame(node):
+            ratio = _read_ratio(node)
+            on = _is_on(node) if mode is None else mode == "keep"
+            if not on or ratio == 0.0:
+                _bypass(graph, node)
+                continue
+            if key is None:
+                key = ir.Value(name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
+                graph.inputs.append(key)
+            _write_out(graph, node, key, ratio)
 
 
 def _read_ratio(node: ir.Node) -> float:

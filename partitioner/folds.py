@@ -17,6 +17,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.control_flows import KEPT, Unsettled, settle_control_flow
 from splitonnx.partitioner.dimensions import Amount, Dim
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.frontiers import list_inputs, prune
 from splitonnx.partitioner.inferences import Inference
 
@@ -33,23 +34,29 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
     pending = deque(graph)
     while pending:
         node = pending.popleft()
-        trained = any(value in reached for value in list_inputs(node))
-        if trained:
-            reached.update(node.outputs)
-        written = _settle(node, known, trained)
-        if written is not None:
-            pending.extendleft(reversed(written))
-            continue
-        _name_type(node)
-        known.visit(node)
-        if node.op_type == "Reshape":
-            _fix_target(node, known, _fix_reshape)
-        elif node.op_type == "Expand":
-            _fix_target(node, known, _fix_expand)
-        if not _replace_by_constants(node, known):
-            for value in node.outputs:
-                known.note(value)
+        with blame(node):
+            pending.extendleft(reversed(_fold_node(node, known, reached)))
     prune(graph)
+
+
+def _fold_node(node: ir.Node, known: Inference, reached: set[ir.Value]) -> Sequence[ir.Node]:
+    """Fold one node; give the nodes that were written in its place and are to be folded next."""
+    trained = any(value in reached for value in list_inputs(node))
+    if trained:
+        reached.update(node.outputs)
+    written = _settle(node, known, trained)
+    if written is not None:
+        return written
+    _name_type(node)
+    known.visit(node)
+    if node.op_type == "Reshape":
+        _fix_target(node, known, _fix_reshape)
+    elif node.op_type == "Expand":
+        _fix_target(node, known, _fix_expand)
+    if not _replace_by_constants(node, known):
+        for value in node.outputs:
+            known.note(value)
+    return ()
 
 
 def _settle(node: ir.Node, known: Inference, trained: bool) -> Sequence[ir.Node] | None:

@@ -213,7 +213,12 @@ class Inference:
                 data,
                 opset_imports=[onnx.helper.make_opsetid("", self._opset)],
             )
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+        except (
+            onnx.checker.ValidationError,
+            onnx.defs.SchemaError,
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+        ):
             return ()
         return [
             self._read_type(value, made.get(f"o{index}"))

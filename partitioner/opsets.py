@@ -18,6 +18,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.downgrades import DOWNGRADES
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.upgrades import UPGRADES, Adapter, refuse
 
 LOWEST_OPSET, HIGHEST_OPSET = 18, 21
@@ -76,7 +77,8 @@ def adapt_opset(model: ir.Model) -> None:
             if not _expand_newer(model, target):
                 break
         for node in list(model.graph.all_nodes()):
-            _adapt(node, target)
+            with blame(node):
+                _adapt(node, target)
     model.opset_imports[""] = target
     for node in model.graph.all_nodes():
         node.version = None

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import known_dims
+from splitonnx.partitioner.faults import blame
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
@@ -24,8 +25,9 @@ def settle_paddings(graph: ir.Graph) -> None:
         mode = node.attributes.get_string("auto_pad", "NOTSET")
         if node.op_type not in _WINDOWED or node.domain or mode == "NOTSET":
             continue
-        kernel = _read_kernel(node)
-        pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
+        with blame(node):
+            kernel = _read_kernel(node)
+            pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
         del node.attributes["auto_pad"]
         node.attributes["pads"] = ir.AttrInt64s("pads", pads)
 

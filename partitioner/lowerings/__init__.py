@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, MissingOutput
+from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.lowerings import (
     activations,
     convolutions,
@@ -108,8 +109,10 @@ def is_standard(node: ir.Node, opset: int) -> bool:
 
 def _replace(node: ir.Node, lowering: Lowering) -> None:
     draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
+    with blame(node):
+        made = lowering(draft, node)
     try:
-        draft.replace(node, lowering(draft, node))
+        draft.replace(node, made)
     except MissingOutput as error:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})",

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, MissingOutput
+from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
 from splitonnx.partitioner.rewrites import (
     activations,
@@ -148,7 +149,8 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not any(is_float(value) for value in node.outputs):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
-        made = rule(draft, node)
+        with blame(node):
+            made = rule(draft, node)
         if made is not None:
             try:
                 draft.replace(node, made)

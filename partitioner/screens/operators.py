@@ -1,0 +1,145 @@
+"""Opsets, operators and functions: all known, none calling itself, none expanding without end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import onnx
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto
+
+from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.partitioner.screens.walks import label_node, list_bodies, list_nodes
+
+KNOWN_DOMAINS = frozenset({"", "ai.onnx"})
+MAX_NODES = 250_000
+"""Of the graph with every call of a function replaced by the function's nodes."""
+MAX_DEPTH = 64
+"""Of bodies and function calls inside one another."""
+
+Key = tuple[str, str, str]
+
+
+def check_opsets(
+    imports: Iterable[OperatorSetIdProto], label: str, default: int | None = None
+) -> int:
+    """Return the version of ONNX's own operators among the imported opsets.
+
+    ``default`` is the version where none is named.
+
+    Raises:
+        NotAModel: none is given, or two are for one domain.
+        UnsupportedModel: it is not one that the installed onnx knows.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    found: dict[str, int] = {}
+    for entry in imports:
+        domain = "" if entry.domain in KNOWN_DOMAINS else entry.domain
+        if found.setdefault(domain, entry.version) != entry.version:
+            raise NotAModel(label, f"it imports two opsets of the domain '{entry.domain}'")
+    version = found.get("", default)
+    if version is None:
+        raise NotAModel(label, "it imports no opset of ONNX's own operators")
+    if not 1 <= version <= newest:
+        raise UnsupportedModel(label, f"opset {version} is not known; the newest is {newest}")
+    return version
+
+
+def check_operators(model: ModelProto, version: int, label: str) -> None:
+    """Check every node's operator, and that the functions of the model can be inlined.
+
+    Raises:
+        NotAModel: a function is declared twice, or called with more than it takes.
+        UnsupportedModel: an operator is not ONNX's own; functions call themselves, are nested too
+            deep or expand to too many nodes; a function's opset is not known.
+    """
+    functions: dict[Key, FunctionProto] = {}
+    for function in model.functions:
+        key = (function.domain, function.name, function.overload)
+        if key in functions:
+            raise NotAModel(label, f"it declares the function '{function.name}' twice")
+        functions[key] = function
+        _check_function(function, label)
+    sizes: dict[Key, tuple[int, int]] = {}
+    for key, function in functions.items():
+        _measure_function(key, functions, sizes, ())
+        own = check_opsets(function.opset_import, f"function '{key[1]}'", version)
+        _check_nodes(function.node, functions, own, label)
+    count, _ = _measure(model.graph.node, functions, sizes, ())
+    _check_nodes(model.graph.node, functions, version, label)
+    if count > MAX_NODES:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
+
+
+def _check_function(function: FunctionProto, label: str) -> None:
+    if len(set(function.input)) < len(function.input) or "" in function.input:
+        raise NotAModel(label, f"the inputs of its function '{function.name}' have no own names")
+
+
+def _check_nodes(
+    nodes: Iterable[NodeProto], functions: Mapping[Key, FunctionProto], version: int, label: str
+) -> None:
+    for node in list_nodes(nodes):
+        called = functions.get(_find_key(node))
+        if called is None:
+            _check_operator(node, version)
+        elif len(node.input) > len(called.input) or len(node.output) > len(called.output):
+            raise NotAModel(label, f"{label_node(node)} gives or asks more than its function has")
+        elif any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+            raise UnsupportedModel(label_node(node), "it hands a graph to a function")
+
+
+def _find_key(node: NodeProto) -> Key:
+    return (node.domain, node.op_type, node.overload)
+
+
+def _check_operator(node: NodeProto, version: int) -> None:
+    if node.domain not in KNOWN_DOMAINS:
+        raise UnsupportedModel(
+            label_node(node),
+            f"its domain '{node.domain}' is not one of ONNX's own",
+            "export the model with standard operators",
+        )
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError as error:
+        raise UnsupportedModel(label_node(node), f"opset {version} has no such operator") from error
+    if schema.deprecated:
+        raise UnsupportedModel(
+            label_node(node), f"opset {version} no longer has it", "export with a newer opset"
+        )
+
+
+def _measure_function(
+    key: Key,
+    functions: Mapping[Key, FunctionProto],
+    sizes: dict[Key, tuple[int, int]],
+    path: tuple[Key, ...],
+) -> tuple[int, int]:
+    if key in path:
+        raise UnsupportedModel(f"function '{key[1]}'", "it calls itself, so it has no end")
+    if key not in sizes:
+        sizes[key] = _measure(functions[key].node, functions, sizes, (*path, key))
+    return sizes[key]
+
+
+def _measure(
+    nodes: Iterable[NodeProto],
+    functions: Mapping[Key, FunctionProto],
+    sizes: dict[Key, tuple[int, int]],
+    path: tuple[Key, ...],
+) -> tuple[int, int]:
+    """Count nodes and the depth of their nesting, calls of functions expanded."""
+    if len(path) > MAX_DEPTH:
+        raise UnsupportedModel(f"function '{path[0][1]}'", f"calls nest over {MAX_DEPTH} deep")
+    count, depth = 0, 0
+    for node in nodes:
+        count += 1
+        inner = [_measure(body.node, functions, sizes, path) for body in list_bodies(node)]
+        if (key := _find_key(node)) in functions:
+            inner.append(_measure_function(key, functions, sizes, path))
+        if inner:
+            count += sum(size for size, _ in inner)
+            depth = max(depth, 1 + max(deep for _, deep in inner))
+        if depth > MAX_DEPTH:
+            raise UnsupportedModel(label_node(node), f"it nests over {MAX_DEPTH} deep")
+    return count, depth
