@@ -29,9 +29,9 @@ def hold_gradients(
 ) -> None:
     """Cut ``nodes`` whole on both targets and hold loss and gradients against ``evaluate``.
 
-    Float arrays are parameters but for scalars and those in ``constants``.  One in ``dynamic`` is data whose
-    extent along that axis the model does not know, times a parameter of ones.  The loss is the sum
-    of all outputs, each times a random tensor.
+    Float arrays are parameters but for scalars and those in ``constants``.  One in ``dynamic`` is
+    data whose extent along that axis the model does not know, times a parameter of ones.  The
+    loss is the sum of all outputs, each times a random tensor.
     """
     dynamic = dynamic or {}
     evaluate = evaluate or _refer(nodes, arrays, outputs, opset)

@@ -33,6 +33,7 @@ from splitonnx.partitioner.rewrites import (
     scatters,
     selections,
     steps,
+    transforms,
     trigonometry,
 )
 
@@ -57,6 +58,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "ConvTranspose": convolutions.rewrite_conv_transpose,
     "Cosh": trigonometry.rewrite_function,
     "CumSum": reductions.rewrite_running_sum,
+    "DFT": transforms.rewrite_dft,
     "DepthToSpace": layouts.rewrite_depth_to_space,
     "Det": products.rewrite_determinant,
     "DynamicQuantizeLinear": steps.rewrite_dynamic_quantize,
@@ -100,6 +102,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Resize": resizes.rewrite_resize,
     "ReverseSequence": selections.rewrite_reverse_sequence,
     "Round": steps.rewrite_step,
+    "STFT": transforms.rewrite_stft,
     "ScatterElements": scatters.rewrite_scatter,
     "ScatterND": scatters.rewrite_scatter,
     "Selu": activations.rewrite_selu,

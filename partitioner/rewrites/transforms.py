@@ -1,0 +1,134 @@
+"""Fourier transforms: linear maps, so a product with a constant matrix or a convolution.
+
+The matrices are what numpy.fft makes of unit vectors; cutting short, padding with zeros and
+halves of spectra are in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+
+Values = Sequence[ir.Value | None]
+
+
+def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
+    """Multiply by the transform's matrix along the axis; real and imaginary parts go together."""
+    x = node.inputs[0]
+    assert x is not None
+    dims = known_dims(x)
+    if dims is None:
+        raise _refuse(node, f"the rank of '{x.name}'")
+    rank = len(dims)
+    axis = _read_axis(node) % rank
+    length, parts = dims[axis], dims[-1]
+    if length is None or parts is None:
+        raise _refuse(node, f"the length of '{x.name}' along axis {axis}, or its last one,")
+    inverse = bool(node.attributes.get_int("inverse", 0))
+    onesided = bool(node.attributes.get_int("onesided", 0))
+    size = _read_integer(node, 1)
+    if size is None:
+        size = 2 * (length - 1) if inverse and onesided else length
+    matrix = _make_matrix(length, parts, size, inverse=inverse, onesided=onesided)
+    # (n, parts, m, parts') is applied to (..., n, parts)
+    order = [a for a in range(rank - 1) if a != axis] + [axis, rank - 1]
+    value = x if order == list(range(rank)) else draft.op("Transpose", x, perm=order)
+    lead = [0] * (rank - 2)
+    value = draft.op("Reshape", value, draft.integers([*lead, length * parts]))
+    flat = matrix.reshape(length * parts, -1)
+    value = draft.op("MatMul", value, _constant(draft, flat, x.dtype))
+    value = draft.op("Reshape", value, draft.integers([*lead, *matrix.shape[2:]]))
+    back = [int(place) for place in np.argsort(order)]
+    return [value if back == list(range(rank)) else draft.op("Transpose", value, perm=back)]
+
+
+def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
+    """Convolve with the transform of a frame, times the window: a stride is a frame's step."""
+    given = [*node.inputs, *[None] * 4]
+    x, window = given[0], given[2]
+    assert x is not None
+    step = _read_integer(node, 1)
+    dims = known_dims(x)
+    if step is None or dims is None or (len(dims) > 2 and dims[2] is None):
+        raise _refuse(node, "the step between frames, or the shape of the signal,")
+    parts = (dims[2] or 1) if len(dims) > 2 else 1
+    size = _read_integer(node, 3)
+    if size is None:
+        size = (known_dims(window) or [None])[0] if window is not None else dims[1]
+    if size is None:
+        raise _refuse(node, "the length of a frame")
+    onesided = bool(node.attributes.get_int("onesided", 1))
+    matrix = _make_matrix(size, parts, size, inverse=False, onesided=onesided)
+    bins = matrix.shape[2]
+    # (F, parts, K, 2) to kernels (2K, parts, F)
+    kernels = _constant(draft, matrix.reshape(size, parts, 2 * bins).transpose(2, 1, 0), x.dtype)
+    if window is not None:
+        kernels = draft.op("Mul", kernels, window)
+    if known_rank(x) == 2:
+        signal = draft.op("Unsqueeze", x, draft.integers([1]))
+    else:
+        signal = draft.op("Transpose", x, perm=[0, 2, 1])
+    found = draft.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
+    frames = draft.op("Transpose", found, perm=[0, 2, 1])
+    return [draft.op("Reshape", frames, draft.integers([0, -1, bins, 2]))]
+
+
+def _make_matrix(
+    length: int, parts: int, size: int, *, inverse: bool, onesided: bool
+) -> np.ndarray:
+    """Transform each unit vector: (length, parts, frequencies, 2), 1 for 2 where all is real."""
+    basis = np.eye(length * parts).reshape(length * parts, length, parts)
+    signals = basis[..., 0] if parts == 1 else basis[..., 0] + 1j * basis[..., 1]
+    if inverse and onesided:
+        found = np.fft.irfft(signals, size, axis=1)[..., None]
+    else:
+        transformed = (np.fft.ifft if inverse else np.fft.fft)(signals, size, axis=1)
+        if onesided:
+            transformed = transformed[:, : size // 2 + 1]
+        found = np.stack([transformed.real, transformed.imag], axis=-1)
+    return np.asarray(found.reshape(length, parts, *found.shape[1:]))
+
+
+def _constant(draft: Draft, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+    assert dtype is not None
+    return draft.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
+
+
+def _read_axis(node: ir.Node) -> int:
+    """Give the axis: an attribute until opset 19, an input since."""
+    stated = node.attributes.get("axis")
+    if stated is not None:
+        return stated.as_int()
+    given = _read_integer(node, 2)
+    if given is not None:
+        return given
+    graph = node.graph
+    return 1 if graph is not None and graph.opset_imports.get("", 20) < 20 else -2
+
+
+def _read_integer(node: ir.Node, index: int) -> int | None:
+    """Give a constant scalar input, ``None`` where there is none.
+
+    Raises:
+        UnsupportedModel: it is not constant.
+    """
+    value = node.inputs[index] if len(node.inputs) > index else None
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise _refuse(node, f"its input '{value.name}'")
+    return int(tensor.numpy().reshape(-1)[0])
+
+
+def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        f"{what} is not known beforehand",
+        "export the model with fixed lengths",
+    )
