@@ -7,6 +7,7 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_causal_conv_with_state import CausalConvWithState
+from onnx.reference.ops.op_dynamic_quantize_linear import DynamicQuantizeLinear
 from onnx.reference.ops.op_linear_attention import LinearAttention
 from onnx.reference.ops.op_scatter_elements import ScatterElements
 
@@ -69,6 +70,7 @@ def _widen(operator: type[OpRun]) -> type[OpRun]:
 
 DOUBLES: tuple[type[OpRun], ...] = (
     _widen(CausalConvWithState),
+    _widen(DynamicQuantizeLinear),
     _widen(LinearAttention),
     GroupNormalization,
     LpNormalization,

@@ -309,6 +309,7 @@ def _list_trained(problem: ModelProto) -> list[str]:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
         and value.const_value.dtype.is_floating_point()
+        and value.const_value.dtype.bitwidth >= 16
         and len(value.const_value.shape)
         and judge(value, value.const_value).kind in (Kind.PARAMETER, Kind.CONSTANT)
     ]
