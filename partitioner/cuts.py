@@ -13,25 +13,42 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
-from splitonnx.partitioner.frontiers import find_dependents, list_inputs, map_values, walk_back
+from splitonnx.partitioner.frontiers import (
+    find_data,
+    find_dependents,
+    find_moving,
+    list_inputs,
+    map_values,
+    reads_size,
+    walk_back,
+)
+from splitonnx.partitioner.inferences import Inference
+from splitonnx.partitioner.sizes import find_sizes, find_underived
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
     """A legal division of a graph, in nodes and values of that graph.
 
-    ``server`` holds the server's nodes; all others are the client's.
+    ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
+    on their shape alone, may be needed by both: ``client`` holds all that the client needs.
+    ``far`` maps each party to its nodes that read the shape of a tensor which it does not hold,
+    each with the tensors from whose shapes it can be had instead.  ``doubled`` nodes carry data
+    of raw inputs that cross anyway, and each party computes them by itself.
     """
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]
     server: frozenset[ir.Node]
+    client: frozenset[ir.Node] = frozenset()
+    far: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
+    doubled: frozenset[ir.Node] = frozenset()
 
 
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
@@ -71,11 +88,13 @@ def divide(
     *,
     state: Collection[str],
     trainable: Collection[str] = frozenset(),
+    known: Inference | None = None,
 ) -> Division:
     """Divide ``graph`` at the given tensors, or say why it cannot be.
 
     ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
-    them that are trained.  Without ``at`` everything belongs to the client.
+    them that are trained.  Without ``at`` everything belongs to the client.  ``known`` is what is
+    known of the graph's dimensions, where more than their notes.
 
     Raises:
         NotACut: more than the named tensors would cross, or nothing would be left to the server.
@@ -86,23 +105,49 @@ def divide(
             raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
         return Division(at=(), tail_at=(), server=frozenset())
     raw = [value for value in graph.inputs if value.name not in state]
-    data = find_dependents(graph, raw)
+    data = find_data(graph, raw)
     names = [value.name or "" for value in (*at, *tail_at)]
     _refuse_constants(names, (*at, *tail_at), data)
 
-    server, sources = walk_back(tail_at or _server_outputs(graph, at), stop=set(at))
-    ends = (*at, *graph.outputs) if tail_at else at
-    client, known = walk_back(ends, stop=set(tail_at))
-    if not any(node.inputs and set(node.outputs) & data for node in server):
+    known = known or Inference(graph.opset_imports[""])
+    sizes = find_sizes(graph, data, known)
+    ends = tail_at or _server_outputs(graph, at, sizes)
+    head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
+    server = _walk_side(ends, at, lambda _: at, sizes, known)
+    client = _walk_side(
+        (*at, *graph.outputs) if tail_at else at,
+        tail_at,
+        lambda node: raw if node in head else (*tail_at, *at, *raw),
+        sizes,
+        known,
+    )
+    if not any(node.inputs and set(node.outputs) & data for node in server.nodes):
         raise NotACut(names, reason="nothing would be left for the server")
-    _refuse_unused(set(at) - sources, names, "server")
-    _refuse_unused(set(tail_at) - known, names, "client")
-    shared = {node for node in server & client if set(node.outputs) & data}
-    leaks = sources & set(raw) - set(at)
+    _refuse_unused(set(at) - server.sources, names, "server")
+    _refuse_unused(set(tail_at) - client.sources, names, "client")
+    both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
+    private = _find_opened(graph, raw, data, trainable)
+    opened = _find_opened(graph, set(at) & private, data, trainable)
+    shared = {node for node in both if not set(node.outputs) <= opened}
+    leaks = server.sources & set(raw) - set(at)
     if shared or leaks:
-        raise NotACut(names, missing=_find_missing(graph, at, tail_at, server, client, data))
-    _refuse_shared_parameters(server, client, graph, trainable)
-    return Division(at=tuple(at), tail_at=tuple(tail_at), server=frozenset(server))
+        if reason := server.underived or client.underived:
+            raise NotACut(names, reason=reason)
+        missing = _find_missing(
+            graph, at, tail_at, server.nodes, client.nodes, (data - opened) | set(at)
+        )
+        _, sources = walk_back([v for v in private if v.name in missing], ends=sizes)
+        bare = [value.name or "" for value in raw if value in sources]
+        raise NotACut(names, missing=missing, raw=bare)
+    _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
+    return Division(
+        at=tuple(at),
+        tail_at=tuple(tail_at),
+        server=frozenset(server.nodes),
+        client=frozenset(client.nodes),
+        far={"client": client.far, "server": server.far},
+        doubled=frozenset(both),
+    )
 
 
 def find_lost(
@@ -121,9 +166,73 @@ def find_lost(
     return None
 
 
-def _server_outputs(graph: ir.Graph, at: Sequence[ir.Value]) -> list[ir.Value]:
+def _find_opened(
+    graph: ir.Graph,
+    named: Collection[ir.Value],
+    data: Collection[ir.Value],
+    trainable: Collection[str],
+) -> set[ir.Value]:
+    """Collect what is made of the data in ``named`` alone, without any trained parameter."""
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trainable])
+    opened = set(named)
+    for node in graph:
+        reads = [value for value in list_inputs(node) if value in data]
+        if reads and all(v in opened for v in reads) and not moving & set(list_inputs(node)):
+            opened.update(node.outputs)
+    return opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """What a party must have: its nodes, where they end, and sizes that it has from elsewhere."""
+
+    nodes: set[ir.Node]
+    sources: set[ir.Value]
+    far: Mapping[ir.Node, Sequence[ir.Value]]
+    underived: str = ""
+
+
+def _walk_side(
+    ends: Iterable[ir.Value],
+    stop: Collection[ir.Value],
+    hold: Callable[[ir.Node], Sequence[ir.Value]],
+    sizes: Mapping[ir.Node, frozenset[ir.Value]],
+    known: Inference,
+) -> _Side:
+    """Walk back from what a party computes, but not through shapes that it can tell otherwise."""
+    targets, reason = list(ends), ""
+    readers = {node for node in sizes if reads_size(node)}
+    while True:
+        nodes, sources = walk_back(targets, set(stop), sizes)
+        near, far, more = set[ir.Node](), dict[ir.Node, Sequence[ir.Value]](), list[ir.Value]()
+        for node in [node for node in sizes if node in nodes]:
+            held = hold(node)
+            away = [
+                value
+                for value in sizes[node]
+                if value not in held and value not in targets and value.producer() not in nodes
+            ]
+            if not away:
+                near |= walk_back(node.outputs, ends=readers)[0]
+                continue
+            far[node] = held
+            missing = find_underived(node, held, known)
+            if missing is not None:
+                more += away
+                reason = (
+                    f"beyond it a size of '{away[0].name}' is needed ({missing}) that no tensor of "
+                    "the cut has; cut elsewhere, or export the model with that size fixed"
+                )
+        if not more:
+            return _Side(nodes=nodes | near, sources=sources, far=far, underived=reason)
+        targets += more  # it may be that the party can compute the tensor itself
+
+
+def _server_outputs(
+    graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
+) -> list[ir.Value]:
     """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
-    head, _ = walk_back(at)
+    head, _ = walk_back(at, ends=sizes)
     return [value for value in graph.outputs if value.producer() not in head]
 
 
@@ -194,8 +303,8 @@ def find_single_cuts(
     whatever topological order; candidates found so are confirmed by :func:`divide`.
     """
     raw = {value for value in graph.inputs if value.name not in state}
-    data = find_dependents(graph, raw)
-    needed, _ = walk_back(graph.outputs)
+    data, known = find_data(graph, raw), Inference(graph.opset_imports[""])
+    needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
     order = [node for node in graph if node in needed and set(node.outputs) & data]
     waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in data}
     for node in order:
@@ -213,7 +322,7 @@ def find_single_cuts(
         alive.update(value for value in node.outputs if waiting[value])
         if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
             try:
-                found.append(divide(graph, [only], state=state, trainable=trainable))
+                found.append(divide(graph, [only], state=state, trainable=trainable, known=known))
             except (NotACut, SharedParameter):
                 continue
     return found

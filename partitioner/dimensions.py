@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 UNKNOWN = "unk__"
 """Part of the name of every atom that stands for a size of which nothing is known."""
@@ -33,25 +34,25 @@ class Dim:
         """The atoms that occur in it."""
         return frozenset(atom for atoms, _ in self.terms for atom in atoms)
 
-    def __add__(self, other: int | Dim) -> int | Dim:
-        return _collect([*self.terms, *_list_terms(other)])
+    def __add__(self, other: Amount) -> Amount:
+        return _collect([*self.terms, *list_terms(other)])
 
-    def __mul__(self, other: int | Dim) -> int | Dim:
+    def __mul__(self, other: Amount) -> Amount:
         return _collect(
             [
                 (tuple(sorted((*left, *right))), factor * scale)
                 for left, factor in self.terms
-                for right, scale in _list_terms(other)
+                for right, scale in list_terms(other)
             ]
         )
 
-    def __sub__(self, other: int | Dim) -> int | Dim:
+    def __sub__(self, other: Amount) -> Amount:
         return self + -other
 
-    def __rsub__(self, other: int) -> int | Dim:
+    def __rsub__(self, other: int) -> Amount:
         return -self + other
 
-    def __neg__(self) -> int | Dim:
+    def __neg__(self) -> Amount:
         return self * -1
 
     __radd__ = __add__
@@ -60,6 +61,9 @@ class Dim:
 
 Amount = int | Dim
 """A known number, or a dimension."""
+
+
+Place = TypeVar("Place")
 
 
 def make_atom(name: str) -> Dim:
@@ -74,7 +78,7 @@ def parse_dim(text: str) -> Dim | int:
     """
     if not re.fullmatch(r"[\w.]+( ?[*] ?[\w.]+)*( [+] [\w.]+( ?[*] ?[\w.]+)*)*", text):
         return make_atom(text)
-    total: int | Dim = 0
+    total: Amount = 0
     for term in text.split(" + "):
         factors = [f.strip() for f in term.split("*")]
         total = total + prod_of(int(f) if f.isdigit() else make_atom(f) for f in factors)
@@ -89,17 +93,17 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
     return result
 
 
-def is_positive(amount: int | Dim) -> bool:
+def is_positive(amount: Amount) -> bool:
     """Tell whether an amount is at least 1 whatever its atoms are."""
-    return is_natural(amount) and sum(f for atoms, f in _list_terms(amount) if not atoms) > 0
+    return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
-def is_natural(amount: int | Dim) -> bool:
+def is_natural(amount: Amount) -> bool:
     """Tell whether an amount is at least 0 whatever its atoms are."""
-    return all(factor >= 0 for _, factor in _list_terms(amount))
+    return all(factor >= 0 for _, factor in list_terms(amount))
 
 
-def is_equal(left: int | Dim, right: int | Dim) -> bool:
+def is_equal(left: Amount, right: Amount) -> bool:
     """Compare two amounts.
 
     Raises:
@@ -113,7 +117,7 @@ def is_equal(left: int | Dim, right: int | Dim) -> bool:
     raise Undecided
 
 
-def is_less(left: int | Dim, right: int | Dim) -> bool:
+def is_less(left: Amount, right: Amount) -> bool:
     """Tell whether ``left`` is smaller.
 
     Raises:
@@ -126,17 +130,17 @@ def is_less(left: int | Dim, right: int | Dim) -> bool:
     raise Undecided
 
 
-def divide_exactly(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
     """Divide where no remainder is left whatever the sizes are.
 
     Raises:
         Undecided: a remainder may be left.
     """
-    parts = _list_terms(divisor)
+    parts = list_terms(divisor)
     if len(parts) != 1 or parts[0][1] == 0:
         raise Undecided
     (atoms, factor), quotients = parts[0], []
-    for own, scale in _list_terms(amount):
+    for own, scale in list_terms(amount):
         rest = list(own)
         for atom in atoms:
             if atom not in rest:
@@ -148,7 +152,7 @@ def divide_exactly(amount: int | Dim, divisor: int | Dim) -> int | Dim:
     return _collect(quotients)
 
 
-def divide_rounding(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
     """Divide as integers are in ONNX; what does not come out even is an atom of its own."""
     if isinstance(amount, int) and isinstance(divisor, int):
         if divisor == 0:
@@ -161,7 +165,7 @@ def divide_rounding(amount: int | Dim, divisor: int | Dim) -> int | Dim:
         return _compose("//", amount, divisor)
 
 
-def take_remainder(amount: int | Dim, divisor: int | Dim) -> int | Dim:
+def take_remainder(amount: Amount, divisor: Amount) -> Amount:
     """Give the remainder of a division of amounts that are at least 0.
 
     Raises:
@@ -173,34 +177,34 @@ def take_remainder(amount: int | Dim, divisor: int | Dim) -> int | Dim:
     return 0
 
 
-def _compose(sign: str, left: int | Dim, right: int | Dim) -> Dim:
+def _compose(sign: str, left: Amount, right: Amount) -> Dim:
     if not (is_natural(left) and is_positive(right)):
         raise Undecided  # an atom is at least 0
     return make_atom(f"({left}){sign}({right})")
 
 
-def solve(wanted: int | Dim, known: Mapping[str, int | Dim]) -> dict[str, tuple[str, int, int]]:
+def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
     """Say how every atom of ``wanted`` follows from one of the ``known`` dimensions.
 
     Returns for each atom (key of the known dimension, factor, offset): the dimension is
     ``factor * atom + offset``.
 
     Raises:
-        Undecided: an atom follows from none.
+        Undecided: an atom follows from none; the exception bears its name.
     """
     atoms = wanted.atoms if isinstance(wanted, Dim) else frozenset[str]()
     return {atom: _solve_atom(atom, known) for atom in sorted(atoms)}
 
 
-def _solve_atom(atom: str, known: Mapping[str, int | Dim]) -> tuple[str, int, int]:
+def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, int]:
     found = []
     for key, amount in known.items():
-        terms = dict(_list_terms(amount))
+        terms = dict(list_terms(amount))
         offset = terms.pop((), 0)
         if set(terms) == {(atom,)}:
             found.append((key, terms[(atom,)], offset))
     if not found:
-        raise Undecided
+        raise Undecided(atom)
     return min(found, key=lambda way: (way[1] != 1, way[2] != 0))
 
 
@@ -209,16 +213,17 @@ def name_unknown(value: str, axis: int) -> Dim:
     return make_atom(f"{UNKNOWN}{value}:{axis}")
 
 
-def is_unknown(amount: int | Dim) -> bool:
+def is_unknown(amount: Amount) -> bool:
     """Tell whether nothing is known of an amount or of a part of it."""
     return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
 
 
-def _list_terms(amount: int | Dim) -> list[tuple[tuple[str, ...], int]]:
+def list_terms(amount: Amount) -> list[tuple[tuple[str, ...], int]]:
+    """List an amount's products as (atoms, factor)."""
     return list(amount.terms) if isinstance(amount, Dim) else [((), int(amount))]
 
 
-def _collect(terms: list[tuple[tuple[str, ...], int]]) -> int | Dim:
+def _collect(terms: list[tuple[tuple[str, ...], int]]) -> Amount:
     sums: dict[tuple[str, ...], int] = {}
     for atoms, factor in terms:
         sums[atoms] = sums.get(atoms, 0) + factor

@@ -59,6 +59,15 @@ def _fold_node(node: ir.Node, known: Inference, reached: set[ir.Value]) -> Seque
     return ()
 
 
+def note_shapes(graph: ir.Graph) -> None:
+    """Note on every value of a graph what is known of its dimensions."""
+    known = Inference(graph.opset_imports[""])
+    for node in graph:
+        known.visit(node)
+        for value in node.outputs:
+            known.note(value)
+
+
 def _settle(node: ir.Node, known: Inference, trained: bool) -> Sequence[ir.Node] | None:
     """Write out control flow that is settled; a loop only where a gradient may pass it."""
     loop = node.op_type in ("Loop", "Scan")

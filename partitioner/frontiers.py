@@ -39,12 +39,14 @@ def _list_captures(body: ir.Graph) -> Iterator[ir.Value]:
 
 
 def walk_back(
-    targets: Iterable[ir.Value], stop: Collection[ir.Value] = frozenset()
+    targets: Iterable[ir.Value],
+    stop: Collection[ir.Value] = frozenset(),
+    ends: Collection[ir.Node] = frozenset(),
 ) -> tuple[set[ir.Node], set[ir.Value]]:
     """Collect the nodes that ``targets`` depend on, and the sources where the walk ended.
 
-    The walk does not go beyond a value in ``stop``.  A source is a stop value, a graph input or
-    an initializer that was reached.
+    The walk does not go beyond a value in ``stop``, nor through a node in ``ends``, which is
+    collected itself.  A source is a stop value, a graph input or an initializer that was reached.
     """
     nodes: set[ir.Node] = set()
     sources: set[ir.Value] = set()
@@ -56,7 +58,8 @@ def walk_back(
             sources.add(value)
         elif node not in nodes:
             nodes.add(node)
-            pending.extend(list_inputs(node))
+            if node not in ends:
+                pending.extend(list_inputs(node))
     return nodes, sources
 
 
@@ -67,6 +70,32 @@ def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Valu
         if any(value in dependents for value in list_inputs(node)):
             dependents.update(node.outputs)
     return dependents
+
+
+_RANDOM = frozenset(
+    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+     "RandomUniformLike"]
+)  # fmt: skip
+
+
+def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect what carries data: ``roots`` and all that is computed from their elements.
+
+    What depends on data only through their shape (position ids, masks by position, the target of
+    a Reshape) carries none and can be had anywhere.  What is drawn at random carries data: drawn
+    twice it would differ.
+    """
+    data = set(roots)
+    for node in graph:  # in topological order
+        drawn = node.op_type in _RANDOM and not node.domain
+        if drawn or (not reads_size(node) and any(v in data for v in list_inputs(node))):
+            data.update(node.outputs)
+    return data
+
+
+def reads_size(node: ir.Node) -> bool:
+    """Tell whether a node reads nothing but the shape of its input."""
+    return node.op_type in ("Shape", "Size") and not node.domain
 
 
 def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:

@@ -82,6 +82,9 @@ _ARITHMETIC: Mapping[str, tuple[int, Callable[..., Any]]] = {
 """Operators on single elements, with the number of their inputs."""
 
 
+_Shapes = Sequence[Sequence[Amount | None] | None]
+
+
 class Inference:
     """What is known of the values of one graph; nodes are visited in topological order.
 
@@ -177,18 +180,24 @@ class Inference:
             return None
         return _evaluate(node, [], self._opset)[0]
 
-    def _infer(self, node: ir.Node) -> Sequence[Sequence[Amount | None] | None]:
+    def _infer(self, node: ir.Node) -> _Shapes:
         rule = RULES.get(node.op_type)
         if rule is not None:
             try:
                 found = rule(self, node)
             except Undecided:
                 found = None
-            if found is not None:
+            if found is not None and all(value.type is not None for value in node.outputs):
                 return found
+            return self._ask_schema(node) if found is None else self._name_types(node, found)
         return self._ask_schema(node)
 
-    def _ask_schema(self, node: ir.Node) -> Sequence[Sequence[Amount | None] | None]:
+    def _name_types(self, node: ir.Node, found: _Shapes) -> _Shapes:
+        """Let onnx say the element types of outputs whose shapes are known better here."""
+        self._ask_schema(node)
+        return found
+
+    def _ask_schema(self, node: ir.Node) -> _Shapes:
         """Let onnx infer one node, with symbols for names and constants for contents."""
         types, data = {}, {}
         inputs = list(node.inputs)

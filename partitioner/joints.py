@@ -8,7 +8,7 @@ which gradient is whose; it knows no files and no targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -17,10 +17,12 @@ from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
+from splitonnx.partitioner.inferences import Inference
 from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
 from splitonnx.partitioner.lowerings import DEFECTIVE, lower
 from splitonnx.partitioner.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.preparations import PreparedModel
+from splitonnx.partitioner.sizes import derive_sizes
 from splitonnx.partitioner.stages import Crossing
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -171,7 +173,23 @@ def _divide(
         if lost:
             value, parameters = lost
             raise IntegerCut(value.name or "", str(value.dtype), parameters)
-    return divide(graph, first, last, state=prepared.state, trainable=prepared.trainable)
+    known = Inference(graph.opset_imports[""])
+    state, trainable = prepared.state, prepared.trainable
+    division = divide(graph, first, last, state=state, trainable=trainable, known=known)
+    return _keep_sizes_home(graph, division, known)
+
+
+def _keep_sizes_home(graph: ir.Graph, division: Division, known: Inference) -> Division:
+    """Let each party compute the sizes that it needs from the tensors that it holds, in place."""
+    if not division.at:
+        return division
+    far, client = division.far, division.client
+    server = derive_sizes(
+        graph, far[SERVER], division.server, client, SERVER, known, division.doubled
+    )
+    client = frozenset(derive_sizes(graph, far[CLIENT], client, server, CLIENT, known))
+    graph.sort()
+    return replace(division, server=frozenset(server), client=client)
 
 
 def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:

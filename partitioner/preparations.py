@@ -23,7 +23,7 @@ from splitonnx.partitioner.batchnorms import (
     train_batchnorms,
 )
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
-from splitonnx.partitioner.folds import fold
+from splitonnx.partitioner.folds import fold, note_shapes
 from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.layouts import settle_layouts
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
@@ -122,6 +122,7 @@ def prepare(
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(training)
     rewrite(training, trained)
     for form in (training, inference):
+        note_shapes(form.graph)
         _keep_data_outputs(form.graph, weights)
 
     return PreparedModel(

@@ -101,17 +101,23 @@ class UnknownTensor(CutError):
 
 @dataclass(eq=False)
 class NotACut(CutError):
-    """The named tensors do not divide the model."""
+    """The named tensors do not divide the model.
+
+    ``missing`` would have to cross as well; ``raw`` names the inputs that some of it are or are
+    made of alone, such as an attention mask.
+    """
 
     tensors: Sequence[str]
     missing: Sequence[str] = ()
     reason: str = ""
+    raw: Sequence[str] = ()
 
     def __str__(self) -> str:
         if self.missing:
+            source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
             return (
                 f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
-                "too; add them to the cut to let them cross, or choose another one "
+                f"too{source}; add them to the cut to let them cross, or choose another one "
                 "(`splitonnx inspect` lists the single-tensor cuts)"
             )
         return f"{quote(self.tensors)} do not divide the model: {self.reason}"

@@ -337,6 +337,57 @@ def build_embedding() -> onnx.ModelProto:
     return net.finish({"tokens": (INT64, ["N", 4])}, output, 3)
 
 
+def build_shape_paths() -> onnx.ModelProto:
+    """What exporters make of sizes: every target, position and mask comes from the input's Shape.
+
+    A class token is expanded to the batch, positions are numbered to the length of the sequence,
+    a mask lets no position look ahead, and the batch appears in a view near the end.
+    """
+    net = Net()
+    first, ahead = net.constant("first", np.array([0])), net.constant("ahead", np.array([1]))
+    eight, low = (
+        net.constant("eight", np.array([8])),
+        net.constant("low", np.array(-1e4, np.float32)),
+    )
+    shape = net.op("Shape", "x", out="shape")
+    batch = net.op("Gather", shape, first, out="batch", axis=0)
+    length = net.op("Add", net.op("Gather", shape, ahead, out="steps", axis=0), ahead, out="length")
+
+    value = net.op("MatMul", "x", net.weight("w0", 6, 8), out="m0")
+    target = net.op("Concat", batch, ahead, eight, out="token_shape", axis=0)
+    token = net.op("Expand", net.weight("token", 1, 1, 8), target, out="tokens")
+    value = net.op("Concat", token, value, out="joined", axis=1)
+    zero, one = net.constant("zero", np.array(0)), net.constant("one", np.array(1))
+    count = net.op("Squeeze", length, first, out="count")
+    places = net.op("Range", zero, count, one, out="places")
+    value = net.op("Add", value, net.op("Gather", net.weight("table", 9, 8), places, out="rows"),
+                   out="placed")  # fmt: skip
+    value = net.op("Tanh", value, out="t1")
+
+    square = net.op("Concat", length, length, out="square", axis=0)
+    full = numpy_helper.from_array(np.array([1], np.int64))
+    ones = net.op("ConstantOfShape", square, out="full", value=full)
+    mask = net.op(
+        "Cast", net.op("Trilu", ones, out="below", upper=0), out="mask", to=TensorProto.BOOL
+    )
+    keys = net.op("Transpose", value, out="keys", perm=[0, 2, 1])
+    query = net.op("MatMul", value, net.weight("wq", 8, 8), out="query")
+    masked = net.op("Where", mask, net.op("MatMul", query, keys, out="products"), low, out="masked")
+    weights = net.op("Softmax", masked, out="weights", axis=-1)
+    value = net.op("Add", net.op("MatMul", weights, value, out="mixed"), value, out="sum")
+
+    value = net.op("ReduceMean", value, ahead, out="mean", keepdims=0)
+    scales = net.op("Expand", net.weight("scale", 1, 8), net.op("Concat", batch, eight, out="wide",
+                    axis=0), out="scales")  # fmt: skip
+    value = net.op("Mul", value, scales, out="scaled")
+    rest = net.constant("rest", np.array([-1]))
+    value = net.op(
+        "Reshape", value, net.op("Concat", batch, rest, out="view", axis=0), out="viewed"
+    )
+    output = net.op("MatMul", value, net.weight("w1", 8, 3), out="scores")
+    return net.finish({"x": (FLOAT, ["N", "T", 6])}, output, 3)
+
+
 _IMAGE = {"x": (2, 5, 5)}
 
 ZOO: Mapping[str, Entry] = {
@@ -370,6 +421,7 @@ ZOO: Mapping[str, Entry] = {
     "embedding": Entry(
         build=build_embedding, inputs={"tokens": (4,)}, labels=_classes(3), integers={"tokens": 11}
     ),
+    "shape_paths": Entry(build=build_shape_paths, inputs={"x": (4, 6)}, labels=_classes(3)),
     "mse": Entry(build=build_regression, inputs={"x": (5,)}, labels=_targets(2), loss="mse"),
     "l1": Entry(build=build_regression, inputs={"x": (5,)}, labels=_targets(2), loss="l1"),
     "bce": Entry(
