@@ -155,7 +155,8 @@ def build_conditional(*, trained: bool) -> onnx.ModelProto:
         helper.make_graph([node], name, [], [output(node.output[0], FLOAT, ["N", 4])])
         for node, name in ((doubled, "then"), (kept, "else"))
     ]
-    flag = net.constant("flag", np.array(True))
+    most = net.op("ReduceMax", "x", out="most", keepdims=0)
+    flag = net.op("Greater", most, net.constant("bound", np.array(0.5, np.float32)), out="flag")
     net.nodes.append(
         helper.make_node("If", [flag], ["chosen"], name="choice", then_branch=bodies[0],
                          else_branch=bodies[1])
