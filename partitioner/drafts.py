@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.errors import UnsupportedModel
+
 DETACHED = "splitonnx.detached"
 """Key of a node's metadata that marks an Identity which lets no gradient pass."""
 
@@ -53,8 +55,8 @@ class Draft:
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
         """Give a scalar constant; ``dtype`` is as a rule that of a neighbour."""
-        assert dtype is not None
-        return self._constant((value, dtype), ir.tensor(value, dtype=dtype))
+        known = self._require(dtype)
+        return self._constant((value, known), ir.tensor(value, dtype=known))
 
     def integers(self, values: Sequence[int]) -> ir.Value:
         """Give a constant vector of I64."""
@@ -71,16 +73,16 @@ class Draft:
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
         """Give a constant tensor with what an array holds, as ``dtype``."""
-        assert dtype is not None
-        return self.tensor(ir.tensor(array.astype(dtype.numpy()), dtype=dtype))
+        known = self._require(dtype)
+        return self.tensor(ir.tensor(array.astype(known.numpy()), dtype=known))
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """Cast to ``dtype``, where the value is not known to be of it already."""
-        assert dtype is not None
-        if value.dtype == dtype:
+        known = self._require(dtype)
+        if value.dtype == known:
             return value
-        result = self.op("Cast", value, to=dtype.value)
-        result.type = ir.TensorType(dtype)
+        result = self.op("Cast", value, to=known.value)
+        result.type = ir.TensorType(known)
         return result
 
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
@@ -126,6 +128,15 @@ class Draft:
             old.append(value)
             new.append(replacement)
         ir.convenience.replace_nodes_and_values(graph, node, [node], self.nodes, old, new)
+
+    def _require(self, dtype: ir.DataType | None) -> ir.DataType:
+        if dtype is None:
+            raise UnsupportedModel(
+                f"what is written for '{self._prefix}'",
+                "the element type of its input is not known",
+                "export the model with types and shapes",
+            )
+        return dtype
 
     def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
         if key not in self._constants:

@@ -5,6 +5,7 @@ Beside the onnx package's node cases (``node_cases``), for what those do not cov
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -35,12 +36,18 @@ def close_net(net: Net, data: Mapping[str, np.ndarray], output: str = "y") -> on
     return onnx.shape_inference.infer_shapes(model)
 
 
-def take_step(model: onnx.ModelProto, data: Mapping[str, np.ndarray]) -> list[Arrays]:
-    """Cut a model whole on both targets; give what its training step yields on each."""
+def take_step(
+    model: onnx.ModelProto, data: Mapping[str, np.ndarray], train: Sequence[str] = ()
+) -> list[Arrays]:
+    """Cut a model whole on both targets; give what its training step yields on each.
+
+    ``train`` names weights that are trained whatever they look like.
+    """
     labels = draw_labels(model, data)
+    patterns = [f"^{re.escape(name)}$" for name in train]
     return [
         run_step(
-            cut(model, at=None, loss="mse", client_target=target),
+            cut(model, at=None, loss="mse", client_target=target, train=patterns),
             {**data, "labels": labels},
         )
         for target in TARGETS
@@ -64,7 +71,7 @@ def assert_differentiable(
     trained = list(parameters) or [n for n, w in weights.items() if w.dtype == "f" and w.ndim]
     labels = draw_labels(model, data)
     expected = list(sample_gradients(model, "mse", {**data, "labels": labels}, trained))
-    for found in take_step(model, data):
+    for found in take_step(model, data, trained):
         largest = max([abs(slope) for _, _, slope in expected])
         for name, index, slope in expected:
             gradient = found.get(f"{name}_grad", np.zeros_like(weights[name]))

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
 from tests.derivatives import assert_differentiable, close_net, take_step
@@ -85,10 +87,9 @@ def find_slopes(
     net.op("ReduceSum", "product", out="total", keepdims=0)
     data = {"x": np.ones((1, len(values)), np.float32)}
     model = close_net(net, data, "total")
-    names = [t.name for t in net.weights if t.name != "p"]
     found = []
     for target in TARGETS:
-        bundle = cut(model, at=None, loss="from-model", client_target=target, freeze=names)
+        bundle = cut(model, at=None, loss="from-model", client_target=target, train=["^p$"])
         results = run_step(bundle, data)
         found.append((results["loss"], results["p_grad"]))
     return found
@@ -183,7 +184,8 @@ def test_both_sides_of_an_operator_may_be_stretched(
     pair = [weigh(net, 4, 5), net.constant("v", draw(1.1, 1.9, *shape))]
     attributes = {"fmod": 1} if kind == "Mod" else {}
     net.op(kind, *(reversed(pair) if turned else pair), out="y", **attributes)
-    assert_differentiable(net, {"x": draw(3, 5, 3, 4, 5)})
+    trained = ["w"] if kind == "Mod" and not turned else ["w", "v"]  # a divisor is a setting
+    assert_differentiable(net, {"x": draw(3, 5, 3, 4, 5)}, parameters=trained)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,15 @@ def test_casts_between_floats_and_to_the_dtype_that_is_there() -> None:
     same = net.op("Cast", narrow, out="same", to=FLOAT)
     net.op("Mul", same, net.op("CastLike", same, "x", out="again"), out="y")
     assert_differentiable(net, {"x": draw(-1, 1, 3, 4, 5)})
+
+
+def test_a_cast_to_eight_bits_is_refused_by_name() -> None:
+    net = Net(opset=19)
+    narrow = net.op("Cast", weigh(net, 4, 5), out="narrow", to=TensorProto.FLOAT8E4M3FN)
+    net.op("Cast", narrow, out="y", to=FLOAT)
+    model = close_net(net, {"x": draw(-1, 1, 3, 4, 5)})
+    with pytest.raises(UnsupportedModel, match=r"'narrow_node' \(Cast\).*FLOAT8E4M3FN"):
+        cut(model, at=None, loss="mse")
 
 
 @pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])

@@ -8,7 +8,7 @@ from functools import reduce
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.drafts import Draft, known_array, known_rank
 from splitonnx.partitioner.frontiers import is_float
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
@@ -56,16 +56,18 @@ def rewrite_mod(draft: Draft, node: ir.Node) -> Values:
 def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
     """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
 
-    The builder takes a float exponent that is no parameter, and is right where it is not 0 (or x
-    is not).  The slope to the exponent is 0 where x is not positive, as x ** y is not a function
-    of a real y there.
+    The builder of 1.19.2 takes a float exponent that is no parameter.  It is right where that is
+    one number other than 0; it does not sum the gradient of a base that a wider exponent stretches.
+    The slope to the exponent is 0 where x is not positive, as x ** y is not a function of a real y
+    there.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
-    if exponent is not None and exponent.all():
-        if y.dtype == x.dtype:
+    narrow = exponent is not None and exponent.ndim <= (known_rank(x) or 0)
+    if exponent is not None and exponent.size == 1 and narrow and exponent.all():
+        if y.dtype == x.dtype and exponent.ndim == 0:
             return None
-        return [draft.op("Pow", x, draft.array(exponent, x.dtype))]
+        return [draft.op("Pow", x, draft.number(float(exponent.item()), x.dtype))]
     y, real = draft.cast(y, x.dtype), is_float(y) and exponent is None
     base, power = draft.detach(x), draft.detach(y)
     value = draft.op("Pow", base, power)
@@ -126,7 +128,8 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
 def rewrite_cast(draft: Draft, node: ir.Node) -> Values | None:
     """A Cast to the dtype that is there already, on which the optimizer of 1.19.2 can stumble."""
     (x,) = _list_inputs(node)
-    return [x] if x.dtype == node.attributes.get_int("to") else None
+    to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
+    return [x] if x.dtype == to else None
 
 
 def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
@@ -138,4 +141,15 @@ def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
             f"the dtype of '{like.name}' is not known",
             "export the model with a Cast instead",
         )
-    return [draft.op("Cast", x, to=like.dtype.value)]
+    return [draft.op("Cast", x, to=_require_wide(node, like.dtype).value)]
+
+
+def _require_wide(node: ir.Node, dtype: ir.DataType) -> ir.DataType:
+    """Refuse floats of 8 bits and fewer: ONNX Runtime computes no gradients in them."""
+    if dtype.bitwidth <= 8:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"it casts what depends on a trained parameter to {dtype}, which carries no gradient",
+            "export the model in float32, or quantized with QuantizeLinear",
+        )
+    return dtype

@@ -42,6 +42,5 @@ def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) 
 
 def bound_slope(draft: Draft, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     """Take the largest number of ``dtype`` for infinity; NaN stays what it is."""
-    assert dtype is not None
-    bounds = [draft.number(float(bound), dtype) for bound in (dtype.min, dtype.max)]
-    return draft.op("Clip", slope, *bounds)
+    edge = float((dtype or ir.DataType.FLOAT).max)
+    return draft.op("Clip", slope, draft.number(-edge, dtype), draft.number(edge, dtype))
