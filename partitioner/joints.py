@@ -19,7 +19,7 @@ from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.inferences import Inference
 from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
-from splitonnx.partitioner.lowerings import DEFECTIVE, lower
+from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.sizes import derive_sizes
@@ -104,7 +104,7 @@ def build_training(
     data = _declare_data(prepared, graph, labels)
     port_wires = [(port, declare(port.value)) for port in ports]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
-    lower(derived, only=DEFECTIVE)
+    lower(derived, defective=True)
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

@@ -1,14 +1,17 @@
-"""Automatic padding made explicit, before anything else looks at it.
+"""Padding made explicit, before anything else looks at it.
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and yields wrong gradients without a word;
-with explicit ``pads`` it is right.  Formulas: Conv-11 and MaxPool-12 at onnx.ai/onnx/operators.
+with explicit ``pads`` it is right.  MaxPool of ONNX Runtime 1.19.2 has one window too many where
+the last of ``ceil_mode`` would start behind the image; with ``pads`` instead it has not.
+Formulas: Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import known_dims
 from splitonnx.partitioner.faults import blame
 
@@ -18,51 +21,81 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 def settle_paddings(graph: ir.Graph) -> None:
     """Give every convolution and pooling explicit ``pads``, in place.
 
-    Raises:
-        UnsupportedModel: the image size that automatic padding depends on is not known.
+    One whose padding depends on a size that is not known stays as it is.
     """
     for node in graph:
-        mode = node.attributes.get_string("auto_pad", "NOTSET")
-        if node.op_type not in _WINDOWED or node.domain or mode == "NOTSET":
+        if node.op_type not in _WINDOWED or node.domain:
             continue
         with blame(node):
-            kernel = _read_kernel(node)
-            pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
-        del node.attributes["auto_pad"]
-        node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+            _settle_node(node)
 
 
-def _read_kernel(node: ir.Node) -> list[int]:
+def _settle_node(node: ir.Node) -> None:
+    kernel = read_kernel(node)
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if kernel is not None and mode != "NOTSET":
+        pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
+        if pads is not None:
+            del node.attributes["auto_pad"]
+            node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+    elif kernel is not None and node.attributes.get_int("ceil_mode", False):
+        _settle_ceiling(node, kernel)
+
+
+def read_kernel(node: ir.Node) -> list[int] | None:
+    """Give the extents of a window, if they are known."""
     shape = node.attributes.get_ints("kernel_shape", [])
     if shape:
         return list(shape)
     weights = node.inputs[1] if len(node.inputs) > 1 else None
     dims = known_dims(weights) if weights is not None else None
-    if dims is None or None in dims:
-        raise _refuse(node, "the shape of its kernel")
-    return [dim for dim in dims[2:] if dim is not None]
+    if dims is None:
+        return None
+    kernel = [dim for dim in dims[2:] if dim is not None]
+    return kernel if len(kernel) == len(dims) - 2 else None
 
 
-def _find_pads(node: ir.Node, mode: str, kernel: list[int]) -> list[int]:
-    source = node.inputs[0]
-    dims = known_dims(source) if source is not None else None
-    if dims is None or None in dims[2:]:
-        raise _refuse(node, "the size of its images")
-    ones = [1] * len(kernel)
-    strides = node.attributes.get_ints("strides", ones)
-    dilations = node.attributes.get_ints("dilations", ones)
+def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
+    """Count the windows along an axis as ``ceil_mode`` has it: each starts before the padding."""
+    count = -(-(size + before + after - reach) // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + before else count
+
+
+def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | None:
+    dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
+    sizes = dims[2:] if dims is not None else [None] * len(kernel)
+    strides, dilations = _read_steps(node, len(kernel))
     small, large = [], []
-    for n, k, s, d in zip(dims[2:], kernel, strides, dilations, strict=True):
-        assert n is not None
-        total = max(0, (-(-n // s) - 1) * s + d * (k - 1) + 1 - n)
+    for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True):
+        reach = d * (k - 1) + 1
+        if n is None and s != 1:
+            return None
+        total = max(0, (-(-(n or 0) // s) - 1) * s + reach - (n or 0))
         small.append(total // 2)
         large.append(total - total // 2)
     return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
 
 
-def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"node '{node.name}' ({node.op_type})",
-        f"its automatic padding depends on {what}, which is not known",
-        "export the model with a fixed image size or explicit pads",
+def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> None:
+    """Pad as much as the last windows need, where padding does not count."""
+    rank = len(kernel)
+    dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
+    included = node.op_type == "AveragePool" and node.attributes.get_int("count_include_pad", False)
+    if dims is None or None in dims[2:] or included:
+        return
+    strides, dilations = _read_steps(node, rank)
+    pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    for axis, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        n, reach, before = dims[2 + axis] or 0, d * (k - 1) + 1, pads[axis]
+        count = count_windows(n, reach, s, before, pads[rank + axis])
+        pads[rank + axis] = max(0, (count - 1) * s + reach - n - before)
+    del node.attributes["ceil_mode"]
+    node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+
+
+def _read_steps(node: ir.Node, rank: int) -> tuple[Sequence[int], Sequence[int]]:
+    ones = [1] * rank
+    return (
+        node.attributes.get_ints("strides", ones),
+        node.attributes.get_ints("dilations", ones),
     )

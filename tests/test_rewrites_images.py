@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.partitioner.gradients import differentiate
-from splitonnx.partitioner.lowerings import DEFECTIVE, lower
+from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.paddings import settle_paddings
 from splitonnx.partitioner.rewrites import rewrite
 from tests.oracles import differentiate_numerically, make_evaluator, to_double
@@ -138,7 +138,7 @@ def hold(case: Case, *, oracle: str = "both") -> set[str]:
     rewrite(model, case.trained)
     used = {node.op_type for node in model.graph}
     joint = differentiate(attach(model), list(case.trained), "loss")
-    lower(joint.graph, only=DEFECTIVE)
+    lower(joint.graph, defective=True)
     lowered = joint.clone()
     lower(lowered.graph)
     for found in (run(joint, {**feeds, "r": factors}), run(lowered, {**feeds, "r": factors})):

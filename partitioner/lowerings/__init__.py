@@ -8,7 +8,7 @@ derivatives of the forward operators as onnx.ai/onnx/operators defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -69,13 +69,10 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 """Standard operators for which the mobile builds of ONNX Runtime have no kernel."""
 
 
-DEFECTIVE = frozenset({"AveragePoolGrad"})
-"""Operators whose kernel in onnxruntime-training 1.19.2 fails: this one with a dynamic batch."""
+def lower(graph: ir.Graph, *, defective: bool = False) -> None:
+    """Replace, in place, every operator that stock ONNX Runtime lacks.
 
-
-def lower(graph: ir.Graph, *, only: Collection[str] | None = None) -> None:
-    """Replace, in place, every operator that stock ONNX Runtime lacks, or of them those named.
-
+    With ``defective``, replace only those whose kernel in onnxruntime-training 1.19.2 fails.
     Values keep their names.  A dynamic batch stays dynamic; other dimensions are taken from the
     shapes noted on the graph's values where they are known.
 
@@ -84,7 +81,7 @@ def lower(graph: ir.Graph, *, only: Collection[str] | None = None) -> None:
     """
     opset = graph.opset_imports[""]
     for node in list(graph):
-        if is_standard(node, opset) or (only is not None and node.op_type not in only):
+        if is_standard(node, opset) or (defective and not is_defective(node)):
             continue
         lowering = LOWERINGS.get(node.op_type)
         if lowering is None:
@@ -94,6 +91,22 @@ def lower(graph: ir.Graph, *, only: Collection[str] | None = None) -> None:
                 "choose the target training for the party that runs it",
             )
         _replace(node, lowering)
+
+
+def is_defective(node: ir.Node) -> bool:
+    """Tell whether a node's kernel in onnxruntime-training 1.19.2 fails.
+
+    AveragePoolGrad does with a dynamic batch.  ConvGrad in groups writes beyond its output in
+    all but two spatial dimensions (Col2imNd is told the extent of all groups), which corrupts the
+    heap: seen as wrong values elsewhere in the graph and as an abort.
+    """
+    if node.op_type == "ConvGrad":
+        return node.attributes.get_int("group", 1) > 1 and len(_list_pads(node)) != 4
+    return node.op_type == "AveragePoolGrad"
+
+
+def _list_pads(node: ir.Node) -> Sequence[int]:
+    return node.attributes.get_ints("pads", [])
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:

@@ -1,0 +1,171 @@
+"""Windows over images: how they lie, what they sum, and padding that is found at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.paddings import count_windows, read_kernel
+from splitonnx.partitioner.rewrites.extents import refuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How a pooling's windows lie; one entry for each spatial dimension.
+
+    ``after`` pads as far as the windows reach, ``counted`` as far as the model says: with
+    ``ceil_mode`` the two differ.  ``sizes`` are the image's, ``None`` where not known.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    counted: tuple[int, ...]
+    sizes: tuple[int | None, ...]
+
+    @property
+    def attributes(self) -> dict[str, Sequence[int]]:
+        """What a Conv or a pooling with these windows has as attributes."""
+        return {
+            "strides": self.strides,
+            "dilations": self.dilations,
+            "pads": (*self.before, *self.after),
+        }
+
+
+def read_windows(node: ir.Node) -> Windows:
+    """Read a pooling's windows.
+
+    Raises:
+        UnsupportedModel: they depend on an image size that is not known.
+    """
+    x = node.inputs[0]
+    assert x is not None
+    kernel, dims = read_kernel(node), known_dims(x)
+    if kernel is None or dims is None or node.attributes.get_string("auto_pad", "NOTSET")[0] == "S":
+        raise refuse(
+            node,
+            "its automatic padding depends on the image's size, which is not known",
+            "export the model with a fixed image size or explicit pads",
+        )
+    rank = len(kernel)
+    ones = [1] * rank
+    strides = node.attributes.get_ints("strides", ones)
+    dilations = node.attributes.get_ints("dilations", ones)
+    pads = node.attributes.get_ints("pads", [0] * (2 * rank))
+    after = list(pads[rank:])
+    if node.attributes.get_int("ceil_mode", 0):
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+        for axis, (n, r, s) in enumerate(zip(dims[2:], reach, strides, strict=True)):
+            after[axis] += _find_surplus(node, n, r, s, pads[axis], after[axis])
+    return Windows(
+        kernel=tuple(kernel),
+        strides=tuple(strides),
+        dilations=tuple(dilations),
+        before=tuple(pads[:rank]),
+        after=tuple(after),
+        counted=tuple(pads[rank:]),
+        sizes=tuple(dims[2:]),
+    )
+
+
+def _find_surplus(
+    node: ir.Node, size: int | None, reach: int, stride: int, before: int, after: int
+) -> int:
+    """Give the padding that ``ceil_mode`` adds."""
+    if size is not None:
+        count = count_windows(size, reach, stride, before, after)
+        return (count - 1) * stride + reach - size - before - after
+    if reach < after + stride:  # a window might start behind the image
+        raise refuse(
+            node,
+            "its ceil_mode depends on the image's size, which is not known",
+            "export the model with a fixed image size",
+        )
+    return stride - 1
+
+
+def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
+    """Sum each window, channel by channel, by a depthwise convolution with ones.
+
+    Raises:
+        UnsupportedModel: the number of channels is not known.
+    """
+    channels = (known_dims(x) or [None, None])[1]
+    if channels is None or x.dtype is None:
+        raise refuse(node, "its number of channels is not known", "export it with a fixed one")
+    ones = np.ones((channels, 1, *windows.kernel), x.dtype.numpy())
+    return _convolve(draft, x, ones, windows)
+
+
+def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
+    weights = draft.tensor(ir.tensor(kernel))
+    pads = (*windows.before, *windows.after)
+    if min(pads) < 0:
+        full = [0, 0, *windows.before, 0, 0, *windows.after]
+        x = draft.op("Pad", x, draft.integers(full), mode="constant")
+        pads = (0,) * len(pads)
+    return draft.op(
+        "Conv",
+        x,
+        weights,
+        strides=windows.strides,
+        dilations=windows.dilations,
+        pads=pads,
+        group=len(kernel),
+    )
+
+
+def count_elements(
+    draft: Draft, x: ir.Value, windows: Windows, *, include_padding: bool
+) -> ir.Value:
+    """Count the elements of each window, those of the padding too with ``include_padding``.
+
+    The result broadcasts against the pooled image  # (1, 1, L...)
+    """
+    assert x.dtype is not None
+    numbers = [size for size in windows.sizes if size is not None]
+    if len(numbers) == len(windows.sizes):
+        counts = _count_elements(windows, numbers, include_padding=include_padding)
+        return draft.tensor(ir.tensor(counts.astype(x.dtype.numpy())))
+    shape = draft.op("Concat", draft.integers([1, 1]), draft.shape(x, 2), axis=0)
+    image = draft.op("Expand", draft.number(1.0, x.dtype), shape)
+    if include_padding:
+        widths = draft.integers([0, 0, *windows.before, 0, 0, *windows.counted])
+        image = draft.op("Pad", image, widths, draft.number(1.0, x.dtype), mode="constant")
+        pairs = zip(windows.after, windows.counted, strict=True)
+        rest = tuple(whole - counted for whole, counted in pairs)
+        windows = Windows(
+            kernel=windows.kernel,
+            strides=windows.strides,
+            dilations=windows.dilations,
+            before=(0,) * len(rest),
+            after=rest,
+            counted=rest,
+            sizes=windows.sizes,
+        )
+    ones = np.ones((1, 1, *windows.kernel), x.dtype.numpy())
+    return draft.detach(_convolve(draft, image, ones, windows))
+
+
+def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: bool) -> np.ndarray:
+    rank = len(sizes)
+    counts = np.ones([1] * (2 + rank))
+    for axis, n in enumerate(sizes):
+        before, counted = windows.before[axis], windows.counted[axis]
+        inside = np.zeros(before + n + windows.after[axis])
+        margin = (0, before + n + counted) if include_padding else (before, before + n)
+        inside[slice(*margin)] = 1.0
+        reach = windows.dilations[axis] * (windows.kernel[axis] - 1) + 1
+        starts = np.arange(0, len(inside) - reach + 1, windows.strides[axis])
+        taps = np.arange(windows.kernel[axis]) * windows.dilations[axis]
+        shape = [1] * (2 + rank)
+        shape[2 + axis] = -1
+        counts = counts * inside[starts[:, None] + taps].sum(1).reshape(shape)
+    return counts
