@@ -1,8 +1,9 @@
 """Padding made explicit, before anything else looks at it.
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and yields wrong gradients without a word;
-with explicit ``pads`` it is right.  MaxPool of ONNX Runtime 1.19.2 has one window too many where
-the last of ``ceil_mode`` would start behind the image; with ``pads`` instead it has not.
+with explicit ``pads`` it is right.  With ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 has a window
+too many where the last would start behind the image, and AveragePool counts elements beyond the
+padding, which the standard does not; with explicit padding both are right.
 Formulas: Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import known_dims
+from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.faults import blame
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
@@ -23,7 +24,7 @@ def settle_paddings(graph: ir.Graph) -> None:
 
     One whose padding depends on a size that is not known stays as it is.
     """
-    for node in graph:
+    for node in list(graph):
         if node.op_type not in _WINDOWED or node.domain:
             continue
         with blame(node):
@@ -77,20 +78,39 @@ def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | N
 
 
 def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> None:
-    """Pad as much as the last windows need, where padding does not count."""
+    """Pad as much as the last windows need; what ``ceil_mode`` adds never counts."""
     rank = len(kernel)
     dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
-    included = node.op_type == "AveragePool" and node.attributes.get_int("count_include_pad", False)
-    if dims is None or None in dims[2:] or included:
+    if dims is None or None in dims[2:]:
         return
     strides, dilations = _read_steps(node, rank)
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    rests = []
     for axis, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
         n, reach, before = dims[2 + axis] or 0, d * (k - 1) + 1, pads[axis]
         count = count_windows(n, reach, s, before, pads[rank + axis])
-        pads[rank + axis] = max(0, (count - 1) * s + reach - n - before)
+        rests.append((count - 1) * s + reach - n - before - pads[rank + axis])
+    included = node.attributes.get_int("count_include_pad", False)
+    if included and max(pads) > 0:
+        _pad_before(node, pads)
+        pads = [0] * (2 * rank)
+    if included:
+        del node.attributes["count_include_pad"]
+    for axis, rest in enumerate(rests):
+        pads[rank + axis] = max(0, pads[rank + axis] + rest)
     del node.attributes["ceil_mode"]
     node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+
+
+def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
+    """Put zeros around a node's input, so that they count as elements of it."""
+    graph, x = node.graph, node.inputs[0]
+    assert graph is not None
+    draft, rank = Draft(f"{node.outputs[0].name}/padded"), len(pads) // 2
+    widths = draft.integers([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
+    padded = draft.op("Pad", x, widths, mode="constant")
+    graph.insert_before(node, draft.nodes)
+    node.replace_input_with(0, padded)
 
 
 def _read_steps(node: ir.Node, rank: int) -> tuple[Sequence[int], Sequence[int]]:

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, MissingOutput
+from splitonnx.partitioner.drafts import Draft, MissingOutput, known_rank
 from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.lowerings import (
     activations,
@@ -101,12 +101,10 @@ def is_defective(node: ir.Node) -> bool:
     heap: seen as wrong values elsewhere in the graph and as an abort.
     """
     if node.op_type == "ConvGrad":
-        return node.attributes.get_int("group", 1) > 1 and len(_list_pads(node)) != 4
+        weights = node.inputs[2]
+        rank = None if weights is None else known_rank(weights)
+        return node.attributes.get_int("group", 1) > 1 and rank != 4
     return node.op_type == "AveragePoolGrad"
-
-
-def _list_pads(node: ir.Node) -> Sequence[int]:
-    return node.attributes.get_ints("pads", [])
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:

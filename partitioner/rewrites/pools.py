@@ -77,6 +77,8 @@ def rewrite_global_max_pool(draft: Draft, node: ir.Node) -> Values:
     flat = draft.op("Reshape", x, draft.integers([0, 0, -1]))
     place = draft.op("ArgMax", draft.detach(flat), axis=2, keepdims=1)
     largest = draft.op("GatherElements", flat, place, axis=2)
+    if rank == 3:
+        return [largest]
     return [draft.op("Unsqueeze", largest, draft.integers(range(3, rank)))]
 
 
