@@ -22,6 +22,7 @@ from splitonnx.partitioner.batchnorms import (
     settle_batchnorms,
     train_batchnorms,
 )
+from splitonnx.partitioner.draws import key_draws
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.folds import fold, note_shapes
 from splitonnx.partitioner.frontiers import find_dependents
@@ -107,6 +108,7 @@ def prepare(
     buffers = train_batchnorms(training.graph, mode=batchnorm)
     frozen_statistics = freeze_batchnorms(training.graph)
     key_dropouts(training.graph, mode=dropout)
+    key_draws(training.graph)
     _declare_statistics(training.graph)
     settle(inference.graph)
     for form in (training, inference):
