@@ -185,7 +185,7 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
     for value in [value for value in graph.inputs if value.name in set(parameters)]:
         readers: set[ir.Node] = set()
         for use in list(value.uses()):
-            if use.node in readers:
+            if use.node.graph is graph and use.node in readers:
                 name = f"{value.name}/twin/{use.node.name}/{use.idx}"
                 twin = ir.node("Identity", [value], name=name)
                 copy = twin.outputs[0]
