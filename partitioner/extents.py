@@ -187,11 +187,21 @@ def _first(node: ir.Node) -> ir.Value:
 
 
 Rule = Callable[[Known, ir.Node], Sequence[Sequence[Amount | None]] | None]
+
+
+def _keep(known: Known, node: ir.Node) -> list[Dims] | None:
+    """Give the shape of the first input, of which onnx's own inference knows nothing."""
+    source = known.shape(_first(node))
+    return None if source is None else [source]
+
+
 RULES: Mapping[str, Rule] = {
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Flatten": _flatten,
+    "GroupNormalization": _keep,
+    "MeanVarianceNormalization": _keep,
     "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,

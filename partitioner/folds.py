@@ -81,7 +81,12 @@ def _settle(node: ir.Node, known: Inference, trained: bool) -> Sequence[ir.Node]
 
 
 def _name_type(node: ir.Node) -> None:
-    """Make a CastLike a Cast: it reads no data of its second input."""
+    """Make a CastLike a Cast: it reads no data of its second input.
+
+    onnx's inference does not say the type of a GroupNormalization.
+    """
+    if node.op_type == "GroupNormalization" and node.inputs[0] is not None:
+        node.outputs[0].type = node.inputs[0].type
     if node.op_type == "CastLike" and node.inputs[1] is not None:
         dtype = node.inputs[1].dtype
         if dtype is not None:
