@@ -11,6 +11,8 @@ from onnx.reference.ops.op_dynamic_quantize_linear import DynamicQuantizeLinear
 from onnx.reference.ops.op_linear_attention import LinearAttention
 from onnx.reference.ops.op_scatter_elements import ScatterElements
 
+from tests.keyed import draw_words
+
 
 class GroupNormalization(OpRun):
     """As of opset 21: scale and bias are per channel."""
@@ -60,6 +62,42 @@ class Scatter(ScatterElements):
     op_domain = ""
 
 
+_NO_KEY = (0, 0, 0)
+"""The key with which the node cases run; prepare() names their only node after its operator."""
+
+
+class Bernoulli(OpRun):
+    """With numbers from the key."""
+
+    op_domain = ""
+
+    def _run(
+        self, x: np.ndarray, dtype: int | None = None, seed: float | None = None
+    ) -> tuple[np.ndarray]:
+        name = "Bernoulli_0" if seed is None else f"Bernoulli_0/{seed}"
+        drawn = (draw_words(_NO_KEY, name, x.size) >> np.uint32(8)) * 2.0**-24
+        return ((drawn.reshape(x.shape) < x).astype(x.dtype),)
+
+
+class Dropout(OpRun):
+    """With a mask from the key."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        ratio: np.ndarray | float = 0.5,
+        training_mode: np.ndarray | bool = False,
+        seed: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ratio = float(ratio) if training_mode else 0.0
+        words = draw_words(_NO_KEY, "Dropout_0", x.size)
+        kept = (words < round((1 - ratio) * 2**32)).reshape(x.shape)
+        kept = kept if ratio else np.ones_like(kept)
+        return x * kept / (1 - ratio), kept
+
+
 def _widen(operator: type[OpRun]) -> type[OpRun]:
     """Copy an operator of onnx's evaluator, with float64 wherever it says float32."""
     run = operator._run
@@ -69,7 +107,9 @@ def _widen(operator: type[OpRun]) -> type[OpRun]:
 
 
 DOUBLES: tuple[type[OpRun], ...] = (
+    Bernoulli,
     _widen(CausalConvWithState),
+    Dropout,
     _widen(DynamicQuantizeLinear),
     _widen(LinearAttention),
     GroupNormalization,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -13,6 +11,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.partitions import cut
+from tests.keyed import draw_words
 from tests.zoo import FLOAT, ZOO, Net
 
 
@@ -31,24 +30,8 @@ def draw(session: onnxruntime.InferenceSession, *key: int, rows: int = 40) -> np
     return result
 
 
-def scramble(x: np.ndarray, within: np.ndarray | int = 0) -> np.ndarray:
-    """lowbias32 with the second half of the key between its multiplications."""
-    x = x ^ (x >> np.uint32(16))
-    x = (x * np.uint32(0x7FEB352D)) ^ np.uint32(within)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    result: np.ndarray = x ^ (x >> np.uint32(16))
-    return result
-
-
 def reference(key: tuple[int, int, int], node: str, size: int, ratio: float) -> np.ndarray:
-    spread = sum(
-        k % 2**31 * c for k, c in zip(key, (0x3243F6A9, 0x2B7E1517, 0x1B873593), strict=True)
-    )
-    named = np.array([(spread + zlib.crc32(node.encode())) % 2**32], np.uint32)
-    first = scramble(named)
-    second = scramble(first ^ np.uint32(0x5BD1E995))
-    index = ((np.arange(size) + int(first[0])) % 2**32).astype(np.uint32)
-    kept: np.ndarray = scramble(index, second[0]) < round((1 - ratio) * 2**32)
+    kept: np.ndarray = draw_words(key, node, size) < round((1 - ratio) * 2**32)
     return kept
 
 
