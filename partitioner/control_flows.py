@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.frontiers import disconnect, list_inner
 from splitonnx.partitioner.inferences import Inference
 
 KEPT = "splitonnx.kept"
@@ -34,13 +35,15 @@ def settle_control_flow(node: ir.Node, known: Inference) -> Sequence[ir.Node]:
         Unsettled: it cannot be; the node is unchanged.
     """
     draft = Draft(node.name or node.op_type)
-    if node.op_type == "If":
-        made = _inline_branch(draft, node, known)
-    elif node.op_type == "Loop":
-        made = _unroll_loop(draft, node, known)
-    else:
-        made = _unroll_scan(draft, node, known)
+    write = {"If": _inline_branch, "Loop": _unroll_loop, "Scan": _unroll_scan}[node.op_type]
+    try:
+        made = write(draft, node, known)
+    except Unsettled:
+        for written in draft.nodes:
+            disconnect([written, *list_inner(written)])
+        raise
     draft.replace(node, made)
+    disconnect(list_inner(node))  # the branch not taken, the body that was copied
     return draft.nodes
 
 

@@ -110,8 +110,8 @@ def is_equal(left: Amount, right: Amount) -> bool:
         Undecided: they are equal for some sizes only.
     """
     difference = left - right
-    if isinstance(difference, int):
-        return difference == 0
+    if not isinstance(difference, Dim):
+        return bool(difference == 0)
     if is_positive(difference) or is_positive(-difference):
         return False
     raise Undecided
@@ -154,7 +154,7 @@ def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
 
 def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
     """Divide as integers are in ONNX; what does not come out even is an atom of its own."""
-    if isinstance(amount, int) and isinstance(divisor, int):
+    if not isinstance(amount, Dim) and not isinstance(divisor, Dim):
         if divisor == 0:
             raise Undecided
         quotient = abs(amount) // abs(divisor)
@@ -171,7 +171,7 @@ def take_remainder(amount: Amount, divisor: Amount) -> Amount:
     Raises:
         Undecided: it depends on the sizes.
     """
-    if isinstance(amount, int) and isinstance(divisor, int) and divisor:
+    if not isinstance(amount, Dim) and not isinstance(divisor, Dim) and divisor:
         return amount % divisor
     divide_exactly(amount, divisor)
     return 0

@@ -163,6 +163,8 @@ def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
             return dim
         if not is_equal(step, 1):
             return None
+        if start == end:
+            return 0
         extent = _clamp(dim, end) - _clamp(dim, start)
     except Undecided:
         return None

@@ -154,7 +154,7 @@ def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> lis
 def _fix_expand(_: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
     """Write 1 for a dimension that the input has already."""
     own = [*[1] * (len(wanted) - len(dims)), *dims][-len(wanted) :] if wanted else []
-    fixed = [1 if d == o else d for d, o in zip(wanted, own, strict=True)]
+    fixed = [1 if isinstance(d, Dim) and d == o else d for d, o in zip(wanted, own, strict=True)]
     return [d for d in fixed if isinstance(d, int)] if not any(
         isinstance(d, Dim) for d in fixed
     ) else None  # fmt: skip

@@ -147,4 +147,24 @@ def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
 def prune(graph: ir.Graph) -> None:
     """Remove the nodes that no output of the graph depends on."""
     needed, _ = walk_back(graph.outputs)
-    graph.remove([node for node in graph if node not in needed], safe=True)
+    dead = [node for node in graph if node not in needed]
+    for node in dead:
+        disconnect(list_inner(node))
+    graph.remove(dead, safe=True)
+
+
+def list_inner(node: ir.Node) -> list[ir.Node]:
+    """List the nodes in the bodies of a node, and in those of these."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies.extend(attribute.as_graphs())
+    return [inner for body in bodies for inner in body.all_nodes()]
+
+
+def disconnect(nodes: Iterable[ir.Node]) -> None:
+    """Take dead nodes off the values that they read, which would seem used otherwise."""
+    for node in nodes:
+        node.resize_inputs(0)

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import SplitonnxError
 from splitonnx.partitioner.cuts import Division, find_lost, find_single_cuts
+from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
@@ -70,6 +71,7 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
         for value in node.outputs:
             value.shape = None
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    note_shapes(model.graph)
 
 
 def _describe(division: Division, prepared: PreparedModel) -> Cut:

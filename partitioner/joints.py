@@ -15,6 +15,7 @@ import onnx_ir as ir
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
+from splitonnx.partitioner.dimensions import UNKNOWN
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.inferences import Inference
@@ -79,7 +80,7 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
             f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
         )
     dims = [d if isinstance(d, int) else d.value for d in value.shape]
-    known = tuple(None if isinstance(d, str) and d.startswith("unk__") else d for d in dims)
+    known = tuple(None if isinstance(d, str) and UNKNOWN in d else d for d in dims)
     return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=known)
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.dimensions import Amount, Dim, Undecided, list_terms, solve
 from splitonnx.partitioner.drafts import Draft
-from splitonnx.partitioner.frontiers import list_inputs, reads_size
+from splitonnx.partitioner.frontiers import list_inner, list_inputs, reads_size
 from splitonnx.partitioner.inferences import Inference
 
 Places = Mapping[tuple[ir.Value, int], Amount]
@@ -105,23 +105,12 @@ def derive_sizes(
         else:
             continue
         sized.update(node.outputs)
-    inner = {part: node for node in own for part in _list_inner(node)}
+    inner = {part: node for node in own for part in list_inner(node)}
     for old, new in replaced.items():
         for use in list(old.uses()):
             if inner.get(use.node, use.node) in own:
                 use.node.replace_input_with(use.idx, new)
     return own
-
-
-def _list_inner(node: ir.Node) -> list[ir.Node]:
-    """List the nodes in the bodies of a node."""
-    bodies: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            bodies.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies.extend(attribute.as_graphs())
-    return [inner for body in bodies for inner in body.all_nodes()]
 
 
 def _copy(node: ir.Node, name: str, party: str) -> ir.Node:

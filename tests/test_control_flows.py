@@ -335,3 +335,18 @@ def test_a_scan_over_the_batch_is_refused() -> None:
     scan = node("Scan", ["z", "h"], ["sum"], body=inner, num_scan_inputs=1)
     with pytest.raises(NotDifferentiable, match=r"\(Scan\).* not a fixed number"):
         cut(build([zeros, scan, node("Add", ["h", "sum"], ["m"])]), at=None)
+
+
+def test_what_only_a_body_read_is_gone_with_it() -> None:
+    inner = body(
+        [
+            node("Unsqueeze", ["one", "first"], ["axes"]),
+            node("ReduceMean", ["state", "axes"], ["mean"]),
+            node("MatMul", ["state", "w2"], ["product"]),
+            node("Sub", ["product", "mean"], ["next"]),
+            node("Identity", ["going"], ["still"]),
+        ],
+        [value("i", INT64, []), value("going", BOOL, []), value("state", FLOAT, None)],
+        [value("still", BOOL, []), value("next", FLOAT, None)],
+    )
+    assert_trains(build([FIRST, node("Loop", ["three", "", "h"], ["m"], body=inner)]))
