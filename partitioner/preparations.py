@@ -29,6 +29,7 @@ from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.layouts import settle_layouts
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
+from splitonnx.partitioner.precisions import widen
 from splitonnx.partitioner.quantizations import (
     lift_quantized,
     pass_gradients,
@@ -105,6 +106,7 @@ def prepare(
     settle_reductions(model.graph)
 
     skeleton, training, inference = model, model.clone(), model.clone()
+    weights = widen((training, inference), weights)
     buffers = train_batchnorms(training.graph, mode=batchnorm)
     frozen_statistics = freeze_batchnorms(training.graph)
     key_dropouts(training.graph, mode=dropout)

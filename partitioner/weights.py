@@ -62,10 +62,16 @@ def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> No
 
 
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
-    """Turn graph inputs back into initializers: the inverse of lifting the weights."""
+    """Turn graph inputs back into initializers: the inverse of lifting the weights.
+
+    A weight of 16 bits, which is trained in float32, is rounded to its own type.
+    """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
-        value.const_value = ir.tensor(weights[value.name or ""], name=value.name)
+        array = weights[value.name or ""]
+        if value.dtype is not None:
+            array = array.astype(value.dtype.numpy(), copy=False)
+        value.const_value = ir.tensor(array, name=value.name)
         graph.register_initializer(value)
 
 
