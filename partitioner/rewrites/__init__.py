@@ -57,6 +57,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Col2Im": convolutions.rewrite_col2im,
     "Compress": selections.rewrite_compress,
     "Concat": selections.rewrite_concat,
+    "Conv": convolutions.rewrite_conv,
     "ConvTranspose": convolutions.rewrite_conv_transpose,
     "Cosh": trigonometry.rewrite_function,
     "CumSum": reductions.rewrite_running_sum,

@@ -28,6 +28,7 @@ from splitonnx.partitioner.rewrites.extents import (
     reshape,
 )
 from splitonnx.partitioner.rewrites.layouts import spread_channels
+from splitonnx.partitioner.rewrites.windows import list_plain, pad_by_size, pads_by_size
 
 Values = Sequence[ir.Value]
 
@@ -56,6 +57,14 @@ class _Transposed:
     def taps(self) -> tuple[int, ...]:
         """Elements of the kernel that one phase has."""
         return tuple(-(-r // s) for r, s in zip(self.reach, self.strides, strict=True))
+
+
+def rewrite_conv(draft: Draft, node: ir.Node) -> Values | None:
+    """Padding of its own, where it depends on an image size that the model leaves open."""
+    if not pads_by_size(node):
+        return None
+    padded = pad_by_size(draft, node, 0.0)
+    return draft.ops("Conv", [padded, *node.inputs[1:]], 1, list_plain(node))
 
 
 def rewrite_conv_transpose(draft: Draft, node: ir.Node) -> Values:

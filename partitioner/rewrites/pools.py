@@ -23,7 +23,14 @@ from splitonnx.partitioner.rewrites.extents import (
     require_rank,
     to_vector,
 )
-from splitonnx.partitioner.rewrites.windows import count_elements, read_windows, sum_windows
+from splitonnx.partitioner.rewrites.windows import (
+    count_elements,
+    list_plain,
+    pad_by_size,
+    pads_by_size,
+    read_windows,
+    sum_windows,
+)
 
 Values = Sequence[ir.Value | None]
 
@@ -55,6 +62,9 @@ def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
 def rewrite_max_pool(draft: Draft, node: ir.Node) -> Values | None:
     """Row-major indices for the gradient; with any image size, the elements gathered by them."""
     x = _take(node)
+    if pads_by_size(node) and len(node.outputs) == 1:
+        lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
+        return draft.ops("MaxPool", [pad_by_size(draft, node, lowest)], 1, list_plain(node))
     column_major = bool(node.attributes.get_int("storage_order", 0))
     if _has_fixed_image(x) and not column_major:
         return None

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.paddings import count_windows, read_kernel
-from splitonnx.partitioner.rewrites.extents import refuse
+from splitonnx.partitioner.rewrites.extents import refuse, require_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def read_windows(node: ir.Node) -> Windows:
     x = node.inputs[0]
     assert x is not None
     kernel, dims = read_kernel(node), known_dims(x)
-    if kernel is None or dims is None or node.attributes.get_string("auto_pad", "NOTSET")[0] == "S":
+    if kernel is None or dims is None or pads_by_size(node):
         raise refuse(
             node,
             "its automatic padding depends on the image's size, which is not known",
@@ -169,3 +169,42 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
         shape[2 + axis] = -1
         counts = counts * inside[starts[:, None] + taps].sum(1).reshape(shape)
     return counts
+
+
+def pads_by_size(node: ir.Node) -> bool:
+    """Tell whether a node's padding is left to depend on the image's size."""
+    return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
+
+
+def pad_by_size(draft: Draft, node: ir.Node, number: float) -> ir.Value:
+    """Pad a node's input with ``number`` as its ``auto_pad`` says, once the size is known.
+
+    Raises:
+        UnsupportedModel: the window's extents are not known.
+    """
+    x, kernel = node.inputs[0], read_kernel(node)
+    assert x is not None
+    if kernel is None:
+        raise refuse(node, "the shape of its kernel is not known", "export it with explicit pads")
+    rank = require_rank(node, x) - 2
+    strides = draft.integers(node.attributes.get_ints("strides", [1] * rank))
+    dilations = node.attributes.get_ints("dilations", [1] * rank)
+    reach = draft.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
+    zero, one, two = (draft.integers([n]) for n in (0, 1, 2))
+    size = draft.shape(x, 2)
+    # the last window starts at the last multiple of the stride inside of the image
+    last = draft.op("Sub", size, one)
+    start = draft.op("Mul", draft.op("Div", last, strides), strides)
+    total = draft.op("Max", draft.op("Sub", draft.op("Add", start, reach), last), zero)
+    small = draft.op("Div", total, two)
+    large = draft.op("Sub", total, small)
+    if node.attributes.get_string("auto_pad", "") == "SAME_LOWER":
+        small, large = large, small
+    none = draft.integers([0, 0])
+    widths = draft.op("Concat", none, small, none, large, axis=0)
+    return draft.op("Pad", x, widths, draft.number(number, x.dtype), mode="constant")
+
+
+def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
+    """List a node's attributes without its padding."""
+    return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}
