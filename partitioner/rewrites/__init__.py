@@ -31,6 +31,7 @@ from splitonnx.partitioner.rewrites import (
     recurrences,
     reductions,
     resizes,
+    samplings,
     scatters,
     selections,
     steps,
@@ -43,6 +44,7 @@ Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 REWRITES: Mapping[str, Rewrite] = {
     "Acos": trigonometry.rewrite_function,
     "Acosh": trigonometry.rewrite_function,
+    "AffineGrid": samplings.rewrite_affine_grid,
     "Asin": trigonometry.rewrite_function,
     "Asinh": trigonometry.rewrite_function,
     "Atan": trigonometry.rewrite_function,
@@ -73,6 +75,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Gelu": activations.rewrite_gelu,
     "GlobalLpPool": pools.rewrite_global_lp_pool,
     "GlobalMaxPool": pools.rewrite_global_max_pool,
+    "GridSample": samplings.rewrite_grid_sample,
     "GroupNormalization": normalizations.rewrite_group_norm,
     "HardSigmoid": activations.rewrite_hard_sigmoid,
     "HardSwish": activations.rewrite_hard_swish,

@@ -1,0 +1,251 @@
+"""Images sampled at places that a graph computes: GridSample and AffineGrid.
+
+A sample is the weighted sum of the pixels around its place.  The pixels are gathered as rows, all
+channels at once; weights are polynomials of the place, so a gradient leads to image and places.
+Which pixels are read, and on which stretch of a reflection a place lies, lets no gradient pass.
+Formulas: GridSample-20 and AffineGrid-20 at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.rewrites.extents import (
+    Extent,
+    count_up,
+    multiply,
+    read_extents,
+    refuse,
+    reshape,
+    to_number,
+    to_vector,
+)
+
+Values = Sequence[ir.Value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taps:
+    """The pixels around each place along one axis: indices as I64, and weights  # (N, P, K)."""
+
+    places: ir.Value
+    weights: ir.Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """One axis of an image: how many pixels it has, and how it goes on beyond its borders.
+
+    ``low`` and ``high`` are the borders' coordinates.
+    """
+
+    draft: Draft
+    size: Extent
+    dtype: ir.DataType
+    padding: str
+    corners: bool
+
+    def number(self, value: float) -> ir.Value:
+        return self.draft.number(value, self.dtype)
+
+    @property
+    def length(self) -> ir.Value:
+        return to_number(self.draft, self.size, self.dtype)
+
+    @property
+    def last(self) -> ir.Value:
+        return self.draft.op("Sub", self.length, self.number(1.0))
+
+    @property
+    def low(self) -> ir.Value:
+        return self.number(0.0 if self.corners else -0.5)
+
+    @property
+    def high(self) -> ir.Value:
+        return self.last if self.corners else self.draft.op("Sub", self.length, self.number(0.5))
+
+    def clamp(self, x: ir.Value) -> ir.Value:
+        """Give the nearest coordinate of a pixel's centre."""
+        draft = self.draft
+        return draft.op("Min", draft.op("Max", x, self.number(0.0)), self.last)
+
+    def fold(self, x: ir.Value) -> ir.Value:
+        """Reflect at the borders, as often as it takes."""
+        draft = self.draft
+        if self.corners and self.size == 1:
+            return self.clamp(x)
+        span = draft.op("Sub", self.high, self.low)
+        point = draft.detach(x)
+        times = draft.op("Floor", draft.op("Div", draft.op("Sub", point, self.low), span))
+        back = draft.op("Mod", times, self.number(2.0), fmod=1)
+        back = draft.op("Abs", back)  # 1 on every second stretch
+        sign = draft.op("Sub", self.number(1.0), draft.op("Mul", back, self.number(2.0)))
+        turn = draft.op("Mul", back, draft.op("Add", self.low, self.high))
+        shift = draft.op("Sub", turn, draft.op("Mul", sign, draft.op("Mul", times, span)))
+        return draft.op("Add", draft.op("Mul", draft.detach(sign), x), draft.detach(shift))
+
+    def settle(self, x: ir.Value) -> ir.Value:
+        """Bring a coordinate that lies beyond the borders inside."""
+        draft = self.draft
+        if self.padding == "reflection":
+            return self.fold(x)
+        if self.padding == "border":
+            point = draft.detach(x)
+            outside = draft.op("Or", draft.op("Less", point, self.low),
+                               draft.op("Greater", point, self.high))  # fmt: skip
+            return draft.op("Where", outside, draft.detach(self.clamp(point)), x)
+        return x
+
+    def list_taps(self, x: ir.Value, mode: str) -> Taps:
+        """Give the pixels around each place ``x`` (N, P), and their weights."""
+        draft = self.draft
+        if mode == "nearest":
+            base, offsets, weights = (
+                x,
+                [0],
+                draft.op("Add", draft.op("Mul", x, self.number(0.0)), self.number(1.0)),
+            )
+            weights = draft.op("Unsqueeze", weights, draft.integers([2]))
+        else:
+            base = draft.detach(draft.op("Floor", draft.detach(x)))
+            part = draft.op("Unsqueeze", draft.op("Sub", x, base), draft.integers([2]))
+            cubic = mode in ("cubic", "bicubic")
+            offsets = [-1, 0, 1, 2] if cubic else [0, 1]
+            weights = self._weigh_cubic(part) if cubic else self._weigh_linear(part)
+        steps = draft.tensor(ir.tensor(np.array(offsets, self.dtype.numpy())))
+        places = draft.op("Add", draft.op("Unsqueeze", base, draft.integers([2])), steps)
+        inside = places
+        if self.padding == "reflection":
+            places = draft.op("Round", self.fold(places))
+        elif self.padding == "zeros":
+            inside = draft.op("And", draft.op("GreaterOrEqual", places, self.number(0.0)),
+                              draft.op("LessOrEqual", places, self.last))  # fmt: skip
+            inside = draft.detach(draft.op("Cast", inside, to=self.dtype.value))
+            weights = draft.op("Mul", weights, inside)
+        places = draft.op("Cast", self.clamp(places), to=ir.DataType.INT64.value)
+        return Taps(places=places, weights=weights)
+
+    def _weigh_linear(self, part: ir.Value) -> ir.Value:
+        draft = self.draft
+        return draft.op("Concat", draft.op("Sub", self.number(1.0), part), part, axis=2)
+
+    def _weigh_cubic(self, part: ir.Value) -> ir.Value:
+        """Keys' weights with a = -0.75, as polynomials of the part (N, P, 1) after the point."""
+        a = -0.75
+        draft = self.draft
+        polynomials = np.array(
+            [[0, a, -2 * a, a], [1, 0, -(a + 3), a + 2],
+             [0, -a, 2 * a + 3, -(a + 2)], [0, 0, a, -a]],
+            self.dtype.numpy(),
+        )  # fmt: skip
+        square = draft.op("Mul", part, part)
+        ones = draft.op("Add", draft.op("Mul", part, self.number(0.0)), self.number(1.0))
+        powers = draft.op("Concat", ones, part, square, draft.op("Mul", square, part), axis=2)
+        return draft.op("MatMul", powers, draft.tensor(ir.tensor(polynomials.T.copy())))
+
+
+def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
+    """Weigh the pixels around each place of the grid, whose last axis counts x before y."""
+    x, grid = node.inputs[:2]
+    assert x is not None
+    assert grid is not None
+    assert x.dtype is not None
+    mode = node.attributes.get_string("mode", "linear")
+    if mode == "nearest":
+        grid = draft.detach(grid)
+    batch, channels, *image = read_extents(draft, node, x)
+    wanted = read_extents(draft, node, grid)[1:-1]
+    rank = len(image)
+    points = draft.op("Reshape", grid, draft.integers([0, -1, rank]))
+    axes = [
+        _Axis(
+            draft=draft,
+            size=size,
+            dtype=x.dtype,
+            padding=node.attributes.get_string("padding_mode", "zeros"),
+            corners=bool(node.attributes.get_int("align_corners", 0)),
+        )
+        for size in image
+    ]
+    taps = []
+    for index, axis in enumerate(axes):
+        place = draft.op("Gather", points, draft.integer(rank - 1 - index), axis=2)
+        place = _denormalize(place, axis)
+        if mode == "nearest":
+            place = draft.op("Round", place)
+        if mode not in ("cubic", "bicubic"):  # of these the border moves pixels, not places
+            place = axis.settle(place)
+        taps.append(axis.list_taps(place, mode))
+    rows = to_rows(draft, x, [batch, channels, *image])
+    sampled = weigh_taps(draft, rows, batch, image, taps)
+    turned = draft.op("Transpose", sampled, perm=[0, 2, 1])
+    return [reshape(draft, turned, [batch, channels, *wanted])]
+
+
+def _denormalize(place: ir.Value, axis: _Axis) -> ir.Value:
+    """Map -1 ... 1 to the axis's coordinates."""
+    draft, one, half = axis.draft, axis.number(1.0), axis.number(0.5)
+    raised = draft.op("Add", place, one)
+    if axis.corners:
+        return draft.op("Mul", raised, draft.op("Mul", axis.last, half))
+    whole = draft.op("Mul", raised, axis.length)
+    return draft.op("Mul", draft.op("Sub", whole, one), half)
+
+
+def to_rows(draft: Draft, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+    """(N, C, L...) to (N * L, C): a row a pixel."""
+    rank = len(extents)
+    turned = draft.op("Transpose", x, perm=[0, *range(2, rank), 1])
+    if isinstance(extents[1], int):
+        return draft.op("Reshape", turned, draft.integers([-1, extents[1]]))
+    return reshape(draft, turned, [multiply(draft, [extents[0], *extents[2:]]), extents[1]])
+
+
+def weigh_taps(
+    draft: Draft, rows: ir.Value, batch: Extent, image: Sequence[Extent], taps: Sequence[Taps]
+) -> ir.Value:
+    """Sum the pixels that meet along all axes, each times its weights  # (N, P, C)."""
+    rank = len(taps)
+    size = to_vector(draft, multiply(draft, image))
+    first = draft.op("Mul", count_up(draft, batch), size)
+    index = draft.op("Unsqueeze", first, draft.integers(range(1, 2 + rank)))
+    factors = []
+    for axis, tap in enumerate(taps):
+        others = draft.integers([2 + other for other in range(rank) if other != axis])
+        stride = to_vector(draft, multiply(draft, image[axis + 1 :]))
+        step = draft.op("Mul", draft.op("Unsqueeze", tap.places, others), stride)
+        index = draft.op("Add", index, step)
+        factors.append(draft.op("Unsqueeze", tap.weights, others))
+    weights = reduce(lambda left, right: draft.op("Mul", left, right), factors)
+    weights = draft.op("Unsqueeze", weights, draft.integers([2 + rank]))
+    pixels = draft.op("Gather", rows, draft.detach(index), axis=0)
+    weighed = draft.op("Mul", pixels, weights)
+    return draft.op("ReduceSum", weighed, draft.integers(range(2, 2 + rank)), keepdims=0)
+
+
+def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
+    """The product of the base grid's homogeneous coordinates with each matrix."""
+    theta = node.inputs[0]
+    assert theta is not None
+    assert theta.dtype is not None
+    sizes = known_array(node.inputs[1])
+    if sizes is None:
+        raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
+    image = [int(n) for n in sizes[2:]]
+    rank, corners = len(image), node.attributes.get_int("align_corners", 0)
+    lines = []
+    for n in image:
+        edge = 1.0 if corners else 1.0 - 1.0 / n
+        lines.append(np.linspace(-edge, edge, n) if n > 1 or not corners else np.array([-1.0]))
+    places = np.meshgrid(*lines, indexing="ij")
+    base = np.stack([*places[::-1], np.ones(image)], axis=-1).reshape(1, -1, rank + 1)
+    turned = draft.op("Transpose", theta, perm=[0, 2, 1])
+    grid = draft.op("MatMul", draft.tensor(ir.tensor(base.astype(theta.dtype.numpy()))), turned)
+    batch = read_extents(draft, node, theta)[0]
+    return [reshape(draft, grid, [batch, *image, rank])]
