@@ -37,6 +37,7 @@ FLOOR = 1e-6
 """Gradients below this are zero: those of step functions, and of what normalizations cancel."""
 
 ENTRIES = 10
+STEP = "model.step.onnx"
 TARGETS: tuple[Target, ...] = ("training", "portable")
 WEIGHTS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -63,7 +64,8 @@ class Outcome:
     ``error`` is the relative error of the worst gradient entry, ``None`` where the case has
     nothing to differentiate; ``refusal`` is the sentence of the error that it met, and
     ``undifferentiable`` tells that it was for want of a gradient.  ``rewritten`` tells that the
-    operator itself is not what was differentiated.
+    operator itself is not what was differentiated.  ``graph`` is the training stage that ran on
+    ``feeds`` and gave ``found``.
     """
 
     case: str
@@ -75,6 +77,9 @@ class Outcome:
     undifferentiable: bool = False
     rewritten: bool = False
     worst: str = field(default="", compare=False)
+    graph: bytes = field(default=b"", repr=False, compare=False)
+    feeds: Arrays = field(default_factory=dict, repr=False, compare=False)
+    found: Arrays = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -277,7 +282,7 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
     parameters = _list_parameters(prepared.trainable, case)
     weights = _draw_weights(case, parameters)
     try:
-        found = run_step(bundle, {**data, **weights})
+        feeds, found = run_stage(bundle, {**data, **weights})
     except StageFailed as error:
         return Outcome(case=case.name, target=target, refusal=f"FAILED: {error}")
     expected = _measure_loss(case, {**case.inputs, **weights}, data)
@@ -298,6 +303,9 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
         loss_error=loss_error,
         rewritten=case.operator not in {node.op_type for node in prepared.training.graph},
         worst=where,
+        graph=bundle.client.graphs[STEP],
+        feeds=feeds,
+        found=found,
     )
 
 
@@ -317,8 +325,13 @@ def _list_trained(problem: ModelProto) -> list[str]:
 
 def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:
     """Run the whole model's training stage and return its outputs by name."""
+    return run_stage(bundle, feeds)[1]
+
+
+def run_stage(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+    """Run the whole model's training stage and return its inputs and its outputs by name."""
     engine = Engine(threads=1)
-    stage = engine.load("step", bundle.client.graphs["model.step.onnx"], training=True)
+    stage = engine.load("step", bundle.client.graphs[STEP], training=True)
     known = {**bundle.client.weights, **feeds, KEY: np.array([0, 0, 0], np.int64)}
     wanted = {value.name: value.type for value in stage.session.get_inputs()}
     inputs = {
@@ -326,7 +339,7 @@ def run_step(bundle: Bundle, feeds: Mapping[str, np.ndarray]) -> Arrays:
         for name, kind in wanted.items()
     }
     found = engine.run(stage, {name: engine.from_array(array) for name, array in inputs.items()})
-    return {name: np.array(engine.to_array(tensor)) for name, tensor in found.items()}
+    return inputs, {name: np.array(engine.to_array(tensor)) for name, tensor in found.items()}
 
 
 def _list_parameters(trained: Collection[str], case: NodeCase) -> tuple[str, ...]:
