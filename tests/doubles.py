@@ -106,8 +106,49 @@ def _widen(operator: type[OpRun]) -> type[OpRun]:
     return type(operator.__name__, (operator,), {"_run": wide, "op_domain": ""})
 
 
+class GlobalLpPool(OpRun):
+    """The p-norm of each channel; onnx's own evaluator has none."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, p: int = 2) -> tuple[np.ndarray]:
+        axes = tuple(range(2, x.ndim))
+        return ((np.abs(x) ** p).sum(axes, keepdims=True) ** (1 / p),)
+
+
+class MaxRoiPool(OpRun):
+    """The largest element of each cell of a region, borders rounded; onnx's evaluator has none."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        rois: np.ndarray,
+        pooled_shape: tuple[int, ...] = (),
+        spatial_scale: float = 1.0,
+    ) -> tuple[np.ndarray]:
+        rows, columns = pooled_shape
+        result = np.zeros((len(rois), x.shape[1], rows, columns), x.dtype)
+        for index, (batch, *corners) in enumerate(rois):
+            left, top, right, bottom = (int(np.round(c * spatial_scale)) for c in corners)
+            high = max(bottom - top + 1, 1) / rows
+            wide = max(right - left + 1, 1) / columns
+            for row, column in np.ndindex(rows, columns):
+                ys = slice(int(top + np.floor(row * high)), int(top + np.ceil((row + 1) * high)))
+                xs = slice(
+                    int(left + np.floor(column * wide)), int(left + np.ceil((column + 1) * wide))
+                )
+                cell = x[int(batch), :, ys, xs]
+                if cell.size:
+                    result[index, :, row, column] = cell.max((1, 2))
+        return (result,)
+
+
 DOUBLES: tuple[type[OpRun], ...] = (
     Bernoulli,
+    GlobalLpPool,
+    MaxRoiPool,
     _widen(CausalConvWithState),
     Dropout,
     _widen(DynamicQuantizeLinear),

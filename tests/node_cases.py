@@ -31,6 +31,7 @@ from splitonnx.partitioner.preparations import prepare
 from splitonnx.partitioner.uses import Kind, judge
 from splitonnx.runtime.engines import Engine
 from tests.oracles import differentiate_numerically, make_evaluator, to_double
+from tests.own_cases import build_own_cases, evaluate_own
 
 RTOL = 1e-3
 FLOOR = 1e-6
@@ -114,7 +115,18 @@ def _collect_cases() -> tuple[NodeCase, ...]:
         from onnx.backend.test.case.node import collect_testcases
 
         found = collect_testcases(None)
-    return tuple(_read_case(case) for case in found if "_expanded" not in case.name)
+    given = [_read_case(case) for case in found if "_expanded" not in case.name]
+    own = [
+        NodeCase(
+            name=name,
+            operator=operator,
+            model=model,
+            inputs=inputs,
+            outputs={"y": evaluate_own(model, inputs)},
+        )
+        for name, operator, model, inputs in build_own_cases()
+    ]
+    return (*given, *own)
 
 
 def _read_case(case: TestCase) -> NodeCase:
@@ -149,7 +161,7 @@ def _list_variables(case: NodeCase) -> list[str]:
 
 def _make_float(case: NodeCase, kinds: Collection[int]) -> NodeCase:
     """Declare as float32 what is of one of ``kinds`` and may be float32, input and output alike."""
-    schema, node = _find_schema(case), case.model.graph.node[0]
+    schema, node = _find_schema(case), _find_node(case)
     model = ModelProto()
     model.CopyFrom(case.model)
     declared = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
@@ -182,7 +194,7 @@ def _make_float(case: NodeCase, kinds: Collection[int]) -> NodeCase:
 
 
 def is_tensors_only(case: NodeCase) -> bool:
-    """Whether everything that goes in and comes out is a tensor of numbers or truth values."""
+    """Whether all that goes in and comes out is a tensor of numbers or truth values."""
     values = (*case.model.graph.input, *case.model.graph.output)
     arrays = (*case.inputs.values(), *case.outputs.values())
     return all(v.type.HasField("tensor_type") for v in values) and all(
@@ -249,8 +261,13 @@ def _list_results(case: NodeCase) -> list[tuple[int, str]]:
     return found
 
 
+def _find_node(case: NodeCase) -> onnx.NodeProto:
+    nodes: list[onnx.NodeProto] = list(case.model.graph.node)
+    return next(node for node in nodes if node.op_type == case.operator)
+
+
 def _find_schema(case: NodeCase) -> onnx.defs.OpSchema:
-    node = case.model.graph.node[0]
+    node = _find_node(case)
     version = next((e.version for e in case.model.opset_import if e.domain == node.domain), 1)
     return onnx.defs.get_schema(node.op_type, version, node.domain)
 
@@ -357,7 +374,7 @@ def _categorize_inputs(case: NodeCase) -> dict[str, str]:
     constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
     linear = case.operator in _PIECEWISE_LINEAR
     found = {}
-    for index, name in enumerate(case.model.graph.node[0].input):
+    for index, name in enumerate(_find_node(case).input):
         formal = schema.inputs[min(index, len(schema.inputs) - 1)]
         is_constant = formal.differentiation_category == constant and not linear
         found[name] = "constant" if is_constant else "variable"

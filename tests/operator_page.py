@@ -52,6 +52,14 @@ Models of opset 7 to {opset} are taken; what they hold is brought to opset 18 to
 """
 
 
+_DRAWING = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+_ELSEWHERE = dict.fromkeys(
+    ("Multinomial", *_DRAWING),
+    "draws at random, so no case can be compared",
+)
+"""What is said of operators whose cases cannot be compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One operator: its status on each target, and over how many cases that was found."""
@@ -81,7 +89,7 @@ def describe_operator(operator: str) -> Row:
     refused = [outcome for outcome in outcomes if outcome.refusal]
     names = {outcome.case for outcome in refused}
     cases = len({outcome.case for outcome in outcomes})
-    remark = ""
+    remark = _ELSEWHERE.get(operator, "")
     if refused and len(names) < cases:
         remark = f"{len(names)} refused: {_shorten(refused[0].refusal)}"
     elif refused:
