@@ -190,8 +190,8 @@ def _write_body(
         own.replace_all_uses_with(bindings[own])
     nodes = list(copy)
     copy.remove(nodes)
-    for node in nodes:
-        node.name = f"{prefix}/{node.name or node.op_type}"
+    for index, node in enumerate(nodes):
+        node.name = f"{prefix}/{node.name or f'{node.op_type}_{index}'}"
         for value in node.outputs:
             value.name = f"{prefix}/{value.name}" if value.name else value.name
             value.shape = None  # a body's shapes need not be those of this run

@@ -37,6 +37,7 @@ from splitonnx.partitioner.quantizations import (
 )
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
+from splitonnx.partitioner.sequences import flatten_sequences
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
 
 BatchNormMode = Literal["train", "frozen"]
@@ -100,7 +101,12 @@ def prepare(
     adapt_opset(model)
     settle_layouts(model.graph)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    if flatten_sequences(model.graph):
+        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     fold(model, weights)
+    if flatten_sequences(model.graph):  # those that loops made
+        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        fold(model, weights)
     return_weights(model.graph, weights)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
