@@ -24,6 +24,7 @@ from splitonnx.partitioner.frontiers import (
     trace_gradients,
     walk_back,
 )
+from splitonnx.partitioner.inferences import Inference
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
@@ -303,6 +304,12 @@ def _annotate(model: ir.Model) -> None:
         for value in node.outputs[1:]:
             if value.shape is None:
                 value.shape = _find_shape(node)
+    inference = Inference(model.graph.opset_imports[""])
+    for node in model.graph:  # ONNX Runtime's optimizer makes nodes of which it notes no shapes
+        inference.visit(node)
+        for value in node.outputs:
+            if value.shape is None:
+                inference.note(value)
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
