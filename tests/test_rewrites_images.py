@@ -19,6 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import ShapeInferencePass
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.gradients import differentiate
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.paddings import settle_paddings
@@ -543,3 +544,22 @@ def test_max_roi_pool(scale: float, dynamic: Sequence[int]) -> None:
         dynamic=dynamic,
     )  # fmt: skip
     hold(case, oracle="kernel")
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(
+    "coordinates", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]
+)
+def test_resize_of_any_image_size(mode: str, coordinates: str, sized: bool) -> None:
+    settings: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates}
+    settings |= {"sizes": [2, 3, 7, 4]} if sized else {"scales": [1, 1, 2, 1.5]}
+    if coordinates == "align_corners" and not sized:
+        settings["scales"] = [1, 1, 2, 1.25]
+    hold(resize((2, 3, 5, 4), dynamic=(0, 1, 2, 3), **settings))
+
+
+def test_resize_by_cubic_weights_wants_a_fixed_image_size() -> None:
+    case = resize((2, 3, 5, 4), dynamic=(0, 2, 3), mode="cubic", scales=[1, 1, 2, 2])
+    with pytest.raises(UnsupportedModel, match=r"'node' \(Resize\): the size of 'x' along axis 2"):
+        hold(case)

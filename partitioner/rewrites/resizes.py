@@ -18,6 +18,7 @@ from splitonnx.partitioner.rewrites.extents import (
     refuse,
     require_rank,
     reshape,
+    to_number,
 )
 from splitonnx.partitioner.rewrites.interpolations import (
     Kernel,
@@ -26,6 +27,7 @@ from splitonnx.partitioner.rewrites.interpolations import (
     find_outside,
     weigh_neighbours,
 )
+from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
 
 Values = Sequence[ir.Value]
 
@@ -34,7 +36,7 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 
 
 def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
-    """Sample each axis that changes; whole factors of ``nearest`` need no fixed image size."""
+    """Sample each axis that changes; where its size is not known the graph finds the weights."""
     x = node.inputs[0]
     assert x is not None
     mode = node.attributes.get_string("mode", "nearest")
@@ -55,9 +57,61 @@ def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
             made = draft.op("Gather", made, draft.integers(places.tolist()), axis=axis)
         else:
             matrix = weigh_neighbours(sampling, _read_kernel(node))
-            made = _multiply_axis(draft, made, extents, axis, matrix, x.dtype)
+            assert x.dtype is not None
+            weights = draft.tensor(ir.tensor(matrix.astype(x.dtype.numpy())))
+            made = _multiply_axis(draft, made, extents, axis, weights, sampling.after)
         extents[axis] = sampling.after
-    return [_extrapolate(draft, node, x, made, samplings)]
+    made = _extrapolate(draft, node, x, made, samplings)
+    for axis, scale in left.items():
+        if axis not in samplings and (axis > 1 or scale not in (None, 1.0)):
+            made = _stretch_axis(draft, node, made, extents, axis, scale)
+    return [made]
+
+
+def _stretch_axis(
+    draft: Draft,
+    node: ir.Node,
+    made: ir.Value,
+    extents: list[Extent],
+    axis: int,
+    scale: float | None,
+) -> ir.Value:
+    """Sample an axis whose size before or after is not known; ``extents`` follows."""
+    x, mode = node.inputs[0], node.attributes.get_string("mode", "nearest")
+    assert x is not None
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    plain = node.attributes.get_string("keep_aspect_ratio_policy", "stretch") == "stretch"
+    plain = plain and not node.attributes.get_int("antialias", 0)
+    if mode == "cubic" or coordinates not in COORDINATES or not plain:
+        raise refuse(
+            node,
+            f"the size of '{x.name}' along axis {axis}, before or after, is not known",
+            "export it with a fixed image size, or with a plain mode nearest or linear",
+        )
+    before, place = extents[axis], draft.integers([_read_axes(node, x).index(axis)])
+    factor: float | ir.Value | None = scale
+    if factor is None and (given := _get_scales(node)) is not None:
+        factor = draft.op("Gather", given, place, axis=0)
+    if factor is None:
+        sizes = known_array(node.inputs[3])
+        after: Extent = draft.op("Gather", node.inputs[3], place, axis=0)
+        if sizes is not None:
+            after = int(sizes[_read_axes(node, x).index(axis)])
+        ratio = (to_number(draft, size, ir.DataType.FLOAT) for size in (after, before))
+        factor = draft.op("Div", *ratio)
+    else:
+        after = find_after(draft, before, factor)
+    stretch = Stretch(
+        draft=draft, before=before, after=after, scale=factor, coordinates=coordinates
+    )
+    if mode == "nearest":
+        nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
+        made = draft.op("Gather", made, draft.detach(stretch.find_nearest(nearest)), axis=axis)
+    else:
+        weights = draft.detach(draft.cast(stretch.weigh_neighbours(), x.dtype))
+        made = _multiply_axis(draft, made, extents, axis, weights, after)
+    extents[axis] = after
+    return made
 
 
 def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
@@ -65,15 +119,18 @@ def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
     return [axis % rank for axis in node.attributes.get_ints("axes", range(rank))]
 
 
-def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
-    """Give each axis's factor, ``None`` where sizes are given instead."""
-    axes = _read_axes(node, x)
+def _get_scales(node: ir.Node) -> ir.Value | None:
+    """Give the scales that the graph computes."""
     given = node.inputs[2] if len(node.inputs) > 2 else None
-    scales = known_array(given)
+    return given if given is not None and known_array(given) is None else None
+
+
+def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
+    """Give each axis's factor, ``None`` where sizes are given instead, or it is computed."""
+    axes = _read_axes(node, x)
+    scales = known_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if scales is not None and scales.size:
         return {axis: float(scale) for axis, scale in zip(axes, scales, strict=True)}
-    if given is not None and scales is None:
-        raise refuse(node, "its scales are computed in the graph", "export it with fixed scales")
     return dict.fromkeys(axes)
 
 
@@ -137,6 +194,8 @@ def _read_sizes(
     node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
 ) -> dict[int, tuple[int, int, float]]:
     """Map an axis to its size before and after and its scale; leave out what stays unknown."""
+    if _get_scales(node) is not None:
+        return {}
     before, after = known_dims(x) or [], known_dims(node.outputs[0]) or []
     axes = _read_axes(node, x)
     wanted = known_array(node.inputs[3]) if len(node.inputs) > 3 else None
@@ -150,12 +209,6 @@ def _read_sizes(
             m = int(np.float32(scale) * np.float32(n))
         if n is not None and m is not None:
             found[axis] = (n, m, m / n if scale is None else scale)
-        elif axis > 1 or scale not in (None, 1.0):
-            raise refuse(
-                node,
-                f"the size of '{x.name}' along axis {axis}, before or after, is not known",
-                "export it with a fixed image size, or with mode nearest and whole scales",
-            )
     policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch" or wanted is None:
         return found
@@ -191,20 +244,17 @@ def _multiply_axis(
     x: ir.Value,
     extents: Sequence[Extent],
     axis: int,
-    matrix: np.ndarray,
-    dtype: ir.DataType | None,
+    matrix: ir.Value,
+    after: Extent,
 ) -> ir.Value:
     """Multiply one axis by a matrix (after, before); the axes behind it are columns."""
-    assert dtype is not None
-    weights = matrix.astype(dtype.numpy())
     if axis == len(extents) - 1:
-        return draft.op("MatMul", x, draft.tensor(ir.tensor(weights.T.copy())))
-    factor = draft.tensor(ir.tensor(weights))
+        return draft.op("MatMul", x, draft.op("Transpose", matrix, perm=[1, 0]))
     if axis == len(extents) - 2:
-        return draft.op("MatMul", factor, x)
+        return draft.op("MatMul", matrix, x)
     front, behind = extents[:axis], extents[axis + 1 :]
     columns = reshape(draft, x, [*front, extents[axis], multiply(draft, behind)])
-    return reshape(draft, draft.op("MatMul", factor, columns), [*front, len(matrix), *behind])
+    return reshape(draft, draft.op("MatMul", matrix, columns), [*front, after, *behind])
 
 
 def _extrapolate(

@@ -1,0 +1,83 @@
+"""Interpolation along an axis whose size is known at run time only: the graph finds the weights.
+
+The same formulas as :mod:`interpolations`, in float32 as ONNX Runtime has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.rewrites.extents import Extent, count_up, to_number
+
+_FLOAT = ir.DataType.FLOAT
+COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
+"""What is written here; the rest needs fixed sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """An axis of ``before`` elements sampled to ``after``; ``scale`` is a F32 value or a number."""
+
+    draft: Draft
+    before: Extent
+    after: Extent
+    scale: float | ir.Value
+    coordinates: str
+
+    def find_coordinates(self) -> ir.Value:
+        """Give the place, in the input's coordinates, of each output  # (after,)."""
+        draft = self.draft
+        y = draft.op("Cast", count_up(draft, self.after), to=_FLOAT.value)
+        one, half = draft.number(1.0, _FLOAT), draft.number(0.5, _FLOAT)
+        if self.coordinates == "align_corners":
+            steps = draft.op("Sub", to_number(draft, self.after, _FLOAT), one)
+            last = draft.op("Sub", to_number(draft, self.before, _FLOAT), one)
+            return draft.op("Div", draft.op("Mul", y, last), draft.op("Max", steps, one))
+        scale = self.scale
+        if not isinstance(scale, ir.Value):
+            scale = draft.number(scale, _FLOAT)
+        if self.coordinates == "asymmetric":
+            return draft.op("Div", y, scale)
+        x = draft.op("Sub", draft.op("Div", draft.op("Add", y, half), scale), half)
+        if self.coordinates == "half_pixel":
+            return x
+        several = draft.op("Greater", to_number(draft, self.after, _FLOAT), one)
+        return draft.op("Where", several, x, draft.number(0.0, _FLOAT))
+
+    def find_nearest(self, mode: str) -> ir.Value:
+        """Give the element that each output copies, as I64."""
+        draft, x = self.draft, self.find_coordinates()
+        half = draft.number(0.5, _FLOAT)
+        if mode == "round_prefer_floor":
+            x = draft.op("Sub", x, half)
+        elif mode == "round_prefer_ceil":
+            x = draft.op("Add", x, half)
+        up = mode in ("ceil", "round_prefer_floor")
+        places = self._clamp(draft.op("Ceil" if up else "Floor", x))
+        return draft.op("Cast", places, to=ir.DataType.INT64.value)
+
+    def weigh_neighbours(self) -> ir.Value:
+        """Give the matrix of the linear interpolation, in F32  # (after, before)."""
+        draft = self.draft
+        x = draft.op("Unsqueeze", self._clamp(self.find_coordinates()), draft.integers([1]))
+        places = draft.op("Cast", count_up(draft, self.before), to=_FLOAT.value)
+        distances = draft.op("Abs", draft.op("Sub", x, places))
+        one, zero = draft.number(1.0, _FLOAT), draft.number(0.0, _FLOAT)
+        return draft.op("Max", draft.op("Sub", one, distances), zero)
+
+    def _clamp(self, x: ir.Value) -> ir.Value:
+        draft = self.draft
+        last = draft.op("Sub", to_number(draft, self.before, _FLOAT), draft.number(1.0, _FLOAT))
+        return draft.op("Min", draft.op("Max", x, draft.number(0.0, _FLOAT)), last)
+
+
+def find_after(draft: Draft, before: Extent, scale: float | ir.Value) -> Extent:
+    """Give the size after scaling, rounded down."""
+    if not isinstance(scale, ir.Value):
+        scale = draft.number(scale, _FLOAT)
+    scaled = draft.op("Floor", draft.op("Mul", to_number(draft, before, _FLOAT), scale))
+    whole = draft.op("Cast", scaled, to=ir.DataType.INT64.value)
+    return draft.op("Reshape", whole, draft.integers([1]))
