@@ -19,25 +19,30 @@ KEPT = "splitonnx.kept"
 """Key of a node's metadata that says why its control flow could not be settled beforehand."""
 
 MOST_NODES = 20_000
-"""A loop that would become more nodes stays a loop."""
+"""Loops that would become more nodes, those of one model together, stay loops."""
 
 
 class Unsettled(Exception):
     """The control flow depends on the data, or is too long to be written out."""
 
 
-def settle_control_flow(node: ir.Node, known: Inference) -> Sequence[ir.Node]:
+def settle_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
     """Replace an If, Loop or Scan by the nodes that it runs; outputs keep their names.
 
-    Returns the nodes written, in order.
+    ``spent`` is how many nodes were written for a model's control flow before.  Returns the nodes
+    written, in order.
 
     Raises:
         Unsettled: it cannot be; the node is unchanged.
     """
     draft = Draft(node.name or node.op_type)
-    write = {"If": _inline_branch, "Loop": _unroll_loop, "Scan": _unroll_scan}[node.op_type]
     try:
-        made = write(draft, node, known)
+        if node.op_type == "If":
+            made = _inline_branch(draft, node, known)
+        elif node.op_type == "Loop":
+            made = _unroll_loop(draft, node, known, spent)
+        else:
+            made = _unroll_scan(draft, node, known, spent)
     except Unsettled:
         for written in draft.nodes:
             disconnect([written, *list_inner(written)])
@@ -68,7 +73,9 @@ def _inline_branch(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Val
     return [*outputs]
 
 
-def _unroll_loop(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value | None]:
+def _unroll_loop(
+    draft: Draft, node: ir.Node, known: Inference, spent: int
+) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     trips, condition = node.inputs[0], node.inputs[1]
     most = known.constant(trips)
@@ -81,8 +88,7 @@ def _unroll_loop(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value
     _hoist_constants(body, node)
     step = 0
     while going and (limit is None or step < limit):
-        if (step + 1) * len(body) > MOST_NODES:
-            raise Unsettled(f"written out it would be more than {MOST_NODES} nodes")
+        _refuse_excess(body, step + 1, spent)
         bound = [draft.integer(step), condition, *carried]
         again, *results = _write_body(draft, body, f"{node.name}/{step}", bound, known)
         step += 1
@@ -94,6 +100,11 @@ def _unroll_loop(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value
     return [*carried, *(_stack(draft, row, 0) for row in scanned)]
 
 
+def _refuse_excess(body: ir.Graph, runs: int, spent: int) -> None:
+    if spent + runs * max(len(body), 1) > MOST_NODES:
+        raise Unsettled(f"written out it would be more than {MOST_NODES} nodes")
+
+
 def _decide(condition: ir.Value, known: Inference) -> bool:
     content = known.constant(condition)
     if content is None:
@@ -101,7 +112,9 @@ def _decide(condition: ir.Value, known: Inference) -> bool:
     return bool(content.all())
 
 
-def _unroll_scan(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value | None]:
+def _unroll_scan(
+    draft: Draft, node: ir.Node, known: Inference, spent: int
+) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     count = node.attributes.get_int("num_scan_inputs")
     split = len(node.inputs) - count
@@ -111,8 +124,7 @@ def _unroll_scan(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value
     axes = _list_integers(node, "scan_input_axes", count)
     turned = _list_integers(node, "scan_input_directions", count)
     length = _measure_scan(node, sources, axes, known)
-    if length * len(body) > MOST_NODES:
-        raise Unsettled(f"written out it would be more than {MOST_NODES} nodes")
+    _refuse_excess(body, length, spent)
     rows = [
         _take_apart(draft, source, length, axis, known)[:: -1 if turn else 1]
         for source, axis, turn in zip(sources, axes, turned, strict=True)

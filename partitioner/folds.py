@@ -31,20 +31,24 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
     graph = model.graph
     known = Inference(graph.opset_imports[""])
     reached = {value for value in graph.inputs if value.name in weights}
-    pending = deque(graph)
+    pending, spent = deque(graph), 0
     while pending:
         node = pending.popleft()
         with blame(node):
-            pending.extendleft(reversed(_fold_node(node, known, reached)))
+            written = _fold_node(node, known, reached, spent)
+        spent += len(written)
+        pending.extendleft(reversed(written))
     prune(graph)
 
 
-def _fold_node(node: ir.Node, known: Inference, reached: set[ir.Value]) -> Sequence[ir.Node]:
+def _fold_node(
+    node: ir.Node, known: Inference, reached: set[ir.Value], spent: int
+) -> Sequence[ir.Node]:
     """Fold one node; give the nodes that were written in its place and are to be folded next."""
     trained = any(value in reached for value in list_inputs(node))
     if trained:
         reached.update(node.outputs)
-    written = _settle(node, known, trained)
+    written = _settle(node, known, trained, spent)
     if written is not None:
         return written
     _name_type(node)
@@ -68,13 +72,13 @@ def note_shapes(graph: ir.Graph) -> None:
             known.note(value)
 
 
-def _settle(node: ir.Node, known: Inference, trained: bool) -> Sequence[ir.Node] | None:
+def _settle(node: ir.Node, known: Inference, trained: bool, spent: int) -> Sequence[ir.Node] | None:
     """Write out control flow that is settled; a loop only where a gradient may pass it."""
     loop = node.op_type in ("Loop", "Scan")
     if node.domain or not (node.op_type == "If" or (loop and trained)):
         return None
     try:
-        return settle_control_flow(node, known)
+        return settle_control_flow(node, known, spent)
     except Unsettled as reason:
         node.metadata_props[KEPT] = str(reason)
         return None

@@ -100,11 +100,15 @@ class Inference:
 
     def shape(self, value: ir.Value) -> Dims | None:
         """Give a value's dimensions; ``None`` where not even their number is known."""
-        if value not in self._shapes and value.shape is not None:
+        if value in self._shapes:
+            return self._shapes[value]
+        if value.shape is not None:
             self._shapes[value] = [
                 dim if isinstance(dim, int) else self._read(dim.value, value, axis)
                 for axis, dim in enumerate(value.shape)
             ]
+        elif (content := self.content(value)) is not None:
+            self._shapes[value] = list(content.shape)
         return self._shapes.get(value)
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
@@ -278,7 +282,7 @@ class Inference:
     def _is_small(self, node: ir.Node, most: int) -> bool:
         for value in node.outputs:
             dims = self.shape(value)
-            if dims is not None and prod(d for d in dims if isinstance(d, int)) > most:
+            if dims is None or prod(d for d in dims if isinstance(d, int)) > most:
                 return False
         return True
 

@@ -257,7 +257,8 @@ def test_a_loop_that_does_not_run_gives_what_went_in() -> None:
     assert_trains(build([loop], "last"), ["w1", "w3"])
 
 
-def test_loops_nest() -> None:
+def build_nested() -> onnx.ModelProto:
+    """Three runs of three runs of six nodes."""
     same = [node("Identity", ["going"], ["still"])]
     inner = make_loop("three", "yes", same, "still")
     del inner.output[1:]
@@ -268,7 +269,11 @@ def test_loops_nest() -> None:
         [value("j", INT64, []), value("more", BOOL, []), value("outer", FLOAT, None)],
         [value("again", BOOL, []), value("after", FLOAT, None)],
     )
-    assert_trains(build([node("Loop", ["three", "", "h"], ["m"], body=outer)]))
+    return build([node("Loop", ["three", "", "h"], ["m"], body=outer)])
+
+
+def test_loops_nest() -> None:
+    assert_trains(build_nested())
 
 
 def test_a_loop_whose_end_depends_on_data_is_refused() -> None:
@@ -350,3 +355,19 @@ def test_what_only_a_body_read_is_gone_with_it() -> None:
         [value("still", BOOL, []), value("next", FLOAT, None)],
     )
     assert_trains(build([FIRST, node("Loop", ["three", "", "h"], ["m"], body=inner)]))
+
+
+def test_loops_within_loops_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_flows, "MOST_NODES", 25)
+    model = build_nested()
+    with pytest.raises(NotDifferentiable, match=r"more than 25 nodes"):
+        cut(model, at=None)
+    monkeypatch.setattr(control_flows, "MOST_NODES", 100)
+    assert cut(model, at=None).client
+
+
+def test_a_loop_that_does_nothing_for_ever_is_left_alone() -> None:
+    inputs = [value("i", INT64, []), value("going", BOOL, []), value("state", FLOAT, None)]
+    inner = body([], inputs, inputs[1:])
+    with pytest.raises(NotDifferentiable, match=r"\(Loop\).* more than 20000 nodes"):
+        cut(build([node("Loop", ["", "yes", "h"], ["m"], body=inner)]), at=None)
