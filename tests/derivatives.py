@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.partitions import cut
 from tests.node_cases import TARGETS, run_step
-from tests.oracles import sample_gradients
+from tests.oracles import make_evaluator, sample_gradients
 from tests.zoo import Arrays, Net
 
 RTOL = 1e-3
@@ -56,7 +55,7 @@ def take_step(
 
 def draw_labels(model: onnx.ModelProto, data: Mapping[str, np.ndarray]) -> np.ndarray:
     """Draw real labels in the shape of the model's output."""
-    results = ReferenceEvaluator(model).run(None, dict(data))
+    results = make_evaluator(model).run(None, dict(data))
     assert isinstance(results, list)
     labels: np.ndarray = np.random.default_rng(3).standard_normal(results[0].shape, np.float32)
     return labels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -244,3 +246,53 @@ def test_fused_products_with_moved_batch_axes(rank: int, marks: dict[str, int]) 
             lower(graph)
         results.append(run(ir.Model(graph, ir_version=9), feeds)["y"])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
+def slice_by_attributes(net: Net, h: str) -> None:
+    net.op("Slice", h, out="y", starts=[1, 0], ends=[3, -1], axes=[1, 2])
+
+
+def split_by_attribute(net: Net, h: str) -> None:
+    net.nodes.append(helper.make_node("Split", [h], ["a", "b"], name="s", axis=1, split=[1, 3]))
+    net.op("Concat", "b", "a", out="y", axis=1)
+
+
+def split_evenly(net: Net, h: str) -> None:
+    net.nodes.append(helper.make_node("Split", [h], ["a", "b"], name="s", axis=1))
+    net.op("Mul", "a", "b", out="y")
+
+
+def squeeze_by_attribute(net: Net, h: str) -> None:
+    net.op("Squeeze", net.op("Unsqueeze", h, out="u", axes=[1]), out="y", axes=[1])
+
+
+def scatter_by_its_old_name(net: Net, h: str) -> None:
+    updates = net.constant("u", np.array([[[1.0, 2.0]]], np.float32))
+    net.op("Scatter", h, ints(net, "i", [[[0, 3]]]), updates, out="y", axis=2)
+
+
+def choose_between_values(net: Net, h: str) -> None:
+    values = net.constant("v", np.array([-1, 2], np.float32))
+    hot = net.op("OneHot", ints(net, "i", [1, 2, 0, 3]), ints(net, "d", 5), values, out="hot")
+    net.op("Mul", h, hot, out="y")
+
+
+@pytest.mark.parametrize(
+    ("opset", "build"),
+    [
+        (7, slice_by_attributes),
+        (9, slice_by_attributes),
+        (7, split_by_attribute),
+        (12, split_by_attribute),
+        (11, split_evenly),
+        (7, squeeze_by_attribute),
+        (9, scatter_by_its_old_name),
+        (10, scatter_by_its_old_name),
+        (9, choose_between_values),
+        (12, choose_between_values),
+    ],
+)
+def test_older_forms(opset: int, build: Callable[[Net, str], None]) -> None:
+    net = Net(opset=opset)
+    build(net, weigh(net))
+    assert_differentiable(net, DATA)
