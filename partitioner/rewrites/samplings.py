@@ -39,10 +39,10 @@ class Taps:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Axis:
+class ImageAxis:
     """One axis of an image: how many pixels it has, and how it goes on beyond its borders.
 
-    ``low`` and ``high`` are the borders' coordinates.
+    ``corners`` puts the borders at the outermost pixels' centres instead of their edges.
     """
 
     draft: Draft
@@ -52,22 +52,27 @@ class _Axis:
     corners: bool
 
     def number(self, value: float) -> ir.Value:
+        """Give a constant of the image's dtype."""
         return self.draft.number(value, self.dtype)
 
     @property
     def length(self) -> ir.Value:
+        """How many pixels there are."""
         return to_number(self.draft, self.size, self.dtype)
 
     @property
     def last(self) -> ir.Value:
+        """The last pixel's coordinate."""
         return self.draft.op("Sub", self.length, self.number(1.0))
 
     @property
     def low(self) -> ir.Value:
+        """The lower border's coordinate."""
         return self.number(0.0 if self.corners else -0.5)
 
     @property
     def high(self) -> ir.Value:
+        """The upper border's coordinate."""
         return self.last if self.corners else self.draft.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
@@ -164,7 +169,7 @@ def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
     rank = len(image)
     points = draft.op("Reshape", grid, draft.integers([0, -1, rank]))
     axes = [
-        _Axis(
+        ImageAxis(
             draft=draft,
             size=size,
             dtype=x.dtype,
@@ -188,7 +193,7 @@ def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
     return [reshape(draft, turned, [batch, channels, *wanted])]
 
 
-def _denormalize(place: ir.Value, axis: _Axis) -> ir.Value:
+def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
     """Map -1 ... 1 to the axis's coordinates."""
     draft, one, half = axis.draft, axis.number(1.0), axis.number(0.5)
     raised = draft.op("Add", place, one)
