@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -295,23 +296,29 @@ def _refuse_shared_parameters(
 
 
 def find_single_cuts(
-    graph: ir.Graph, *, state: Collection[str], trainable: Collection[str] = frozenset()
+    graph: ir.Graph,
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    sent: Sequence[ir.Value] = (),
 ) -> list[Division]:
     """Find every tensor that alone divides the graph in two, in the graph's order.
 
     A single-tensor cut is the only data-dependent tensor alive right after it was computed, in
-    whatever topological order; candidates found so are confirmed by :func:`divide`.
+    whatever topological order; candidates found so are confirmed by :func:`divide`.  The raw
+    inputs ``sent`` may cross beside it where they must.
     """
     raw = {value for value in graph.inputs if value.name not in state}
     data, known = find_data(graph, raw), Inference(graph.opset_imports[""])
+    lone = data - _find_opened(graph, sent, data, trainable)
     needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
-    order = [node for node in graph if node in needed and set(node.outputs) & data]
-    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in data}
+    order = [node for node in graph if node in needed and set(node.outputs) & lone]
+    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in lone}
     for node in order:
         for value in list_inputs(node):
-            if value in data:
+            if value in lone:
                 waiting[value].add(node)
-    alive = {value for value in raw if waiting[value]}
+    alive = {value for value in raw & lone if waiting[value]}
     found = []
     for node in order:
         for value in list_inputs(node):
@@ -319,10 +326,26 @@ def find_single_cuts(
                 waiting[value].discard(node)
                 if not waiting[value]:
                     alive.discard(value)
-        alive.update(value for value in node.outputs if waiting[value])
+        alive.update(value for value in node.outputs if value in lone and waiting[value])
         if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
-            try:
-                found.append(divide(graph, [only], state=state, trainable=trainable, known=known))
-            except (NotACut, SharedParameter):
-                continue
+            with suppress(NotACut, SharedParameter):
+                found.append(_divide_at(graph, only, sent, state, trainable, known))
     return found
+
+
+def _divide_at(
+    graph: ir.Graph,
+    only: ir.Value,
+    sent: Sequence[ir.Value],
+    state: Collection[str],
+    trainable: Collection[str],
+    known: Inference,
+) -> Division:
+    """Divide at a tensor, and at those of ``sent`` that must cross beside it."""
+    try:
+        return divide(graph, [only], state=state, trainable=trainable, known=known)
+    except NotACut as reason:
+        more = [value for value in sent if value.name in reason.raw]
+        if not more:
+            raise
+    return divide(graph, [only, *more], state=state, trainable=trainable, known=known)

@@ -141,6 +141,7 @@ def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:
         "bytes_down": size,
         "client_parameters": 264,
         "server_parameters": 22858,
+        "sent": [],
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import NotACut, SharedParameter
+from splitonnx.errors import NotACut, SharedParameter, UsageError
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
@@ -122,6 +122,23 @@ def test_a_named_mask_crosses_without_a_gradient(named: str, tail: str) -> None:
     assert f"{named}@server" in wires
     assert f"{named}@server_grad" not in wires
     assert not {"tokens@server", "bias@client"} & set(wires)
+
+
+def test_cuts_beside_which_a_mask_crosses_are_listed_on_demand() -> None:
+    model = build_masked()
+    assert [found.tensor for found in inspect(model)] == ["layer2.sum", "layer2", "mean"]
+    cuts = {found.tensor: found for found in inspect(model, batch=4, sent=["mask"])}
+    beside = {tensor: found.sent for tensor, found in cuts.items()}
+    assert beside == {
+        "embedded": ("mask",), "layer0.sum": ("mask",), "layer0": ("mask",),
+        "layer1.sum": ("mask",), "layer1": ("mask",), "layer2.sum": (), "layer2": (), "mean": (),
+    }  # fmt: skip
+    for tensor, sent in beside.items():
+        assert cut(model, at=[tensor, *sent]).server is not None
+    assert cuts["mean"].bytes_up == 4 * 6 * 4
+    assert cuts["layer0"].bytes_up is None  # the length is not known
+    with pytest.raises(UsageError, match="'bias' is no input"):
+        inspect(model, sent=["bias"])
 
 
 def build_with_sizes(target: list[str], *, back: list[str]) -> onnx.ModelProto:

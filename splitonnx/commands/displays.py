@@ -73,7 +73,7 @@ def print_cuts(cuts: Iterable[Cut]) -> None:
         table.add_column(heading, justify="right")
     for cut in cuts:
         table.add_row(
-            cut.tensor,
+            " + ".join((cut.tensor, *cut.sent)),
             cut.op,
             " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
             _format_bytes(cut.bytes_up),

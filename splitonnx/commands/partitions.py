@@ -62,10 +62,18 @@ def inspect(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size, to know bytes where it is dynamic.")
     ] = None,
+    sent: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME",
+            help="An input, such as an attention mask, that may cross beside the tensor.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors that alone divide a model: where it may be cut, and what would travel."""
-    cuts = splitonnx.inspect(model, batch=batch)
+    cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
         displays.print_json(cuts)
     else:
