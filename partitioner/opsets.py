@@ -207,6 +207,7 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
             continue
         if node.version <= target or _find_schema(node.op_type, target) is not None:
             continue
+        _lighten(node)
         body, version = _read_body(node)
         _match_outputs(body, len(node.outputs))
         function = ir.serde.deserialize_function(body)
@@ -222,6 +223,20 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
         InlinePass()(model)
         model.opset_imports.pop(_BODIES, None)
     return bool(count)
+
+
+def _lighten(node: ir.Node) -> None:
+    """Take Attention's softmax in float64 in float32: no runtime has its gradient in float64.
+
+    Its result is rounded to the type of the inputs anyway.
+    """
+    wanted, source = (
+        node.attributes.get("softmax_precision"),
+        node.inputs[0] if node.inputs else None,
+    )
+    double = ir.DataType.DOUBLE
+    if wanted is not None and wanted.as_int() == double and source and source.dtype != double:
+        node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT)
 
 
 def _name_body(function: ir.Function, node: ir.Node, version: int) -> None:

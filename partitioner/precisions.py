@@ -28,8 +28,10 @@ _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
 
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]
-) -> dict[str, ir.TensorProtocol]:
+) -> Mapping[str, ir.TensorProtocol]:
     """Bring forms of a model to float32, in place, and return their weights in float32.
+
+    Where the forms hold nothing else, ``weights`` itself comes back.
 
     Data inputs of float16 and float64 keep their type and are cast; those of bfloat16, which
     numpy has not, become float32.  Names stay.
@@ -39,13 +41,16 @@ def widen(
     """
     dtypes = {tensor.dtype for tensor in weights.values()}
     replaced = _NARROW | (dtypes & {ir.DataType.DOUBLE})
+    changed = False
     for form in forms:
         _refuse_inputs(form.graph)
         for value in list(form.graph.inputs):
             if value.name not in weights and value.dtype in replaced & _ACCEPTED:
                 _cast_input(form.graph, value)
         kept = {v for v in form.graph.inputs if v.name not in weights and v.dtype in _ACCEPTED}
-        _retype_graph(form.graph, replaced, kept)
+        changed |= _retype_graph(form.graph, replaced, kept)
+    if not changed:
+        return weights
     return {
         name: ir.tensor(_convert(tensor), name=name) if tensor.dtype in replaced else tensor
         for name, tensor in weights.items()
@@ -78,20 +83,23 @@ def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
 
 def _retype_graph(
     graph: ir.Graph, replaced: Collection[ir.DataType], kept: Collection[ir.Value]
-) -> None:
-    for value in graph.inputs:
-        if value not in kept:
-            _retype_value(value, replaced)
-    for value in graph.initializers.values():
+) -> bool:
+    """Retype a graph and its bodies; tell whether anything was of another type."""
+    values = [value for value in graph.inputs if value not in kept]
+    values += graph.initializers.values()
+    changed = False
+    for node in graph:
+        values += node.outputs
+        changed |= _retype_attributes(node, replaced)
+        for body in _list_bodies(node):
+            changed |= _retype_graph(body, replaced, ())
+    for value in values:
         if value.const_value is not None and value.const_value.dtype in replaced:
             value.const_value = ir.tensor(_convert(value.const_value), name=value.name)
-        _retype_value(value, replaced)
-    for node in graph:
-        for value in node.outputs:
-            _retype_value(value, replaced)
-        _retype_attributes(node, replaced)
-        for body in _list_bodies(node):
-            _retype_graph(body, replaced, ())
+        if value.type is not None and value.dtype in replaced:
+            value.type = _retype(value.type, replaced)
+            changed = True
+    return changed
 
 
 def _list_bodies(node: ir.Node) -> Iterator[ir.Graph]:
@@ -102,24 +110,23 @@ def _list_bodies(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _retype_attributes(node: ir.Node, replaced: Collection[ir.DataType]) -> None:
+def _retype_attributes(node: ir.Node, replaced: Collection[ir.DataType]) -> bool:
+    changed = False
     numbers = {dtype.value for dtype in replaced}
     for name, attribute in list(node.attributes.items()):
         if attribute.type is ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
             if tensor.dtype in replaced:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(_convert(tensor)))
+                changed = True
         elif (
             name in _TYPE_ATTRIBUTES
             and attribute.type is ir.AttributeType.INT
             and attribute.as_int() in numbers
         ):
             node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
-
-
-def _retype_value(value: ir.Value, replaced: Collection[ir.DataType]) -> None:
-    if value.type is not None:
-        value.type = _retype(value.type, replaced)
+            changed = True
+    return changed
 
 
 def _retype(kind: ir.TypeProtocol, replaced: Collection[ir.DataType]) -> ir.TypeProtocol:

@@ -112,7 +112,9 @@ def prepare(
     settle_reductions(model.graph)
 
     skeleton, training, inference = model, model.clone(), model.clone()
-    weights = widen((training, inference), weights)
+    masters = widen((training, inference), weights)
+    for form in (training, inference) if masters is not weights else ():
+        fold(form, weights)  # constants in bfloat16 can only be folded now
     buffers = train_batchnorms(training.graph, mode=batchnorm)
     frozen_statistics = freeze_batchnorms(training.graph)
     key_dropouts(training.graph, mode=dropout)
@@ -139,7 +141,7 @@ def prepare(
         training=training,
         inference=inference,
         skeleton=skeleton,
-        weights=weights,
+        weights=masters,
         roles=roles,
         next_buffers=buffers,
     )
