@@ -288,6 +288,24 @@ def build_pools() -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", 2, 9, 9])}, output, 3)
 
 
+def build_upsampling() -> onnx.ModelProto:
+    """What has no gradient of its own, as decoders have it: mirrored borders, images that grow."""
+    net = Net()
+    border = net.constant("border", np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+    value = net.op("Pad", "x", border, out="mirrored", mode="reflect")
+    value = net.op("Conv", value, net.weight("w1", 4, 2, 3, 3), out="c1")
+    value = net.op("Relu", value, out="r1")
+    value = net.op(
+        "ConvTranspose", value, net.weight("w2", 4, 3, 3, 3), net.weight("b2", 3), out="grown",
+        strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 1],
+    )  # fmt: skip
+    scales = net.constant("scales", np.array([1, 1, 1.5, 2], np.float32))
+    value = net.op("Resize", value, "", scales, out="resized", mode="linear")
+    value = net.op("GlobalMaxPool", net.op("Tanh", value, out="t2"), out="pool")
+    output = net.op("MatMul", net.op("Flatten", value, out="flat"), net.weight("w3", 3, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 2, 6, 6])}, output, 3)
+
+
 def build_attention() -> onnx.ModelProto:
     """An encoder layer as torch exports it: attention, LayerNormalization, GELU through Erf."""
     net = Net()
@@ -412,6 +430,7 @@ ZOO: Mapping[str, Entry] = {
     "dropout": Entry(build=build_dropout, inputs=_IMAGE, labels=_classes(3), several=("d1", "n2")),
     "convolutions": Entry(build=build_convolutions, inputs={"x": (3, 9, 9)}, labels=_classes(3)),
     "pools": Entry(build=build_pools, inputs={"x": (2, 9, 9)}, labels=_classes(3)),
+    "upsampling": Entry(build=build_upsampling, inputs={"x": (2, 6, 6)}, labels=_classes(3)),
     "attention": Entry(
         build=build_attention,
         inputs={"x": (5, 8)},
