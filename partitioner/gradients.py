@@ -127,6 +127,9 @@ _TYPES = {
     "tensor(uint8)": ir.DataType.UINT8,
 }
 
+_SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
+"""What stands before the reason in what ONNX Runtime says: the place in its own source."""
+
 _ADVICE = (
     "cut so that it lies before every trained parameter, freeze the parameters before it, or "
     "export the model without it"
@@ -335,4 +338,5 @@ def _translate(error: Exception) -> NotDifferentiable | UnsupportedModel:
             "ONNX Runtime has no kernel for it with these element types",
             "export the model in float32",
         )
-    return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {text}")
+    reason = _SOURCE.split(text)[-1]
+    return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {reason}")

@@ -211,6 +211,7 @@ def build_problem(case: NodeCase) -> tuple[ModelProto, Arrays]:
     model.CopyFrom(case.model)
     graph = model.graph
     model.ir_version = max(model.ir_version, 4)
+    _raise_opset(case, model)
     del graph.input[:]
     for name, array in case.inputs.items():
         graph.initializer.append(_to_tensor(case, name, array))
@@ -243,6 +244,19 @@ def build_problem(case: NodeCase) -> tuple[ModelProto, Arrays]:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, []))
     return model, data
+
+
+def _raise_opset(case: NodeCase, model: ModelProto) -> None:
+    """Let the loss be written in operators of opset 9 where that does not change the case's."""
+    schema = _find_schema(case)
+    for entry in model.opset_import:
+        if entry.domain == "" and entry.version < 9 and _is_unchanged(schema):
+            entry.version = 9
+
+
+def _is_unchanged(schema: onnx.defs.OpSchema) -> bool:
+    newer: int = onnx.defs.get_schema(schema.name, 9, "").since_version
+    return newer == schema.since_version
 
 
 def _list_results(case: NodeCase) -> list[tuple[int, str]]:
