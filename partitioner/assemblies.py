@@ -240,7 +240,7 @@ def _share_training(joint: JointGraph, party: str, portable: bool, optimizer: Op
         norms = _order_norms(joint, own)
         vector = _name_norms(party)
         _append(stages, graphs, "norms", build_norms(own[party], joint.gradients, vector), {})
-        if len(own) > 1:
+        if len(norms.sizes) > 1:
             wires += tuple(_describe_norms(n, norms, own) for n in own if own[n])
     update = build_update(own[party], joint.gradients, optimizer, norms)
     sources = {spec.tensor.name: Source.STATE for spec in update.state}

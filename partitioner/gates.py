@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import NotAModel
+from splitonnx.partitioner.estimators import unwrap_maps
 from splitonnx.partitioner.screens.forms import check_form
 from splitonnx.partitioner.screens.names import check_names, check_texts, check_types
 from splitonnx.partitioner.screens.operators import check_operators, check_opsets
@@ -46,6 +47,7 @@ def open_model(source: ModelSource) -> ir.Model:
     try:
         version = check_opsets(proto.opset_import, label)
         check_texts(proto, label)
+        proto = unwrap_maps(proto)
         check_operators(proto, version, label)
         check_types(proto, label)
         for tensor in list_tensors(proto):

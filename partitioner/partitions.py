@@ -15,6 +15,7 @@ from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.assemblies import assemble
+from splitonnx.partitioner.frontiers import is_float
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import build_predict, build_training
 from splitonnx.partitioner.preparations import (
@@ -54,7 +55,7 @@ def cut(
             them, the loss and the labels are the client's too.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` where
             ``output`` is the loss; see :func:`splitonnx.partitioner.losses.attach_loss`.
-        output: the model output that the loss is taken of; the first one by default.
+        output: the model output that the loss is taken of; the first float one by default.
         optimizer: ``AdamW(lr=1e-3)`` by default.
         batchnorm: ``train`` normalises by the batch and keeps running statistics, ``frozen`` uses
             the running statistics; by default as each node says.
@@ -111,9 +112,10 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
     Raises:
         UsageError: the model has no such output, or none that depends on its inputs.
     """
-    known = [value.name or "" for value in prepared.training.graph.outputs]
+    outputs = prepared.training.graph.outputs
+    known = [value.name or "" for value in outputs]
     if not known:
         raise UsageError("the model has no output that depends on its inputs")
     if output is not None and output not in known:
         raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
-    return output or known[0]
+    return output or next((v.name or "" for v in outputs if is_float(v)), known[0])

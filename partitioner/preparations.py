@@ -24,6 +24,7 @@ from splitonnx.partitioner.batchnorms import (
 )
 from splitonnx.partitioner.draws import key_draws
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
+from splitonnx.partitioner.estimators import settle_estimators
 from splitonnx.partitioner.folds import fold, note_shapes
 from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.layouts import settle_layouts
@@ -100,6 +101,7 @@ def prepare(
     weights = lift_weights(model.graph, train)
     adapt_opset(model)
     settle_layouts(model.graph)
+    settle_estimators(model.graph)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
     if flatten_sequences(model.graph):
         ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
@@ -172,10 +174,11 @@ def settle(graph: ir.Graph) -> None:
 
 
 def _keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Drop outputs that no input of the model reaches, and running statistics among them."""
+    """Drop outputs that no input reaches, running statistics among them, and those of text."""
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
-    kept = [value for value in graph.outputs if value in data and value not in statistics]
+    lost = {value for value in graph.outputs if value.dtype == ir.DataType.STRING} | statistics
+    kept = [value for value in graph.outputs if value in data and value not in lost]
     graph.outputs.clear()
     graph.outputs.extend(kept)
 

@@ -86,8 +86,9 @@ def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
     axis = node.attributes.get_int("axis", 0) % rank
     front = [*range(axis, axis + span), *range(axis), *range(axis + span, rank - 1 + span)]
     order = [axis, *(a for a in range(rank) if a != axis)]
-    if axis:
+    if front != sorted(front):  # ORT takes any Transpose behind a Gemm for one that swaps axes
         dy = draft.op("Transpose", dy, perm=front)
+    if axis:
         shape = draft.op("Gather", shape, draft.integers(order), axis=0)
     zeros = _zeros(draft, shape, node.inputs[2].dtype if node.inputs[2] else None)
     rows = draft.op("Unsqueeze", draft.cast(indices, ir.DataType.INT64), draft.integers([-1]))

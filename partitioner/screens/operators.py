@@ -8,6 +8,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto
 
 from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.partitioner.estimators import DOMAIN, ESTIMATORS
 from splitonnx.partitioner.screens.walks import label_node, list_bodies, list_nodes
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx"})
@@ -93,6 +94,8 @@ def _find_key(node: NodeProto) -> Key:
 
 
 def _check_operator(node: NodeProto, version: int) -> None:
+    if node.domain == DOMAIN and node.op_type in ESTIMATORS:
+        return
     if node.domain not in KNOWN_DOMAINS:
         raise UnsupportedModel(
             label_node(node),

@@ -1,0 +1,147 @@
+"""One network cut in several places on both targets, each beside its unsplit training.
+
+The whole is trained once a target and the parts are compared with that; real networks are too
+slow to train it anew for each place, as ``verify`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from splitonnx.bundles import Bundle
+from splitonnx.manifests import Role
+from splitonnx.optimizers import SGD, Optimizer
+from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.preparations import BatchNormMode
+from splitonnx.runtime.clients import Client
+from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.transports import MemoryTransport
+
+Arrays = Mapping[str, np.ndarray]
+Place = tuple[str, str | None]
+"""Where the head ends, and where the tail begins if the cut is U-shaped."""
+
+TARGETS: tuple[Target, ...] = ("training", "portable")
+GENTLE = SGD(lr=1e-2, clip_norm=1.0)
+"""Steps that move every network visibly and none away, whatever its depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model with what is needed to train it; ``data`` holds a batch for every step."""
+
+    model: onnx.ModelProto | bytes
+    data: Arrays
+    batch: int
+    loss: str = "cross-entropy"
+    output: str | None = None
+    batchnorm: BatchNormMode | None = None
+    optimizer: Optimizer = GENTLE
+
+    @property
+    def steps(self) -> int:
+        """How many steps the data last for."""
+        return len(next(iter(self.data.values()))) // self.batch
+
+    def cut(self, at: str | None, tail: str | None, target: Target) -> Bundle:
+        """Cut the model for one target."""
+        return cut(
+            self.model,
+            at=at,
+            tail_at=tail or (),
+            loss=self.loss,
+            output=self.output,
+            optimizer=self.optimizer,
+            batchnorm=self.batchnorm,
+            client_target=target,
+            server_target=target,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training gave: the loss of every step, and the state after the last."""
+
+    losses: np.ndarray
+    state: Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A place on a target; ``difference`` is the largest relative one of losses and state."""
+
+    place: Place
+    target: Target
+    difference: float
+    losses: np.ndarray
+
+
+def choose_places(subject: Subject) -> list[Place]:
+    """Choose a cut behind the first trained layer, one in the middle and a U-shaped one."""
+    found = inspect(subject.model)
+    names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
+    first, middle, last = names[0], names[len(names) // 2], names[-1]
+    return [(first, None), (middle, None), (first, last)]
+
+
+def try_places(
+    subject: Subject, places: Sequence[Place], targets: Sequence[Target] = TARGETS
+) -> Iterator[Trial]:
+    """Train the whole once a target, then every place, and compare."""
+    for target in targets:
+        whole = train(subject.cut(None, None, target), subject)
+        assert np.isfinite(whole.losses).all()
+        for place in places:
+            split = train(subject.cut(*place, target), subject)
+            yield Trial(
+                place=place,
+                target=target,
+                difference=compare(split, whole),
+                losses=split.losses,
+            )
+
+
+def train(bundle: Bundle, subject: Subject) -> Trained:
+    """Train a bundle in this process over all of the subject's data, in order."""
+    server = None if bundle.server is None else Executor(bundle.server, Engine(threads=1))
+    link = None if server is None else MemoryTransport(Session(server))
+    kept = {
+        state.tensor.name
+        for party in bundle.parties.values()
+        for state in party.manifest.state
+        if state.role in (Role.PARAMETER, Role.BUFFER)
+    }
+    losses = []
+    with Client(bundle.client, link, threads=1) as client:
+        for step in range(subject.steps):
+            piece = slice(step * subject.batch, (step + 1) * subject.batch)
+            batch = {name: array[piece] for name, array in subject.data.items()}
+            losses.append(float(client.step(batch)["loss"]))
+        state = dict(client.state())
+        if server is not None and link is not None:
+            link.drain()
+            state |= server.state()
+    return Trained(
+        losses=np.array(losses), state={n: a.copy() for n, a in state.items() if n in kept}
+    )
+
+
+def compare(split: Trained, whole: Trained) -> float:
+    """Give the largest difference of any tensor, relative to its largest value."""
+    assert split.state.keys() == whole.state.keys()
+    pairs = [(split.losses, whole.losses)]
+    pairs += [(split.state[name], value) for name, value in whole.state.items()]
+    return max(_relate(actual, expected) for actual, expected in pairs)
+
+
+def _relate(actual: np.ndarray, expected: np.ndarray) -> float:
+    difference = float(np.max(np.abs(np.subtract(actual, expected, dtype=np.float64)), initial=0))
+    scale = float(np.max(np.abs(expected), initial=0))
+    return difference / scale if difference else 0.0
