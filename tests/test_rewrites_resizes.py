@@ -83,7 +83,7 @@ def test_resize_of_volumes() -> None:
 
 
 @pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
 @pytest.mark.parametrize(
     "coordinates", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]
 )
@@ -95,7 +95,18 @@ def test_resize_of_any_image_size(mode: str, coordinates: str, sized: bool) -> N
     hold(resize((2, 3, 5, 4), dynamic=(0, 1, 2, 3), **settings))
 
 
-def test_resize_by_cubic_weights_wants_a_fixed_image_size() -> None:
-    case = resize((2, 3, 5, 4), dynamic=(0, 2, 3), mode="cubic", scales=[1, 1, 2, 2])
+@pytest.mark.parametrize("exclude", [0, 1])
+def test_resize_by_cubic_weights_of_any_image_size(exclude: int) -> None:
+    case = resize(
+        (2, 1, 5, 4), dynamic=(0, 2, 3), mode="cubic", scales=[1, 1, 0.6, 2.5],
+        cubic_coeff_a=-0.5, exclude_outside=exclude,
+    )  # fmt: skip
+    hold(case)
+
+
+def test_resize_with_antialias_wants_a_fixed_image_size() -> None:
+    case = resize(
+        (2, 3, 5, 4), dynamic=(0, 2, 3), mode="cubic", antialias=1, scales=[1, 1, 0.5, 0.5]
+    )
     with pytest.raises(UnsupportedModel, match=r"'node' \(Resize\): the size of 'x' along axis 2"):
         hold(case)

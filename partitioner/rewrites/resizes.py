@@ -82,11 +82,11 @@ def _stretch_axis(
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     plain = node.attributes.get_string("keep_aspect_ratio_policy", "stretch") == "stretch"
     plain = plain and not node.attributes.get_int("antialias", 0)
-    if mode == "cubic" or coordinates not in COORDINATES or not plain:
+    if coordinates not in COORDINATES or not plain:
         raise refuse(
             node,
             f"the size of '{x.name}' along axis {axis}, before or after, is not known",
-            "export it with a fixed image size, or with a plain mode nearest or linear",
+            "export it with a fixed image size, or without antialias and cropped regions",
         )
     before, place = extents[axis], draft.integers([_read_axes(node, x).index(axis)])
     factor: float | ir.Value | None = scale
@@ -108,7 +108,7 @@ def _stretch_axis(
         nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
         made = draft.op("Gather", made, draft.detach(stretch.find_nearest(nearest)), axis=axis)
     else:
-        weights = draft.detach(draft.cast(stretch.weigh_neighbours(), x.dtype))
+        weights = draft.detach(draft.cast(stretch.weigh_neighbours(_read_kernel(node)), x.dtype))
         made = _multiply_axis(draft, made, extents, axis, weights, after)
     extents[axis] = after
     return made

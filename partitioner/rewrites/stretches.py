@@ -5,12 +5,15 @@ The same formulas as :mod:`interpolations`, in float32 as ONNX Runtime has them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.rewrites.extents import Extent, count_up, to_number
+from splitonnx.partitioner.rewrites.interpolations import Kernel
 
 _FLOAT = ir.DataType.FLOAT
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
@@ -59,14 +62,49 @@ class Stretch:
         places = self._clamp(draft.op("Ceil" if up else "Floor", x))
         return draft.op("Cast", places, to=ir.DataType.INT64.value)
 
-    def weigh_neighbours(self) -> ir.Value:
-        """Give the matrix of the linear interpolation, in F32  # (after, before)."""
+    def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
+        """Give the matrix of the interpolation, in F32  # (after, before)."""
+        return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
+
+    def _weigh_linear(self) -> ir.Value:
         draft = self.draft
         x = draft.op("Unsqueeze", self._clamp(self.find_coordinates()), draft.integers([1]))
         places = draft.op("Cast", count_up(draft, self.before), to=_FLOAT.value)
         distances = draft.op("Abs", draft.op("Sub", x, places))
         one, zero = draft.number(1.0, _FLOAT), draft.number(0.0, _FLOAT)
         return draft.op("Max", draft.op("Sub", one, distances), zero)
+
+    def _weigh_cubic(self, kernel: Kernel) -> ir.Value:
+        """Weigh four neighbours each, and add up what falls on the same element."""
+        draft, a = self.draft, kernel.sharpness
+        one = draft.number(1.0, _FLOAT)
+        x = draft.op("Unsqueeze", self.find_coordinates(), draft.integers([1]))
+        steps = draft.tensor(ir.tensor(np.array([-1, 0, 1, 2], np.float32)))
+        places = draft.op("Add", draft.op("Floor", x), steps)  # (after, 4)
+        distance = draft.op("Abs", draft.op("Sub", x, places))
+        near = self._evaluate(distance, [a + 2, -(a + 3), 0.0, 1.0])
+        far = self._evaluate(distance, [a, -5 * a, 8 * a, -4 * a])
+        weights = draft.op("Where", draft.op("LessOrEqual", distance, one), near, far)
+        inside = self._clamp(places)
+        if kernel.exclude_outside:
+            kept = draft.op("Cast", draft.op("Equal", places, inside), to=_FLOAT.value)
+            weights = draft.op("Mul", weights, kept)
+            total = draft.op("ReduceSum", weights, draft.integers([1]), keepdims=1)
+            weights = draft.op("Div", weights, total)
+        elements = draft.op("Cast", count_up(draft, self.before), to=_FLOAT.value)
+        last = draft.integers([2])
+        met = draft.op("Equal", draft.op("Unsqueeze", inside, last), elements)
+        met = draft.op("Cast", met, to=_FLOAT.value)  # (after, 4, before)
+        shares = draft.op("Mul", met, draft.op("Unsqueeze", weights, last))
+        return draft.op("ReduceSum", shares, draft.integers([1]), keepdims=0)
+
+    def _evaluate(self, x: ir.Value, factors: Sequence[float]) -> ir.Value:
+        """Evaluate a polynomial, the highest power first."""
+        draft = self.draft
+        value = draft.op("Mul", x, draft.number(factors[0], _FLOAT))
+        for factor in factors[1:-1]:
+            value = draft.op("Mul", draft.op("Add", value, draft.number(factor, _FLOAT)), x)
+        return draft.op("Add", value, draft.number(factors[-1], _FLOAT))
 
     def _clamp(self, x: ir.Value) -> ir.Value:
         draft = self.draft
