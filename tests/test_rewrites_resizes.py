@@ -110,3 +110,9 @@ def test_resize_with_antialias_wants_a_fixed_image_size() -> None:
     )
     with pytest.raises(UnsupportedModel, match=r"'node' \(Resize\): the size of 'x' along axis 2"):
         hold(case)
+
+
+def test_resize_to_an_absurd_size_is_refused() -> None:
+    case = resize((2, 3, 5, 4), mode="linear", sizes=[2, 3, 2**40, 4])
+    with pytest.raises(UnsupportedModel, match=r"'node' \(Resize\): it asks for \d+ interpolation"):
+        become(case)

@@ -20,6 +20,7 @@ from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
+    limit,
     multiply,
     read_extents,
     refuse,
@@ -189,6 +190,7 @@ def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
     strides = list(node.attributes.get_ints("strides", ones))
     dilations = list(node.attributes.get_ints("dilations", ones))
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    limit(node, size**2)
     batch, rows, _ = read_extents(draft, node, x)
     if not isinstance(rows, int):
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")

@@ -20,6 +20,7 @@ from splitonnx.partitioner.rewrites.extents import (
     add,
     count_up,
     join,
+    limit,
     read_extents,
     require_array,
     require_rank,
@@ -48,6 +49,8 @@ def rewrite_pad(draft: Draft, node: ir.Node) -> Values | None:
     before, after = widths[: len(axes)], widths[len(axes) :]
     for axis, begin, end in zip(axes, before, after, strict=True):
         if begin or end:
+            size = extents[axis]
+            limit(node, abs(begin) + abs(end) + (size if isinstance(size, int) else 0))
             places = _find_places(draft, extents[axis], begin, end, mode)
             made = draft.op("Gather", made, places, axis=axis)
     return [made]

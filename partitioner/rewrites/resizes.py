@@ -13,6 +13,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.drafts import Draft, known_array, known_dims
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
+    limit,
     multiply,
     read_extents,
     refuse,
@@ -208,6 +209,9 @@ def _read_sizes(
         if m is None and n is not None and scale is not None:
             m = int(np.float32(scale) * np.float32(n))
         if n is not None and m is not None:
+            limit(
+                node, m * (n if node.attributes.get_string("mode", "nearest") != "nearest" else 1)
+            )
             found[axis] = (n, m, m / n if scale is None else scale)
     policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch" or wanted is None:

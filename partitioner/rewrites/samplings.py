@@ -8,6 +8,7 @@ Formulas: GridSample-20 and AffineGrid-20 at onnx.ai/onnx/operators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +20,7 @@ from splitonnx.partitioner.drafts import Draft, known_array
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
+    limit,
     multiply,
     read_extents,
     refuse,
@@ -244,6 +246,7 @@ def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
         raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
     image = [int(n) for n in sizes[2:]]
     rank, corners = len(image), node.attributes.get_int("align_corners", 0)
+    limit(node, math.prod(image) * (rank + 1))
     lines = []
     for n in image:
         edge = 1.0 if corners else 1.0 - 1.0 / n

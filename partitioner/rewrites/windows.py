@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.paddings import count_windows, read_kernel
-from splitonnx.partitioner.rewrites.extents import refuse, require_rank
+from splitonnx.partitioner.rewrites.extents import limit, refuse, require_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> i
     channels = (known_dims(x) or [None, None])[1]
     if channels is None or x.dtype is None:
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")
+    limit(node, channels * math.prod(windows.kernel))
     ones = np.ones((channels, 1, *windows.kernel), x.dtype.numpy())
     return _convolve(draft, x, ones, windows)
 
