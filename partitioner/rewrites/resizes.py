@@ -209,9 +209,8 @@ def _read_sizes(
         if m is None and n is not None and scale is not None:
             m = int(np.float32(scale) * np.float32(n))
         if n is not None and m is not None:
-            limit(
-                node, m * (n if node.attributes.get_string("mode", "nearest") != "nearest" else 1)
-            )
+            copies = node.attributes.get_string("mode", "nearest") == "nearest"
+            limit(node, m if copies else m * n)
             found[axis] = (n, m, m / n if scale is None else scale)
     policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch" or wanted is None:
