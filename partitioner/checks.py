@@ -23,6 +23,7 @@ from splitonnx.partitioner.losses import attach_loss, list_losses
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.partitions import choose_output
 from splitonnx.partitioner.preparations import PreparedModel, prepare
+from splitonnx.partitioner.weights import count_inner
 
 
 class Handling(StrEnum):
@@ -53,7 +54,8 @@ class Check:
 
     ``losses`` are those that fit the output, ``obstacles`` says in a sentence each why the model
     cannot be trained; without one it can.  Parameters are counted in elements: ``parameters``
-    those that would be trained, ``frozen`` the others, ``statistics`` running ones.
+    those that would be trained, ``frozen`` the others, ``statistics`` running ones, ``conditional``
+    those that cannot be, in branches and loops that depend on the data.
     """
 
     opset: int
@@ -65,6 +67,7 @@ class Check:
     parameters: int
     frozen: int
     statistics: int
+    conditional: int
     cuts: tuple[Cut, ...]
 
     @property
@@ -114,6 +117,7 @@ def check(
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
         statistics=_count(prepared, Role.BUFFER),
+        conditional=count_inner(prepared.skeleton.graph),
         cuts=tuple(list_cuts(prepared, batch)),
     )
 

@@ -61,6 +61,12 @@ def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> No
             graph.register_initializer(value)
 
 
+def count_inner(graph: ir.Graph) -> int:
+    """Count the elements of the weights that :func:`return_weights` made constants again."""
+    inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
+    return sum(value.const_value.size for value in inner if value.const_value is not None)
+
+
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
     """Turn graph inputs back into initializers: the inverse of lifting the weights.
 

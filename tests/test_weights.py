@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.partitioner.checks import check
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import leave_whole, verify
@@ -227,6 +228,7 @@ def test_weights_of_a_branch_that_depends_on_the_data_stay() -> None:
     bundle = cut(build_branch("any"), at="chosen")
     assert list_trained(bundle) == {"w"}
     assert verify(bundle, DATA, steps=2, batch_size=8).largest_difference == 0.0
+    assert check(build_branch("any")).conditional == 2 * 4 * 4
     inputs = {"x": DATA["x"]}
     original = onnxruntime.InferenceSession(build_branch("any").SerializeToString())
     merged = onnxruntime.InferenceSession(merge(bundle))

@@ -53,9 +53,10 @@ def print_check(check: Check, path: Path) -> None:
     _print(table)
     producer = f", by {check.producer}" if check.producer else ""
     _print(f"{path}: opset {check.opset}{producer}")
+    inner = f"{check.conditional:,} in branches or loops, which stay"
     _print(
         f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
-        f"{check.statistics:,} running statistics"
+        f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
     )
     _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
     if check.losses:
