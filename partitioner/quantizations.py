@@ -30,6 +30,8 @@ _LIFTED = "splitonnx.lifted"
 
 _NARROW = frozenset(
     {
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E5M2,
         ir.DataType.INT4,
         ir.DataType.INT8,
         ir.DataType.INT16,
@@ -123,7 +125,10 @@ def fold_quantized(graph: ir.Graph) -> None:
         floats = value.const_value.numpy()
         low, high = _limit(dtype)
         scale, zero = (_spread(node, a, floats.shape) for a in settings)
-        whole = np.clip(np.rint(floats / scale) + zero.astype(floats.dtype), low, high)
+        steps = floats / scale
+        if not dtype.is_floating_point():
+            steps = np.rint(steps) + zero.astype(floats.dtype)
+        whole = np.clip(steps, low, high)
         integers = ir.tensor(whole.astype(dtype.numpy()), dtype=dtype, name=value.name)
         graph.initializers.pop(value.name or "")
         folded = ir.Value(name=value.name, const_value=integers)
@@ -326,8 +331,9 @@ def _dequantize(
     node: ir.Node, integers: np.ndarray, settings: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     scale, zero = (_spread(node, array, integers.shape) for array in settings)
-    floats: np.ndarray = (integers.astype(np.int32) - zero.astype(np.int32)) * scale
-    return floats.astype(scale.dtype)
+    steps = integers.astype(np.float64) - zero.astype(np.float64)  # exact, as is the product
+    floats: np.ndarray = (steps * scale.astype(np.float64)).astype(scale.dtype)
+    return floats
 
 
 def _spread(node: ir.Node, setting: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

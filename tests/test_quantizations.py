@@ -187,6 +187,7 @@ def hold_integers(dtype: int, opset: int, **attributes: int) -> Net:
         (TensorProto.INT8, 21, {"block_size": 2}),
         (TensorProto.INT4, 21, {"block_size": 2}),
         (TensorProto.INT16, 21, {}),
+        (TensorProto.FLOAT8E4M3FN, 19, {}),
     ],
 )
 def test_integer_weights_of_any_kind_train_and_come_back(
