@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.partitions import cut
@@ -44,8 +44,8 @@ def test_a_singular_matrix_has_the_gradient_of_its_cofactors() -> None:
 
 def test_a_determinant_of_unknown_size_is_refused() -> None:
     net = Net()
-    net.op("Det", net.op("Mul", "x", net.weight("scale", 1, 1), out="scaled"), out="y")
-    model = net.finish({"x": (FLOAT, ["N", "M", "M"])}, "y")
+    net.op("Det", net.op("Mul", "x", net.weight("scale", 3), out="scaled"), out="y")
+    model = net.finish({"x": (FLOAT, ["N", "M", 3])}, "y")
     with pytest.raises(UnsupportedModel, match="square and of a known size"):
         cut(model, at=None, loss="mse")
 
@@ -80,3 +80,39 @@ def test_pieces_that_only_decide_and_carry_no_gradient(kind: str) -> None:
 
     arrays = {"x": draw(4, 5), **sizes}
     hold_gradients(nodes, arrays, ["a", "sign"], evaluate=evaluate, dynamic={"x": 0})
+
+
+def test_a_mask_is_padded_with_minus_infinity_that_is_computed() -> None:
+    arrays = {"x": draw(3, 4), "widths": np.array([0, 0, 0, 2]), "limit": draw(2)}
+    nodes = [
+        helper.make_node("Log", ["zero"], ["lowest"]),
+        helper.make_node("Mul", ["limit", "zero"], ["nothing"]),
+        helper.make_node("Add", ["lowest", "nothing"], ["fills"]),
+        helper.make_node("ReduceSum", ["fills"], ["fill"], keepdims=0),
+        helper.make_node("Pad", ["x", "widths", "fill"], ["padded"]),
+        helper.make_node("Softmax", ["padded"], ["y"]),
+    ]
+
+    def evaluate(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        powers = np.exp(feeds["x"])
+        found = powers / powers.sum(1, keepdims=True)
+        return {"y": np.pad(found, [(0, 0), (0, 2)])}
+
+    arrays["zero"] = np.zeros(1, np.float32)
+    constants = ["zero"]
+    hold_gradients(nodes, arrays, ["y"], evaluate=evaluate, constants=constants)
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
+def test_softmax_that_is_taken_in_float64(kind: str) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.DOUBLE),
+        helper.make_node(kind, ["wide"], ["soft"], axis=1),
+        helper.make_node("Cast", ["soft"], ["y"], to=TensorProto.FLOAT),
+    ]
+
+    def evaluate(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shifted = feeds["x"] - np.log(np.exp(feeds["x"]).sum(1, keepdims=True))
+        return {"y": np.exp(shifted) if kind == "Softmax" else shifted}
+
+    hold_gradients(nodes, {"x": draw(3, 4, 2)}, ["y"], evaluate=evaluate, dynamic={"x": 0})

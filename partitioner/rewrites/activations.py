@@ -165,3 +165,21 @@ def rewrite_clip(draft: Draft, node: ir.Node) -> Values | None:
     for kind, bound in zip(("Max", "Min"), bounds, strict=True):
         result = result if bound is None else draft.op(kind, result, bound)
     return [result]
+
+
+def rewrite_softmax(draft: Draft, node: ir.Node) -> Values | None:
+    """Softmax or LogSoftmax in float64, for whose gradient onnxruntime-training has no kernel.
+
+    The largest element is taken off as a constant: the result does not depend on it.
+    """
+    x = node.inputs[0]
+    if x is None or x.dtype != ir.DataType.DOUBLE:
+        return None
+    axis = draft.integers([node.attributes.get_int("axis", -1)])
+    top = draft.op("ReduceMax", draft.detach(x), axis, keepdims=1)
+    shifted = draft.op("Sub", x, draft.detach(top))
+    powers = draft.op("Exp", shifted)
+    total = draft.op("ReduceSum", powers, axis, keepdims=1)
+    if node.op_type == "Softmax":
+        return [draft.op("Div", powers, total)]
+    return [draft.op("Sub", shifted, draft.op("Log", total))]

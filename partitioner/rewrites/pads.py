@@ -81,18 +81,20 @@ def _find_places(draft: Draft, size: Extent, begin: int, end: int, mode: str) ->
 
 
 def _pad_constantly(draft: Draft, node: ir.Node, x: ir.Value) -> Values:
-    """Pad along all axes; a value that is computed is added, for Pad has no gradient to it."""
+    """Pad along all axes; a value that is computed is chosen, for Pad has no gradient to it.
+
+    It may be infinite, as masks of attention are, so nothing is multiplied by it.
+    """
     _, widths, value, axes = [*node.inputs, None, None][:4]
     assert widths is not None
     if axes is not None:
         widths = _widen(draft, node, x, widths)
     if value is None or known_array(value) is not None:
         return [draft.op("Pad", x, widths, value, mode="constant")]
-    zeros = draft.op("Mul", draft.detach(x), draft.number(0.0, x.dtype))
-    one = draft.number(1.0, x.dtype)
-    padding = draft.detach(draft.op("Pad", zeros, widths, one, mode="constant"))
+    zeros = draft.op("Expand", draft.number(0.0, x.dtype), draft.shape(x))
+    padding = draft.op("Pad", zeros, widths, draft.number(1.0, x.dtype), mode="constant")
     plain = draft.op("Pad", x, widths, mode="constant")
-    return [draft.op("Add", plain, draft.op("Mul", padding, value))]
+    return [draft.op("Where", draft.op("Cast", padding, to=ir.DataType.BOOL.value), value, plain)]
 
 
 def _widen(draft: Draft, node: ir.Node, x: ir.Value, widths: ir.Value) -> ir.Value:
