@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -25,6 +25,28 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/resnet_step.py
+
+# Real networks by real frameworks, and all of the onnx package's: hours.  SWEEP holds the exported
+# files and the results; what is there is not made again.  NETWORKS selects by name.
+SWEEP ?= $(HOME)/.cache/splitonnx-sweep
+NETWORKS ?=
+
+sweep: $(VENV)/.test $(SWEEP)/.frameworks
+	$(SWEEP)/torch/bin/python tests/sweeps/make_torch.py $(SWEEP) $(NETWORKS)
+	$(SWEEP)/keras/bin/python tests/sweeps/make_keras.py $(SWEEP) $(NETWORKS)
+	SPLITONNX_PORTABLE_PYTHON=$(SWEEP)/portable/bin/python \
+		$(BIN)/python -m tests.sweeps $(SWEEP) $(NETWORKS)
+	$(BIN)/python -m pytest -m sweep
+
+$(SWEEP)/.frameworks: $(VENV)/.pip
+	mkdir -p $(SWEEP)
+	$(BIN)/python -m venv $(SWEEP)/torch
+	$(SWEEP)/torch/bin/pip install --quiet torch==2.13.0 onnx onnxscript transformers
+	$(BIN)/python -m venv $(SWEEP)/keras
+	$(SWEEP)/keras/bin/pip install --quiet keras tensorflow-cpu tf2onnx onnx
+	$(BIN)/python -m venv $(SWEEP)/portable
+	$(SWEEP)/portable/bin/pip install --quiet --editable ".[portable]"
+	@touch $@
 
 $(VENV)/.pip:
 	@test -n "$(PYTHON)" || { \

@@ -1,6 +1,6 @@
 """Run by the tests in an environment with stock onnxruntime alone: train bundles, keep the result.
 
-    python portable_training.py FOLDER...
+    python portable_training.py [--batch=SAMPLES] FOLDER...
 
 Each FOLDER holds a bundle and data.npz; trained.npz with the losses and all parameters is written
 beside them.
@@ -25,7 +25,7 @@ from splitonnx.runtime.transports import MemoryTransport
 BATCH = 8
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, size: int = BATCH) -> None:
     """Train one bundle over all its data, batch by batch, and save what came out."""
     server = Executor(PartyBundle.load(folder / "bundle" / "server"), Engine(threads=1))
     data = dict(np.load(folder / "data.npz"))
@@ -33,8 +33,8 @@ def train(folder: Path) -> None:
     losses = []
     link = MemoryTransport(Session(server))
     with Client(folder / "bundle" / "client", link, threads=1) as client:
-        for start in range(0, samples, BATCH):
-            batch = {name: array[start : start + BATCH] for name, array in data.items()}
+        for start in range(0, samples, size):
+            batch = {name: array[start : start + size] for name, array in data.items()}
             losses.append(client.step(batch)["loss"])
         link.drain()
         trained: dict[str, Any] = {**server.state(), **client.state()}
@@ -44,5 +44,6 @@ def train(folder: Path) -> None:
 if __name__ == "__main__":
     assert importlib.util.find_spec("onnx") is None, "onnx is installed"
     assert not installed_runtime().training, "the training wheel is installed"
-    for argument in sys.argv[1:]:
-        train(Path(argument))
+    sizes = [int(word.removeprefix("--batch=")) for word in sys.argv if word.startswith("--batch=")]
+    for argument in sys.argv[1 + len(sizes) :]:
+        train(Path(argument), *sizes)

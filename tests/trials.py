@@ -29,6 +29,7 @@ Place = tuple[str, str | None]
 """Where the head ends, and where the tail begins if the cut is U-shaped."""
 
 TARGETS: tuple[Target, ...] = ("training", "portable")
+_SMALLEST = 1e-3
 GENTLE = SGD(lr=1e-2, clip_norm=1.0)
 """Steps that move every network visibly and none away, whatever its depth."""
 
@@ -134,7 +135,11 @@ def train(bundle: Bundle, subject: Subject) -> Trained:
 
 
 def compare(split: Trained, whole: Trained) -> float:
-    """Give the largest difference of any tensor, relative to its largest value."""
+    """Give the largest difference of any tensor, relative to its largest value.
+
+    The scale is at least 1e-3: a parameter may start at 0 and have no gradient but rounding, as
+    the bias of an attention's keys, which Softmax cancels.
+    """
     assert split.state.keys() == whole.state.keys()
     pairs = [(split.losses, whole.losses)]
     pairs += [(split.state[name], value) for name, value in whole.state.items()]
@@ -144,4 +149,4 @@ def compare(split: Trained, whole: Trained) -> float:
 def _relate(actual: np.ndarray, expected: np.ndarray) -> float:
     difference = float(np.max(np.abs(np.subtract(actual, expected, dtype=np.float64)), initial=0))
     scale = float(np.max(np.abs(expected), initial=0))
-    return difference / scale if difference else 0.0
+    return difference / max(scale, _SMALLEST)

@@ -76,6 +76,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Floor": steps.rewrite_step,
     "GRU": recurrences.rewrite_gru,
     "Gelu": activations.rewrite_gelu,
+    "Gemm": products.rewrite_gemm,
     "GlobalLpPool": pools.rewrite_global_lp_pool,
     "GlobalMaxPool": pools.rewrite_global_max_pool,
     "GridSample": samplings.rewrite_grid_sample,

@@ -16,6 +16,15 @@ _LARGEST_DETERMINANT = 24
 """A determinant's gradient takes as many determinants as the matrix has elements."""
 
 
+def rewrite_gemm(draft: Draft, node: ir.Node) -> Values | None:
+    """A Gemm whose beta is 0 without what beta takes away: the builder has no gradient for it."""
+    if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
+        return None
+    kept = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
+    alpha = node.attributes.get_float("alpha", 1.0)
+    return [draft.op("Gemm", *node.inputs[:2], alpha=alpha, **kept)]
+
+
 def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
     """Make a vector a row or a column: the gradient builder refuses it beside a stack."""
     a, b = node.inputs

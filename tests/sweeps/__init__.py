@@ -1,0 +1,1 @@
+"""Real networks in full depth, exported by real frameworks; see __main__.py."""

@@ -1,0 +1,97 @@
+"""The networks that the onnx package ships train split as unsplit, on both targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.partitioner.partitions import cut
+from tests.onnx_models import LIGHT, draw_inputs, list_cases, load_case, load_light
+from tests.trials import Place, Subject, choose_places, try_places
+
+CASES = [
+    (folder, name)
+    for folder in ("pytorch-converted", "pytorch-operator")
+    for name in list_cases(folder)
+]
+QUICK = ("test_operator_conv", "test_operator_mm", "test_Embedding", "test_PReLU_2d", "test_Linear")
+UNSPLITTABLE = {"test_operator_non_float_params": "its sum is of integers"}
+"""Cases that cannot be trained although they have weights, and why."""
+STEPS = 3
+
+
+def build_light(name: str, image: int | None = None) -> Subject:
+    """Give a light network its data: one image a step, as the network's batch is."""
+    model = load_light(name, image=image)
+    dims = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
+    random = np.random.default_rng(3)
+    labels = random.integers(0, dims[1], [STEPS, *dims[2:]])
+    return Subject(model=model, data=draw_inputs(model, STEPS) | {"labels": labels}, batch=1)
+
+
+def assert_equal(subject: Subject, places: Sequence[Place]) -> None:
+    for trial in try_places(subject, places):
+        assert trial.difference <= 1e-5, trial
+
+
+def test_a_light_network_trains_split_as_unsplit_in_small_images() -> None:
+    subject = build_light("light_squeezenet", image=48)
+    assert_equal(subject, choose_places(subject))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_light_network_trains_split_as_unsplit(name: str) -> None:
+    subject = build_light(name)
+    assert_equal(subject, choose_places(subject))
+
+
+def build_case(folder: str, name: str) -> Subject:
+    """Give a case of one layer data for its inputs, and a regression of its output to learn."""
+    model = load_case(folder, name)
+    random, data = np.random.default_rng(3), draw_inputs(model, STEPS)
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.INT64 and value.name in data:
+            data[value.name] = random.integers(0, 3, data[value.name].shape)
+    whole = cut(model, at=None, loss="mse")
+    data_specs = whole.client.manifest.phase("train").data
+    (labels,) = [spec for spec in data_specs if spec.name == "labels"]
+    dims = [int(dim or 1) for dim in labels.shape]
+    data["labels"] = random.standard_normal([dims[0] * STEPS, *dims[1:]], np.float32)
+    batch = len(next(iter(data.values()))) // STEPS
+    return Subject(model=model, data=data, batch=batch, loss="mse")
+
+
+def cut_around(subject: Subject) -> list[Place]:
+    """Leave the one layer to the server: data and labels stay with the client."""
+    assert not isinstance(subject.model, bytes)
+    given = {tensor.name for tensor in subject.model.graph.initializer}
+    sources = [value.name for value in subject.model.graph.input if value.name not in given]
+    return [(sources[0], subject.model.graph.output[0].name)]
+
+
+def try_case(folder: str, name: str) -> None:
+    try:
+        subject = build_case(folder, name)
+    except UsageError as error:  # a function without weights: most of these cases
+        assert "nothing is left to train" in str(error)  # noqa: PT017
+        return
+    except UnsupportedModel:
+        assert name in UNSPLITTABLE
+        return
+    assert_equal(subject, cut_around(subject))
+
+
+@pytest.mark.parametrize(("folder", "name"), [case for case in CASES if case[1] in QUICK])
+def test_a_layer_as_pytorch_wrote_it_trains_at_the_server(folder: str, name: str) -> None:
+    try_case(folder, name)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_every_layer_as_pytorch_wrote_it_trains_at_the_server(folder: str, name: str) -> None:
+    try_case(folder, name)
