@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.control_flows import KEPT, Unsettled, settle_control_flow
-from splitonnx.partitioner.dimensions import Amount, Dim
+from splitonnx.partitioner.dimensions import UNKNOWN, Amount, Dim
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.frontiers import list_inputs, prune
@@ -64,12 +64,22 @@ def _fold_node(
 
 
 def note_shapes(graph: ir.Graph) -> None:
-    """Note on every value of a graph what is known of its dimensions."""
+    """Note on the values of a graph what is known of dimensions that are not noted yet."""
     known = Inference(graph.opset_imports[""])
     for node in graph:
+        if all(_is_noted(value) for value in node.outputs):
+            continue
         known.visit(node)
         for value in node.outputs:
             known.note(value)
+
+
+def _is_noted(value: ir.Value) -> bool:
+    """Tell whether nothing can be learnt of a value; integers may be sizes that others need."""
+    if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
+        return False
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
 
 
 def _settle(node: ir.Node, known: Inference, trained: bool, spent: int) -> Sequence[ir.Node] | None:

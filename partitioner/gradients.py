@@ -16,6 +16,7 @@ import onnx_ir as ir
 from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
 from splitonnx.partitioner.control_flows import KEPT
 from splitonnx.partitioner.drafts import DETACHED
+from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.frontiers import (
     find_moving,
     is_float,
@@ -24,7 +25,6 @@ from splitonnx.partitioner.frontiers import (
     trace_gradients,
     walk_back,
 )
-from splitonnx.partitioner.inferences import Inference
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
@@ -309,12 +309,7 @@ def _annotate(model: ir.Model) -> None:
         for value in node.outputs[1:]:
             if value.shape is None:
                 value.shape = _find_shape(node)
-    inference = Inference(model.graph.opset_imports[""])
-    for node in model.graph:  # ONNX Runtime's optimizer makes nodes of which it notes no shapes
-        inference.visit(node)
-        for value in node.outputs:
-            if value.shape is None:
-                inference.note(value)
+    note_shapes(model.graph)  # ONNX Runtime's optimizer makes nodes and notes no shapes of them
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
