@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -51,10 +52,12 @@ def hold_gradients(
     data |= {f"{name}.share": share.astype(np.float32) for name, share in shares.items()}
     floats = [n for n, a in arrays.items() if a.dtype == np.float32 and n not in constants]
     trained = [name for name in floats if arrays[name].ndim]
+    weights = [f"{name}.scale" if name in dynamic else name for name in trained]
+    patterns = [f"^{re.escape(weight)}$" for weight in weights]
     expected = measure()
     for target in TARGETS:
         bundle = cut(
-            model, at=None, loss="from-model", output="total",
+            model, at=None, loss="from-model", output="total", train=patterns,
             client_target=target, server_target=target,
         )  # fmt: skip
         found = run_step(bundle, data)
