@@ -116,8 +116,9 @@ def draw_data(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             else random.standard_normal((samples, *dims), np.float32)
         )
     dims = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
-    classes = dims[1] or 10
-    return data | {"labels": random.integers(0, classes, (samples, *dims[2:]))}
+    length = next(iter(data.values())).shape[1]  # of a text, which its scores do not declare
+    shape = (samples, *(dim or length for dim in dims[2:]))
+    return data | {"labels": random.integers(0, dims[1] or 10, shape)}
 
 
 def print_row(row: dict[str, object]) -> None:
