@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,15 @@ _SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
 _MOST_BYTES = 200_000
 
 
-def list_models() -> list[bytes]:
-    """List the corpus; node tests get a weight on their way, so that they have a gradient."""
-    models = [entry.build() for entry in ZOO.values()]
-    for folder in ("pytorch-operator", "pytorch-converted", "simple"):
-        models += _load_models(folder)
-    models += [model for model in _load_models("node") if _add_weight(model)]
-    return [model.SerializeToString() for model in models]
+def list_models() -> list[list[bytes]]:
+    """List the corpus by kind; models without weights get some, so that they have a gradient."""
+    zoo = [entry.build() for entry in ZOO.values()]
+    converted = list(_load_models("pytorch-converted", "pytorch-operator", "simple"))
+    nodes = [model for model in _collect_cases() if _add_weights(model)]
+    for model in converted:
+        if not model.graph.initializer:
+            _add_weights(model)
+    return [[m.SerializeToString() for m in models] for models in (zoo, converted, nodes)]
 
 
 def list_networks() -> list[bytes]:
@@ -29,13 +32,30 @@ def list_networks() -> list[bytes]:
     return [path.read_bytes() for path in sorted((_SHIPPED / "light").glob("*.onnx"))]
 
 
-def _load_models(folder: str) -> Iterator[ModelProto]:
-    for path in sorted((_SHIPPED / folder).glob("*/model.onnx")):
-        if path.stat().st_size <= _MOST_BYTES:
-            yield onnx.load_model(path, load_external_data=False)
+def _load_models(*folders: str) -> Iterator[ModelProto]:
+    for folder in folders:
+        for path in sorted((_SHIPPED / folder).glob("*/model.onnx")):
+            if path.stat().st_size <= _MOST_BYTES:
+                model = onnx.load_model(path, load_external_data=False)
+                if all(node.domain in ("", "ai.onnx") for node in model.graph.node):
+                    yield model
 
 
-def _add_weight(model: ModelProto) -> bool:
+def _collect_cases() -> Iterator[ModelProto]:
+    """Yield the onnx package's test cases of single operators."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.case.node import collect_testcases
+
+        found = collect_testcases(None)
+    for case in found:
+        if case.model is not None and case.model.ByteSize() <= _MOST_BYTES:
+            model = ModelProto()
+            model.CopyFrom(case.model)
+            yield model
+
+
+def _add_weights(model: ModelProto) -> bool:
     """Multiply each float input by a weight; say whether there is one."""
     scaled = []
     for index, value in enumerate(model.graph.input):

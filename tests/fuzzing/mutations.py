@@ -20,7 +20,11 @@ _INTEGERS = (
 )  # fmt: skip
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, 1e38, math.inf, -math.inf, math.nan)
 _STRINGS = ("", "x", "y", "\n", "../x", "a b", "é", "N", "*", "SAME_UPPER", "linear", "constant")
-_OPERATORS = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == ""})
+_OPERATORS = [
+    schema
+    for schema in sorted(onnx.defs.get_all_schemas(), key=lambda schema: schema.name)
+    if schema.domain == "" and not schema.deprecated
+]
 
 Mutation = Callable[[Random, ModelProto], None]
 
@@ -84,7 +88,7 @@ def _change_field(random: Random, model: ModelProto) -> None:
         for field, value in message.ListFields():
             if field.type == FieldDescriptor.TYPE_MESSAGE:
                 pending.extend(value if _is_repeated(field) else [value])
-    message = random.choice(messages)
+    message = random.choice(messages[2:] or messages)  # model and graph stand first
     _change_message(random, message, _list_names(model.graph))
 
 
@@ -193,9 +197,21 @@ def _rewire(random: Random, model: ModelProto) -> None:
         node.input[random.randrange(len(node.input))] = name
 
 
+def _pick_operator(random: Random, model: ModelProto) -> onnx.defs.OpSchema:
+    """Pick an operator, as a rule one that the model's opset has."""
+    schema = random.choice(_OPERATORS)
+    for _ in range(4):
+        if not model.opset_import or schema.since_version <= model.opset_import[0].version:
+            break
+        with suppress(onnx.defs.SchemaError):
+            return onnx.defs.get_schema(schema.name, model.opset_import[0].version)
+        schema = random.choice(_OPERATORS)
+    return schema
+
+
 def _change_operator(random: Random, model: ModelProto) -> None:
     node = _pick_node(random, model)
-    node.op_type = random.choice(_OPERATORS)
+    node.op_type = _pick_operator(random, model).name
     if random.random() < 0.7:
         del node.attribute[:]
     _add_attributes(random, model, node)
@@ -210,7 +226,7 @@ def _insert_node(random: Random, model: ModelProto) -> None:
     if not before:
         return
     source = before[-1] if random.random() < 0.5 else random.choice(before)
-    schema = onnx.defs.get_schema(random.choice(_OPERATORS))
+    schema = _pick_operator(random, model)
     count = random.randint(schema.min_input, max(schema.min_input, min(schema.max_input, 4)))
     inputs = [source, *(random.choice(before) for _ in range(count - 1))]
     outputs = [f"inserted{random.randrange(10**6)}_{i}" for i in range(schema.min_output or 1)]

@@ -33,7 +33,7 @@ MEMORY = 3 << 30
 """Bytes that a mutant may ask for beyond what the process has."""
 
 _BATCH = 200
-_LOSSES = ("mse", "mse", "l1", "cross-entropy", "bce-with-logits", "from-model")
+_LOSSES = ("mse",) * 8 + ("l1", "cross-entropy", "bce-with-logits", "from-model")
 
 Outcome = Literal["cut", "refused", "finding"]
 
@@ -48,16 +48,16 @@ class Trial:
 
 
 @cache
-def _corpus() -> tuple[Sequence[bytes], Sequence[bytes]]:
+def _corpus() -> tuple[Sequence[Sequence[bytes]], Sequence[bytes]]:
     return list_models(), list_networks()
 
 
 def make_mutant(seed: int) -> bytes:
     """Make the mutant of a seed: the same one each time, for the same onnx package."""
-    models, networks = _corpus()
+    kinds, networks = _corpus()
     random = Random(seed)
-    base = random.choice(networks if random.random() < 0.005 else models)
-    return mutate(random, base, models)
+    base = random.choice(networks if random.random() < 0.003 else random.choice(kinds))
+    return mutate(random, base, random.choice(kinds))
 
 
 def run_trials(seeds: Sequence[int]) -> Iterator[Trial]:
