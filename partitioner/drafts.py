@@ -128,6 +128,7 @@ class Draft:
             old.append(value)
             new.append(replacement)
         ir.convenience.replace_nodes_and_values(graph, node, [node], self.nodes, old, new)
+        release_bodies(node)
 
     def _require(self, dtype: ir.DataType | None) -> ir.DataType:
         if dtype is None:
@@ -170,3 +171,17 @@ def known_array(value: ir.Value | None) -> np.ndarray | None:
     """Give what a value holds, if the model says it: an initializer, or a Constant's output."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def release_bodies(node: ir.Node) -> None:
+    """Take what the bodies of a removed node read from them: they use it no longer."""
+    for attribute in node.attributes.values():
+        bodies: Sequence[ir.Graph] = ()
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies = attribute.as_graphs()
+        for inner in (inner for body in bodies for inner in body):
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+            release_bodies(inner)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import SplitonnxError, UsageError
 from splitonnx.partitioner.cuts import Division, find_lost, find_single_cuts, resolve_names
@@ -16,6 +15,7 @@ from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
 from splitonnx.partitioner.preparations import PreparedModel, prepare
+from splitonnx.partitioner.shapes import infer_shapes
 from splitonnx.tensors import DTYPES
 
 
@@ -81,7 +81,7 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    infer_shapes(model)
     note_shapes(model.graph)
 
 

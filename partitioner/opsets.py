@@ -13,12 +13,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.downgrades import DOWNGRADES
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.shapes import infer_shapes
 from splitonnx.partitioner.upgrades import UPGRADES, Adapter, refuse
 
 LOWEST_OPSET, HIGHEST_OPSET = 18, 21
@@ -72,7 +73,7 @@ def adapt_opset(model: ir.Model) -> None:
         node.version = node.version or own
     target = _choose_target(model.graph.all_nodes(), own)
     if any(node.version != target for node in model.graph.all_nodes()):
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model, check_type=False)
         for _ in range(_MOST_ROUNDS):
             if not _expand_newer(model, target):
                 break

@@ -112,7 +112,8 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
     Raises:
         UsageError: the model has no such output, or none that depends on its inputs.
     """
-    outputs = prepared.training.graph.outputs
+    predicted = {value.name for value in prepared.inference.graph.outputs}
+    outputs = [v for v in prepared.training.graph.outputs if v.name in predicted]
     known = [value.name or "" for value in outputs]
     if not known:
         raise UsageError("the model has no output that depends on its inputs")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY, Role
@@ -39,6 +39,7 @@ from splitonnx.partitioner.quantizations import (
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.sequences import flatten_sequences
+from splitonnx.partitioner.shapes import check_windows, infer_shapes
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
 
 BatchNormMode = Literal["train", "frozen"]
@@ -102,14 +103,15 @@ def prepare(
     adapt_opset(model)
     settle_layouts(model.graph)
     settle_estimators(model.graph)
-    ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    infer_shapes(model)
     if flatten_sequences(model.graph):
-        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model)
     fold(model, weights)
     if flatten_sequences(model.graph):  # those that loops made
-        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model)
         fold(model, weights)
     return_weights(model.graph, weights)
+    check_windows(model.graph)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
 
@@ -124,7 +126,7 @@ def prepare(
     _declare_statistics(training.graph)
     settle(inference.graph)
     for form in (training, inference):
-        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(form)
+        infer_shapes(form)
     _refuse_unkept_statistics(buffers, weights)
     roles = assign_roles(
         weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
@@ -133,7 +135,7 @@ def prepare(
     if not trained:
         refuse_integer_model(training.graph)
     if pass_gradients(training.graph, trained):
-        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(training)
+        infer_shapes(training)
     rewrite(training, trained)
     for form in (training, inference):
         note_shapes(form.graph)

@@ -176,7 +176,9 @@ def _is_table(tensor: ir.TensorProtocol) -> bool:
     values = tensor.numpy().reshape(-1)[:_LOOKED_AT].astype(np.float64)
     if not np.isfinite(values).all():
         return True
-    return bool((values == np.rint(values)).all() and values.min() != values.max())
+    return values.size > 0 and bool(
+        (values == np.rint(values)).all() and values.min() != values.max()
+    )
 
 
 def _list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:

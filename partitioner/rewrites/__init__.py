@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, MissingOutput
@@ -40,6 +39,7 @@ from splitonnx.partitioner.rewrites import (
     transforms,
     trigonometry,
 )
+from splitonnx.partitioner.shapes import infer_shapes
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
@@ -159,7 +159,7 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     for index in range(_MOST_ROUNDS):
         if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
             return
-        ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model)
 
 
 def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:

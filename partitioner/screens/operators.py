@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import onnx
+import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto
 
 from splitonnx.errors import NotAModel, UnsupportedModel
@@ -18,6 +19,9 @@ MAX_DEPTH = 64
 """Of bodies and function calls inside one another."""
 
 Key = tuple[str, str, str]
+
+_DTYPES = frozenset(dtype.value for dtype in ir.DataType)
+_TYPE_ATTRIBUTES = frozenset({"dtype", "output_dtype", "to"})
 
 
 def check_opsets(
@@ -83,6 +87,7 @@ def _check_nodes(
         called = functions.get(_find_key(node))
         if called is None:
             _check_operator(node, version)
+            _check_attributes(node, label)
         elif len(node.input) > len(called.input) or len(node.output) > len(called.output):
             raise NotAModel(label, f"{label_node(node)} gives or asks more than its function has")
         elif any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
@@ -110,6 +115,14 @@ def _check_operator(node: NodeProto, version: int) -> None:
         raise UnsupportedModel(
             label_node(node), f"opset {version} no longer has it", "export with a newer opset"
         )
+
+
+def _check_attributes(node: NodeProto, label: str) -> None:
+    if node.op_type == "Constant" and len(node.attribute) != 1:
+        raise NotAModel(label, f"{label_node(node)} does not hold exactly one value")
+    for attribute in node.attribute:
+        if attribute.name in _TYPE_ATTRIBUTES and attribute.i not in _DTYPES:
+            raise NotAModel(label, f"{label_node(node)} names an unknown data type")
 
 
 def _measure_function(

@@ -1,0 +1,60 @@
+"""Shapes as onnx's own inference gives them, and those that no runtime may be given.
+
+:mod:`inferences` knows more of them; this one types every value that the schemas know.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from splitonnx.errors import NotAModel
+from splitonnx.partitioner.drafts import known_dims
+from splitonnx.partitioner.faults import blame
+
+_KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
+"""Operators with windows, and which of their inputs is the kernel."""
+_WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
+
+
+def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
+    """Note types and shapes on a model's values, in place, as far as onnx infers them.
+
+    Without onnx's propagation of data: that one writes down each element of a vector, so a vector
+    of a billion elements takes all memory.  Constants are folded by :mod:`folds` instead.
+    """
+    ShapeInferencePass(check_type=check_type, strict_mode=False, data_prop=False)(model)
+
+
+def check_windows(graph: ir.Graph) -> None:
+    """Check that images and kernels have as many dimensions as each other.
+
+    onnx's checker does not; the inference of onnxruntime-training 1.19.2 reads beyond its vectors
+    where they differ, and ends the process.
+
+    Raises:
+        NotAModel: they differ at a node.
+    """
+    for node in graph.all_nodes():
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _WINDOWED:
+            continue
+        with blame(node):
+            _check_window(node)
+
+
+def _check_window(node: ir.Node) -> None:
+    image, place = node.inputs[0], _KERNELS.get(node.op_type)
+    kernel = node.inputs[place] if place is not None else None
+    ranks = [len(v.shape) for v in (image, kernel) if v is not None and v.shape is not None]
+    for name, share in (("kernel_shape", 1), ("strides", 1), ("dilations", 1), ("pads", 2)):
+        values = node.attributes.get_ints(name, [])
+        if values:
+            ranks.append(len(values) // share + 2)
+    if len(set(ranks)) > 1 or any(rank < 3 for rank in ranks):
+        raise NotAModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"its images, kernel and attributes are of {sorted(set(ranks))} dimensions",
+        )
+    dims = known_dims(kernel) if kernel is not None else None
+    if dims is not None and 0 in dims:
+        raise NotAModel(f"node '{node.name}' ({node.op_type})", "its kernel is empty")
