@@ -9,7 +9,11 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
+<<<<<<< HEAD
 .PHONY: demo test lint bench sweep clean
+=======
+.PHONY: demo test lint bench fuzz clean
+>>>>>>> ab9e9c1 (Hold 70 hostile models at the command line; a slice of the fuzzing runs with the tests)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -62,6 +66,9 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 $(VENV)/.test: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[cpu]" --group dev
 	@touch $@ $(VENV)/.demo
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzzing $(or $(SECONDS),600)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output

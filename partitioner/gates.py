@@ -17,11 +17,11 @@ import google.protobuf.message
 import onnx
 import onnx_ir as ir
 
-from splitonnx.errors import NotAModel
+from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.partitioner.estimators import unwrap_maps
 from splitonnx.partitioner.screens.forms import check_form
 from splitonnx.partitioner.screens.names import check_names, check_texts, check_types
-from splitonnx.partitioner.screens.operators import check_operators, check_opsets
+from splitonnx.partitioner.screens.operators import MAX_NODES, check_operators, check_opsets
 from splitonnx.partitioner.screens.tensors import DataFiles
 from splitonnx.partitioner.screens.walks import list_tensors
 
@@ -99,6 +99,8 @@ def _parse(content: bytes, label: str) -> onnx.ModelProto:
 def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
     if not proto.HasField("graph") or not proto.graph.node:
         raise NotAModel(label, "it holds no graph")
+    if (count := len(proto.graph.node)) > MAX_NODES:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
 
 
 def _explain(error: BaseException) -> str:

@@ -60,7 +60,9 @@ def widen(
 def _refuse_inputs(graph: ir.Graph) -> None:
     for value in graph.inputs:
         dtype = value.dtype
-        if dtype is not None and (dtype.bitwidth < 8 or dtype.name.startswith("FLOAT8")):
+        if dtype in (None, ir.DataType.STRING, ir.DataType.UNDEFINED):
+            continue
+        if dtype.bitwidth < 8 or dtype.name.startswith("FLOAT8"):
             raise UnsupportedModel(
                 f"input '{value.name}'",
                 f"it is of type {dtype}, which cannot be fed",
