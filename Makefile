@@ -9,11 +9,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-<<<<<<< HEAD
-.PHONY: demo test lint bench sweep clean
-=======
-.PHONY: demo test lint bench fuzz clean
->>>>>>> ab9e9c1 (Hold 70 hostile models at the command line; a slice of the fuzzing runs with the tests)
+.PHONY: demo test lint bench fuzz sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
