@@ -27,6 +27,8 @@ from tests import portable_training
 from tests.trials import Place, Subject, Trained, choose_places, compare, train
 
 BATCH, STEPS = 2, 2
+PIXELS = {"efficientnet-b0": 64}
+"""Networks that scale pixels down themselves, and how far those vary."""
 _GPT = "/network/transformer"
 PLACES: dict[str, list[Place]] = {
     "gpt2": [
@@ -54,6 +56,7 @@ def main(folder: Path, names: list[str]) -> int:
 def try_network(path: Path) -> dict[str, object]:
     """Cut at a first block, in the middle and U-shaped, on both targets."""
     start, model = time.monotonic(), onnx.load(path)
+    enliven(model)
     row: dict[str, object] = {
         "name": path.stem,
         "exporter": f"{model.producer_name} {model.producer_version.split()[0]}",
@@ -61,7 +64,11 @@ def try_network(path: Path) -> dict[str, object]:
         "nodes": len(model.graph.node),
         "parameters": sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
     }
-    subject = Subject(model=path.read_bytes(), data=draw_data(model), batch=BATCH)
+    subject = Subject(
+        model=model.SerializeToString(),
+        data=draw_data(model, PIXELS.get(path.stem, 1)),
+        batch=BATCH,
+    )
     try:
         places = PLACES.get(path.stem) or choose_places(subject)
         row |= {"cuts": places, **try_targets(subject, places)}
@@ -70,11 +77,25 @@ def try_network(path: Path) -> dict[str, object]:
     return row | {"seconds": round(time.monotonic() - start)}
 
 
+def enliven(model: onnx.ModelProto) -> None:
+    """Bring convolutions to He's standard deviation: folded ones let signals fade to nothing."""
+    kernels = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    for tensor in model.graph.initializer:
+        if tensor.name in kernels:
+            values = onnx.numpy_helper.to_array(tensor)
+            wanted = np.sqrt(2 / np.prod(values.shape[1:]))
+            scaled = (values * (wanted / max(float(values.std()), 1e-12))).astype(values.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(scaled, tensor.name))
+
+
 def try_targets(subject: Subject, places: list[Place]) -> dict[str, float]:
     """Give the largest difference from unsplit training a target, and under stock ONNX Runtime."""
     found: dict[str, float] = {}
     for target in ("training", "portable"):
-        whole = train(subject.cut(None, None, target), subject)
+        left_whole = subject.cut(None, None, target)
+        whole, first = train(left_whole, subject), left_whole.client.weights
+        moved = sum(not np.array_equal(whole.state[name], first[name]) for name in whole.state)
+        assert moved > 0.9 * len(whole.state), f"only {moved} of {len(whole.state)} weights moved"
         splits = []
         for place in places:
             bundle = subject.cut(*place, target)
@@ -102,7 +123,7 @@ def train_stock(folder: Path, subject: Subject, kept: Collection[str]) -> Traine
     return Trained(losses=losses, state=state)
 
 
-def draw_data(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+def draw_data(model: onnx.ModelProto, size: float = 1.0) -> dict[str, np.ndarray]:
     """Draw images or tokens, and labels that fit the scores."""
     random, samples = np.random.default_rng(3), BATCH * STEPS
     data = {}
@@ -113,7 +134,7 @@ def draw_data(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         data[value.name] = (
             random.integers(0, 2000, (samples, *dims))
             if tokens
-            else random.standard_normal((samples, *dims), np.float32)
+            else size * random.standard_normal((samples, *dims), np.float32)
         )
     dims = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
     length = next(iter(data.values())).shape[1]  # of a text, which its scores do not declare
