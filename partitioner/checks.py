@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import ModelError, NotDifferentiable, UsageError
 from splitonnx.manifests import Role
+from splitonnx.partitioner.diagnoses import Remark, diagnose
 from splitonnx.partitioner.frontiers import find_moving
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.gradients import list_undifferentiable
@@ -55,7 +56,8 @@ class Check:
     ``losses`` are those that fit the output, ``obstacles`` says in a sentence each why the model
     cannot be trained; without one it can.  Parameters are counted in elements: ``parameters``
     those that would be trained, ``frozen`` the others, ``statistics`` running ones, ``conditional``
-    those that cannot be, in branches and loops that depend on the data.
+    those that cannot be, in branches and loops that depend on the data.  ``remarks`` say what the
+    export left out.
     """
 
     opset: int
@@ -63,6 +65,7 @@ class Check:
     output: str
     losses: tuple[str, ...]
     obstacles: tuple[str, ...]
+    remarks: tuple[Remark, ...]
     operators: tuple[OperatorUse, ...]
     parameters: int
     frozen: int
@@ -81,7 +84,6 @@ def check(
     *,
     loss: str | None = None,
     output: str | None = None,
-    batch: int | None = None,
 ) -> Check:
     """Say whether and how a model can be trained.
 
@@ -89,7 +91,6 @@ def check(
         model: a path, the bytes of an ONNX model, or a loaded one.
         loss: the loss to try; by default the first that fits.
         output: the output that the loss is taken of; the first one by default.
-        batch: as :func:`splitonnx.partitioner.inspections.inspect` takes it.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
@@ -101,6 +102,7 @@ def check(
     opened = open_model(model)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
+    remarks = tuple(diagnose(opened))
     prepared = prepare(opened)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
@@ -113,12 +115,13 @@ def check(
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles),
+        remarks=remarks,
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
         statistics=_count(prepared, Role.BUFFER),
         conditional=count_inner(prepared.skeleton.graph),
-        cuts=tuple(list_cuts(prepared, batch)),
+        cuts=tuple(list_cuts(prepared, None)),
     )
 
 

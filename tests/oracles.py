@@ -43,7 +43,7 @@ class Erf(OpRun):
     op_domain = ""
 
     def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
-        return (np.vectorize(math.erf, otypes=[np.float64])(x),)
+        return (np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype),)
 
 
 class Gelu(OpRun):

@@ -9,6 +9,7 @@ from splitonnx.errors import NotAModel, NotDifferentiable, UsageError
 from splitonnx.partitioner.checks import Handling, check
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
+from tests.test_bad_input import build_conditional
 from tests.zoo import FLOAT, ZOO, Net
 
 
@@ -56,16 +57,13 @@ def test_operators_before_every_parameter_run_forward_only() -> None:
 
 
 def test_what_stands_in_the_way_is_named_as_cut_would_name_it() -> None:
-    net = Net()
-    hidden = net.op("MatMul", "x", net.weight("w1", 6, 6), out="m1")
-    boxes = net.op("Unique", hidden, out="unique", axis=1)
-    output = net.op("MatMul", boxes, net.weight("w2", 6, 3), out="scores")
-    model = net.finish({"x": (FLOAT, ["N", 6])}, output, 3)
-    found = check(model, loss="mse")
+    model = build_conditional(trained=True)
+    found = check(model)
     assert not found.trainable
     with pytest.raises(NotDifferentiable) as caught:
-        cut(model, at=None, loss="mse")
+        cut(model, at=None)
     assert found.obstacles == (str(caught.value),)
+    assert Handling.OBSTACLE in {use.handling for use in found.operators if use.operator == "If"}
 
 
 def test_a_loss_that_does_not_fit_is_said_with_the_reason() -> None:

@@ -61,6 +61,8 @@ def print_check(check: Check, path: Path) -> None:
     _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
     if check.losses:
         _print(f"losses that fit output '{check.output}': {', '.join(check.losses)}")
+    for remark in check.remarks:
+        _print(f"remark: {remark.sentence}")
     for obstacle in check.obstacles:
         _print(f"in the way: {obstacle}")
     verdict = "[green]can be trained[/]" if check.trainable else "[red]cannot be trained[/]"
