@@ -69,7 +69,8 @@ def note_shapes(graph: ir.Graph) -> None:
     for node in graph:
         if all(_is_noted(value) for value in node.outputs):
             continue
-        known.visit(node)
+        with blame(node):
+            known.visit(node)
         for value in node.outputs:
             known.note(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import EncodeError
 
 from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
 from splitonnx.partitioner.control_flows import KEPT
@@ -175,8 +176,8 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     builder = _import_builder()
     options = _make_options()
     wanted = set(parameters)
-    content = ir.to_proto(model).SerializeToString()
     try:
+        content = ir.to_proto(model).SerializeToString()
         content = builder.get_optimized_model(content, wanted, options)
         content = _separate_splits(content, loss)
         gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
@@ -185,6 +186,12 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         derived = ir.from_proto(onnx.load_from_string(joint))
         _put_back_detached(derived.graph, detached)
         _annotate(derived)
+    except EncodeError as error:
+        raise UnsupportedModel(
+            "the model's constants",
+            "they take more than 2 GiB or than there is memory",
+            "store large tensors as weights",
+        ) from error
     except _list_exceptions(builder) as error:
         raise _translate(error) from error
     return derived

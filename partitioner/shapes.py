@@ -14,6 +14,7 @@ from splitonnx.partitioner.faults import blame
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
 """Operators with windows, and which of their inputs is the kernel."""
+_MOST_DIMENSIONS = 32
 _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
 
 
@@ -27,7 +28,7 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
 
 
 def check_windows(graph: ir.Graph) -> None:
-    """Check that images and kernels have as many dimensions as each other.
+    """Check that images and kernels have as many dimensions as each other, and none absurdly many.
 
     onnx's checker does not; the inference of onnxruntime-training 1.19.2 reads beyond its vectors
     where they differ, and ends the process.
@@ -36,6 +37,10 @@ def check_windows(graph: ir.Graph) -> None:
         NotAModel: they differ at a node.
     """
     for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None and len(value.shape) > _MOST_DIMENSIONS:
+                reason = f"its output '{value.name}' would have {len(value.shape)} dimensions"
+                raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
         if node.domain not in ("", "ai.onnx") or node.op_type not in _WINDOWED:
             continue
         with blame(node):

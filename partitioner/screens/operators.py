@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import onnx
@@ -21,6 +22,7 @@ MAX_DEPTH = 64
 Key = tuple[str, str, str]
 
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
+_EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 _TYPE_ATTRIBUTES = frozenset({"dtype", "output_dtype", "to"})
 
 
@@ -121,8 +123,14 @@ def _check_attributes(node: NodeProto, label: str) -> None:
     if node.op_type == "Constant" and len(node.attribute) != 1:
         raise NotAModel(label, f"{label_node(node)} does not hold exactly one value")
     for attribute in node.attribute:
+        if node.op_type == "Einsum" and not _EQUATION.fullmatch(attribute.s):
+            # onnx's inference may look for the end of such a one for ever
+            raise NotAModel(label, f"{label_node(node)} has no equation of letters")
         if attribute.name in _TYPE_ATTRIBUTES and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")
+        if attribute.name == "batch_dims" and attribute.i < 0:
+            # onnx's inference of GatherND reads beyond its dimensions there, and may crash
+            raise NotAModel(label, f"{label_node(node)} has {attribute.i} batch dimensions")
 
 
 def _measure_function(
