@@ -31,6 +31,8 @@ def check_form(model: ModelProto, label: str) -> None:
     ) as error:
         reason = " ".join(str(error).split()).split(" ==> ")[0]
         raise NotAModel(label, reason[:400]) from error
+    except MemoryError as error:
+        raise NotAModel(label, "to infer its types takes more memory than there is") from error
 
 
 def _strip(model: ModelProto) -> ModelProto:
