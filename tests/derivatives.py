@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.partitioner.partitions import cut
-from tests.node_cases import TARGETS, run_step
+from tests.case_trials import TARGETS, run_step
 from tests.oracles import make_evaluator, sample_gradients
 from tests.zoo import Arrays, Net
 

@@ -9,7 +9,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from splitonnx.partitioner.partitions import cut
-from tests.node_cases import FLOOR, RTOL, TARGETS, run_step
+from tests.case_trials import FLOOR, RTOL, TARGETS, run_step
 from tests.oracles import differentiate_numerically, make_evaluator
 from tests.zoo import FLOAT
 

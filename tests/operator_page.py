@@ -17,8 +17,9 @@ from functools import cache
 
 import onnx
 
+from tests.case_trials import TARGETS, Outcome, try_case
 from tests.conftest import ROOT
-from tests.node_cases import TARGETS, Outcome, is_tensors_only, list_node_cases, try_case
+from tests.node_cases import is_tensors_only, list_node_cases
 
 PAGE = ROOT / "docs" / "operators.md"
 

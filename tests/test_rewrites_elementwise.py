@@ -11,8 +11,8 @@ from onnx import TensorProto
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
+from tests.case_trials import TARGETS, run_step
 from tests.derivatives import assert_differentiable, close_net, take_step
-from tests.node_cases import TARGETS, run_step
 from tests.zoo import FLOAT, Net
 
 

@@ -8,8 +8,8 @@ from onnx import helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.partitions import cut
+from tests.case_trials import TARGETS, run_step
 from tests.derivatives import assert_differentiable, close_net, take_step
-from tests.node_cases import TARGETS, run_step
 from tests.zoo import INT64, Net
 
 KINDS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")

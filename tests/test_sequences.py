@@ -13,8 +13,8 @@ from splitonnx.errors import ModelError
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from tests.case_trials import TARGETS, run_step
 from tests.derivatives import assert_differentiable, close_net, draw_labels, take_step
-from tests.node_cases import TARGETS, run_step
 from tests.zoo import Net
 
 DATA = {"x": np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)}
