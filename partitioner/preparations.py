@@ -95,6 +95,43 @@ def prepare(
             nothing.
         UsageError: a pattern is no regular expression or has no effect.
     """
+    weights = _normalize(model, train)
+    skeleton, training, inference = model, model.clone(), model.clone()
+    masters = widen((training, inference), weights)
+    for form in (training, inference) if masters is not weights else ():
+        fold(form, weights)  # constants in bfloat16 can only be folded now
+    buffers = train_batchnorms(training.graph, mode=batchnorm)
+    frozen_statistics = freeze_batchnorms(training.graph)
+    key_dropouts(training.graph, mode=dropout)
+    key_draws(training.graph)
+    _declare_statistics(training.graph)
+    settle(inference.graph)
+    for form in (training, inference):
+        infer_shapes(form)
+    _refuse_unkept_statistics(buffers, weights)
+    roles = assign_roles(
+        weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
+    )
+    _make_differentiable(training, [n for n, role in roles.items() if role is Role.PARAMETER])
+    for form in (training, inference):
+        note_shapes(form.graph)
+        _keep_data_outputs(form.graph, weights)
+
+    return PreparedModel(
+        training=training,
+        inference=inference,
+        skeleton=skeleton,
+        weights=masters,
+        roles=roles,
+        next_buffers=buffers,
+    )
+
+
+def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProtocol]:
+    """Bring a model to one way of writing it, whatever its opset and exporter; give its weights.
+
+    What is found here is the same in training and prediction.
+    """
     inline_functions(model)
     RemoveInitializersFromInputsPass()(model)
     _name_nodes(model.graph)
@@ -114,41 +151,16 @@ def prepare(
     check_windows(model.graph)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
+    return weights
 
-    skeleton, training, inference = model, model.clone(), model.clone()
-    masters = widen((training, inference), weights)
-    for form in (training, inference) if masters is not weights else ():
-        fold(form, weights)  # constants in bfloat16 can only be folded now
-    buffers = train_batchnorms(training.graph, mode=batchnorm)
-    frozen_statistics = freeze_batchnorms(training.graph)
-    key_dropouts(training.graph, mode=dropout)
-    key_draws(training.graph)
-    _declare_statistics(training.graph)
-    settle(inference.graph)
-    for form in (training, inference):
-        infer_shapes(form)
-    _refuse_unkept_statistics(buffers, weights)
-    roles = assign_roles(
-        weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
-    )
-    trained = [name for name, role in roles.items() if role is Role.PARAMETER]
+
+def _make_differentiable(training: ir.Model, trained: Sequence[str]) -> None:
+    """Write the training form in operators that have a gradient, behind the trained weights."""
     if not trained:
         refuse_integer_model(training.graph)
     if pass_gradients(training.graph, trained):
         infer_shapes(training)
     rewrite(training, trained)
-    for form in (training, inference):
-        note_shapes(form.graph)
-        _keep_data_outputs(form.graph, weights)
-
-    return PreparedModel(
-        training=training,
-        inference=inference,
-        skeleton=skeleton,
-        weights=masters,
-        roles=roles,
-        next_buffers=buffers,
-    )
 
 
 _KEPT_OUTPUTS = {
