@@ -167,6 +167,34 @@ def known_rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
+def require_rank(node: ir.Node, value: ir.Value) -> int:
+    """Give the number of dimensions of what ``node`` reads or makes.
+
+    Raises:
+        UnsupportedModel: it is not known.
+    """
+    rank = known_rank(value)
+    if rank is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"the rank of '{value.name}' is not known",
+            "export the model with shapes",
+        )
+    return rank
+
+
+def take_input(node: ir.Node, index: int = 0) -> ir.Value:
+    """Give an input that the operator always has."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
+    """Give the first inputs, which the operator always has."""
+    return [take_input(node, index) for index in range(count)]
+
+
 def known_array(value: ir.Value | None) -> np.ndarray | None:
     """Give what a value holds, if the model says it: an initializer, or a Constant's output."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)

@@ -6,27 +6,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_rank
+from splitonnx.partitioner.drafts import Draft, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
-
-
-def _take(node: ir.Node, count: int) -> list[ir.Value]:
-    values = [value for value in node.inputs[:count] if value is not None]
-    assert len(values) == count
-    return values
-
-
-def _rank(node: ir.Node, value: ir.Value) -> int:
-    rank = known_rank(value)
-    if rank is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            "the rank of its input is not known",
-            "export the model with shapes",
-        )
-    return rank
 
 
 def _spread(draft: Draft, value: ir.Value, rank: int) -> ir.Value:
@@ -44,8 +26,8 @@ def lower_batch_norm(draft: Draft, node: ir.Node) -> Values:
     The variance is the biased one, for the output and for the running statistic, as
     BatchNormalization-14 defines it.
     """
-    x, scale, bias, mean, variance = _take(node, 5)
-    rank = _rank(node, x)
+    x, scale, bias, mean, variance = take_inputs(node, 5)
+    rank = require_rank(node, x)
     axes = draft.integers([0, *range(2, rank)])
     epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
     momentum = node.attributes.get_float("momentum", 0.9)
@@ -70,8 +52,8 @@ def lower_batch_norm_grad(draft: Draft, node: ir.Node) -> Values:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
     """
-    dy, x, scale, mean, inverse = _take(node, 5)
-    rank = _rank(node, x)
+    dy, x, scale, mean, inverse = take_inputs(node, 5)
+    rank = require_rank(node, x)
     axes = draft.integers([0, *range(2, rank)])
     centred = draft.op("Sub", x, _spread(draft, mean, rank))
     dbias = draft.op("ReduceSum", dy, axes, keepdims=0)
@@ -106,8 +88,8 @@ def lower_layer_norm_grad(draft: Draft, node: ir.Node) -> Values:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
     """
-    dy, x, scale, mean, inverse = _take(node, 5)
-    leading, normalized = _normalized_axes(node, _rank(node, x))
+    dy, x, scale, mean, inverse = take_inputs(node, 5)
+    leading, normalized = _normalized_axes(node, require_rank(node, x))
     axes = draft.integers(normalized)
     h = draft.op("Mul", draft.op("Sub", x, mean), inverse)
     g = draft.op("Mul", dy, scale)
@@ -123,8 +105,8 @@ def lower_layer_norm_grad(draft: Draft, node: ir.Node) -> Values:
 
 def lower_rms_norm(draft: Draft, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 / the root."""
-    x, scale = _take(node, 2)
-    _, normalized = _normalized_axes(node, _rank(node, x))
+    x, scale = take_inputs(node, 2)
+    _, normalized = _normalized_axes(node, require_rank(node, x))
     square = draft.op("ReduceMean", draft.op("Mul", x, x), draft.integers(normalized), keepdims=1)
     epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
     root = draft.op("Sqrt", draft.op("Add", square, epsilon))
@@ -134,8 +116,8 @@ def lower_rms_norm(draft: Draft, node: ir.Node) -> Values:
 
 def lower_rms_norm_grad(draft: Draft, node: ir.Node) -> Values:
     """With h = x * inverse and g = dy * scale: dx = inverse * (g - h * mean(g * h))."""
-    dy, x, scale, inverse = _take(node, 4)
-    leading, normalized = _normalized_axes(node, _rank(node, x))
+    dy, x, scale, inverse = take_inputs(node, 4)
+    leading, normalized = _normalized_axes(node, require_rank(node, x))
     h = draft.op("Mul", x, inverse)
     g = draft.op("Mul", dy, scale)
     along = draft.op("ReduceMean", draft.op("Mul", g, h), draft.integers(normalized), keepdims=1)

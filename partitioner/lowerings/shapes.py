@@ -7,25 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
-
-
-def _take(node: ir.Node, count: int) -> list[ir.Value]:
-    values = [value for value in node.inputs[:count] if value is not None]
-    assert len(values) == count
-    return values
-
-
-def _require_rank(node: ir.Node, value: ir.Value) -> int:
-    rank = known_rank(value)
-    if rank is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})", f"the rank of '{value.name}' is not known"
-        )
-    return rank
 
 
 def _zeros(draft: Draft, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
@@ -34,7 +18,7 @@ def _zeros(draft: Draft, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value
 
 def lower_scale(draft: Draft, node: ir.Node) -> Values:
     """x * scale, or x / scale with ``scale_down``."""
-    x, scale = _take(node, 2)
+    x, scale = take_inputs(node, 2)
     kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
     return [draft.op(kind, x, draft.cast(scale, x.dtype))]
 
@@ -43,7 +27,7 @@ def lower_concat(draft: Draft, node: ir.Node) -> Values:
     """Concat, and the extent of each input along the axis."""
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
-    rank = _require_rank(node, values[0])
+    rank = require_rank(node, values[0])
     along = axis % rank
     lengths = [draft.op("Shape", value, start=along, end=along + 1) for value in values]
     return [
@@ -54,7 +38,7 @@ def lower_concat(draft: Draft, node: ir.Node) -> Values:
 
 def lower_split(draft: Draft, node: ir.Node) -> Values:
     """Split into parts of the given extents."""
-    x, extents = _take(node, 2)
+    x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
     return draft.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
@@ -81,8 +65,8 @@ def lower_slice_grad(draft: Draft, node: ir.Node) -> Values:
 
 def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
     """Add each gradient to the row that it was gathered from."""
-    shape, indices, dy = _take(node, 3)
-    rank, span = _require_rank(node, node.outputs[0]), _require_rank(node, indices)
+    shape, indices, dy = take_inputs(node, 3)
+    rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
     front = [*range(axis, axis + span), *range(axis), *range(axis + span, rank - 1 + span)]
     order = [axis, *(a for a in range(rank) if a != axis)]
@@ -99,7 +83,7 @@ def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
 
 def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
     """Add each gradient to the element that it was gathered from."""
-    dy, shape, indices = _take(node, 3)
+    dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
     zeros = _zeros(draft, shape, dy.dtype)
     return [draft.op("ScatterElements", zeros, indices, dy, axis=axis, reduction="add")]
@@ -107,10 +91,10 @@ def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
 
 def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
     """Add each gradient to the slice that it was gathered from."""
-    shape, indices, dy = _take(node, 3)
+    shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:
-        indices = _spell_batches(draft, indices, _require_rank(node, indices), batch)
+        indices = _spell_batches(draft, indices, require_rank(node, indices), batch)
     zeros = _zeros(draft, shape, dy.dtype)
     return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
 
@@ -139,10 +123,10 @@ def lower_matmul(draft: Draft, node: ir.Node) -> Values:
 
     ``transBatch`` moves the first axis behind the batch axes, ``trans`` swaps the last two then.
     """
-    a, b = _take(node, 2)
+    a, b = take_inputs(node, 2)
 
     def turn(value: ir.Value, side: str) -> ir.Value:
-        rank = _require_rank(node, value)
+        rank = require_rank(node, value)
         order = [*range(rank)]
         if rank < 2:
             return value
@@ -160,7 +144,7 @@ def lower_matmul(draft: Draft, node: ir.Node) -> Values:
 
 def lower_div_grad(draft: Draft, node: ir.Node) -> Values:
     """da = dy / b, db = -dy * a / b**2, each summed over where it was stretched."""
-    dy, a, b = _take(node, 3)
+    dy, a, b = take_inputs(node, 3)
     da = draft.op("Div", dy, b)
     db = draft.op("Neg", draft.op("Mul", da, draft.op("Div", a, b)))
     return [_sum_stretched(draft, da, a, b), _sum_stretched(draft, db, b, a)]
@@ -179,7 +163,7 @@ def _sum_stretched(draft: Draft, value: ir.Value, own: ir.Value, other: ir.Value
 
 def lower_broadcast_axes(draft: Draft, node: ir.Node) -> Values:
     """The axes along which each of two shapes is stretched to their common one."""
-    left, right = _take(node, 2)
+    left, right = take_inputs(node, 2)
     return [_find_stretched(draft, left, right), _find_stretched(draft, right, left)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.drafts import Draft, known_array, take_input
 from splitonnx.partitioner.rewrites.tangents import Tangent, follow_tangents
 
 Values = Sequence[ir.Value]
@@ -16,17 +16,11 @@ _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
 """alpha and gamma, as Selu's definition writes them."""
 
 
-def _take(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value
-
-
 def _bend(
     draft: Draft, node: ir.Node, above: float, below: float, width: float = 1.0
 ) -> Sequence[ir.Value]:
     """The operator itself, its slope ``above`` for x > 0, else ``below * exp(x / width)``."""
-    x = _take(node)
+    x = take_input(node)
     point = draft.detach(x)
     value = draft.ops(node.op_type, [point], 1, dict(node.attributes))[0]
     zero = draft.number(0.0, x.dtype)
@@ -63,7 +57,7 @@ def rewrite_softplus(draft: Draft, node: ir.Node) -> Values:
     One of the two powers is 1, neither can overflow, and the slope at 0 is 1/2 whichever slope
     Relu has there.  The operator's own kernel with a tangent takes 1.7 times as long.
     """
-    x = _take(node)
+    x = take_input(node)
     positive = draft.op("Relu", x)
     powers = [
         draft.op("Exp", draft.op("Neg", positive)),
@@ -74,13 +68,13 @@ def rewrite_softplus(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_mish(draft: Draft, node: ir.Node) -> Values:
     """x * tanh(softplus(x))."""
-    x = _take(node)
+    x = take_input(node)
     return [draft.op("Mul", x, draft.op("Tanh", draft.op("Softplus", x)))]
 
 
 def rewrite_softsign(draft: Draft, node: ir.Node) -> Values:
     """x / (1 + |x|)."""
-    x = _take(node)
+    x = take_input(node)
     spread = draft.op("Add", draft.op("Abs", x), draft.number(1.0, x.dtype))
     return [draft.op("Div", x, spread)]
 
@@ -94,12 +88,12 @@ def _clip_line(draft: Draft, x: ir.Value, alpha: float, beta: float) -> ir.Value
 def rewrite_hard_sigmoid(draft: Draft, node: ir.Node) -> Values:
     """alpha * x + beta, between 0 and 1."""
     alpha = node.attributes.get_float("alpha", 0.2)
-    return [_clip_line(draft, _take(node), alpha, node.attributes.get_float("beta", 0.5))]
+    return [_clip_line(draft, take_input(node), alpha, node.attributes.get_float("beta", 0.5))]
 
 
 def rewrite_hard_swish(draft: Draft, node: ir.Node) -> Values:
     """x * (x / 6 + 1 / 2, between 0 and 1)."""
-    x = _take(node)
+    x = take_input(node)
     return [draft.op("Mul", x, _clip_line(draft, x, 1 / 6, 0.5))]
 
 
@@ -110,7 +104,7 @@ def rewrite_gelu(draft: Draft, node: ir.Node) -> Values | None:
     """
     if node.attributes.get_string("approximate", "none") != "tanh":
         return None
-    x = _take(node)
+    x = take_input(node)
     scale, cubic = math.sqrt(2 / math.pi), 0.044715
     bent = draft.op("Mul", draft.op("Mul", x, x), draft.number(scale * cubic, x.dtype))
     inner = draft.op("Mul", x, draft.op("Add", bent, draft.number(scale, x.dtype)))
@@ -123,13 +117,13 @@ def rewrite_leaky_relu(draft: Draft, node: ir.Node) -> Values | None:
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
         return None
-    x = _take(node)
+    x = take_input(node)
     return [_choose_negative(draft, x, draft.op("Mul", x, draft.number(alpha, x.dtype)))]
 
 
 def rewrite_prelu(draft: Draft, node: ir.Node) -> Values:
     """x for x >= 0, else slope * x."""
-    x = _take(node)
+    x = take_input(node)
     return [_choose_negative(draft, x, draft.op("Mul", x, node.inputs[1]))]
 
 
@@ -140,14 +134,14 @@ def _choose_negative(draft: Draft, x: ir.Value, scaled: ir.Value) -> ir.Value:
 
 def rewrite_thresholded_relu(draft: Draft, node: ir.Node) -> Values:
     """x for x > alpha, else 0."""
-    x = _take(node)
+    x = take_input(node)
     above = draft.op("Greater", x, draft.number(node.attributes.get_float("alpha", 1.0), x.dtype))
     return [draft.op("Where", above, x, draft.number(0.0, x.dtype))]
 
 
 def rewrite_shrink(draft: Draft, node: ir.Node) -> Values:
     """x + bias for x < -lambd, x - bias for x > lambd, else 0."""
-    x = _take(node)
+    x = take_input(node)
     edge = node.attributes.get_float("lambd", 0.5)
     bias = draft.number(node.attributes.get_float("bias", 0.0), x.dtype)
     above = draft.op("Greater", x, draft.number(edge, x.dtype))
@@ -161,7 +155,7 @@ def rewrite_clip(draft: Draft, node: ir.Node) -> Values | None:
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
         return None
-    result = _take(node)
+    result = take_input(node)
     for kind, bound in zip(("Max", "Min"), bounds, strict=True):
         result = result if bound is None else draft.op(kind, result, bound)
     return [result]

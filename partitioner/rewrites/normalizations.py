@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
 def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
     """Normalize each channel of each sample over its space; scale and bias are per channel."""
-    x, scale, bias = _take(node, 3)
-    rank = _require_rank(node, x)
+    x, scale, bias = take_inputs(node, 3)
+    rank = require_rank(node, x)
     normal = _normalize_rows(draft, node, x, list(range(2, rank)), 1e-5)
     return [_scale_channels(draft, normal, scale, bias, rank)]
 
@@ -32,8 +32,8 @@ def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
     Scale and bias are per channel, as of opset 21; onnx's checker refuses the operator of opset
     18, whose scale was per group, as deprecated.
     """
-    x, scale, bias = _take(node, 3)
-    rank = _require_rank(node, x)
+    x, scale, bias = take_inputs(node, 3)
+    rank = require_rank(node, x)
     groups = node.attributes.get_int("num_groups")
     assert groups is not None
     dims = known_dims(x) or []
@@ -60,9 +60,9 @@ def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
 
     A missing bias becomes zero, as LayerNormalization's gradient wants one.
     """
-    x, scale = _take(node, 2)
+    x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    rank = _require_rank(node, x)
+    rank = require_rank(node, x)
     axes = _last_axes(node, rank)
     used = any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
     dims = known_dims(x) or []
@@ -83,8 +83,8 @@ def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
 
 def rewrite_rms_norm(draft: Draft, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467)."""
-    x, scale = _take(node, 2)
-    axes = _last_axes(node, _require_rank(node, x))
+    x, scale = take_inputs(node, 2)
+    axes = _last_axes(node, require_rank(node, x))
     wide = _widen(draft, x, _read_stash(node))
     normal = draft.op("Mul", wide, _invert_root(draft, node, wide, axes, wide.dtype))
     return [draft.op("Mul", _narrow(draft, normal, wide, x), scale)]
@@ -95,7 +95,7 @@ def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
 
     1e-18 under the root keeps the gradient finite where all values of a slice are equal.
     """
-    (x,) = _take(node, 1)
+    (x,) = take_inputs(node, 1)
     axes = draft.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
     centred = draft.op("Sub", x, draft.op("ReduceMean", x, axes, keepdims=1))
     square = draft.op("Mul", centred, centred)
@@ -106,7 +106,7 @@ def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_lp_norm(draft: Draft, node: ir.Node) -> Values:
     """x / norm along an axis, and zero where the norm is."""
-    (x,) = _take(node, 1)
+    (x,) = take_inputs(node, 1)
     axis = draft.integers([node.attributes.get_int("axis", -1)])
     if node.attributes.get_int("p", 2) == 1:
         norm = draft.op("ReduceSum", draft.op("Abs", x), axis, keepdims=1)
@@ -186,19 +186,6 @@ def _widen(draft: Draft, x: ir.Value, stash: ir.DataType) -> ir.Value:
 def _narrow(draft: Draft, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
     value.type = wide.type
     return draft.cast(value, x.dtype)
-
-
-def _take(node: ir.Node, count: int) -> list[ir.Value]:
-    values = [value for value in node.inputs[:count] if value is not None]
-    assert len(values) == count
-    return values
-
-
-def _require_rank(node: ir.Node, value: ir.Value) -> int:
-    rank = known_rank(value)
-    if rank is None:
-        raise _refuse(node, f"the rank of '{value.name}'")
-    return rank
 
 
 def _refuse(node: ir.Node, what: str) -> UnsupportedModel:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims
+from splitonnx.partitioner.drafts import Draft, known_array, known_dims, take_input
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
@@ -35,12 +35,6 @@ from splitonnx.partitioner.rewrites.windows import (
 Values = Sequence[ir.Value | None]
 
 
-def _take(node: ir.Node) -> ir.Value:
-    x = node.inputs[0]
-    assert x is not None
-    return x
-
-
 def _has_fixed_image(x: ir.Value) -> bool:
     dims = known_dims(x)
     return dims is not None and None not in dims[2:]
@@ -48,7 +42,7 @@ def _has_fixed_image(x: ir.Value) -> bool:
 
 def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
     """The sum of each window through its count, where AveragePool's gradient is not to be had."""
-    x = _take(node)
+    x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
     spread = any(step != 1 for step in node.attributes.get_ints("dilations", []))
     ragged = bool(node.attributes.get_int("ceil_mode", 0))
@@ -61,7 +55,7 @@ def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
 
 def rewrite_max_pool(draft: Draft, node: ir.Node) -> Values | None:
     """Row-major indices for the gradient; with any image size, the elements gathered by them."""
-    x = _take(node)
+    x = take_input(node)
     if pads_by_size(node) and len(node.outputs) == 1:
         lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
         return draft.ops("MaxPool", [pad_by_size(draft, node, lowest)], 1, list_plain(node))
@@ -82,7 +76,7 @@ def rewrite_max_pool(draft: Draft, node: ir.Node) -> Values | None:
 
 def rewrite_global_max_pool(draft: Draft, node: ir.Node) -> Values:
     """The largest element of each channel, the first of equals."""
-    x = _take(node)
+    x = take_input(node)
     rank = require_rank(node, x)
     flat = draft.op("Reshape", x, draft.integers([0, 0, -1]))
     place = draft.op("ArgMax", draft.detach(flat), axis=2, keepdims=1)
@@ -96,13 +90,13 @@ def rewrite_lp_pool(draft: Draft, node: ir.Node) -> Values:
     """The p-norm of each window."""
     windows = read_windows(node)
     power = node.attributes.get_int("p", 2)
-    total = sum_windows(draft, node, _raise(draft, _take(node), power), windows)
-    return [_take_root(draft, total, power, _take(node).dtype)]
+    total = sum_windows(draft, node, _raise(draft, take_input(node), power), windows)
+    return [_take_root(draft, total, power, take_input(node).dtype)]
 
 
 def rewrite_global_lp_pool(draft: Draft, node: ir.Node) -> Values:
     """The p-norm of each channel."""
-    x = _take(node)
+    x = take_input(node)
     power = node.attributes.get_int("p", 2)
     axes = draft.integers(range(2, require_rank(node, x)))
     total = draft.op("ReduceSum", _raise(draft, x, power), axes, keepdims=1)
@@ -172,7 +166,7 @@ def rewrite_lrn(draft: Draft, node: ir.Node) -> Values:
 
     The sum over neighbours is a convolution along the channels, which stand as an image's rows.
     """
-    x = _take(node)
+    x = take_input(node)
     size = node.attributes.get_int("size")
     channels = (known_dims(x) or [None, None])[1]
     if channels is None or x.dtype is None:

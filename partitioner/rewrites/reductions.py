@@ -11,16 +11,17 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.accumulations import Line, accumulate
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+from splitonnx.partitioner.drafts import (
+    Draft,
+    known_array,
+    known_dims,
+    known_rank,
+    require_rank,
+    take_input,
+)
 from splitonnx.partitioner.rewrites.steps import rewrite_step
 
 Values = Sequence[ir.Value]
-
-
-def _take(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value
 
 
 def _axes(node: ir.Node) -> ir.Value | None:
@@ -49,7 +50,7 @@ def _reduce(
 
 def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
     """The mean of the elements that equal the extreme: they share its gradient."""
-    x = _take(node)
+    x = take_input(node)
     if _is_empty(x) and node.op_type == "ReduceMax":
         raise UnsupportedModel(
             f"node '{node.name}' (ReduceMax)",
@@ -70,17 +71,17 @@ def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_l1(draft: Draft, node: ir.Node) -> Values:
     """The sum of |x|."""
-    return [_reduce(draft, "ReduceSum", node, draft.op("Abs", _take(node)))]
+    return [_reduce(draft, "ReduceSum", node, draft.op("Abs", take_input(node)))]
 
 
 def rewrite_log_sum(draft: Draft, node: ir.Node) -> Values:
     """The logarithm of the sum."""
-    return [draft.op("Log", _reduce(draft, "ReduceSum", node, _take(node)))]
+    return [draft.op("Log", _reduce(draft, "ReduceSum", node, take_input(node)))]
 
 
 def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
     """The sum of x * x."""
-    x = _take(node)
+    x = take_input(node)
     if _is_empty(x):
         return rewrite_step(draft, node)
     return [_reduce(draft, "ReduceSum", node, draft.op("Mul", x, x))]
@@ -94,14 +95,14 @@ def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
-    kept = _reduce(draft, node.op_type, node, _take(node), keepdims=1)
+    kept = _reduce(draft, node.op_type, node, take_input(node), keepdims=1)
     return [draft.op("Reshape", kept, draft.integers([]))]
 
 
 def rewrite_product(draft: Draft, node: ir.Node) -> Values:
     """Products of halves, axis after axis; nothing is divided, so that zeros do no harm."""
-    x = _take(node)
-    rank = _require_rank(node, x)
+    x = take_input(node)
+    rank = require_rank(node, x)
     axes = _find_axes(node, rank)
     dims = known_dims(x) or [None] * rank
     dtype = x.dtype
@@ -155,7 +156,7 @@ def _multiply_unknown(
 
 def rewrite_running_sum(draft: Draft, node: ir.Node) -> Values:
     """CumSum by shifts; along an axis of unknown length by a product with a triangle of ones."""
-    x = _take(node)
+    x = take_input(node)
     line = _find_line(node, x)
     exclusive = bool(node.attributes.get_int("exclusive", 0))
     if line.length >= 0:
@@ -185,7 +186,7 @@ def _multiply_triangle(draft: Draft, x: ir.Value, line: Line, exclusive: bool) -
 
 def _find_line(node: ir.Node, x: ir.Value) -> Line:
     """Read the axis of a running operator; the length of one that is not known is -1."""
-    rank = _require_rank(node, x)
+    rank = require_rank(node, x)
     axis = known_array(node.inputs[1])
     if axis is None:
         raise _unknown_axes(node)
@@ -215,14 +216,3 @@ def _unknown_axes(node: ir.Node) -> UnsupportedModel:
         "its axes are computed in the graph",
         "export the model with constant axes",
     )
-
-
-def _require_rank(node: ir.Node, x: ir.Value) -> int:
-    rank = known_rank(x)
-    if rank is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            f"the rank of '{x.name}' is not known",
-            "export the model with shapes",
-        )
-    return rank

@@ -12,26 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_input
 
 Values = Sequence[ir.Value | None]
-
-
-def _take(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def _require_rank(node: ir.Node, value: ir.Value) -> int:
-    rank = known_rank(value)
-    if rank is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            f"the rank of its input '{value.name}' is not known",
-            "export the model with shapes",
-        )
-    return rank
 
 
 def _read_ints(node: ir.Node, index: int) -> list[int] | None:
@@ -58,7 +41,7 @@ def _count(draft: Draft, value: ir.Value, axis: int | None = None) -> ir.Value:
 
 def rewrite_compress(draft: Draft, node: ir.Node) -> Values:
     """Gather at the places where the condition holds."""
-    x, condition = _take(node, 0), _take(node, 1)
+    x, condition = take_input(node, 0), take_input(node, 1)
     places = _flatten(draft, draft.op("NonZero", condition))
     axis = node.attributes.get_int("axis", None)
     if axis is None:
@@ -71,7 +54,7 @@ def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
 
     Where a value stands several times, its whole gradient goes to the first.
     """
-    x = _take(node, 0)
+    x = take_input(node, 0)
     made = draft.ops("Unique", [draft.detach(x)], 4, dict(node.attributes))
     axis = node.attributes.get_int("axis", None)
     if axis is None:
@@ -83,7 +66,7 @@ def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
     """GatherND at (length - 1 - t, b) within each sequence, at (t, b) behind it."""
-    x, lengths = _take(node, 0), _take(node, 1)
+    x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
     batch = node.attributes.get_int("batch_axis", 1)
     t = draft.op("Unsqueeze", _count(draft, x, time), draft.integers([batch]))
@@ -101,7 +84,7 @@ def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
     """Gather where a step is negative or not known: SliceGrad's kernel takes positive ones only."""
-    x, starts, ends = _take(node, 0), _take(node, 1), _take(node, 2)
+    x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
     if steps is not None and all(step > 0 for step in steps):
         return None
@@ -110,7 +93,7 @@ def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
         chosen = draft.op("Reshape", _count(draft, x), draft.op("Shape", x))
         chosen = draft.op("Slice", chosen, *node.inputs[1:])
         return [draft.op("Gather", _flatten(draft, x), chosen, axis=0)]
-    rank = _require_rank(node, x)
+    rank = require_rank(node, x)
     y = x
     for index, (axis, step) in enumerate(zip(axes or range(len(steps)), steps, strict=True)):
         place = draft.integers([index])
@@ -128,7 +111,7 @@ def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
 
 def rewrite_range(draft: Draft, node: ir.Node) -> Values:
     """start + delta * (0, 1, 2, ...); how many there are is a constant."""
-    start, delta = _take(node, 0), _take(node, 2)
+    start, delta = take_input(node, 0), take_input(node, 2)
     detached = [draft.detach(value) for value in node.inputs if value is not None]
     places = draft.cast(_count(draft, draft.op("Range", *detached)), start.dtype)
     return [draft.op("Add", start, draft.op("Mul", delta, places))]
@@ -136,7 +119,7 @@ def rewrite_range(draft: Draft, node: ir.Node) -> Values:
 
 def rewrite_one_hot(draft: Draft, node: ir.Node) -> Values:
     """off + hot * (on - off) as a choice between the two, which are scalars to a gradient."""
-    indices, depth, values = _take(node, 0), _take(node, 1), _take(node, 2)
+    indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
     truth = draft.tensor(ir.tensor(np.array([0, 1], np.int64)))
     hot = draft.op("OneHot", draft.detach(indices), draft.detach(depth), truth, axis=axis)
@@ -148,8 +131,8 @@ def rewrite_transpose(draft: Draft, node: ir.Node) -> Values | None:
     """Name the order of the axes, which onnxruntime-training's gradient reads unasked."""
     if "perm" in node.attributes:
         return None
-    x = _take(node, 0)
-    order = [*reversed(range(_require_rank(node, x)))]
+    x = take_input(node, 0)
+    order = [*reversed(range(require_rank(node, x)))]
     return [draft.op("Transpose", x, perm=order)]
 
 
@@ -173,7 +156,7 @@ def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
-    x, shape = _take(node, 0), _take(node, 1)
+    x, shape = take_input(node, 0), take_input(node, 1)
     target = _read_ints(node, 1)
     dims = known_dims(x)
     if (target is not None and 0 in target) or (dims is not None and 0 in dims):
@@ -204,8 +187,8 @@ def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
 
 
 def _slice_apart(node: ir.Node, wanted: Sequence[ir.Value]) -> None:
-    x = _take(node, 0)
-    axis = node.attributes.get_int("axis", 0) % _require_rank(node, x)
+    x = take_input(node, 0)
+    axis = node.attributes.get_int("axis", 0) % require_rank(node, x)
     draft = Draft(f"{node.name or wanted[0].name}/separated")
     pieces = draft.ops("Split", node.inputs, len(node.outputs), dict(node.attributes))
     where = draft.integers([axis])
