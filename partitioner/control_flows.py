@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.bodies import copy_body
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.frontiers import disconnect, list_inner
 from splitonnx.partitioner.inferences import Inference
@@ -192,24 +193,16 @@ def _write_body(
     bound: Sequence[ir.Value | None],
     known: Inference,
 ) -> list[ir.Value]:
-    """Write one run of ``body`` with its inputs bound to values of the outer graph."""
-    copy = body.clone(allow_outer_scope_values=True)
-    outputs = list(copy.outputs)
-    copy.outputs.clear()
-    bindings: dict[ir.Value, ir.Value] = {}
-    for own, value in zip(copy.inputs, bound, strict=True):
-        bindings[own] = _write_truth(draft) if value is None else value
-        own.replace_all_uses_with(bindings[own])
-    nodes = list(copy)
-    copy.remove(nodes)
-    for index, node in enumerate(nodes):
-        node.name = f"{prefix}/{node.name or f'{node.op_type}_{index}'}"
-        for value in node.outputs:
-            value.name = f"{prefix}/{value.name}" if value.name else value.name
-            value.shape = None  # a body's shapes need not be those of this run
+    """Write one run of ``body`` with its inputs bound to values of the outer graph.
+
+    An input bound to nothing is a loop's condition, which holds while the loop runs.
+    """
+    given = [_write_truth(draft) if value is None else value for value in bound]
+    nodes, outputs = copy_body(body, prefix, given)
+    for node in nodes:
         known.visit(node)
     draft.nodes.extend(nodes)
-    return [bindings.get(value, value) for value in outputs]
+    return outputs
 
 
 def _write_truth(draft: Draft) -> ir.Value:

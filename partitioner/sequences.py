@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.bodies import copy_body
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.faults import blame
 
@@ -193,37 +194,12 @@ def _map(rows: _Rows, node: ir.Node) -> None:
     made: list[list[ir.Value]] = [[] for _ in node.outputs]
     for index in range(length):
         bound = [column[index] for column in columns]
-        nodes, results = _write_body(body, f"{node.name}/{index}", bound)
+        nodes, results = copy_body(body, f"{node.name}/{index}", bound)
         graph.insert_before(node, nodes)
         for row, value in zip(made, results, strict=True):
             row.append(value)
     for output, row in zip(node.outputs, made, strict=True):
         rows.note(output, row)
-
-
-def _write_body(
-    body: ir.Graph, prefix: str, bound: Sequence[ir.Value]
-) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Copy a body's nodes with its inputs bound to values of the outer graph."""
-    copy = body.clone(allow_outer_scope_values=True)
-    outputs = list(copy.outputs)
-    copy.outputs.clear()
-    bindings = dict(zip(copy.inputs, bound, strict=True))
-    for own, value in bindings.items():
-        own.replace_all_uses_with(value)
-    constants = Draft(f"{prefix}/constant")
-    for initializer in list(copy.initializers.values()):
-        tensor = initializer.const_value
-        assert tensor is not None
-        initializer.replace_all_uses_with(constants.tensor(tensor))
-    nodes = list(copy)
-    copy.remove(nodes)
-    for index, node in enumerate(nodes):
-        node.name = f"{prefix}/{node.name or f'{node.op_type}_{index}'}"
-        for value in node.outputs:
-            value.name = f"{prefix}/{value.name}" if value.name else value.name
-            value.shape = None  # a body's shapes need not be those of this run
-    return [*constants.nodes, *nodes], [bindings.get(value, value) for value in outputs]
 
 
 def _wrap(rows: _Rows, node: ir.Node) -> None:
