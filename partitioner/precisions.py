@@ -80,7 +80,11 @@ def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
     for index, output in enumerate(graph.outputs):
         if output is value:
             graph.outputs[index] = cast
-    graph.insert_before(graph[0], draft.nodes)
+    first = next(iter(graph), None)
+    if first is None:  # the outputs are inputs and constants
+        graph.extend(draft.nodes)
+    else:
+        graph.insert_before(first, draft.nodes)
 
 
 def _retype_graph(

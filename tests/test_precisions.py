@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
@@ -200,3 +200,15 @@ def test_an_input_of_8_bit_floats_is_refused() -> None:
     model.ir_version = 9
     with pytest.raises(UnsupportedModel, match=r"input 'x': it is of type FLOAT8E4M3FN"):
         cut(model, at="act0")
+
+
+def test_a_float16_model_of_which_nothing_is_left_is_refused_in_a_sentence() -> None:
+    half = helper.make_tensor("half", TensorProto.FLOAT16, [2], np.ones(2, np.float16))
+    inputs, outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, [2]) for name in ("x", "y")
+    )
+    nodes = [helper.make_node("Add", ["half", "half"], ["y"])]
+    graph = helper.make_graph(nodes, "constant", [inputs], [outputs], [half])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with pytest.raises(UsageError, match="no output that depends on its inputs"):
+        cut(model, at=None, loss="mse")
