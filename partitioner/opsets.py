@@ -288,7 +288,7 @@ def _read_body(node: ir.Node) -> tuple[onnx.FunctionProto, int]:
     content = schema.get_context_dependent_function_with_opset_version(versions[-1], proto, types)
     body = onnx.FunctionProto()
     body.ParseFromString(content)
-    if not body.node:
+    if not body.node or len(body.input) < len(node.inputs):  # an activation that is none, for one
         raise refuse(node, "onnx gives no definition of it for these inputs", "export without it")
     return body, versions[-1]
 

@@ -222,7 +222,7 @@ def attribute_of_another_type(model: ModelProto) -> None:
     model.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("transB", "yes"))
 
 
-@hostile("Unrecognized attribute")
+@hostile("takes no attribute 'speed'")
 def unknown_attribute(model: ModelProto) -> None:
     model.graph.node[0].attribute.append(helper.make_attribute("speed", 11))
 

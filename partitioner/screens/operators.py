@@ -88,8 +88,7 @@ def _check_nodes(
     for node in list_nodes(nodes):
         called = functions.get(_find_key(node))
         if called is None:
-            _check_operator(node, version)
-            _check_attributes(node, label)
+            _check_attributes(node, _find_schema(node, version), label)
         elif len(node.input) > len(called.input) or len(node.output) > len(called.output):
             raise NotAModel(label, f"{label_node(node)} gives or asks more than its function has")
         elif any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
@@ -100,9 +99,10 @@ def _find_key(node: NodeProto) -> Key:
     return (node.domain, node.op_type, node.overload)
 
 
-def _check_operator(node: NodeProto, version: int) -> None:
+def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
+    """Give the operator's schema, or refuse it; those of scikit-learn's estimators have none."""
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
-        return
+        return None
     if node.domain not in KNOWN_DOMAINS:
         raise UnsupportedModel(
             label_node(node),
@@ -117,12 +117,17 @@ def _check_operator(node: NodeProto, version: int) -> None:
         raise UnsupportedModel(
             label_node(node), f"opset {version} no longer has it", "export with a newer opset"
         )
+    return schema
 
 
-def _check_attributes(node: NodeProto, label: str) -> None:
+def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label: str) -> None:
     if node.op_type == "Constant" and len(node.attribute) != 1:
         raise NotAModel(label, f"{label_node(node)} does not hold exactly one value")
     for attribute in node.attribute:
+        if schema is not None and attribute.name not in schema.attributes:
+            raise NotAModel(label, f"{label_node(node)} takes no attribute '{attribute.name}'")
+        if not _is_text([attribute.s, *attribute.strings]):
+            raise NotAModel(label, f"attribute '{attribute.name}' of {label_node(node)} is no text")
         if node.op_type == "Einsum" and not _EQUATION.fullmatch(attribute.s):
             # onnx's inference may look for the end of such a one for ever
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
@@ -131,6 +136,13 @@ def _check_attributes(node: NodeProto, label: str) -> None:
         if attribute.name == "batch_dims" and attribute.i < 0:
             # onnx's inference of GatherND reads beyond its dimensions there, and may crash
             raise NotAModel(label, f"{label_node(node)} has {attribute.i} batch dimensions")
+
+
+def _is_text(contents: Iterable[bytes]) -> bool:
+    try:
+        return all(content.decode() is not None for content in contents)
+    except UnicodeDecodeError:
+        return False
 
 
 def _measure_function(
