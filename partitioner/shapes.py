@@ -23,8 +23,15 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
 
     Without onnx's propagation of data: that one writes down each element of a vector, so a vector
     of a billion elements takes all memory.  Constants are folded by :mod:`folds` instead.
+
+    Raises:
+        NotAModel: onnx infers a type that does not exist.
     """
-    ShapeInferencePass(check_type=check_type, strict_mode=False, data_prop=False)(model)
+    try:
+        ShapeInferencePass(check_type=check_type, strict_mode=False, data_prop=False)(model)
+    except ir.serde.SerdeError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:120]
+        raise NotAModel("the model", f"its types cannot be inferred ({reason})") from error
 
 
 def check_windows(graph: ir.Graph) -> None:

@@ -245,6 +245,14 @@ def cast_to_nothing(model: ModelProto) -> None:
     put_behind(model, helper.make_node("Cast", ["act1"], ["odd"], to=-3))
 
 
+@hostile("unknown data type")
+def window_of_nothing(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array(8), "size"))
+    window = helper.make_node("HannWindow", ["size"], ["window"], output_datatype=127)
+    put_behind(model, helper.make_node("Mul", ["act1", "window"], ["odd"]))
+    model.graph.node.insert(0, window)
+
+
 @hostile("dimensions")
 def convolution_of_a_matrix(model: ModelProto) -> None:
     weight = numpy_helper.from_array(np.ones((4, 7, 3, 3), np.float32), "kernel")

@@ -23,7 +23,9 @@ Key = tuple[str, str, str]
 
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 _EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
-_TYPE_ATTRIBUTES = frozenset({"dtype", "output_dtype", "to"})
+_TYPE_ATTRIBUTES = frozenset(
+    {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
+)
 
 
 def check_opsets(
