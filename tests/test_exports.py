@@ -12,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.merges import merge
-from tests.trials import Subject, choose_places, try_places
+from tests.trials import Subject, choose_places, compare, train, train_stock, try_places
 
 FOLDER = Path(__file__).parent / "exports"
 EXPORTS = sorted(path.stem for path in FOLDER.glob("*.onnx"))
@@ -57,6 +57,20 @@ def test_an_exported_model_trains_split_as_unsplit(name: str) -> None:
     subject = read_subject(name)
     for trial in try_places(subject, choose_places(subject)):
         assert trial.difference <= 1e-5, trial
+
+
+def test_every_exported_model_trains_on_stock_onnxruntime(
+    portable_python: Path, tmp_path: Path
+) -> None:
+    subjects = {tmp_path / name: read_subject(name) for name in EXPORTS}
+    bundles = {
+        folder: (subject.cut(*choose_places(subject)[-1], "portable"), subject)
+        for folder, subject in subjects.items()
+    }
+    for folder, trained in train_stock(portable_python, bundles).items():
+        subject = subjects[folder]
+        whole = train(subject.cut(None, None, "training"), subject)
+        assert compare(trained, whole) <= 1e-4, folder.name
 
 
 @pytest.mark.parametrize("name", [n for n in EXPORTS if n not in TRAINING])

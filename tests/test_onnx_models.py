@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +11,30 @@ from onnx import TensorProto
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.partitions import cut
-from tests.onnx_models import LIGHT, draw_inputs, list_cases, load_case, load_light
-from tests.trials import Place, Subject, choose_places, try_places
+from tests.onnx_models import LIGHT, UNTRAINED, draw_inputs, list_cases, load_case, load_light
+from tests.trials import (
+    Place,
+    Subject,
+    choose_places,
+    compare,
+    train,
+    train_stock,
+    try_places,
+)
 
 CASES = [
     (folder, name)
     for folder in ("pytorch-converted", "pytorch-operator")
     for name in list_cases(folder)
 ]
-QUICK = ("test_operator_conv", "test_operator_mm", "test_Embedding", "test_PReLU_2d", "test_Linear")
-UNSPLITTABLE = {"test_operator_non_float_params": "its sum is of integers"}
-"""Cases that cannot be trained although they have weights, and why."""
+TRAINED = [case for case in CASES if case[1] not in UNTRAINED]
+QUICK = (
+    "test_operator_conv",
+    "test_operator_params",
+    "test_Embedding",
+    "test_PReLU_2d",
+    "test_Linear",
+)
 STEPS = 3
 
 
@@ -36,6 +50,21 @@ def build_light(name: str, image: int | None = None) -> Subject:
 def assert_equal(subject: Subject, places: Sequence[Place]) -> None:
     for trial in try_places(subject, places):
         assert trial.difference <= 1e-5, trial
+        assert np.abs(trial.losses).max() < 50, trial.losses
+        assert not trial.unmoved
+
+
+def assert_equal_on_stock(
+    python: Path, folder: Path, subject: Subject, places: Sequence[Place]
+) -> None:
+    """Hold portable parts under the stock runtime against the training wheel's fused kernels."""
+    bundles = {
+        folder / str(number): (subject.cut(*place, "portable"), subject)
+        for number, place in enumerate(places)
+    }
+    whole = train(subject.cut(None, None, "training"), subject)
+    for place, trained in zip(places, train_stock(python, bundles).values(), strict=True):
+        assert compare(trained, whole) <= 1e-4, place
 
 
 def test_a_light_network_trains_split_as_unsplit_in_small_images() -> None:
@@ -48,6 +77,15 @@ def test_a_light_network_trains_split_as_unsplit_in_small_images() -> None:
 def test_every_light_network_trains_split_as_unsplit(name: str) -> None:
     subject = build_light(name)
     assert_equal(subject, choose_places(subject))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_light_network_trains_on_stock_onnxruntime(
+    name: str, portable_python: Path, tmp_path: Path
+) -> None:
+    subject = build_light(name)
+    assert_equal_on_stock(portable_python, tmp_path, subject, choose_places(subject))
 
 
 def build_case(folder: str, name: str) -> Subject:
@@ -74,24 +112,37 @@ def cut_around(subject: Subject) -> list[Place]:
     return [(sources[0], subject.model.graph.output[0].name)]
 
 
-def try_case(folder: str, name: str) -> None:
-    try:
-        subject = build_case(folder, name)
-    except UsageError as error:  # a function without weights: most of these cases
-        assert "nothing is left to train" in str(error)  # noqa: PT017
-        return
-    except UnsupportedModel:
-        assert name in UNSPLITTABLE
-        return
+def train_case(folder: str, name: str) -> None:
+    subject = build_case(folder, name)
     assert_equal(subject, cut_around(subject))
 
 
-@pytest.mark.parametrize(("folder", "name"), [case for case in CASES if case[1] in QUICK])
+@pytest.mark.parametrize(("folder", "name"), [case for case in TRAINED if case[1] in QUICK])
 def test_a_layer_as_pytorch_wrote_it_trains_at_the_server(folder: str, name: str) -> None:
-    try_case(folder, name)
+    train_case(folder, name)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("folder", "name"), CASES)
+@pytest.mark.parametrize(("folder", "name"), TRAINED)
 def test_every_layer_as_pytorch_wrote_it_trains_at_the_server(folder: str, name: str) -> None:
-    try_case(folder, name)
+    train_case(folder, name)
+
+
+def test_every_layer_as_pytorch_wrote_it_trains_on_stock_onnxruntime(
+    portable_python: Path, tmp_path: Path
+) -> None:
+    subjects = {tmp_path / name: build_case(folder, name) for folder, name in TRAINED}
+    bundles = {
+        folder: (subject.cut(*cut_around(subject)[0], "portable"), subject)
+        for folder, subject in subjects.items()
+    }
+    for folder, trained in train_stock(portable_python, bundles).items():
+        subject = subjects[folder]
+        whole = train(subject.cut(None, None, "training"), subject)
+        assert compare(trained, whole) <= 1e-4, folder.name
+
+
+@pytest.mark.parametrize(("folder", "name"), [case for case in CASES if case[1] in UNTRAINED])
+def test_a_layer_without_weights_leaves_nothing_to_train(folder: str, name: str) -> None:
+    with pytest.raises((UsageError, UnsupportedModel), match=r"nothing is left to train|float"):
+        build_case(folder, name)

@@ -6,8 +6,11 @@ slow to train it anew for each place, as ``verify`` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +26,7 @@ from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.sessions import Session
 from splitonnx.runtime.transports import MemoryTransport
+from tests import portable_training
 
 Arrays = Mapping[str, np.ndarray]
 Place = tuple[str, str | None]
@@ -76,12 +80,16 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A place on a target; ``difference`` is the largest relative one of losses and state."""
+    """A place on a target; ``difference`` is the largest relative one of losses and state.
+
+    ``unmoved`` names what training left as it was: where that is all, equality says nothing.
+    """
 
     place: Place
     target: Target
     difference: float
     losses: np.ndarray
+    unmoved: Collection[str]
 
 
 def choose_places(subject: Subject) -> list[Place]:
@@ -100,12 +108,14 @@ def try_places(
         whole = train(subject.cut(None, None, target), subject)
         assert np.isfinite(whole.losses).all()
         for place in places:
-            split = train(subject.cut(*place, target), subject)
+            bundle = subject.cut(*place, target)
+            split = train(bundle, subject)
             yield Trial(
                 place=place,
                 target=target,
                 difference=compare(split, whole),
                 losses=split.losses,
+                unmoved=find_unmoved(bundle, split),
             )
 
 
@@ -113,12 +123,7 @@ def train(bundle: Bundle, subject: Subject) -> Trained:
     """Train a bundle in this process over all of the subject's data, in order."""
     server = None if bundle.server is None else Executor(bundle.server, Engine(threads=1))
     link = None if server is None else MemoryTransport(Session(server))
-    kept = {
-        state.tensor.name
-        for party in bundle.parties.values()
-        for state in party.manifest.state
-        if state.role in (Role.PARAMETER, Role.BUFFER)
-    }
+    kept = _list_kept(bundle)
     losses = []
     with Client(bundle.client, link, threads=1) as client:
         for step in range(subject.steps):
@@ -132,6 +137,50 @@ def train(bundle: Bundle, subject: Subject) -> Trained:
     return Trained(
         losses=np.array(losses), state={n: a.copy() for n, a in state.items() if n in kept}
     )
+
+
+def find_unmoved(bundle: Bundle, trained: Trained) -> list[str]:
+    """Name the parameters and running statistics that are still the bundle's first ones."""
+    first = {
+        name: array for party in bundle.parties.values() for name, array in party.weights.items()
+    }
+    return [name for name, array in trained.state.items() if np.array_equal(array, first[name])]
+
+
+def train_stock(
+    python: Path, bundles: Mapping[Path, tuple[Bundle, Subject]]
+) -> dict[Path, Trained]:
+    """Train portable bundles, each in its folder, with the stock ONNX Runtime of ``python``."""
+    batches: dict[int, list[Path]] = {}
+    for folder, (bundle, subject) in bundles.items():
+        data: dict[str, Any] = {**subject.data}
+        bundle.save(folder / "bundle")
+        np.savez(folder / "data.npz", **data)
+        batches.setdefault(subject.batch, []).append(folder)
+    script = Path(portable_training.__file__)
+    for batch, folders in batches.items():
+        command = [python, script, f"--batch={batch}", *folders]
+        done = subprocess.run(
+            command, cwd=script.parent, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    return {folder: _read_trained(folder, bundle) for folder, (bundle, _) in bundles.items()}
+
+
+def _read_trained(folder: Path, bundle: Bundle) -> Trained:
+    kept = _list_kept(bundle)
+    with np.load(folder / "trained.npz") as trained:
+        state = {name: trained[name] for name in trained.files if name in kept}
+        return Trained(losses=trained["#losses"], state=state)
+
+
+def _list_kept(bundle: Bundle) -> set[str]:
+    return {
+        state.tensor.name
+        for party in bundle.parties.values()
+        for state in party.manifest.state
+        if state.role in (Role.PARAMETER, Role.BUFFER)
+    }
 
 
 def compare(split: Trained, whole: Trained) -> float:

@@ -24,7 +24,7 @@ import onnx
 
 from splitonnx.errors import SplitonnxError
 from tests import portable_training
-from tests.trials import Place, Subject, Trained, choose_places, compare, train
+from tests.trials import TARGETS, Place, Subject, Trained, choose_places, compare, train
 
 BATCH, STEPS = 2, 2
 PIXELS = {"efficientnet-b0": 64}
@@ -88,14 +88,20 @@ def enliven(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(scaled, tensor.name))
 
 
-def try_targets(subject: Subject, places: list[Place]) -> dict[str, float]:
-    """Give the largest difference from unsplit training a target, and under stock ONNX Runtime."""
-    found: dict[str, float] = {}
-    for target in ("training", "portable"):
-        left_whole = subject.cut(None, None, target)
-        whole, first = train(left_whole, subject), left_whole.client.weights
-        moved = sum(not np.array_equal(whole.state[name], first[name]) for name in whole.state)
-        assert moved > 0.9 * len(whole.state), f"only {moved} of {len(whole.state)} weights moved"
+def try_targets(subject: Subject, places: list[Place]) -> dict[str, Any]:
+    """Give the largest difference from unsplit training a target, and under stock ONNX Runtime.
+
+    ``between`` is what lies between unsplit training on the two targets: other kernels.
+    """
+    found: dict[str, Any] = {}
+    wholes = []
+    for target in TARGETS:
+        bundle = subject.cut(None, None, target)
+        whole, first = train(bundle, subject), bundle.client.weights
+        wholes.append(whole)
+        moved = [not np.array_equal(value, first[name]) for name, value in whole.state.items()]
+        assert sum(moved) > 0.9 * len(moved), f"only {sum(moved)} of {len(moved)} weights moved"
+        found |= {"moved": [sum(moved), len(moved)], "losses": whole.losses.tolist()}
         splits = []
         for place in places:
             bundle = subject.cut(*place, target)
@@ -106,7 +112,7 @@ def try_targets(subject: Subject, places: list[Place]) -> dict[str, float]:
                     stock = train_stock(Path(folder), subject, whole.state)
                 found["stock"] = max(found.get("stock", 0.0), compare(stock, whole))
         found[target] = max(splits)
-    return found
+    return found | {"between": compare(wholes[1], wholes[0])}
 
 
 def train_stock(folder: Path, subject: Subject, kept: Collection[str]) -> Trained:
