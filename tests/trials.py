@@ -159,7 +159,7 @@ def train_stock(
         batches.setdefault(subject.batch, []).append(folder)
     script = Path(portable_training.__file__)
     for batch, folders in batches.items():
-        command = [python, script, f"--batch={batch}", *folders]
+        command: list[str | Path] = [python, script, f"--batch={batch}", *folders]
         done = subprocess.run(
             command, cwd=script.parent, capture_output=True, text=True, check=False
         )
