@@ -27,7 +27,7 @@ from splitonnx.partitioner.partitions import Target, cut
 from tests.fuzzing.corpora import list_models, list_networks
 from tests.fuzzing.mutations import mutate
 
-SECONDS = 20.0
+SECONDS = 60.0
 """What one mutant may take; a network of the onnx package takes some seconds."""
 MEMORY = 3 << 30
 """Bytes that a mutant may ask for beyond what the process has."""
