@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +37,6 @@ QUICK = (
     "test_Linear",
 )
 STEPS = 3
-FAR_ON_STOCK = {
-    "light_densenet121": pytest.param(
-        "light_densenet121",
-        marks=pytest.mark.xfail(
-            reason="lies 2.6e-4 off after 3 steps; why has not been looked into"
-        ),
-    )
-}
-"""Light networks that miss 1e-4 between the stock runtime and the training wheel."""
 
 
 def build_light(name: str, image: int | None = None) -> Subject:
@@ -68,16 +60,30 @@ def assert_equal_on_stock(
 ) -> None:
     """Hold portable parts under the stock runtime against the same graphs under the wheel's.
 
-    Against the target ``training``, whose kernels are others, seven of the nine light networks
-    stay within 1e-4, but Inception-v2 (1.2e-4) and DenseNet-121 (1.6e-4) do not.
+    The two runtimes round differently, and a deep network may blow that up: DenseNet-121 lies
+    1.0e-4 off itself where its images are disturbed in the last place.  So it is allowed ten
+    times what such a disturbance does.
     """
     bundles = {
         folder / str(number): (subject.cut(*place, "portable"), subject)
         for number, place in enumerate(places)
     }
-    whole = train(subject.cut(None, None, "portable"), subject)
+    bundle = subject.cut(None, None, "portable")
+    whole = train(bundle, subject)
+    allowed = max(1e-4, 10 * compare(train(bundle, disturb(subject)), whole))
     for place, trained in zip(places, train_stock(python, bundles).values(), strict=True):
-        assert compare(trained, whole) <= 1e-4, place
+        assert compare(trained, whole) <= allowed, place
+
+
+def disturb(subject: Subject) -> Subject:
+    """Move every float of the data by its last place."""
+    random = np.random.default_rng(0)
+    data = dict(subject.data)
+    for name, array in data.items():
+        if array.dtype == np.float32:
+            factor = 1 + 6e-8 * random.choice([-1.0, 1.0], array.shape)
+            data[name] = (array * factor).astype(np.float32)
+    return replace(subject, data=data)
 
 
 def test_a_light_network_trains_split_as_unsplit_in_small_images() -> None:
@@ -93,7 +99,7 @@ def test_every_light_network_trains_split_as_unsplit(name: str) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", [FAR_ON_STOCK.get(name, name) for name in LIGHT])
+@pytest.mark.parametrize("name", LIGHT)
 def test_every_light_network_trains_on_stock_onnxruntime(
     name: str, portable_python: Path, tmp_path: Path
 ) -> None:
