@@ -39,7 +39,7 @@ from splitonnx.partitioner.quantizations import (
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.sequences import flatten_sequences
-from splitonnx.partitioner.shapes import check_windows, infer_shapes
+from splitonnx.partitioner.shapes import check_ranks, infer_shapes
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
 
 BatchNormMode = Literal["train", "frozen"]
@@ -148,7 +148,7 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
         infer_shapes(model)
         fold(model, weights)
     return_weights(model.graph, weights)
-    check_windows(model.graph)
+    check_ranks(model.graph)
     settle_paddings(model.graph)
     settle_reductions(model.graph)
     return weights

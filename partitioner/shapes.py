@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import NotAModel
-from splitonnx.partitioner.drafts import known_dims
+from splitonnx.partitioner.drafts import known_dims, known_rank, take_input
 from splitonnx.partitioner.faults import blame
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
@@ -34,11 +34,12 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         raise NotAModel("the model", f"its types cannot be inferred ({reason})") from error
 
 
-def check_windows(graph: ir.Graph) -> None:
+def check_ranks(graph: ir.Graph) -> None:
     """Check that images and kernels have as many dimensions as each other, and none absurdly many.
 
-    onnx's checker does not; the inference of onnxruntime-training 1.19.2 reads beyond its vectors
-    where they differ, and ends the process.
+    So it does that a normalization's axis is one of its input's.  onnx's checker does neither;
+    the inference of onnxruntime-training 1.19.2 reads beyond its vectors there, and ends the
+    process.
 
     Raises:
         NotAModel: they differ at a node.
@@ -48,10 +49,21 @@ def check_windows(graph: ir.Graph) -> None:
             if value.shape is not None and len(value.shape) > _MOST_DIMENSIONS:
                 reason = f"its output '{value.name}' would have {len(value.shape)} dimensions"
                 raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _WINDOWED:
+        if node.domain not in ("", "ai.onnx"):
             continue
         with blame(node):
-            _check_window(node)
+            if node.op_type in _WINDOWED:
+                _check_window(node)
+            elif node.op_type == "LayerNormalization":
+                _check_axis(node)
+
+
+def _check_axis(node: ir.Node) -> None:
+    rank, axis = known_rank(take_input(node)), node.attributes.get_int("axis", -1)
+    if rank is not None and not -rank <= axis < rank:
+        raise NotAModel(
+            f"node '{node.name}' ({node.op_type})", f"its input of rank {rank} has no axis {axis}"
+        )
 
 
 def _check_window(node: ir.Node) -> None:

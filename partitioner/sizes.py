@@ -148,7 +148,7 @@ def _write_size(
     places = _list_places(held, known)
     elements = [a if isinstance(a, Dim) else int(a) for a in content.reshape(-1)]
     parts = [_write_amount(draft, amount, places) for amount in elements]
-    result = draft.op("Concat", *parts, axis=0) if len(parts) != 1 else parts[0]
+    result = parts[0] if len(parts) == 1 else _join(draft, parts)
     if content.ndim != 1:
         result = draft.op("Reshape", result, draft.integers(content.shape))
     if output.dtype not in (None, ir.DataType.INT64):
@@ -158,6 +158,10 @@ def _write_size(
         for value in node.outputs:
             known.note(value)
     return result
+
+
+def _join(draft: Draft, parts: Sequence[ir.Value]) -> ir.Value:
+    return draft.op("Concat", *parts, axis=0) if parts else draft.integers([])
 
 
 def _write_amount(draft: Draft, amount: Amount, places: Places) -> ir.Value:

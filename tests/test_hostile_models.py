@@ -253,6 +253,18 @@ def window_of_nothing(model: ModelProto) -> None:
     model.graph.node.insert(0, window)
 
 
+@hostile("names an axis that no tensor has")
+def axis_at_the_end_of_int64(model: ModelProto) -> None:
+    put_behind(
+        model, helper.make_node("LayerNormalization", ["act1", "b1"], ["odd"], axis=2**63 - 1)
+    )
+
+
+@hostile("has no axis 9")
+def axis_beyond_the_rank(model: ModelProto) -> None:
+    put_behind(model, helper.make_node("LayerNormalization", ["act1", "b1"], ["odd"], axis=9))
+
+
 @hostile("dimensions")
 def convolution_of_a_matrix(model: ModelProto) -> None:
     weight = numpy_helper.from_array(np.ones((4, 7, 3, 3), np.float32), "kernel")

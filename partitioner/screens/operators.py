@@ -11,6 +11,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorS
 
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.partitioner.estimators import DOMAIN, ESTIMATORS
+from splitonnx.partitioner.screens.names import MAX_RANK
 from splitonnx.partitioner.screens.walks import label_node, list_bodies, list_nodes
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx"})
@@ -21,6 +22,7 @@ MAX_DEPTH = 64
 
 Key = tuple[str, str, str]
 
+_AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 _EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 _TYPE_ATTRIBUTES = frozenset(
@@ -135,6 +137,10 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
         if attribute.name in _TYPE_ATTRIBUTES and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")
+        axes = (*attribute.ints, attribute.i) if attribute.name in _AXES else ()
+        if any(abs(axis) > MAX_RANK for axis in axes):
+            # the kernel and the inference of LayerNormalization read beyond their dimensions
+            raise NotAModel(label, f"{label_node(node)} names an axis that no tensor has")
         if attribute.name == "batch_dims" and attribute.i < 0:
             # onnx's inference of GatherND reads beyond its dimensions there, and may crash
             raise NotAModel(label, f"{label_node(node)} has {attribute.i} batch dimensions")
