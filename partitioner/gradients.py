@@ -276,7 +276,7 @@ def _list_exceptions(builder: Any) -> tuple[type[Exception], ...]:
     """List what ONNX Runtime raises; its exceptions have no base class in common."""
     kinds = vars(builder).values()
     own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, ValueError, IndexError, *own)
+    return (RuntimeError, ValueError, IndexError, MemoryError, *own)
 
 
 def _make_options() -> Any:

@@ -260,6 +260,11 @@ def axis_at_the_end_of_int64(model: ModelProto) -> None:
     )
 
 
+@hostile("has strides below 1")
+def window_that_does_not_move(model: ModelProto) -> None:
+    put_behind(model, helper.make_node("MaxPool", ["act1"], ["odd"], kernel_shape=[1], strides=[0]))
+
+
 @hostile("has no axis 9")
 def axis_beyond_the_rank(model: ModelProto) -> None:
     put_behind(model, helper.make_node("LayerNormalization", ["act1", "b1"], ["odd"], axis=9))

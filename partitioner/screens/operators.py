@@ -23,6 +23,7 @@ MAX_DEPTH = 64
 Key = tuple[str, str, str]
 
 _AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
+_WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 _EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 _TYPE_ATTRIBUTES = frozenset(
@@ -137,6 +138,9 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
         if attribute.name in _TYPE_ATTRIBUTES and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")
+        if attribute.name in _WINDOWS and any(extent < 1 for extent in attribute.ints):
+            # onnxruntime-training 1.19.2 divides by a stride of 0, and ends the process
+            raise NotAModel(label, f"{label_node(node)} has {attribute.name} below 1")
         axes = (*attribute.ints, attribute.i) if attribute.name in _AXES else ()
         if any(abs(axis) > MAX_RANK for axis in axes):
             # the kernel and the inference of LayerNormalization read beyond their dimensions
