@@ -69,10 +69,10 @@ class PartyBundle:
         content = _read(folder, MANIFEST)
         manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
         graphs = _read_graphs(folder, manifest)
-        weights, _ = _read_tensors(folder, WEIGHTS, _initial(manifest))
+        weights, _ = _read_tensors(folder / WEIGHTS, _initial(manifest))
         if not (folder / STATE).exists():
             return cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
-        trained, metadata = _read_tensors(folder, STATE, manifest.state)
+        trained, metadata = _read_tensors(folder / STATE, manifest.state)
         step, digest = metadata.get("step", ""), metadata.get("digest")
         if digest != manifest.digest or not step.isdecimal():
             raise BundleError(str(folder / STATE), "it is the state of another bundle")
@@ -171,14 +171,14 @@ class Bundle:
                 raise
 
     def _write(self, folder: Path) -> None:
-        _write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
-        _write_file(folder / MODEL, [self.skeleton])
+        write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
+        write_file(folder / MODEL, [self.skeleton])
         for name, party in self.parties.items():
             (folder / name).mkdir()
-            _write_file(folder / name / MANIFEST, [encode_manifest(party.manifest)])
+            write_file(folder / name / MANIFEST, [encode_manifest(party.manifest)])
             for file, graph in party.graphs.items():
-                _write_file(folder / name / file, [graph])
-            _write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
+                write_file(folder / name / file, [graph])
+            write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
             if party.trained is not None:
                 write_state(folder / name, party.trained, party.step, party.manifest.digest)
 
@@ -198,7 +198,7 @@ def write_state(
     fresh = target.with_name(f".{STATE}.{os.getpid()}")
     try:
         try:
-            _write_file(fresh, encode_tensors(tensors, {"step": str(step), "digest": digest}))
+            write_file(fresh, encode_tensors(tensors, {"step": str(step), "digest": digest}))
             os.replace(fresh, target)
         finally:
             fresh.unlink(missing_ok=True)
@@ -240,18 +240,53 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
 
 
 def _read_tensors(
-    folder: Path, name: str, declared: Iterable[StateSpec]
+    path: Path, declared: Iterable[StateSpec]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    path = folder / name
+    return decode_state(path, map_file(path), declared)
+
+
+def map_file(path: Path) -> memoryview:
+    """Map a file, read-only; its bytes are read from disk where they are looked at.
+
+    Raises:
+        BundleError: it is missing, empty or unreadable.
+    """
     try:
         with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise BundleError(str(folder), f"'{name}' cannot be read: {error}") from error
+        raise BundleError(str(path.parent), f"'{path.name}' cannot be read: {error}") from error
+
+
+def decode_state(
+    path: Path, content: memoryview, declared: Iterable[StateSpec]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the tensors that ``declared`` lists, as views of ``content``, and the metadata.
+
+    ``path`` is the file that the errors name.
+
+    Raises:
+        FormatError: the bytes are not one whole, well-formed tensor file.
+        BundleError: a tensor is missing, undeclared, or of another dtype or shape.
+    """
     try:
-        tensors, metadata = decode_tensors(memoryview(content), max_header=_MAX_HEADER)
+        tensors, metadata = decode_tensors(content, max_header=_MAX_HEADER)
     except FormatError as error:
         raise FormatError(str(path), error.reason) from error
+    check_state(path, tensors, declared)
+    return tensors, metadata
+
+
+def check_state(
+    path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
+) -> None:
+    """Raise unless ``tensors`` are those that ``declared`` lists, of those dtypes and shapes.
+
+    ``path`` is the file that they come from or go to.
+
+    Raises:
+        BundleError: they differ.
+    """
     specs = {spec.tensor.name: spec.tensor for spec in declared}
     if differing := specs.keys() ^ tensors.keys():
         raise BundleError(str(path), f"it and the manifest differ in {quote(sorted(differing))}")
@@ -260,10 +295,14 @@ def _read_tensors(
             check_array(tensors[tensor], spec, {})
     except ArrayMismatch as error:
         raise BundleError(str(path), str(error)) from error
-    return tensors, metadata
 
 
-def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
+def write_file(path: Path, chunks: Iterable[Chunk]) -> None:
+    """Write chunks to a file and wait until they are on disk; large ones are not copied.
+
+    Raises:
+        OSError: it cannot be written; what was written of it stays.
+    """
     with path.open("wb") as file:
         for chunk in chunks:
             for piece in split_pieces(chunk):

@@ -231,6 +231,20 @@ class BundleError(SplitonnxError):
 
 
 @dataclass(eq=False)
+class NotSaved(SplitonnxError):
+    """A checkpoint cannot be written: the disk is full, the folder read-only, or the like."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be written: {self.reason}; checkpoints written before it are "
+            "whole, but training since then is not saved"
+        )
+
+
+@dataclass(eq=False)
 class FormatError(SplitonnxError):
     """Bytes that should be tensors in the safetensors layout, or JSON of ours, are not."""
 

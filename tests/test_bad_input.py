@@ -349,7 +349,7 @@ def test_a_bundle_appears_whole_or_not_at_all(
     from splitonnx import bundles
 
     bundle = make_bundle()
-    whole_write: Callable[..., None] = bundles._write_file
+    whole_write: Callable[..., None] = bundles.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: object) -> None:
@@ -358,7 +358,7 @@ def test_a_bundle_appears_whole_or_not_at_all(
         written.append(path)
         whole_write(path, chunks)
 
-    monkeypatch.setattr(bundles, "_write_file", fail_late)
+    monkeypatch.setattr(bundles, "write_file", fail_late)
     with pytest.raises(BundleError, match="No space left"):
         bundle.save(tmp_path / "bundle")
     assert len(written) == 5

@@ -208,7 +208,7 @@ def test_a_save_that_fails_midway_leaves_everything_as_it_was(
     if overwrite:
         tiny.split_bundle().save(tmp_path / "bundle")
     before = contents(tmp_path)
-    write = bundles._write_file
+    write = bundles.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: list[bytes]) -> None:
@@ -217,7 +217,7 @@ def test_a_save_that_fails_midway_leaves_everything_as_it_was(
         written.append(path)
         write(path, chunks)
 
-    monkeypatch.setattr(bundles, "_write_file", fail_late)
+    monkeypatch.setattr(bundles, "write_file", fail_late)
     with pytest.raises(BundleError, match="No space left on device"):
         tiny.local_bundle().save(tmp_path / "bundle", overwrite=overwrite)
     assert contents(tmp_path) == before

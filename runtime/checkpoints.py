@@ -1,0 +1,401 @@
+"""Checkpoints: a session's whole state on disk, so that training can go on after any fault.
+
+A session's checkpoints are safetensors files in a folder of their own::
+
+    <party folder>/sessions/<session>/
+        <step>.safetensors       the newest few, two by default
+        stopped.safetensors      the state at a graceful stop, where there was one
+
+Each carries a SHA-256 over all of itself.  A file appears under its name whole and on disk, or
+not at all, and what was cut short, altered, renamed, or belongs to another session or bundle is
+never read as a checkpoint.  This module knows files; when to write one, and which step both
+parties go on from, is not its business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from splitonnx.bundles import check_state, decode_state, map_file, write_file
+from splitonnx.codecs import Chunk, encode_tensors
+from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
+from splitonnx.manifests import PartyManifest
+from splitonnx.pieces import split_pieces
+
+FORMAT = "splitonnx.checkpoint/1"
+SESSIONS = "sessions"
+"""The folder, within a party's, of a folder for each session."""
+STOPPED = "stopped.safetensors"
+KEPT = 2
+"""Checkpoints kept a session.  The parties write theirs one after the other, so the one before the
+newest is what both have for certain."""
+
+_STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
+_SESSION = re.compile(r"[0-9a-f]{32}")
+_UNFINISHED = "."
+"""How the name of a file begins while it is being written."""
+_FACTS = "splitonnx"
+_SUM = "sha256"
+_SUM_MARK = f'"{_SUM}":"'.encode()
+_BLANK = "0" * 64
+"""Stands in the place of the sum while the sum is taken."""
+
+_Stamp = tuple[int, int, int]
+
+_log = logging.getLogger(__name__)
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the next step begins in the data; the client's alone.
+
+    ``epoch`` is counted from 0; ``batch`` is the number of batches of it trained already.  The
+    others say how the data were dealt, and must be the same where training goes on; ``samples``
+    is their number, ``None`` where it is not known beforehand.
+    """
+
+    epoch: int
+    batch: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    samples: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """All that a party needs to go on with a session after ``step`` updates.
+
+    ``tensors`` is everything that the manifest's state lists, optimizer and buffers included.
+    ``seed`` is Dropout's, whose masks depend on it and the step.  ``owner`` is whom the session
+    belongs to, as a server with tokens knows them.
+    """
+
+    session: str
+    step: int
+    tensors: Mapping[str, np.ndarray] = field(repr=False)
+    position: Position | None = None
+    seed: int = 0
+    owner: str = ""
+
+
+class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint's header tells beside the tensors."""
+
+    format: str
+    party: str
+    digest: str
+    session: str
+    step: int
+    seed: int
+    owner: str
+    position: Position | None
+
+
+class CheckpointStore:
+    """The checkpoints of one session in one party's folder; not safe for two threads at a time.
+
+    A checkpoint of a later step than the one being written is of a course that training has left,
+    and goes: the session went back and came another way.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: PartyManifest, session: str, *, kept: int = KEPT
+    ) -> None:
+        """Look at the session's place within a party's ``folder``; nothing is made there yet.
+
+        Raises:
+            UsageError: ``session`` is not 32 hexadecimal digits in lower case.
+        """
+        if not _SESSION.fullmatch(session):
+            raise UsageError(f"a session is named by 32 hexadecimal digits, not {session[:40]!r}")
+        self.session = session
+        self.folder = folder / SESSIONS / session
+        self._manifest = manifest
+        self._kept = kept
+        self._settled = False
+        self._whole: dict[tuple[str, _Stamp], int] = {}
+        self._broken: set[tuple[str, _Stamp]] = set()
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, whole or not at all, then forget all but the newest ``kept``.
+
+        On return it is on disk and survives a loss of power.  It takes the place of a stopped
+        state.
+
+        Raises:
+            NotSaved: the disk is full, the folder read-only, or the like; earlier checkpoints are
+                as they were, and nothing of this one remains.
+            BundleError: its tensors are not the manifest's state, or it is another session's.
+        """
+        self._put(checkpoint, _name_step(checkpoint.step))
+        self.rewind(checkpoint.step)
+        whole = sorted(self._find_steps(), reverse=True)[: self._kept]
+        self._discard(path for step, path in self._list_steps() if step < whole[-1])
+        self._discard([self.folder / STOPPED])
+
+    def write_stopped(self, checkpoint: Checkpoint) -> None:
+        """Write the state at a graceful stop, beside the others; it replaces the one before it.
+
+        Raises:
+            NotSaved, BundleError: as :meth:`write`.
+        """
+        self._put(checkpoint, STOPPED)
+        self.rewind(checkpoint.step)
+
+    def steps(self) -> tuple[int, ...]:
+        """Return the steps of all whole checkpoints, a stopped one included, newest first.
+
+        A broken one is left out and logged, once.  What was found whole is not read through again
+        unless it was written to since.
+
+        Raises:
+            BundleError: the folder cannot be read.
+        """
+        found = set(self._find_steps())
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (step := self._check(stopped)) is not None:
+            found.add(step)
+        return tuple(sorted(found, reverse=True))
+
+    def read(self, step: int) -> Checkpoint:
+        """Read the checkpoint of a step; every byte of it is verified.
+
+        Its tensors are mapped from the file, read-only, in the manifest's order.
+
+        Raises:
+            BundleError: there is none of that step, or it is not whole.
+        """
+        path = self.folder / _name_step(step)
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (not path.exists() or self._check(path) is None):
+            path = stopped
+        checkpoint = self._read(path)
+        if checkpoint.step != step:
+            raise BundleError(str(path), f"it is of step {checkpoint.step}, not {step}")
+        return checkpoint
+
+    def rewind(self, step: int) -> None:
+        """Forget the checkpoints of later steps: the session goes back to ``step``.
+
+        Without it, a later step's checkpoint could be taken for one of the course that training
+        takes now.
+        """
+        later = [path for number, path in self._list_steps() if number > step]
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (number := self._check(stopped)) is not None and number > step:
+            later.append(stopped)
+        if later:
+            self._discard(later)
+            _sync_folder(self.folder)
+
+    def remove(self) -> None:
+        """Forget the session; its folder goes.
+
+        The newest checkpoint goes last, so that a kill halfway leaves the session where it was.
+        """
+        self._discard(self._list_unfinished())
+        self._discard(path for _, path in sorted(self._list_steps()))
+        self._discard([self.folder / STOPPED])
+        self._settled = False
+        try:
+            self.folder.rmdir()
+            _sync_folder(self.folder.parent)
+        except FileNotFoundError:  # it had none
+            pass
+        except OSError as error:
+            _log.warning("%s is left: %s", self.folder, error.strerror)
+
+    def _put(self, checkpoint: Checkpoint, name: str) -> None:
+        path = self.folder / name
+        if checkpoint.session != self.session:
+            raise BundleError(str(path), f"it is for session '{checkpoint.session}'")
+        check_state(path, checkpoint.tensors, self._manifest.state)
+        chunks = _seal(encode_tensors(checkpoint.tensors, self._describe(checkpoint)))
+        fresh = path.with_name(f"{_UNFINISHED}{name}.{os.getpid()}")
+        try:
+            self._settle()
+            try:
+                write_file(fresh, chunks)
+                os.replace(fresh, path)
+            finally:
+                with contextlib.suppress(OSError):  # the reason why it failed is told, not this
+                    fresh.unlink(missing_ok=True)
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise NotSaved(str(path), error.strerror or str(error)) from error
+        self._whole[name, _stamp(path)] = checkpoint.step
+
+    def _settle(self) -> None:
+        """Make the folder, be sure that it is on disk, and clear what a killed writer left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._settled:  # also where it stood already: its maker may have been killed
+            _sync_folder(self.folder.parent.parent)
+            _sync_folder(self.folder.parent)
+            self._settled = True
+        for path in self._list_unfinished():
+            path.unlink(missing_ok=True)
+
+    def _describe(self, checkpoint: Checkpoint) -> dict[str, str]:
+        facts = _Facts(
+            format=FORMAT,
+            party=self._manifest.party,
+            digest=self._manifest.digest,
+            session=checkpoint.session,
+            step=checkpoint.step,
+            seed=checkpoint.seed,
+            owner=checkpoint.owner,
+            position=checkpoint.position,
+        )
+        return {_SUM: _BLANK, _FACTS: msgspec.json.encode(facts).decode()}
+
+    def _read(self, path: Path) -> Checkpoint:
+        content = map_file(path)
+        try:
+            tensors, metadata = decode_state(path, content, self._manifest.state)
+            facts = msgspec.json.decode(metadata.get(_FACTS, ""), type=_Facts)
+        except FormatError as error:
+            raise BundleError(str(path), error.reason) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BundleError(str(path), f"it is no checkpoint: {error}") from error
+        if metadata.keys() != {_SUM, _FACTS} or metadata[_SUM] != _take_sum(content):
+            raise BundleError(str(path), "it was altered since it was written")
+        self._check_facts(path, facts)
+        return Checkpoint(
+            session=facts.session,
+            step=facts.step,
+            tensors={s.tensor.name: tensors[s.tensor.name] for s in self._manifest.state},
+            position=facts.position,
+            seed=facts.seed,
+            owner=facts.owner,
+        )
+
+    def _check_facts(self, path: Path, facts: _Facts) -> None:
+        if facts.format != FORMAT:
+            raise BundleError(
+                str(path), f"its format is '{facts.format}', this version reads {FORMAT}"
+            )
+        if (facts.party, facts.digest) != (self._manifest.party, self._manifest.digest):
+            raise BundleError(str(path), "it is a checkpoint of another bundle")
+        if facts.session != self.session:
+            raise BundleError(str(path), f"it is a checkpoint of session '{facts.session}'")
+        if path.name not in (STOPPED, _name_step(facts.step)):
+            raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
+
+    def _check(self, path: Path) -> int | None:
+        """Give the step of a whole checkpoint; a broken one is logged, and is none."""
+        try:
+            key = path.name, _stamp(path)
+        except OSError:
+            return None
+        if key not in self._whole and key not in self._broken:
+            try:
+                self._whole[key] = self._read(path).step
+            except BundleError as error:
+                self._broken.add(key)
+                _log.warning("checkpoint left out: %s", error)
+        return self._whole.get(key)
+
+    def _find_steps(self) -> list[int]:
+        """List the steps of whole checkpoints, in no order."""
+        return [step for step, path in self._list_steps() if self._check(path) is not None]
+
+    def _list_steps(self) -> list[tuple[int, Path]]:
+        return [
+            (int(match[1]), self.folder / name)
+            for name in _list_names(self.folder)
+            if (match := _STEP.fullmatch(name))
+        ]
+
+    def _list_unfinished(self) -> list[Path]:
+        return [
+            self.folder / name for name in _list_names(self.folder) if name.startswith(_UNFINISHED)
+        ]
+
+    def _discard(self, paths: Iterable[Path]) -> None:
+        """Delete files that are not needed; where one resists, no harm is done."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("%s is left: %s", path, error.strerror)
+
+
+def list_sessions(folder: Path) -> tuple[str, ...]:
+    """Return the sessions that have a checkpoint in a party's folder, last written first.
+
+    The checkpoints are not looked into.
+
+    Raises:
+        BundleError: the folder cannot be read.
+    """
+    written: list[tuple[int, str]] = []
+    for session in filter(_SESSION.fullmatch, _list_names(folder / SESSIONS)):
+        place = folder / SESSIONS / session
+        names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
+        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+            times = [(place / name).stat().st_mtime_ns for name in names]
+            written += [(max(times), session)] if times else []
+    return tuple(session for _, session in sorted(written, reverse=True))
+
+
+def _name_step(step: int) -> str:
+    return f"{step}.safetensors"
+
+
+def _list_names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BundleError(str(folder), f"it cannot be read: {error.strerror}") from error
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on disk; Windows cannot be asked to."""
+    if os.name != "nt":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _seal(chunks: list[Chunk]) -> list[Chunk]:
+    """Put the sum of all bytes into its place in the header, the first chunk."""
+    header = bytes(chunks[0])
+    start = header.index(_SUM_MARK) + len(_SUM_MARK)
+    found = _sum([header, *chunks[1:]]).encode()
+    return [header[:start] + found + header[start + len(found) :], *chunks[1:]]
+
+
+def _take_sum(content: memoryview) -> str:
+    """Take the sum of a file as it was before its sum was put in."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = bytes(content[:end])
+    start = header.find(_SUM_MARK) + len(_SUM_MARK)
+    blank = header[:start] + _BLANK.encode() + header[start + len(_BLANK) :]
+    return _sum([blank, content[end:]])
+
+
+def _sum(chunks: Iterable[Chunk]) -> str:
+    found = hashlib.sha256()
+    for chunk in chunks:
+        for piece in split_pieces(chunk):
+            found.update(piece)
+    return found.hexdigest()
