@@ -15,7 +15,6 @@ parties go on from, is not its business.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -27,10 +26,9 @@ import msgspec
 import numpy as np
 
 from splitonnx.bundles import check_state, decode_state, map_file, write_file
-from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.pieces import split_pieces
+from splitonnx.runtime.seals import encode_sealed, is_whole
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
@@ -45,10 +43,6 @@ _SESSION = re.compile(r"[0-9a-f]{32}")
 _UNFINISHED = "."
 """How the name of a file begins while it is being written."""
 _FACTS = "splitonnx"
-_SUM = "sha256"
-_SUM_MARK = f'"{_SUM}":"'.encode()
-_BLANK = "0" * 64
-"""Stands in the place of the sum while the sum is taken."""
 
 _Stamp = tuple[int, int, int]
 
@@ -189,14 +183,21 @@ class CheckpointStore:
 
         Without it, a later step's checkpoint could be taken for one of the course that training
         takes now.
+
+        Raises:
+            NotSaved: that cannot be put on disk.
         """
         later = [path for number, path in self._list_steps() if number > step]
         stopped = self.folder / STOPPED
         if stopped.exists() and (number := self._check(stopped)) is not None and number > step:
             later.append(stopped)
-        if later:
-            self._discard(later)
+        if not later:
+            return
+        self._discard(later)
+        try:
             _sync_folder(self.folder)
+        except OSError as error:
+            raise NotSaved(str(self.folder), error.strerror or str(error)) from error
 
     def remove(self) -> None:
         """Forget the session; its folder goes.
@@ -220,7 +221,7 @@ class CheckpointStore:
         if checkpoint.session != self.session:
             raise BundleError(str(path), f"it is for session '{checkpoint.session}'")
         check_state(path, checkpoint.tensors, self._manifest.state)
-        chunks = _seal(encode_tensors(checkpoint.tensors, self._describe(checkpoint)))
+        chunks = encode_sealed(checkpoint.tensors, self._describe(checkpoint))
         fresh = path.with_name(f"{_UNFINISHED}{name}.{os.getpid()}")
         try:
             self._settle()
@@ -256,7 +257,7 @@ class CheckpointStore:
             owner=checkpoint.owner,
             position=checkpoint.position,
         )
-        return {_SUM: _BLANK, _FACTS: msgspec.json.encode(facts).decode()}
+        return {_FACTS: msgspec.json.encode(facts).decode()}
 
     def _read(self, path: Path) -> Checkpoint:
         content = map_file(path)
@@ -267,7 +268,7 @@ class CheckpointStore:
             raise BundleError(str(path), error.reason) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BundleError(str(path), f"it is no checkpoint: {error}") from error
-        if metadata.keys() != {_SUM, _FACTS} or metadata[_SUM] != _take_sum(content):
+        if not is_whole(content, metadata):
             raise BundleError(str(path), "it was altered since it was written")
         self._check_facts(path, facts)
         return Checkpoint(
@@ -374,28 +375,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _seal(chunks: list[Chunk]) -> list[Chunk]:
-    """Put the sum of all bytes into its place in the header, the first chunk."""
-    header = bytes(chunks[0])
-    start = header.index(_SUM_MARK) + len(_SUM_MARK)
-    found = _sum([header, *chunks[1:]]).encode()
-    return [header[:start] + found + header[start + len(found) :], *chunks[1:]]
-
-
-def _take_sum(content: memoryview) -> str:
-    """Take the sum of a file as it was before its sum was put in."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = bytes(content[:end])
-    start = header.find(_SUM_MARK) + len(_SUM_MARK)
-    blank = header[:start] + _BLANK.encode() + header[start + len(_BLANK) :]
-    return _sum([blank, content[end:]])
-
-
-def _sum(chunks: Iterable[Chunk]) -> str:
-    found = hashlib.sha256()
-    for chunk in chunks:
-        for piece in split_pieces(chunk):
-            found.update(piece)
-    return found.hexdigest()

@@ -239,8 +239,8 @@ class NotSaved(SplitonnxError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} cannot be written: {self.reason}; checkpoints written before it are "
-            "whole, but training since then is not saved"
+            f"{self.path} cannot be written: {self.reason}; what was saved before it stands, but "
+            "training since then is not saved"
         )
 
 

@@ -1,0 +1,131 @@
+"""A checkpoint that cannot be written says why, leaves the earlier ones and nothing of itself."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from splitonnx.errors import NotSaved
+from tests.checkpoint_kills import SESSION, make_checkpoint, open_store
+from tests.conftest import ROOT
+from tests.full_disks import Outcome
+
+
+def write_steps(folder: Path, *steps: int) -> None:
+    for step in steps:
+        open_store(folder).write(make_checkpoint(step))
+
+
+def assert_untouched(folder: Path, *steps: int) -> None:
+    assert open_store(folder).steps() == steps
+    for step in steps:
+        found, written = open_store(folder).read(step).tensors, make_checkpoint(step).tensors
+        assert all(found[name].tobytes() == array.tobytes() for name, array in written.items())
+    left = sorted(path.name for path in (folder / "sessions" / SESSION).iterdir())
+    assert left == sorted(f"{step}.safetensors" for step in steps)
+
+
+def test_a_disk_that_is_really_full_or_read_only_costs_the_new_checkpoint_alone(
+    tmp_path: Path,
+) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("NOT TESTED: a really full disk needs unshare")
+    alone = ["unshare", "--map-root-user", "--mount"]
+    mount = [*alone, "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if (tried := subprocess.run(mount, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"NOT TESTED: no file system can be mounted here: {tried.stderr}")
+    command = [*alone, sys.executable, "-m", "tests.full_disks", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = msgspec.json.decode(done.stdout, type=dict[str, Outcome])
+    assert all(outcome.are_equal for outcome in outcomes.values())
+    assert outcomes.pop("room again") == Outcome(
+        reason="",
+        steps=(30, 20),
+        are_equal=True,
+        names=("20.safetensors", "30.safetensors"),
+    )
+    first = outcomes.pop("first, full")
+    assert (first.steps, first.names) == ((), ())
+    assert "Read-only file system" in outcomes.pop("read-only").reason
+    assert len(outcomes) == 4
+    for outcome in (first, *outcomes.values()):
+        assert "safetensors cannot be written: No space left on device; what was" in outcome.reason
+    for outcome in outcomes.values():
+        assert outcome.steps == (20, 10)
+        assert outcome.names == ("10.safetensors", "20.safetensors")
+
+
+@pytest.mark.parametrize("function", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_whatever_call_fails_the_earlier_checkpoints_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, stopped: bool
+) -> None:
+    write_steps(tmp_path, 10, 20)
+    number = 1
+    while (reason := write_failing(tmp_path, monkeypatch, function, number, stopped)) is not None:
+        assert "No space left on device" in reason
+        # the new one may stand too, where only its folder could not be synced
+        assert {20, 10} <= {*open_store(tmp_path).steps()} <= {30, 20, 10}
+        number += 1
+    assert number > 1
+    assert open_store(tmp_path).steps()[:2] == (30, 20)
+
+
+def write_failing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int, stopped: bool
+) -> str | None:
+    """Write while the call of that number finds no space; return what was said of it, if any."""
+    whole: Callable[..., object] = getattr(os, function)
+    calls = itertools.count(1)
+
+    def fail(*args: object) -> object:
+        if next(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(*args)
+
+    store = open_store(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        try:
+            (store.write_stopped if stopped else store.write)(make_checkpoint(30))
+        except NotSaved as error:
+            return str(error)
+    return None
+
+
+def test_a_file_that_may_not_grow_that_large_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    write_steps(tmp_path, 10, 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(NotSaved, match=r"30\.safetensors cannot be written: File too large"):
+            open_store(tmp_path).write(make_checkpoint(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_untouched(tmp_path, 20, 10)
+    write_steps(tmp_path, 30)
+    assert_untouched(tmp_path, 30, 20)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path) -> None:
+    write_steps(tmp_path, 10, 20)
+    place = tmp_path / "sessions" / SESSION
+    place.chmod(0o500)
+    try:
+        with pytest.raises(NotSaved, match="Permission denied"):
+            open_store(tmp_path).write(make_checkpoint(30))
+    finally:
+        place.chmod(0o700)
+    assert_untouched(tmp_path, 20, 10)
