@@ -15,12 +15,14 @@ parties go on from, is not its business.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -44,6 +46,7 @@ _UNFINISHED = "."
 """How the name of a file begins while it is being written."""
 _FACTS = "splitonnx"
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 _Stamp = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
@@ -57,12 +60,12 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     is their number, ``None`` where it is not known beforehand.
     """
 
-    epoch: int
-    batch: int
-    batch_size: int
+    epoch: _Count
+    batch: _Count
+    batch_size: _Count
     seed: int
     shuffle: bool
-    samples: int | None
+    samples: _Count | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +92,7 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     party: str
     digest: str
     session: str
-    step: int
+    step: _Count
     seed: int
     owner: str
     position: Position | None
@@ -373,5 +376,8 @@ def _sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems sync no folders
+                raise
         finally:
             os.close(handle)

@@ -25,6 +25,8 @@ from splitonnx.tensors import DTYPES, name_dtype
 ALIGNMENT = 64
 """Bytes; the raw data start at a multiple of it, so that views of them are aligned."""
 MAX_RANK = 32
+MAX_SIZE = 2**63 - 1
+"""Of a dimension or an offset.  A larger number is no memory's, and may be too long to print."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -100,12 +102,15 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
     if length > len(view) - _LENGTH.size:
         raise _malformed(f"its header of {length} bytes is cut short")
     start = _LENGTH.size + length
+    text = bytes(view[_LENGTH.size : start])
     try:
         header = json.loads(
-            bytes(view[_LENGTH.size : start]).decode(),
+            text.decode(),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
         )
+        if b"\\u" in text:
+            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
     except (ValueError, RecursionError) as error:
         raise _malformed(f"its header is no JSON ({error})") from error
     if not isinstance(header, dict):
@@ -131,7 +136,7 @@ def _check_metadata(metadata: object) -> dict[str, str]:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def _read_start(name: str, entry: object) -> tuple[int, int]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from splitonnx.errors import BundleError, NotSaved, UsageError
@@ -20,6 +23,7 @@ from splitonnx.runtime.checkpoints import (
     Position,
     list_sessions,
 )
+from splitonnx.runtime.seals import encode_sealed
 from tests import tiny
 
 SESSION = "0123456789abcdef" * 2
@@ -315,3 +319,34 @@ def test_something_in_the_way_is_named_and_nothing_is_left_behind(tmp_path: Path
     with pytest.raises(NotSaved, match=r"1\.safetensors cannot be written: .*; what was"):
         write_steps(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["sessions"]
+
+
+def test_a_sealed_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_steps(tmp_path, 10)
+    path = place(tmp_path, "10.safetensors")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    facts = json.loads(header["__metadata__"]["splitonnx"])
+    for change in (
+        {"step": -1},
+        {"format": "splitonnx.checkpoint/2"},
+        {"position": {**facts["position"], "batch": -1}},
+        {"position": 3},
+        {"more": 1},
+    ):
+        text = json.dumps({**facts, **change})
+        path.write_bytes(b"".join(encode_sealed(state(10), {"splitonnx": text})))
+        with pytest.raises(BundleError, match=r"10\.safetensors: it"):
+            open_store(tmp_path).read(10)
+    path.write_bytes(b"".join(encode_sealed(state(10), {})))
+    with pytest.raises(BundleError, match="it is no checkpoint"):
+        open_store(tmp_path).read(10)
+
+
+@given(st.binary(max_size=600))
+def test_no_bytes_are_a_checkpoint_by_chance(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(Path(folder))
+        store.folder.mkdir(parents=True)
+        (store.folder / "10.safetensors").write_bytes(content)
+        assert store.steps() == ()
