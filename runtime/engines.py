@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
+from splitonnx.runtime.gates import check_graph
 
 _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
     "tensor(bool)": np.dtype("?"),
@@ -101,15 +102,17 @@ class Engine:
         self._threads = threads
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
-        """Load a stage graph from bytes.
+        """Load a stage graph from bytes, which the gate has to let pass first.
 
         With ``training`` its nodes run exactly as they stand, unoptimized: the graph was optimized
         before it was differentiated, and a split and an unsplit run must use the same kernels.
 
         Raises:
+            ForbiddenGraph: it is not a graph as bundles have them; ONNX Runtime has not seen it.
             WrongRuntime: the graph has training-only operators and ONNX Runtime is the stock one.
             StageFailed: ONNX Runtime refuses the graph for another reason.
         """
+        check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
         options.graph_optimization_level = (
@@ -118,6 +121,8 @@ class Engine:
         options.intra_op_num_threads = self._threads or 0
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Or it would look itself, and take bytes that also pass for its own format for that.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 4  # what is logged as an error is raised as well
         try:
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

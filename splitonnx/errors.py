@@ -245,6 +245,21 @@ class NotSaved(SplitonnxError):
 
 
 @dataclass(eq=False)
+class ForbiddenGraph(SplitonnxError):
+    """A stage's graph is malformed, or holds what no bundle does; ONNX Runtime never saw it."""
+
+    stage: str
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the graph of stage '{self.stage}' is not run, {self.subject}: {self.reason}; "
+            "take a bundle as `splitonnx cut` wrote it"
+        )
+
+
+@dataclass(eq=False)
 class FormatError(SplitonnxError):
     """Bytes that should be tensors in the safetensors layout, or JSON of ours, are not."""
 
