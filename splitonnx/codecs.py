@@ -83,6 +83,8 @@ def decode_tensors(
         if stop > len(data):
             raise _malformed(f"tensor '{name}' ends at byte {stop} of {len(data)}")
         tensors[name] = _view(data[end:stop], dtype, shape)
+        if dtype == np.bool_ and tensors[name].view(np.uint8).max(initial=0) > 1:
+            raise _malformed(f"tensor '{name}' holds truth values that are neither 0 nor 1")
         end = stop
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes follow the last tensor")
@@ -103,6 +105,8 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
         raise _malformed(f"its header of {length} bytes is cut short")
     start = _LENGTH.size + length
     text = bytes(view[_LENGTH.size : start])
+    if not text.startswith(b"{"):
+        raise _malformed("its header is no JSON object")
     try:
         header = json.loads(
             text.decode(),
@@ -113,8 +117,7 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
             json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
     except (ValueError, RecursionError) as error:
         raise _malformed(f"its header is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _malformed("its header is no JSON object")
+    assert isinstance(header, dict)  # it starts with a brace
     return header, start
 
 
@@ -161,6 +164,8 @@ def _check_entry(
     begin, end = entry["data_offsets"]
     if begin != start:
         raise _malformed(f"tensor '{name}' starts at byte {begin} instead of {start}")
+    if math.prod(max(dim, 1) for dim in shape) * DTYPES[dtype].itemsize > MAX_SIZE:
+        raise _malformed(f"tensor '{name}' has a shape that no memory holds")  # an empty one too
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != size:
         raise _malformed(f"tensor '{name}' takes {end - begin} bytes instead of {size}")

@@ -16,6 +16,12 @@ def quote(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
+def flatten(text: str, most: int = 300) -> str:
+    """Make text that others wrote fit a sentence: one line, printable, of ``most`` characters."""
+    line = "".join(char if char.isprintable() else "?" for char in text[:most])
+    return f"{line}..." if len(text) > most else line
+
+
 class SplitonnxError(Exception):
     """Root of the tree; catching it catches every error raised on purpose."""
 
@@ -267,7 +273,7 @@ class FormatError(SplitonnxError):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.reason}"
+        return f"{self.subject}: {flatten(self.reason)}"
 
 
 @dataclass(eq=False)
@@ -355,7 +361,7 @@ class RemoteProtocolError(ProtocolError):
     reason: str
 
     def __str__(self) -> str:
-        return f"the other side broke the protocol: {self.reason}"
+        return f"the other side broke the protocol: {flatten(self.reason)}"
 
 
 @dataclass(eq=False)
@@ -369,8 +375,8 @@ class BundleMismatch(ProtocolError):
 
     def __str__(self) -> str:
         return (
-            f"client and server do not belong together: {self.subject} is {self.local} here and "
-            f"{self.remote} there; {self.advice}"
+            f"client and server do not belong together: {flatten(self.subject)} is {self.local} "
+            f"here and {flatten(self.remote)} there; {self.advice}"
         )
 
 
@@ -390,7 +396,7 @@ class RemoteFault(ProtocolError):
     reason: str
 
     def __str__(self) -> str:
-        return f"the other side reported {self.code}: {self.reason}"
+        return f"the other side reported {flatten(self.code)}: {flatten(self.reason)}"
 
 
 @dataclass(eq=False)
@@ -401,7 +407,7 @@ class ConnectionLost(ProtocolError):
     reason: str
 
     def __str__(self) -> str:
-        return f"connection to {self.peer} lost: {self.reason}"
+        return f"connection to {self.peer} lost: {flatten(self.reason)}"
 
 
 @dataclass(eq=False)

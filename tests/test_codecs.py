@@ -104,7 +104,11 @@ def test_an_element_type_that_cannot_travel_is_refused() -> None:
         (struct.pack("<Q", 50) + b"{}", "cut short"),
         (forge(b"nonsense"), "no JSON"),
         (forge(b"\xff\xfe"), "no JSON"),
-        (forge(b"[" * 9000), "no JSON"),
+        (forge(b'{"a":' + b"[" * 9000), "no JSON"),
+        (forge(b' {"a":{}}'), "no JSON object"),
+        (forge(b""), "no JSON object"),
+        (forge(b"{}{}"), "no JSON"),
+        (forge(b'{"a":{"dtype":"U8","dtype":"U8"}}'), "twice"),
         (forge(b"[]"), "no JSON object"),
         (forge(b'{"__metadata__":{"k":"\\ud800"}}'), "no JSON"),
         (forge(b'{"\\udfff":{}}'), "no JSON"),
@@ -115,9 +119,22 @@ def test_an_element_type_that_cannot_travel_is_refused() -> None:
         (forge({"a": entry(0, 4)}), "ends at byte 4 of 0"),
         (forge({"a": entry(4, 8)}, bytes(8)), "starts at byte 4"),
         (forge({"a": entry(0, 4), "b": entry(2, 6)}, bytes(8)), "starts at byte 2"),
+        (forge({"a": entry(0, 4), "b": entry(0, 4)}, bytes(8)), "starts at byte 0 instead of 4"),
+        (forge({"a": entry(0, 4), "b": entry(5, 9)}, bytes(9)), "starts at byte 5 instead of 4"),
+        (forge({"a": entry(-4, 0)}, bytes(4)), "offsets"),
+        (forge({"a": entry(4, 0)}, bytes(4)), "starts at byte 4"),
+        (forge({"a": {**entry(0, 4), "data_offsets": [0, 4, 8]}}, bytes(4)), "offsets"),
+        (forge({"a": {**entry(0, 4), "data_offsets": [0.0, 4]}}, bytes(4)), "offsets"),
+        (forge({"a": entry(0, 4)}, bytes(3)), "ends at byte 4 of 3"),
+        (forge({}, b"\x00"), "1 bytes follow"),
         (forge({"a": entry(0, 4)}, bytes(5)), "1 bytes follow"),
         (forge({"a": entry(0, 4, [2])}, bytes(4)), "instead of 8"),
-        (forge({"a": entry(0, 4, [2**40, 2**40])}, bytes(4)), "takes 4 bytes"),
+        (forge({"a": entry(0, 4, [2**40, 2**40])}, bytes(4)), "no memory"),
+        (forge({"a": entry(0, 4, [2**40, 2**10])}, bytes(4)), "takes 4 bytes"),
+        (forge({"a": entry(0, 0, [0, 2**62, 2**62])}), "no memory"),
+        (forge({"a": entry(0, 0, [2**63 - 1, 0])}), "no memory"),
+        (forge({"a": entry(0, 0, [0, 2**63])}), "no valid shape"),
+        (forge({"a": entry(0, 2, [2], "BOOL")}, b"\x01\x02"), "neither 0 nor 1"),
         (forge({"a": entry(0, 4, [-1])}, bytes(4)), "no valid shape"),
         (forge({"a": entry(0, 4, [10**4000, 10**4000])}, bytes(4)), "no valid shape"),
         (forge({"a": entry(0, 10**4000)}, bytes(4)), "no valid offsets"),
@@ -133,6 +150,22 @@ def test_an_element_type_that_cannot_travel_is_refused() -> None:
 def test_bytes_that_lie_are_refused(content: bytes, reason: str) -> None:
     with pytest.raises(FormatError, match=reason):
         decode_tensors(content, max_header=LIMIT)
+
+
+def test_the_header_may_take_just_the_limit() -> None:
+    content = join({"x": np.zeros(1, np.float32)})
+    (length,) = struct.unpack("<Q", content[:8])
+    decode_tensors(content, max_header=length)
+    with pytest.raises(FormatError, match="over the limit"):
+        decode_tensors(content, max_header=length - 1)
+
+
+def test_what_bytes_say_of_themselves_fits_one_line_of_the_refusal() -> None:
+    name = "\x1b[2J\n" * 2000
+    with pytest.raises(FormatError) as caught:
+        decode_tensors(forge({name: entry(0, 4, dtype="F128")}, bytes(4)), max_header=LIMIT)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 @given(st.binary(max_size=200))
