@@ -1,165 +1,387 @@
-"""Messages over websockets: the only module that imports websockets.
+"""Messages over websockets, from both ends; :mod:`guards` watches over the server's.
 
 Messages travel as binary frames without compression, which tensors do not gain from, cut into
 fragments of 1 MiB, so that neither side needs a second copy of a large message in its buffers.
-Every exception of websockets and of the operating system is translated here.
+Every exception of websockets, of TLS and of the operating system is translated here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import logging
+import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
+from websockets.frames import CloseCode
+from websockets.protocol import OPEN
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, PortInUse, UsageError
+from splitonnx.errors import ConnectionLost, ServerBusy, Unauthorized, UntrustedPeer, UsageError
+from splitonnx.runtime.certificates import describe_failure
+from splitonnx.runtime.doors import check_origins, is_loopback, open_doors
+from splitonnx.runtime.guards import (
+    CLOSE_SECONDS,
+    Authorize,
+    Guest,
+    Hall,
+    OnRefusal,
+    Refusal,
+    Respond,
+)
+from splitonnx.runtime.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 FRAGMENT = 1 << 20
-"""Bytes of one fragment."""
-MAX_MESSAGE = 1 << 30
-"""Bytes of one message, over which the connection is ended before the rest is read."""
-OPEN_TIMEOUT = 10.0
-"""Seconds to connect."""
-REPLY_TIMEOUT = 600.0
-"""Seconds that a client waits for a reply, the server's computing included."""
-MESSAGE_TIMEOUT = 60.0
-"""Seconds from a message's first fragment to its last, however many pings are answered."""
+"""Bytes of one fragment; what is smaller is sent in one piece."""
+MAX_REPLY = 1 << 30
+"""Bytes of one message from a server, over which a client ends the connection."""
+OPEN_SECONDS = 10.0
+"""Seconds to connect, TLS and HTTP included."""
+REPLY_SECONDS = 600.0
+"""Seconds that a client waits for a reply's beginning, the server's computing included."""
+MESSAGE_SECONDS = 60.0
+"""Seconds from a reply's first byte to its last, noticed within a quarter of that."""
+PING_SECONDS = 20.0
+"""Seconds between pings, and that the other side has to answer one."""
+RESTART = 1012
+"""The closing code of a server that stops, and may come again."""
+BUSY = 1013
+"""The closing code of a server that has no room now."""
+POLICY = 1008
+"""The closing code for what a server does not allow."""
+
+_logger = logging.getLogger("splitonnx.sockets")
 
 
-def _split(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How a client shows who it is, and whom it trusts.
+
+    ``token`` goes into the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
+    the authorities that the operating system trusts.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+
+
+def _split(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
+    if sum(map(len, chunks)) <= FRAGMENT:
+        return b"".join(chunks)
+    return _fragment(chunks)
+
+
+def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
     for chunk in chunks:
         view = memoryview(chunk)
         for start in range(0, len(view), FRAGMENT):
             yield view[start : start + FRAGMENT]
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, ConnectionClosed):
-        reason = error.rcvd or error.sent
-        return f"it closed ({reason})" if reason else "it closed without a word"
-    return " ".join(str(error).split()) or type(error).__name__
+def _translate(peer: str, error: Exception) -> ConnectionLost:
+    if not isinstance(error, ConnectionClosed):
+        return ConnectionLost(peer, " ".join(str(error).split()) or type(error).__name__)
+    close = error.rcvd or error.sent
+    if close is None:
+        return ConnectionLost(peer, "it closed without a word")
+    return ConnectionLost(peer, f"it closed ({close})", close.code)
 
 
 class WebSocketTransport:
-    """A client's connection to a server over a websocket; see :class:`transports.Transport`."""
+    """A client's connection to a server over a websocket; see :class:`transports.Transport`.
+
+    Raises:
+        ConnectionLost: nobody answers there, or the server is full: try again.
+        Unauthorized: the server wants a token, or another one, or no page of this origin.
+        UntrustedPeer: TLS found the server to be somebody else, or the server found us so.
+        UsageError: ``url`` is no websocket address.
+    """
 
     def __init__(
-        self, url: str, *, open_timeout: float = OPEN_TIMEOUT, reply_timeout: float = REPLY_TIMEOUT
+        self,
+        url: str,
+        *,
+        access: Access | None = None,
+        open_seconds: float = OPEN_SECONDS,
+        reply_seconds: float = REPLY_SECONDS,
+        message_seconds: float = MESSAGE_SECONDS,
     ) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._url = url
-        self._reply_timeout = reply_timeout
+        self._reply_seconds = reply_seconds
+        self._message_seconds = message_seconds
         self._opened = ExitStack()  # websockets wants to be used as a context manager
+        access = access or Access()
+        _check_url(url, access)
+        headers = {} if access.token is None else {"Authorization": f"Bearer {access.token}"}
         try:
             connecting = connect_websocket(
-                url, compression=None, max_size=MAX_MESSAGE, open_timeout=open_timeout, proxy=None
+                url,
+                additional_headers=headers,
+                ssl=access.tls,
+                compression=None,
+                max_size=MAX_REPLY,
+                open_timeout=open_seconds,
+                ping_interval=PING_SECONDS,
+                ping_timeout=PING_SECONDS,
+                close_timeout=CLOSE_SECONDS,
+                proxy=None,
             )
             self._socket = self._opened.enter_context(connecting)
         except InvalidURI as error:
             raise UsageError(f"'{url}' is no websocket address such as ws://host:8765") from error
+        except InvalidStatus as error:
+            raise _translate_status(url, error) from error
+        except ssl.SSLError as error:
+            raise _translate_tls(url, error) from error
         except (OSError, InvalidHandshake) as error:
-            raise ConnectionLost(url, _describe(error)) from error
+            raise _translate(url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""
         try:
             self._socket.send(_split(chunks))
         except (OSError, WebSocketException) as error:
-            raise ConnectionLost(self._url, _describe(error)) from error
-        self.bytes_sent += sum(len(chunk) for chunk in chunks)
+            raise self._explain(error) from error
+        self.bytes_sent += sum(map(len, chunks))
 
     def receive(self) -> bytes:
-        """Wait for the next message."""
-        try:
-            content = self._socket.recv(self._reply_timeout, decode=False)
-        except TimeoutError as error:
-            reason = f"no reply within {self._reply_timeout:g} s"
-            raise ConnectionLost(self._url, reason) from error
-        except (OSError, WebSocketException) as error:
-            raise ConnectionLost(self._url, _describe(error)) from error
-        self.bytes_received += len(content)
-        return content
+        """Wait for the next message: for its beginning, and then for its end."""
+        begin_by = time.monotonic() + self._reply_seconds
+        end_by: float | None = None
+        while True:
+            deadline = begin_by if end_by is None else end_by
+            patience = min(deadline - time.monotonic(), self._message_seconds / 4)
+            try:
+                content = self._socket.recv(max(patience, 0), decode=False)
+            except TimeoutError:
+                if not self._is_underway():
+                    end_by = None
+                elif end_by is None:
+                    end_by = time.monotonic() + self._message_seconds
+                self._check_patience(begin_by, end_by)
+            except (OSError, WebSocketException) as error:
+                raise self._explain(error) from error
+            else:
+                self.bytes_received += len(content)
+                return content
 
     def close(self) -> None:
         """End the connection; may be called twice."""
         self._opened.close()
 
+    def _is_underway(self) -> bool:
+        """Whether part of a message has come; read beside the thread that writes it."""
+        protocol = self._socket.protocol
+        return protocol.current_size is not None or bool(protocol.reader.buffer)
 
-def connect(url: str) -> WebSocketTransport:
+    def _check_patience(self, begin_by: float, end_by: float | None) -> None:
+        now = time.monotonic()
+        if end_by is None and now >= begin_by:
+            raise ConnectionLost(self._url, f"no reply within {self._reply_seconds:g} s")
+        if end_by is not None and now >= end_by:
+            raise ConnectionLost(self._url, f"a reply took longer than {self._message_seconds:g} s")
+
+    def _explain(self, error: Exception) -> ConnectionLost | Unauthorized | UntrustedPeer:
+        lost = _translate(self._url, error)
+        cause = error.__cause__
+        if isinstance(cause, ssl.SSLError):  # TLS 1.3: the server looks at us after we looked
+            return _translate_tls(self._url, cause)
+        if lost.code == POLICY and isinstance(error, ConnectionClosed) and error.rcvd is not None:
+            return Unauthorized(self._url, POLICY, error.rcvd.reason or "it does not say why")
+        return lost
+
+
+def _check_url(url: str, access: Access) -> None:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise UsageError(f"'{url}' is no websocket address: {error}") from error
+    if "@" in parts.netloc:
+        raise UsageError("leave names and passwords out of the server's address; use a token")
+    if access.tls is not None and parts.scheme != "wss":
+        raise UsageError(f"'{url}' is without TLS; write wss:// or leave the certificates out")
+    if access.token is not None and parts.scheme == "ws" and not is_loopback(host):
+        _logger.warning("no TLS: the token travels to %s in the clear; use wss://", host)
+
+
+def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauthorized:
+    response = error.response
+    said = " ".join(bytes(response.body or b"")[:200].decode("utf-8", "replace").split())
+    if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return Unauthorized(url, response.status_code, said or response.reason_phrase)
+    reason = f"HTTP {response.status_code}: {said or response.reason_phrase}"
+    return ConnectionLost(url, reason, response.status_code)
+
+
+def _translate_tls(url: str, error: ssl.SSLError) -> ConnectionLost | UntrustedPeer:
+    failure = describe_failure(error)
+    if failure is None:
+        return _translate(url, error)
+    return UntrustedPeer(url, failure)
+
+
+def connect(url: str, *, access: Access | None = None) -> WebSocketTransport:
     """Connect to a server, such as ``ws://127.0.0.1:8765``.
 
     Raises:
-        ConnectionLost: nobody answers there.
-        UsageError: ``url`` is no websocket address.
+        ConnectionLost, Unauthorized, UntrustedPeer, UsageError: see :class:`WebSocketTransport`.
     """
-    return WebSocketTransport(url)
+    return WebSocketTransport(url, access=access)
 
 
 class Peer:
     """A client as its server sees it; raises ConnectionLost like a transport."""
 
-    def __init__(self, socket: ServerConnection) -> None:
-        self._socket = socket
-        host, port, *_ = socket.remote_address
-        self.name = f"{host}:{port}"
+    def __init__(self, guest: Guest, hall: Hall) -> None:
+        self._guest = guest
+        self._hall = hall
+        self.name = guest.name
+
+    @property
+    def owner(self) -> str | None:
+        """Whom the token belongs to, ``""`` where none is needed, ``None`` for a stranger."""
+        return self._guest.owner
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._guest.protocol.state is not OPEN
+
+    async def admit(self, owner: str) -> None:
+        """Lift the limits that hold before a token was shown.
+
+        They may still hold for what a client sends before it has had an answer.
+
+        Raises:
+            ServerBusy: there are as many clients as the limits allow; close with ``BUSY``.
+        """
+        if not self._hall.admit(self._guest, owner):
+            self._hall.on_refusal(Refusal.TOO_MANY_CLIENTS, self.name)
+            raise ServerBusy()
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""
         try:
-            await self._socket.send(_split(chunks))
+            await self._guest.send(_split(chunks))
         except (OSError, WebSocketException) as error:
-            raise ConnectionLost(self.name, _describe(error)) from error
+            raise self._explain(error) from error
 
     async def receive(self) -> bytes:
-        """Wait for the next message: for its beginning as long as it takes, then for its end."""
-        fragments = self._socket.recv_streaming(decode=False)
+        """Wait for the next message, as long as the limits allow."""
+        fragments = self._guest.recv_streaming(decode=False)
+        parts: list[bytes] = []
+        idle_seconds = self._hall.limits.idle_seconds
         try:
-            parts = [await anext(fragments)]
-            async with asyncio.timeout(MESSAGE_TIMEOUT):
-                parts += [part async for part in fragments]
+            async with asyncio.timeout(idle_seconds) as idle:
+                async for part in fragments:
+                    if not parts:
+                        idle.reschedule(None)  # the guard looks at what has begun
+                    parts.append(part)
+                    self._guest.take(len(part))
         except TimeoutError as error:
-            reason = f"a message took longer than {MESSAGE_TIMEOUT:g} s"
+            reason = f"silent for {idle_seconds:g} s"
+            self._guest.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
-            raise ConnectionLost(self.name, _describe(error)) from error
+            raise self._explain(error) from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        """End the connection; may be called twice, and waits a little for the other side."""
+        await self._guest.close(code, reason.encode()[:120].decode(errors="ignore"))
+
+    def _explain(self, error: Exception) -> ConnectionLost:
+        lost = _translate(self.name, error)
+        if self._guest.refusal is not None:
+            lost.reason = f"ended here: {self._guest.refusal}"
+        return lost
+
+
+def _ignore(refusal: Refusal, name: str) -> None:
+    pass
 
 
 @asynccontextmanager
 async def serve(
-    handle: Callable[[Peer], Awaitable[None]], host: str, port: int
+    handle: Callable[[Peer], Awaitable[None]],
+    host: str,
+    port: int,
+    *,
+    limits: Limits | None = None,
+    tls: ssl.SSLContext | None = None,
+    origins: Sequence[str] = (),
+    authorize: Authorize | None = None,
+    respond: Respond | None = None,
+    on_refusal: OnRefusal = _ignore,
 ) -> AsyncIterator[int]:
     """Serve clients while the context lasts, and give the port; 0 takes any free one.
 
-    ``handle`` is called for each client; the connection ends when it returns.
+    ``handle`` is called for each client that is through its handshake, and the connection ends
+    when it returns.  A token in the request's header is shown to ``authorize``, which gives its
+    owner or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
+    stranger, whom ``handle`` may admit; without ``authorize`` everybody is admitted as ``""``.
+
+    ``respond`` answers HTTP requests on the same port, before anything else becomes of them; the
+    token that it is given is a valid one.  Requests that name an origin come from web pages:
+    they are refused (403) unless ``origins`` has it.  ``on_refusal`` is told of everything that
+    is refused here.  At the end, clients are told that the server restarts (1012).
 
     Raises:
         PortInUse: another program has the port.
-        UsageError: the address is none of this machine's.
+        UsageError: the address is none of this machine's, or an origin is none.
     """
+    hall = Hall(
+        limits or Limits(),
+        authorize=authorize,
+        respond=respond,
+        origins=check_origins(origins),
+        on_refusal=on_refusal,
+    )
 
     async def welcome(socket: ServerConnection) -> None:
-        await handle(Peer(socket))
+        assert isinstance(socket, Guest)
+        socket.open()
+        await handle(Peer(socket, hall))
 
-    try:
-        server = await serve_websockets(welcome, host, port, compression=None, max_size=MAX_MESSAGE)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(host, port) from error
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    try:
-        yield next(iter(server.sockets)).getsockname()[1]
-    finally:
-        server.close()
-        await server.wait_closed()
+    doors = open_doors(host, port, hall.entrance)
+    async with AsyncExitStack() as open_servers:
+        for door in doors:
+            server = await serve_websockets(
+                welcome,
+                sock=door,
+                ssl=tls,
+                process_request=hall.answer,
+                compression=None,
+                max_size=hall.limits.stranger_bytes,
+                open_timeout=hall.limits.handshake_seconds,
+                ping_interval=PING_SECONDS,
+                ping_timeout=PING_SECONDS,
+                close_timeout=CLOSE_SECONDS,
+                server_header=None,
+                create_connection=cast("type[ServerConnection]", partial(Guest, hall)),
+            )
+            open_servers.push_async_callback(server.wait_closed)
+            open_servers.callback(server.close, code=RESTART, reason="the server restarts")
+        yield doors[0].getsockname()[1]

@@ -401,13 +401,56 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """The connection could not be made, broke, or fell silent for too long."""
+    """The connection could not be made, broke, or fell silent for too long: worth trying again.
+
+    ``code`` is the websocket's closing code (1012: the server starts anew, 1013: it is full), or
+    the HTTP status with which a handshake was refused (503: it is full); ``None`` where there was
+    neither.
+    """
+
+    peer: str
+    reason: str
+    code: int | None = None
+
+    def __str__(self) -> str:
+        return f"connection to {self.peer} lost: {flatten(self.reason)}"
+
+
+@dataclass(eq=False)
+class Unauthorized(ProtocolError):
+    """The server knows whoever asks and lets them not in: trying again does not help.
+
+    ``status`` is the HTTP status, or the closing code 1008 where a first message was refused.
+    """
+
+    peer: str
+    status: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.peer} refused to let this side in ({self.status}): {flatten(self.reason)}"
+
+
+@dataclass(eq=False)
+class UntrustedPeer(ProtocolError):
+    """TLS could not make sure who the other side is: trying again does not help."""
 
     peer: str
     reason: str
 
     def __str__(self) -> str:
-        return f"connection to {self.peer} lost: {flatten(self.reason)}"
+        return f"{self.peer} cannot be trusted: {flatten(self.reason)}"
+
+
+@dataclass(eq=False)
+class UnusableFile(SplitonnxError):
+    """A file of tokens, a certificate or a key cannot be read as what it should be."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(eq=False)

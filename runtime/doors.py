@@ -1,0 +1,176 @@
+"""Listening sockets that keep count of who has come in, before TLS or HTTP says a word.
+
+A connection in the middle of its TLS handshake is known to no one but the event loop, which keeps
+some 300 KiB for it; so the count begins at ``accept`` and ends when the socket is closed.  This
+module knows neither TLS nor websockets.  Also here: what must hold before a door is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import re
+import socket
+import ssl
+from collections.abc import Sequence
+
+from splitonnx.errors import PortInUse, UsageError
+
+BACKLOG = 128
+"""Connections that the operating system keeps waiting, and the most that are let in at a time."""
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
+
+_logger = logging.getLogger("splitonnx.doors")
+
+
+class Entrance:
+    """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
+
+    ``capacity`` is how many may; with one more the oldest is shut down.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._waiting: dict[int, _Guest] = {}
+        self.turned_away = 0
+
+    def let_in(self, guest: _Guest) -> None:
+        """Count a socket that was just accepted."""
+        while len(self._waiting) >= self._capacity:
+            oldest = self._waiting.pop(next(iter(self._waiting)))
+            self.turned_away += 1
+            oldest.turn_away()
+        self._waiting[guest.fileno()] = guest
+
+    def seat(self, number: int) -> None:
+        """Count a socket, known by its file number, no longer: others look after it now."""
+        self._waiting.pop(number, None)
+
+    def let_out(self, guest: _Guest) -> None:
+        """Forget a socket that is about to be closed."""
+        if self._waiting.get(guest.fileno()) is guest:
+            del self._waiting[guest.fileno()]
+
+
+class _Guest(socket.socket):
+    """An accepted socket, which tells the entrance when it is closed."""
+
+    entrance: Entrance | None = None
+
+    def turn_away(self) -> None:
+        """Let the event loop find the connection at its end; only the loop may close it."""
+        try:
+            self.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was quicker
+            return
+
+    def close(self) -> None:
+        if self.entrance is not None:
+            self.entrance.let_out(self)
+            self.entrance = None
+        super().close()
+
+
+class Door(socket.socket):
+    """A listening socket whose guests are counted."""
+
+    entrance: Entrance
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """Accept a connection, and count it."""
+        accepted, address = super().accept()
+        guest = _Guest(fileno=accepted.detach())
+        guest.entrance = self.entrance
+        self.entrance.let_in(guest)
+        return guest, address
+
+
+def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
+    """Listen on every address that ``host`` stands for; an empty one stands for all.
+
+    With port 0 any free port is taken, the same for all.
+
+    Raises:
+        PortInUse: another program has the port.
+        UsageError: the address is none of this machine's.
+    """
+    doors: list[Door] = []
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            port = doors[0].getsockname()[1] if doors else port
+            door = Door(family, kind, protocol)
+            door.entrance = entrance
+            doors.append(door)
+            if os.name == "posix":
+                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            door.bind((address[0], port, *address[2:]))
+            door.listen(BACKLOG)
+            door.setblocking(False)
+    except OSError as error:
+        for door in doors:
+            door.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(host, port) from error
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return doors
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address to listen on can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(
+    host: str, tokens: object | None, tls: ssl.SSLContext | None, *, insecure: bool = False
+) -> None:
+    """Refuse to be open to the network to anyone; warn where tokens would travel in the clear.
+
+    ``tokens`` is anything that keeps strangers out, ``None`` where nothing does.  A TLS context
+    that asks clients for a certificate keeps them out, too.
+
+    Raises:
+        UsageError: ``host`` can be reached from elsewhere, nothing keeps strangers out, and
+            ``insecure`` was not said.
+    """
+    if is_loopback(host):
+        return
+    known = tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
+    if tokens is None and not known and not insecure:
+        raise UsageError(
+            f"anyone who reaches {host or 'this machine'} could train here: name a file of tokens "
+            "with --token-file, ask for certificates with --client-ca, stay on 127.0.0.1, or say "
+            "--insecure"
+        )
+    if tls is None:
+        _logger.warning(
+            "no TLS: tokens and tensors travel in the clear unless a proxy or tunnel encrypts them"
+        )
+
+
+def check_origins(origins: Sequence[str]) -> frozenset[str]:
+    """Check the origins of web pages that may connect, such as ``https://lab.example``.
+
+    Raises:
+        UsageError: one is no origin.
+    """
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"'{origin}' is no origin; an origin is a scheme, a host and perhaps a port, in "
+                "lower case and without a path, such as https://lab.example or "
+                "http://localhost:3000"
+            )
+    return frozenset(origins)

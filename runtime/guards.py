@@ -1,0 +1,362 @@
+"""What watches over each connection of a server: who may enter, how much may come, how slowly.
+
+Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  What
+the messages say is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from http import HTTPStatus
+from typing import TypeAlias
+
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.datastructures import Headers, MultipleValuesError
+from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import OPEN, Event
+from websockets.server import ServerProtocol
+
+from splitonnx.runtime.doors import Entrance
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.paces import Pace
+
+REQUEST_BYTES = 16 << 10
+"""Bytes of a handshake's HTTP request."""
+MAX_FRAGMENTS = 4096
+"""Fragments of one message; each costs some microseconds, however little it holds."""
+KEPT_BYTES = 16 << 20
+"""Bytes of unread messages of one connection, over which its sender has to wait."""
+CLOSE_SECONDS = 5.0
+"""Seconds that the other side has to close a connection that was ended here."""
+
+
+class Refusal(StrEnum):
+    """Why a connection was refused or ended here; few, so that they may label a metric."""
+
+    WRONG_TOKEN = "WrongToken"
+    WRONG_ORIGIN = "WrongOrigin"
+    TOO_MANY_STRANGERS = "TooManyStrangers"
+    TOO_MANY_CLIENTS = "TooManyClients"
+    NO_TOKEN = "NoToken"
+    MESSAGE_TOO_BIG = "MessageTooBig"
+    MESSAGE_TOO_SLOW = "MessageTooSlow"
+    TOO_MANY_FRAGMENTS = "TooManyFragments"
+    BROKEN_FRAME = "BrokenFrame"
+    HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
+    IDLE = "Idle"
+
+
+Answer: TypeAlias = tuple[int, str, bytes]
+"""HTTP status, content type, body."""
+Authorize: TypeAlias = Callable[[str], str | None]
+"""From a token to the name of its owner, if it has one."""
+Respond: TypeAlias = Callable[[str, str | None], Answer | None]
+"""From a path and the token shown, if any, to an answer; ``None`` goes on to the websocket."""
+OnRefusal: TypeAlias = Callable[[Refusal, str], None]
+"""Told why and whom."""
+
+
+class Hall:
+    """Who is in, and who may enter.
+
+    Without ``authorize`` everybody is admitted, as owner ``""``.  ``origins`` are the web pages
+    that may connect; programs, which name none, are not asked.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        authorize: Authorize | None,
+        respond: Respond | None,
+        origins: frozenset[str],
+        on_refusal: OnRefusal,
+    ) -> None:
+        self.limits = limits
+        self.entrance = Entrance(limits.strangers + 100)  # the loop may accept 100 in one go
+        self.on_refusal = on_refusal
+        self._authorize = authorize
+        self._respond = respond
+        self._origins = origins
+        self._strangers: dict[Guest, None] = {}  # in the order of their coming
+        self._clients: set[Guest] = set()
+
+    def enter(self, guest: Guest) -> None:
+        """Take in a stranger, and send away the one that has waited longest if there are many."""
+        if len(self._strangers) >= self.limits.strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.refuse(Refusal.TOO_MANY_STRANGERS, CloseCode.TRY_AGAIN_LATER, "too many wait")
+        self._strangers[guest] = None
+
+    def admit(self, guest: Guest, owner: str) -> bool:
+        """Make a stranger a client, if there is room."""
+        if guest.owner is not None:
+            return True
+        if len(self._clients) >= self.limits.clients:
+            return False
+        self._strangers.pop(guest, None)
+        self._clients.add(guest)
+        guest.become_client(owner)
+        return True
+
+    def leave(self, guest: Guest) -> None:
+        """Forget somebody."""
+        self._strangers.pop(guest, None)
+        self._clients.discard(guest)
+
+    def answer(self, socket: ServerConnection, request: Request) -> Response | None:
+        """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
+        assert isinstance(socket, Guest)
+        try:
+            origin = request.headers.get("Origin")
+            authorization = request.headers.get("Authorization")
+        except MultipleValuesError:
+            return _respond(HTTPStatus.BAD_REQUEST, "a header stands twice")
+        if origin is not None and origin not in self._origins:
+            self.on_refusal(Refusal.WRONG_ORIGIN, socket.name)
+            return _respond(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
+        token = None
+        owner = None if self._authorize else ""
+        if authorization is not None and self._authorize is not None:
+            scheme, _, token = authorization.partition(" ")
+            token = token.strip()
+            owner = self._authorize(token) if scheme.lower() == "bearer" else None
+            if owner is None:
+                self.on_refusal(Refusal.WRONG_TOKEN, socket.name)
+                return _respond(HTTPStatus.UNAUTHORIZED, "this token is not known here")
+        if self._respond is not None:
+            answer = self._respond(request.path, token)
+            if answer is not None:
+                return make_response(*answer)
+        if owner is not None and not self.admit(socket, owner):
+            self.on_refusal(Refusal.TOO_MANY_CLIENTS, socket.name)
+            return _respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients; try again later")
+        return None
+
+
+class Guest(ServerConnection):
+    """One connection, held to the limits; ``owner`` is ``None`` while it is a stranger."""
+
+    def __init__(
+        self,
+        hall: Hall,
+        protocol: ServerProtocol,
+        server: Server,
+        *,
+        ping_interval: float | None,
+        ping_timeout: float | None,
+        close_timeout: float | None,
+        max_queue: int | tuple[int | None, int | None] | None,
+        write_limit: int | tuple[int, int | None],
+    ) -> None:
+        super().__init__(
+            protocol,
+            server,
+            ping_interval=ping_interval,
+            ping_timeout=ping_timeout,
+            close_timeout=close_timeout,
+            max_queue=max_queue,
+            write_limit=write_limit,
+        )
+        self.owner: str | None = None
+        self.refusal: Refusal | None = None
+        self.name = "somebody"
+        self._hall = hall
+        self._limits = hall.limits
+        self._pace = Pace(hall.limits.messages_per_second, self.loop.time())
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._pauses: set[str] = set()
+        self._bytes = 0  # in all, of a stranger
+        self._kept = 0  # of messages that nobody has taken yet
+        self._frames = 0  # since the pace was last looked at
+        self._fragments = 0  # of the message under way
+        self._underway = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: a stranger has come in."""
+        super().connection_made(transport)
+        self.recv_messages.pause = partial(self._pause, "queue")
+        self.recv_messages.resume = partial(self._resume, "queue")
+        address = transport.get_extra_info("peername")
+        if address:
+            self.name = f"{address[0]}:{address[1]}"
+        self._hall.entrance.seat(transport.get_extra_info("socket").fileno())
+        self._hall.enter(self)
+        reason = f"no whole request within {self._limits.handshake_seconds:g} s"
+        self._start(
+            "handshake",
+            self._limits.handshake_seconds,
+            partial(self.refuse, Refusal.HANDSHAKE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End: give the seat back, and tell why where this side ended it."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._hall.leave(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read, within what a stranger may send, and at the pace that is allowed."""
+        if self.owner is None:
+            self._bytes += len(data)
+            if self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
+                self.refuse(
+                    Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
+                )
+                return
+        before = (
+            self._frames if self.request else -1
+        )  # of a request there are no frames to wait for
+        super().data_received(data)
+        if self.protocol.close_expected():
+            self._note_fault()
+            self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+        if self.request is None:  # the handshake has its own deadline
+            return
+        protocol = self.protocol
+        self._underway = (
+            self._frames == before
+            or protocol.current_size is not None
+            or bool(protocol.reader.buffer)
+        )
+        self._watch()
+        wait = self._pace.count(self._frames, self.loop.time())
+        self._frames = 0
+        if wait:
+            self._pause("pace")
+            self._start("pace", wait, partial(self._resume, "pace"))
+
+    def process_event(self, event: Event) -> None:
+        """Count frames, and what is kept of them."""
+        super().process_event(event)
+        if not isinstance(event, Frame):
+            return
+        self._frames += 1
+        if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            self._fragments += 1
+            self._kept += len(event.data)
+            if self._kept > KEPT_BYTES:
+                self._pause("kept")
+            if event.fin:
+                self._fragments = 0
+                self._stop("message")
+            elif self._fragments > MAX_FRAGMENTS:
+                reason = f"more than {MAX_FRAGMENTS} fragments"
+                self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
+
+    def become_client(self, owner: str) -> None:
+        """Lift the limits that hold for strangers."""
+        self.owner = owner
+        self.protocol.max_message_size = self._limits.message_bytes
+        self._stop("login")
+
+    def take(self, size: int) -> None:
+        """Count so many bytes of messages as taken over by somebody else."""
+        self._kept -= size
+        if self._kept <= KEPT_BYTES and "kept" in self._pauses:
+            self._resume("kept")
+
+    def open(self) -> None:
+        """Note that the handshake is done; give a stranger the time for its token."""
+        self._stop("handshake")
+        if self.owner is not None:
+            return
+        reason = f"no token within {self._limits.login_seconds:g} s"
+        self._start(
+            "login",
+            self._limits.login_seconds,
+            partial(self.refuse, Refusal.NO_TOKEN, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
+        """End the connection from this side, without waiting for the other."""
+        if self.refusal is not None or self.transport.is_closing():
+            return
+        self.refusal = refusal
+        self._hall.on_refusal(refusal, self.name)
+        if self.protocol.state is OPEN:
+            self.protocol.fail(code, reason)
+            self.send_data()
+        elif self.request is None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            if refusal is Refusal.MESSAGE_TOO_BIG:
+                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            elif refusal is Refusal.HANDSHAKE_TOO_SLOW:
+                status = HTTPStatus.REQUEST_TIMEOUT
+            self.transport.write(_respond(status, reason).serialize())
+        self.transport.close()
+        self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+
+    def _note_fault(self) -> None:
+        """Tell why the parser gave up, if it did."""
+        reason = self.protocol.parser_exc
+        if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
+            big = isinstance(reason, PayloadTooBig)
+            self.refusal = Refusal.MESSAGE_TOO_BIG if big else Refusal.BROKEN_FRAME
+            self._hall.on_refusal(self.refusal, self.name)
+
+    def _watch(self) -> None:
+        """Run the message's deadline while one is under way and this side is reading."""
+        if not self._underway or self._pauses:
+            self._stop("message")
+        elif "message" not in self._timers:
+            reason = f"a message took longer than {self._limits.message_seconds:g} s"
+            self._start(
+                "message",
+                self._limits.message_seconds,
+                partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
+            )
+
+    def _pause(self, reason: str) -> None:
+        self._pauses.add(reason)
+        self.transport.pause_reading()
+        self._stop("message")
+
+    def _resume(self, reason: str) -> None:
+        self._pauses.discard(reason)
+        if not self._pauses and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._watch()
+
+    def _start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(seconds, self._fire, name, function)
+
+    def _fire(self, name: str, function: Callable[[], object]) -> None:
+        del self._timers[name]
+        function()
+
+    def _stop(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def make_response(status: int, content_type: str, body: bytes) -> Response:
+    """Make an HTTP answer, after which the connection is closed."""
+    headers = Headers(
+        {
+            "Content-Type": content_type,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Connection": "close",
+        }
+    )
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    return Response(int(status), HTTPStatus(status).phrase, headers, body)
+
+
+def _respond(status: HTTPStatus, sentence: str) -> Response:
+    return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())

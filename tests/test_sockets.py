@@ -1,0 +1,300 @@
+"""Websockets from both ends: what is carried, and what is refused at which limit."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from splitonnx.errors import ConnectionLost, Unauthorized, UsageError
+from splitonnx.runtime.guards import MAX_FRAGMENTS, Refusal
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.sockets import BUSY, FRAGMENT, RESTART, Access, WebSocketTransport, connect
+from tests.echoes import (
+    BINARY,
+    CONT,
+    FIN,
+    PATIENCE,
+    PING,
+    Echo,
+    dial,
+    frame,
+    know_sesame,
+    read_close,
+    read_to_end,
+    shake,
+    upgrade,
+)
+
+SESAME = Access(token="open sesame")
+HASTY = Limits(handshake_seconds=0.2, login_seconds=0.2, message_seconds=0.2, idle_seconds=0.3)
+
+
+def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
+    transport.send(chunks)
+    return transport.receive()
+
+
+@pytest.mark.parametrize("size", [0, 1, FRAGMENT - 1, FRAGMENT, FRAGMENT + 1, 5 * FRAGMENT + 3])
+def test_a_message_of_any_size_arrives_whole(size: int) -> None:
+    content = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    with Echo() as echo:
+        transport = connect(echo.url)
+        assert ask(transport, content) == content
+        assert ask(transport, content, b"and more") == content + b"and more"
+        transport.close()
+    assert transport.bytes_sent == transport.bytes_received == 2 * size + 8
+
+
+def test_a_token_in_the_header_lets_in() -> None:
+    with Echo(authorize=know_sesame) as echo:
+        transport = connect(echo.url, access=SESAME)
+        assert ask(transport, bytes(20 << 10)) == bytes(20 << 10)  # more than a stranger may
+        transport.close()
+
+
+def test_a_wrong_token_in_the_header_is_refused_for_good() -> None:
+    with Echo(authorize=know_sesame) as echo:
+        with pytest.raises(Unauthorized, match="not known here") as caught:
+            connect(echo.url, access=Access(token="open barley"))
+        assert caught.value.status == 401
+        echo.expect(Refusal.WRONG_TOKEN)
+
+
+@pytest.mark.parametrize("header", ["Basic b3BlbiBzZXNhbWU=", "open sesame", "Bearer", ""])
+def test_other_ways_to_authorize_are_refused(header: str) -> None:
+    with Echo(authorize=know_sesame) as echo, dial(echo.port) as connection:
+        assert b" 401 " in shake(connection, f"Authorization: {header}")
+
+
+def test_a_token_may_come_as_the_first_message() -> None:
+    with Echo(authorize=know_sesame) as echo:
+        transport = connect(echo.url)
+        assert ask(transport, b"open sesame") == b"welcome, ali"
+        assert ask(transport, bytes(20 << 10)) == bytes(20 << 10)
+        transport.close()
+
+
+def test_a_wrong_token_as_the_first_message_is_refused_for_good() -> None:
+    with Echo(authorize=know_sesame) as echo:
+        transport = connect(echo.url)
+        transport.send([b"open barley"])
+        with pytest.raises(Unauthorized, match="unknown token"):
+            transport.receive()
+
+
+def test_a_stranger_may_not_send_more_than_a_token() -> None:
+    limits = Limits(stranger_bytes=1000)
+    with Echo(authorize=know_sesame, limits=limits) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(b"", length=1001))  # the announcement is enough
+        assert read_close(connection) == 1009
+        echo.expect(Refusal.MESSAGE_TOO_BIG)
+
+
+def test_a_stranger_may_not_send_many_small_messages_instead() -> None:
+    with Echo(authorize=know_sesame) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(bytes(100), opcode=PING) * 1000)
+        read_to_end(connection)
+        echo.expect(Refusal.MESSAGE_TOO_BIG)
+
+
+def test_a_stranger_has_little_time_to_show_a_token() -> None:
+    with Echo(authorize=know_sesame, limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        assert read_close(connection) == 1008
+        echo.expect(Refusal.NO_TOKEN)
+
+
+def test_of_too_many_strangers_the_one_that_waited_longest_goes() -> None:
+    limits = Limits(strangers=2)
+    with (
+        Echo(authorize=know_sesame, limits=limits) as echo,
+        dial(echo.port) as first,
+        dial(echo.port) as second,
+        dial(echo.port) as third,
+    ):
+        shake(second)
+        shake(third)
+        assert b" 503 " in read_to_end(first)
+        transport = connect(echo.url, access=SESAME)
+        assert read_close(second) == 1013
+        assert ask(transport, b"still here") == b"still here"
+        transport.close()
+
+
+def test_with_too_many_clients_one_more_is_told_to_come_later() -> None:
+    with Echo(authorize=know_sesame, limits=Limits(clients=1)) as echo:
+        first = connect(echo.url, access=SESAME)
+        with pytest.raises(ConnectionLost, match="too many clients") as caught:
+            connect(echo.url, access=SESAME)
+        assert caught.value.code == 503
+        second = connect(echo.url)
+        second.send([b"open sesame"])
+        with pytest.raises(ConnectionLost, match="full") as caught:
+            second.receive()
+        assert caught.value.code == BUSY
+        assert ask(first, b"hello") == b"hello"
+        first.close()
+
+
+def test_a_server_that_stops_says_that_it_restarts() -> None:
+    with Echo() as echo:
+        transport = connect(echo.url)
+        assert ask(transport, b"hello") == b"hello"
+    with pytest.raises(ConnectionLost) as caught:
+        transport.receive()
+    assert caught.value.code == RESTART
+
+
+def test_web_pages_are_refused_unless_their_origin_is_allowed() -> None:
+    with Echo(origins=["https://lab.example"]) as echo:
+        for origin, status in [
+            ("https://lab.example", b" 101 "),
+            ("https://evil.example", b" 403 "),
+            ("http://127.0.0.1", b" 403 "),
+            ("null", b" 403 "),
+        ]:
+            with dial(echo.port) as connection:
+                assert status in shake(connection, f"Origin: {origin}")
+        echo.expect(Refusal.WRONG_ORIGIN)
+    with Echo() as echo, dial(echo.port) as connection:
+        assert b" 403 " in shake(connection, "Origin: https://lab.example")
+
+
+@pytest.mark.parametrize("origin", ["lab.example", "https://lab.example/page", "*", ""])
+def test_what_is_no_origin_cannot_be_allowed(origin: str) -> None:
+    with pytest.raises(UsageError, match="no origin"), Echo(origins=[origin]):
+        pass
+
+
+def test_plain_http_is_answered_on_the_same_port() -> None:
+    with Echo(authorize=know_sesame) as echo:
+        for header, body in [
+            ("", "well, None"),
+            ("Authorization: Bearer open sesame\r\n", "well, open"),
+        ]:
+            with dial(echo.port) as connection:
+                connection.sendall(f"GET /health HTTP/1.1\r\n{header}\r\n".encode())
+                answer = read_to_end(connection).decode()
+                assert " 200 " in answer
+                assert body in answer
+        with dial(echo.port) as connection:
+            connection.sendall(b"GET /other HTTP/1.1\r\n\r\n")
+            assert b" 426 " in read_to_end(connection)
+
+
+def test_a_handshake_has_little_time_however_it_trickles() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        trickle(connection, upgrade()[:-2])
+        assert b" 408 " in read_to_end(connection)
+        echo.expect(Refusal.HANDSHAKE_TOO_SLOW)
+
+
+def test_a_handshake_of_many_headers_is_refused() -> None:
+    with Echo() as echo, dial(echo.port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"y" * 8000 + b"\r\n")
+        connection.sendall((b"X: " + b"y" * 8000 + b"\r\n") * 4)
+        assert b" 431 " in read_to_end(connection)
+        echo.expect(Refusal.MESSAGE_TOO_BIG)
+
+
+def test_a_message_that_trickles_within_a_frame_is_cut_off() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        trickle(connection, frame(bytes(100_000)))
+        read_close(connection)
+        echo.expect(Refusal.MESSAGE_TOO_SLOW)
+
+
+def test_a_message_that_trickles_by_fragments_is_cut_off_in_spite_of_pings() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(b"x", BINARY, flags=0))
+        trickle(connection, (frame(b"x", CONT, flags=0) + frame(b"", PING)) * 10_000, step=15)
+        read_to_end(connection)
+        echo.expect(Refusal.MESSAGE_TOO_SLOW)
+
+
+def test_a_connection_that_says_nothing_is_ended() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        assert read_close(connection) == 1001
+        echo.expect(Refusal.IDLE)
+        assert "silent for 0.3 s" in echo.ended.get(timeout=PATIENCE)
+
+
+def test_pings_alone_do_not_keep_a_connection() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        trickle(connection, frame(b"", PING) * 10_000, step=6)
+        read_to_end(connection)
+        echo.expect(Refusal.IDLE)
+
+
+@pytest.mark.parametrize("content", [b"", b"x"])
+def test_a_message_of_too_many_fragments_is_refused(content: bytes) -> None:
+    with Echo() as echo, dial(echo.port) as connection:
+        shake(connection)
+        rest = frame(content, CONT, flags=0) * MAX_FRAGMENTS
+        connection.sendall(frame(content, BINARY, flags=0) + rest)
+        assert read_close(connection) == 1009
+        echo.expect(Refusal.TOO_MANY_FRAGMENTS)
+
+
+def test_a_message_larger_than_allowed_is_refused_before_it_is_read() -> None:
+    limits = Limits(message_bytes=1 << 20)
+    with Echo(limits=limits) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(b"", length=(1 << 20) + 1))
+        assert read_close(connection) == 1009
+    with Echo(limits=limits) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(bytes(1 << 19), BINARY, flags=0))
+        connection.sendall(frame(b"", CONT, length=(1 << 19) + 1))
+        assert read_close(connection) == 1009
+        echo.expect(Refusal.MESSAGE_TOO_BIG)
+
+
+def test_compression_is_neither_offered_nor_understood() -> None:
+    with Echo() as echo, dial(echo.port) as connection:
+        head = shake(connection, "Sec-WebSocket-Extensions: permessage-deflate")
+        assert b"extensions" not in head.lower()
+        connection.sendall(frame(b"\x00", flags=FIN | 0x40))
+        assert read_close(connection) == 1002
+        echo.expect(Refusal.BROKEN_FRAME)
+
+
+def test_who_talks_too_fast_is_slowed_and_not_cut() -> None:
+    with Echo(limits=Limits(messages_per_second=100)) as echo:
+        transport = connect(echo.url)
+        for number in range(150):
+            assert ask(transport, b"%d" % number) == b"%d" % number
+        transport.close()
+    assert echo.refusals.empty()
+
+
+def trickle(connection: socket.socket, content: bytes, step: int = 1) -> None:
+    """Send in small pieces until all is sent or the server has had enough."""
+    tick = threading.Event()
+    try:
+        for start in range(0, len(content), step):
+            connection.sendall(content[start : start + step])
+            tick.wait(0.01)
+            if _has_ended(connection):
+                return
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the server's answer, if it gave one, is the last."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) in (b"", b"H", b"\x88")
+    except BlockingIOError:
+        return False
+    finally:
+        connection.settimeout(PATIENCE)
