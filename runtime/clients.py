@@ -7,42 +7,25 @@ of what the stages compute.  A model left whole is trained by the same loop with
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias, TypeVar
+from typing import Literal, Self, TypeAlias
 
 import msgspec
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import (
-    BundleMismatch,
-    LocalProtocolError,
-    NotFinite,
-    ProtocolError,
-    RemoteFault,
-    RemoteProtocolError,
-    ServerBusy,
-    SplitonnxError,
-    UsageError,
-)
-from splitonnx.manifests import PartyManifest, Phase
-from splitonnx.messages import (
-    PROTOCOL,
-    Bye,
-    Fault,
-    Hello,
-    Message,
-    Save,
-    Saved,
-    TaskKey,
-    Tensors,
-    Welcome,
-)
+from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost, UsageError
+from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.checkpoints import Position
 from splitonnx.runtime.datasets import (
     Batch,
     Dataset,
@@ -52,9 +35,10 @@ from splitonnx.runtime.datasets import (
     open_dataset,
 )
 from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import EVALUATE, LOSS, PREDICT, TRAIN, Executor
+from splitonnx.runtime.executors import LOSS, Executor
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.protocols import Protocol, list_wires
+from splitonnx.runtime.journals import Journal
+from splitonnx.runtime.links import Backoff, Dial, Link
 from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
@@ -62,15 +46,46 @@ from splitonnx.tensors import TensorSpec
 LearningRate: TypeAlias = float | Callable[[int], float] | None
 """A constant, or a function of the updates so far; ``None`` is the optimizer's own."""
 
+WhenUnsaved: TypeAlias = Literal["stop", "continue"]
+"""What training does where a checkpoint cannot be written."""
+
+_logger = logging.getLogger("splitonnx.client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """What a fit is to do; :meth:`Client.fit` says what each means."""
+
+    training: Dataset
+    held_out: Dataset | None
+    epochs: int
+    learning_rate: LearningRate
+    checkpoint_every: int | None
+    when_unsaved: WhenUnsaved
+    on_step: Callable[[StepRecord], None] | None
+    on_epoch: Callable[[Evaluation], None] | None
+
 
 class Client:
     """Trains and runs a bundle's client part against a server, or a model left whole without one.
 
     ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
-    ``ws://127.0.0.1:8765`` or an open transport; ``None`` for a model left whole.  ``threads``
-    limits the threads of one operator; ``seed`` decides shuffling and Dropout.  Use it as a
-    context manager, or call :meth:`close`.  After an error in the middle of a task the two sides
-    may stand apart: the client then closes, and its own state is what it was before the task.
+    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open one; ``None`` for a
+    model left whole.  A connection that breaks is made again, unless an open transport was given,
+    and training goes on as if it had not.  Use it as a context manager, or call :meth:`close`.
+    After an error in the middle of a task the client closes, and its own state is what it was
+    before the task.
+
+    Args:
+        bundle: see above.
+        server: see above.
+        threads: threads of one operator; all cores by default.
+        seed: decides shuffling and Dropout.
+        resume: go on with the run that was broken off in the folder, if there is one: with its
+            state, and in :meth:`fit` at its place in the data.
+        give_up_after: seconds without a connection after which the client gives up, the first
+            connection included.  ``None``: that one is tried once (as long as it takes with
+            ``resume``), later ones as long as it takes.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
@@ -83,10 +98,12 @@ class Client:
     def __init__(
         self,
         bundle: str | Path | PartyBundle,
-        server: str | Transport | None = None,
+        server: str | Transport | Dial | None = None,
         *,
         threads: int | None = None,
         seed: int = 0,
+        resume: bool = False,
+        give_up_after: float | None = None,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         self._manifest = party.manifest
@@ -95,6 +112,7 @@ class Client:
         self._seed = seed
         self._closed = False
         self._others = itertools.count()  # numbers the tasks that are no training step
+        self._place: Position | None = None
         if (server is not None) != any(phase.wires for phase in self._manifest.phases):
             raise UsageError(
                 "this model was left whole and has no part for a server"
@@ -102,7 +120,22 @@ class Client:
                 else "this bundle is one part of a model; name the server that holds the other"
             )
         self._executor = Executor(party, Engine(threads))
-        self._link = None if server is None else _Link(server, self._manifest, self._executor.step)
+        self._journal = Journal.open(self._executor, resume=resume)
+        self._link = None
+        if server is not None:
+            dial, transport = _split_address(server)
+            self._link = Link(
+                dial,
+                transport,
+                manifest=self._manifest,
+                session=self._journal.session,
+                stand=lambda: self._journal.stand(self._executor.step),
+                backoff=Backoff(give_up_after=give_up_after),
+                patient=resume or give_up_after is not None,
+            )
+            if self._link.step != self._executor.step:
+                place = self._journal.go_back(self._executor, self._link.step)
+                self._journal.position = place
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +153,11 @@ class Client:
         """Updates that this part has seen in its life."""
         return self._executor.step
 
+    @property
+    def session(self) -> str:
+        """The name of this client's session, the same at the server."""
+        return self._journal.session
+
     def fit(
         self,
         data: DataSource,
@@ -129,46 +167,70 @@ class Client:
         eval_data: DataSource | None = None,
         learning_rate: LearningRate = None,
         shuffle: bool = True,
+        checkpoint_every: int | None = None,
+        when_unsaved: WhenUnsaved = "stop",
+        restart: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
         on_epoch: Callable[[Evaluation], None] | None = None,
     ) -> History:
         """Train for some epochs and return what happened.
 
-        ``data`` and ``eval_data`` are as :func:`~splitonnx.runtime.datasets.open_dataset` takes
-        them; with ``eval_data`` each epoch ends with an evaluation.  A smaller last batch is left
-        out where the model's batch size is fixed.  ``on_step`` and ``on_epoch`` are called with
-        each record.
+        A client that resumes begins at the place in the data where its run was broken off, and
+        makes the rest of ``epochs``.  Where the server lost steps, both sides go back to the
+        newest checkpoint, or to where this fit began, and make them again, as they were.
+
+        Args:
+            data: as :func:`~splitonnx.runtime.datasets.open_dataset` takes them.
+            epochs: times through the data.
+            batch_size: samples a step; a smaller last batch is left out where the model's batch
+                size is fixed.
+            eval_data: evaluated after each epoch.
+            learning_rate: a constant, or a function of the updates so far.
+            shuffle: deal each epoch anew.
+            checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
+            when_unsaved: whether training stops or continues where one cannot be written.
+            restart: give up a run that was broken off in the folder.
+            on_step: called with each step's record.
+            on_epoch: called with each evaluation.
 
         Raises:
             DataError: the data do not fit, or hold NaN; a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
+            UnfinishedRun: a run was broken off in the folder; resume it, or ``restart``.
+            UsageError: a run would be resumed with other data, batches or seed.
+            NotSaved: a checkpoint cannot be written.
+            StepsLost: the server lost steps that were made before this fit began.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
         _require_positive(epochs=epochs, batch_size=batch_size)
-        phase = self._phase(TRAIN)
         training = open_dataset(data)
-        training.check(phase.data)
+        training.check(self._phase(TRAIN).data)
         held_out = None if eval_data is None else open_dataset(eval_data)
         if held_out is not None:
             held_out.check(self._evaluation_data())
+        plan = FitPlan(
+            training=training,
+            held_out=held_out,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            checkpoint_every=checkpoint_every,
+            when_unsaved=when_unsaved,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        if checkpoint_every is not None:
+            _require_positive(checkpoint_every=checkpoint_every)
+            self._journal.begin_run(restart=restart)
         self._executor.prepare(TRAIN)
-        fixed = any(isinstance(dim, int) for spec in phase.data for dim in spec.shape[:1])
-        history = History()
-        for epoch in range(epochs):
-            batches = training.batches(
-                batch_size, seed=self._seed, epoch=epoch, shuffle=shuffle, drop_last=fixed
-            )
-            for batch in batches:
-                record = self._record_step(batch, epoch, learning_rate)
-                history.steps.append(record)
-                if on_step is not None:
-                    on_step(record)
-            if held_out is not None:
-                evaluation = self._record_evaluation(held_out, batch_size, epoch)
-                history.evaluations.append(evaluation)
-                if on_epoch is not None:
-                    on_epoch(evaluation)
-        return history
+        start = Position(
+            epoch=0,
+            batch=0,
+            batch_size=batch_size,
+            seed=self._seed,
+            shuffle=shuffle,
+            samples=training.size,
+        )
+        return self._carry_out(plan, self._journal.take_position(start))
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
         """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
@@ -216,12 +278,13 @@ class Client:
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
-            ConnectionLost, RemoteFault: the server went, or could not save.
+            NotSaved: the server could not save.
+            ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
         if self._link is not None:
             self._require_open()
-            self._link.save(self._executor.step)
-        self._executor.save()
+            self._save_remotely(publish=True)
+        self._journal.publish(self._executor, self._place)
 
     def close(self) -> None:
         """Say good-bye to the server; may be called twice."""
@@ -243,6 +306,80 @@ class Client:
         predicted = self._phase(PREDICT)
         measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
         return [*predicted.data, *measured]
+
+    def _carry_out(self, plan: FitPlan, start: Position) -> History:
+        history = History()
+        first, place = self._executor.step, start
+        while place.epoch < plan.epochs:
+            try:
+                place = self._train_epoch(plan, place, history)
+            except StepsLost as lost:
+                if lost.step < first or (lost.step > first and self._place is None):
+                    raise
+                place = start if self._place is None else self._place
+                history.forget(lost.step, place.epoch)
+        self._place = place
+        return history
+
+    def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
+        """Train from a place to the end of its epoch and evaluate; return the next place."""
+        fixed = any(isinstance(d, int) for s in self._phase(TRAIN).data for d in s.shape[:1])
+        batches = plan.training.batches(
+            place.batch_size,
+            seed=place.seed,
+            epoch=place.epoch,
+            shuffle=place.shuffle,
+            drop_last=fixed,
+        )
+        for batch in itertools.islice(batches, place.batch, None):
+            record = self._record_step(batch, place.epoch, plan.learning_rate)
+            place = msgspec.structs.replace(place, batch=place.batch + 1)
+            history.steps.append(record)
+            if plan.on_step is not None:
+                plan.on_step(record)
+            if plan.checkpoint_every is not None and record.step % plan.checkpoint_every == 0:
+                self._checkpoint(place, plan.when_unsaved)
+        if plan.held_out is not None:
+            evaluation = self._record_evaluation(plan.held_out, place.batch_size, place.epoch)
+            history.evaluations.append(evaluation)
+            if plan.on_epoch is not None:
+                plan.on_epoch(evaluation)
+        return msgspec.structs.replace(place, epoch=place.epoch + 1, batch=0)
+
+    def _checkpoint(self, place: Position, when_unsaved: WhenUnsaved) -> None:
+        """Write both sides' checkpoints, one after the other.
+
+        Each side keeps two, so there is one that both have as long as neither is two ahead: the
+        one whose last was not written goes first.
+        """
+        try:
+            if self._journal.is_behind:
+                self._journal.write(self._executor, place)
+                self._save_remotely()
+            else:
+                self._save_remotely()
+                self._journal.write(self._executor, place)
+        except NotSaved as error:
+            if when_unsaved == "stop":
+                raise
+            _logger.warning("%s; training goes on", error)
+
+    def _save_remotely(self, *, publish: bool = False) -> None:
+        if self._link is None:
+            return
+        with self._going_back():
+            reason = self._link.save(self._executor.step, publish=publish)
+        if reason:
+            raise NotSaved("the server's folder", reason)
+
+    @contextmanager
+    def _going_back(self) -> Iterator[None]:
+        """Take this part back where the server lost steps, and remember the place in the data."""
+        try:
+            yield
+        except StepsLost as lost:
+            self._place = self._journal.go_back(self._executor, lost.step)
+            raise
 
     def _record_step(self, batch: Batch, epoch: int, learning_rate: LearningRate) -> StepRecord:
         up, down = self._traffic()
@@ -292,100 +429,42 @@ class Client:
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         rate = self._manifest.learning_rate if rate is None else float(rate)
-        session = "" if self._link is None else self._link.session
         number = step if phase == TRAIN else next(self._others)
-        key = TaskKey(session=session, phase=phase, step=number, micro_batch=0)
+        key = TaskKey(session=self.session, phase=phase, step=number, micro_batch=0)
         self._executor.begin(key, data=data, seed=self._seed, learning_rate=rate)
-        with ExitStack() as on_failure:
-            on_failure.callback(self.close)
-            on_failure.callback(self._executor.abandon, key)
-            self._exchange(key, rate)
-            results = self._executor.finish(key)
-            on_failure.pop_all()
-        return results
+        try:
+            with self._going_back():
+                return self._exchange(key, rate)
+        except StepsLost:
+            raise  # both sides stand at an earlier step, and can go on
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._executor.abandon(key)
+            if self._link is not None:
+                self._link.end()
 
-    def _exchange(self, key: TaskKey, learning_rate: float) -> None:
+    def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
+        if self._link is not None:
+            self._link.begin(key)
         while True:
             for wires in self._executor.advance(key):
-                self._remote().send_wires(key, wires, self._seed, learning_rate)
+                self._remote().send_wires(wires, self._seed, learning_rate)
             if self._executor.is_finished(key):
-                return
-            self._executor.deliver(key, self._remote().receive_wires(key))
+                return self._executor.finish(key)
+            self._executor.deliver(key, self._remote().receive_wires())
 
-    def _remote(self) -> _Link:
+    def _remote(self) -> Link:
         if self._link is None:
             raise LocalProtocolError("a stage waits for a value that no other stage gives")
         return self._link
 
 
-_Answer = TypeVar("_Answer", Welcome, Tensors, Saved)
-
-
-class _Link:
-    """The conversation with the server, from the hello to the good-bye."""
-
-    def __init__(self, server: str | Transport, manifest: PartyManifest, step: int) -> None:
-        self._transport = connect(server) if isinstance(server, str) else server
-        self._protocol = Protocol(manifest, manifest.party)
-        with ExitStack() as on_failure:
-            on_failure.callback(self._transport.close)
-            self.session = self._greet(manifest, step)
-            on_failure.pop_all()
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Bytes sent and received so far."""
-        return self._transport.bytes_sent, self._transport.bytes_received
-
-    def send_wires(
-        self, key: TaskKey, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float
-    ) -> None:
-        key_fields = msgspec.structs.asdict(key)
-        self._send(Tensors(**key_fields, seed=seed, learning_rate=learning_rate), wires)
-
-    def receive_wires(self, key: TaskKey) -> Mapping[str, np.ndarray]:
-        message, tensors = self._receive(Tensors)
-        if message.key != key:
-            raise RemoteProtocolError(f"it answered {message.key}, open is {key}")
-        return tensors
-
-    def save(self, step: int) -> None:
-        self._send(Save(session=self.session, step=step))
-        self._receive(Saved)
-
-    def close(self) -> None:
-        with suppress(ProtocolError):  # the other side may be gone already
-            self._send(Bye())
-        self._transport.close()
-
-    def _greet(self, manifest: PartyManifest, step: int) -> str:
-        wires = list_wires(manifest)
-        self._send(Hello(protocol=PROTOCOL, digest=manifest.digest, step=step, wires=wires))
-        welcome, _ = self._receive(Welcome)  # the protocol compares digest and wires
-        if welcome.step != step:
-            raise BundleMismatch("the number of steps trained", str(step), str(welcome.step))
-        return welcome.session
-
-    def _send(self, message: Message, tensors: Mapping[str, np.ndarray] | None = None) -> None:
-        self._transport.send(self._protocol.send(message, tensors))
-
-    def _receive(self, expected: type[_Answer]) -> tuple[_Answer, Mapping[str, np.ndarray]]:
-        message, tensors = self._protocol.receive(self._transport.receive())
-        if isinstance(message, Fault):
-            raise _translate(message)
-        if not isinstance(message, expected):
-            raise RemoteProtocolError(
-                f"it sent {type(message).__name__} where {expected.__name__} was due"
-            )
-        return message, tensors
-
-
-def _translate(fault: Fault) -> SplitonnxError:
-    if fault.code == ServerBusy.__name__:
-        return ServerBusy()
-    if fault.code == NotFinite.__name__:
-        return NotFinite("loss", "at the server")
-    return RemoteFault(fault.code, fault.reason)
+def _split_address(server: str | Transport | Dial) -> tuple[Dial | None, Transport | None]:
+    if isinstance(server, str):
+        return partial(connect, server), None
+    return (server, None) if callable(server) else (None, server)
 
 
 def _require_positive(**counts: int) -> None:

@@ -8,6 +8,7 @@ the wires is the caller's business.  Tensors stay in the engine's hands between 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,13 +24,22 @@ from splitonnx.errors import (
     UsageError,
     quote,
 )
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage
+from splitonnx.manifests import (
+    EVALUATE,
+    KEY,
+    LEARNING_RATE,
+    PREDICT,
+    STEP,
+    TRAIN,
+    Phase,
+    Source,
+    Stage,
+)
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.dataflows import Dataflow, Progress
 from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
 from splitonnx.tensors import check_array
 
-TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 LOSS = "loss"
 
 
@@ -52,12 +62,28 @@ class Executor:
     def __init__(self, party: PartyBundle, engine: Engine) -> None:
         self.step = party.step
         self.manifest = party.manifest
-        self._party = party
+        self.party = party
         self._engine = engine
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
         self._tasks: dict[TaskKey, _Task] = {}
+
+    def fork(self) -> Executor:
+        """Make another executor that starts from this one's state and goes its own way.
+
+        The two share the loaded stages, and tensors until one of them replaces its own; they may
+        run in two threads, but for :meth:`prepare`: what both use must be prepared before.
+        """
+        twin = copy(self)
+        twin._state = dict(self._state)
+        twin._tasks = {}
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return sum(array.nbytes for array in self.state().values())
 
     def prepare(self, phase: str) -> None:
         """Load the stages of a phase now instead of at its first task.
@@ -71,7 +97,7 @@ class Executor:
         declared = self.manifest.phase(phase)
         training = self.manifest.target == "training" and phase not in (PREDICT, EVALUATE)
         for stage in declared.stages:
-            graph = self._party.graphs[stage.graph]
+            graph = self.party.graphs[stage.graph]
             loaded = self._engine.load(stage.name, graph, training=training)
             self._loaded[phase, stage.name] = loaded
         self._flows[phase] = Dataflow(declared, self.manifest.party)
@@ -174,15 +200,33 @@ class Executor:
         """
         return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
 
-    def save(self) -> None:
-        """Write the state into the party's folder, whole or not at all.
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state by another, as the manifest declares it; open tasks are given up.
+
+        The arrays must not be written to afterwards.
+        """
+        self._tasks.clear()
+        self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
+        self.step = step
+
+    def publish(self, *, session: str = "", position: str = "") -> None:
+        """Write the state into the party's folder as its outcome, whole or not at all.
+
+        ``session`` is whose outcome it is, ``position`` where in its data it stands.
 
         Raises:
-            BundleError: the bundle is in memory only.
+            BundleError: the bundle is in memory only, or the folder cannot be written.
         """
-        if self._party.path is None:
+        if self.party.path is None:
             raise BundleError("bundle in memory", "it has no folder to save the state in")
-        bundles.write_state(self._party.path, self.state(), self.step, self.manifest.digest)
+        bundles.write_state(
+            self.party.path,
+            self.state(),
+            self.step,
+            self.manifest.digest,
+            session=session,
+            position=position,
+        )
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:

@@ -54,6 +54,11 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
 
+    def forget(self, step: int, epoch: int) -> None:
+        """Forget the records after ``step`` and the evaluations from ``epoch`` on."""
+        self.steps[:] = [record for record in self.steps if record.step <= step]
+        self.evaluations[:] = [one for one in self.evaluations if one.epoch < epoch]
+
     def as_json(self) -> Iterator[str]:
         """Yield one line of JSON a record: every step, then every evaluation."""
         for record in (*self.steps, *self.evaluations):

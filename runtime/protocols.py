@@ -21,22 +21,25 @@ from splitonnx.errors import (
     RemoteProtocolError,
     quote,
 )
-from splitonnx.manifests import PartyManifest, Wire
+from splitonnx.manifests import TRAIN, PartyManifest, Wire, WireKind
 from splitonnx.messages import (
     PROTOCOL,
     Bye,
     Fault,
     Hello,
+    Login,
     Message,
     Save,
     Saved,
     TaskKey,
     Tensors,
+    Unsaved,
     Welcome,
     Wires,
     decode_message,
     encode_message,
 )
+from splitonnx.runtime.norms import check_values
 from splitonnx.tensors import check_array
 
 CLIENT, SERVER = "client", "server"
@@ -53,6 +56,7 @@ class State(StrEnum):
 
 
 MOVES: Mapping[tuple[State, str, type[Message]], State] = {
+    (State.START, CLIENT, Login): State.START,
     (State.START, CLIENT, Hello): State.GREETING,
     (State.START, SERVER, Fault): State.CLOSED,
     (State.START, CLIENT, Bye): State.CLOSED,
@@ -66,6 +70,7 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
     (State.OPEN, SERVER, Fault): State.CLOSED,
     (State.OPEN, CLIENT, Bye): State.CLOSED,
     (State.SAVING, SERVER, Saved): State.OPEN,
+    (State.SAVING, SERVER, Unsaved): State.OPEN,
     (State.SAVING, SERVER, Fault): State.CLOSED,
     (State.SAVING, CLIENT, Bye): State.CLOSED,
 }
@@ -75,11 +80,13 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
 class Protocol:
     """One side of a conversation; ``role`` is this side's party, ``client`` or ``server``.
 
-    ``state`` is where the conversation stands.
+    ``state`` is where the conversation stands.  ``norm`` is the largest L2 norm that a gradient
+    from the other side may have.
     """
 
-    def __init__(self, manifest: PartyManifest, role: str) -> None:
+    def __init__(self, manifest: PartyManifest, role: str, *, norm: float | None = None) -> None:
         self.state = State.START
+        self._norm = norm
         self._manifest = manifest
         self._role = role
         self._peer = SERVER if role == CLIENT else CLIENT
@@ -109,6 +116,7 @@ class Protocol:
             RemoteProtocolError: no message, or one that the other side may not send now.
             BundleMismatch: the greeting shows that the two sides do not belong together.
             ArrayMismatch, ValueOutOfRange: a tensor is not as the manifest declares its wire.
+            NotFinite, NormTooLarge: a tensor to train with holds what no training survives.
         """
         try:
             message, tensors = decode_message(content)
@@ -136,7 +144,7 @@ class Protocol:
     ) -> None:
         """Hold tensors against the wires that ``sender`` sends in the phase."""
         wires = {
-            wire.tensor.name: wire.tensor
+            wire.tensor.name: wire
             for wire in self._manifest.phase(message.phase).wires
             if wire.sender == sender
         }
@@ -146,7 +154,10 @@ class Protocol:
         if message.key != self._task:
             self._task, self._symbols = message.key, {}
         for name, array in tensors.items():
-            check_array(array, wires[name], self._symbols)
+            check_array(array, wires[name].tensor, self._symbols)
+            if message.phase == TRAIN and sender == self._peer:
+                limit = self._norm if wires[name].kind is WireKind.GRADIENT else None
+                check_values(name, array, f"step {message.step + 1}", limit)
 
 
 def list_wires(manifest: PartyManifest) -> Wires:

@@ -1,32 +1,41 @@
-"""The server: one part of a model, kept in memory, at the service of one client at a time.
+"""The server: one part of a model, trained in as many sessions as clients come.
 
-The event loop moves messages and answers pings; ONNX Runtime works in a thread beside it, one
-message after the other.  While a reply is on its way, the work that follows it has begun.
+The event loop moves messages and answers pings; ONNX Runtime works in threads beside it, for each
+session one message after the other.  While a reply is on its way, the work that follows it has
+begun, and it goes on to its end whether or not the reply arrives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
+from weakref import WeakValueDictionary
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import ConnectionLost, ServerBusy, UsageError
-from splitonnx.messages import Fault
+from splitonnx.errors import ConnectionLost, SplitonnxError, UsageError
+from splitonnx.runtime.conversations import Conversation
 from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import PREDICT, TRAIN, Executor
-from splitonnx.runtime.protocols import SERVER, Protocol
-from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.ledgers import Reply
+from splitonnx.runtime.protocols import SERVER
+from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
 
 DEFAULT_PORT = 8765
+RESTARTING = 1012
+"""The websocket closing code of a server that will be back."""
+STOP_GRACE = 30.0
+"""Seconds that a server that stops waits for the next message of a step that runs."""
 
 _Result = TypeVar("_Result")
 
@@ -64,17 +73,17 @@ class Server:
         host: str = "127.0.0.1",
         port: int = DEFAULT_PORT,
         threads: int | None = None,
+        resume: bool = False,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         if party.manifest.party != SERVER:
             raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
         self.host = host
         self.port = port
-        self._executor = Executor(party, Engine(threads))
-        for phase in (TRAIN, PREDICT):
-            self._executor.prepare(phase)
-        self._busy = False
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="splitonnx")
+        executor = Executor(party, Engine(threads))
+        self._registry = Registry(executor, resume=resume)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._worker = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="splitonnx")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -133,51 +142,92 @@ class Server:
                 self._loop.add_signal_handler(number, self._stop.set)
         async with serve(self._attend, self.host, self.port) as port:
             self.port = port
-            _logger.info("serving on %s, step %d", self.url, self._executor.step)
+            _logger.info("serving on %s", self.url)
             if started is not None:
                 started.set_result(None)
             await self._stop.wait()
-        _logger.info("stopped at step %d", self._executor.step)
+            _logger.info("stopping: steps that run are finished first")
+        await self._work(self._registry.park_all)
+        _logger.info("stopped")
 
     async def _attend(self, peer: Peer) -> None:
-        """Serve one client from its hello to its end, or tell it that another is served."""
-        if self._busy:
-            _logger.warning("%s refused: busy", peer.name)
-            await self._refuse(peer)
-            return
-        self._busy = True
-        session = Session(self._executor)
+        """Serve one connection from its greeting to its end."""
+        conversation = Conversation(self._registry)
         _logger.info("%s came", peer.name)
         try:
-            while not session.is_closed:
-                await self._reply(peer, session, await peer.receive())
-            _logger.info("%s left at step %d", peer.name, self._executor.step)
+            while not conversation.is_closed:
+                content = await self._next_message(peer, conversation)
+                if content is None:
+                    await peer.close(RESTARTING, "the server stops")
+                    break
+                await self._handle(peer, conversation, content)
+            _logger.info("%s left%s", peer.name, _describe_step(conversation))
         except ConnectionLost as error:
-            _logger.warning("%s; step %d stands", error, self._executor.step)
+            _logger.warning("%s%s", error, _describe_step(conversation))
         finally:
-            await asyncio.shield(self._work(session.abandon))
-            self._busy = False
+            conversation.end()
 
-    async def _reply(self, peer: Peer, session: Session, content: bytes) -> None:
-        replies = session.handle(content)
-        advance = partial(next, replies, None)
-        pending = self._work(advance)
-        while (chunks := await pending) is not None:
-            pending = self._work(advance)  # goes on while the reply is sent
-            try:
-                await peer.send(chunks)
-            finally:
-                await asyncio.wait([pending])
-
-    async def _refuse(self, peer: Peer) -> None:
-        busy = ServerBusy()
-        protocol = Protocol(self._executor.manifest, SERVER)
+    async def _next_message(self, peer: Peer, conversation: Conversation) -> bytes | None:
+        """Wait for a message; ``None`` once the server stops and no step is in the middle."""
+        assert self._stop is not None
+        receiving = asyncio.ensure_future(peer.receive())
+        stopping = asyncio.ensure_future(self._stop.wait())
         try:
-            await peer.receive()
-            await peer.send(protocol.send(Fault(code=type(busy).__name__, reason=str(busy))))
-        except ConnectionLost:
+            await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done() and conversation.is_mid_step:
+                await asyncio.wait((receiving,), timeout=STOP_GRACE)
+            if self._stop.is_set() and not (receiving.done() and conversation.is_mid_step):
+                return None
+            return await receiving
+        finally:
+            stopping.cancel()
+            receiving.cancel()
+            await asyncio.wait((receiving, stopping))
+
+    async def _handle(self, peer: Peer, conversation: Conversation, content: bytes) -> None:
+        try:
+            incoming = await self._work(partial(conversation.read, content))
+        except SplitonnxError as error:
+            _logger.warning("%s: %s", peer.name, error)
+            async with self._own(conversation):
+                await self._reply(peer, conversation.refuse(error))
             return
+        async with self._own(conversation):
+            await self._reply(peer, conversation.answer(incoming))
+
+    @asynccontextmanager
+    async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
+        """Have the conversation's session for oneself."""
+        if conversation.session is None:
+            yield
+            return
+        name = conversation.session.id
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        async with lock:
+            yield
+
+    async def _reply(self, peer: Peer, replies: Iterator[Reply]) -> None:
+        """Send replies as they become ready; the work goes on to its end in any case."""
+        advance = partial(next, replies, None)
+        lost: ConnectionLost | None = None
+        pending = self._work(advance)
+        while (chunks := await asyncio.shield(pending)) is not None:
+            pending = self._work(advance)  # goes on while the reply is sent
+            if lost is None:
+                try:
+                    await peer.send(chunks)
+                except ConnectionLost as error:
+                    lost = error
+        if lost is not None:
+            raise lost
 
     def _work(self, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
         """Run a function in the worker's thread."""
         return asyncio.get_running_loop().run_in_executor(self._worker, function)
+
+
+def _describe_step(conversation: Conversation) -> str:
+    session = conversation.session
+    return "" if session is None else f"; session {session.id} at step {session.executor.step}"

@@ -1,116 +1,224 @@
-"""A session: the server's side of one client, without a network.
+"""A session: one client's training against its own copy of the server's part, without a network.
 
-Messages in, replies out, one by one as soon as each is ready, so that a gradient leaves before
-the server's own update runs.  It knows the protocol and the executor; threads, sockets and how
-many clients there are is the server's business.
+It outlives the connections that it is reached by.  Messages in, replies out, one by one as soon
+as each is ready, so that a gradient leaves before the server's own update runs.  Who may have the
+session, and how many there are, is the registry's business; bytes are the conversation's.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import msgspec
 import numpy as np
 
-from splitonnx.codecs import Chunk
-from splitonnx.errors import BundleMismatch, RemoteProtocolError, SplitonnxError
-from splitonnx.messages import Bye, Fault, Hello, Message, Save, Saved, TaskKey, Tensors, Welcome
-from splitonnx.runtime.executors import TRAIN, Executor
-from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.errors import (
+    BundleError,
+    NotSaved,
+    RemoteProtocolError,
+    SessionLost,
+    StaleConnection,
+)
+from splitonnx.manifests import TRAIN
+from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
+from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.ledgers import Ledger, Reply, Verdict
+
+Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 
 class Session:
-    """The server's half of one conversation; not safe for use from two threads at a time.
+    """The server's half of one training; one message at a time is the caller's business.
 
-    ``executor`` outlives the session: the next client finds the state that this one left.
+    ``executor`` holds its state and ``store`` its checkpoints, ``None`` where there is no folder.
+    ``start`` is an executor at the state that the session began from, if that is known.
+    ``generation`` is the newest connection's.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(
+        self,
+        name: str,
+        *,
+        owner: str,
+        executor: Executor,
+        start: Executor | None,
+        store: CheckpointStore | None,
+    ) -> None:
+        self.id = name
+        self.owner = owner
         self.executor = executor
-        self._protocol = Protocol(executor.manifest, SERVER)
-        self._open: set[TaskKey] = set()
+        self.ledger = Ledger(executor.step)
+        self.generation = 0
+        self._start = start
+        self._store = store
+        self._saved = executor.step
+        self._running: TaskKey | None = None
+        self._asked: TaskKey | None = None
+        self._asked_turns = self._asked_replies = 0
 
     @property
-    def is_closed(self) -> bool:
-        """Whether the conversation has ended."""
-        return self._protocol.state is State.CLOSED
+    def is_saved(self) -> bool:
+        """Whether the state is one that can be had again: on disk, or where it began."""
+        return self._saved == self.executor.step
 
-    def handle(self, content: Chunk | bytearray) -> Iterator[list[Chunk]]:
-        """Act on one message and yield the replies, each as chunks to be sent as one message.
+    def greet(self, hello: Hello) -> int:
+        """Give the session to a new connection; return the step at which both sides go on.
 
-        An error becomes a Fault as the last reply and ends the conversation; an unfinished task
-        is given up, and the state is as it was before it.
+        Raises:
+            StaleConnection: a connection of that generation or a newer one was there before.
+            SessionLost: there is no step at which both could go on.
         """
+        if hello.generation <= self.generation:
+            raise StaleConnection(hello.generation, self.generation)
+        if self.ledger.suits(hello.step, is_open=hello.is_open):
+            step = hello.step
+        else:
+            step = self._find_common(hello)
+            self._go_back(step)
+        self.generation = hello.generation
+        return step
+
+    def check_generation(self, generation: int) -> None:
+        """Raise unless the connection is the session's newest.
+
+        Raises:
+            StaleConnection: a newer one took the session over.
+        """
+        if generation != self.generation:
+            raise StaleConnection(generation, self.generation)
+
+    def work(
+        self, message: Tensors, tensors: Mapping[str, np.ndarray], digest: bytes, encode: Encoder
+    ) -> Iterator[Reply]:
+        """Act on the wires of a task and yield the replies, each once it is ready.
+
+        ``digest`` identifies the message's bytes.  A message of a training step that was acted on
+        before gets the replies that it got then.  After an error :meth:`abandon` is due.
+
+        Raises:
+            RemoteProtocolError, StepConflict: the message is not one that may come now.
+            DataError, StageFailed: the task cannot be carried out.
+        """
+        if message.phase != TRAIN:
+            yield from self._answer(message, tensors, encode)
+            return
+        match self.ledger.judge(message.step, message.turn, digest):
+            case Verdict.REPEAT:
+                yield from self.ledger.repeat(message.step, message.turn)
+                return
+            case Verdict.BEGIN:
+                self.abandon()
+                self._begin(message)
+                self._running = message.key
+                self.ledger.begin(digest)
+            case Verdict.GO_ON:
+                if message.key != self._running:
+                    raise RemoteProtocolError(f"it goes on with {message.key}, which is not open")
+                self.ledger.go_on(digest)
+        self.executor.deliver(message.key, tensors)
+        for wires in self.executor.advance(message.key):
+            reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
+            yield self.ledger.answer(encode(reply, wires))
+        if self.executor.is_finished(message.key):
+            self.executor.finish(message.key)
+            self._running = None
+            self.ledger.commit()
+
+    def save(self, message: Save) -> Saved | Unsaved:
+        """Write the state to disk, durably, as a checkpoint or as the outcome as well.
+
+        Raises:
+            RemoteProtocolError: the client stands at another step.
+        """
+        if message.step != self.executor.step or self.ledger.is_open:
+            raise RemoteProtocolError(
+                f"it would save step {message.step}, the server stands at {self.executor.step}"
+            )
         try:
-            message, tensors = self._protocol.receive(content)
-            yield from self._answer(message, tensors)
-        except SplitonnxError as error:
-            self.abandon()
-            if not self.is_closed:
-                yield self._protocol.send(Fault(code=type(error).__name__, reason=str(error)))
+            if self._store is None:
+                raise BundleError("bundle in memory", "it has no folder to save the state in")
+            self._store.write(self._make_checkpoint())
+            if message.publish:
+                self.executor.publish(session=self.id)
+        except (BundleError, NotSaved) as error:
+            return Unsaved(session=self.id, step=message.step, reason=str(error))
+        self._saved = message.step
+        return Saved(session=self.id, step=message.step)
+
+    def park(self) -> None:
+        """Write the state to disk if it is not there: the session is about to leave the memory.
+
+        An unfinished step is given up.
+
+        Raises:
+            NotSaved: it cannot be written.
+        """
+        self.abandon()
+        if self._store is not None and not self.is_saved:
+            self._store.write_stopped(self._make_checkpoint())
+            self._saved = self.executor.step
 
     def abandon(self) -> None:
-        """Give up every unfinished task."""
-        while self._open:
-            self.executor.abandon(self._open.pop())
+        """Give up every unfinished task; the state is as it was before them."""
+        for key in (self._running, self._asked):
+            if key is not None:
+                self.executor.abandon(key)
+        self._running = self._asked = None
+        self.ledger.abandon()
 
-    def _answer(self, message: Message, tensors: Mapping[str, np.ndarray]) -> Iterator[list[Chunk]]:
-        match message:
-            case Hello():
-                yield self._greet(message)
-            case Tensors():
-                yield from self._work(message, tensors)
-            case Save():
-                self._check_session(message.session)
-                self._check_step(message.step)
-                self.executor.save()
-                yield self._protocol.send(Saved(session=self.id, step=self.executor.step))
-            case Bye() | Fault():
-                self.abandon()
-            case _:
-                raise RemoteProtocolError(f"a server takes no {type(message).__name__}")
-
-    def _greet(self, hello: Hello) -> list[Chunk]:
-        executor = self.executor
-        if hello.step != executor.step:
-            raise BundleMismatch(
-                "the number of steps trained",
-                str(executor.step),
-                str(hello.step),
-                "restart the server to go back to what was last saved",
-            )
-        welcome = Welcome(
-            session=self.id,
-            digest=executor.manifest.digest,
-            step=executor.step,
-            wires=list_wires(executor.manifest),
+    def _begin(self, message: Tensors) -> None:
+        self.executor.begin(
+            message.key, data={}, seed=message.seed, learning_rate=message.learning_rate
         )
-        return self._protocol.send(welcome)
 
-    def _work(self, message: Tensors, tensors: Mapping[str, np.ndarray]) -> Iterator[list[Chunk]]:
-        self._check_session(message.session)
-        if message.phase == TRAIN:
-            self._check_step(message.step)
+    def _answer(
+        self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
+    ) -> Iterator[Reply]:
+        """Carry out a task that changes nothing, and may so be computed again."""
         key = message.key
-        if key not in self._open:
-            self.executor.begin(
-                key, data={}, seed=message.seed, learning_rate=message.learning_rate
-            )
-            self._open.add(key)
+        if message.turn == 0:
+            if self._asked is not None:
+                self.executor.abandon(self._asked)
+            self._begin(message)
+            self._asked, self._asked_turns, self._asked_replies = key, 0, 0
+        elif key != self._asked or message.turn != self._asked_turns:
+            raise RemoteProtocolError(f"message {message.turn} of {key} is not due now")
+        self._asked_turns += 1
         self.executor.deliver(key, tensors)
         for wires in self.executor.advance(key):
-            yield self._protocol.send(message, wires)
+            yield encode(msgspec.structs.replace(message, turn=self._asked_replies), wires)
+            self._asked_replies += 1
         if self.executor.is_finished(key):
             self.executor.finish(key)
-            self._open.discard(key)
+            self._asked = None
 
-    def _check_session(self, session: str) -> None:
-        if session != self.id:
-            raise RemoteProtocolError(f"it speaks of session '{session}', this is '{self.id}'")
+    def _find_common(self, hello: Hello) -> int:
+        """Find the newest step that both sides can go back to."""
+        present = {self.ledger.step}
+        if self._store is not None:
+            present.update(self._store.steps())
+        if self._start is not None:
+            present.add(self._start.step)
+        for step in hello.candidates:
+            if step in present:
+                return step
+        raise SessionLost(self.id, hello.candidates, sorted(present, reverse=True))
 
-    def _check_step(self, step: int) -> None:
-        if step != self.executor.step:
-            raise RemoteProtocolError(
-                f"it stands at step {step}, the server at {self.executor.step}"
-            )
+    def _go_back(self, step: int) -> None:
+        self.abandon()
+        if step == self.ledger.step:
+            return
+        if self._store is not None and step in self._store.steps():
+            self._store.rewind(step)
+            self.executor.restore(self._store.read(step).tensors, step)
+        elif self._start is not None and step == self._start.step:
+            self.executor = self._start.fork()
+        self.ledger = Ledger(step)
+        self._saved = step
+
+    def _make_checkpoint(self) -> Checkpoint:
+        executor = self.executor
+        return Checkpoint(
+            session=self.id, step=executor.step, tensors=executor.state(), owner=self.owner
+        )

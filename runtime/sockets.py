@@ -288,6 +288,10 @@ class Peer:
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
 
+    async def close(self, code: int, reason: str) -> None:
+        """End the connection and say why."""
+        await self._socket.close(code, reason)
+
     async def receive(self) -> bytes:
         """Wait for the next message, as long as the limits allow."""
         fragments = self._guest.recv_streaming(decode=False)

@@ -1,6 +1,6 @@
 """How messages get from a client to its server and back: one narrow interface.
 
-The websocket lives in :mod:`sockets`; the one here links a client with a server's session in the
+The websocket lives in :mod:`sockets`; the one here links a client with a server's part in the
 same process and thread, for tests and for verifying a bundle.  It encodes and decodes like any
 other and does everything in one order, so that a run can be repeated exactly.
 """
@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost
-from splitonnx.runtime.sessions import Session
+from splitonnx.errors import ConnectionLost, LocalProtocolError
+from splitonnx.runtime.conversations import Conversation
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.registries import Registry
 
 
 class Transport(Protocol):
@@ -40,31 +42,38 @@ class Transport(Protocol):
 
 
 class MemoryTransport:
-    """A client's connection to a session in the same thread.
+    """A client's connection to a conversation in the same thread.
 
     The server's work is done when the client waits for a reply, and what is left of it before
     the client's next message, at :meth:`drain` and at :meth:`close`.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, conversation: Conversation) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._session = session
+        self._conversation = conversation
         self._replies: Iterator[list[Chunk]] = iter(())
         self._waiting: list[bytes] = []
         self._closed = False
 
+    @property
+    def executor(self) -> Executor:
+        """The server's side of the session; there is one once the client said hello."""
+        if self._conversation.session is None:
+            raise LocalProtocolError("nobody has said hello")
+        return self._conversation.session.executor
+
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Hand the session one message."""
+        """Hand the conversation one message."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()
         content = b"".join(chunks)
         self.bytes_sent += len(content)
-        self._replies = self._session.handle(content)
+        self._replies = self._conversation.handle(content)
 
     def receive(self) -> bytes:
-        """Let the session work until its next reply."""
+        """Let the server work until its next reply."""
         content = self._waiting.pop(0) if self._waiting else self._next_reply()
         if content is None:
             raise ConnectionLost("the server", "it has nothing to say")
@@ -72,7 +81,7 @@ class MemoryTransport:
         return content
 
     def drain(self) -> None:
-        """Let the session finish what it was told; its replies are kept."""
+        """Let the server finish what it was told; its replies are kept."""
         while (content := self._next_reply()) is not None:
             self._waiting.append(content)
 
@@ -80,9 +89,14 @@ class MemoryTransport:
         """End the connection."""
         if not self._closed:
             self.drain()
-            self._session.abandon()
+            self._conversation.end()
         self._closed = True
 
     def _next_reply(self) -> bytes | None:
         chunks = next(self._replies, None)
         return None if chunks is None else b"".join(chunks)
+
+
+def connect_in_memory(executor: Executor) -> MemoryTransport:
+    """Connect to a server of its own for ``executor``'s part, whose state it starts from."""
+    return MemoryTransport(Conversation(Registry(executor)))

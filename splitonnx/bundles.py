@@ -45,8 +45,9 @@ class PartyBundle:
 
     ``graphs`` maps the graph files' names to ONNX models.  ``weights`` are what training starts
     from: parameters, frozen weights and buffers.  ``trained`` is the state after ``step`` updates,
-    optimizer included, or ``None`` before the first.  ``path`` is the folder, or ``None`` for a
-    bundle in memory.  Arrays are read-only.
+    optimizer included, or ``None`` before the first; ``session`` is the one that trained it, and
+    ``position`` where it stood in its data, as the runtime wrote it.  ``path`` is the folder, or
+    ``None`` for a bundle in memory.  Arrays are read-only.
     """
 
     manifest: PartyManifest
@@ -54,6 +55,8 @@ class PartyBundle:
     weights: Mapping[str, np.ndarray] = field(repr=False)
     trained: Mapping[str, np.ndarray] | None = field(default=None, repr=False)
     step: int = 0
+    session: str = ""
+    position: str = ""
     path: Path | None = None
 
     @classmethod
@@ -82,6 +85,8 @@ class PartyBundle:
             weights=weights,
             trained=trained,
             step=int(step),
+            session=metadata.get("session", ""),
+            position=metadata.get("position", ""),
             path=folder,
         )
 
@@ -180,16 +185,29 @@ class Bundle:
                 write_file(folder / name / file, [graph])
             write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
             if party.trained is not None:
-                write_state(folder / name, party.trained, party.step, party.manifest.digest)
+                write_state(
+                    folder / name,
+                    party.trained,
+                    party.step,
+                    party.manifest.digest,
+                    session=party.session,
+                    position=party.position,
+                )
 
 
 def write_state(
-    path: str | Path, tensors: Mapping[str, np.ndarray], step: int, digest: str
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    step: int,
+    digest: str,
+    *,
+    session: str = "",
+    position: str = "",
 ) -> None:
     """Write a party's state into its folder ``path``, whole or not at all.
 
     ``tensors`` is everything the manifest's state lists; ``step`` the number of updates so far;
-    ``digest`` the bundle's.
+    ``digest`` the bundle's; ``session`` and ``position`` as :class:`PartyBundle` has them.
 
     Raises:
         BundleError: it cannot be written there.
@@ -198,7 +216,9 @@ def write_state(
     fresh = target.with_name(f".{STATE}.{os.getpid()}")
     try:
         try:
-            write_file(fresh, encode_tensors(tensors, {"step": str(step), "digest": digest}))
+            facts = {"step": str(step), "digest": digest, "session": session, "position": position}
+            written = {name: fact for name, fact in facts.items() if fact}
+            write_file(fresh, encode_tensors(tensors, written))
             os.replace(fresh, target)
         finally:
             fresh.unlink(missing_ok=True)

@@ -11,6 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
+def _list_steps(steps: Iterable[int]) -> str:
+    return " or ".join(str(step) for step in steps) or "none"
+
+
 def quote(names: Iterable[str]) -> str:
     """Join names for a sentence: ``'a', 'b'``."""
     return ", ".join(f"'{name}'" for name in names)
@@ -212,6 +216,21 @@ class NotFinite(DataError):
 
 
 @dataclass(eq=False)
+class NormTooLarge(DataError):
+    """A gradient is larger than the limit that was set against poisoned ones."""
+
+    name: str
+    norm: float
+    limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"the gradient '{self.name}' has the norm {self.norm:g}, over the limit of "
+            f"{self.limit:g}; nothing was updated with it"
+        )
+
+
+@dataclass(eq=False)
 class UnusableData(DataError):
     """The data's file or iterable itself cannot be read as arrays."""
 
@@ -285,6 +304,20 @@ class UnwritableFile(SplitonnxError):
 
     def __str__(self) -> str:
         return f"{self.path} cannot be written: {self.reason}"
+
+
+@dataclass(eq=False)
+class UnfinishedRun(SplitonnxError):
+    """Training in this folder was broken off, and another run is about to begin."""
+
+    path: str
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: training was broken off at step {self.step}; go on with --resume, or "
+            "give that run up with --restart"
+        )
 
 
 # --- the environment ------------------------------------------------------------------------
@@ -382,10 +415,78 @@ class BundleMismatch(ProtocolError):
 
 @dataclass(eq=False)
 class ServerBusy(ProtocolError):
-    """The server is training with another client."""
+    """The server has as many clients or sessions as it takes; ``limit`` says which and how many."""
+
+    limit: str
 
     def __str__(self) -> str:
-        return "the server is busy with another client; try again when that one is done"
+        return f"the server is full ({self.limit}); try again later"
+
+
+@dataclass(eq=False)
+class StaleConnection(ProtocolError):
+    """A newer connection has taken the session over; ``newest`` is its generation."""
+
+    generation: int
+    newest: int
+
+    def __str__(self) -> str:
+        return (
+            f"connection {self.generation} of this session was replaced by connection "
+            f"{self.newest}; two clients must not train one session"
+        )
+
+
+@dataclass(eq=False)
+class SessionLost(ProtocolError):
+    """The server cannot go on with a session at any step at which the client could."""
+
+    session: str
+    wanted: Sequence[int]
+    present: Sequence[int]
+
+    def __str__(self) -> str:
+        return (
+            f"the server cannot go on with session {self.session}: the client could at step "
+            f"{_list_steps(self.wanted)}, the server at {_list_steps(self.present)}; serve with "
+            "--resume the folder that it was trained with, or train anew with --restart"
+        )
+
+
+@dataclass(eq=False)
+class ForeignSession(ProtocolError):
+    """A session that belongs to another token's owner was asked for."""
+
+    session: str
+
+    def __str__(self) -> str:
+        return f"session {self.session} was begun with another token; only that one goes on with it"
+
+
+@dataclass(eq=False)
+class StepConflict(ProtocolError):
+    """A step that was made already is asked for once more, with other inputs."""
+
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step} was made already, with other inputs; train with the same data, "
+            "batches and seed, or anew with --restart"
+        )
+
+
+@dataclass(eq=False)
+class StepsLost(ProtocolError):
+    """The server lost steps, and both sides went back to ``step``: go on from there."""
+
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"the server lost its newest steps, and both sides went back to step {self.step}; "
+            "give it the batches again from there"
+        )
 
 
 @dataclass(eq=False)

@@ -28,6 +28,9 @@ from splitonnx.tensors import TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
 
+TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
+"""The names of the phases."""
+
 KEY = "splitonnx.key"
 """Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it."""
 LEARNING_RATE = "splitonnx.learning_rate"

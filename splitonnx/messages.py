@@ -17,7 +17,7 @@ from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
 from splitonnx.errors import FormatError
 from splitonnx.manifests import Wire
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol; both sides must speak the same."""
 MAX_HEADER = 1 << 20
 """Bytes.  A greeting lists every wire, some 200 bytes each; other messages stay below 16 KiB."""
@@ -37,17 +37,42 @@ class TaskKey(msgspec.Struct, frozen=True):
     micro_batch: int
 
 
+class Login(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Client: this is my token.  For browsers, which cannot set a header."""
+
+    token: str
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: I have this bundle and have made so many steps."""
+    """Client: I have this bundle and stand at this step of this session.
+
+    ``session`` is 32 hex digits of the client's choice, new or one to go on with.  It began at
+    step ``start``, from a state that came out of session ``origin``, empty for an untrained
+    bundle.  ``generation`` counts the session's connections: it must be larger than that of any
+    before.  ``kept`` are the steps that the client has checkpoints of; without any it can go back
+    to ``start``.  ``is_open`` says that it is in the middle of ``step`` and will send that step's
+    messages again.
+    """
 
     protocol: int = PROTOCOL
     digest: str
+    session: str
+    origin: str = ""
+    start: int = 0
+    generation: int = 1
     step: int
+    kept: tuple[int, ...] = ()
+    is_open: bool = False
     wires: Wires
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The steps at which the client could go on, the newest first."""
+        return tuple(sorted({self.step, *(self.kept or (self.start,))}, reverse=True))
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: so have I; this is our session."""
+    """Server: so have I; we go on at ``step``, the client's own or one that it kept."""
 
     session: str
     digest: str
@@ -56,12 +81,17 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Either: wires of a task.  ``seed`` and ``learning_rate`` are the client's to choose."""
+    """Either: wires of a task.  ``seed`` and ``learning_rate`` are the client's to choose.
+
+    ``turn`` counts its sender's messages of the task from 0.  A message that is sent again is the
+    same to the byte.
+    """
 
     session: str
     phase: str
     step: int
     micro_batch: int
+    turn: int
     seed: int
     learning_rate: float
 
@@ -72,10 +102,14 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: write your state to disk; we have made so many steps."""
+    """Client: write your state at ``step`` to disk, durably; then I write mine.
+
+    ``publish``: as the outcome of the training, and not only to go back to.
+    """
 
     session: str
     step: int
+    publish: bool = False
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -85,18 +119,30 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: int
 
 
+class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Server: it could not be written; what was saved before stands, and training may go on."""
+
+    session: str
+    step: int
+    reason: str
+
+
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Either: this went wrong here, and this connection ends.  ``code`` is the error's class."""
+    """Either: this went wrong here, and this connection ends.  ``code`` is the error's class.
+
+    ``newest``: with ``StaleConnection``, the generation of the session's newest connection.
+    """
 
     code: str
     reason: str
+    newest: int = 0
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Client: I am done."""
 
 
-Message = Hello | Welcome | Tensors | Save | Saved | Fault | Bye
+Message = Login | Hello | Welcome | Tensors | Save | Saved | Unsaved | Fault | Bye
 
 
 def encode_message(

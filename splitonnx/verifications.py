@@ -25,8 +25,7 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def compare_steps(
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
     server = Executor(parties["server"], Engine(threads=1)) if "server" in parties else None
-    link = None if server is None else MemoryTransport(Session(server))
+    link = None if server is None else connect_in_memory(server)
     batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
     with (
         Client(parties["client"], link, threads=1, seed=seed) as split,
@@ -118,9 +117,9 @@ def compare_steps(
             split_loss = float(split.step(batch)["loss"])
             whole_loss = float(unsplit.step(batch)["loss"])
             state = dict(split.state())
-            if server is not None and link is not None:
+            if link is not None:
                 link.drain()
-                state |= server.state()
+                state |= link.executor.state()
             differences = {"loss": _compare(np.float64(split_loss), np.float64(whole_loss))}
             wanted = {
                 s.tensor.name

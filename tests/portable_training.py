@@ -19,8 +19,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine, installed_runtime
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 
 BATCH = 8
 
@@ -31,13 +30,13 @@ def train(folder: Path, size: int = BATCH) -> None:
     data = dict(np.load(folder / "data.npz"))
     samples = len(data["labels"])
     losses = []
-    link = MemoryTransport(Session(server))
+    link = connect_in_memory(server)
     with Client(folder / "bundle" / "client", link, threads=1) as client:
         for start in range(0, samples, size):
             batch = {name: array[start : start + size] for name, array in data.items()}
             losses.append(client.step(batch)["loss"])
         link.drain()
-        trained: dict[str, Any] = {**server.state(), **client.state()}
+        trained: dict[str, Any] = {**link.executor.state(), **client.state()}
         np.savez(folder / "trained.npz", **trained | {"#losses": np.array(losses)})
 
 

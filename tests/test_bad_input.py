@@ -42,8 +42,7 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.servers import Server
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 from tests.zoo import FLOAT, INT64, ZOO, Net
 
 
@@ -53,8 +52,8 @@ def make_bundle(name: str = "chain", at: str = "act1") -> Bundle:
 
 def link(bundle: Bundle) -> tuple[Client, Executor]:
     assert bundle.server is not None
-    server = Executor(bundle.server, Engine(threads=1))
-    return Client(bundle.client, MemoryTransport(Session(server)), threads=1), server
+    server = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    return Client(bundle.client, server, threads=1), server.executor
 
 
 # --- the cut --------------------------------------------------------------------------------
@@ -275,7 +274,7 @@ def test_a_client_of_another_bundle_is_refused_with_both_digests() -> None:
     assert other.server is not None
     server = Executor(other.server, Engine(threads=1))
     with pytest.raises((BundleMismatch, SplitonnxError)) as caught:
-        Client(one.client, MemoryTransport(Session(server)))
+        Client(one.client, connect_in_memory(server))
     sentence = str(caught.value)
     assert one.client.manifest.digest in sentence
     assert other.client.manifest.digest in sentence
@@ -286,17 +285,16 @@ def test_wires_that_differ_are_named_with_both_shapes() -> None:
     assert other.server is not None
     server = Executor(other.server, Engine(threads=1))
     with pytest.raises(SplitonnxError, match="act1@server") as caught:
-        Client(one.client, MemoryTransport(Session(server)))
+        Client(one.client, connect_in_memory(server))
     assert "F32[N, 7]" in str(caught.value)
 
 
 def test_parties_at_different_steps_are_refused(tmp_path: Path) -> None:
     bundle = make_bundle()
     assert bundle.server is not None
-    state = dict(bundle.server.state())
-    ahead = replace(bundle.server, trained=state, step=3)
+    ahead = replace(bundle.client, trained=bundle.client.state(), step=3)
     with pytest.raises(SplitonnxError, match="number of steps"):
-        Client(bundle.client, MemoryTransport(Session(Executor(ahead, Engine(threads=1)))))
+        Client(ahead, connect_in_memory(Executor(bundle.server, Engine(threads=1))))
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -319,7 +317,7 @@ def test_a_connection_lost_while_training_is_said_and_the_state_kept() -> None:
     bundle = make_bundle()
     assert bundle.server is not None
     with Server(bundle.server, port=0) as server:
-        client = Client(bundle.client, server.url)
+        client = Client(bundle.client, server.url, give_up_after=0.1)
         client.step(ZOO["chain"].data(8))
         before = {name: array.copy() for name, array in client.state().items()}
     with pytest.raises(ConnectionLost):

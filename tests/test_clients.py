@@ -21,13 +21,20 @@ from splitonnx.errors import (
     UnusableData,
     UsageError,
 )
-from splitonnx.messages import Fault, Message, Tensors, Welcome, decode_message, encode_message
+from splitonnx.messages import (
+    Fault,
+    Hello,
+    Message,
+    Tensors,
+    Welcome,
+    decode_message,
+    encode_message,
+)
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.histories import Evaluation, StepRecord
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import MemoryTransport, connect_in_memory
 from tests import tiny
 
 DATA = {
@@ -40,11 +47,11 @@ def local_client(seed: int = 0) -> Client:
     return Client(tiny.local_bundle().client, threads=1, seed=seed)
 
 
-def split_client(seed: int = 0) -> tuple[Client, Session]:
+def split_client(seed: int = 0) -> tuple[Client, MemoryTransport]:
     bundle = tiny.split_bundle()
     assert bundle.server is not None
-    session = Session(Executor(bundle.server, Engine(threads=1)))
-    return Client(bundle.client, MemoryTransport(session), threads=1, seed=seed), session
+    server = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    return Client(bundle.client, server, threads=1, seed=seed), server
 
 
 DIGEST = tiny.split_bundle().manifest.digest
@@ -52,14 +59,20 @@ WIRES = {"train": tiny.TRAIN_WIRES, "predict": tiny.PREDICT_WIRES}
 WELCOME = Welcome(session="s", digest=DIGEST, step=0, wires=WIRES)
 
 
-def answer(step: int = 0) -> Tensors:
+def answer(step: int = 0, turn: int = 0) -> Tensors:
     return Tensors(
-        session="s", phase="train", step=step, micro_batch=0, seed=0, learning_rate=tiny.RATE
+        session="s",
+        phase="train",
+        step=step,
+        micro_batch=0,
+        turn=turn,
+        seed=0,
+        learning_rate=tiny.RATE,
     )
 
 
 class Scripted:
-    """A server that gives prepared answers, whatever it is sent.
+    """A server that gives prepared answers in the client's session, whatever it is sent.
 
     An answer is a message, tensors that go with the first step's, or the loss of the connection.
     """
@@ -68,17 +81,25 @@ class Scripted:
         self._answers = list(answers)
         self.bytes_sent = self.bytes_received = 0
         self.said: list[str] = []
+        self._session = ""
+        self._turn = 0
 
     def send(self, chunks: Sequence[bytes | memoryview]) -> None:
         message, _ = decode_message(b"".join(chunks))
         self.said.append(type(message).__name__)
+        if isinstance(message, Hello):
+            self._session = message.session
 
     def receive(self) -> bytes:
         given = self._answers.pop(0)
         if isinstance(given, ConnectionLost):
             raise given
         if isinstance(given, dict):
-            return b"".join(encode_message(answer(), given))
+            message = msgspec.structs.replace(answer(turn=self._turn), session=self._session)
+            self._turn += 1
+            return b"".join(encode_message(message, given))
+        if isinstance(given, Tensors | Welcome):
+            given = msgspec.structs.replace(given, session=self._session)
         return b"".join(encode_message(given))
 
     def close(self) -> None:
@@ -277,11 +298,11 @@ def test_saving_a_whole_model_is_seen_by_the_next_client(tmp_path: Path) -> None
 def test_saving_a_split_model_saves_both_parts(tmp_path: Path) -> None:
     tiny.split_bundle().save(tmp_path / "bundle")
     server = PartyBundle.load(tmp_path / "bundle" / "server")
-    session = Session(Executor(server, Engine(threads=1)))
-    with Client(tmp_path / "bundle" / "client", MemoryTransport(session), threads=1) as client:
+    link = connect_in_memory(Executor(server, Engine(threads=1)))
+    with Client(tmp_path / "bundle" / "client", link, threads=1) as client:
         client.fit(DATA, batch_size=10)
         client.save()
-        state = client.state() | session.executor.state()
+        state = client.state() | link.executor.state()
     saved = Bundle.load(tmp_path / "bundle")
     assert {party.step for party in saved.parties.values()} == {3}
     for party in saved.parties.values():
@@ -292,10 +313,10 @@ def test_saving_a_split_model_saves_both_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("greeting", "error", "sentence"),
     [
-        (Fault(code="ServerBusy", reason="busy"), ServerBusy, "busy with another client"),
+        (Fault(code="ServerBusy", reason="9 sessions"), ServerBusy, "full .9 sessions"),
         (Fault(code="BundleMismatch", reason="not mine"), RemoteFault, "BundleMismatch: not mine"),
         (msgspec.structs.replace(WELCOME, digest="e5"), BundleMismatch, "digest is d1.*e5 there"),
-        (msgspec.structs.replace(WELCOME, step=4), BundleMismatch, "trained is 0 here and 4"),
+        (msgspec.structs.replace(WELCOME, step=4), RemoteProtocolError, "go on at step 4"),
         (answer(), RemoteProtocolError, "Tensors while greeting"),
         (ConnectionLost("the server", "refused"), ConnectionLost, "refused"),
     ],
@@ -319,6 +340,7 @@ GRADIENT = {"h.grad": np.zeros((6, 4), np.float32)}
         ([GRADIENT, ConnectionLost("the server", "gone")], ConnectionLost, "gone"),
         ([Fault(code="StageFailed", reason="stage")], RemoteFault, "StageFailed: stage"),
         ([answer(step=1)], RemoteProtocolError, "step=1.*open is.*step=0"),
+        ([answer(turn=1)], RemoteProtocolError, "message 1 where 0 was due"),
         ([GRADIENT, GRADIENT], RemoteProtocolError, "not expected now"),
         ([{"h.grad": np.zeros((5, 4), np.float32)}], ArrayMismatch, r"where N = 6"),
         ([{"h": np.zeros((6, 4), np.float32)}], RemoteProtocolError, "'h' is no wire"),

@@ -20,8 +20,7 @@ from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.oracles import sample_gradients, to_inference
 from tests.zoo import ZOO
@@ -150,7 +149,7 @@ def test_parts_joined_again_are_the_original_model(name: str, tensor: str) -> No
         assert [v.name for v in merged.get_inputs()] == [v.name for v in original.get_inputs()]
         np.testing.assert_allclose(merged.run(None, inputs)[0], expected, rtol=1e-5, atol=1e-6)
         assert bundle.server is not None
-        link = MemoryTransport(Session(Executor(bundle.server, Engine(threads=1))))
+        link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
         with Client(bundle.client, link, threads=1) as client:
             (predicted,) = client.predict(inputs).values()
         np.testing.assert_allclose(predicted, expected, rtol=1e-5, atol=1e-6)
@@ -199,7 +198,7 @@ def test_outputs_beside_the_trained_one_are_predicted_and_merged(at: str, tail: 
     for name, array in zip(names, merged.run(None, {"x": data["x"]}), strict=True):
         np.testing.assert_allclose(array, expected[name], rtol=1e-6)
     assert bundle.server is not None
-    link = MemoryTransport(Session(Executor(bundle.server, Engine(threads=1))))
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
     with Client(bundle.client, link, threads=1) as client:
         predicted = client.predict({"x": data["x"]})
     assert set(predicted) == {"linear4", "act0"}

@@ -275,7 +275,7 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: 
 
     first = Executor(Bundle.load(tmp_path / "bundle").client, ENGINE)
     train(first, range(2))
-    first.save()
+    first.publish()
     train(first, range(2, 4))
     second = Executor(PartyBundle.load(tmp_path / "bundle" / "client"), ENGINE)
     assert second.step == 2
@@ -284,7 +284,7 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: 
         np.testing.assert_array_equal(second.state()[name], array)
 
 
-def test_a_bundle_in_memory_cannot_be_saved_in_place() -> None:
+def test_a_bundle_in_memory_cannot_be_published_in_place() -> None:
     client, _ = parties()
     with pytest.raises(BundleError, match="no folder"):
-        client.save()
+        client.publish()

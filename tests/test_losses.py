@@ -15,8 +15,7 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 from splitonnx.verifications import verify
 from tests.oracles import LOSSES
 from tests.zoo import FLOAT, INT64, ZOO, Net
@@ -25,7 +24,7 @@ from tests.zoo import FLOAT, INT64, ZOO, Net
 def open_client(bundle: Bundle) -> Client:
     if bundle.server is None:
         return Client(bundle.client, threads=1)
-    link = MemoryTransport(Session(Executor(bundle.server, Engine(threads=1))))
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
     return Client(bundle.client, link, threads=1)
 
 

@@ -13,11 +13,13 @@ from splitonnx.messages import (
     Bye,
     Fault,
     Hello,
+    Login,
     Message,
     Save,
     Saved,
     TaskKey,
     Tensors,
+    Unsaved,
     Welcome,
     decode_message,
     encode_message,
@@ -31,15 +33,27 @@ WIRE = Wire(
     kind=WireKind.ACTIVATION,
 )
 TASK = Tensors(
-    session="s", phase="train", step=2**40, micro_batch=0, seed=-7, learning_rate=0.1 + 0.2
+    session="s", phase="train", step=2**40, micro_batch=0, turn=1, seed=-7, learning_rate=0.1 + 0.2
 )
 EVERY: list[Message] = [
-    Hello(digest="d", step=3, wires={"train": (WIRE,)}),
+    Login(token="secret"),
+    Hello(
+        digest="d",
+        session="s",
+        origin="o",
+        start=1,
+        generation=2,
+        step=3,
+        kept=(3, 2),
+        is_open=True,
+        wires={"train": (WIRE,)},
+    ),
     Welcome(session="s", digest="d", step=3, wires={"train": (WIRE,)}),
     TASK,
-    Save(session="s", step=3),
+    Save(session="s", step=3, publish=True),
     Saved(session="s", step=3),
-    Fault(code="ServerBusy", reason="später"),
+    Unsaved(session="s", step=3, reason="no space left"),
+    Fault(code="StaleConnection", reason="später", newest=3),
     Bye(),
 ]
 

@@ -20,10 +20,12 @@ from splitonnx.messages import (
     Bye,
     Fault,
     Hello,
+    Login,
     Message,
     Save,
     Saved,
     Tensors,
+    Unsaved,
     Welcome,
     encode_message,
 )
@@ -40,18 +42,22 @@ ACTIVATION, GRADIENT = "act1@server", "act1@server_grad"
 def make_messages(manifest: PartyManifest) -> list[Message]:
     wires = list_wires(manifest)
     return [
-        Hello(digest=manifest.digest, step=0, wires=wires),
+        Login(token="t"),
+        Hello(digest=manifest.digest, session="s", step=0, wires=wires),
         Welcome(session="s", digest=manifest.digest, step=0, wires=wires),
         make_task(),
         Save(session="s", step=0),
         Saved(session="s", step=0),
+        Unsaved(session="s", step=0, reason="full"),
         Fault(code="X", reason="y"),
         Bye(),
     ]
 
 
 def make_task(step: int = 0) -> Tensors:
-    return Tensors(session="s", phase="train", step=step, micro_batch=0, seed=0, learning_rate=1e-3)
+    return Tensors(
+        session="s", phase="train", step=step, micro_batch=0, turn=0, seed=0, learning_rate=1e-3
+    )
 
 
 def bring(protocol: Protocol, state: State) -> Protocol:
@@ -60,6 +66,7 @@ def bring(protocol: Protocol, state: State) -> Protocol:
 
 
 MESSAGES = make_messages(MANIFESTS[CLIENT])
+HELLO, WELCOME = MESSAGES[1:3]
 
 
 @pytest.mark.parametrize(("state", "role"), [*product(State, (CLIENT, SERVER))])
@@ -86,8 +93,8 @@ def test_nothing_can_be_said_after_the_end() -> None:
 
 def open_pair() -> tuple[Protocol, Protocol]:
     client, server = (Protocol(MANIFESTS[role], role) for role in (CLIENT, SERVER))
-    server.receive(b"".join(client.send(MESSAGES[0])))
-    client.receive(b"".join(server.send(MESSAGES[1])))
+    server.receive(b"".join(client.send(HELLO)))
+    client.receive(b"".join(server.send(WELCOME)))
     return client, server
 
 
@@ -138,7 +145,7 @@ def test_a_tensor_that_is_no_wire_of_the_sender_is_refused() -> None:
 def test_greetings_of_different_bundles_name_both_sides() -> None:
     for field, value in (("digest", "other"), ("protocol", 9)):
         server = Protocol(MANIFESTS[SERVER], SERVER)
-        hello = msgspec.structs.replace(MESSAGES[0], **{field: value})
+        hello = msgspec.structs.replace(HELLO, **{field: value})
         with pytest.raises(BundleMismatch) as caught:
             server.receive(b"".join(encode_message(hello)))
         assert str(value) in str(caught.value)
@@ -155,7 +162,7 @@ def test_every_field_of_every_wire_is_compared() -> None:
     for variant in variants:
         wires = list_wires(MANIFESTS[CLIENT])
         wires["train"] = (variant, *wires["train"][1:])
-        hello = Hello(digest=MANIFESTS[CLIENT].digest, step=0, wires=wires)
+        hello = msgspec.structs.replace(HELLO, wires=wires)
         with pytest.raises(BundleMismatch, match=wire.tensor.name):
             Protocol(MANIFESTS[SERVER], SERVER).receive(b"".join(encode_message(hello)))
 

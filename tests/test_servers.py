@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import ConnectionLost, RemoteFault, ServerBusy, UsageError
-from splitonnx.messages import Bye, Fault, Hello, Save, Saved, Tensors, Welcome, decode_message
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, UsageError
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    Save,
+    Saved,
+    Tensors,
+    Unsaved,
+    Welcome,
+    decode_message,
+)
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
+from splitonnx.runtime.conversations import Conversation
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
+from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.servers import Server
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.sockets import FRAGMENT, connect
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.sockets import FRAGMENT, WebSocketTransport, connect
+from splitonnx.runtime.transports import connect_in_memory
 from tests.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)
@@ -40,12 +54,11 @@ def server(bundle: Bundle) -> Iterator[Server]:
 
 def train_in_memory(bundle: Bundle) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     assert bundle.server is not None
-    executor = Executor(bundle.server, Engine())
-    link = MemoryTransport(Session(executor))
+    link = connect_in_memory(Executor(bundle.server, Engine()))
     with Client(bundle.client, link) as client:
         client.fit(DATA, batch_size=8)
         link.drain()
-        return client.state(), executor.state()
+        return client.state(), link.executor.state()
 
 
 def test_training_over_a_websocket_is_training_in_memory(bundle: Bundle, server: Server) -> None:
@@ -59,51 +72,49 @@ def test_training_over_a_websocket_is_training_in_memory(bundle: Bundle, server:
     assert all(record.bytes_down > 8 * 6 * 4 for record in history.steps)
 
 
-def test_a_second_client_is_told_that_the_server_is_busy(bundle: Bundle, server: Server) -> None:
-    with Client(bundle.client, server.url) as first:
-        with pytest.raises(ServerBusy, match="busy with another client"):
-            Client(bundle.client, server.url)
-        first.step(DATA)
+def test_several_clients_train_at_once_each_its_own_copy(bundle: Bundle, server: Server) -> None:
+    expected, _ = train_in_memory(bundle)
+    with Client(bundle.client, server.url) as first, Client(bundle.client, server.url) as second:
+        second.step(DATA)
+        first.fit(DATA, batch_size=8)
+        assert first.session != second.session
+        assert (first.steps, second.steps) == (3, 1)
+        for name, array in first.state().items():
+            np.testing.assert_array_equal(array, expected[name])
 
 
-def test_the_next_client_finds_the_state_that_the_last_one_left(
-    bundle: Bundle, server: Server
-) -> None:
+def test_the_next_client_begins_anew(bundle: Bundle, server: Server) -> None:
     with Client(bundle.client, server.url) as client:
-        client.step(DATA)
-    with pytest.raises(RemoteFault, match="restart the server"):
-        Client(bundle.client, server.url)
+        first = client.step(DATA)["loss"]
+    with Client(bundle.client, server.url) as client:
+        assert client.step(DATA)["loss"] == first
 
 
-def test_a_client_that_vanishes_within_a_step_leaves_the_last_whole_step(
+def test_a_client_that_vanishes_within_a_step_goes_on_with_it(
     bundle: Bundle, server: Server
 ) -> None:
-    manifest = bundle.client.manifest
-    transport, protocol = connect(server.url), Protocol(manifest, CLIENT)
-    transport.send(protocol.send(Hello(digest=manifest.digest, step=0, wires=list_wires(manifest))))
-    welcome, _ = protocol.receive(transport.receive())
-    assert isinstance(welcome, Welcome)
-    task = Tensors(
-        session=welcome.session, phase="train", step=0, micro_batch=0, seed=0, learning_rate=1e-3
-    )
-    transport.send(protocol.send(task, {"act1@server": np.ones((4, 7), np.float32)}))
-    reply, tensors = protocol.receive(transport.receive())
-    assert isinstance(reply, Tensors)
-    assert tensors["act3@client"].shape == (4, 6)
-    transport.close()  # before the gradient that the server waits for
-    with connect_when_free(bundle, server) as client:
+    expected, _ = train_in_memory(bundle)
+    cut_off: list[WebSocketTransport] = []
+
+    def dial() -> WebSocketTransport:
+        transport = connect(server.url)
+        if len(cut_off) < 4:
+            cut_off.append(transport)
+            receive, left = transport.receive, iter(range(len(cut_off)))
+
+            def receive_some() -> bytes:
+                if next(left, None) is None:
+                    transport.close()
+                return receive()
+
+            transport.receive = receive_some  # type: ignore[method-assign]
+        return transport
+
+    with Client(bundle.client, dial) as client:
         client.fit(DATA, batch_size=8)
-        assert client.steps == 3
-
-
-def connect_when_free(bundle: Bundle, server: Server) -> Client:
-    """The server notices a lost client a moment later; nothing tells when but trying."""
-    for _ in range(1000):
-        try:
-            return Client(bundle.client, server.url)
-        except ServerBusy:
-            continue
-    raise AssertionError("the server stays busy")
+        for name, array in client.state().items():
+            np.testing.assert_array_equal(array, expected[name])
+    assert len(cut_off) == 4
 
 
 def test_messages_larger_than_a_fragment_arrive_whole() -> None:
@@ -114,7 +125,7 @@ def test_messages_larger_than_a_fragment_arrive_whole() -> None:
     data = zoo_model.data(rows)
     with Server(bundle.server, port=0) as server, Client(bundle.client, server.url) as client:
         (predicted,) = client.predict({"x": data["x"]}, batch_size=rows).values()
-    link = MemoryTransport(Session(Executor(bundle.server, Engine())))
+    link = connect_in_memory(Executor(bundle.server, Engine()))
     with Client(bundle.client, link) as client:
         (expected,) = client.predict({"x": data["x"]}, batch_size=rows).values()
     np.testing.assert_array_equal(predicted, expected)
@@ -134,7 +145,7 @@ def test_text_frames_are_refused_too(server: Server, bundle: Bundle) -> None:
         socket.send("hello")
         fault, _ = decode_message(socket.recv(timeout=30, decode=False))
     assert isinstance(fault, Fault)
-    with connect_when_free(bundle, server) as client:
+    with Client(bundle.client, server.url) as client:
         client.step(DATA)
 
 
@@ -160,60 +171,176 @@ def test_an_address_that_is_none_is_refused() -> None:
 # --- sessions -------------------------------------------------------------------------------
 
 
-def open_session(bundle: Bundle) -> tuple[Session, Protocol, str]:
-    assert bundle.server is not None
-    session = Session(Executor(bundle.server, Engine(threads=1)))
-    manifest = bundle.client.manifest
-    protocol = Protocol(manifest, CLIENT)
-    hello = Hello(digest=manifest.digest, step=0, wires=list_wires(manifest))
-    (reply,) = session.handle(b"".join(protocol.send(hello)))
-    welcome, _ = protocol.receive(b"".join(reply))
-    assert isinstance(welcome, Welcome)
-    return session, protocol, welcome.session
+SESSION = "0123456789abcdef" * 2
 
 
-def ask(
-    session: Session,
-    protocol: Protocol,
-    message: Tensors | Save,
-    wires: dict[str, np.ndarray] | None = None,
-) -> object:
-    replies = list(session.handle(b"".join(protocol.send(message, wires))))
-    return decode_message(b"".join(replies[0]))[0]
+class Caller:
+    """A client by hand: it says what it is told to and hears every reply."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        registry: Registry | None = None,
+        *,
+        session: str = SESSION,
+        generation: int = 1,
+        owner: str = "",
+    ) -> None:
+        assert bundle.server is not None
+        self.manifest = bundle.client.manifest
+        registry = registry or Registry(Executor(bundle.server, Engine(threads=1)))
+        self.conversation = Conversation(registry, owner)
+        self._protocol = Protocol(self.manifest, CLIENT)
+        (self.greeting,) = self.say(
+            Hello(
+                digest=self.manifest.digest,
+                session=session,
+                generation=generation,
+                step=0,
+                wires=list_wires(self.manifest),
+            )
+        )
+
+    def say(self, message: Message, wires: dict[str, np.ndarray] | None = None) -> list[Message]:
+        content = b"".join(self._protocol.send(message, wires))
+        return [self._hear(reply) for reply in self.conversation.handle(content)]
+
+    def _hear(self, reply: list[Chunk]) -> Message:
+        message, self.tensors = self._protocol.receive(b"".join(reply))
+        return message
+
+    @property
+    def step(self) -> int:
+        assert self.conversation.session is not None
+        return self.conversation.session.executor.step
 
 
-def make_task(session: str, step: int = 0) -> Tensors:
+ACTIVATION = {"act1@server": np.ones((2, 7), np.float32)}
+GRADIENT = {"act3@client_grad": np.ones((2, 6), np.float32)}
+
+
+def make_task(session: str = SESSION, step: int = 0, turn: int = 0) -> Tensors:
     return Tensors(
-        session=session, phase="train", step=step, micro_batch=0, seed=0, learning_rate=1e-3
+        session=session,
+        phase="train",
+        step=step,
+        micro_batch=0,
+        turn=turn,
+        seed=0,
+        learning_rate=1e-3,
     )
 
 
-@pytest.mark.parametrize(("other", "step", "reason"), [(True, 0, "session"), (False, 1, "step 1")])
-def test_a_task_of_another_session_or_step_is_refused(
-    bundle: Bundle, other: bool, step: int, reason: str
-) -> None:
-    session, protocol, name = open_session(bundle)
-    task = make_task("someone else" if other else name, step)
-    fault = ask(session, protocol, task, {"act1@server": np.ones((2, 7), np.float32)})
+def expect_fault(replies: list[Message], code: str, reason: str) -> None:
+    (fault,) = replies
     assert isinstance(fault, Fault)
+    assert fault.code == code
     assert reason in fault.reason
-    assert session.is_closed
-    assert session.executor.step == 0
 
 
-def test_saving_in_memory_is_a_fault_and_saving_to_disk_is_answered(
-    bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (make_task("f" * 32), "session"),
+        (make_task(step=1), "step 1"),
+        (make_task(turn=1), "message 1 of step 0"),
+    ],
+)
+def test_a_task_of_another_session_step_or_turn_is_refused(
+    bundle: Bundle, task: Tensors, reason: str
 ) -> None:
-    session, protocol, name = open_session(bundle)
-    assert isinstance(ask(session, protocol, Save(session=name, step=0)), Fault)
-    folder = tmp_path_factory.mktemp("saved") / "bundle"
-    bundle.save(folder)
-    session, protocol, name = open_session(Bundle.load(folder))
-    assert ask(session, protocol, Save(session=name, step=0)) == Saved(session=name, step=0)
-    assert (folder / "server" / "state.safetensors").exists()
+    caller = Caller(bundle)
+    expect_fault(caller.say(task, ACTIVATION), "RemoteProtocolError", reason)
+    assert caller.conversation.is_closed
+    assert caller.step == 0
 
 
-def test_good_bye_ends_a_session_without_a_word(bundle: Bundle) -> None:
-    session, protocol, _ = open_session(bundle)
-    assert list(session.handle(b"".join(protocol.send(Bye())))) == []
-    assert session.is_closed
+def test_a_repeated_message_gets_the_same_reply_and_is_not_acted_on_again(bundle: Bundle) -> None:
+    caller = Caller(bundle)
+    (first,) = caller.say(make_task(), ACTIVATION)
+    computed = caller.tensors
+    assert caller.say(make_task(), ACTIVATION) == [first]
+    assert all(caller.tensors[name] is not computed[name] for name in computed)
+    for name, array in computed.items():
+        np.testing.assert_array_equal(caller.tensors[name], array)
+    (last,) = caller.say(make_task(turn=1), GRADIENT)
+    assert caller.step == 1
+    assert caller.say(make_task(turn=1), GRADIENT) == [last]
+    assert caller.say(make_task(), ACTIVATION) == [first]
+    assert caller.step == 1
+
+
+def test_a_step_that_was_made_is_not_made_again_with_other_inputs(bundle: Bundle) -> None:
+    caller = Caller(bundle)
+    caller.say(make_task(), ACTIVATION)
+    caller.say(make_task(turn=1), GRADIENT)
+    other = {"act1@server": np.zeros((2, 7), np.float32)}
+    expect_fault(caller.say(make_task(), other), "StepConflict", "step 0 was made already")
+    assert caller.step == 1
+
+
+def test_a_step_that_began_may_begin_again_on_another_connection_with_other_inputs(
+    bundle: Bundle,
+) -> None:
+    assert bundle.server is not None
+    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    Caller(bundle, registry).say(make_task(), ACTIVATION)
+    again = Caller(bundle, registry, generation=2)
+    (reply,) = again.say(make_task(), {"act1@server": np.zeros((3, 7), np.float32)})
+    assert isinstance(reply, Tensors)
+    assert {array.shape for array in again.tensors.values()} == {(3, 6)}
+
+
+def test_an_older_connection_of_a_session_can_do_nothing(bundle: Bundle) -> None:
+    assert bundle.server is not None
+    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    old = Caller(bundle, registry)
+    new = Caller(bundle, registry, generation=2)
+    expect_fault(old.say(make_task(), ACTIVATION), "StaleConnection", "replaced by connection 2")
+    late = Caller(bundle, registry, generation=2)
+    assert isinstance(late.greeting, Fault)
+    assert (late.greeting.code, late.greeting.newest) == ("StaleConnection", 2)
+    (reply,) = new.say(make_task(), ACTIVATION)
+    assert isinstance(reply, Tensors)
+
+
+def test_a_session_of_another_owner_is_refused(bundle: Bundle) -> None:
+    assert bundle.server is not None
+    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    Caller(bundle, registry, owner="ann")
+    other = Caller(bundle, registry, owner="bob", generation=2)
+    expect_fault([other.greeting], "ForeignSession", "another token")
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 32, "0" * 33, "0" * 31 + "/"])
+def test_a_session_is_named_by_hex_digits_and_nothing_else(bundle: Bundle, name: str) -> None:
+    expect_fault([Caller(bundle, session=name).greeting], "RemoteProtocolError", "32 hexadecimal")
+
+
+def test_a_full_server_says_so_and_takes_the_next_when_one_leaves(bundle: Bundle) -> None:
+    assert bundle.server is not None
+    registry = Registry(Executor(bundle.server, Engine(threads=1)), sessions=1)
+    first = Caller(bundle, registry)
+    expect_fault([Caller(bundle, registry, session="a" * 32).greeting], "ServerBusy", "1 sessions")
+    assert first.say(Bye()) == []
+    assert isinstance(Caller(bundle, registry, session="b" * 32).greeting, Welcome)
+
+
+def test_saving_in_memory_is_refused_and_saving_to_disk_is_answered(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    (answer,) = Caller(bundle).say(Save(session=SESSION, step=0))
+    assert isinstance(answer, Unsaved)
+    assert "no folder" in answer.reason
+    bundle.save(tmp_path / "bundle")
+    caller = Caller(Bundle.load(tmp_path / "bundle"))
+    assert caller.say(Save(session=SESSION, step=0)) == [Saved(session=SESSION, step=0)]
+    assert not (tmp_path / "bundle" / "server" / "state.safetensors").exists()
+    caller.say(Save(session=SESSION, step=0, publish=True))
+    assert (tmp_path / "bundle" / "server" / "state.safetensors").exists()
+
+
+def test_good_bye_ends_a_conversation_without_a_word(bundle: Bundle) -> None:
+    caller = Caller(bundle)
+    assert caller.say(Bye()) == []
+    assert caller.conversation.is_closed

@@ -24,8 +24,7 @@ from splitonnx.partitioner.preparations import BatchNormMode
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.transports import MemoryTransport
+from splitonnx.runtime.transports import connect_in_memory
 from tests import portable_training
 
 Arrays = Mapping[str, np.ndarray]
@@ -122,7 +121,7 @@ def try_places(
 def train(bundle: Bundle, subject: Subject) -> Trained:
     """Train a bundle in this process over all of the subject's data, in order."""
     server = None if bundle.server is None else Executor(bundle.server, Engine(threads=1))
-    link = None if server is None else MemoryTransport(Session(server))
+    link = None if server is None else connect_in_memory(server)
     kept = _list_kept(bundle)
     losses = []
     with Client(bundle.client, link, threads=1) as client:
@@ -131,9 +130,9 @@ def train(bundle: Bundle, subject: Subject) -> Trained:
             batch = {name: array[piece] for name, array in subject.data.items()}
             losses.append(float(client.step(batch)["loss"]))
         state = dict(client.state())
-        if server is not None and link is not None:
+        if link is not None:
             link.drain()
-            state |= server.state()
+            state |= link.executor.state()
     return Trained(
         losses=np.array(losses), state={n: a.copy() for n, a in state.items() if n in kept}
     )

@@ -55,6 +55,15 @@ OptimizerOption = Annotated[
     str | None,
     typer.Option(help="sgd, adam or adamw (default).", rich_help_panel=_RECIPE),
 ]
+GiveUpAfterOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="How long to try to reach the server; by default the first time once, then forever.",
+        show_default=False,
+    ),
+]
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=_RECIPE)
 ]

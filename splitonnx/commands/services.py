@@ -28,10 +28,18 @@ def serve(
         int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")
     ] = 8765,
     threads: ThreadsOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with sessions that an earlier server left here."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Serve a bundle's server part, one client at a time, until Ctrl-C or SIGTERM."""
-    server = splitonnx.Server(bundle, host=host, port=port, threads=threads)
+    """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
+
+    It ends in good order: running steps are finished, sessions written to disk, clients told to
+    come again.
+    """
+    server = splitonnx.Server(bundle, host=host, port=port, threads=threads, resume=resume)
     _log_to_stderr(logging.ERROR if quiet else logging.INFO)
     server.serve_forever()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from splitonnx.commands.options import (
     DropoutOption,
     ForceOption,
     FreezeOption,
+    GiveUpAfterOption,
     JsonOption,
     LossOption,
     MomentumOption,
@@ -40,7 +42,17 @@ from splitonnx.errors import UsageError
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
-    from splitonnx.runtime.histories import History
+
+
+CHECKPOINT_EVERY = 100
+"""Steps between two checkpoints, unless said otherwise."""
+
+
+class WhenUnsaved(StrEnum):
+    """Choices of ``--when-unsaved``."""
+
+    STOP = "stop"
+    CONTINUE = "continue"
 
 
 def train(
@@ -62,6 +74,22 @@ def train(
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None,
     seed: SeedOption = 0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run that was broken off in this folder."),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Give up the run that was broken off in this folder."),
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints of both halves; 0 for none.")
+    ] = CHECKPOINT_EVERY,
+    when_unsaved: Annotated[
+        WhenUnsaved,
+        typer.Option(help="What to do where a checkpoint cannot be written."),
+    ] = WhenUnsaved.STOP,
+    give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -92,6 +120,7 @@ def train(
     The options under "What is trained, and how" go with --local; a bundle has its own from cut.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
+    refuse_both("--resume", "--restart", resume, restart)
     if not local:
         _refuse_recipe(
             {
@@ -115,6 +144,8 @@ def train(
         bundle = None
     else:
         refuse_both("--local", "--server", local, server)
+        refuse_both("--local", "--resume", local, resume)
+        refuse_both("--local", "--restart", local, restart)
         if force and merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
         if merged is not None:
@@ -133,10 +164,33 @@ def train(
             freeze=freeze or (),
             client_target=(client_target or Target.TRAINING).value,
         )
+    from splitonnx.runtime.datasets import open_dataset
+
     display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
     part = source if bundle is None else bundle.client
-    with splitonnx.Client(part, server, threads=threads, seed=seed) as client:
-        history = _fit(client, display, data, eval_data, epochs, batch_size, lr)
+    with splitonnx.Client(
+        part,
+        server,
+        threads=threads,
+        seed=seed,
+        resume=resume,
+        give_up_after=give_up_after,
+    ) as client:
+        dataset = open_dataset(data)
+        steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
+        with display.showing(steps):
+            history = client.fit(
+                dataset,
+                epochs=epochs,
+                batch_size=batch_size,
+                eval_data=eval_data,
+                learning_rate=lr,
+                checkpoint_every=None if local else checkpoint_every or None,
+                when_unsaved="stop" if when_unsaved is WhenUnsaved.STOP else "continue",
+                restart=restart,
+                on_step=display.show_step,
+                on_epoch=display.show_evaluation,
+            )
         if bundle is None:
             client.save()
         elif merged is not None:
@@ -149,31 +203,6 @@ def _refuse_recipe(options: dict[str, object]) -> None:
     if given:
         raise UsageError(
             f"{', '.join(given)}: with --local only; a bundle was cut with its own settings"
-        )
-
-
-def _fit(
-    client: splitonnx.Client,
-    display: displays.TrainingDisplay,
-    data: Path,
-    eval_data: Path | None,
-    epochs: int,
-    batch_size: int,
-    lr: float | None,
-) -> History:
-    from splitonnx.runtime.datasets import open_dataset
-
-    dataset = open_dataset(data)
-    steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
-    with display.showing(steps):
-        return client.fit(
-            dataset,
-            epochs=epochs,
-            batch_size=batch_size,
-            eval_data=eval_data,
-            learning_rate=lr,
-            on_step=display.show_step,
-            on_epoch=display.show_evaluation,
         )
 
 

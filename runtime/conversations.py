@@ -1,0 +1,160 @@
+"""A conversation: one connection's side at the server, bytes in and bytes out, without a network.
+
+It joins the protocol, which knows what may be said, with the session that the greeting asks for.
+Threads, sockets and the order among several connections of a session are the server's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import RemoteProtocolError, ServerBusy, SplitonnxError, StaleConnection
+from splitonnx.messages import Bye, Fault, Hello, Login, Message, Save, Tensors, Welcome
+from splitonnx.runtime.ledgers import Reply
+from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.sessions import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """A message that was read and checked; ``digest`` is of its bytes."""
+
+    message: Message
+    tensors: Mapping[str, np.ndarray]
+    digest: bytes
+
+
+class Conversation:
+    """The server's half of one connection, of a client that ``owner`` answers for.
+
+    ``session`` is there from the greeting on.  :meth:`read` may be called at any time; while
+    another method is at work nothing else may touch the same session.
+    """
+
+    def __init__(self, registry: Registry, owner: str = "", *, norm: float | None = None) -> None:
+        self.session: Session | None = None
+        self._registry = registry
+        self._owner = owner
+        self._generation = 0
+        self._wires = list_wires(registry.manifest)
+        self._protocol = Protocol(registry.manifest, SERVER, norm=norm)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended."""
+        return self._protocol.state is State.CLOSED
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether a training step of its session was begun and waits for the client."""
+        return self._holds_session and self.session is not None and self.session.ledger.is_open
+
+    def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
+        """Read one message, act on it and yield the replies; each is to be sent as one message.
+
+        An error becomes a Fault as the last reply and ends the conversation; an unfinished task
+        is given up, and the state is as it was before it.
+        """
+        try:
+            incoming = self.read(content)
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+            return
+        yield from self.answer(incoming)
+
+    def read(self, content: Chunk | bytearray) -> Incoming:
+        """Read and check one message, and find the session that a greeting asks for.
+
+        Raises:
+            SplitonnxError: it is to be answered with :meth:`refuse`.
+        """
+        message, tensors = self._protocol.receive(content)
+        if isinstance(message, Hello):
+            self.session = self._registry.find(message, self._owner)
+        digest = hashlib.sha256(content).digest() if isinstance(message, Tensors) else b""
+        return Incoming(message=message, tensors=tensors, digest=digest)
+
+    def answer(self, incoming: Incoming) -> Iterator[Reply]:
+        """Act on a message and yield the replies, as :meth:`handle` does.
+
+        It must be gone through to its end, whether or not the replies can still be sent.
+        """
+        try:
+            yield from self._act(incoming)
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+
+    def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
+        """End the conversation, and tell the client why if that can be told."""
+        if self._holds_session:
+            assert self.session is not None
+            self.session.abandon()
+        if not self.is_closed:
+            newest = error.newest if isinstance(error, StaleConnection) else 0
+            reason = error.limit if isinstance(error, ServerBusy) else str(error)
+            fault = Fault(code=type(error).__name__, reason=reason, newest=newest)
+            yield self._protocol.send(fault)
+
+    def end(self) -> None:
+        """Let go of the session, which stays for the client's next connection; call it once."""
+        if self.session is not None:
+            self._registry.release(self.session)
+
+    @property
+    def _holds_session(self) -> bool:
+        return self.session is not None and self.session.generation == self._generation
+
+    def _act(self, incoming: Incoming) -> Iterator[Reply]:
+        message = incoming.message
+        match message:
+            case Hello():
+                yield self._greet(message)
+            case Tensors():
+                session = self._check_session(message.session)
+                if message.phase not in self._wires:
+                    raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
+                yield from session.work(
+                    message, incoming.tensors, incoming.digest, self._protocol.send
+                )
+            case Save():
+                yield self._protocol.send(self._check_session(message.session).save(message))
+            case Bye():
+                self._leave()
+            case Login() | Fault():
+                pass
+            case _:
+                raise RemoteProtocolError(f"a server takes no {type(message).__name__}")
+
+    def _greet(self, hello: Hello) -> Reply:
+        assert self.session is not None  # found when the greeting was read
+        step = self.session.greet(hello)
+        self._generation = hello.generation
+        manifest = self._registry.manifest
+        return self._protocol.send(
+            Welcome(
+                session=self.session.id,
+                digest=manifest.digest,
+                step=step,
+                wires=self._wires,
+            )
+        )
+
+    def _leave(self) -> None:
+        if self._holds_session:
+            assert self.session is not None
+            self.session.abandon()
+            self._registry.end(self.session)
+
+    def _check_session(self, name: str) -> Session:
+        session = self.session
+        if session is None or name != session.id:
+            own = "none" if session is None else f"'{session.id}'"
+            raise RemoteProtocolError(f"it speaks of session '{name[:40]}', its own is {own}")
+        session.check_generation(self._generation)
+        return session

@@ -1,0 +1,171 @@
+"""What a client keeps so that its training can go on: its session's name, checkpoints, position.
+
+A run is unfinished while its checkpoints are newer than the state that the folder has as its
+outcome.  This module knows files and names; it runs nothing and knows no server.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Self
+
+import msgspec
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleError, UnfinishedRun, UsageError
+from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore, Position, list_sessions
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.links import Standing
+
+
+class Journal:
+    """The record of one client's session; made by :meth:`open`.
+
+    ``position`` is where in its data a resumed run goes on, ``None`` for one that begins.
+    ``is_behind`` says that the last checkpoint could not be written.
+    """
+
+    def __init__(
+        self, party: PartyBundle, session: str, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.session = session
+        self.is_behind = False
+        self._party = party
+        self._origin, self._start = party.session, party.step
+        self._state: Mapping[str, np.ndarray] = party.state()
+        self._store = _open_store(party, session)
+        if checkpoint is not None:
+            self.position = checkpoint.position
+        else:
+            self.position = _read_position(party.position) if party.position else None
+
+    @classmethod
+    def open(cls, executor: Executor, *, resume: bool) -> Self:
+        """Begin a session, or go on with the unfinished one whose state ``executor`` then takes.
+
+        With ``resume`` and nothing unfinished, training begins where the folder's state stands.
+        """
+        party = executor.party
+        found = find_unfinished(party) if resume else None
+        if found is None:
+            journal = cls(party, uuid.uuid4().hex)
+            if not resume:
+                journal.position = None
+            return journal
+        executor.restore(found.tensors, found.step)
+        return cls(party, found.session, found)
+
+    def stand(self, step: int) -> Standing:
+        """Say where the client stands that is at ``step`` now."""
+        kept = () if self._store is None else self._store.steps()
+        return Standing(origin=self._origin, start=self._start, step=step, kept=kept)
+
+    def write(self, executor: Executor, position: Position | None) -> None:
+        """Keep the state as a checkpoint, durably.
+
+        Raises:
+            NotSaved: it cannot be written; those before it stand.
+            BundleError: the bundle is in memory only.
+        """
+        if self._store is None:
+            raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+        self.is_behind = True
+        self._store.write(
+            Checkpoint(
+                session=self.session,
+                step=executor.step,
+                tensors=executor.state(),
+                position=position,
+            )
+        )
+        self.is_behind = False
+
+    def publish(self, executor: Executor, position: Position | None) -> None:
+        """Make the state the folder's outcome; the run is finished, its checkpoints go.
+
+        Raises:
+            BundleError: the bundle is in memory only, or the folder cannot be written.
+        """
+        text = "" if position is None else msgspec.json.encode(position).decode()
+        executor.publish(session=self.session, position=text)
+        self._origin, self._start = self.session, executor.step
+        self._state = executor.state()
+        if self._store is not None:
+            self._store.remove()
+
+    def go_back(self, executor: Executor, step: int) -> Position | None:
+        """Take the state back to a step that was kept, and return the position there.
+
+        Raises:
+            BundleError: there is no such state.
+        """
+        if self._store is not None and step in self._store.steps():
+            self._store.rewind(step)
+            checkpoint = self._store.read(step)
+            executor.restore(checkpoint.tensors, step)
+            return checkpoint.position
+        if step != self._start:
+            raise BundleError(f"session {self.session}", f"no state of step {step} was kept")
+        executor.restore(self._state, step)
+        return None
+
+    def take_position(self, start: Position) -> Position:
+        """Return where in its data a run begins: at ``start``, or where it was broken off.
+
+        Raises:
+            UsageError: it would go on with other data, batches or seed than it began with.
+        """
+        kept, self.position = self.position, None
+        if kept is None:
+            return start
+        for field in ("batch_size", "seed", "shuffle", "samples"):
+            before, now = getattr(kept, field), getattr(start, field)
+            if before != now:
+                raise UsageError(
+                    f"the run was begun with {field.replace('_', ' ')} {before}, not {now}; "
+                    "resume it with the same"
+                )
+        return kept
+
+    def begin_run(self, *, restart: bool) -> None:
+        """See to it that no other run stands unfinished in the folder; ``restart`` deletes it.
+
+        Raises:
+            UnfinishedRun: one does.
+        """
+        found = find_unfinished(self._party)
+        if found is None or found.session == self.session:
+            return
+        if not restart:
+            raise UnfinishedRun(str(self._party.path), found.step)
+        assert self._party.path is not None  # that is where it was found
+        for session in list_sessions(self._party.path):
+            if session != self.session:
+                CheckpointStore(self._party.path, self._party.manifest, session).remove()
+
+
+def find_unfinished(party: PartyBundle) -> Checkpoint | None:
+    """Find the newest checkpoint of the run that was written last, unless it was finished."""
+    if party.path is None:
+        return None
+    for session in list_sessions(party.path):
+        store = CheckpointStore(party.path, party.manifest, session)
+        steps = store.steps()
+        if steps and not (session == party.session and steps[0] <= party.step):
+            return store.read(steps[0])
+    return None
+
+
+def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
+    if party.path is None:
+        return None
+    return CheckpointStore(party.path, party.manifest, session)
+
+
+def _read_position(text: str) -> Position:
+    try:
+        return msgspec.json.decode(text, type=Position)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError("the state's position in the data", str(error)) from error

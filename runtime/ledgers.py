@@ -1,0 +1,120 @@
+"""The ledger of a session: which messages of its newest steps were acted on, and the answers.
+
+A step is made once, however often its messages arrive: what was acted on already is answered
+from the ledger.  It holds the step that runs and the last one that was made, whose answers may
+have been lost on their way; a client that sends the next step has had them all.  Pure
+bookkeeping: it runs nothing, sends nothing and knows no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import RemoteProtocolError, StepConflict
+
+Reply = list[Chunk]
+
+
+class Verdict(Enum):
+    """What is to be done with a message."""
+
+    BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
+    GO_ON = auto()  # the next of the running step
+    REPEAT = auto()  # acted on before: the same replies again
+
+
+@dataclass(kw_only=True)
+class _Turn:
+    digest: bytes
+    replies: list[Reply] = field(default_factory=list)
+
+
+class Ledger:
+    """Knows nothing of what was done before ``step``, the next one to be made."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._running: list[_Turn] = []
+        self._made: list[_Turn] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step was begun and is not yet made."""
+        return bool(self._running)
+
+    def suits(self, step: int, *, is_open: bool) -> bool:
+        """Whether a client at ``step`` can go on as if its connection had never broken.
+
+        ``is_open``: it is in the middle of that step, and will send its messages again.  Then the
+        server may be one step ahead, if it has the answers that were lost.
+        """
+        return step == self.step or (is_open and step == self.step - 1 and bool(self._made))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the answers that are kept."""
+        turns = (*self._running, *self._made)
+        return sum(len(chunk) for turn in turns for reply in turn.replies for chunk in reply)
+
+    def judge(self, step: int, turn: int, digest: bytes) -> Verdict:
+        """Say what is to be done with message ``turn`` of ``step``; nothing changes.
+
+        Raises:
+            RemoteProtocolError: it belongs to another step, or a message before it is missing.
+            StepConflict: the step was made, but with other inputs.
+        """
+        if step == self.step - 1 and self._made:
+            self._compare(self._made, step, turn, digest)
+            return Verdict.REPEAT
+        if step != self.step:
+            raise RemoteProtocolError(f"it stands at step {step}, the server at {self.step}")
+        if turn == 0 and not (self._running and self._running[0].digest == digest):
+            return Verdict.BEGIN
+        if turn == len(self._running):
+            return Verdict.GO_ON
+        self._compare(self._running, step, turn, digest)
+        return Verdict.REPEAT
+
+    def begin(self, digest: bytes) -> None:
+        """Note the first message of the next step, before it is acted on."""
+        self._made = []
+        self._running = [_Turn(digest=digest)]
+
+    def go_on(self, digest: bytes) -> None:
+        """Note the next message of the running step, before it is acted on."""
+        self._running.append(_Turn(digest=digest))
+
+    def answer(self, reply: Iterable[Chunk]) -> Reply:
+        """Note one more reply to the newest message, and give it back to be sent."""
+        kept = list(reply)
+        self._running[-1].replies.append(kept)
+        return kept
+
+    def count_replies(self) -> int:
+        """Count the replies of the running step so far."""
+        return sum(len(turn.replies) for turn in self._running)
+
+    def repeat(self, step: int, turn: int) -> Iterator[Reply]:
+        """Yield the replies to a message that was judged REPEAT, in order."""
+        turns = self._running if step == self.step else self._made
+        yield from turns[turn].replies
+
+    def commit(self) -> None:
+        """The running step is made."""
+        self.step += 1
+        self._made, self._running = self._running, []
+
+    def abandon(self) -> None:
+        """The running step is given up, as if it had never begun."""
+        self._running = []
+
+    def _compare(self, turns: list[_Turn], step: int, turn: int, digest: bytes) -> None:
+        if turn >= len(turns):
+            raise RemoteProtocolError(
+                f"it sent message {turn} of step {step}, of which {len(turns)} are known"
+            )
+        if turns[turn].digest != digest:
+            raise StepConflict(step)

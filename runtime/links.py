@@ -1,0 +1,370 @@
+"""A client's conversation with its server, which breaks and is taken up again.
+
+It reconnects, greets, and sends the messages of an open task once more, so that whoever uses it
+sees tensors go and come, each once.  Which step the two sides are to go on from comes out of the
+greeting; going back there is the client's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from splitonnx.errors import (
+    ConnectionLost,
+    LocalProtocolError,
+    NotFinite,
+    ProtocolError,
+    RemoteFault,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StaleConnection,
+    StepsLost,
+)
+from splitonnx.manifests import PartyManifest
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Unsaved,
+    Welcome,
+)
+from splitonnx.runtime.protocols import Protocol, list_wires
+from splitonnx.runtime.transports import Transport
+
+FIRST_DELAY = 0.05
+"""Seconds before the second attempt to reconnect; the first is made at once."""
+LONGEST_DELAY = 10.0
+"""Seconds between two attempts at the most."""
+
+Dial: TypeAlias = Callable[[], Transport]
+"""Makes a new connection; it raises ConnectionLost where none can be had now."""
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+_logger = logging.getLogger("splitonnx.client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """How long to wait from attempt to attempt, and when to give up.
+
+    Each wait is drawn between half and the whole of a bound that doubles, so that the clients of a
+    server that comes back do not all come at once.  ``give_up_after`` is in seconds since the
+    connection was lost, ``None`` for never.
+    """
+
+    first: float = FIRST_DELAY
+    longest: float = LONGEST_DELAY
+    give_up_after: float | None = None
+
+    def delays(self) -> Iterator[float]:
+        """Yield the seconds to wait before each attempt, without end."""
+        yield 0.0
+        bound = self.first
+        while True:
+            yield random.uniform(bound / 2, bound)
+            bound = min(2 * bound, self.longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where the client stands, as its greeting tells; see :class:`~splitonnx.messages.Hello`."""
+
+    origin: str
+    start: int
+    step: int
+    kept: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class _OpenTask:
+    """What went out in a task, and how many messages came in."""
+
+    key: TaskKey
+    sent: list[tuple[Tensors, Mapping[str, np.ndarray]]] = field(default_factory=list)
+    received: int = 0
+
+
+class Link:
+    """The connection of one session.
+
+    ``step`` is where both sides went on after the last greeting: the client's own step, or an
+    earlier one that it kept.  ``reconnects`` counts the connections after the first.
+
+    Args:
+        dial: makes a connection; ``None`` with ``transport`` where there is but that one.
+        transport: a connection that is there already.
+        manifest: the client's.
+        session: the session's name.
+        stand: tells where the client stands whenever it greets.
+        backoff: how to reconnect.
+        patient: whether the first connection is worth waiting for, as every later one is.
+
+    Raises:
+        ConnectionLost, ServerBusy: no server is there, or it is full.
+        BundleMismatch, RemoteFault: it refuses.
+    """
+
+    def __init__(
+        self,
+        dial: Dial | None,
+        transport: Transport | None = None,
+        *,
+        manifest: PartyManifest,
+        session: str,
+        stand: Callable[[], Standing],
+        backoff: Backoff,
+        patient: bool = False,
+    ) -> None:
+        self.session = session
+        self.reconnects = 0
+        self._dial = dial
+        self._given = transport
+        self._manifest = manifest
+        self._stand = stand
+        self._backoff = backoff
+        self._generation = 0
+        self._transport: Transport | None = None
+        self._protocol = Protocol(manifest, manifest.party)
+        self._task: _OpenTask | None = None
+        self._past_traffic = (0, 0)
+        self.step = self._find_server(None) if patient else self._greet()
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far, over all connections."""
+        sent, received = self._past_traffic
+        if self._transport is None:
+            return sent, received
+        return sent + self._transport.bytes_sent, received + self._transport.bytes_received
+
+    def begin(self, key: TaskKey) -> None:
+        """Open a task; what is sent in it is kept until it ends, to be sent again."""
+        self._task = _OpenTask(key=key)
+
+    def end(self) -> None:
+        """Close the task: the client has all of it, or gives it up."""
+        self._task = None
+
+    def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
+        """Send wires of the open task, now or after reconnecting.
+
+        The arrays must not be written to until the task is over.
+
+        Raises:
+            StepsLost: the server stands at an earlier step; the task is to be given up.
+            ConnectionLost: there is no connection, and none came within the time.
+        """
+        task = self._require_task()
+        message = Tensors(
+            session=task.key.session,
+            phase=task.key.phase,
+            step=task.key.step,
+            micro_batch=task.key.micro_batch,
+            turn=len(task.sent),
+            seed=seed,
+            learning_rate=learning_rate,
+        )
+        task.sent.append((message, wires))
+        try:
+            self._send(message, wires)
+        except ConnectionLost as error:
+            self._reconnect(error)
+
+    def receive_wires(self) -> Mapping[str, np.ndarray]:
+        """Wait for the next wires of the open task that did not come before.
+
+        Raises:
+            StepsLost, ConnectionLost: as :meth:`send_wires`.
+            RemoteFault: the server reported an error of its own.
+        """
+        task = self._require_task()
+        while True:
+            try:
+                message, tensors = self._receive(Tensors)
+            except ConnectionLost as error:
+                self._reconnect(error)
+                continue
+            if message.key != task.key:
+                raise RemoteProtocolError(f"it answered {message.key}, open is {task.key}")
+            if message.turn > task.received:
+                raise RemoteProtocolError(
+                    f"it sent message {message.turn} where {task.received} was due"
+                )
+            if message.turn == task.received:
+                task.received += 1
+                return tensors
+
+    def save(self, step: int, *, publish: bool = False) -> str:
+        """Let the server write its state; return why it could not, or nothing.
+
+        Raises:
+            StepsLost, ConnectionLost, RemoteFault: as :meth:`receive_wires`.
+        """
+        while True:
+            try:
+                self._send(Save(session=self.session, step=step, publish=publish))
+                answer = self._receive_saved()
+            except ConnectionLost as error:
+                self._reconnect(error)
+                continue
+            if answer.step != step:
+                raise RemoteProtocolError(f"it saved step {answer.step}, not {step}")
+            return answer.reason if isinstance(answer, Unsaved) else ""
+
+    def close(self) -> None:
+        """Say good-bye: the session is over.  May be called twice."""
+        if self._transport is not None:
+            with suppress(ProtocolError):  # the other side may be gone already
+                self._send(Bye())
+            self._hang_up()
+
+    def _require_task(self) -> _OpenTask:
+        if self._task is None:
+            raise LocalProtocolError("no task is open")
+        return self._task
+
+    def _reconnect(self, cause: ConnectionLost) -> None:
+        """Come back to the session and send the open task's messages again."""
+        while True:
+            if self._dial is None:
+                self._hang_up()
+                raise cause
+            _logger.warning("%s; reconnecting", cause)
+            self.step = self._find_server(cause)
+            self.reconnects += 1
+            _logger.info("reconnected at step %d", self.step)
+            if self.step != self._stand().step:
+                raise StepsLost(self.step)
+            try:
+                for message, wires in self._task.sent if self._task is not None else ():
+                    self._send(message, wires)
+            except ConnectionLost as error:
+                cause = error
+            else:
+                return
+
+    def _find_server(self, cause: SplitonnxError | None) -> int:
+        """Greet until somebody answers."""
+        begun = time.monotonic()
+        limit = self._backoff.give_up_after
+        for delay in self._backoff.delays():
+            if cause is not None and limit is not None:
+                left = begun + limit - time.monotonic()
+                if left <= 0:
+                    raise cause
+                delay = min(delay, left)
+            time.sleep(delay)
+            try:
+                return self._greet()
+            except (ConnectionLost, ServerBusy) as error:
+                cause = error
+        raise AssertionError("the delays have no end")
+
+    def _greet(self) -> int:
+        """Connect, greet, and return the step at which both sides go on."""
+        while True:
+            self._hang_up()
+            self._transport = self._connect()
+            self._protocol = Protocol(self._manifest, self._manifest.party)
+            self._generation += 1
+            try:
+                self._send(self._make_hello())
+                welcome, _ = self._receive(Welcome)  # the protocol compares digest and wires
+                self._check_welcome(welcome)
+            except StaleConnection as error:
+                if error.newest < self._generation:
+                    self._hang_up()
+                    raise
+                self._generation = error.newest  # an earlier run of this client had it
+            except SplitonnxError:
+                self._hang_up()
+                raise
+            else:
+                return welcome.step
+
+    def _connect(self) -> Transport:
+        if self._given is not None:
+            transport, self._given = self._given, None
+            return transport
+        if self._dial is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        return self._dial()
+
+    def _make_hello(self) -> Hello:
+        standing = self._stand()
+        return Hello(
+            digest=self._manifest.digest,
+            session=self.session,
+            origin=standing.origin,
+            start=standing.start,
+            generation=self._generation,
+            step=standing.step,
+            kept=standing.kept,
+            is_open=self._task is not None and bool(self._task.sent),
+            wires=list_wires(self._manifest),
+        )
+
+    def _check_welcome(self, welcome: Welcome) -> None:
+        standing = self._stand()
+        if welcome.session != self.session:
+            raise RemoteProtocolError(f"it welcomed session '{welcome.session[:40]}'")
+        if welcome.step not in (standing.step, *(standing.kept or (standing.start,))):
+            raise RemoteProtocolError(f"it would go on at step {welcome.step}, of which none kept")
+
+    def _hang_up(self) -> None:
+        if self._transport is not None:
+            self._past_traffic = self.traffic
+            transport, self._transport = self._transport, None
+            transport.close()
+
+    def _send(self, message: Message, tensors: Mapping[str, np.ndarray] | None = None) -> None:
+        if self._transport is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        self._transport.send(self._protocol.send(message, tensors))
+
+    def _receive(self, expected: type[_Answer]) -> tuple[_Answer, Mapping[str, np.ndarray]]:
+        message, tensors = self._receive_any()
+        if not isinstance(message, expected):
+            raise RemoteProtocolError(
+                f"it sent {type(message).__name__} where {expected.__name__} was due"
+            )
+        return message, tensors
+
+    def _receive_saved(self) -> Saved | Unsaved:
+        message, _ = self._receive_any()
+        if not isinstance(message, Saved | Unsaved):
+            raise RemoteProtocolError(f"it sent {type(message).__name__} where Saved was due")
+        return message
+
+    def _receive_any(self) -> tuple[Message, Mapping[str, np.ndarray]]:
+        if self._transport is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        message, tensors = self._protocol.receive(self._transport.receive())
+        if isinstance(message, Fault):
+            raise _translate(message, self._generation)
+        return message, tensors
+
+
+def _translate(fault: Fault, generation: int) -> SplitonnxError:
+    if fault.code == StaleConnection.__name__:
+        return StaleConnection(generation, fault.newest)
+    if fault.code == ServerBusy.__name__:
+        return ServerBusy(fault.reason)
+    if fault.code == NotFinite.__name__:
+        return NotFinite("loss", "at the server")
+    return RemoteFault(fault.code, fault.reason)
