@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from splitonnx.bundles import PartyBundle
@@ -83,6 +83,7 @@ class Server:
         executor = Executor(party, Engine(threads))
         self._registry = Registry(executor, resume=resume)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._attending: set[asyncio.Task[Any]] = set()
         self._worker = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="splitonnx")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -147,11 +148,17 @@ class Server:
                 started.set_result(None)
             await self._stop.wait()
             _logger.info("stopping: steps that run are finished first")
+            if self._attending:
+                await asyncio.wait(self._attending)
         await self._work(self._registry.park_all)
         _logger.info("stopped")
 
     async def _attend(self, peer: Peer) -> None:
         """Serve one connection from its greeting to its end."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._attending.add(task)
+        task.add_done_callback(self._attending.discard)
         conversation = Conversation(self._registry)
         _logger.info("%s came", peer.name)
         try:

@@ -279,7 +279,7 @@ class Peer:
         """
         if not self._hall.admit(self._guest, owner):
             self._hall.on_refusal(Refusal.TOO_MANY_CLIENTS, self.name)
-            raise ServerBusy()
+            raise ServerBusy(f"{self._hall.limits.clients} clients")
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""
@@ -287,10 +287,6 @@ class Peer:
             await self._guest.send(_split(chunks))
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
-
-    async def close(self, code: int, reason: str) -> None:
-        """End the connection and say why."""
-        await self._socket.close(code, reason)
 
     async def receive(self) -> bytes:
         """Wait for the next message, as long as the limits allow."""
