@@ -39,7 +39,7 @@ from splitonnx.runtime.executors import LOSS, Executor
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Backoff, Dial, Link
-from splitonnx.runtime.sockets import connect
+from splitonnx.runtime.sockets import Access, connect
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
 
@@ -79,6 +79,7 @@ class Client:
     Args:
         bundle: see above.
         server: see above.
+        access: how this client shows a URL's server who it is, and whom it trusts.
         threads: threads of one operator; all cores by default.
         seed: decides shuffling and Dropout.
         resume: go on with the run that was broken off in the folder, if there is one: with its
@@ -100,6 +101,7 @@ class Client:
         bundle: str | Path | PartyBundle,
         server: str | Transport | Dial | None = None,
         *,
+        access: Access | None = None,
         threads: int | None = None,
         seed: int = 0,
         resume: bool = False,
@@ -123,7 +125,7 @@ class Client:
         self._journal = Journal.open(self._executor, resume=resume)
         self._link = None
         if server is not None:
-            dial, transport = _split_address(server)
+            dial, transport = _split_address(server, access)
             self._link = Link(
                 dial,
                 transport,
@@ -461,9 +463,13 @@ class Client:
         return self._link
 
 
-def _split_address(server: str | Transport | Dial) -> tuple[Dial | None, Transport | None]:
+def _split_address(
+    server: str | Transport | Dial, access: Access | None
+) -> tuple[Dial | None, Transport | None]:
     if isinstance(server, str):
-        return partial(connect, server), None
+        return partial(connect, server, access=access), None
+    if access is not None:
+        raise UsageError("access is for a server's URL")
     return (server, None) if callable(server) else (None, server)
 
 

@@ -33,12 +33,14 @@ class Incoming:
 class Conversation:
     """The server's half of one connection, of a client that ``owner`` answers for.
 
-    ``session`` is there from the greeting on.  :meth:`read` may be called at any time; while
-    another method is at work nothing else may touch the same session.
+    ``session`` is there from the greeting on, ``refused`` once an error ended it.  :meth:`read`
+    may be called at any time; while another method is at work nothing else may touch the same
+    session.
     """
 
     def __init__(self, registry: Registry, owner: str = "", *, norm: float | None = None) -> None:
         self.session: Session | None = None
+        self.refused: SplitonnxError | None = None
         self._registry = registry
         self._owner = owner
         self._generation = 0
@@ -92,6 +94,7 @@ class Conversation:
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
         """End the conversation, and tell the client why if that can be told."""
+        self.refused = error
         if self._holds_session:
             assert self.session is not None
             self.session.abandon()

@@ -69,13 +69,9 @@ class Metrics:
         )
         self._reasons: set[str] = set()
 
-    def open_session(self) -> None:
-        """Count a session that came into memory."""
-        self._sessions.inc()
-
-    def close_session(self) -> None:
-        """Count a session that went out of memory."""
-        self._sessions.dec()
+    def set_sessions(self, count: int) -> None:
+        """Note how many sessions are in memory."""
+        self._sessions.set(count)
 
     def open_connection(self) -> None:
         """Count a connection past its handshake."""

@@ -11,33 +11,34 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Self
+
+import msgspec
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import ConnectionLost, SplitonnxError, UsageError
-from splitonnx.runtime.conversations import Conversation
+from splitonnx.errors import UsageError
+from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.ledgers import Reply
+from splitonnx.runtime.guards import Answer, Refusal
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.protocols import SERVER
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
+from splitonnx.runtime.tokens import Tokens
 
 DEFAULT_PORT = 8765
-RESTARTING = 1012
-"""The websocket closing code of a server that will be back."""
-STOP_GRACE = 30.0
-"""Seconds that a server that stops waits for the next message of a step that runs."""
-
-_Result = TypeVar("_Result")
 
 _logger = logging.getLogger("splitonnx.server")
 
@@ -51,18 +52,24 @@ class Server:
         with Server("bundle/server", port=0) as server:
             Client("bundle/client", server.url).fit(data)
 
-    A client that leaves, or is lost, leaves the state as its last whole step made it; the next
-    client goes on from there.
+    Every client has a session of its own, which begins from the folder's state and outlives its
+    connections.  ``GET /health`` and ``GET /metrics`` answer on the same port.
 
     Args:
         bundle: the server's folder, or the loaded part.
         host: the address to listen on.
         port: the port; 0 takes any free one.
         threads: threads of one operator; all cores by default.
+        resume: go on with the sessions that an earlier server left in the folder.
+        limits: how much and how many it takes on.
+        tokens: who may come in; everybody without.
+        tls: certificates, as :func:`~splitonnx.runtime.certificates.make_server_tls` makes them.
+        origins: web pages that may connect, such as ``https://example.org``.
+        insecure: listen beyond this machine although nothing keeps strangers out.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        UsageError: the bundle is not a server's part.
+        UsageError: the bundle is not a server's part, or everybody could come in.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -74,17 +81,33 @@ class Server:
         port: int = DEFAULT_PORT,
         threads: int | None = None,
         resume: bool = False,
+        limits: Limits | None = None,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
+        origins: Sequence[str] = (),
+        insecure: bool = False,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         if party.manifest.party != SERVER:
             raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
+        check_exposure(host, tokens, tls, insecure=insecure)
         self.host = host
         self.port = port
-        executor = Executor(party, Engine(threads))
-        self._registry = Registry(executor, resume=resume)
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._attending: set[asyncio.Task[Any]] = set()
+        self._limits = limits or Limits()
+        self._tokens = tokens
+        self._tls = tls
+        self._origins = tuple(origins)
+        self._registry = Registry(
+            Executor(party, Engine(threads)),
+            sessions=self._limits.sessions,
+            sessions_per_owner=self._limits.sessions_per_token,
+            memory_bytes=self._limits.memory,
+            unattended_seconds=self._limits.unattended_seconds,
+            resume=resume,
+        )
+        self._metrics = Metrics(phase.name for phase in party.manifest.phases)
         self._worker = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="splitonnx")
+        self._attending: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -93,7 +116,8 @@ class Server:
     def url(self) -> str:
         """The address for clients on this machine."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
-        return f"ws://[{host}]:{self.port}" if ":" in host else f"ws://{host}:{self.port}"
+        scheme = "ws" if self._tls is None else "wss"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def serve_forever(self) -> None:
         """Serve until SIGINT or SIGTERM comes.
@@ -141,100 +165,67 @@ class Server:
         if handle_signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._loop.add_signal_handler(number, self._stop.set)
-        async with serve(self._attend, self.host, self.port) as port:
+        premises = Premises(
+            registry=self._registry,
+            worker=self._worker,
+            metrics=self._metrics,
+            stop=self._stop,
+            tokens=self._tokens,
+            norm=self._limits.norm,
+        )
+        async with serve(
+            partial(self._attend, premises),
+            self.host,
+            self.port,
+            limits=self._limits,
+            tls=self._tls,
+            origins=self._origins,
+            authorize=None if self._tokens is None else self._tokens.find,
+            respond=self._respond,
+            on_refusal=self._note_refusal,
+        ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
             if started is not None:
                 started.set_result(None)
-            await self._stop.wait()
-            _logger.info("stopping: steps that run are finished first")
+            await self._wait_for_stop(premises)
             if self._attending:
                 await asyncio.wait(self._attending)
-        await self._work(self._registry.park_all)
+        await premises.work(self._registry.park_all)
         _logger.info("stopped")
 
-    async def _attend(self, peer: Peer) -> None:
-        """Serve one connection from its greeting to its end."""
+    async def _wait_for_stop(self, premises: Premises) -> None:
+        """Look after what nobody attends until it is time to end."""
+        interval = min(60.0, self._limits.unattended_seconds / 2)
+        while not premises.stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(premises.stop.wait(), interval)
+            await premises.work(self._registry.park_idle)
+        _logger.info("stopping: steps that run are finished first")
+
+    async def _attend(self, premises: Premises, peer: Peer) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._attending.add(task)
         task.add_done_callback(self._attending.discard)
-        conversation = Conversation(self._registry)
-        _logger.info("%s came", peer.name)
-        try:
-            while not conversation.is_closed:
-                content = await self._next_message(peer, conversation)
-                if content is None:
-                    await peer.close(RESTARTING, "the server stops")
-                    break
-                await self._handle(peer, conversation, content)
-            _logger.info("%s left%s", peer.name, _describe_step(conversation))
-        except ConnectionLost as error:
-            _logger.warning("%s%s", error, _describe_step(conversation))
-        finally:
-            conversation.end()
+        await Attendance(premises, peer).run()
 
-    async def _next_message(self, peer: Peer, conversation: Conversation) -> bytes | None:
-        """Wait for a message; ``None`` once the server stops and no step is in the middle."""
-        assert self._stop is not None
-        receiving = asyncio.ensure_future(peer.receive())
-        stopping = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done() and conversation.is_mid_step:
-                await asyncio.wait((receiving,), timeout=STOP_GRACE)
-            if self._stop.is_set() and not (receiving.done() and conversation.is_mid_step):
-                return None
-            return await receiving
-        finally:
-            stopping.cancel()
-            receiving.cancel()
-            await asyncio.wait((receiving, stopping))
+    def _respond(self, path: str, token: str | None) -> Answer | None:
+        """Answer an HTTP request on the server's port, if it is for one of its pages."""
+        sessions = len(self._registry.sessions)
+        if path == "/health":
+            stopping = self._stop is None or self._stop.is_set()
+            health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
+            return HTTPStatus.OK, "application/json", msgspec.json.encode(health)
+        if path == "/metrics":
+            if self._tokens is not None and token is None:
+                return HTTPStatus.UNAUTHORIZED, "text/plain", b"metrics need a token\n"
+            self._metrics.set_sessions(sessions)
+            return HTTPStatus.OK, *self._metrics.render()
+        return None
 
-    async def _handle(self, peer: Peer, conversation: Conversation, content: bytes) -> None:
-        try:
-            incoming = await self._work(partial(conversation.read, content))
-        except SplitonnxError as error:
-            _logger.warning("%s: %s", peer.name, error)
-            async with self._own(conversation):
-                await self._reply(peer, conversation.refuse(error))
-            return
-        async with self._own(conversation):
-            await self._reply(peer, conversation.answer(incoming))
-
-    @asynccontextmanager
-    async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
-        """Have the conversation's session for oneself."""
-        if conversation.session is None:
-            yield
-            return
-        name = conversation.session.id
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
-        async with lock:
-            yield
-
-    async def _reply(self, peer: Peer, replies: Iterator[Reply]) -> None:
-        """Send replies as they become ready; the work goes on to its end in any case."""
-        advance = partial(next, replies, None)
-        lost: ConnectionLost | None = None
-        pending = self._work(advance)
-        while (chunks := await asyncio.shield(pending)) is not None:
-            pending = self._work(advance)  # goes on while the reply is sent
-            if lost is None:
-                try:
-                    await peer.send(chunks)
-                except ConnectionLost as error:
-                    lost = error
-        if lost is not None:
-            raise lost
-
-    def _work(self, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
-        """Run a function in the worker's thread."""
-        return asyncio.get_running_loop().run_in_executor(self._worker, function)
-
-
-def _describe_step(conversation: Conversation) -> str:
-    session = conversation.session
-    return "" if session is None else f"; session {session.id} at step {session.executor.step}"
+    def _note_refusal(self, refusal: Refusal, name: str) -> None:
+        self._metrics.count_refusal(refusal)
+        _logger.warning(
+            "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
+        )

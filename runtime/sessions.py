@@ -33,7 +33,7 @@ class Session:
 
     ``executor`` holds its state and ``store`` its checkpoints, ``None`` where there is no folder.
     ``start`` is an executor at the state that the session began from, if that is known.
-    ``generation`` is the newest connection's.
+    ``generation`` is the newest connection's; ``tasks_done`` counts steps and predictions.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Session:
         self.executor = executor
         self.ledger = Ledger(executor.step)
         self.generation = 0
+        self.tasks_done = 0
         self._start = start
         self._store = store
         self._saved = executor.step
@@ -122,6 +123,7 @@ class Session:
             yield self.ledger.answer(encode(reply, wires))
         if self.executor.is_finished(message.key):
             self.executor.finish(message.key)
+            self.tasks_done += 1
             self._running = None
             self.ledger.commit()
 
@@ -191,6 +193,7 @@ class Session:
             self._asked_replies += 1
         if self.executor.is_finished(key):
             self.executor.finish(key)
+            self.tasks_done += 1
             self._asked = None
 
     def _find_common(self, hello: Hello) -> int:

@@ -1,0 +1,256 @@
+"""The server's side of its connections: from the socket to the conversation and back.
+
+One attendance serves one connection, on the event loop; what takes time runs in the worker's
+threads, and one session has one of them at a time.  A reply that cannot be sent any more does not
+end the work that follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
+from weakref import WeakValueDictionary
+
+from splitonnx.errors import (
+    ConnectionLost,
+    FormatError,
+    ServerBusy,
+    SplitonnxError,
+    Unauthorized,
+)
+from splitonnx.messages import (
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Tensors,
+    decode_message,
+    encode_message,
+)
+from splitonnx.runtime.conversations import Conversation
+from splitonnx.runtime.ledgers import Reply
+from splitonnx.runtime.metrics import Metrics, Part
+from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.sockets import BUSY, POLICY, RESTART, Peer
+from splitonnx.runtime.tokens import Tokens
+
+STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
+STOP_GRACE = 30.0
+"""Seconds that a server that stops waits for the next message of a step that runs."""
+
+_Result = TypeVar("_Result")
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+@dataclass(kw_only=True, eq=False)
+class Premises:
+    """What the connections of a server share; ``stop`` is set once it is to end."""
+
+    registry: Registry
+    worker: ThreadPoolExecutor
+    metrics: Metrics
+    stop: asyncio.Event
+    tokens: Tokens | None = None
+    norm: float | None = None
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    def work(self, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
+        """Run a function in one of the worker's threads."""
+        return asyncio.get_running_loop().run_in_executor(self.worker, function)
+
+
+class Attendance:
+    """One connection, from its first message to its end."""
+
+    def __init__(self, premises: Premises, peer: Peer) -> None:
+        self._premises = premises
+        self._peer = peer
+        self._metrics = premises.metrics
+        self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
+        self._conversation: Conversation | None = None
+
+    async def run(self) -> None:
+        """Serve the connection until it ends or the server stops."""
+        self._metrics.open_connection()
+        self._log(logging.INFO, "came")
+        stopping = asyncio.create_task(self._premises.stop.wait())
+        try:
+            await self._converse(stopping)
+            self._log(logging.INFO, "left")
+        except ConnectionLost as error:
+            self._log(logging.WARNING, "lost", error)
+        except (ServerBusy, Unauthorized) as error:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+            code = BUSY if isinstance(error, ServerBusy) else POLICY
+            await self._peer.close(code, str(error))
+        finally:
+            stopping.cancel()
+            self._metrics.close_connection()
+            if self._conversation is not None:
+                self._conversation.end()
+
+    async def _converse(self, stopping: asyncio.Task[Literal[True]]) -> None:
+        owner = self._peer.owner
+        if owner is None:
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            owner = await self._log_in(content)
+        conversation = Conversation(self._premises.registry, owner, norm=self._premises.norm)
+        self._conversation = conversation
+        while not conversation.is_closed:
+            begun = time.perf_counter()
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            self._seconds["receive"] += time.perf_counter() - begun
+            await self._handle(conversation, content)
+
+    async def _log_in(self, content: bytes) -> str:
+        """Find whose token a stranger's first message shows.
+
+        Raises:
+            Unauthorized: it shows none that is known.
+        """
+        try:
+            message, _ = decode_message(content)
+        except FormatError:
+            message = None
+        tokens = self._premises.tokens
+        found = None
+        if isinstance(message, Login) and tokens is not None:
+            found = tokens.find(message.token)
+        if found is None:
+            error = Unauthorized(self._peer.name, POLICY, "no token that is known here")
+            fault = Fault(code=type(error).__name__, reason=error.reason)
+            await self._peer.send(encode_message(fault))
+            raise error
+        await self._peer.admit(found)
+        return found
+
+    async def _next_message(self, stopping: asyncio.Task[Literal[True]]) -> bytes | None:
+        """Wait for a message; ``None`` once the server stops, unless a step is in its middle."""
+        receiving = asyncio.ensure_future(self._peer.receive())
+        try:
+            await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done() and self._is_mid_step:
+                await asyncio.wait((receiving,), timeout=STOP_GRACE)
+            if receiving.done() and (self._is_mid_step or not stopping.done()):
+                return receiving.result()
+        finally:
+            receiving.cancel()
+            await asyncio.wait((receiving,))
+            if not receiving.cancelled():
+                receiving.exception()  # was seen
+        await self._peer.close(RESTART, "the server restarts")
+        return None
+
+    @property
+    def _is_mid_step(self) -> bool:
+        return self._conversation is not None and self._conversation.is_mid_step
+
+    async def _handle(self, conversation: Conversation, content: bytes) -> None:
+        self._metrics.count_bytes("up", len(content))
+        begun = time.perf_counter()
+        try:
+            incoming = await self._premises.work(partial(conversation.read, content))
+        except SplitonnxError as error:
+            async with self._own(conversation):
+                await self._reply(conversation.refuse(error))
+            self._note_refusal(conversation)
+            return
+        self._seconds["compute"] += time.perf_counter() - begun
+        async with self._own(conversation):
+            session = conversation.session
+            done = 0 if session is None else session.tasks_done
+            begun = time.perf_counter()
+            await self._reply(conversation.answer(incoming))
+            if session is not None:
+                seconds = time.perf_counter() - begun
+                self._note(incoming.message, session, session.tasks_done > done, seconds)
+        self._note_refusal(conversation)
+
+    @asynccontextmanager
+    async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
+        """Have the conversation's session for oneself."""
+        if conversation.session is None:
+            yield
+            return
+        name = conversation.session.id
+        lock = self._premises.locks.get(name)
+        if lock is None:
+            lock = self._premises.locks[name] = asyncio.Lock()
+        async with lock:
+            yield
+
+    async def _reply(self, replies: Iterator[Reply]) -> None:
+        """Send replies as they become ready; the work goes on to its end in any case."""
+        lost: ConnectionLost | None = None
+        pending = self._premises.work(partial(self._advance, replies))
+        while (chunks := await asyncio.shield(pending)) is not None:
+            pending = self._premises.work(partial(self._advance, replies))  # while it is sent
+            if lost is not None:
+                continue
+            begun = time.perf_counter()
+            try:
+                await self._peer.send(chunks)
+            except ConnectionLost as error:
+                lost = error
+            self._seconds["send"] += time.perf_counter() - begun
+            self._metrics.count_bytes("down", sum(map(len, chunks)))
+        if lost is not None:
+            raise lost
+
+    def _advance(self, replies: Iterator[Reply]) -> Reply | None:
+        begun = time.perf_counter()
+        try:
+            return next(replies, None)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
+
+    def _note(self, message: Message, session: Session, is_done: bool, seconds: float) -> None:
+        """Count what a message led to."""
+        match message:
+            case Tensors(phase=phase) if is_done:
+                self._metrics.count_step(phase)
+                for part in STEP_PARTS:
+                    self._metrics.observe(part, self._seconds[part])
+                    self._seconds[part] = 0.0
+            case Hello(generation=generation) if generation > 1:
+                self._metrics.count_reconnect()
+            case Save():
+                self._metrics.observe("checkpoint", seconds)
+                self._metrics.count_checkpoint("saved" if session.is_saved else "failed")
+
+    def _note_refusal(self, conversation: Conversation) -> None:
+        error = conversation.refused
+        if error is not None:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+
+    def _log(self, level: int, event: str, reason: SplitonnxError | None = None) -> None:
+        session = None if self._conversation is None else self._conversation.session
+        _logger.log(
+            level,
+            "%s %s",
+            self._peer.name,
+            event if reason is None else f"{event}: {reason}",
+            extra={
+                "peer": self._peer.name,
+                "owner": self._peer.owner or None,
+                "session": None if session is None else session.id,
+                "step": None if session is None else session.executor.step,
+                "reason": None if reason is None else type(reason).__name__,
+            },
+        )
