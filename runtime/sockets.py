@@ -23,7 +23,6 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import (
     ConnectionClosed,
-    InvalidHandshake,
     InvalidStatus,
     InvalidURI,
     WebSocketException,
@@ -154,8 +153,8 @@ class WebSocketTransport:
             raise _translate_status(url, error) from error
         except ssl.SSLError as error:
             raise _translate_tls(url, error) from error
-        except (OSError, InvalidHandshake) as error:
-            raise _translate(url, error) from error
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""

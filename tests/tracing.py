@@ -102,6 +102,7 @@ def trace(run: Callable[[], object]) -> Generator[Stop, None, None]:
 
 
 def _run_traced(run: Callable[[], object]) -> NoReturn:
+    os.setpgid(0, 0)  # its threads are waited for by this group; other children are let be
     if _libc.ptrace(_TRACEME, 0, None, None) != 0:
         os._exit(_REFUSED)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -118,21 +119,30 @@ def _run_traced(run: Callable[[], object]) -> NoReturn:
 def _follow(child: int) -> Iterator[Stop]:
     calls: dict[int, Stop] = {}
     while True:
-        thread, status = os.waitpid(-1, _ALL_THREADS)
+        thread, status = os.waitpid(-child, _ALL_THREADS)
         if not os.WIFSTOPPED(status):
             if thread == child:
                 return
             continue
         sign = os.WSTOPSIG(status)
         if sign == signal.SIGTRAP | 0x80:
-            yield _look(thread, calls)
+            if (stop := _look(thread, calls)) is not None:
+                yield stop
             sign = 0
         elif status >> 16 or sign in (signal.SIGSTOP, signal.SIGTRAP):
             sign = 0  # a new thread or program: nothing that the child itself should notice
         _resume(thread, sign)
 
 
-def _look(thread: int, calls: dict[int, Stop]) -> Stop:
+def _look(thread: int, calls: dict[int, Stop]) -> Stop | None:
+    """See what a thread is about to do or has done; ``None`` where it is gone meanwhile."""
+    try:
+        return _look_closely(thread, calls)
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+
+
+def _look_closely(thread: int, calls: dict[int, Stop]) -> Stop:
     info = _Info()
     _ptrace(_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.addressof(info))
     if info.op != _ENTRY:
@@ -185,7 +195,7 @@ def _kill(child: int) -> None:
         return
     while True:
         try:
-            thread, status = os.waitpid(-1, _ALL_THREADS)
+            thread, status = os.waitpid(-child, _ALL_THREADS)
         except ChildProcessError:
             return
         if thread == child and not os.WIFSTOPPED(status):
