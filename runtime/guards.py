@@ -34,6 +34,8 @@ KEPT_BYTES = 16 << 20
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to close a connection that was ended here."""
 
+_TLS_HELLO = b"\x16\x03"
+
 
 class Refusal(StrEnum):
     """Why a connection was refused or ended here; few, so that they may label a metric."""
@@ -49,6 +51,7 @@ class Refusal(StrEnum):
     BROKEN_FRAME = "BrokenFrame"
     HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
     IDLE = "Idle"
+    TLS = "TlsWithoutTls"
 
 
 Answer: TypeAlias = tuple[int, str, bytes]
@@ -64,7 +67,8 @@ OnRefusal: TypeAlias = Callable[[Refusal, str], None]
 class Hall:
     """Who is in, and who may enter.
 
-    Without ``authorize`` everybody is admitted, as owner ``""``.  ``origins`` are the web pages
+    Without ``authorize`` everybody is admitted, under the name that stands in the certificate that
+    TLS asked for, else as owner ``""``.  ``origins`` are the web pages
     that may connect; programs, which name none, are not asked.
     """
 
@@ -122,7 +126,7 @@ class Hall:
             self.on_refusal(Refusal.WRONG_ORIGIN, socket.name)
             return _respond(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
         token = None
-        owner = None if self._authorize else ""
+        owner = None if self._authorize else socket.read_certificate()
         if authorization is not None and self._authorize is not None:
             scheme, _, token = authorization.partition(" ")
             token = token.strip()
@@ -172,7 +176,7 @@ class Guest(ServerConnection):
         self._pace = Pace(hall.limits.messages_per_second, self.loop.time())
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._pauses: set[str] = set()
-        self._bytes = 0  # in all, of a stranger
+        self._bytes = 0  # received in all
         self._kept = 0  # of messages that nobody has taken yet
         self._frames = 0  # since the pace was last looked at
         self._fragments = 0  # of the message under way
@@ -205,13 +209,16 @@ class Guest(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Read, within what a stranger may send, and at the pace that is allowed."""
-        if self.owner is None:
-            self._bytes += len(data)
-            if self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
-                self.refuse(
-                    Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
-                )
-                return
+        if not self._bytes and data.startswith(_TLS_HELLO):
+            # an answer in HTTP makes TLS on the other side say what is wrong
+            self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
+            return
+        self._bytes += len(data)
+        if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
+            self.refuse(
+                Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
+            )
+            return
         before = (
             self._frames if self.request else -1
         )  # of a request there are no frames to wait for
@@ -252,6 +259,12 @@ class Guest(ServerConnection):
                 reason = f"more than {MAX_FRAGMENTS} fragments"
                 self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
 
+    def read_certificate(self) -> str:
+        """Give the common name in the client's certificate, ``""`` where it showed none."""
+        certificate = self.transport.get_extra_info("peercert") or {}
+        names = dict(pair for group in certificate.get("subject", ()) for pair in group)
+        return str(names.get("commonName", ""))
+
     def become_client(self, owner: str) -> None:
         """Lift the limits that hold for strangers."""
         self.owner = owner
@@ -291,6 +304,8 @@ class Guest(ServerConnection):
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             elif refusal is Refusal.HANDSHAKE_TOO_SLOW:
                 status = HTTPStatus.REQUEST_TIMEOUT
+            elif refusal is Refusal.TLS:
+                status = HTTPStatus.BAD_REQUEST
             self.transport.write(_respond(status, reason).serialize())
         self.transport.close()
         self._start("hang up", CLOSE_SECONDS, self.transport.abort)

@@ -21,14 +21,18 @@ from urllib.parse import urlsplit
 
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
+from websockets.datastructures import HeadersLike
 from websockets.exceptions import (
     ConnectionClosed,
+    InvalidHandshake,
+    InvalidMessage,
     InvalidStatus,
     InvalidURI,
     WebSocketException,
 )
 from websockets.frames import CloseCode
 from websockets.protocol import OPEN
+from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.codecs import Chunk
@@ -105,6 +109,23 @@ def _translate(peer: str, error: Exception) -> ConnectionLost:
     return ConnectionLost(peer, f"it closed ({close})", close.code)
 
 
+class _Connection(ClientConnection):
+    def handshake(
+        self,
+        additional_headers: HeadersLike | None = None,
+        user_agent_header: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Raise what TLS said rather than what HTTP lacked: TLS 1.3 looks at a client's
+        certificate after the client is done with its own part."""
+        try:
+            super().handshake(additional_headers, user_agent_header, timeout)
+        except (InvalidHandshake, ConnectionClosed) as error:
+            if isinstance(self.connection_exc, ssl.SSLError):
+                raise self.connection_exc from error
+            raise
+
+
 class WebSocketTransport:
     """A client's connection to a server over a websocket; see :class:`transports.Transport`.
 
@@ -145,16 +166,15 @@ class WebSocketTransport:
                 ping_timeout=PING_SECONDS,
                 close_timeout=CLOSE_SECONDS,
                 proxy=None,
+                create_connection=_Connection,
             )
             self._socket = self._opened.enter_context(connecting)
         except InvalidURI as error:
             raise UsageError(f"'{url}' is no websocket address such as ws://host:8765") from error
         except InvalidStatus as error:
             raise _translate_status(url, error) from error
-        except ssl.SSLError as error:
-            raise _translate_tls(url, error) from error
         except (OSError, WebSocketException) as error:
-            raise self._explain(error) from error
+            raise _translate_opening(url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""
@@ -204,8 +224,8 @@ class WebSocketTransport:
     def _explain(self, error: Exception) -> ConnectionLost | Unauthorized | UntrustedPeer:
         lost = _translate(self._url, error)
         cause = error.__cause__
-        if isinstance(cause, ssl.SSLError):  # TLS 1.3: the server looks at us after we looked
-            return _translate_tls(self._url, cause)
+        if isinstance(cause, ssl.SSLError):
+            return _translate_opening(self._url, cause)
         if lost.code == POLICY and isinstance(error, ConnectionClosed) and error.rcvd is not None:
             return Unauthorized(self._url, POLICY, error.rcvd.reason or "it does not say why")
         return lost
@@ -234,11 +254,16 @@ def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauth
     return ConnectionLost(url, reason, response.status_code)
 
 
-def _translate_tls(url: str, error: ssl.SSLError) -> ConnectionLost | UntrustedPeer:
-    failure = describe_failure(error)
-    if failure is None:
-        return _translate(url, error)
-    return UntrustedPeer(url, failure)
+def _translate_opening(url: str, error: Exception) -> ConnectionLost | UntrustedPeer:
+    failure = describe_failure(error) if isinstance(error, ssl.SSLError) else None
+    if failure is not None:
+        return UntrustedPeer(url, failure)
+    lost = _translate(url, error)
+    cut = ssl.SSLError | InvalidMessage | ConnectionClosed | ConnectionResetError | BrokenPipeError
+    if url.startswith("wss:") and isinstance(error, cut):
+        # asyncio closes before the alert that says so is on its way, as often as not
+        lost.reason += "; it may want a certificate of this side (--cert, --key)"
+    return lost
 
 
 def connect(url: str, *, access: Access | None = None) -> WebSocketTransport:
@@ -260,7 +285,8 @@ class Peer:
 
     @property
     def owner(self) -> str | None:
-        """Whom the token belongs to, ``""`` where none is needed, ``None`` for a stranger."""
+        """Whom the token or certificate belongs to, ``""`` where none is needed, ``None`` for a
+        stranger."""
         return self._guest.owner
 
     @property
@@ -340,7 +366,8 @@ async def serve(
     ``handle`` is called for each client that is through its handshake, and the connection ends
     when it returns.  A token in the request's header is shown to ``authorize``, which gives its
     owner or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
-    stranger, whom ``handle`` may admit; without ``authorize`` everybody is admitted as ``""``.
+    stranger, whom ``handle`` may admit.  Without ``authorize`` everybody is admitted, as the common
+    name in the certificate that ``tls`` asked for, else as ``""``.
 
     ``respond`` answers HTTP requests on the same port, before anything else becomes of them; the
     token that it is given is a valid one.  Requests that name an origin come from web pages:

@@ -38,6 +38,7 @@ class Echo:
         self.port = 0
         self.refusals: queue.Queue[Refusal] = queue.Queue()
         self.ended: queue.Queue[str] = queue.Queue()
+        self.owners: queue.Queue[str | None] = queue.Queue()
         self._settings = (limits, tls, origins, authorize)
         self._authorize = authorize
         self._stop: asyncio.Event | None = None
@@ -92,6 +93,7 @@ class Echo:
             await self._stop.wait()
 
     async def _attend(self, peer: Peer) -> None:
+        self.owners.put(peer.owner)
         try:
             if peer.owner is None and not await self._log_in(peer):
                 return

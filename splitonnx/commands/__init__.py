@@ -1,4 +1,4 @@
-"""The command line: ``splitonnx check | inspect | cut | serve | train | predict | merge | verify``.
+"""The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
 
 Each command is a thin shell around a call of the library; what it imports, it imports when it
 runs, so that ``--help`` is quick and a device's commands need no ``onnx``.  An error of
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from splitonnx.commands import partitions, services, trainings
+from splitonnx.commands import locks, partitions, services, trainings
 from splitonnx.errors import SplitonnxError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     partitions.inspect,
     partitions.cut,
     services.serve,
+    locks.token,
     trainings.train,
     services.predict,
     partitions.merge,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -65,18 +67,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str, allow_nan=True)  # ASCII: nothing to escape is left
 
 
-class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what stderr is at that moment, and keeps no stream that others may close."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        self.stream = sys.stderr
-        super().emit(record)
-
-
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
     """Gather the fields of an event that are known and were given."""
     given = {name: getattr(record, name, None) for name in FIELDS}
@@ -90,18 +80,26 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def log_to_stderr(level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT) -> None:
-    """Send splitonnx's log to stderr; called again, it replaces what was set before."""
-    handler = StderrHandler()
+@contextmanager
+def logging_to_stderr(
+    level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT
+) -> Iterator[None]:
+    """Send splitonnx's log to stderr while the context lasts, and leave no trace of it."""
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
-    logger = logging.getLogger("splitonnx")
-    for former in [each for each in logger.handlers if isinstance(each, StderrHandler)]:
-        logger.removeHandler(former)
-    logger.addHandler(handler)
-    logger.setLevel(level.value.upper())
-    logger.propagate = False  # other packages hang handlers of their own on the root
+    ours, theirs = logging.getLogger("splitonnx"), logging.getLogger("websockets")
+    before = ours.level, ours.propagate, theirs.propagate
+    ours.addHandler(handler)
+    ours.setLevel(level.value.upper())
+    ours.propagate = False  # other packages hang handlers of their own on the root
     # A caller that speaks no websocket is no reason for a traceback.
-    library = logging.getLogger("websockets")
-    if not library.handlers:
-        library.addHandler(logging.NullHandler())
-    library.propagate = False
+    silent = logging.NullHandler()
+    theirs.addHandler(silent)
+    theirs.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        theirs.removeHandler(silent)
+        ours.setLevel(before[0])
+        ours.propagate, theirs.propagate = before[1:]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from splitonnx.commands.logs import LogFormat, LogLevel
 from splitonnx.errors import UsageError
 from splitonnx.optimizers import Optimizer, read_optimizer
 
@@ -137,6 +138,12 @@ ThreadsOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what stands there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option(help="Lines for people, or one JSON object a line.")
+]
+LogLevelOption = Annotated[
+    LogLevel | None, typer.Option(help="What is logged, and all that is graver; info by default.")
+]
 
 
 def make_optimizer(

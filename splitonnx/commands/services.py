@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +10,17 @@ import typer
 import splitonnx
 from splitonnx.commands import displays
 from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.logs import LogFormat, LogLevel, logging_to_stderr
 from splitonnx.commands.options import (
     BatchSizeOption,
     DataOption,
     ForceOption,
+    LogFormatOption,
+    LogLevelOption,
     QuietOption,
     ServerOption,
     ThreadsOption,
+    refuse_both,
 )
 
 
@@ -33,15 +36,19 @@ def serve(
         typer.Option("--resume", help="Go on with sessions that an earlier server left here."),
     ] = False,
     quiet: QuietOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
     It ends in good order: running steps are finished, sessions written to disk, clients told to
     come again.
     """
-    server = splitonnx.Server(bundle, host=host, port=port, threads=threads, resume=resume)
-    _log_to_stderr(logging.ERROR if quiet else logging.INFO)
-    server.serve_forever()
+    refuse_both("--quiet", "--log-level", quiet, log_level)
+    level = LogLevel.ERROR if quiet else log_level or LogLevel.INFO
+    with logging_to_stderr(level, log_format):
+        server = splitonnx.Server(bundle, host=host, port=port, threads=threads, resume=resume)
+        server.serve_forever()
 
 
 def predict(
@@ -67,14 +74,3 @@ def predict(
         np.savez(file, **outputs)
     if not quiet:
         displays.print_outputs(output, outputs)
-
-
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("splitonnx")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False  # other packages hang handlers of their own on the root
-    # A caller that speaks no websocket is no reason for a traceback.
-    logging.getLogger("websockets").addHandler(logging.NullHandler())

@@ -1,0 +1,265 @@
+"""Options that lock a server or open one to a client, and the command that makes tokens.
+
+Secrets come from files or the environment, never from the command line, which other users of a
+machine can read.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitonnx.errors import UsageError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from splitonnx.runtime.sockets import Access
+    from splitonnx.runtime.tokens import Tokens
+
+_LOCKS = "Who may come in"
+_LIMITS = "Limits"
+_ACCESS = "How the server lets us in"
+
+
+def _limit(field: str, text: str, *, show_default: bool = True) -> object:
+    return typer.Option(
+        f"--max-{field.replace('_', '-')}",
+        help=text,
+        rich_help_panel=_LIMITS,
+        show_default=show_default,
+    )
+
+
+# --- serve ----------------------------------------------------------------------------------
+
+ServerTokensOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="The tokens that let clients in, as `splitonnx token` writes them.",
+        rich_help_panel=_LOCKS,
+    ),
+]
+ServerCertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE.pem",
+        help="The server's certificate; with it the server speaks TLS.",
+        rich_help_panel=_LOCKS,
+    ),
+]
+ServerKeyOption = Annotated[
+    Path | None,
+    typer.Option("--tls-key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_LOCKS),
+]
+ClientAuthorityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-ca",
+        metavar="FILE.pem",
+        help="Clients must show a certificate of this authority (mutual TLS).",
+        rich_help_panel=_LOCKS,
+    ),
+]
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN",
+        help="Web pages of this origin, such as https://lab.example, may connect; repeatable. "
+        "Programs name no origin and are not asked for one.",
+        rich_help_panel=_LOCKS,
+    ),
+]
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen beyond this machine without tokens or certificates.",
+        rich_help_panel=_LOCKS,
+    ),
+]
+MaxClientsOption = Annotated[int, _limit("clients", "Connections at once.")]
+MaxStrangersOption = Annotated[
+    int, _limit("strangers", "Connections at once that have shown no token yet.")
+]
+MaxSessionsOption = Annotated[int, _limit("sessions", "Sessions at once in memory.")]
+MaxSessionsPerTokenOption = Annotated[
+    int, _limit("sessions_per_token", "Sessions at once in memory of one owner of tokens.")
+]
+MaxMemoryOption = Annotated[
+    int | None,
+    _limit(
+        "memory_bytes",
+        "Bytes of all sessions' states.  [default: half of the machine's]",
+        show_default=False,
+    ),
+]
+MaxMessageBytesOption = Annotated[int, _limit("message_bytes", "Bytes of one message.")]
+MaxStrangerBytesOption = Annotated[
+    int, _limit("stranger_bytes", "Bytes of all messages before a token was shown.")
+]
+MaxMessagesPerSecondOption = Annotated[
+    int,
+    _limit("messages_per_second", "Frames a second of one connection, beyond which it is slowed."),
+]
+MaxIdleOption = Annotated[float, _limit("idle_seconds", "Seconds that a connection may be silent.")]
+MaxMessageSecondsOption = Annotated[
+    float, _limit("message_seconds", "Seconds from a message's first byte to its last.")
+]
+MaxHandshakeOption = Annotated[
+    float, _limit("handshake_seconds", "Seconds for the handshake of TLS, and again of HTTP.")
+]
+MaxLoginOption = Annotated[
+    float, _limit("login_seconds", "Seconds for the token where it comes as a message.")
+]
+MaxUnattendedOption = Annotated[
+    float, _limit("unattended_seconds", "Seconds that a session without a connection stays.")
+]
+MaxNormOption = Annotated[
+    float | None, _limit("norm", "Largest L2 norm of a gradient that arrives; none by default.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locks:
+    """What keeps strangers out of a server."""
+
+    tokens: Tokens | None = None
+    tls: ssl.SSLContext | None = None
+
+
+def make_locks(
+    host: str,
+    *,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    client_ca: Path | None,
+    insecure: bool,
+) -> Locks:
+    """Read tokens and certificates, and check that a server with them may listen on ``host``.
+
+    Raises:
+        UsageError: options are missing or contradict each other, or anyone could come in.
+        UnusableFile: a file is not what it should be.
+    """
+    from splitonnx.runtime.certificates import make_server_tls
+    from splitonnx.runtime.doors import check_exposure
+    from splitonnx.runtime.tokens import Tokens
+
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError(
+            "a certificate and its key go together; name both --tls-cert and --tls-key"
+        )
+    if client_ca is not None and tls_cert is None:
+        raise UsageError("--client-ca needs TLS; name --tls-cert and --tls-key")
+    tokens = None if token_file is None else Tokens.read(token_file)
+    tls = None
+    if tls_cert is not None and tls_key is not None:
+        tls = make_server_tls(tls_cert, tls_key, client_authority=client_ca)
+    check_exposure(host, tokens, tls, insecure=insecure)
+    return Locks(tokens=tokens, tls=tls)
+
+
+# --- train and predict ----------------------------------------------------------------------
+
+ClientTokenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="Holds the token for the server, and nothing else; or set SPLITONNX_TOKEN.",
+        rich_help_panel=_ACCESS,
+    ),
+]
+AuthorityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca",
+        metavar="FILE.pem",
+        help="The authority that signed the server's certificate, in place of the system's.",
+        rich_help_panel=_ACCESS,
+    ),
+]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cert",
+        metavar="FILE.pem",
+        help="The client's own certificate, for a server with --client-ca.",
+        rich_help_panel=_ACCESS,
+    ),
+]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_ACCESS),
+]
+GiveUpOption = Annotated[
+    float | None,
+    typer.Option(
+        "--give-up-after",
+        min=0,
+        metavar="SECONDS",
+        help="Stop trying to reach the server after so long; by default never.",
+        rich_help_panel=_ACCESS,
+    ),
+]
+
+
+def make_access(
+    server: str | None,
+    *,
+    token_file: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+) -> Access | None:
+    """Read a client's token and certificates; ``None`` where there is no server.
+
+    Raises:
+        UsageError: options are missing, or there is no server, or none with TLS, to use them on.
+        UnusableFile: a file is not what it should be.
+    """
+    given = {"--token-file": token_file, "--ca": ca, "--cert": cert, "--key": key}
+    if server is None:
+        names = [name for name, value in given.items() if value is not None]
+        if names:
+            raise UsageError(f"{', '.join(names)}: for a server, and none is named")
+        return None
+    from splitonnx.runtime.certificates import make_client_tls
+    from splitonnx.runtime.sockets import Access
+    from splitonnx.runtime.tokens import read_token
+
+    tls = None
+    if ca is not None or cert is not None or key is not None:
+        tls = make_client_tls(authority=ca, certificate=cert, key=key)
+    return Access(token=read_token(token_file), tls=tls)
+
+
+# --- token ----------------------------------------------------------------------------------
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="Whose it is: sessions belong to this name.")],
+    token_file: Annotated[
+        Path,
+        typer.Option(
+            "--token-file", metavar="FILE", help="The server's file, to which it is added."
+        ),
+    ],
+) -> None:
+    """Make a token, print it once, and add its hash to the server's file.
+
+    An owner may have several; to take one back, delete its line and start the server again.
+    """
+    from splitonnx.runtime.tokens import add_token
+
+    print(add_token(token_file, name))
+    print(f"{token_file}: added {name}; the token is shown this once", file=sys.stderr)
