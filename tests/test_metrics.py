@@ -23,9 +23,8 @@ def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 def test_what_is_counted_is_rendered() -> None:
     metrics = Metrics(["train", "predict"])
-    metrics.open_session()
-    metrics.open_session()
-    metrics.close_session()
+    metrics.set_sessions(2)
+    metrics.set_sessions(1)
     metrics.open_connection()
     metrics.close_connection()
     metrics.count_step("train")

@@ -7,7 +7,6 @@ machine can read.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,11 +92,11 @@ MaxSessionsOption = Annotated[int, _limit("sessions", "Sessions at once in memor
 MaxSessionsPerTokenOption = Annotated[
     int, _limit("sessions_per_token", "Sessions at once in memory of one owner of tokens.")
 ]
-MaxMemoryOption = Annotated[
+MaxMemoryBytesOption = Annotated[
     int | None,
     _limit(
         "memory_bytes",
-        "Bytes of all sessions' states.  [default: half of the machine's]",
+        "Bytes of all sessions' states; half of the machine's memory by default.",
         show_default=False,
     ),
 ]
@@ -109,17 +108,19 @@ MaxMessagesPerSecondOption = Annotated[
     int,
     _limit("messages_per_second", "Frames a second of one connection, beyond which it is slowed."),
 ]
-MaxIdleOption = Annotated[float, _limit("idle_seconds", "Seconds that a connection may be silent.")]
+MaxIdleSecondsOption = Annotated[
+    float, _limit("idle_seconds", "Seconds that a connection may be silent.")
+]
 MaxMessageSecondsOption = Annotated[
     float, _limit("message_seconds", "Seconds from a message's first byte to its last.")
 ]
-MaxHandshakeOption = Annotated[
+MaxHandshakeSecondsOption = Annotated[
     float, _limit("handshake_seconds", "Seconds for the handshake of TLS, and again of HTTP.")
 ]
-MaxLoginOption = Annotated[
+MaxLoginSecondsOption = Annotated[
     float, _limit("login_seconds", "Seconds for the token where it comes as a message.")
 ]
-MaxUnattendedOption = Annotated[
+MaxUnattendedSecondsOption = Annotated[
     float, _limit("unattended_seconds", "Seconds that a session without a connection stays.")
 ]
 MaxNormOption = Annotated[
@@ -127,45 +128,39 @@ MaxNormOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Locks:
-    """What keeps strangers out of a server."""
-
-    tokens: Tokens | None = None
-    tls: ssl.SSLContext | None = None
-
-
-def make_locks(
-    host: str,
-    *,
-    token_file: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    client_ca: Path | None,
-    insecure: bool,
-) -> Locks:
-    """Read tokens and certificates, and check that a server with them may listen on ``host``.
+def make_tls(
+    certificate: Path | None, key: Path | None, *, client_authority: Path | None
+) -> ssl.SSLContext | None:
+    """Read a server's certificates, if any are named.
 
     Raises:
-        UsageError: options are missing or contradict each other, or anyone could come in.
+        UsageError: one is named without another that it needs.
         UnusableFile: a file is not what it should be.
     """
+    if (certificate is None) != (key is None):
+        raise UsageError(
+            "a certificate and its key go together; give both --tls-cert and --tls-key"
+        )
+    if certificate is None or key is None:
+        if client_authority is not None:
+            raise UsageError("--client-ca needs TLS; give --tls-cert and --tls-key, too")
+        return None
     from splitonnx.runtime.certificates import make_server_tls
-    from splitonnx.runtime.doors import check_exposure
+
+    return make_server_tls(certificate, key, client_authority=client_authority)
+
+
+def read_tokens(path: Path | None) -> Tokens | None:
+    """Read a server's tokens, if a file is named.
+
+    Raises:
+        UnusableFile: it is no file of tokens.
+    """
+    if path is None:
+        return None
     from splitonnx.runtime.tokens import Tokens
 
-    if (tls_cert is None) != (tls_key is None):
-        raise UsageError(
-            "a certificate and its key go together; name both --tls-cert and --tls-key"
-        )
-    if client_ca is not None and tls_cert is None:
-        raise UsageError("--client-ca needs TLS; name --tls-cert and --tls-key")
-    tokens = None if token_file is None else Tokens.read(token_file)
-    tls = None
-    if tls_cert is not None and tls_key is not None:
-        tls = make_server_tls(tls_cert, tls_key, client_authority=client_ca)
-    check_exposure(host, tokens, tls, insecure=insecure)
-    return Locks(tokens=tokens, tls=tls)
+    return Tokens.read(path)
 
 
 # --- train and predict ----------------------------------------------------------------------
@@ -200,16 +195,6 @@ CertificateOption = Annotated[
 KeyOption = Annotated[
     Path | None,
     typer.Option("--key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_ACCESS),
-]
-GiveUpOption = Annotated[
-    float | None,
-    typer.Option(
-        "--give-up-after",
-        min=0,
-        metavar="SECONDS",
-        help="Stop trying to reach the server after so long; by default never.",
-        rich_help_panel=_ACCESS,
-    ),
 ]
 
 

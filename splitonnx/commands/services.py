@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 import splitonnx
-from splitonnx.commands import displays
+from splitonnx.commands import displays, locks
 from splitonnx.commands.files import open_whole, refuse_existing
 from splitonnx.commands.logs import LogFormat, LogLevel, logging_to_stderr
 from splitonnx.commands.options import (
     BatchSizeOption,
     DataOption,
     ForceOption,
+    GiveUpAfterOption,
     LogFormatOption,
     LogLevelOption,
     QuietOption,
@@ -22,6 +23,7 @@ from splitonnx.commands.options import (
     ThreadsOption,
     refuse_both,
 )
+from splitonnx.runtime.limits import Limits
 
 
 def serve(
@@ -38,6 +40,26 @@ def serve(
     quiet: QuietOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = None,
+    token_file: locks.ServerTokensOption = None,
+    tls_cert: locks.ServerCertificateOption = None,
+    tls_key: locks.ServerKeyOption = None,
+    client_ca: locks.ClientAuthorityOption = None,
+    origin: locks.OriginOption = None,
+    insecure: locks.InsecureOption = False,
+    max_clients: locks.MaxClientsOption = Limits.clients,
+    max_strangers: locks.MaxStrangersOption = Limits.strangers,
+    max_sessions: locks.MaxSessionsOption = Limits.sessions,
+    max_sessions_per_token: locks.MaxSessionsPerTokenOption = Limits.sessions_per_token,
+    max_memory_bytes: locks.MaxMemoryBytesOption = Limits.memory_bytes,
+    max_message_bytes: locks.MaxMessageBytesOption = Limits.message_bytes,
+    max_stranger_bytes: locks.MaxStrangerBytesOption = Limits.stranger_bytes,
+    max_messages_per_second: locks.MaxMessagesPerSecondOption = Limits.messages_per_second,
+    max_idle_seconds: locks.MaxIdleSecondsOption = Limits.idle_seconds,
+    max_message_seconds: locks.MaxMessageSecondsOption = Limits.message_seconds,
+    max_handshake_seconds: locks.MaxHandshakeSecondsOption = Limits.handshake_seconds,
+    max_login_seconds: locks.MaxLoginSecondsOption = Limits.login_seconds,
+    max_unattended_seconds: locks.MaxUnattendedSecondsOption = Limits.unattended_seconds,
+    max_norm: locks.MaxNormOption = Limits.norm,
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
@@ -46,9 +68,35 @@ def serve(
     """
     refuse_both("--quiet", "--log-level", quiet, log_level)
     level = LogLevel.ERROR if quiet else log_level or LogLevel.INFO
+    limits = Limits(
+        clients=max_clients,
+        strangers=max_strangers,
+        sessions=max_sessions,
+        sessions_per_token=max_sessions_per_token,
+        memory_bytes=max_memory_bytes,
+        message_bytes=max_message_bytes,
+        stranger_bytes=max_stranger_bytes,
+        messages_per_second=max_messages_per_second,
+        idle_seconds=max_idle_seconds,
+        message_seconds=max_message_seconds,
+        handshake_seconds=max_handshake_seconds,
+        login_seconds=max_login_seconds,
+        unattended_seconds=max_unattended_seconds,
+        norm=max_norm,
+    )
     with logging_to_stderr(level, log_format):
-        server = splitonnx.Server(bundle, host=host, port=port, threads=threads, resume=resume)
-        server.serve_forever()
+        splitonnx.Server(
+            bundle,
+            host=host,
+            port=port,
+            threads=threads,
+            resume=resume,
+            limits=limits,
+            tokens=locks.read_tokens(token_file),
+            tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
+            origins=origin or (),
+            insecure=insecure,
+        ).serve_forever()
 
 
 def predict(
@@ -59,14 +107,22 @@ def predict(
         typer.Option("-o", metavar="FILE.npz", help="The file to write.", show_default=False),
     ],
     server: ServerOption = None,
+    give_up_after: GiveUpAfterOption = None,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
+    token_file: locks.ClientTokenOption = None,
+    ca: locks.AuthorityOption = None,
+    cert: locks.CertificateOption = None,
+    key: locks.KeyOption = None,
 ) -> None:
     """Run the model split, and write its outputs by name into an .npz file."""
     refuse_existing(output, force=force)
-    with splitonnx.Client(bundle, server, threads=threads) as client:
+    access = locks.make_access(server, token_file=token_file, ca=ca, cert=cert, key=key)
+    with splitonnx.Client(
+        bundle, server, threads=threads, access=access, give_up_after=give_up_after
+    ) as client:
         outputs: dict[str, Any] = {**client.predict(data, batch_size=batch_size)}
     import numpy as np
 

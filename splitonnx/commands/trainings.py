@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import displays
+from splitonnx.commands import displays, locks
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
@@ -114,6 +114,10 @@ def train(
     train: TrainOption = None,
     freeze: FreezeOption = None,
     client_target: ClientTargetOption = None,
+    token_file: locks.ClientTokenOption = None,
+    ca: locks.AuthorityOption = None,
+    cert: locks.CertificateOption = None,
+    key: locks.KeyOption = None,
 ) -> None:
     """Train a bundle against its server and save both halves, or with --local a whole model.
 
@@ -166,11 +170,13 @@ def train(
         )
     from splitonnx.runtime.datasets import open_dataset
 
+    access = locks.make_access(server, token_file=token_file, ca=ca, cert=cert, key=key)
     display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
     part = source if bundle is None else bundle.client
     with splitonnx.Client(
         part,
         server,
+        access=access,
         threads=threads,
         seed=seed,
         resume=resume,
