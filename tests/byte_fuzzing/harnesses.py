@@ -1,0 +1,36 @@
+"""One target under atheris: ``python -m tests.byte_fuzzing.harnesses TARGET OPTION...``.
+
+The options are libFuzzer's.  Only the modules that read bytes are instrumented: what atheris counts
+elsewhere costs time and leads nowhere.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+READERS = [
+    "splitonnx.codecs",
+    "splitonnx.manifests",
+    "splitonnx.messages",
+    "splitonnx.tensors",
+    "splitonnx.runtime.gates",
+    "splitonnx.runtime.protobufs",
+    "splitonnx.runtime.protocols",
+    "splitonnx.partitioner.gates",
+    "splitonnx.partitioner.screens",
+]
+
+
+def main() -> None:
+    """Fuzz until libFuzzer ends the process."""
+    target, *options = sys.argv[1:]
+    with atheris.instrument_imports(include=READERS):
+        from tests.byte_fuzzing.targets import TARGETS
+    atheris.Setup([sys.argv[0], *options], TARGETS[target])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
