@@ -9,6 +9,7 @@ business.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -21,6 +22,9 @@ PROTOCOL = 2
 """Version of the protocol; both sides must speak the same."""
 MAX_HEADER = 1 << 20
 """Bytes.  A greeting lists every wire, some 200 bytes each; other messages stay below 16 KiB."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""Steps, turns, seeds: what fits an I64, so that nobody sends numbers too long to print."""
 
 _FIELD = "splitonnx"
 
@@ -58,10 +62,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     digest: str
     session: str
     origin: str = ""
-    start: int = 0
-    generation: int = 1
-    step: int
-    kept: tuple[int, ...] = ()
+    start: Count = 0
+    generation: Count = 1
+    step: Count
+    kept: tuple[Count, ...] = ()
     is_open: bool = False
     wires: Wires
 
@@ -76,7 +80,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     session: str
     digest: str
-    step: int
+    step: Count
     wires: Wires
 
 
@@ -89,10 +93,10 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     session: str
     phase: str
-    step: int
-    micro_batch: int
-    turn: int
-    seed: int
+    step: Count
+    micro_batch: Count
+    turn: Count
+    seed: Count
     learning_rate: float
 
     @property
@@ -108,7 +112,7 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """
 
     session: str
-    step: int
+    step: Count
     publish: bool = False
 
 
@@ -116,14 +120,14 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Server: done."""
 
     session: str
-    step: int
+    step: Count
 
 
 class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Server: it could not be written; what was saved before stands, and training may go on."""
 
     session: str
-    step: int
+    step: Count
     reason: str
 
 
@@ -135,7 +139,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     code: str
     reason: str
-    newest: int = 0
+    newest: Count = 0
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):

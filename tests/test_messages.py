@@ -33,7 +33,7 @@ WIRE = Wire(
     kind=WireKind.ACTIVATION,
 )
 TASK = Tensors(
-    session="s", phase="train", step=2**40, micro_batch=0, turn=1, seed=-7, learning_rate=0.1 + 0.2
+    session="s", phase="train", step=2**40, micro_batch=0, turn=1, seed=7, learning_rate=0.1 + 0.2
 )
 EVERY: list[Message] = [
     Login(token="secret"),
@@ -92,6 +92,10 @@ def test_only_tensors_carry_tensors() -> None:
         {"splitonnx": '{"type":"Shout"}'},
         {"splitonnx": '{"type":"Save","session":"s"}'},
         {"splitonnx": '{"type":"Save","session":"s","step":"3"}'},
+        {"splitonnx": '{"type":"Save","session":"s","step":-1}'},
+        {"splitonnx": f'{{"type":"Save","session":"s","step":{2**63}}}'},
+        {"splitonnx": f'{{"type":"Save","session":"s","step":{"9" * 4300}}}'},
+        {"splitonnx": '{"type":"Save","session":"s","step":1.5}'},
         {"splitonnx": '{"type":"Bye"}', "other": ""},
     ],
 )
