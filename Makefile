@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench fuzz sweep clean
+.PHONY: demo test lint bench fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -65,6 +65,16 @@ $(VENV)/.test: $(VENV)/.pip pyproject.toml
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzzing $(or $(SECONDS),600)
+
+# Coverage-guided, by atheris, which has wheels for Linux.  TARGETS selects; RUNS counts inputs a
+# target where SECONDS do not.
+fuzz-bytes: $(VENV)/.fuzz
+	$(BIN)/python -m tests.byte_fuzzing $(TARGETS) --seed $(or $(SEED),1) \
+		$(if $(RUNS),--runs $(RUNS),--seconds $(or $(SECONDS),300))
+
+$(VENV)/.fuzz: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group fuzz
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any, get_args
 
 import msgspec
@@ -27,7 +28,7 @@ from splitonnx.runtime.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
 from splitonnx.runtime.protocols import State
 from splitonnx.tensors import DTYPES
 from tests.byte_fuzzing.framings import END, NESTED
-from tests.byte_fuzzing.targets import read_manifest
+from tests.byte_fuzzing.targets import FORGED, read_manifest
 from tests.fuzzing.corpora import list_models
 
 _LONGEST_MODEL = 500
@@ -52,7 +53,8 @@ def list_words(target: str) -> list[bytes]:
     if target in ("graph", "model"):
         words = [*STANDARD_OPERATORS, *TRAINING_OPERATORS, "com.microsoft", "ai.onnx", "value"]
         words += ["location", "axis", "axes", "kernel_shape", "to", "then_branch", "body"]
-        return [*(word.encode() for word in sorted(words)), b"\xff" * 9 + b"\x01", b"\x80" * 9]
+        numbers = [b"\xff" * 9 + b"\x01", b"\x80" * 9, b"\x80" * 9 + b"\x01"]
+        return [*(word.encode() for word in sorted(words)), *numbers, *_list_fields()]
     words = [*DTYPES, *State, *Source, *Role, *WireKind, "dtype", "shape", "data_offsets"]
     words += ["__metadata__", "splitonnx", "NaN", "Infinity", "\\ud800", "null", "true", "1e999"]
     words += [str(2**63), str(2**64), "9" * 30, "-1", "0.0", "[[[[", "{}", FORMAT]
@@ -95,7 +97,33 @@ def _read_number(content: bytes, at: int) -> tuple[int, int]:
     return value | content[at] << shift, at + 1
 
 
+def _list_fields() -> Iterator[bytes]:
+    """Yield each field that a message may have, or must not, as a piece of a program."""
+    for descriptor in ModelProto.DESCRIPTOR.file.message_types_by_name.values():
+        for field in [f for kind in (descriptor, *descriptor.nested_types) for f in kind.fields]:
+            start = field.number << 3
+            if field.message_type is not None:
+                yield bytes([start | 2, NESTED, END])
+            elif field.type in (field.TYPE_STRING, field.TYPE_BYTES):
+                yield bytes([start | 2, 1, 65])
+            elif field.type in (field.TYPE_FLOAT, field.TYPE_DOUBLE):
+                width, wire = (4, 5) if field.type == field.TYPE_FLOAT else (8, 1)
+                yield bytes([start | wire, *bytes(width)])
+                yield bytes([start | 2, width, *bytes(width)])
+            else:
+                yield from (bytes([start, 1]), bytes([start, 0]), bytes([start | 2, 2, 1, 1]))
+
+
+def _list_choices() -> Iterator[bytes]:
+    """Yield inputs that choose, honest ones and others."""
+    yield FORGED + bytes(80)
+    random = Random(0)
+    for most in (224, 230, 256):
+        yield from (FORGED + bytes(random.choices(range(most), k=80)) for _ in range(20))
+
+
 def _list_tensors() -> Iterator[bytes]:
+    yield from _list_choices()
     random = np.random.default_rng(0)
     yield b"h{}\0"
     for shape in ((), (2, 3), (0, 4)):
@@ -114,6 +142,7 @@ def _unframe(chunks: Sequence[bytes | memoryview]) -> bytes:
 
 
 def _list_messages() -> Iterator[bytes]:
+    yield from _list_choices()
     for kind in get_args(Message):
         yield b"m" + json.dumps(_draw(kind)).encode() + b"\0\0"
     yield b"m" + _write_wires("server", "train")
@@ -121,12 +150,13 @@ def _list_messages() -> Iterator[bytes]:
 
 def _list_conversations() -> Iterator[bytes]:
     states = list(State)
+    messages = [message for message in _list_messages() if message[:1] != FORGED]
     for place in range(len(states)):
         for role in (0, 1):
-            flags = bytes([place << 1 | role])
-            for message in _list_messages():
-                yield flags + message
+            yield from (bytes([place << 1 | role]) + message for message in messages)
     opened = states.index(State.OPEN) << 1
+    for flags in (opened, opened | 1):
+        yield from (bytes([flags]) + choices for choices in _list_choices())
     for phase in ("train", "predict"):
         for role, peer in ((0, "server"), (1, "client")):
             task = b"m" + _write_wires(peer, phase)
@@ -222,9 +252,12 @@ def _list_odd_models() -> Iterator[bytes]:
     for kind in (1, 2, 6, 7, 9, 10, 11, 13, 16):
         tensor = helper.make_tensor("t", kind, [2], [0, 1])
         yield _finish(helper.make_node("Constant", [], ["y"], value=tensor))
-    outside = TensorProto(name="t", data_type=1, dims=[1], data_location=TensorProto.EXTERNAL)
-    outside.external_data.add(key="location", value="weights")
-    yield _finish(helper.make_node("Constant", [], ["y"], value=outside))
+    for location in (TensorProto.DEFAULT, TensorProto.EXTERNAL):
+        outside = TensorProto(name="t", data_type=1, dims=[1], raw_data=bytes(4))
+        outside.data_location = location
+        yield _finish(helper.make_node("Constant", [], ["y"], value=outside))
+        outside.external_data.add(key="location", value="weights")
+        yield _finish(helper.make_node("Constant", [], ["y"], value=outside))
     sparse = helper.make_sparse_tensor(
         helper.make_tensor("v", 1, [1], [1.0]), helper.make_tensor("i", 7, [1], [0]), [3]
     )

@@ -6,10 +6,11 @@ printable line.  What was read is the same after it was written and read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -20,7 +21,9 @@ from splitonnx.errors import (
     ForbiddenExternalData,
     ForbiddenGraph,
     FormatError,
+    NormTooLarge,
     NotAModel,
+    NotFinite,
     RemoteProtocolError,
     SplitonnxError,
     UnsupportedModel,
@@ -30,13 +33,31 @@ from splitonnx.manifests import BundleManifest, PartyManifest, decode_manifest, 
 from splitonnx.messages import decode_message, encode_message
 from splitonnx.partitioner import gates as model_gates
 from splitonnx.runtime.gates import check_graph
-from splitonnx.runtime.protocols import Protocol, State
+from splitonnx.runtime.operators import DOMAINS, STANDARD_OPERATORS, TRAINING_OPERATORS
+from splitonnx.runtime.protocols import Protocol, State, list_wires
+from tests.byte_fuzzing.forgeries import forge_message, forge_tensors
 from tests.byte_fuzzing.framings import frame_message, frame_protobuf, frame_tensors
 
 Arrays = Mapping[str, np.ndarray]
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 
 MAX_HEADER = 1 << 20
+FORGED = b"g"
+"""The first byte of inputs whose other bytes are choices."""
+_REFUSALS = (
+    RemoteProtocolError,
+    BundleMismatch,
+    ArrayMismatch,
+    ValueOutOfRange,
+    NotFinite,
+    NormTooLarge,
+)
+_NEVER = (
+    onnx.FunctionProto,
+    onnx.TrainingInfoProto,
+    onnx.SparseTensorProto,
+    onnx.TensorAnnotation,
+)
 _STATES = tuple(State)
 LONGEST_SENTENCE = 2000
 """Characters."""
@@ -45,7 +66,7 @@ LONGEST_SENTENCE = 2000
 def try_codec(content: bytes) -> None:
     """Tensors and metadata."""
     try:
-        tensors, metadata = decode_tensors(frame_tensors(content), max_header=MAX_HEADER)
+        tensors, metadata = decode_tensors(_make_tensors(content), max_header=MAX_HEADER)
     except FormatError as error:
         _check_sentence(error)
         return
@@ -57,7 +78,7 @@ def try_codec(content: bytes) -> None:
 def try_message(content: bytes) -> None:
     """A message and its tensors."""
     try:
-        message, tensors = decode_message(frame_message(content))
+        message, tensors = decode_message(_make_message(content, "client"))
     except FormatError as error:
         _check_sentence(error)
         return
@@ -70,13 +91,13 @@ def try_protocol(content: bytes) -> None:
     """A conversation: the first byte tells the role and the state."""
     flags = content[0] if content else 0
     role = "server" if flags & 1 else "client"
-    protocol = Protocol(read_manifest(role), role)
+    protocol = Protocol(read_manifest(role), role, norm=1e6)
     protocol.state = _STATES[(flags >> 1) % len(_STATES)]
     for part in content[1:].split(b"\n\n")[:4]:
         before = protocol.state
         try:
-            protocol.receive(frame_message(part))
-        except (RemoteProtocolError, BundleMismatch, ArrayMismatch, ValueOutOfRange) as error:
+            protocol.receive(_make_message(part, role))
+        except _REFUSALS as error:
             _check_sentence(error)
             assert protocol.state == before
 
@@ -107,11 +128,23 @@ def try_graph(content: bytes) -> None:
         _check_sentence(error)
         return
     model = onnx.ModelProto.FromString(graph)
-    assert not model.functions
-    assert not model.training_info
-    for tensor in model.graph.initializer:
-        assert not tensor.external_data
-        assert tensor.data_location == onnx.TensorProto.DEFAULT
+    for message in _walk(model):
+        assert not isinstance(message, _NEVER), message
+        if isinstance(message, onnx.TensorProto):
+            assert not message.external_data
+            assert message.data_location == onnx.TensorProto.DEFAULT
+        if isinstance(message, onnx.NodeProto):
+            assert message.domain in DOMAINS
+            assert message.op_type in STANDARD_OPERATORS | TRAINING_OPERATORS
+
+
+def _walk(message: Any) -> Iterator[Any]:
+    """Yield a message and all that are in it, as protobuf's own parser sees them."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if field.is_repeated else [value]:
+                yield from _walk(inner)
 
 
 class _PassedError(Exception):
@@ -134,6 +167,18 @@ def try_model(content: bytes) -> None:
         return
     finally:
         setattr(model_gates, "check_form", checker)  # noqa: B010
+
+
+def _make_tensors(content: bytes) -> bytes:
+    return forge_tensors(content[1:]) if content[:1] == FORGED else frame_tensors(content)
+
+
+def _make_message(content: bytes, role: str) -> bytes:
+    """Make bytes that come in at a party."""
+    if content[:1] != FORGED:
+        return frame_message(content)
+    peer = "client" if role == "server" else "server"
+    return forge_message(content[1:], read_manifest(role), _read_wires(role), peer)
 
 
 def _compare(arrays: Arrays, others: Arrays) -> None:
@@ -169,3 +214,8 @@ def read_manifest(role: str) -> PartyManifest:
 
     bundle = cut(ZOO["chain"].build(), at="act1", optimizer=Adam(lr=0.1, clip_norm=1.0))
     return bundle.parties[role].manifest
+
+
+@cache
+def _read_wires(role: str) -> str:
+    return msgspec.json.encode(list_wires(read_manifest(role))).decode()
