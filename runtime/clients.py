@@ -7,24 +7,21 @@ of what the stages compute.  A model left whole is trained by the same loop with
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import msgspec
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost, UsageError
+from splitonnx.errors import StepsLost, UsageError
 from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
-from splitonnx.messages import TaskKey
 from splitonnx.runtime.checkpoints import Position
 from splitonnx.runtime.datasets import (
     Batch,
@@ -36,6 +33,7 @@ from splitonnx.runtime.datasets import (
 )
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import LOSS, Executor
+from splitonnx.runtime.halves import Half, WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Backoff, Dial, Link
@@ -45,11 +43,6 @@ from splitonnx.tensors import TensorSpec
 
 LearningRate: TypeAlias = float | Callable[[int], float] | None
 """A constant, or a function of the updates so far; ``None`` is the optimizer's own."""
-
-WhenUnsaved: TypeAlias = Literal["stop", "continue"]
-"""What training does where a checkpoint cannot be written."""
-
-_logger = logging.getLogger("splitonnx.client")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +105,6 @@ class Client:
         if seed < 0:
             raise UsageError(f"the seed must not be negative, not {seed}")
         self._seed = seed
-        self._closed = False
-        self._others = itertools.count()  # numbers the tasks that are no training step
-        self._place: Position | None = None
         if (server is not None) != any(phase.wires for phase in self._manifest.phases):
             raise UsageError(
                 "this model was left whole and has no part for a server"
@@ -123,10 +113,10 @@ class Client:
             )
         self._executor = Executor(party, Engine(threads))
         self._journal = Journal.open(self._executor, resume=resume)
-        self._link = None
+        link = None
         if server is not None:
             dial, transport = _split_address(server, access)
-            self._link = Link(
+            link = Link(
                 dial,
                 transport,
                 manifest=self._manifest,
@@ -135,9 +125,9 @@ class Client:
                 backoff=Backoff(give_up_after=give_up_after),
                 patient=resume or give_up_after is not None,
             )
-            if self._link.step != self._executor.step:
-                place = self._journal.go_back(self._executor, self._link.step)
-                self._journal.position = place
+            if link.step != self._executor.step:
+                self._journal.position = self._journal.go_back(self._executor, link.step)
+        self._half = Half(self._executor, self._journal, link, seed=seed)
 
     def __enter__(self) -> Self:
         return self
@@ -283,26 +273,17 @@ class Client:
             NotSaved: the server could not save.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
-        if self._link is not None:
-            self._require_open()
-            self._save_remotely(publish=True)
-        self._journal.publish(self._executor, self._place)
+        self._half.publish()
 
     def close(self) -> None:
         """Say good-bye to the server; may be called twice."""
-        if not self._closed and self._link is not None:
-            self._link.close()
-        self._closed = True
+        self._half.close()
 
     def _phase(self, name: str) -> Phase:
         phase = self._manifest.phase(name)
         if not (phase.stages or phase.wires):
             raise UsageError(f"this bundle has nothing to {name} with")
         return phase
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise LocalProtocolError("the client is closed")
 
     def _evaluation_data(self) -> list[TensorSpec]:
         predicted = self._phase(PREDICT)
@@ -316,11 +297,12 @@ class Client:
             try:
                 place = self._train_epoch(plan, place, history)
             except StepsLost as lost:
-                if lost.step < first or (lost.step > first and self._place is None):
+                kept = self._half.place
+                if lost.step < first or (lost.step > first and kept is None):
                     raise
-                place = start if self._place is None else self._place
+                place = start if kept is None else kept
                 history.forget(lost.step, place.epoch)
-        self._place = place
+        self._half.place = place
         return history
 
     def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
@@ -340,7 +322,7 @@ class Client:
             if plan.on_step is not None:
                 plan.on_step(record)
             if plan.checkpoint_every is not None and record.step % plan.checkpoint_every == 0:
-                self._checkpoint(place, plan.when_unsaved)
+                self._half.checkpoint(place, plan.when_unsaved)
         if plan.held_out is not None:
             evaluation = self._record_evaluation(plan.held_out, place.batch_size, place.epoch)
             history.evaluations.append(evaluation)
@@ -348,47 +330,12 @@ class Client:
                 plan.on_epoch(evaluation)
         return msgspec.structs.replace(place, epoch=place.epoch + 1, batch=0)
 
-    def _checkpoint(self, place: Position, when_unsaved: WhenUnsaved) -> None:
-        """Write both sides' checkpoints, one after the other.
-
-        Each side keeps two, so there is one that both have as long as neither is two ahead: the
-        one whose last was not written goes first.
-        """
-        try:
-            if self._journal.is_behind:
-                self._journal.write(self._executor, place)
-                self._save_remotely()
-            else:
-                self._save_remotely()
-                self._journal.write(self._executor, place)
-        except NotSaved as error:
-            if when_unsaved == "stop":
-                raise
-            _logger.warning("%s; training goes on", error)
-
-    def _save_remotely(self, *, publish: bool = False) -> None:
-        if self._link is None:
-            return
-        with self._going_back():
-            reason = self._link.save(self._executor.step, publish=publish)
-        if reason:
-            raise NotSaved("the server's folder", reason)
-
-    @contextmanager
-    def _going_back(self) -> Iterator[None]:
-        """Take this part back where the server lost steps, and remember the place in the data."""
-        try:
-            yield
-        except StepsLost as lost:
-            self._place = self._journal.go_back(self._executor, lost.step)
-            raise
-
     def _record_step(self, batch: Batch, epoch: int, learning_rate: LearningRate) -> StepRecord:
-        up, down = self._traffic()
+        up, down = self._half.traffic
         start = time.perf_counter()
         results = self._perform(TRAIN, batch, learning_rate)
         seconds = time.perf_counter() - start
-        sent, received = self._traffic()
+        sent, received = self._half.traffic
         metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
         return StepRecord(
             step=self._executor.step,
@@ -420,47 +367,14 @@ class Client:
     def _count(self, phase: str, batch: Batch) -> int:
         return len(batch[self._manifest.phase(phase).data[0].name])
 
-    def _traffic(self) -> tuple[int, int]:
-        return (0, 0) if self._link is None else self._link.traffic
-
     def _perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
     ) -> dict[str, np.ndarray]:
-        """Carry one task through, from its data to its commit."""
-        self._require_open()
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        rate = self._manifest.learning_rate if rate is None else float(rate)
-        number = step if phase == TRAIN else next(self._others)
-        key = TaskKey(session=self.session, phase=phase, step=number, micro_batch=0)
-        self._executor.begin(key, data=data, seed=self._seed, learning_rate=rate)
-        try:
-            with self._going_back():
-                return self._exchange(key, rate)
-        except StepsLost:
-            raise  # both sides stand at an earlier step, and can go on
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._executor.abandon(key)
-            if self._link is not None:
-                self._link.end()
-
-    def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
-        if self._link is not None:
-            self._link.begin(key)
-        while True:
-            for wires in self._executor.advance(key):
-                self._remote().send_wires(wires, self._seed, learning_rate)
-            if self._executor.is_finished(key):
-                return self._executor.finish(key)
-            self._executor.deliver(key, self._remote().receive_wires())
-
-    def _remote(self) -> Link:
-        if self._link is None:
-            raise LocalProtocolError("a stage waits for a value that no other stage gives")
-        return self._link
+        return self._half.perform(
+            phase, data, self._manifest.learning_rate if rate is None else float(rate)
+        )
 
 
 def _split_address(
