@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
-from splitonnx.errors import ArrayMismatch, BundleError, FormatError, quote
+from splitonnx.errors import ArrayMismatch, BundleError, FormatError, flatten, quote
 from splitonnx.manifests import (
     BundleManifest,
     PartyManifest,
@@ -236,8 +236,9 @@ def _zeros(spec: StateSpec) -> np.ndarray:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    if Path(name).name != name or name == "..":
-        raise BundleError(str(folder), f"its manifest names '{name}', which is not a plain name")
+    if not name or Path(name).name != name or name == ".." or not name.isprintable():
+        reason = f"its manifest names '{flatten(name)}', which is not a plain name"
+        raise BundleError(str(folder), reason)
     return folder / name
 
 

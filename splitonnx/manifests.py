@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from splitonnx.errors import FormatError
-from splitonnx.tensors import TensorSpec
+from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
 
@@ -181,7 +181,8 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
     """Read a manifest back.
 
     Raises:
-        FormatError: not JSON, a field missing or of the wrong type, or another format version.
+        FormatError: not JSON, a field missing or of the wrong type, another format version, or a
+            state that no party can hold.
     """
     try:
         manifest = msgspec.json.decode(content, type=kind)
@@ -189,4 +190,19 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
         raise FormatError(source, f"not a manifest of splitonnx: {error}") from error
     if manifest.format != FORMAT:
         raise FormatError(source, f"its format is '{manifest.format}', this version reads {FORMAT}")
+    if isinstance(manifest, PartyManifest):
+        _check_state(manifest, source)
     return manifest
+
+
+def _check_state(manifest: PartyManifest, source: str) -> None:
+    """Check what memory is taken for on the manifest's word alone: the optimizer's zeros.
+
+    Each is of a parameter's shape; the parameters themselves are held against a file.
+    """
+    shapes = {spec.tensor.shape for spec in manifest.state if spec.role is Role.PARAMETER}
+    for spec in manifest.state:
+        dims, dtype = spec.tensor.shape, spec.tensor.dtype
+        known = dtype in DTYPES and all(isinstance(dim, int) and dim >= 0 for dim in dims)
+        if not known or (spec.role is Role.OPTIMIZER and dims not in shapes):
+            raise FormatError(source, f"no party has a state '{spec.tensor.name}' of {spec.tensor}")

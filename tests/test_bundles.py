@@ -9,6 +9,8 @@ import pytest
 from splitonnx import bundles
 from splitonnx.bundles import Bundle, PartyBundle, write_state
 from splitonnx.errors import BundleError, FormatError
+from splitonnx.manifests import Role, StateSpec
+from splitonnx.tensors import TensorSpec
 from tests import tiny
 
 
@@ -133,7 +135,7 @@ def test_a_stage_without_a_declared_file_is_noticed(saved: Path) -> None:
         Bundle.load(saved)
 
 
-@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", ".."])
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "..", "", "a\\u0000b", "a\\n"])
 def test_a_file_outside_the_folder_is_never_read(saved: Path, name: str) -> None:
     edit(saved / "client" / "manifest.json", '"evaluate.onnx"', f'"{name}"')
     with pytest.raises(BundleError, match="not a plain name"):
@@ -260,3 +262,24 @@ def test_manifests_of_another_format_are_refused(saved: Path) -> None:
     (saved / "manifest.json").write_bytes(msgspec.json.encode(manifest))
     with pytest.raises(FormatError, match=r"splitonnx\.bundle/9"):
         Bundle.load(saved)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        TensorSpec(name="m", dtype="F128", shape=(3, 4)),
+        TensorSpec(name="m", dtype="F32", shape=("N", 4)),
+        TensorSpec(name="m", dtype="F32", shape=(None,)),
+        TensorSpec(name="m", dtype="F32", shape=(-3, 4)),
+        TensorSpec(name="m", dtype="F32", shape=(1 << 40, 1 << 40)),  # no parameter has it
+    ],
+)
+def test_a_state_that_no_party_can_hold_is_refused_before_memory_is_taken(
+    saved: Path, tensor: TensorSpec
+) -> None:
+    party = tiny.split_bundle().client.manifest
+    state = (*party.state, StateSpec(tensor=tensor, role=Role.OPTIMIZER))
+    content = msgspec.json.encode(msgspec.structs.replace(party, state=state))
+    (saved / "client" / "manifest.json").write_bytes(content)
+    with pytest.raises(FormatError, match="no party has a state 'm'"):
+        PartyBundle.load(saved / "client")
