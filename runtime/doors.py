@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from splitonnx.errors import PortInUse, UsageError
 
@@ -29,20 +29,20 @@ _logger = logging.getLogger("splitonnx.doors")
 class Entrance:
     """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
 
-    ``capacity`` is how many may; with one more the oldest is shut down.
+    ``capacity`` is how many may; with one more the oldest is shut down, and ``on_full`` is called.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, on_full: Callable[[], object]) -> None:
         self._capacity = capacity
+        self._on_full = on_full
         self._waiting: dict[int, _Guest] = {}
-        self.turned_away = 0
 
     def let_in(self, guest: _Guest) -> None:
         """Count a socket that was just accepted."""
         while len(self._waiting) >= self._capacity:
             oldest = self._waiting.pop(next(iter(self._waiting)))
-            self.turned_away += 1
             oldest.turn_away()
+            self._on_full()
         self._waiting[guest.fileno()] = guest
 
     def seat(self, number: int) -> None:

@@ -21,7 +21,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
-from splitonnx.runtime.doors import Entrance
+from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.paces import Pace
 
@@ -80,9 +80,15 @@ class Hall:
         respond: Respond | None,
         origins: frozenset[str],
         on_refusal: OnRefusal,
+        has_tls: bool,
     ) -> None:
         self.limits = limits
-        self.entrance = Entrance(limits.strangers + 100)  # the loop may accept 100 in one go
+        # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
+        # one after the other reach the hall some turns of the event loop later.
+        self.entrance = Entrance(
+            limits.strangers + (BACKLOG if has_tls else 4 * BACKLOG),
+            partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
+        )
         self.on_refusal = on_refusal
         self._authorize = authorize
         self._respond = respond

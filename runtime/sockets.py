@@ -384,6 +384,7 @@ async def serve(
         respond=respond,
         origins=check_origins(origins),
         on_refusal=on_refusal,
+        has_tls=tls is not None,
     )
 
     async def welcome(socket: ServerConnection) -> None:

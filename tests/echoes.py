@@ -195,3 +195,27 @@ def read_close(connection: socket.socket) -> int:
             code: int = struct.unpack("!H", body[:2])[0]
             return code
     raise AssertionError("it closed without a closing frame")
+
+
+def trickle(connection: socket.socket, content: bytes, step: int = 1) -> None:
+    """Send in small pieces until all is sent or the server has had enough."""
+    tick = threading.Event()
+    try:
+        for start in range(0, len(content), step):
+            connection.sendall(content[start : start + step])
+            tick.wait(0.01)
+            if _has_ended(connection):
+                return
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the server's answer, if it gave one, is the last."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) in (b"", b"H", b"\x88")
+    except BlockingIOError:
+        return False
+    finally:
+        connection.settimeout(PATIENCE)

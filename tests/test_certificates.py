@@ -119,7 +119,7 @@ def test_an_unfinished_tls_handshake_has_little_time(files: Files) -> None:
 def test_of_too_many_unfinished_tls_handshakes_the_oldest_go(files: Files) -> None:
     tls = make_server_tls(*files.server)
     with Echo(tls=tls, limits=Limits(strangers=1)) as echo:
-        crowd = [dial(echo.port) for _ in range(110)]
+        crowd = [dial(echo.port) for _ in range(150)]
         opened = [each.__enter__() for each in crowd]
         trusting = Access(tls=make_client_tls(authority=files.authority))
         assert greet(echo, trusting) == b"hello"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-
 import pytest
 
 from splitonnx.errors import ConnectionLost, Unauthorized, UsageError
@@ -24,6 +21,7 @@ from tests.echoes import (
     read_close,
     read_to_end,
     shake,
+    trickle,
     upgrade,
 )
 
@@ -274,27 +272,3 @@ def test_who_talks_too_fast_is_slowed_and_not_cut() -> None:
             assert ask(transport, b"%d" % number) == b"%d" % number
         transport.close()
     assert echo.refusals.empty()
-
-
-def trickle(connection: socket.socket, content: bytes, step: int = 1) -> None:
-    """Send in small pieces until all is sent or the server has had enough."""
-    tick = threading.Event()
-    try:
-        for start in range(0, len(content), step):
-            connection.sendall(content[start : start + step])
-            tick.wait(0.01)
-            if _has_ended(connection):
-                return
-    except (BrokenPipeError, ConnectionResetError):
-        return
-
-
-def _has_ended(connection: socket.socket) -> bool:
-    """Whether the server's answer, if it gave one, is the last."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1, socket.MSG_PEEK) in (b"", b"H", b"\x88")
-    except BlockingIOError:
-        return False
-    finally:
-        connection.settimeout(PATIENCE)
