@@ -101,8 +101,9 @@ class Journal:
         Raises:
             BundleError: there is no such state.
         """
-        if self._store is not None and step in self._store.steps():
+        if self._store is not None:
             self._store.rewind(step)
+        if self._store is not None and step in self._store.steps():
             checkpoint = self._store.read(step)
             executor.restore(checkpoint.tensors, step)
             return checkpoint.position

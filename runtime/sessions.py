@@ -7,6 +7,7 @@ session, and how many there are, is the registry's business; bytes are the conve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
@@ -26,6 +27,8 @@ from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.ledgers import Ledger, Reply, Verdict
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
+
+_logger = logging.getLogger("splitonnx.server")
 
 
 class Session:
@@ -144,7 +147,8 @@ class Session:
             if message.publish:
                 self.executor.publish(session=self.id)
         except (BundleError, NotSaved) as error:
-            return Unsaved(session=self.id, step=message.step, reason=str(error))
+            _logger.error("session %s: %s", self.id, error)  # the path is none of the client's
+            return Unsaved(session=self.id, step=message.step, reason=error.reason)
         self._saved = message.step
         return Saved(session=self.id, step=message.step)
 
@@ -212,8 +216,9 @@ class Session:
         self.abandon()
         if step == self.ledger.step:
             return
-        if self._store is not None and step in self._store.steps():
+        if self._store is not None:
             self._store.rewind(step)
+        if self._store is not None and step in self._store.steps():
             self.executor.restore(self._store.read(step).tensors, step)
         elif self._start is not None and step == self._start.step:
             self.executor = self._start.fork()

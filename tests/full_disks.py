@@ -51,7 +51,7 @@ def _is_equal(folder: Path, step: int) -> bool:
     return all(found[name].tobytes() == array.tobytes() for name, array in written.items())
 
 
-def _fill(path: Path, *, left: int) -> None:
+def fill(path: Path, *, left: int) -> None:
     """Fill the disk but for some bytes."""
     size = DISK
     with path.open("wb", buffering=0) as file:
@@ -66,13 +66,13 @@ def _fill(path: Path, *, left: int) -> None:
 def run(folder: Path) -> dict[str, Outcome]:
     outcomes = {}
     filler = folder / "filler"
-    _fill(filler, left=8192)
+    fill(filler, left=8192)
     outcomes["first, full"] = _write(folder, 5)
     filler.unlink()
     open_store(folder).write(make_checkpoint(10))
     open_store(folder).write(make_checkpoint(20))
     for left in (0, 4096, 49152):
-        _fill(filler, left=left)
+        fill(filler, left=left)
         outcomes[f"third, {left} left"] = _write(folder, 30)
     outcomes["stopped, full"] = _write(folder, 30, stopped=True)
     filler.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,10 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sweep]:
 
 def kill_everywhere(scenario: str, folder: Path) -> Sweep:
     command = [sys.executable, "-m", "tests.checkpoint_kills", str(folder), scenario]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    single = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a process of several does not fork well
+    done = subprocess.run(
+        command, cwd=ROOT, env=single, capture_output=True, text=True, check=False
+    )
     if "TracingRefused" in done.stderr:
         pytest.skip("NOT TESTED: kills at every system call, for ptrace is not permitted here")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ import pytest
 from splitonnx.errors import NotSaved
 from tests.checkpoint_kills import SESSION, make_checkpoint, open_store
 from tests.conftest import ROOT
+from tests.full_disk_trainings import Course
 from tests.full_disks import Outcome
 
 
@@ -34,19 +35,25 @@ def assert_untouched(folder: Path, *steps: int) -> None:
     assert left == sorted(f"{step}.safetensors" for step in steps)
 
 
-def test_a_disk_that_is_really_full_or_read_only_costs_the_new_checkpoint_alone(
-    tmp_path: Path,
-) -> None:
+def run_alone(module: str, folder: Path) -> str:
+    """Run a module that may mount file systems; return what it printed."""
     if shutil.which("unshare") is None:
         pytest.skip("NOT TESTED: a really full disk needs unshare")
     alone = ["unshare", "--map-root-user", "--mount"]
-    mount = [*alone, "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    mount = [*alone, "mount", "-t", "tmpfs", "none", str(folder)]
     if (tried := subprocess.run(mount, capture_output=True, text=True, check=False)).returncode:
         pytest.skip(f"NOT TESTED: no file system can be mounted here: {tried.stderr}")
-    command = [*alone, sys.executable, "-m", "tests.full_disks", str(tmp_path)]
+    command = [*alone, sys.executable, "-m", module, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    outcomes = msgspec.json.decode(done.stdout, type=dict[str, Outcome])
+    return done.stdout
+
+
+def test_a_disk_that_is_really_full_or_read_only_costs_the_new_checkpoint_alone(
+    tmp_path: Path,
+) -> None:
+    printed = run_alone("tests.full_disks", tmp_path)
+    outcomes = msgspec.json.decode(printed, type=dict[str, Outcome])
     assert all(outcome.are_equal for outcome in outcomes.values())
     assert outcomes.pop("room again") == Outcome(
         reason="",
@@ -63,6 +70,20 @@ def test_a_disk_that_is_really_full_or_read_only_costs_the_new_checkpoint_alone(
     for outcome in outcomes.values():
         assert outcome.steps == (20, 10)
         assert outcome.names == ("10.safetensors", "20.safetensors")
+
+
+def test_on_a_full_disk_training_stops_or_goes_on_and_ends_with_the_same_weights(
+    tmp_path: Path,
+) -> None:
+    printed = run_alone("tests.full_disk_trainings", tmp_path)
+    courses = msgspec.json.decode(printed, type=dict[str, Course])
+    assert courses["stop"].error == (
+        "the server's folder cannot be written: No space left on device; what was saved before it "
+        "stands, but training since then is not saved"
+    )
+    assert courses["stop"].steps_made == 4
+    assert courses["resumed"] == Course(error="", steps_made=4, is_equal=True)  # from the second
+    assert courses["continue"] == Course(error="", steps_made=6, is_equal=True)
 
 
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])

@@ -12,9 +12,11 @@ import errno
 import os
 import platform
 import signal
+import sys
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NoReturn
 
 _TRACEME, _SYSCALL, _SETOPTIONS, _SYSCALL_INFO = 0, 24, 0x4200, 0x420E
@@ -30,8 +32,12 @@ _X86_64 = {1: "write", 3: "close", 18: "pwrite64", 20: "writev", 74: "fsync", 75
 _AARCH64 = {64: "write", 57: "close", 68: "pwrite64", 66: "writev", 82: "fsync", 83: "fdatasync",
             46: "ftruncate", 56: "openat", 34: "mkdirat", 35: "unlinkat", 38: "renameat",
             276: "renameat2"}  # fmt: skip
-NAMES = {"x86_64": _X86_64, "aarch64": _AARCH64}.get(platform.machine(), {})
-"""The calls that change files, by number; empty on a machine that has other numbers."""
+NAMES: Mapping[int, str] = (
+    {"x86_64": _X86_64, "aarch64": _AARCH64}.get(platform.machine(), {})
+    if sys.platform == "linux"
+    else {}
+)
+"""The calls that change files, by number; empty on a system or machine that has other numbers."""
 
 _PATHS = {"rename": (0, 1), "mkdir": (0,), "rmdir": (0,), "unlink": (0,), "openat": (1,),
           "mkdirat": (1,), "unlinkat": (1,), "renameat": (1, 3), "renameat2": (1, 3)}  # fmt: skip
@@ -69,9 +75,12 @@ class Stop:
     result: int | None = None
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-_libc.ptrace.restype = ctypes.c_long
+@cache
+def _load_libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    libc.ptrace.restype = ctypes.c_long
+    return libc
 
 
 def trace(run: Callable[[], object]) -> Generator[Stop, None, None]:
@@ -103,7 +112,7 @@ def trace(run: Callable[[], object]) -> Generator[Stop, None, None]:
 
 def _run_traced(run: Callable[[], object]) -> NoReturn:
     os.setpgid(0, 0)  # its threads are waited for by this group; other children are let be
-    if _libc.ptrace(_TRACEME, 0, None, None) != 0:
+    if _load_libc().ptrace(_TRACEME, 0, None, None) != 0:
         os._exit(_REFUSED)
     os.kill(os.getpid(), signal.SIGSTOP)
     code = 1
@@ -175,7 +184,7 @@ def _read_handle(thread: int, handle: int) -> str:
 
 
 def _ptrace(request: int, thread: int, address: int = 0, data: int = 0) -> None:
-    if _libc.ptrace(request, thread, address, data) < 0:
+    if _load_libc().ptrace(request, thread, address, data) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
