@@ -174,6 +174,8 @@ def _check_steps(bundle: Bundle) -> None:
     client, server = bundle.client, bundle.server
     if server is not None and client.step != server.step:
         raise BundleMismatch("the number of steps trained", _step(client), _step(server))
+    if server is not None and client.session and server.session not in ("", client.session):
+        raise BundleMismatch("the session that trained them", client.session, server.session)
 
 
 def _step(party: PartyBundle) -> str:

@@ -15,7 +15,6 @@ parties go on from, is not its business.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -27,10 +26,10 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from splitonnx.bundles import check_state, decode_state, map_file, write_file
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.runtime.seals import encode_sealed, is_whole
+from splitonnx.states import check_state, decode_state, map_file, sync_folder, write_file
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
@@ -198,7 +197,7 @@ class CheckpointStore:
             return
         self._discard(later)
         try:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise NotSaved(str(self.folder), error.strerror or str(error)) from error
 
@@ -213,7 +212,7 @@ class CheckpointStore:
         self._settled = False
         try:
             self.folder.rmdir()
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         except FileNotFoundError:  # it had none
             pass
         except OSError as error:
@@ -234,7 +233,7 @@ class CheckpointStore:
             finally:
                 with contextlib.suppress(OSError):  # the reason why it failed is told, not this
                     fresh.unlink(missing_ok=True)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise NotSaved(str(path), error.strerror or str(error)) from error
         self._whole[name, _stamp(path)] = checkpoint.step
@@ -243,8 +242,8 @@ class CheckpointStore:
         """Make the folder, be sure that it is on disk, and clear what a killed writer left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._settled:  # also where it stood already: its maker may have been killed
-            _sync_folder(self.folder.parent.parent)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent.parent)
+            sync_folder(self.folder.parent)
             self._settled = True
         for path in self._list_unfinished():
             path.unlink(missing_ok=True)
@@ -368,16 +367,3 @@ def _list_names(folder: Path) -> list[str]:
 def _stamp(path: Path) -> _Stamp:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk; Windows cannot be asked to."""
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems sync no folders
-                raise
-        finally:
-            os.close(handle)

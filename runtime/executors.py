@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from splitonnx import bundles
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import (
     BundleError,
@@ -38,6 +37,7 @@ from splitonnx.manifests import (
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.dataflows import Dataflow, Progress
 from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
+from splitonnx.states import State, write_state
 from splitonnx.tensors import check_array
 
 LOSS = "loss"
@@ -219,14 +219,8 @@ class Executor:
         """
         if self.party.path is None:
             raise BundleError("bundle in memory", "it has no folder to save the state in")
-        bundles.write_state(
-            self.party.path,
-            self.state(),
-            self.step,
-            self.manifest.digest,
-            session=session,
-            position=position,
-        )
+        state = State(tensors=self.state(), step=self.step, session=session, position=position)
+        write_state(self.party.path, state, self.manifest.digest)
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:

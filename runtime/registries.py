@@ -12,7 +12,9 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import (
@@ -28,6 +30,7 @@ from splitonnx.messages import Hello
 from splitonnx.runtime.checkpoints import CheckpointStore
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.sessions import Session
+from splitonnx.states import read_state
 
 _SESSION = re.compile(r"[0-9a-f]{32}")
 
@@ -198,12 +201,22 @@ class Registry:
             return self._base
         if not origin and step == 0:
             return self._untrained
-        store = self._open_store(origin) if _SESSION.fullmatch(origin) else None
-        if store is None or step not in store.steps():
+        tensors = self._find_tensors(origin, step) if _SESSION.fullmatch(origin) else None
+        if tensors is None:
             return None
         executor = self._base.fork()
-        executor.restore(store.read(step).tensors, step)
+        executor.restore(tensors, step)
         return executor
+
+    def _find_tensors(self, session: str, step: int) -> Mapping[str, np.ndarray] | None:
+        """Find what a session left in the folder: its outcome, or a checkpoint."""
+        if self._folder is None:
+            return None
+        outcome = read_state(self._folder, self.manifest, session)
+        if outcome is not None and (outcome.session, outcome.step) == (session, step):
+            return outcome.tensors
+        store = CheckpointStore(self._folder, self.manifest, session)
+        return store.read(step).tensors if step in store.steps() else None
 
     def _explain(self, hello: Hello) -> BundleMismatch:
         if hello.start != self._base.step:

@@ -8,17 +8,16 @@ read one.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
-from splitonnx.errors import ArrayMismatch, BundleError, FormatError, flatten, quote
+from splitonnx.codecs import encode_tensors
+from splitonnx.errors import BundleError, FormatError, flatten, quote
 from splitonnx.manifests import (
     BundleManifest,
     PartyManifest,
@@ -27,16 +26,12 @@ from splitonnx.manifests import (
     decode_manifest,
     encode_manifest,
 )
-from splitonnx.pieces import split_pieces
-from splitonnx.tensors import DTYPES, check_array
+from splitonnx.states import State, decode_state, map_file, read_state, write_file, write_state
+from splitonnx.tensors import DTYPES
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
-STATE = "state.safetensors"
-
-_MAX_HEADER = 64 << 20
-"""Bytes; some hundred for each tensor of a model, far more than any has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +55,11 @@ class PartyBundle:
     path: Path | None = None
 
     @classmethod
-    def load(cls, path: str | Path) -> PartyBundle:
+    def load(cls, path: str | Path, *, session: str = "") -> PartyBundle:
         """Read a party's folder; weights are mapped from the file, not read.
+
+        ``session`` asks for the state that came out of it, if the folder still has that; the
+        newest outcome otherwise.
 
         Raises:
             BundleError: the folder is missing or incomplete, a graph was altered, or weights or
@@ -72,22 +70,19 @@ class PartyBundle:
         content = _read(folder, MANIFEST)
         manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
         graphs = _read_graphs(folder, manifest)
-        weights, _ = _read_tensors(folder / WEIGHTS, _initial(manifest))
-        if not (folder / STATE).exists():
-            return cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
-        trained, metadata = _read_tensors(folder / STATE, manifest.state)
-        step, digest = metadata.get("step", ""), metadata.get("digest")
-        if digest != manifest.digest or not step.isdecimal():
-            raise BundleError(str(folder / STATE), "it is the state of another bundle")
-        return cls(
-            manifest=manifest,
-            graphs=graphs,
-            weights=weights,
-            trained=trained,
-            step=int(step),
-            session=metadata.get("session", ""),
-            position=metadata.get("position", ""),
-            path=folder,
+        weights, _ = decode_state(folder / WEIGHTS, map_file(folder / WEIGHTS), _initial(manifest))
+        untrained = cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
+        state = read_state(folder, manifest, session)
+        return untrained if state is None else untrained.with_state(state)
+
+    def with_state(self, state: State) -> PartyBundle:
+        """Return the same party with another state."""
+        return replace(
+            self,
+            trained=state.tensors,
+            step=state.step,
+            session=state.session,
+            position=state.position,
         )
 
     def state(self) -> dict[str, np.ndarray]:
@@ -137,6 +132,10 @@ class Bundle:
         content = _read(folder, MANIFEST)
         manifest = decode_manifest(content, BundleManifest, str(folder / MANIFEST))
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
+        trained_in = parties["client"].session if "client" in parties else ""
+        for name, party in parties.items():
+            if party.session != trained_in:  # another client's training ended later
+                parties[name] = PartyBundle.load(folder / name, session=trained_in)
         for name, party in parties.items():
             if (party.manifest.party, party.manifest.digest) != (name, manifest.digest):
                 raise BundleError(str(folder / name), "it belongs to another bundle")
@@ -185,45 +184,13 @@ class Bundle:
                 write_file(folder / name / file, [graph])
             write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
             if party.trained is not None:
-                write_state(
-                    folder / name,
-                    party.trained,
-                    party.step,
-                    party.manifest.digest,
+                state = State(
+                    tensors=party.trained,
+                    step=party.step,
                     session=party.session,
                     position=party.position,
                 )
-
-
-def write_state(
-    path: str | Path,
-    tensors: Mapping[str, np.ndarray],
-    step: int,
-    digest: str,
-    *,
-    session: str = "",
-    position: str = "",
-) -> None:
-    """Write a party's state into its folder ``path``, whole or not at all.
-
-    ``tensors`` is everything the manifest's state lists; ``step`` the number of updates so far;
-    ``digest`` the bundle's; ``session`` and ``position`` as :class:`PartyBundle` has them.
-
-    Raises:
-        BundleError: it cannot be written there.
-    """
-    target = Path(path) / STATE
-    fresh = target.with_name(f".{STATE}.{os.getpid()}")
-    try:
-        try:
-            facts = {"step": str(step), "digest": digest, "session": session, "position": position}
-            written = {name: fact for name, fact in facts.items() if fact}
-            write_file(fresh, encode_tensors(tensors, written))
-            os.replace(fresh, target)
-        finally:
-            fresh.unlink(missing_ok=True)
-    except OSError as error:
-        raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
+                write_state(folder / name, state, party.manifest.digest)
 
 
 def _initial(manifest: PartyManifest) -> tuple[StateSpec, ...]:
@@ -258,78 +225,6 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
         if hashlib.sha256(graph).hexdigest() != manifest.files[name]:
             raise BundleError(str(folder / name), "it was altered since the bundle was written")
     return graphs
-
-
-def _read_tensors(
-    path: Path, declared: Iterable[StateSpec]
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    return decode_state(path, map_file(path), declared)
-
-
-def map_file(path: Path) -> memoryview:
-    """Map a file, read-only; its bytes are read from disk where they are looked at.
-
-    Raises:
-        BundleError: it is missing, empty or unreadable.
-    """
-    try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise BundleError(str(path.parent), f"'{path.name}' cannot be read: {error}") from error
-
-
-def decode_state(
-    path: Path, content: memoryview, declared: Iterable[StateSpec]
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read the tensors that ``declared`` lists, as views of ``content``, and the metadata.
-
-    ``path`` is the file that the errors name.
-
-    Raises:
-        FormatError: the bytes are not one whole, well-formed tensor file.
-        BundleError: a tensor is missing, undeclared, or of another dtype or shape.
-    """
-    try:
-        tensors, metadata = decode_tensors(content, max_header=_MAX_HEADER)
-    except FormatError as error:
-        raise FormatError(str(path), error.reason) from error
-    check_state(path, tensors, declared)
-    return tensors, metadata
-
-
-def check_state(
-    path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
-) -> None:
-    """Raise unless ``tensors`` are those that ``declared`` lists, of those dtypes and shapes.
-
-    ``path`` is the file that they come from or go to.
-
-    Raises:
-        BundleError: they differ.
-    """
-    specs = {spec.tensor.name: spec.tensor for spec in declared}
-    if differing := specs.keys() ^ tensors.keys():
-        raise BundleError(str(path), f"it and the manifest differ in {quote(sorted(differing))}")
-    try:
-        for tensor, spec in specs.items():
-            check_array(tensors[tensor], spec, {})
-    except ArrayMismatch as error:
-        raise BundleError(str(path), str(error)) from error
-
-
-def write_file(path: Path, chunks: Iterable[Chunk]) -> None:
-    """Write chunks to a file and wait until they are on disk; large ones are not copied.
-
-    Raises:
-        OSError: it cannot be written; what was written of it stays.
-    """
-    with path.open("wb") as file:
-        for chunk in chunks:
-            for piece in split_pieces(chunk):
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _expect_bundle(folder: Path) -> None:

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx import bundles
-from splitonnx.bundles import Bundle, PartyBundle, write_state
+from splitonnx import bundles, states
+from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, FormatError
 from splitonnx.manifests import Role, StateSpec
+from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
 from tests import tiny
 
@@ -76,7 +77,7 @@ def test_the_state_starts_with_the_weights_and_an_optimizer_of_zeros() -> None:
 
 def test_a_written_state_is_what_the_party_goes_on_from(saved: Path) -> None:
     party = PartyBundle.load(saved / "client")
-    write_state(saved / "client", trained(party), 12, party.manifest.digest)
+    write_state(saved / "client", State(tensors=trained(party), step=12), party.manifest.digest)
     again = PartyBundle.load(saved / "client")
     assert again.step == 12
     for name, array in trained(party).items():
@@ -96,9 +97,9 @@ def test_a_state_is_saved_with_its_bundle(saved: Path, tmp_path: Path) -> None:
 
 def test_mapped_arrays_outlive_a_state_that_replaces_their_file(saved: Path) -> None:
     party = PartyBundle.load(saved / "client")
-    write_state(saved / "client", trained(party), 1, party.manifest.digest)
+    write_state(saved / "client", State(tensors=trained(party), step=1), party.manifest.digest)
     loaded = PartyBundle.load(saved / "client")
-    write_state(saved / "client", party.state(), 2, party.manifest.digest)
+    write_state(saved / "client", State(tensors=party.state(), step=2), party.manifest.digest)
     np.testing.assert_array_equal(loaded.state()["W1"], tiny.WEIGHTS["W1"] + 1)
 
 
@@ -175,7 +176,9 @@ def test_weights_that_are_no_tensor_file_are_refused(saved: Path, content: bytes
 
 
 def test_a_state_of_another_bundle_is_refused(saved: Path) -> None:
-    write_state(saved / "client", PartyBundle.load(saved / "client").state(), 1, "other")
+    write_state(
+        saved / "client", State(tensors=PartyBundle.load(saved / "client").state(), step=1), "other"
+    )
     with pytest.raises(BundleError, match="another bundle"):
         Bundle.load(saved)
 
@@ -210,7 +213,7 @@ def test_a_save_that_fails_midway_leaves_everything_as_it_was(
     if overwrite:
         tiny.split_bundle().save(tmp_path / "bundle")
     before = contents(tmp_path)
-    write = bundles.write_file
+    write = states.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: list[bytes]) -> None:
@@ -245,7 +248,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     party = PartyBundle.load(saved / "client")
-    write_state(saved / "client", party.state(), 1, party.manifest.digest)
+    write_state(saved / "client", State(tensors=party.state(), step=1), party.manifest.digest)
     before = contents(saved)
 
     def fail(source: Path, target: Path) -> None:
@@ -253,7 +256,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(BundleError, match="No space left"):
-        write_state(saved / "client", trained(party), 2, party.manifest.digest)
+        write_state(saved / "client", State(tensors=trained(party), step=2), party.manifest.digest)
     assert contents(saved) == before
 
 

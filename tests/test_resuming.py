@@ -192,6 +192,20 @@ def test_giving_up_says_that_the_connection_is_lost(folder: Path) -> None:
         Client(folder / "client", url, give_up_after=0.2)
 
 
+def test_the_halves_of_a_session_are_found_together_when_another_was_saved_last(
+    folder: Path, tmp_path: Path, bundle: Bundle
+) -> None:
+    bundle.save(tmp_path / "second")
+    with serve(folder) as server:
+        for client_folder in (folder, tmp_path / "second"):
+            with open_client(client_folder, server) as client:
+                client.fit(DATA, batch_size=BATCH, epochs=1 if client_folder == folder else 2)
+                client.save()
+    both = Bundle.load(folder)
+    assert both.server is not None
+    assert both.client.step == both.server.step == 5
+
+
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Reconnecting is logged as a warning; here it is what is meant to happen."""
