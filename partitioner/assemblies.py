@@ -34,6 +34,7 @@ from splitonnx.manifests import (
     encode_manifest,
 )
 from splitonnx.optimizers import Optimizer
+from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.joints import JointGraph, declare
 from splitonnx.partitioner.losses import build_evaluation, find_activation
@@ -59,6 +60,7 @@ class _Share:
     state: tuple[StateSpec, ...] = ()
 
 
+@blame_stage("written as a bundle")
 def assemble(
     prepared: PreparedModel,
     training: JointGraph,

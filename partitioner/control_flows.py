@@ -86,6 +86,8 @@ def _unroll_loop(
     going = condition is None or _decide(condition, known)
     carried = list(node.inputs[2:])
     scanned: list[list[ir.Value]] = [[] for _ in node.outputs[len(carried) :]]
+    if going and limit is not None and _is_endless(body):
+        _refuse_excess(body, limit, spent)
     _hoist_constants(body, node)
     step = 0
     while going and (limit is None or step < limit):
@@ -99,6 +101,14 @@ def _unroll_loop(
         for row, value in zip(scanned, results[len(carried) :], strict=True):
             row.append(value)
     return [*carried, *(_stack(draft, row, 0) for row in scanned)]
+
+
+def _is_endless(body: ir.Graph) -> bool:
+    """Tell whether a loop's body hands its condition on as it is."""
+    again = body.outputs[0]
+    node = again.producer()
+    passed = again if node is None or node.op_type != "Identity" else node.inputs[0]
+    return passed is body.inputs[1]
 
 
 def _refuse_excess(body: ir.Graph, runs: int, spent: int) -> None:

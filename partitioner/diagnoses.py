@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.batchnorms import is_training, list_batchnorms
 from splitonnx.partitioner.estimators import DOMAIN
+from splitonnx.partitioner.faults import blame_stage
 
 _CALLS = {
     "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
@@ -48,6 +49,7 @@ class Remark:
     sentence: str
 
 
+@blame_stage("searched for what its export left out")
 def diagnose(model: ir.Model) -> list[Remark]:
     """List what the export of a model means for its training; ``model`` is as the file has it."""
     return [remark for look in _LOOKS for remark in look(model)]

@@ -69,8 +69,7 @@ def note_shapes(graph: ir.Graph) -> None:
     for node in graph:
         if all(_is_noted(value) for value in node.outputs):
             continue
-        with blame(node):
-            known.visit(node)
+        known.visit(node)
         for value in node.outputs:
             known.note(value)
 

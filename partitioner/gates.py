@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.partitioner.estimators import unwrap_maps
+from splitonnx.partitioner.faults import FAULTS, blame_stage, explain
 from splitonnx.partitioner.screens.forms import check_form
 from splitonnx.partitioner.screens.names import check_names, check_texts, check_types
 from splitonnx.partitioner.screens.operators import MAX_NODES, check_operators, check_opsets
@@ -57,10 +58,11 @@ def open_model(source: ModelSource) -> ir.Model:
         model = ir.from_proto(proto)
     except UnicodeDecodeError as error:
         raise NotAModel(label, "it holds text that is not UTF-8") from error
-    except (ir.serde.SerdeError, ValueError, TypeError) as error:
-        raise NotAModel(label, _explain(error)) from error
-    _map_external(model, files)
-    _forget_negative_dims(model.graph)
+    except FAULTS as error:
+        raise NotAModel(label, explain(error)) from error
+    with blame_stage("read"):
+        _map_external(model, files)
+        _forget_negative_dims(model.graph)
     return model
 
 
@@ -101,13 +103,6 @@ def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
         raise NotAModel(label, "it holds no graph")
     if (count := len(proto.graph.node)) > MAX_NODES:
         raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
-
-
-def _explain(error: BaseException) -> str:
-    """Give the sentence of the first cause: onnx-ir repeats whole messages on the way up."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:200]
 
 
 def _map_external(model: ir.Model, files: DataFiles) -> None:

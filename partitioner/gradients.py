@@ -1,22 +1,28 @@
-"""One differentiation of a whole model: the only module that talks to onnxruntime-training.
+"""One differentiation of a whole model, by onnxruntime-training, whose code runs in :mod:`natives`.
 
-It uses the pybind layer of onnxruntime-training 1.19.2, which needs no torch.  It knows nothing
-of cuts: a port is to it an Identity like any other.
+It knows nothing of cuts: a port is to it an Identity like any other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
-from splitonnx.errors import MissingExtra, NotDifferentiable, UnsupportedModel, WrongRuntime
+from splitonnx.errors import (
+    MissingExtra,
+    NotDifferentiable,
+    SplitonnxError,
+    UnsupportedModel,
+    WrongRuntime,
+)
+from splitonnx.partitioner import natives
 from splitonnx.partitioner.control_flows import KEPT
 from splitonnx.partitioner.drafts import DETACHED
+from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.frontiers import (
     find_moving,
@@ -26,6 +32,7 @@ from splitonnx.partitioner.frontiers import (
     trace_gradients,
     walk_back,
 )
+from splitonnx.partitioner.isolations import Refused, call
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
@@ -128,6 +135,8 @@ _TYPES = {
     "tensor(uint8)": ir.DataType.UINT8,
 }
 
+_SUBJECT = "the model to differentiate"
+
 _SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 """What stands before the reason in what ONNX Runtime says: the place in its own source."""
 
@@ -173,28 +182,32 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         raise fault
     _part_twins(model.graph, parameters)
     detached = _take_out_detached(model.graph)
-    builder = _import_builder()
-    options = _make_options()
-    wanted = set(parameters)
+    wanted = sorted(parameters)
+    with blame_stage("written down for the gradient builder"):
+        content = _serialize(model)
     try:
-        content = ir.to_proto(model).SerializeToString()
-        content = builder.get_optimized_model(content, wanted, options)
+        content = call(natives.optimize, _SUBJECT, content, wanted)
         content = _separate_splits(content, loss)
-        gradients = builder.GradientGraphBuilder(content, {loss}, wanted, loss, options)
-        gradients.build()
-        joint: bytes = gradients.get_model()
-        derived = ir.from_proto(onnx.load_from_string(joint))
-        _put_back_detached(derived.graph, detached)
+        content = call(natives.build_gradients, _SUBJECT, content, wanted, loss)
+        with blame_stage("read from the gradient builder"):
+            derived = ir.from_proto(onnx.load_from_string(content))
+            _put_back_detached(derived.graph, detached)
         _annotate(derived)
-    except EncodeError as error:
+    except Refused as error:
+        raise _translate(error) from error
+    return derived
+
+
+def _serialize(model: ir.Model) -> bytes:
+    try:
+        content: bytes = ir.to_proto(model).SerializeToString()
+    except (EncodeError, MemoryError) as error:
         raise UnsupportedModel(
             "the model's constants",
             "they take more than 2 GiB or than there is memory",
             "store large tensors as weights",
         ) from error
-    except _list_exceptions(builder) as error:
-        raise _translate(error) from error
-    return derived
+    return content
 
 
 def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
@@ -258,56 +271,24 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
     return separated
 
 
-def _import_builder() -> Any:
-    try:
-        from onnxruntime.capi import _pybind_state
-    except ImportError as error:
-        raise MissingExtra("onnxruntime-training", "cpu", "differentiating a model") from error
-    if not hasattr(_pybind_state, "GradientGraphBuilder"):
-        raise WrongRuntime(
-            "stock onnxruntime",
-            "onnxruntime-training; run: pip install 'splitonnx[cpu]' in an environment without "
-            "stock onnxruntime",
-        )
-    return _pybind_state
-
-
-def _list_exceptions(builder: Any) -> tuple[type[Exception], ...]:
-    """List what ONNX Runtime raises; its exceptions have no base class in common."""
-    kinds = vars(builder).values()
-    own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, ValueError, IndexError, MemoryError, *own)
-
-
-def _make_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
-
-
 def _annotate(model: ir.Model) -> None:
     """Give every value the type that ONNX Runtime infers, and each gradient its value's shape.
 
     onnx's own inference stops at the training-only operators, which it does not know.
     """
-    import onnxruntime
-
     values = map_values(model.graph)
     proto = ir.to_proto(model)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in values if name not in known
     )
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), _make_options(), providers=["CPUExecutionProvider"]
-    )
-    for output in session.get_outputs():
-        value = values[output.name]
-        if value.type is None:
-            value.type = ir.TensorType(_TYPES[output.type])
+    types = call(natives.list_types, "the joint graph", proto.SerializeToString())
+    for name, kind in types.items():
+        if values[name].type is not None:
+            continue
+        if kind not in _TYPES:
+            raise UnsupportedModel(f"'{name}'", f"it is a {kind}, which has no gradient")
+        values[name].type = ir.TensorType(_TYPES[kind])
     for name, value in values.items():
         base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
         if value.shape is None and base is not None:
@@ -330,7 +311,15 @@ def _find_shape(node: ir.Node) -> ir.Shape | None:
     return None
 
 
-def _translate(error: Exception) -> NotDifferentiable | UnsupportedModel:
+def _translate(error: Refused) -> SplitonnxError:
+    if error.kind in ("ImportError", "ModuleNotFoundError"):
+        return MissingExtra("onnxruntime-training", "cpu", "differentiating a model")
+    if error.kind == natives.StockRuntime.__name__:
+        return WrongRuntime(
+            "stock onnxruntime",
+            "onnxruntime-training; run: pip install 'splitonnx[cpu]' in an environment without "
+            "stock onnxruntime",
+        )
     text = " ".join(str(error).split())
     unknown = re.search(r"gradient builder has not been registered: (\S+) for node (.*)", text)
     if unknown:

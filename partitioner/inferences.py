@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.dimensions import (
     Amount,
@@ -29,7 +28,9 @@ from splitonnx.partitioner.dimensions import (
     prod_of,
     take_remainder,
 )
+from splitonnx.partitioner.evaluations import evaluate, infer_types
 from splitonnx.partitioner.extents import RULES, Dims
+from splitonnx.partitioner.faults import blame
 
 MOST_ELEMENTS = 1 << 16
 """Constants of more elements are not computed beforehand: they would weigh on every stage."""
@@ -125,9 +126,17 @@ class Inference:
         return None if content is None or content.dtype == object else content
 
     def visit(self, node: ir.Node) -> None:
-        """Learn what ``node`` gives from what is known of its inputs."""
+        """Learn what ``node`` gives from what is known of its inputs.
+
+        Raises:
+            UnsupportedModel: its inputs or attributes are not what the operator takes.
+        """
         if node.op_type == "Constant" or node.domain not in ("", "ai.onnx"):
             return
+        with blame(node):
+            self._learn(node)
+
+    def _learn(self, node: ir.Node) -> None:
         shapes = self._infer(node)
         for index, value in enumerate(node.outputs):
             if index < len(shapes) and (dims := shapes[index]) is not None:
@@ -182,7 +191,7 @@ class Inference:
         held = node.attributes.get("value")
         if held is not None and held.as_tensor().size > MOST_ELEMENTS:
             return None
-        return _evaluate(node, [], self._opset)[0]
+        return evaluate(node, [], self._opset)[0]
 
     def _infer(self, node: ir.Node) -> _Shapes:
         rule = RULES.get(node.op_type)
@@ -216,26 +225,9 @@ class Inference:
             content = self.constant(value)
             if content is not None and content.dtype.kind in "ifb":
                 data[name] = onnx.numpy_helper.from_array(content, name)
-        proto = _write_node(node)
-        try:
-            schema = onnx.defs.get_schema(node.op_type, self._opset, "")
-            made = onnx.shape_inference.infer_node_outputs(
-                schema,
-                proto,
-                types,
-                data,
-                opset_imports=[onnx.helper.make_opsetid("", self._opset)],
-            )
-        except (
-            onnx.checker.ValidationError,
-            onnx.defs.SchemaError,
-            onnx.shape_inference.InferenceError,
-            RuntimeError,
-        ):
-            return ()
+        made = infer_types(node, types, data, self._opset)
         return [
-            self._read_type(value, made.get(f"o{index}"))
-            for index, value in enumerate(node.outputs)
+            self._read_type(value, kind) for value, kind in zip(node.outputs, made, strict=True)
         ]
 
     def _read_type(
@@ -270,7 +262,7 @@ class Inference:
         if not self._is_small(node, MOST_ELEMENTS):
             return ()
         if not any(content is not None and content.dtype == object for content in contents):
-            return _evaluate(node, contents, self._opset)
+            return evaluate(node, contents, self._opset)
         if not self._is_small(node, _MOST_SYMBOLS):
             return ()
         try:
@@ -337,7 +329,7 @@ class Inference:
             places = np.arange(len(table), len(table) + content.size).reshape(content.shape)
             table.extend(content.reshape(-1))
             stand_ins.append(places)
-        moved = _evaluate(node, stand_ins, self._opset)
+        moved = evaluate(node, stand_ins, self._opset)
         symbols = _hold(table)
         return [None if m is None else _settle(_take(symbols, m), node.inputs[0]) for m in moved]
 
@@ -368,35 +360,3 @@ def _settle(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndar
         return array
     dtype = kind.dtype if isinstance(kind, ir.Value) else kind
     return array.astype(dtype.numpy() if dtype is not None else np.int64)
-
-
-def _write_node(node: ir.Node) -> onnx.NodeProto:
-    """Write a node with plain names, so that no name of the model matters."""
-    proto = ir.to_proto(node)
-    names = [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)]
-    del proto.input[:], proto.output[:]
-    proto.input.extend(names)
-    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
-    return proto
-
-
-def _evaluate(
-    node: ir.Node, contents: Sequence[np.ndarray | None], opset: int
-) -> Sequence[np.ndarray | None]:
-    """Compute a node by onnx's reference implementation; nothing where that cannot."""
-    proto = _write_node(node)
-    feeds = {f"i{index}": c for index, c in enumerate(contents) if c is not None}
-    graph = onnx.helper.make_graph(
-        [proto],
-        "fold",
-        [onnx.ValueInfoProto(name=name) for name in feeds],
-        [onnx.ValueInfoProto(name=name) for name in proto.output],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    try:
-        with np.errstate(all="ignore"):
-            made = ReferenceEvaluator(model).run(None, feeds)
-    except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
-        return [None] * len(node.outputs)  # let the runtime say what is wrong with it
-    assert isinstance(made, list)
-    return [np.asarray(array) for array in made]

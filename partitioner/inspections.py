@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import SplitonnxError, UsageError
 from splitonnx.partitioner.cuts import Division, find_lost, find_single_cuts, resolve_names
+from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
 from splitonnx.partitioner.gates import ModelSource, open_model
@@ -56,6 +57,7 @@ def inspect(model: ModelSource, *, batch: int | None = None, sent: Sequence[str]
     return list_cuts(prepare(open_model(model)), batch, sent)
 
 
+@blame_stage("searched for cuts")
 def list_cuts(prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()) -> list[Cut]:
     """List the legal single-tensor cuts of a prepared model; its inference form may change."""
     form = prepared.inference

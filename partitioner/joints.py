@@ -16,6 +16,7 @@ from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
 from splitonnx.partitioner.dimensions import UNKNOWN
+from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.inferences import Inference
@@ -84,6 +85,7 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
     return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=known)
 
 
+@blame_stage("differentiated")
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
@@ -136,6 +138,7 @@ def build_training(
     )
 
 
+@blame_stage("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
     """Put ports into the inference form; the model's outputs end up with the client."""
     graph = prepared.inference.clone().graph

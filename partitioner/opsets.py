@@ -15,10 +15,13 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner import natives
+from splitonnx.partitioner.attributes import check_attributes
 from splitonnx.partitioner.downgrades import DOWNGRADES
 from splitonnx.partitioner.drafts import Draft
-from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.faults import blame, blame_stage
+from splitonnx.partitioner.isolations import call
+from splitonnx.partitioner.screens.names import check_function
 from splitonnx.partitioner.shapes import infer_shapes
 from splitonnx.partitioner.upgrades import UPGRADES, Adapter, refuse
 
@@ -52,13 +55,13 @@ def inline_functions(model: ir.Model) -> None:
         for node in function.all_nodes():
             node.version = version
             node.domain = _spell(node.domain)
-    try:
+    _inline(model)
+    check_attributes(model.graph, own)
+
+
+def _inline(model: ir.Model) -> None:
+    with blame_stage("written without functions"):
         InlinePass()(model)
-    except (ValueError, ir.passes.PassError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UnsupportedModel(
-            "the model's functions", f"they cannot be inlined: {reason}"
-        ) from error
 
 
 def adapt_opset(model: ir.Model) -> None:
@@ -80,6 +83,7 @@ def adapt_opset(model: ir.Model) -> None:
         for node in list(model.graph.all_nodes()):
             with blame(node):
                 _adapt(node, target)
+        check_attributes(model.graph, target)
     model.opset_imports[""] = target
     for node in model.graph.all_nodes():
         node.version = None
@@ -208,22 +212,30 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
             continue
         if node.version <= target or _find_schema(node.op_type, target) is not None:
             continue
-        _lighten(node)
-        body, version = _read_body(node)
-        _match_outputs(body, len(node.outputs))
-        function = ir.serde.deserialize_function(body)
-        _name_body(function, node, version)
-        function.domain, function.name, function.overload = _BODIES, f"body_{count}", ""
-        function.opset_imports.clear()
-        function.opset_imports[""] = model.opset_imports.get("", 1)
-        model.functions[function.identifier()] = function
-        _fill_defaults(node)
-        node.domain, node.op_type, node.overload = _BODIES, function.name, ""
+        with blame(node):
+            function = _define(node, model.opset_imports.get("", 1), f"body_{count}")
+            model.functions[function.identifier()] = function
+            _fill_defaults(node)
+            node.domain, node.op_type, node.overload = _BODIES, function.name, ""
         count += 1
     if count:
-        InlinePass()(model)
+        _inline(model)
         model.opset_imports.pop(_BODIES, None)
     return bool(count)
+
+
+def _define(node: ir.Node, opset: int, name: str) -> ir.Function:
+    """Make a function of what a node's operator means in other operators."""
+    _lighten(node)
+    body, version = _read_body(node)
+    _match_outputs(body, len(node.outputs))
+    check_function(body, f"what node '{node.name}' ({node.op_type}) means")
+    function = ir.serde.deserialize_function(body)
+    _name_body(function, node, version)
+    function.domain, function.name, function.overload = _BODIES, name, ""
+    function.opset_imports.clear()
+    function.opset_imports[""] = opset
+    return function
 
 
 def _lighten(node: ir.Node) -> None:
@@ -285,7 +297,8 @@ def _read_body(node: ir.Node) -> tuple[onnx.FunctionProto, int]:
         v for v in schema.context_dependent_function_opset_versions if v <= (node.version or v)
     ]
     proto = ir.to_proto(node).SerializeToString()
-    content = schema.get_context_dependent_function_with_opset_version(versions[-1], proto, types)
+    subject = f"node '{node.name}' ({node.op_type})"
+    content = call(natives.define, subject, proto, types, node.version or 1, versions[-1])
     body = onnx.FunctionProto()
     body.ParseFromString(content)
     if not body.node or len(body.input) < len(node.inputs):  # an activation that is none, for one

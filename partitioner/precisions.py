@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.faults import blame_stage
 
 _NARROW = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _TYPE_ATTRIBUTES = (
@@ -26,6 +27,7 @@ _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
 """Types of data that the runtime can pass on; they are cast in the graph."""
 
 
+@blame_stage("brought to float32")
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]
 ) -> Mapping[str, ir.TensorProtocol]:

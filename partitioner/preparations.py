@@ -25,6 +25,7 @@ from splitonnx.partitioner.batchnorms import (
 from splitonnx.partitioner.draws import key_draws
 from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.estimators import settle_estimators
+from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.folds import fold, note_shapes
 from splitonnx.partitioner.frontiers import find_dependents
 from splitonnx.partitioner.layouts import settle_layouts
@@ -75,6 +76,7 @@ class PreparedModel:
         return tuple(name for name, role in self.roles.items() if role is Role.PARAMETER)
 
 
+@blame_stage("prepared for training")
 def prepare(
     model: ir.Model,
     *,

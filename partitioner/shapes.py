@@ -5,15 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.errors import NotAModel
+from splitonnx.partitioner import natives
 from splitonnx.partitioner.drafts import known_dims, known_rank, take_input
-from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.faults import FAULTS, blame, blame_stage, explain
+from splitonnx.partitioner.isolations import Refused, call
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
 """Operators with windows, and which of their inputs is the kernel."""
+_MOST_BYTES = 1 << 10
+"""Initializers of more hold weights, whose contents no type depends on."""
 _MOST_DIMENSIONS = 32
 _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
 
@@ -26,12 +33,56 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
 
     Raises:
         NotAModel: onnx infers a type that does not exist.
+        NativeCrash: onnx's inference breaks down over it.
     """
+    with blame_stage("written down"), _lighten(model.graph):
+        content = ir.to_proto(model).SerializeToString()
     try:
-        ShapeInferencePass(check_type=check_type, strict_mode=False, data_prop=False)(model)
-    except ir.serde.SerdeError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:120]
-        raise NotAModel("the model", f"its types cannot be inferred ({reason})") from error
+        inferred = call(natives.infer_shapes, "the model", content, check_type)
+    except Refused:
+        return  # what contradicts itself stays as it is
+    try:
+        found = ir.serde.deserialize_model(onnx.ModelProto.FromString(inferred))
+    except FAULTS as error:
+        raise NotAModel("the model", f"its types cannot be inferred ({explain(error)})") from error
+    for graph, typed in zip(model.graphs(), found.graphs(), strict=False):
+        _note_types(graph, typed)
+
+
+@contextmanager
+def _lighten(graph: ir.Graph) -> Iterator[None]:
+    """Make inputs of a graph's initializers for a while, all but small ones without contents."""
+    stored = list(graph.initializers.values())
+    tensors = [value.const_value for value in stored]
+    inputs = list(graph.inputs)
+    for value, tensor in zip(stored, tensors, strict=True):
+        if tensor is not None:
+            value.shape = value.shape if value.shape is not None else ir.Shape(tensor.shape.numpy())
+            value.type = value.type or ir.TensorType(tensor.dtype)
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+        if tensor is None or tensor.nbytes > _MOST_BYTES:
+            value.const_value = None
+            del graph.initializers[value.name or ""]
+    try:
+        yield
+    finally:
+        for value, tensor in zip(stored, tensors, strict=True):
+            value.const_value = tensor
+            graph.initializers[value.name or ""] = value
+        graph.inputs[:] = inputs
+
+
+def _note_types(graph: ir.Graph, typed: ir.Graph) -> None:
+    known = ir.convenience.create_value_mapping(typed)
+    for name, value in ir.convenience.create_value_mapping(graph).items():
+        found = known.get(name)
+        if found is None:
+            continue
+        if found.shape is not None and value.shape != found.shape:
+            value.shape = found.shape
+        if found.dtype is not None and value.dtype != found.dtype:
+            value.dtype = found.dtype
 
 
 def check_ranks(graph: ir.Graph) -> None:

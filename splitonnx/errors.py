@@ -60,6 +60,14 @@ class UnsupportedModel(ModelError):
         return f"{self.subject}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
+class NativeCrash(UnsupportedModel):
+    """Native code of onnx or ONNX Runtime ended its process over the model, or took too long."""
+
+
+class BrokenWork(UnsupportedModel):
+    """The work on the model broke off, and no node is known to be at fault."""
+
+
 @dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
     """A tensor's external data lies outside the folder of the model."""
@@ -347,6 +355,20 @@ class WrongRuntime(SplitonnxError):
 
     def __str__(self) -> str:
         return f"the installed ONNX Runtime is {self.installed}, but this needs {self.needed}"
+
+
+@dataclass(eq=False)
+class ProcessFailed(SplitonnxError):
+    """The process that native code runs in cannot be started."""
+
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"no process can be started for native code ({self.reason}); "
+            f"see what `python -m {self.module}` says"
+        )
 
 
 @dataclass(eq=False)

@@ -282,6 +282,35 @@ def window_of_billions(model: ModelProto) -> None:
     put_behind(model, helper.make_node("MaxPool", ["act1"], ["odd"], kernel_shape=[2**31, 2**62]))
 
 
+@hostile("(Split): onnx's checker broke down over it")
+def split_into_fewer_than_it_gives(model: ModelProto) -> None:
+    put_behind(model, helper.make_node("Split", ["act1"], ["odd", "b", "c"], axis=1, num_outputs=1))
+
+
+@hostile("broke down over it (SIG")
+def transposition_of_too_few_axes(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "places"))
+    put_behind(model, helper.make_node("Unsqueeze", ["act1", "places"], ["deep"]))
+    put_behind(model, helper.make_node("Transpose", ["deep"], ["turned"], perm=[0, 1, 3]), 5)
+    put_behind(model, helper.make_node("Flatten", ["turned"], ["odd"]), 6)
+
+
+@hostile("refers to one that no function has")
+def attribute_of_a_function_outside_one(model: ModelProto) -> None:
+    attribute = model.graph.node[0].attribute[0]
+    attribute.ref_attr_name = "transposed"
+    attribute.ClearField("i")
+
+
+@hostile("(LinearAttention) means is not a usable")
+def operator_whose_meaning_lacks_its_inputs(model: ModelProto) -> None:
+    model.opset_import[0].version = 27
+    node = helper.make_node("LinearAttention", ["act1"] * 6, ["odd", "state"])
+    for name, value in (("kv_num_heads", 4), ("q_num_heads", 4), ("update_rule", "constant")):
+        node.attribute.append(helper.make_attribute(name, value))
+    put_behind(model, node)
+
+
 # --- sizes ----------------------------------------------------------------------------------
 
 
@@ -452,6 +481,18 @@ def functions_nested_without_end(model: ModelProto) -> None:
 def function_twice(model: ModelProto) -> None:
     for _ in range(2):
         add_function(model, "Twice", [helper.make_node("Relu", ["a"], ["b"])])
+
+
+@hostile("its output 'less' is read, but nothing makes it")
+def branch_that_gives_nothing(model: ModelProto) -> None:
+    ends = [helper.make_tensor_value_info("bias", FLOAT, None)]
+    made = [helper.make_node("Identity", ["b1"], ["bias"])]
+    branches = {
+        "then_branch": helper.make_graph(made, "then", [], []),
+        "else_branch": helper.make_graph(made, "else", [], ends),
+    }
+    put_behind(model, helper.make_node("If", ["condition"], ["less"], **branches))
+    put_behind(model, helper.make_node("Add", ["act1", "less"], ["odd"]), 5)
 
 
 @hostile("")

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, MissingOutput, known_rank
+from splitonnx.partitioner.drafts import Draft, known_rank
 from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.lowerings import (
     activations,
@@ -81,8 +81,9 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     """
     opset = graph.opset_imports[""]
     for node in list(graph):
-        if is_standard(node, opset) or (defective and not is_defective(node)):
-            continue
+        with blame(node):
+            if is_standard(node, opset) or (defective and not is_defective(node)):
+                continue
         lowering = LOWERINGS.get(node.op_type)
         if lowering is None:
             raise UnsupportedModel(
@@ -120,13 +121,6 @@ def is_standard(node: ir.Node, opset: int) -> bool:
 
 def _replace(node: ir.Node, lowering: Lowering) -> None:
     draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
-    with blame(node):
-        made = lowering(draft, node)
-    try:
-        draft.replace(node, made)
-    except MissingOutput as error:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            f"its output '{error}' cannot be written in standard operators",
-            "choose the target training for the party that runs it",
-        ) from error
+    advice = "choose the target training for the party that runs it"
+    with blame(node, "cannot be written in standard operators", advice):
+        draft.replace(node, lowering(draft, node))

@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, MissingOutput
+from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
 from splitonnx.partitioner.rewrites import (
@@ -147,6 +146,9 @@ _MOST_ROUNDS = 8
 """A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
 
 
+_ADVICE = "cut so that it lies before every trained parameter"
+
+
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """Replace, in place, every operator without a gradient that a trained parameter reaches.
 
@@ -172,16 +174,9 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not any(is_float(value) for value in node.outputs):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
-        with blame(node):
+        with blame(node, "cannot be differentiated", _ADVICE):
             made = rule(draft, node)
-        if made is not None:
-            try:
+            if made is not None:
                 draft.replace(node, made)
-            except MissingOutput as error:
-                raise UnsupportedModel(
-                    f"node '{node.name}' ({node.op_type})",
-                    f"its output '{error}' cannot be differentiated",
-                    "cut so that it lies before every trained parameter",
-                ) from error
-            changed = True
+                changed = True
     return changed

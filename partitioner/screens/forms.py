@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from splitonnx.errors import NotAModel
+from splitonnx.errors import NativeCrash, NotAModel
+from splitonnx.partitioner import natives
+from splitonnx.partitioner.isolations import Refused, call
+from splitonnx.partitioner.screens.walks import label_node
 
 _MOST_ELEMENTS = 1024
 """Larger tensors hold weights, whose values no type depends on."""
@@ -18,21 +21,39 @@ def check_form(model: ModelProto, label: str) -> None:
 
     Raises:
         NotAModel: onnx's checker or its inference refuses the model.
+        NativeCrash: they break down over it.
     """
     light = _strip(model)
     try:
-        onnx.checker.check_model(light)
-        onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=False)
-    except (
-        onnx.checker.ValidationError,
-        onnx.shape_inference.InferenceError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        reason = " ".join(str(error).split()).split(" ==> ")[0]
-        raise NotAModel(label, reason[:400]) from error
-    except MemoryError as error:
-        raise NotAModel(label, "to infer its types takes more memory than there is") from error
+        call(natives.check_form, label, light.SerializeToString())
+    except Refused as error:
+        if error.kind == "MemoryError":
+            reason = "to infer its types takes more memory than there is"
+        else:
+            reason = " ".join(str(error).split()).split(" ==> ")[0][:400]
+        raise NotAModel(label, reason) from error
+    except NativeCrash as error:
+        raise replace(error, subject=label_node(_find_culprit(light))) from error
+
+
+def _find_culprit(light: ModelProto) -> NodeProto:
+    """Find the node with which native code breaks down, by halves: each try costs a process."""
+    safe, broken = 0, len(light.graph.node)
+    part = ModelProto()
+    while broken - safe > 1:
+        middle = (safe + broken) // 2
+        part.CopyFrom(light)
+        del part.graph.node[middle:], part.graph.output[:]
+        try:
+            call(natives.check_form, "", part.SerializeToString())
+        except NativeCrash:
+            broken = middle
+            continue
+        except Refused:
+            pass
+        safe = middle
+    culprit: NodeProto = light.graph.node[broken - 1]
+    return culprit
 
 
 def _strip(model: ModelProto) -> ModelProto:

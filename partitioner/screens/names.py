@@ -126,7 +126,7 @@ def check_names(model: ModelProto, label: str) -> None:
     """
     _check_graph(model.graph, (), label)
     for function in model.functions:
-        _check_function(function, label)
+        check_function(function, label)
 
 
 def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) -> None:
@@ -144,7 +144,12 @@ def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) ->
             raise NotAModel(label, f"nothing makes its output '{value.name}'")
 
 
-def _check_function(function: FunctionProto, label: str) -> None:
+def check_function(function: FunctionProto, label: str) -> None:
+    """Check that every name of a function is given once and used after it was given.
+
+    Raises:
+        NotAModel: two values bear a name, or none does that is read.
+    """
     known = set(function.input)
     _check_nodes(function.node, known, (), label)
     for name in function.output:

@@ -7,6 +7,7 @@ splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ for command in (
 
 def main() -> None:
     """Run the command line; the entry point of ``splitonnx``."""
+    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # it has no say on stderr
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
     except SplitonnxError as error:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import onnx
 
-from splitonnx.errors import SplitonnxError
+from splitonnx.errors import BrokenWork, SplitonnxError
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import Target, cut
 from tests.fuzzing.corpora import list_models, list_networks
@@ -35,7 +35,8 @@ MEMORY = 3 << 30
 _BATCH = 200
 _LOSSES = ("mse",) * 8 + ("l1", "cross-entropy", "bce-with-logits", "from-model")
 
-Outcome = Literal["cut", "refused", "finding"]
+Outcome = Literal["cut", "refused", "vague", "finding"]
+"""``vague`` is a refusal that names no node: none is at fault, or a check is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ def try_mutant(content: bytes, seed: int) -> tuple[Outcome, str]:
         sentence = str(error)
         if "\n" in sentence or len(sentence) > 2000 or not sentence.isprintable():
             return "finding", f"an unprintable sentence: {sentence[:3000]!r}"
+        if isinstance(error, BrokenWork):
+            return "vague", traceback.format_exc()
         return "refused", f"{type(error).__name__}: {sentence}"
     except Exception:  # noqa: BLE001
         return "finding", traceback.format_exc()
