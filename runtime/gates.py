@@ -5,14 +5,14 @@ graphs end the process.  So nothing reaches it but what ``splitonnx cut`` writes
 known domains, tensors that hold what they declare, no data outside, no functions, and sizes and
 nesting within bounds.  The graph's bytes are read in one pass, without the onnx package.
 
-What it does not know: whether the graph computes anything sensible, and how much memory running it
-takes.  A small graph can still ask for a large tensor.
+What it does not know: whether shapes and types fit each other, and how much time and memory running
+the graph takes.  A small graph can still ask for a large tensor, or run for ever; and on some whose
+ranks do not fit ONNX Runtime's inference ends the process.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NoReturn
@@ -28,6 +28,8 @@ MAX_FIELDS = 1 << 24
 It bounds the time that the gate takes, to some ten seconds."""
 MAX_NODES = 1 << 20
 """Nodes and bodies of a graph; the partitioner takes models of 250,000."""
+MAX_NAMES = 1 << 21
+"""Names that a graph gives to values; they are kept while it is checked."""
 MAX_DEPTH = 32
 """Of bodies of If, Loop and Scan inside one another; Protocol Buffers' own parsers end there."""
 MAX_TYPE_DEPTH = 8
@@ -42,15 +44,6 @@ MAX_NAME = 1 << 14
 """Bytes of a name."""
 MAX_TEXT = 1 << 20
 """Bytes of a comment, or of one text in an attribute or tensor."""
-
-# What ONNX Runtime, or the inference that it calls, does not survive.
-_WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
-_AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
-_KINDS = frozenset(
-    {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
-)
-_EINSUM = "Einsum"
-_EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 
 _LONGEST_KEPT = 256
 """Bytes of a name, type or attribute that is remembered, so that it need be read but once."""
@@ -90,6 +83,7 @@ class _Gate:
         self._subject = "the graph"
         self._imported: frozenset[str] = frozenset()  # domains
         self._count = 0  # nodes and bodies so far
+        self._given = 0  # names
         self._names: dict[bytes, str] = {}  # that were read; most stand there several times
         self._attributes: set[bytes] = set()  # likewise, those that passed
         self._types: set[bytes] = set()
@@ -134,23 +128,34 @@ class _Gate:
         self._imported |= {domain} if own else operators.STANDARD_DOMAINS
 
     def _check_graph(self, place: Place, depth: int) -> None:
+        given: dict[str, set[str]] = {}  # kind of name -> those of this graph
         for name, start, stop in self._reader.read(place, schemas.GRAPH):
             self._subject = "the graph"
             if name == "node":
-                self._check_node((start, stop), depth)
+                self._check_node((start, stop), depth, given.setdefault("result", set()))
             elif name == "initializer":
-                self._check_tensor((start, stop))
-            elif name == "value":
-                self._check_value((start, stop))
+                self._give(self._check_tensor((start, stop)), given.setdefault(name, set()))
+            elif name in ("input", "output", "value"):
+                self._give(self._check_value((start, stop)), given.setdefault(name, set()))
             else:
                 self._check_other(name, (start, stop))
+
+    def _give(self, name: str, given: set[str]) -> None:
+        """Note a name that may be given once; a graph with an output twice ends the process."""
+        if name in given:
+            self.refuse(f"the name '{name[:200]}' is given twice")
+        if name:  # an optional result that is left out has none
+            given.add(name)
+            self._given += 1
+        if self._given > MAX_NAMES:
+            self.refuse(f"the graph gives more than {MAX_NAMES} names")
 
     def _count_up(self) -> None:
         self._count += 1
         if self._count > MAX_NODES:
             self.refuse(f"the graph has more than {MAX_NODES} nodes")
 
-    def _check_node(self, place: Place, depth: int) -> None:
+    def _check_node(self, place: Place, depth: int, given: set[str]) -> None:
         self._count_up()
         self._subject = f"node number {self._count}"
         operator = domain = ""
@@ -158,6 +163,8 @@ class _Gate:
         for name, start, stop in self._reader.read(place, schemas.NODE):
             if name == "argument":
                 self._read_name((start, stop))
+            elif name == "result":
+                self._give(self._read_name((start, stop)), given)
             elif name == "name":
                 self._subject = f"node '{self._read_name((start, stop))[:200]}'"
             elif name == "operator":
@@ -184,11 +191,13 @@ class _Gate:
 
     def _check_attribute(self, place: Place, operator: str, depth: int) -> None:
         content = self._copy_short(place)
-        if content in self._attributes and operator != _EINSUM:
+        if content in self._attributes and operator != operators.EINSUM:
             return
         before = self._count
         self._read_attribute(place, operator, depth)
-        if self._count == before and operator != _EINSUM:  # one with a body is another each time
+        if (
+            self._count == before and operator != operators.EINSUM
+        ):  # one with a body is another each time
             _keep(self._attributes, content)
 
     def _read_attribute(self, place: Place, operator: str, depth: int) -> None:
@@ -203,7 +212,9 @@ class _Gate:
                 self._check_integers(label, here)
             elif name == "string":
                 self._check_text(here)
-                if operator == _EINSUM and not _EQUATION.fullmatch(self._content, *here):
+                if operator == operators.EINSUM and not operators.EQUATION.fullmatch(
+                    self._content, *here
+                ):
                     self.refuse("it has no equation of letters")
             elif name == "tensor":
                 self._check_tensor(here)
@@ -222,16 +233,18 @@ class _Gate:
     def _check_integers(self, label: str, place: Place) -> None:
         for number in self._list_numbers(place):
             value = to_signed(number)
-            if label in _WINDOWS and value < 1:
+            if label in operators.WINDOWS and value < 1:
                 self.refuse(f"it has {label} below 1")
-            if label in _AXES and abs(value) > MAX_RANK:
+            if label in operators.AXES and abs(value) > MAX_RANK:
                 self.refuse(f"its {label} names a dimension that no tensor has")
-            if label in _KINDS and value and value not in schemas.DTYPES:
+            if label in operators.KINDS and value and value not in schemas.DTYPES:
                 self.refuse(f"its {label} names an unknown element type")
             if label == "batch_dims" and value < 0:
                 self.refuse(f"it has {value} batch dimensions")
 
-    def _check_tensor(self, place: Place) -> None:
+    def _check_tensor(self, place: Place) -> str:
+        """Check a tensor and return its name."""
+        label = ""
         dims: list[int] = []
         dtype, outside, raw = 0, False, None
         counts: Counter[str] = Counter()
@@ -244,7 +257,8 @@ class _Gate:
             elif name == "raw_data":
                 raw = stop - start
             elif name == "name":
-                self._subject = f"tensor '{self._read_name(here)[:200]}'"
+                label = self._read_name(here)
+                self._subject = f"tensor '{label[:200]}'"
             elif name == "location":
                 outside = outside or start != 0
             elif name == "external_data":
@@ -261,6 +275,7 @@ class _Gate:
         if outside:
             self.refuse("its data lie outside the graph")
         self._check_size(dims, dtype, raw, counts)
+        return label
 
     def _extend(self, dims: list[int], place: Place) -> None:
         for number in self._list_numbers(place):
@@ -272,8 +287,7 @@ class _Gate:
         self, dims: list[int], dtype: int, raw: int | None, counts: Counter[str]
     ) -> None:
         """Hold what a tensor claims against the bytes, or the typed values, that it has."""
-        if dtype not in schemas.DTYPES:
-            self.refuse(f"its element type {dtype} is not known")
+        self._check_dtype(dtype)
         if math.prod(max(dim, 1) for dim in dims) > MAX_ELEMENTS:
             self.refuse(f"its shape is {dims}")
         elements = math.prod(dims)
@@ -289,14 +303,18 @@ class _Gate:
         if counts[field] != claimed or held != claimed:
             self.refuse(f"it claims {claimed} values, but holds {held}")
 
-    def _check_value(self, place: Place) -> None:
+    def _check_value(self, place: Place) -> str:
+        """Check what is declared of a value, and return its name."""
+        label = ""
         for name, start, stop in self._reader.read(place, schemas.VALUE):
             if name == "name":
-                self._subject = f"value '{self._read_name((start, stop))[:200]}'"
+                label = self._read_name((start, stop))
+                self._subject = f"value '{label[:200]}'"
             elif name == "type":
                 self._check_type((start, stop))
             else:
                 self._check_other(name, (start, stop))
+        return label
 
     def _check_type(self, place: Place) -> None:
         content = self._copy_short(place)
@@ -320,8 +338,12 @@ class _Gate:
         for name, start, stop in self._reader.read(place, schemas.TENSOR_TYPE):
             if name == "shape":
                 self._check_shape((start, stop))
-            elif start not in schemas.DTYPES:
-                self.refuse(f"its element type {start} is not known")
+            else:
+                self._check_dtype(start)
+
+    def _check_dtype(self, dtype: int) -> None:
+        if dtype not in schemas.DTYPES:
+            self.refuse(f"its element type {dtype} is not known")
 
     def _check_shape(self, place: Place) -> None:
         dimensions = self._reader.read(place, schemas.SHAPE)

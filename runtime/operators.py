@@ -6,6 +6,8 @@ machines.  Tests hold these lists against the onnx package's own and the partiti
 
 from __future__ import annotations
 
+import re
+
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 TRAINING_DOMAIN = "com.microsoft"
 DOMAINS = STANDARD_DOMAINS | {TRAINING_DOMAIN}
@@ -52,3 +54,15 @@ _TRAINING = """
 """
 TRAINING_OPERATORS = frozenset(_TRAINING.split())
 """What the gradient builder of onnxruntime-training makes; some of it stands in ONNX's domain."""
+
+WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
+"""Attributes whose numbers below 1 ONNX Runtime divides by, and so ends the process."""
+AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
+"""Attributes whose numbers, where no tensor has such a dimension, it reads beyond its shapes by."""
+KINDS = frozenset(
+    {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
+)
+"""Attributes that name an element type."""
+EINSUM = "Einsum"
+EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
+"""Of another one, onnx's inference may look for the end for ever."""

@@ -186,6 +186,16 @@ def add_attributes(model: ModelProto) -> None:
         add_attribute(model, name=f"a{index}", i=1)
 
 
+def repeat(field: str) -> bytes:
+    """Declare, or make, a value twice."""
+
+    def change(model: ModelProto) -> None:
+        values = getattr(model.graph, field)
+        values.append(values[0])
+
+    return spoil(change)
+
+
 def name_opset(domain: str, version: int) -> Callable[[ModelProto], None]:
     return lambda model: model.opset_import.extend([helper.make_opsetid(domain, version)])
 
@@ -246,6 +256,11 @@ def test_onnx_runtime_never_sees_what_is_refused(
         (write(helper.make_node("Add", [], [], "py", domain="com.microsoft")), "'Add'"),
         (inside(helper.make_node("ATen", [], [], "n", domain="com.microsoft")), "node 'n': 'ATen'"),
         (write(helper.make_node("", [], [], "none")), "node 'none': ''"),
+        (repeat("node"), "'a' is given twice"),
+        (repeat("input"), "'x' is given twice"),
+        (repeat("output"), "'y' is given twice"),
+        (repeat("initializer"), "'w' is given twice"),
+        (repeat("value_info"), "'a' is given twice"),
         (write(nest(gates.MAX_DEPTH + 1)), "nest over 32 deep"),
         (write(helper.make_node("MaxPool", ["x"], ["p"], strides=[1, 0])), "strides below 1"),
         (write(helper.make_node("Conv", ["x"], ["p"], kernel_shape=[-1])), "kernel_shape below 1"),
@@ -317,9 +332,14 @@ def nest_type(depth: int) -> onnx.TypeProto:
 
 
 @pytest.mark.parametrize(
-    ("limit", "reason"), [("MAX_NODES", "more than 2 nodes"), ("MAX_BYTES", r"it takes \d+ bytes"),
-                          ("MAX_FIELDS", "more fields")],
-)  # fmt: skip
+    ("limit", "reason"),
+    [
+        ("MAX_NODES", "more than 2 nodes"),
+        ("MAX_NAMES", "more than 2 names"),
+        ("MAX_BYTES", r"it takes \d+ bytes"),
+        ("MAX_FIELDS", "more fields"),
+    ],
+)
 def test_what_is_too_large_is_refused(
     limit: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
