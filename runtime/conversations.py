@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import RemoteProtocolError, ServerBusy, SplitonnxError, StaleConnection
+from splitonnx.errors import (
+    NotFinite,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StaleConnection,
+)
 from splitonnx.messages import Bye, Fault, Hello, Login, Message, Save, Tensors, Welcome
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
@@ -99,10 +105,7 @@ class Conversation:
             assert self.session is not None
             self.session.abandon()
         if not self.is_closed:
-            newest = error.newest if isinstance(error, StaleConnection) else 0
-            reason = error.limit if isinstance(error, ServerBusy) else str(error)
-            fault = Fault(code=type(error).__name__, reason=reason, newest=newest)
-            yield self._protocol.send(fault)
+            yield self._protocol.send(_describe(error))
 
     def end(self) -> None:
         """Let go of the session, which stays for the client's next connection; call it once."""
@@ -151,7 +154,7 @@ class Conversation:
     def _leave(self) -> None:
         if self._holds_session:
             assert self.session is not None
-            self.session.abandon()
+            self.session.finish()
             self._registry.end(self.session)
 
     def _check_session(self, name: str) -> Session:
@@ -161,3 +164,16 @@ class Conversation:
             raise RemoteProtocolError(f"it speaks of session '{name[:40]}', its own is {own}")
         session.check_generation(self._generation)
         return session
+
+
+def _describe(error: SplitonnxError) -> Fault:
+    """Tell an error so that the client can raise the same."""
+    code = type(error).__name__
+    match error:
+        case StaleConnection():
+            return Fault(code=code, reason=str(error), newest=error.newest)
+        case ServerBusy():
+            return Fault(code=code, reason=error.limit)
+        case NotFinite():
+            return Fault(code=code, reason=error.where, subject=error.name)
+    return Fault(code=code, reason=str(error))

@@ -7,6 +7,7 @@ greeting; going back there is the client's business.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -49,6 +50,9 @@ FIRST_DELAY = 0.05
 """Seconds before the second attempt to reconnect; the first is made at once."""
 LONGEST_DELAY = 10.0
 """Seconds between two attempts at the most."""
+
+GREETINGS = 10
+"""Times in a row that a connection may prove too old before it is taken for a second client's."""
 
 Dial: TypeAlias = Callable[[], Transport]
 """Makes a new connection; it raises ConnectionLost where none can be had now."""
@@ -277,7 +281,7 @@ class Link:
 
     def _greet(self) -> int:
         """Connect, greet, and return the step at which both sides go on."""
-        while True:
+        for attempt in itertools.count(1):
             self._hang_up()
             self._transport = self._connect()
             self._protocol = Protocol(self._manifest, self._manifest.party)
@@ -287,7 +291,7 @@ class Link:
                 welcome, _ = self._receive(Welcome)  # the protocol compares digest and wires
                 self._check_welcome(welcome)
             except StaleConnection as error:
-                if error.newest < self._generation:
+                if error.newest < self._generation or attempt == GREETINGS:
                     self._hang_up()
                     raise
                 self._generation = error.newest  # an earlier run of this client had it
@@ -296,6 +300,7 @@ class Link:
                 raise
             else:
                 return welcome.step
+        raise AssertionError("the count has no end")
 
     def _connect(self) -> Transport:
         if self._given is not None:
@@ -366,5 +371,5 @@ def _translate(fault: Fault, generation: int) -> SplitonnxError:
     if fault.code == ServerBusy.__name__:
         return ServerBusy(fault.reason)
     if fault.code == NotFinite.__name__:
-        return NotFinite("loss", "at the server")
+        return NotFinite(fault.subject, f"{fault.reason}, at the server")
     return RemoteFault(fault.code, fault.reason)

@@ -57,6 +57,7 @@ class Session:
         self._start = start
         self._store = store
         self._saved = executor.step
+        self._published = -1
         self._running: TaskKey | None = None
         self._asked: TaskKey | None = None
         self._asked_turns = self._asked_replies = 0
@@ -146,11 +147,18 @@ class Session:
             self._store.write(self._make_checkpoint())
             if message.publish:
                 self.executor.publish(session=self.id)
+                self._published = message.step
         except (BundleError, NotSaved) as error:
             _logger.error("session %s: %s", self.id, error)  # the path is none of the client's
             return Unsaved(session=self.id, step=message.step, reason=error.reason)
         self._saved = message.step
         return Saved(session=self.id, step=message.step)
+
+    def finish(self) -> None:
+        """End the session for good; its checkpoints go where its outcome was published."""
+        self.abandon()
+        if self._store is not None and self._published == self.executor.step:
+            self._store.remove()
 
     def park(self) -> None:
         """Write the state to disk if it is not there: the session is about to leave the memory.

@@ -135,11 +135,13 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Either: this went wrong here, and this connection ends.  ``code`` is the error's class.
 
     ``newest``: with ``StaleConnection``, the generation of the session's newest connection.
+    ``subject``: with ``NotFinite``, the tensor's name; ``reason`` then says where it was.
     """
 
     code: str
     reason: str
     newest: Count = 0
+    subject: str = ""
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -185,11 +185,12 @@ class Caller:
         session: str = SESSION,
         generation: int = 1,
         owner: str = "",
+        norm: float | None = None,
     ) -> None:
         assert bundle.server is not None
         self.manifest = bundle.client.manifest
         registry = registry or Registry(Executor(bundle.server, Engine(threads=1)))
-        self.conversation = Conversation(registry, owner)
+        self.conversation = Conversation(registry, owner, norm=norm)
         self._protocol = Protocol(self.manifest, CLIENT)
         (self.greeting,) = self.say(
             Hello(
@@ -289,6 +290,29 @@ def test_a_step_that_began_may_begin_again_on_another_connection_with_other_inpu
     (reply,) = again.say(make_task(), {"act1@server": np.zeros((3, 7), np.float32)})
     assert isinstance(reply, Tensors)
     assert {array.shape for array in again.tensors.values()} == {(3, 6)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_before_the_step(
+    bundle: Bundle, value: float
+) -> None:
+    caller = Caller(bundle)
+    wrong = np.ones((2, 7), np.float32)
+    wrong[1, 3] = value
+    (fault,) = caller.say(make_task(), {"act1@server": wrong})
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.subject, fault.reason) == ("NotFinite", "act1@server", "step 1")
+    assert caller.step == 0
+
+
+def test_a_gradient_over_the_norm_limit_is_refused_before_the_step(bundle: Bundle) -> None:
+    caller = Caller(bundle, norm=3.5)
+    caller.say(make_task(), {"act1@server": np.full((2, 7), 100, np.float32)})
+    assert len(caller.say(make_task(turn=1), GRADIENT)) == 1  # its norm is the root of 12
+    caller.say(make_task(step=1), ACTIVATION)
+    large = {"act3@client_grad": np.full((2, 6), 2, np.float32)}
+    expect_fault(caller.say(make_task(step=1, turn=1), large), "NormTooLarge", "limit of 3.5")
+    assert caller.step == 1
 
 
 def test_an_older_connection_of_a_session_can_do_nothing(bundle: Bundle) -> None:

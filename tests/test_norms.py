@@ -1,0 +1,42 @@
+"""Values that no training survives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from splitonnx.errors import NormTooLarge, NotFinite
+from splitonnx.runtime.norms import check_values
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_found_wherever_they_stand(
+    dtype: type[np.floating], value: float
+) -> None:
+    array = np.ones((3, 5), dtype)
+    check_values("x", array, "step 1")
+    array[2, 4] = value
+    with pytest.raises(NotFinite, match=r"'x' .*step 1"):
+        check_values("x", array, "step 1")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_large_values_whose_squares_overflow_are_finite(dtype: type[np.floating]) -> None:
+    check_values("x", np.full(7, np.finfo(dtype).max, dtype), "step 1")
+
+
+def test_the_norm_is_that_of_the_whole_tensor() -> None:
+    array = np.array([[3.0], [4.0]], np.float32)
+    check_values("x", array, "step 1", 5.0)
+    with pytest.raises(NormTooLarge, match="norm 5, over the limit of 4"):
+        check_values("x", array, "step 1", 4.0)
+    huge = np.array([1e30, 1e30], np.float32)
+    with pytest.raises(NormTooLarge, match=r"1\.41421e\+30"):
+        check_values("x", huge, "step 1", 1e6)
+    check_values("x", huge, "step 1", 1e31)
+
+
+def test_integers_and_empty_arrays_have_nothing_to_be_looked_at() -> None:
+    check_values("x", np.array([2**62]), "step 1", 1.0)
+    check_values("x", np.zeros((0, 3), np.float32), "step 1", 1.0)
