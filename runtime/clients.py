@@ -55,6 +55,7 @@ class FitPlan:
     learning_rate: LearningRate
     checkpoint_every: int | None
     when_unsaved: WhenUnsaved
+    save: bool
     on_step: Callable[[StepRecord], None] | None
     on_epoch: Callable[[Evaluation], None] | None
 
@@ -162,6 +163,7 @@ class Client:
         checkpoint_every: int | None = None,
         when_unsaved: WhenUnsaved = "stop",
         restart: bool = False,
+        save: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
         on_epoch: Callable[[Evaluation], None] | None = None,
     ) -> History:
@@ -182,6 +184,7 @@ class Client:
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
             when_unsaved: whether training stops or continues where one cannot be written.
             restart: give up a run that was broken off in the folder.
+            save: :meth:`save` when all is trained, and train on where the server was lost before.
             on_step: called with each step's record.
             on_epoch: called with each evaluation.
 
@@ -207,6 +210,7 @@ class Client:
             learning_rate=learning_rate,
             checkpoint_every=checkpoint_every,
             when_unsaved=when_unsaved,
+            save=save,
             on_step=on_step,
             on_epoch=on_epoch,
         )
@@ -271,6 +275,8 @@ class Client:
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
             NotSaved: the server could not save.
+            StepsLost: the server was lost, and steps with it, and both sides went back;
+                :meth:`fit` with ``save`` makes them again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
         self._half.publish()
@@ -293,17 +299,20 @@ class Client:
     def _carry_out(self, plan: FitPlan, start: Position) -> History:
         history = History()
         first, place = self._executor.step, start
-        while place.epoch < plan.epochs:
+        while True:
             try:
-                place = self._train_epoch(plan, place, history)
+                while place.epoch < plan.epochs:
+                    place = self._train_epoch(plan, place, history)
+                self._half.place = place
+                if plan.save:
+                    self._half.publish()
+                return history
             except StepsLost as lost:
                 kept = self._half.place
                 if lost.step < first or (lost.step > first and kept is None):
                     raise
                 place = start if kept is None else kept
                 history.forget(lost.step, place.epoch)
-        self._half.place = place
-        return history
 
     def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
         """Train from a place to the end of its epoch and evaluate; return the next place."""

@@ -147,6 +147,7 @@ class Conversation:
                 session=self.session.id,
                 digest=manifest.digest,
                 step=step,
+                wants_repeat=step > self.session.ledger.step,
                 wires=self._wires,
             )
         )

@@ -179,7 +179,7 @@ class _Gate:
                 self._check_other(name, (start, stop))
         self._check_operator(operator, domain)
         for attribute in attributes:
-            self._check_attribute(attribute, depth, einsum=operator == operators.EINSUM)
+            self._check_attribute(attribute, operator, depth)
 
     def _check_operator(self, operator: str, domain: str) -> None:
         if domain not in self._imported:
@@ -189,16 +189,18 @@ class _Gate:
         if domain == operators.TRAINING_DOMAIN or operator not in operators.STANDARD_OPERATORS:
             self.refuse(f"'{operator[:80]}' of the domain '{domain}' is no operator of a bundle")
 
-    def _check_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
+    def _check_attribute(self, place: Place, operator: str, depth: int) -> None:
         content = self._copy_short(place)
-        if content in self._attributes and not einsum:
+        if content in self._attributes and operator != operators.EINSUM:
             return
         before = self._count
-        self._read_attribute(place, depth, einsum=einsum)
-        if self._count == before and not einsum:  # one with a body is another each time
+        self._read_attribute(place, operator, depth)
+        if (
+            self._count == before and operator != operators.EINSUM
+        ):  # one with a body is another each time
             _keep(self._attributes, content)
 
-    def _read_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
+    def _read_attribute(self, place: Place, operator: str, depth: int) -> None:
         label = None
         for name, start, stop in self._reader.read(place, schemas.ATTRIBUTE):
             here = (start, stop)
@@ -210,7 +212,9 @@ class _Gate:
                 self._check_integers(label, here)
             elif name == "string":
                 self._check_text(here)
-                if einsum and not operators.EQUATION.fullmatch(self._content, *here):
+                if operator == operators.EINSUM and not operators.EQUATION.fullmatch(
+                    self._content, *here
+                ):
                     self.refuse("it has no equation of letters")
             elif name == "tensor":
                 self._check_tensor(here)

@@ -45,13 +45,16 @@ class Ledger:
         """Whether a step was begun and is not yet made."""
         return bool(self._running)
 
-    def suits(self, step: int, *, is_open: bool) -> bool:
+    def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
         """Whether a client at ``step`` can go on as if its connection had never broken.
 
         ``is_open``: it is in the middle of that step, and will send its messages again.  Then the
-        server may be one step ahead, if it has the answers that were lost.
+        server may be one step ahead, if it has the answers that were lost.  ``can_repeat``: it
+        can also send those of the step before, of which the server may lack the last ones.
         """
-        return step == self.step or (is_open and step == self.step - 1 and bool(self._made))
+        if step == self.step - 1:
+            return is_open and bool(self._made)
+        return step == self.step or (can_repeat and step == self.step + 1)
 
     @property
     def size(self) -> int:

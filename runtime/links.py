@@ -30,7 +30,7 @@ from splitonnx.errors import (
     StaleConnection,
     StepsLost,
 )
-from splitonnx.manifests import PartyManifest
+from splitonnx.manifests import TRAIN, PartyManifest
 from splitonnx.messages import (
     Bye,
     Fault,
@@ -142,9 +142,11 @@ class Link:
         self._stand = stand
         self._backoff = backoff
         self._generation = 0
+        self._wants_repeat = False
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
         self._task: _OpenTask | None = None
+        self._last: _OpenTask | None = None  # the last step, which the server may not have made
         self._past_traffic = (0, 0)
         self.step = self._find_server(None) if patient else self._greet()
 
@@ -162,6 +164,8 @@ class Link:
 
     def end(self) -> None:
         """Close the task: the client has all of it, or gives it up."""
+        if self._task is not None and self._task.key.phase == TRAIN:
+            self._last = self._task
         self._task = None
 
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
@@ -211,6 +215,8 @@ class Link:
                 )
             if message.turn == task.received:
                 task.received += 1
+                if task.key.phase == TRAIN:
+                    self._last = None  # the server is beyond it
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
@@ -243,7 +249,7 @@ class Link:
         return self._task
 
     def _reconnect(self, cause: ConnectionLost) -> None:
-        """Come back to the session and send the open task's messages again."""
+        """Come back to the session and send again what the server may not have had."""
         while True:
             if self._dial is None:
                 self._hang_up()
@@ -255,12 +261,33 @@ class Link:
             if self.step != self._stand().step:
                 raise StepsLost(self.step)
             try:
-                for message, wires in self._task.sent if self._task is not None else ():
-                    self._send(message, wires)
+                self._repeat()
             except ConnectionLost as error:
                 cause = error
             else:
                 return
+
+    def _repeat(self) -> None:
+        """Send the last step's messages, where the server wants them, and the open task's."""
+        if self._wants_repeat:
+            last = self._find_last()
+            if last is None:
+                raise RemoteProtocolError("it wants messages again that the client does not have")
+            self._send_all(last)
+            for _ in range(last.received):  # the answers came before
+                self._receive(Tensors)
+        if self._task is not None:
+            self._send_all(self._task)
+
+    def _send_all(self, task: _OpenTask) -> None:
+        for message, wires in task.sent:
+            self._send(message, wires)
+
+    def _find_last(self) -> _OpenTask | None:
+        """Give the last step, if it was made here and is the one before where the client stands."""
+        if self._last is not None and self._last.key.step == self._stand().step - 1:
+            return self._last
+        return None
 
     def _find_server(self, cause: SplitonnxError | None) -> int:
         """Greet until somebody answers."""
@@ -299,6 +326,7 @@ class Link:
                 self._hang_up()
                 raise
             else:
+                self._wants_repeat = welcome.wants_repeat
                 return welcome.step
         raise AssertionError("the count has no end")
 
@@ -321,6 +349,7 @@ class Link:
             step=standing.step,
             kept=standing.kept,
             is_open=self._task is not None and bool(self._task.sent),
+            can_repeat=self._find_last() is not None,
             wires=list_wires(self._manifest),
         )
 

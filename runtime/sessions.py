@@ -70,13 +70,16 @@ class Session:
     def greet(self, hello: Hello) -> int:
         """Give the session to a new connection; return the step at which both sides go on.
 
+        That is the step after the server's own where the client can send the messages of that one
+        again.
+
         Raises:
             StaleConnection: a connection of that generation or a newer one was there before.
             SessionLost: there is no step at which both could go on.
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
-        if self.ledger.suits(hello.step, is_open=hello.is_open):
+        if self.ledger.suits(hello.step, is_open=hello.is_open, can_repeat=hello.can_repeat):
             step = hello.step
         else:
             step = self._find_common(hello)

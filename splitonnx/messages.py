@@ -55,7 +55,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bundle.  ``generation`` counts the session's connections: it must be larger than that of any
     before.  ``kept`` are the steps that the client has checkpoints of; without any it can go back
     to ``start``.  ``is_open`` says that it is in the middle of ``step`` and will send that step's
-    messages again.
+    messages again; ``can_repeat`` that it has those of the step before ``step`` as well, the last
+    of which may not have arrived.
     """
 
     protocol: int = PROTOCOL
@@ -67,6 +68,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: Count
     kept: tuple[Count, ...] = ()
     is_open: bool = False
+    can_repeat: bool = False
     wires: Wires
 
     @property
@@ -76,11 +78,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: so have I; we go on at ``step``, the client's own or one that it kept."""
+    """Server: so have I; we go on at ``step``, the client's own or one that it kept.
+
+    ``wants_repeat``: I have not made the step before that yet; send its messages again.
+    """
 
     session: str
     digest: str
     step: Count
+    wants_repeat: bool = False
     wires: Wires
 
 

@@ -194,12 +194,11 @@ def train(
                 checkpoint_every=None if local else checkpoint_every or None,
                 when_unsaved="stop" if when_unsaved is WhenUnsaved.STOP else "continue",
                 restart=restart,
+                save=bundle is None,
                 on_step=display.show_step,
                 on_epoch=display.show_evaluation,
             )
-        if bundle is None:
-            client.save()
-        elif merged is not None:
+        if bundle is not None and merged is not None:
             _write_merged(bundle, client, merged, force=force)
     display.summarize(history, _describe_saved(source, local, merged))
 
