@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench fuzz fuzz-bytes sweep clean
+.PHONY: demo test lint bench chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -62,6 +62,10 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 $(VENV)/.test: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[cpu]" --group dev
 	@touch $@ $(VENV)/.demo
+
+# Real processes, cut connections and kill -9; a finding is run again with the SEED that it shows.
+chaos: $(VENV)/.test
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED))
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzzing $(or $(SECONDS),600)

@@ -1,0 +1,67 @@
+"""``python -m tests.chaos --seed N``: train through faults; the weights must not show it.
+
+Two trainings, vanilla and U-shaped, each once without faults and once through a proxy that cuts,
+while both processes are killed and started again.  Exit code 1 where a bit differs, a training
+hangs, or it went through fewer faults than asked for; the folder with bundles and logs is then
+kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.scenarios import SCENARIOS
+from tests.chaos.trials import Outcome, Quota, run_trial
+
+
+def main() -> int:
+    """Run the trials; 1 where there was a finding."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, help="of the faults; drawn where it is not given")
+    parser.add_argument("--cuts", type=int, default=2000, help="connection cuts, at least")
+    parser.add_argument("--kills", type=int, default=100, help="kills of each side, at least")
+    parser.add_argument("--folder", type=Path, help="where to work; it must not exist yet")
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="splitonnx-chaos-"))
+    print(f"seed {seed}, in {folder}", flush=True)
+    start = time.monotonic()
+    share = len(SCENARIOS)
+    quota = Quota(cuts=-(-options.cuts // share), kills=-(-options.kills // share))
+    outcomes = []
+    for scenario in SCENARIOS:
+        outcome = run_trial(scenario, folder / scenario.name, quota, seed, _show)
+        for finding in outcome.findings:
+            print(f"{scenario.name}: {finding}", flush=True)
+        outcomes.append(outcome)
+    return _conclude(outcomes, seed, time.monotonic() - start, folder)
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
+
+
+def _conclude(outcomes: list[Outcome], seed: int, seconds: float, folder: Path) -> int:
+    trainings = [outcome.training for outcome in outcomes if outcome.training is not None]
+    figures = (
+        f"{sum(t.cuts for t in trainings)} cuts, "
+        f"{sum(t.kills['server'] for t in trainings)} kills of the server, "
+        f"{sum(t.kills['client'] for t in trainings)} of the client, "
+        f"{sum(t.last.step for t in trainings)} steps, {seconds:.0f} s, seed {seed}"
+    )
+    if any(outcome.findings for outcome in outcomes):
+        print(f"{figures}: NOT GOOD; see {folder}")
+        return 1
+    shutil.rmtree(folder)
+    print(f"{figures}: good, the weights are those of the runs without faults, bit for bit")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
