@@ -54,7 +54,10 @@ _logger = logging.getLogger("splitonnx.server")
 
 @dataclass(kw_only=True, eq=False)
 class Premises:
-    """What the connections of a server share; ``stop`` is set once it is to end."""
+    """What the connections of a server share; ``stop`` is set once it is to end.
+
+    ``locks`` and ``holders`` are by session: who may touch it, and whose connection is its newest.
+    """
 
     registry: Registry
     worker: ThreadPoolExecutor
@@ -63,6 +66,7 @@ class Premises:
     tokens: Tokens | None = None
     norm: float | None = None
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    holders: dict[str, Attendance] = field(default_factory=dict)
 
     def work(self, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
         """Run a function in one of the worker's threads."""
@@ -98,7 +102,13 @@ class Attendance:
             stopping.cancel()
             self._metrics.close_connection()
             if self._conversation is not None:
-                self._conversation.end()
+                self._let_go(self._conversation)
+
+    def _let_go(self, conversation: Conversation) -> None:
+        conversation.end()
+        session = conversation.session
+        if session is not None and self._premises.holders.get(session.id) is self:
+            del self._premises.holders[session.id]
 
     async def _converse(self, stopping: asyncio.Task[Literal[True]]) -> None:
         owner = self._peer.owner
@@ -171,6 +181,8 @@ class Attendance:
             self._note_refusal(conversation)
             return
         self._seconds["compute"] += time.perf_counter() - begun
+        if isinstance(incoming.message, Hello):
+            self._take_over(conversation, incoming.message.generation)
         async with self._own(conversation):
             session = conversation.session
             done = 0 if session is None else session.tasks_done
@@ -180,6 +192,16 @@ class Attendance:
                 seconds = time.perf_counter() - begun
                 self._note(incoming.message, session, session.tasks_done > done, seconds)
         self._note_refusal(conversation)
+
+    def _take_over(self, conversation: Conversation, generation: int) -> None:
+        """End the session's older connection, which may be stuck with a reply that nobody reads."""
+        session = conversation.session
+        if session is None or generation <= session.generation:
+            return
+        older = self._premises.holders.get(session.id)
+        if older is not None:
+            older._peer.abort()
+        self._premises.holders[session.id] = self
 
     @asynccontextmanager
     async def _own(self, conversation: Conversation) -> AsyncIterator[None]:

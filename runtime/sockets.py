@@ -337,6 +337,10 @@ class Peer:
         """End the connection; may be called twice, and waits a little for the other side."""
         await self._guest.close(code, reason.encode()[:120].decode(errors="ignore"))
 
+    def abort(self) -> None:
+        """End the connection at once, without a word."""
+        self._guest.transport.abort()
+
     def _explain(self, error: Exception) -> ConnectionLost:
         lost = _translate(self.name, error)
         if self._guest.refusal is not None:

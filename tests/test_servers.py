@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from websockets.sync.client import connect as connect_websocket
@@ -30,7 +31,8 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.conversations import Conversation
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.protocols import CLIENT, Protocol, State, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.servers import Server
 from splitonnx.runtime.sockets import FRAGMENT, WebSocketTransport, connect
@@ -38,6 +40,7 @@ from splitonnx.runtime.transports import connect_in_memory
 from tests.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)
+SESSION = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,39 @@ def test_messages_larger_than_a_fragment_arrive_whole() -> None:
     np.testing.assert_array_equal(predicted, expected)
 
 
+def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting() -> None:
+    """The first client reads nothing, so the server cannot get rid of its reply."""
+    bundle = cut(ZOO["mse"].build(), at="act0", loss="mse")
+    assert bundle.server is not None
+    manifest = bundle.client.manifest
+    wires = list_wires(manifest)
+    (up,) = [wire.tensor for wire in wires["predict"] if wire.sender == CLIENT]
+    rows = 32 * FRAGMENT // 4  # some 100 MiB to answer with, more than buffers take
+    activation = {up.name: np.zeros((rows, *map(int, up.shape[1:])), np.float32)}  # type: ignore[arg-type]
+
+    def say_hello(transport: WebSocketTransport, generation: int) -> Protocol:
+        protocol = Protocol(manifest, CLIENT)
+        hello = Hello(
+            digest=manifest.digest, session=SESSION, generation=generation, step=0, wires=wires
+        )
+        transport.send(protocol.send(hello))
+        return protocol
+
+    limits = Limits(message_bytes=1 << 30)
+    with Server(bundle.server, port=0, limits=limits) as server:
+        stuck = connect(server.url)
+        protocol = say_hello(stuck, 1)
+        stuck.receive()
+        protocol.state = State.OPEN
+        task = msgspec.structs.replace(make_task(), phase="predict")
+        stuck.send(protocol.send(task, activation))
+        impatient = WebSocketTransport(server.url, reply_seconds=15)
+        protocol = say_hello(impatient, 2)
+        assert isinstance(protocol.receive(impatient.receive())[0], Welcome)
+        impatient.close()
+        stuck.close()
+
+
 def test_what_is_no_message_ends_the_connection_with_a_fault(server: Server) -> None:
     for content in (b"", b"hello", bytes(100)):
         with connect_websocket(server.url, compression=None) as socket:
@@ -169,9 +205,6 @@ def test_an_address_that_is_none_is_refused() -> None:
 
 
 # --- sessions -------------------------------------------------------------------------------
-
-
-SESSION = "0123456789abcdef" * 2
 
 
 class Caller:
