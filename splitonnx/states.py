@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ STATE = "state.safetensors"
 OUTCOMES = "outcomes"
 """The folder, within a party's, of what other sessions came to before."""
 
+_replacing = threading.Lock()
+"""Sessions of one server end at the same time, and have one outcome after the other."""
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _MAX_HEADER = 64 << 20
 """Bytes; some hundred for each tensor of a model, far more than any has."""
@@ -65,13 +68,14 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
     }
     written = {name: fact for name, fact in facts.items() if fact}
     try:
-        try:
-            write_file(fresh, encode_tensors(state.tensors, written))
-            _keep_outcome(target, state.session)
-            os.replace(fresh, target)
-        finally:
-            fresh.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        with _replacing:
+            try:
+                write_file(fresh, encode_tensors(state.tensors, written))
+                _keep_outcome(target, state.session)
+                os.replace(fresh, target)
+            finally:
+                fresh.unlink(missing_ok=True)
+            sync_folder(target.parent)
     except OSError as error:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
 

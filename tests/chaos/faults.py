@@ -36,16 +36,16 @@ CUTS = frozenset({Kind.FIN, Kind.RESET, Kind.SILENCE, Kind.ORPHAN})
 """The faults that count as cuts."""
 
 DECK: dict[Kind, int] = {
-    Kind.FIN: 14,
-    Kind.RESET: 14,
-    Kind.SILENCE: 6,
-    Kind.ORPHAN: 6,
+    Kind.FIN: 21,
+    Kind.RESET: 21,
+    Kind.SILENCE: 9,
+    Kind.ORPHAN: 9,
     Kind.KILL_SERVER: 2,
     Kind.KILL_CLIENT: 2,
     Kind.KILL_BOTH: 1,
     Kind.STOP_SERVER: 2,
 }
-"""Faults are drawn as from a deck of cards, shuffled anew when it is empty: forty cuts to three
+"""Faults are drawn as from a deck of cards, shuffled anew when it is empty: sixty cuts to three
 kills of each side, however short the training is."""
 
 HANDSHAKE = 220
