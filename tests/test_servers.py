@@ -160,6 +160,7 @@ def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting() -> None
         protocol.state = State.OPEN
         task = msgspec.structs.replace(make_task(), phase="predict")
         stuck.send(protocol.send(task, activation))
+        next(iter(stuck._socket.recv_streaming(decode=False)))  # the reply has begun
         impatient = WebSocketTransport(server.url, reply_seconds=15)
         protocol = say_hello(impatient, 2)
         assert isinstance(protocol.receive(impatient.receive())[0], Welcome)
