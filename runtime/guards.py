@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from http import HTTPStatus
-from typing import TypeAlias
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.datastructures import Headers, MultipleValuesError
@@ -24,6 +22,7 @@ from websockets.server import ServerProtocol
 from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.paces import Pace
+from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -31,37 +30,12 @@ MAX_FRAGMENTS = 4096
 """Fragments of one message; each costs some microseconds, however little it holds."""
 KEPT_BYTES = 16 << 20
 """Bytes of unread messages of one connection, over which its sender has to wait."""
+LOST_SECONDS = 60.0
+"""Seconds without a byte, not even the answer to a ping, after which nobody is there any more."""
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to close a connection that was ended here."""
 
 _TLS_HELLO = b"\x16\x03"
-
-
-class Refusal(StrEnum):
-    """Why a connection was refused or ended here; few, so that they may label a metric."""
-
-    WRONG_TOKEN = "WrongToken"
-    WRONG_ORIGIN = "WrongOrigin"
-    TOO_MANY_STRANGERS = "TooManyStrangers"
-    TOO_MANY_CLIENTS = "TooManyClients"
-    NO_TOKEN = "NoToken"
-    MESSAGE_TOO_BIG = "MessageTooBig"
-    MESSAGE_TOO_SLOW = "MessageTooSlow"
-    TOO_MANY_FRAGMENTS = "TooManyFragments"
-    BROKEN_FRAME = "BrokenFrame"
-    HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
-    IDLE = "Idle"
-    TLS = "TlsWithoutTls"
-
-
-Answer: TypeAlias = tuple[int, str, bytes]
-"""HTTP status, content type, body."""
-Authorize: TypeAlias = Callable[[str], str | None]
-"""From a token to the name of its owner, if it has one."""
-Respond: TypeAlias = Callable[[str, str | None], Answer | None]
-"""From a path and the token shown, if any, to an answer; ``None`` goes on to the websocket."""
-OnRefusal: TypeAlias = Callable[[Refusal, str], None]
-"""Told why and whom."""
 
 
 class Hall:
@@ -187,6 +161,7 @@ class Guest(ServerConnection):
         self._frames = 0  # since the pace was last looked at
         self._fragments = 0  # of the message under way
         self._underway = False
+        self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a stranger has come in."""
@@ -220,6 +195,7 @@ class Guest(ServerConnection):
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
             return
         self._bytes += len(data)
+        self._heard = self.loop.time()
         if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
             self.refuse(
                 Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
@@ -241,7 +217,7 @@ class Guest(ServerConnection):
             or bool(protocol.reader.buffer)
         )
         self._watch()
-        wait = self._pace.count(self._frames, self.loop.time())
+        wait = self._pace.count(self._frames, self._heard)
         self._frames = 0
         if wait:
             self._pause("pace")
@@ -286,6 +262,7 @@ class Guest(ServerConnection):
     def open(self) -> None:
         """Note that the handshake is done; give a stranger the time for its token."""
         self._stop("handshake")
+        self._listen()
         if self.owner is not None:
             return
         reason = f"no token within {self._limits.login_seconds:g} s"
@@ -316,6 +293,20 @@ class Guest(ServerConnection):
         self.transport.close()
         self._start("hang up", CLOSE_SECONDS, self.transport.abort)
 
+    def _listen(self) -> None:
+        """Hang up on who has gone without a word.
+
+        Any byte is a sign of life: on a slow link the answer to a ping waits behind a message.
+        While this side does not read, it hears nothing, and cannot tell.
+        """
+        if self._pauses:
+            self._heard = self.loop.time()
+        silence = self.loop.time() - self._heard
+        if silence >= LOST_SECONDS:
+            self.transport.abort()
+        else:
+            self._start("listen", LOST_SECONDS - silence, self._listen)
+
     def _note_fault(self) -> None:
         """Tell why the parser gave up, if it did."""
         reason = self.protocol.parser_exc
@@ -333,7 +324,7 @@ class Guest(ServerConnection):
             self._start(
                 "message",
                 self._limits.message_seconds,
-                partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
+                partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.GOING_AWAY, reason),
             )
 
     def _pause(self, reason: str) -> None:

@@ -30,10 +30,10 @@ from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.guards import Answer, Refusal
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.protocols import SERVER
+from splitonnx.runtime.refusals import Answer, Refusal
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens

@@ -8,16 +8,13 @@ Every exception of websockets, of TLS and of the operating system is translated 
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
@@ -36,19 +33,21 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, ServerBusy, Unauthorized, UntrustedPeer, UsageError
-from splitonnx.runtime.certificates import describe_failure
-from splitonnx.runtime.doors import check_origins, is_loopback, open_doors
-from splitonnx.runtime.guards import (
-    CLOSE_SECONDS,
-    Authorize,
-    Guest,
-    Hall,
-    OnRefusal,
-    Refusal,
-    Respond,
+from splitonnx.errors import (
+    ConnectionLost,
+    MessageTooLarge,
+    ProtocolError,
+    ServerBusy,
+    Unauthorized,
+    UntrustedPeer,
+    UsageError,
 )
+from splitonnx.runtime.accesses import Access, check_url
+from splitonnx.runtime.certificates import describe_failure
+from splitonnx.runtime.doors import check_origins, open_doors
+from splitonnx.runtime.guards import CLOSE_SECONDS, Guest, Hall
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -64,27 +63,17 @@ REPLY_SECONDS = 600.0
 MESSAGE_SECONDS = 60.0
 """Seconds from a reply's first byte to its last, noticed within a quarter of that."""
 PING_SECONDS = 20.0
-"""Seconds between pings, and that the other side has to answer one."""
+"""Seconds between pings."""
+PONG_SECONDS = 60.0
+"""Seconds in which a server has to answer one; on a slow link it waits behind a fragment."""
 RESTART = 1012
 """The closing code of a server that stops, and may come again."""
 BUSY = 1013
 """The closing code of a server that has no room now."""
 POLICY = 1008
-"""The closing code for what a server does not allow."""
-
-_logger = logging.getLogger("splitonnx.sockets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """How a client shows who it is, and whom it trusts.
-
-    ``token`` goes into the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
-    the authorities that the operating system trusts.
-    """
-
-    token: str | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | None = None
+"""The closing code of a server that wants a token, or another one."""
+TOO_BIG = 1009
+"""The closing code for a message over the limit of its receiver."""
 
 
 def _split(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
@@ -152,7 +141,7 @@ class WebSocketTransport:
         self._message_seconds = message_seconds
         self._opened = ExitStack()  # websockets wants to be used as a context manager
         access = access or Access()
-        _check_url(url, access)
+        check_url(url, access)
         headers = {} if access.token is None else {"Authorization": f"Bearer {access.token}"}
         try:
             connecting = connect_websocket(
@@ -163,7 +152,7 @@ class WebSocketTransport:
                 max_size=MAX_REPLY,
                 open_timeout=open_seconds,
                 ping_interval=PING_SECONDS,
-                ping_timeout=PING_SECONDS,
+                ping_timeout=PONG_SECONDS,
                 close_timeout=CLOSE_SECONDS,
                 proxy=None,
                 create_connection=_Connection,
@@ -221,28 +210,19 @@ class WebSocketTransport:
         if end_by is not None and now >= end_by:
             raise ConnectionLost(self._url, f"a reply took longer than {self._message_seconds:g} s")
 
-    def _explain(self, error: Exception) -> ConnectionLost | Unauthorized | UntrustedPeer:
+    def _explain(self, error: Exception) -> ProtocolError:
         lost = _translate(self._url, error)
         cause = error.__cause__
         if isinstance(cause, ssl.SSLError):
             return _translate_opening(self._url, cause)
-        if lost.code == POLICY and isinstance(error, ConnectionClosed) and error.rcvd is not None:
-            return Unauthorized(self._url, POLICY, error.rcvd.reason or "it does not say why")
+        if not isinstance(error, ConnectionClosed) or (close := error.rcvd or error.sent) is None:
+            return lost
+        if close.code == TOO_BIG:
+            mine, reason = error.rcvd is not None, close.reason
+            return MessageTooLarge(self._url, is_outgoing=mine, reason=reason)
+        if close.code == POLICY and error.rcvd is not None:
+            return Unauthorized(self._url, POLICY, close.reason or "it does not say why")
         return lost
-
-
-def _check_url(url: str, access: Access) -> None:
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise UsageError(f"'{url}' is no websocket address: {error}") from error
-    if "@" in parts.netloc:
-        raise UsageError("leave names and passwords out of the server's address; use a token")
-    if access.tls is not None and parts.scheme != "wss":
-        raise UsageError(f"'{url}' is without TLS; write wss:// or leave the certificates out")
-    if access.token is not None and parts.scheme == "ws" and not is_loopback(host):
-        _logger.warning("no TLS: the token travels to %s in the clear; use wss://", host)
 
 
 def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauthorized:
@@ -408,7 +388,7 @@ async def serve(
                 max_size=hall.limits.stranger_bytes,
                 open_timeout=hall.limits.handshake_seconds,
                 ping_interval=PING_SECONDS,
-                ping_timeout=PING_SECONDS,
+                ping_timeout=None,  # the guard listens for more than pongs
                 close_timeout=CLOSE_SECONDS,
                 server_header=None,
                 create_connection=cast("type[ServerConnection]", partial(Guest, hall)),

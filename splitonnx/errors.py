@@ -8,7 +8,7 @@ exits with code 2.  This module knows no model, no file format and no network.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _list_steps(steps: Iterable[int]) -> str:
@@ -563,6 +563,26 @@ class UntrustedPeer(ProtocolError):
 
     def __str__(self) -> str:
         return f"{self.peer} cannot be trusted: {flatten(self.reason)}"
+
+
+@dataclass(eq=False, kw_only=True)
+class MessageTooLarge(ProtocolError):
+    """A message is over its receiver's limit: sending it again does not help."""
+
+    peer: str = field(kw_only=False)
+    is_outgoing: bool
+    reason: str
+
+    def __str__(self) -> str:
+        if self.is_outgoing:
+            return (
+                f"{self.peer} takes no message as large as this side's ({flatten(self.reason)}); "
+                "make the batch smaller, or serve with a larger --max-message-bytes"
+            )
+        return (
+            f"{self.peer} sent a message larger than this side takes ({flatten(self.reason)}); "
+            "make the batch smaller"
+        )
 
 
 @dataclass(eq=False)

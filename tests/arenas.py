@@ -28,11 +28,12 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.sockets import Access, connect
+from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.tokens import add_token
 from splitonnx.runtime.transports import Transport, connect_in_memory
 from tests.echoes import PATIENCE

@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.runtime.guards import Answer, Authorize, Refusal
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.refusals import Answer, Authorize, Refusal
 from splitonnx.runtime.sockets import BUSY, POLICY, Peer, serve
 
 PATIENCE = 30.0

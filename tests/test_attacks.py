@@ -29,8 +29,9 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.clients import Client
-from splitonnx.runtime.sockets import Access, WebSocketTransport, connect
+from splitonnx.runtime.sockets import WebSocketTransport, connect
 from tests.arenas import DATA, FORWARD, MIB, Arena, Attacker, many_files
 from tests.echoes import (
     BINARY,

@@ -11,10 +11,11 @@ import pytest
 import trustme
 
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
+from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.certificates import make_client_tls, make_server_tls
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.sockets import Access, connect
+from splitonnx.runtime.sockets import connect
 from tests.echoes import Echo, dial, know_sesame, read_to_end
 
 

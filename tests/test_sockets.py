@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import queue
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
 import pytest
 
-from splitonnx.errors import ConnectionLost, Unauthorized, UsageError
-from splitonnx.runtime.guards import MAX_FRAGMENTS, Refusal
+from splitonnx.errors import (
+    ConnectionLost,
+    MessageTooLarge,
+    ProtocolError,
+    Unauthorized,
+    UsageError,
+)
+from splitonnx.runtime import guards
+from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.guards import MAX_FRAGMENTS
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.sockets import BUSY, FRAGMENT, RESTART, Access, WebSocketTransport, connect
+from splitonnx.runtime.refusals import Refusal
+from splitonnx.runtime.sockets import BUSY, FRAGMENT, RESTART, WebSocketTransport, connect
 from tests.echoes import (
     BINARY,
     CONT,
@@ -272,3 +290,138 @@ def test_who_talks_too_fast_is_slowed_and_not_cut() -> None:
             assert ask(transport, b"%d" % number) == b"%d" % number
         transport.close()
     assert echo.refusals.empty()
+
+
+# --- a client and servers that are none -------------------------------------------------------
+
+
+@contextmanager
+def pretending(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Listen for one connection, and let ``behave`` do with it what it likes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def attend() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.settimeout(PATIENCE)
+                behave(connection)
+
+        thread = threading.Thread(target=attend)
+        thread.start()
+        yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def accept(connection: socket.socket) -> None:
+    """Answer a websocket's handshake."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += connection.recv(1 << 16)
+    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    answer = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    connection.sendall(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: " + answer + b"\r\n\r\n"
+    )
+
+
+def test_a_reply_that_does_not_begin_is_a_lost_connection() -> None:
+    def be_silent(connection: socket.socket) -> None:
+        accept(connection)
+        connection.recv(1)  # until the client has had enough
+
+    with pretending(be_silent) as url:
+        transport = WebSocketTransport(url, reply_seconds=0.1)
+        with pytest.raises(ConnectionLost, match=r"no reply within 0\.1 s"):
+            transport.receive()
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x82\x7f" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20), b"\x02\x00" + b"\x00\x00" * 5000],
+    ids=["within a frame", "by fragments"],
+)
+def test_a_reply_that_trickles_is_a_lost_connection(content: bytes) -> None:
+    def dribble(connection: socket.socket) -> None:
+        accept(connection)
+        trickle(connection, content)
+
+    with pretending(dribble) as url:
+        transport = WebSocketTransport(url, reply_seconds=30, message_seconds=0.2)
+        with pytest.raises(ConnectionLost, match=r"a reply took longer than 0\.2 s"):
+            transport.receive()
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"", ConnectionLost),
+        (b"\x00\xff garbage\r\n\r\n", ConnectionLost),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", ConnectionLost),
+        (b"HTTP/1.1 500 \x1b[31m\r\nContent-Length: 0\r\n\r\n", ConnectionLost),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 4\r\n\r\nno!\n", Unauthorized),
+        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", Unauthorized),
+    ],
+)
+def test_what_answers_no_websocket_is_told(answer: bytes, expected: type[ProtocolError]) -> None:
+    def respond(connection: socket.socket) -> None:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+    with pretending(respond) as url, pytest.raises(expected) as caught:
+        connect(url, access=SESAME)
+    assert str(caught.value).isprintable()
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_redirect_elsewhere_gets_no_token() -> None:
+    heard: queue.Queue[bytes] = queue.Queue()
+
+    def listen(connection: socket.socket) -> None:
+        heard.put(connection.recv(1 << 16))
+
+    with pretending(listen) as other:
+
+        def redirect(connection: socket.socket) -> None:
+            connection.recv(1 << 16)
+            head = f"HTTP/1.1 302 Found\r\nLocation: {other}/\r\nContent-Length: 0\r\n\r\n"
+            connection.sendall(head.encode())
+
+        with pretending(redirect) as url, pytest.raises(ConnectionLost):
+            connect(url, access=SESAME)
+    assert b"sesame" not in heard.get(timeout=PATIENCE)
+
+
+def test_a_message_over_the_server_s_limit_is_not_tried_again() -> None:
+    with Echo(limits=Limits(message_bytes=1 << 20)) as echo:
+        transport = connect(echo.url)
+        with pytest.raises(MessageTooLarge, match="--max-message-bytes"):
+            ask(transport, bytes(3 << 20))
+        transport.close()
+
+
+def test_a_reply_over_the_client_s_limit_is_not_waited_for_again() -> None:
+    def boast(connection: socket.socket) -> None:
+        accept(connection)
+        connection.sendall(b"\x82\x7f" + (1 << 40).to_bytes(8, "big"))
+        connection.recv(1)
+
+    with pretending(boast) as url:
+        transport = connect(url)
+        with pytest.raises(MessageTooLarge, match="sent a message larger"):
+            transport.receive()
+        transport.close()
+
+
+def test_who_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "LOST_SECONDS", 0.2)
+    with Echo() as echo, dial(echo.port) as connection:
+        shake(connection)
+        assert read_to_end(connection) == b""
+        assert echo.ended.get(timeout=PATIENCE)
+    with Echo() as echo, dial(echo.port) as connection:
+        shake(connection)
+        trickle(connection, frame(bytes(100)))  # for a second, byte by byte: it is there
+        assert connection.recv(1 << 16)

@@ -17,7 +17,7 @@ from splitonnx.errors import UsageError
 if TYPE_CHECKING:
     import ssl
 
-    from splitonnx.runtime.sockets import Access
+    from splitonnx.runtime.accesses import Access
     from splitonnx.runtime.tokens import Tokens
 
 _LOCKS = "Who may come in"
@@ -218,8 +218,8 @@ def make_access(
         if names:
             raise UsageError(f"{', '.join(names)}: for a server, and none is named")
         return None
+    from splitonnx.runtime.accesses import Access
     from splitonnx.runtime.certificates import make_client_tls
-    from splitonnx.runtime.sockets import Access
     from splitonnx.runtime.tokens import read_token
 
     tls = None
