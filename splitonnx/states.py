@@ -8,10 +8,11 @@ This module knows files and tensors, and neither graphs nor checkpoints.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,9 +30,11 @@ STATE = "state.safetensors"
 OUTCOMES = "outcomes"
 """The folder, within a party's, of what other sessions came to before."""
 
-_replacing = threading.Lock()
-"""Sessions of one server end at the same time, and have one outcome after the other."""
 _SESSION = re.compile(r"[0-9a-f]{32}")
+_FRESH = ".fresh."
+"""How the name of a file begins while it is being written."""
+_replacing = threading.Lock()
+"""Several sessions of a server may come to their ends at once."""
 _MAX_HEADER = 64 << 20
 """Bytes; some hundred for each tensor of a model, far more than any has."""
 
@@ -59,23 +62,17 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
         BundleError: it cannot be written there.
     """
     target = Path(path) / STATE
-    fresh = target.with_name(f".{STATE}.{os.getpid()}")
     facts = {
         "step": str(state.step),
         "digest": digest,
         "session": state.session,
         "position": state.position,
     }
-    written = {name: fact for name, fact in facts.items() if fact}
+    chunks = encode_tensors(state.tensors, {name: fact for name, fact in facts.items() if fact})
     try:
         with _replacing:
-            try:
-                write_file(fresh, encode_tensors(state.tensors, written))
-                _keep_outcome(target, state.session)
-                os.replace(fresh, target)
-            finally:
-                fresh.unlink(missing_ok=True)
-            sync_folder(target.parent)
+            _clear(target.parent, target.parent / OUTCOMES)
+            _replace_outcome(target, chunks, state.session)
     except OSError as error:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
 
@@ -89,8 +86,9 @@ def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> Stat
         BundleError, FormatError: it cannot be read, or is not what the manifest declares.
     """
     path = folder / STATE
-    if _SESSION.fullmatch(session) and (kept := _name_outcome(folder, session)).exists():
-        path = kept
+    if _SESSION.fullmatch(session) and _read_session(path) != session:
+        kept = _name_outcome(folder, session)
+        path = kept if kept.exists() else path
     if not path.exists():
         return None
     tensors, metadata = decode_state(path, map_file(path), manifest.state)
@@ -175,12 +173,15 @@ def sync_folder(folder: Path) -> None:
     """Wait until a folder's names are on disk; Windows cannot be asked to.
 
     Raises:
-        OSError: the folder cannot be opened.
+        OSError: the folder cannot be opened, or the disk fails.
     """
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems sync no folders
+                raise
         finally:
             os.close(handle)
 
@@ -189,23 +190,48 @@ def _name_outcome(folder: Path, session: str) -> Path:
     return folder / OUTCOMES / f"{session}.safetensors"
 
 
+def _clear(*folders: Path) -> None:
+    """Remove what a killed writer left half-written."""
+    for folder in folders:
+        for path in folder.glob(f"{_FRESH}*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> None:
+    fresh = target.with_name(_FRESH + target.name)
+    try:
+        write_file(fresh, chunks)
+        _keep_outcome(target, session)
+        os.replace(fresh, target)
+    finally:
+        with contextlib.suppress(OSError):  # the reason why it failed is told, not this
+            fresh.unlink(missing_ok=True)
+    sync_folder(target.parent)
+    if session:  # its older one has no use any more
+        _name_outcome(target.parent, session).unlink(missing_ok=True)
+
+
 def _keep_outcome(target: Path, session: str) -> None:
     """Give the outcome that is about to be replaced a name of its own, if it is of another session.
 
-    An older one of the session itself goes: it would hide the newer.
+    It is on disk under that name before it is replaced.
     """
-    if session:
-        _name_outcome(target.parent, session).unlink(missing_ok=True)
     before = _read_session(target)
     if before in ("", session):
         return
     kept = _name_outcome(target.parent, before)
+    fresh = kept.with_name(_FRESH + kept.name)
     kept.parent.mkdir(exist_ok=True)
-    kept.unlink(missing_ok=True)
     try:
-        os.link(target, kept)
-    except OSError:  # a file system without links
-        shutil.copyfile(target, kept)
+        try:
+            os.link(target, fresh)
+        except OSError:  # a file system without links
+            write_file(fresh, [map_file(target)])
+        os.replace(fresh, kept)
+    finally:
+        fresh.unlink(missing_ok=True)  # also where both names were of one file already
+    sync_folder(kept.parent)
+    sync_folder(target.parent)
 
 
 def _read_session(path: Path) -> str:

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,10 +22,11 @@ import numpy as np
 
 from splitonnx.manifests import FORMAT, PartyManifest, Role, StateSpec
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
+from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
 from tests.tracing import Stop, trace
 
-SESSION = "0123456789abcdef" * 2
+SESSION, OTHER = "0123456789abcdef" * 2, "f" * 32
 SIZE = 5_000  # elements of a tensor: more bytes than a file's buffer takes
 MANIFEST = PartyManifest(
     format=FORMAT,
@@ -63,25 +65,45 @@ def _write_straight(folder: Path) -> None:
         file.write(content[100:])
 
 
+def write_outcome(folder: Path, session: str, step: int) -> None:
+    state = State(tensors=make_checkpoint(step).tensors, step=step, session=session)
+    write_state(folder, state, MANIFEST.digest)
+
+
 NEW = make_checkpoint(30)
-SCENARIOS: dict[str, tuple[tuple[int, ...], Callable[[Path], None]]] = {
-    "first": ((), lambda folder: open_store(folder).write(NEW)),
-    "third": ((10, 20), lambda folder: open_store(folder).write(NEW)),
-    "again": ((20, 30), lambda folder: open_store(folder).write(NEW)),
-    "stopped": ((10, 20), lambda folder: open_store(folder).write_stopped(NEW)),
-    "careless": ((10, 20), _write_straight),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What stands in a folder before, in the order in which it was written, and what is killed."""
+
+    act: Callable[[Path], None]
+    steps: tuple[int, ...] = ()
+    outcomes: tuple[tuple[str, int], ...] = ()  # session, step
+
+
+SCENARIOS = {
+    "first": Scenario(act=lambda folder: open_store(folder).write(NEW)),
+    "third": Scenario(steps=(10, 20), act=lambda folder: open_store(folder).write(NEW)),
+    "again": Scenario(steps=(20, 30), act=lambda folder: open_store(folder).write(NEW)),
+    "stopped": Scenario(steps=(10, 20), act=lambda folder: open_store(folder).write_stopped(NEW)),
+    "careless": Scenario(steps=(10, 20), act=_write_straight),
+    "outcome": Scenario(
+        outcomes=((OTHER, 10), (SESSION, 20)), act=lambda folder: write_outcome(folder, OTHER, 30)
+    ),
 }
-"""By name: the steps that have a checkpoint before, and what is killed."""
 
 
 def run(folder: Path, scenario: str) -> None:
-    steps, act = SCENARIOS[scenario]
+    plan = SCENARIOS[scenario]
     before = folder / "before"
     before.mkdir()
-    for step in steps:
+    for step in plan.steps:
         open_store(before).write(make_checkpoint(step))
+    for session, step in plan.outcomes:
+        write_outcome(before, session, step)
     for number in itertools.count(1):
-        stops = _run_once(before, folder / str(number), act, number)
+        stops = _run_once(before, folder / str(number), plan.act, number)
         if len(stops) < number:
             (folder / "trace.json").write_bytes(msgspec.json.encode(stops))
             return

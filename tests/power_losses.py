@@ -18,8 +18,8 @@ from tests.tracing import Stop
 _CREATE = os.O_CREAT
 _WRITES = ("write", "pwrite64", "writev", "ftruncate")
 
-Files = Mapping[str, bool]
-"""Each file's path, and whether all of its bytes are there."""
+Files = Mapping[str, int | None]
+"""Each file's path, and its number, which it keeps under another name; ``None``: bytes may lack."""
 
 
 class Disk:
@@ -44,7 +44,11 @@ class Disk:
                 self._folders.add(made := self._make())
                 self._unsure.discard(made)
                 self._name(stop.paths[0], made)
+            case "link" | "linkat":
+                self._name(stop.paths[1], self._current[stop.paths[0]])
             case "rename" | "renameat" | "renameat2":
+                if self._current.get(stop.paths[1]) == self._current[stop.paths[0]]:
+                    return  # two names of one file: the call does nothing
                 self._name(stop.paths[1], self._current[stop.paths[0]])
                 self._name(stop.paths[0], None)
             case "unlink" | "unlinkat" | "rmdir":
@@ -62,7 +66,7 @@ class Disk:
                 for _, name, file in chosen:
                     _set(names, name, file)
                 yield {
-                    name: file not in self._unsure
+                    name: None if file in self._unsure else file
                     for name, file in names.items()
                     if file not in self._folders and _is_reached(name, names)
                 }

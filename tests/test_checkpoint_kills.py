@@ -12,7 +12,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.checkpoint_kills import SCENARIOS, SESSION, make_checkpoint, open_store
+from splitonnx.states import read_state
+from tests.checkpoint_kills import (
+    MANIFEST,
+    OTHER,
+    SCENARIOS,
+    SESSION,
+    make_checkpoint,
+    open_store,
+    write_outcome,
+)
 from tests.conftest import ROOT
 from tests.power_losses import Disk, Files
 from tests.tracing import NAMES, Stop
@@ -25,7 +34,7 @@ NEW = 30
 class Sweep:
     """What each kill left, in order, and the calls of the run that was not killed."""
 
-    before: tuple[int, ...]
+    before: Path
     left: list[Path]
     stops: list[Stop]
 
@@ -48,7 +57,7 @@ def kill_everywhere(scenario: str, folder: Path) -> Sweep:
     assert done.returncode == 0, done.stderr
     stops = msgspec.json.decode((folder / "trace.json").read_bytes(), type=list[Stop])
     left = [folder / str(number) for number in range(1, len(stops) + 2)]
-    return Sweep(before=SCENARIOS[scenario][0], left=left, stops=stops)
+    return Sweep(before=folder / "before", left=left, stops=stops)
 
 
 def find_whole(folder: Path) -> set[int]:
@@ -134,8 +143,8 @@ def shorten(path: str, folder: Path) -> str:
 def test_a_loss_of_power_at_any_call_leaves_a_whole_checkpoint(
     sweeps: dict[str, Sweep], scenario: str
 ) -> None:
-    found = lose_power(sweeps[scenario])
-    settled = {20} & {*SCENARIOS[scenario][0]}
+    found = [set(map(read_steps, states)) for states in lose_power(sweeps[scenario])]
+    settled = {20} & {*SCENARIOS[scenario].steps}
     for states in found:
         for state in states:
             assert settled <= state
@@ -146,29 +155,76 @@ def test_a_careless_writer_s_loss_of_power_would_have_been_noticed(
     sweeps: dict[str, Sweep],
 ) -> None:
     found = lose_power(sweeps["careless"])
-    assert any(20 not in state for state in found[-1])
+    assert any(20 not in read_steps(state) for state in found[-1])
 
 
-def lose_power(sweep: Sweep) -> list[list[set[int]]]:
-    """Find, for every call, what whole checkpoints a loss of power after it may leave."""
+def test_an_outcome_that_is_replaced_is_kept_and_the_session_s_own_is_old_or_new(
+    sweeps: dict[str, Sweep],
+) -> None:
+    sweep = sweeps["outcome"]
+    seen = []
+    for folder in sweep.left:
+        outcome, other = (read_state(folder, MANIFEST, name) for name in (SESSION, OTHER))
+        assert outcome is not None
+        assert other is not None
+        assert (outcome.session, outcome.step) == (SESSION, 20)
+        seen.append(other.step)
+        for state in (outcome, other):
+            for name, array in make_checkpoint(state.step).tensors.items():
+                assert state.tensors[name].tobytes() == array.tobytes()
+    assert sorted({*seen}) == [10, NEW]
+    assert seen == sorted(seen)
+
+
+def test_after_any_kill_the_next_outcome_is_written_and_nothing_else_is_left(
+    sweeps: dict[str, Sweep], tmp_path: Path
+) -> None:
+    for number, left in enumerate(sweeps["outcome"].left):
+        folder = tmp_path / str(number)
+        shutil.copytree(left, folder)
+        write_outcome(folder, OTHER, 40)
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert files == {"state.safetensors", f"outcomes/{SESSION}.safetensors"}
+
+
+def test_a_loss_of_power_at_any_call_leaves_every_session_its_outcome(
+    sweeps: dict[str, Sweep],
+) -> None:
+    sweep = sweeps["outcome"]
+    newest, kept, own = (
+        str(sweep.left[-1] / name)
+        for name in ("state.safetensors", f"outcomes/{SESSION}.safetensors",
+                     f"outcomes/{OTHER}.safetensors")
+    )  # fmt: skip
+    found = lose_power(sweep)
+    theirs, older = found[0][0][newest], found[0][0][own]
+    for states in found:
+        for state in states:
+            assert theirs in (state[newest], state.get(kept))
+            assert state.get(own) == older or state[newest] not in (theirs, None)
+    assert all(state[newest] not in (theirs, None) for state in found[-1])
+
+
+def lose_power(sweep: Sweep) -> list[list[Files]]:
+    """Find, for every call, what a loss of power after it may leave."""
     if not NAMES:
         pytest.skip("NOT TESTED: a loss of power, as the numbers of system calls are not known")
     folder = sweep.left[-1]
-    names = [str(folder / PLACE / f"{step}.safetensors") for step in sweep.before]
-    above = [folder, *folder.parents]
-    own = [folder / "sessions", folder / PLACE] if names else []
-    disk = Disk([str(path) for path in [*above, *own]], names)
+    standing = [(folder / path.relative_to(sweep.before), path) for path in sweep.before.rglob("*")]
+    own = [place for place, path in standing if path.is_dir()]
+    files = [str(place) for place, path in standing if path.is_file()]
+    disk = Disk([str(path) for path in [folder, *folder.parents, *own]], files)
     found = []
     for stop in sweep.stops:
         disk.apply(stop)
-        found.append([read_steps(state) for state in disk.lose_power()])
+        found.append(list(disk.lose_power()))
     return found
 
 
-def read_steps(files: Files) -> set[int]:
+def read_steps(files: Files) -> frozenset[int]:
     steps = {"stopped": NEW}
-    return {
+    return frozenset(
         steps.get(Path(name).stem) or int(Path(name).stem)
-        for name, is_whole in files.items()
-        if is_whole and not Path(name).name.startswith(".")
-    }
+        for name, file in files.items()
+        if file is not None and not Path(name).name.startswith(".")
+    )

@@ -27,11 +27,12 @@ _ALL_THREADS = 0x40000000  # __WALL
 _REFUSED = 97  # exit code of a child that may not be traced
 
 _X86_64 = {1: "write", 3: "close", 18: "pwrite64", 20: "writev", 74: "fsync", 75: "fdatasync",
-           77: "ftruncate", 82: "rename", 83: "mkdir", 84: "rmdir", 87: "unlink", 257: "openat",
-           258: "mkdirat", 263: "unlinkat", 264: "renameat", 316: "renameat2"}  # fmt: skip
+           77: "ftruncate", 82: "rename", 83: "mkdir", 84: "rmdir", 86: "link", 87: "unlink",
+           257: "openat", 258: "mkdirat", 263: "unlinkat", 264: "renameat", 265: "linkat",
+           316: "renameat2"}  # fmt: skip
 _AARCH64 = {64: "write", 57: "close", 68: "pwrite64", 66: "writev", 82: "fsync", 83: "fdatasync",
-            46: "ftruncate", 56: "openat", 34: "mkdirat", 35: "unlinkat", 38: "renameat",
-            276: "renameat2"}  # fmt: skip
+            46: "ftruncate", 56: "openat", 34: "mkdirat", 35: "unlinkat", 37: "linkat",
+            38: "renameat", 276: "renameat2"}  # fmt: skip
 NAMES: Mapping[int, str] = (
     {"x86_64": _X86_64, "aarch64": _AARCH64}.get(platform.machine(), {})
     if sys.platform == "linux"
@@ -39,7 +40,8 @@ NAMES: Mapping[int, str] = (
 )
 """The calls that change files, by number; empty on a system or machine that has other numbers."""
 
-_PATHS = {"rename": (0, 1), "mkdir": (0,), "rmdir": (0,), "unlink": (0,), "openat": (1,),
+_PATHS = {"rename": (0, 1), "link": (0, 1), "linkat": (1, 3), "mkdir": (0,),
+          "rmdir": (0,), "unlink": (0,), "openat": (1,),
           "mkdirat": (1,), "unlinkat": (1,), "renameat": (1, 3), "renameat2": (1, 3)}  # fmt: skip
 _ON_HANDLES = {"write", "close", "pwrite64", "writev", "fsync", "fdatasync", "ftruncate"}
 
