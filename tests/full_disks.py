@@ -76,9 +76,9 @@ def run(folder: Path) -> dict[str, Outcome]:
         outcomes[f"third, {left} left"] = _write(folder, 30)
     outcomes["stopped, full"] = _write(folder, 30, stopped=True)
     filler.unlink()
-    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
     outcomes["read-only"] = _write(folder, 30)
-    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,rw", str(folder)], check=True)
     outcomes["room again"] = _write(folder, 30)
     return outcomes
 
