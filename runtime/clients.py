@@ -10,11 +10,10 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
 import msgspec
 import numpy as np
@@ -38,27 +37,10 @@ from splitonnx.runtime.halves import Half, WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Backoff, Dial, Link
+from splitonnx.runtime.plans import FitPlan, LearningRate
 from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
-
-LearningRate: TypeAlias = float | Callable[[int], float] | None
-"""A constant, or a function of the updates so far; ``None`` is the optimizer's own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitPlan:
-    """What a fit is to do; :meth:`Client.fit` says what each means."""
-
-    training: Dataset
-    held_out: Dataset | None
-    epochs: int
-    learning_rate: LearningRate
-    checkpoint_every: int | None
-    when_unsaved: WhenUnsaved
-    save: bool
-    on_step: Callable[[StepRecord], None] | None
-    on_epoch: Callable[[Evaluation], None] | None
 
 
 class Client:
@@ -151,6 +133,11 @@ class Client:
     def session(self) -> str:
         """The name of this client's session, the same at the server."""
         return self._journal.session
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The steps of this run that can be gone back to, newest first."""
+        return self._journal.stand(self.steps).kept
 
     def fit(
         self,
@@ -326,8 +313,8 @@ class Client:
             drop_last=fixed,
         )
         for batch in itertools.islice(batches, place.batch, None):
-            record = self._record_step(batch, place.epoch, plan.learning_rate)
             place = msgspec.structs.replace(place, batch=place.batch + 1)
+            record = self._record_step(batch, place, plan.learning_rate)
             history.steps.append(record)
             if plan.on_step is not None:
                 plan.on_step(record)
@@ -340,7 +327,9 @@ class Client:
                 plan.on_epoch(evaluation)
         return msgspec.structs.replace(place, epoch=place.epoch + 1, batch=0)
 
-    def _record_step(self, batch: Batch, epoch: int, learning_rate: LearningRate) -> StepRecord:
+    def _record_step(
+        self, batch: Batch, place: Position, learning_rate: LearningRate
+    ) -> StepRecord:
         up, down = self._half.traffic
         start = time.perf_counter()
         results = self._perform(TRAIN, batch, learning_rate)
@@ -349,7 +338,8 @@ class Client:
         metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
         return StepRecord(
             step=self._executor.step,
-            epoch=epoch,
+            epoch=place.epoch,
+            batch=place.batch,
             loss=metrics.pop(LOSS),
             metrics=metrics,
             samples=self._count(TRAIN, batch),

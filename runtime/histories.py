@@ -14,13 +14,14 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step.
 
     ``step`` counts the updates of the bundle's whole life from 1, ``epoch`` those of this fit from
-    0.  ``loss`` is the batch's mean, before the update; ``metrics`` what else the phase reports.
-    ``seconds`` is the step's wall time; ``bytes_up`` and ``bytes_down`` what the client sent and
-    received in it.
+    0, ``batch`` the batches of the epoch from 1.  ``loss`` is the batch's mean, before the update;
+    ``metrics`` what else the phase reports.  ``seconds`` is the step's wall time; ``bytes_up`` and
+    ``bytes_down`` what the client sent and received in it.
     """
 
     step: int
     epoch: int
+    batch: int
     loss: float
     metrics: dict[str, float]
     samples: int

@@ -251,12 +251,14 @@ class Bar(TrainingDisplay):
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
+        self._steps: int | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
         """Show the bar while the context lasts."""
+        self._steps = steps
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -279,7 +281,7 @@ class Bar(TrainingDisplay):
             yield
 
     def show_step(self, record: StepRecord) -> None:
-        """Move the bar on by one step."""
+        """Move the bar to where the step stands: a run that resumes does not begin at 0."""
         assert self._progress is not None
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}
@@ -290,10 +292,14 @@ class Bar(TrainingDisplay):
             text.append(f"{up} up {down} down")
         self._progress.update(
             self._task,
-            advance=1,
+            completed=self._count_steps(record),
             description=self._name_epoch(record.epoch),
             figures="  ".join(text),
         )
+
+    def _count_steps(self, record: StepRecord) -> int:
+        per_epoch = 0 if self._steps is None else self._steps // self._epochs
+        return record.epoch * per_epoch + record.batch
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Print the evaluation above the bar."""

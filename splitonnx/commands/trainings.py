@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -183,15 +185,16 @@ def train(
         give_up_after=give_up_after,
     ) as client:
         dataset = open_dataset(data)
+        has_checkpoints = not local and checkpoint_every > 0
         steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
-        with display.showing(steps):
+        with display.showing(steps), _telling_how_to_resume(client, has_checkpoints):
             history = client.fit(
                 dataset,
                 epochs=epochs,
                 batch_size=batch_size,
                 eval_data=eval_data,
                 learning_rate=lr,
-                checkpoint_every=None if local else checkpoint_every or None,
+                checkpoint_every=checkpoint_every if has_checkpoints else None,
                 when_unsaved="stop" if when_unsaved is WhenUnsaved.STOP else "continue",
                 restart=restart,
                 save=bundle is None,
@@ -201,6 +204,17 @@ def train(
         if bundle is not None and merged is not None:
             _write_merged(bundle, client, merged, force=force)
     display.summarize(history, _describe_saved(source, local, merged))
+
+
+@contextmanager
+def _telling_how_to_resume(client: splitonnx.Client, has_checkpoints: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if has_checkpoints:
+            kept = "the newest checkpoint" if client.checkpoints else "the beginning"
+            typer.echo(f"broken off at step {client.steps}; --resume goes on from {kept}", err=True)
+        raise
 
 
 def _refuse_recipe(options: dict[str, object]) -> None:

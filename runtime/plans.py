@@ -1,0 +1,29 @@
+"""What a fit is to do, as values; who carries it out is the client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from splitonnx.runtime.datasets import Dataset
+from splitonnx.runtime.halves import WhenUnsaved
+from splitonnx.runtime.histories import Evaluation, StepRecord
+
+LearningRate: TypeAlias = float | Callable[[int], float] | None
+"""A constant, or a function of the updates so far; ``None`` is the optimizer's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """What a fit is to do; :meth:`Client.fit` says what each means."""
+
+    training: Dataset
+    held_out: Dataset | None
+    epochs: int
+    learning_rate: LearningRate
+    checkpoint_every: int | None
+    when_unsaved: WhenUnsaved
+    save: bool
+    on_step: Callable[[StepRecord], None] | None
+    on_epoch: Callable[[Evaluation], None] | None
