@@ -9,13 +9,28 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js lint bench chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-test: lint
+# pytest's closing line is to be the last.
+test: lint test-js
 	$(BIN)/python -m pytest
+
+# The client in JavaScript, against servers of this environment.
+NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
+
+test-js: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
+ifeq ($(NODE_20),yes)
+	cd runtime/js && SPLITONNX_PYTHON=$(abspath $(BIN)/python) npm test --silent
+else
+	@echo "The JavaScript client is left out: it takes Node 20 or later, and none is on the PATH."
+endif
+
+runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
+	cd runtime/js && npm ci --silent
+	@touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -81,4 +96,4 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) build dist *.egg-info demo-output $(addprefix runtime/js/,build dist node_modules)

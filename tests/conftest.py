@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            unwanted = shutil.ignore_patterns("__pycache__")
+            unwanted = shutil.ignore_patterns("__pycache__", "node_modules")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
         else:
             shutil.copy(ROOT / name, folder / name)

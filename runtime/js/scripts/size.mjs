@@ -1,0 +1,20 @@
+// Prints how large the package is without ONNX Runtime, and fails where it is too large.
+
+import { gzipSync } from "node:zlib";
+import { build } from "esbuild";
+
+const LIMIT = 30_000; // bytes, minified and gzipped
+
+const { outputFiles } = await build({
+  entryPoints: ["src/index.ts"],
+  bundle: true,
+  minify: true,
+  format: "esm",
+  target: "es2022",
+  external: ["onnxruntime-common"],
+  write: false,
+});
+const content = outputFiles[0].contents;
+const size = gzipSync(content, { level: 9 }).length;
+console.log(`@splitonnx/client: ${content.length} bytes minified, ${size} gzipped, of ${LIMIT}`);
+process.exitCode = size > LIMIT ? 1 : 0;

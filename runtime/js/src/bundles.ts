@@ -1,0 +1,209 @@
+/**
+ * The client's part of a cut model: its manifest, stage graphs and weights, from wherever they lie.
+ *
+ * What is read is checked against the manifest before anything uses it, and nothing larger is
+ * taken than the manifest has room for.  This module runs no graph.
+ */
+
+import { decodeTensors } from "./codecs.js";
+import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
+import { hashBytes } from "./hashes.js";
+import { decodeManifest } from "./manifests.js";
+import type { PartyManifest, StateSpec } from "./manifests.js";
+import { DTYPES, checkArray, countElements, isDtype, makeZeros } from "./tensors.js";
+import type { NdArrays } from "./tensors.js";
+
+export const MANIFEST = "manifest.json";
+export const WEIGHTS = "weights.safetensors";
+
+/** Bytes of a manifest; a large model's has some hundred thousand. */
+export const MAX_MANIFEST = 16 << 20;
+/** Bytes of one stage's graph, which holds no weights. */
+export const MAX_GRAPH = 256 << 20;
+/** Bytes of a tensor file's header; some hundred for each tensor. */
+export const MAX_FILE_HEADER = 64 << 20;
+
+/** Reads one file of the part, of at most `limit` bytes. */
+export type ReadFile = (name: string, limit: number) => Promise<Uint8Array>;
+
+/**
+ * Where the client's part lies: the files of its folder by name, the address of the folder, or a
+ * function that reads them.
+ */
+export type BundleSource = Readonly<Record<string, Uint8Array>> | string | ReadFile;
+
+/** All that the client needs; `state` is what training starts from, the optimizer's zeros too. */
+export interface PartyBundle {
+  readonly manifest: PartyManifest;
+  readonly graphs: ReadonlyMap<string, Uint8Array>;
+  readonly state: NdArrays;
+}
+
+/**
+ * Read the client's part; `token` is shown where it is fetched.
+ *
+ * @throws BundleError: a file is missing, was altered or is too large, or the part is no client's.
+ * @throws FormatError: the manifest or the weights cannot be read as such.
+ * @throws ConnectionLost, Unauthorized: it cannot be fetched.
+ */
+export async function loadBundle(source: BundleSource, token?: string): Promise<PartyBundle> {
+  const read = makeReader(source, token);
+  const manifest = decodeManifest(await read(MANIFEST, MAX_MANIFEST), MANIFEST);
+  if (manifest.party !== "client") {
+    throw new BundleError(MANIFEST, `this is the part of '${manifest.party}', not the client's`);
+  }
+  if (manifest.target !== "portable") {
+    throw new BundleError(
+      MANIFEST,
+      `this part is cut for '${manifest.target}'; cut it with the client target portable`,
+    );
+  }
+  if (!/^[0-9a-f]{64}$/.test(manifest.digest)) {
+    throw new FormatError(MANIFEST, "its digest is not 64 hexadecimal digits");
+  }
+  const graphs = await readGraphs(manifest, read);
+  const initial = manifest.state.filter((spec) => spec.role !== "optimizer");
+  const limit = initial.reduce((sum, spec) => sum + measure(spec), MAX_FILE_HEADER);
+  const { tensors } = decodeState(WEIGHTS, await read(WEIGHTS, limit), initial);
+  const state = manifest.state.map(({ tensor }) => {
+    const weight = tensors.get(tensor.name);
+    return [tensor.name, weight ?? makeZeros(asDtype(tensor.dtype), asShape(tensor.shape))] as const;
+  });
+  return { manifest, graphs, state: new Map(state) };
+}
+
+/**
+ * Read the tensors that `declared` lists, as views of `content`, and the metadata.
+ *
+ * @throws FormatError: the bytes are not one whole, well-formed tensor file.
+ * @throws BundleError: a tensor is missing, undeclared, or of another element type or shape.
+ */
+export function decodeState(
+  source: string,
+  content: Uint8Array,
+  declared: readonly StateSpec[],
+): { tensors: NdArrays; metadata: ReadonlyMap<string, string> } {
+  const { tensors, metadata } = decodeTensors(content, MAX_FILE_HEADER);
+  const names = new Set(declared.map((spec) => spec.tensor.name));
+  const differing = [
+    ...[...names].filter((name) => !tensors.has(name)),
+    ...[...tensors.keys()].filter((name) => !names.has(name)),
+  ];
+  if (differing.length) {
+    throw new BundleError(source, `it and the manifest differ in ${quote(differing.slice(0, 5))}`);
+  }
+  for (const { tensor } of declared) checkArray(tensors.get(tensor.name)!, tensor, new Map());
+  return { tensors, metadata };
+}
+
+async function readGraphs(
+  manifest: PartyManifest,
+  read: ReadFile,
+): Promise<Map<string, Uint8Array>> {
+  const used = new Set(manifest.phases.flatMap((phase) => phase.stages.map((s) => s.graph)));
+  const undeclared = [...used].filter((name) => !manifest.files.has(name));
+  if (undeclared.length) {
+    throw new BundleError(MANIFEST, `it lacks the file ${quote(undeclared)}`);
+  }
+  const graphs = new Map<string, Uint8Array>();
+  for (const [name, hash] of manifest.files) {
+    const graph = await read(name, MAX_GRAPH);
+    if ((await hashBytes(graph)) !== hash) {
+      throw new BundleError(name, "it was altered since the bundle was written");
+    }
+    graphs.set(name, graph);
+  }
+  return graphs;
+}
+
+function measure({ tensor }: StateSpec): number {
+  const width = DTYPES[asDtype(tensor.dtype)].BYTES_PER_ELEMENT;
+  return countElements(asShape(tensor.shape)) * width;
+}
+
+function asDtype(name: string): keyof typeof DTYPES {
+  if (!isDtype(name)) throw new FormatError(MANIFEST, `the element type '${name}' is not known`);
+  return name;
+}
+
+function asShape(shape: readonly unknown[]): readonly number[] {
+  const sizes = shape.filter((dim): dim is number => Number.isSafeInteger(dim) && Number(dim) >= 0);
+  if (sizes.length !== shape.length) {
+    throw new FormatError(MANIFEST, `a state's shape is [${shape}], which is not fully known`);
+  }
+  return sizes;
+}
+
+function makeReader(source: BundleSource, token?: string): ReadFile {
+  const read = chooseReader(source, token);
+  return async (name, limit) => {
+    if (/[/\\]|^\.\.?$/.test(name)) {
+      throw new BundleError(MANIFEST, `it names '${name}', which is not a plain name`);
+    }
+    const content = await read(name, limit);
+    if (content.length > limit) {
+      throw new BundleError(name, `it takes ${content.length} bytes, over the limit of ${limit}`);
+    }
+    return content;
+  };
+}
+
+function chooseReader(source: BundleSource, token?: string): ReadFile {
+  if (typeof source === "function") return source;
+  if (typeof source === "string") {
+    const base = source.endsWith("/") ? source : `${source}/`;
+    return (name, limit) => fetchFile(base + encodeURIComponent(name), limit, token);
+  }
+  return async (name) => {
+    if (!Object.hasOwn(source, name)) throw new BundleError(name, "it is missing");
+    return source[name]!;
+  };
+}
+
+/** Fetch a file, and stop as soon as it is larger than it may be. */
+async function fetchFile(url: string, limit: number, token?: string): Promise<Uint8Array> {
+  const response = await request(url, token);
+  const parts: Uint8Array[] = [];
+  let size = 0;
+  const reader = response.body!.getReader();
+  for (let part = await readPart(reader, url); part; part = await readPart(reader, url)) {
+    size += part.length;
+    parts.push(part);
+    if (size <= limit) continue;
+    await reader.cancel();
+    throw new BundleError(url, `it takes more bytes than the limit of ${limit}`);
+  }
+  const content = new Uint8Array(size);
+  let end = 0;
+  for (const part of parts) {
+    content.set(part, end);
+    end += part.length;
+  }
+  return content;
+}
+
+async function readPart(
+  reader: ReadableStreamDefaultReader<Uint8Array>,
+  url: string,
+): Promise<Uint8Array | undefined> {
+  try {
+    return (await reader.read()).value;
+  } catch (error) {
+    throw new ConnectionLost(url, String(error));
+  }
+}
+
+async function request(url: string, token?: string): Promise<Response> {
+  const headers: Record<string, string> = token ? { Authorization: `Bearer ${token}` } : {};
+  let response: Response;
+  try {
+    response = await fetch(url, { headers });
+  } catch (error) {
+    throw new ConnectionLost(url, String(error));
+  }
+  if (response.status === 401 || response.status === 403) {
+    throw new Unauthorized(url, response.status, response.statusText || "no token known there");
+  }
+  if (!response.ok) throw new BundleError(url, `HTTP ${response.status}; it is not to be had there`);
+  return response;
+}

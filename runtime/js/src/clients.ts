@@ -1,0 +1,431 @@
+/**
+ * The client: trains, evaluates and predicts with its part of a model and a server's.
+ *
+ * It brings together data, the executor and the connection; it knows the phases by name and nothing
+ * of what the stages compute.
+ */
+
+import type { InferenceSession } from "onnxruntime-common";
+
+import { loadBundle } from "./bundles.js";
+import type { BundleSource } from "./bundles.js";
+import type { Position } from "./checkpoints.js";
+import { countSamples, openDataset, takeBatch } from "./datasets.js";
+import { checkBatch, checkFinite } from "./datasets.js";
+import type { Batch, DataSource, Dataset } from "./datasets.js";
+import { Engine, giveTensor } from "./engines.js";
+import type { Ort, OutputTensor, TensorLike } from "./engines.js";
+import { StepsLost, UsageError } from "./errors.js";
+import { Executor, LOSS } from "./executors.js";
+import { Half } from "./halves.js";
+import type { WhenUnsaved } from "./halves.js";
+import { History } from "./histories.js";
+import type { Evaluation, StepRecord } from "./histories.js";
+import { Journal } from "./journals.js";
+import { Link } from "./links.js";
+import { EVALUATE, PREDICT, TRAIN, findPhase } from "./manifests.js";
+import type { PartyManifest, Phase } from "./manifests.js";
+import { connect } from "./sockets.js";
+import type { SocketOptions } from "./sockets.js";
+import { defaultStorage } from "./storages.js";
+import type { StateStorage } from "./storages.js";
+import { concatenate } from "./tensors.js";
+import type { NdArray, NdArrays, TensorSpec } from "./tensors.js";
+
+/** Tensors by name, as they are given out. */
+export type Outputs = Record<string, OutputTensor>;
+/** A constant, or a function of the updates so far; the optimizer's own by default. */
+export type LearningRate = number | ((step: number) => number);
+
+/** How {@link SplitClient.connect} connects. */
+export interface ConnectOptions extends SocketOptions {
+  /** The ONNX Runtime to use: `import * as ort from "onnxruntime-web"`, or the like. */
+  readonly ort: Ort;
+  /** How it runs graphs; its own defaults else. */
+  readonly sessionOptions?: InferenceSession.SessionOptions | undefined;
+  /** What the server knows this client by. */
+  readonly token?: string | undefined;
+  /** Where the client's part lies; at the server's own address under `/client/` by default. */
+  readonly bundle?: BundleSource | undefined;
+  /** Where to keep the state; IndexedDB where there is one, else memory, by default. */
+  readonly storage?: StateStorage | undefined;
+  /** Decides shuffling and Dropout; 0 by default. */
+  readonly seed?: number | undefined;
+  /** Go on with the run that was broken off, if there is one. */
+  readonly resume?: boolean | undefined;
+  /**
+   * Seconds without a connection after which the client gives up, the first included.  By default
+   * that one is tried once (as long as it takes with `resume`), later ones as long as it takes.
+   */
+  readonly giveUpAfter?: number | undefined;
+  /** Told why, whenever the connection was lost and is made again. */
+  readonly onReconnect?: ((cause: Error) => void) | undefined;
+  /** Shown all that leaves the device and comes to it. */
+  readonly onWires?:
+    | ((direction: "sent" | "received", phase: string, wires: Outputs) => void)
+    | undefined;
+}
+
+/** How {@link SplitClient.fit} trains. */
+export interface FitOptions {
+  /** Times through the data; 1 by default. */
+  readonly epochs?: number | undefined;
+  /** Samples a step, 32 by default; a smaller last batch is left out where the model's is fixed. */
+  readonly batchSize?: number | undefined;
+  /** Deal each epoch anew; so by default. */
+  readonly shuffle?: boolean | undefined;
+  /** Evaluated after each epoch. */
+  readonly evalData?: DataSource | undefined;
+  readonly learningRate?: LearningRate | undefined;
+  /** Steps between two checkpoints, which both sides keep; none by default. */
+  readonly checkpointEvery?: number | undefined;
+  /** Whether training stops, as it does by default, where one cannot be written. */
+  readonly whenUnsaved?: WhenUnsaved | undefined;
+  /** Give up a run that was broken off. */
+  readonly restart?: boolean | undefined;
+  /** Ends the training after the step that runs. */
+  readonly signal?: AbortSignal | undefined;
+  /** Called with each step's record, and waited for. */
+  readonly onStep?: ((record: StepRecord) => void | Promise<void>) | undefined;
+  /** Called with each evaluation, and waited for. */
+  readonly onEpoch?: ((evaluation: Evaluation) => void | Promise<void>) | undefined;
+}
+
+interface FitPlan extends FitOptions {
+  readonly training: Dataset;
+  readonly heldOut: Dataset | undefined;
+  readonly epochs: number;
+}
+
+/**
+ * Trains and runs a bundle's client part against a server; made by {@link SplitClient.connect}.
+ *
+ * A connection that breaks is made again, and training goes on as if it had not.  After an error in
+ * the middle of a task the client closes, and its own state is what it was before the task.
+ * Several things may be asked for at a time: a prediction is made between two steps.
+ */
+export class SplitClient {
+  readonly #half: Half;
+  readonly #link: Link;
+  readonly #seed: number;
+
+  private constructor(half: Half, link: Link, seed: number) {
+    this.#half = half;
+    this.#link = link;
+    this.#seed = seed;
+  }
+
+  /**
+   * Load the client's part, take up its state, and connect to the server at `url`.
+   *
+   * @throws BundleError, FormatError, ForbiddenGraph: the part or the state cannot be used.
+   * @throws ConnectionLost: the server cannot be reached.
+   * @throws BundleMismatch, ServerBusy, Unauthorized, RemoteFault: the server refuses.
+   */
+  static async connect(url: string, options: ConnectOptions): Promise<SplitClient> {
+    const { seed = 0, resume = false, token, giveUpAfter, onReconnect, onWires } = options;
+    if (!Number.isSafeInteger(seed) || seed < 0) {
+      throw new UsageError(`the seed must be an integer from 0 to 2^53, not ${seed}`);
+    }
+    const party = await loadBundle(options.bundle ?? locateBundle(url), token);
+    if (!party.manifest.phases.some((phase) => phase.wires.length)) {
+      throw new UsageError("this model was left whole and has no part for a server");
+    }
+    const executor = new Executor(party, new Engine(options.ort, options.sessionOptions));
+    const storage = options.storage ?? defaultStorage();
+    const journal = await Journal.open(executor, storage, { resume });
+    const link = await Link.open({
+      dial: () => connect(url, options),
+      manifest: party.manifest,
+      session: journal.session,
+      token,
+      stand: () => journal.stand(executor.step),
+      giveUpAfter,
+      isPatient: resume || giveUpAfter !== undefined,
+      onReconnect,
+    });
+    if (link.step !== executor.step) journal.position = await journal.goBack(executor, link.step);
+    const half = new Half({
+      executor,
+      journal,
+      link,
+      seed,
+      onWires: onWires && ((way, phase, wires) => onWires(way, phase, giveAll(wires))),
+    });
+    return new SplitClient(half, link, seed);
+  }
+
+  /** Updates that this part has seen in its life. */
+  get steps(): number {
+    return this.#half.executor.step;
+  }
+
+  /** The name of this client's session, the same at the server. */
+  get session(): string {
+    return this.#half.journal.session;
+  }
+
+  /** Connections made after the first. */
+  get reconnects(): number {
+    return this.#link.reconnects;
+  }
+
+  /** What the bundle declares: its phases, their data, the model's outputs. */
+  get manifest(): PartyManifest {
+    return this.#half.executor.manifest;
+  }
+
+  /**
+   * Train for some epochs and return what happened.
+   *
+   * A client that resumes begins at the place in the data where its run was broken off, and makes
+   * the rest of `epochs`.  Where the server lost steps, both sides go back to the newest
+   * checkpoint, or to where this fit began, and make them again, as they were.
+   *
+   * @throws DataError: the data do not fit, or hold NaN; a loss is not finite.
+   * @throws StageFailed: a stage cannot be loaded or run.
+   * @throws UnfinishedRun: a run was broken off; resume it, or `restart`.
+   * @throws UsageError: a run would be resumed with other data, batches or seed.
+   * @throws NotSaved: a checkpoint cannot be written.
+   * @throws StepsLost: the server lost steps that were made before this fit began.
+   * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+   */
+  async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
+    const { epochs = 1, batchSize = 32, shuffle = true, evalData, checkpointEvery } = options;
+    requirePositive({ epochs, batchSize });
+    const training = openDataset(data);
+    training.check(this.#phase(TRAIN).data);
+    const heldOut = evalData && openDataset(evalData);
+    heldOut?.check(this.#evaluationData());
+    const { executor, journal } = this.#half;
+    if (checkpointEvery !== undefined) {
+      requirePositive({ checkpointEvery });
+      await journal.beginRun({ restart: options.restart ?? false });
+    }
+    await executor.prepare(TRAIN);
+    const start: Position = {
+      epoch: 0,
+      batch: 0,
+      batchSize,
+      seed: this.#seed,
+      shuffle,
+      samples: training.size,
+    };
+    const plan = { ...options, epochs, training, heldOut };
+    return this.#carryOut(plan, journal.takePosition(start));
+  }
+
+  /**
+   * Take one optimizer step on one batch and return the phase's results, `loss` among them.
+   *
+   * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
+   */
+  async step(
+    batch: Batch,
+    { learningRate }: { learningRate?: LearningRate } = {},
+  ): Promise<Outputs> {
+    const arrays = takeBatch(batch);
+    checkBatch(arrays, this.#phase(TRAIN).data);
+    checkFinite(arrays, "");
+    return giveAll(await this.#train(arrays, learningRate));
+  }
+
+  /**
+   * Predict, compare with the labels, and return each metric's mean over all samples.
+   *
+   * @throws UsageError: the bundle has nothing to evaluate with.
+   * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
+   */
+  async evaluate(
+    data: DataSource,
+    { batchSize = 32 }: { batchSize?: number } = {},
+  ): Promise<Record<string, number>> {
+    requirePositive({ batchSize });
+    const dataset = openDataset(data);
+    dataset.check(this.#evaluationData());
+    return this.#evaluate(dataset, batchSize);
+  }
+
+  /**
+   * Run the model and return its outputs, the samples along the first dimension.
+   *
+   * `data` may be a single tensor where the model has a single input.
+   *
+   * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
+   */
+  async predict(
+    data: DataSource | TensorLike,
+    { batchSize = 32 }: { batchSize?: number } = {},
+  ): Promise<Outputs> {
+    requirePositive({ batchSize });
+    const { data: inputs } = this.#phase(PREDICT);
+    const dataset = openDataset(isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data);
+    dataset.check(inputs);
+    const parts = new Map<string, NdArray[]>();
+    for await (const batch of dataset.batches(this.#inOrder(batchSize))) {
+      for (const [name, array] of await this.#run(PREDICT, batch)) {
+        parts.set(name, [...(parts.get(name) ?? []), array]);
+      }
+    }
+    return giveAll(new Map([...parts].map(([name, arrays]) => [name, concatenate(arrays)])));
+  }
+
+  /** Return this part's state, the optimizer's included; it is not to be written to. */
+  state(): Outputs {
+    return giveAll(this.#half.executor.state());
+  }
+
+  /**
+   * Keep the state as the training's outcome, the server its own first and then this part here.
+   *
+   * @throws NotSaved: one of them could not.
+   * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+   */
+  async save(): Promise<void> {
+    await this.#half.publish();
+  }
+
+  /** Say good-bye to the server and let go of what ONNX Runtime holds; may be called twice. */
+  async close(): Promise<void> {
+    this.#half.close();
+    await this.#half.settle();
+    await this.#half.executor.release();
+  }
+
+  #phase(name: string): Phase {
+    const phase = findPhase(this.manifest, name);
+    if (!phase.stages.length && !phase.wires.length) {
+      throw new UsageError(`this bundle has nothing to ${name} with`);
+    }
+    return phase;
+  }
+
+  #evaluationData(): TensorSpec[] {
+    const predicted = this.#phase(PREDICT);
+    const measured = this.#phase(EVALUATE).data.filter((s) => !predicted.results.includes(s.name));
+    return [...predicted.data, ...measured];
+  }
+
+  async #carryOut(plan: FitPlan, start: Position): Promise<History> {
+    const history = new History();
+    const first = this.steps;
+    let place = start;
+    while (place.epoch < plan.epochs && !plan.signal?.aborted) {
+      try {
+        place = await this.#trainEpoch(plan, place, history);
+      } catch (error) {
+        const kept = this.#half.place;
+        if (!(error instanceof StepsLost)) throw error;
+        if (error.step < first || (error.step > first && !kept)) throw error;
+        place = kept ?? start;
+        history.forget(error.step, place.epoch);
+      }
+    }
+    this.#half.place = place;
+    return history;
+  }
+
+  /** Train from a place to the end of its epoch and evaluate; return the next place. */
+  async #trainEpoch(plan: FitPlan, place: Position, history: History): Promise<Position> {
+    const { data } = this.#phase(TRAIN);
+    const dropLast = data.some((spec) => typeof spec.shape[0] === "number");
+    let [number, skipped] = [0, place.batch];
+    for await (const batch of plan.training.batches({ ...place, dropLast })) {
+      if (number++ < skipped) continue;
+      const record = await this.#recordStep(plan, batch, place.epoch);
+      place = { ...place, batch: place.batch + 1 };
+      history.steps.push(record);
+      await plan.onStep?.(record);
+      if (plan.checkpointEvery && record.step % plan.checkpointEvery === 0) {
+        await this.#half.checkpoint(place, plan.whenUnsaved ?? "stop");
+      }
+      if (plan.signal?.aborted) return place;
+    }
+    if (plan.heldOut) await this.#recordEvaluation(plan, plan.heldOut, place, history);
+    return { ...place, epoch: place.epoch + 1, batch: 0 };
+  }
+
+  async #recordStep(plan: FitPlan, batch: NdArrays, epoch: number): Promise<StepRecord> {
+    const [up, down] = this.#half.traffic;
+    const begun = performance.now();
+    const results = await this.#train(batch, plan.learningRate);
+    const seconds = (performance.now() - begun) / 1000;
+    const [sent, received] = this.#half.traffic;
+    const scalars = [...results].filter(([, array]) => !array.shape.length);
+    const numbers = scalars.map(([name, { data }]) => [name, Number(data[0])]);
+    const { [LOSS]: loss = NaN, ...metrics } = Object.fromEntries(numbers);
+    return {
+      step: this.steps,
+      epoch,
+      loss,
+      metrics,
+      samples: countSamples(batch, this.#phase(TRAIN).data),
+      seconds,
+      bytesUp: sent - up,
+      bytesDown: received - down,
+    };
+  }
+
+  async #recordEvaluation(
+    plan: FitPlan,
+    dataset: Dataset,
+    { epoch, batchSize }: Position,
+    history: History,
+  ): Promise<void> {
+    const begun = performance.now();
+    const metrics = await this.#evaluate(dataset, batchSize);
+    const evaluation = { epoch, metrics, seconds: (performance.now() - begun) / 1000 };
+    history.evaluations.push(evaluation);
+    await plan.onEpoch?.(evaluation);
+  }
+
+  async #evaluate(dataset: Dataset, batchSize: number): Promise<Record<string, number>> {
+    const totals = new Map<string, number>();
+    let samples = 0;
+    for await (const batch of dataset.batches(this.#inOrder(batchSize))) {
+      const outputs = await this.#run(PREDICT, batch);
+      const size = countSamples(batch, this.#phase(PREDICT).data);
+      for (const [name, { data }] of await this.#run(EVALUATE, new Map([...batch, ...outputs]))) {
+        totals.set(name, (totals.get(name) ?? 0) + Number(data[0]) * size);
+      }
+      samples += size;
+    }
+    return Object.fromEntries([...totals].map(([name, total]) => [name, total / samples]));
+  }
+
+  #inOrder(batchSize: number) {
+    return { batchSize, seed: this.#seed, epoch: 0, shuffle: false, dropLast: false };
+  }
+
+  async #train(batch: NdArrays, rate?: LearningRate): Promise<NdArrays> {
+    const expected = this.steps;
+    const chosen = typeof rate === "function" ? rate(expected) : rate;
+    const learningRate = chosen ?? this.manifest.learningRate;
+    return this.#half.perform(TRAIN, batch, { learningRate, expected });
+  }
+
+  async #run(phase: string, data: NdArrays): Promise<NdArrays> {
+    return this.#half.perform(phase, data, { learningRate: this.manifest.learningRate });
+  }
+}
+
+/** The server gives its clients' part away at its own address. */
+function locateBundle(url: string): string {
+  return new URL("client/", url.replace(/^ws/, "http").replace(/\/?$/, "/")).href;
+}
+
+function giveAll(arrays: NdArrays): Outputs {
+  return Object.fromEntries([...arrays].map(([name, array]) => [name, giveTensor(array)]));
+}
+
+function isTensor(data: DataSource | TensorLike): data is TensorLike {
+  return "dims" in data && Array.isArray(data.dims);
+}
+
+function requirePositive(counts: Readonly<Record<string, number>>): void {
+  for (const [name, count] of Object.entries(counts)) {
+    if (!Number.isSafeInteger(count) || count < 1) {
+      throw new UsageError(`${name} must be at least 1, not ${count}`);
+    }
+  }
+}

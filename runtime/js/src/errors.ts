@@ -1,0 +1,239 @@
+/**
+ * What can go wrong, as a tree: catch {@link SplitonnxError} for all of it.
+ *
+ * Facts are properties, the message is the sentence.  Names are those of the Python side, and they
+ * are what a fault on the wire is called by.
+ */
+
+const LONGEST = 300; // characters of what others wrote
+
+/** Make text that others wrote fit a sentence: one printable line of 300 characters. */
+export function flatten(text: string): string {
+  const line = text.slice(0, LONGEST).replace(/(?! )[\p{C}\p{Z}]/gu, "?");
+  return text.length > LONGEST ? `${line}...` : line;
+}
+
+/** List names in quotes. */
+export function quote(names: Iterable<string>): string {
+  return [...names].map((name) => `'${flatten(name)}'`).join(", ");
+}
+
+/** Root of the tree. */
+export class SplitonnxError extends Error {
+  override name = "SplitonnxError";
+}
+
+/** Options or arguments that contradict each other or lie outside their range. */
+export class UsageError extends SplitonnxError {
+  override name = "UsageError";
+}
+
+/** The data do not fit the model. */
+export class DataError extends SplitonnxError {
+  override name = "DataError";
+}
+
+/** The data lack an array that the model needs. */
+export class MissingArray extends DataError {
+  override name = "MissingArray";
+  constructor(readonly array: string, readonly present: readonly string[]) {
+    super(`the data have no array '${array}'; they hold ${quote(present) || "none"}`);
+  }
+}
+
+/** An array, or a tensor on the wire, differs from its declaration in element type or shape. */
+export class ArrayMismatch extends DataError {
+  override name = "ArrayMismatch";
+  constructor(readonly array: string, readonly expected: string, readonly actual: string) {
+    super(`'${flatten(array)}' should be ${expected}, but is ${actual}`);
+  }
+}
+
+/** An integer array, labels as a rule, holds a value outside its declared range. */
+export class ValueOutOfRange extends DataError {
+  override name = "ValueOutOfRange";
+  constructor(
+    readonly array: string,
+    readonly value: number | bigint,
+    readonly lower: number,
+    readonly upper: number,
+  ) {
+    super(`'${array}' holds ${value}; allowed are ${lower} to ${upper - 1}`);
+  }
+}
+
+/** A tensor holds NaN or infinity. */
+export class NotFinite extends DataError {
+  override name = "NotFinite";
+  constructor(readonly array: string, readonly where: string) {
+    super(`'${array}' holds NaN or infinity (${where}); nothing was updated with it`);
+  }
+}
+
+/** A gradient is larger than the limit that was set against poisoned ones. */
+export class NormTooLarge extends DataError {
+  override name = "NormTooLarge";
+  constructor(readonly array: string, readonly norm: number, readonly limit: number) {
+    super(
+      `the gradient '${array}' has the norm ${norm.toPrecision(6)}, over the limit of ${limit}; ` +
+        "nothing was updated with it",
+    );
+  }
+}
+
+/** The data themselves cannot be taken as arrays. */
+export class UnusableData extends DataError {
+  override name = "UnusableData";
+}
+
+/** A bundle is missing, incomplete, altered, or of another kind. */
+export class BundleError extends SplitonnxError {
+  override name = "BundleError";
+  constructor(readonly source: string, readonly reason: string) {
+    super(`${flatten(source)}: ${flatten(reason)}`);
+  }
+}
+
+/** A checkpoint cannot be written, here or at the server. */
+export class NotSaved extends SplitonnxError {
+  override name = "NotSaved";
+  constructor(readonly place: string, readonly reason: string) {
+    super(
+      `${place} cannot be written: ${flatten(reason)}; what was saved before it stands, but ` +
+        "training since then is not saved",
+    );
+  }
+}
+
+/** A stage's graph is malformed, or holds what no bundle does; ONNX Runtime never saw it. */
+export class ForbiddenGraph extends SplitonnxError {
+  override name = "ForbiddenGraph";
+  constructor(readonly stage: string, readonly subject: string, readonly reason: string) {
+    super(
+      `the graph of stage '${flatten(stage)}' is not run, ${flatten(subject)}: ` +
+        `${flatten(reason)}; take a bundle as \`splitonnx cut\` wrote it`,
+    );
+  }
+}
+
+/** Bytes that should be tensors in the safetensors layout, or JSON of ours, are not. */
+export class FormatError extends SplitonnxError {
+  override name = "FormatError";
+  constructor(readonly subject: string, readonly reason: string) {
+    super(`${flatten(subject)}: ${flatten(reason)}`);
+  }
+}
+
+/** Training was broken off in the storage, and another run is about to begin. */
+export class UnfinishedRun extends SplitonnxError {
+  override name = "UnfinishedRun";
+  constructor(readonly step: number) {
+    super(
+      `training was broken off at step ${step}; connect with resume: true to go on, or give that ` +
+        "run up with fit's restart: true",
+    );
+  }
+}
+
+/** ONNX Runtime could not load or run a stage. */
+export class StageFailed extends SplitonnxError {
+  override name = "StageFailed";
+  constructor(readonly stage: string, readonly reason: string) {
+    super(`stage '${flatten(stage)}' failed: ${reason}`);
+  }
+}
+
+/** The bundle needs another ONNX Runtime than the one at hand. */
+export class WrongRuntime extends SplitonnxError {
+  override name = "WrongRuntime";
+}
+
+/** Root of what can go wrong between two parties. */
+export class ProtocolError extends SplitonnxError {
+  override name = "ProtocolError";
+}
+
+/** This side would do what the protocol does not allow now. */
+export class LocalProtocolError extends ProtocolError {
+  override name = "LocalProtocolError";
+  constructor(readonly reason: string) {
+    super(`not allowed now: ${reason}`);
+  }
+}
+
+/** The other side sent what the protocol does not allow. */
+export class RemoteProtocolError extends ProtocolError {
+  override name = "RemoteProtocolError";
+  constructor(readonly reason: string) {
+    super(`the other side broke the protocol: ${flatten(reason)}`);
+  }
+}
+
+/** The two sides were not cut together, or stand at different steps. */
+export class BundleMismatch extends ProtocolError {
+  override name = "BundleMismatch";
+  constructor(readonly subject: string, readonly local: string, readonly remote: string) {
+    super(
+      `client and server do not belong together: ${flatten(subject)} is ${local} here and ` +
+        `${flatten(remote)} there; use the two folders of one bundle`,
+    );
+  }
+}
+
+/** The server has as many clients or sessions as it takes. */
+export class ServerBusy extends ProtocolError {
+  override name = "ServerBusy";
+  constructor(readonly limit: string) {
+    super(`the server is full (${flatten(limit)}); try again later`);
+  }
+}
+
+/** A newer connection has taken the session over; `newest` is its generation. */
+export class StaleConnection extends ProtocolError {
+  override name = "StaleConnection";
+  constructor(readonly generation: number, readonly newest: number) {
+    super(
+      `connection ${generation} of this session was replaced by connection ${newest}; two ` +
+        "clients must not train one session",
+    );
+  }
+}
+
+/** The server lost steps, and both sides went back to `step`: go on from there. */
+export class StepsLost extends ProtocolError {
+  override name = "StepsLost";
+  constructor(readonly step: number) {
+    super(
+      `the server lost its newest steps, and both sides went back to step ${step}; give it the ` +
+        "batches again from there",
+    );
+  }
+}
+
+/** The other side reported an error of its own; `code` is that error's name. */
+export class RemoteFault extends ProtocolError {
+  override name = "RemoteFault";
+  constructor(readonly code: string, readonly reason: string) {
+    super(`the other side reported ${flatten(code)}: ${flatten(reason)}`);
+  }
+}
+
+/**
+ * The connection could not be made, broke, or fell silent for too long: worth trying again.
+ *
+ * `code` is the websocket's closing code (1012: the server starts anew, 1013: it is full).
+ */
+export class ConnectionLost extends ProtocolError {
+  override name = "ConnectionLost";
+  constructor(readonly peer: string, readonly reason: string, readonly code?: number) {
+    super(`connection to ${peer} lost: ${flatten(reason)}`);
+  }
+}
+
+/** The server does not let this side in: trying again does not help. */
+export class Unauthorized extends ProtocolError {
+  override name = "Unauthorized";
+  constructor(readonly peer: string, readonly status: number, readonly reason: string) {
+    super(`${peer} refused to let this side in (${status}): ${flatten(reason)}`);
+  }
+}

@@ -1,0 +1,331 @@
+/**
+ * The gate before ONNX Runtime: a stage's graph is read here first, and refused if it may harm.
+ *
+ * Graphs come from others, and ONNX Runtime is a large parser of untrusted bytes: nothing reaches
+ * it but what `splitonnx cut` writes, known operators of known domains, tensors that hold what they
+ * declare, no data outside, no functions, and sizes and nesting within bounds.  The rules are those
+ * of the Python side.  How much memory running a graph takes is not known here.
+ */
+
+import { ForbiddenGraph } from "./errors.js";
+import * as operators from "./operators.js";
+import { Malformed, Reader } from "./protobufs.js";
+import type { Found, Place } from "./protobufs.js";
+import * as schemas from "./schemas.js";
+
+/** Of a graph, over all its messages; it bounds the time that the gate takes. */
+export const MAX_FIELDS = 1 << 24;
+/** Nodes and bodies of a graph. */
+export const MAX_NODES = 1 << 20;
+/** Of bodies of If, Loop and Scan inside one another. */
+export const MAX_DEPTH = 32;
+/** Of sequences and optionals inside one another. */
+export const MAX_TYPE_DEPTH = 8;
+/** Of a node. */
+export const MAX_ATTRIBUTES = 256;
+/** Dimensions of a tensor. */
+export const MAX_RANK = 32;
+/** Of a tensor, zeros not counted. */
+export const MAX_ELEMENTS = 2 ** 40;
+/** Bytes of a name. */
+export const MAX_NAME = 1 << 14;
+/** Bytes of a comment, or of one text in an attribute or tensor. */
+export const MAX_TEXT = 1 << 20;
+
+// What ONNX Runtime, or the inference that it calls, does not survive.
+const WINDOWS = ["dilations", "kernel_shape", "strides"];
+const AXES = ["axes", "axis", "batch_axis", "time_axis"];
+const KINDS = ["dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"];
+const EQUATION = /^(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?$/;
+const FLATBUFFER = "ORTM"; // stands at byte 4 of ONNX Runtime's own format
+
+/**
+ * Check the bytes of a stage's graph; `stage` is its name for the error.
+ *
+ * @throws ForbiddenGraph: the graph is not one that `splitonnx cut` writes.
+ */
+export function checkGraph(stage: string, content: Uint8Array): void {
+  const gate = new Gate(stage, content);
+  if (String.fromCharCode(...content.subarray(4, 8)) === FLATBUFFER) {
+    gate.refuse("it is in ONNX Runtime's own format");
+  }
+  try {
+    gate.checkModel([0, content.length]);
+  } catch (error) {
+    if (!(error instanceof Malformed)) throw error;
+    gate.refuse(error.message);
+  }
+}
+
+/** The check of one graph: its reader, what is being looked at, what is still to be. */
+class Gate {
+  readonly #stage: string;
+  readonly #reader: Reader;
+  readonly #imported = new Set<string>(); // domains
+  readonly #pending: (readonly [Place, number])[] = []; // bodies, and how deep they lie
+  #subject = "the graph";
+  #count = 0; // nodes and bodies so far
+
+  constructor(stage: string, content: Uint8Array) {
+    this.#stage = stage;
+    this.#reader = new Reader(content, MAX_FIELDS);
+  }
+
+  refuse(reason: string): never {
+    throw new ForbiddenGraph(this.#stage, this.#subject, reason);
+  }
+
+  checkModel(place: Place): void {
+    let version = 0;
+    for (const found of this.#reader.read(place, schemas.MODEL)) {
+      if (found.name === "ir_version") version = found.value!;
+      else if (found.name === "graph") this.#pending.push([found.place, 0]);
+      else if (found.name === "opset") this.#checkOpset(found.place);
+      else if (found.name !== "version") this.#checkOther(found);
+    }
+    if (!(version >= 1 && version <= operators.HIGHEST_IR_VERSION)) {
+      this.refuse(`its IR version ${version} is none of 1 to ${operators.HIGHEST_IR_VERSION}`);
+    }
+    if (!this.#imported.has("")) this.refuse("it imports no opset of the standard operators");
+    if (!this.#pending.length) this.refuse("it is empty");
+    // No recursion: what nests deep must not end the process.
+    for (let body = this.#pending.pop(); body; body = this.#pending.pop()) {
+      this.#checkGraph(...body);
+    }
+  }
+
+  #checkOpset(place: Place): void {
+    let [domain, version] = ["", 0];
+    for (const found of this.#reader.read(place, schemas.OPSET)) {
+      if (found.name === "version") version = found.value!;
+      else domain = this.#readName(found.place);
+    }
+    const own = domain === operators.TRAINING_DOMAIN;
+    if (!own && !operators.STANDARD_DOMAINS.includes(domain)) {
+      this.refuse(`it imports operators of the domain '${domain.slice(0, 80)}'`);
+    }
+    const highest = own ? operators.HIGHEST_TRAINING_OPSET : operators.HIGHEST_OPSET;
+    if (!(version >= 1 && version <= highest)) {
+      this.refuse(`its opset ${version} of '${domain}' is none of 1 to ${highest}`);
+    }
+    for (const name of own ? [domain] : operators.STANDARD_DOMAINS) this.#imported.add(name);
+  }
+
+  #checkGraph(place: Place, depth: number): void {
+    for (const found of this.#reader.read(place, schemas.GRAPH)) {
+      this.#subject = "the graph";
+      if (found.name === "node") this.#checkNode(found.place, depth);
+      else if (found.name === "initializer") this.#checkTensor(found.place);
+      else if (found.name === "value") this.#checkValue(found.place);
+      else this.#checkOther(found);
+    }
+  }
+
+  #countUp(): void {
+    if (++this.#count > MAX_NODES) this.refuse(`the graph has more than ${MAX_NODES} nodes`);
+  }
+
+  #checkNode(place: Place, depth: number): void {
+    this.#countUp();
+    this.#subject = `node number ${this.#count}`;
+    let [operator, domain] = ["", ""];
+    const attributes: Place[] = [];
+    for (const found of this.#reader.read(place, schemas.NODE)) {
+      if (found.name === "argument") this.#readName(found.place);
+      else if (found.name === "name") this.#subject = `node '${this.#readName(found.place)}'`;
+      else if (found.name === "operator") operator = this.#readName(found.place);
+      else if (found.name === "domain") domain = this.#readName(found.place);
+      else if (found.name === "attribute") attributes.push(found.place);
+      else this.#checkOther(found);
+      if (attributes.length > MAX_ATTRIBUTES) {
+        this.refuse(`it has more than ${MAX_ATTRIBUTES} attributes`);
+      }
+    }
+    this.#checkOperator(operator, domain);
+    for (const attribute of attributes) this.#checkAttribute(attribute, operator, depth);
+  }
+
+  #checkOperator(operator: string, domain: string): void {
+    const [name, home] = [operator.slice(0, 80), domain.slice(0, 80)];
+    if (!this.#imported.has(domain)) this.refuse(`its domain '${home}' is not imported`);
+    if (operators.TRAINING_OPERATORS.has(operator)) return;
+    if (domain === operators.TRAINING_DOMAIN || !operators.STANDARD_OPERATORS.has(operator)) {
+      this.refuse(`'${name}' of the domain '${home}' is no operator of a bundle`);
+    }
+  }
+
+  #checkAttribute(place: Place, operator: string, depth: number): void {
+    let label: string | undefined;
+    for (const found of this.#reader.read(place, schemas.ATTRIBUTE)) {
+      if (found.name === "name") label = this.#readName(found.place);
+      else if (label === undefined) {
+        // Serializers keep the order, and all that follows depends on it.
+        this.refuse("the name of an attribute does not come first");
+      } else this.#checkContent(found, label, operator, depth);
+    }
+  }
+
+  #checkContent(found: Found, label: string, operator: string, depth: number): void {
+    if (found.name === "integers") this.#checkIntegers(label, found);
+    else if (found.name === "string") this.#checkString(found.place, operator);
+    else if (found.name === "tensor") this.#checkTensor(found.place);
+    else if (found.name === "type") this.#readType(found.place, 0);
+    else if (found.name === "floats") countFixed(found.place, 4);
+    else if (found.name === "graph") {
+      this.#countUp();
+      if (depth >= MAX_DEPTH) this.refuse(`bodies nest over ${MAX_DEPTH} deep`);
+      this.#pending.push([found.place, depth + 1]);
+    } else if (found.name !== "kind") this.#checkOther(found);
+  }
+
+  #checkString(place: Place, operator: string): void {
+    this.#checkText(place);
+    if (operator !== "Einsum") return;
+    const text = String.fromCharCode(...this.#reader.content.subarray(...place).slice(0, 4096));
+    if (place[1] - place[0] > 4096 || !EQUATION.test(text)) {
+      this.refuse("it has no equation of letters");
+    }
+  }
+
+  #checkIntegers(label: string, found: Found): void {
+    for (const value of this.#listNumbers(found)) {
+      if (WINDOWS.includes(label) && value < 1) this.refuse(`it has ${label} below 1`);
+      if (AXES.includes(label) && Math.abs(value) > MAX_RANK) {
+        this.refuse(`its ${label} names a dimension that no tensor has`);
+      }
+      if (KINDS.includes(label) && value && !schemas.TYPES.has(value)) {
+        this.refuse(`its ${label} names an unknown element type`);
+      }
+      if (label === "batch_dims" && value < 0) this.refuse(`it has ${value} batch dimensions`);
+    }
+  }
+
+  #checkTensor(place: Place): void {
+    const dims: number[] = [];
+    let [dtype, outside] = [0, false];
+    let raw: number | undefined;
+    const counts = new Map<string, number>();
+    for (const found of this.#reader.read(place, schemas.TENSOR)) {
+      if (found.name === "dims") this.#extend(dims, found);
+      else if (found.name === "dtype") dtype = found.value!;
+      else if (found.name === "raw_data") raw = found.place[1] - found.place[0];
+      else if (found.name === "name") this.#subject = `tensor '${this.#readName(found.place)}'`;
+      else if (found.name === "location") outside ||= found.value !== 0;
+      else if (found.name === "external_data") outside = true;
+      else if (found.name.endsWith("_data")) {
+        counts.set(found.name, (counts.get(found.name) ?? 0) + this.#countValues(found));
+      } else this.#checkOther(found);
+    }
+    if (outside) this.refuse("its data lie outside the graph");
+    this.#checkSize(dims, dtype, raw, counts);
+  }
+
+  #countValues(found: Found): number {
+    if (found.name === "float_data") return countFixed(found.place, 4);
+    if (found.name === "double_data") return countFixed(found.place, 8);
+    if (found.name === "string_data") this.#checkText(found.place);
+    if (found.value !== null || found.name === "string_data") return 1;
+    return this.#reader.countNumbers(found.place);
+  }
+
+  #extend(dims: number[], found: Found): void {
+    for (const value of this.#listNumbers(found)) {
+      dims.push(value);
+      if (dims.length > MAX_RANK) this.refuse(`it has more than ${MAX_RANK} dimensions`);
+    }
+  }
+
+  /** Hold what a tensor claims against the bytes, or the typed values, that it has. */
+  #checkSize(
+    dims: readonly number[],
+    dtype: number,
+    raw: number | undefined,
+    counts: ReadonlyMap<string, number>,
+  ): void {
+    const type = schemas.TYPES.get(dtype) ?? this.refuse(`its element type ${dtype} is not known`);
+    const most = dims.reduce((product, dim) => product * Math.max(dim, 1), 1);
+    if (most > MAX_ELEMENTS || dims.some((dim) => dim < 0)) this.refuse(`its shape is [${dims}]`);
+    const elements = dims.includes(0) ? 0 : most;
+    const held = [...counts.values()].reduce((sum, count) => sum + count, 0);
+    if (raw !== undefined) {
+      const size = Math.ceil((elements * type.bits) / 8);
+      if (held || raw !== size || dtype === schemas.STRINGS) {
+        this.refuse(`it claims ${size} bytes, but holds ${raw}`);
+      }
+      return;
+    }
+    let claimed = schemas.COMPLEX.includes(dtype) ? elements * 2 : elements;
+    if (type.bits === 4) claimed = Math.ceil(elements / 2);
+    if ((counts.get(type.field) ?? 0) !== claimed || held !== claimed) {
+      this.refuse(`it claims ${claimed} values, but holds ${held}`);
+    }
+  }
+
+  #checkValue(place: Place): void {
+    for (const found of this.#reader.read(place, schemas.VALUE)) {
+      if (found.name === "name") this.#subject = `value '${this.#readName(found.place)}'`;
+      else if (found.name === "type") this.#readType(found.place, 0);
+      else this.#checkOther(found);
+    }
+  }
+
+  #readType(place: Place, depth: number): void {
+    if (depth > MAX_TYPE_DEPTH) this.refuse(`its type nests over ${MAX_TYPE_DEPTH} deep`);
+    for (const found of this.#reader.read(place, schemas.TYPE)) {
+      if (found.name === "tensor") this.#checkTensorType(found.place);
+      else if (found.name === "nested") {
+        for (const inner of this.#reader.read(found.place, schemas.NESTED_TYPE)) {
+          this.#readType(inner.place, depth + 1);
+        }
+      } else this.#checkOther(found);
+    }
+  }
+
+  #checkTensorType(place: Place): void {
+    for (const found of this.#reader.read(place, schemas.TENSOR_TYPE)) {
+      if (found.name === "shape") this.#checkShape(found.place);
+      else if (!schemas.TYPES.has(found.value!)) {
+        this.refuse(`its element type ${found.value} is not known`);
+      }
+    }
+  }
+
+  #checkShape(place: Place): void {
+    let rank = 0;
+    for (const dimension of this.#reader.read(place, schemas.SHAPE)) {
+      if (++rank > MAX_RANK) this.refuse(`it has more than ${MAX_RANK} dimensions`);
+      for (const found of this.#reader.read(dimension.place, schemas.DIMENSION)) {
+        if (found.value === null) this.#readName(found.place);
+        else if (found.value < 0 || found.value > MAX_ELEMENTS) {
+          this.refuse(`it has a dimension of ${found.value}`);
+        }
+      }
+    }
+  }
+
+  /** Check what nothing depends on: comments, producers, pairs of texts. */
+  #checkOther(found: Found): void {
+    if (found.name === "text") this.#checkText(found.place);
+    else if (found.name === "metadata") {
+      for (const text of this.#reader.read(found.place, schemas.PAIR)) this.#checkText(text.place);
+    } else if (found.value === null) this.#readName(found.place);
+  }
+
+  #checkText([start, stop]: Place): void {
+    if (stop - start > MAX_TEXT) this.refuse(`it has a text of ${stop - start} bytes`);
+  }
+
+  #readName(place: Place): string {
+    return this.#reader.readText(place, MAX_NAME);
+  }
+
+  /** Give one number, or those of a packed list of them. */
+  #listNumbers(found: Found): Iterable<number> {
+    return found.value === null ? this.#reader.readNumbers(found.place) : [found.value];
+  }
+}
+
+function countFixed([start, stop]: Place, width: number): number {
+  if ((stop - start) % width) throw new Malformed("a list of numbers is cut short");
+  return (stop - start) / width;
+}

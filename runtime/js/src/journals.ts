@@ -1,0 +1,180 @@
+/**
+ * What a client keeps so that its training can go on: its session's name, checkpoints, position.
+ *
+ * A run is unfinished while its checkpoints are newer than the state that the storage has as its
+ * outcome.  This module knows names and states; it runs nothing and knows no server.
+ */
+
+import { CheckpointStore } from "./checkpoints.js";
+import type { Checkpoint, Position } from "./checkpoints.js";
+import { BundleError, UnfinishedRun, UsageError } from "./errors.js";
+import type { Executor } from "./executors.js";
+import type { Standing } from "./links.js";
+import type { StateStorage } from "./storages.js";
+import type { NdArrays } from "./tensors.js";
+
+/**
+ * The record of one client's session; made by {@link Journal.open}.
+ *
+ * `position` is where in its data a resumed run goes on, `null` for one that begins.  `isBehind`
+ * says that the last checkpoint could not be written.
+ */
+export class Journal {
+  readonly session: string;
+  position: Position | null;
+  isBehind = false;
+  readonly #store: CheckpointStore;
+  #kept: readonly number[];
+  #origin: string;
+  #start: number;
+  #state: NdArrays;
+
+  private constructor(
+    store: CheckpointStore,
+    begun: { session: string; position: Position | null; kept: readonly number[] },
+    origin: { session: string; step: number; tensors: NdArrays },
+  ) {
+    this.session = begun.session;
+    this.position = begun.position;
+    this.#kept = begun.kept;
+    this.#store = store;
+    this.#origin = origin.session;
+    this.#start = origin.step;
+    this.#state = origin.tensors;
+  }
+
+  /**
+   * Begin a session, or go on with the unfinished one; `executor` then has its state.
+   *
+   * With `resume` and nothing unfinished, training begins where the outcome stands.
+   *
+   * @throws BundleError: what is in the storage is no state of this bundle.
+   */
+  static async open(
+    executor: Executor,
+    storage: StateStorage,
+    { resume }: { resume: boolean },
+  ): Promise<Journal> {
+    const store = new CheckpointStore(storage, executor.manifest);
+    const outcome = await store.readOutcome();
+    const origin = outcome ?? { session: "", step: 0, tensors: executor.party.state, position: null };
+    const found = resume ? await findUnfinished(store, outcome) : undefined;
+    const current = found ?? origin;
+    executor.restore(current.tensors, current.step);
+    const session = found?.session ?? drawSession();
+    const kept = found ? await store.steps(session) : [];
+    const position = resume ? current.position : null;
+    return new Journal(store, { session, position, kept }, origin);
+  }
+
+  /** Say where the client stands that is at `step` now. */
+  stand(step: number): Standing {
+    return { origin: this.#origin, start: this.#start, step, kept: this.#kept };
+  }
+
+  /**
+   * Keep the state as a checkpoint.
+   *
+   * @throws NotSaved: it cannot be written; those before it stand.
+   */
+  async write(executor: Executor, position: Position | null): Promise<void> {
+    this.isBehind = true;
+    this.#kept = await this.#store.write(this.#describe(executor, position));
+    this.isBehind = false;
+  }
+
+  /**
+   * Make the state the storage's outcome; the run is finished, its checkpoints go.
+   *
+   * @throws NotSaved: it cannot be written.
+   */
+  async publish(executor: Executor, position: Position | null): Promise<void> {
+    await this.#store.publish(this.#describe(executor, position));
+    this.#origin = this.session;
+    this.#start = executor.step;
+    this.#state = executor.state();
+    await this.#store.remove(this.session);
+    this.#kept = [];
+  }
+
+  /**
+   * Take the state back to a step that was kept, and return the position there.
+   *
+   * @throws BundleError: there is no such state.
+   */
+  async goBack(executor: Executor, step: number): Promise<Position | null> {
+    if (this.#kept.includes(step)) {
+      this.#kept = await this.#store.rewind(this.session, step);
+      const { tensors, position } = await this.#store.read(this.session, step);
+      executor.restore(tensors, step);
+      return position;
+    }
+    if (step !== this.#start) {
+      throw new BundleError(`session ${this.session}`, `no state of step ${step} was kept`);
+    }
+    executor.restore(this.#state, step);
+    return null;
+  }
+
+  /**
+   * Return where in its data a run begins: at `start`, or where it was broken off.
+   *
+   * @throws UsageError: it would go on with other data, batches or seed than it began with.
+   */
+  takePosition(start: Position): Position {
+    const kept = this.position;
+    this.position = null;
+    if (!kept) return start;
+    for (const field of ["batchSize", "seed", "shuffle", "samples"] as const) {
+      if (kept[field] !== start[field]) {
+        throw new UsageError(
+          `the run was begun with ${field} ${kept[field]}, not ${start[field]}; resume it with ` +
+            "the same",
+        );
+      }
+    }
+    return kept;
+  }
+
+  /**
+   * See to it that no other run stands unfinished in the storage; `restart` deletes it.
+   *
+   * @throws UnfinishedRun: one does.
+   */
+  async beginRun({ restart }: { restart: boolean }): Promise<void> {
+    const found = await findUnfinished(this.#store, await this.#store.readOutcome());
+    if (!found || found.session === this.session) return;
+    if (!restart) throw new UnfinishedRun(found.step);
+    for (const session of await this.#store.sessions()) {
+      if (session !== this.session) await this.#store.remove(session);
+    }
+  }
+
+  #describe(executor: Executor, position: Position | null): Checkpoint {
+    const { step } = executor;
+    const tensors = executor.state();
+    return { session: this.session, step, tensors, position, written: Date.now() };
+  }
+}
+
+/** Find the newest checkpoint of the run that was written last, unless it was finished. */
+async function findUnfinished(
+  store: CheckpointStore,
+  outcome: Checkpoint | undefined,
+): Promise<Checkpoint | undefined> {
+  let newest: Checkpoint | undefined;
+  for (const session of await store.sessions()) {
+    const [step] = await store.steps(session);
+    if (step === undefined) continue; // it was finished meanwhile
+    if (session === outcome?.session && step <= outcome.step) continue;
+    const found = await store.read(session, step);
+    if (!newest || found.written > newest.written) newest = found;
+  }
+  return newest;
+}
+
+/** Draw a session's name, 32 hexadecimal digits; who knows it can train it. */
+function drawSession(): string {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

@@ -1,0 +1,375 @@
+/**
+ * A client's conversation with its server, which breaks and is taken up again.
+ *
+ * It reconnects, greets, and sends the messages of an open task once more, byte for byte, so that
+ * whoever uses it sees tensors go and come, each once.  Which step the two sides are to go on from
+ * comes out of the greeting; going back there is the client's business.
+ */
+
+import {
+  ConnectionLost,
+  LocalProtocolError,
+  NotFinite,
+  ProtocolError,
+  RemoteFault,
+  RemoteProtocolError,
+  ServerBusy,
+  SplitonnxError,
+  StaleConnection,
+  StepsLost,
+  Unauthorized,
+} from "./errors.js";
+import type { PartyManifest } from "./manifests.js";
+import { PROTOCOL, describeTask, isSameTask } from "./messages.js";
+import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "./messages.js";
+import { Protocol, listWires } from "./protocols.js";
+import type { Transport } from "./sockets.js";
+import type { NdArrays } from "./tensors.js";
+
+/** Seconds before the second attempt to reconnect; the first is made at once. */
+export const FIRST_DELAY = 0.05;
+/** Seconds between two attempts at the most. */
+export const LONGEST_DELAY = 10;
+
+/** Makes a new connection; it throws ConnectionLost where none can be had now. */
+export type Dial = () => Promise<Transport>;
+
+/** Where the client stands, as its greeting tells. */
+export interface Standing {
+  readonly origin: string;
+  readonly start: number;
+  readonly step: number;
+  readonly kept: readonly number[];
+}
+
+export interface LinkOptions {
+  readonly dial: Dial;
+  readonly manifest: PartyManifest;
+  readonly session: string;
+  /** Shown before the greeting. */
+  readonly token?: string | undefined;
+  /** Tells where the client stands whenever it greets. */
+  readonly stand: () => Standing;
+  /** Seconds without a connection after which the client gives up; never by default. */
+  readonly giveUpAfter?: number | undefined;
+  /** Whether the first connection is worth waiting for, as every later one is. */
+  readonly isPatient: boolean;
+  /** Told why, whenever the connection was lost. */
+  readonly onReconnect?: ((cause: Error) => void) | undefined;
+}
+
+interface OpenTask {
+  readonly key: TaskKey;
+  readonly sent: { message: TensorsMessage; content: Uint8Array<ArrayBuffer> }[];
+  received: number;
+}
+
+/** How long to wait from attempt to attempt: drawn from half to the whole of a doubling bound. */
+export function* listDelays(random = Math.random): Generator<number, never> {
+  yield 0;
+  for (let bound = FIRST_DELAY; ; bound = Math.min(2 * bound, LONGEST_DELAY)) {
+    yield bound * (0.5 + random() / 2);
+  }
+}
+
+/**
+ * The connection of one session; made by {@link Link.open}.
+ *
+ * `step` is where both sides went on after the last greeting: the client's own step, or an earlier
+ * one that it kept.  `reconnects` counts the connections after the first.
+ */
+export class Link {
+  step = 0;
+  reconnects = 0;
+  readonly #options: LinkOptions;
+  readonly #ended = new AbortController();
+  #generation = 0;
+  #transport: Transport | undefined;
+  #protocol: Protocol;
+  #task: OpenTask | undefined;
+  #past: readonly [number, number] = [0, 0];
+
+  private constructor(options: LinkOptions) {
+    this.#options = options;
+    this.#protocol = new Protocol(options.manifest);
+  }
+
+  /**
+   * Connect and greet.
+   *
+   * @throws ConnectionLost, ServerBusy: no server is there, or it is full.
+   * @throws BundleMismatch, Unauthorized, RemoteFault: it refuses.
+   */
+  static async open(options: LinkOptions): Promise<Link> {
+    const link = new Link(options);
+    link.step = await (options.isPatient ? link.#findServer() : link.#greet());
+    return link;
+  }
+
+  /** Bytes sent and received so far. */
+  get traffic(): readonly [sent: number, received: number] {
+    const [sent, received] = this.#past;
+    const now = this.#transport;
+    return [sent + (now?.bytesSent ?? 0), received + (now?.bytesReceived ?? 0)];
+  }
+
+  /** Begin a task: what is sent from now on is kept until {@link end}. */
+  begin(key: TaskKey): void {
+    this.#task = { key, sent: [], received: 0 };
+  }
+
+  /** Forget the open task. */
+  end(): void {
+    this.#task = undefined;
+  }
+
+  /**
+   * Send wires of the open task.
+   *
+   * @throws StepsLost: the server lost steps; both sides go on from that step.
+   * @throws ConnectionLost: none came within the time.
+   */
+  async sendWires(wires: NdArrays, seed: number, learningRate: number): Promise<void> {
+    const task = this.#requireTask();
+    const { session, phase, step, microBatch } = task.key;
+    const turn = task.sent.length;
+    const message: TensorsMessage = {
+      type: "Tensors", session, phase, step, microBatch, turn, seed, learningRate,
+    };
+    const content = this.#protocol.send(message, wires);
+    task.sent.push({ message, content });
+    try {
+      this.#put(content);
+    } catch (error) {
+      await this.#reconnect(asLost(error));
+    }
+  }
+
+  /**
+   * Wait for the next wires of the open task that did not come before.
+   *
+   * @throws StepsLost, ConnectionLost: as {@link sendWires}.
+   * @throws RemoteFault: the server reported an error of its own.
+   */
+  async receiveWires(): Promise<NdArrays> {
+    const task = this.#requireTask();
+    for (;;) {
+      const { message, tensors } = await this.#again(() => this.#receive("Tensors"));
+      if (!isSameTask(message, task.key)) {
+        throw new RemoteProtocolError(
+          `it answered ${describeTask(message)}, open is ${describeTask(task.key)}`,
+        );
+      }
+      if (message.turn > task.received) {
+        throw new RemoteProtocolError(
+          `it sent message ${message.turn} where ${task.received} was due`,
+        );
+      }
+      if (message.turn === task.received) {
+        task.received += 1;
+        return tensors;
+      }
+    }
+  }
+
+  /**
+   * Let the server write its state; return why it could not, or nothing.
+   *
+   * @throws StepsLost, ConnectionLost, RemoteFault: as {@link receiveWires}.
+   */
+  async save(step: number, { publish }: { publish: boolean }): Promise<string> {
+    const session = this.#options.session;
+    const { message } = await this.#again(() => {
+      this.#send({ type: "Save", session, step, publish });
+      return this.#receive("Saved", "Unsaved");
+    });
+    if (message.step !== step) {
+      throw new RemoteProtocolError(`it saved step ${message.step}, not ${step}`);
+    }
+    return message.type === "Unsaved" ? message.reason || "it does not say why" : "";
+  }
+
+  /** Say good-bye: the session is over.  May be called twice. */
+  close(): void {
+    this.#ended.abort();
+    if (!this.#transport) return;
+    try {
+      this.#send({ type: "Bye" });
+    } catch (error) {
+      if (!(error instanceof ProtocolError)) throw error; // the other side may be gone already
+    }
+    this.#hangUp();
+  }
+
+  #requireTask(): OpenTask {
+    if (!this.#task) throw new LocalProtocolError("no task is open");
+    return this.#task;
+  }
+
+  /** Do something, and whenever the connection breaks over it, once more on the next. */
+  async #again<T>(act: () => Promise<T>): Promise<T> {
+    for (;;) {
+      try {
+        return await act();
+      } catch (error) {
+        await this.#reconnect(asLost(error));
+      }
+    }
+  }
+
+  /** Come back to the session and send the open task's messages again. */
+  async #reconnect(cause: ConnectionLost): Promise<void> {
+    for (;;) {
+      if (this.#ended.signal.aborted) throw cause;
+      this.#options.onReconnect?.(cause);
+      this.step = await this.#findServer(cause);
+      this.reconnects += 1;
+      if (this.step !== this.#options.stand().step) throw new StepsLost(this.step);
+      try {
+        for (const { message, content } of this.#task?.sent ?? []) {
+          this.#protocol.note(message);
+          this.#put(content);
+        }
+        return;
+      } catch (error) {
+        cause = asLost(error);
+      }
+    }
+  }
+
+  /** Greet until somebody answers. */
+  async #findServer(cause?: SplitonnxError): Promise<number> {
+    const limit = this.#options.giveUpAfter ?? Infinity;
+    const begun = performance.now() / 1000;
+    for (const delay of listDelays()) {
+      const left = begun + limit - performance.now() / 1000;
+      if (cause && left <= 0) throw cause;
+      await this.#sleep(Math.min(delay, left));
+      if (this.#ended.signal.aborted) throw cause ?? new ConnectionLost("the server", "closed here");
+      try {
+        return await this.#greet();
+      } catch (error) {
+        if (!(error instanceof ConnectionLost || error instanceof ServerBusy)) throw error;
+        cause = error;
+      }
+    }
+    throw new Error("the delays have no end");
+  }
+
+  /** Wait; closing the link ends it at once. */
+  async #sleep(seconds: number): Promise<void> {
+    const { signal } = this.#ended;
+    if (!seconds || signal.aborted) return;
+    await new Promise<void>((resolve) => {
+      const wake = () => {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", wake);
+        resolve();
+      };
+      const timer = setTimeout(wake, seconds * 1000);
+      signal.addEventListener("abort", wake);
+    });
+  }
+
+  /** Connect, greet, and return the step at which both sides go on. */
+  async #greet(): Promise<number> {
+    for (;;) {
+      this.#hangUp();
+      this.#transport = await this.#options.dial();
+      if (this.#ended.signal.aborted) this.#hangUp();
+      this.#protocol = new Protocol(this.#options.manifest);
+      this.#generation += 1;
+      try {
+        const { token } = this.#options;
+        if (token !== undefined) this.#send({ type: "Login", token });
+        this.#send(this.#makeHello());
+        const { message } = await this.#receive("Welcome"); // digest and wires were compared
+        this.#checkWelcome(message);
+        return message.step;
+      } catch (error) {
+        if (!(error instanceof StaleConnection) || error.newest < this.#generation) {
+          this.#hangUp();
+          throw error;
+        }
+        this.#generation = error.newest; // an earlier run of this client had it
+      }
+    }
+  }
+
+  #makeHello(): MessageOf<"Hello"> {
+    const { manifest, session, stand } = this.#options;
+    return {
+      type: "Hello",
+      protocol: PROTOCOL,
+      digest: manifest.digest,
+      session,
+      generation: this.#generation,
+      ...stand(),
+      isOpen: !!this.#task?.sent.length,
+      wires: listWires(manifest),
+    };
+  }
+
+  #checkWelcome(welcome: MessageOf<"Welcome">): void {
+    const { step, kept, start } = this.#options.stand();
+    if (welcome.session !== this.#options.session) {
+      throw new RemoteProtocolError(`it welcomed session '${welcome.session.slice(0, 40)}'`);
+    }
+    if (![step, ...(kept.length ? kept : [start])].includes(welcome.step)) {
+      throw new RemoteProtocolError(`it would go on at step ${welcome.step}, of which none kept`);
+    }
+  }
+
+  #hangUp(): void {
+    this.#past = this.traffic;
+    const transport = this.#transport;
+    this.#transport = undefined;
+    transport?.close();
+  }
+
+  #send(message: Message): void {
+    this.#put(this.#protocol.send(message));
+  }
+
+  #put(content: Uint8Array<ArrayBuffer>): void {
+    this.#requireTransport().send(content);
+  }
+
+  #requireTransport(): Transport {
+    if (!this.#transport) throw new ConnectionLost("the server", "the connection is closed");
+    return this.#transport;
+  }
+
+  async #receive<T extends MessageType>(
+    ...expected: readonly T[]
+  ): Promise<{ message: MessageOf<T>; tensors: NdArrays }> {
+    const content = await this.#requireTransport().receive();
+    const { message, tensors } = this.#protocol.receive(content);
+    if (message.type === "Fault") throw translate(message, this.#generation);
+    if (!expected.some((type) => type === message.type)) {
+      throw new RemoteProtocolError(`it sent ${message.type} where ${expected[0]} was due`);
+    }
+    return { message: message as MessageOf<T>, tensors };
+  }
+}
+
+/** Errors other than a lost connection go on as they are. */
+function asLost(error: unknown): ConnectionLost {
+  if (error instanceof ConnectionLost) return error;
+  throw error;
+}
+
+function translate(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
+  switch (fault.code) {
+    case "StaleConnection":
+      return new StaleConnection(generation, fault.newest);
+    case "ServerBusy":
+      return new ServerBusy(fault.reason);
+    case "NotFinite":
+      return new NotFinite("loss", "at the server");
+    case "Unauthorized":
+      return new Unauthorized("the server", 1008, fault.reason);
+    default:
+      return new RemoteFault(fault.code, fault.reason);
+  }
+}

@@ -1,0 +1,125 @@
+/**
+ * The manifest: all that a runtime must know to run a bundle, and nothing about neural networks.
+ *
+ * A *phase* is what a party does for one task (`train`, `predict`, `evaluate`): a set of stages
+ * that each run as soon as their inputs are there.  Where a stage's input comes from is written
+ * beside it.  `docs/bundles.md` describes the fields; the Python side writes them.
+ */
+
+import {
+  parseJson,
+  readInteger,
+  readList,
+  readMap,
+  readNullable,
+  readNumber,
+  readOneOf,
+  readOptional,
+  readRecord,
+  readText,
+} from "./decoders.js";
+import type { Decoded, Decoder } from "./decoders.js";
+import { FormatError } from "./errors.js";
+import type { TensorSpec } from "./tensors.js";
+
+export const FORMAT = "splitonnx.bundle/1";
+
+export const TRAIN = "train";
+export const PREDICT = "predict";
+export const EVALUATE = "evaluate";
+
+/** Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it. */
+export const KEY = "splitonnx.key";
+/** Scalar input, F32[]: the step's learning rate. */
+export const LEARNING_RATE = "splitonnx.learning_rate";
+/** Scalar input, I64[]: the number of this update, counted from 1 (Adam's t). */
+export const STEP = "splitonnx.step";
+
+const readDimension: Decoder<number | string | null> = readNullable((value, path) =>
+  typeof value === "string" ? value : readInteger(value, path),
+);
+const readBounds: Decoder<readonly number[]> = (value, path) => {
+  const bounds = readList(readInteger)(value, path);
+  if (bounds.length !== 2) throw new SyntaxError(`${path} should be two integers`);
+  return bounds;
+};
+const readTensorSpec: Decoder<TensorSpec> = readRecord({
+  name: readText,
+  dtype: readText,
+  shape: readList(readDimension),
+  bounds: readOptional(readNullable(readBounds), null),
+});
+/** Reads what is declared of a tensor that travels; `kind` says why it does. */
+export const readWire = readRecord({
+  tensor: readTensorSpec,
+  sender: readText,
+  receiver: readText,
+  kind: readOneOf("activation", "gradient", "input", "output", "report", "norm"),
+});
+const readStateSpec = readRecord({
+  tensor: readTensorSpec,
+  role: readOneOf("parameter", "frozen", "buffer", "optimizer"),
+});
+const readStage = readRecord({
+  name: readText,
+  graph: readText,
+  inputs: readList(
+    readRecord({ name: readText, source: readOneOf("data", "wire", "stash", "state", "scalar") }),
+  ),
+  outputs: readList(readText),
+});
+const readPhase = readRecord({
+  name: readText,
+  stages: readOptional(readList(readStage), []),
+  data: readOptional(readList(readTensorSpec), []),
+  wires: readOptional(readList(readWire), []),
+  results: readOptional(readList(readText), []),
+  commits: readOptional(readMap(readText), new Map()),
+});
+const readManifest = readRecord({
+  format: readText,
+  party: readText,
+  digest: readText,
+  target: readText,
+  phases: readList(readPhase),
+  state: readList(readStateSpec),
+  files: readMap(readText),
+  learningRate: readNumber,
+  outputs: readOptional(readList(readTensorSpec), []),
+});
+
+export type Wire = Decoded<typeof readWire>;
+export type StateSpec = Decoded<typeof readStateSpec>;
+export type Stage = Decoded<typeof readStage>;
+/** What one party does for one task; `commits` maps a state's name to the value replacing it. */
+export type Phase = Decoded<typeof readPhase>;
+/** All that one party needs to know; `files` maps each graph file's name to its SHA-256. */
+export type PartyManifest = Decoded<typeof readManifest>;
+
+/**
+ * Read a manifest; `source` is where it comes from.
+ *
+ * @throws FormatError: not JSON, a field missing or of the wrong type, or another format version.
+ */
+export function decodeManifest(content: Uint8Array, source: string): PartyManifest {
+  let manifest: PartyManifest;
+  try {
+    manifest = readManifest(parseJson(content), "");
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new FormatError(source, `not a manifest of splitonnx: ${error.message}`);
+  }
+  if (manifest.format !== FORMAT) {
+    const reason = `its format is '${manifest.format}', this version reads ${FORMAT}`;
+    throw new FormatError(source, reason);
+  }
+  return manifest;
+}
+
+/** Return the phase of that name; an absent one is an empty phase (nothing to do). */
+export function findPhase(manifest: PartyManifest, name: string): Phase {
+  return (
+    manifest.phases.find((phase) => phase.name === name) ??
+    { name, stages: [], data: [], wires: [], results: [], commits: new Map() }
+  );
+}

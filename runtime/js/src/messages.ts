@@ -1,0 +1,155 @@
+/**
+ * What client and server say to each other, and how a message is written.
+ *
+ * A message is one safetensors message: its own fields stand as JSON in the metadata under
+ * `splitonnx`, its tensors are the message's tensors.  This module knows what can be said; when it
+ * may be said is the protocol's business.
+ */
+
+import { decodeTensors, encodeTensors } from "./codecs.js";
+import {
+  isRecord,
+  parseJson,
+  readCount,
+  readFlag,
+  readList,
+  readMap,
+  readNumber,
+  readOptional,
+  readRecord,
+  readText,
+  spell,
+} from "./decoders.js";
+import type { Decoded } from "./decoders.js";
+import { FormatError } from "./errors.js";
+import { readWire } from "./manifests.js";
+import type { Wire } from "./manifests.js";
+import type { NdArrays } from "./tensors.js";
+
+/** Version of the protocol; both sides must speak the same. */
+export const PROTOCOL = 2;
+/** Bytes.  A greeting lists every wire, some 200 bytes each. */
+export const MAX_HEADER = 1 << 20;
+
+const FIELD = "splitonnx";
+
+/** Phase name to everything that travels in the phase. */
+export type Wires = ReadonlyMap<string, readonly Wire[]>;
+
+const readWires = readMap(readList(readWire));
+
+/** Every message's fields; `docs/protocol.md` says what they mean. */
+const FIELDS = {
+  /** Client: this is my token.  For browsers, which cannot set a header. */
+  Login: readRecord({ token: readText }),
+  /** Client: I have this bundle and stand at this step of this session. */
+  Hello: readRecord({
+    protocol: readOptional(readCount, PROTOCOL),
+    digest: readText,
+    session: readText,
+    origin: readOptional(readText, ""),
+    start: readOptional(readCount, 0),
+    generation: readOptional(readCount, 1),
+    step: readCount,
+    kept: readOptional(readList(readCount), []),
+    isOpen: readOptional(readFlag, false),
+    wires: readWires,
+  }),
+  /** Server: so have I; we go on at `step`, the client's own or one that it kept. */
+  Welcome: readRecord({ session: readText, digest: readText, step: readCount, wires: readWires }),
+  /** Either: wires of a task.  `turn` counts its sender's messages of the task from 0. */
+  Tensors: readRecord({
+    session: readText,
+    phase: readText,
+    step: readCount,
+    microBatch: readCount,
+    turn: readCount,
+    seed: readCount,
+    learningRate: readNumber,
+  }),
+  /** Client: write your state at `step` to disk, durably; then I write mine. */
+  Save: readRecord({
+    session: readText,
+    step: readCount,
+    publish: readOptional(readFlag, false),
+  }),
+  /** Server: done. */
+  Saved: readRecord({ session: readText, step: readCount }),
+  /** Server: it could not be written; what was saved before stands, and training may go on. */
+  Unsaved: readRecord({ session: readText, step: readCount, reason: readText }),
+  /** Either: this went wrong here, and this connection ends.  `code` is the error's name. */
+  Fault: readRecord({ code: readText, reason: readText, newest: readOptional(readCount, 0) }),
+  /** Client: I am done. */
+  Bye: readRecord({}),
+} as const;
+
+export type MessageType = keyof typeof FIELDS;
+/** A message of a type; `type` tells which. */
+export type MessageOf<T extends MessageType> = {
+  [K in T]: { readonly type: K } & Decoded<(typeof FIELDS)[K]>;
+}[T];
+export type Message = MessageOf<MessageType>;
+export type TensorsMessage = MessageOf<"Tensors">;
+
+/** What a task is known by: one micro-batch of one step of one phase of one session. */
+export type TaskKey = Pick<TensorsMessage, "session" | "phase" | "step" | "microBatch">;
+
+/** Say whether two keys are of one task. */
+export function isSameTask(a: TaskKey, b: TaskKey): boolean {
+  return (
+    a.session === b.session &&
+    a.phase === b.phase &&
+    a.step === b.step &&
+    a.microBatch === b.microBatch
+  );
+}
+
+/** Describe a task for an error. */
+export function describeTask({ session, phase, step, microBatch }: TaskKey): string {
+  return `${phase} ${step}.${microBatch} of session ${session.slice(0, 40)}`;
+}
+
+/** Write a message and its tensors. */
+export function encodeMessage(
+  message: Message,
+  tensors: NdArrays = new Map(),
+): Uint8Array<ArrayBuffer> {
+  const fields = Object.entries(message).map(([name, value]) => [
+    spell(name),
+    value instanceof Map ? Object.fromEntries(value) : value,
+  ]);
+  return encodeTensors(tensors, { [FIELD]: JSON.stringify(Object.fromEntries(fields)) });
+}
+
+/**
+ * Read a message and its tensors, which are views of `content`.
+ *
+ * @throws FormatError: the bytes are no message.
+ */
+export function decodeMessage(content: Uint8Array): { message: Message; tensors: NdArrays } {
+  const { tensors, metadata } = decodeTensors(content, MAX_HEADER);
+  const text = metadata.get(FIELD);
+  if (text === undefined || metadata.size !== 1) {
+    throw new FormatError("not a message", `its metadata hold ${[...metadata.keys()]}`);
+  }
+  const message = decodeFields(text);
+  if (tensors.size && message.type !== "Tensors") {
+    throw new FormatError("not a message", `a ${message.type} carries no tensors`);
+  }
+  return { message, tensors };
+}
+
+function decodeFields(text: string): Message {
+  try {
+    const value = parseJson(text);
+    const type = isRecord(value) ? value.type : undefined;
+    if (typeof type !== "string" || !Object.hasOwn(FIELDS, type)) {
+      throw new SyntaxError(`its type is ${JSON.stringify(type)}`);
+    }
+    const fields = FIELDS[type as MessageType](value, "");
+    return { type, ...fields } as Message; // the table gave the fields of this type
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new FormatError("not a message", error.message);
+  }
+}

@@ -1,0 +1,174 @@
+/**
+ * Tensors as plain values, what is declared of them, and checking the ones against the others.
+ *
+ * Element types carry the names of the safetensors format (`F32`, `I64`, ...).  A dimension is a
+ * number, a symbol that must have one value throughout a task (`"N"`), or `null` where nothing is
+ * known beforehand.  This module knows nothing of ONNX Runtime.
+ */
+
+import { ArrayMismatch, ValueOutOfRange } from "./errors.js";
+
+/** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
+export type Elements =
+  | Uint8Array
+  | Int8Array
+  | Uint16Array
+  | Int16Array
+  | Uint32Array
+  | Int32Array
+  | Float32Array
+  | BigUint64Array
+  | BigInt64Array
+  | Float64Array;
+
+interface ElementsConstructor {
+  readonly BYTES_PER_ELEMENT: number;
+  new (length: number): Elements;
+  new (buffer: ArrayBufferLike, offset: number, length: number): Elements;
+}
+
+/** Element types that may travel or be stored, by their safetensors name; little-endian. */
+export const DTYPES = {
+  BOOL: Uint8Array,
+  U8: Uint8Array,
+  I8: Int8Array,
+  U16: Uint16Array,
+  I16: Int16Array,
+  F16: Uint16Array,
+  U32: Uint32Array,
+  I32: Int32Array,
+  F32: Float32Array,
+  U64: BigUint64Array,
+  I64: BigInt64Array,
+  F64: Float64Array,
+} as const satisfies Record<string, ElementsConstructor>;
+
+export type Dtype = keyof typeof DTYPES;
+
+/** A tensor as a value; `data` holds it row by row, and is not written to by this package. */
+export interface NdArray {
+  readonly dtype: Dtype;
+  readonly shape: readonly number[];
+  readonly data: Elements;
+}
+
+/** Arrays by name; a Map, since the names may come from others and be anything. */
+export type NdArrays = ReadonlyMap<string, NdArray>;
+
+/** A tensor as declared; `bounds` is a half-open range for an integer tensor's values. */
+export interface TensorSpec {
+  readonly name: string;
+  readonly dtype: string;
+  readonly shape: readonly (number | string | null)[];
+  readonly bounds: readonly number[] | null;
+}
+
+/** Say whether text names an element type. */
+export function isDtype(name: string): name is Dtype {
+  return Object.hasOwn(DTYPES, name);
+}
+
+/** Count elements. */
+export function countElements(shape: readonly number[]): number {
+  return shape.reduce((product, dim) => product * dim, 1);
+}
+
+/** Make a tensor of zeros. */
+export function makeZeros(dtype: Dtype, shape: readonly number[]): NdArray {
+  const kind: ElementsConstructor = DTYPES[dtype];
+  return { dtype, shape, data: new kind(countElements(shape)) };
+}
+
+/** View bytes as a tensor's elements; they are copied only where they are not aligned. */
+export function viewElements(bytes: Uint8Array, dtype: Dtype): Elements {
+  const kind: ElementsConstructor = DTYPES[dtype];
+  const aligned = bytes.byteOffset % kind.BYTES_PER_ELEMENT ? bytes.slice() : bytes;
+  const length = bytes.byteLength / kind.BYTES_PER_ELEMENT;
+  return new kind(aligned.buffer, aligned.byteOffset, length);
+}
+
+/** View a tensor's elements as bytes. */
+export function viewBytes(data: Elements): Uint8Array {
+  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
+/** Describe a tensor or a declaration: `F32[32, 1, 8, 8]`. */
+export function describe(tensor: { dtype: string; shape: TensorSpec["shape"] }): string {
+  return `${tensor.dtype}[${tensor.shape.map((dim) => dim ?? "?").join(", ")}]`;
+}
+
+/** Take rows along the first dimension, in the order given. */
+export function takeRows(array: NdArray, rows: ArrayLike<number>): NdArray {
+  const width = countElements(array.shape.slice(1));
+  const kind: ElementsConstructor = DTYPES[array.dtype];
+  const data = new kind(rows.length * width);
+  const [from, to] = [viewBytes(array.data), viewBytes(data)];
+  const size = width * kind.BYTES_PER_ELEMENT;
+  for (let index = 0; index < rows.length; index++) {
+    const row = rows[index]! * size;
+    to.set(from.subarray(row, row + size), index * size);
+  }
+  return { dtype: array.dtype, shape: [rows.length, ...array.shape.slice(1)], data };
+}
+
+/** Join tensors along their first dimension. */
+export function concatenate(parts: readonly NdArray[]): NdArray {
+  const first = parts[0]!;
+  const rows = parts.reduce((sum, part) => sum + (part.shape[0] ?? 1), 0);
+  const shape = [rows, ...first.shape.slice(1)];
+  const kind: ElementsConstructor = DTYPES[first.dtype];
+  const data = new kind(parts.reduce((sum, part) => sum + part.data.length, 0));
+  const bytes = viewBytes(data);
+  let end = 0;
+  for (const part of parts) {
+    bytes.set(viewBytes(part.data), end);
+    end += part.data.byteLength;
+  }
+  return { dtype: first.dtype, shape, data };
+}
+
+/**
+ * Raise unless `array` has the element type, shape and value range that `spec` declares.
+ *
+ * `symbols` binds the symbolic dimensions seen so far in this task and is extended; a symbol that
+ * takes a second value is a mismatch.
+ *
+ * @throws ArrayMismatch: element type or shape differ.
+ * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
+ */
+export function checkArray(array: NdArray, spec: TensorSpec, symbols: Map<string, number>): void {
+  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, symbols)) {
+    const known = [...symbols].filter(([symbol]) => spec.shape.includes(symbol));
+    const bound = known.map(([symbol, size]) => `${symbol} = ${size}`).join(", ");
+    const expected = describe(spec) + (bound ? ` where ${bound}` : "");
+    throw new ArrayMismatch(spec.name, expected, describe(array));
+  }
+  if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds[0]!, spec.bounds[1]!);
+}
+
+function checkBounds(array: NdArray, name: string, lower: number, upper: number): void {
+  for (const value of array.data) {
+    // Numbers and big integers compare with each other exactly.
+    if (value < lower || value >= upper) throw new ValueOutOfRange(name, value, lower, upper);
+  }
+}
+
+function fitsShape(
+  shape: readonly number[],
+  declared: TensorSpec["shape"],
+  symbols: Map<string, number>,
+): boolean {
+  if (shape.length !== declared.length) return false;
+  const bound = new Map(symbols);
+  for (const [axis, dim] of declared.entries()) {
+    const size = shape[axis]!;
+    if (typeof dim === "string") {
+      if ((bound.get(dim) ?? size) !== size) return false;
+      bound.set(dim, size);
+    } else if (dim !== null && dim !== size) {
+      return false;
+    }
+  }
+  for (const [symbol, size] of bound) symbols.set(symbol, size);
+  return true;
+}

@@ -1,0 +1,38 @@
+"""Write the test vectors anew: ``python -m tests.vectors``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from splitonnx.codecs import encode_tensors
+from tests import tiny
+from tests.vectors import builders
+
+HERE = Path(__file__).parent
+
+
+def write(folder: Path) -> None:
+    """Write every file into ``folder``; what stands there is replaced."""
+    for name, value in (
+        ("messages", builders.build_messages()),
+        ("refusals", builders.build_refusals()),
+        ("replies", builders.build_replies()),
+        ("shuffles", builders.build_shuffles()),
+    ):
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    tiny.split_bundle().save(folder / "whole", overwrite=True)
+    shutil.rmtree(folder / "tiny", ignore_errors=True)
+    (folder / "whole" / "client").rename(folder / "tiny")
+    shutil.rmtree(folder / "whole")
+    bundle = builders.build_bundle()
+    bundle.save(folder / "dropout", overwrite=True)
+    stages = encode_tensors(builders.record_stages(bundle))
+    (folder / "stages.safetensors").write_bytes(b"".join(stages))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
