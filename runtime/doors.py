@@ -8,18 +8,25 @@ module knows neither TLS nor websockets.  Also here: what must hold before a doo
 from __future__ import annotations
 
 import errno
+import gc
 import ipaddress
 import logging
 import os
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 
 from splitonnx.errors import PortInUse, UsageError
 
 BACKLOG = 128
 """Connections that the operating system keeps waiting, and the most that are let in at a time."""
+
+GRACE_SECONDS = 1.0
+"""Seconds that a connection has for its handshake, however many others come."""
+SWEEP = 64
+"""Connections that are ended early between two searches for their memory."""
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
@@ -29,21 +36,39 @@ _logger = logging.getLogger("splitonnx.doors")
 class Entrance:
     """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
 
-    ``capacity`` is how many may; with one more the oldest is shut down, and ``on_full`` is called.
+    ``capacity`` is how many may.  With one more the oldest is shut down if it has had
+    ``GRACE_SECONDS``, and else the newest: so a crowd can neither keep others out for long nor
+    make the server begin more than it can end.  ``on_full`` is called for each of them.
     """
 
     def __init__(self, capacity: int, on_full: Callable[[], object]) -> None:
         self._capacity = capacity
         self._on_full = on_full
         self._waiting: dict[int, _Guest] = {}
+        self._dropped = 0
 
-    def let_in(self, guest: _Guest) -> None:
-        """Count a socket that was just accepted."""
-        while len(self._waiting) >= self._capacity:
-            oldest = self._waiting.pop(next(iter(self._waiting)))
-            oldest.turn_away()
+    def let_in(self, guest: _Guest) -> bool:
+        """Count a socket that was just accepted, if there is room."""
+        if len(self._waiting) >= self._capacity:
             self._on_full()
+            oldest = next(iter(self._waiting.values()))
+            if time.monotonic() - oldest.came < GRACE_SECONDS:
+                return False
+            del self._waiting[oldest.fileno()]
+            oldest.turn_away()
+            self.sweep()
         self._waiting[guest.fileno()] = guest
+        return True
+
+    def sweep(self) -> None:
+        """Give back the memory of connections that were ended early, every ``SWEEP`` of them.
+
+        What asyncio keeps for one is a cycle of few objects and 256 KiB, and the collector, which
+        counts objects, would let hundreds of them pile up.
+        """
+        self._dropped += 1
+        if self._dropped % SWEEP == 0:
+            gc.collect()
 
     def seat(self, number: int) -> None:
         """Count a socket, known by its file number, no longer: others look after it now."""
@@ -59,6 +84,7 @@ class _Guest(socket.socket):
     """An accepted socket, which tells the entrance when it is closed."""
 
     entrance: Entrance | None = None
+    came = 0.0
 
     def turn_away(self) -> None:
         """Let the event loop find the connection at its end; only the loop may close it."""
@@ -80,12 +106,16 @@ class Door(socket.socket):
     entrance: Entrance
 
     def accept(self) -> tuple[socket.socket, object]:
-        """Accept a connection, and count it."""
-        accepted, address = super().accept()
-        guest = _Guest(fileno=accepted.detach())
-        guest.entrance = self.entrance
-        self.entrance.let_in(guest)
-        return guest, address
+        """Accept a connection for which there is room."""
+        for _ in range(BACKLOG):
+            accepted, address = super().accept()
+            guest = _Guest(fileno=accepted.detach())
+            guest.came = time.monotonic()
+            if self.entrance.let_in(guest):
+                guest.entrance = self.entrance
+                return guest, address
+            guest.close()
+        raise BlockingIOError  # the event loop has other things to do
 
 
 def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:

@@ -60,7 +60,7 @@ class Hall:
         # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
         # one after the other reach the hall some turns of the event loop later.
         self.entrance = Entrance(
-            limits.strangers + (BACKLOG if has_tls else 4 * BACKLOG),
+            limits.strangers if has_tls else limits.strangers + 4 * BACKLOG,
             partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
         )
         self.on_refusal = on_refusal
@@ -76,6 +76,7 @@ class Hall:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.refuse(Refusal.TOO_MANY_STRANGERS, CloseCode.TRY_AGAIN_LATER, "too many wait")
+            self.entrance.sweep()
         self._strangers[guest] = None
 
     def admit(self, guest: Guest, owner: str) -> bool:
@@ -290,8 +291,11 @@ class Guest(ServerConnection):
             elif refusal is Refusal.TLS:
                 status = HTTPStatus.BAD_REQUEST
             self.transport.write(_respond(status, reason).serialize())
-        self.transport.close()
-        self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+        if self.owner is None:
+            self.transport.abort()  # what was written has gone out; no farewell is waited for
+        else:
+            self.transport.close()
+            self._start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def _listen(self) -> None:
         """Hang up on who has gone without a word.

@@ -5,16 +5,19 @@ from __future__ import annotations
 import datetime
 import ssl
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import trustme
 
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
+from splitonnx.runtime import doors
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.certificates import make_client_tls, make_server_tls
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.refusals import Refusal
 from splitonnx.runtime.sockets import connect
 from tests.echoes import Echo, dial, know_sesame, read_to_end
 
@@ -117,16 +120,23 @@ def test_an_unfinished_tls_handshake_has_little_time(files: Files) -> None:
         assert read_to_end(connection) == b""
 
 
-def test_of_too_many_unfinished_tls_handshakes_the_oldest_go(files: Files) -> None:
+def test_of_too_many_unfinished_tls_handshakes_the_oldest_go_once_they_had_some_time(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors, "GRACE_SECONDS", 0.2)
     tls = make_server_tls(*files.server)
-    with Echo(tls=tls, limits=Limits(strangers=1)) as echo:
-        crowd = [dial(echo.port) for _ in range(150)]
-        opened = [each.__enter__() for each in crowd]
-        trusting = Access(tls=make_client_tls(authority=files.authority))
-        assert greet(echo, trusting) == b"hello"
-        assert read_to_end(opened[0]) == b""
-        for each in crowd:
-            each.__exit__(None, None, None)
+    trusting = Access(tls=make_client_tls(authority=files.authority))
+    with Echo(tls=tls, limits=Limits(strangers=2)) as echo, ExitStack() as crowd:
+        first = crowd.enter_context(dial(echo.port))
+        first.sendall(b"\x16")
+        newest = [crowd.enter_context(dial(echo.port)) for _ in range(20)][-1]
+        assert read_to_end(newest) == b""
+        for _ in range(1000):  # as a client does, which is told of a lost connection
+            with suppress(ConnectionLost):
+                assert greet(echo, trusting) == b"hello"
+                break
+        assert read_to_end(first) == b""
+        echo.expect(Refusal.TOO_MANY_STRANGERS)
 
 
 def test_files_that_are_no_certificates_are_told(files: Files, tmp_path: Path) -> None:
