@@ -43,7 +43,7 @@ class Half:
         self.place: Position | None = None
         self._link = link
         self._seed = seed
-        self._closed = False
+        self._closed = self._is_half_published = False
         self._others = itertools.count()  # numbers the tasks that are no training step
 
     @property
@@ -109,13 +109,19 @@ class Half:
         """
         if self._link is not None:
             self._require_open()
+            self._is_half_published = True
             self._save_remotely(publish=True)
         self.journal.publish(self.executor, self.place)
+        self._is_half_published = False
 
     def close(self) -> None:
-        """Say good-bye to the server; may be called twice."""
+        """Say good-bye to the server; may be called twice.
+
+        Where the server published its state and this side did not, it only hangs up: the server
+        would forget the checkpoints that a resumed run begins from.
+        """
         if not self._closed and self._link is not None:
-            self._link.close()
+            self._link.close(for_good=not self._is_half_published)
         self._closed = True
 
     def _require_open(self) -> None:

@@ -236,12 +236,15 @@ class Link:
                 raise RemoteProtocolError(f"it saved step {answer.step}, not {step}")
             return answer.reason if isinstance(answer, Unsaved) else ""
 
-    def close(self) -> None:
-        """Say good-bye: the session is over.  May be called twice."""
-        if self._transport is not None:
+    def close(self, *, for_good: bool = True) -> None:
+        """Say good-bye: the session is over.  May be called twice.
+
+        Without ``for_good`` only the connection is, and the server keeps the session.
+        """
+        if self._transport is not None and for_good:
             with suppress(ProtocolError):  # the other side may be gone already
                 self._send(Bye())
-            self._hang_up()
+        self._hang_up()
 
     def _require_task(self) -> _OpenTask:
         if self._task is None:

@@ -3,7 +3,8 @@
     unshare --map-root-user --mount python -m tests.full_disk_trainings FOLDER
 
 Both parts lie on a file system of 1 MiB, which is full from the third step to the fifth, so that
-the checkpoint after the fourth cannot be written.  What happened is printed as JSON.
+the checkpoint after the fourth cannot be written; or the client's alone does, and the disk fills up
+before the end.  What happened is printed as JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import Literal
 import msgspec
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import NotSaved
-from splitonnx.runtime.checkpoints import list_sessions
+from splitonnx.errors import BundleError, NotSaved
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.histories import StepRecord
 from splitonnx.runtime.servers import Server
@@ -35,22 +35,25 @@ class Course(msgspec.Struct, kw_only=True):
     is_equal: bool
 
 
-def _train(folder: Path, filler: Path | None, when_unsaved: Literal["stop", "continue"]) -> Course:
-    """Train, resuming what was broken off; fill the disk with ``filler`` for a while, if it is."""
+def _train(
+    folder: Path,
+    server: Server,
+    filler: Path,
+    full: tuple[int, int] | None = None,
+    when_unsaved: Literal["stop", "continue"] = "stop",
+) -> Course:
+    """Train, resuming what was broken off; fill the disk from one step to another, if it is so."""
     made: list[int] = []
 
     def note(record: StepRecord) -> None:
         made.append(record.step)
-        if filler is not None and record.step == 3:
+        if full is not None and record.step == full[0]:
             fill(filler, left=0)
-        if filler is not None and record.step == 5:
+        if full is not None and record.step == full[1]:
             filler.unlink()
 
     error = ""
-    with (
-        Server(folder / "server", port=0, threads=1, resume=True) as server,
-        Client(folder / "client", server.url, threads=1, resume=True) as client,
-    ):
+    with Client(folder / "client", server.url, threads=1, resume=True) as client:
         try:
             client.fit(
                 tiny.batch(0, BATCH * STEPS),
@@ -60,33 +63,52 @@ def _train(folder: Path, filler: Path | None, when_unsaved: Literal["stop", "con
                 on_step=note,
             )
             client.save()
-        except NotSaved as failed:
+        except (NotSaved, BundleError) as failed:
             error = str(failed)
     return Course(error=error, steps_made=len(made), is_equal=False)
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def _serve(folder: Path) -> Server:
+    return Server(folder / "server", port=0, threads=1, resume=True)
+
+
+def _read(client: Path, server: Path) -> dict[str, bytes]:
     return {
-        f"{name}/{tensor}": array.tobytes()
-        for name in ("client", "server")
-        for tensor, array in PartyBundle.load(folder / name).state().items()
+        f"{part.name}/{tensor}": array.tobytes()
+        for part in (client / "client", server / "server")
+        for tensor, array in PartyBundle.load(part).state().items()
     }
 
 
 def run(disk: Path, elsewhere: Path) -> dict[str, Course]:
-    tiny.split_bundle().save(elsewhere)
-    _train(elsewhere, None, "stop")
-    expected = _read(elsewhere)
-    filler, courses = disk / "filler", {}
-    for name in ("stop", "continue"):
-        tiny.split_bundle().save(disk / name)
-    courses["stop"] = _train(disk / "stop", filler, "stop")
-    assert list_sessions(disk / "stop" / "client")
+    filler = disk / "filler"
+    calm, other, stop, going_on, end = places = [
+        *(elsewhere / name for name in ("calm", "other")),
+        *(disk / name for name in ("stop", "continue", "end")),
+    ]
+    for place in places:
+        tiny.split_bundle().save(place)
+    courses = {}
+    with _serve(calm) as server:
+        courses["calm"] = _train(calm, server, filler)
+    with _serve(stop) as server:
+        courses["stop"] = _train(stop, server, filler, full=(3, 5))
     filler.unlink()
-    courses["resumed"] = _train(disk / "stop", None, "stop")
-    courses["continue"] = _train(disk / "continue", filler, "continue")
-    courses["resumed"].is_equal = _read(disk / "stop") == expected
-    courses["continue"].is_equal = _read(disk / "continue") == expected
+    with _serve(stop) as server:
+        courses["stop, resumed"] = _train(stop, server, filler)
+    with _serve(going_on) as server:
+        courses["continue"] = _train(going_on, server, filler, (3, 5), "continue")
+    with _serve(other) as server:  # its disk has room, and it lasts
+        courses["end"] = _train(end, server, filler, (5, 0), "continue")
+        filler.unlink()
+        courses["end, resumed"] = _train(end, server, filler)
+    expected = _read(calm, calm)
+    for name, client, party in (
+        ("stop, resumed", stop, stop),
+        ("continue", going_on, going_on),
+        ("end, resumed", end, other),
+    ):
+        courses[name].is_equal = _read(client, party) == expected
     return courses
 
 

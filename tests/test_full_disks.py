@@ -82,8 +82,10 @@ def test_on_a_full_disk_training_stops_or_goes_on_and_ends_with_the_same_weights
         "stands, but training since then is not saved"
     )
     assert courses["stop"].steps_made == 4
-    assert courses["resumed"] == Course(error="", steps_made=4, is_equal=True)  # from the second
+    assert courses["stop, resumed"] == Course(error="", steps_made=4, is_equal=True)
     assert courses["continue"] == Course(error="", steps_made=6, is_equal=True)
+    assert "No space left on device" in courses["end"].error
+    assert courses["end, resumed"] == Course(error="", steps_made=2, is_equal=True)
 
 
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])
