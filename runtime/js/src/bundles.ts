@@ -10,8 +10,8 @@ import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from ".
 import { hashBytes } from "./hashes.js";
 import { decodeManifest } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
-import { DTYPES, checkArray, countElements, isDtype, makeZeros } from "./tensors.js";
-import type { NdArrays } from "./tensors.js";
+import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
+import type { Dtype, NdArrays } from "./tensors.js";
 
 export const MANIFEST = "manifest.json";
 export const WEIGHTS = "weights.safetensors";
@@ -67,7 +67,9 @@ export async function loadBundle(source: BundleSource, token?: string): Promise<
   const { tensors } = decodeState(WEIGHTS, await read(WEIGHTS, limit), initial);
   const state = manifest.state.map(({ tensor }) => {
     const weight = tensors.get(tensor.name);
-    return [tensor.name, weight ?? makeZeros(asDtype(tensor.dtype), asShape(tensor.shape))] as const;
+    // The manifest's reader saw to it that these are an element type and numbers.
+    const zeros = () => makeZeros(tensor.dtype as Dtype, tensor.shape as readonly number[]);
+    return [tensor.name, weight ?? zeros()] as const;
   });
   return { manifest, graphs, state: new Map(state) };
 }
@@ -117,21 +119,8 @@ async function readGraphs(
 }
 
 function measure({ tensor }: StateSpec): number {
-  const width = DTYPES[asDtype(tensor.dtype)].BYTES_PER_ELEMENT;
-  return countElements(asShape(tensor.shape)) * width;
-}
-
-function asDtype(name: string): keyof typeof DTYPES {
-  if (!isDtype(name)) throw new FormatError(MANIFEST, `the element type '${name}' is not known`);
-  return name;
-}
-
-function asShape(shape: readonly unknown[]): readonly number[] {
-  const sizes = shape.filter((dim): dim is number => Number.isSafeInteger(dim) && Number(dim) >= 0);
-  if (sizes.length !== shape.length) {
-    throw new FormatError(MANIFEST, `a state's shape is [${shape}], which is not fully known`);
-  }
-  return sizes;
+  const { BYTES_PER_ELEMENT } = DTYPES[tensor.dtype as Dtype];
+  return countElements(tensor.shape as readonly number[]) * BYTES_PER_ELEMENT;
 }
 
 function makeReader(source: BundleSource, token?: string): ReadFile {

@@ -81,6 +81,8 @@ export interface FitOptions {
   readonly checkpointEvery?: number | undefined;
   /** Whether training stops, as it does by default, where one cannot be written. */
   readonly whenUnsaved?: WhenUnsaved | undefined;
+  /** Save when all is trained, and train on where the server was lost before; not by default. */
+  readonly save?: boolean | undefined;
   /** Give up a run that was broken off. */
   readonly restart?: boolean | undefined;
   /** Ends the training after the step that runs. */
@@ -163,6 +165,11 @@ export class SplitClient {
   /** The name of this client's session, the same at the server. */
   get session(): string {
     return this.#half.journal.session;
+  }
+
+  /** The steps of this run that can be gone back to, newest first. */
+  get checkpoints(): readonly number[] {
+    return this.#half.journal.stand(this.steps).kept;
   }
 
   /** Connections made after the first. */
@@ -279,6 +286,8 @@ export class SplitClient {
    * Keep the state as the training's outcome, the server its own first and then this part here.
    *
    * @throws NotSaved: one of them could not.
+   * @throws StepsLost: the server was lost, and steps with it, and both sides went back; {@link fit}
+   *   with `save` makes them again.
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async save(): Promise<void> {
@@ -310,9 +319,14 @@ export class SplitClient {
     const history = new History();
     const first = this.steps;
     let place = start;
-    while (place.epoch < plan.epochs && !plan.signal?.aborted) {
+    for (;;) {
       try {
-        place = await this.#trainEpoch(plan, place, history);
+        while (place.epoch < plan.epochs && !plan.signal?.aborted) {
+          place = await this.#trainEpoch(plan, place, history);
+        }
+        this.#half.place = place;
+        if (plan.save) await this.#half.publish();
+        return history;
       } catch (error) {
         const kept = this.#half.place;
         if (!(error instanceof StepsLost)) throw error;
@@ -321,8 +335,6 @@ export class SplitClient {
         history.forget(error.step, place.epoch);
       }
     }
-    this.#half.place = place;
-    return history;
   }
 
   /** Train from a place to the end of its epoch and evaluate; return the next place. */
@@ -332,8 +344,8 @@ export class SplitClient {
     let [number, skipped] = [0, place.batch];
     for await (const batch of plan.training.batches({ ...place, dropLast })) {
       if (number++ < skipped) continue;
-      const record = await this.#recordStep(plan, batch, place.epoch);
       place = { ...place, batch: place.batch + 1 };
+      const record = await this.#recordStep(plan, batch, place);
       history.steps.push(record);
       await plan.onStep?.(record);
       if (plan.checkpointEvery && record.step % plan.checkpointEvery === 0) {
@@ -345,7 +357,7 @@ export class SplitClient {
     return { ...place, epoch: place.epoch + 1, batch: 0 };
   }
 
-  async #recordStep(plan: FitPlan, batch: NdArrays, epoch: number): Promise<StepRecord> {
+  async #recordStep(plan: FitPlan, batch: NdArrays, place: Position): Promise<StepRecord> {
     const [up, down] = this.#half.traffic;
     const begun = performance.now();
     const results = await this.#train(batch, plan.learningRate);
@@ -356,7 +368,8 @@ export class SplitClient {
     const { [LOSS]: loss = NaN, ...metrics } = Object.fromEntries(numbers);
     return {
       step: this.steps,
-      epoch,
+      epoch: place.epoch,
+      batch: place.batch,
       loss,
       metrics,
       samples: countSamples(batch, this.#phase(TRAIN).data),

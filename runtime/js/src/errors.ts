@@ -230,6 +230,20 @@ export class ConnectionLost extends ProtocolError {
   }
 }
 
+/** A message is over its receiver's limit: sending it again does not help. */
+export class MessageTooLarge extends ProtocolError {
+  override name = "MessageTooLarge";
+  constructor(readonly peer: string, readonly isOutgoing: boolean, readonly reason: string) {
+    super(
+      isOutgoing
+        ? `${peer} takes no message as large as this side's (${flatten(reason)}); make the batch ` +
+            "smaller, or serve with a larger --max-message-bytes"
+        : `${peer} sent a message larger than this side takes (${flatten(reason)}); make the ` +
+            "batch smaller",
+    );
+  }
+}
+
 /** The server does not let this side in: trying again does not help. */
 export class Unauthorized extends ProtocolError {
   override name = "Unauthorized";

@@ -17,6 +17,8 @@ import * as schemas from "./schemas.js";
 export const MAX_FIELDS = 1 << 24;
 /** Nodes and bodies of a graph. */
 export const MAX_NODES = 1 << 20;
+/** Names that a graph gives to values. */
+export const MAX_NAMES = 1 << 21;
 /** Of bodies of If, Loop and Scan inside one another. */
 export const MAX_DEPTH = 32;
 /** Of sequences and optionals inside one another. */
@@ -32,11 +34,6 @@ export const MAX_NAME = 1 << 14;
 /** Bytes of a comment, or of one text in an attribute or tensor. */
 export const MAX_TEXT = 1 << 20;
 
-// What ONNX Runtime, or the inference that it calls, does not survive.
-const WINDOWS = ["dilations", "kernel_shape", "strides"];
-const AXES = ["axes", "axis", "batch_axis", "time_axis"];
-const KINDS = ["dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"];
-const EQUATION = /^(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?$/;
 const FLATBUFFER = "ORTM"; // stands at byte 4 of ONNX Runtime's own format
 
 /**
@@ -65,6 +62,7 @@ class Gate {
   readonly #pending: (readonly [Place, number])[] = []; // bodies, and how deep they lie
   #subject = "the graph";
   #count = 0; // nodes and bodies so far
+  #given = 0; // names
 
   constructor(stage: string, content: Uint8Array) {
     this.#stage = stage;
@@ -112,26 +110,38 @@ class Gate {
   }
 
   #checkGraph(place: Place, depth: number): void {
+    const [results, tensors] = [new Set<string>(), new Set<string>()];
+    const values = new Map(["input", "output", "value"].map((kind) => [kind, new Set<string>()]));
     for (const found of this.#reader.read(place, schemas.GRAPH)) {
       this.#subject = "the graph";
-      if (found.name === "node") this.#checkNode(found.place, depth);
-      else if (found.name === "initializer") this.#checkTensor(found.place);
-      else if (found.name === "value") this.#checkValue(found.place);
+      const declared = values.get(found.name);
+      if (found.name === "node") this.#checkNode(found.place, depth, results);
+      else if (found.name === "initializer") this.#give(this.#checkTensor(found.place), tensors);
+      else if (declared) this.#give(this.#checkValue(found.place), declared);
       else this.#checkOther(found);
     }
+  }
+
+  /** Note a name that may be given once; a graph with an output twice ends a process. */
+  #give(name: string, given: Set<string>): void {
+    if (given.has(name)) this.refuse(`the name '${name}' is given twice`);
+    if (!name) return; // an optional result that is left out has none
+    given.add(name);
+    if (++this.#given > MAX_NAMES) this.refuse(`the graph gives more than ${MAX_NAMES} names`);
   }
 
   #countUp(): void {
     if (++this.#count > MAX_NODES) this.refuse(`the graph has more than ${MAX_NODES} nodes`);
   }
 
-  #checkNode(place: Place, depth: number): void {
+  #checkNode(place: Place, depth: number, results: Set<string>): void {
     this.#countUp();
     this.#subject = `node number ${this.#count}`;
     let [operator, domain] = ["", ""];
     const attributes: Place[] = [];
     for (const found of this.#reader.read(place, schemas.NODE)) {
       if (found.name === "argument") this.#readName(found.place);
+      else if (found.name === "result") this.#give(this.#readName(found.place), results);
       else if (found.name === "name") this.#subject = `node '${this.#readName(found.place)}'`;
       else if (found.name === "operator") operator = this.#readName(found.place);
       else if (found.name === "domain") domain = this.#readName(found.place);
@@ -182,25 +192,27 @@ class Gate {
     this.#checkText(place);
     if (operator !== "Einsum") return;
     const text = String.fromCharCode(...this.#reader.content.subarray(...place).slice(0, 4096));
-    if (place[1] - place[0] > 4096 || !EQUATION.test(text)) {
+    if (place[1] - place[0] > 4096 || !operators.EQUATION.test(text)) {
       this.refuse("it has no equation of letters");
     }
   }
 
   #checkIntegers(label: string, found: Found): void {
     for (const value of this.#listNumbers(found)) {
-      if (WINDOWS.includes(label) && value < 1) this.refuse(`it has ${label} below 1`);
-      if (AXES.includes(label) && Math.abs(value) > MAX_RANK) {
+      if (operators.WINDOWS.includes(label) && value < 1) this.refuse(`it has ${label} below 1`);
+      if (operators.AXES.includes(label) && Math.abs(value) > MAX_RANK) {
         this.refuse(`its ${label} names a dimension that no tensor has`);
       }
-      if (KINDS.includes(label) && value && !schemas.TYPES.has(value)) {
+      if (operators.KINDS.includes(label) && value && !schemas.TYPES.has(value)) {
         this.refuse(`its ${label} names an unknown element type`);
       }
       if (label === "batch_dims" && value < 0) this.refuse(`it has ${value} batch dimensions`);
     }
   }
 
-  #checkTensor(place: Place): void {
+  /** Check a tensor and return its name. */
+  #checkTensor(place: Place): string {
+    let label = "";
     const dims: number[] = [];
     let [dtype, outside] = [0, false];
     let raw: number | undefined;
@@ -209,8 +221,10 @@ class Gate {
       if (found.name === "dims") this.#extend(dims, found);
       else if (found.name === "dtype") dtype = found.value!;
       else if (found.name === "raw_data") raw = found.place[1] - found.place[0];
-      else if (found.name === "name") this.#subject = `tensor '${this.#readName(found.place)}'`;
-      else if (found.name === "location") outside ||= found.value !== 0;
+      else if (found.name === "name") {
+        label = this.#readName(found.place);
+        this.#subject = `tensor '${label}'`;
+      } else if (found.name === "location") outside ||= found.value !== 0;
       else if (found.name === "external_data") outside = true;
       else if (found.name.endsWith("_data")) {
         counts.set(found.name, (counts.get(found.name) ?? 0) + this.#countValues(found));
@@ -218,6 +232,7 @@ class Gate {
     }
     if (outside) this.refuse("its data lie outside the graph");
     this.#checkSize(dims, dtype, raw, counts);
+    return label;
   }
 
   #countValues(found: Found): number {
@@ -261,12 +276,17 @@ class Gate {
     }
   }
 
-  #checkValue(place: Place): void {
+  /** Check what is declared of a value, and return its name. */
+  #checkValue(place: Place): string {
+    let label = "";
     for (const found of this.#reader.read(place, schemas.VALUE)) {
-      if (found.name === "name") this.#subject = `value '${this.#readName(found.place)}'`;
-      else if (found.name === "type") this.#readType(found.place, 0);
+      if (found.name === "name") {
+        label = this.#readName(found.place);
+        this.#subject = `value '${label}'`;
+      } else if (found.name === "type") this.#readType(found.place, 0);
       else this.#checkOther(found);
     }
+    return label;
   }
 
   #readType(place: Place, depth: number): void {

@@ -6,6 +6,8 @@ export interface StepRecord {
   readonly step: number;
   /** Times through the data of this fit, from 0. */
   readonly epoch: number;
+  /** Batches of the epoch, this one included. */
+  readonly batch: number;
   /** The batch's mean, before the update. */
   readonly loss: number;
   /** What else the phase reports. */

@@ -103,8 +103,8 @@ export class Journal {
    * @throws BundleError: there is no such state.
    */
   async goBack(executor: Executor, step: number): Promise<Position | null> {
+    this.#kept = await this.#store.rewind(this.session, step);
     if (this.#kept.includes(step)) {
-      this.#kept = await this.#store.rewind(this.session, step);
       const { tensors, position } = await this.#store.read(this.session, step);
       executor.restore(tensors, step);
       return position;

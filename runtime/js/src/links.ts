@@ -18,7 +18,9 @@ import {
   StaleConnection,
   StepsLost,
   Unauthorized,
+  flatten,
 } from "./errors.js";
+import { TRAIN } from "./manifests.js";
 import type { PartyManifest } from "./manifests.js";
 import { PROTOCOL, describeTask, isSameTask } from "./messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "./messages.js";
@@ -30,6 +32,8 @@ import type { NdArrays } from "./tensors.js";
 export const FIRST_DELAY = 0.05;
 /** Seconds between two attempts at the most. */
 export const LONGEST_DELAY = 10;
+/** Times in a row that a connection may prove too old before it is taken for a second client's. */
+export const GREETINGS = 10;
 
 /** Makes a new connection; it throws ConnectionLost where none can be had now. */
 export type Dial = () => Promise<Transport>;
@@ -87,6 +91,8 @@ export class Link {
   #transport: Transport | undefined;
   #protocol: Protocol;
   #task: OpenTask | undefined;
+  #last: OpenTask | undefined; // the last step, which the server may not have made
+  #wantsRepeat = false;
   #past: readonly [number, number] = [0, 0];
 
   private constructor(options: LinkOptions) {
@@ -118,8 +124,9 @@ export class Link {
     this.#task = { key, sent: [], received: 0 };
   }
 
-  /** Forget the open task. */
+  /** Close the task: the client has all of it, or gives it up. */
   end(): void {
+    if (this.#task?.key.phase === TRAIN) this.#last = this.#task;
     this.#task = undefined;
   }
 
@@ -167,6 +174,7 @@ export class Link {
       }
       if (message.turn === task.received) {
         task.received += 1;
+        if (task.key.phase === TRAIN) this.#last = undefined; // the server is beyond it
         return tensors;
       }
     }
@@ -217,7 +225,7 @@ export class Link {
     }
   }
 
-  /** Come back to the session and send the open task's messages again. */
+  /** Come back to the session and send again what the server may not have had. */
   async #reconnect(cause: ConnectionLost): Promise<void> {
     for (;;) {
       if (this.#ended.signal.aborted) throw cause;
@@ -226,15 +234,37 @@ export class Link {
       this.reconnects += 1;
       if (this.step !== this.#options.stand().step) throw new StepsLost(this.step);
       try {
-        for (const { message, content } of this.#task?.sent ?? []) {
-          this.#protocol.note(message);
-          this.#put(content);
-        }
+        await this.#repeat();
         return;
       } catch (error) {
         cause = asLost(error);
       }
     }
+  }
+
+  /** Send the last step's messages, where the server wants them, and the open task's. */
+  async #repeat(): Promise<void> {
+    if (this.#wantsRepeat) {
+      const last = this.#findLast();
+      if (!last) {
+        throw new RemoteProtocolError("it wants messages again that the client does not have");
+      }
+      this.#sendAll(last);
+      for (let had = 0; had < last.received; had++) await this.#receive("Tensors");
+    }
+    if (this.#task) this.#sendAll(this.#task);
+  }
+
+  #sendAll({ sent }: OpenTask): void {
+    for (const { message, content } of sent) {
+      this.#protocol.note(message);
+      this.#put(content);
+    }
+  }
+
+  /** Give the last step, if it was made here and is the one before where the client stands. */
+  #findLast(): OpenTask | undefined {
+    return this.#last?.key.step === this.#options.stand().step - 1 ? this.#last : undefined;
   }
 
   /** Greet until somebody answers. */
@@ -273,7 +303,7 @@ export class Link {
 
   /** Connect, greet, and return the step at which both sides go on. */
   async #greet(): Promise<number> {
-    for (;;) {
+    for (let attempt = 1; ; attempt++) {
       this.#hangUp();
       this.#transport = await this.#options.dial();
       if (this.#ended.signal.aborted) this.#hangUp();
@@ -285,9 +315,11 @@ export class Link {
         this.#send(this.#makeHello());
         const { message } = await this.#receive("Welcome"); // digest and wires were compared
         this.#checkWelcome(message);
+        this.#wantsRepeat = message.wantsRepeat;
         return message.step;
       } catch (error) {
-        if (!(error instanceof StaleConnection) || error.newest < this.#generation) {
+        const isStale = error instanceof StaleConnection && error.newest >= this.#generation;
+        if (!isStale || attempt === GREETINGS) {
           this.#hangUp();
           throw error;
         }
@@ -306,6 +338,7 @@ export class Link {
       generation: this.#generation,
       ...stand(),
       isOpen: !!this.#task?.sent.length,
+      canRepeat: !!this.#findLast(),
       wires: listWires(manifest),
     };
   }
@@ -366,7 +399,7 @@ function translate(fault: MessageOf<"Fault">, generation: number): SplitonnxErro
     case "ServerBusy":
       return new ServerBusy(fault.reason);
     case "NotFinite":
-      return new NotFinite("loss", "at the server");
+      return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
     case "Unauthorized":
       return new Unauthorized("the server", 1008, fault.reason);
     default:

@@ -20,6 +20,7 @@ import {
 } from "./decoders.js";
 import type { Decoded, Decoder } from "./decoders.js";
 import { FormatError } from "./errors.js";
+import { describe, isDtype } from "./tensors.js";
 import type { TensorSpec } from "./tensors.js";
 
 export const FORMAT = "splitonnx.bundle/1";
@@ -99,7 +100,8 @@ export type PartyManifest = Decoded<typeof readManifest>;
 /**
  * Read a manifest; `source` is where it comes from.
  *
- * @throws FormatError: not JSON, a field missing or of the wrong type, or another format version.
+ * @throws FormatError: not JSON, a field missing or of the wrong type, another format version, or a
+ *   state that no party can hold.
  */
 export function decodeManifest(content: Uint8Array, source: string): PartyManifest {
   let manifest: PartyManifest;
@@ -113,7 +115,25 @@ export function decodeManifest(content: Uint8Array, source: string): PartyManife
     const reason = `its format is '${manifest.format}', this version reads ${FORMAT}`;
     throw new FormatError(source, reason);
   }
+  checkState(manifest, source);
   return manifest;
+}
+
+/**
+ * Check what memory is taken for on the manifest's word alone: the optimizer's zeros.  Each is of a
+ * parameter's shape; the parameters themselves are held against a file.
+ */
+function checkState({ state }: PartyManifest, source: string): void {
+  const parameters = state.filter((spec) => spec.role === "parameter");
+  const shapes = new Set(parameters.map((spec) => JSON.stringify(spec.tensor.shape)));
+  for (const { tensor, role } of state) {
+    const isKnown = tensor.shape.every((dim) => typeof dim === "number" && dim >= 0);
+    const isHeld = role !== "optimizer" || shapes.has(JSON.stringify(tensor.shape));
+    if (!isKnown || !isHeld || !isDtype(tensor.dtype)) {
+      const what = `'${tensor.name}' of ${describe(tensor)}`;
+      throw new FormatError(source, `no party has a state ${what}`);
+    }
+  }
 }
 
 /** Return the phase of that name; an absent one is an empty phase (nothing to do). */

@@ -53,10 +53,20 @@ const FIELDS = {
     step: readCount,
     kept: readOptional(readList(readCount), []),
     isOpen: readOptional(readFlag, false),
+    canRepeat: readOptional(readFlag, false),
     wires: readWires,
   }),
-  /** Server: so have I; we go on at `step`, the client's own or one that it kept. */
-  Welcome: readRecord({ session: readText, digest: readText, step: readCount, wires: readWires }),
+  /**
+   * Server: so have I; we go on at `step`, the client's own or one that it kept.  `wantsRepeat`: I
+   * have not made the step before that yet; send its messages again.
+   */
+  Welcome: readRecord({
+    session: readText,
+    digest: readText,
+    step: readCount,
+    wantsRepeat: readOptional(readFlag, false),
+    wires: readWires,
+  }),
   /** Either: wires of a task.  `turn` counts its sender's messages of the task from 0. */
   Tensors: readRecord({
     session: readText,
@@ -78,7 +88,12 @@ const FIELDS = {
   /** Server: it could not be written; what was saved before stands, and training may go on. */
   Unsaved: readRecord({ session: readText, step: readCount, reason: readText }),
   /** Either: this went wrong here, and this connection ends.  `code` is the error's name. */
-  Fault: readRecord({ code: readText, reason: readText, newest: readOptional(readCount, 0) }),
+  Fault: readRecord({
+    code: readText,
+    reason: readText,
+    newest: readOptional(readCount, 0),
+    subject: readOptional(readText, ""),
+  }),
   /** Client: I am done. */
   Bye: readRecord({}),
 } as const;

@@ -55,3 +55,14 @@ export const TRAINING_OPERATORS: ReadonlySet<string> = new Set(
     .trim()
     .split(/\s+/),
 );
+
+/** Attributes whose numbers below 1 ONNX Runtime divides by. */
+export const WINDOWS: readonly string[] = ["dilations", "kernel_shape", "strides"];
+/** Attributes whose numbers may lead it beyond its shapes. */
+export const AXES: readonly string[] = ["axes", "axis", "batch_axis", "time_axis"];
+/** Attributes that name an element type. */
+export const KINDS: readonly string[] = [
+  "dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to",
+];
+/** Of an Einsum; of another one, onnx's inference may look for the end for ever. */
+export const EQUATION = /^(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?$/;

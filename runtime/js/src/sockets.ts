@@ -4,7 +4,13 @@
  * Browsers say little about why a connection fails; what there is, is translated here.
  */
 
-import { ConnectionLost, RemoteProtocolError, Unauthorized, UsageError } from "./errors.js";
+import {
+  ConnectionLost,
+  MessageTooLarge,
+  RemoteProtocolError,
+  Unauthorized,
+  UsageError,
+} from "./errors.js";
 
 /** Seconds to connect. */
 export const OPEN_SECONDS = 10;
@@ -15,7 +21,7 @@ export const MAX_REPLY = 1 << 28;
 
 const NORMAL = 1000;
 const POLICY = 1008; // what a server does not allow
-const TOO_BIG = 1009;
+const TOO_BIG = 1009; // a message over the limit of its receiver
 
 /** As much of a WebSocket as is used here. */
 export interface WebSocketLike {
@@ -184,8 +190,8 @@ class WebSocketTransport implements Transport {
     }
     const held = this.#waiting.reduce((sum, content) => sum + content.length, data.byteLength);
     if (held > this.#maxReply) {
-      const reason = `it sent ${held} bytes, over the limit of ${this.#maxReply}`;
-      this.#refuse(new RemoteProtocolError(reason), TOO_BIG);
+      const reason = `${held} bytes, over the limit of ${this.#maxReply}`;
+      this.#refuse(new MessageTooLarge(this.#url, false, reason), TOO_BIG);
       return;
     }
     const waiter = this.#waiter;
@@ -210,6 +216,7 @@ class WebSocketTransport implements Transport {
     if (code === POLICY) {
       return new Unauthorized(this.#url, code, reason || "it does not say why");
     }
+    if (code === TOO_BIG) return new MessageTooLarge(this.#url, true, reason);
     const told = reason || this.#said || "it closed, or there is none that lets this page in";
     return new ConnectionLost(this.#url, `${told} (${code})`, code);
   }
