@@ -8,6 +8,7 @@ sessions and clients are the real ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,9 +23,13 @@ ROWS = 2
 
 
 class HashingEngine(Engine):
-    """Runs the stages of ``manifests``, which may be several parties'."""
+    """Runs the stages of ``manifests``, which may be several parties'.
 
-    def __init__(self, manifests: Iterable[PartyManifest]) -> None:
+    With ``drifts`` no two runs of a stage come to the same, so that what was computed again shows.
+    """
+
+    def __init__(self, manifests: Iterable[PartyManifest], *, drifts: bool = False) -> None:
+        self._runs = itertools.count() if drifts else itertools.repeat(0)
         self._outputs: dict[tuple[str, str], tuple[str, ...]] = {}
         self._specs: dict[str, TensorSpec] = {}
         for manifest in manifests:
@@ -46,7 +51,7 @@ class HashingEngine(Engine):
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Hash the inputs into outputs between 0 and 1."""
-        seen = hashlib.sha256(stage.name.encode())
+        seen = hashlib.sha256(f"{stage.name} {next(self._runs)}".encode())
         for name in sorted(feeds):
             seen.update(name.encode())
             seen.update(np.ascontiguousarray(feeds[name]).tobytes())

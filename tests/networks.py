@@ -15,6 +15,8 @@ from pathlib import Path
 from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
+from splitonnx.manifests import TRAIN
+from splitonnx.messages import TaskKey, Tensors, decode_message
 from splitonnx.runtime.conversations import Conversation
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
@@ -54,13 +56,15 @@ class Network:
     """Serves the folder's server part, and takes events from ``script`` one after the other.
 
     Where the script is over, nothing happens any more, or with ``ends_in_crash`` the client's
-    process ends.  ``events`` counts them.
+    process ends.  ``events`` counts them; ``replies`` are the different ones that went out for
+    each turn of each step.
     """
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.script: deque[Event] = deque()
         self.ends_in_crash = False
         self.events = 0
+        self.replies: dict[tuple[TaskKey, int], set[bytes]] = {}
         self.registry: Registry
         self._folder = folder
         self._engine = engine
@@ -118,6 +122,12 @@ class Network:
         """End the server's process as SIGTERM does, and start another."""
         self.registry.park_all()
         self.crash_server()
+
+    def note(self, reply: bytes) -> None:
+        """Note what a server answers in training."""
+        message, _ = decode_message(reply)
+        if isinstance(message, Tensors) and message.phase == TRAIN:
+            self.replies.setdefault((message.key, message.turn), set()).add(reply)
 
     def delay(self, line: Line, content: bytes) -> None:
         """Keep a message that the server is to see when its client has given the line up."""
@@ -201,8 +211,10 @@ class Line:
 
     def deliver(self, content: bytes) -> None:
         """Have the server act on a message, whole, whether or not anybody wants the replies."""
-        for reply in self._work(content):
-            self._inbox.append(b"".join(reply))
+        for chunks in self._work(content):
+            reply = b"".join(chunks)
+            self._network.note(reply)
+            self._inbox.append(reply)
 
     def cut(self, *, hang_up: bool = True) -> None:
         """Break the connection for the client; the server learns of it with ``hang_up``."""
