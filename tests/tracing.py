@@ -188,6 +188,8 @@ def _read_handle(thread: int, handle: int) -> str:
 def _ptrace(request: int, thread: int, address: int = 0, data: int = 0) -> None:
     if _load_libc().ptrace(request, thread, address, data) < 0:
         code = ctypes.get_errno()
+        if code in (errno.EIO, errno.EINVAL, errno.ENOSYS, errno.EPERM):  # an older system's
+            raise TracingRefused(f"ptrace does not know request {request:#x} here")
         raise OSError(code, os.strerror(code))
 
 
