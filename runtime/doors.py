@@ -17,6 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from splitonnx.errors import PortInUse, UsageError
 
@@ -28,6 +29,7 @@ GRACE_SECONDS = 1.0
 SWEEP = 64
 """Connections that are ended early between two searches for their memory."""
 
+_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 _logger = logging.getLogger("splitonnx.doors")
@@ -128,22 +130,18 @@ def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
         UsageError: the address is none of this machine's.
     """
     doors: list[Door] = []
+    fault: OSError | None = None
     try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            port = doors[0].getsockname()[1] if doors else port
-            door = Door(family, kind, protocol)
-            door.entrance = entrance
-            doors.append(door)
-            if os.name == "posix":
-                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            door.bind((address[0], port, *address[2:]))
-            door.listen(BACKLOG)
-            door.setblocking(False)
+        for family, address in _find_addresses(host, port):
+            chosen = doors[0].getsockname()[1] if doors else port
+            try:
+                doors.append(_open_door(family, (address[0], chosen, *address[2:]), entrance))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                fault = error  # a machine without IPv6 has a name for it all the same
+        if fault is not None and not doors:
+            raise fault
     except OSError as error:
         for door in doors:
             door.close()
@@ -151,6 +149,28 @@ def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
             raise PortInUse(host, port) from error
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return doors
+
+
+def _find_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def _open_door(family: socket.AddressFamily, address: tuple[Any, ...], entrance: Entrance) -> Door:
+    door = Door(family, socket.SOCK_STREAM)
+    door.entrance = entrance
+    try:
+        if os.name == "posix":
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        door.bind(address)
+        door.listen(BACKLOG)
+        door.setblocking(False)
+    except OSError:
+        door.close()
+        raise
+    return door
 
 
 def is_loopback(host: str) -> bool:

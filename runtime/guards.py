@@ -63,6 +63,7 @@ class Hall:
             limits.strangers if has_tls else limits.strangers + 4 * BACKLOG,
             partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
         )
+        self._has_tls = has_tls
         self.on_refusal = on_refusal
         self._authorize = authorize
         self._respond = respond
@@ -76,7 +77,8 @@ class Hall:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.refuse(Refusal.TOO_MANY_STRANGERS, CloseCode.TRY_AGAIN_LATER, "too many wait")
-            self.entrance.sweep()
+            if self._has_tls:
+                self.entrance.sweep()
         self._strangers[guest] = None
 
     def admit(self, guest: Guest, owner: str) -> bool:

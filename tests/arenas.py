@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -100,11 +101,20 @@ class Arena:
     def log(self) -> str:
         return self._log.read_text()
 
+    def count_refusals(self, *reasons: str) -> int:
+        """Count what the server refused for these reasons, as Prometheus is told."""
+        headers = {"Authorization": f"Bearer {self.tokens['ana']}"}
+        request = Request(f"http://127.0.0.1:{self.port}/metrics", headers=headers)
+        with urlopen(request, timeout=PATIENCE) as response:
+            text = response.read().decode()
+        found = re.findall(r'^splitonnx_refusals_total{reason="(\w+)"} (\S+)', text, re.MULTILINE)
+        return sum(int(float(count)) for reason, count in found if reason in reasons)
+
     def expect_refusal(self, reason: str, times: int) -> None:
-        """Wait until the log tells of a refusal for the ``times``-th time."""
+        """Wait until there was a refusal for the ``times``-th time."""
         pause = threading.Event()
         for _ in range(int(PATIENCE / 0.02)):
-            if self.log.count(reason) >= times:
+            if self.count_refusals(reason) >= times:
                 return
             pause.wait(0.02)
         raise AssertionError(f"no {times} x {reason} in: {self.log[-2000:]}")

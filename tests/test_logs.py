@@ -8,7 +8,13 @@ import re
 
 import pytest
 
-from splitonnx.commands.logs import LogFormat, LogLevel, escape, logging_to_stderr
+from splitonnx.commands.logs import (
+    LINES_PER_SECOND,
+    LogFormat,
+    LogLevel,
+    escape,
+    logging_to_stderr,
+)
 
 _logger = logging.getLogger("splitonnx.test")
 
@@ -70,6 +76,18 @@ def test_a_traceback_stands_with_its_event(
         except RuntimeError:
             _logger.exception("it failed")
     assert "RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_a_crowd_cannot_fill_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr(log_format=LogFormat.JSON):
+        for _ in range(50 * LINES_PER_SECOND):
+            _logger.warning("refused")
+        _logger.error("something of our own")
+    *refused, last = map(json.loads, capsys.readouterr().err.splitlines())
+    assert LINES_PER_SECOND <= len(refused) <= 10 * LINES_PER_SECOND
+    assert last["event"] == "something of our own"
+    left_out = sum(event.get("left_out", 0) for event in (*refused, last))
+    assert len(refused) + left_out == 50 * LINES_PER_SECOND
 
 
 def test_afterwards_logging_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,14 @@ import pytest
 from splitonnx.errors import (
     ConnectionLost,
     MessageTooLarge,
+    PortInUse,
     ProtocolError,
     Unauthorized,
     UsageError,
 )
 from splitonnx.runtime import guards
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.doors import Entrance, open_doors
 from splitonnx.runtime.guards import MAX_FRAGMENTS
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.refusals import Refusal
@@ -425,3 +427,21 @@ def test_who_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch)
         shake(connection)
         trickle(connection, frame(bytes(100)))  # for a second, byte by byte: it is there
         assert connection.recv(1 << 16)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", ""])
+def test_a_host_of_several_addresses_has_one_port(host: str) -> None:
+    doors = open_doors(host, 0, Entrance(1, lambda: None))
+    try:
+        (port,) = {door.getsockname()[1] for door in doors}
+        with dial(port), pytest.raises(PortInUse):
+            open_doors(host, port, Entrance(1, lambda: None))
+    finally:
+        for door in doors:
+            door.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+def test_an_address_of_another_machine_cannot_be_listened_on(host: str) -> None:
+    with pytest.raises(UsageError, match="cannot listen"):
+        open_doors(host, 0, Entrance(1, lambda: None))

@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 
-FIELDS = ("peer", "owner", "session", "phase", "step", "reason", "seconds", "bytes")
+from splitonnx.runtime.paces import Pace
+
+FIELDS = ("peer", "owner", "session", "phase", "step", "reason", "seconds", "bytes", "left_out")
 """The fields that an event may carry, in the order in which they are written."""
+LINES_PER_SECOND = 100
+"""Lines of a log; what peers cause beyond it is counted and not written, errors excepted."""
 
 
 class LogFormat(StrEnum):
@@ -67,6 +72,29 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str, allow_nan=True)  # ASCII: nothing to escape is left
 
 
+class Brake(logging.Filter):
+    """Keeps a crowd from filling the disk: lines beyond the rate are left out.
+
+    The next one that is written says how many there were, as ``left_out``.
+    """
+
+    def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:
+        super().__init__()
+        self._pace = Pace(lines_per_second, time.monotonic())
+        self._left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is to be written."""
+        now = time.monotonic()
+        if record.levelno < logging.ERROR and self._pace.count(0, now):
+            self._left_out += 1
+            return False
+        self._pace.count(1, now)
+        if self._left_out:
+            record.left_out, self._left_out = self._left_out, 0
+        return True
+
+
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
     """Gather the fields of an event that are known and were given."""
     given = {name: getattr(record, name, None) for name in FIELDS}
@@ -87,6 +115,7 @@ def logging_to_stderr(
     """Send splitonnx's log to stderr while the context lasts, and leave no trace of it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
+    handler.addFilter(Brake())
     ours, theirs = logging.getLogger("splitonnx"), logging.getLogger("websockets")
     before = ours.level, ours.propagate, theirs.propagate
     ours.addHandler(handler)
