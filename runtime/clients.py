@@ -64,6 +64,8 @@ class Client:
         give_up_after: seconds without a connection after which the client gives up, the first
             connection included.  ``None``: that one is tried once (as long as it takes with
             ``resume``), later ones as long as it takes.
+        trusted: the bundle's maker is trusted as one's own programs are, so that its graphs may be
+            in ORT format, which is not looked into before ONNX Runtime loads it.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
@@ -83,6 +85,7 @@ class Client:
         seed: int = 0,
         resume: bool = False,
         give_up_after: float | None = None,
+        trusted: bool = False,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         self._manifest = party.manifest
@@ -95,7 +98,7 @@ class Client:
                 if server is not None
                 else "this bundle is one part of a model; name the server that holds the other"
             )
-        self._executor = Executor(party, Engine(threads))
+        self._executor = Executor(party, Engine(threads, trusted=trusted))
         self._journal = Journal.open(self._executor, resume=resume)
         link = None
         if server is not None:

@@ -7,15 +7,18 @@ here.  It knows graphs, arrays and threads, and nothing of phases, wires or trai
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
-from splitonnx.runtime.gates import check_graph
+from splitonnx.runtime.gates import check_graph, is_ort_format
 
 _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
     "tensor(bool)": np.dtype("?"),
@@ -79,6 +82,20 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """An operator as a graph in ORT format needs it; ``version`` is the opset that defined it so.
+
+    ``types`` says in JSON, as ONNX Runtime's build wants it, which element types it meets; empty
+    where the build has no choice of them.
+    """
+
+    domain: str
+    version: int
+    operator: str
+    types: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedStage:
     """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in its order."""
 
@@ -91,28 +108,34 @@ class Engine:
     """Loads stage graphs and runs them on the CPU.
 
     ``threads`` is the number of threads that one operator may use; ``None`` leaves it to ONNX
-    Runtime (all cores).  Running releases the interpreter's lock.
+    Runtime (all cores).  Running releases the interpreter's lock.  ``trusted`` says that the graphs
+    come from a maker whom the caller trusts: only then are they taken in ORT format, which no gate
+    reads.
 
     Raises:
         MissingExtra: no ONNX Runtime is installed.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, *, trusted: bool = False) -> None:
         self._ort = _import_onnxruntime()
         self._threads = threads
+        self._trusted = trusted
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Load a stage graph from bytes, which the gate has to let pass first.
 
         With ``training`` its nodes run exactly as they stand, unoptimized: the graph was optimized
         before it was differentiated, and a split and an unsplit run must use the same kernels.
+        A graph in ORT format runs as it stands in any case, and passes where it is ``trusted``.
 
         Raises:
             ForbiddenGraph: it is not a graph as bundles have them; ONNX Runtime has not seen it.
             WrongRuntime: the graph has training-only operators and ONNX Runtime is the stock one.
             StageFailed: ONNX Runtime refuses the graph for another reason.
         """
-        check_graph(name, graph)
+        own_format = self._trusted and is_ort_format(graph)
+        if not own_format:
+            check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
         options.graph_optimization_level = (
@@ -122,14 +145,43 @@ class Engine:
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Or it would look itself, and take bytes that also pass for its own format for that.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        options.log_severity_level = 4  # what is logged as an error is raised as well
-        try:
-            session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _exceptions() as error:
-            _refuse(name, error)
+        options.add_session_config_entry(
+            "session.load_model_format", "ORT" if own_format else "ONNX"
+        )
+        session = self._open(name, graph, options)
         outputs = tuple(output.name for output in session.get_outputs())
         return LoadedStage(name=name, outputs=outputs, session=session)
+
+    def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
+        """Write a stage graph in ORT format, for builds of ONNX Runtime that read no other.
+
+        It is optimized by rules that hold on every processor and keep every operator standard;
+        with ``training`` not at all, as in :meth:`load`.
+
+        Raises:
+            ForbiddenGraph, WrongRuntime, StageFailed: as :meth:`load`.
+        """
+        check_graph(name, graph)
+        levels = self._ort.GraphOptimizationLevel
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = (
+            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
+        )
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        with tempfile.TemporaryDirectory() as folder:  # it writes to a path only
+            written = Path(folder, "stage.ort")
+            options.optimized_model_filepath = str(written)
+            self._open(name, graph, options)
+            return written.read_bytes()
+
+    def _open(self, name: str, graph: bytes, options: Any) -> Any:
+        options.log_severity_level = 4  # what is logged as an error is raised as well
+        try:
+            return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except _exceptions() as error:
+            _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
         """Hand an array to ONNX Runtime, without a copy if it is contiguous and aligned.
@@ -163,6 +215,37 @@ class Engine:
             name: feeds.get(name) or Tensor(_detach(value), stage.session)
             for name, value in zip(stage.outputs, produced, strict=True)
         }
+
+
+def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
+    """List what graphs in ORT format need of a reduced build, all together, by ONNX Runtime's tool.
+
+    The graphs are read as :meth:`Engine.convert` wrote them, and no others.
+    """
+    _import_onnxruntime()
+    from onnxruntime.tools import ort_format_model
+
+    types = ort_format_model.OperatorTypeUsageManager()
+    found: dict[str, dict[int, set[str]]] = {}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ResourceWarning
+        )  # the tool leaves its file to the collector
+        for graph in graphs:
+            path = Path(folder, "stage.ort")
+            path.write_bytes(graph)
+            ort_format_model.OrtFormatModelProcessor(str(path), found, types).process()
+    return tuple(
+        Kernel(
+            domain=domain,
+            version=version,
+            operator=operator,
+            types=types.get_config_entry(domain, operator) or "",
+        )
+        for domain, versions in sorted(found.items())
+        for version, operators in sorted(versions.items())
+        for operator in sorted(operators)
+    )
 
 
 @cache

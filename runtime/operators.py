@@ -55,6 +55,10 @@ _TRAINING = """
 TRAINING_OPERATORS = frozenset(_TRAINING.split())
 """What the gradient builder of onnxruntime-training makes; some of it stands in ONNX's domain."""
 
+_CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization Trilu"
+TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
+"""Those of them that only onnxruntime-training can run; the others every ONNX Runtime has."""
+
 WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 """Attributes whose numbers below 1 ONNX Runtime divides by, and so ends the process."""
 AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})

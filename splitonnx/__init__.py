@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.merges import merge, write_merged
     from splitonnx.partitioner.partitions import cut
     from splitonnx.runtime.clients import Client
+    from splitonnx.runtime.exports import export
     from splitonnx.runtime.histories import History
     from splitonnx.runtime.servers import Server
     from splitonnx.verifications import verify
@@ -34,6 +35,7 @@ __all__ = [
     "SplitonnxError",
     "check",
     "cut",
+    "export",
     "inspect",
     "merge",
     "verify",
@@ -51,6 +53,7 @@ _HOMES = {
     "SplitonnxError": "errors",
     "check": "partitioner.checks",
     "cut": "partitioner.partitions",
+    "export": "runtime.exports",
     "inspect": "partitioner.inspections",
     "merge": "partitioner.merges",
     "verify": "verifications",

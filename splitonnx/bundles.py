@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,6 +74,39 @@ class PartyBundle:
         untrained = cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
         state = read_state(folder, manifest, session)
         return untrained if state is None else untrained.with_state(state)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        beside: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write the party's folder, and files ``beside`` the bundle's own; whole or not at all.
+
+        With ``overwrite``, a party's folder that stands there is replaced; nothing else ever is.
+
+        Raises:
+            BundleError: something stands at ``path``, or it cannot be written there.
+        """
+
+        def write(folder: Path) -> None:
+            self._write(folder)
+            for name, content in (beside or {}).items():
+                write_file(folder / name, [content])
+
+        _write_whole(Path(path), write, PartyManifest, overwrite=overwrite)
+
+    def _write(self, folder: Path) -> None:
+        write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
+        for file, graph in self.graphs.items():
+            write_file(folder / file, [graph])
+        write_file(folder / WEIGHTS, encode_tensors(self.weights))
+        if self.trained is not None:
+            state = State(
+                tensors=self.trained, step=self.step, session=self.session, position=self.position
+            )
+            write_state(folder, state, self.manifest.digest)
 
     def with_state(self, state: State) -> PartyBundle:
         """Return the same party with another state."""
@@ -149,48 +182,14 @@ class Bundle:
         Raises:
             BundleError: something stands at ``path``, or it cannot be written there.
         """
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise BundleError(str(target), "it exists already; choose another place or overwrite")
-        if target.exists():
-            _expect_bundle(target)
-        try:
-            self._write_whole(target)
-        except OSError as error:
-            raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
-
-    def _write_whole(self, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            fresh, old = Path(scratch, "fresh"), Path(scratch, "old")
-            fresh.mkdir()
-            self._write(fresh)
-            if target.exists():
-                os.rename(target, old)
-            try:
-                os.rename(fresh, target)
-            except OSError:
-                if old.exists():
-                    os.rename(old, target)
-                raise
+        _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
         write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
         write_file(folder / MODEL, [self.skeleton])
         for name, party in self.parties.items():
             (folder / name).mkdir()
-            write_file(folder / name / MANIFEST, [encode_manifest(party.manifest)])
-            for file, graph in party.graphs.items():
-                write_file(folder / name / file, [graph])
-            write_file(folder / name / WEIGHTS, encode_tensors(party.weights))
-            if party.trained is not None:
-                state = State(
-                    tensors=party.trained,
-                    step=party.step,
-                    session=party.session,
-                    position=party.position,
-                )
-                write_state(folder / name, state, party.manifest.digest)
+            party._write(folder / name)
 
 
 def _initial(manifest: PartyManifest) -> tuple[StateSpec, ...]:
@@ -227,8 +226,42 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
     return graphs
 
 
-def _expect_bundle(folder: Path) -> None:
+def _write_whole(
+    target: Path,
+    write: Callable[[Path], None],
+    kind: type[PartyManifest] | type[BundleManifest],
+    *,
+    overwrite: bool,
+) -> None:
+    """Let ``write`` fill a folder, which then takes ``target``'s place, or that of its ``kind``."""
+    if target.exists() and not overwrite:
+        raise BundleError(str(target), "it exists already; choose another place or overwrite")
+    if target.exists():
+        _expect(target, kind)
     try:
-        decode_manifest(_read(folder, MANIFEST), BundleManifest, str(folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh, old = Path(scratch, "fresh"), Path(scratch, "old")
+            fresh.mkdir()
+            write(fresh)
+            if target.exists():
+                os.rename(target, old)
+            try:
+                os.rename(fresh, target)
+            except OSError:
+                if old.exists():
+                    os.rename(old, target)
+                raise
+    except OSError as error:
+        raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
+
+
+def _expect(folder: Path, kind: type[PartyManifest] | type[BundleManifest]) -> None:
+    try:
+        content = _read(folder, MANIFEST)
+        if kind is PartyManifest:
+            decode_manifest(content, PartyManifest, str(folder))
+        else:
+            decode_manifest(content, BundleManifest, str(folder))
     except (BundleError, FormatError) as error:
         raise BundleError(str(folder), "it is no bundle, so it is not overwritten") from error

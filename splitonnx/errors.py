@@ -304,6 +304,21 @@ class FormatError(SplitonnxError):
 
 
 @dataclass(eq=False)
+class NotExportable(SplitonnxError):
+    """A stage needs what no ONNX Runtime of a phone has; ``party`` is whose stage it is."""
+
+    graph: str
+    operators: Sequence[str]
+    party: str
+
+    def __str__(self) -> str:
+        return (
+            f"'{self.graph}' has training operators that no mobile package of ONNX Runtime runs, "
+            f"{', '.join(self.operators)}; cut the model with --{self.party}-target portable"
+        )
+
+
+@dataclass(eq=False)
 class UnwritableFile(SplitonnxError):
     """An output file cannot be written, or something stands in its place."""
 

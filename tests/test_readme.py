@@ -49,7 +49,7 @@ def test_the_quickstart_trains_a_model(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_readme_shows_every_command() -> None:
     shown = {shlex.split(line, comments=True)[1] for line in list_commands("splitonnx")}
     training = {"check", "inspect", "cut", "serve", "train", "predict", "merge", "verify"}
-    assert shown == {*training, "token"}
+    assert shown == {*training, "token", "export"}
 
 
 @pytest.mark.parametrize("line", list_commands("splitonnx"))

@@ -34,6 +34,7 @@ for command in (
     services.predict,
     partitions.merge,
     partitions.verify,
+    partitions.export,
 ):
     app.command()(command)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.partitioner.checks import Check
     from splitonnx.partitioner.inspections import Cut
+    from splitonnx.runtime.exports import Export
     from splitonnx.runtime.histories import Evaluation, History, StepRecord
     from splitonnx.verifications import Verification
 
@@ -143,6 +144,36 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
 def print_written(path: Path, size: int) -> None:
     """Say that a file was written; ``size`` in bytes."""
     _print(f"{path}: {_format_bytes(size)}")
+
+
+def summarize_export(export: Export) -> dict[str, Any]:
+    """Gather what ``export`` reports: all that the export says of itself, and its sum."""
+    import msgspec
+
+    return {**msgspec.to_builtins(export), "total_bytes": export.total_bytes}
+
+
+def print_export(export: Export) -> None:
+    """Print what each graph takes, what an app ships altogether, and what runs it."""
+    table = _make_table("graph")
+    for heading in ("nodes", "as .onnx", "as .ort"):
+        table.add_column(heading, justify="right")
+    for graph in export.graphs:
+        before, after = _format_bytes(graph.onnx_bytes), _format_bytes(graph.ort_bytes)
+        table.add_row(graph.name, f"{graph.nodes:,}", before, after)
+    for name, size in (("weights", export.weights_bytes), ("state", export.state_bytes)):
+        if size:
+            table.add_row(f"{name}.safetensors", "", "", _format_bytes(size))
+    table.add_section()
+    table.add_row("altogether", "", "", _format_bytes(export.total_bytes))
+    _print(table)
+    names = {(kernel.domain, kernel.operator) for kernel in export.kernels}
+    _print(
+        f"{len(names)} operators, all in ONNX Runtime {export.oldest_runtime} or newer: "
+        "onnxruntime-android, onnxruntime-c and -objc, onnxruntime-react-native; for a build with "
+        "no others see required_operators.config"
+    )
+    _print(f"{export.path}: converted by {export.converter}")
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:

@@ -132,6 +132,13 @@ ServerOption = Annotated[
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of shuffling and Dropout.")]
+TrustedOption = Annotated[
+    bool,
+    typer.Option(
+        "--trusted",
+        help="You trust who made the folder as you do your programs: take graphs in ORT format.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]

@@ -1,7 +1,8 @@
-"""The commands that work on models and bundles: check, inspect, cut, merge, verify."""
+"""The commands that work on models and bundles: check, inspect, cut, merge, verify, export."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,12 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+
+
+class Purpose(StrEnum):
+    """Choices of ``export --for``."""
+
+    MOBILE = "mobile"
 
 
 def check(
@@ -187,3 +194,38 @@ def verify(
         displays.print_verification(verification)
     if not verification.ok:
         raise typer.Exit(1)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="The party's folder.")],
+    purpose: Annotated[
+        Purpose, typer.Option("--for", help="What it is for: mobile apps.", show_default=False)
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            metavar="FOLDER",
+            help="The folder to write; by default the party's with -mobile behind its name.",
+            show_default=False,
+        ),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a party's folder for mobile apps: its graphs in ORT format, and what they need.
+
+    It trains with the same server.  A part with training operators is refused.
+    """
+    refuse_both("--json", "--quiet", as_json, quiet)
+    assert purpose is Purpose.MOBILE
+    from splitonnx.runtime.exports import choose_place
+
+    place = choose_place(source) if folder is None else folder
+    refuse_existing(place, force=force)
+    written = splitonnx.export(source, place, overwrite=force)
+    if as_json:
+        displays.print_json(displays.summarize_export(written))
+    elif not quiet:
+        displays.print_export(written)

@@ -21,6 +21,7 @@ from splitonnx.commands.options import (
     QuietOption,
     ServerOption,
     ThreadsOption,
+    TrustedOption,
     refuse_both,
 )
 from splitonnx.runtime.limits import Limits
@@ -110,6 +111,7 @@ def predict(
     give_up_after: GiveUpAfterOption = None,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = None,
+    trusted: TrustedOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
     token_file: locks.ClientTokenOption = None,
@@ -121,7 +123,12 @@ def predict(
     refuse_existing(output, force=force)
     access = locks.make_access(server, token_file=token_file, ca=ca, cert=cert, key=key)
     with splitonnx.Client(
-        bundle, server, threads=threads, access=access, give_up_after=give_up_after
+        bundle,
+        server,
+        threads=threads,
+        access=access,
+        give_up_after=give_up_after,
+        trusted=trusted,
     ) as client:
         outputs: dict[str, Any] = {**client.predict(data, batch_size=batch_size)}
     import numpy as np

@@ -36,6 +36,7 @@ from splitonnx.commands.options import (
     Target,
     ThreadsOption,
     TrainOption,
+    TrustedOption,
     WeightDecayOption,
     make_optimizer,
     refuse_both,
@@ -93,6 +94,7 @@ def train(
     ] = WhenUnsaved.STOP,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
+    trusted: TrustedOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     merged: Annotated[
@@ -152,6 +154,7 @@ def train(
         refuse_both("--local", "--server", local, server)
         refuse_both("--local", "--resume", local, resume)
         refuse_both("--local", "--restart", local, restart)
+        refuse_both("--local", "--trusted", local, trusted)
         if force and merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
         if merged is not None:
@@ -183,6 +186,7 @@ def train(
         seed=seed,
         resume=resume,
         give_up_after=give_up_after,
+        trusted=trusted,
     ) as client:
         dataset = open_dataset(data)
         has_checkpoints = not local and checkpoint_every > 0
