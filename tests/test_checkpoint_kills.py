@@ -28,6 +28,8 @@ from tests.tracing import NAMES, Stop
 
 PLACE = f"sessions/{SESSION}"
 NEW = 30
+LIMIT = 300
+"""Seconds for all kills of a kind; a tenth of it is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ def kill_everywhere(scenario: str, folder: Path) -> Sweep:
     command = [sys.executable, "-m", "tests.checkpoint_kills", str(folder), scenario]
     single = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a process of several does not fork well
     done = subprocess.run(
-        command, cwd=ROOT, env=single, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=single, capture_output=True, text=True, check=False, timeout=LIMIT
     )
     if "TracingRefused" in done.stderr:
         pytest.skip("NOT TESTED: kills at every system call, for ptrace is not permitted here")

@@ -18,6 +18,8 @@ from tests.session_kills import STEPS, Training
 from tests.tracing import NAMES
 
 STRIDE = 3
+LIMIT = 300
+"""Seconds for all kills of a kind; a tenth of it is usual."""
 
 
 @pytest.mark.skipif(not NAMES, reason="NOT TESTED: kills before changes need Linux's ptrace")
@@ -28,7 +30,7 @@ def test_a_process_killed_before_any_change_of_a_file_ends_with_the_same_weights
     command = [sys.executable, "-m", "tests.session_kills", str(tmp_path), side, str(STRIDE)]
     single = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a process of several does not fork well
     done = subprocess.run(
-        command, cwd=ROOT, env=single, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=single, capture_output=True, text=True, check=False, timeout=LIMIT
     )
     if "TracingRefused" in done.stderr:
         pytest.skip("NOT TESTED: kills before changes, for ptrace is not permitted here")
