@@ -47,6 +47,11 @@ export interface ConnectOptions extends SocketOptions {
   readonly token?: string | undefined;
   /** Where the client's part lies; at the server's own address under `/client/` by default. */
   readonly bundle?: BundleSource | undefined;
+  /**
+   * The part's maker is trusted as the app's own code is, so that its graphs may be in ORT format,
+   * which is not looked into before ONNX Runtime loads it; not by default.
+   */
+  readonly trusted?: boolean | undefined;
   /** Where to keep the state; IndexedDB where there is one, else memory, by default. */
   readonly storage?: StateStorage | undefined;
   /** Decides shuffling and Dropout; 0 by default. */
@@ -133,7 +138,9 @@ export class SplitClient {
     if (!party.manifest.phases.some((phase) => phase.wires.length)) {
       throw new UsageError("this model was left whole and has no part for a server");
     }
-    const executor = new Executor(party, new Engine(options.ort, options.sessionOptions));
+    const trusted = options.trusted ?? false;
+    const engine = new Engine(options.ort, options.sessionOptions, { trusted });
+    const executor = new Executor(party, engine);
     const storage = options.storage ?? defaultStorage();
     const journal = await Journal.open(executor, storage, { resume });
     const link = await Link.open({

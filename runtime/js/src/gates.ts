@@ -43,8 +43,8 @@ const FLATBUFFER = "ORTM"; // stands at byte 4 of ONNX Runtime's own format
  */
 export function checkGraph(stage: string, content: Uint8Array): void {
   const gate = new Gate(stage, content);
-  if (String.fromCharCode(...content.subarray(4, 8)) === FLATBUFFER) {
-    gate.refuse("it is in ONNX Runtime's own format");
+  if (isOrtFormat(content)) {
+    gate.refuse("it is in ONNX Runtime's own format, which is run for who trusts its maker only");
   }
   try {
     gate.checkModel([0, content.length]);
@@ -52,6 +52,11 @@ export function checkGraph(stage: string, content: Uint8Array): void {
     if (!(error instanceof Malformed)) throw error;
     gate.refuse(error.message);
   }
+}
+
+/** Whether ONNX Runtime would take these bytes for its own format; no graph is such. */
+export function isOrtFormat(content: Uint8Array): boolean {
+  return String.fromCharCode(...content.subarray(4, 8)) === FLATBUFFER;
 }
 
 /** The check of one graph: its reader, what is being looked at, what is still to be. */
