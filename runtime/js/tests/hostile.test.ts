@@ -1,0 +1,288 @@
+/** Servers that lie, and bundles that are not what they say: clear errors, and nothing is stored. */
+
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import { readFileSync, readdirSync } from "node:fs";
+import { createServer } from "node:http";
+import type { Server } from "node:http";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+
+import { WebSocketServer } from "ws";
+import type { WebSocket } from "ws";
+
+import { loadBundle } from "../src/bundles.js";
+import { encodeTensors } from "../src/codecs.js";
+import { hashBytes } from "../src/hashes.js";
+import * as client from "../src/index.js";
+import { decodeManifest } from "../src/manifests.js";
+import { decodeMessage, encodeMessage } from "../src/messages.js";
+import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
+import { listWires } from "../src/protocols.js";
+import type { NdArrays } from "../src/tensors.js";
+import { ORT, SESSION_OPTIONS, VECTORS, makeArray } from "./fixtures.js";
+import { openSocket } from "./peers.js";
+
+const TINY = join(VECTORS, "tiny");
+const FILES: Record<string, Uint8Array> = Object.fromEntries(
+  readdirSync(TINY).map((name) => [name, new Uint8Array(readFileSync(join(TINY, name)))]),
+);
+const MANIFEST = decodeManifest(FILES["manifest.json"]!, "manifest.json");
+const DATA = {
+  x: { dims: [6, 3], data: new Float32Array(18).fill(0.5) },
+  labels: { dims: [6, 2], data: new Float32Array(12) },
+};
+
+type Answer = { message: Message; tensors?: NdArrays } | string | Uint8Array;
+interface Lies {
+  welcome?: (hello: MessageOf<"Hello">) => Answer;
+  reply?: (asked: TensorsMessage) => Answer;
+}
+
+function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
+  const { session, digest, step } = hello;
+  const wires = listWires(MANIFEST);
+  return {
+    message: { type: "Welcome", session, digest, step, wantsRepeat: false, wires, ...changes },
+  };
+}
+
+function reply(asked: TensorsMessage, changes = {}, tensors = gradients(6, 4)): Answer {
+  return { message: { ...asked, turn: 0, ...changes }, tensors };
+}
+
+function gradients(rows: number, columns: number, value = 0.1): NdArrays {
+  const values = Array<number>(rows * columns).fill(value);
+  return new Map([
+    ["h.grad", makeArray("F32", [rows, columns], values)],
+    ["loss", makeArray("F32", [], [1])],
+  ]);
+}
+
+/** A server that says what it is told to. */
+class Liar {
+  url = "";
+  lies: Lies = {};
+  readonly #server = new WebSocketServer({ port: 0, host: "127.0.0.1" });
+
+  async start(): Promise<void> {
+    await once(this.#server, "listening");
+    this.url = `ws://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
+    this.#server.on("connection", (socket) => {
+      socket.on("message", (content: Buffer) => this.#answer(socket, new Uint8Array(content)));
+    });
+  }
+
+  async end(): Promise<void> {
+    for (const socket of this.#server.clients) socket.terminate();
+    this.#server.close();
+    await once(this.#server, "close");
+  }
+
+  #answer(socket: WebSocket, content: Uint8Array): void {
+    const { message } = decodeMessage(content);
+    if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
+    if (message.type === "Tensors") this.#say(socket, (this.lies.reply ?? reply)(message));
+  }
+
+  #say(socket: WebSocket, answer: Answer): void {
+    if (typeof answer === "string" || answer instanceof Uint8Array) socket.send(answer);
+    else socket.send(encodeMessage(answer.message, answer.tensors));
+  }
+}
+
+const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
+  ["text", { welcome: () => "hello" }, client.RemoteProtocolError],
+  ["bytes that are no message", { welcome: () => Uint8Array.of(1) }, client.RemoteProtocolError],
+  [
+    "another session",
+    { welcome: (hello) => welcome(hello, { session: "0".repeat(32) }) },
+    client.RemoteProtocolError,
+  ],
+  [
+    "a step that was never made",
+    { welcome: (hello) => welcome(hello, { step: 7 }) },
+    client.RemoteProtocolError,
+  ],
+  [
+    "another bundle",
+    { welcome: (hello) => welcome(hello, { digest: "00" }) },
+    client.BundleMismatch,
+  ],
+  [
+    "wires that are not the bundle's",
+    { welcome: (hello) => welcome(hello, { wires: new Map() }) },
+    client.BundleMismatch,
+  ],
+  [
+    "what was not asked for",
+    { reply: (asked) => ({ message: { type: "Saved", session: asked.session, step: 0 } }) },
+    client.RemoteProtocolError,
+  ],
+  ["an answer out of turn", { reply: (a) => reply(a, { turn: 1 }) }, client.RemoteProtocolError],
+  ["an answer of another step", { reply: (a) => reply(a, { step: 5 }) }, client.RemoteProtocolError],
+  [
+    "an answer of another session",
+    { reply: (a) => reply(a, { session: "f".repeat(32) }) },
+    client.RemoteProtocolError,
+  ],
+  [
+    "a wire that the client sends",
+    { reply: (a) => reply(a, {}, new Map([["h", makeArray("F32", [1], [1])]])) },
+    client.RemoteProtocolError,
+  ],
+  [
+    "a gradient of the wrong shape",
+    { reply: (a) => reply(a, {}, gradients(6, 5)) },
+    client.ArrayMismatch,
+  ],
+  [
+    "a gradient of another batch's size",
+    { reply: (a) => reply(a, {}, gradients(5, 4)) },
+    client.ArrayMismatch,
+  ],
+  [
+    "a gradient that is not a number",
+    { reply: (a) => reply(a, {}, gradients(6, 4, NaN)) },
+    client.NotFinite,
+  ],
+  ["a message too large", { reply: () => new Uint8Array(1 << 20) }, client.MessageTooLarge],
+  [
+    "an error of its own",
+    { reply: () => ({ message: { type: "Fault", code: "x\n", reason: "\u001b[2J", newest: 0, subject: "" } }) },
+    client.RemoteFault,
+  ],
+];
+
+describe("a server that sends", () => {
+  const liar = new Liar();
+  before(() => liar.start());
+  after(() => liar.end());
+
+  async function train(storage: client.StateStorage): Promise<client.SplitClient> {
+    const trained = await client.SplitClient.connect(liar.url, {
+      ort: ORT,
+      openSocket,
+      bundle: FILES,
+      storage,
+      sessionOptions: SESSION_OPTIONS,
+      maxReplyBytes: 100_000,
+    });
+    try {
+      await trained.fit(DATA, { batchSize: 6, checkpointEvery: 1 });
+    } finally {
+      const initial = await loadBundle(FILES);
+      assert.deepEqual(trained.state()["W1"]!.data, initial.state.get("W1")!.data);
+      await trained.close();
+    }
+    return trained;
+  }
+
+  for (const [what, lies, error] of LIES) {
+    test(`${what} is refused`, async () => {
+      liar.lies = lies;
+      const storage = new client.MemoryStorage();
+      await assert.rejects(train(storage), (thrown: Error) => {
+        assert.ok(thrown instanceof error, `${thrown}`);
+        assert.match(thrown.message, /^[^\p{C}]{10,500}$/u);
+        return true;
+      });
+      assert.deepEqual(await storage.list(""), []);
+    });
+  }
+});
+
+describe("a bundle", () => {
+  const text = new TextDecoder().decode(FILES["manifest.json"]);
+  const change = (before: string, after: string) => {
+    assert.ok(text.includes(before));
+    return { ...FILES, "manifest.json": new TextEncoder().encode(text.replace(before, after)) };
+  };
+  const without = (name: string) =>
+    Object.fromEntries(Object.entries(FILES).filter(([file]) => file !== name));
+  const { BundleError, FormatError } = client;
+
+  const broken: [string, Record<string, Uint8Array>, new (...facts: never[]) => Error][] = [
+    ["without a graph", without("head.forward.onnx"), BundleError],
+    ["without weights", without("weights.safetensors"), BundleError],
+    ["with an altered graph", { ...FILES, "head.forward.onnx": Uint8Array.of(8) }, BundleError],
+    ["that names a file elsewhere", change('"head.forward.onnx": "', '"../x": "'), BundleError],
+    ["of the server", change('"party": "client"', '"party": "server"'), BundleError],
+    ["for the training wheel", change('"target": "portable"', '"target": "training"'), BundleError],
+    ["whose digest is a path", change('"digest": "d1', '"digest": "..'), FormatError],
+    ["of a later format", change("bundle/1", "bundle/2"), FormatError],
+    ["with other weights", { ...FILES, "weights.safetensors": encodeTensors(new Map()) }, BundleError],
+    ["with broken weights", { ...FILES, "weights.safetensors": Uint8Array.of(1) }, FormatError],
+  ];
+  for (const [what, files, error] of broken) {
+    test(`${what} is refused`, async () => {
+      await assert.rejects(loadBundle(files), error);
+    });
+  }
+
+  test("with a graph that the gate knows not is refused before ONNX Runtime sees it", async () => {
+    const evil = new TextEncoder().encode("\b\n:\u0004evil");
+    const name = "head.forward.onnx";
+    const old = MANIFEST.files.get(name)!;
+    const files = { ...change(old, await hashBytes(evil)), [name]: evil };
+    const seen: unknown[] = [];
+    const InferenceSession = { create: (...given: unknown[]) => seen.push(given) };
+    const liar = new Liar();
+    await liar.start();
+    const trained = await client.SplitClient.connect(liar.url, {
+      ort: { ...ORT, InferenceSession } as never,
+      openSocket,
+      bundle: files,
+      storage: new client.MemoryStorage(),
+    });
+    await assert.rejects(trained.fit(DATA, { batchSize: 6 }), client.ForbiddenGraph);
+    await trained.close();
+    await liar.end();
+    assert.deepEqual(seen, []);
+  });
+});
+
+describe("an address that gives", () => {
+  let server: Server;
+  let url: string;
+  const asked: (string | undefined)[] = [];
+
+  before(async () => {
+    server = createServer((request, response) => {
+      const [, folder = "", name = ""] = /^\/(.*)\/([^/]*)$/.exec(request.url!) ?? [];
+      asked.push(request.headers.authorization);
+      if (folder === "locked") response.writeHead(401).end();
+      else if (folder === "endless" && name === "weights.safetensors") {
+        response.on("error", () => {});
+        const pour = () => void (response.writable && response.write(Buffer.alloc(1 << 20), pour));
+        pour();
+      } else if (name in FILES && folder !== "empty") response.end(FILES[name]);
+      else response.writeHead(404).end();
+    });
+    server.listen(0, "127.0.0.1");
+    await once(server, "listening");
+    url = `http://127.0.0.1:${(server.address() as { port: number }).port}`;
+  });
+
+  after(() => {
+    server.closeAllConnections();
+    server.close();
+  });
+
+  test("the files is read, and shown the token", async () => {
+    const { manifest, graphs } = await loadBundle(`${url}/whole`, "secret");
+    assert.equal(manifest.digest, MANIFEST.digest);
+    assert.equal(graphs.size, MANIFEST.files.size);
+    assert.ok(asked.every((token) => token === "Bearer secret"));
+  });
+
+  test("weights without end is left off", async () => {
+    await assert.rejects(loadBundle(`${url}/endless/`), /more bytes than the limit/);
+  });
+
+  test("nothing is named", async () => {
+    await assert.rejects(loadBundle(`${url}/empty`), client.BundleError);
+    await assert.rejects(loadBundle(`${url}/locked`), client.Unauthorized);
+    await assert.rejects(loadBundle("http://127.0.0.1:9/x"), client.ConnectionLost);
+  });
+});

@@ -1,0 +1,157 @@
+/** The Python side as real processes: servers, and what else the tests need of it. */
+
+import { spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
+import { existsSync } from "node:fs";
+import { cp, mkdtemp, rm } from "node:fs/promises";
+import { createServer, connect as connectTcp } from "node:net";
+import type { Socket } from "node:net";
+import { once } from "node:events";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+
+import { WebSocket } from "ws";
+
+import type { WebSocketLike } from "../src/index.js";
+import { ROOT, VECTORS } from "./fixtures.js";
+
+/** Node has a websocket of its own from version 22 on. */
+export const openSocket = (url: string): WebSocketLike =>
+  new WebSocket(url, { perMessageDeflate: false }) as unknown as WebSocketLike;
+
+function findPython(): string {
+  const own = join(ROOT, ".venv/bin/python");
+  return process.env["SPLITONNX_PYTHON"] ?? (existsSync(own) ? own : "python3");
+}
+
+/** A Python process, to which lines can be said and which says lines. */
+export class PythonPeer {
+  readonly #process: ChildProcess;
+  readonly #lines: AsyncIterator<string>;
+
+  constructor(args: readonly string[], stream: "stdout" | "stderr" = "stdout") {
+    const stdio = ["pipe", "inherit", "inherit"] as ("pipe" | "inherit")[];
+    stdio[stream === "stdout" ? 1 : 2] = "pipe";
+    this.#process = spawn(findPython(), args, { cwd: ROOT, stdio });
+    const lines = createInterface({ input: this.#process[stream]! });
+    this.#lines = lines[Symbol.asyncIterator]();
+  }
+
+  say(line: string): void {
+    this.#process.stdin!.write(`${line}\n`);
+  }
+
+  /** Read its next line. */
+  async hear(): Promise<string> {
+    const { done, value } = await this.#lines.next();
+    if (done) throw new Error("the Python process ended");
+    return value;
+  }
+
+  /** Read on up to a line that matches. */
+  async hearOf(pattern: RegExp): Promise<RegExpExecArray> {
+    for (;;) {
+      const found = pattern.exec(await this.hear());
+      if (found) return found;
+    }
+  }
+
+  async end(signal: NodeJS.Signals = "SIGTERM"): Promise<void> {
+    if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
+    this.#process.kill(signal);
+    await once(this.#process, "exit");
+  }
+}
+
+/** `splitonnx serve` as a process of its own, on a copy of a bundle of the vectors. */
+export class ServerProcess {
+  readonly folder: string;
+  url = "";
+  #peer: PythonPeer | undefined;
+
+  private constructor(folder: string) {
+    this.folder = folder;
+  }
+
+  static async start(name: string, ...options: string[]): Promise<ServerProcess> {
+    const folder = await mkdtemp(join(tmpdir(), "splitonnx-"));
+    await cp(join(VECTORS, name), folder, { recursive: true });
+    const server = new ServerProcess(folder);
+    await server.run(...options);
+    return server;
+  }
+
+  /** Begin to serve, on the same port as before if there was one. */
+  async run(...options: string[]): Promise<void> {
+    const port = this.url ? new URL(this.url).port : "0";
+    const args = ["-m", "splitonnx", "serve", join(this.folder, "server")];
+    this.#peer = new PythonPeer([...args, "--port", port, "--threads", "1", ...options], "stderr");
+    [this.url] = await this.#peer.hearOf(/ws:\/\/127.0.0.1:\d+/);
+  }
+
+  async end(signal?: NodeJS.Signals): Promise<void> {
+    await this.#peer?.end(signal);
+  }
+
+  async remove(): Promise<void> {
+    await this.end();
+    await rm(this.folder, { recursive: true });
+  }
+}
+
+/** Stands between client and server, and breaks connections as it is told. */
+export class Proxy {
+  url = "";
+  connections = 0;
+  /** Gives how many bytes the next connection lets through, both ways together. */
+  budget: () => number = () => Infinity;
+  readonly #target: () => string;
+  readonly #open = new Set<Socket>();
+  readonly #server = createServer((near) => this.#join(near));
+
+  constructor(target: () => string) {
+    this.#target = target;
+  }
+
+  static async start(target: () => string): Promise<Proxy> {
+    const proxy = new Proxy(target);
+    proxy.#server.listen(0, "127.0.0.1");
+    await once(proxy.#server, "listening");
+    const address = proxy.#server.address();
+    proxy.url = `ws://127.0.0.1:${(address as { port: number }).port}`;
+    return proxy;
+  }
+
+  /** Break all connections. */
+  cut(): void {
+    for (const socket of this.#open) socket.destroy();
+  }
+
+  async end(): Promise<void> {
+    this.cut();
+    this.#server.close();
+    await once(this.#server, "close");
+  }
+
+  #join(near: Socket): void {
+    this.connections += 1;
+    let left = this.budget();
+    const far = connectTcp(Number(new URL(this.#target()).port), "127.0.0.1");
+    for (const [from, to] of [[near, far], [far, near]] as const) {
+      this.#open.add(from);
+      from.on("data", (content) => {
+        to.write(content.subarray(0, Math.max(0, left)));
+        left -= content.length;
+        if (left > 0) return;
+        near.destroy();
+        far.destroy();
+      });
+      from.on("error", () => to.destroy());
+      from.on("close", () => {
+        this.#open.delete(from);
+        to.destroy();
+      });
+    }
+  }
+}

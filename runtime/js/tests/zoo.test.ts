@@ -1,0 +1,73 @@
+/** Every model of the Python tests' zoo trains here to what the unsplit model is trained to there. */
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+
+import { decodeTensors } from "../src/codecs.js";
+import { giveTensor } from "../src/engines.js";
+import { MemoryStorage, SplitClient } from "../src/index.js";
+import type { Ort } from "../src/index.js";
+import { MAX_HEADER } from "../src/messages.js";
+import { openFolder } from "../src/node.js";
+import type { NdArrays } from "../src/tensors.js";
+import { RUNTIMES, SESSION_OPTIONS, relate } from "./fixtures.js";
+import { PythonPeer, openSocket } from "./peers.js";
+
+const [BATCH, EPOCHS, SEED] = [8, 2, 3]; // as the Python side trained
+const TOLERANCE = 1e-4;
+
+let folder: string;
+let peer: PythonPeer;
+let names: string[];
+
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), "splitonnx-zoo-"));
+  const everywhere = process.env["SPLITONNX_ZOO"] === "all" ? ["all"] : [];
+  peer = new PythonPeer(["-m", "tests.js_peers", folder, ...everywhere]);
+  names = JSON.parse(await peer.hear()) as string[];
+});
+
+after(async () => {
+  await peer.end();
+  await rm(folder, { recursive: true });
+});
+
+function read(name: string, file: string): NdArrays {
+  const content = readFileSync(join(folder, name, `${file}.safetensors`));
+  return decodeTensors(new Uint8Array(content), MAX_HEADER).tensors;
+}
+
+async function train(name: string, url: string, ort: Ort): Promise<void> {
+  const client = await SplitClient.connect(url, {
+    ort,
+    openSocket,
+    seed: SEED,
+    bundle: openFolder(join(folder, name, "bundle/client")),
+    storage: new MemoryStorage(),
+    sessionOptions: SESSION_OPTIONS,
+  });
+  const data = [...read(name, "data")].map(([key, array]) => [key, giveTensor(array)] as const);
+  const history = await client.fit(Object.fromEntries(data), { epochs: EPOCHS, batchSize: BATCH });
+  const expected = read(name, "trained");
+  const losses = history.steps.map((record) => record.loss);
+  const worst = [relate(losses, expected.get("#losses")!.data as Float64Array)];
+  for (const [key, { data: found }] of Object.entries(client.state())) {
+    worst.push(relate(found, expected.get(key)!.data));
+  }
+  await client.close();
+  assert.ok(Math.max(...worst) <= TOLERANCE, `${name}: ${Math.max(...worst)}`);
+}
+
+for (const [title, ort] of RUNTIMES) {
+  test(`the zoo trains under ${title}`, async () => {
+    assert.ok(names.length > 30);
+    for (const name of names) {
+      peer.say(name);
+      await train(name, JSON.parse(await peer.hear()) as string, ort);
+    }
+  });
+}
