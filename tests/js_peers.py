@@ -44,7 +44,7 @@ def write_model(folder: Path, name: str, *, everywhere: bool) -> list[str]:
         trained = {**client.state(), "#losses": losses}
     cuts = [found.tensor for found in inspect(model)]
     ends = cuts if everywhere else dict.fromkeys((cuts[0], cuts[-1]))
-    written = []
+    written: list[str] = []
     for at, tail in [*((tensor, ()) for tensor in ends), (cuts[0], cuts[-1])]:
         bundle = cut(
             model,

@@ -1,0 +1,117 @@
+/** Small things: hashes, delays, norms, the codec on what is random, dataflows. */
+
+import assert from "node:assert/strict";
+import { createHash, randomBytes } from "node:crypto";
+import { test } from "node:test";
+
+import { decodeTensors, encodeTensors } from "../src/codecs.js";
+import { Dataflow } from "../src/dataflows.js";
+import { FormatError, NormTooLarge, NotFinite } from "../src/errors.js";
+import { hashBytes, hashPlainly } from "../src/hashes.js";
+import { LONGEST_DELAY, listDelays } from "../src/links.js";
+import type { Phase } from "../src/manifests.js";
+import { checkValues } from "../src/norms.js";
+import { makeArray, sameBytes } from "./fixtures.js";
+
+test("bytes of every length are hashed as SHA-256 has it, with and without crypto.subtle", async () => {
+  for (const length of [0, 1, 55, 56, 63, 64, 65, 119, 120, 1000]) {
+    const content = randomBytes(length);
+    const expected = createHash("sha256").update(content).digest("hex");
+    assert.equal(hashPlainly(content), expected);
+    assert.equal(await hashBytes(content), expected);
+  }
+});
+
+test("delays double from attempt to attempt, and spread", () => {
+  const delays = (random: () => number) => {
+    const all = listDelays(random);
+    return Array.from({ length: 12 }, () => all.next().value);
+  };
+  assert.deepEqual(delays(() => 1).slice(0, 4), [0, 0.05, 0.1, 0.2]);
+  assert.deepEqual(delays(() => 0).slice(0, 4), [0, 0.025, 0.05, 0.1]);
+  assert.equal(delays(() => 1).at(-1), LONGEST_DELAY);
+});
+
+test("NaN, infinity and large norms are found", () => {
+  const array = makeArray("F32", [3], [1, 2, 2]);
+  checkValues("g", array, "step 1", 3);
+  assert.throws(() => checkValues("g", array, "step 1", 2.9), NormTooLarge);
+  for (const dtype of ["F32", "F64"] as const) {
+    for (const value of [NaN, Infinity, -Infinity]) {
+      const bad = makeArray(dtype, [3], [1, value, 2]);
+      assert.throws(() => checkValues("g", bad, "step 1"), NotFinite);
+    }
+  }
+  assert.throws(() => checkValues("g", makeArray("F16", [2], [0, 0x7c00]), "step 1"), NotFinite);
+  checkValues("g", makeArray("F16", [2], [0, 0x7bff]), "step 1");
+  checkValues("g", makeArray("F32", [1], [3e38]), "step 1");
+  checkValues("g", makeArray("I64", [1], [1]), "step 1");
+});
+
+test("a message that was altered in one byte is read or refused", () => {
+  const content = encodeTensors(
+    new Map([
+      ["x", makeArray("I64", [3], [1, 2, 3])],
+      ["y", makeArray("F32", [2, 2], [1, 2, 3, 4])],
+      ["z", makeArray("BOOL", [2], [0, 1])],
+    ]),
+    { note: "ü" },
+  );
+  for (let place = 0; place < content.length; place++) {
+    for (const value of [0, 0x22, 0x30, 0x5c, 0x7b, 0xff]) {
+      const altered = content.slice();
+      altered[place] = value;
+      try {
+        decodeTensors(altered, 1 << 16);
+      } catch (error) {
+        assert.ok(error instanceof FormatError, String(error));
+      }
+    }
+  }
+});
+
+test("a message at an odd place in memory is read", () => {
+  const array = makeArray("F64", [2], [0.1, 0.2]);
+  const content = encodeTensors(new Map([["x", array]]));
+  const shifted = new Uint8Array(content.length + 3).subarray(3);
+  shifted.set(content);
+  sameBytes(decodeTensors(shifted, 1 << 16).tensors.get("x")!, array);
+});
+
+test("stages run as their inputs come, and values go when nothing needs them", () => {
+  const stage = (name: string, inputs: string[], outputs: string[]) => ({
+    name,
+    graph: "",
+    inputs: inputs.map((input) => ({ name: input, source: "wire" as const })),
+    outputs,
+  });
+  const wire = (name: string, sender: string, receiver: string) => ({
+    tensor: { name, dtype: "F32", shape: [], bounds: null },
+    sender,
+    receiver,
+    kind: "activation" as const,
+  });
+  const phase: Phase = {
+    name: "train",
+    stages: [stage("late", ["a", "back"], ["w.new"]), stage("early", ["x"], ["a"])],
+    data: [],
+    wires: [wire("a", "client", "server"), wire("back", "server", "client")],
+    results: [],
+    commits: new Map([["w", "w.new"]]),
+  };
+  const progress = new Dataflow(phase, "client").start();
+  assert.equal(progress.nextStage(), undefined);
+  progress.arrive(["x"]);
+  assert.equal(progress.nextStage()!.name, "early");
+  assert.equal(progress.nextStage(), undefined);
+  progress.arrive(["a"]);
+  assert.deepEqual(progress.release(["x"]), ["x"]);
+  assert.deepEqual(progress.nextWires(), ["a"]);
+  assert.deepEqual(progress.release(["a"]), []); // the late stage takes it too
+  assert.deepEqual(progress.missing, ["back"]);
+  progress.arrive(["back"]);
+  assert.equal(progress.nextStage()!.name, "late");
+  progress.arrive(["w.new"]);
+  assert.deepEqual(progress.release(["a", "back"]), ["a", "back"]);
+  assert.ok(progress.isFinished);
+});
