@@ -63,9 +63,7 @@ def check_graph(stage: str, content: bytes) -> None:
     if len(content) > MAX_BYTES:
         gate.refuse(f"it takes {len(content)} bytes")
     if is_ort_format(content):
-        gate.refuse(
-            "it is in ONNX Runtime's own format, which is run for who trusts its maker only"
-        )
+        gate.refuse("it is in ONNX Runtime's own format, run only where its maker is trusted")
     try:
         gate.check_model((0, len(content)))
     except Malformed as error:
@@ -183,7 +181,7 @@ class _Gate:
                 self._check_other(name, (start, stop))
         self._check_operator(operator, domain)
         for attribute in attributes:
-            self._check_attribute(attribute, operator, depth)
+            self._check_attribute(attribute, depth, einsum=operator == operators.EINSUM)
 
     def _check_operator(self, operator: str, domain: str) -> None:
         if domain not in self._imported:
@@ -193,18 +191,16 @@ class _Gate:
         if domain == operators.TRAINING_DOMAIN or operator not in operators.STANDARD_OPERATORS:
             self.refuse(f"'{operator[:80]}' of the domain '{domain}' is no operator of a bundle")
 
-    def _check_attribute(self, place: Place, operator: str, depth: int) -> None:
+    def _check_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
         content = self._copy_short(place)
-        if content in self._attributes and operator != operators.EINSUM:
+        if content in self._attributes and not einsum:
             return
         before = self._count
-        self._read_attribute(place, operator, depth)
-        if (
-            self._count == before and operator != operators.EINSUM
-        ):  # one with a body is another each time
+        self._read_attribute(place, depth, einsum=einsum)
+        if self._count == before and not einsum:  # one with a body is another each time
             _keep(self._attributes, content)
 
-    def _read_attribute(self, place: Place, operator: str, depth: int) -> None:
+    def _read_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
         label = None
         for name, start, stop in self._reader.read(place, schemas.ATTRIBUTE):
             here = (start, stop)
@@ -216,9 +212,7 @@ class _Gate:
                 self._check_integers(label, here)
             elif name == "string":
                 self._check_text(here)
-                if operator == operators.EINSUM and not operators.EQUATION.fullmatch(
-                    self._content, *here
-                ):
+                if einsum and not operators.EQUATION.fullmatch(self._content, *here):
                     self.refuse("it has no equation of letters")
             elif name == "tensor":
                 self._check_tensor(here)
