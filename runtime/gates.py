@@ -63,7 +63,8 @@ def check_graph(stage: str, content: bytes) -> None:
     if len(content) > MAX_BYTES:
         gate.refuse(f"it takes {len(content)} bytes")
     if is_ort_format(content):
-        gate.refuse("it is in ONNX Runtime's own format, run only where its maker is trusted")
+        reason = "it is in ONNX Runtime's own format, which is run for who trusts its maker only"
+        gate.refuse(reason)
     try:
         gate.check_model((0, len(content)))
     except Malformed as error:
