@@ -2,7 +2,9 @@
 
 Each checkout cuts the model with its own code, serves it from a process of its own and steps from
 another, over loopback.  Blocks of steps alternate between the two, so that a drifting machine
-strikes both alike; the ratio is that of the medians, beside the spread of the pairs' ratios.
+strikes both alike; the ratio is that of the medians, beside the spread of the pairs' ratios.  On a
+machine that does other work, too, look at the quietest tenth of the steps, and at the time that
+client and server compute together.
 
 ``wire`` computes almost nothing and moves 1 MiB each way, so the ratio shows what the runtime
 costs by itself; ``resnet`` is ``resnet_step.py``'s ResNet-18, as a user would see it.
@@ -62,7 +64,10 @@ def build_wire() -> onnx.ModelProto:
 
 
 def work(model: str, tail: bool, threads: int | None) -> None:
-    """Step as often as a line on stdin says, and print the seconds of each; runs in a checkout."""
+    """Step as often as a line on stdin says; runs in a checkout.
+
+    Each time, it prints the seconds of each step, and those that client and server computed in all.
+    """
     from splitonnx.partitioner.partitions import cut
     from splitonnx.runtime.clients import Client
 
@@ -79,28 +84,38 @@ def work(model: str, tail: bool, threads: int | None) -> None:
     batch["labels"] = random.integers(0, 10, BATCH)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         bundle.save(Path(scratch, "bundle"))
-        url = stack.enter_context(_serve(Path(scratch, "bundle/server"), threads))
+        server, url = stack.enter_context(_serve(Path(scratch, "bundle/server"), threads))
         client = stack.enter_context(Client(bundle.client, url, threads=threads))
         for line in sys.stdin:
-            seconds = []
+            seconds, begun = [], _read_busy(server)
             for _ in range(int(line)):
                 start = time.perf_counter()
                 client.step(batch)
                 seconds.append(time.perf_counter() - start)
-            print(json.dumps(seconds), flush=True)
+            print(json.dumps([seconds, _read_busy(server) - begun]), flush=True)
 
 
 @contextmanager
-def _serve(folder: Path, threads: int | None) -> Iterator[str]:
+def _serve(folder: Path, threads: int | None) -> Iterator[tuple[int, str]]:
     command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0"]
     command += [] if threads is None else ["--threads", str(threads)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            yield "ws://" + process.stderr.readline().split("ws://")[1].split(",")[0].strip()
+            line = process.stderr.readline()
+            yield process.pid, "ws://" + line.split("ws://")[1].split(",")[0].strip()
         finally:
             process.terminate()
             process.communicate()
+
+
+def _read_busy(server: int) -> float:
+    """Read the processor time of this process and of the server's, in seconds; 0 outside Linux."""
+    status = Path(f"/proc/{server}/stat")
+    if not status.exists():
+        return 0.0
+    user, system = status.read_text().rpartition(")")[2].split()[11:13]
+    return time.process_time() + (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Worker:
@@ -125,18 +140,19 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def step(self, count: int) -> list[float]:
-        """Take so many steps and return the seconds of each."""
+    def step(self, count: int) -> tuple[list[float], float]:
+        """Take so many steps; return the seconds of each, and the processor's in all."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(count, file=self._process.stdin, flush=True)
-        seconds: list[float] = json.loads(self._process.stdout.readline())
-        return seconds
+        seconds, busy = json.loads(self._process.stdout.readline())
+        return seconds, busy
 
 
 def compare(options: argparse.Namespace) -> float:
     """Step in turn with both checkouts, print the figures, and return the ratio of medians."""
     count, seconds, ratios = STEPS[options.model], (list[float](), list[float]()), list[float]()
+    busy = [0.0, 0.0]
     with Worker(options.before, options) as before, Worker(options.after, options) as after:
         workers = (before, after)
         for worker in workers:
@@ -144,19 +160,25 @@ def compare(options: argparse.Namespace) -> float:
         for pair in range(options.pairs):
             order = (0, 1) if pair % 2 else (1, 0)
             blocks = {side: workers[side].step(count) for side in order}
-            for side, block in blocks.items():
+            for side, (block, computed) in blocks.items():
                 seconds[side].extend(block)
-            ratios.append(statistics.median(blocks[1]) / statistics.median(blocks[0]))
-    for name, times in zip(("before", "after"), seconds, strict=True):
-        low, middle, high = np.percentile(times, [5, 50, 95]) * 1000
-        print(f"{name:6} step  {middle:8.2f} ms  ({low:.2f} to {high:.2f}, 5 % to 95 %)")
-    ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
+                busy[side] += computed
+            ratios.append(statistics.median(blocks[1][0]) / statistics.median(blocks[0][0]))
+    for name, times, computed in zip(("before", "after"), seconds, busy, strict=True):
+        low, middle, high = np.percentile(times, [10, 50, 90]) * 1000
+        print(
+            f"{name:6} step  {middle:8.2f} ms  ({low:.2f} to {high:.2f}, 10 % to 90 %), "
+            f"{computed / len(times) * 1000:.2f} ms of processor"
+        )
+    middles = [np.percentile(times, [10, 50]) for times in seconds]
+    quiet, ratio = middles[1] / middles[0]
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     print(
-        f"after / before  {ratio:.3f}  ({middle:.3f} by pairs, {low:.3f} to {high:.3f} in the "
-        f"middle half of {options.pairs} pairs of {count} steps)"
+        f"after / before  {ratio:.3f}  ({quiet:.3f} in the quietest tenth, "
+        f"{busy[1] / busy[0]:.3f} of processor; {middle:.3f} by pairs, {low:.3f} to {high:.3f} in "
+        f"the middle half of {options.pairs} pairs of {count} steps)"
     )
-    return ratio
+    return float(ratio)
 
 
 def main() -> int:
