@@ -30,6 +30,7 @@ from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.protocols import SERVER
@@ -53,7 +54,8 @@ class Server:
             Client("bundle/client", server.url).fit(data)
 
     Every client has a session of its own, which begins from the folder's state and outlives its
-    connections.  ``GET /health`` and ``GET /metrics`` answer on the same port.
+    connections.  ``GET /health`` and ``GET /metrics`` answer on the same port, and ``GET
+    /client/...`` where ``client`` is given.
 
     Args:
         bundle: the server's folder, or the loaded part.
@@ -66,10 +68,12 @@ class Server:
         tls: certificates, as :func:`~splitonnx.runtime.certificates.make_server_tls` makes them.
         origins: web pages that may connect, such as ``https://example.org``.
         insecure: listen beyond this machine although nothing keeps strangers out.
+        client: the client's folder, or the loaded part, to give to browsers.
 
     Raises:
-        BundleError, FormatError: the folder cannot be used.
-        UsageError: the bundle is not a server's part, or everybody could come in.
+        BundleError, FormatError: a folder cannot be used.
+        UsageError: the bundle is not a server's part, ``client`` is not its client's, or everybody
+            could come in.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -86,6 +90,7 @@ class Server:
         tls: ssl.SSLContext | None = None,
         origins: Sequence[str] = (),
         insecure: bool = False,
+        client: str | Path | PartyBundle | None = None,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         if party.manifest.party != SERVER:
@@ -105,6 +110,7 @@ class Server:
             unattended_seconds=self._limits.unattended_seconds,
             resume=resume,
         )
+        self._handout = None if client is None else Handout(client, party.manifest)
         self._metrics = Metrics(phase.name for phase in party.manifest.phases)
         self._worker = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="splitonnx")
         self._attending: set[asyncio.Task[None]] = set()
@@ -222,7 +228,11 @@ class Server:
                 return HTTPStatus.UNAUTHORIZED, "text/plain", b"metrics need a token\n"
             self._metrics.set_sessions(sessions)
             return HTTPStatus.OK, *self._metrics.render()
-        return None
+        if self._handout is None or (answer := self._handout.answer(path)) is None:
+            return None
+        if self._tokens is not None and token is None:
+            return HTTPStatus.UNAUTHORIZED, "text/plain", b"the client's part needs a token\n"
+        return answer
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
         self._metrics.count_refusal(refusal)

@@ -38,6 +38,10 @@ def serve(
         bool,
         typer.Option("--resume", help="Go on with sessions that an earlier server left here."),
     ] = False,
+    client: Annotated[
+        Path | None,
+        typer.Option(help="The client's folder, to give to browsers at /client/."),
+    ] = None,
     quiet: QuietOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = None,
@@ -97,6 +101,7 @@ def serve(
             tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
             origins=origin or (),
             insecure=insecure,
+            client=client,
         ).serve_forever()
 
 

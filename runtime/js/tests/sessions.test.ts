@@ -238,6 +238,15 @@ describe("with servers that go", () => {
     await assert.rejects(connect(server.url), ConnectionLost);
   });
 
+  test("the part comes from the server itself", async () => {
+    const client = join(VECTORS, "dropout/client");
+    const server = await ServerProcess.start("dropout", "--client", client);
+    const trained = await connect(server.url, { bundle: undefined });
+    const { steps } = await trained.fit(DATA, PLAN);
+    sameOutcome(await conclude(trained, steps), undisturbed);
+    await server.remove();
+  });
+
   test("a token is shown first, and without the right one nobody comes in", async () => {
     const tokens = join(folder, "tokens");
     const token = "0123456789abcdefghijklmnopqrstuv";
