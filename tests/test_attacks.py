@@ -327,6 +327,31 @@ def test_a_flood_of_pings_leaves_the_others_their_share(arena: Arena) -> None:
         arena.expect_progress()
 
 
+def test_random_bytes_break_nothing(arena: Arena) -> None:
+    """As a request, in a request's headers, as frames, and as messages of who has a token."""
+    random = np.random.default_rng(0)
+    token = f"Authorization: Bearer {arena.tokens['eve']}"
+    for number in range(200):
+        noise = random.bytes(int(random.integers(1, 2000)))
+        with dial(arena.port) as connection, suppress(BrokenPipeError, ConnectionResetError):
+            match number % 4:
+                case 0:
+                    connection.sendall(noise + b"\r\n\r\n")
+                case 1:
+                    line = noise.replace(b"\r", b"").replace(b"\n", b"")
+                    connection.sendall(
+                        b"GET /metrics HTTP/1.1\r\nAuthorization: Bearer " + line + b"\r\n\r\n"
+                    )
+                case 2:
+                    shake(connection, token)
+                    connection.sendall(noise)
+                case _:
+                    shake(connection, token)
+                    connection.sendall(frame(noise, opcode=int(random.integers(0, 3))))
+            connection.shutdown(socket.SHUT_WR)
+            assert b" 500 " not in read_to_end(connection)
+
+
 # --- who comes ----------------------------------------------------------------------------------
 
 
