@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.refusals import Answer, Authorize, Refusal
 from splitonnx.runtime.sockets import BUSY, POLICY, Peer, serve
 
-PATIENCE = 30.0
+PATIENCE = 20.0
 """Seconds after which a test fails rather than waits."""
 
 TEXT, BINARY, CONT, PING = 1, 2, 0, 9
@@ -198,10 +199,11 @@ def read_close(connection: socket.socket) -> int:
 
 
 def trickle(connection: socket.socket, content: bytes, step: int = 1) -> None:
-    """Send in small pieces until all is sent or the server has had enough."""
-    tick = threading.Event()
+    """Send in small pieces until all is sent or the server has had enough, which it must have."""
+    tick, end = threading.Event(), time.monotonic() + PATIENCE
     try:
         for start in range(0, len(content), step):
+            assert time.monotonic() < end, "it lets itself be kept waiting"
             connection.sendall(content[start : start + step])
             tick.wait(0.01)
             if _has_ended(connection):
