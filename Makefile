@@ -9,13 +9,13 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js lint bench chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js test-mobile lint bench chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
 # pytest's closing line is to be the last.
-test: lint test-js
+test: lint test-js test-mobile
 	$(BIN)/python -m pytest
 
 # The client in JavaScript, against servers of this environment.
@@ -27,6 +27,24 @@ ifeq ($(NODE_20),yes)
 else
 	@echo "The JavaScript client is left out: it takes Node 20 or later, and none is on the PATH."
 endif
+
+# The React Native example, against the declarations of the packages that it names.
+RN := examples/react-native
+RN_MODULES := $(RN)/node_modules/.package-lock.json
+
+test-mobile: $(if $(NODE_20),runtime/js/node_modules/.package-lock.json $(RN_MODULES))
+ifeq ($(NODE_20),yes)
+	cd runtime/js && npm run build --silent
+	rm -rf $(RN)/node_modules/@splitonnx/client/dist
+	cp -r runtime/js/dist $(RN)/node_modules/@splitonnx/client/
+	cd $(RN) && npm run check --silent
+else
+	@echo "The React Native example is not checked: it takes Node 20 or later, and none is on the PATH."
+endif
+
+$(RN_MODULES): $(RN)/package-lock.json
+	cd $(RN) && npm ci --silent
+	@touch $@
 
 runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
 	cd runtime/js && npm ci --silent
@@ -96,4 +114,5 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output $(addprefix runtime/js/,build dist node_modules)
+	rm -rf $(VENV) build dist *.egg-info demo-output $(addprefix runtime/js/,build dist node_modules) \
+		$(RN)/node_modules
