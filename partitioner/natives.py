@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 import onnx
 
-SECONDS = 600
+SECONDS = 300
 """What one request may take; the process ends with the one that takes more."""
 
 _LENGTH = struct.Struct("<Q")

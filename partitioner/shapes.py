@@ -19,6 +19,8 @@ from splitonnx.partitioner.isolations import Refused, call
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
 """Operators with windows, and which of their inputs is the kernel."""
+MOST_ALONG = 1 << 32
+"""Elements along one dimension: onnxruntime-training 1.19.2 counts up to that of an image."""
 _MOST_BYTES = 1 << 10
 """Initializers of more hold weights, whose contents no type depends on."""
 _MOST_DIMENSIONS = 32
@@ -86,7 +88,7 @@ def _note_types(graph: ir.Graph, typed: ir.Graph) -> None:
 
 
 def check_ranks(graph: ir.Graph) -> None:
-    """Check that images and kernels have as many dimensions as each other, and none absurdly many.
+    """Check that images and kernels have as many dimensions as each other, none absurd.
 
     So it does that a normalization's axis is one of its input's.  onnx's checker does neither;
     the inference of onnxruntime-training 1.19.2 reads beyond its vectors there, and ends the
@@ -99,6 +101,9 @@ def check_ranks(graph: ir.Graph) -> None:
         for value in node.outputs:
             if value.shape is not None and len(value.shape) > _MOST_DIMENSIONS:
                 reason = f"its output '{value.name}' would have {len(value.shape)} dimensions"
+                raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
+            if max((d for d in known_dims(value) or () if d is not None), default=0) > MOST_ALONG:
+                reason = f"its output '{value.name}' would have a dimension beyond all memory"
                 raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
         if node.domain not in ("", "ai.onnx"):
             continue

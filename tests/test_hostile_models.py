@@ -212,6 +212,11 @@ def huge_rank(model: ModelProto) -> None:
         model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=1)
 
 
+@hostile("'x' has a dimension beyond all memory")
+def image_without_end(model: ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**60
+
+
 @hostile("shape")
 def negative_shape(model: ModelProto) -> None:
     model.graph.initializer[0].dims[0] = -1

@@ -24,6 +24,7 @@ from splitonnx.partitioner.screens.walks import (
     list_graphs,
     list_tensors,
 )
+from splitonnx.partitioner.shapes import MOST_ALONG
 
 MAX_NAME = 4096
 """Characters."""
@@ -110,6 +111,8 @@ def _check_type(declared: TypeProto, value: ValueInfoProto, label: str) -> None:
             raise NotAModel(label, f"'{value.name}' has no known data type")
         if len(tensor.shape.dim) > MAX_RANK:
             raise NotAModel(label, f"'{value.name}' has {len(tensor.shape.dim)} dimensions")
+        if any(dim.dim_value > MOST_ALONG for dim in tensor.shape.dim):
+            raise NotAModel(label, f"'{value.name}' has a dimension beyond all memory")
     elif kind == "sequence_type":
         _check_type(declared.sequence_type.elem_type, value, label)
     elif kind == "optional_type":
