@@ -23,6 +23,7 @@ MAX_DEPTH = 64
 Key = tuple[str, str, str]
 
 _AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
+_GRAPHS = frozenset({AttributeProto.GRAPH, AttributeProto.GRAPHS})
 _WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 _EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
@@ -78,6 +79,8 @@ def check_operators(model: ModelProto, version: int, label: str) -> None:
         _check_nodes(function.node, functions, own, label)
     count, _ = _measure(model.graph.node, functions, sizes, ())
     _check_nodes(model.graph.node, functions, version, label)
+    for node in list_nodes(model.graph.node):
+        _refuse_references(node, label)
     if count > MAX_NODES:
         raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
 
@@ -94,10 +97,19 @@ def _check_nodes(
         called = functions.get(_find_key(node))
         if called is None:
             _check_attributes(node, _find_schema(node, version), label)
+            if any(a.type in _GRAPHS and a.ref_attr_name for a in node.attribute):
+                raise UnsupportedModel(label_node(node), "it takes a graph from a function's call")
         elif len(node.input) > len(called.input) or len(node.output) > len(called.output):
             raise NotAModel(label, f"{label_node(node)} gives or asks more than its function has")
-        elif any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+        elif any(a.type in _GRAPHS for a in node.attribute):
             raise UnsupportedModel(label_node(node), "it hands a graph to a function")
+
+
+def _refuse_references(node: NodeProto, label: str) -> None:
+    for attribute in node.attribute:
+        if attribute.ref_attr_name:
+            reason = f"attribute '{attribute.name}' of {label_node(node)} refers to one that no"
+            raise NotAModel(label, f"{reason} function has")
 
 
 def _find_key(node: NodeProto) -> Key:
