@@ -16,10 +16,12 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import ForbiddenGraph, FormatError, SplitonnxError
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import Hello, decode_message
+from splitonnx.runtime import operators
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.gates import check_graph
 from splitonnx.runtime.protocols import CLIENT, Protocol, State, list_wires
 from tests import tiny
+from tests.conftest import ROOT
 from tests.vectors import builders
 
 HERE = Path(builders.__file__).parent
@@ -40,6 +42,15 @@ def test_the_vectors_are_fresh(name: str) -> None:
 def test_the_tiny_client_is_fresh() -> None:
     kept, fresh = PartyBundle.load(HERE / "tiny"), tiny.split_bundle().client
     assert kept.manifest == fresh.manifest, "run: python -m tests.vectors"
+
+
+def test_the_gate_in_javascript_knows_the_same_operators() -> None:
+    text = (ROOT / "runtime" / "js" / "src" / "operators.ts").read_text()
+    for name in ("STANDARD_OPERATORS", "TRAINING_OPERATORS"):
+        listed = text.split(f"export const {name}")[1].split("`")[1].split()
+        assert set(listed) == getattr(operators, name)
+    for name in ("HIGHEST_OPSET", "HIGHEST_TRAINING_OPSET", "HIGHEST_IR_VERSION"):
+        assert f"export const {name} = {getattr(operators, name)};" in text
 
 
 def test_the_vectors_are_small() -> None:

@@ -5,104 +5,26 @@
  * of what the stages compute.
  */
 
-import type { InferenceSession } from "onnxruntime-common";
-
 import { loadBundle } from "./bundles.js";
-import type { BundleSource } from "./bundles.js";
 import type { Position } from "./checkpoints.js";
-import { countSamples, openDataset, takeBatch } from "./datasets.js";
-import { checkBatch, checkFinite } from "./datasets.js";
+import { checkBatch, checkFinite, countSamples, openDataset, takeBatch } from "./datasets.js";
 import type { Batch, DataSource, Dataset } from "./datasets.js";
 import { Engine, giveTensor } from "./engines.js";
-import type { Ort, OutputTensor, TensorLike } from "./engines.js";
+import type { TensorLike } from "./engines.js";
 import { StepsLost, UsageError } from "./errors.js";
 import { Executor, LOSS } from "./executors.js";
 import { Half } from "./halves.js";
-import type { WhenUnsaved } from "./halves.js";
 import { History } from "./histories.js";
-import type { Evaluation, StepRecord } from "./histories.js";
+import type { StepRecord } from "./histories.js";
 import { Journal } from "./journals.js";
 import { Link } from "./links.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "./manifests.js";
 import type { PartyManifest, Phase } from "./manifests.js";
+import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./plans.js";
 import { connect } from "./sockets.js";
-import type { SocketOptions } from "./sockets.js";
 import { defaultStorage } from "./storages.js";
-import type { StateStorage } from "./storages.js";
 import { concatenate } from "./tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "./tensors.js";
-
-/** Tensors by name, as they are given out. */
-export type Outputs = Record<string, OutputTensor>;
-/** A constant, or a function of the updates so far; the optimizer's own by default. */
-export type LearningRate = number | ((step: number) => number);
-
-/** How {@link SplitClient.connect} connects. */
-export interface ConnectOptions extends SocketOptions {
-  /** The ONNX Runtime to use: `import * as ort from "onnxruntime-web"`, or the like. */
-  readonly ort: Ort;
-  /** How it runs graphs; its own defaults else. */
-  readonly sessionOptions?: InferenceSession.SessionOptions | undefined;
-  /** What the server knows this client by. */
-  readonly token?: string | undefined;
-  /** Where the client's part lies; at the server's own address under `/client/` by default. */
-  readonly bundle?: BundleSource | undefined;
-  /**
-   * The part's maker is trusted as the app's own code is, so that its graphs may be in ORT format,
-   * which is not looked into before ONNX Runtime loads it; not by default.
-   */
-  readonly trusted?: boolean | undefined;
-  /** Where to keep the state; IndexedDB where there is one, else memory, by default. */
-  readonly storage?: StateStorage | undefined;
-  /** Decides shuffling and Dropout; 0 by default. */
-  readonly seed?: number | undefined;
-  /** Go on with the run that was broken off, if there is one. */
-  readonly resume?: boolean | undefined;
-  /**
-   * Seconds without a connection after which the client gives up, the first included.  By default
-   * that one is tried once (as long as it takes with `resume`), later ones as long as it takes.
-   */
-  readonly giveUpAfter?: number | undefined;
-  /** Told why, whenever the connection was lost and is made again. */
-  readonly onReconnect?: ((cause: Error) => void) | undefined;
-  /** Shown all that leaves the device and comes to it. */
-  readonly onWires?:
-    | ((direction: "sent" | "received", phase: string, wires: Outputs) => void)
-    | undefined;
-}
-
-/** How {@link SplitClient.fit} trains. */
-export interface FitOptions {
-  /** Times through the data; 1 by default. */
-  readonly epochs?: number | undefined;
-  /** Samples a step, 32 by default; a smaller last batch is left out where the model's is fixed. */
-  readonly batchSize?: number | undefined;
-  /** Deal each epoch anew; so by default. */
-  readonly shuffle?: boolean | undefined;
-  /** Evaluated after each epoch. */
-  readonly evalData?: DataSource | undefined;
-  readonly learningRate?: LearningRate | undefined;
-  /** Steps between two checkpoints, which both sides keep; none by default. */
-  readonly checkpointEvery?: number | undefined;
-  /** Whether training stops, as it does by default, where one cannot be written. */
-  readonly whenUnsaved?: WhenUnsaved | undefined;
-  /** Save when all is trained, and train on where the server was lost before; not by default. */
-  readonly save?: boolean | undefined;
-  /** Give up a run that was broken off. */
-  readonly restart?: boolean | undefined;
-  /** Ends the training after the step that runs. */
-  readonly signal?: AbortSignal | undefined;
-  /** Called with each step's record, and waited for. */
-  readonly onStep?: ((record: StepRecord) => void | Promise<void>) | undefined;
-  /** Called with each evaluation, and waited for. */
-  readonly onEpoch?: ((evaluation: Evaluation) => void | Promise<void>) | undefined;
-}
-
-interface FitPlan extends FitOptions {
-  readonly training: Dataset;
-  readonly heldOut: Dataset | undefined;
-  readonly epochs: number;
-}
 
 /**
  * Trains and runs a bundle's client part against a server; made by {@link SplitClient.connect}.
@@ -115,6 +37,7 @@ export class SplitClient {
   readonly #half: Half;
   readonly #link: Link;
   readonly #seed: number;
+  #expected = 0; // where a fit that runs left the state
 
   private constructor(half: Half, link: Link, seed: number) {
     this.#half = half;
@@ -327,10 +250,12 @@ export class SplitClient {
     const first = this.steps;
     let place = start;
     for (;;) {
+      this.#expected = this.steps;
       try {
         while (place.epoch < plan.epochs && !plan.signal?.aborted) {
           place = await this.#trainEpoch(plan, place, history);
         }
+        this.#checkCourse();
         this.#half.place = place;
         if (plan.save) await this.#half.publish();
         return history;
@@ -355,6 +280,7 @@ export class SplitClient {
       const record = await this.#recordStep(plan, batch, place);
       history.steps.push(record);
       await plan.onStep?.(record);
+      this.#checkCourse();
       if (plan.checkpointEvery && record.step % plan.checkpointEvery === 0) {
         await this.#half.checkpoint(place, plan.whenUnsaved ?? "stop");
       }
@@ -367,7 +293,8 @@ export class SplitClient {
   async #recordStep(plan: FitPlan, batch: NdArrays, place: Position): Promise<StepRecord> {
     const [up, down] = this.#half.traffic;
     const begun = performance.now();
-    const results = await this.#train(batch, plan.learningRate);
+    const results = await this.#train(batch, plan.learningRate, this.#expected);
+    this.#expected = this.steps;
     const seconds = (performance.now() - begun) / 1000;
     const [sent, received] = this.#half.traffic;
     const scalars = [...results].filter(([, array]) => !array.shape.length);
@@ -417,8 +344,16 @@ export class SplitClient {
     return { batchSize, seed: this.#seed, epoch: 0, shuffle: false, dropLast: false };
   }
 
-  async #train(batch: NdArrays, rate?: LearningRate): Promise<NdArrays> {
-    const expected = this.steps;
+  /** Another task, made between two steps of a fit, may have found that steps are lost. */
+  #checkCourse(): void {
+    if (this.steps !== this.#expected) throw new StepsLost(this.steps);
+  }
+
+  async #train(
+    batch: NdArrays,
+    rate?: LearningRate,
+    expected = this.steps,
+  ): Promise<NdArrays> {
     const chosen = typeof rate === "function" ? rate(expected) : rate;
     const learningRate = chosen ?? this.manifest.learningRate;
     return this.#half.perform(TRAIN, batch, { learningRate, expected });

@@ -4,7 +4,6 @@
  */
 
 export { SplitClient } from "./clients.js";
-export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./clients.js";
 export type { BundleSource, ReadFile } from "./bundles.js";
 export type { Batch, DataSource } from "./datasets.js";
 export type { Ort, OutputTensor, TensorLike } from "./engines.js";
@@ -13,6 +12,7 @@ export type { WhenUnsaved } from "./halves.js";
 export { History } from "./histories.js";
 export type { Evaluation, StepRecord } from "./histories.js";
 export type { PartyManifest, Phase, Wire } from "./manifests.js";
+export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./plans.js";
 export type { SocketOptions, WebSocketLike } from "./sockets.js";
 export { IndexedDbStorage, MemoryStorage } from "./storages.js";
 export type { StateStorage } from "./storages.js";

@@ -6,6 +6,7 @@
  * comes out of the greeting; going back there is the client's business.
  */
 
+import { listDelays } from "./delays.js";
 import {
   ConnectionLost,
   LocalProtocolError,
@@ -28,10 +29,6 @@ import { Protocol, listWires } from "./protocols.js";
 import type { Transport } from "./sockets.js";
 import type { NdArrays } from "./tensors.js";
 
-/** Seconds before the second attempt to reconnect; the first is made at once. */
-export const FIRST_DELAY = 0.05;
-/** Seconds between two attempts at the most. */
-export const LONGEST_DELAY = 10;
 /** Times in a row that a connection may prove too old before it is taken for a second client's. */
 export const GREETINGS = 10;
 
@@ -66,14 +63,6 @@ interface OpenTask {
   readonly key: TaskKey;
   readonly sent: { message: TensorsMessage; content: Uint8Array<ArrayBuffer> }[];
   received: number;
-}
-
-/** How long to wait from attempt to attempt: drawn from half to the whole of a doubling bound. */
-export function* listDelays(random = Math.random): Generator<number, never> {
-  yield 0;
-  for (let bound = FIRST_DELAY; ; bound = Math.min(2 * bound, LONGEST_DELAY)) {
-    yield bound * (0.5 + random() / 2);
-  }
 }
 
 /**

@@ -10,8 +10,10 @@ import { after, before, describe, test } from "node:test";
 import {
   ConnectionLost,
   MemoryStorage,
+  ProtocolError,
   RemoteFault,
   SplitClient,
+  StepsLost,
   Unauthorized,
   UnfinishedRun,
   UsageError,
@@ -145,6 +147,16 @@ describe("with one server", () => {
     await second.close();
   });
 
+  test("closing ends a training that runs, and leaves nothing waiting", async () => {
+    const client = await connect(server.url);
+    let closed: Promise<void> | undefined;
+    const onStep = ({ step }: StepRecord) => void (closed ??= step === 3 ? client.close() : closed);
+    await assert.rejects(client.fit(DATA, { ...PLAN, onStep }), ProtocolError);
+    await closed;
+    assert.equal(client.steps, 3);
+    await assert.rejects(client.predict({ x: DATA.x }), ProtocolError);
+  });
+
   test("predictions are made between steps, and change nothing", async () => {
     const client = await connect(server.url);
     const asked: Promise<Outputs>[] = [];
@@ -228,6 +240,26 @@ describe("with servers that go", () => {
       await server.remove();
     });
   }
+
+  test("steps that a prediction finds lost are made again", async () => {
+    const server = await ServerProcess.start("dropout");
+    const client = await connect(server.url, { giveUpAfter: 60 });
+    let lost: unknown;
+    const { steps } = await client.fit(DATA, {
+      ...PLAN,
+      checkpointEvery: 4,
+      onStep: async ({ step }) => {
+        if (step !== 10 || lost) return;
+        await server.end("SIGKILL");
+        await server.run("--resume");
+        lost = await client.predict({ x: DATA.x }).catch((error: unknown) => error);
+      },
+    });
+    assert.ok(lost instanceof StepsLost);
+    assert.equal(lost.step, 8);
+    sameOutcome(await conclude(client, steps), undisturbed);
+    await server.remove();
+  });
 
   test("a server that stays away is given up in the end", async () => {
     const server = await ServerProcess.start("dropout");

@@ -1,0 +1,84 @@
+/** What a connection and a fit are to be like; `clients` says what becomes of it. */
+
+import type { InferenceSession } from "onnxruntime-common";
+
+import type { BundleSource } from "./bundles.js";
+import type { DataSource, Dataset } from "./datasets.js";
+import type { Ort, OutputTensor } from "./engines.js";
+import type { WhenUnsaved } from "./halves.js";
+import type { Evaluation, StepRecord } from "./histories.js";
+import type { SocketOptions } from "./sockets.js";
+import type { StateStorage } from "./storages.js";
+
+/** Tensors by name, as they are given out. */
+export type Outputs = Record<string, OutputTensor>;
+/** A constant, or a function of the updates so far; the optimizer's own by default. */
+export type LearningRate = number | ((step: number) => number);
+
+/** How `SplitClient.connect` connects. */
+export interface ConnectOptions extends SocketOptions {
+  /** The ONNX Runtime to use: `import * as ort from "onnxruntime-web"`, or the like. */
+  readonly ort: Ort;
+  /** How it runs graphs; its own defaults else. */
+  readonly sessionOptions?: InferenceSession.SessionOptions | undefined;
+  /** What the server knows this client by. */
+  readonly token?: string | undefined;
+  /** Where the client's part lies; at the server's own address under `/client/` by default. */
+  readonly bundle?: BundleSource | undefined;
+  /**
+   * The part's maker is trusted as the app's own code is, so that its graphs may be in ORT format,
+   * which is not looked into before ONNX Runtime loads it; not by default.
+   */
+  readonly trusted?: boolean | undefined;
+  /** Where to keep the state; IndexedDB where there is one, else memory, by default. */
+  readonly storage?: StateStorage | undefined;
+  /** Decides shuffling and Dropout; 0 by default. */
+  readonly seed?: number | undefined;
+  /** Go on with the run that was broken off, if there is one. */
+  readonly resume?: boolean | undefined;
+  /**
+   * Seconds without a connection after which the client gives up, the first included.  By default
+   * that one is tried once (as long as it takes with `resume`), later ones as long as it takes.
+   */
+  readonly giveUpAfter?: number | undefined;
+  /** Told why, whenever the connection was lost and is made again. */
+  readonly onReconnect?: ((cause: Error) => void) | undefined;
+  /** Shown all that leaves the device and comes to it. */
+  readonly onWires?:
+    | ((direction: "sent" | "received", phase: string, wires: Outputs) => void)
+    | undefined;
+}
+
+/** How `SplitClient.fit` trains. */
+export interface FitOptions {
+  /** Times through the data; 1 by default. */
+  readonly epochs?: number | undefined;
+  /** Samples a step, 32 by default; a smaller last batch is left out where the model's is fixed. */
+  readonly batchSize?: number | undefined;
+  /** Deal each epoch anew; so by default. */
+  readonly shuffle?: boolean | undefined;
+  /** Evaluated after each epoch. */
+  readonly evalData?: DataSource | undefined;
+  readonly learningRate?: LearningRate | undefined;
+  /** Steps between two checkpoints, which both sides keep; none by default. */
+  readonly checkpointEvery?: number | undefined;
+  /** Whether training stops, as it does by default, where one cannot be written. */
+  readonly whenUnsaved?: WhenUnsaved | undefined;
+  /** Save when all is trained, and train on where the server was lost before; not by default. */
+  readonly save?: boolean | undefined;
+  /** Give up a run that was broken off. */
+  readonly restart?: boolean | undefined;
+  /** Ends the training after the step that runs. */
+  readonly signal?: AbortSignal | undefined;
+  /** Called with each step's record, and waited for. */
+  readonly onStep?: ((record: StepRecord) => void | Promise<void>) | undefined;
+  /** Called with each evaluation, and waited for. */
+  readonly onEpoch?: ((evaluation: Evaluation) => void | Promise<void>) | undefined;
+}
+
+/** What a fit is to do, its data opened. */
+export interface FitPlan extends FitOptions {
+  readonly training: Dataset;
+  readonly heldOut: Dataset | undefined;
+  readonly epochs: number;
+}
