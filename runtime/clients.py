@@ -22,6 +22,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import StepsLost, UsageError
 from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.backoffs import Backoff
 from splitonnx.runtime.checkpoints import Position
 from splitonnx.runtime.datasets import (
     Batch,
@@ -36,7 +37,7 @@ from splitonnx.runtime.executors import LOSS, Executor
 from splitonnx.runtime.halves import Half, WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
-from splitonnx.runtime.links import Backoff, Dial, Link
+from splitonnx.runtime.links import Dial, Link
 from splitonnx.runtime.plans import FitPlan, LearningRate
 from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -43,13 +42,9 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
+from splitonnx.runtime.backoffs import Backoff
 from splitonnx.runtime.protocols import Protocol, list_wires
 from splitonnx.runtime.transports import Transport
-
-FIRST_DELAY = 0.05
-"""Seconds before the second attempt to reconnect; the first is made at once."""
-LONGEST_DELAY = 10.0
-"""Seconds between two attempts at the most."""
 
 GREETINGS = 10
 """Times in a row that a connection may prove too old before it is taken for a second client's."""
@@ -60,28 +55,6 @@ Dial: TypeAlias = Callable[[], Transport]
 _Answer = TypeVar("_Answer", bound=Message)
 
 _logger = logging.getLogger("splitonnx.client")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backoff:
-    """How long to wait from attempt to attempt, and when to give up.
-
-    Each wait is drawn between half and the whole of a bound that doubles, so that the clients of a
-    server that comes back do not all come at once.  ``give_up_after`` is in seconds since the
-    connection was lost, ``None`` for never.
-    """
-
-    first: float = FIRST_DELAY
-    longest: float = LONGEST_DELAY
-    give_up_after: float | None = None
-
-    def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt, without end."""
-        yield 0.0
-        bound = self.first
-        while True:
-            yield random.uniform(bound / 2, bound)
-            bound = min(2 * bound, self.longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +116,7 @@ class Link:
         self._backoff = backoff
         self._generation = 0
         self._wants_repeat = False
+        self._delays: Iterator[float] | None = None  # they go on until something comes of it
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
         self._task: _OpenTask | None = None
@@ -296,7 +270,9 @@ class Link:
         """Greet until somebody answers."""
         begun = time.monotonic()
         limit = self._backoff.give_up_after
-        for delay in self._backoff.delays():
+        if self._delays is None:
+            self._delays = self._backoff.delays()
+        for delay in self._delays:
             if cause is not None and limit is not None:
                 left = begun + limit - time.monotonic()
                 if left <= 0:
@@ -394,6 +370,8 @@ class Link:
         message, tensors = self._protocol.receive(self._transport.receive())
         if isinstance(message, Fault):
             raise _translate(message, self._generation)
+        if not isinstance(message, Welcome):
+            self._delays = None
         return message, tensors
 
 

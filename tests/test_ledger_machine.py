@@ -43,7 +43,8 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import clients, links
+from splitonnx.runtime import clients
+from splitonnx.runtime.backoffs import Backoff
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from tests.hashing import HashingEngine
@@ -105,8 +106,8 @@ class Side:
     def train(self, look: Callable[[Client], None]) -> None:
         """Train as the command does with ``--resume``, till all epochs are made and saved."""
         with (
-            patch.object(clients, "Engine", lambda _: self._engine),
-            patch.object(links.Backoff, "delays", lambda _: itertools.repeat(0.0)),
+            patch.object(clients, "Engine", lambda *_, **__: self._engine),
+            patch.object(Backoff, "delays", lambda _: itertools.repeat(0.0)),
         ):
             self._train(look)
 

@@ -1,0 +1,34 @@
+"""How long a client waits before it tries its server again; it waits for nothing itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FIRST_DELAY = 0.05
+"""Seconds before the second attempt to reconnect; the first is made at once."""
+LONGEST_DELAY = 10.0
+"""Seconds between two attempts at the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """How long to wait from attempt to attempt, and when to give up.
+
+    Each wait is drawn between half and the whole of a bound that doubles, so that the clients of a
+    server that comes back do not all come at once.  ``give_up_after`` is in seconds since the
+    connection was lost, ``None`` for never.
+    """
+
+    first: float = FIRST_DELAY
+    longest: float = LONGEST_DELAY
+    give_up_after: float | None = None
+
+    def delays(self) -> Iterator[float]:
+        """Yield the seconds to wait before each attempt, without end."""
+        yield 0.0
+        bound = self.first
+        while True:
+            yield random.uniform(bound / 2, bound)
+            bound = min(2 * bound, self.longest)

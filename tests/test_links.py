@@ -1,0 +1,68 @@
+"""A client's link: how it waits where its server comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import pytest
+
+from splitonnx.bundles import Bundle
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost
+from splitonnx.messages import TaskKey, Tensors, Welcome, decode_message, encode_message
+from splitonnx.runtime.backoffs import Backoff
+from splitonnx.runtime.links import Link, Standing
+from splitonnx.runtime.protocols import list_wires
+from tests import tiny
+
+SESSION = "5" * 32
+
+
+class Fleeting:
+    """A connection that welcomes, takes so many messages of a task, and breaks at the next."""
+
+    def __init__(self, bundle: Bundle, takes: int) -> None:
+        self.bytes_sent = self.bytes_received = 0
+        self._bundle = bundle
+        self._left = takes
+        self._sent: object = None
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        self._sent, _ = decode_message(b"".join(chunks))
+        if isinstance(self._sent, Tensors):
+            self._left -= 1
+            if self._left < 0:
+                raise ConnectionLost("the server", "it closed")
+
+    def receive(self) -> bytes:
+        manifest = self._bundle.client.manifest
+        wires = list_wires(manifest)
+        welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
+        said = self._sent if isinstance(self._sent, Tensors) else welcome
+        return b"".join(encode_message(said))
+
+    def close(self) -> None:
+        pass
+
+
+def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() -> None:
+    bundle = tiny.split_bundle()
+    takes = iter([0] * 6 + [1, 2])
+    waits: list[float] = []
+    with patch("splitonnx.runtime.links.time.sleep", waits.append):
+        link = Link(
+            lambda: Fleeting(bundle, next(takes)),
+            manifest=bundle.client.manifest,
+            session=SESSION,
+            stand=lambda: Standing(origin="", start=0, step=0, kept=()),
+            backoff=Backoff(first=1.0, longest=8.0),
+        )
+        link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        link.send_wires({}, seed=0, learning_rate=0.1)
+        bounds = [0, 1, 2, 4, 8, 8]
+        assert waits == [pytest.approx(0.75 * bound, abs=0.25 * bound) for bound in bounds]
+        link.receive_wires()
+        waits.clear()
+        link.send_wires({}, seed=0, learning_rate=0.1)
+        assert waits == [0]
