@@ -144,6 +144,31 @@ def test_an_export_of_the_training_wheel_trains_on_stock_onnxruntime(
         np.testing.assert_allclose(trained[name], value, rtol=0, atol=limit, err_msg=name)
 
 
+def test_an_export_of_stock_onnxruntime_trains_on_the_training_wheel(
+    bundle: Path, portable_python: Path
+) -> None:
+    command = [
+        str(portable_python),
+        "-m",
+        "splitonnx",
+        "export",
+        str(bundle / "client"),
+        "--for",
+        "mobile",
+    ]
+    done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "converted by onnxruntime 1." in done.stdout
+    states = []
+    for folder in (bundle / "client", bundle / "client-mobile"):
+        server = Executor(PartyBundle.load(bundle / "server"), Engine(threads=1))
+        with Client(folder, connect_in_memory(server), threads=1, trusted=True) as client:
+            for batch in batches():
+                client.step(batch)
+            states.append(client.state())
+    assert_close(states[1], states[0])
+
+
 def test_only_the_graphs_names_and_sums_differ_in_the_manifest(bundle: Path) -> None:
     export(bundle / "client")
     source = json.loads((bundle / "client" / "manifest.json").read_text())
