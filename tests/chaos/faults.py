@@ -40,12 +40,12 @@ DECK: dict[Kind, int] = {
     Kind.RESET: 21,
     Kind.SILENCE: 9,
     Kind.ORPHAN: 9,
-    Kind.KILL_SERVER: 2,
-    Kind.KILL_CLIENT: 2,
+    Kind.KILL_SERVER: 3,
+    Kind.KILL_CLIENT: 3,
     Kind.KILL_BOTH: 1,
     Kind.STOP_SERVER: 2,
 }
-"""Faults are drawn as from a deck of cards, shuffled anew when it is empty: sixty cuts to three
+"""Faults are drawn as from a deck of cards, shuffled anew when it is empty: sixty cuts to four
 kills of each side, however short the training is."""
 
 HANDSHAKE = 220

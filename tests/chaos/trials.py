@@ -17,7 +17,7 @@ REACH = 10
 """Steps within which a connection's fault lies, for most connections."""
 STEPS_A_CUT = 2.25
 """Steps that are trained for each cut, and some to spare: 2 were measured."""
-CUTS_A_KILL = 20
+CUTS_A_KILL = 17
 """Cuts for each kill of a side; see the deck."""
 SPARE = 64
 """Steps more than that, for where the first faults lie."""
