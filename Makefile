@@ -1,4 +1,5 @@
-# make demo: the main job end to end on real data.  make test: every check and test.
+# make demo: the main job end to end on real data.  make test: every check and test.  make web: the
+# page that trains.
 # Each sets up .venv with what it needs; both work alone on a fresh clone.
 
 VENV := .venv
@@ -9,7 +10,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js test-mobile lint bench chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js test-mobile web lint bench chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -50,6 +51,28 @@ $(RN_MODULES): $(RN)/package-lock.json
 runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
 	cd runtime/js && npm ci --silent
 	@touch $@
+
+# The page, ready to be served:  splitonnx serve WEB/bundle/server --web examples/browser/dist
+#                                                --client WEB/bundle/client
+WEB ?= web-output
+PAGE := examples/browser
+
+web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
+	@echo "splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
+
+$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* runtime/js/src/*) $(PAGE)/index.html \
+		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
+	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
+	node $(PAGE)/build.mjs
+
+$(PAGE)/digits.bin: $(VENV)/.demo $(PAGE)/make_digits.py
+	$(BIN)/python $(PAGE)/make_digits.py
+
+$(WEB)/bundle/manifest.json: $(VENV)/.demo examples/digits.onnx
+	mkdir -p $(WEB)
+	$(BIN)/splitonnx cut examples/digits.onnx --at /block1/Relu_output_0 \
+		--tail-at /block3/MaxPool_1_output_0 --loss cross-entropy --optimizer adamw --lr 1e-3 \
+		--client-target portable -o $(WEB)/bundle --force
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -115,5 +138,5 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output $(addprefix runtime/js/,build dist node_modules) \
-		$(RN)/node_modules
+	rm -rf $(VENV) build dist *.egg-info demo-output web-output $(PAGE)/dist $(PAGE)/digits.bin \
+		$(addprefix runtime/js/,build dist node_modules) $(RN)/node_modules

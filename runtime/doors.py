@@ -12,11 +12,10 @@ import gc
 import ipaddress
 import logging
 import os
-import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from splitonnx.errors import PortInUse, UsageError
@@ -30,7 +29,6 @@ SWEEP = 64
 """Connections that are ended early between two searches for their memory."""
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 _logger = logging.getLogger("splitonnx.doors")
 
@@ -208,19 +206,3 @@ def check_exposure(
         _logger.warning(
             "no TLS: tokens and tensors travel in the clear unless a proxy or tunnel encrypts them"
         )
-
-
-def check_origins(origins: Sequence[str]) -> frozenset[str]:
-    """Check the origins of web pages that may connect, such as ``https://lab.example``.
-
-    Raises:
-        UsageError: one is no origin.
-    """
-    for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise UsageError(
-                f"'{origin}' is no origin; an origin is a scheme, a host and perhaps a port, in "
-                "lower case and without a path, such as https://lab.example or "
-                "http://localhost:3000"
-            )
-    return frozenset(origins)

@@ -7,9 +7,10 @@ the messages say is not known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
+from types import MappingProxyType
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.datastructures import Headers, MultipleValuesError
@@ -21,8 +22,9 @@ from websockets.server import ServerProtocol
 
 from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.paces import Pace
-from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
+from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond, Visit
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -34,6 +36,10 @@ LOST_SECONDS = 60.0
 """Seconds without a byte, not even the answer to a ping, after which nobody is there any more."""
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to close a connection that was ended here."""
+SHORT_ANSWER = 64 << 10
+"""Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
+ANSWER_SECONDS = 300.0
+"""Seconds in which a longer one has to be taken, which is kept in memory until then."""
 
 _TLS_HELLO = b"\x16\x03"
 
@@ -42,8 +48,7 @@ class Hall:
     """Who is in, and who may enter.
 
     Without ``authorize`` everybody is admitted, under the name that stands in the certificate that
-    TLS asked for, else as owner ``""``.  ``origins`` are the web pages
-    that may connect; programs, which name none, are not asked.
+    TLS asked for, else as owner ``""``.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Hall:
         origins: frozenset[str],
         on_refusal: OnRefusal,
         has_tls: bool,
+        has_pages: bool,
     ) -> None:
         self.limits = limits
         # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
@@ -67,7 +73,8 @@ class Hall:
         self.on_refusal = on_refusal
         self._authorize = authorize
         self._respond = respond
-        self._origins = origins
+        is_locked = has_tls or authorize is not None
+        self._origins = Origins(origins, has_pages=has_pages, is_locked=is_locked)
         self._strangers: dict[Guest, None] = {}  # in the order of their coming
         self._clients: set[Guest] = set()
 
@@ -103,9 +110,10 @@ class Hall:
         try:
             origin = request.headers.get("Origin")
             authorization = request.headers.get("Authorization")
+            host = request.headers.get("Host")
         except MultipleValuesError:
             return _respond(HTTPStatus.BAD_REQUEST, "a header stands twice")
-        if origin is not None and origin not in self._origins:
+        if origin is not None and not self._origins.allow(origin, host):
             self.on_refusal(Refusal.WRONG_ORIGIN, socket.name)
             return _respond(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
         token = None
@@ -118,8 +126,10 @@ class Hall:
                 self.on_refusal(Refusal.WRONG_TOKEN, socket.name)
                 return _respond(HTTPStatus.UNAUTHORIZED, "this token is not known here")
         if self._respond is not None:
-            answer = self._respond(request.path, token)
+            answer = self._respond(_read_visit(request, token))
             if answer is not None:
+                if len(answer.body) > SHORT_ANSWER:
+                    socket.wait_for_answer()
                 return make_response(*answer)
         if owner is not None and not self.admit(socket, owner):
             self.on_refusal(Refusal.TOO_MANY_CLIENTS, socket.name)
@@ -275,6 +285,12 @@ class Guest(ServerConnection):
             partial(self.refuse, Refusal.NO_TOKEN, CloseCode.POLICY_VIOLATION, reason),
         )
 
+    def wait_for_answer(self) -> None:
+        """Give a stranger the time to take a long answer, after which it is cut off."""
+        self._stop("handshake")
+        self.close_timeout = ANSWER_SECONDS
+        self._start("answer", ANSWER_SECONDS, self.transport.abort)
+
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
         """End the connection from this side, without waiting for the other."""
         if self.refusal is not None or self.transport.is_closing():
@@ -358,22 +374,33 @@ class Guest(ServerConnection):
             timer.cancel()
 
 
-def make_response(status: int, content_type: str, body: bytes) -> Response:
+def make_response(
+    status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
+) -> Response:
     """Make an HTTP answer, after which the connection is closed."""
-    headers = Headers(
-        {
-            "Content-Type": content_type,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Connection": "close",
-        }
-    )
+    headers = {
+        "Content-Type": content_type,
+        "Content-Length": str(len(body)),
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+        **others,
+    }
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = "1"
-    return Response(int(status), HTTPStatus(status).phrase, headers, body)
+    return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
+
+
+def _read_visit(request: Request, token: str | None) -> Visit:
+    return Visit(
+        path=request.path,
+        token=token,
+        is_upgrade="Upgrade" in request.headers,
+        encodings=",".join(request.headers.get_all("Accept-Encoding")),
+        known_tags=",".join(request.headers.get_all("If-None-Match")),
+    )
 
 
 def _respond(status: HTTPStatus, sentence: str) -> Response:

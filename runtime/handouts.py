@@ -1,8 +1,7 @@
 """The client's part of a bundle as a server gives it away: each file of its folder by its path.
 
 For browsers, which have no folder.  Nothing is given but what the manifest names, and never a
-trained state.  Who may have it, and how it travels, is the server's business; since that gives an
-answer no longer than a handshake, parts of many megabytes are better given by a web server.
+trained state.  Who may have it, and how it travels, is the server's business.
 """
 
 from __future__ import annotations
@@ -50,6 +49,8 @@ class Handout:
             return None
         name = path.removeprefix(FOLDER)
         if name not in self._files:
-            return HTTPStatus.NOT_FOUND, "text/plain", b"the client's part has no such file\n"
+            return Answer(
+                HTTPStatus.NOT_FOUND, "text/plain", b"the client's part has no such file\n"
+            )
         kind = "application/json" if name == MANIFEST else _BINARY
-        return HTTPStatus.OK, kind, self._files[name]
+        return Answer(HTTPStatus.OK, kind, self._files[name])

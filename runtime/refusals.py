@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 
 class Refusal(StrEnum):
@@ -24,11 +26,33 @@ class Refusal(StrEnum):
     TLS = "TlsWithoutTls"
 
 
-Answer: TypeAlias = tuple[int, str, bytes]
-"""HTTP status, content type, body."""
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """An HTTP request, as far as answers hang on it; headers that it lacks are ``""``."""
+
+    path: str
+    token: str | None
+    """The token shown, which is a valid one."""
+    is_upgrade: bool = False
+    """Whether it asks for a websocket."""
+    encodings: str = ""
+    """``Accept-Encoding``."""
+    known_tags: str = ""
+    """``If-None-Match``."""
+
+
+class Answer(NamedTuple):
+    """An HTTP answer; ``headers`` stand beside, or in place of, those that every answer has."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
 Authorize: TypeAlias = Callable[[str], str | None]
 """From a token to the name of its owner, if it has one."""
-Respond: TypeAlias = Callable[[str, str | None], Answer | None]
-"""From a path and the token shown, if any, to an answer; ``None`` goes on to the websocket."""
+Respond: TypeAlias = Callable[[Visit], Answer | None]
+"""From an HTTP request to an answer; ``None`` goes on to the websocket."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]
 """Told why and whom."""

@@ -33,8 +33,9 @@ from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.metrics import Metrics
+from splitonnx.runtime.pages import read_pages
 from splitonnx.runtime.protocols import SERVER
-from splitonnx.runtime.refusals import Answer, Refusal
+from splitonnx.runtime.refusals import Answer, Refusal, Visit
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens
@@ -69,11 +70,13 @@ class Server:
         origins: web pages that may connect, such as ``https://example.org``.
         insecure: listen beyond this machine although nothing keeps strangers out.
         client: the client's folder, or the loaded part, to give to browsers.
+        web: a folder of web pages to give out, which may then connect from any address that this
+            server is reached by; ``/`` is its ``index.html``.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
-        UsageError: the bundle is not a server's part, ``client`` is not its client's, or everybody
-            could come in.
+        UsageError: the bundle is not a server's part, ``client`` is not its client's, ``web`` has
+            no page, or everybody could come in.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -91,11 +94,13 @@ class Server:
         origins: Sequence[str] = (),
         insecure: bool = False,
         client: str | Path | PartyBundle | None = None,
+        web: str | Path | None = None,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         if party.manifest.party != SERVER:
             raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
         check_exposure(host, tokens, tls, insecure=insecure)
+        self._pages = None if web is None else read_pages(Path(web))
         self.host = host
         self.port = port
         self._limits = limits or Limits()
@@ -188,10 +193,13 @@ class Server:
             origins=self._origins,
             authorize=None if self._tokens is None else self._tokens.find,
             respond=self._respond,
+            has_pages=self._pages is not None,
             on_refusal=self._note_refusal,
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
+            if self._pages is not None:
+                _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
                 started.set_result(None)
             await self._wait_for_stop(premises)
@@ -216,23 +224,23 @@ class Server:
         task.add_done_callback(self._attending.discard)
         await Attendance(premises, peer).run()
 
-    def _respond(self, path: str, token: str | None) -> Answer | None:
+    def _respond(self, visit: Visit) -> Answer | None:
         """Answer an HTTP request on the server's port, if it is for one of its pages."""
         sessions = len(self._registry.sessions)
-        if path == "/health":
+        if visit.path == "/health":
             stopping = self._stop is None or self._stop.is_set()
             health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
-            return HTTPStatus.OK, "application/json", msgspec.json.encode(health)
-        if path == "/metrics":
-            if self._tokens is not None and token is None:
-                return HTTPStatus.UNAUTHORIZED, "text/plain", b"metrics need a token\n"
+            return Answer(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
+        if visit.path == "/metrics":
+            if self._tokens is not None and visit.token is None:
+                return Answer(HTTPStatus.UNAUTHORIZED, "text/plain", b"metrics need a token\n")
             self._metrics.set_sessions(sessions)
-            return HTTPStatus.OK, *self._metrics.render()
-        if self._handout is None or (answer := self._handout.answer(path)) is None:
-            return None
-        if self._tokens is not None and token is None:
-            return HTTPStatus.UNAUTHORIZED, "text/plain", b"the client's part needs a token\n"
-        return answer
+            return Answer(HTTPStatus.OK, *self._metrics.render())
+        if self._handout is not None and (part := self._handout.answer(visit.path)) is not None:
+            if self._tokens is not None and visit.token is None:
+                return Answer(HTTPStatus.UNAUTHORIZED, "text/plain", b"the model needs a token\n")
+            return part
+        return None if self._pages is None else self._pages.answer(visit)
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
         self._metrics.count_refusal(refusal)

@@ -44,9 +44,10 @@ from splitonnx.errors import (
 )
 from splitonnx.runtime.accesses import Access, check_url
 from splitonnx.runtime.certificates import describe_failure
-from splitonnx.runtime.doors import check_origins, open_doors
-from splitonnx.runtime.guards import CLOSE_SECONDS, Guest, Hall
+from splitonnx.runtime.doors import open_doors
+from splitonnx.runtime.guards import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.origins import check_origins
 from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
 
 if TYPE_CHECKING:
@@ -343,6 +344,7 @@ async def serve(
     origins: Sequence[str] = (),
     authorize: Authorize | None = None,
     respond: Respond | None = None,
+    has_pages: bool = False,
     on_refusal: OnRefusal = _ignore,
 ) -> AsyncIterator[int]:
     """Serve clients while the context lasts, and give the port; 0 takes any free one.
@@ -355,7 +357,8 @@ async def serve(
 
     ``respond`` answers HTTP requests on the same port, before anything else becomes of them; the
     token that it is given is a valid one.  Requests that name an origin come from web pages:
-    they are refused (403) unless ``origins`` has it.  ``on_refusal`` is told of everything that
+    they are refused (403) unless ``origins`` has it, or, with ``has_pages``, this server gave the
+    page out.  ``on_refusal`` is told of everything that
     is refused here.  At the end, clients are told that the server restarts (1012).
 
     Raises:
@@ -369,6 +372,7 @@ async def serve(
         origins=check_origins(origins),
         on_refusal=on_refusal,
         has_tls=tls is not None,
+        has_pages=has_pages,
     )
 
     async def welcome(socket: ServerConnection) -> None:
@@ -386,7 +390,8 @@ async def serve(
                 process_request=hall.answer,
                 compression=None,
                 max_size=hall.limits.stranger_bytes,
-                open_timeout=hall.limits.handshake_seconds,
+                open_timeout=ANSWER_SECONDS,  # the guard looks at the handshake
+                ssl_handshake_timeout=hall.limits.handshake_seconds if tls else None,
                 ping_interval=PING_SECONDS,
                 ping_timeout=None,  # the guard listens for more than pongs
                 close_timeout=CLOSE_SECONDS,

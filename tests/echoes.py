@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.refusals import Answer, Authorize, Refusal
+from splitonnx.runtime.refusals import Answer, Authorize, Refusal, Visit
 from splitonnx.runtime.sockets import BUSY, POLICY, Peer, serve
 
 PATIENCE = 20.0
@@ -118,9 +118,9 @@ class Echo:
         return True
 
 
-def _respond(path: str, token: str | None) -> Answer | None:
-    if path == "/health":
-        return 200, "text/plain", f"well, {token}".encode()
+def _respond(visit: Visit) -> Answer | None:
+    if visit.path == "/health":
+        return Answer(200, "text/plain", f"well, {visit.token}".encode())
     return None
 
 

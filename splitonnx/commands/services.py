@@ -42,6 +42,10 @@ def serve(
         Path | None,
         typer.Option(help="The client's folder, to give to browsers at /client/."),
     ] = None,
+    web: Annotated[
+        Path | None,
+        typer.Option(help="A folder of web pages to give out on the same port; they may connect."),
+    ] = None,
     quiet: QuietOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = None,
@@ -101,6 +105,7 @@ def serve(
             tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
             origins=origin or (),
             insecure=insecure,
+            web=web,
             client=client,
         ).serve_forever()
 

@@ -1,0 +1,74 @@
+/** What the page and its worker say to each other; values alone. */
+
+import type { Evaluation, StepRecord } from "@splitonnx/client";
+
+/** Digits as the model takes them: 64 numbers in [0, 1] each, row by row, and what they show. */
+export interface Samples {
+  readonly images: Float32Array;
+  readonly labels: BigInt64Array;
+}
+
+/** How a training is made; all of it has to be the same where one is resumed. */
+export interface Plan {
+  readonly epochs: number;
+  readonly batchSize: number;
+  /** The first so many of one's own drawings are trained on. */
+  readonly drawings: number;
+}
+
+/** A tensor that left the device. */
+export interface Wire {
+  readonly name: string;
+  readonly dims: readonly number[];
+  readonly bytes: number;
+}
+
+/** One sample's activation, as the server sees it: channels of height x width. */
+export interface Activation {
+  readonly dims: readonly [channels: number, height: number, width: number];
+  readonly data: Float32Array;
+}
+
+export type Order =
+  | { readonly kind: "connect"; readonly token: string | undefined; readonly resume: boolean }
+  | {
+      readonly kind: "train";
+      readonly plan: Plan;
+      readonly training: Samples;
+      readonly heldOut: Samples;
+      readonly restart: boolean;
+    }
+  | { readonly kind: "stop" }
+  | { readonly kind: "predict"; readonly number: number; readonly image: Float32Array }
+  | { readonly kind: "forget" };
+
+export type News =
+  | {
+      readonly kind: "connected";
+      readonly steps: number;
+      /** Whether a training that was broken off can be gone on with. */
+      readonly isResumed: boolean;
+      readonly modelBytes: number;
+    }
+  | { readonly kind: "lost"; readonly reason: string }
+  | { readonly kind: "found" }
+  | { readonly kind: "step"; readonly record: StepRecord }
+  | { readonly kind: "epoch"; readonly evaluation: Evaluation }
+  | { readonly kind: "trained"; readonly steps: number }
+  | {
+      readonly kind: "wires";
+      readonly phase: string;
+      readonly wires: readonly Wire[];
+      /** Bytes of messages since this was last told. */
+      readonly up: number;
+      readonly down: number;
+    }
+  | { readonly kind: "activation"; readonly activation: Activation }
+  | { readonly kind: "prediction"; readonly number: number; readonly logits: Float32Array }
+  | { readonly kind: "forgotten" }
+  | {
+      readonly kind: "failed";
+      readonly during: Order["kind"];
+      readonly name: string;
+      readonly message: string;
+    };
