@@ -313,7 +313,7 @@ def _change_weight(random: Random, model: ModelProto) -> None:
     choice = random.randrange(4)
     try:
         array = numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, onnx.checker.ValidationError):
         return
     if choice == 0:
         changed = _draw_tensor(random, tensor.name)
