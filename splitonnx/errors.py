@@ -305,7 +305,7 @@ class FormatError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotExportable(SplitonnxError):
-    """A stage needs what no ONNX Runtime of a phone has; ``party`` is whose stage it is."""
+    """A stage needs what the ONNX Runtime of a phone lacks; ``party`` is whose stage it is."""
 
     graph: str
     operators: Sequence[str]
@@ -313,7 +313,7 @@ class NotExportable(SplitonnxError):
 
     def __str__(self) -> str:
         return (
-            f"'{self.graph}' has training operators that no mobile package of ONNX Runtime runs, "
+            f"'{self.graph}' has training operators that ONNX Runtime's mobile packages lack, "
             f"{', '.join(self.operators)}; cut the model with --{self.party}-target portable"
         )
 
