@@ -41,6 +41,7 @@ export class Half {
   readonly #seed: number;
   readonly #onWires: OnWires | undefined;
   #closed = false;
+  #isHalfPublished = false;
   #others = 0; // numbers the tasks that are no training step
   #last: Promise<unknown> = Promise.resolve();
 
@@ -124,13 +125,20 @@ export class Half {
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
       await this.#saveRemotely(true);
+      this.#isHalfPublished = true;
       await this.journal.publish(this.executor, this.place);
+      this.#isHalfPublished = false;
     });
   }
 
-  /** Say good-bye to the server; may be called twice. */
+  /**
+   * Say good-bye to the server; may be called twice.
+   *
+   * Where the server published its state and this side did not, it only hangs up: the server would
+   * forget the checkpoints that a resumed run begins from.
+   */
   close(): void {
-    if (!this.#closed) this.#link.close();
+    if (!this.#closed) this.#link.close({ forGood: !this.#isHalfPublished });
     this.#closed = true;
   }
 

@@ -6,21 +6,18 @@
  * comes out of the greeting; going back there is the client's business.
  */
 
-import { listDelays } from "./delays.js";
+import { listDelays } from "./backoffs.js";
 import {
   ConnectionLost,
   LocalProtocolError,
-  NotFinite,
   ProtocolError,
-  RemoteFault,
   RemoteProtocolError,
   ServerBusy,
   SplitonnxError,
   StaleConnection,
   StepsLost,
-  Unauthorized,
-  flatten,
 } from "./errors.js";
+import { translateFault } from "./faults.js";
 import { TRAIN } from "./manifests.js";
 import type { PartyManifest } from "./manifests.js";
 import { PROTOCOL, describeTask, isSameTask } from "./messages.js";
@@ -82,6 +79,7 @@ export class Link {
   #task: OpenTask | undefined;
   #last: OpenTask | undefined; // the last step, which the server may not have made
   #wantsRepeat = false;
+  #delays: Generator<number, never> | undefined; // they go on until something comes of it
   #past: readonly [number, number] = [0, 0];
 
   private constructor(options: LinkOptions) {
@@ -186,12 +184,15 @@ export class Link {
     return message.type === "Unsaved" ? message.reason || "it does not say why" : "";
   }
 
-  /** Say good-bye: the session is over.  May be called twice. */
-  close(): void {
+  /**
+   * Say good-bye: the session is over.  May be called twice.
+   *
+   * Where it is not `forGood` only the connection is over, and the server keeps the session.
+   */
+  close({ forGood }: { forGood: boolean }): void {
     this.#ended.abort();
-    if (!this.#transport) return;
     try {
-      this.#send({ type: "Bye" });
+      if (this.#transport && forGood) this.#send({ type: "Bye" });
     } catch (error) {
       if (!(error instanceof ProtocolError)) throw error; // the other side may be gone already
     }
@@ -260,7 +261,9 @@ export class Link {
   async #findServer(cause?: SplitonnxError): Promise<number> {
     const limit = this.#options.giveUpAfter ?? Infinity;
     const begun = performance.now() / 1000;
-    for (const delay of listDelays()) {
+    this.#delays ??= listDelays();
+    for (;;) {
+      const delay = this.#delays.next().value;
       const left = begun + limit - performance.now() / 1000;
       if (cause && left <= 0) throw cause;
       await this.#sleep(Math.min(delay, left));
@@ -272,7 +275,6 @@ export class Link {
         cause = error;
       }
     }
-    throw new Error("the delays have no end");
   }
 
   /** Wait; closing the link ends it at once. */
@@ -367,7 +369,8 @@ export class Link {
   ): Promise<{ message: MessageOf<T>; tensors: NdArrays }> {
     const content = await this.#requireTransport().receive();
     const { message, tensors } = this.#protocol.receive(content);
-    if (message.type === "Fault") throw translate(message, this.#generation);
+    if (message.type === "Fault") throw translateFault(message, this.#generation);
+    if (message.type !== "Welcome") this.#delays = undefined;
     if (!expected.some((type) => type === message.type)) {
       throw new RemoteProtocolError(`it sent ${message.type} where ${expected[0]} was due`);
     }
@@ -379,19 +382,4 @@ export class Link {
 function asLost(error: unknown): ConnectionLost {
   if (error instanceof ConnectionLost) return error;
   throw error;
-}
-
-function translate(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
-  switch (fault.code) {
-    case "StaleConnection":
-      return new StaleConnection(generation, fault.newest);
-    case "ServerBusy":
-      return new ServerBusy(fault.reason);
-    case "NotFinite":
-      return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
-    case "Unauthorized":
-      return new Unauthorized("the server", 1008, fault.reason);
-    default:
-      return new RemoteFault(fault.code, fault.reason);
-  }
 }

@@ -10,6 +10,7 @@ import { after, before, describe, test } from "node:test";
 import {
   ConnectionLost,
   MemoryStorage,
+  NotSaved,
   ProtocolError,
   RemoteFault,
   SplitClient,
@@ -145,6 +146,21 @@ describe("with one server", () => {
     const second = await connect(proxy.url, { storage, resume: true });
     await assert.rejects(second.fit(DATA, { ...PLAN, batchSize: 4 }), UsageError);
     await second.close();
+  });
+
+  test("an outcome that only the server could keep is gone on with from a checkpoint", async () => {
+    const storage = new MemoryStorage();
+    const first = await connect(server.url, { storage });
+    await first.fit(DATA, { ...PLAN, checkpointEvery: 7 });
+    const put = storage.put.bind(storage);
+    storage.put = () => Promise.reject(new Error("no room"));
+    await assert.rejects(first.save(), NotSaved);
+    await first.close();
+    storage.put = put;
+    const second = await connect(server.url, { storage, resume: true });
+    assert.equal(second.steps, 14);
+    const { steps } = await second.fit(DATA, { ...PLAN, checkpointEvery: 7, save: true });
+    sameOutcome(await conclude(second, steps), undisturbed);
   });
 
   test("closing ends a training that runs, and leaves nothing waiting", async () => {

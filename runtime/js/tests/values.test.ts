@@ -8,7 +8,7 @@ import { decodeTensors, encodeTensors } from "../src/codecs.js";
 import { Dataflow } from "../src/dataflows.js";
 import { FormatError, NormTooLarge, NotFinite } from "../src/errors.js";
 import { hashBytes, hashPlainly } from "../src/hashes.js";
-import { LONGEST_DELAY, listDelays } from "../src/delays.js";
+import { LONGEST_DELAY, listDelays } from "../src/backoffs.js";
 import type { Phase } from "../src/manifests.js";
 import { checkValues } from "../src/norms.js";
 import { makeArray, sameBytes } from "./fixtures.js";

@@ -1,4 +1,4 @@
-/** How long to wait before trying once more. */
+/** How long a client waits before it tries its server again; it waits for nothing itself. */
 
 /** Seconds before the second attempt to reconnect; the first is made at once. */
 export const FIRST_DELAY = 0.05;

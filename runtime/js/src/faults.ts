@@ -1,0 +1,28 @@
+/** What the other side reports of itself, as an error of this side. */
+
+import {
+  NotFinite,
+  RemoteFault,
+  ServerBusy,
+  StaleConnection,
+  Unauthorized,
+  flatten,
+} from "./errors.js";
+import type { SplitonnxError } from "./errors.js";
+import type { MessageOf } from "./messages.js";
+
+/** Give the error that a fault stands for, on the connection of this generation. */
+export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
+  switch (fault.code) {
+    case "StaleConnection":
+      return new StaleConnection(generation, fault.newest);
+    case "ServerBusy":
+      return new ServerBusy(fault.reason);
+    case "NotFinite":
+      return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
+    case "Unauthorized":
+      return new Unauthorized("the server", 1008, fault.reason);
+    default:
+      return new RemoteFault(fault.code, fault.reason);
+  }
+}
