@@ -1,0 +1,68 @@
+"""Errors of what a run stands on: packages, processes, options, stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitonnx.errors.roots import SplitonnxError
+
+
+@dataclass(eq=False)
+class MissingExtra(SplitonnxError):
+    """A package is missing that an extra of splitonnx would have installed."""
+
+    module: str
+    extra: str
+    purpose: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.purpose} needs '{self.module}', which is not installed; "
+            f"run: pip install 'splitonnx[{self.extra}]'"
+        )
+
+
+@dataclass(eq=False)
+class WrongRuntime(SplitonnxError):
+    """The installed ONNX Runtime is not the one that the work needs."""
+
+    installed: str
+    needed: str
+
+    def __str__(self) -> str:
+        return f"the installed ONNX Runtime is {self.installed}, but this needs {self.needed}"
+
+
+@dataclass(eq=False)
+class ProcessFailed(SplitonnxError):
+    """The process that native code runs in cannot be started."""
+
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"no process can be started for native code ({self.reason}); "
+            f"see what `python -m {self.module}` says"
+        )
+
+
+@dataclass(eq=False)
+class UsageError(SplitonnxError):
+    """Options or arguments that contradict each other or lie outside their range."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class StageFailed(SplitonnxError):
+    """ONNX Runtime could not load or run a stage."""
+
+    stage: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"stage '{self.stage}' failed: {self.reason}"

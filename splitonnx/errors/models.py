@@ -1,0 +1,141 @@
+"""Errors of the user's model, and of the place where it is to be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitonnx.errors.roots import SplitonnxError, quote
+
+
+class ModelError(SplitonnxError):
+    """The user's ONNX model cannot be used as it is."""
+
+
+@dataclass(eq=False)
+class NotAModel(ModelError):
+    """The bytes are no ONNX model, or one that no checker accepts."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source} is not a usable ONNX model: {self.reason}"
+
+
+@dataclass(eq=False)
+class UnsupportedModel(ModelError):
+    """The model is valid ONNX, but uses something that splitonnx does not take."""
+
+    subject: str
+    reason: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
+
+
+class NativeCrash(UnsupportedModel):
+    """Native code of onnx or ONNX Runtime ended its process over the model, or took too long."""
+
+
+class BrokenWork(UnsupportedModel):
+    """The work on the model broke off, and no node is known to be at fault."""
+
+
+@dataclass(eq=False)
+class ForbiddenExternalData(ModelError):
+    """A tensor's external data lies outside the folder of the model."""
+
+    tensor: str
+    location: str
+
+    def __str__(self) -> str:
+        return (
+            f"tensor '{self.tensor}' keeps its data in '{self.location}', outside the model's own "
+            "folder; move the file beside the model or save the model in one piece"
+        )
+
+
+@dataclass(eq=False)
+class NotDifferentiable(ModelError):
+    """An operator on the way from a trainable parameter to the loss has no gradient."""
+
+    node: str
+    operator: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        tail = f"; {self.advice}" if self.advice else ""
+        return (
+            f"node '{self.node}' ({self.operator}) lies between a trainable parameter and the "
+            f"loss, and {self.operator} has no gradient{tail}"
+        )
+
+
+class CutError(SplitonnxError):
+    """The place where the user wants to cut is not one where this model can be cut."""
+
+
+@dataclass(eq=False)
+class UnknownTensor(CutError):
+    """A name that the model does not contain."""
+
+    name: str
+    nearest: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        offer = f"; did you mean {quote(self.nearest)}?" if self.nearest else ""
+        return f"the model has no tensor or node '{self.name}'{offer}"
+
+
+@dataclass(eq=False)
+class NotACut(CutError):
+    """The named tensors do not divide the model.
+
+    ``missing`` would have to cross as well; ``raw`` names the inputs that some of it are or are
+    made of alone, such as an attention mask.
+    """
+
+    tensors: Sequence[str]
+    missing: Sequence[str] = ()
+    reason: str = ""
+    raw: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        if self.missing:
+            source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
+            return (
+                f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
+                f"too{source}; add them to the cut to let them cross, or choose another one "
+                "(`splitonnx inspect` lists the single-tensor cuts)"
+            )
+        return f"{quote(self.tensors)} do not divide the model: {self.reason}"
+
+
+@dataclass(eq=False)
+class IntegerCut(CutError):
+    """A cut tensor carries no gradient although trainable parameters lie before it."""
+
+    tensor: str
+    dtype: str
+    parameters: Sequence[str]
+
+    def __str__(self) -> str:
+        return (
+            f"the cut tensor '{self.tensor}' is {self.dtype} and carries no gradient, but the "
+            f"trainable {quote(self.parameters)} lie before it; cut elsewhere or freeze them"
+        )
+
+
+@dataclass(eq=False)
+class SharedParameter(CutError):
+    """A trainable tensor is used on both sides of the cut."""
+
+    parameters: Sequence[str]
+
+    def __str__(self) -> str:
+        return (
+            f"{quote(self.parameters)} would be trained on both sides of the cut; cut so that one "
+            "party holds every use, or freeze with --freeze"
+        )
