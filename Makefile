@@ -10,13 +10,13 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js test-mobile web lint bench chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js test-mobile test-browser web lint bench chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
 # pytest's closing line is to be the last.
-test: lint test-js test-mobile
+test: lint test-js test-mobile test-browser
 	$(BIN)/python -m pytest
 
 # The client in JavaScript, against servers of this environment.
@@ -64,6 +64,22 @@ $(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* runtime/js/src/*) $(PAGE)/inde
 		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs
+
+# The page in Chromium, trained against servers of this environment.
+CHROMIUM := $(shell command -v "$${SPLITONNX_CHROMIUM:-chromium}" || command -v chromium-browser)
+PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
+
+test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
+ifeq ($(strip $(PAGE_MISSES)),)
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
+else
+	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
+endif
+
+# It drives the system's Chromium, and fetches none.
+$(VENV)/.browser: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group browser
+	@touch $@
 
 $(PAGE)/digits.bin: $(VENV)/.demo $(PAGE)/make_digits.py
 	$(BIN)/python $(PAGE)/make_digits.py

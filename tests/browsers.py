@@ -1,0 +1,195 @@
+"""The example's page in headless Chromium, as a user has it before them, and what it keeps.
+
+Chromium is the system's; ``SPLITONNX_CHROMIUM`` names another.  As root it runs without its own
+sandbox, which root cannot have.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from splitonnx.codecs import decode_tensors
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+DIST = Path(__file__).parent.parent / "examples" / "browser" / "dist"
+PATIENCE = 60_000
+"""Milliseconds that something may take on a machine that is busy."""
+PIXELS = 64
+
+_READ_STORAGE = """async () => {
+  const databases = await indexedDB.databases();
+  if (!databases.some(({ name }) => name === "splitonnx")) return {};
+  const database = await new Promise((resolve, reject) => {
+    const request = indexedDB.open("splitonnx");
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+  const files = database.transaction("files").objectStore("files");
+  const ask = (request) => new Promise((resolve) => {
+    request.onsuccess = () => resolve(request.result);
+  });
+  const [names, contents] = await Promise.all([ask(files.getAllKeys()), ask(files.getAll())]);
+  database.close();
+  const encode = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+  return Object.fromEntries(names.map((name, index) => [name, encode(contents[index])]));
+}"""
+
+
+def find_chromium() -> str | None:
+    """Find the program, if there is one."""
+    names = (os.environ.get("SPLITONNX_CHROMIUM", ""), "chromium", "chromium-browser")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@contextmanager
+def running_chromium() -> Iterator[Browser]:
+    """Run Chromium without a window."""
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Screen:
+    """The page, open in a window; ``problems`` are what its console complains of."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.problems: list[str] = []
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on(
+            "console",
+            lambda message: self.problems.append(message.text) if message.type == "error" else None,
+        )
+        page.goto(url.replace("ws", "http", 1))
+
+    def wait_for_status(self, text: str | re.Pattern[str]) -> None:
+        self.page.locator("#status").filter(has_text=text).wait_for()
+
+    def start(self, *, passes: int) -> None:
+        self.page.select_option("#epochs", str(passes))
+        self.page.click("#start")
+
+    def wait_for_step(self, least: int) -> None:
+        """Wait until so many steps are made, and shown."""
+        numbers = "|".join(str(number) for number in range(least, 1000))
+        shown = self.page.locator("#steps").filter(has_text=re.compile(f"^({numbers})$"))
+        shown.wait_for()
+
+    def draw(self, *points: tuple[float, float]) -> None:
+        """Draw a stroke on the pad; the points are shares of its sides."""
+        box = self.page.locator("#pad").bounding_box()
+        assert box is not None
+        mouse = self.page.mouse
+        for number, (x, y) in enumerate(points):
+            mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
+            if not number:
+                mouse.down()
+        mouse.up()
+
+    def losses(self) -> dict[int, float]:
+        """Give the loss of each step, as the page keeps its curve."""
+        self.page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
+        run = json.loads(self.page.evaluate("localStorage.getItem('splitonnx-run')"))
+        return {mark["step"]: mark["loss"] for mark in run["marks"]}
+
+    def read_storage(self) -> dict[str, bytes]:
+        """Give what the client keeps in IndexedDB, by name."""
+        found: dict[str, str] = self.page.evaluate(_READ_STORAGE)
+        return {name: base64.b64decode(content) for name, content in found.items()}
+
+    def read_state(self) -> dict[str, np.ndarray]:
+        """Give the weights that training left in the browser."""
+        (name,) = self.read_storage()
+        assert name.endswith("/state")
+        return decode_tensors(self.read_storage()[name], max_header=1 << 20)[0]
+
+
+class Relay:
+    """Passes connections on to a server's port while the context lasts, and cuts them when told."""
+
+    def __init__(self, upstream: int) -> None:
+        self._upstream = upstream
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Relay:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _end(self._listener)
+        self._threads[0].join()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for one in (self._listener, *self._sockets):
+            one.close()
+
+    def cut(self) -> None:
+        """End every connection; new ones may come."""
+        for one in self._sockets:
+            _end(one)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._upstream))
+            self._sockets += [client, server]
+            for source, sink in ((client, server), (server, client)):
+                thread = threading.Thread(target=_pass_on, args=(source, sink))
+                self._threads.append(thread)
+                thread.start()
+
+
+def _end(one: socket.socket) -> None:
+    with suppress(OSError):  # it has ended already
+        one.shutdown(socket.SHUT_RDWR)
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while content := source.recv(1 << 16):
+            sink.sendall(content)
+    _end(sink)
+
+
+def read_digits() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the page's digits as a Python client takes them: to train on, and held out."""
+    content = (DIST / "digits.bin").read_bytes()
+    trained = int.from_bytes(content[:4], "little")
+    rows = np.frombuffer(content, np.uint8, offset=8).reshape(-1, PIXELS + 1)
+    images = (rows[:, :PIXELS].reshape(-1, 1, 8, 8) / 16).astype(np.float32)
+    labels = rows[:, PIXELS].astype(np.int64)
+    return (
+        {"image": images[:trained], "labels": labels[:trained]},
+        {"image": images[trained:], "labels": labels[trained:]},
+    )
