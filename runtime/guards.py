@@ -24,7 +24,7 @@ from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.paces import Pace
-from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond, Visit
+from splitonnx.runtime.refusals import STATUSES, Authorize, OnRefusal, Refusal, Respond, Visit
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -214,9 +214,8 @@ class Guest(ServerConnection):
                 Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
             )
             return
-        before = (
-            self._frames if self.request else -1
-        )  # of a request there are no frames to wait for
+        # of a request there are no frames to wait for
+        before = self._frames if self.request else -1
         super().data_received(data)
         if self.protocol.close_expected():
             self._note_fault()
@@ -301,13 +300,7 @@ class Guest(ServerConnection):
             self.protocol.fail(code, reason)
             self.send_data()
         elif self.request is None:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            if refusal is Refusal.MESSAGE_TOO_BIG:
-                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            elif refusal is Refusal.HANDSHAKE_TOO_SLOW:
-                status = HTTPStatus.REQUEST_TIMEOUT
-            elif refusal is Refusal.TLS:
-                status = HTTPStatus.BAD_REQUEST
+            status = STATUSES.get(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
             self.transport.write(_respond(status, reason).serialize())
         if self.owner is None:
             self.transport.abort()  # what was written has gone out; no farewell is waited for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -24,6 +25,16 @@ class Refusal(StrEnum):
     HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
     IDLE = "Idle"
     TLS = "TlsWithoutTls"
+
+
+STATUSES: Mapping[Refusal, HTTPStatus] = MappingProxyType(
+    {
+        Refusal.MESSAGE_TOO_BIG: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        Refusal.HANDSHAKE_TOO_SLOW: HTTPStatus.REQUEST_TIMEOUT,
+        Refusal.TLS: HTTPStatus.BAD_REQUEST,
+    }
+)
+"""What is said in HTTP before there is a websocket; 503 for all others: come again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -355,11 +355,10 @@ async def serve(
     stranger, whom ``handle`` may admit.  Without ``authorize`` everybody is admitted, as the common
     name in the certificate that ``tls`` asked for, else as ``""``.
 
-    ``respond`` answers HTTP requests on the same port, before anything else becomes of them; the
-    token that it is given is a valid one.  Requests that name an origin come from web pages:
-    they are refused (403) unless ``origins`` has it, or, with ``has_pages``, this server gave the
-    page out.  ``on_refusal`` is told of everything that
-    is refused here.  At the end, clients are told that the server restarts (1012).
+    ``respond`` answers HTTP requests on the same port, before anything else becomes of them.
+    Requests that name an origin come from web pages: they are refused (403) unless ``origins`` has
+    it, or, with ``has_pages``, this server gave the page out.  ``on_refusal`` is told of everything
+    that is refused here.  At the end, clients are told that the server restarts (1012).
 
     Raises:
         PortInUse: another program has the port.

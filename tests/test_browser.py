@@ -196,6 +196,12 @@ def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser)
         screen.page.get_by_text("It looks like a 7").wait_for()
         assert "24 maps of 8" in screen.page.inner_text("#activation-text")
         assert screen.page.inner_text("#up").endswith("MB")
+        screen.page.on("dialog", lambda dialog: dialog.accept())
+        screen.page.get_by_text("Forget the training").click()
+        screen.page.locator("#steps").get_by_text("0", exact=True).wait_for()
+        screen.wait_for_status(re.compile("^Ready$"))
+        assert screen.read_storage() == {}
+        assert "3 drawings of yours" in screen.page.inner_text("#drawn")
         assert screen.problems == []
 
 

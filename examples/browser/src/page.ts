@@ -46,7 +46,8 @@ function order(message: Order): void {
 
 function enter(next: Stage): void {
   stage = next;
-  views.showStart(stage === "training", stage === "ready" || stage === "training");
+  const isEnabled = stage === "ready" || stage === "training";
+  views.showStart(stage === "training", isEnabled, run.plan !== null);
   if (stage === "ready") views.showStatus("ready", steps ? "Trained, and ready" : "Ready");
   if (stage === "training") views.showStatus("training", "Training");
 }
@@ -100,6 +101,10 @@ function label(digit: number): void {
   clear();
 }
 
+function forget(): void {
+  if (confirm("Forget all that was trained in this browser?")) order({ kind: "forget" });
+}
+
 /** Draw figures and curves soon, but not more often than can be followed. */
 function redraw(): void {
   if (isDrawing) return;
@@ -150,6 +155,7 @@ function takeNews(news: News): void {
       return;
     case "forgotten":
       run = newRun();
+      pace = null;
       keepNow();
       redraw();
       return connect();
@@ -233,8 +239,8 @@ async function begin(): Promise<void> {
   });
   on("clear", clear);
   on("retry", () => (digits ? connect() : location.reload()));
-  on("anew", () => order({ kind: "forget" }));
-  on("forget", () => order({ kind: "forget" }));
+  on("anew", forget);
+  on("forget", forget);
   on("start", () => {
     if (stage === "training") {
       order({ kind: "stop" });

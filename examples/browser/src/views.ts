@@ -56,7 +56,7 @@ export function showGuess(shares: readonly number[] | null): void {
     button.toggleAttribute("data-best", label === best);
   });
   const sure = shares ? Math.round(100 * shares[best]!) : 0;
-  write("guess", shares ? `It looks like a ${best} (${sure} %).` : "Draw, and see what it takes it for.");
+  write("guess", shares ? `It looks like a ${best} (${sure} %).` : "Draw, and the model says what it sees.");
 }
 
 let seen: ArrayLike<number> | undefined;
@@ -80,12 +80,13 @@ export function showDrawn(count: number, message?: string): void {
   element("erase").hidden = !count;
 }
 
-export function showStart(isTraining: boolean, isEnabled: boolean): void {
+/** `isUnfinished`: what is trained on must stay as it is. */
+export function showStart(isTraining: boolean, isEnabled: boolean, isUnfinished: boolean): void {
   write("start", isTraining ? "Stop" : "Start training");
   element<HTMLButtonElement>("start").disabled = !isEnabled;
   element<HTMLSelectElement>("epochs").disabled = isTraining;
   element<HTMLButtonElement>("forget").disabled = isTraining;
-  element<HTMLButtonElement>("erase").disabled = isTraining;
+  element<HTMLButtonElement>("erase").disabled = isTraining || isUnfinished;
 }
 
 /** Show figures and curves; `pace` is milliseconds a step. */
