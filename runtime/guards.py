@@ -40,6 +40,8 @@ SHORT_ANSWER = 64 << 10
 """Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
 ANSWER_SECONDS = 300.0
 """Seconds in which a longer one has to be taken, which is kept in memory until then."""
+ANSWERS_BYTES = 256 << 20
+"""Bytes of all longer answers that are kept at a time."""
 
 _TLS_HELLO = b"\x16\x03"
 
@@ -77,6 +79,7 @@ class Hall:
         self._origins = Origins(origins, has_pages=has_pages, is_locked=is_locked)
         self._strangers: dict[Guest, None] = {}  # in the order of their coming
         self._clients: set[Guest] = set()
+        self._answers: dict[Guest, int] = {}  # bytes of the longer ones
 
     def enter(self, guest: Guest) -> None:
         """Take in a stranger, and send away the one that has waited longest if there are many."""
@@ -103,6 +106,7 @@ class Hall:
         """Forget somebody."""
         self._strangers.pop(guest, None)
         self._clients.discard(guest)
+        self._answers.pop(guest, None)
 
     def answer(self, socket: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
@@ -128,13 +132,23 @@ class Hall:
         if self._respond is not None:
             answer = self._respond(_read_visit(request, token))
             if answer is not None:
-                if len(answer.body) > SHORT_ANSWER:
-                    socket.wait_for_answer()
+                if not self._keep(socket, len(answer.body)):
+                    self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
+                    return _respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
                 return make_response(*answer)
         if owner is not None and not self.admit(socket, owner):
             self.on_refusal(Refusal.TOO_MANY_CLIENTS, socket.name)
             return _respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients; try again later")
         return None
+
+    def _keep(self, guest: Guest, size: int) -> bool:
+        """Give a guest the time to take a long answer, if there is room to keep it so long."""
+        if size > SHORT_ANSWER:
+            if sum(self._answers.values()) + size > ANSWERS_BYTES:
+                return False
+            self._answers[guest] = size
+            guest.wait_for_answer()
+        return True
 
 
 class Guest(ServerConnection):

@@ -18,6 +18,7 @@ class Refusal(StrEnum):
     TOO_MANY_STRANGERS = "TooManyStrangers"
     TOO_MANY_CLIENTS = "TooManyClients"
     NO_TOKEN = "NoToken"
+    TOO_MANY_ANSWERS = "TooManyAnswers"
     MESSAGE_TOO_BIG = "MessageTooBig"
     MESSAGE_TOO_SLOW = "MessageTooSlow"
     TOO_MANY_FRAGMENTS = "TooManyFragments"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ import pytest
 from splitonnx import Server
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import pages
+from splitonnx.runtime import guards, pages
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.pages import read_pages
@@ -89,6 +90,23 @@ def test_a_long_answer_may_take_longer_than_a_handshake(bundle: Path, web: Path)
         wait_until_refused(server.port)  # by then as much time has gone for the other
         received = b"".join(iter(lambda: client.recv(1 << 20), b""))
         assert received.endswith(b"\r\n\r\n" + bytes(LONG))
+
+
+def test_no_more_long_answers_wait_than_there_is_room_for(
+    bundle: Path, web: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "ANSWERS_BYTES", 2 * LONG)
+    with Server(bundle / "server", port=0, web=web) as server, ExitStack() as waiting:
+        for _ in range(2):
+            client = waiting.enter_context(dial(server.port))
+            client.sendall(b"GET /parts/run.wasm HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert client.recv(15) == b"HTTP/1.1 200 OK"
+        assert get(server, "/parts/run.wasm")[0] == 503
+        assert get(server, "/")[0] == 200
+        while client.recv(1 << 20):
+            pass
+        client.close()
+        assert get(server, "/parts/run.wasm")[0] == 200
 
 
 def wait_until_refused(port: int) -> None:
