@@ -6,7 +6,6 @@ Threads, sockets and the order among several connections of a session are the se
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from splitonnx.errors import (
     StaleConnection,
 )
 from splitonnx.messages import Bye, Fault, Hello, Login, Message, Save, Tensors, Welcome
-from splitonnx.runtime.ledgers import Reply
+from splitonnx.runtime.ledgers import Fingerprint, Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sessions import Session
@@ -29,11 +28,11 @@ from splitonnx.runtime.sessions import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Incoming:
-    """A message that was read and checked; ``digest`` is of its bytes."""
+    """A message that was read and checked; ``fingerprint`` is of its bytes."""
 
     message: Message
     tensors: Mapping[str, np.ndarray]
-    digest: bytes
+    fingerprint: Fingerprint
 
 
 class Conversation:
@@ -85,8 +84,7 @@ class Conversation:
         message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello):
             self.session = self._registry.find(message, self._owner)
-        digest = hashlib.sha256(content).digest() if isinstance(message, Tensors) else b""
-        return Incoming(message=message, tensors=tensors, digest=digest)
+        return Incoming(message=message, tensors=tensors, fingerprint=Fingerprint(content))
 
     def answer(self, incoming: Incoming) -> Iterator[Reply]:
         """Act on a message and yield the replies, as :meth:`handle` does.
@@ -126,7 +124,7 @@ class Conversation:
                 if message.phase not in self._wires:
                     raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
                 yield from session.work(
-                    message, incoming.tensors, incoming.digest, self._protocol.send
+                    message, incoming.tensors, incoming.fingerprint, self._protocol.send
                 )
             case Save():
                 yield self._protocol.send(self._check_session(message.session).save(message))

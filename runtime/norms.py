@@ -21,20 +21,13 @@ def check_values(name: str, array: np.ndarray, where: str, limit: float | None =
     """
     if array.dtype.kind != "f" or not array.size:
         return
-    flat = array.reshape(-1)
-    # One pass: a sum of squares is finite only if all its terms are.  It can overflow as well,
-    # which the second look, that costs more, tells apart.
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = float(np.dot(flat, flat))
-    if not math.isfinite(square):
-        if not np.isfinite(flat).all():
-            raise NotFinite(name, where)
-        square = _sum_squares(flat)
-    if limit is not None and math.sqrt(square) > limit:
-        raise NormTooLarge(name, math.sqrt(square), limit)
+    if not np.isfinite(array).all():
+        raise NotFinite(name, where)
+    if limit is not None and (norm := math.sqrt(_sum_squares(array))) > limit:
+        raise NormTooLarge(name, norm, limit)
 
 
-def _sum_squares(flat: np.ndarray) -> float:
+def _sum_squares(array: np.ndarray) -> float:
     """Sum the squares with room for large values; infinite beyond that of float64."""
     with np.errstate(over="ignore"):
-        return float(np.sum(np.square(flat, dtype=np.float64)))
+        return float(np.sum(np.square(array, dtype=np.float64)))

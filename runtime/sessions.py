@@ -24,7 +24,7 @@ from splitonnx.manifests import TRAIN
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.ledgers import Ledger, Reply, Verdict
+from splitonnx.runtime.ledgers import Fingerprint, Ledger, Reply, Verdict
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
@@ -97,12 +97,16 @@ class Session:
             raise StaleConnection(generation, self.generation)
 
     def work(
-        self, message: Tensors, tensors: Mapping[str, np.ndarray], digest: bytes, encode: Encoder
+        self,
+        message: Tensors,
+        tensors: Mapping[str, np.ndarray],
+        fingerprint: Fingerprint,
+        encode: Encoder,
     ) -> Iterator[Reply]:
         """Act on the wires of a task and yield the replies, each once it is ready.
 
-        ``digest`` identifies the message's bytes.  A message of a training step that was acted on
-        before gets the replies that it got then.  After an error :meth:`abandon` is due.
+        ``fingerprint`` identifies the message's bytes.  A message of a training step that was
+        acted on before gets the replies that it got then.  After an error :meth:`abandon` is due.
 
         Raises:
             RemoteProtocolError, StepConflict: the message is not one that may come now.
@@ -111,7 +115,7 @@ class Session:
         if message.phase != TRAIN:
             yield from self._answer(message, tensors, encode)
             return
-        match self.ledger.judge(message.step, message.turn, digest):
+        match self.ledger.judge(message.step, message.turn, fingerprint):
             case Verdict.REPEAT:
                 yield from self.ledger.repeat(message.step, message.turn)
                 return
@@ -119,11 +123,11 @@ class Session:
                 self.abandon()
                 self._begin(message)
                 self._running = message.key
-                self.ledger.begin(digest)
+                self.ledger.begin(fingerprint)
             case Verdict.GO_ON:
                 if message.key != self._running:
                     raise RemoteProtocolError(f"it goes on with {message.key}, which is not open")
-                self.ledger.go_on(digest)
+                self.ledger.go_on(fingerprint)
         self.executor.deliver(message.key, tensors)
         for wires in self.executor.advance(message.key):
             reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
@@ -133,6 +137,7 @@ class Session:
             self.tasks_done += 1
             self._running = None
             self.ledger.commit()
+        fingerprint.take()  # after the replies, which need not wait for it
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write the state to disk, durably, as a checkpoint or as the outcome as well.

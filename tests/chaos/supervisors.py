@@ -11,6 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -123,7 +124,10 @@ class Keeper:
     def _signal(self, name: str, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
             self._asked.add(name)
-            self._process.send_signal(number)
+            # not by send_signal, which looks first whether the process ended, and where it just has
+            # takes the exit code away from asyncio's own watcher
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     async def _run(self) -> int:
         self._speaks = False
