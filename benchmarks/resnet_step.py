@@ -11,108 +11,18 @@ of the pairs' ratios.  Weights and data are random: time does not depend on them
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from resnets import build_resnet18, serve
 
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 
 BATCH = 32
-
-
-class _Network:
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self._random = np.random.default_rng(0)
-
-    def add(self, name: str, kind: str, *inputs: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def keep(self, name: str, values: np.ndarray) -> str:
-        self.weights.append(numpy_helper.from_array(values.astype(np.float32), name))
-        return name
-
-    def draw(self, name: str, *shape: int) -> str:
-        deviation = np.sqrt(2 / np.prod(shape[1:]))
-        return self.keep(name, self._random.standard_normal(shape) * deviation)
-
-    def convolve(
-        self, name: str, source: str, channels: tuple[int, int], kernel: int, stride: int
-    ) -> str:
-        """Convolution and BatchNormalization in training mode."""
-        inputs, outputs = channels
-        weight = self.draw(f"{name}.weight", outputs, inputs, kernel, kernel)
-        value = self.add(
-            f"{name}.conv", "Conv", source, weight,
-            strides=[stride, stride], pads=[kernel // 2] * 4,
-        )  # fmt: skip
-        norm = [
-            self.keep(f"{name}.{part}", np.full(outputs, start))
-            for part, start in (("scale", 1), ("bias", 0), ("mean", 0), ("var", 1))
-        ]
-        running = [f"{name}.mean_next", f"{name}.var_next"]
-        self.nodes.append(
-            helper.make_node(
-                "BatchNormalization", [value, *norm], [f"{name}.norm", *running],
-                name=f"{name}.norm", training_mode=1,
-            )
-        )  # fmt: skip
-        return f"{name}.norm"
-
-
-def build_resnet18(width: int) -> onnx.ModelProto:
-    """ResNet-18 (arXiv 1512.03385) for 32x32 images; stage ``i`` ends in ``stage<i>``."""
-    net = _Network()
-    value = net.add("stem", "Relu", net.convolve("conv0", "x", (3, width), 3, 1))
-    inputs = width
-    for stage in range(4):
-        outputs = width * 2**stage
-        for block in range(2):
-            name = f"s{stage}b{block}"
-            stride = 2 if stage and not block else 1
-            inner = net.convolve(f"{name}c1", value, (inputs, outputs), 3, stride)
-            inner = net.add(f"{name}r1", "Relu", inner)
-            inner = net.convolve(f"{name}c2", inner, (outputs, outputs), 3, 1)
-            if inputs != outputs:
-                value = net.convolve(f"{name}skip", value, (inputs, outputs), 1, stride)
-            end = f"stage{stage}" if block else f"{name}r2"
-            value = net.add(end, "Relu", net.add(f"{name}sum", "Add", inner, value))
-            inputs = outputs
-    value = net.add("flat", "Flatten", net.add("pool", "GlobalAveragePool", value))
-    net.add("logits", "Gemm", value, net.draw("fc", 10, inputs), net.draw("fcb", 10), transB=1)
-    graph = helper.make_graph(
-        net.nodes,
-        "resnet18",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 32, 32])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
-        net.weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-
-
-@contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Serve a folder from a process of its own."""
-    command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            yield "ws://" + process.stderr.readline().split("ws://")[1].split(",")[0].strip()
-        finally:
-            process.terminate()
-            process.communicate()
 
 
 def measure(step: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ machine that does other work, too, look at the quietest tenth of the steps, and 
 client and server compute together.
 
 ``wire`` computes almost nothing and moves 1 MiB each way, so the ratio shows what the runtime
-costs by itself; ``resnet`` is ``resnet_step.py``'s ResNet-18, as a user would see it.
+costs by itself; ``resnet`` is ``resnets.py``'s ResNet-18, as a user would see it.
 
     python benchmarks/step_before_after.py BEFORE AFTER [--model wire] [--pairs 200] [--tail]
 
@@ -77,7 +77,7 @@ def work(model: str, tail: bool, threads: int | None) -> None:
         batch = {"x": random.standard_normal((BATCH, WIDTH), np.float32)}
         bundle = cut(build_wire(), at="scaled", tail_at="again" if tail else ())
     else:
-        from resnet_step import build_resnet18
+        from resnets import build_resnet18
 
         batch = {"x": random.standard_normal((BATCH, 3, 32, 32), np.float32)}
         bundle = cut(build_resnet18(64), at="stage0", tail_at="pool" if tail else ())
