@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
 # pytest's closing line is to be the last.
-test: lint test-js test-mobile test-browser
+test: lint test-js test-mobile
 	$(BIN)/python -m pytest
 
 # The client in JavaScript, against servers of this environment.
