@@ -29,7 +29,14 @@ import numpy as np
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.runtime.seals import encode_sealed, is_whole
-from splitonnx.states import check_state, decode_state, map_file, sync_folder, write_file
+from splitonnx.states import (
+    check_state,
+    decode_state,
+    is_session,
+    map_file,
+    sync_folder,
+    write_file,
+)
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
@@ -40,7 +47,6 @@ KEPT = 2
 newest is what both have for certain."""
 
 _STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
-_SESSION = re.compile(r"[0-9a-f]{32}")
 _UNFINISHED = "."
 """How the name of a file begins while it is being written."""
 _FACTS = "splitonnx"
@@ -112,7 +118,7 @@ class CheckpointStore:
         Raises:
             UsageError: ``session`` is not 32 hexadecimal digits in lower case.
         """
-        if not _SESSION.fullmatch(session):
+        if not is_session(session):
             raise UsageError(f"a session is named by 32 hexadecimal digits, not {session[:40]!r}")
         self.session = session
         self.folder = folder / SESSIONS / session
@@ -342,7 +348,7 @@ def list_sessions(folder: Path) -> tuple[str, ...]:
         BundleError: the folder cannot be read.
     """
     written: list[tuple[int, str]] = []
-    for session in filter(_SESSION.fullmatch, _list_names(folder / SESSIONS)):
+    for session in filter(is_session, _list_names(folder / SESSIONS)):
         place = folder / SESSIONS / session
         names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
         with contextlib.suppress(FileNotFoundError):  # it ended meanwhile

@@ -60,7 +60,7 @@ class Conversation:
     @property
     def is_mid_step(self) -> bool:
         """Whether a training step of its session was begun and waits for the client."""
-        return self._holds_session and self.session is not None and self.session.ledger.is_open
+        return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
         """Read one message, act on it and yield the replies; each is to be sent as one message.
@@ -99,9 +99,8 @@ class Conversation:
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
         """End the conversation, and tell the client why if that can be told."""
         self.refused = error
-        if self._holds_session:
-            assert self.session is not None
-            self.session.abandon()
+        if self._held is not None:
+            self._held.abandon()
         if not self.is_closed:
             yield self._protocol.send(_describe(error))
 
@@ -111,8 +110,10 @@ class Conversation:
             self._registry.release(self.session)
 
     @property
-    def _holds_session(self) -> bool:
-        return self.session is not None and self.session.generation == self._generation
+    def _held(self) -> Session | None:
+        """The session, while this is its newest connection."""
+        session = self.session
+        return session if session is not None and session.generation == self._generation else None
 
     def _act(self, incoming: Incoming) -> Iterator[Reply]:
         message = incoming.message
@@ -151,10 +152,9 @@ class Conversation:
         )
 
     def _leave(self) -> None:
-        if self._holds_session:
-            assert self.session is not None
-            self.session.finish()
-            self._registry.end(self.session)
+        if self._held is not None:
+            self._held.finish()
+            self._registry.end(self._held)
 
     def _check_session(self, name: str) -> Session:
         session = self.session

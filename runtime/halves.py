@@ -69,7 +69,7 @@ class Half:
                 return self._exchange(key, learning_rate)
         except StepsLost:
             raise
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the server is told, and it goes on up
             self.close()
             raise
         finally:

@@ -75,12 +75,6 @@ class Ledger:
             return is_open and bool(self._made)
         return step == self.step or (can_repeat and step == self.step + 1)
 
-    @property
-    def size(self) -> int:
-        """Bytes of all the answers that are kept."""
-        turns = (*self._running, *self._made)
-        return sum(len(chunk) for turn in turns for reply in turn.replies for chunk in reply)
-
     def judge(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
         """Say what is to be done with message ``turn`` of ``step``; nothing changes.
 

@@ -80,7 +80,7 @@ class Link:
     """The connection of one session.
 
     ``step`` is where both sides went on after the last greeting: the client's own step, or an
-    earlier one that it kept.  ``reconnects`` counts the connections after the first.
+    earlier one that it kept.
 
     Args:
         dial: makes a connection; ``None`` with ``transport`` where there is but that one.
@@ -108,7 +108,6 @@ class Link:
         patient: bool = False,
     ) -> None:
         self.session = session
-        self.reconnects = 0
         self._dial = dial
         self._given = transport
         self._manifest = manifest
@@ -233,7 +232,6 @@ class Link:
                 raise cause
             _logger.warning("%s; reconnecting", cause)
             self.step = self._find_server(cause)
-            self.reconnects += 1
             _logger.info("reconnected at step %d", self.step)
             if self.step != self._stand().step:
                 raise StepsLost(self.step)

@@ -8,7 +8,6 @@ caller's.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections import Counter
@@ -30,9 +29,7 @@ from splitonnx.messages import Hello
 from splitonnx.runtime.checkpoints import CheckpointStore
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.sessions import Session
-from splitonnx.states import read_state
-
-_SESSION = re.compile(r"[0-9a-f]{32}")
+from splitonnx.states import is_session, read_state
 
 _logger = logging.getLogger("splitonnx.server")
 
@@ -97,7 +94,7 @@ class Registry:
             SessionLost: it cannot be gone on with at any of the client's steps.
             BundleMismatch: the client's trained state and the server's do not belong together.
         """
-        if not _SESSION.fullmatch(hello.session):
+        if not is_session(hello.session):
             raise RemoteProtocolError("a session is named by 32 hexadecimal digits")
         with self._lock:
             session = self._sessions.get(hello.session)
@@ -201,7 +198,7 @@ class Registry:
             return self._base
         if not origin and step == 0:
             return self._untrained
-        tensors = self._find_tensors(origin, step) if _SESSION.fullmatch(origin) else None
+        tensors = self._find_tensors(origin, step) if is_session(origin) else None
         if tensors is None:
             return None
         executor = self._base.fork()

@@ -53,6 +53,11 @@ class State:
     position: str = ""
 
 
+def is_session(name: str) -> bool:
+    """Whether a name is that of a session, 32 hexadecimal digits, and so safe in a path."""
+    return _SESSION.fullmatch(name) is not None
+
+
 def write_state(path: str | Path, state: State, digest: str) -> None:
     """Write a party's state into its folder ``path`` as the newest outcome, whole or not at all.
 
@@ -86,7 +91,7 @@ def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> Stat
         BundleError, FormatError: it cannot be read, or is not what the manifest declares.
     """
     path = folder / STATE
-    if _SESSION.fullmatch(session) and _read_session(path) != session:
+    if is_session(session) and _read_session(path) != session:
         kept = _name_outcome(folder, session)
         path = kept if kept.exists() else path
     if not path.exists():
@@ -241,4 +246,4 @@ def _read_session(path: Path) -> str:
     except (BundleError, FormatError):
         return ""
     session = metadata.get("session", "")
-    return session if _SESSION.fullmatch(session) else ""
+    return session if is_session(session) else ""
