@@ -187,11 +187,13 @@ class Attendance:
             session = conversation.session
             done = 0 if session is None else session.tasks_done
             begun = time.perf_counter()
-            await self._reply(conversation.answer(incoming))
-            if session is not None:
-                seconds = time.perf_counter() - begun
-                self._note(incoming.message, session, session.tasks_done > done, seconds)
-        self._note_refusal(conversation)
+            try:
+                await self._reply(conversation.answer(incoming))
+            finally:  # what was done counts, whether or not the client could be told
+                if session is not None:
+                    seconds = time.perf_counter() - begun
+                    self._note(incoming.message, session, session.tasks_done > done, seconds)
+                self._note_refusal(conversation)
 
     def _take_over(self, conversation: Conversation, generation: int) -> None:
         """End the session's older connection, which may be stuck with a reply that nobody reads."""

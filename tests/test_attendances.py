@@ -1,0 +1,111 @@
+"""The server's side of a connection that breaks at the worst moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitonnx.bundles import Bundle
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost
+from splitonnx.messages import Hello, Message, Tensors
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.metrics import Metrics
+from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
+from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.sockets import Peer
+from tests.zoo import ZOO
+
+SESSION = "0123456789abcdef" * 2
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return cut(ZOO["chain"].build(), at="act1", tail_at="act3")
+
+
+@pytest.fixture
+def premises(bundle: Bundle) -> Iterator[Premises]:
+    assert bundle.server is not None
+    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    metrics = Metrics(["train"])
+    with ThreadPoolExecutor(2) as worker:
+        yield Premises(registry=registry, worker=worker, metrics=metrics, stop=asyncio.Event())
+
+
+class Guest:
+    """A client that begins a step, hears so many replies, and is gone."""
+
+    name = "127.0.0.1"
+    owner = ""
+
+    def __init__(self, bundle: Bundle, *, hears: int) -> None:
+        manifest = bundle.client.manifest
+        self.left = hears
+        hello = Hello(
+            digest=manifest.digest,
+            session=SESSION,
+            generation=1,
+            step=0,
+            wires=list_wires(manifest),
+        )
+        self._says: list[tuple[Message, dict[str, np.ndarray] | None]] = [(hello, None), *STEP]
+        self._protocol = Protocol(manifest, CLIENT)
+
+    async def receive(self) -> bytes:
+        if not self._says:
+            raise ConnectionLost(self.name, "it closed without a word")
+        message, wires = self._says.pop(0)
+        return b"".join(self._protocol.send(message, wires))
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        if not self.left:
+            raise ConnectionLost(self.name, "it closed without a word")
+        self.left -= 1
+        self._protocol.receive(b"".join(chunks))
+
+
+def make_task(turn: int) -> Tensors:
+    return Tensors(
+        session=SESSION,
+        phase="train",
+        step=0,
+        micro_batch=0,
+        turn=turn,
+        seed=0,
+        learning_rate=1e-3,
+    )
+
+
+STEP = (
+    (make_task(0), {"act1@server": np.ones((2, 7), np.float32)}),
+    (make_task(1), {"act3@client_grad": np.ones((2, 6), np.float32)}),
+)
+
+
+def count_steps(metrics: Metrics) -> float:
+    (steps,) = (
+        family
+        for family in text_string_to_metric_families(metrics.render()[1].decode())
+        if family.name == "splitonnx_steps"
+    )
+    return sum(sample.value for sample in steps.samples if sample.name.endswith("_total"))
+
+
+@pytest.mark.parametrize("hears", [3, 2], ids=["every reply", "all but the last reply"])
+def test_a_step_that_was_made_is_counted_whether_or_not_the_client_heard_of_it(
+    bundle: Bundle, premises: Premises, hears: int
+) -> None:
+    peer = Guest(bundle, hears=hears)
+    asyncio.run(Attendance(premises, cast("Peer", peer)).run())
+    assert peer.left == 0
+    assert count_steps(premises.metrics) == 1
