@@ -71,7 +71,7 @@ PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
 
 test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
 ifeq ($(strip $(PAGE_MISSES)),)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/test_browser.py tests/test_webgpu.py
 else
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif

@@ -17,7 +17,13 @@ import type { Dtype, Elements, NdArray } from "./tensors.js";
 export interface Ort {
   readonly InferenceSession: InferenceSessionFactory;
   readonly Tensor: TensorConstructor;
-  readonly env?: Pick<Env, "wasm">;
+  readonly env?: Pick<Env, "wasm"> & Partial<Pick<Env, "webgpu">>;
+}
+
+/** What is used here of WebGPU's device. */
+interface Gpu {
+  pushErrorScope(filter: "validation"): void;
+  popErrorScope(): Promise<{ readonly message: string } | null>;
 }
 
 /**
@@ -167,14 +173,25 @@ export class Engine {
   }
 
   /**
-   * Run a stage and return all its outputs by name.
+   * Run a stage and return all its outputs by name, in this side's memory.
    *
    * @throws StageFailed: an operator failed, or the feeds are not what the graph takes.
    */
   async run(stage: LoadedStage, feeds: ReadonlyMap<string, Tensor>): Promise<Map<string, Tensor>> {
     try {
-      const outputs = await stage.session.run(Object.fromEntries(feeds));
-      return new Map(Object.entries(outputs as Record<string, Tensor>));
+      const gpu = await this.#findGpu();
+      gpu?.pushErrorScope("validation");
+      const running = stage.session.run(Object.fromEntries(feeds));
+      // ONNX Runtime goes on where a GPU refuses a kernel, with whatever its memory held.
+      const outputs = await running.finally(async () => {
+        const refusal = await gpu?.popErrorScope();
+        if (refusal) throw new Error(`the GPU refuses a kernel: ${refusal.message}`);
+      });
+      const tensors = new Map(Object.entries(outputs as Record<string, Tensor>));
+      for (const tensor of tensors.values()) {
+        if (tensor.location !== "cpu") await tensor.getData(true); // frees what the GPU holds
+      }
+      return tensors;
     } catch (error) {
       throw new StageFailed(stage.name, describeError(error));
     }
@@ -183,6 +200,14 @@ export class Engine {
   /** Let go of what ONNX Runtime holds for the loaded stages. */
   async release(): Promise<void> {
     await Promise.all(this.#sessions.splice(0).map((session) => session.release()));
+  }
+
+  /** Find the device of ONNX Runtime's WebGPU provider; only after a session was made with it. */
+  async #findGpu(): Promise<Gpu | undefined> {
+    const providers = this.#options.executionProviders ?? [];
+    const names = providers.map((one) => (typeof one === "string" ? one : one.name));
+    if (!names.includes("webgpu")) return undefined;
+    return (await this.#ort.env?.webgpu?.device) as Gpu | undefined;
   }
 }
 
