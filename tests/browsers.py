@@ -7,7 +7,6 @@ sandbox, which root cannot have.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import shutil
@@ -23,29 +22,30 @@ import numpy as np
 from splitonnx.codecs import decode_tensors
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, CDPSession, Page
 
 DIST = Path(__file__).parent.parent / "examples" / "browser" / "dist"
 PATIENCE = 60_000
 """Milliseconds that something may take on a machine that is busy."""
 PIXELS = 64
 
-_READ_STORAGE = """async () => {
+_READ_STORE = """async ([base, store]) => {
   const databases = await indexedDB.databases();
-  if (!databases.some(({ name }) => name === "splitonnx")) return {};
+  if (!databases.some(({ name }) => name === base)) return [];
   const database = await new Promise((resolve, reject) => {
-    const request = indexedDB.open("splitonnx");
+    const request = indexedDB.open(base);
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
-  const files = database.transaction("files").objectStore("files");
+  const items = database.transaction(store).objectStore(store);
   const ask = (request) => new Promise((resolve) => {
     request.onsuccess = () => resolve(request.result);
   });
-  const [names, contents] = await Promise.all([ask(files.getAllKeys()), ask(files.getAll())]);
+  const [keys, values] = await Promise.all([ask(items.getAllKeys()), ask(items.getAll())]);
   database.close();
-  const encode = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
-  return Object.fromEntries(names.map((name, index) => [name, encode(contents[index])]));
+  const encode = (value) => value instanceof Uint8Array
+    ? btoa(Array.from(value, (byte) => String.fromCharCode(byte)).join("")) : value;
+  return keys.map((key, index) => [key, encode(values[index])]);
 }"""
 
 
@@ -69,6 +69,35 @@ def running_chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def tracing(devtools: CDPSession) -> Iterator[list[float]]:
+    """Give, at the end, the processor time of each task of the page's thread, in milliseconds.
+
+    It counts what a slowed processor adds, and not what the thread waits for a core.
+    """
+    events: list[dict[str, Any]] = []
+    ended: list[object] = []
+    tasks: list[float] = []
+    devtools.on("Tracing.dataCollected", lambda part: events.extend(part["value"]))
+    devtools.on("Tracing.tracingComplete", lambda end: ended.append(end))
+    devtools.send("Tracing.start", {"traceConfig": {"includedCategories": ["toplevel"]}})
+    yield tasks
+    devtools.send("Tracing.end")
+    while not ended:
+        devtools.send("Runtime.evaluate", {"expression": "0"})  # hears events while it waits
+    threads = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+    }
+    tasks += [
+        event["tdur"] / 1000
+        for event in events
+        if event["name"] == "ThreadControllerImpl::RunTask"
+        and (event["pid"], event["tid"]) in threads
+    ]
 
 
 class Screen:
@@ -111,14 +140,16 @@ class Screen:
 
     def losses(self) -> dict[int, float]:
         """Give the loss of each step, as the page keeps its curve."""
-        self.page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
-        run = json.loads(self.page.evaluate("localStorage.getItem('splitonnx-run')"))
-        return {mark["step"]: mark["loss"] for mark in run["marks"]}
+        return {step: mark["loss"] for step, mark in self._read_store("splitonnx-page", "marks")}
 
     def read_storage(self) -> dict[str, bytes]:
         """Give what the client keeps in IndexedDB, by name."""
-        found: dict[str, str] = self.page.evaluate(_READ_STORAGE)
-        return {name: base64.b64decode(content) for name, content in found.items()}
+        files = self._read_store("splitonnx", "files")
+        return {name: base64.b64decode(content) for name, content in files}
+
+    def _read_store(self, base: str, store: str) -> list[tuple[Any, Any]]:
+        found: list[tuple[Any, Any]] = self.page.evaluate(_READ_STORE, [base, store])
+        return found
 
     def read_state(self) -> dict[str, np.ndarray]:
         """Give the weights that training left in the browser."""

@@ -21,7 +21,7 @@ from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.tokens import Tokens, add_token
-from tests.browsers import DIST, Relay, Screen, read_digits, running_chromium
+from tests.browsers import DIST, Relay, Screen, read_digits, running_chromium, tracing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -39,6 +39,15 @@ SLOWDOWN = 4
 TAPS = 30
 TAP_MS = 100.0
 """Milliseconds from a tap to the picture that answers it."""
+WATCH_TAPS = """() => {
+  window.taps = [];
+  const watch = (list) => {
+    for (const { name, duration } of list.getEntries()) {
+      if (name === "click") window.taps.push(duration);
+    }
+  };
+  new PerformanceObserver(watch).observe({ type: "event", durationThreshold: 16 });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +155,30 @@ def test_a_reload_goes_on_at_the_very_step(
         assert STEPS <= count_steps(server) <= STEPS + 2
 
 
+def test_a_reload_just_after_the_end_trains_nothing_again(own: Path, browser: Browser) -> None:
+    with serve(own) as server, browser.new_context() as context:
+        screen = Screen(context.new_page(), server.url)
+        screen.wait_for_status("Ready")
+        screen.start(passes=1)
+        screen.wait_for_status(TRAINED)
+        screen.page.evaluate(
+            """async () => {
+              const open = indexedDB.open("splitonnx-page");
+              await new Promise((resolve) => { open.onsuccess = resolve; });
+              const writing = open.result.transaction("head", "readwrite");
+              const plan = { epochs: 1, batchSize: 32, drawings: 0 };
+              const traffic = { up: 1, down: 1 };
+              writing.objectStore("head").put({ course: { plan, start: 0 }, traffic }, "head");
+              await new Promise((resolve) => { writing.oncomplete = resolve; });
+              open.result.close();
+            }"""
+        )
+        screen.page.reload()
+        screen.wait_for_status(TRAINED)
+        assert screen.page.inner_text("#steps") == str(STEPS)
+        assert count_steps(server) == STEPS
+
+
 def test_a_lost_connection_costs_no_step(
     own: Path, browser: Browser, undisturbed: Training
 ) -> None:
@@ -207,7 +240,8 @@ def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser)
 
 def test_taps_are_answered_while_a_slow_phone_trains(own: Path, browser: Browser) -> None:
     with (
-        serve(own) as server,
+        # one thread: the server of a phone does not take the phone's processor
+        Server(own / "server", port=0, client=own / "client", web=DIST, threads=1) as server,
         browser.new_context(
             viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
         ) as context,
@@ -215,34 +249,28 @@ def test_taps_are_answered_while_a_slow_phone_trains(own: Path, browser: Browser
         screen = Screen(context.new_page(), server.url)
         page = screen.page
         screen.wait_for_status("Ready")
-        slowing = context.new_cdp_session(page)
-        slowing.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
-        page.evaluate(
-            """() => {
-              window.taps = [];
-              const watch = (list) => {
-                for (const { name, duration } of list.getEntries()) {
-                  if (name === "click") window.taps.push(duration);
-                }
-              };
-              const options = { type: "event", durationThreshold: 16, buffered: false };
-              new PerformanceObserver(watch).observe(options);
-            }"""
-        )
+        devtools = context.new_cdp_session(page)
+        devtools.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
+        page.evaluate(WATCH_TAPS)
         screen.start(passes=10)
         screen.wait_for_step(5)
-        for tap in range(TAPS):
-            page.get_by_label(f"It is a {tap % 10}").tap()
+        with tracing(devtools) as tasks:
+            for tap in range(TAPS):
+                page.get_by_label(f"It is a {tap % 10}").tap()
         assert page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
         assert page.inner_text("#start") == "Stop"  # it was training all the time
         answered: list[float] = page.evaluate("window.taps")
     answered += [16.0] * (TAPS - len(answered))  # what is quicker is not reported
-    p95 = statistics.quantiles(answered, n=20)[-1]
+    over = sum(milliseconds > TAP_MS for milliseconds in answered)
     print(
-        f"\ntaps: median {statistics.median(answered):.0f} ms, 95 % within {p95:.0f} ms, ", end=""
+        f"\ntaps: median {statistics.median(answered):.0f} ms, longest {max(answered):.0f} ms, "
+        f"{over} of {TAPS} over {TAP_MS:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
     )
-    print(f"longest {max(answered):.0f} ms")
     assert statistics.median(answered) <= TAP_MS
+    # A tap waits for one task and is answered in the next; how long both wait for a core of this
+    # machine, which has browser, server and test to run, is not the page's doing.
+    assert len(tasks) > TAPS
+    assert max(tasks) <= TAP_MS / 2
 
 
 def test_a_hostile_server_s_graph_is_refused_and_nothing_is_stored(

@@ -1,5 +1,7 @@
 /** Curves over steps, drawn on a canvas in the page's own colours. */
 
+import { resize } from "./pictures.js";
+
 export interface Point {
   readonly step: number;
   readonly value: number;
@@ -17,7 +19,7 @@ export interface Curves {
 
 const MARGIN = { left: 46, right: 12, top: 10, bottom: 22 };
 const SMOOTHING = 0.8; // the share that a smoothed value keeps of those before it
-const MOST = 400; // points of a line; more cannot be told apart
+const MOST = 200; // points of a line; more cannot be told apart on a phone
 
 interface Frame {
   readonly context: CanvasRenderingContext2D;
@@ -58,11 +60,7 @@ export function drawCurves(canvas: HTMLCanvasElement, curves: Curves): void {
 function makeFrame(canvas: HTMLCanvasElement, { noisy, top }: Curves): Frame {
   const { clientWidth: width, clientHeight: height } = canvas;
   const ratio = window.devicePixelRatio || 1;
-  const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
-  if (canvas.width !== wide || canvas.height !== high) {
-    canvas.width = wide;
-    canvas.height = high;
-  }
+  resize(canvas, Math.round(width * ratio), Math.round(height * ratio));
   const context = canvas.getContext("2d")!;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
@@ -117,7 +115,7 @@ function drawLine(
   });
   context.strokeStyle = colour;
   context.lineWidth = width;
-  context.lineJoin = "round";
+  context.lineJoin = "bevel";
   context.stroke();
 }
 

@@ -1,6 +1,6 @@
 /** What the page and its worker say to each other; values alone. */
 
-import type { Evaluation, StepRecord } from "@splitonnx/client";
+import type { Check, Mark, Run, Traffic } from "./runs.js";
 
 /** Digits as the model takes them: 64 numbers in [0, 1] each, row by row, and what they show. */
 export interface Samples {
@@ -30,7 +30,7 @@ export interface Activation {
 }
 
 export type Order =
-  | { readonly kind: "connect"; readonly token: string | undefined; readonly resume: boolean }
+  | { readonly kind: "connect"; readonly token: string | undefined }
   | {
       readonly kind: "train";
       readonly plan: Plan;
@@ -42,28 +42,34 @@ export type Order =
   | { readonly kind: "predict"; readonly number: number; readonly image: Float32Array }
   | { readonly kind: "forget" };
 
+/** What happened in training since this was last told. */
+export interface Progress {
+  readonly kind: "progress";
+  readonly marks: readonly Mark[];
+  /** Milliseconds a step; `null` before the first. */
+  readonly pace: number | null;
+  readonly traffic: Traffic;
+  /** What was last sent, whole. */
+  readonly wires: readonly Wire[];
+  readonly activation: Activation | null;
+}
+
 export type News =
+  | Progress
+  | { readonly kind: "recalled"; readonly run: Run }
   | {
       readonly kind: "connected";
+      /** Steps that the weights have seen; what is recalled of later ones is lost. */
       readonly steps: number;
-      /** Whether a training that was broken off can be gone on with. */
+      /** What was broken off, `isResumed` if it can be gone on with where it was. */
+      readonly plan: Plan | null;
       readonly isResumed: boolean;
       readonly modelBytes: number;
     }
   | { readonly kind: "lost"; readonly reason: string }
   | { readonly kind: "found" }
-  | { readonly kind: "step"; readonly record: StepRecord }
-  | { readonly kind: "epoch"; readonly evaluation: Evaluation }
+  | { readonly kind: "check"; readonly check: Check }
   | { readonly kind: "trained"; readonly steps: number }
-  | {
-      readonly kind: "wires";
-      readonly phase: string;
-      readonly wires: readonly Wire[];
-      /** Bytes of messages since this was last told. */
-      readonly up: number;
-      readonly down: number;
-    }
-  | { readonly kind: "activation"; readonly activation: Activation }
   | { readonly kind: "prediction"; readonly number: number; readonly logits: Float32Array }
   | { readonly kind: "forgotten" }
   | {

@@ -10,15 +10,12 @@ import {
   readDrawings,
   toImage,
 } from "./drawings.js";
-import type { News, Order, Plan, Samples, Wire } from "./messages.js";
+import type { News, Order, Plan, Progress, Samples } from "./messages.js";
 import { Pad } from "./pads.js";
-import { keepRun, newRun, noteCheck, noteStep, readRun } from "./runs.js";
+import { forgetFrom, newRun, noteCheck, noteMark } from "./runs.js";
 import * as views from "./views.js";
 
 const BATCH = 32; // digits a step
-/** Milliseconds between two writings of the curves, and two drawings of them. */
-const KEEP_INTERVAL = 1000;
-const DRAW_INTERVAL = 200;
 
 type Stage = "loading" | "ready" | "training" | "failed";
 
@@ -27,18 +24,17 @@ const token = new URLSearchParams(location.hash.slice(1)).get("token") ?? undefi
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const pad = new Pad(views.element<HTMLCanvasElement>("pad"), showDrawing);
 
-let run = readRun();
+let run = newRun();
 let drawings = readDrawings();
 let digits: { training: Samples; heldOut: Samples } | undefined;
 let stage: Stage = "loading";
-/** The plan under way; the run holds it once its first step is made. */
-let plan: Plan | null = null;
+/** Whether a training was begun whose data must stay as they are. */
+let isUnfinished = false;
 let steps = 0;
 let pace: number | null = null;
 let asked = 0; // numbers predictions: an answer that comes late is not shown
-let drawnAt = 0;
-let keptAt = 0;
-let isDrawing = false;
+/** What is yet to be drawn, by name. */
+const undrawn = new Map<string, () => void>();
 
 function order(message: Order): void {
   worker.postMessage(message);
@@ -47,7 +43,7 @@ function order(message: Order): void {
 function enter(next: Stage): void {
   stage = next;
   const isEnabled = stage === "ready" || stage === "training";
-  views.showStart(stage === "training", isEnabled, run.plan !== null);
+  views.showStart(stage === "training", isEnabled, isUnfinished);
   if (stage === "ready") views.showStatus("ready", steps ? "Trained, and ready" : "Ready");
   if (stage === "training") views.showStatus("training", "Training");
 }
@@ -56,15 +52,14 @@ function connect(): void {
   views.hideError();
   views.showStatus("busy", "Connecting …");
   enter("loading");
-  order({ kind: "connect", token, resume: run.plan !== null });
+  order({ kind: "connect", token });
 }
 
 /** Begin to train, or go on with what was broken off. */
-function train(next: Plan, isResumed: boolean): void {
+function train(plan: Plan, isResumed: boolean): void {
   if (!digits) return;
-  plan = next;
   enter("training");
-  const training = addDrawings(digits.training, drawings.slice(0, next.drawings));
+  const training = addDrawings(digits.training, drawings.slice(0, plan.drawings));
   order({ kind: "train", plan, training, heldOut: digits.heldOut, restart: !isResumed });
 }
 
@@ -105,59 +100,51 @@ function forget(): void {
   if (confirm("Forget all that was trained in this browser?")) order({ kind: "forget" });
 }
 
-/** Draw figures and curves soon, but not more often than can be followed. */
+/** Draw figures and curves with the next frames. */
 function redraw(): void {
-  if (isDrawing) return;
-  isDrawing = true;
-  const wait = Math.max(0, drawnAt + DRAW_INTERVAL - performance.now());
-  setTimeout(() => {
-    requestAnimationFrame(() => {
-      isDrawing = false;
-      drawnAt = performance.now();
-      views.showRun(run, pace);
-    });
-  }, wait);
+  draw("figures", () => views.showFigures(run, pace));
+  draw("loss", () => views.showLoss(run));
+  draw("accuracy", () => views.showAccuracy(run));
 }
 
-function keepNow(): void {
-  keptAt = performance.now();
-  keepRun(run);
+/** Draw one thing a frame: on a slow phone, all at once would keep a tap waiting. */
+function draw(name: string, show: () => void): void {
+  if (!undrawn.size) requestAnimationFrame(drawNext);
+  undrawn.set(name, show);
 }
 
-function keepSometimes(): void {
-  if (performance.now() - keptAt > KEEP_INTERVAL) keepNow();
+function drawNext(): void {
+  const [next] = undrawn;
+  if (!next) return;
+  const [name, show] = next;
+  show();
+  undrawn.delete(name);
+  if (undrawn.size) requestAnimationFrame(drawNext);
 }
 
 function takeNews(news: News): void {
   switch (news.kind) {
+    case "recalled":
+      ({ run } = news);
+      pace = null;
+      return redraw();
     case "connected":
       return greet(news);
     case "lost":
       return views.showStatus("lost", "Connection lost, trying again …");
     case "found":
       return enter(stage);
-    case "step":
+    case "progress":
       return note(news);
-    case "epoch":
-      noteCheck(run, news.evaluation);
+    case "check":
+      noteCheck(run, news.check);
       return redraw();
     case "trained":
       return finish(news.steps);
-    case "wires":
-      run.bytesUp += news.up;
-      run.bytesDown += news.down;
-      if (news.phase === "train" || stage !== "training") collect(news.wires);
-      return redraw();
-    case "activation":
-      return views.showActivation(news.activation);
     case "prediction":
       if (news.number === asked) views.showGuess(softmax(news.logits));
       return;
     case "forgotten":
-      run = newRun();
-      pace = null;
-      keepNow();
-      redraw();
       return connect();
     case "failed":
       return fail(news);
@@ -165,44 +152,36 @@ function takeNews(news: News): void {
 }
 
 function greet(news: News & { kind: "connected" }): void {
-  steps = news.steps;
+  ({ steps } = news);
+  forgetFrom(run, steps + 1);
+  isUnfinished = news.plan !== null;
   views.showModel(news.modelBytes);
-  const unfinished = run.plan;
-  if (unfinished) train(unfinished, news.isResumed);
-  else enter("ready");
-  if (!unfinished) showDrawing();
-}
-
-function note({ record }: News & { kind: "step" }): void {
-  run.plan ??= plan;
-  noteStep(run, record);
-  steps = record.step;
-  const milliseconds = record.seconds * 1000;
-  pace = pace === null ? milliseconds : 0.9 * pace + 0.1 * milliseconds;
-  keepSometimes();
   redraw();
-}
-
-function finish(total: number): void {
-  steps = total;
-  plan = run.plan = null;
-  keepNow();
-  redraw();
+  if (news.plan) return train(news.plan, news.isResumed);
   enter("ready");
   showDrawing();
 }
 
-let latest: readonly Wire[] = [];
+function note(progress: Progress): void {
+  for (const mark of progress.marks) noteMark(run, mark);
+  isUnfinished ||= progress.marks.length > 0;
+  ({ pace } = progress);
+  run.traffic = progress.traffic;
+  steps = run.marks.at(-1)?.step ?? steps;
+  redraw();
+  const { activation, wires } = progress;
+  if (wires.length) draw("wires", () => views.showWires(wires));
+  if (activation) draw("activation", () => views.showActivation(activation));
+}
 
-/** Show a step's wires together: the first group begins with the activation. */
-function collect(wires: readonly Wire[]): void {
-  const isFirst = wires.some(({ name }) => !name.endsWith("_grad"));
-  latest = isFirst ? wires : [...latest, ...wires];
-  if (!isFirst || stage !== "training") views.showWires(latest);
+function finish(total: number): void {
+  steps = total;
+  isUnfinished = false;
+  enter("ready");
+  showDrawing();
 }
 
 function fail({ during, name, message }: News & { kind: "failed" }): void {
-  keepNow();
   enter("failed");
   views.showStatus("failed", "Stopped");
   views.showError(TITLES[name] ?? `It could not ${during}`, message);
@@ -232,7 +211,6 @@ async function begin(): Promise<void> {
   views.makeLabels(label);
   views.showDrawn(drawings.length);
   views.showSeen(new Float32Array(PIXELS));
-  views.showRun(run, pace);
   worker.addEventListener("message", (event: MessageEvent<News>) => takeNews(event.data));
   worker.addEventListener("error", (event) => {
     fail({ kind: "failed", during: "connect", name: "", message: event.message || "no worker" });
@@ -255,7 +233,6 @@ async function begin(): Promise<void> {
     keepDrawings(drawings);
     views.showDrawn(0);
   });
-  addEventListener("pagehide", keepNow);
   addEventListener("resize", redraw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     pad.draw();

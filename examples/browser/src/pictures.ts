@@ -8,7 +8,6 @@ const GAP = 1; // between two maps, in their pixels
 /** Show a square image of numbers in [0, 1] as ink on nothing. */
 export function drawImage(canvas: HTMLCanvasElement, image: ArrayLike<number>): void {
   const side = Math.sqrt(image.length);
-  canvas.width = canvas.height = side;
   paint(canvas, side, side, (x, y) => image[y * side + x]!);
 }
 
@@ -16,10 +15,9 @@ export function drawImage(canvas: HTMLCanvasElement, image: ArrayLike<number>): 
 export function drawActivation(canvas: HTMLCanvasElement, { dims, data }: Activation): void {
   const [channels, height, width] = dims;
   const rows = Math.ceil(channels / COLUMNS);
-  canvas.width = COLUMNS * (width + GAP) - GAP;
-  canvas.height = rows * (height + GAP) - GAP;
   const most = data.reduce((largest, value) => Math.max(largest, Math.abs(value)), 1e-9);
-  paint(canvas, canvas.width, canvas.height, (x, y) => {
+  const wide = COLUMNS * (width + GAP) - GAP;
+  paint(canvas, wide, rows * (height + GAP) - GAP, (x, y) => {
     const [column, row] = [Math.floor(x / (width + GAP)), Math.floor(y / (height + GAP))];
     const [left, top] = [x % (width + GAP), y % (height + GAP)];
     const channel = row * COLUMNS + column;
@@ -29,18 +27,29 @@ export function drawActivation(canvas: HTMLCanvasElement, { dims, data }: Activa
   });
 }
 
+/** Give a canvas so many pixels; one that has them is not laid out anew. */
+export function resize(canvas: HTMLCanvasElement, width: number, height: number): void {
+  if (canvas.width !== width) canvas.width = width;
+  if (canvas.height !== height) canvas.height = height;
+}
+
 function paint(
   canvas: HTMLCanvasElement,
   width: number,
   height: number,
   shade: (x: number, y: number) => number,
 ): void {
+  resize(canvas, width, height);
   const context = canvas.getContext("2d")!;
   const [red, green, blue] = readInk(canvas);
   const pixels = context.createImageData(width, height);
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
-      pixels.data.set([red, green, blue, 255 * shade(x, y)], (y * width + x) * 4);
+      const pixel = (y * width + x) * 4;
+      pixels.data[pixel] = red;
+      pixels.data[pixel + 1] = green;
+      pixels.data[pixel + 2] = blue;
+      pixels.data[pixel + 3] = 255 * shade(x, y);
     }
   }
   context.putImageData(pixels, 0, 0);

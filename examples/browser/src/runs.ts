@@ -1,10 +1,6 @@
-/** What the page remembers of its training from visit to visit: the plan, and the curves. */
-
-import type { Evaluation, StepRecord } from "@splitonnx/client";
+/** What is remembered of training from visit to visit: the plan, the curves, the bytes. */
 
 import type { Plan } from "./messages.js";
-
-const KEY = "splitonnx-run";
 
 /** One step of the curves. */
 export interface Mark {
@@ -19,43 +15,43 @@ export interface Check {
   readonly accuracy: number;
 }
 
-/** All trainings since the weights were new; `plan` is the one under way. */
+/** Bytes of all messages, to the server and back. */
+export interface Traffic {
+  readonly up: number;
+  readonly down: number;
+}
+
+/** The training under way, and the steps that were made before it. */
+export interface Course {
+  readonly plan: Plan;
+  readonly start: number;
+}
+
+/** All trainings since the weights were new; `course` is the one under way. */
 export interface Run {
-  plan: Plan | null;
+  course: Course | null;
   marks: Mark[];
   checks: Check[];
-  /** Bytes of all messages, to the server and back. */
-  bytesUp: number;
-  bytesDown: number;
+  traffic: Traffic;
 }
 
 export function newRun(): Run {
-  return { plan: null, marks: [], checks: [], bytesUp: 0, bytesDown: 0 };
+  return { course: null, marks: [], checks: [], traffic: { up: 0, down: 0 } };
 }
 
 /** Add a step, in place of what was noted of it, and of later ones, before they were lost. */
-export function noteStep(run: Run, record: StepRecord): void {
-  const { step, loss, metrics } = record;
+export function noteMark(run: Run, mark: Mark): void {
+  forgetFrom(run, mark.step);
+  run.marks.push(mark);
+}
+
+export function noteCheck(run: Run, check: Check): void {
+  while (run.checks.length && run.checks.at(-1)!.step >= check.step) run.checks.pop();
+  run.checks.push(check);
+}
+
+/** Forget what was noted of a step and of those after it. */
+export function forgetFrom(run: Run, step: number): void {
   while (run.marks.length && run.marks.at(-1)!.step >= step) run.marks.pop();
   while (run.checks.length && run.checks.at(-1)!.step >= step) run.checks.pop();
-  run.marks.push({ step, loss, accuracy: metrics["accuracy"] ?? NaN });
-}
-
-export function noteCheck(run: Run, { metrics }: Evaluation): void {
-  const step = run.marks.at(-1)?.step ?? 0;
-  while (run.checks.length && run.checks.at(-1)!.step >= step) run.checks.pop();
-  run.checks.push({ step, accuracy: metrics["accuracy"] ?? NaN });
-}
-
-export function readRun(): Run {
-  try {
-    const found = JSON.parse(localStorage.getItem(KEY) ?? "null") as Run | null;
-    return found && Array.isArray(found.marks) ? { ...newRun(), ...found } : newRun();
-  } catch {
-    return newRun();
-  }
-}
-
-export function keepRun(run: Run): void {
-  localStorage.setItem(KEY, JSON.stringify(run));
 }

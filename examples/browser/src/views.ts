@@ -89,37 +89,50 @@ export function showStart(isTraining: boolean, isEnabled: boolean, isUnfinished:
   element<HTMLButtonElement>("erase").disabled = isTraining || isUnfinished;
 }
 
-/** Show figures and curves; `pace` is milliseconds a step. */
-export function showRun(run: Run, pace: number | null): void {
-  const last = run.marks.at(-1);
-  const held = run.checks.at(-1);
-  const percent = (share: number) => `${(100 * share).toFixed(1)} %`;
+/** Show the run's figures; `pace` is milliseconds a step. */
+export function showFigures({ marks, checks, traffic }: Run, pace: number | null): void {
+  const last = marks.at(-1);
+  const held = checks.at(-1);
   write("steps", String(last?.step ?? 0));
   write("loss", last ? last.loss.toFixed(3) : "–");
-  write("accuracy", held ? percent(held.accuracy) : "–");
+  write("accuracy", held ? formatShare(held.accuracy) : "–");
   write("pace", pace === null ? "–" : pace.toFixed(0));
-  write("up", formatBytes(run.bytesUp));
-  write("down", formatBytes(run.bytesDown));
-  const loss = element<HTMLCanvasElement>("loss-curve");
-  drawCurves(loss, {
-    noisy: run.marks.map(({ step, loss }) => ({ step, value: loss })),
+  write("up", formatBytes(traffic.up));
+  write("down", formatBytes(traffic.down));
+}
+
+export function showLoss({ marks }: Run): void {
+  const canvas = element<HTMLCanvasElement>("loss-curve");
+  drawCurves(canvas, {
+    noisy: marks.map(({ step, loss }) => ({ step, value: loss })),
     format: (value) => value.toFixed(1),
   });
-  const accuracy = element<HTMLCanvasElement>("accuracy-curve");
-  drawCurves(accuracy, {
-    noisy: run.marks.map(({ step, accuracy }) => ({ step, value: accuracy })),
-    dots: run.checks.map(({ step, accuracy }) => ({ step, value: accuracy })),
+  const last = marks.at(-1);
+  if (last) describe(canvas, `Loss: ${last.loss.toFixed(3)} after ${last.step} steps`);
+}
+
+export function showAccuracy({ marks, checks }: Run): void {
+  const canvas = element<HTMLCanvasElement>("accuracy-curve");
+  drawCurves(canvas, {
+    noisy: marks.map(({ step, accuracy }) => ({ step, value: accuracy })),
+    dots: checks.map(({ step, accuracy }) => ({ step, value: accuracy })),
     top: 1,
     format: (value) => `${Math.round(100 * value)} %`,
   });
+  const last = marks.at(-1);
+  const held = checks.at(-1);
   if (!last) return;
-  loss.setAttribute("aria-label", `Loss: ${last.loss.toFixed(3)} after ${last.step} steps`);
-  const reached = held ? `, ${percent(held.accuracy)} on held-out digits` : "";
-  const words = `Accuracy: ${percent(last.accuracy)} in the last batch${reached}`;
-  accuracy.setAttribute("aria-label", words);
+  const reached = held ? `, ${formatShare(held.accuracy)} on held-out digits` : "";
+  describe(canvas, `Accuracy: ${formatShare(last.accuracy)} in the last batch${reached}`);
 }
 
+let listed = "";
+
+/** List the tensors last sent; nothing is done where they are like those before. */
 export function showWires(wires: readonly Wire[]): void {
+  const list = JSON.stringify(wires);
+  if (list === listed) return;
+  listed = list;
   const rows = wires.map(({ name, dims, bytes }) => {
     const row = document.createElement("tr");
     const kind = name.endsWith("_grad") ? "gradient" : "activation";
@@ -138,12 +151,20 @@ export function showActivation(activation: Activation): void {
   const canvas = element<HTMLCanvasElement>("activation");
   drawActivation(canvas, activation);
   const text = `One digit as the server sees it: ${channels} maps of ${height} × ${width} numbers.`;
-  canvas.setAttribute("aria-label", text);
+  describe(canvas, text);
   write("activation-text", text);
 }
 
 export function showModel(bytes: number): void {
   write("weights", `${formatBytes(bytes)} of weights`);
+}
+
+function describe(canvas: HTMLCanvasElement, text: string): void {
+  if (canvas.getAttribute("aria-label") !== text) canvas.setAttribute("aria-label", text);
+}
+
+function formatShare(share: number): string {
+  return `${(100 * share).toFixed(1)} %`;
 }
 
 function formatBytes(bytes: number): string {

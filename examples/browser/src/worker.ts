@@ -6,13 +6,14 @@
 
 import * as ort from "onnxruntime-web/wasm";
 import { IndexedDbStorage, SplitClient } from "@splitonnx/client";
-import type { Outputs, WebSocketLike } from "@splitonnx/client";
+import type { Evaluation, StepRecord, WebSocketLike } from "@splitonnx/client";
 
-import type { News, Order, Samples, Wire } from "./messages.js";
+import type { News, Order, Samples } from "./messages.js";
+import { Records } from "./records.js";
+import { Reporter } from "./reports.js";
+import type { Course } from "./runs.js";
 
 const SIDE = 8; // pixels
-/** Milliseconds between two pictures of what leaves the device. */
-const PICTURE_INTERVAL = 250;
 /** What was trained survives a crash at any step, since both sides write down each. */
 const CHECKPOINT_EVERY = 1;
 
@@ -21,36 +22,48 @@ ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", self.loc
 ort.env.wasm.numThreads = 1;
 
 const storage = new IndexedDbStorage();
+const records = new Records();
+const reporter = new Reporter(tell);
 let client: SplitClient | undefined;
 let stopper = new AbortController();
-let pictured = -Infinity;
+/** What an earlier visit broke off. */
+let begun: Course | null = null;
+let isTraining = false;
 let isLost = false;
-/** Bytes of messages that the page has not been told of. */
-const traffic = { up: 0, down: 0 };
 
 function tell(news: News): void {
   postMessage(news);
 }
 
-async function connect({ token, resume }: Order & { kind: "connect" }): Promise<void> {
+async function connect(token: string | undefined): Promise<void> {
   await client?.close();
   client = undefined;
-  client = await open(token, resume);
-  let isResumed = resume;
-  if (resume && !client.checkpoints.length) {
+  const run = await records.read();
+  tell({ kind: "recalled", run });
+  begun = run.course;
+  client = await open(token, { resume: begun !== null });
+  let isResumed = begun !== null;
+  if (begun && !client.checkpoints.length) {
     // It was broken off before its first checkpoint, or after its last word: nothing to go on with.
-    await client.close();
-    client = await open(token, false);
     isResumed = false;
+    if (client.steps > begun.start) begun = null;
+    await client.close();
+    client = await open(token, { resume: false });
   }
+  await records.forgetAfter(client.steps);
+  reporter.begin(run.traffic);
   const sizes = client.manifest.state.map(({ role, tensor }) => {
     return role === "optimizer" ? 0 : tensor.shape.reduce<number>((n, d) => n * Number(d), 4);
   });
   const modelBytes = sizes.reduce((sum, size) => sum + size, 0);
-  tell({ kind: "connected", steps: client.steps, isResumed, modelBytes });
+  const plan = begun?.plan ?? null;
+  tell({ kind: "connected", steps: client.steps, plan, isResumed, modelBytes });
 }
 
-async function open(token: string | undefined, resume: boolean): Promise<SplitClient> {
+async function open(
+  token: string | undefined,
+  { resume }: { resume: boolean },
+): Promise<SplitClient> {
   return SplitClient.connect(location.origin.replace(/^http/, "ws"), {
     ort,
     token,
@@ -59,12 +72,15 @@ async function open(token: string | undefined, resume: boolean): Promise<SplitCl
     openSocket,
     onReconnect(cause) {
       isLost = true;
+      reporter.flush();
       tell({ kind: "lost", reason: cause.message });
     },
     onWires(direction, phase, wires) {
       if (isLost) tell({ kind: "found" });
       isLost = false;
-      if (direction === "sent") showWires(phase, wires);
+      const isStep = phase === "train";
+      // what is sent to measure the accuracy in between is not shown
+      if (direction === "sent" && (isStep || !isTraining)) reporter.noteWires(wires, { isStep });
     },
   });
 }
@@ -74,51 +90,58 @@ function openSocket(url: string): WebSocketLike {
   const socket = new WebSocket(url);
   const send = socket.send.bind(socket);
   socket.send = (content: Uint8Array<ArrayBuffer>) => {
-    traffic.up += content.byteLength;
+    reporter.countBytes("up", content.byteLength);
     send(content);
   };
   socket.addEventListener("message", ({ data }) => {
-    if (data instanceof ArrayBuffer) traffic.down += data.byteLength;
+    if (data instanceof ArrayBuffer) reporter.countBytes("down", data.byteLength);
   });
   return socket as WebSocketLike;
 }
 
-function showWires(phase: string, outputs: Outputs): void {
-  const wires: Wire[] = Object.entries(outputs).map(([name, { dims, data }]) => {
-    return { name, dims, bytes: (data as Float32Array).byteLength };
-  });
-  tell({ kind: "wires", phase, wires, ...traffic });
-  traffic.up = traffic.down = 0;
-  const now = performance.now();
-  if (phase === "train" && now - pictured < PICTURE_INTERVAL) return;
-  for (const { dims, data } of Object.values(outputs)) {
-    const [, channels = 0, height = 0, width = 0] = dims;
-    if (height !== SIDE || !(data instanceof Float32Array)) continue; // a gradient of the tail's
-    pictured = now;
-    const first = data.slice(0, channels * height * width);
-    tell({ kind: "activation", activation: { dims: [channels, height, width], data: first } });
+async function train(order: Order & { kind: "train" }): Promise<void> {
+  const { plan, restart } = order;
+  const course = { plan, start: restart || !begun ? connected().steps : begun.start };
+  stopper = new AbortController();
+  isTraining = true;
+  try {
+    await connected().fit(toArrays(order.training), {
+      epochs: plan.epochs,
+      batchSize: plan.batchSize,
+      evalData: toArrays(order.heldOut),
+      checkpointEvery: CHECKPOINT_EVERY,
+      restart,
+      save: true,
+      signal: stopper.signal,
+      onStep: (record) => noteStep(record, course),
+      onEpoch: noteCheck,
+    });
+  } finally {
+    isTraining = false;
+    reporter.flush();
   }
+  begun = null;
+  await records.keepHead({ course: null, traffic: reporter.traffic });
+  tell({ kind: "trained", steps: connected().steps });
 }
 
-async function train(order: Order & { kind: "train" }): Promise<void> {
-  const { epochs, batchSize } = order.plan;
-  stopper = new AbortController();
-  await connected().fit(toArrays(order.training), {
-    epochs,
-    batchSize,
-    evalData: toArrays(order.heldOut),
-    checkpointEvery: CHECKPOINT_EVERY,
-    restart: order.restart,
-    save: true,
-    signal: stopper.signal,
-    onStep: (record) => tell({ kind: "step", record }),
-    onEpoch: (evaluation) => tell({ kind: "epoch", evaluation }),
-  });
-  tell({ kind: "trained", steps: connected().steps });
+/** Write a step down before its checkpoint is, so that it is never missing in the curves. */
+async function noteStep({ step, loss, metrics, seconds }: StepRecord, course: Course) {
+  const mark = { step, loss, accuracy: metrics["accuracy"] ?? NaN };
+  await records.keepMark(mark, { course, traffic: reporter.traffic });
+  reporter.noteStep(mark, seconds);
+}
+
+async function noteCheck({ metrics }: Evaluation): Promise<void> {
+  const check = { step: connected().steps, accuracy: metrics["accuracy"] ?? NaN };
+  await records.keepCheck(check);
+  reporter.flush();
+  tell({ kind: "check", check });
 }
 
 async function predict({ number, image }: Order & { kind: "predict" }): Promise<void> {
   const { logits } = await connected().predict({ dims: [1, 1, SIDE, SIDE], data: image });
+  if (!isTraining) reporter.flush();
   tell({ kind: "prediction", number, logits: logits!.data as Float32Array });
 }
 
@@ -127,6 +150,7 @@ async function forget(): Promise<void> {
   await client?.close();
   client = undefined;
   for (const name of await storage.list("")) await storage.delete(name);
+  await records.clear();
   tell({ kind: "forgotten" });
 }
 
@@ -145,7 +169,7 @@ function toArrays({ images, labels }: Samples) {
 async function obey(order: Order): Promise<void> {
   switch (order.kind) {
     case "connect":
-      return connect(order);
+      return connect(order.token);
     case "train":
       return train(order);
     case "stop":
