@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
 # pytest's closing line is to be the last.
-test: lint test-js test-mobile
+test: lint test-js test-mobile test-browser
 	$(BIN)/python -m pytest
 
 # The client in JavaScript, against servers of this environment.
@@ -65,13 +65,13 @@ $(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* runtime/js/src/*) $(PAGE)/inde
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs
 
-# The page in Chromium, trained against servers of this environment.
+# The pages in Chromium, trained against servers of this environment.
 CHROMIUM := $(shell command -v "$${SPLITONNX_CHROMIUM:-chromium}" || command -v chromium-browser)
 PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
 
 test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
 ifeq ($(strip $(PAGE_MISSES)),)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py tests/test_webgpu.py
+	$(BIN)/python -m pytest -m browser
 else
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
