@@ -1,13 +1,12 @@
 """Run by the JavaScript tests: the zoo's bundles, what training them gives, and their servers.
 
-    python -m tests.js_peers FOLDER [all]
+    python -m tests.js_peers FOLDER
 
-cuts every model of the zoo, into portable parts behind the first trained layer, before the last
-and U-shaped (or, with ``all``, everywhere), and writes for each ``FOLDER/NAME/bundle``,
-``data.safetensors`` and ``trained.safetensors``: the losses, and the state of the unsplit model,
-trained by the training wheel.  Then it prints a line of JSON with all names, and serves: for each
-line with a name on its standard input it prints the address of that bundle's server, and ends the
-one before.
+cuts every model of the zoo into portable parts, wherever it can be cut and U-shaped, and writes
+for each ``FOLDER/NAME/bundle``, ``data.safetensors`` and ``trained.safetensors``: the losses, and
+the state of the unsplit model, trained by the training wheel.  Then it prints a line of JSON with
+all names, and serves: for each line with a name on its standard input it prints the address of that
+bundle's server, untrained, and ends the one before.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.servers import Server
+from splitonnx.states import STATE
 from tests.zoo import ZOO
 
 BATCH = 8
@@ -32,7 +32,7 @@ SAMPLES = 24
 SEED = 3
 
 
-def write_model(folder: Path, name: str, *, everywhere: bool) -> list[str]:
+def write_model(folder: Path, name: str) -> list[str]:
     """Cut one model in several places, and train it whole; return the bundles' names."""
     entry = ZOO[name]
     model = entry.build()
@@ -43,9 +43,8 @@ def write_model(folder: Path, name: str, *, everywhere: bool) -> list[str]:
         losses = np.array([record.loss for record in history.steps])
         trained = {**client.state(), "#losses": losses}
     cuts = [found.tensor for found in inspect(model)]
-    ends = cuts if everywhere else dict.fromkeys((cuts[0], cuts[-1]))
     written: list[str] = []
-    for at, tail in [*((tensor, ()) for tensor in ends), (cuts[0], cuts[-1])]:
+    for at, tail in [*((tensor, ()) for tensor in cuts), (cuts[0], cuts[-1])]:
         bundle = cut(
             model,
             at=at,
@@ -67,14 +66,14 @@ def serve(folder: Path) -> None:
     with ExitStack() as serving:
         for line in sys.stdin:
             serving.close()
-            server = Server(folder / line.strip() / "bundle" / "server", port=0, threads=1)
+            part = folder / line.strip() / "bundle" / "server"
+            (part / STATE).unlink(missing_ok=True)
+            server = Server(part, port=0, threads=1)
             print(json.dumps(serving.enter_context(server).url), flush=True)
 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    names = [
-        name for model in ZOO for name in write_model(root, model, everywhere="all" in sys.argv)
-    ]
+    names = [name for model in ZOO for name in write_model(root, model)]
     print(json.dumps(names), flush=True)
     serve(root)

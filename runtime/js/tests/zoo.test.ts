@@ -26,8 +26,7 @@ let names: string[];
 
 before(async () => {
   folder = await mkdtemp(join(tmpdir(), "splitonnx-zoo-"));
-  const everywhere = process.env["SPLITONNX_ZOO"] === "all" ? ["all"] : [];
-  peer = new PythonPeer(["-m", "tests.js_peers", folder, ...everywhere]);
+  peer = new PythonPeer(["-m", "tests.js_peers", folder]);
   names = JSON.parse(await peer.hear()) as string[];
 });
 
@@ -51,20 +50,22 @@ async function train(name: string, url: string, ort: Ort): Promise<void> {
     sessionOptions: SESSION_OPTIONS,
   });
   const data = [...read(name, "data")].map(([key, array]) => [key, giveTensor(array)] as const);
-  const history = await client.fit(Object.fromEntries(data), { epochs: EPOCHS, batchSize: BATCH });
+  const plan = { epochs: EPOCHS, batchSize: BATCH, save: true };
+  const history = await client.fit(Object.fromEntries(data), plan);
   const expected = read(name, "trained");
   const losses = history.steps.map((record) => record.loss);
   const worst = [relate(losses, expected.get("#losses")!.data as Float64Array)];
-  for (const [key, { data: found }] of Object.entries(client.state())) {
-    worst.push(relate(found, expected.get(key)!.data));
-  }
+  const own = Object.entries(client.state()).map(([key, { data: found }]) => [key, found] as const);
+  const others = [...read(name, "bundle/server/state")].map(([key, array]) => [key, array.data] as const);
+  assert.equal(new Set([...own, ...others].map(([key]) => key)).size, expected.size - 1); // the losses
+  for (const [key, found] of [...own, ...others]) worst.push(relate(found, expected.get(key)!.data));
   await client.close();
   assert.ok(Math.max(...worst) <= TOLERANCE, `${name}: ${Math.max(...worst)}`);
 }
 
 for (const [title, ort] of RUNTIMES) {
   test(`the zoo trains under ${title}`, async () => {
-    assert.ok(names.length > 30);
+    assert.ok(names.length > 100);
     for (const name of names) {
       peer.say(name);
       await train(name, JSON.parse(await peer.hear()) as string, ort);
