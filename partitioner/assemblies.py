@@ -244,7 +244,7 @@ def _share_training(joint: JointGraph, party: str, portable: bool, optimizer: Op
         _append(stages, graphs, "norms", build_norms(own[party], joint.gradients, vector), {})
         if len(norms.sizes) > 1:
             wires += tuple(_describe_norms(n, norms, own) for n in own if own[n])
-    update = build_update(own[party], joint.gradients, optimizer, norms)
+    update = build_update(own[party], joint.gradients, optimizer, norms, portable=portable)
     sources = {spec.tensor.name: Source.STATE for spec in update.state}
     sources |= {spec.name: Source.STATE for spec in own[party]}
     sources |= {LEARNING_RATE: Source.SCALAR, STEP: Source.SCALAR}

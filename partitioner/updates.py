@@ -7,9 +7,11 @@ This module knows the formulas of torch.optim; it knows no cut beyond whose norm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
@@ -27,6 +29,12 @@ _DTYPES = {
     "I64": ir.DataType.INT64,
 }
 _SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
+
+_DOUBLINGS = 6
+_TERMS = 7
+"""Of a series whose argument is below 0.3: what it leaves out is below the rounding."""
+_SATURATED = 18.0
+"""1 - exp(-18) rounds to 1 in single precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +80,21 @@ def build_update(
     gradients: Mapping[str, str],
     optimizer: Optimizer,
     norms: Norms | None = None,
+    *,
+    portable: bool = False,
 ) -> Update:
     """Build the graph that updates ``parameters``.
 
     ``gradients`` maps a parameter to the name of its gradient.  With ``optimizer.clip_norm``,
-    ``norms`` names the vectors of squared norms that become inputs too.
+    ``norms`` names the vectors of squared norms that become inputs too.  ``portable`` does without
+    double precision where no parameter has it: ONNX Runtime's builds for GPUs in browsers have no
+    kernels for that.
     """
     draft = _Graph("update")
     rate = draft.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(draft, optimizer, norms)
-    shared = _SharedTerms(draft, optimizer, rate)
+    is_single = portable and all(spec.dtype != "F64" for spec in parameters)
+    shared = _SharedTerms(draft, optimizer, rate, _SINGLE if is_single else _DOUBLE)
     state: list[StateSpec] = []
     outputs: dict[str, ir.Value] = {}
     for spec in parameters:
@@ -120,28 +133,59 @@ def _clip_factor(draft: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir
 class _SharedTerms:
     """Scalars that every parameter of an update needs, in the dtype asked for."""
 
-    def __init__(self, draft: _Graph, optimizer: Optimizer, rate: ir.Value) -> None:
+    def __init__(
+        self, draft: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+    ) -> None:
         self._draft = draft
         self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
         self._scalars = {"rate": rate}
         if isinstance(optimizer, Adam):
+            betas = (optimizer.beta1, optimizer.beta2)
             step = draft.cast(draft.input(STEP, "I64", ()), _SINGLE)
-            # the corrections 1 - beta**t, in double: in single they cancel badly at beta2 = 0.999
-            exact = draft.cast(step, _DOUBLE)
-            for name, beta in (("first", optimizer.beta1), ("second", optimizer.beta2)):
-                power = draft.op("Pow", draft.number(beta, _DOUBLE), exact)
-                self._scalars[name] = draft.op("Sub", draft.number(1.0, _DOUBLE), power)
-            wide = draft.cast(rate, _DOUBLE)
-            self._scalars["step_size"] = draft.op("Div", wide, self._scalars["first"])
-            self._scalars["spread"] = draft.op("Sqrt", self._scalars["second"])
-            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, _DOUBLE))
-            self._scalars["keep"] = draft.op("Sub", draft.number(1.0, _DOUBLE), decay)
+            correct = _correct_single if exact is _SINGLE else _correct_double
+            first, second = correct(draft, betas, step)
+            wide = draft.cast(rate, exact)
+            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, exact))
+            self._scalars |= {
+                "step_size": draft.op("Div", wide, first),
+                "spread": draft.op("Sqrt", second),
+                "keep": draft.op("Sub", draft.number(1.0, exact), decay),
+            }
 
     def get(self, name: str, dtype: ir.DataType) -> ir.Value:
         """Give a scalar in ``dtype``, cast once."""
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
         return self._terms[name, dtype]
+
+
+def _correct_double(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+    """Build the corrections ``1 - beta**step``; in single they would cancel at beta 0.999."""
+    exponent = draft.cast(step, _DOUBLE)
+    powers = [draft.op("Pow", draft.number(beta, _DOUBLE), exponent) for beta in betas]
+    return [draft.op("Sub", draft.number(1.0, _DOUBLE), power) for power in powers]
+
+
+def _correct_single(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+    """Build the same in single precision, to some units in the last place.
+
+    With ``q(y) = 1 - exp(-y)`` a correction is ``q(-log(beta) * step)``, and nothing cancels: a
+    small y has the series ``y * (1 - y/2 * (1 - y/3 * ...))``, and ``q(2 * y) = q * (2 - q)``.
+    There is no operator in it but sums and products, which all runtimes round alike.
+    """
+    rates = [min(-math.log(beta), _SATURATED) if beta else _SATURATED for beta in betas]
+    one, two = draft.number(1.0, _SINGLE), draft.number(2.0, _SINGLE)
+    y = draft.op("Mul", draft.array(np.array(rates), _SINGLE), step)
+    y = draft.op("Min", y, draft.number(_SATURATED, _SINGLE))
+    y = draft.op("Mul", y, draft.number(0.5**_DOUBLINGS, _SINGLE))
+    series = one
+    for term in range(_TERMS, 1, -1):
+        share = draft.op("Mul", y, draft.number(1 / term, _SINGLE))
+        series = draft.op("Sub", one, draft.op("Mul", share, series))
+    made = draft.op("Mul", y, series)
+    for _ in range(_DOUBLINGS):
+        made = draft.op("Mul", made, draft.op("Sub", two, made))
+    return [draft.op("Gather", made, draft.integer(index)) for index in range(len(betas))]
 
 
 def _decay_gradient(

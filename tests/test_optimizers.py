@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -67,6 +68,7 @@ def adam(optimizer: Optimizer, p: np.ndarray, g: np.ndarray, s: Arrays, lr: floa
 Reference = Callable[[Optimizer, np.ndarray, np.ndarray, Arrays, float, int], None]
 
 
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "reference"),
     [
@@ -80,8 +82,10 @@ Reference = Callable[[Optimizer, np.ndarray, np.ndarray, Arrays, float, int], No
         (AdamW(lr=0.01, weight_decay=0.0), adam),
     ],
 )
-def test_an_update_is_what_the_definition_says(optimizer: Optimizer, reference: Reference) -> None:
-    update = build_update(SPECS, GRADIENTS, optimizer)
+def test_an_update_is_what_the_definition_says(
+    optimizer: Optimizer, reference: Reference, portable: bool
+) -> None:
+    update = build_update(SPECS, GRADIENTS, optimizer, portable=portable)
     session = load(update.graph)
     expected, own = draw(0), {name: {} for name in SHAPES}  # type: Arrays, dict[str, Arrays]
     state: Arrays = {name: array.astype(np.float32) for name, array in expected.items()}
@@ -97,6 +101,39 @@ def test_an_update_is_what_the_definition_says(optimizer: Optimizer, reference: 
         for name, parameter in expected.items():
             reference(optimizer, parameter, gradients[name], own[name], rate, step)
             np.testing.assert_allclose(state[name], parameter, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 10, 100, 1000, 17_000, 1_000_000])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.99999), (0.0, 0.95)])
+def test_portable_corrections_are_exact_at_every_step(
+    step: int, betas: tuple[float, float]
+) -> None:
+    optimizer = Adam(beta1=betas[0], beta2=betas[1], eps=0.0)
+    spec = TensorSpec(name="w", dtype="F32", shape=(1,))
+    session = load(build_update([spec], GRADIENTS, optimizer, portable=True).graph)
+    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
+    made = run(
+        session,
+        {
+            **{"w": none, "w_grad": one, "w#exp_avg": one, "w#exp_avg_sq": one},
+            **{LEARNING_RATE: np.array(1, np.float32), STEP: np.array(step)},
+        },
+    )
+    expected = -np.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    np.testing.assert_allclose(made["w#next"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("F32", False), ("F64", True)])
+def test_a_portable_update_takes_double_precision_for_double_parameters_alone(
+    dtype: str, wanted: bool
+) -> None:
+    spec = TensorSpec(name="w", dtype=dtype, shape=(1,))
+    graph = build_update([spec], GRADIENTS, AdamW(), portable=True).graph
+    model = ir.to_proto(ir.Model(graph, ir_version=10))
+    inferred = onnx.shape_inference.infer_shapes(model)
+    double = onnx.TensorProto.DOUBLE
+    found = {value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    assert (double in found) is wanted
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

@@ -16,7 +16,6 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
-from splitonnx.optimizers import SGD
 from splitonnx.partitioner.partitions import cut
 from tests.browsers import PATIENCE, find_chromium, read_digits
 from tests.conftest import ROOT
@@ -65,7 +64,6 @@ def cut_digits(folder: Path, *, tail_at: str | tuple[()] = ()) -> Path:
         ROOT / "examples" / "digits.onnx",
         at="/block1/Relu_output_0",
         tail_at=tail_at,
-        optimizer=SGD(lr=0.05, momentum=0.9),
         client_target="portable",
     )
     bundle.save(folder / "bundle")
