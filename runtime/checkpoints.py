@@ -78,15 +78,13 @@ class Checkpoint:
     """All that a party needs to go on with a session after ``step`` updates.
 
     ``tensors`` is everything that the manifest's state lists, optimizer and buffers included.
-    ``seed`` is Dropout's, whose masks depend on it and the step.  ``owner`` is whom the session
-    belongs to, as a server with tokens knows them.
+    ``owner`` is whom the session belongs to, as a server with tokens knows them.
     """
 
     session: str
     step: int
     tensors: Mapping[str, np.ndarray] = field(repr=False)
     position: Position | None = None
-    seed: int = 0
     owner: str = ""
 
 
@@ -98,7 +96,6 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digest: str
     session: str
     step: _Count
-    seed: int
     owner: str
     position: Position | None
 
@@ -261,7 +258,6 @@ class CheckpointStore:
             digest=self._manifest.digest,
             session=checkpoint.session,
             step=checkpoint.step,
-            seed=checkpoint.seed,
             owner=checkpoint.owner,
             position=checkpoint.position,
         )
@@ -284,7 +280,6 @@ class CheckpointStore:
             step=facts.step,
             tensors={s.tensor.name: tensors[s.tensor.name] for s in self._manifest.state},
             position=facts.position,
-            seed=facts.seed,
             owner=facts.owner,
         )
 

@@ -45,7 +45,7 @@ def state(step: int) -> dict[str, np.ndarray]:
 
 def checkpoint(step: int, session: str = SESSION) -> Checkpoint:
     return Checkpoint(
-        session=session, step=step, tensors=state(step), position=POSITION, seed=5, owner="ann"
+        session=session, step=step, tensors=state(step), position=POSITION, owner="ann"
     )
 
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.steps() == (12,)
     found = store.read(12)
-    assert (found.session, found.step, found.seed, found.owner) == (SESSION, 12, 5, "ann")
+    assert (found.session, found.step, found.owner) == (SESSION, 12, "ann")
     assert found.position == POSITION
     assert_equal(found.tensors, state(12))
 
@@ -308,7 +308,6 @@ def test_the_layout_is_as_documented(tmp_path: Path) -> None:
         "digest": "d1" * 32,
         "session": SESSION,
         "step": 10,
-        "seed": 5,
         "owner": "ann",
         "position": msgspec.to_builtins(POSITION),
     }
