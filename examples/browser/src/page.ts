@@ -117,9 +117,9 @@ function drawNext(): void {
   const [next] = undrawn;
   if (!next) return;
   const [name, show] = next;
-  show();
   undrawn.delete(name);
   if (undrawn.size) requestAnimationFrame(drawNext);
+  show();
 }
 
 function takeNews(news: News): void {

@@ -40,6 +40,7 @@ async function connect(token: string | undefined): Promise<void> {
   client = undefined;
   const run = await records.read();
   tell({ kind: "recalled", run });
+  reporter.begin(run.traffic);
   begun = run.course;
   client = await open(token, { resume: begun !== null });
   let isResumed = begun !== null;
@@ -51,7 +52,6 @@ async function connect(token: string | undefined): Promise<void> {
     client = await open(token, { resume: false });
   }
   await records.forgetAfter(client.steps);
-  reporter.begin(run.traffic);
   const sizes = client.manifest.state.map(({ role, tensor }) => {
     return role === "optimizer" ? 0 : tensor.shape.reduce<number>((n, d) => n * Number(d), 4);
   });
