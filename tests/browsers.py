@@ -97,6 +97,7 @@ def tracing(devtools: CDPSession) -> Iterator[list[float]]:
         for event in events
         if event["name"] == "ThreadControllerImpl::RunTask"
         and (event["pid"], event["tid"]) in threads
+        and "tdur" in event  # one that had not ended has none
     ]
 
 
