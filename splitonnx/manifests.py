@@ -18,6 +18,7 @@ between partitioner and runtime, also between the Python runtime and one in anot
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
 from typing import Literal, TypeVar
 
@@ -27,6 +28,8 @@ from splitonnx.errors import FormatError
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
+MAX_SLOTS = 4
+"""Tensors that an optimizer keeps for each parameter, at the most."""
 
 TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 """The names of the phases."""
@@ -198,11 +201,18 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
 def _check_state(manifest: PartyManifest, source: str) -> None:
     """Check what memory is taken for on the manifest's word alone: the optimizer's zeros.
 
-    Each is of a parameter's shape; the parameters themselves are held against a file.
+    Each is of a parameter's shape, ``MAX_SLOTS`` to a parameter; the parameters themselves are
+    held against a file.
     """
-    shapes = {spec.tensor.shape for spec in manifest.state if spec.role is Role.PARAMETER}
+    names: set[str] = set()
+    room: Counter[tuple[int | str | None, ...]] = Counter()
     for spec in manifest.state:
-        dims, dtype = spec.tensor.shape, spec.tensor.dtype
+        room[spec.tensor.shape] += MAX_SLOTS * (spec.role is Role.PARAMETER)
+    for spec in manifest.state:
+        name, dims, dtype = spec.tensor.name, spec.tensor.shape, spec.tensor.dtype
         known = dtype in DTYPES and all(isinstance(dim, int) and dim >= 0 for dim in dims)
-        if not known or (spec.role is Role.OPTIMIZER and dims not in shapes):
-            raise FormatError(source, f"no party has a state '{spec.tensor.name}' of {spec.tensor}")
+        held = spec.role is not Role.OPTIMIZER or room[dims] > 0
+        if not known or not held or name in names:
+            raise FormatError(source, f"no party has a state '{name}' of {spec.tensor}")
+        names.add(name)
+        room[dims] -= spec.role is Role.OPTIMIZER

@@ -286,3 +286,18 @@ def test_a_state_that_no_party_can_hold_is_refused_before_memory_is_taken(
     (saved / "client" / "manifest.json").write_bytes(content)
     with pytest.raises(FormatError, match="no party has a state 'm'"):
         PartyBundle.load(saved / "client")
+
+
+def test_no_more_zeros_are_made_than_an_optimizer_has(saved: Path) -> None:
+    party = tiny.split_bundle().client.manifest
+    weight = next(spec.tensor for spec in party.state if spec.role is Role.PARAMETER)
+    many = [
+        StateSpec(tensor=msgspec.structs.replace(weight, name=f"m{number}"), role=Role.OPTIMIZER)
+        for number in range(9)
+    ]
+    twice = StateSpec(tensor=weight, role=Role.PARAMETER)
+    for state in ((*party.state, *many), (*party.state, twice)):
+        content = msgspec.json.encode(msgspec.structs.replace(party, state=state))
+        (saved / "client" / "manifest.json").write_bytes(content)
+        with pytest.raises(FormatError, match="no party has a state"):
+            PartyBundle.load(saved / "client")

@@ -25,6 +25,9 @@ import type { TensorSpec } from "./tensors.js";
 
 export const FORMAT = "splitonnx.bundle/1";
 
+/** Tensors that an optimizer keeps for each parameter, at the most. */
+export const MAX_SLOTS = 4;
+
 export const TRAIN = "train";
 export const PREDICT = "predict";
 export const EVALUATE = "evaluate";
@@ -121,18 +124,27 @@ export function decodeManifest(content: Uint8Array, source: string): PartyManife
 
 /**
  * Check what memory is taken for on the manifest's word alone: the optimizer's zeros.  Each is of a
- * parameter's shape; the parameters themselves are held against a file.
+ * parameter's shape, {@link MAX_SLOTS} to a parameter; the parameters themselves are held against a
+ * file.
  */
 function checkState({ state }: PartyManifest, source: string): void {
-  const parameters = state.filter((spec) => spec.role === "parameter");
-  const shapes = new Set(parameters.map((spec) => JSON.stringify(spec.tensor.shape)));
+  const names = new Set<string>();
+  const room = new Map<string, number>(); // shape to the zeros that it may still have
   for (const { tensor, role } of state) {
+    const shape = JSON.stringify(tensor.shape);
+    if (role === "parameter") room.set(shape, (room.get(shape) ?? 0) + MAX_SLOTS);
+  }
+  for (const { tensor, role } of state) {
+    const shape = JSON.stringify(tensor.shape);
     const isKnown = tensor.shape.every((dim) => typeof dim === "number" && dim >= 0);
-    const isHeld = role !== "optimizer" || shapes.has(JSON.stringify(tensor.shape));
-    if (!isKnown || !isHeld || !isDtype(tensor.dtype)) {
+    const left = room.get(shape) ?? 0;
+    const isHeld = role !== "optimizer" || left > 0;
+    if (!isKnown || !isHeld || !isDtype(tensor.dtype) || names.has(tensor.name)) {
       const what = `'${tensor.name}' of ${describe(tensor)}`;
       throw new FormatError(source, `no party has a state ${what}`);
     }
+    names.add(tensor.name);
+    if (role === "optimizer") room.set(shape, left - 1);
   }
 }
 
