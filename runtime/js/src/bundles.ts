@@ -85,7 +85,7 @@ export function decodeState(
   content: Uint8Array,
   declared: readonly StateSpec[],
 ): { tensors: NdArrays; metadata: ReadonlyMap<string, string> } {
-  const { tensors, metadata } = decodeTensors(content, MAX_FILE_HEADER);
+  const { tensors, metadata } = decodeFile(source, content);
   const names = new Set(declared.map((spec) => spec.tensor.name));
   const differing = [
     ...[...names].filter((name) => !tensors.has(name)),
@@ -96,6 +96,15 @@ export function decodeState(
   }
   for (const { tensor } of declared) checkArray(tensors.get(tensor.name)!, tensor, new Map());
   return { tensors, metadata };
+}
+
+function decodeFile(source: string, content: Uint8Array): ReturnType<typeof decodeTensors> {
+  try {
+    return decodeTensors(content, MAX_FILE_HEADER);
+  } catch (error) {
+    if (!(error instanceof FormatError)) throw error;
+    throw new FormatError(source, error.reason);
+  }
 }
 
 async function readGraphs(

@@ -218,6 +218,14 @@ export class RemoteFault extends ProtocolError {
   }
 }
 
+/** The server does not have the session any more, or none of the steps that are kept here. */
+export class SessionLost extends RemoteFault {
+  override name = "SessionLost";
+  constructor(reason: string) {
+    super("SessionLost", reason);
+  }
+}
+
 /**
  * The connection could not be made, broke, or fell silent for too long: worth trying again.
  *

@@ -4,6 +4,7 @@ import {
   NotFinite,
   RemoteFault,
   ServerBusy,
+  SessionLost,
   StaleConnection,
   Unauthorized,
   flatten,
@@ -18,6 +19,8 @@ export function translateFault(fault: MessageOf<"Fault">, generation: number): S
       return new StaleConnection(generation, fault.newest);
     case "ServerBusy":
       return new ServerBusy(fault.reason);
+    case "SessionLost":
+      return new SessionLost(fault.reason);
     case "NotFinite":
       return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
     case "Unauthorized":

@@ -42,6 +42,7 @@ export class Half {
   readonly #onWires: OnWires | undefined;
   #closed = false;
   #isHalfPublished = false;
+  #isBrokenOff = false;
   #others = 0; // numbers the tasks that are no training step
   #last: Promise<unknown> = Promise.resolve();
 
@@ -82,6 +83,7 @@ export class Half {
       try {
         return await this.#goingBack(() => this.#exchange(key, learningRate));
       } catch (error) {
+        this.#noteError(error);
         if (!(error instanceof StepsLost)) this.close();
         throw error;
       } finally {
@@ -111,7 +113,9 @@ export class Half {
           await this.journal.write(this.executor, place);
         }
       } catch (error) {
-        if (!(error instanceof NotSaved) || whenUnsaved === "stop") throw error;
+        if (error instanceof NotSaved && whenUnsaved === "continue") return;
+        this.#noteError(error);
+        throw error;
       }
     });
   }
@@ -124,27 +128,39 @@ export class Half {
    */
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
-      await this.#saveRemotely(true);
-      this.#isHalfPublished = true;
-      await this.journal.publish(this.executor, this.place);
-      this.#isHalfPublished = false;
+      try {
+        await this.#saveRemotely(true);
+        this.#isHalfPublished = true;
+        await this.journal.publish(this.executor, this.place);
+        this.#isHalfPublished = false;
+      } catch (error) {
+        this.#noteError(error);
+        throw error;
+      }
     });
   }
 
   /**
    * Say good-bye to the server; may be called twice.
    *
-   * Where the server published its state and this side did not, it only hangs up: the server would
-   * forget the checkpoints that a resumed run begins from.
+   * Where an error broke off a run that has checkpoints here, or the server published its state and
+   * this side did not, it only hangs up: the server would forget what a resumed run begins from.
    */
   close(): void {
-    if (!this.#closed) this.#link.close({ forGood: !this.#isHalfPublished });
+    const { kept } = this.journal.stand(this.executor.step);
+    const isUnfinished = this.#isHalfPublished || (this.#isBrokenOff && kept.length > 0);
+    if (!this.#closed) this.#link.close({ forGood: !isUnfinished });
     this.#closed = true;
   }
 
   /** Wait until nothing is under way. */
   async settle(): Promise<void> {
     await this.#last;
+  }
+
+  /** Lost steps are made again; whatever else is thrown ends a run before its time. */
+  #noteError(error: unknown): void {
+    this.#isBrokenOff ||= !(error instanceof StepsLost);
   }
 
   /** One thing at a time, in the order of asking. */

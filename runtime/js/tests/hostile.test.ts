@@ -37,6 +37,7 @@ type Answer = { message: Message; tensors?: NdArrays } | string | Uint8Array;
 interface Lies {
   welcome?: (hello: MessageOf<"Hello">) => Answer;
   reply?: (asked: TensorsMessage) => Answer;
+  saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved">;
 }
 
 function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
@@ -63,10 +64,12 @@ function gradients(rows: number, columns: number, value = 0.1): NdArrays {
 class Liar {
   url = "";
   lies: Lies = {};
+  /** The messages' types. */
+  heard: string[] = [];
   readonly #server = new WebSocketServer({ port: 0, host: "127.0.0.1" });
 
   async start(): Promise<void> {
-    await once(this.#server, "listening");
+    if (!this.#server.address()) await once(this.#server, "listening");
     this.url = `ws://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
     this.#server.on("connection", (socket) => {
       socket.on("message", (content: Buffer) => this.#answer(socket, new Uint8Array(content)));
@@ -79,8 +82,19 @@ class Liar {
     await once(this.#server, "close");
   }
 
+  /** Wait until every connection has ended, and all that came over it is heard. */
+  async quiet(): Promise<void> {
+    await Promise.all([...this.#server.clients].map((socket) => once(socket, "close")));
+  }
+
   #answer(socket: WebSocket, content: Uint8Array): void {
     const { message } = decodeMessage(content);
+    this.heard.push(message.type);
+    if (message.type === "Save") {
+      const { session, step } = message;
+      const answer = { type: "Saved", session, step } as const;
+      this.#say(socket, { message: this.lies.saved?.(answer) ?? answer });
+    }
     if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
     if (message.type === "Tensors") this.#say(socket, (this.lies.reply ?? reply)(message));
   }
@@ -192,6 +206,38 @@ describe("a server that sends", () => {
   }
 });
 
+describe("a server that lies in the middle of a training", () => {
+  const liar = new Liar();
+  before(() => liar.start());
+  after(() => liar.end());
+
+  for (const [when, lies, heard] of [
+    ["in a step", { reply: (a) => reply(a, a.step === 2 ? { turn: 7 } : {}) }, false],
+    ["of what it saved", { saved: (a) => ({ ...a, step: a.step === 2 ? 7 : a.step }) }, false],
+    ["before there is a checkpoint", { reply: (a) => reply(a, { turn: 7 }) }, true],
+  ] as [string, Lies, boolean][]) {
+    test(`${when} is told good-bye: ${heard}`, async () => {
+      liar.lies = lies;
+      liar.heard = [];
+      const storage = new client.MemoryStorage();
+      const trained = await client.SplitClient.connect(liar.url, {
+        ort: ORT,
+        openSocket,
+        bundle: FILES,
+        storage,
+        sessionOptions: SESSION_OPTIONS,
+      });
+      const plan = { batchSize: 6, epochs: 3, checkpointEvery: 1 };
+      const error = await trained.fit(DATA, plan).catch((thrown: unknown) => thrown);
+      await trained.close();
+      assert.ok(error instanceof client.RemoteProtocolError, `${error}`);
+      await liar.quiet();
+      assert.equal(liar.heard.includes("Bye"), heard);
+      assert.equal((await storage.list("")).length > 0, !heard);
+    });
+  }
+});
+
 describe("a bundle", () => {
   const text = new TextDecoder().decode(FILES["manifest.json"]);
   const change = (before: string, after: string) => {
@@ -201,6 +247,9 @@ describe("a bundle", () => {
   const without = (name: string) =>
     Object.fromEntries(Object.entries(FILES).filter(([file]) => file !== name));
   const { BundleError, FormatError } = client;
+  const state = (name: string) =>
+    JSON.stringify({ tensor: { name, dtype: "F32", shape: [3, 4] }, role: "optimizer" });
+  const zeros = `"state": [${Array.from({ length: 4 }, (_, number) => `${state(`m${number}`)},`).join("")}`;
 
   const broken: [string, Record<string, Uint8Array>, new (...facts: never[]) => Error][] = [
     ["without a graph", without("head.forward.onnx"), BundleError],
@@ -211,6 +260,8 @@ describe("a bundle", () => {
     ["for the training wheel", change('"target": "portable"', '"target": "training"'), BundleError],
     ["whose digest is a path", change('"digest": "d1', '"digest": "..'), FormatError],
     ["of a later format", change("bundle/1", "bundle/2"), FormatError],
+    ["with a state twice", change('"state": [', `"state": [${state("W1")},`), FormatError],
+    ["with more zeros than an optimizer has", change('"state": [', zeros), FormatError],
     ["with other weights", { ...FILES, "weights.safetensors": encodeTensors(new Map()) }, BundleError],
     ["with broken weights", { ...FILES, "weights.safetensors": Uint8Array.of(1) }, FormatError],
   ];

@@ -12,7 +12,7 @@ import {
   MemoryStorage,
   NotSaved,
   ProtocolError,
-  RemoteFault,
+  SessionLost,
   SplitClient,
   StepsLost,
   Unauthorized,
@@ -132,7 +132,7 @@ describe("with one server", () => {
     assert.equal(steps[0]!.step, 1);
     await second.close();
     const other = await connect(server.url, { storage, resume: true, seed: 4 }).catch((e) => e);
-    assert.ok(other instanceof RemoteFault, String(other)); // it said good-bye: the session is over
+    assert.ok(other instanceof SessionLost, String(other)); // it said good-bye: the session is over
   });
 
   test("a run is gone on with by the same data, batches and seed alone", async () => {
