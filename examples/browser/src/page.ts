@@ -198,6 +198,12 @@ const TITLES: Readonly<Record<string, string>> = {
   SessionLost: "The server has forgotten this training",
   StaleConnection: "Another tab trains here",
   NotSaved: "The training cannot be saved",
+  RemoteProtocolError: "The server does not keep to the rules",
+  ArrayMismatch: "The server sent numbers that do not fit",
+  NotFinite: "Training came to NaN or infinity",
+  MessageTooLarge: "A message is too large",
+  RemoteFault: "The server reports an error",
+  StageFailed: "The model does not run here",
 };
 
 function softmax(logits: Float32Array): number[] {

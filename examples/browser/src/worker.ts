@@ -16,6 +16,8 @@ import type { Course } from "./runs.js";
 const SIDE = 8; // pixels
 /** What was trained survives a crash at any step, since both sides write down each. */
 const CHECKPOINT_EVERY = 1;
+/** Bytes of a message from the server at the most; a batch's are some 200 kB. */
+const MAX_REPLY = 1 << 24;
 
 // ONNX Runtime's code in WebAssembly lies beside this file; one thread does for a model this small.
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", self.location.href).href };
@@ -70,6 +72,7 @@ async function open(
     storage,
     resume,
     openSocket,
+    maxReplyBytes: MAX_REPLY,
     onReconnect(cause) {
       isLost = true;
       reporter.flush();
