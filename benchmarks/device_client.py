@@ -1,11 +1,12 @@
-"""One client for ``device_cost.py``: trains some steps and prints what they cost its process.
+"""One client for ``device_cost.py``: takes a step for each line that it reads, and prints its cost.
 
-A process of its own that imports what a device does: the runtime, and nothing that cuts.
-The last line of its output is JSON: ``own`` and ``idle_free`` are lists of seconds a step, of
-processor time of all threads and of the wall time that was not spent waiting for the server;
-``wall`` the whole steps'; ``peak`` is in bytes, ``wire`` in bytes a step.  For Linux.
+A process of its own that imports what a device does: the runtime, and nothing that cuts.  It
+answers each line, and the end of its input, with a line of JSON: for a step the seconds of the
+whole step, ``wall``; of it those that were not spent waiting for the server, ``awake``; and of
+processor time of all threads, ``own``.  At the end the ``peak`` of its memory in bytes.  For Linux.
+``runtime/js/scripts/device.ts`` is the same in JavaScript.
 
-    python benchmarks/device_client.py CLIENT_FOLDER URL BATCH SIDE WARM_UP STEPS
+    python benchmarks/device_client.py CLIENT_FOLDER URL BATCH SIDE
 """
 
 from __future__ import annotations
@@ -56,30 +57,35 @@ def read_peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def measure_step(
+    client: Client, transport: PatientTransport, batch: dict[str, np.ndarray]
+) -> dict[str, float]:
+    traffic = transport.bytes_sent + transport.bytes_received
+    waited, start, begun = transport.waited, time.perf_counter(), time.process_time()
+    client.step(batch)
+    own, wall = time.process_time() - begun, time.perf_counter() - start
+    return {
+        "own": own,
+        "wall": wall,
+        "awake": wall - (transport.waited - waited),
+        "wire": transport.bytes_sent + transport.bytes_received - traffic,
+    }
+
+
 def main() -> None:
     folder, url = sys.argv[1:3]
-    batch_size, side, warm_up, steps = map(int, sys.argv[3:])
+    batch_size, side = map(int, sys.argv[3:])
     random = np.random.default_rng(1)
     batch: dict[str, np.ndarray] = {
         "x": random.standard_normal((batch_size, 3, side, side), np.float32),
         "labels": random.integers(0, 10, batch_size),
     }
     transport = PatientTransport(connect(url))
-    own, wall, idle_free = [], [], []
     # One thread: with more, how long they wait for each other depends on what else runs.
     with Client(folder, transport, threads=1) as client:
-        for _ in range(warm_up):
-            client.step(batch)
-        traffic = transport.bytes_sent + transport.bytes_received
-        for _ in range(steps):
-            waited, start, begun = transport.waited, time.perf_counter(), time.process_time()
-            client.step(batch)
-            own.append(time.process_time() - begun)
-            wall.append(time.perf_counter() - start)
-            idle_free.append(wall[-1] - (transport.waited - waited))
-        wire = (transport.bytes_sent + transport.bytes_received - traffic) / steps
-    figures = {"own": own, "wall": wall, "idle_free": idle_free, "wire": wire, "peak": read_peak()}
-    print(json.dumps(figures))
+        for _ in sys.stdin:
+            print(json.dumps(measure_step(client, transport, batch)), flush=True)
+    print(json.dumps({"peak": read_peak()}))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 Every network is cut at the end of its first pooling and again at its logits: U-shaped, the client
 has the stem, the loss and the labels, the same in all five; ResNet-18 and -34 end in 512 features
-and the others in 2048, so a classifier on the client would not be.  A `splitonnx serve` process
-each, and for each round a fresh client process (`device_client.py`), which measures itself.  The
-networks take turns, forwards and backwards, so that a drifting machine strikes all alike; ratios
-are to the same round's ResNet-18, and their median over the rounds counts.  Exit code 1 where the
-client's processor time per sample or its peak memory leaves ResNet-18's by more than 10 %.
+and the others in 2048, so a classifier on the client would not be.  Each has a `splitonnx serve`
+process, and in each round a fresh client process, in Python (``device_client.py``) or in Node
+(``runtime/js/scripts/device.ts``, built by ``make test-js``), which measures itself.  Within a
+round the networks take turns, step by step, forwards and backwards, so that a drifting machine
+strikes all alike: the ratio is to the same turn's ResNet-18, and the median over all turns counts.
 
-The wall time that is not spent waiting for the server is shown but decides nothing: here the server
-shares the cores, and updates its weights while the client goes on.  Data are random.  For Linux.
+A device does not share its processor with the server, so clients have one core to themselves and
+servers the rest.  Exit code 1 where, for some network, the client's processor time a sample, its
+wall time without the waiting for the server, or its peak memory leaves ResNet-18's by more than
+10 %.  On a machine of one core the wall time is shown and decides nothing: there the server updates
+its weights while the client goes on.  Data are random.  For Linux.
 
-    python benchmarks/device_cost.py [--rounds 3] [--steps 6] [--plot docs/device_cost.svg]
+    python benchmarks/device_cost.py [--client node] [--rounds 4] [--steps 5] [--plot cost.svg]
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,7 @@ from rich.table import Table
 
 from splitonnx.partitioner.partitions import cut
 
+ROOT = Path(__file__).parents[1]
 SIDE = 64
 """Pixels of an image's side."""
 BATCH = 16
@@ -43,13 +47,23 @@ WARM_UP = 2
 """Steps of a client that do not count."""
 TOLERANCE = 0.10
 """Largest part by which the client's cost may differ from that at ResNet-18."""
-SHOWN = ("own", "idle_free", "peak", "wire", "wall")
-"""What a client measures, see ``device_client.py``; the first and the third decide."""
+DECIDING = ("own", "awake", "peak")
+"""The figures of the client that must stay: processor time, wall time without waiting, memory."""
+SHOWN = (*DECIDING, "wire", "wall")
+"""What a client measures, see ``device_client.py``."""
+CLIENTS = {
+    "python": (sys.executable, "benchmarks/device_client.py"),
+    "node": ("node", "runtime/js/build/scripts/device.js"),
+}
+"""What runs a client of each language, from the repository's root."""
+
+Turn = Mapping[int, Mapping[str, float]]
+"""What one step of each network cost its client, by the network's depth; times in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A network's figures: medians over the rounds, ``ratios`` of them to ResNet-18's.
+    """A network's figures: medians over the turns, ``ratios`` of them to ResNet-18's.
 
     Times are seconds a sample, ``wall`` a step; ``peak`` is in bytes, ``wire`` in bytes a sample;
     ``parameters`` are the server's.
@@ -60,10 +74,9 @@ class Cost:
     figures: Mapping[str, float]
     ratios: Mapping[str, float]
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether time and memory are ResNet-18's, within the tolerance."""
-        return all(abs(self.ratios[name] - 1) <= TOLERANCE for name in ("own", "peak"))
+    def is_constant(self, names: Collection[str]) -> bool:
+        """Whether these figures are ResNet-18's, within the tolerance."""
+        return all(abs(self.ratios[name] - 1) <= TOLERANCE for name in names)
 
 
 def cut_network(depth: int, folder: Path) -> int:
@@ -78,47 +91,122 @@ def cut_network(depth: int, folder: Path) -> int:
     )
 
 
-def measure_client(folder: Path, url: str, steps: int) -> dict[str, float]:
-    """Train with a client process of its own; return its figures, of which times are medians."""
-    script = Path(__file__).with_name("device_client.py")
-    sizes = map(str, (BATCH, SIDE, WARM_UP, steps))
-    command = [sys.executable, str(script), str(folder), url, *sizes]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(output.splitlines()[-1])
-    return {
-        "own": statistics.median(found["own"]) / BATCH,
-        "idle_free": statistics.median(found["idle_free"]) / BATCH,
-        "wall": statistics.median(found["wall"]),
-        "peak": found["peak"],
-        "wire": found["wire"] / BATCH,
-    }
+def divide_cores(cores: Collection[int]) -> tuple[set[int], set[int]]:
+    """Divide cores into the clients', of which one steps at a time, and the servers'.
+
+    A single core is both's.
+    """
+    *others, last = sorted(cores)
+    return {last}, set(others or (last,))
 
 
-def compare(rounds: int, steps: int) -> list[Cost]:
-    """Cut, serve and train every network, round after round."""
-    depths = list(BLOCKS)
-    found: dict[int, list[dict[str, float]]] = {depth: [] for depth in depths}
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Let the processes that are started here run on these cores only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class ClientProcess:
+    """A client that takes its steps when told to."""
+
+    def __init__(self, language: str, folder: Path, url: str) -> None:
+        runner, script = CLIENTS[language]
+        command = [runner, str(ROOT / script), str(folder), url, str(BATCH), str(SIDE)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> ClientProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:  # closes its pipes and waits for its end
+            self._process.kill()
+
+    def step(self) -> dict[str, float]:
+        """Take a step and give its cost; an EOFError where the process has ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._hear()
+
+    def finish(self) -> float:
+        """End the training; give the peak of its memory, in bytes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._hear()["peak"]
+
+    def _hear(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError(f"the client ended with code {self._process.wait()}")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+
+def train_round(clients: Mapping[int, ClientProcess], steps: int) -> list[Turn]:
+    """Let the networks' clients step in turn; what comes before the counted steps warms up."""
+    turns: list[dict[int, dict[str, float]]] = []
+    for number in range(WARM_UP + steps):
+        order = sorted(clients, reverse=number % 2 == 1)
+        turns.append({depth: clients[depth].step() for depth in order})
+    peaks = {depth: client.finish() for depth, client in clients.items()}
+    return [
+        {depth: {**one, "peak": peaks[depth]} for depth, one in turn.items()}
+        for turn in turns[WARM_UP:]
+    ]
+
+
+def measure(language: str, rounds: int, steps: int) -> tuple[dict[int, int], list[Turn]]:
+    """Cut, serve and train every network; return the servers' parameters, and the turns."""
+    mine, others = divide_cores(os.sched_getaffinity(0))
+    turns: list[Turn] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folders = {depth: Path(scratch, str(depth)) for depth in depths}
-        parameters = {depth: cut_network(depth, folders[depth]) for depth in depths}
-        urls = {depth: stack.enter_context(serve(folders[depth] / "server")) for depth in depths}
-        for number in range(rounds):
-            for depth in depths if number % 2 == 0 else reversed(depths):
-                found[depth].append(measure_client(folders[depth] / "client", urls[depth], steps))
-    first = found[depths[0]]
+        folders = {depth: Path(scratch, str(depth)) for depth in BLOCKS}
+        parameters = {depth: cut_network(depth, folders[depth]) for depth in BLOCKS}
+        # As many threads as cores: left to itself, ONNX Runtime makes one for each core of the
+        # machine and binds it there, the clients' core too.
+        with on_cores(others):
+            urls = {
+                depth: stack.enter_context(serve(folder / "server", threads=len(others)))
+                for depth, folder in folders.items()
+            }
+        for _ in range(rounds):
+            with ExitStack() as processes, on_cores(mine):
+                clients = {
+                    depth: processes.enter_context(
+                        ClientProcess(language, folders[depth] / "client", url)
+                    )
+                    for depth, url in urls.items()
+                }
+                turns += train_round(clients, steps)
+    return parameters, turns
+
+
+def summarise(parameters: Mapping[int, int], turns: Sequence[Turn]) -> list[Cost]:
+    """Take the medians over the turns, ratios within each turn to its smallest network's."""
+    first = min(parameters)
+    units = {"own": BATCH, "awake": BATCH, "wire": BATCH}
     return [
         Cost(
             depth=depth,
             parameters=parameters[depth],
-            figures={name: statistics.median(one[name] for one in own) for name in SHOWN},
+            figures={
+                name: statistics.median(turn[depth][name] for turn in turns) / units.get(name, 1)
+                for name in SHOWN
+            },
             ratios={
-                name: statistics.median(
-                    one[name] / base[name] for one, base in zip(own, first, strict=True)
-                )
+                name: statistics.median(turn[depth][name] / turn[first][name] for turn in turns)
                 for name in SHOWN
             },
         )
-        for depth, own in found.items()
+        for depth in sorted(parameters)
     ]
 
 
@@ -127,7 +215,7 @@ def tabulate(costs: Sequence[Cost]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in (
         "server's body", "parameters", "step", "client's processor / sample",
-        "client's wall / sample", "client's peak memory", "wire / sample",
+        "client's wall, not waiting / sample", "client's peak memory", "wire / sample",
     ):  # fmt: skip
         table.add_column(heading, justify="right" if table.columns else "left")
     for cost in costs:
@@ -137,7 +225,7 @@ def tabulate(costs: Sequence[Cost]) -> Table:
             f"{cost.parameters / 1e6:.1f} M",
             f"{figures['wall'] * 1000:.0f} ms  {ratios['wall']:.2f}",
             f"{figures['own'] * 1000:.3f} ms  {ratios['own']:.3f}",
-            f"{figures['idle_free'] * 1000:.3f} ms  {ratios['idle_free']:.3f}",
+            f"{figures['awake'] * 1000:.3f} ms  {ratios['awake']:.3f}",
             f"{figures['peak'] / 1e6:.1f} MB  {ratios['peak']:.3f}",
             f"{figures['wire'] / 1e3:.1f} kB  {ratios['wire']:.3f}",
         )
@@ -145,63 +233,71 @@ def tabulate(costs: Sequence[Cost]) -> Table:
 
 
 def draw(costs: Sequence[Cost]) -> str:
-    """Draw the figures as SVG: four groups of bars, the client's blue, the server's purple."""
+    """Draw the figures as SVG: five groups of bars, the client's blue, the server's purple."""
     panels = (
         ("client: processor time", "ms a sample", "#0284c7",
          [(c.figures["own"] * 1e3, 2) for c in costs]),
+        ("client: wall time", "ms a sample, without waiting", "#0284c7",
+         [(c.figures["awake"] * 1e3, 2) for c in costs]),
         ("client: peak memory", "MB", "#0284c7", [(c.figures["peak"] / 1e6, 0) for c in costs]),
         ("server: parameters", "millions", "#9333ea", [(c.parameters / 1e6, 1) for c in costs]),
         ("whole step", "seconds, server included", "#9333ea",
          [(c.figures["wall"], 2) for c in costs]),
     )  # fmt: skip
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 300" width="880" height="300" '
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 300" width="960" height="300" '
         "role=\"img\" font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', "
         'sans-serif" font-size="12" fill="#475569" text-anchor="middle">',
         "  <title>While the server's body grows from ResNet-18 to -152, the client's time and "
         "memory stay the same</title>",
-        '  <rect width="880" height="300" rx="14" fill="#ffffff"/>',
+        '  <rect width="960" height="300" rx="14" fill="#ffffff"/>',
     ]
     for place, (title, unit, colour, values) in enumerate(panels):
-        left, top, base = 24 + 212 * place, 84, 244
+        left, top, base = 24 + 186 * place, 84, 244
         lines.append(
             f'  <text x="{left}" y="34" text-anchor="start" font-size="13" font-weight="600" '
             f'fill="#0f172a">{title}</text>\n'
             f'  <text x="{left}" y="52" text-anchor="start">{unit}</text>\n'
-            f'  <path d="M{left} {base + 0.5}h196" stroke="#94a3b8"/>'
+            f'  <path d="M{left} {base + 0.5}h170" stroke="#94a3b8"/>'
         )
         largest = max(value for value, _ in values)
         for number, (cost, (value, digits)) in enumerate(zip(costs, values, strict=True)):
             height = (base - top) * value / largest
-            x = left + 3 + 39 * number
+            x = left + 2 + 34 * number
             lines.append(
-                f'  <rect x="{x}" y="{base - height:.1f}" width="34" height="{height:.1f}" rx="2" '
+                f'  <rect x="{x}" y="{base - height:.1f}" width="30" height="{height:.1f}" rx="2" '
                 f'fill="{colour}"/>'
-                f'<text x="{x + 17}" y="{base - height - 6:.1f}" fill="#0f172a">'
+                f'<text x="{x + 15}" y="{base - height - 6:.1f}" fill="#0f172a">'
                 f"{value:.{digits}f}</text>"
-                f'<text x="{x + 17}" y="{base + 18}">{cost.depth}</text>'
+                f'<text x="{x + 15}" y="{base + 18}">{cost.depth}</text>'
             )
-    lines.append('  <text x="440" y="287">depth of the ResNet that is split</text>\n</svg>')
+    lines.append('  <text x="480" y="287">depth of the ResNet that is split</text>\n</svg>')
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3, help="clients of each network")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a client that count")
+    parser.add_argument("--client", choices=CLIENTS, default="python", help="in which language")
+    parser.add_argument("--rounds", type=int, default=4, help="clients of each network")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a client that count")
     parser.add_argument("--plot", type=Path, help="where to write the figures as SVG")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    costs = compare(options.rounds, options.steps)
+    if not (ROOT / CLIENTS[options.client][1]).exists():
+        parser.error("the JavaScript client is not built: `make test-js` builds it")
+    load, is_apart = os.getloadavg()[0], len(os.sched_getaffinity(0)) > 1
+    costs = summarise(*measure(options.client, options.rounds, options.steps))
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(tabulate(costs))
     print(
-        f"batch {BATCH}, {SIDE}x{SIDE} images, medians of {options.rounds} rounds of "
-        f"{options.steps} steps; each second figure is the ratio to ResNet-18's.  Load of the "
-        f"machine before: {load:.1f} on {os.cpu_count()} cores"
+        f"client in {options.client}; batch {BATCH}, {SIDE}x{SIDE} images; medians of "
+        f"{options.rounds} rounds of {options.steps} steps; each second figure is the ratio to "
+        f"ResNet-18's.  Load before: {load:.1f} on {os.cpu_count()} cores"
     )
+    if not is_apart:
+        print("one core for server and client: the wall time decides nothing")
     if options.plot is not None:
         options.plot.write_text(draw(costs))
-    grown = [f"ResNet-{cost.depth}" for cost in costs if not cost.is_constant]
+    deciding = [name for name in DECIDING if is_apart or name != "awake"]
+    grown = [f"ResNet-{cost.depth}" for cost in costs if not cost.is_constant(deciding)]
     if grown:
         print(f"not within {TOLERANCE:.0%} of ResNet-18's time and memory: {', '.join(grown)}")
     return 1 if grown else 0

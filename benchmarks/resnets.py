@@ -148,9 +148,10 @@ def _finish(net: _Network, value: str, *, depth: int, width: int, side: int) -> 
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Serve a folder from a process of its own."""
+def serve(folder: Path, *, threads: int | None = None) -> Iterator[str]:
+    """Serve a folder from a process of its own, an operator in so many threads."""
     command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0"]
+    command += [] if threads is None else ["--threads", str(threads)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
