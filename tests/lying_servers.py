@@ -25,7 +25,16 @@ from websockets.utils import accept_key
 from splitonnx.messages import Message, decode_message
 
 Arrays = dict[str, np.ndarray]
-Word = str | bytes | Iterable[bytes]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes as they go through the socket, whether they are a frame or not."""
+
+    content: bytes
+
+
+Word = str | bytes | Iterable[bytes] | Raw
 """A message in a text frame, in one binary frame, or in a fragment for each of its parts."""
 HANG_UP = ""
 """In place of a message: the connection ends."""
@@ -173,7 +182,10 @@ class _Visit(BaseHTTPRequestHandler):
                 for word in [content] if words is None else words:
                     if word == HANG_UP:
                         near.close()
-                    near.send(word)
+                    if isinstance(word, Raw):
+                        near.socket.sendall(word.content)
+                    else:
+                        near.send(word)
         near.close()
 
 

@@ -27,6 +27,7 @@ from tests.page_lies import (
     GREETINGS,
     LATER,
     MIB,
+    NO_FRAME,
     Complaint,
     in_greeting,
     in_step,
@@ -58,7 +59,8 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> PartyBundle:
 @pytest.fixture(scope="module")
 def honest(part: PartyBundle) -> Iterator[Server]:
     assert part.path is not None
-    with Server(part.path.parent / "server", port=0, client=part, web=DIST) as server:
+    folder = part.path.parent / "server"
+    with Server(folder, port=0, threads=1, client=part, web=DIST) as server:
         yield server
 
 
@@ -178,6 +180,15 @@ def test_a_training_goes_on_after_a_lie(name: str, liar: LyingServer, page: Page
     assert list_steps(screen) == {BEGUN - 1, BEGUN}
     liar.be_honest()
     page.get_by_text("Try again").click()
+    screen.wait_for_step(BEGUN + 2)
+
+
+def test_a_frame_that_is_none_is_a_lost_connection(liar: LyingServer, page: Page) -> None:
+    liar.tell = NO_FRAME
+    screen = train(page, liar)
+    screen.wait_for_status("Connection lost, trying again")
+    assert list_steps(screen) == {BEGUN - 1, BEGUN}
+    liar.be_honest()
     screen.wait_for_step(BEGUN + 2)
 
 

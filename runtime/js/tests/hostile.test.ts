@@ -19,6 +19,7 @@ import { decodeManifest } from "../src/manifests.js";
 import { decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
 import { listWires } from "../src/protocols.js";
+import { connect } from "../src/sockets.js";
 import type { NdArrays } from "../src/tensors.js";
 import { ORT, SESSION_OPTIONS, VECTORS, makeArray } from "./fixtures.js";
 import { openSocket } from "./peers.js";
@@ -85,6 +86,11 @@ class Liar {
   /** Wait until every connection has ended, and all that came over it is heard. */
   async quiet(): Promise<void> {
     await Promise.all([...this.#server.clients].map((socket) => once(socket, "close")));
+  }
+
+  /** Say something to everybody. */
+  shout(answer: Answer): void {
+    for (const socket of this.#server.clients) this.#say(socket, answer);
   }
 
   #answer(socket: WebSocket, content: Uint8Array): void {
@@ -204,6 +210,30 @@ describe("a server that sends", () => {
       assert.deepEqual(await storage.list(""), []);
     });
   }
+});
+
+test("messages that nobody asked for are not piled up", async () => {
+  const liar = new Liar();
+  await liar.start();
+  liar.lies = {
+    reply: (asked) => {
+      // Each is a reply that came before, and the client would leave it out.
+      for (let number = 0; number < 20; number++) liar.shout(reply(asked));
+      return reply(asked, { turn: 7 });
+    },
+  };
+  const transport = await connect(liar.url, { openSocket, maxReplyBytes: 1000 });
+  const message: TensorsMessage = {
+    type: "Tensors", session: "", phase: "train", step: 0, microBatch: 0, turn: 0, seed: 0,
+    learningRate: 0,
+  };
+  transport.send(encodeMessage(message));
+  await liar.quiet(); // the client hung up, although nobody has read a message yet
+  assert.ok((await transport.receive()).length < 1000);
+  await assert.rejects(async () => {
+    for (;;) await transport.receive();
+  }, client.MessageTooLarge);
+  await liar.end();
 });
 
 describe("a server that lies in the middle of a training", () => {
