@@ -117,11 +117,12 @@ class Half:
     def close(self) -> None:
         """Say good-bye to the server; may be called twice.
 
-        Where the server published its state and this side did not, it only hangs up: the server
-        would forget the checkpoints that a resumed run begins from.
+        Where the run has checkpoints and is not finished, or the server published its state and
+        this side did not, it only hangs up: the server would forget what a resumed run begins from.
         """
         if not self._closed and self._link is not None:
-            self._link.close(for_good=not self._is_half_published)
+            is_unfinished = self._is_half_published or self.journal.has_checkpoints
+            self._link.close(for_good=not is_unfinished)
         self._closed = True
 
     def _require_open(self) -> None:

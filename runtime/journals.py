@@ -62,6 +62,14 @@ class Journal:
         kept = () if self._store is None else self._store.steps()
         return Standing(origin=self._origin, start=self._start, step=step, kept=kept)
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the session can be gone on with: it goes once its run is finished."""
+        try:
+            return self._store is not None and bool(self._store.steps())
+        except BundleError:  # they may be there, where they cannot be looked at
+            return True
+
     def write(self, executor: Executor, position: Position | None) -> None:
         """Keep the state as a checkpoint, durably.
 

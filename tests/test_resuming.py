@@ -94,6 +94,19 @@ def test_a_client_that_was_killed_resumes_where_its_checkpoint_is(
     expect_equal(folder, undisturbed)
 
 
+def test_a_run_that_was_closed_before_its_end_goes_on_at_the_same_server(
+    folder: Path, undisturbed: Mapping[str, np.ndarray]
+) -> None:
+    with serve(folder) as server:
+        with pytest.raises(KeyboardInterrupt), open_client(folder, server) as client:
+            fit(client, stop_after=7)
+        with open_client(folder, server, resume=True) as client:
+            made = fit(client)
+            client.save()
+    assert made == list(range(EVERY + 1, STEPS + 1))
+    expect_equal(folder, undisturbed)
+
+
 def test_a_server_that_stops_and_comes_back_loses_no_step(
     folder: Path, undisturbed: Mapping[str, np.ndarray]
 ) -> None:

@@ -42,7 +42,6 @@ export class Half {
   readonly #onWires: OnWires | undefined;
   #closed = false;
   #isHalfPublished = false;
-  #isBrokenOff = false;
   #others = 0; // numbers the tasks that are no training step
   #last: Promise<unknown> = Promise.resolve();
 
@@ -83,7 +82,6 @@ export class Half {
       try {
         return await this.#goingBack(() => this.#exchange(key, learningRate));
       } catch (error) {
-        this.#noteError(error);
         if (!(error instanceof StepsLost)) this.close();
         throw error;
       } finally {
@@ -113,9 +111,7 @@ export class Half {
           await this.journal.write(this.executor, place);
         }
       } catch (error) {
-        if (error instanceof NotSaved && whenUnsaved === "continue") return;
-        this.#noteError(error);
-        throw error;
+        if (!(error instanceof NotSaved) || whenUnsaved === "stop") throw error;
       }
     });
   }
@@ -128,27 +124,22 @@ export class Half {
    */
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
-      try {
-        await this.#saveRemotely(true);
-        this.#isHalfPublished = true;
-        await this.journal.publish(this.executor, this.place);
-        this.#isHalfPublished = false;
-      } catch (error) {
-        this.#noteError(error);
-        throw error;
-      }
+      await this.#saveRemotely(true);
+      this.#isHalfPublished = true;
+      await this.journal.publish(this.executor, this.place);
+      this.#isHalfPublished = false;
     });
   }
 
   /**
    * Say good-bye to the server; may be called twice.
    *
-   * Where an error broke off a run that has checkpoints here, or the server published its state and
-   * this side did not, it only hangs up: the server would forget what a resumed run begins from.
+   * Where the run has checkpoints and is not finished, or the server published its state and this
+   * side did not, it only hangs up: the server would forget what a resumed run begins from.
    */
   close(): void {
     const { kept } = this.journal.stand(this.executor.step);
-    const isUnfinished = this.#isHalfPublished || (this.#isBrokenOff && kept.length > 0);
+    const isUnfinished = this.#isHalfPublished || kept.length > 0;
     if (!this.#closed) this.#link.close({ forGood: !isUnfinished });
     this.#closed = true;
   }
@@ -156,11 +147,6 @@ export class Half {
   /** Wait until nothing is under way. */
   async settle(): Promise<void> {
     await this.#last;
-  }
-
-  /** Lost steps are made again; whatever else is thrown ends a run before its time. */
-  #noteError(error: unknown): void {
-    this.#isBrokenOff ||= !(error instanceof StepsLost);
   }
 
   /** One thing at a time, in the order of asking. */
