@@ -26,6 +26,7 @@ from splitonnx.errors import (
     Unauthorized,
 )
 from splitonnx.messages import (
+    REPLACED,
     Fault,
     Hello,
     Login,
@@ -202,7 +203,8 @@ class Attendance:
             return
         older = self._premises.holders.get(session.id)
         if older is not None:
-            older._peer.abort()
+            reason = f"connection {generation} took the session over"
+            older._peer.dismiss(REPLACED, reason)
         self._premises.holders[session.id] = self
 
     @asynccontextmanager

@@ -36,6 +36,8 @@ LOST_SECONDS = 60.0
 """Seconds without a byte, not even the answer to a ping, after which nobody is there any more."""
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to close a connection that was ended here."""
+DISMISS_SECONDS = 1.0
+"""Seconds that it has where another connection waits for its place."""
 SHORT_ANSWER = 64 << 10
 """Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
 ANSWER_SECONDS = 300.0
@@ -321,6 +323,15 @@ class Guest(ServerConnection):
         else:
             self.transport.close()
             self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection with a word, or at once where the other side does not read."""
+        if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
+            self.protocol.fail(code, reason)
+            self.send_data()
+            self._start("dismiss", DISMISS_SECONDS, self.transport.abort)
+        else:
+            self.transport.abort()
 
     def _listen(self) -> None:
         """Hang up on who has gone without a word.

@@ -31,6 +31,7 @@ from splitonnx.errors import (
 )
 from splitonnx.manifests import TRAIN, PartyManifest
 from splitonnx.messages import (
+    REPLACED,
     Bye,
     Fault,
     Hello,
@@ -230,6 +231,9 @@ class Link:
             if self._dial is None:
                 self._hang_up()
                 raise cause
+            if cause.code == REPLACED:
+                self._hang_up()
+                raise StaleConnection(self._generation, self._generation + 1) from cause
             _logger.warning("%s; reconnecting", cause)
             self.step = self._find_server(cause)
             _logger.info("reconnected at step %d", self.step)

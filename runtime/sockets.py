@@ -318,9 +318,9 @@ class Peer:
         """End the connection; may be called twice, and waits a little for the other side."""
         await self._guest.close(code, reason.encode()[:120].decode(errors="ignore"))
 
-    def abort(self) -> None:
-        """End the connection at once, without a word."""
-        self._guest.transport.abort()
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection without waiting; the other side is told why, if it reads."""
+        self._guest.dismiss(code, reason)
 
     def _explain(self, error: Exception) -> ConnectionLost:
         lost = _translate(self.name, error)

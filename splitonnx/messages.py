@@ -20,6 +20,8 @@ from splitonnx.manifests import Wire
 
 PROTOCOL = 2
 """Version of the protocol; both sides must speak the same."""
+REPLACED = 4001
+"""The closing code of a connection whose session another client has taken over."""
 MAX_HEADER = 1 << 20
 """Bytes.  A greeting lists every wire, some 200 bytes each; other messages stay below 16 KiB."""
 

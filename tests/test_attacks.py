@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, Unauthorized
+from splitonnx.errors import ConnectionLost, StaleConnection, Unauthorized
 from splitonnx.messages import (
     MAX_HEADER,
+    REPLACED,
     Fault,
     Login,
     Message,
@@ -180,6 +181,18 @@ def test_a_replayed_step_gets_its_replies_again_and_another_in_its_place_is_refu
             attacker.greet(client.session, generation=3, step=1)  # the step was made once
 
 
+def test_a_client_whose_session_another_takes_over_does_not_take_it_back(arena: Arena) -> None:
+    first = Client(arena.bundle.client, arena.url, access=arena.access("eve"), threads=1)
+    with first, Attacker(arena) as second:
+        batch = {name: array[:8] for name, array in DATA.items()}
+        first.step(batch)
+        second.greet(first.session, generation=2, step=1)
+        with pytest.raises(StaleConnection):
+            first.step(batch)
+        assert first.steps == 1
+        assert isinstance(second.ask(second.make_task(1), {FORWARD: WAVES})[0], Tensors)
+
+
 @pytest.mark.parametrize("step", [-1, 1, 2**63 - 1])
 def test_a_step_that_is_not_due_is_refused(eve: Attacker, step: int) -> None:
     eve.expect_fault("RemoteProtocolError", eve.make_task(step), {FORWARD: WAVES})
@@ -189,8 +202,9 @@ def test_a_stale_generation_is_refused(arena: Arena) -> None:
     with Attacker(arena) as older, Attacker(arena) as newer:
         older.greet()
         newer.greet(older.session, generation=2)
-        with pytest.raises(ConnectionLost):  # it was ended by the newer one
+        with pytest.raises(ConnectionLost) as ended:  # by the newer one
             older.ask(older.make_task(), {FORWARD: WAVES})
+        assert ended.value.code == REPLACED
         with Attacker(arena) as again:
             again.expect_fault("StaleConnection", again.make_hello(older.session, generation=2))
         assert isinstance(newer.ask(newer.make_task(), {FORWARD: WAVES})[0], Tensors)

@@ -139,9 +139,9 @@ class RemoteFault(ProtocolError):
 class ConnectionLost(ProtocolError):
     """The connection could not be made, broke, or fell silent for too long: worth trying again.
 
-    ``code`` is the websocket's closing code (1012: the server starts anew, 1013: it is full), or
-    the HTTP status with which a handshake was refused (503: it is full); ``None`` where there was
-    neither.
+    ``code`` is the websocket's closing code (1012: the server starts anew, 1013: it is full, 4001:
+    another client has the session now), or the HTTP status with which a handshake was refused
+    (503: it is full); ``None`` where there was neither.
     """
 
     peer: str

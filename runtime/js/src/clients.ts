@@ -11,7 +11,7 @@ import { checkBatch, checkFinite, countSamples, openDataset, takeBatch } from ".
 import type { Batch, DataSource, Dataset } from "./datasets.js";
 import { Engine, giveTensor } from "./engines.js";
 import type { TensorLike } from "./engines.js";
-import { StepsLost, UsageError } from "./errors.js";
+import { RemoteFault, StepsLost, UsageError } from "./errors.js";
 import { Executor, LOSS } from "./executors.js";
 import { Half } from "./halves.js";
 import { History } from "./histories.js";
@@ -65,16 +65,25 @@ export class SplitClient {
     const engine = new Engine(options.ort, options.sessionOptions, { trusted });
     const executor = new Executor(party, engine);
     const storage = options.storage ?? defaultStorage();
-    const journal = await Journal.open(executor, storage, { resume });
-    const link = await Link.open({
-      dial: () => connect(url, options),
-      manifest: party.manifest,
-      session: journal.session,
-      token,
-      stand: () => journal.stand(executor.step),
-      giveUpAfter,
-      isPatient: resume || giveUpAfter !== undefined,
-      onReconnect,
+    const open = async (): Promise<[Journal, Link]> => {
+      const journal = await Journal.open(executor, storage, { resume });
+      const link = await Link.open({
+        dial: () => connect(url, options),
+        manifest: party.manifest,
+        session: journal.session,
+        token,
+        stand: () => journal.stand(executor.step),
+        giveUpAfter,
+        isPatient: resume || giveUpAfter !== undefined,
+        onReconnect,
+      });
+      return [journal, link];
+    };
+    const [journal, link] = await open().catch((error: unknown) => {
+      // Another tab may have trained until this one's greeting ended that, and written meanwhile.
+      const isLost = error instanceof RemoteFault && error.code === "SessionLost";
+      if (isLost && resume) return open();
+      throw error;
     });
     if (link.step !== executor.step) journal.position = await journal.goBack(executor, link.step);
     const half = new Half({

@@ -229,7 +229,8 @@ export class SessionLost extends RemoteFault {
 /**
  * The connection could not be made, broke, or fell silent for too long: worth trying again.
  *
- * `code` is the websocket's closing code (1012: the server starts anew, 1013: it is full).
+ * `code` is the websocket's closing code (1012: the server starts anew, 1013: it is full, 4001:
+ * another client has the session now).
  */
 export class ConnectionLost extends ProtocolError {
   override name = "ConnectionLost";

@@ -23,6 +23,7 @@ import type { PartyManifest } from "./manifests.js";
 import { PROTOCOL, describeTask, isSameTask } from "./messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "./messages.js";
 import { Protocol, listWires } from "./protocols.js";
+import { REPLACED } from "./sockets.js";
 import type { Transport } from "./sockets.js";
 import type { NdArrays } from "./tensors.js";
 
@@ -219,6 +220,9 @@ export class Link {
   async #reconnect(cause: ConnectionLost): Promise<void> {
     for (;;) {
       if (this.#ended.signal.aborted) throw cause;
+      if (cause.code === REPLACED) {
+        throw new StaleConnection(this.#generation, this.#generation + 1); // at the least
+      }
       this.#options.onReconnect?.(cause);
       this.step = await this.#findServer(cause);
       this.reconnects += 1;

@@ -18,6 +18,8 @@ export const OPEN_SECONDS = 10;
 export const REPLY_SECONDS = 300;
 /** Bytes of messages that wait to be read, over which a client ends the connection. */
 export const MAX_REPLY = 1 << 28;
+/** The closing code of a connection whose session another client has taken over. */
+export const REPLACED = 4001;
 
 const NORMAL = 1000;
 const POLICY = 1008; // what a server does not allow

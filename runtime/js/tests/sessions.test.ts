@@ -13,6 +13,7 @@ import {
   NotSaved,
   ProtocolError,
   SplitClient,
+  StaleConnection,
   StepsLost,
   Unauthorized,
   UnfinishedRun,
@@ -115,6 +116,37 @@ describe("with one server", () => {
     const { steps } = await second.fit(DATA, { ...PLAN, checkpointEvery: 3 });
     assert.deepEqual([steps[0]!.step, steps[0]!.epoch, steps[0]!.batch], [7, 1, 2]);
     sameOutcome(await conclude(second, steps), undisturbed);
+  });
+
+  test("a second client of one storage takes the training over, for good", async () => {
+    const storage = new MemoryStorage();
+    let letRead = () => {};
+    const isFar = new Promise<void>((resolve) => (letRead = resolve));
+    const slow: StateStorage = {
+      put: (name, content) => storage.put(name, content),
+      delete: (name) => storage.delete(name),
+      list: (prefix) => storage.list(prefix),
+      async get(name) {
+        const content = await storage.get(name);
+        await isFar; // what it gives may be old by now
+        return content;
+      },
+    };
+    const first = await connect(server.url, { storage });
+    let second: Promise<SplitClient> | undefined;
+    const onStep = async ({ step }: StepRecord) => {
+      if (step === 4) second = connect(server.url, { storage: slow, resume: true });
+      if (step < 8) return;
+      letRead();
+      await second;
+    };
+    const left = first.fit(DATA, { ...PLAN, checkpointEvery: 1, onStep });
+    await assert.rejects(left, StaleConnection);
+    const client = await second!;
+    assert.deepEqual([client.session, client.steps], [first.session, 7]);
+    const { steps } = await client.fit(DATA, { ...PLAN, checkpointEvery: 1 });
+    sameOutcome(await conclude(client, steps), undisturbed);
+    assert.equal(client.reconnects, 0);
   });
 
   test("a run that was broken off is not begun anew without a word", async () => {
