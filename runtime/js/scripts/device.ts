@@ -2,7 +2,7 @@
  * One client for `benchmarks/device_cost.py`, under onnxruntime-node: takes a step for each line
  * that it reads, and prints its cost; `benchmarks/device_client.py` says what.
  *
- *     node build/scripts/device.js CLIENT_FOLDER URL BATCH SIDE
+ *     node build/scripts/device.js CLIENT_FOLDER URL BATCH SIDE LATE
  */
 
 import { readFileSync } from "node:fs";
@@ -14,8 +14,8 @@ import { openFolder } from "../src/node.js";
 import { ORT, SESSION_OPTIONS } from "../tests/fixtures.js";
 import { openSocket } from "../tests/peers.js";
 
-const [folder, url, ...sizes] = process.argv.slice(2) as [string, string, string, string];
-const [batchSize, side] = sizes.map(Number) as [number, number];
+const [folder, url, ...sizes] = process.argv.slice(2) as [string, string, ...string[]];
+const [batchSize, side, late] = sizes.map(Number) as [number, number, number];
 
 let computed = 0; // milliseconds in ONNX Runtime
 let waited = 0; // milliseconds between sending and the next message in which it did not compute
@@ -30,11 +30,16 @@ function openWatched(address: string): WebSocketLike {
     bytes += content.length;
     sent = { at: performance.now(), computed };
   };
-  socket.addEventListener("message", ({ data }) => {
-    bytes += (data as ArrayBuffer).byteLength;
-    if (sent) waited += performance.now() - sent.at - (computed - sent.computed);
-    sent = undefined;
-  });
+  const listen = socket.addEventListener.bind(socket);
+  socket.addEventListener = (type: string, listener: (event: never) => void) => {
+    if (type !== "message") return listen(type as "open", listener as () => void);
+    listen("message", (event) => setTimeout(() => {
+      bytes += (event.data as ArrayBuffer).byteLength;
+      if (sent) waited += performance.now() - sent.at - (computed - sent.computed);
+      sent = undefined;
+      listener(event as never);
+    }, late * 1e3));
+  };
   return socket;
 }
 
