@@ -3,6 +3,8 @@
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { readFileSync, readdirSync } from "node:fs";
+import { mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 
@@ -35,4 +37,51 @@ test("what is published is what is built, its types and the README", () => {
   const others = files.map(({ path }) => path).filter((path) => !path.startsWith("dist/"));
   assert.deepEqual(others.sort(), ["README.md", "package.json"]);
   assert.ok(files.some(({ path }) => path === "dist/index.d.ts"));
+});
+
+const APP = `
+import * as ort from "onnxruntime-web/wasm";
+import { SplitClient, type History } from "@splitonnx/client";
+
+export async function train(url: string): Promise<History> {
+  const client = await SplitClient.connect(url, { ort });
+  return client.fit({ x: { dims: [2, 1], data: new Float32Array(2) } }, { batchSize: 2 });
+}
+`;
+const PROBE = `
+import { SplitClient } from "@splitonnx/client";
+import { FolderStorage } from "@splitonnx/client/node";
+console.log(typeof SplitClient.connect, typeof FolderStorage);
+`;
+
+test("an app runs, type-checks and bundles the tarball that is published", async () => {
+  const folder = await mkdtemp(join(tmpdir(), "splitonnx-app-"));
+  const run = (command: string, ...options: string[]) => {
+    return execFileSync(command, options, { cwd: folder, encoding: "utf-8" });
+  };
+  try {
+    const pack = ["pack", "--silent", "--pack-destination", folder];
+    const tarball = execFileSync("npm", pack, { cwd: HERE, encoding: "utf-8" }).trim();
+    const place = join(folder, "node_modules/@splitonnx/client");
+    await mkdir(place, { recursive: true });
+    run("tar", "-xzf", tarball, "-C", place, "--strip-components", "1");
+    for (const name of ["onnxruntime-common", "onnxruntime-web"]) {
+      await symlink(join(HERE, "node_modules", name), join(folder, "node_modules", name));
+    }
+    await writeFile(join(folder, "package.json"), '{"type": "module"}');
+    await writeFile(join(folder, "app.ts"), APP);
+    await writeFile(join(folder, "probe.js"), PROBE);
+    assert.equal(run("node", "probe.js").trim(), "function function");
+    for (const resolution of ["bundler", "nodenext"]) {
+      const module = resolution === "bundler" ? "esnext" : "nodenext";
+      const options = ["--moduleResolution", resolution, "--module", module, "--target", "es2022"];
+      const own = ["--strict", "--noEmit", "--lib", "es2023,dom,dom.iterable", "--types", ""];
+      run(join(HERE, "node_modules/.bin/tsc"), ...options, ...own, "app.ts");
+    }
+    const bundle = ["--bundle", "--format=esm", "--platform=browser", "--outfile=app.js"];
+    run(join(HERE, "node_modules/.bin/esbuild"), ...bundle, "--log-level=error", "app.ts");
+    assert.match(readFileSync(join(folder, "app.js"), "utf-8"), /StaleConnection/);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
 });
