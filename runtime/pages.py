@@ -50,6 +50,8 @@ POLICY = (
 HEADERS = {
     "Cache-Control": "no-cache",  # asks whether it changed, by its tag
     "Content-Security-Policy": POLICY,
+    # Both together let a page share memory between threads, which ONNX Runtime's take.
+    "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",

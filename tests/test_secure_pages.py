@@ -60,7 +60,7 @@ def test_a_page_over_tls_trains_over_tls_and_keeps_its_token_to_itself(
         context.on("request", lambda request: asked.append(request.url))
         page.on("websocket", lambda socket: sockets.append(socket.url))
         screen = Screen(page, f"{server.url}/#token={token}")
-        assert page.evaluate("[location.protocol, isSecureContext]") == ["https:", True]
+        assert page.evaluate("[location.protocol, crossOriginIsolated]") == ["https:", True]
         screen.wait_for_status("Ready")
         screen.start(passes=1)
         screen.wait_for_status("Trained, and ready")
