@@ -99,7 +99,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/resnet_step.py
 
-# What a step costs the client while the server's body grows, five minutes; CLIENT=node measures the
+# What a step costs the client while the server's body grows, three minutes; CLIENT=node measures the
 # one in JavaScript, PLOT names a file for the figures as SVG.
 CLIENT ?= python
 IS_NODE := $(filter node,$(CLIENT))

@@ -1,13 +1,12 @@
 """One client for ``device_cost.py``: takes a step for each line that it reads, and prints its cost.
 
-A process of its own that imports what a device does: the runtime, and nothing that cuts.  It hears
-each message of the server LATE seconds after it came.  It answers each line, and the end of its
-input, with a line of JSON: for a step the seconds of the whole step, ``wall``; of it those that
-were not spent waiting for the server, ``awake``; and of processor time of all threads, ``own``.  At
-the end the ``peak`` of its memory in bytes.  For Linux.  ``runtime/js/scripts/device.ts`` is the
-same in JavaScript.
+A process of its own that imports what a device does: the runtime, and nothing that cuts.  It
+answers each line, and the end of its input, with a line of JSON: for a step the seconds of the
+whole step, ``wall``; of it those that were not spent waiting for the server, ``awake``; and of
+processor time of all threads, ``own``.  At the end the ``peak`` of its memory in bytes.  For Linux.
+``runtime/js/scripts/device.ts`` is the same in JavaScript.
 
-    python benchmarks/device_client.py CLIENT_FOLDER URL BATCH SIDE LATE
+    python benchmarks/device_client.py CLIENT_FOLDER URL BATCH SIDE
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ from splitonnx.runtime.transports import Transport
 
 
 class PatientTransport:
-    """A connection that gives messages late, and counts the seconds in which it waited for them."""
+    """A connection that counts the seconds in which it waited for messages."""
 
-    def __init__(self, inner: Transport, late: float) -> None:
+    def __init__(self, inner: Transport) -> None:
         self.bytes_sent = self.bytes_received = 0
         self.waited = 0.0
         self._inner = inner
-        self._late = late
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         self._inner.send(chunks)
@@ -42,7 +40,6 @@ class PatientTransport:
     def receive(self) -> Chunk:
         start = time.perf_counter()
         message = self._inner.receive()
-        time.sleep(self._late)
         self.waited += time.perf_counter() - start
         self.bytes_received = self._inner.bytes_received
         return message
@@ -77,13 +74,13 @@ def measure_step(
 
 def main() -> None:
     folder, url = sys.argv[1:3]
-    batch_size, side = map(int, sys.argv[3:5])
+    batch_size, side = map(int, sys.argv[3:])
     random = np.random.default_rng(1)
     batch: dict[str, np.ndarray] = {
         "x": random.standard_normal((batch_size, 3, side, side), np.float32),
         "labels": random.integers(0, 10, batch_size),
     }
-    transport = PatientTransport(connect(url), late=float(sys.argv[5]))
+    transport = PatientTransport(connect(url))
     # One thread: with more, how long they wait for each other depends on what else runs.
     with Client(folder, transport, threads=1) as client:
         for _ in sys.stdin:

@@ -2,25 +2,21 @@
 
 Every network is cut at the end of its first pooling and again at its logits: U-shaped, the client
 has the stem, the loss and the labels, the same in all five; ResNet-18 and -34 end in 512 features
-and the others in 2048, so a classifier on the client would not be.  Each has a `splitonnx serve`
-process, and in each round a fresh client process, in Python (``device_client.py``) or in Node
-(``runtime/js/scripts/device.ts``, built by ``make test-js``), which measures itself.  Within a
-round the networks take turns, step by step, forwards and backwards, so that a drifting machine
-strikes all alike: the ratio is to the same turn's ResNet-18, and the median over all turns counts.
+and the others in 2048, so a classifier on the client would not be.
 
-A device does not share its processor with the server, so clients have one core to themselves and
-servers the rest.  Nor does it lie so near that a reply is there at once, while the server still
-updates its weights through the same memory: messages reach the client LATE seconds late, which are
-waiting as well.  Late or not, the core rests longer with a deeper body, and that alone moves its
-times: the same ResNet-18 behind messages that are 1.5 s late cost its client 0.86 of what it cost
-at once.  With `--late 0` the deeper networks came out cheaper, see docs/mobile.md.
+First each network is trained for some steps with its own `splitonnx serve` process, and the
+server's messages are recorded.  A device shares neither processor nor memory with the server, so
+they are then played back (``playbacks.py``) to fresh client processes, in Python
+(``device_client.py``) or in Node (``runtime/js/scripts/device.ts``, built by ``make test-js``),
+which measure themselves, on a core of their own.  Beside a server at work, on the same machine, the
+clients of deeper networks came out up to 16 % cheaper.  The networks take turns, step by step,
+forwards and backwards, so that a drifting machine strikes all alike: the ratio is to the same
+turn's ResNet-18, and the median over all turns counts.
 
 Exit code 1 where, for some network, the client's processor time a sample, its wall time without the
-waiting for the server, or its peak memory leaves ResNet-18's by more than 10 %.  On a machine of
-one core the wall time is shown and decides nothing: there the server goes on computing while the
-client does.  Data are random.  For Linux.
+waiting, or its peak memory leaves ResNet-18's by more than 10 %.  Data are random.  For Linux.
 
-    python benchmarks/device_cost.py [--client node] [--rounds 2] [--steps 8] [--plot cost.svg]
+    python benchmarks/device_cost.py [--client node] [--rounds 8] [--steps 8] [--plot cost.svg]
 """
 
 from __future__ import annotations
@@ -34,10 +30,11 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from playbacks import playing, recording
 from resnets import BLOCKS, build_resnet, serve
 from rich import box
 from rich.console import Console
@@ -51,13 +48,11 @@ SIDE = 64
 BATCH = 16
 WARM_UP = 2
 """Steps of a client that do not count."""
-LATE = 0.5
-"""Seconds by which the server's messages reach a client late, see above."""
 TOLERANCE = 0.10
 """Largest part by which the client's cost may differ from that at ResNet-18."""
 DECIDING = ("own", "awake", "peak")
 """The figures of the client that must stay: processor time, wall time without waiting, memory."""
-SHOWN = (*DECIDING, "wire", "wall")
+SHOWN = (*DECIDING, "wire")
 """What a client measures, see ``device_client.py``."""
 CLIENTS = {
     "python": (sys.executable, "benchmarks/device_client.py"),
@@ -70,15 +65,29 @@ Turn = Mapping[int, Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is played back of a network: the client's ``folder`` and the server's ``replies``.
+
+    ``parameters`` are the server's, ``wall`` the seconds of a whole step with it.
+    """
+
+    folder: Path
+    parameters: int
+    wall: float
+    replies: Sequence[bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """A network's figures: medians over the turns, ``ratios`` of them to ResNet-18's.
 
-    Times are seconds a sample, ``wall`` a step; ``peak`` is in bytes, ``wire`` in bytes a sample;
-    ``parameters`` are the server's.
+    Times are seconds a sample, ``wall`` a step with the server; ``peak`` is in bytes, ``wire`` in
+    bytes a sample; ``parameters`` are the server's.
     """
 
     depth: int
     parameters: int
+    wall: float
     figures: Mapping[str, float]
     ratios: Mapping[str, float]
 
@@ -122,10 +131,9 @@ def on_cores(cores: set[int]) -> Iterator[None]:
 class ClientProcess:
     """A client that takes its steps when told to."""
 
-    def __init__(self, language: str, folder: Path, url: str, *, late: float = 0.0) -> None:
+    def __init__(self, language: str, folder: Path, url: str) -> None:
         runner, script = CLIENTS[language]
-        command = [runner, str(ROOT / script), str(folder), url]
-        command += [str(size) for size in (BATCH, SIDE, late)]
+        command = [runner, str(ROOT / script), str(folder), url, str(BATCH), str(SIDE)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -172,42 +180,60 @@ def train_round(clients: Mapping[int, ClientProcess], steps: int) -> list[Turn]:
     ]
 
 
-def measure(
-    language: str, rounds: int, steps: int, late: float
-) -> tuple[dict[int, int], list[Turn]]:
-    """Cut, serve and train every network; return the servers' parameters, and the turns."""
+def record_network(depth: int, folder: Path, language: str, steps: int) -> Network:
+    """Cut a network, train it with a server at work, and keep what the server says."""
     mine, others = divide_cores(os.sched_getaffinity(0))
-    turns: list[Turn] = []
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folders = {depth: Path(scratch, str(depth)) for depth in BLOCKS}
-        parameters = {depth: cut_network(depth, folders[depth]) for depth in BLOCKS}
+    parameters = cut_network(depth, folder)
+    with ExitStack() as stack:
         # As many threads as cores: left to itself, ONNX Runtime makes one for each core of the
         # machine and binds it there, the clients' core too.
         with on_cores(others):
-            urls = {
-                depth: stack.enter_context(serve(folder / "server", threads=len(others)))
-                for depth, folder in folders.items()
-            }
+            served = stack.enter_context(serve(folder / "server", threads=len(others)))
+        url, replies = stack.enter_context(recording(served))
+        with on_cores(mine):
+            client = stack.enter_context(ClientProcess(language, folder / "client", url))
+        walls = [client.step()["wall"] for _ in range(WARM_UP + steps)]
+        client.finish()
+    wall = statistics.median(walls[WARM_UP:])
+    return Network(folder=folder / "client", parameters=parameters, wall=wall, replies=replies)
+
+
+def measure(language: str, rounds: int, steps: int) -> tuple[dict[int, Network], list[Turn]]:
+    """Cut, train and record every network; play them back, and return the turns."""
+    mine, others = divide_cores(os.sched_getaffinity(0))
+    turns: list[Turn] = []
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        networks = {
+            depth: record_network(depth, Path(scratch, str(depth)), language, steps)
+            for depth in BLOCKS
+        }
+        stack.enter_context(on_cores(others))  # for what plays back, too
+        urls = {
+            depth: stack.enter_context(playing(network.replies))
+            for depth, network in networks.items()
+        }
         for _ in range(rounds):
-            with ExitStack() as processes, on_cores(mine):
-                clients = {
-                    depth: processes.enter_context(
-                        ClientProcess(language, folders[depth] / "client", url, late=late)
-                    )
-                    for depth, url in urls.items()
-                }
+            with ExitStack() as processes:
+                with on_cores(mine):
+                    clients = {
+                        depth: processes.enter_context(
+                            ClientProcess(language, network.folder, urls[depth])
+                        )
+                        for depth, network in networks.items()
+                    }
                 turns += train_round(clients, steps)
-    return parameters, turns
+    return networks, turns
 
 
-def summarise(parameters: Mapping[int, int], turns: Sequence[Turn]) -> list[Cost]:
+def summarise(networks: Mapping[int, Network], turns: Sequence[Turn]) -> list[Cost]:
     """Take the medians over the turns, ratios within each turn to its smallest network's."""
-    first = min(parameters)
+    first = min(networks)
     units = {"own": BATCH, "awake": BATCH, "wire": BATCH}
     return [
         Cost(
             depth=depth,
-            parameters=parameters[depth],
+            parameters=networks[depth].parameters,
+            wall=networks[depth].wall,
             figures={
                 name: statistics.median(turn[depth][name] for turn in turns) / units.get(name, 1)
                 for name in SHOWN
@@ -217,7 +243,7 @@ def summarise(parameters: Mapping[int, int], turns: Sequence[Turn]) -> list[Cost
                 for name in SHOWN
             },
         )
-        for depth in sorted(parameters)
+        for depth in sorted(networks)
     ]
 
 
@@ -234,7 +260,7 @@ def tabulate(costs: Sequence[Cost]) -> Table:
         table.add_row(
             f"ResNet-{cost.depth}",
             f"{cost.parameters / 1e6:.1f} M",
-            f"{figures['wall'] * 1000:.0f} ms  {ratios['wall']:.2f}",
+            f"{cost.wall * 1000:.0f} ms  {cost.wall / costs[0].wall:.2f}",
             f"{figures['own'] * 1000:.3f} ms  {ratios['own']:.3f}",
             f"{figures['awake'] * 1000:.3f} ms  {ratios['awake']:.3f}",
             f"{figures['peak'] / 1e6:.1f} MB  {ratios['peak']:.3f}",
@@ -253,7 +279,7 @@ def draw(costs: Sequence[Cost]) -> str:
         ("client: peak memory", "MB", "#0284c7", [(c.figures["peak"] / 1e6, 0) for c in costs]),
         ("server: parameters", "millions", "#9333ea", [(c.parameters / 1e6, 1) for c in costs]),
         ("whole step", "seconds, server included", "#9333ea",
-         [(c.figures["wall"], 2) for c in costs]),
+         [(c.wall, 2) for c in costs]),
     )  # fmt: skip
     lines = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 300" width="960" height="300" '
@@ -289,28 +315,23 @@ def draw(costs: Sequence[Cost]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--client", choices=CLIENTS, default="python", help="in which language")
-    parser.add_argument("--rounds", type=int, default=2, help="clients of each network")
+    parser.add_argument("--rounds", type=int, default=8, help="clients of each network")
     parser.add_argument("--steps", type=int, default=8, help="steps of a client that count")
-    parser.add_argument("--late", type=float, default=LATE, help="seconds of a message's way")
     parser.add_argument("--plot", type=Path, help="where to write the figures as SVG")
     options = parser.parse_args()
     if not (ROOT / CLIENTS[options.client][1]).exists():
         parser.error("the JavaScript client is not built: `make test-js` builds it")
-    load, is_apart = os.getloadavg()[0], len(os.sched_getaffinity(0)) > 1
-    costs = summarise(*measure(options.client, options.rounds, options.steps, options.late))
+    load = os.getloadavg()[0]
+    costs = summarise(*measure(options.client, options.rounds, options.steps))
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(tabulate(costs))
     print(
         f"client in {options.client}; batch {BATCH}, {SIDE}x{SIDE} images; medians of "
-        f"{options.rounds} rounds of {options.steps} steps; messages {options.late:g} s late; each "
-        "second figure is the ratio to ResNet-18's.  "
-        f"Load before: {load:.1f} on {os.cpu_count()} cores"
+        f"{options.rounds} rounds of {options.steps} steps; each second figure is the ratio to "
+        f"ResNet-18's.  Load before: {load:.1f} on {os.cpu_count()} cores"
     )
-    if not is_apart:
-        print("one core for server and client: the wall time decides nothing")
     if options.plot is not None:
         options.plot.write_text(draw(costs))
-    deciding = [name for name in DECIDING if is_apart or name != "awake"]
-    grown = [f"ResNet-{cost.depth}" for cost in costs if not cost.is_constant(deciding)]
+    grown = [f"ResNet-{cost.depth}" for cost in costs if not cost.is_constant(DECIDING)]
     if grown:
         print(f"not within {TOLERANCE:.0%} of ResNet-18's time and memory: {', '.join(grown)}")
     return 1 if grown else 0

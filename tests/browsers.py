@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from splitonnx.codecs import decode_tensors
+from splitonnx.partitioner.partitions import cut
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, CDPSession, Page
@@ -28,6 +29,8 @@ DIST = Path(__file__).parent.parent / "examples" / "browser" / "dist"
 PATIENCE = 60_000
 """Milliseconds that something may take on a machine that is busy."""
 PIXELS = 64
+AT, TAIL_AT = "/block1/Relu_output_0", "/block3/MaxPool_1_output_0"
+"""Where `make web` cuts the page's model."""
 
 _READ_STORE = """async ([base, store]) => {
   const databases = await indexedDB.databases();
@@ -47,6 +50,13 @@ _READ_STORE = """async ([base, store]) => {
     ? btoa(Array.from(value, (byte) => String.fromCharCode(byte)).join("")) : value;
   return keys.map((key, index) => [key, encode(values[index])]);
 }"""
+
+
+def cut_digits(folder: Path, *, tail_at: str | tuple[()] = TAIL_AT) -> Path:
+    """Cut the page's model into ``folder/bundle``, U-shaped unless told otherwise."""
+    model = Path(__file__).parent.parent / "examples" / "digits.onnx"
+    cut(model, at=AT, tail_at=tail_at, client_target="portable").save(folder / "bundle")
+    return folder / "bundle"
 
 
 def find_chromium() -> str | None:

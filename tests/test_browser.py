@@ -19,16 +19,22 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
-from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.tokens import Tokens, add_token
-from tests.browsers import DIST, Relay, Screen, read_digits, running_chromium, tracing
+from tests.browsers import (
+    DIST,
+    Relay,
+    Screen,
+    cut_digits,
+    read_digits,
+    running_chromium,
+    tracing,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
-MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"
 STEPS = 45
 """Of one pass through 1,437 digits, 32 a step."""
 AGREEMENT = 1e-3
@@ -52,14 +58,7 @@ WATCH_TAPS = """() => {
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "bundle"
-    cut(
-        MODEL,
-        at="/block1/Relu_output_0",
-        tail_at="/block3/MaxPool_1_output_0",
-        client_target="portable",
-    ).save(folder)
-    return folder
+    return cut_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture

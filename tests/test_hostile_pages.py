@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +15,7 @@ import pytest
 
 from splitonnx import Server
 from splitonnx.bundles import PartyBundle
-from splitonnx.partitioner.partitions import cut
-from tests.browsers import DIST, Screen, running_chromium
+from tests.browsers import DIST, Screen, cut_digits, running_chromium
 from tests.lying_servers import LyingServer
 from tests.page_lies import (
     ANSWERS,
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
-MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"
 ENOUGH = 80 * MIB
 """Bytes after which the page has left off a file for certain: 64 MiB of header is the most."""
 
@@ -46,14 +43,7 @@ ENOUGH = 80 * MIB
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> PartyBundle:
     """The client's part; the server's lies beside it."""
-    folder = tmp_path_factory.mktemp("digits") / "bundle"
-    cut(
-        MODEL,
-        at="/block1/Relu_output_0",
-        tail_at="/block3/MaxPool_1_output_0",
-        client_target="portable",
-    ).save(folder)
-    return PartyBundle.load(folder / "client")
+    return PartyBundle.load(cut_digits(tmp_path_factory.mktemp("digits")) / "client")
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,15 @@ import pytest
 import trustme
 
 from splitonnx import Server
-from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.certificates import make_server_tls
 from splitonnx.runtime.tokens import Tokens, add_token
-from tests.browsers import DIST, Screen, running_chromium
+from tests.browsers import DIST, Screen, cut_digits, running_chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
-MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"
 STEPS = 45
 """Of one pass through 1,437 digits, 32 a step."""
 
@@ -34,20 +32,15 @@ def browser() -> Iterator[Browser]:
 def test_a_page_over_tls_trains_over_tls_and_keeps_its_token_to_itself(
     browser: Browser, tmp_path: Path
 ) -> None:
-    cut(
-        MODEL,
-        at="/block1/Relu_output_0",
-        tail_at="/block3/MaxPool_1_output_0",
-        client_target="portable",
-    ).save(tmp_path / "bundle")
+    bundle = cut_digits(tmp_path)
     certificate = tmp_path / "server.pem"
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
     token = add_token(tmp_path / "tokens", "ana")
     with (
         Server(
-            tmp_path / "bundle" / "server",
+            bundle / "server",
             port=0,
-            client=tmp_path / "bundle" / "client",
+            client=bundle / "client",
             web=DIST,
             tls=make_server_tls(certificate, certificate),
             tokens=Tokens.read(tmp_path / "tokens"),

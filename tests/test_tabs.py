@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 
 from splitonnx import Server
-from splitonnx.partitioner.partitions import cut
-from tests.browsers import DIST, Screen, running_chromium
+from tests.browsers import DIST, Screen, cut_digits, running_chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
-MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"
 TRAINED = "Trained, and ready"
 
 
@@ -36,20 +34,15 @@ def serve(bundle: Path) -> Server:
 def test_a_second_tab_takes_the_training_over_and_nothing_is_damaged(
     browser: Browser, tmp_path: Path
 ) -> None:
-    cut(
-        MODEL,
-        at="/block1/Relu_output_0",
-        tail_at="/block3/MaxPool_1_output_0",
-        client_target="portable",
-    ).save(tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with serve(tmp_path / "one") as server, browser.new_context() as context:
+    one = cut_digits(tmp_path)
+    two = Path(shutil.copytree(one, tmp_path / "two"))
+    with serve(one) as server, browser.new_context() as context:
         alone = Screen(context.new_page(), server.url)
         alone.wait_for_status("Ready")
         alone.start(passes=1)
         alone.wait_for_status(TRAINED)
         losses, state = alone.losses(), alone.read_state()
-    with serve(tmp_path / "two") as server, browser.new_context() as context:
+    with serve(two) as server, browser.new_context() as context:
         first = Screen(context.new_page(), server.url)
         first.wait_for_status("Ready")
         first.start(passes=1)

@@ -16,8 +16,7 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
-from splitonnx.partitioner.partitions import cut
-from tests.browsers import PATIENCE, find_chromium, read_digits
+from tests.browsers import PATIENCE, cut_digits, find_chromium, read_digits
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -57,17 +56,6 @@ def browser() -> Iterator[Browser]:
             yield chromium
         finally:
             chromium.close()
-
-
-def cut_digits(folder: Path, *, tail_at: str | tuple[()] = ()) -> Path:
-    bundle = cut(
-        ROOT / "examples" / "digits.onnx",
-        at="/block1/Relu_output_0",
-        tail_at=tail_at,
-        client_target="portable",
-    )
-    bundle.save(folder / "bundle")
-    return folder / "bundle"
 
 
 def build_page(folder: Path, name: str) -> Path:
@@ -134,7 +122,7 @@ def train_here(bundle: Path) -> Training:
 
 
 def test_a_page_trains_on_webgpu_as_a_python_client_does(browser: Browser, tmp_path: Path) -> None:
-    bundle = cut_digits(tmp_path, tail_at="/block3/MaxPool_1_output_0")
+    bundle = cut_digits(tmp_path)
     with open_page(browser, build_page(tmp_path, "onnxruntime-web/webgpu"), bundle) as page:
         trainings = [train_there(page, place) for place in ("cpu", "gpu-buffer")]
     expected = train_here(bundle)
@@ -152,7 +140,7 @@ def test_a_kernel_that_the_gpu_refuses_ends_training_and_changes_nothing(
 ) -> None:
     # This build joins the nine places of a 3x3 kernel at once, which takes more buffers than it
     # asks the device for; then it only complains in the console, and gives out numbers.
-    bundle = cut_digits(tmp_path)
+    bundle = cut_digits(tmp_path, tail_at=())
     with open_page(browser, build_page(tmp_path, "onnxruntime-web"), bundle) as page:
         made = train_there(page, "cpu")
     assert made.error.startswith("StageFailed: stage 'head.backward' failed: the GPU refuses")

@@ -2,7 +2,7 @@
  * One client for `benchmarks/device_cost.py`, under onnxruntime-node: takes a step for each line
  * that it reads, and prints its cost; `benchmarks/device_client.py` says what.
  *
- *     node build/scripts/device.js CLIENT_FOLDER URL BATCH SIDE LATE
+ *     node build/scripts/device.js CLIENT_FOLDER URL BATCH SIDE
  */
 
 import { readFileSync } from "node:fs";
@@ -15,7 +15,7 @@ import { ORT, SESSION_OPTIONS } from "../tests/fixtures.js";
 import { openSocket } from "../tests/peers.js";
 
 const [folder, url, ...sizes] = process.argv.slice(2) as [string, string, ...string[]];
-const [batchSize, side, late] = sizes.map(Number) as [number, number, number];
+const [batchSize, side] = sizes.map(Number) as [number, number];
 
 let computed = 0; // milliseconds in ONNX Runtime
 let waited = 0; // milliseconds between sending and the next message in which it did not compute
@@ -33,12 +33,12 @@ function openWatched(address: string): WebSocketLike {
   const listen = socket.addEventListener.bind(socket);
   socket.addEventListener = (type: string, listener: (event: never) => void) => {
     if (type !== "message") return listen(type as "open", listener as () => void);
-    listen("message", (event) => setTimeout(() => {
+    listen("message", (event) => {
       bytes += (event.data as ArrayBuffer).byteLength;
       if (sent) waited += performance.now() - sent.at - (computed - sent.computed);
       sent = undefined;
       listener(event as never);
-    }, late * 1e3));
+    });
   };
   return socket;
 }

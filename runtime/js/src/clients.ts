@@ -11,7 +11,7 @@ import { checkBatch, checkFinite, countSamples, openDataset, takeBatch } from ".
 import type { Batch, DataSource, Dataset } from "./datasets.js";
 import { Engine, giveTensor } from "./engines.js";
 import type { TensorLike } from "./engines.js";
-import { RemoteFault, StepsLost, UsageError } from "./errors.js";
+import { SessionLost, StepsLost, UsageError } from "./errors.js";
 import { Executor, LOSS } from "./executors.js";
 import { Half } from "./halves.js";
 import { History } from "./histories.js";
@@ -81,8 +81,7 @@ export class SplitClient {
     };
     const [journal, link] = await open().catch((error: unknown) => {
       // Another tab may have trained until this one's greeting ended that, and written meanwhile.
-      const isLost = error instanceof RemoteFault && error.code === "SessionLost";
-      if (isLost && resume) return open();
+      if (error instanceof SessionLost && resume) return open();
       throw error;
     });
     if (link.step !== executor.step) journal.position = await journal.goBack(executor, link.step);
