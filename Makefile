@@ -10,7 +10,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js test-mobile test-browser web lint bench device-cost chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js test-mobile test-browser web lint bench device-cost taps chaos fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -107,6 +107,10 @@ IS_NODE := $(filter node,$(CLIENT))
 device-cost: $(VENV)/.test $(if $(IS_NODE),runtime/js/node_modules/.package-lock.json)
 	$(if $(IS_NODE),cd runtime/js && npm run build --silent && npm run build:tests --silent)
 	$(BIN)/python benchmarks/device_cost.py --client $(CLIENT) $(if $(PLOT),--plot $(PLOT))
+
+# How soon the page answers taps while it trains, at a quarter of this machine's speed.
+taps: $(VENV)/.browser $(PAGE)/dist/index.html
+	$(BIN)/python -m benchmarks.taps
 
 # Real networks by real frameworks, and all of the onnx package's: hours.  SWEEP holds the exported
 # files and the results; what is there is not made again.  NETWORKS selects by name.

@@ -29,6 +29,7 @@ from tests.browsers import (
     running_chromium,
     tracing,
 )
+from tests.taps import TIMELY, Finger, holding_a_phone, sparing_a_core
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -40,20 +41,7 @@ STEPS = 45
 AGREEMENT = 1e-3
 """Between a browser's arithmetic and that of a Python client's ONNX Runtime."""
 TRAINED = "Trained, and ready"
-SLOWDOWN = 4
-"""How many times slower than this machine a phone is."""
-TAPS = 30
-TAP_MS = 100.0
-"""Milliseconds from a tap to the picture that answers it."""
-WATCH_TAPS = """() => {
-  window.taps = [];
-  const watch = (list) => {
-    for (const { name, duration } of list.getEntries()) {
-      if (name === "click") window.taps.push(duration);
-    }
-  };
-  new PerformanceObserver(watch).observe({ type: "event", durationThreshold: 16 });
-}"""
+TAPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -237,40 +225,37 @@ def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser)
         assert screen.problems == []
 
 
-def test_taps_are_answered_while_a_slow_phone_trains(own: Path, browser: Browser) -> None:
+def test_taps_are_answered_while_a_slow_phone_trains(own: Path) -> None:
     with (
+        sparing_a_core() as core,
         # one thread: the server of a phone does not take the phone's processor
         Server(own / "server", port=0, client=own / "client", web=DIST, threads=1) as server,
-        browser.new_context(
-            viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
-        ) as context,
+        running_chromium() as browser,
+        holding_a_phone(browser) as context,
     ):
         screen = Screen(context.new_page(), server.url)
         page = screen.page
         screen.wait_for_status("Ready")
-        devtools = context.new_cdp_session(page)
-        devtools.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
-        page.evaluate(WATCH_TAPS)
+        finger = Finger(screen, browser, core=core)
         screen.start(passes=10)
         screen.wait_for_step(5)
-        with tracing(devtools) as tasks:
+        with tracing(finger.devtools) as tasks:
             for tap in range(TAPS):
-                page.get_by_label(f"It is a {tap % 10}").tap()
+                finger.tap(tap % 10)
         assert page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
         assert page.inner_text("#start") == "Stop"  # it was training all the time
-        answered: list[float] = page.evaluate("window.taps")
-    answered += [16.0] * (TAPS - len(answered))  # what is quicker is not reported
-    over = sum(milliseconds > TAP_MS for milliseconds in answered)
+        answered = finger.durations()
+    late = sum(milliseconds > TIMELY for milliseconds in answered)
     print(
         f"\ntaps: median {statistics.median(answered):.0f} ms, longest {max(answered):.0f} ms, "
-        f"{over} of {TAPS} over {TAP_MS:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
+        f"{late} of {TAPS} over {TIMELY:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
     )
-    assert statistics.median(answered) <= TAP_MS
-    # A tap waits for one task and is answered in the next; how long both wait for a core of this
-    # machine, which has browser, server and test to run, is not the page's doing.
+    # Now and then a shared machine has something else to do: `make taps` looks closer.
+    assert late <= TAPS // 20
+    # In processor time a tap waits for one task, and is answered in the next.
     assert len(tasks) > TAPS
-    assert statistics.quantiles(tasks, n=100)[-1] <= TAP_MS / 2
-    assert max(tasks) <= TAP_MS
+    assert statistics.quantiles(tasks, n=100)[-1] <= TIMELY / 2
+    assert max(tasks) <= TIMELY
 
 
 def test_a_hostile_server_s_graph_is_refused_and_nothing_is_stored(

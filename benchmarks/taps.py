@@ -1,0 +1,106 @@
+"""How soon the example's page answers a tap on a slow phone, idle and while it trains.
+
+The page is open in Chromium at a phone's size, its thread slowed four times (``tests/taps.py``),
+and its ten buttons are tapped one after the other, some four taps a second.  Each measurement has
+its own browser and server.  The page's thread has a core of its own, as on a phone, or shares the
+machine's with the worker, the server and this script: of two cores the slowed thread then keeps one
+busy by itself.
+
+Exit code 1 where, at a training page with a core of its own, more than one tap of a hundred took
+more than 100 ms.  A single one proves nothing: at an idle page some take as long on a machine whose
+cores are not its own.
+
+    python -m benchmarks.taps [--taps 60] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from splitonnx import Server
+from tests.browsers import DIST, Screen, cut_digits, running_chromium
+from tests.taps import TIMELY, Finger, holding_a_phone, sparing_a_core
+
+PAUSE = 0.15
+"""Seconds that a quick finger takes from one button to the next."""
+
+
+def measure(bundle: Path, *, taps: int, is_training: bool, is_alone: bool) -> list[float]:
+    """Tap so many times and give how long each took, in milliseconds."""
+    with (
+        sparing_a_core() if is_alone else nullcontext() as core,
+        Server(bundle / "server", port=0, client=bundle / "client", web=DIST, threads=1) as server,
+        running_chromium() as browser,
+        holding_a_phone(browser) as context,
+    ):
+        screen = Screen(context.new_page(), server.url)
+        screen.wait_for_status("Ready")
+        finger = Finger(screen, browser, core=core)
+        if is_training:
+            screen.start(passes=10)
+            screen.wait_for_step(5)
+        for tap in range(taps):
+            finger.tap(tap % 10)
+            time.sleep(PAUSE)
+        if is_training and screen.page.inner_text("#start") != "Stop":
+            raise SystemExit("the training ended before the taps did: use fewer --taps")
+        return finger.durations()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--taps", type=int, default=60, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # of pages that go
+    found: dict[tuple[bool, bool], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = cut_digits(Path(folder))
+        for _, kind in product(range(options.rounds), product((True, False), (False, True))):
+            is_alone, is_training = kind
+            durations = measure(
+                bundle, taps=options.taps, is_training=is_training, is_alone=is_alone
+            )
+            found.setdefault(kind, []).extend(durations)
+    show(found)
+    return int(find_last_percentile(found[True, True]) > TIMELY)
+
+
+def find_last_percentile(durations: list[float]) -> float:
+    """Give the milliseconds within which 99 of 100 taps were answered."""
+    return statistics.quantiles(durations, n=100)[-1]
+
+
+def show(found: dict[tuple[bool, bool], list[float]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("the page's thread")
+    table.add_column("the page")
+    for heading in ("taps", "median ms", "99 of 100", "longest", f"over {TIMELY:.0f} ms"):
+        table.add_column(heading, justify="right")
+    for (is_alone, is_training), durations in found.items():
+        table.add_row(
+            "has a core of its own" if is_alone else "shares the cores",
+            "trains" if is_training else "is idle",
+            str(len(durations)),
+            f"{statistics.median(durations):.0f}",
+            f"{find_last_percentile(durations):.0f}",
+            f"{max(durations):.0f}",
+            str(sum(milliseconds > TIMELY for milliseconds in durations)),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
