@@ -251,7 +251,7 @@ def test_taps_are_answered_while_a_slow_phone_trains(own: Path) -> None:
         f"{late} of {TAPS} over {TIMELY:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
     )
     # Now and then a shared machine has something else to do: `make taps` looks closer.
-    assert late <= TAPS // 20
+    assert late <= TAPS // 10
     # In processor time a tap waits for one task, and is answered in the next.
     assert len(tasks) > TAPS
     assert statistics.quantiles(tasks, n=100)[-1] <= TIMELY / 2
