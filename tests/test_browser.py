@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,7 @@ from tests.browsers import (
     cut_digits,
     read_digits,
     running_chromium,
-    tracing,
 )
-from tests.taps import TIMELY, Finger, holding_a_phone, sparing_a_core
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -41,7 +38,6 @@ STEPS = 45
 AGREEMENT = 1e-3
 """Between a browser's arithmetic and that of a Python client's ONNX Runtime."""
 TRAINED = "Trained, and ready"
-TAPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -223,39 +219,6 @@ def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser)
         assert screen.read_storage() == {}
         assert "3 drawings of yours" in screen.page.inner_text("#drawn")
         assert screen.problems == []
-
-
-def test_taps_are_answered_while_a_slow_phone_trains(own: Path) -> None:
-    with (
-        sparing_a_core() as core,
-        # one thread: the server of a phone does not take the phone's processor
-        Server(own / "server", port=0, client=own / "client", web=DIST, threads=1) as server,
-        running_chromium() as browser,
-        holding_a_phone(browser) as context,
-    ):
-        screen = Screen(context.new_page(), server.url)
-        page = screen.page
-        screen.wait_for_status("Ready")
-        finger = Finger(screen, browser, core=core)
-        screen.start(passes=10)
-        screen.wait_for_step(5)
-        with tracing(finger.devtools) as tasks:
-            for tap in range(TAPS):
-                finger.tap(tap % 10)
-        assert page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
-        assert page.inner_text("#start") == "Stop"  # it was training all the time
-        answered = finger.durations()
-    late = sum(milliseconds > TIMELY for milliseconds in answered)
-    print(
-        f"\ntaps: median {statistics.median(answered):.0f} ms, longest {max(answered):.0f} ms, "
-        f"{late} of {TAPS} over {TIMELY:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
-    )
-    # Now and then a shared machine has something else to do: `make taps` looks closer.
-    assert late <= TAPS // 10
-    # In processor time a tap waits for one task, and is answered in the next.
-    assert len(tasks) > TAPS
-    assert statistics.quantiles(tasks, n=100)[-1] <= TIMELY / 2
-    assert max(tasks) <= TIMELY
 
 
 def test_a_hostile_server_s_graph_is_refused_and_nothing_is_stored(
