@@ -21,7 +21,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -29,9 +28,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from splitonnx import Server
-from tests.browsers import DIST, Screen, cut_digits, running_chromium
-from tests.taps import TIMELY, Finger, holding_a_phone, sparing_a_core
+from tests.browsers import cut_digits
+from tests.taps import TIMELY, holding_a_phone
 
 PAUSE = 0.15
 """Seconds that a quick finger takes from one button to the next."""
@@ -39,15 +37,7 @@ PAUSE = 0.15
 
 def measure(bundle: Path, *, taps: int, is_training: bool, is_alone: bool) -> list[float]:
     """Tap so many times and give how long each took, in milliseconds."""
-    with (
-        sparing_a_core() if is_alone else nullcontext() as core,
-        Server(bundle / "server", port=0, client=bundle / "client", web=DIST, threads=1) as server,
-        running_chromium() as browser,
-        holding_a_phone(browser) as context,
-    ):
-        screen = Screen(context.new_page(), server.url)
-        screen.wait_for_status("Ready")
-        finger = Finger(screen, browser, core=core)
+    with holding_a_phone(bundle, is_alone=is_alone) as (screen, finger):
         if is_training:
             screen.start(passes=10)
             screen.wait_for_step(5)

@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.browsers import Screen
+from splitonnx import Server
+from tests.browsers import DIST, Screen, running_chromium
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext
+    from playwright.sync_api import Browser
 
 SLOWDOWN = 4
 """How many times slower than this machine a phone is."""
@@ -69,12 +71,23 @@ def sparing_a_core() -> Iterator[int | None]:
 
 
 @contextmanager
-def holding_a_phone(browser: Browser) -> Iterator[BrowserContext]:
-    """Give pages the size of a phone's, and a finger."""
-    with browser.new_context(
-        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
-    ) as context:
-        yield context
+def holding_a_phone(bundle: Path, *, is_alone: bool = True) -> Iterator[tuple[Screen, Finger]]:
+    """Serve a bundle and open its page at a phone's size, ready to train, under a finger.
+
+    Where its thread ``is_alone``, it has a core of its own, if there is one to spare.
+    """
+    with (
+        sparing_a_core() if is_alone else nullcontext() as core,
+        # one thread: the server of a phone does not take the phone's processor
+        Server(bundle / "server", port=0, client=bundle / "client", web=DIST, threads=1) as server,
+        running_chromium() as browser,
+        browser.new_context(
+            viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+        ) as context,
+    ):
+        screen = Screen(context.new_page(), server.url)
+        screen.wait_for_status("Ready")
+        yield screen, Finger(screen, browser, core=core)
 
 
 class Finger:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx import Server
-from tests.browsers import DIST, Screen, cut_digits, running_chromium, tracing
-from tests.taps import TIMELY, Finger, holding_a_phone, sparing_a_core
+from tests.browsers import cut_digits, tracing
+from tests.taps import TIMELY, holding_a_phone
 
 pytestmark = pytest.mark.browser
 
@@ -20,25 +19,14 @@ TAPS = 60
 
 
 def test_taps_are_answered_while_a_slow_phone_trains(tmp_path: Path) -> None:
-    bundle = cut_digits(tmp_path)
-    with (
-        sparing_a_core() as core,
-        # one thread: the server of a phone does not take the phone's processor
-        Server(bundle / "server", port=0, client=bundle / "client", web=DIST, threads=1) as server,
-        running_chromium() as browser,
-        holding_a_phone(browser) as context,
-    ):
-        screen = Screen(context.new_page(), server.url)
-        page = screen.page
-        screen.wait_for_status("Ready")
-        finger = Finger(screen, browser, core=core)
+    with holding_a_phone(cut_digits(tmp_path)) as (screen, finger):
         screen.start(passes=10)
         screen.wait_for_step(5)
         with tracing(finger.devtools) as tasks:
             for tap in range(TAPS):
                 finger.tap(tap % 10)
-        assert page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
-        assert page.inner_text("#start") == "Stop"  # it was training all the time
+        assert screen.page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
+        assert screen.page.inner_text("#start") == "Stop"  # it was training all the time
         answered = finger.durations()
     late = sum(milliseconds > TIMELY for milliseconds in answered)
     print(
