@@ -10,6 +10,7 @@ import {
   readDrawings,
   toImage,
 } from "./drawings.js";
+import { draw } from "./frames.js";
 import type { News, Order, Plan, Progress, Samples } from "./messages.js";
 import { Pad } from "./pads.js";
 import { forgetFrom, newRun, noteCheck, noteMark } from "./runs.js";
@@ -33,8 +34,6 @@ let isUnfinished = false;
 let steps = 0;
 let pace: number | null = null;
 let asked = 0; // numbers predictions: an answer that comes late is not shown
-/** What is yet to be drawn, by name. */
-const undrawn = new Map<string, () => void>();
 
 function order(message: Order): void {
   worker.postMessage(message);
@@ -105,21 +104,6 @@ function redraw(): void {
   draw("figures", () => views.showFigures(run, pace));
   draw("loss", () => views.showLoss(run));
   draw("accuracy", () => views.showAccuracy(run));
-}
-
-/** Draw one thing a frame: on a slow phone, all at once would keep a tap waiting. */
-function draw(name: string, show: () => void): void {
-  if (!undrawn.size) requestAnimationFrame(drawNext);
-  undrawn.set(name, show);
-}
-
-function drawNext(): void {
-  const [next] = undrawn;
-  if (!next) return;
-  const [name, show] = next;
-  undrawn.delete(name);
-  if (undrawn.size) requestAnimationFrame(drawNext);
-  show();
 }
 
 function takeNews(news: News): void {
