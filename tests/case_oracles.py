@@ -6,7 +6,7 @@ nothing of ONNX Runtime takes part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +18,8 @@ from tests.oracles import differentiate_numerically, make_evaluator, to_double
 
 ENTRIES = 10
 """Entries of each parameter that are differentiated."""
+LARGE = 50_000
+"""Elements from which on two entries do: the evaluator pools so many in loops that take seconds."""
 
 Arrays = dict[str, np.ndarray]
 Slopes = tuple[tuple[tuple[int, ...], float], ...]
@@ -58,10 +60,16 @@ def expect(operator: str, name: str, parameters: tuple[str, ...]) -> Expectation
         weights=weights,
         loss=measure(),
         slopes={
-            parameter: tuple(differentiate_numerically(measure, inputs[parameter], entries=ENTRIES))
-            for parameter in parameters
+            parameter: tuple(_differentiate(measure, inputs[parameter])) for parameter in parameters
         },
     )
+
+
+def _differentiate(
+    measure: Callable[[], float], array: np.ndarray
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    entries = ENTRIES if array.size < LARGE else 2
+    return differentiate_numerically(measure, array, entries=entries)
 
 
 def _draw_weights(case: NodeCase, parameters: Sequence[str]) -> Arrays:
