@@ -102,8 +102,9 @@ class Finger:
         self._count = 0
         self._points = self._page.evaluate(_FIND_BUTTONS)
         if core is not None:
-            # A process's first thread is its page's; others of the kind have no page.
-            os.sched_setaffinity(_find_busiest_renderer(browser), {core})
+            # A process's first thread is its page's; others of the kind have no page, and rest.
+            for renderer in _find_renderers(browser):
+                os.sched_setaffinity(renderer, {core})
         self.devtools.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
         self._page.evaluate(_WATCH)
 
@@ -121,9 +122,8 @@ class Finger:
         return reported + [QUICK] * (self._count - len(reported))
 
 
-def _find_busiest_renderer(browser: Browser) -> int:
+def _find_renderers(browser: Browser) -> list[int]:
     session = browser.new_browser_cdp_session()
     processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
     session.detach()
-    renderers = [process for process in processes if process["type"] == "renderer"]
-    return int(max(renderers, key=lambda process: process["cpuTime"])["id"])
+    return [process["id"] for process in processes if process["type"] == "renderer"]
