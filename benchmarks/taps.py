@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.browsers import cut_digits
-from tests.taps import TIMELY, holding_a_phone
+from tests.taps import TIMELY, count_late, holding_a_phone
 
 PAUSE = 0.15
 """Seconds that a quick finger takes from one button to the next."""
@@ -87,7 +87,7 @@ def show(found: dict[tuple[bool, bool], list[float]]) -> None:
             f"{statistics.median(durations):.0f}",
             f"{find_last_percentile(durations):.0f}",
             f"{max(durations):.0f}",
-            str(sum(milliseconds > TIMELY for milliseconds in durations)),
+            str(count_late(durations)),
         )
     Console().print(table)
 

@@ -6,7 +6,7 @@ nothing of ONNX Runtime takes part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -59,17 +59,13 @@ def expect(operator: str, name: str, parameters: tuple[str, ...]) -> Expectation
     return Expectation(
         weights=weights,
         loss=measure(),
-        slopes={
-            parameter: tuple(_differentiate(measure, inputs[parameter])) for parameter in parameters
-        },
+        slopes={parameter: _differentiate(measure, inputs[parameter]) for parameter in parameters},
     )
 
 
-def _differentiate(
-    measure: Callable[[], float], array: np.ndarray
-) -> Iterator[tuple[tuple[int, ...], float]]:
+def _differentiate(measure: Callable[[], float], array: np.ndarray) -> Slopes:
     entries = ENTRIES if array.size < LARGE else 2
-    return differentiate_numerically(measure, array, entries=entries)
+    return tuple(differentiate_numerically(measure, array, entries=entries))
 
 
 def _draw_weights(case: NodeCase, parameters: Sequence[str]) -> Arrays:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,6 +120,11 @@ class Finger:
         """Give the milliseconds from each tap to the picture with its answer, in steps of eight."""
         reported: list[float] = self._page.evaluate("window.taps")
         return reported + [QUICK] * (self._count - len(reported))
+
+
+def count_late(durations: Sequence[float]) -> int:
+    """Count the taps whose answer was not timely."""
+    return sum(milliseconds > TIMELY for milliseconds in durations)
 
 
 def _find_renderers(browser: Browser) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.browsers import cut_digits, tracing
-from tests.taps import TIMELY, holding_a_phone
+from tests.taps import TIMELY, count_late, holding_a_phone
 
 pytestmark = pytest.mark.browser
 
@@ -28,7 +28,7 @@ def test_taps_are_answered_while_a_slow_phone_trains(tmp_path: Path) -> None:
         assert screen.page.inner_text("#drawn") == "Draw a digit first, then tap what it is."
         assert screen.page.inner_text("#start") == "Stop"  # it was training all the time
         answered = finger.durations()
-    late = sum(milliseconds > TIMELY for milliseconds in answered)
+    late = count_late(answered)
     print(
         f"\ntaps: median {statistics.median(answered):.0f} ms, longest {max(answered):.0f} ms, "
         f"{late} of {TAPS} over {TIMELY:.0f} ms; the page's longest task: {max(tasks):.0f} ms"
