@@ -7,24 +7,24 @@ the messages say is not known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from types import MappingProxyType
 
 from websockets.asyncio.server import Server, ServerConnection
-from websockets.datastructures import Headers, MultipleValuesError
+from websockets.datastructures import MultipleValuesError
 from websockets.exceptions import PayloadTooBig, ProtocolError
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
+from splitonnx.runtime.answers import deny, make_response, read_visit
 from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.paces import Pace
-from splitonnx.runtime.refusals import STATUSES, Authorize, OnRefusal, Refusal, Respond, Visit
+from splitonnx.runtime.refusals import STATUSES, Authorize, OnRefusal, Refusal, Respond
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -118,10 +118,10 @@ class Hall:
             authorization = request.headers.get("Authorization")
             host = request.headers.get("Host")
         except MultipleValuesError:
-            return _respond(HTTPStatus.BAD_REQUEST, "a header stands twice")
+            return deny(HTTPStatus.BAD_REQUEST, "a header stands twice")
         if origin is not None and not self._origins.allow(origin, host):
             self.on_refusal(Refusal.WRONG_ORIGIN, socket.name)
-            return _respond(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
+            return deny(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
         token = None
         owner = None if self._authorize else socket.read_certificate()
         if authorization is not None and self._authorize is not None:
@@ -130,17 +130,17 @@ class Hall:
             owner = self._authorize(token) if scheme.lower() == "bearer" else None
             if owner is None:
                 self.on_refusal(Refusal.WRONG_TOKEN, socket.name)
-                return _respond(HTTPStatus.UNAUTHORIZED, "this token is not known here")
+                return deny(HTTPStatus.UNAUTHORIZED, "this token is not known here")
         if self._respond is not None:
-            answer = self._respond(_read_visit(request, token))
+            answer = self._respond(read_visit(request, token))
             if answer is not None:
                 if not self._keep(socket, len(answer.body)):
                     self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
-                    return _respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
+                    return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
                 return make_response(*answer)
         if owner is not None and not self.admit(socket, owner):
             self.on_refusal(Refusal.TOO_MANY_CLIENTS, socket.name)
-            return _respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients; try again later")
+            return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients; try again later")
         return None
 
     def _keep(self, guest: Guest, size: int) -> bool:
@@ -317,7 +317,7 @@ class Guest(ServerConnection):
             self.send_data()
         elif self.request is None:
             status = STATUSES.get(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
-            self.transport.write(_respond(status, reason).serialize())
+            self.transport.write(deny(status, reason).serialize())
         if self.owner is None:
             self.transport.abort()  # what was written has gone out; no farewell is waited for
         else:
@@ -390,36 +390,3 @@ class Guest(ServerConnection):
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()
-
-
-def make_response(
-    status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
-) -> Response:
-    """Make an HTTP answer, after which the connection is closed."""
-    headers = {
-        "Content-Type": content_type,
-        "Content-Length": str(len(body)),
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-        "Connection": "close",
-        **others,
-    }
-    if status == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = "1"
-    return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
-
-
-def _read_visit(request: Request, token: str | None) -> Visit:
-    return Visit(
-        path=request.path,
-        token=token,
-        is_upgrade="Upgrade" in request.headers,
-        encodings=",".join(request.headers.get_all("Accept-Encoding")),
-        known_tags=",".join(request.headers.get_all("If-None-Match")),
-    )
-
-
-def _respond(status: HTTPStatus, sentence: str) -> Response:
-    return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
