@@ -14,7 +14,7 @@ from splitonnx.errors import UsageError
 KIB = 1 << 10
 MIB = 1 << 20
 
-MAY_BE_UNSET = ("memory_bytes", "norm")
+MAY_BE_UNSET = ("memory_bytes", "task_bytes", "disk_per_owner", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,19 @@ class Limits:
     """Seconds from there to the token, where it did not stand in the request's header."""
     unattended_seconds: float = 3600.0
     """Seconds that a session without a connection is kept in memory."""
+    clients_per_token: int = 64
+    """Connections at once of one owner; one more is refused as if the server were full."""
+    batch: int = 4096
+    """Rows of one message's tensors, where their first dimension is not fixed."""
+    task_bytes: int | None = None
+    """Bytes that the tasks which run at a time may need together, by estimate from their graphs and
+    the sizes on their wires; by default a quarter of the machine's memory."""
+    stage_seconds: float = 300.0
+    """Seconds that one stage may run."""
+    workers: int = 16
+    """Processes that run the stages of isolated sessions; each serves one owner at a time."""
+    disk_per_owner: int | None = None
+    """Bytes that one owner's checkpoints and outcomes may take on disk; none by default."""
     norm: float | None = None
     """Largest L2 norm of one gradient on the wire; none by default."""
 

@@ -123,6 +123,26 @@ MaxLoginSecondsOption = Annotated[
 MaxUnattendedSecondsOption = Annotated[
     float, _limit("unattended_seconds", "Seconds that a session without a connection stays.")
 ]
+MaxClientsPerTokenOption = Annotated[
+    int, _limit("clients_per_token", "Connections at once of one owner of tokens.")
+]
+MaxBatchOption = Annotated[int, _limit("batch", "Rows of one message's tensors.")]
+MaxTaskBytesOption = Annotated[
+    int | None,
+    _limit(
+        "task_bytes",
+        "Bytes that tasks which run at a time need; a quarter of the machine's memory by default.",
+        show_default=False,
+    ),
+]
+MaxStageSecondsOption = Annotated[float, _limit("stage_seconds", "Seconds that one stage may run.")]
+MaxWorkersOption = Annotated[
+    int, _limit("workers", "Processes that run the stages of isolated sessions.")
+]
+MaxDiskPerOwnerOption = Annotated[
+    int | None,
+    _limit("disk_per_owner", "Bytes on disk of one owner's sessions; no limit by default."),
+]
 MaxNormOption = Annotated[
     float | None, _limit("norm", "Largest L2 norm of a gradient that arrives; none by default.")
 ]

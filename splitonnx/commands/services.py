@@ -68,6 +68,12 @@ def serve(
     max_handshake_seconds: locks.MaxHandshakeSecondsOption = Limits.handshake_seconds,
     max_login_seconds: locks.MaxLoginSecondsOption = Limits.login_seconds,
     max_unattended_seconds: locks.MaxUnattendedSecondsOption = Limits.unattended_seconds,
+    max_clients_per_token: locks.MaxClientsPerTokenOption = Limits.clients_per_token,
+    max_batch: locks.MaxBatchOption = Limits.batch,
+    max_task_bytes: locks.MaxTaskBytesOption = Limits.task_bytes,
+    max_stage_seconds: locks.MaxStageSecondsOption = Limits.stage_seconds,
+    max_workers: locks.MaxWorkersOption = Limits.workers,
+    max_disk_per_owner: locks.MaxDiskPerOwnerOption = Limits.disk_per_owner,
     max_norm: locks.MaxNormOption = Limits.norm,
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
@@ -91,6 +97,12 @@ def serve(
         handshake_seconds=max_handshake_seconds,
         login_seconds=max_login_seconds,
         unattended_seconds=max_unattended_seconds,
+        clients_per_token=max_clients_per_token,
+        batch=max_batch,
+        task_bytes=max_task_bytes,
+        stage_seconds=max_stage_seconds,
+        workers=max_workers,
+        disk_per_owner=max_disk_per_owner,
         norm=max_norm,
     )
     with logging_to_stderr(level, log_format):
