@@ -36,7 +36,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.conversations import Conversation
+from splitonnx.runtime.conversations import INTERRUPTIONS, Conversation
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Metrics, Part
 from splitonnx.runtime.registries import Registry
@@ -55,7 +55,8 @@ _logger = logging.getLogger("splitonnx.server")
 
 @dataclass(kw_only=True, eq=False)
 class Premises:
-    """What the connections of a server share; ``stop`` is set once it is to end.
+    """What the connections of a server share; ``stop`` is set once it is to end, ``halt`` once it
+    is to end without waiting for steps that run.
 
     ``locks`` and ``holders`` are by session: who may touch it, and whose connection is its newest.
     """
@@ -66,6 +67,7 @@ class Premises:
     stop: asyncio.Event
     tokens: Tokens | None = None
     norm: float | None = None
+    halt: asyncio.Event = field(default_factory=asyncio.Event)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Attendance] = field(default_factory=dict)
 
@@ -156,7 +158,7 @@ class Attendance:
         try:
             await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done() and self._is_mid_step:
-                await asyncio.wait((receiving,), timeout=STOP_GRACE)
+                await self._wait_for_step(receiving)
             if receiving.done() and (self._is_mid_step or not stopping.done()):
                 return receiving.result()
         finally:
@@ -166,6 +168,16 @@ class Attendance:
                 receiving.exception()  # was seen
         await self._peer.close(RESTART, "the server restarts")
         return None
+
+    async def _wait_for_step(self, receiving: asyncio.Future[bytes]) -> None:
+        """Wait for a running step's next message, unless the server halts."""
+        halting = asyncio.create_task(self._premises.halt.wait())
+        try:
+            await asyncio.wait(
+                (receiving, halting), timeout=STOP_GRACE, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            halting.cancel()
 
     @property
     def _is_mid_step(self) -> bool:
@@ -195,6 +207,8 @@ class Attendance:
                     seconds = time.perf_counter() - begun
                     self._note(incoming.message, session, session.tasks_done > done, seconds)
                 self._note_refusal(conversation)
+        if isinstance(conversation.refused, INTERRUPTIONS):
+            await self._peer.close(RESTART, str(conversation.refused))
 
     def _take_over(self, conversation: Conversation, generation: int) -> None:
         """End the session's older connection, which may be stuck with a reply that nobody reads."""

@@ -17,6 +17,7 @@ from splitonnx.errors import (
     RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
+    StageStopped,
     StaleConnection,
 )
 from splitonnx.messages import Bye, Fault, Hello, Login, Message, Save, Tensors, Welcome
@@ -24,6 +25,9 @@ from splitonnx.runtime.ledgers import Fingerprint, Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sessions import Session
+
+INTERRUPTIONS = (StageStopped,)
+"""Errors after which the session can be resumed as it was: the client is to connect again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +101,15 @@ class Conversation:
             yield from self.refuse(error)
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
-        """End the conversation, and tell the client why if that can be told."""
+        """End the conversation, and tell the client why if that can be told.
+
+        What only interrupted the session is not told: the client is to come back to it.
+        """
         self.refused = error
         if self._held is not None:
             self._held.abandon()
+        if isinstance(error, INTERRUPTIONS):
+            self._protocol.close()
         if not self.is_closed:
             yield self._protocol.send(_describe(error))
 

@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
+from splitonnx.runtime.denormals import CAN_FLUSH, flushing_denormals
 from splitonnx.runtime.gates import check_graph, is_ort_format
+from splitonnx.runtime.runs import Runs
 
 _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
     "tensor(bool)": np.dtype("?"),
@@ -37,6 +39,9 @@ _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
 _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
 )
+_SILENT = 4
+"""ONNX Runtime's severity "fatal": what it logs as an error is raised as well, and the lines that
+it writes itself would go past our log."""
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
@@ -110,16 +115,25 @@ class Engine:
     ``threads`` is the number of threads that one operator may use; ``None`` leaves it to ONNX
     Runtime (all cores).  Running releases the interpreter's lock.  ``trusted`` says that the graphs
     come from a maker whom the caller trusts: only then are they taken in ORT format, which no gate
-    reads.
+    reads.  A stage that runs for more than ``stage_seconds`` is ended, between two operators;
+    Ctrl-C ends one that the main thread runs.  Denormals are flushed to zero where the platform
+    can (:mod:`denormals`), in every thread alike.
 
     Raises:
         MissingExtra: no ONNX Runtime is installed.
     """
 
-    def __init__(self, threads: int | None = None, *, trusted: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        *,
+        trusted: bool = False,
+        stage_seconds: float | None = None,
+    ) -> None:
         self._ort = _import_onnxruntime()
         self._threads = threads
         self._trusted = trusted
+        self._running = Runs(stage_seconds)
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Load a stage graph from bytes, which the gate has to let pass first.
@@ -177,9 +191,14 @@ class Engine:
             return written.read_bytes()
 
     def _open(self, name: str, graph: bytes, options: Any) -> Any:
-        options.log_severity_level = 4  # what is logged as an error is raised as well
+        options.log_severity_level = _SILENT
+        if CAN_FLUSH:
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
-            return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            with flushing_denormals():  # the first session would set it here and leave it set
+                return self._ort.InferenceSession(
+                    graph, options, providers=["CPUExecutionProvider"]
+                )
         except _exceptions() as error:
             _refuse(name, error)
 
@@ -203,18 +222,28 @@ class Engine:
 
         Raises:
             StageFailed: an operator failed, or the feeds are not what the graph takes.
+            StageTooSlow: it took longer than it may.
+            StageStopped: :meth:`stop` was called.
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
-        try:
-            produced = stage.session.run_with_ort_values(stage.outputs, values)
-        except _exceptions() as error:
-            raise StageFailed(stage.name, _one_line(error)) from error
+        options = self._ort.RunOptions()
+        options.log_severity_level = _SILENT
+        with self._running.track(stage.name, options) as run:
+            try:
+                with flushing_denormals():
+                    produced = stage.session.run_with_ort_values(stage.outputs, values, options)
+            except _exceptions() as error:
+                run.explain(error, _one_line(error), self._running.seconds)
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
             name: feeds.get(name) or Tensor(_detach(value), stage.session)
             for name, value in zip(stage.outputs, produced, strict=True)
         }
+
+    def stop(self) -> None:
+        """End every stage that runs, from another thread, and run none any more."""
+        self._running.stop()
 
 
 def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
@@ -254,7 +283,7 @@ def _import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
-    onnxruntime.set_default_logger_severity(3)  # errors only; device discovery warns on its own
+    onnxruntime.set_default_logger_severity(_SILENT)  # device discovery warns on its own
     return onnxruntime
 
 

@@ -109,6 +109,10 @@ class Protocol:
         self.state = following
         return encode_message(message, tensors)
 
+    def close(self) -> None:
+        """End the conversation without a message."""
+        self.state = State.CLOSED
+
     def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
         """Read a message, check it, and move on; the tensors are views of ``content``.
 

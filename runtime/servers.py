@@ -41,6 +41,10 @@ from splitonnx.runtime.sockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens
 
 DEFAULT_PORT = 8765
+HALT_SECONDS = 5.0
+"""Seconds that a server has to end what runs and to write its sessions, after a second signal."""
+HALTED = 130
+"""Exit code of a server that could not."""
 
 _logger = logging.getLogger("splitonnx.server")
 
@@ -107,8 +111,9 @@ class Server:
         self._tokens = tokens
         self._tls = tls
         self._origins = tuple(origins)
+        self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
         self._registry = Registry(
-            Executor(party, Engine(threads)),
+            Executor(party, self._engine),
             sessions=self._limits.sessions,
             sessions_per_owner=self._limits.sessions_per_token,
             memory_bytes=self._limits.memory,
@@ -122,6 +127,7 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
+        self._halt: threading.Timer | None = None
 
     @property
     def url(self) -> str:
@@ -131,12 +137,19 @@ class Server:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def serve_forever(self) -> None:
-        """Serve until SIGINT or SIGTERM comes.
+        """Serve until SIGINT or SIGTERM comes; running steps are finished first.
+
+        A second signal ends running stages; where that takes longer than ``HALT_SECONDS``, the
+        process ends with exit code 130.
 
         Raises:
             PortInUse: another program has the port.
+            KeyboardInterrupt: a second signal came; the sessions are written to disk.
         """
         asyncio.run(self._run(handle_signals=True))
+        if self._halt is not None:
+            self._halt.cancel()
+            raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         started: Future[None] = Future()
@@ -160,6 +173,7 @@ class Server:
             self._thread.join()
             self._thread = None
         self._worker.shutdown()
+        self._engine.stop()
 
     def _run_in_thread(self, started: Future[None]) -> None:
         try:
@@ -173,9 +187,6 @@ class Server:
         self, *, handle_signals: bool = False, started: Future[None] | None = None
     ) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        if handle_signals:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(number, self._stop.set)
         premises = Premises(
             registry=self._registry,
             worker=self._worker,
@@ -184,6 +195,9 @@ class Server:
             tokens=self._tokens,
             norm=self._limits.norm,
         )
+        if handle_signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._loop.add_signal_handler(number, self._take_signal, premises)
         async with serve(
             partial(self._attend, premises),
             self.host,
@@ -207,6 +221,18 @@ class Server:
                 await asyncio.wait(self._attending)
         await premises.work(self._registry.park_all)
         _logger.info("stopped")
+
+    def _take_signal(self, premises: Premises) -> None:
+        """Stop at the first signal; at the second, end what runs."""
+        if not premises.stop.is_set():
+            premises.stop.set()
+        elif self._halt is None:
+            _logger.warning("stopping at once: running stages are ended")
+            self._halt = threading.Timer(HALT_SECONDS, os._exit, (HALTED,))
+            self._halt.daemon = True
+            self._halt.start()
+            premises.halt.set()
+            self._engine.stop()
 
     async def _wait_for_stop(self, premises: Premises) -> None:
         """Look after what nobody attends until it is time to end."""

@@ -30,6 +30,8 @@ from splitonnx.errors.environments import (
     MissingExtra,
     ProcessFailed,
     StageFailed,
+    StageStopped,
+    StageTooSlow,
     UsageError,
     WrongRuntime,
 )
@@ -105,6 +107,8 @@ __all__ = [
     "SharedParameter",
     "SplitonnxError",
     "StageFailed",
+    "StageStopped",
+    "StageTooSlow",
     "StaleConnection",
     "StepConflict",
     "StepsLost",

@@ -66,3 +66,27 @@ class StageFailed(SplitonnxError):
 
     def __str__(self) -> str:
         return f"stage '{self.stage}' failed: {self.reason}"
+
+
+@dataclass(eq=False)
+class StageTooSlow(SplitonnxError):
+    """A stage ran longer than it may, and was ended; the state is as it was before its task."""
+
+    stage: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"stage '{self.stage}' was ended: it ran for longer than {self.seconds:g} s; make the "
+            "batch smaller, or serve with a larger --max-stage-seconds"
+        )
+
+
+@dataclass(eq=False)
+class StageStopped(SplitonnxError):
+    """A stage was ended because its process is about to end."""
+
+    stage: str
+
+    def __str__(self) -> str:
+        return f"stage '{self.stage}' was ended: the server stops"

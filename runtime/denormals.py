@@ -1,0 +1,127 @@
+"""Flushing denormal numbers to zero in the calling thread while it computes.
+
+Arithmetic on denormals is many times slower than on other numbers, so whoever sends them could
+slow a server down.  ONNX Runtime's own option acts on the threads of its pool and not on the one
+that calls it: left at that, which elements are flushed would depend on how the work is divided
+among threads.  The calling thread's control register is therefore set by the functions of the
+platform's C library, and restored.  Where they do not act, :data:`CAN_FLUSH` is false and nothing
+is flushed at all, in any thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+_SSE_FLUSH = 0x8040
+"""The bits "flush to zero" and "denormals are zero" of MXCSR."""
+_ARM_FLUSH = 1 << 24
+"""The bit "flush to zero" of FPCR."""
+_SIZE = 64
+"""Bytes, more than any platform's ``fenv_t`` has."""
+_WINDOWS_FLUSH, _WINDOWS_MASK = 0x01000000, 0x03000000
+"""``_DN_FLUSH`` and ``_MCW_DN`` of ``_controlfp_s``."""
+
+_SetFlush = Callable[[], Callable[[], None]]
+"""Sets the calling thread's bits and returns what restores them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Register:
+    """Where a platform's ``fenv_t`` has the control register, and its bits that flush."""
+
+    offset: int
+    bits: int
+
+
+_REGISTERS = {
+    ("linux", "x86_64"): _Register(offset=28, bits=_SSE_FLUSH),
+    ("linux", "aarch64"): _Register(offset=0, bits=_ARM_FLUSH),
+    ("darwin", "x86_64"): _Register(offset=4, bits=_SSE_FLUSH),
+    ("darwin", "arm64"): _Register(offset=8, bits=_ARM_FLUSH),
+}
+
+
+def _make_posix(register: _Register) -> _SetFlush:
+    library = ctypes.PyDLL(None)  # a call is too short to let go of the interpreter's lock
+    read, write = library.fegetenv, library.fesetenv
+    at, bits = register.offset, register.bits
+
+    def set_flush() -> Callable[[], None]:
+        before = ctypes.create_string_buffer(_SIZE)
+        read(before)
+        flushing = bytearray(before.raw)
+        word = int.from_bytes(flushing[at : at + 4], "little") | bits
+        flushing[at : at + 4] = word.to_bytes(4, "little")
+        write(bytes(flushing))
+        return lambda: write(before)
+
+    return set_flush
+
+
+def _make_windows() -> _SetFlush:
+    control = ctypes.CDLL("ucrtbase")._controlfp_s
+
+    def set_flush() -> Callable[[], None]:
+        before, unused = ctypes.c_uint(), ctypes.c_uint()
+        control(ctypes.byref(before), 0, 0)
+        control(ctypes.byref(unused), _WINDOWS_FLUSH, _WINDOWS_MASK)
+        return lambda: control(ctypes.byref(unused), before.value & _WINDOWS_MASK, _WINDOWS_MASK)
+
+    return set_flush
+
+
+def _find() -> _SetFlush | None:
+    """Find this platform's way, if it has one that acts."""
+    register = _REGISTERS.get((sys.platform, platform.machine()))
+    try:
+        if sys.platform == "win32":
+            set_flush = _make_windows()
+        elif register is not None:
+            set_flush = _make_posix(register)
+        else:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return set_flush if _acts(set_flush) else None
+
+
+def _acts(set_flush: _SetFlush) -> bool:
+    """Whether it flushes, and leaves the thread as it was."""
+    before = _halve_denormals()
+    restore = set_flush()
+    flushed = _halve_denormals()
+    restore()
+    return not any(flushed) and _halve_denormals() == before
+
+
+def _halve_denormals() -> bytes:
+    # as bytes: a comparison of numbers takes a denormal for zero while they are flushed
+    return bytes(np.full(16, 1e-40, np.float32) * np.float32(0.5))
+
+
+_SET_FLUSH = _find()
+CAN_FLUSH = _SET_FLUSH is not None
+"""Whether this platform's threads can be told to flush."""
+
+
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Flush denormals to zero in the calling thread while the context lasts, if that can be done.
+
+    Threads that it starts meanwhile do so as well.
+    """
+    if _SET_FLUSH is None:
+        yield
+        return
+    restore = _SET_FLUSH()
+    try:
+        yield
+    finally:
+        restore()

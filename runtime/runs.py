@@ -1,0 +1,180 @@
+"""Stages while they run, and how they are ended: by a limit of time, by Ctrl-C, or all at once.
+
+Native code cannot be interrupted from Python; ONNX Runtime looks between two operators, and between
+two turns of a loop, whether its run's options ask it to end.  One operator that takes long ends
+when it is done: whoever must not wait for that runs stages in a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+from typing import NoReturn, Protocol
+
+from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
+
+
+class RunOptions(Protocol):
+    """What is used of ONNX Runtime's options of a run."""
+
+    terminate: bool
+
+
+class _Ending(Enum):
+    LATE = auto()
+    INTERRUPTED = auto()  # Ctrl-C
+    STOPPED = auto()
+
+
+class Run:
+    """One run of a stage; ``deadline`` is on the monotonic clock."""
+
+    __slots__ = ("_ending", "_options", "_stage", "deadline")
+
+    def __init__(self, stage: str, options: RunOptions, deadline: float) -> None:
+        self.deadline = deadline
+        self._stage = stage
+        self._options = options
+        self._ending: _Ending | None = None
+
+    def end(self, ending: _Ending) -> None:
+        """Ask ONNX Runtime to end the run."""
+        if self._ending is None:
+            self._ending = ending
+        self._options.terminate = True
+
+    def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
+        """Raise what ONNX Runtime's ``error`` means, given why the run was ended, if it was."""
+        match self._ending:
+            case _Ending.LATE:
+                raise StageTooSlow(self._stage, seconds or 0.0) from error
+            case _Ending.INTERRUPTED:
+                raise KeyboardInterrupt from error
+            case _Ending.STOPPED:
+                raise StageStopped(self._stage) from error
+        raise StageFailed(self._stage, reason) from error
+
+
+class Runs:
+    """The runs of one engine, of which each may take ``seconds``, ``None`` without a limit."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = seconds
+        self._changed = threading.Condition(threading.Lock())
+        self._running: set[Run] = set()
+        self._is_stopped = self._is_idle = False
+        self._watchdog: threading.Thread | None = None
+
+    @contextmanager
+    def track(self, stage: str, options: RunOptions) -> Iterator[Run]:
+        """Keep a run in view while the context lasts.
+
+        Raises:
+            StageStopped: :meth:`stop` was called; nothing is run any more.
+        """
+        run = Run(stage, options, time.monotonic() + (self.seconds or 0.0))
+        with self._changed:
+            if self._is_stopped:
+                raise StageStopped(stage)
+            self._running.add(run)
+            self._watch()
+        try:
+            if threading.current_thread() is threading.main_thread():
+                with _INTERRUPTS.ending(run):
+                    yield run
+            else:
+                yield run
+        finally:
+            with self._changed:
+                self._running.discard(run)
+
+    def stop(self) -> None:
+        """End every run, and let no other begin."""
+        with self._changed:
+            self._is_stopped = True
+            for run in self._running:
+                run.end(_Ending.STOPPED)
+            self._changed.notify()
+        if self._watchdog is not None:
+            self._watchdog.join()
+
+    def _watch(self) -> None:
+        """See to it that somebody looks at the deadlines."""
+        if self.seconds is None:
+            return
+        if self._watchdog is None:
+            self._watchdog = threading.Thread(
+                target=self._end_late, name="splitonnx-watchdog", daemon=True
+            )
+            self._watchdog.start()
+        elif self._is_idle:
+            self._changed.notify()
+
+    def _end_late(self) -> None:
+        """End what is beyond its deadline, until :meth:`stop`; asleep while nothing runs."""
+        with self._changed:
+            while not self._is_stopped:
+                now = time.monotonic()
+                for run in self._running:
+                    if run.deadline <= now:
+                        run.end(_Ending.LATE)
+                # a run that begins later has a later deadline
+                waiting = [run.deadline for run in self._running if run.deadline > now]
+                self._is_idle = not waiting
+                self._changed.wait(min(waiting) - now if waiting else None)
+
+
+class _Interrupts:
+    """Ends the main thread's run at Ctrl-C.
+
+    Python's own handler of a signal has to wait until native code returns.  But the number of the
+    signal is written to a file at once, which a thread of ours can read.
+    """
+
+    def __init__(self) -> None:
+        self._run: Run | None = None
+        self._pid = 0
+        self._writer: socket.socket | None = None
+
+    @contextmanager
+    def ending(self, run: Run) -> Iterator[None]:
+        """End ``run`` at Ctrl-C while the context lasts; the caller is the main thread.
+
+        A program that handles SIGINT in a way of its own is left to do so.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        if self._writer is None or self._pid != os.getpid():
+            self._writer, self._pid = self._start(), os.getpid()
+        before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._run = run
+        try:
+            yield
+        finally:
+            self._run = None
+            signal.set_wakeup_fd(before)
+
+    def _start(self) -> socket.socket:
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        threading.Thread(
+            target=self._read, args=(reader,), name="splitonnx-interrupts", daemon=True
+        ).start()
+        return writer
+
+    def _read(self, reader: socket.socket) -> None:
+        with reader, suppress(OSError):
+            while number := reader.recv(1):
+                run = self._run
+                if run is not None and number[0] == signal.SIGINT:
+                    run.end(_Ending.INTERRUPTED)
+
+
+_INTERRUPTS = _Interrupts()

@@ -1,0 +1,75 @@
+"""Stages that do not end, to test what ends them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.manifests import Source, StageInput
+from tests import tiny
+
+TRIPS = 1 << 62
+
+
+def loop_over(source: str, result: str) -> list[NodeProto]:
+    """Make nodes that give ``result``, which is ``source``, after 2^62 trips."""
+    return [
+        helper.make_node(
+            "Constant", [], [f"{result}.trips"], value=numpy_helper.from_array(np.array(TRIPS))
+        ),
+        helper.make_node("Loop", [f"{result}.trips", "", source], [result], body=_body(source)),
+    ]
+
+
+def _body(name: str) -> GraphProto:
+    return helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["goes_on"]),
+            helper.make_node("Identity", ["before"], ["after"]),
+        ],
+        f"{name}.loop",
+        [
+            helper.make_tensor_value_info("trip", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+        ],
+    )
+
+
+def endless_bundle() -> Bundle:
+    """The tiny model, whose server's training step does not end; its predictions do."""
+    bundle = tiny.split_bundle()
+    server = bundle.server
+    assert server is not None
+    inputs = tuple(
+        StageInput(name=name, source=source)
+        for name, source in (
+            ("h", Source.WIRE),
+            ("labels", Source.WIRE),
+            ("W2", Source.STATE),
+        )
+    )
+    nodes = [
+        *loop_over("h", "late"),
+        helper.make_node("ReduceMean", ["late"], ["loss"], keepdims=0),
+        helper.make_node("Identity", ["late"], ["h.grad"]),
+        helper.make_node("Identity", ["W2"], ["W2.grad"]),
+    ]
+    graph = tiny.make_graph(nodes, inputs, ("loss", "h.grad", "W2.grad"))
+    name = "body.step.onnx"
+    files = {**server.manifest.files, name: hashlib.sha256(graph).hexdigest()}
+    changed = PartyBundle(
+        manifest=msgspec.structs.replace(server.manifest, files=files),
+        graphs={**server.graphs, name: graph},
+        weights=server.weights,
+    )
+    return replace(bundle, parties={**bundle.parties, "server": changed})
