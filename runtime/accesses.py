@@ -10,19 +10,31 @@ from urllib.parse import urlsplit
 from splitonnx.errors import UsageError
 from splitonnx.runtime.doors import is_loopback
 
+MESSAGE_BYTES = 256 << 20
+"""Bytes of one message from a server, unless another limit is given."""
+
 _logger = logging.getLogger("splitonnx.accesses")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How a client shows who it is, and whom it trusts.
+    """How a client shows who it is, whom it trusts, and how far.
 
     ``token`` goes into the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
-    the authorities that the operating system trusts.
+    the authorities that the operating system trusts.  ``message_bytes`` is the largest message
+    that the server may send: a larger one ends the connection at its announcement.
+
+    Raises:
+        UsageError: ``message_bytes`` is not positive.
     """
 
     token: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
+    message_bytes: int = MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.message_bytes < 1:
+            raise UsageError(f"message_bytes must be positive, not {self.message_bytes}")
 
 
 def check_url(url: str, access: Access) -> None:

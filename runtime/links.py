@@ -70,11 +70,28 @@ class Standing:
 
 @dataclass(kw_only=True)
 class _OpenTask:
-    """What went out in a task, and how many messages came in."""
+    """What went out in a task, how many messages came in, and which is due on this connection.
+
+    On a new connection all that went out goes out again, and every answer may come again, in
+    order and once.
+    """
 
     key: TaskKey
     sent: list[tuple[Tensors, Mapping[str, np.ndarray]]] = field(default_factory=list)
     received: int = 0
+    due: int = 0
+
+    def check(self, message: Tensors) -> None:
+        """Raise unless a message is the one that is due.
+
+        Raises:
+            RemoteProtocolError: it belongs to another task, came before, or comes too early.
+        """
+        if message.key != self.key:
+            raise RemoteProtocolError(f"it answered {message.key}, open is {self.key}")
+        if message.turn != self.due:
+            raise RemoteProtocolError(f"it sent message {message.turn} where {self.due} was due")
+        self.due += 1
 
 
 class Link:
@@ -181,12 +198,7 @@ class Link:
             except ConnectionLost as error:
                 self._reconnect(error)
                 continue
-            if message.key != task.key:
-                raise RemoteProtocolError(f"it answered {message.key}, open is {task.key}")
-            if message.turn > task.received:
-                raise RemoteProtocolError(
-                    f"it sent message {message.turn} where {task.received} was due"
-                )
+            task.check(message)
             if message.turn == task.received:
                 task.received += 1
                 if task.key.phase == TRAIN:
@@ -254,11 +266,12 @@ class Link:
                 raise RemoteProtocolError("it wants messages again that the client does not have")
             self._send_all(last)
             for _ in range(last.received):  # the answers came before
-                self._receive(Tensors)
+                last.check(self._receive(Tensors)[0])
         if self._task is not None:
             self._send_all(self._task)
 
     def _send_all(self, task: _OpenTask) -> None:
+        task.due = 0
         for message, wires in task.sent:
             self._send(message, wires)
 

@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
-from websockets.datastructures import HeadersLike
 from websockets.exceptions import (
     ConnectionClosed,
-    InvalidHandshake,
     InvalidMessage,
     InvalidStatus,
     InvalidURI,
@@ -29,7 +27,6 @@ from websockets.exceptions import (
 )
 from websockets.frames import CloseCode
 from websockets.protocol import OPEN
-from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.codecs import Chunk
@@ -44,6 +41,7 @@ from splitonnx.errors import (
 )
 from splitonnx.runtime.accesses import Access, check_url
 from splitonnx.runtime.certificates import describe_failure
+from splitonnx.runtime.client_connections import BoundedConnection
 from splitonnx.runtime.doors import open_doors
 from splitonnx.runtime.guards import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
 from splitonnx.runtime.limits import Limits
@@ -55,8 +53,6 @@ if TYPE_CHECKING:
 
 FRAGMENT = 1 << 20
 """Bytes of one fragment; what is smaller is sent in one piece."""
-MAX_REPLY = 1 << 30
-"""Bytes of one message from a server, over which a client ends the connection."""
 OPEN_SECONDS = 10.0
 """Seconds to connect, TLS and HTTP included."""
 REPLY_SECONDS = 600.0
@@ -99,23 +95,6 @@ def _translate(peer: str, error: Exception) -> ConnectionLost:
     return ConnectionLost(peer, f"it closed ({close})", close.code)
 
 
-class _Connection(ClientConnection):
-    def handshake(
-        self,
-        additional_headers: HeadersLike | None = None,
-        user_agent_header: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        """Raise what TLS said rather than what HTTP lacked: TLS 1.3 looks at a client's
-        certificate after the client is done with its own part."""
-        try:
-            super().handshake(additional_headers, user_agent_header, timeout)
-        except (InvalidHandshake, ConnectionClosed) as error:
-            if isinstance(self.connection_exc, ssl.SSLError):
-                raise self.connection_exc from error
-            raise
-
-
 class WebSocketTransport:
     """A client's connection to a server over a websocket; see :class:`transports.Transport`.
 
@@ -123,6 +102,7 @@ class WebSocketTransport:
         ConnectionLost: nobody answers there, or the server is full: try again.
         Unauthorized: the server wants a token, or another one, or no page of this origin.
         UntrustedPeer: TLS found the server to be somebody else, or the server found us so.
+        Redirected: the server names another address.
         UsageError: ``url`` is no websocket address.
     """
 
@@ -150,15 +130,15 @@ class WebSocketTransport:
                 additional_headers=headers,
                 ssl=access.tls,
                 compression=None,
-                max_size=MAX_REPLY,
+                max_size=access.message_bytes,
                 open_timeout=open_seconds,
                 ping_interval=PING_SECONDS,
                 ping_timeout=PONG_SECONDS,
                 close_timeout=CLOSE_SECONDS,
                 proxy=None,
-                create_connection=_Connection,
+                create_connection=BoundedConnection,
             )
-            self._socket = self._opened.enter_context(connecting)
+            self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
         except InvalidURI as error:
             raise UsageError(f"'{url}' is no websocket address such as ws://host:8765") from error
         except InvalidStatus as error:
@@ -192,6 +172,7 @@ class WebSocketTransport:
             except (OSError, WebSocketException) as error:
                 raise self._explain(error) from error
             else:
+                self._socket.take(len(content))
                 self.bytes_received += len(content)
                 return content
 
@@ -251,7 +232,8 @@ def connect(url: str, *, access: Access | None = None) -> WebSocketTransport:
     """Connect to a server, such as ``ws://127.0.0.1:8765``.
 
     Raises:
-        ConnectionLost, Unauthorized, UntrustedPeer, UsageError: see :class:`WebSocketTransport`.
+        ConnectionLost, Unauthorized, UntrustedPeer, Redirected, UsageError: see
+            :class:`WebSocketTransport`.
     """
     return WebSocketTransport(url, access=access)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import queue
 import re
 import socket
 import threading
@@ -18,10 +17,11 @@ from splitonnx.errors import (
     MessageTooLarge,
     PortInUse,
     ProtocolError,
+    Redirected,
     Unauthorized,
     UsageError,
 )
-from splitonnx.runtime import guards
+from splitonnx.runtime import client_connections, guards
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.doors import Entrance, open_doors
 from splitonnx.runtime.guards import MAX_FRAGMENTS
@@ -378,22 +378,71 @@ def test_what_answers_no_websocket_is_told(answer: bytes, expected: type[Protoco
     assert "sesame" not in str(caught.value)
 
 
-def test_a_redirect_elsewhere_gets_no_token() -> None:
-    heard: queue.Queue[bytes] = queue.Queue()
-
-    def listen(connection: socket.socket) -> None:
-        heard.put(connection.recv(1 << 16))
-
-    with pretending(listen) as other:
+@pytest.mark.parametrize("status", [301, 302, 307, 308, 300])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.setblocking(False)
+        target = f"ws://127.0.0.1:{other.getsockname()[1]}/"
 
         def redirect(connection: socket.socket) -> None:
             connection.recv(1 << 16)
-            head = f"HTTP/1.1 302 Found\r\nLocation: {other}/\r\nContent-Length: 0\r\n\r\n"
+            head = f"HTTP/1.1 {status} Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n"
             connection.sendall(head.encode())
 
-        with pretending(redirect) as url, pytest.raises(ConnectionLost):
+        with pretending(redirect) as url, pytest.raises(Redirected, match=re.escape(target)):
             connect(url, access=SESAME)
-    assert b"sesame" not in heard.get(timeout=PATIENCE)
+        with pytest.raises(BlockingIOError):
+            other.accept()  # nobody came
+
+
+def test_messages_that_nobody_asked_for_are_not_read_without_end() -> None:
+    stalled = threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        accept(connection)
+        content = b"\x82\x7f" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
+        connection.settimeout(1)
+        try:
+            for _ in range(10):
+                connection.sendall(content * 16)
+        except TimeoutError:
+            stalled.set()
+
+    with pretending(flood) as url:
+        transport = connect(url)
+        assert stalled.wait(PATIENCE)
+        first = transport.receive()  # what was kept can still be read
+        assert len(first) == 1 << 20
+        assert transport._socket.waiting_bytes <= client_connections.READ_AHEAD + (2 << 20)
+        transport.close()
+
+
+def test_a_message_larger_than_what_is_read_ahead_arrives_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_connections, "READ_AHEAD", 1000)
+    with Echo() as echo:
+        transport = connect(echo.url)
+        for _ in range(3):
+            assert ask(transport, bytes(2 * FRAGMENT + 5)) == bytes(2 * FRAGMENT + 5)
+        for _ in range(3):  # two more wait while the first is read
+            transport.send([bytes(5000)])
+        assert [len(transport.receive()) for _ in range(3)] == [5000] * 3
+        transport.send([bytes(5000)])
+        transport.send([bytes(5000)])
+        transport.close()  # in the middle of what waits
+
+
+def test_a_client_s_own_limit_holds_for_what_the_server_sends() -> None:
+    access = Access(message_bytes=1000)
+    with Echo() as echo:
+        transport = connect(echo.url, access=access)
+        assert ask(transport, bytes(1000)) == bytes(1000)
+        with pytest.raises(MessageTooLarge, match="--max-message-bytes"):
+            ask(transport, bytes(1001))
+        transport.close()
+    with pytest.raises(UsageError, match="must be positive"):
+        Access(message_bytes=0)
 
 
 def test_a_message_over_the_server_s_limit_is_not_tried_again() -> None:
@@ -407,7 +456,7 @@ def test_a_message_over_the_server_s_limit_is_not_tried_again() -> None:
 def test_a_reply_over_the_client_s_limit_is_not_waited_for_again() -> None:
     def boast(connection: socket.socket) -> None:
         accept(connection)
-        connection.sendall(b"\x82\x7f" + (1 << 40).to_bytes(8, "big"))
+        connection.sendall(b"\x82\x7f" + (257 << 20).to_bytes(8, "big"))
         connection.recv(1)
 
     with pretending(boast) as url:

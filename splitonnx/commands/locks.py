@@ -216,6 +216,16 @@ KeyOption = Annotated[
     Path | None,
     typer.Option("--key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_ACCESS),
 ]
+ReplyBytesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-message-bytes",
+        metavar="BYTES",
+        help="Bytes of one message from the server; 256 MiB by default.",
+        rich_help_panel=_ACCESS,
+        show_default=False,
+    ),
+]
 
 
 def make_access(
@@ -225,6 +235,7 @@ def make_access(
     ca: Path | None,
     cert: Path | None,
     key: Path | None,
+    max_message_bytes: int | None,
 ) -> Access | None:
     """Read a client's token and certificates; ``None`` where there is no server.
 
@@ -232,20 +243,27 @@ def make_access(
         UsageError: options are missing, or there is no server, or none with TLS, to use them on.
         UnusableFile: a file is not what it should be.
     """
-    given = {"--token-file": token_file, "--ca": ca, "--cert": cert, "--key": key}
+    given = {
+        "--token-file": token_file,
+        "--ca": ca,
+        "--cert": cert,
+        "--key": key,
+        "--max-message-bytes": max_message_bytes,
+    }
     if server is None:
         names = [name for name, value in given.items() if value is not None]
         if names:
             raise UsageError(f"{', '.join(names)}: for a server, and none is named")
         return None
-    from splitonnx.runtime.accesses import Access
+    from splitonnx.runtime.accesses import MESSAGE_BYTES, Access
     from splitonnx.runtime.certificates import make_client_tls
     from splitonnx.runtime.tokens import read_token
 
     tls = None
     if ca is not None or cert is not None or key is not None:
         tls = make_client_tls(authority=ca, certificate=cert, key=key)
-    return Access(token=read_token(token_file), tls=tls)
+    size = MESSAGE_BYTES if max_message_bytes is None else max_message_bytes
+    return Access(token=read_token(token_file), tls=tls, message_bytes=size)
 
 
 # --- token ----------------------------------------------------------------------------------

@@ -140,10 +140,18 @@ def predict(
     ca: locks.AuthorityOption = None,
     cert: locks.CertificateOption = None,
     key: locks.KeyOption = None,
+    max_message_bytes: locks.ReplyBytesOption = None,
 ) -> None:
     """Run the model split, and write its outputs by name into an .npz file."""
     refuse_existing(output, force=force)
-    access = locks.make_access(server, token_file=token_file, ca=ca, cert=cert, key=key)
+    access = locks.make_access(
+        server,
+        token_file=token_file,
+        ca=ca,
+        cert=cert,
+        key=key,
+        max_message_bytes=max_message_bytes,
+    )
     with splitonnx.Client(
         bundle,
         server,

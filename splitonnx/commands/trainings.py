@@ -122,6 +122,7 @@ def train(
     ca: locks.AuthorityOption = None,
     cert: locks.CertificateOption = None,
     key: locks.KeyOption = None,
+    max_message_bytes: locks.ReplyBytesOption = None,
 ) -> None:
     """Train a bundle against its server and save both halves, or with --local a whole model.
 
@@ -175,7 +176,14 @@ def train(
         )
     from splitonnx.runtime.datasets import open_dataset
 
-    access = locks.make_access(server, token_file=token_file, ca=ca, cert=cert, key=key)
+    access = locks.make_access(
+        server,
+        token_file=token_file,
+        ca=ca,
+        cert=cert,
+        key=key,
+        max_message_bytes=max_message_bytes,
+    )
     display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
     part = source if bundle is None else bundle.client
     with splitonnx.Client(

@@ -178,6 +178,21 @@ class UntrustedPeer(ProtocolError):
         return f"{self.peer} cannot be trusted: {flatten(self.reason)}"
 
 
+@dataclass(eq=False)
+class Redirected(ProtocolError):
+    """The server names another address, to which a client does not go by itself."""
+
+    status: int
+    target: str
+
+    def __str__(self) -> str:
+        return (
+            f"the server answers with a redirect to '{flatten(self.target[:200])}' "
+            f"({self.status}), which is not followed; if that address is the right one, name it "
+            "with --server"
+        )
+
+
 @dataclass(eq=False, kw_only=True)
 class MessageTooLarge(ProtocolError):
     """A message is over its receiver's limit: sending it again does not help."""
@@ -194,7 +209,7 @@ class MessageTooLarge(ProtocolError):
             )
         return (
             f"{self.peer} sent a message larger than this side takes ({flatten(self.reason)}); "
-            "make the batch smaller"
+            "make the batch smaller, or let this side take more with --max-message-bytes"
         )
 
 
