@@ -1,8 +1,8 @@
 """The server's side of its connections: from the socket to the conversation and back.
 
-One attendance serves one connection, on the event loop; what takes time runs in the worker's
-threads, and one session has one of them at a time.  A reply that cannot be sent any more does not
-end the work that follows it.
+One attendance serves one connection, on the event loop; what takes time runs in threads when it
+is its owner's turn, and a session has one of them at a time.  A reply that cannot be sent any more
+does not end the work that follows it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from splitonnx.codecs import Chunk
 from splitonnx.errors import (
     ConnectionLost,
     FormatError,
@@ -36,13 +36,14 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.conversations import INTERRUPTIONS, Conversation
+from splitonnx.runtime.conversations import INTERRUPTIONS, Conversation, Incoming
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Metrics, Part
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sessions import Session
 from splitonnx.runtime.sockets import BUSY, POLICY, RESTART, Peer
 from splitonnx.runtime.tokens import Tokens
+from splitonnx.runtime.turns import Turns
 
 STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
 STOP_GRACE = 30.0
@@ -58,22 +59,22 @@ class Premises:
     """What the connections of a server share; ``stop`` is set once it is to end, ``halt`` once it
     is to end without waiting for steps that run.
 
-    ``locks`` and ``holders`` are by session: who may touch it, and whose connection is its newest.
+    ``compute`` gives turns to what runs stages, ``storage`` to what reads and writes the disk, so
+    that greetings and saving do not wait for steps.  ``locks`` and ``holders`` are by session: who
+    may touch it, and whose connection is its newest.
     """
 
     registry: Registry
-    worker: ThreadPoolExecutor
+    compute: Turns
+    storage: Turns
     metrics: Metrics
     stop: asyncio.Event
     tokens: Tokens | None = None
     norm: float | None = None
+    batch: int | None = None
     halt: asyncio.Event = field(default_factory=asyncio.Event)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Attendance] = field(default_factory=dict)
-
-    def work(self, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
-        """Run a function in one of the worker's threads."""
-        return asyncio.get_running_loop().run_in_executor(self.worker, function)
 
 
 class Attendance:
@@ -85,12 +86,14 @@ class Attendance:
         self._metrics = premises.metrics
         self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
         self._conversation: Conversation | None = None
+        self._owner: Hashable = self  # whose turn it is when this connection's is
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
         self._metrics.open_connection()
         self._log(logging.INFO, "came")
         stopping = asyncio.create_task(self._premises.stop.wait())
+        self._gone = asyncio.create_task(self._peer.wait_closed())
         try:
             await self._converse(stopping)
             self._log(logging.INFO, "left")
@@ -103,6 +106,7 @@ class Attendance:
             await self._peer.close(code, str(error))
         finally:
             stopping.cancel()
+            self._gone.cancel()
             self._metrics.close_connection()
             if self._conversation is not None:
                 self._let_go(self._conversation)
@@ -120,7 +124,10 @@ class Attendance:
             if content is None:
                 return
             owner = await self._log_in(content)
-        conversation = Conversation(self._premises.registry, owner, norm=self._premises.norm)
+        self._owner = owner or self
+        conversation = Conversation(
+            self._premises.registry, owner, norm=self._premises.norm, batch=self._premises.batch
+        )
         self._conversation = conversation
         while not conversation.is_closed:
             begun = time.perf_counter()
@@ -130,7 +137,7 @@ class Attendance:
             self._seconds["receive"] += time.perf_counter() - begun
             await self._handle(conversation, content)
 
-    async def _log_in(self, content: bytes) -> str:
+    async def _log_in(self, content: Chunk | bytearray) -> str:
         """Find whose token a stranger's first message shows.
 
         Raises:
@@ -152,7 +159,9 @@ class Attendance:
         await self._peer.admit(found)
         return found
 
-    async def _next_message(self, stopping: asyncio.Task[Literal[True]]) -> bytes | None:
+    async def _next_message(
+        self, stopping: asyncio.Task[Literal[True]]
+    ) -> bytes | bytearray | None:
         """Wait for a message; ``None`` once the server stops, unless a step is in its middle."""
         receiving = asyncio.ensure_future(self._peer.receive())
         try:
@@ -169,7 +178,7 @@ class Attendance:
         await self._peer.close(RESTART, "the server restarts")
         return None
 
-    async def _wait_for_step(self, receiving: asyncio.Future[bytes]) -> None:
+    async def _wait_for_step(self, receiving: asyncio.Future[bytes | bytearray]) -> None:
         """Wait for a running step's next message, unless the server halts."""
         halting = asyncio.create_task(self._premises.halt.wait())
         try:
@@ -183,17 +192,19 @@ class Attendance:
     def _is_mid_step(self) -> bool:
         return self._conversation is not None and self._conversation.is_mid_step
 
-    async def _handle(self, conversation: Conversation, content: bytes) -> None:
+    async def _handle(self, conversation: Conversation, content: Chunk | bytearray) -> None:
         self._metrics.count_bytes("up", len(content))
-        begun = time.perf_counter()
+        has_greeted = conversation.session is not None
+        turns = self._premises.compute if has_greeted else self._premises.storage
         try:
-            incoming = await self._premises.work(partial(conversation.read, content))
+            incoming = await self._take_turn(turns, partial(self._read, conversation, content))
         except SplitonnxError as error:
+            if isinstance(error, ConnectionLost):
+                raise
             async with self._own(conversation):
-                await self._reply(conversation.refuse(error))
+                await self._reply(conversation.refuse(error), self._premises.storage)
             self._note_refusal(conversation)
             return
-        self._seconds["compute"] += time.perf_counter() - begun
         if isinstance(incoming.message, Hello):
             self._take_over(conversation, incoming.message.generation)
         async with self._own(conversation):
@@ -201,7 +212,9 @@ class Attendance:
             done = 0 if session is None else session.tasks_done
             begun = time.perf_counter()
             try:
-                await self._reply(conversation.answer(incoming))
+                is_work = isinstance(incoming.message, Tensors)
+                turns = self._premises.compute if is_work else self._premises.storage
+                await self._reply(conversation.answer(incoming), turns)
             finally:  # what was done counts, whether or not the client could be told
                 if session is not None:
                     seconds = time.perf_counter() - begun
@@ -234,12 +247,25 @@ class Attendance:
         async with lock:
             yield
 
-    async def _reply(self, replies: Iterator[Reply]) -> None:
+    async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:
+        """Run a function when it is the owner's turn, unless the connection ends before.
+
+        Raises:
+            ConnectionLost: it did; what it sent is forgotten.
+        """
+        piece = turns.run(self._owner, function)
+        await asyncio.wait((piece, self._gone), return_when=asyncio.FIRST_COMPLETED)
+        if not piece.done() and turns.withdraw(piece):
+            raise ConnectionLost(self._peer.name, "it left before its message's turn came")
+        return await piece
+
+    async def _reply(self, replies: Iterator[Reply], turns: Turns) -> None:
         """Send replies as they become ready; the work goes on to its end in any case."""
         lost: ConnectionLost | None = None
-        pending = self._premises.work(partial(self._advance, replies))
+        advance = partial(self._advance, replies)
+        pending = turns.run(self._owner, advance)
         while (chunks := await asyncio.shield(pending)) is not None:
-            pending = self._premises.work(partial(self._advance, replies))  # while it is sent
+            pending = turns.run(self._owner, advance)  # while it is sent
             if lost is not None:
                 continue
             begun = time.perf_counter()
@@ -251,6 +277,13 @@ class Attendance:
             self._metrics.count_bytes("down", sum(map(len, chunks)))
         if lost is not None:
             raise lost
+
+    def _read(self, conversation: Conversation, content: Chunk | bytearray) -> Incoming:
+        begun = time.perf_counter()
+        try:
+            return conversation.read(content)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
 
     def _advance(self, replies: Iterator[Reply]) -> Reply | None:
         begun = time.perf_counter()

@@ -13,6 +13,7 @@ import numpy as np
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import (
+    BatchTooLarge,
     NotFinite,
     RemoteProtocolError,
     ServerBusy,
@@ -47,14 +48,21 @@ class Conversation:
     session.
     """
 
-    def __init__(self, registry: Registry, owner: str = "", *, norm: float | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        owner: str = "",
+        *,
+        norm: float | None = None,
+        batch: int | None = None,
+    ) -> None:
         self.session: Session | None = None
         self.refused: SplitonnxError | None = None
         self._registry = registry
         self._owner = owner
         self._generation = 0
         self._wires = list_wires(registry.manifest)
-        self._protocol = Protocol(registry.manifest, SERVER, norm=norm)
+        self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
 
     @property
     def is_closed(self) -> bool:
@@ -184,4 +192,12 @@ def _describe(error: SplitonnxError) -> Fault:
             return Fault(code=code, reason=error.limit)
         case NotFinite():
             return Fault(code=code, reason=error.where, subject=error.name)
+        case BatchTooLarge():
+            return Fault(
+                code=code,
+                reason=str(error),
+                subject=error.name,
+                needed=error.rows,
+                limit=error.limit,
+            )
     return Fault(code=code, reason=str(error))

@@ -18,6 +18,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from splitonnx.errors import (
+    BatchTooLarge,
     ConnectionLost,
     LocalProtocolError,
     NotFinite,
@@ -397,4 +398,6 @@ def _translate(fault: Fault, generation: int) -> SplitonnxError:
         return ServerBusy(fault.reason)
     if fault.code == NotFinite.__name__:
         return NotFinite(fault.subject, f"{fault.reason}, at the server")
+    if fault.code == BatchTooLarge.__name__:
+        return BatchTooLarge(fault.subject, fault.needed, fault.limit)
     return RemoteFault(fault.code, fault.reason)

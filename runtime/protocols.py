@@ -40,7 +40,7 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.runtime.norms import check_values
-from splitonnx.tensors import check_array
+from splitonnx.tensors import check_array, check_rows
 
 CLIENT, SERVER = "client", "server"
 
@@ -81,12 +81,20 @@ class Protocol:
     """One side of a conversation; ``role`` is this side's party, ``client`` or ``server``.
 
     ``state`` is where the conversation stands.  ``norm`` is the largest L2 norm that a gradient
-    from the other side may have.
+    from the other side may have, ``batch`` the most rows that its tensors may have.
     """
 
-    def __init__(self, manifest: PartyManifest, role: str, *, norm: float | None = None) -> None:
+    def __init__(
+        self,
+        manifest: PartyManifest,
+        role: str,
+        *,
+        norm: float | None = None,
+        batch: int | None = None,
+    ) -> None:
         self.state = State.START
         self._norm = norm
+        self._batch = batch
         self._manifest = manifest
         self._role = role
         self._peer = SERVER if role == CLIENT else CLIENT
@@ -120,6 +128,7 @@ class Protocol:
             RemoteProtocolError: no message, or one that the other side may not send now.
             BundleMismatch: the greeting shows that the two sides do not belong together.
             ArrayMismatch, ValueOutOfRange: a tensor is not as the manifest declares its wire.
+            BatchTooLarge: a tensor has more rows than this side takes.
             NotFinite, NormTooLarge: a tensor to train with holds what no training survives.
         """
         try:
@@ -158,6 +167,8 @@ class Protocol:
         if message.key != self._task:
             self._task, self._symbols = message.key, {}
         for name, array in tensors.items():
+            if self._batch is not None and sender == self._peer:
+                check_rows(array, wires[name].tensor, self._batch)
             check_array(array, wires[name].tensor, self._symbols)
             if message.phase == TRAIN and sender == self._peer:
                 limit = self._norm if wires[name].kind is WireKind.GRADIENT else None

@@ -14,7 +14,7 @@ import signal
 import ssl
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -39,6 +39,7 @@ from splitonnx.runtime.refusals import Answer, Refusal, Visit
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens
+from splitonnx.runtime.turns import Turns
 
 DEFAULT_PORT = 8765
 HALT_SECONDS = 5.0
@@ -122,7 +123,8 @@ class Server:
         )
         self._handout = None if client is None else Handout(client, party.manifest)
         self._metrics = Metrics(phase.name for phase in party.manifest.phases)
-        self._worker = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="splitonnx")
+        self._compute = Turns(name="splitonnx-compute")
+        self._storage = Turns(name="splitonnx-storage")
         self._attending: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -172,7 +174,8 @@ class Server:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
             self._thread = None
-        self._worker.shutdown()
+        self._compute.close()
+        self._storage.close()
         self._engine.stop()
 
     def _run_in_thread(self, started: Future[None]) -> None:
@@ -189,11 +192,13 @@ class Server:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         premises = Premises(
             registry=self._registry,
-            worker=self._worker,
+            compute=self._compute,
+            storage=self._storage,
             metrics=self._metrics,
             stop=self._stop,
             tokens=self._tokens,
             norm=self._limits.norm,
+            batch=self._limits.batch,
         )
         if handle_signals:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -219,7 +224,7 @@ class Server:
             await self._wait_for_stop(premises)
             if self._attending:
                 await asyncio.wait(self._attending)
-        await premises.work(self._registry.park_all)
+        await premises.storage.run(self, self._registry.park_all)
         _logger.info("stopped")
 
     def _take_signal(self, premises: Premises) -> None:
@@ -240,7 +245,7 @@ class Server:
         while not premises.stop.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(premises.stop.wait(), interval)
-            await premises.work(self._registry.park_idle)
+            await premises.storage.run(self, self._registry.park_idle)
         _logger.info("stopping: steps that run are finished first")
 
     async def _attend(self, premises: Premises, peer: Peer) -> None:

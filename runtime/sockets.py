@@ -276,17 +276,20 @@ class Peer:
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> bytes | bytearray:
         """Wait for the next message, as long as the limits allow."""
         fragments = self._guest.recv_streaming(decode=False)
-        parts: list[bytes] = []
+        content: bytes | bytearray = b""
         idle_seconds = self._hall.limits.idle_seconds
         try:
             async with asyncio.timeout(idle_seconds) as idle:
                 async for part in fragments:
-                    if not parts:
+                    if not content:
                         idle.reschedule(None)  # the guard looks at what has begun
-                    parts.append(part)
+                        content = part
+                    else:  # it grows in place: joining the parts would take the message twice
+                        content = bytearray(content) if isinstance(content, bytes) else content
+                        content += part
                     self._guest.take(len(part))
         except TimeoutError as error:
             reason = f"silent for {idle_seconds:g} s"
@@ -294,7 +297,11 @@ class Peer:
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return content
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection has ended, from whichever side."""
+        await self._guest.wait_closed()
 
     async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """End the connection; may be called twice, and waits a little for the other side."""

@@ -143,13 +143,17 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Either: this went wrong here, and this connection ends.  ``code`` is the error's class.
 
     ``newest``: with ``StaleConnection``, the generation of the session's newest connection.
-    ``subject``: with ``NotFinite``, the tensor's name; ``reason`` then says where it was.
+    ``subject``: with ``NotFinite`` and ``BatchTooLarge``, the tensor's name; with ``NotFinite``
+    ``reason`` says where it was.  ``needed`` and ``limit``: with ``BatchTooLarge``, the rows that
+    came and the most that may.
     """
 
     code: str
     reason: str
     newest: Count = 0
     subject: str = ""
+    needed: Count = 0
+    limit: Count = 0
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):

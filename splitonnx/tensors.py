@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
-from splitonnx.errors import ArrayMismatch, ValueOutOfRange
+from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype("?"),
@@ -79,6 +79,17 @@ def check_array(array: np.ndarray, spec: TensorSpec, symbols: dict[str, int]) ->
         if smallest < lower or largest >= upper:
             worst = smallest if smallest < lower else largest
             raise ValueOutOfRange(spec.name, worst, lower, upper)
+
+
+def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
+    """Raise where ``array`` has more rows than ``limit`` and ``spec`` does not fix their number.
+
+    Raises:
+        BatchTooLarge: it names the rows and the limit.
+    """
+    is_free = bool(spec.shape) and not isinstance(spec.shape[0], int)
+    if is_free and array.ndim and array.shape[0] > limit:
+        raise BatchTooLarge(spec.name, array.shape[0], limit)
 
 
 def _shape_fits(shape: tuple[int, ...], spec: TensorSpec, symbols: dict[str, int]) -> bool:

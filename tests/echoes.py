@@ -99,7 +99,7 @@ class Echo:
             if peer.owner is None and not await self._log_in(peer):
                 return
             while True:
-                await peer.send([await peer.receive()])
+                await peer.send([memoryview(await peer.receive())])
         except ConnectionLost as error:
             self.ended.put(error.reason)
 

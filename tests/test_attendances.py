@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
@@ -23,6 +22,7 @@ from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer
+from splitonnx.runtime.turns import Turns
 from tests.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -38,8 +38,12 @@ def premises(bundle: Bundle) -> Iterator[Premises]:
     assert bundle.server is not None
     registry = Registry(Executor(bundle.server, Engine(threads=1)))
     metrics = Metrics(["train"])
-    with ThreadPoolExecutor(2) as worker:
-        yield Premises(registry=registry, worker=worker, metrics=metrics, stop=asyncio.Event())
+    compute, storage = Turns(1), Turns(1)
+    yield Premises(
+        registry=registry, compute=compute, storage=storage, metrics=metrics, stop=asyncio.Event()
+    )
+    compute.close()
+    storage.close()
 
 
 class Guest:
@@ -66,6 +70,9 @@ class Guest:
             raise ConnectionLost(self.name, "it closed without a word")
         message, wires = self._says.pop(0)
         return b"".join(self._protocol.send(message, wires))
+
+    async def wait_closed(self) -> None:
+        await asyncio.Event().wait()
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
         if not self.left:

@@ -126,7 +126,8 @@ def test_messages_larger_than_a_fragment_arrive_whole() -> None:
     assert bundle.server is not None
     rows = FRAGMENT // 4 // 6 * 2 + 1
     data = zoo_model.data(rows)
-    with Server(bundle.server, port=0) as server, Client(bundle.client, server.url) as client:
+    large = Server(bundle.server, port=0, limits=Limits(batch=rows))
+    with large as server, Client(bundle.client, server.url) as client:
         (predicted,) = client.predict({"x": data["x"]}, batch_size=rows).values()
     link = connect_in_memory(Executor(bundle.server, Engine()))
     with Client(bundle.client, link) as client:
@@ -152,7 +153,7 @@ def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting() -> None
         transport.send(protocol.send(hello))
         return protocol
 
-    limits = Limits(message_bytes=1 << 30)
+    limits = Limits(message_bytes=1 << 30, batch=rows)
     with Server(bundle.server, port=0, limits=limits) as server:
         stuck = connect(server.url)
         protocol = say_hello(stuck, 1)

@@ -38,6 +38,7 @@ from splitonnx.errors.environments import (
 )
 from splitonnx.errors.inputs import (
     ArrayMismatch,
+    BatchTooLarge,
     BundleError,
     DataError,
     ForbiddenGraph,
@@ -74,6 +75,7 @@ from splitonnx.errors.roots import (
 
 __all__ = [
     "ArrayMismatch",
+    "BatchTooLarge",
     "BrokenWork",
     "BundleError",
     "BundleMismatch",

@@ -49,6 +49,21 @@ class ValueOutOfRange(DataError):
 
 
 @dataclass(eq=False)
+class BatchTooLarge(DataError):
+    """A message's tensor has more rows than its receiver takes; nothing was computed with it."""
+
+    name: str
+    rows: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"'{flatten(self.name)}' has {self.rows} rows, over the server's limit of "
+            f"{self.limit}; use a smaller --batch-size, or serve with a larger --max-batch"
+        )
+
+
+@dataclass(eq=False)
 class NotFinite(DataError):
     """A tensor holds NaN or infinity."""
 

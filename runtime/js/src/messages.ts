@@ -93,6 +93,8 @@ const FIELDS = {
     reason: readText,
     newest: readOptional(readCount, 0),
     subject: readOptional(readText, ""),
+    needed: readOptional(readCount, 0),
+    limit: readOptional(readCount, 0),
   }),
   /** Client: I am done. */
   Bye: readRecord({}),

@@ -169,7 +169,7 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
   ["a message too large", { reply: () => new Uint8Array(1 << 20) }, client.MessageTooLarge],
   [
     "an error of its own",
-    { reply: () => ({ message: { type: "Fault", code: "x\n", reason: "\u001b[2J", newest: 0, subject: "" } }) },
+    { reply: () => ({ message: { type: "Fault", code: "x\n", reason: "\u001b[2J", newest: 0, subject: "", needed: 0, limit: 0 } }) },
     client.RemoteFault,
   ],
 ];
