@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.files import read_regular
 from splitonnx.partitioner.estimators import unwrap_maps
 from splitonnx.partitioner.faults import FAULTS, blame_stage, explain
 from splitonnx.partitioner.screens.forms import check_form
@@ -80,7 +81,7 @@ def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
             raise NotAModel(label, "it is no file")  # a pipe or a device need never end
         if found.st_size > MAX_PROTO_BYTES:
             raise NotAModel(label, "it is larger than 2 GiB; save its weights as external data")
-        content = path.read_bytes()
+        content = read_regular(path, MAX_PROTO_BYTES)
         folder = path.resolve().parent
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error

@@ -6,10 +6,15 @@ opens no connection.
 
 from __future__ import annotations
 
+import os
 import ssl
 from pathlib import Path
 
 from splitonnx.errors import UnusableFile, UsageError
+from splitonnx.files import open_regular
+
+MAX_FILE = 16 << 20
+"""Bytes of a file of certificates; an operating system's list of authorities has under one MiB."""
 
 
 def make_server_tls(
@@ -106,7 +111,6 @@ def _load_authority(context: ssl.SSLContext, path: str | Path) -> None:
 
 def _require_file(path: str | Path) -> None:
     try:
-        with Path(path).open("rb"):
-            return
+        os.close(open_regular(path, MAX_FILE))
     except OSError as error:
         raise UnusableFile(str(path), error.strerror or str(error)) from error

@@ -27,16 +27,10 @@ import msgspec
 import numpy as np
 
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
+from splitonnx.files import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.manifests import PartyManifest
-from splitonnx.runtime.seals import encode_sealed, is_whole
-from splitonnx.states import (
-    check_state,
-    decode_state,
-    is_session,
-    map_file,
-    sync_folder,
-    write_file,
-)
+from splitonnx.seals import encode_sealed, is_whole
+from splitonnx.states import check_state, decode_state, is_session, map_file
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
@@ -47,8 +41,6 @@ KEPT = 2
 newest is what both have for certain."""
 
 _STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
-_UNFINISHED = "."
-"""How the name of a file begins while it is being written."""
 _FACTS = "splitonnx"
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -209,7 +201,7 @@ class CheckpointStore:
 
         The newest checkpoint goes last, so that a kill halfway leaves the session where it was.
         """
-        self._discard(self._list_unfinished())
+        clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))
         self._discard([self.folder / STOPPED])
         self._settled = False
@@ -227,15 +219,11 @@ class CheckpointStore:
             raise BundleError(str(path), f"it is for session '{checkpoint.session}'")
         check_state(path, checkpoint.tensors, self._manifest.state)
         chunks = encode_sealed(checkpoint.tensors, self._describe(checkpoint))
-        fresh = path.with_name(f"{_UNFINISHED}{name}.{os.getpid()}")
         try:
             self._settle()
-            try:
+            with replacing(path) as fresh:
                 write_file(fresh, chunks)
                 os.replace(fresh, path)
-            finally:
-                with contextlib.suppress(OSError):  # the reason why it failed is told, not this
-                    fresh.unlink(missing_ok=True)
             sync_folder(self.folder)
         except OSError as error:
             raise NotSaved(str(path), error.strerror or str(error)) from error
@@ -243,13 +231,13 @@ class CheckpointStore:
 
     def _settle(self) -> None:
         """Make the folder, be sure that it is on disk, and clear what a killed writer left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.parent.mkdir(exist_ok=True)  # never the party's folder, if that was deleted
+        self.folder.mkdir(exist_ok=True)
         if not self._settled:  # also where it stood already: its maker may have been killed
             sync_folder(self.folder.parent.parent)
             sync_folder(self.folder.parent)
             self._settled = True
-        for path in self._list_unfinished():
-            path.unlink(missing_ok=True)
+        clear_unfinished(self.folder)
 
     def _describe(self, checkpoint: Checkpoint) -> dict[str, str]:
         facts = _Facts(
@@ -318,11 +306,6 @@ class CheckpointStore:
             (int(match[1]), self.folder / name)
             for name in _list_names(self.folder)
             if (match := _STEP.fullmatch(name))
-        ]
-
-    def _list_unfinished(self) -> list[Path]:
-        return [
-            self.folder / name for name in _list_names(self.folder) if name.startswith(_UNFINISHED)
         ]
 
     def _discard(self, paths: Iterable[Path]) -> None:

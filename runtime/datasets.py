@@ -5,17 +5,20 @@ It knows numpy's files and the specs of the manifest; what the arrays mean it do
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
 
 from splitonnx.errors import ArrayMismatch, MissingArray, NotFinite, UnusableData
+from splitonnx.files import open_regular
+from splitonnx.runtime.limits import measure_memory
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
 
 Batch: TypeAlias = Mapping[str, np.ndarray]
@@ -210,15 +213,30 @@ def _any_rows(spec: TensorSpec) -> TensorSpec:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if path.suffix != ".npz":
         raise UnusableData(str(path), "data are an .npz file or a folder of .npy files")
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
+        _check_room(file)
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
         return dict(archive)
 
 
+def _check_room(file: BinaryIO) -> None:
+    """Raise where an archive's arrays do not fit into memory, which all of them go into."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > measure_memory():
+            reason = f"its arrays take {size / 1e9:.1f} GB, more than this machine's memory"
+            raise ValueError(f"{reason}; save them as a folder of .npy files")
+    file.seek(0)
+
+
 def _read_folder(path: Path) -> dict[str, np.ndarray]:
-    return {
-        file.stem: np.load(file, mmap_mode="r", allow_pickle=False)
-        for file in sorted(path.glob("*.npy"))
-    }
+    return {file.stem: _map_array(file) for file in sorted(path.glob("*.npy"))}
+
+
+def _map_array(path: Path) -> np.ndarray:
+    os.close(open_regular(path))
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

@@ -9,10 +9,9 @@ from __future__ import annotations
 from http import HTTPStatus
 from pathlib import Path
 
-from splitonnx.bundles import MANIFEST, WEIGHTS, PartyBundle
-from splitonnx.codecs import encode_tensors
+from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import UsageError
-from splitonnx.manifests import PartyManifest, encode_manifest
+from splitonnx.manifests import MANIFEST, PartyManifest
 from splitonnx.runtime.refusals import Answer
 
 FOLDER = "/client/"
@@ -37,11 +36,8 @@ class Handout:
         party = client if isinstance(client, PartyBundle) else PartyBundle.load(client)
         if party.manifest.party == server.party or party.manifest.digest != server.digest:
             raise UsageError("the client's part is of another bundle than the part that is served")
-        self._files = {
-            MANIFEST: encode_manifest(party.manifest),
-            WEIGHTS: b"".join(encode_tensors(party.weights)),
-            **party.graphs,
-        }
+        manifest, weights = party.encode()
+        self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> Answer | None:
         """Give the file at a path such as ``/client/manifest.json``; ``None`` for other paths."""

@@ -22,9 +22,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from splitonnx.errors import UnusableFile, UsageError
+from splitonnx.files import open_regular, read_regular
 
 TOKEN_BYTES = 32
 """Random bytes of a token."""
+MAX_FILE = 1 << 20
+"""Bytes of a file of tokens, some hundred for each."""
 ENVIRONMENT = "SPLITONNX_TOKEN"
 """The environment variable from which a client takes its token where no file is named."""
 
@@ -94,6 +97,8 @@ def add_token(path: str | Path, name: str) -> str:
     token = secrets.token_urlsafe(TOKEN_BYTES)
     line = f"{name} sha256:{_hash(token).hex()}\n"
     try:
+        if os.path.exists(path):
+            os.close(open_regular(path, MAX_FILE))
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
         with open(handle, "r+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -138,7 +143,7 @@ def _hash(token: str) -> bytes:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text("utf-8").splitlines()
+        return read_regular(path, MAX_FILE).decode("utf-8").splitlines()
     except OSError as error:
         raise UnusableFile(str(path), error.strerror or str(error)) from error
     except UnicodeDecodeError as error:

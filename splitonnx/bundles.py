@@ -1,8 +1,8 @@
 """Bundles: the folders that a cut model lives in, one complete folder a party; load and save.
 
-What is written appears whole or not at all, and what is read is checked against the manifest
-before anything uses it.  This module knows files, hashes and tensors; it runs no graph and cannot
-read one.
+What is written appears whole or not at all, and what is read is checked against the manifest and
+its checksums before anything uses it.  This module knows files, hashes and tensors; it runs no
+graph and cannot read one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from splitonnx.codecs import encode_tensors
+from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, flatten, quote
+from splitonnx.files import read_regular, write_file
 from splitonnx.manifests import (
+    MANIFEST,
+    MAX_MANIFEST,
     BundleManifest,
     PartyManifest,
     Role,
@@ -26,11 +30,13 @@ from splitonnx.manifests import (
     decode_manifest,
     encode_manifest,
 )
-from splitonnx.states import State, decode_state, map_file, read_state, write_file, write_state
+from splitonnx.pieces import split_pieces
+from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
-MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+MAX_GRAPH = 2**31 - 1
+"""Bytes of a graph's file, at which Protocol Buffers end."""
 WEIGHTS = "weights.safetensors"
 
 
@@ -42,7 +48,8 @@ class PartyBundle:
     from: parameters, frozen weights and buffers.  ``trained`` is the state after ``step`` updates,
     optimizer included, or ``None`` before the first; ``session`` is the one that trained it, and
     ``position`` where it stood in its data, as the runtime wrote it.  ``path`` is the folder, or
-    ``None`` for a bundle in memory.  Arrays are read-only.
+    ``None`` for a bundle in memory.  ``owner`` is whose session it was, at a server with tokens.
+    Arrays are read-only.
     """
 
     manifest: PartyManifest
@@ -52,6 +59,7 @@ class PartyBundle:
     step: int = 0
     session: str = ""
     position: str = ""
+    owner: str = ""
     path: Path | None = None
 
     @classmethod
@@ -62,15 +70,15 @@ class PartyBundle:
         newest outcome otherwise.
 
         Raises:
-            BundleError: the folder is missing or incomplete, a graph was altered, or weights or
-                state are not what the manifest declares.
+            BundleError: the folder is missing or incomplete, a graph, the weights or the state
+                were altered, or weights or state are not what the manifest declares.
             FormatError: the manifest or a tensor file cannot be read as such.
         """
         folder = Path(path)
-        content = _read(folder, MANIFEST)
+        content = _read(folder, MANIFEST, MAX_MANIFEST)
         manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
         graphs = _read_graphs(folder, manifest)
-        weights, _ = decode_state(folder / WEIGHTS, map_file(folder / WEIGHTS), _initial(manifest))
+        weights = _read_weights(folder / WEIGHTS, manifest)
         untrained = cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
         state = read_state(folder, manifest, session)
         return untrained if state is None else untrained.with_state(state)
@@ -97,14 +105,26 @@ class PartyBundle:
 
         _write_whole(Path(path), write, PartyManifest, overwrite=overwrite)
 
+    def encode(self) -> tuple[bytes, list[Chunk]]:
+        """Write the manifest, with the checksum of the weights, and the weights' file."""
+        chunks = encode_tensors(self.weights)
+        manifest = msgspec.structs.replace(self.manifest, weights=_sum(chunks))
+        return encode_manifest(manifest), chunks
+
     def _write(self, folder: Path) -> None:
-        write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
+        summed = hashlib.sha256()
+        write_file(folder / WEIGHTS, _passing(encode_tensors(self.weights), summed.update))
+        manifest = msgspec.structs.replace(self.manifest, weights=summed.hexdigest())
+        write_file(folder / MANIFEST, [encode_manifest(manifest)])
         for file, graph in self.graphs.items():
             write_file(folder / file, [graph])
-        write_file(folder / WEIGHTS, encode_tensors(self.weights))
         if self.trained is not None:
             state = State(
-                tensors=self.trained, step=self.step, session=self.session, position=self.position
+                tensors=self.trained,
+                step=self.step,
+                session=self.session,
+                position=self.position,
+                owner=self.owner,
             )
             write_state(folder, state, self.manifest.digest)
 
@@ -116,6 +136,7 @@ class PartyBundle:
             step=state.step,
             session=state.session,
             position=state.position,
+            owner=state.owner,
         )
 
     def state(self) -> dict[str, np.ndarray]:
@@ -162,17 +183,21 @@ class Bundle:
             FormatError: a manifest or a tensor file cannot be read as such.
         """
         folder = Path(path)
-        content = _read(folder, MANIFEST)
+        content = _read(folder, MANIFEST, MAX_MANIFEST)
         manifest = decode_manifest(content, BundleManifest, str(folder / MANIFEST))
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
         trained_in = parties["client"].session if "client" in parties else ""
         for name, party in parties.items():
             if party.session != trained_in:  # another client's training ended later
-                parties[name] = PartyBundle.load(folder / name, session=trained_in)
+                state = read_state(folder / name, party.manifest, trained_in)
+                parties[name] = party if state is None else party.with_state(state)
         for name, party in parties.items():
             if (party.manifest.party, party.manifest.digest) != (name, manifest.digest):
                 raise BundleError(str(folder / name), "it belongs to another bundle")
-        return cls(manifest=manifest, parties=parties, skeleton=_read(folder, MODEL))
+        skeleton = _read(folder, MODEL, MAX_GRAPH)
+        if MODEL in manifest.files:  # earlier versions wrote no checksum
+            _compare(folder / MODEL, [skeleton], manifest.files[MODEL])
+        return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the bundle as a folder, which appears whole or not at all.
@@ -185,7 +210,9 @@ class Bundle:
         _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
-        write_file(folder / MANIFEST, [encode_manifest(self.manifest)])
+        files = {MODEL: _sum([self.skeleton])}
+        manifest = msgspec.structs.replace(self.manifest, files=files)
+        write_file(folder / MANIFEST, [encode_manifest(manifest)])
         write_file(folder / MODEL, [self.skeleton])
         for name, party in self.parties.items():
             (folder / name).mkdir()
@@ -208,9 +235,9 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read(folder: Path, name: str, most: int) -> bytes:
     try:
-        return _inside(folder, name).read_bytes()
+        return read_regular(_inside(folder, name), most)
     except OSError as error:
         raise BundleError(str(folder), f"'{name}' cannot be read: {error.strerror}") from error
 
@@ -219,11 +246,39 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
     used = {stage.graph for phase in manifest.phases for stage in phase.stages}
     if undeclared := used - manifest.files.keys():
         raise BundleError(str(folder), f"its manifest lacks the file {quote(sorted(undeclared))}")
-    graphs = {name: _read(folder, name) for name in manifest.files}
+    graphs = {name: _read(folder, name, MAX_GRAPH) for name in manifest.files}
     for name, graph in graphs.items():
-        if hashlib.sha256(graph).hexdigest() != manifest.files[name]:
-            raise BundleError(str(folder / name), "it was altered since the bundle was written")
+        _compare(folder / name, [graph], manifest.files[name])
     return graphs
+
+
+def _read_weights(path: Path, manifest: PartyManifest) -> dict[str, np.ndarray]:
+    """Map a party's first weights; they are read through once where there is a checksum."""
+    content = map_file(path)
+    weights, _ = decode_state(path, content, _initial(manifest))
+    if manifest.weights:  # earlier versions wrote none
+        _compare(path, [content], manifest.weights)
+    return weights
+
+
+def _compare(path: Path, chunks: Iterable[Chunk], expected: str) -> None:
+    if _sum(chunks) != expected:
+        raise BundleError(str(path), "it was altered since the bundle was written")
+
+
+def _sum(chunks: Iterable[Chunk]) -> str:
+    found = hashlib.sha256()
+    for _ in _passing(chunks, found.update):
+        pass
+    return found.hexdigest()
+
+
+def _passing(chunks: Iterable[Chunk], look: Callable[[memoryview], object]) -> Iterator[memoryview]:
+    """Yield chunks piece by piece, and let each be looked at on its way."""
+    for chunk in chunks:
+        for piece in split_pieces(chunk):
+            look(piece)
+            yield piece
 
 
 def _write_whole(
@@ -258,7 +313,7 @@ def _write_whole(
 
 def _expect(folder: Path, kind: type[PartyManifest] | type[BundleManifest]) -> None:
     try:
-        content = _read(folder, MANIFEST)
+        content = _read(folder, MANIFEST, MAX_MANIFEST)
         if kind is PartyManifest:
             decode_manifest(content, PartyManifest, str(folder))
         else:

@@ -28,6 +28,10 @@ from splitonnx.errors import FormatError
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
+MANIFEST = "manifest.json"
+"""The manifest's file, in a bundle's folder and in each party's."""
+MAX_MANIFEST = 64 << 20
+"""Bytes of a manifest; a large model's has some hundred thousand."""
 MAX_SLOTS = 4
 """Tensors that an optimizer keeps for each parameter, at the most."""
 
@@ -129,7 +133,9 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps each graph
     file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
-    ``outputs`` declares the model's outputs as ``predict`` returns them.
+    ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
+    SHA-256 of ``weights.safetensors`` in hex, written with the folder; bundles of earlier versions
+    have none.
     """
 
     format: str
@@ -141,6 +147,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, str]
     learning_rate: float
     outputs: tuple[TensorSpec, ...] = ()
+    weights: str = ""
 
     def phase(self, name: str) -> Phase:
         """Return the phase of that name; an absent one is an empty phase (nothing to do)."""
@@ -164,12 +171,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole bundle's manifest, beside the parties' folders."""
+    """The whole bundle's manifest, beside the parties' folders.
+
+    ``files`` maps the name of the model's file to its SHA-256 in hex; it is empty in bundles of
+    earlier versions.
+    """
 
     format: str
     digest: str
     recipe: Recipe
     parties: tuple[str, ...]
+    files: dict[str, str] = {}
 
 
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)

@@ -1,16 +1,14 @@
-"""The state of a party's tensors on disk: what training came to, and how such files are written.
+"""The state of a party's tensors on disk: what training came to.
 
 A party's folder holds the newest outcome in ``state.safetensors``.  An older one of another session
 moves to ``outcomes/<session>.safetensors`` when it is replaced, so that a server that trains with
-many clients keeps the half that belongs to each.  What is written appears whole or not at all.
-This module knows files and tensors, and neither graphs nor checkpoints.
+many clients keeps the half that belongs to each.  What is written appears whole or not at all, and
+carries a SHA-256 over all of itself, which is checked when it is read.  This module knows files and
+tensors, and neither graphs nor checkpoints.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import mmap
 import os
 import re
 import threading
@@ -18,25 +16,39 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
-from splitonnx.errors import ArrayMismatch, BundleError, FormatError, quote
-from splitonnx.manifests import PartyManifest, StateSpec
+from splitonnx.codecs import Chunk, decode_tensors
+from splitonnx.errors import ArrayMismatch, BundleError, FormatError, NotSaved, quote
+from splitonnx.files import (
+    clear_unfinished,
+    map_regular,
+    read_regular,
+    replacing,
+    sync_folder,
+    write_file,
+)
+from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
 from splitonnx.pieces import split_pieces
+from splitonnx.seals import SEAL, encode_sealed, is_whole
 from splitonnx.tensors import check_array
+
+FORMAT = "splitonnx.state/1"
 
 STATE = "state.safetensors"
 OUTCOMES = "outcomes"
 """The folder, within a party's, of what other sessions came to before."""
 
 _SESSION = re.compile(r"[0-9a-f]{32}")
-_FRESH = ".fresh."
-"""How the name of a file begins while it is being written."""
 _replacing = threading.Lock()
 """Several sessions of a server may come to their ends at once."""
 _MAX_HEADER = 64 << 20
 """Bytes; some hundred for each tensor of a model, far more than any has."""
+
+
+class _Identity(msgspec.Struct, frozen=True, kw_only=True):
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +56,15 @@ class State:
     """Every tensor of the manifest's state after ``step`` updates.
 
     ``session`` is whose outcome it is, empty where that is not known, and ``position`` where in
-    its data it stands, as the runtime wrote it.
+    its data it stands, as the runtime wrote it.  ``owner`` is whom the session belongs to, as a
+    server with tokens knows them; empty for a server without.
     """
 
     tensors: Mapping[str, np.ndarray] = field(repr=False)
     step: int
     session: str = ""
     position: str = ""
+    owner: str = ""
 
 
 def is_session(name: str) -> bool:
@@ -64,19 +78,26 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
     ``digest`` is the bundle's.
 
     Raises:
-        BundleError: it cannot be written there.
+        BundleError: it cannot be written there, or the session's outcome is another owner's.
     """
     target = Path(path) / STATE
     facts = {
+        "format": FORMAT,
         "step": str(state.step),
         "digest": digest,
         "session": state.session,
         "position": state.position,
+        "owner": state.owner,
     }
-    chunks = encode_tensors(state.tensors, {name: fact for name, fact in facts.items() if fact})
     try:
         with _replacing:
-            _clear(target.parent, target.parent / OUTCOMES)
+            if read_owner(target.parent, state.session) not in (None, state.owner):
+                raise BundleError(str(target), "the session's outcome belongs to another owner")
+            chunks = encode_sealed(
+                state.tensors, {name: fact for name, fact in facts.items() if fact}
+            )
+            clear_unfinished(target.parent)
+            clear_unfinished(target.parent / OUTCOMES)
             _replace_outcome(target, chunks, state.session)
     except OSError as error:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
@@ -85,18 +106,19 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> State | None:
     """Read the outcome of a session from a party's folder, or the newest one; ``None``: no state.
 
-    Tensors are mapped from the file.
+    Tensors are mapped from the file, every byte of which is verified.
 
     Raises:
         BundleError, FormatError: it cannot be read, or is not what the manifest declares.
     """
-    path = folder / STATE
-    if is_session(session) and _read_session(path) != session:
-        kept = _name_outcome(folder, session)
-        path = kept if kept.exists() else path
-    if not path.exists():
+    found = _find_outcome(folder, session)
+    if found is None:
         return None
-    tensors, metadata = decode_state(path, map_file(path), manifest.state)
+    path, content = found
+    tensors, metadata = decode_state(path, content, manifest.state)
+    is_sealed = SEAL in metadata or "format" in metadata  # earlier versions sealed none
+    if is_sealed and not is_whole(content, metadata):
+        raise BundleError(str(path), "it was altered since it was written")
     step, digest = metadata.get("step", ""), metadata.get("digest")
     if digest != manifest.digest or not step.isdecimal():
         raise BundleError(str(path), "it is the state of another bundle")
@@ -105,20 +127,55 @@ def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> Stat
         step=int(step),
         session=metadata.get("session", ""),
         position=metadata.get("position", ""),
+        owner=metadata.get("owner", ""),
     )
 
 
-def map_file(path: Path) -> memoryview:
-    """Map a file, read-only; its bytes are read from disk where they are looked at.
+def read_owner(folder: Path, session: str) -> str | None:
+    """Read whose a session's outcome is; ``None`` where a party's folder has none that is whole."""
+    try:
+        found = _find_outcome(folder, session) if is_session(session) else None
+    except BundleError:
+        return None
+    metadata = {} if found is None else _read_metadata(found[1])
+    return metadata.get("owner", "") if metadata.get("session") == session else None
+
+
+def list_outcomes(folder: Path) -> dict[str, Path]:
+    """Return the file of each session's outcome in a party's folder, but for the newest one's."""
+    found = {}
+    for path in (folder / OUTCOMES).glob("*.safetensors"):
+        if is_session(path.stem):
+            found[path.stem] = path
+    return found
+
+
+def check_home(folder: Path, digest: str) -> None:
+    """Raise unless ``folder`` still is a party's of the bundle with this digest.
 
     Raises:
-        BundleError: it is missing, empty or unreadable.
+        NotSaved: it was deleted or replaced since it was loaded, and is not made again.
     """
     try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise BundleError(str(path.parent), f"'{path.name}' cannot be read: {error}") from error
+        content = read_regular(folder / MANIFEST, MAX_MANIFEST)
+        found = msgspec.json.decode(content, type=_Identity).digest
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise NotSaved(str(folder), "the folder's manifest is gone since it was loaded") from error
+    if found != digest:
+        raise NotSaved(str(folder), "the folder is another bundle's since it was loaded")
+
+
+def map_file(path: Path) -> memoryview:
+    """Map a regular file, read-only; its bytes are read from disk where they are looked at.
+
+    Raises:
+        BundleError: it is missing, empty, unreadable, or no regular file.
+    """
+    try:
+        return map_regular(path)
+    except OSError as error:
+        reason = f"'{path.name}' cannot be read: {error.strerror}"
+        raise BundleError(str(path.parent), reason) from error
 
 
 def decode_state(
@@ -160,57 +217,82 @@ def check_state(
         raise BundleError(str(path), str(error)) from error
 
 
-def write_file(path: Path, chunks: Iterable[Chunk]) -> None:
-    """Write chunks to a file and wait until they are on disk; large ones are not copied.
+def check_finite_state(
+    path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
+) -> None:
+    """Raise where a tensor that training changes holds NaN or infinity.
 
     Raises:
-        OSError: it cannot be written; what was written of it stays.
+        NotSaved: it would make every later step useless, and the state before it is kept instead.
     """
-    with path.open("wb") as file:
-        for chunk in chunks:
-            for piece in split_pieces(chunk):
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    for spec in declared:
+        array = tensors[spec.tensor.name]
+        if spec.role is not Role.FROZEN and not _is_finite(array):
+            reason = (
+                f"'{spec.tensor.name}' holds NaN or infinity; train again from an earlier state "
+                "with a lower learning rate"
+            )
+            raise NotSaved(str(path), reason)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk; Windows cannot be asked to.
-
-    Raises:
-        OSError: the folder cannot be opened, or the disk fails.
-    """
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems sync no folders
-                raise
-        finally:
-            os.close(handle)
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype.kind != "f":
+        return True
+    pieces = split_pieces(np.ascontiguousarray(array))
+    return all(bool(np.isfinite(np.frombuffer(piece, array.dtype)).all()) for piece in pieces)
 
 
 def _name_outcome(folder: Path, session: str) -> Path:
     return folder / OUTCOMES / f"{session}.safetensors"
 
 
-def _clear(*folders: Path) -> None:
-    """Remove what a killed writer left half-written."""
-    for folder in folders:
-        for path in folder.glob(f"{_FRESH}*.safetensors"):
-            path.unlink(missing_ok=True)
+def _find_outcome(folder: Path, session: str) -> tuple[Path, memoryview] | None:
+    """Map the outcome of a session, or else the newest one.
+
+    While another process publishes, a session's outcome may move between the two names as they
+    are looked at one after the other; then they are looked at again.
+    """
+    newest = folder / STATE
+    while True:
+        before = _identify(newest)
+        content = None if before is None else _map_present(newest)
+        if not is_session(session) or _read_metadata(content).get("session") == session:
+            return None if content is None else (newest, content)
+        kept = _name_outcome(folder, session)
+        if (older := _map_present(kept)) is not None:
+            return kept, older
+        if _identify(newest) == before:
+            return None if content is None else (newest, content)
+
+
+def _identify(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _map_present(path: Path) -> memoryview | None:
+    return map_file(path) if path.exists() else None
+
+
+def _read_metadata(content: memoryview | None) -> dict[str, str]:
+    """Read a tensor file's metadata; empty where there are none that can be read."""
+    if content is None:
+        return {}
+    try:
+        _, metadata = decode_tensors(content, max_header=_MAX_HEADER)
+    except FormatError:
+        return {}
+    return metadata
 
 
 def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> None:
-    fresh = target.with_name(_FRESH + target.name)
-    try:
+    with replacing(target) as fresh:
         write_file(fresh, chunks)
         _keep_outcome(target, session)
         os.replace(fresh, target)
-    finally:
-        with contextlib.suppress(OSError):  # the reason why it failed is told, not this
-            fresh.unlink(missing_ok=True)
     sync_folder(target.parent)
     if session:  # its older one has no use any more
         _name_outcome(target.parent, session).unlink(missing_ok=True)
@@ -225,16 +307,13 @@ def _keep_outcome(target: Path, session: str) -> None:
     if before in ("", session):
         return
     kept = _name_outcome(target.parent, before)
-    fresh = kept.with_name(_FRESH + kept.name)
     kept.parent.mkdir(exist_ok=True)
-    try:
+    with replacing(kept) as fresh:
         try:
             os.link(target, fresh)
         except OSError:  # a file system without links
             write_file(fresh, [map_file(target)])
-        os.replace(fresh, kept)
-    finally:
-        fresh.unlink(missing_ok=True)  # also where both names were of one file already
+        os.replace(fresh, kept)  # leaves both where they were of one file already
     sync_folder(kept.parent)
     sync_folder(target.parent)
 
@@ -242,8 +321,7 @@ def _keep_outcome(target: Path, session: str) -> None:
 def _read_session(path: Path) -> str:
     """Read whose outcome a file is; empty where there is none that can be read."""
     try:
-        _, metadata = decode_tensors(map_file(path), max_header=_MAX_HEADER)
-    except (BundleError, FormatError):
+        session = _read_metadata(_map_present(path)).get("session", "")
+    except BundleError:
         return ""
-    session = metadata.get("session", "")
     return session if is_session(session) else ""

@@ -23,7 +23,7 @@ from splitonnx.runtime.checkpoints import (
     Position,
     list_sessions,
 )
-from splitonnx.runtime.seals import encode_sealed
+from splitonnx.seals import encode_sealed
 from tests import tiny
 
 SESSION = "0123456789abcdef" * 2

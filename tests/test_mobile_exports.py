@@ -17,7 +17,7 @@ import pytest
 from onnxruntime.tools.reduced_build_config_parser import parse_config
 
 import splitonnx
-from splitonnx import bundles, states
+from splitonnx import bundles, files
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, ForbiddenGraph, NotExportable, StageFailed
 from splitonnx.runtime import engines, exports
@@ -336,7 +336,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
             raise OSError(28, "No space left on device")
         whole(path, chunks)
 
-    whole = states.write_file
+    whole = files.write_file
     monkeypatch.setattr(bundles, "write_file", write)
     with pytest.raises(BundleError, match="cannot be written: No space left"):
         export(bundle / "client")

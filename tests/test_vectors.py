@@ -41,7 +41,8 @@ def test_the_vectors_are_fresh(name: str) -> None:
 
 def test_the_tiny_client_is_fresh() -> None:
     kept, fresh = PartyBundle.load(HERE / "tiny"), tiny.split_bundle().client
-    assert kept.manifest == fresh.manifest, "run: python -m tests.vectors"
+    written = msgspec.structs.replace(fresh.manifest, weights=kept.manifest.weights)
+    assert kept.manifest == written, "run: python -m tests.vectors"
 
 
 def test_the_gate_in_javascript_knows_the_same_operators() -> None:
