@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-UNKNOWN = "unk__"
-"""Part of the name of every atom that stands for a size of which nothing is known."""
+from splitonnx.expressions import UNKNOWN, parse_terms
 
 
 class Undecided(Exception):
@@ -76,13 +75,7 @@ def parse_dim(text: str) -> Dim | int:
 
     What is no such sum of products is one atom, name and all.
     """
-    if not re.fullmatch(r"[\w.]+( ?[*] ?[\w.]+)*( [+] [\w.]+( ?[*] ?[\w.]+)*)*", text):
-        return make_atom(text)
-    total: Amount = 0
-    for term in text.split(" + "):
-        factors = [f.strip() for f in term.split("*")]
-        total = total + prod_of(int(f) if f.isdigit() else make_atom(f) for f in factors)
-    return total
+    return _collect(list(parse_terms(text)))
 
 
 def prod_of(amounts: Iterable[Amount]) -> Amount:
@@ -210,7 +203,8 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 def name_unknown(value: str, axis: int) -> Dim:
     """Make the atom of a dimension of which nothing is known."""
-    return make_atom(f"{UNKNOWN}{value}:{axis}")
+    plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
+    return make_atom(f"{UNKNOWN}{plain}:{axis}")
 
 
 def is_unknown(amount: Amount) -> bool:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.expressions import UNKNOWN
 from splitonnx.partitioner.control_flows import KEPT, Unsettled, settle_control_flow
-from splitonnx.partitioner.dimensions import UNKNOWN, Amount, Dim
+from splitonnx.partitioner.dimensions import Amount, Dim
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame
 from splitonnx.partitioner.frontiers import list_inputs, prune

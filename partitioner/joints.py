@@ -15,7 +15,7 @@ import onnx_ir as ir
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
-from splitonnx.partitioner.dimensions import UNKNOWN
+from splitonnx.partitioner.dimensions import name_unknown
 from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
@@ -74,15 +74,20 @@ class JointGraph:
 
 
 def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Declare a graph's value as the manifest does; dimensions that onnx made up are unknown."""
+    """Declare a graph's value as the manifest does; a dimension without a name gets one.
+
+    A gradient is declared as what it is the gradient of, so that both are bound to one size.
+    """
     if value.dtype not in _DTYPE_NAMES or value.shape is None:
         raise UsageError(
             f"tensor '{value.name}' cannot travel: its dtype is {value.dtype}, its shape "
             f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
         )
-    dims = [d if isinstance(d, int) else d.value for d in value.shape]
-    known = tuple(None if isinstance(d, str) and UNKNOWN in d else d for d in dims)
-    return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=known)
+    dims = tuple(
+        d if isinstance(d, int) else d.value or str(name_unknown(value.name or "", axis))
+        for axis, d in enumerate(value.shape)
+    )
+    return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
 
 
 @blame_stage("differentiated")

@@ -177,7 +177,7 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
         ArrayMismatch: dtype or shape differ.
         ValueOutOfRange: an integer, a label as a rule, lies outside its bounds.
     """
-    symbols: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for spec in specs:
         if spec.name not in batch:
             raise MissingArray(spec.name, tuple(batch))
@@ -186,7 +186,7 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
         if array.dtype != dtype:
             advice = f"convert it with .astype('{dtype.name}')"
             raise ArrayMismatch(spec.name, str(spec), f"{describe(array)}; {advice}")
-        check_array(array, spec, symbols)
+        check_array(array, spec, sizes)
 
 
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:

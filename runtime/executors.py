@@ -49,7 +49,7 @@ class _Task:
     flow: Dataflow
     progress: Progress
     values: dict[str, Tensor] = field(default_factory=dict)
-    symbols: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class Executor:
@@ -127,7 +127,7 @@ class Executor:
         for spec in phase.data:
             if spec.name not in data:
                 raise MissingArray(spec.name, tuple(data))
-            check_array(data[spec.name], spec, task.symbols)
+            check_array(data[spec.name], spec, task.sizes)
         self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
         self._supply(task, scalars)
         self._tasks[key] = task
@@ -142,9 +142,7 @@ class Executor:
         task = self._task(key)
         if unexpected := tensors.keys() - task.progress.missing:
             raise RemoteProtocolError(f"it sent {quote(sorted(unexpected))}, not expected now")
-        for wire in task.phase.wires:
-            if wire.tensor.name in tensors:
-                check_array(tensors[wire.tensor.name], wire.tensor, task.symbols)
+        self._check_wires(task, tensors)
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
@@ -233,6 +231,11 @@ class Executor:
             raise LocalProtocolError(f"{key} is not finished")
         return task
 
+    def _check_wires(self, task: _Task, tensors: Mapping[str, np.ndarray]) -> None:
+        for wire in task.phase.wires:
+            if wire.tensor.name in tensors:
+                check_array(tensors[wire.tensor.name], wire.tensor, task.sizes)
+
     def _supply(self, task: _Task, arrays: Mapping[str, np.ndarray]) -> None:
         self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
 
@@ -254,7 +257,9 @@ class Executor:
         self._drop(task, task.flow.needs[stage.name])
 
     def _hand_out(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Take outgoing wires; the sizes that they bind hold for what comes back."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
+        self._check_wires(task, arrays)
         self._drop(task, wires)
         return arrays
 

@@ -99,7 +99,7 @@ class Protocol:
         self._role = role
         self._peer = SERVER if role == CLIENT else CLIENT
         self._task: TaskKey | None = None
-        self._symbols: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
 
     def send(
         self, message: Message, tensors: Mapping[str, np.ndarray] | None = None
@@ -165,11 +165,11 @@ class Protocol:
             kind = RemoteProtocolError if sender == self._peer else LocalProtocolError
             raise kind(f"{quote(sorted(unknown))} is no wire of phase '{message.phase}'")
         if message.key != self._task:
-            self._task, self._symbols = message.key, {}
+            self._task, self._sizes = message.key, {}
         for name, array in tensors.items():
             if self._batch is not None and sender == self._peer:
                 check_rows(array, wires[name].tensor, self._batch)
-            check_array(array, wires[name].tensor, self._symbols)
+            check_array(array, wires[name].tensor, self._sizes)
             if message.phase == TRAIN and sender == self._peer:
                 limit = self._norm if wires[name].kind is WireKind.GRADIENT else None
                 check_values(name, array, f"step {message.step + 1}", limit)

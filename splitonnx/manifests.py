@@ -196,8 +196,8 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
     """Read a manifest back.
 
     Raises:
-        FormatError: not JSON, a field missing or of the wrong type, another format version, or a
-            state that no party can hold.
+        FormatError: not JSON, a field missing or of the wrong type, another format version, a
+            state that no party can hold, or a wire with a dimension that nothing is said of.
     """
     try:
         manifest = msgspec.json.decode(content, type=kind)
@@ -207,7 +207,20 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
         raise FormatError(source, f"its format is '{manifest.format}', this version reads {FORMAT}")
     if isinstance(manifest, PartyManifest):
         _check_state(manifest, source)
+        _check_wires(manifest, source)
     return manifest
+
+
+def _check_wires(manifest: PartyManifest, source: str) -> None:
+    """Check that each dimension that travels is a number or a name, which a task binds."""
+    for phase in manifest.phases:
+        for wire in phase.wires:
+            if None in wire.tensor.shape:
+                raise FormatError(
+                    source,
+                    f"wire '{wire.tensor.name}' of phase '{phase.name}' is {wire.tensor}, and "
+                    "nothing binds the dimension '?'; cut the model again with this version",
+                )
 
 
 def _check_state(manifest: PartyManifest, source: str) -> None:

@@ -1,8 +1,10 @@
 """What is declared of a tensor: name, element type, shape; and checking arrays against it.
 
 Element types carry the names of the safetensors format (``F32``, ``I64``, ...).  A dimension
-is a number, a symbol that must have one value throughout a task (``"N"``), or ``None`` where
-nothing is known beforehand.  This module knows numpy and nothing of ONNX.
+is a number, or symbolic: a name that has one size throughout a task (``"N"``), or an expression
+of names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1:
+native kernels trust in that.  ``None`` is a dimension of any size from 1 on.  This module knows
+numpy and nothing of ONNX.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import msgspec
 import numpy as np
 
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
+from splitonnx.expressions import evaluate, find_unbound, is_quotient, parse_terms, solve_for
 
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype("?"),
@@ -59,20 +62,22 @@ def describe(array: np.ndarray) -> str:
     return f"{name_dtype(array.dtype)}[{', '.join(map(str, array.shape))}]"
 
 
-def check_array(array: np.ndarray, spec: TensorSpec, symbols: dict[str, int]) -> None:
+LARGEST = 2**31 - 1
+"""Of a symbolic dimension."""
+
+
+def check_array(array: np.ndarray, spec: TensorSpec, sizes: dict[str, int]) -> None:
     """Raise unless ``array`` has the dtype, shape and value range that ``spec`` declares.
 
-    ``symbols`` binds the symbolic dimensions seen so far in this task and is extended; a symbol
-    that takes a second value is a mismatch.
+    ``sizes`` maps the atoms and expressions bound so far in this task to their sizes.  It is
+    extended by what ``array`` binds; a second size is a mismatch.
 
     Raises:
         ArrayMismatch: dtype or shape differ.
         ValueOutOfRange: an integer lies outside ``spec.bounds``.
     """
-    if array.dtype != DTYPES.get(spec.dtype) or not _shape_fits(array.shape, spec, symbols):
-        bound = ", ".join(f"{k} = {v}" for k, v in symbols.items() if k in spec.shape)
-        expected = f"{spec} where {bound}" if bound else str(spec)
-        raise ArrayMismatch(spec.name, expected, describe(array))
+    if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(array.shape, spec, sizes):
+        raise ArrayMismatch(spec.name, _describe_expected(array, spec, sizes), describe(array))
     if spec.bounds is not None and array.size:
         lower, upper = spec.bounds
         smallest, largest = int(array.min()), int(array.max())
@@ -92,15 +97,56 @@ def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
         raise BatchTooLarge(spec.name, array.shape[0], limit)
 
 
-def _shape_fits(shape: tuple[int, ...], spec: TensorSpec, symbols: dict[str, int]) -> bool:
+def _describe_expected(array: np.ndarray, spec: TensorSpec, sizes: Mapping[str, int]) -> str:
+    names = {atom for dim in spec.shape if isinstance(dim, str) for a, _ in parse_terms(dim)
+             for atom in (dim, *a)}  # fmt: skip
+    bound = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in names)
+    if not bound and 0 in array.shape and 0 not in spec.shape:
+        return f"{spec} without an empty dimension"
+    return f"{spec} where {bound}" if bound else str(spec)
+
+
+def _bind_shape(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int]) -> bool:
+    """Compare a shape with its declaration, and bind what is not bound yet."""
     if len(shape) != len(spec.shape):
         return False
-    bound = dict(symbols)
+    bound = dict(sizes)
     for size, dim in zip(shape, spec.shape, strict=True):
-        if isinstance(dim, str):
-            if bound.setdefault(dim, size) != size:
+        if isinstance(dim, int):
+            if size != dim:
                 return False
-        elif dim is not None and dim != size:
+        elif not 1 <= size <= LARGEST or (dim is not None and not _bind(dim, size, bound)):
             return False
-    symbols.update(bound)
+    if len(bound) > len(sizes) and not _is_consistent(bound):
+        return False
+    sizes.update(bound)
+    return True
+
+
+def _bind(dim: str, size: int, sizes: dict[str, int]) -> bool:
+    if dim in sizes:
+        return sizes[dim] == size
+    unbound = find_unbound(dim, sizes)
+    if not unbound:
+        return evaluate(dim, sizes) == size
+    if len(unbound) == 1:
+        (atom,) = unbound
+        solution = solve_for(atom, dim, size, sizes)
+        if solution is not None:
+            sizes[atom] = solution
+            return solution >= (0 if is_quotient(atom) else 1)
+        if all(atoms.count(atom) <= 1 for atoms, _ in parse_terms(dim)):
+            return False  # no whole number solves it
+    sizes[dim] = size
+    return True
+
+
+def _is_consistent(sizes: Mapping[str, int]) -> bool:
+    """Check expressions that were bound whole against what their atoms were bound to since."""
+    for text, size in sizes.items():
+        if parse_terms(text) == (((text,), 1),) and not is_quotient(text):
+            continue
+        others = {name: known for name, known in sizes.items() if name != text}
+        if evaluate(text, others) not in (None, size):
+            return False
     return True

@@ -1,0 +1,129 @@
+"""Symbolic dimensions as text: ``N``, ``4*N + 1``, ``(H + -1)//(2) + 1``; read and evaluated.
+
+A text is a sum of products of integers and *atoms*.  An atom is a name (``N``), or the rounded
+down quotient of two sums, each in parentheses.  A text that is no such sum is one atom, whatever
+it contains.  The partitioner writes these texts (:mod:`splitonnx.partitioner.dimensions`), into
+manifests and into the graphs' own shapes; the runtime computes with them once sizes are known.
+This module knows no tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
+
+Terms = tuple[tuple[tuple[str, ...], int], ...]
+"""Products as (atoms, factor), to be added up."""
+
+UNKNOWN = "unk__"
+"""Part of the name of every atom that stands for a size of which nothing is known."""
+
+_LONGEST = 2000
+"""Characters; a longer text is one atom."""
+_NAME = re.compile(rf"{UNKNOWN}[^\s*+()]+|[\w.]+")
+_NUMBER = re.compile(r"-?\d{1,19}")
+
+
+@lru_cache(maxsize=1 << 14)
+def parse_terms(text: str) -> Terms:
+    """Read a dimension as the products that add up to it."""
+    terms = _parse_sum(text) if len(text) <= _LONGEST else None
+    return (((text,), 1),) if terms is None else terms
+
+
+def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
+    """Compute a dimension from the sizes of its atoms; ``None`` where one has no size."""
+    total = 0
+    for atoms, factor in parse_terms(text):
+        values = [evaluate_atom(atom, sizes) for atom in atoms]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        total += factor * prod(known)
+    return total
+
+
+def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
+    """Return an atom's size, or compute it where it is a quotient."""
+    if atom in sizes:
+        return sizes[atom]
+    sides = _split_quotient(atom)
+    if sides is None:
+        return None
+    left, right = (evaluate(side, sizes) for side in sides)
+    if left is None or right is None or right < 1:
+        return None
+    return left // right
+
+
+def is_quotient(atom: str) -> bool:
+    """Check whether an atom is computed from others."""
+    return _split_quotient(atom) is not None
+
+
+def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int | None:
+    """Compute the size of the only unknown atom of a dimension from the dimension's own size.
+
+    ``None`` where it does not occur linearly, or where no whole number solves it.
+    """
+    slope, offset = 0, 0
+    for atoms, factor in parse_terms(text):
+        count = atoms.count(atom)
+        if count > 1:
+            return None
+        values = [evaluate_atom(other, sizes) for other in atoms if other != atom]
+        product = factor * prod(value for value in values if value is not None)
+        slope, offset = slope + product * count, offset + product * (1 - count)
+    if not slope or (size - offset) % slope:
+        return None
+    return (size - offset) // slope
+
+
+def find_unbound(text: str, sizes: Mapping[str, int]) -> list[str]:
+    """List the atoms of a dimension that have no size, each once."""
+    atoms = dict.fromkeys(atom for atoms, _ in parse_terms(text) for atom in atoms)
+    return [atom for atom in atoms if evaluate_atom(atom, sizes) is None]
+
+
+def _parse_sum(text: str) -> Terms | None:
+    terms = []
+    for part in _split(text, " + "):
+        factors = [_read_factor(factor.strip(" ")) for factor in _split(part, "*")]
+        if None in factors:
+            return None
+        atoms = sorted(factor for factor in factors if isinstance(factor, str))
+        terms.append((tuple(atoms), prod(f for f in factors if isinstance(f, int))))
+    return tuple(terms)
+
+
+def _read_factor(text: str) -> str | int | None:
+    if _NUMBER.fullmatch(text):
+        return int(text)
+    if _NAME.fullmatch(text) or _split_quotient(text) is not None:
+        return text
+    return None
+
+
+@lru_cache(maxsize=1 << 14)
+def _split_quotient(text: str) -> tuple[str, str] | None:
+    """Split ``(left)//(right)`` where both sides are sums."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return None
+    sides = list(_split(text, "//"))
+    if len(sides) != 2 or not all(s.startswith("(") and s.endswith(")") for s in sides):
+        return None
+    left, right = (side[1:-1] for side in sides)
+    return (left, right) if _parse_sum(left) and _parse_sum(right) else None
+
+
+def _split(text: str, sign: str) -> Iterator[str]:
+    """Split a text at a sign that stands outside of all parentheses."""
+    depth = start = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and place >= start and text.startswith(sign, place):
+            yield text[start:place]
+            start = place + len(sign)
+    yield text[start:]
