@@ -12,7 +12,11 @@ from types import MappingProxyType
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
+from splitonnx.runtime.identities import Role
 from splitonnx.runtime.refusals import Visit
+
+METHODS = ("GET", "HEAD")
+"""What is answered; nothing that a server holds is changed by HTTP."""
 
 
 def make_response(
@@ -34,11 +38,12 @@ def make_response(
     return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
 
 
-def read_visit(request: Request, token: str | None) -> Visit:
+def read_visit(request: Request, token: str | None, roles: frozenset[Role]) -> Visit:
     """Read what those are asked about who answer."""
     return Visit(
         path=request.path,
         token=token,
+        roles=roles,
         is_upgrade="Upgrade" in request.headers,
         encodings=",".join(request.headers.get_all("Accept-Encoding")),
         known_tags=",".join(request.headers.get_all("If-None-Match")),

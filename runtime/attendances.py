@@ -126,7 +126,11 @@ class Attendance:
             owner = await self._log_in(content)
         self._owner = owner or self
         conversation = Conversation(
-            self._premises.registry, owner, norm=self._premises.norm, batch=self._premises.batch
+            self._premises.registry,
+            owner,
+            roles=self._peer.roles,
+            norm=self._premises.norm,
+            batch=self._premises.batch,
         )
         self._conversation = conversation
         while not conversation.is_closed:
@@ -157,7 +161,7 @@ class Attendance:
             await self._peer.send(encode_message(fault))
             raise error
         await self._peer.admit(found)
-        return found
+        return found.owner
 
     async def _next_message(
         self, stopping: asyncio.Task[Literal[True]]

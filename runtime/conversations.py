@@ -9,19 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import (
     BatchTooLarge,
     NotFinite,
+    NotPermitted,
     RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
     StageStopped,
     StaleConnection,
 )
-from splitonnx.messages import Bye, Fault, Hello, Login, Message, Save, Tensors, Welcome
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Saved,
+    Tensors,
+    Unsaved,
+    Welcome,
+)
+from splitonnx.runtime.identities import ALL_ROLES, Role
 from splitonnx.runtime.ledgers import Fingerprint, Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
 from splitonnx.runtime.registries import Registry
@@ -43,6 +57,8 @@ class Incoming:
 class Conversation:
     """The server's half of one connection, of a client that ``owner`` answers for.
 
+    ``roles`` are what that client may do.
+
     ``session`` is there from the greeting on, ``refused`` once an error ended it.  :meth:`read`
     may be called at any time; while another method is at work nothing else may touch the same
     session.
@@ -53,6 +69,7 @@ class Conversation:
         registry: Registry,
         owner: str = "",
         *,
+        roles: frozenset[Role] = ALL_ROLES,
         norm: float | None = None,
         batch: int | None = None,
     ) -> None:
@@ -60,6 +77,7 @@ class Conversation:
         self.refused: SplitonnxError | None = None
         self._registry = registry
         self._owner = owner
+        self._roles = roles
         self._generation = 0
         self._wires = list_wires(registry.manifest)
         self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
@@ -95,6 +113,8 @@ class Conversation:
         """
         message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello):
+            if Role.TRAIN not in self._roles:
+                raise NotPermitted(Role.TRAIN, "open a session")
             self.session = self._registry.find(message, self._owner)
         return Incoming(message=message, tensors=tensors, fingerprint=Fingerprint(content))
 
@@ -145,7 +165,7 @@ class Conversation:
                     message, incoming.tensors, incoming.fingerprint, self._protocol.send
                 )
             case Save():
-                yield self._protocol.send(self._check_session(message.session).save(message))
+                yield self._protocol.send(self._save(message))
             case Bye():
                 self._leave()
             case Login() | Fault():
@@ -167,6 +187,18 @@ class Conversation:
                 wires=self._wires,
             )
         )
+
+    def _save(self, message: Save) -> Saved | Unsaved:
+        """Save the session's state; without the role, its outcome as a checkpoint alone."""
+        session = self._check_session(message.session)
+        if not message.publish or Role.PUBLISH in self._roles:
+            return session.save(message)
+        answer = session.save(msgspec.structs.replace(message, publish=False))
+        if isinstance(answer, Unsaved):
+            return answer
+        error = NotPermitted(Role.PUBLISH, "replace the newest state")
+        reason = f"{error}; step {message.step} is kept as a checkpoint"
+        return Unsaved(session=session.id, step=message.step, reason=reason)
 
     def _leave(self) -> None:
         if self._held is not None:
@@ -200,4 +232,6 @@ def _describe(error: SplitonnxError) -> Fault:
                 needed=error.rows,
                 limit=error.limit,
             )
+        case NotPermitted():
+            return Fault(code=code, reason=error.action, subject=error.role)
     return Fault(code=code, reason=str(error))

@@ -7,24 +7,25 @@ the messages say is not known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 
 from websockets.asyncio.server import Server, ServerConnection
-from websockets.datastructures import MultipleValuesError
 from websockets.exceptions import PayloadTooBig, ProtocolError
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
-from splitonnx.runtime.answers import deny, make_response, read_visit
+from splitonnx.runtime.admissions import Admission
+from splitonnx.runtime.answers import deny, make_response
 from splitonnx.runtime.doors import BACKLOG, Entrance
+from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.paces import Pace
 from splitonnx.runtime.refusals import STATUSES, Authorize, OnRefusal, Refusal, Respond
+from splitonnx.runtime.timers import Timers
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -42,18 +43,20 @@ SHORT_ANSWER = 64 << 10
 """Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
 ANSWER_SECONDS = 300.0
 """Seconds in which a longer one has to be taken, which is kept in memory until then."""
+ANSWER_CHECKS = 10
+"""Times in between at which as large a share of it must have been taken as of the time."""
 ANSWERS_BYTES = 256 << 20
 """Bytes of all longer answers that are kept at a time."""
 
 _TLS_HELLO = b"\x16\x03"
+_BUSY = {
+    Refusal.TOO_MANY_CLIENTS: "too many clients; try again later",
+    Refusal.TOO_MANY_CLIENTS_OF_TOKEN: "too many clients of this token's owner; try again later",
+}
 
 
 class Hall:
-    """Who is in, and who may enter.
-
-    Without ``authorize`` everybody is admitted, under the name that stands in the certificate that
-    TLS asked for, else as owner ``""``.
-    """
+    """Who is in, and who may enter; ``host`` is what the server listens on, if that is a name."""
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Hall:
         on_refusal: OnRefusal,
         has_tls: bool,
         has_pages: bool,
+        host: str = "",
     ) -> None:
         self.limits = limits
         # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
@@ -75,10 +79,9 @@ class Hall:
         )
         self._has_tls = has_tls
         self.on_refusal = on_refusal
-        self._authorize = authorize
-        self._respond = respond
         is_locked = has_tls or authorize is not None
-        self._origins = Origins(origins, has_pages=has_pages, is_locked=is_locked)
+        allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
+        self._admission = Admission(authorize=authorize, respond=respond, origins=allowed)
         self._strangers: dict[Guest, None] = {}  # in the order of their coming
         self._clients: set[Guest] = set()
         self._answers: dict[Guest, int] = {}  # bytes of the longer ones
@@ -93,16 +96,25 @@ class Hall:
                 self.entrance.sweep()
         self._strangers[guest] = None
 
-    def admit(self, guest: Guest, owner: str) -> bool:
-        """Make a stranger a client, if there is room."""
+    def admit(self, guest: Guest, identity: Identity) -> Refusal | None:
+        """Make a stranger a client; return why not where there is no room, for all or its owner."""
         if guest.owner is not None:
-            return True
+            return None
+        refusal = None
         if len(self._clients) >= self.limits.clients:
-            return False
+            refusal = Refusal.TOO_MANY_CLIENTS
+        elif identity.owner and self._count(identity.owner) >= self.limits.clients_per_token:
+            refusal = Refusal.TOO_MANY_CLIENTS_OF_TOKEN
+        if refusal is not None:
+            self.on_refusal(refusal, guest.name)
+            return refusal
         self._strangers.pop(guest, None)
         self._clients.add(guest)
-        guest.become_client(owner)
-        return True
+        guest.become_client(identity)
+        return None
+
+    def _count(self, owner: str) -> int:
+        return sum(client.owner == owner for client in self._clients)
 
     def leave(self, guest: Guest) -> None:
         """Forget somebody."""
@@ -113,35 +125,19 @@ class Hall:
     def answer(self, socket: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
         assert isinstance(socket, Guest)
-        try:
-            origin = request.headers.get("Origin")
-            authorization = request.headers.get("Authorization")
-            host = request.headers.get("Host")
-        except MultipleValuesError:
-            return deny(HTTPStatus.BAD_REQUEST, "a header stands twice")
-        if origin is not None and not self._origins.allow(origin, host):
-            self.on_refusal(Refusal.WRONG_ORIGIN, socket.name)
-            return deny(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
-        token = None
-        owner = None if self._authorize else socket.read_certificate()
-        if authorization is not None and self._authorize is not None:
-            scheme, _, token = authorization.partition(" ")
-            token = token.strip()
-            owner = self._authorize(token) if scheme.lower() == "bearer" else None
-            if owner is None:
-                self.on_refusal(Refusal.WRONG_TOKEN, socket.name)
-                return deny(HTTPStatus.UNAUTHORIZED, "this token is not known here")
-        if self._respond is not None:
-            answer = self._respond(read_visit(request, token))
-            if answer is not None:
-                if not self._keep(socket, len(answer.body)):
-                    self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
-                    return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
-                return make_response(*answer)
-        if owner is not None and not self.admit(socket, owner):
-            self.on_refusal(Refusal.TOO_MANY_CLIENTS, socket.name)
-            return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients; try again later")
-        return None
+        decision = self._admission.decide(request, socket.read_certificate)
+        if decision.refusal is not None:
+            self.on_refusal(decision.refusal, socket.name)
+        if decision.answer is None:
+            refusal = None if decision.identity is None else self.admit(socket, decision.identity)
+            return None if refusal is None else deny(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY[refusal])
+        response = make_response(*decision.answer)
+        if request.method == "HEAD":
+            response.body = b""
+        elif not self._keep(socket, len(response.body)):
+            self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
+            return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
+        return response
 
     def _keep(self, guest: Guest, size: int) -> bool:
         """Give a guest the time to take a long answer, if there is room to keep it so long."""
@@ -149,12 +145,12 @@ class Hall:
             if sum(self._answers.values()) + size > ANSWERS_BYTES:
                 return False
             self._answers[guest] = size
-            guest.wait_for_answer()
+            guest.wait_for_answer(size)
         return True
 
 
 class Guest(ServerConnection):
-    """One connection, held to the limits; ``owner`` is ``None`` while it is a stranger."""
+    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
 
     def __init__(
         self,
@@ -177,13 +173,13 @@ class Guest(ServerConnection):
             max_queue=max_queue,
             write_limit=write_limit,
         )
-        self.owner: str | None = None
+        self.identity: Identity | None = None
         self.refusal: Refusal | None = None
         self.name = "somebody"
         self._hall = hall
         self._limits = hall.limits
         self._pace = Pace(hall.limits.messages_per_second, self.loop.time())
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all
         self._kept = 0  # of messages that nobody has taken yet
@@ -203,7 +199,7 @@ class Guest(ServerConnection):
         self._hall.entrance.seat(transport.get_extra_info("socket").fileno())
         self._hall.enter(self)
         reason = f"no whole request within {self._limits.handshake_seconds:g} s"
-        self._start(
+        self._timers.start(
             "handshake",
             self._limits.handshake_seconds,
             partial(self.refuse, Refusal.HANDSHAKE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
@@ -211,9 +207,7 @@ class Guest(ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End: give the seat back, and tell why where this side ended it."""
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._timers.stop_all()
         self._hall.leave(self)
         super().connection_lost(exc)
 
@@ -235,7 +229,7 @@ class Guest(ServerConnection):
         super().data_received(data)
         if self.protocol.close_expected():
             self._note_fault()
-            self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
         if self.request is None:  # the handshake has its own deadline
             return
         protocol = self.protocol
@@ -249,7 +243,7 @@ class Guest(ServerConnection):
         self._frames = 0
         if wait:
             self._pause("pace")
-            self._start("pace", wait, partial(self._resume, "pace"))
+            self._timers.start("pace", wait, partial(self._resume, "pace"))
 
     def process_event(self, event: Event) -> None:
         """Count frames, and what is kept of them."""
@@ -264,7 +258,7 @@ class Guest(ServerConnection):
                 self._pause("kept")
             if event.fin:
                 self._fragments = 0
-                self._stop("message")
+                self._timers.stop("message")
             elif self._fragments > MAX_FRAGMENTS:
                 reason = f"more than {MAX_FRAGMENTS} fragments"
                 self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
@@ -275,11 +269,16 @@ class Guest(ServerConnection):
         names = dict(pair for group in certificate.get("subject", ()) for pair in group)
         return str(names.get("commonName", ""))
 
-    def become_client(self, owner: str) -> None:
+    @property
+    def owner(self) -> str | None:
+        """Whose connection it is; ``None`` while it is a stranger."""
+        return None if self.identity is None else self.identity.owner
+
+    def become_client(self, identity: Identity) -> None:
         """Lift the limits that hold for strangers."""
-        self.owner = owner
+        self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
-        self._stop("login")
+        self._timers.stop("login")
 
     def take(self, size: int) -> None:
         """Count so many bytes of messages as taken over by somebody else."""
@@ -289,22 +288,34 @@ class Guest(ServerConnection):
 
     def open(self) -> None:
         """Note that the handshake is done; give a stranger the time for its token."""
-        self._stop("handshake")
+        self._timers.stop("handshake")
         self._listen()
         if self.owner is not None:
             return
         reason = f"no token within {self._limits.login_seconds:g} s"
-        self._start(
+        self._timers.start(
             "login",
             self._limits.login_seconds,
             partial(self.refuse, Refusal.NO_TOKEN, CloseCode.POLICY_VIOLATION, reason),
         )
 
-    def wait_for_answer(self) -> None:
-        """Give a stranger the time to take a long answer, after which it is cut off."""
-        self._stop("handshake")
+    def wait_for_answer(self, size: int) -> None:
+        """Give a stranger the time to take a long answer, as long as it takes it steadily."""
+        self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
-        self._start("answer", ANSWER_SECONDS, self.transport.abort)
+        self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
+
+    def _check_pace(self, size: int, left: float) -> None:
+        """Cut off who has not taken its share of an answer by the next check."""
+        pause = ANSWER_SECONDS / ANSWER_CHECKS
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() > size * left / ANSWER_SECONDS:
+                self.cut_off(Refusal.REPLY_TOO_SLOW)
+            else:
+                self._check_pace(size, left - pause)
+
+        self._timers.start("answer", pause, check)
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
         """End the connection from this side, without waiting for the other."""
@@ -322,14 +333,21 @@ class Guest(ServerConnection):
             self.transport.abort()  # what was written has gone out; no farewell is waited for
         else:
             self.transport.close()
-            self._start("hang up", CLOSE_SECONDS, self.transport.abort)
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
+
+    def cut_off(self, refusal: Refusal) -> None:
+        """End the connection at once: its other side does not read."""
+        if self.refusal is None:
+            self.refusal = refusal
+            self._hall.on_refusal(refusal, self.name)
+        self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
         """End the connection with a word, or at once where the other side does not read."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()
-            self._start("dismiss", DISMISS_SECONDS, self.transport.abort)
+            self._timers.start("dismiss", DISMISS_SECONDS, self.transport.abort)
         else:
             self.transport.abort()
 
@@ -345,7 +363,7 @@ class Guest(ServerConnection):
         if silence >= LOST_SECONDS:
             self.transport.abort()
         else:
-            self._start("listen", LOST_SECONDS - silence, self._listen)
+            self._timers.start("listen", LOST_SECONDS - silence, self._listen)
 
     def _note_fault(self) -> None:
         """Tell why the parser gave up, if it did."""
@@ -358,10 +376,10 @@ class Guest(ServerConnection):
     def _watch(self) -> None:
         """Run the message's deadline while one is under way and this side is reading."""
         if not self._underway or self._pauses:
-            self._stop("message")
+            self._timers.stop("message")
         elif "message" not in self._timers:
             reason = f"a message took longer than {self._limits.message_seconds:g} s"
-            self._start(
+            self._timers.start(
                 "message",
                 self._limits.message_seconds,
                 partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.GOING_AWAY, reason),
@@ -370,23 +388,10 @@ class Guest(ServerConnection):
     def _pause(self, reason: str) -> None:
         self._pauses.add(reason)
         self.transport.pause_reading()
-        self._stop("message")
+        self._timers.stop("message")
 
     def _resume(self, reason: str) -> None:
         self._pauses.discard(reason)
         if not self._pauses and not self.transport.is_closing():
             self.transport.resume_reading()
             self._watch()
-
-    def _start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
-        if name not in self._timers:
-            self._timers[name] = self.loop.call_later(seconds, self._fire, name, function)
-
-    def _fire(self, name: str, function: Callable[[], object]) -> None:
-        del self._timers[name]
-        function()
-
-    def _stop(self, name: str) -> None:
-        timer = self._timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()

@@ -34,8 +34,9 @@ class Limits:
     those who hold back nothing get through a crowd of those who wait."""
     sessions: int = 32
     """Sessions at once in memory."""
-    sessions_per_token: int = 32
-    """Sessions at once in memory that belong to one owner."""
+    sessions_per_token: int = 8
+    """Sessions at once in memory that belong to one owner; where nobody has a name, ``sessions``
+    alone holds."""
     memory_bytes: int | None = None
     """Bytes of all sessions' states together; by default half of the machine's memory."""
     message_bytes: int = 256 * MIB
@@ -57,8 +58,9 @@ class Limits:
     """Seconds from there to the token, where it did not stand in the request's header."""
     unattended_seconds: float = 3600.0
     """Seconds that a session without a connection is kept in memory."""
-    clients_per_token: int = 64
-    """Connections at once of one owner; one more is refused as if the server were full."""
+    clients_per_token: int = 32
+    """Connections at once of one owner; one more is refused as if the server were full.  Where
+    nobody has a name, ``clients`` alone holds."""
     batch: int = 4096
     """Rows of one message's tensors, where their first dimension is not fixed."""
     task_bytes: int | None = None

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from splitonnx.errors import (
     ConnectionLost,
     LocalProtocolError,
     NotFinite,
+    NotPermitted,
     ProtocolError,
     RemoteFault,
     RemoteProtocolError,
@@ -45,6 +46,7 @@ from splitonnx.messages import (
     Welcome,
 )
 from splitonnx.runtime.backoffs import Backoff
+from splitonnx.runtime.open_tasks import OpenTask
 from splitonnx.runtime.protocols import Protocol, list_wires
 from splitonnx.runtime.transports import Transport
 
@@ -67,32 +69,6 @@ class Standing:
     start: int
     step: int
     kept: tuple[int, ...]
-
-
-@dataclass(kw_only=True)
-class _OpenTask:
-    """What went out in a task, how many messages came in, and which is due on this connection.
-
-    On a new connection all that went out goes out again, and every answer may come again, in
-    order and once.
-    """
-
-    key: TaskKey
-    sent: list[tuple[Tensors, Mapping[str, np.ndarray]]] = field(default_factory=list)
-    received: int = 0
-    due: int = 0
-
-    def check(self, message: Tensors) -> None:
-        """Raise unless a message is the one that is due.
-
-        Raises:
-            RemoteProtocolError: it belongs to another task, came before, or comes too early.
-        """
-        if message.key != self.key:
-            raise RemoteProtocolError(f"it answered {message.key}, open is {self.key}")
-        if message.turn != self.due:
-            raise RemoteProtocolError(f"it sent message {message.turn} where {self.due} was due")
-        self.due += 1
 
 
 class Link:
@@ -137,8 +113,8 @@ class Link:
         self._delays: Iterator[float] | None = None  # they go on until something comes of it
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
-        self._task: _OpenTask | None = None
-        self._last: _OpenTask | None = None  # the last step, which the server may not have made
+        self._task: OpenTask | None = None
+        self._last: OpenTask | None = None  # the last step, which the server may not have made
         self._past_traffic = (0, 0)
         self.step = self._find_server(None) if patient else self._greet()
 
@@ -152,7 +128,7 @@ class Link:
 
     def begin(self, key: TaskKey) -> None:
         """Open a task; what is sent in it is kept until it ends, to be sent again."""
-        self._task = _OpenTask(key=key)
+        self._task = OpenTask(key=key)
 
     def end(self) -> None:
         """Close the task: the client has all of it, or gives it up."""
@@ -233,7 +209,7 @@ class Link:
                 self._send(Bye())
         self._hang_up()
 
-    def _require_task(self) -> _OpenTask:
+    def _require_task(self) -> OpenTask:
         if self._task is None:
             raise LocalProtocolError("no task is open")
         return self._task
@@ -271,12 +247,12 @@ class Link:
         if self._task is not None:
             self._send_all(self._task)
 
-    def _send_all(self, task: _OpenTask) -> None:
+    def _send_all(self, task: OpenTask) -> None:
         task.due = 0
         for message, wires in task.sent:
             self._send(message, wires)
 
-    def _find_last(self) -> _OpenTask | None:
+    def _find_last(self) -> OpenTask | None:
         """Give the last step, if it was made here and is the one before where the client stands."""
         if self._last is not None and self._last.key.step == self._stand().step - 1:
             return self._last
@@ -400,4 +376,6 @@ def _translate(fault: Fault, generation: int) -> SplitonnxError:
         return NotFinite(fault.subject, f"{fault.reason}, at the server")
     if fault.code == BatchTooLarge.__name__:
         return BatchTooLarge(fault.subject, fault.needed, fault.limit)
+    if fault.code == NotPermitted.__name__:
+        return NotPermitted(fault.subject, fault.reason)
     return RemoteFault(fault.code, fault.reason)

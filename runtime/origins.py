@@ -1,6 +1,7 @@
-"""Which web pages may connect: those of the origins that are listed, and the server's own.
+"""Which web pages may connect and which names a server answers to, against DNS rebinding.
 
-Browsers name the page's origin with every websocket; programs name none, and are not asked.
+Browsers name the page's origin with every websocket; programs name none, and are not asked.  With
+a plain request of its own origin a browser names no origin, but always the host that it asks for.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ class Origins:
     meanwhile: unless ``is_locked``, by what such a page has not, a name is not enough.
     """
 
-    def __init__(self, listed: frozenset[str], *, has_pages: bool, is_locked: bool) -> None:
+    def __init__(
+        self, listed: frozenset[str], *, has_pages: bool, is_locked: bool, host: str = ""
+    ) -> None:
         self._listed = listed
+        self._names = {strip_port(origin.partition("://")[2]) for origin in listed} | {host}
         self._has_pages = has_pages
         self._is_locked = is_locked
 
@@ -35,10 +39,24 @@ class Origins:
             return False
         return self._is_locked or is_fixed(host)
 
+    def answers_to(self, host: str | None) -> bool:
+        """Whether a plain request for ``host`` is answered.
+
+        A page of a name that the DNS turned to this machine could read the answer, so unless the
+        server is locked, the host must be an address, ``localhost``, the one that the server
+        listens on by name, or that of an origin that is listed.  Without one it is no browser.
+        """
+        return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
+
+
+def strip_port(host: str) -> str:
+    """Return a request's ``Host`` without its port, in lower case."""
+    return re.sub(r":\d*$", "", host).lower()
+
 
 def is_fixed(host: str) -> bool:
     """Say whether a request's ``Host`` is an address, which no name server has a say in."""
-    name = re.sub(r":\d+$", "", host)
+    name = strip_port(host)
     if name == "localhost":
         return True
     try:

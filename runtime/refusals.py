@@ -9,18 +9,24 @@ from http import HTTPStatus
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
+from splitonnx.runtime.identities import ALL_ROLES, Identity, Role
+
 
 class Refusal(StrEnum):
     """Why a connection was refused or ended here; few, so that they may label a metric."""
 
     WRONG_TOKEN = "WrongToken"
     WRONG_ORIGIN = "WrongOrigin"
+    WRONG_HOST = "WrongHost"
     TOO_MANY_STRANGERS = "TooManyStrangers"
     TOO_MANY_CLIENTS = "TooManyClients"
+    TOO_MANY_CLIENTS_OF_TOKEN = "TooManyClientsOfToken"
+    TOO_MANY_FILES = "TooManyOpenFiles"
     NO_TOKEN = "NoToken"
     TOO_MANY_ANSWERS = "TooManyAnswers"
     MESSAGE_TOO_BIG = "MessageTooBig"
     MESSAGE_TOO_SLOW = "MessageTooSlow"
+    REPLY_TOO_SLOW = "ReplyTooSlow"
     TOO_MANY_FRAGMENTS = "TooManyFragments"
     BROKEN_FRAME = "BrokenFrame"
     HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
@@ -45,6 +51,8 @@ class Visit:
     path: str
     token: str | None
     """The token shown, which is a valid one."""
+    roles: frozenset[Role] = ALL_ROLES
+    """What whoever asks may do: everything where no tokens are used."""
     is_upgrade: bool = False
     """Whether it asks for a websocket."""
     encodings: str = ""
@@ -62,8 +70,8 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
 
 
-Authorize: TypeAlias = Callable[[str], str | None]
-"""From a token to the name of its owner, if it has one."""
+Authorize: TypeAlias = Callable[[str], Identity | None]
+"""From a token to whom it stands for, if it is known."""
 Respond: TypeAlias = Callable[[Visit], Answer | None]
 """From an HTTP request to an answer; ``None`` goes on to the websocket."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]

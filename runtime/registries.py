@@ -40,7 +40,7 @@ class Registry:
     Args:
         executor: at the state of the party's folder, and never trained itself.
         sessions: the most sessions in memory.
-        sessions_per_owner: the most of one owner.
+        sessions_per_owner: the most of one owner; of ``""``, who may be many, as many as of all.
         memory_bytes: the most that their states may take together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also take up sessions that an earlier server left in the folder.
@@ -52,7 +52,7 @@ class Registry:
         executor: Executor,
         *,
         sessions: int = 32,
-        sessions_per_owner: int = 32,
+        sessions_per_owner: int = 8,
         memory_bytes: int | None = None,
         unattended_seconds: float = 3600.0,
         resume: bool = False,
@@ -139,7 +139,7 @@ class Registry:
 
     def _make_room(self, owner: str) -> None:
         own = [session for session in self.sessions if session.owner == owner]
-        if len(own) >= self._most_per_owner and not self._park_one(own):
+        if owner and len(own) >= self._most_per_owner and not self._park_one(own):
             raise ServerBusy(f"{self._most_per_owner} sessions of one token")
         if len(self._sessions) >= self._most and not self._park_one(self.sessions):
             raise ServerBusy(f"{self._most} sessions")

@@ -31,6 +31,7 @@ from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
+from splitonnx.runtime.identities import Role
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.pages import read_pages
@@ -263,14 +264,12 @@ class Server:
             health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
             return Answer(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
         if visit.path == "/metrics":
-            if self._tokens is not None and visit.token is None:
-                return Answer(HTTPStatus.UNAUTHORIZED, "text/plain", b"metrics need a token\n")
+            if Role.OPERATE not in visit.roles:
+                return _ask_for(Role.OPERATE, visit)
             self._metrics.set_sessions(sessions)
             return Answer(HTTPStatus.OK, *self._metrics.render())
         if self._handout is not None and (part := self._handout.answer(visit.path)) is not None:
-            if self._tokens is not None and visit.token is None:
-                return Answer(HTTPStatus.UNAUTHORIZED, "text/plain", b"the model needs a token\n")
-            return part
+            return part if Role.TRAIN in visit.roles else _ask_for(Role.TRAIN, visit)
         return None if self._pages is None else self._pages.answer(visit)
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
@@ -278,3 +277,9 @@ class Server:
         _logger.warning(
             "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
         )
+
+
+def _ask_for(role: Role, visit: Visit) -> Answer:
+    """Refuse what takes a token with a role: without a token, or with one that lacks it."""
+    status = HTTPStatus.UNAUTHORIZED if visit.token is None else HTTPStatus.FORBIDDEN
+    return Answer(status, "text/plain", f"this takes a token with the role '{role}'\n".encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
@@ -43,7 +43,9 @@ from splitonnx.runtime.accesses import Access, check_url
 from splitonnx.runtime.certificates import describe_failure
 from splitonnx.runtime.client_connections import BoundedConnection
 from splitonnx.runtime.doors import open_doors
+from splitonnx.runtime.fragments import split_message
 from splitonnx.runtime.guards import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
+from splitonnx.runtime.identities import Identity, Role
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import check_origins
 from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
@@ -51,8 +53,6 @@ from splitonnx.runtime.refusals import Authorize, OnRefusal, Refusal, Respond
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-FRAGMENT = 1 << 20
-"""Bytes of one fragment; what is smaller is sent in one piece."""
 OPEN_SECONDS = 10.0
 """Seconds to connect, TLS and HTTP included."""
 REPLY_SECONDS = 600.0
@@ -71,19 +71,6 @@ POLICY = 1008
 """The closing code of a server that wants a token, or another one."""
 TOO_BIG = 1009
 """The closing code for a message over the limit of its receiver."""
-
-
-def _split(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
-    if sum(map(len, chunks)) <= FRAGMENT:
-        return b"".join(chunks)
-    return _fragment(chunks)
-
-
-def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-    for chunk in chunks:
-        view = memoryview(chunk)
-        for start in range(0, len(view), FRAGMENT):
-            yield view[start : start + FRAGMENT]
 
 
 def _translate(peer: str, error: Exception) -> ConnectionLost:
@@ -117,7 +104,7 @@ class WebSocketTransport:
     ) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._url = url
+        self._url = url.partition("?")[0]  # as errors tell it: what follows may be a secret
         self._reply_seconds = reply_seconds
         self._message_seconds = message_seconds
         self._opened = ExitStack()  # websockets wants to be used as a context manager
@@ -140,16 +127,18 @@ class WebSocketTransport:
             )
             self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
         except InvalidURI as error:
-            raise UsageError(f"'{url}' is no websocket address such as ws://host:8765") from error
+            raise UsageError(
+                f"'{self._url}' is no websocket address such as ws://host:8765"
+            ) from error
         except InvalidStatus as error:
-            raise _translate_status(url, error) from error
+            raise _translate_status(self._url, error) from error
         except (OSError, WebSocketException) as error:
-            raise _translate_opening(url, error) from error
+            raise _translate_opening(self._url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message."""
         try:
-            self._socket.send(_split(chunks))
+            self._socket.send(split_message(chunks))
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
         self.bytes_sent += sum(map(len, chunks))
@@ -257,22 +246,40 @@ class Peer:
         """Whether nothing can be sent any more."""
         return self._guest.protocol.state is not OPEN
 
-    async def admit(self, owner: str) -> None:
+    @property
+    def roles(self) -> frozenset[Role]:
+        """What whoever connected may do; nothing for a stranger."""
+        identity = self._guest.identity
+        return frozenset() if identity is None else identity.roles
+
+    async def admit(self, identity: Identity) -> None:
         """Lift the limits that hold before a token was shown.
 
         They may still hold for what a client sends before it has had an answer.
 
         Raises:
-            ServerBusy: there are as many clients as the limits allow; close with ``BUSY``.
+            ServerBusy: there are as many clients as the limits allow, in all or of this owner;
+                close with ``BUSY``.
         """
-        if not self._hall.admit(self._guest, owner):
-            self._hall.on_refusal(Refusal.TOO_MANY_CLIENTS, self.name)
-            raise ServerBusy(f"{self._hall.limits.clients} clients")
+        limits = self._hall.limits
+        match self._hall.admit(self._guest, identity):
+            case None:
+                return
+            case Refusal.TOO_MANY_CLIENTS_OF_TOKEN:
+                raise ServerBusy(f"{limits.clients_per_token} clients of one token's owner")
+            case _:
+                raise ServerBusy(f"{limits.clients} clients")
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send chunks as one message."""
+        """Send chunks as one message; whoever does not take it in time is cut off."""
+        seconds = self._hall.limits.idle_seconds
         try:
-            await self._guest.send(_split(chunks))
+            async with asyncio.timeout(seconds):
+                await self._guest.send(split_message(chunks))
+        except TimeoutError as error:
+            self._guest.cut_off(Refusal.REPLY_TOO_SLOW)
+            reason = f"it did not take a reply within {seconds:g} s"
+            raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
 
@@ -339,8 +346,8 @@ async def serve(
     """Serve clients while the context lasts, and give the port; 0 takes any free one.
 
     ``handle`` is called for each client that is through its handshake, and the connection ends
-    when it returns.  A token in the request's header is shown to ``authorize``, which gives its
-    owner or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
+    when it returns.  A token in the request's header is shown to ``authorize``, which tells whom it
+    stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
     stranger, whom ``handle`` may admit.  Without ``authorize`` everybody is admitted, as the common
     name in the certificate that ``tls`` asked for, else as ``""``.
 
@@ -361,6 +368,7 @@ async def serve(
         on_refusal=on_refusal,
         has_tls=tls is not None,
         has_pages=has_pages,
+        host=host.lower(),
     )
 
     async def welcome(socket: ServerConnection) -> None:

@@ -4,9 +4,10 @@ A token is made here, 256 random bits, and shown once.  The server's file keeps 
 so that whoever reads the file cannot come in; a slow hash, which passwords need, gains nothing
 against bits that nobody can guess.  A line is an owner's name and a hash::
 
-    clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+    clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 
-An owner may have several tokens, so that one can be replaced without a pause.
+What follows the hash are the token's roles; without any it has all of them.  An owner may have
+several tokens, so that one can be replaced without a pause, and each has roles of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular, read_regular
+from splitonnx.runtime.identities import ALL_ROLES, Identity, Role
 
 TOKEN_BYTES = 32
 """Random bytes of a token."""
@@ -39,9 +41,9 @@ _logger = logging.getLogger("splitonnx.tokens")
 
 
 class Tokens:
-    """The tokens that a server knows, each with its owner's name."""
+    """The tokens that a server knows, by their hashes, each with whom it stands for."""
 
-    def __init__(self, entries: Iterable[tuple[str, bytes]]) -> None:
+    def __init__(self, entries: Iterable[tuple[Identity, bytes]]) -> None:
         self._entries = tuple(entries)
 
     def __len__(self) -> int:
@@ -57,34 +59,27 @@ class Tokens:
         path = Path(path)
         entries = []
         for number, line in enumerate(_read_lines(path), 1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
-            match = _HASH.fullmatch(words[-1])
-            if len(words) != 2 or match is None or _NAME.fullmatch(words[0]) is None:
-                # the line itself is not shown: it may be a token in the clear
-                raise UnusableFile(
-                    f"{path}, line {number}",
-                    "not a name and a hash; `splitonnx token NAME` writes such lines",
-                )
-            entries.append((words[0], bytes.fromhex(match[1])))
+            if line.strip() and not line.lstrip().startswith("#"):
+                entries.append(_read_entry(line.split(), f"{path}, line {number}"))
         if not entries:
             raise UnusableFile(str(path), "it holds no token; add one with `splitonnx token NAME`")
         warn_if_open(path)
         return cls(entries)
 
-    def find(self, token: str) -> str | None:
-        """Give the owner's name, or ``None``; every entry is looked at, however early one fits."""
+    def find(self, token: str) -> Identity | None:
+        """Return whom a token stands for; every entry is looked at, however early one fits."""
         shown = _hash(token)
         found = None
-        for name, known in self._entries:
+        for identity, known in self._entries:
             if hmac.compare_digest(shown, known):
-                found = name
+                found = identity
         return found
 
 
-def add_token(path: str | Path, name: str) -> str:
+def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     """Make a token, append its hash to the server's file, and return it: it is nowhere else.
+
+    Without ``roles`` it has all of them.
 
     Raises:
         UsageError: ``name`` is no name.
@@ -95,7 +90,8 @@ def add_token(path: str | Path, name: str) -> str:
             f"'{name}' is no name for a token's owner; take up to 64 letters, digits, '.', '_', '-'"
         )
     token = secrets.token_urlsafe(TOKEN_BYTES)
-    line = f"{name} sha256:{_hash(token).hex()}\n"
+    words = [name, f"sha256:{_hash(token).hex()}", ",".join(dict.fromkeys(roles))]
+    line = " ".join(words).rstrip() + "\n"
     try:
         if os.path.exists(path):
             os.close(open_regular(path, MAX_FILE))
@@ -135,6 +131,25 @@ def warn_if_open(path: Path) -> None:
     """Warn where a file of secrets may be read or changed by other users of the machine."""
     if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         _logger.warning("others may read %s; run: chmod 600 %s", path, path)
+
+
+def _read_entry(words: list[str], place: str) -> tuple[Identity, bytes]:
+    """Read a line of a server's file; what is wrong with it is told without showing it.
+
+    Raises:
+        UnusableFile: it is not a name and a hash, or names a role that there is none of.
+    """
+    match = _HASH.fullmatch(words[1]) if len(words) in (2, 3) else None
+    if match is None or _NAME.fullmatch(words[0]) is None:
+        # the line itself is not shown: it may be a token in the clear
+        reason = "not a name, a hash and perhaps roles; `splitonnx token NAME` writes such lines"
+        raise UnusableFile(place, reason)
+    try:
+        roles = frozenset(map(Role, words[2].split(","))) if len(words) == 3 else ALL_ROLES
+    except ValueError as error:
+        reason = f"a role that is none; a token's roles are some of {','.join(Role)}"
+        raise UnusableFile(place, reason) from error
+    return Identity(owner=words[0], roles=roles), bytes.fromhex(match[1])
 
 
 def _hash(token: str) -> bytes:

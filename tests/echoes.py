@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
+from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.refusals import Answer, Authorize, Refusal, Visit
 from splitonnx.runtime.sockets import BUSY, POLICY, Peer, serve
@@ -105,16 +106,16 @@ class Echo:
 
     async def _log_in(self, peer: Peer) -> bool:
         assert self._authorize is not None
-        owner = self._authorize((await peer.receive()).decode())
-        if owner is None:
+        identity = self._authorize((await peer.receive()).decode())
+        if identity is None:
             await peer.close(POLICY, "unknown token")
             return False
         try:
-            await peer.admit(owner)
+            await peer.admit(identity)
         except ServerBusy:
             await peer.close(BUSY, "full")
             return False
-        await peer.send([b"welcome, ", owner.encode()])
+        await peer.send([b"welcome, ", identity.owner.encode()])
         return True
 
 
@@ -124,9 +125,9 @@ def _respond(visit: Visit) -> Answer | None:
     return None
 
 
-def know_sesame(token: str) -> str | None:
+def know_sesame(token: str) -> Identity | None:
     """Know one token, and whose it is."""
-    return "ali" if token == "open sesame" else None
+    return Identity(owner="ali") if token == "open sesame" else None
 
 
 @contextmanager

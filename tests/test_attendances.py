@@ -18,6 +18,7 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.identities import ALL_ROLES
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
 from splitonnx.runtime.registries import Registry
@@ -51,6 +52,7 @@ class Guest:
 
     name = "127.0.0.1"
     owner = ""
+    roles = ALL_ROLES
 
     def __init__(self, bundle: Bundle, *, hears: int) -> None:
         manifest = bundle.client.manifest

@@ -17,6 +17,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.runtime.handouts import Handout
+from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.servers import Server
 from splitonnx.runtime.tokens import Tokens
 from tests import tiny
@@ -82,7 +83,7 @@ def test_without_a_client_there_is_nothing(bundle: Bundle) -> None:
 
 def test_where_tokens_are_needed_the_part_needs_one(bundle: Bundle) -> None:
     assert bundle.server is not None
-    tokens = Tokens([("ana", hashlib.sha256(TOKEN.encode()).digest())])
+    tokens = Tokens([(Identity(owner="ana"), hashlib.sha256(TOKEN.encode()).digest())])
     with Server(bundle.server, port=0, client=bundle.client, tokens=tokens) as server:
         assert status(server, "/client/manifest.json") == 401
         assert status(server, "/client/nothing") == 401

@@ -24,10 +24,11 @@ from splitonnx.errors import (
 from splitonnx.runtime import client_connections, guards
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.doors import Entrance, open_doors
+from splitonnx.runtime.fragments import FRAGMENT
 from splitonnx.runtime.guards import MAX_FRAGMENTS
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.refusals import Refusal
-from splitonnx.runtime.sockets import BUSY, FRAGMENT, RESTART, WebSocketTransport, connect
+from splitonnx.runtime.sockets import BUSY, RESTART, WebSocketTransport, connect
 from tests.echoes import (
     BINARY,
     CONT,

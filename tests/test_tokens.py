@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from splitonnx.errors import UnusableFile, UsageError
+from splitonnx.runtime.identities import Role
 from splitonnx.runtime.tokens import ENVIRONMENT, Tokens, add_token, read_token
 
 
@@ -18,11 +19,17 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
+def find(tokens: Tokens, token: str) -> str | None:
+    """Find the owner's name."""
+    identity = tokens.find(token)
+    return None if identity is None else identity.owner
+
+
 def test_a_token_is_found_under_its_owner_s_name(file: Path) -> None:
     first, second, other = (add_token(file, name) for name in ("ana", "ana", "ben"))
     known = Tokens.read(file)
     assert len(known) == 3
-    assert [known.find(token) for token in (first, second, other)] == ["ana", "ana", "ben"]
+    assert [find(known, token) for token in (first, second, other)] == ["ana", "ana", "ben"]
     assert len({first, second, other}) == 3
 
 
@@ -31,7 +38,7 @@ def test_what_is_no_token_is_found_nowhere(file: Path, wrong: str) -> None:
     token = add_token(file, "ana")
     known = Tokens.read(file)
     assert known.find(wrong) is None
-    assert known.find(token + wrong) == ("ana" if wrong == "" else None)
+    assert find(known, token + wrong) == ("ana" if wrong == "" else None)
     assert known.find(file.read_text().split(":")[1].strip()) is None  # the hash itself
 
 
@@ -54,21 +61,21 @@ def test_every_entry_is_compared_even_after_one_has_fitted(
 
     known = Tokens.read(file)
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    assert known.find(mine) == "a"
+    assert find(known, mine) == "a"
     assert len(compared) == 5
 
 
 def test_comments_and_empty_lines_are_passed_over(file: Path) -> None:
     token = add_token(file, "ana")
     file.write_text(f"# the clinic\n\n{file.read_text()}   # end\n")
-    assert Tokens.read(file).find(token) == "ana"
+    assert find(Tokens.read(file), token) == "ana"
 
 
 def test_a_line_is_added_whole_behind_one_without_an_end(file: Path) -> None:
     first = add_token(file, "ana")
     file.write_text(file.read_text().rstrip())
     second = add_token(file, "ben")
-    assert [Tokens.read(file).find(token) for token in (first, second)] == ["ana", "ben"]
+    assert [find(Tokens.read(file), token) for token in (first, second)] == ["ana", "ben"]
 
 
 @pytest.mark.parametrize(
@@ -131,3 +138,20 @@ def test_a_client_s_file_that_holds_no_token_is_refused(file: Path, content: str
     with pytest.raises(UnusableFile, match="no token") as caught:
         read_token(file)
     assert not content or content not in str(caught.value)
+
+
+def test_a_token_has_the_roles_of_its_line_and_without_any_all(file: Path) -> None:
+    trainer = add_token(file, "ana", [Role.TRAIN])
+    both = add_token(file, "ana", [Role.TRAIN, Role.PUBLISH, Role.TRAIN])
+    whole = add_token(file, "ana")
+    known = Tokens.read(file)
+    roles = [identity.roles for t in (trainer, both, whole) if (identity := known.find(t))]
+    assert roles == [{Role.TRAIN}, {Role.TRAIN, Role.PUBLISH}, set(Role)]
+    assert file.read_text().splitlines()[1].endswith(" train,publish")
+
+
+@pytest.mark.parametrize("roles", ["fly", "train,", "train,,publish", "Train", "train publish"])
+def test_a_role_that_is_none_is_refused_with_its_line(file: Path, roles: str) -> None:
+    file.write_text(f"ana sha256:{'0' * 64} {roles}\n")
+    with pytest.raises(UnusableFile, match="line 1"):
+        Tokens.read(file)

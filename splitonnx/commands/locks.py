@@ -277,12 +277,26 @@ def token(
             "--token-file", metavar="FILE", help="The server's file, to which it is added."
         ),
     ],
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE",
+            help="What it may do: train (and predict), publish the newest state, operate (read "
+            "metrics); repeatable. Everything by default.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make a token, print it once, and add its hash to the server's file.
 
     An owner may have several; to take one back, delete its line and start the server again.
     """
+    from splitonnx.runtime.identities import Role
     from splitonnx.runtime.tokens import add_token
 
-    print(add_token(token_file, name))
+    try:
+        roles = [Role(text) for text in role or ()]
+    except ValueError as error:
+        raise UsageError(f"a token's roles are {', '.join(Role)}") from error
+    print(add_token(token_file, name, roles))
     print(f"{token_file}: added {name}; the token is shown this once", file=sys.stderr)

@@ -168,6 +168,20 @@ class Unauthorized(ProtocolError):
 
 
 @dataclass(eq=False)
+class NotPermitted(ProtocolError):
+    """The token that was shown lacks the role that something takes: another token helps."""
+
+    role: str
+    action: str
+
+    def __str__(self) -> str:
+        return (
+            f"this token may not {flatten(self.action)}: it lacks the role '{flatten(self.role)}'; "
+            "ask whoever runs the server for a token that has it"
+        )
+
+
+@dataclass(eq=False)
 class UntrustedPeer(ProtocolError):
     """TLS could not make sure who the other side is: trying again does not help."""
 

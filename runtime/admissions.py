@@ -1,0 +1,100 @@
+"""What a request in HTTP is answered, and as whom its sender comes in.
+
+Methods, hosts, origins and tokens are looked at here.  It counts nobody and holds no connection;
+how many may come is for :mod:`guards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from websockets.datastructures import MultipleValuesError
+from websockets.http11 import Request
+
+from splitonnx.runtime.answers import METHODS, read_visit
+from splitonnx.runtime.identities import Identity, Role
+from splitonnx.runtime.origins import Origins
+from splitonnx.runtime.refusals import Answer, Authorize, Refusal, Respond
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of a request: ``answer`` if there is one, else a websocket.
+
+    ``identity`` is ``None`` for a stranger, who may still log in, and ``refusal`` says why the
+    answer is none that was asked for.
+    """
+
+    identity: Identity | None = None
+    answer: Answer | None = None
+    refusal: Refusal | None = None
+
+
+class Admission:
+    """Decides on requests.
+
+    Without ``authorize`` everybody comes in, under the name that stands in the certificate that
+    TLS asked for, else as owner ``""``.
+    """
+
+    def __init__(
+        self, *, authorize: Authorize | None, respond: Respond | None, origins: Origins
+    ) -> None:
+        self._authorize = authorize
+        self._respond = respond
+        self._origins = origins
+
+    def decide(self, request: Request, read_certificate: Callable[[], str]) -> Decision:
+        """Decide what becomes of a request."""
+        if request.method not in METHODS:
+            allowed = {"Allow": ", ".join(METHODS)}
+            return _deny(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", allowed)
+        try:
+            origin = request.headers.get("Origin")
+            authorization = request.headers.get("Authorization")
+            host = request.headers.get("Host")
+        except MultipleValuesError:
+            return _deny(HTTPStatus.BAD_REQUEST, "a header stands twice")
+        if origin is not None and not self._origins.allow(origin, host):
+            reason = "pages of this origin may not connect"
+            return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_ORIGIN)
+        # programs may ask for a websocket by any name; browsers name the origin of every one
+        if "Upgrade" not in request.headers and not self._origins.answers_to(host):
+            reason = "ask by address, or serve with --origin for the name"
+            return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_HOST)
+        return self._identify(request, authorization, read_certificate)
+
+    def _identify(
+        self, request: Request, authorization: str | None, read_certificate: Callable[[], str]
+    ) -> Decision:
+        token = None
+        identity = None if self._authorize else Identity(owner=read_certificate())
+        if authorization is not None and self._authorize is not None:
+            scheme, _, token = authorization.partition(" ")
+            token = token.strip()
+            identity = self._authorize(token) if scheme.lower() == "bearer" else None
+            if identity is None:
+                reason = "this token is not known here"
+                return _deny(HTTPStatus.UNAUTHORIZED, reason, refusal=Refusal.WRONG_TOKEN)
+        answer = None
+        if self._respond is not None:
+            roles: frozenset[Role] = frozenset() if identity is None else identity.roles
+            answer = self._respond(read_visit(request, token, roles))
+        if answer is None and request.method != "GET":
+            upgrade = {"Upgrade": "websocket"}
+            return _deny(HTTPStatus.UPGRADE_REQUIRED, "only websockets are here", upgrade)
+        return Decision(identity=identity, answer=answer)
+
+
+def _deny(
+    status: HTTPStatus,
+    sentence: str,
+    headers: dict[str, str] | None = None,
+    *,
+    refusal: Refusal | None = None,
+) -> Decision:
+    body = f"{sentence}\n".encode()
+    answer = Answer(status, "text/plain; charset=utf-8", body, headers or {})
+    return Decision(answer=answer, refusal=refusal)

@@ -1,0 +1,36 @@
+"""The deadlines of one connection, each under a name, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Timers:
+    """Runs functions later; of one name there is one timer at a time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._timers
+
+    def start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
+        """Run a function in so many seconds, unless a timer of the name runs already."""
+        if name not in self._timers:
+            self._timers[name] = self._loop.call_later(seconds, self._fire, name, function)
+
+    def stop(self, name: str) -> None:
+        """Stop the timer of the name, if there is one."""
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
+
+    def stop_all(self) -> None:
+        """Stop every timer."""
+        for name in tuple(self._timers):
+            self.stop(name)
+
+    def _fire(self, name: str, function: Callable[[], object]) -> None:
+        del self._timers[name]
+        function()
