@@ -10,14 +10,17 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js test-mobile test-browser web lint bench device-cost taps chaos fuzz fuzz-bytes sweep clean
+.PHONY: demo test test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# pytest's closing line is to be the last.
+# What measures time or memory has the machine to itself; the rest runs in two processes.  pytest's
+# closing line is to be the last, that of the larger part.
+HERE := not sweep and not browser
 test: lint test-js test-mobile test-browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "alone and $(HERE)"
+	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 2 --dist worksteal
 
 # The client in JavaScript, against servers of this environment.
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
@@ -152,6 +155,14 @@ $(VENV)/.test: $(VENV)/.pip pyproject.toml
 # Real processes, cut connections and kill -9; a finding is run again with the SEED that it shows.
 chaos: $(VENV)/.test
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED))
+
+# The attacks of a review of 0.1.0 against real processes of this checkout, or of that in CHECKOUT:
+# what was seen, what is right, and whether it held.  ONLY selects by number or name; for Linux.
+CHECKOUT ?= .
+
+attack: $(VENV)/.test
+	$(BIN)/python -m tests.attacks --checkout $(CHECKOUT) --messages $(or $(MESSAGES),20000) \
+		$(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzzing $(or $(SECONDS),600)

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "splitonnx", "partitioner", "runtime")
@@ -31,10 +33,30 @@ def make_environment(folder: Path, *requirements: str) -> Path:
     return python
 
 
+def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> Path:
+    """Return what ``build`` makes in a fresh folder; pytest's processes make it once together.
+
+    The one that asks first makes it, while the others wait.
+    """
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made, note = shared / name, shared / f"{name}.made"
+    with FileLock(shared / f"{name}.lock"):
+        if not note.exists():
+            shutil.rmtree(made, ignore_errors=True)  # of one that failed
+            made.mkdir()
+            note.write_text(str(build(made)))
+        return Path(note.read_text())
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist, which is built from a clean copy of the sources."""
-    folder = tmp_path_factory.mktemp("build")
+    return build_once(tmp_path_factory, "shared-wheel", build_wheel)
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel in a folder."""
     for name in SOURCES:
         if (ROOT / name).is_dir():
             unwanted = shutil.ignore_patterns("__pycache__", "node_modules")
@@ -58,4 +80,8 @@ def portable_python(
     if given:
         return Path(given)
     wheel: Path = request.getfixturevalue("wheel")
-    return make_environment(tmp_path_factory.mktemp("portable") / "venv", f"{wheel}[portable]")
+    return build_once(
+        tmp_path_factory,
+        "shared-portable",
+        lambda folder: make_environment(folder / "venv", f"{wheel}[portable]"),
+    )

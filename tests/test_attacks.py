@@ -49,7 +49,10 @@ from tests.echoes import (
     upgrade,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc"),
+]
 
 CROWD = 1000
 """Connections without a token."""

@@ -25,6 +25,8 @@ from rich.console import Console
 from splitonnx import cut
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.alone
+
 TURN = {"own": 0.032, "awake": 0.048, "peak": 160e6, "wire": 1.6e6}
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark is for Linux")

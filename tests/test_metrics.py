@@ -90,6 +90,7 @@ def test_threads_lose_no_count() -> None:
     assert read(metrics)["splitonnx_steps_total", "train"] == 8000
 
 
+@pytest.mark.alone
 def test_a_step_s_metrics_cost_less_than_50_us() -> None:
     metrics = Metrics()
     best = float("inf")

@@ -46,6 +46,8 @@ from tests.echoes import (
     upgrade,
 )
 
+pytestmark = pytest.mark.alone
+
 SESAME = Access(token="open sesame")
 HASTY = Limits(handshake_seconds=0.2, login_seconds=0.2, message_seconds=0.2, idle_seconds=0.3)
 
