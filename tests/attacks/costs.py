@@ -1,0 +1,167 @@
+"""F4: messages that are as they should be, and cost the server, or others, too much."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+
+from tests.attacks.models import Cut, build_wide, cut_model, save
+from tests.attacks.processes import MIB, Server, make_token
+from tests.attacks.verdicts import Attack, Ground, Outcome
+from tests.attacks.wires import Gone, Line, describe
+
+FORWARD_MIB = 16
+ROW_BYTES = 24 * 8 * 8 * 4
+"""Of the quickstart's first wire."""
+TASK_MIB = 512
+"""The bound that the server is given on its tasks' memory, where it knows one."""
+SLACK_MIB = 256
+"""Beyond it: the message itself, its copies, and what the process grows by anyway."""
+GREEDY_MIB = 6
+STEPS, ROWS = 40, 8
+SLOWER = 4.0
+"""Times an honest client's median step may take while others are greedy."""
+DENORMAL = 1e-42
+DENORMAL_ROWS = 64
+
+
+def _cut_wide(ground: Ground) -> Cut:
+    folder = ground.room()
+    return cut_model(
+        ground.checkout, save(build_wide(), folder), folder, "--at", "r1", "--tail-at", "r3"
+    )
+
+
+def large_forward(ground: Ground) -> Outcome:
+    """Send 16 MiB of narrow rows, which become wide, in one forward message."""
+    cut = _cut_wide(ground)
+    option = ("--max-task-bytes", TASK_MIB * MIB)
+    told = "none"
+    with Server(ground.checkout, cut.server, option) as server:
+        before = server.memory_mib()
+        with Line(server.url, cut.client) as eve:
+            eve.hello()
+            (forward,) = eve.names("train", "client", "activation")
+            waves = np.ones((FORWARD_MIB * MIB // 64, 16), np.float32)
+            try:
+                told = describe(eve.ask(eve.task(), {forward: waves})[0])
+            except (Gone, TimeoutError) as gone:
+                told = type(gone).__name__
+        grown = server.memory_mib("VmHWM") - before
+        death = server.death(0.5)
+    return Outcome(
+        seen=f"{grown:+,.0f} MiB; server: {death or 'lives'}; answer: {told}",
+        held=death is None and grown < TASK_MIB + SLACK_MIB and told != "Gone",
+    )
+
+
+class Greedy(threading.Thread):
+    """A client that asks for as large predictions as the server takes, one after the other."""
+
+    def __init__(self, url: str, cut: Cut, token: str) -> None:
+        super().__init__(daemon=True)
+        self.answers: list[str] = []
+        self.begun, self.over = threading.Event(), threading.Event()
+        self._place = (url, cut.client, token)
+        self._rows = GREEDY_MIB * MIB // ROW_BYTES
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            with suppress(Gone, TimeoutError, OSError), Line(*self._place) as line:
+                line.hello()
+                (forward,) = line.names("predict", "client", "activation")
+                waves = np.ones((self._rows, 24, 8, 8), np.float32)
+                step = 0
+                while not self.over.is_set():
+                    self.begun.set()
+                    task = line.task(phase="predict", micro_batch=step)
+                    self.answers.append(describe(line.ask(task, {forward: waves})[0]))
+                    step += 1
+
+
+def _time_steps(line: Line, begin: int, value: float, rows: int) -> list[float]:
+    """Train by hand, and give each step's seconds."""
+    shapes = {
+        wire["tensor"]["name"]: (rows, *wire["tensor"]["shape"][1:]) for wire in line.wires["train"]
+    }
+    seconds = []
+    for step in range(begin, begin + STEPS):
+        begun = time.perf_counter()
+        for turn, kind in enumerate(("activation", "gradient")):
+            (name,) = line.names("train", "client", kind)
+            array = np.full(shapes[name], value, np.float32)
+            answer, _ = line.ask(line.task(step=step, turn=turn), {name: array})
+            if answer["type"] != "Tensors":
+                raise Gone(describe(answer))
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def greedy_predictions(ground: Ground) -> Outcome:
+    """Let two owners ask for predictions of 6 MiB while a third trains."""
+    cut = ground.digits.copy(ground.room())
+    tokens = cut.bundle.parent / "tokens"
+    ana, eve, max_ = (make_token(ground.checkout, name, tokens) for name in ("ana", "eve", "max"))
+    with (
+        Server(ground.checkout, cut.server, ("--token-file", tokens)) as server,
+        Line(server.url, cut.client, ana) as honest,
+    ):
+        honest.hello()
+        _time_steps(honest, 0, 1.0, ROWS)
+        alone = _time_steps(honest, STEPS, 1.0, ROWS)
+        greedy = [Greedy(server.url, cut, token) for token in (eve, max_)]
+        for one in greedy:
+            one.start()
+        for one in greedy:
+            one.begun.wait(10)
+        crowded = _time_steps(honest, 2 * STEPS, 1.0, ROWS)
+        for one in greedy:
+            one.over.set()
+        for one in greedy:
+            one.join(60)
+    ratio = statistics.median(crowded) / statistics.median(alone)
+    told = sorted({answer for one in greedy for answer in one.answers})
+    return Outcome(
+        seen=f"median step {statistics.median(alone) * 1e3:.0f} ms alone, "
+        f"{statistics.median(crowded) * 1e3:.0f} ms beside them ({ratio:.1f} times), the slowest "
+        f"{max(crowded):.2f} s; answers to the greedy: {', '.join(told) or 'none'}",
+        held=ratio < SLOWER,
+    )
+
+
+def denormals(ground: Ground) -> Outcome:
+    """Train on numbers that are nearly zero."""
+    cut = _cut_wide(ground)
+    medians = []
+    with Server(ground.checkout, cut.server, ("--threads", 1)) as server:
+        for value in (1.0, DENORMAL):
+            with Line(server.url, cut.client) as line:
+                line.hello()
+                seconds = _time_steps(line, 0, value, DENORMAL_ROWS)
+                medians.append(statistics.median(seconds[5:]))
+    ratio = medians[1] / medians[0]
+    return Outcome(
+        seen=f"median step {medians[0] * 1e3:.1f} ms, of denormals {medians[1] * 1e3:.1f} ms "
+        f"({ratio:.1f} times)",
+        held=ratio < 2.0,
+    )
+
+
+ATTACKS = (
+    Attack(
+        fault="F4", name="a forward message of 16 MiB", run=large_forward,
+        right=f"refused, or within its bound of {TASK_MIB} MiB (and {SLACK_MIB})",
+    ),
+    Attack(
+        fault="F4", name="two owners with predictions of 6 MiB", run=greedy_predictions,
+        right=f"the others' median step at most {SLOWER:.0f} times",
+    ),
+    Attack(
+        fault="F4", name="denormals", run=denormals,
+        right="a step at most twice as long",
+    ),
+)  # fmt: skip
