@@ -38,7 +38,7 @@ from splitonnx.runtime.halves import Half, WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Dial, Link
-from splitonnx.runtime.plans import FitPlan, LearningRate
+from splitonnx.runtime.plans import FitPlan, LearningRate, require_positive
 from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
@@ -70,6 +70,7 @@ class Client:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
+        FolderInUse: with ``resume``, another client trains in the folder.
         UsageError: a server is missing, or given where there is nothing for it to do; the seed is
             negative.
         ConnectionLost: the server cannot be reached.
@@ -184,12 +185,13 @@ class Client:
             DataError: the data do not fit, or hold NaN; a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
             UnfinishedRun: a run was broken off in the folder; resume it, or ``restart``.
+            FolderInUse: another client trains in the folder.
             UsageError: a run would be resumed with other data, batches or seed.
             NotSaved: a checkpoint cannot be written.
             StepsLost: the server lost steps that were made before this fit began.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
-        _require_positive(epochs=epochs, batch_size=batch_size)
+        require_positive(epochs=epochs, batch_size=batch_size)
         training = open_dataset(data)
         training.check(self._phase(TRAIN).data)
         held_out = None if eval_data is None else open_dataset(eval_data)
@@ -206,8 +208,10 @@ class Client:
             on_step=on_step,
             on_epoch=on_epoch,
         )
+        if save:
+            self._journal.hold()  # now rather than after the work
         if checkpoint_every is not None:
-            _require_positive(checkpoint_every=checkpoint_every)
+            require_positive(checkpoint_every=checkpoint_every)
             self._journal.begin_run(restart=restart)
         self._executor.prepare(TRAIN)
         start = Position(
@@ -237,7 +241,7 @@ class Client:
             UsageError: the bundle has nothing to evaluate with.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        _require_positive(batch_size=batch_size)
+        require_positive(batch_size=batch_size)
         dataset = open_dataset(data)
         dataset.check(self._evaluation_data())
         return self._evaluate(dataset, batch_size)
@@ -248,7 +252,7 @@ class Client:
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        _require_positive(batch_size=batch_size)
+        require_positive(batch_size=batch_size)
         dataset = open_dataset(data)
         dataset.check(self._phase(PREDICT).data)
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -267,6 +271,7 @@ class Client:
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
             NotSaved: the server could not save.
+            FolderInUse: another client trains in the folder.
             StepsLost: the server was lost, and steps with it, and both sides went back;
                 :meth:`fit` with ``save`` makes them again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
@@ -305,6 +310,9 @@ class Client:
                     raise
                 place = start if kept is None else kept
                 history.forget(lost.step, place.epoch)
+            except BaseException:  # whoever resumes the run need not wait for close
+                self._journal.release()
+                raise
 
     def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
         """Train from a place to the end of its epoch and evaluate; return the next place."""
@@ -389,9 +397,3 @@ def _split_address(
     if access is not None:
         raise UsageError("access is for a server's URL")
     return (server, None) if callable(server) else (None, server)
-
-
-def _require_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{name} must be at least 1, not {count}")

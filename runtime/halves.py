@@ -109,6 +109,8 @@ class Half:
         """
         if self._link is not None:
             self._require_open()
+        self.journal.hold()  # before the server publishes its half
+        if self._link is not None:
             self._is_half_published = True
             self._save_remotely(publish=True)
         self.journal.publish(self.executor, self.place)
@@ -120,10 +122,13 @@ class Half:
         Where the run has checkpoints and is not finished, or the server published its state and
         this side did not, it only hangs up: the server would forget what a resumed run begins from.
         """
-        if not self._closed and self._link is not None:
-            is_unfinished = self._is_half_published or self.journal.has_checkpoints
-            self._link.close(for_good=not is_unfinished)
-        self._closed = True
+        try:
+            if not self._closed and self._link is not None:
+                is_unfinished = self._is_half_published or self.journal.has_checkpoints
+                self._link.close(for_good=not is_unfinished)
+        finally:
+            self._closed = True
+            self.journal.release()
 
     def _require_open(self) -> None:
         if self._closed:

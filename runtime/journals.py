@@ -15,6 +15,7 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, UnfinishedRun, UsageError
+from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore, Position, list_sessions
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.links import Standing
@@ -33,6 +34,7 @@ class Journal:
         self.session = session
         self.is_behind = False
         self._party = party
+        self._lock: FolderLock | None = None
         self._origin, self._start = party.session, party.step
         self._state: Mapping[str, np.ndarray] = party.state()
         self._store = _open_store(party, session)
@@ -46,16 +48,38 @@ class Journal:
         """Begin a session, or go on with the unfinished one whose state ``executor`` then takes.
 
         With ``resume`` and nothing unfinished, training begins where the folder's state stands.
+        The folder is held then until :meth:`release`.
+
+        Raises:
+            FolderInUse: another client trains in the folder.
         """
         party = executor.party
+        lock = FolderLock.acquire(party.path) if resume and party.path is not None else None
         found = find_unfinished(party) if resume else None
         if found is None:
             journal = cls(party, uuid.uuid4().hex)
             if not resume:
                 journal.position = None
-            return journal
-        executor.restore(found.tensors, found.step)
-        return cls(party, found.session, found)
+        else:
+            executor.restore(found.tensors, found.step)
+            journal = cls(party, found.session, found)
+        journal._lock = lock
+        return journal
+
+    def hold(self) -> None:
+        """Keep others from training in the folder until :meth:`release`; may be called twice.
+
+        Raises:
+            FolderInUse: another client trains in it.
+        """
+        if self._lock is None and self._party.path is not None:
+            self._lock = FolderLock.acquire(self._party.path)
+
+    def release(self) -> None:
+        """Let others train in the folder; may be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def stand(self, step: int) -> Standing:
         """Say where the client stands that is at ``step`` now."""
@@ -76,9 +100,11 @@ class Journal:
         Raises:
             NotSaved: it cannot be written; those before it stand.
             BundleError: the bundle is in memory only.
+            FolderInUse: another client trains in the folder.
         """
         if self._store is None:
             raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+        self.hold()
         self.is_behind = True
         self._store.write(
             Checkpoint(
@@ -95,7 +121,9 @@ class Journal:
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
+            FolderInUse: another client trains in the folder.
         """
+        self.hold()
         text = "" if position is None else msgspec.json.encode(position).decode()
         executor.publish(session=self.session, position=text)
         self._origin, self._start = self.session, executor.step
@@ -143,7 +171,9 @@ class Journal:
 
         Raises:
             UnfinishedRun: one does.
+            FolderInUse: another client trains in the folder.
         """
+        self.hold()
         found = find_unfinished(self._party)
         if found is None or found.session == self.session:
             return

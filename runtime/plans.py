@@ -1,4 +1,4 @@
-"""What a fit is to do, as values; who carries it out is the client."""
+"""What a fit is to do, as checked values; who carries it out is the client."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from splitonnx.errors import UsageError
 from splitonnx.runtime.datasets import Dataset
 from splitonnx.runtime.halves import WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, StepRecord
@@ -27,3 +28,14 @@ class FitPlan:
     save: bool
     on_step: Callable[[StepRecord], None] | None
     on_epoch: Callable[[Evaluation], None] | None
+
+
+def require_positive(**counts: int) -> None:
+    """Raise unless each of the arguments is at least 1.
+
+    Raises:
+        UsageError: it names the one that is not.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} must be at least 1, not {count}")

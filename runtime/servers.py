@@ -26,6 +26,7 @@ import msgspec
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
+from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
@@ -81,6 +82,7 @@ class Server:
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
+        FolderInUse: the server's folder is served already.
         UsageError: the bundle is not a server's part, ``client`` is not its client's, ``web`` has
             no page, or everybody could come in.
         WrongRuntime, StageFailed: a stage cannot be loaded.
@@ -102,6 +104,8 @@ class Server:
         client: str | Path | PartyBundle | None = None,
         web: str | Path | None = None,
     ) -> None:
+        path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
+        self._lock = None if path is None else FolderLock.acquire(path)
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         if party.manifest.party != SERVER:
             raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
@@ -149,7 +153,10 @@ class Server:
             PortInUse: another program has the port.
             KeyboardInterrupt: a second signal came; the sessions are written to disk.
         """
-        asyncio.run(self._run(handle_signals=True))
+        try:
+            asyncio.run(self._run(handle_signals=True))
+        finally:
+            self._unlock()
         if self._halt is not None:
             self._halt.cancel()
             raise KeyboardInterrupt
@@ -178,6 +185,11 @@ class Server:
         self._compute.close()
         self._storage.close()
         self._engine.stop()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _run_in_thread(self, started: Future[None]) -> None:
         try:

@@ -8,8 +8,6 @@ graph and cannot read one.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, flatten, quote
 from splitonnx.files import read_regular, write_file
+from splitonnx.folders import read_steadily, recover, write_folder
 from splitonnx.manifests import (
     MANIFEST,
     MAX_MANIFEST,
@@ -75,6 +74,10 @@ class PartyBundle:
             FormatError: the manifest or a tensor file cannot be read as such.
         """
         folder = Path(path)
+        return read_steadily(folder, lambda: cls._load(folder, session), BundleError, FormatError)
+
+    @classmethod
+    def _load(cls, folder: Path, session: str) -> PartyBundle:
         content = _read(folder, MANIFEST, MAX_MANIFEST)
         manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
         graphs = _read_graphs(folder, manifest)
@@ -96,6 +99,7 @@ class PartyBundle:
 
         Raises:
             BundleError: something stands at ``path``, or it cannot be written there.
+            FolderInUse: what is to be replaced is served or trained.
         """
 
         def write(folder: Path) -> None:
@@ -183,6 +187,10 @@ class Bundle:
             FormatError: a manifest or a tensor file cannot be read as such.
         """
         folder = Path(path)
+        return read_steadily(folder, lambda: cls._load(folder), BundleError, FormatError)
+
+    @classmethod
+    def _load(cls, folder: Path) -> Bundle:
         content = _read(folder, MANIFEST, MAX_MANIFEST)
         manifest = decode_manifest(content, BundleManifest, str(folder / MANIFEST))
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
@@ -206,6 +214,7 @@ class Bundle:
 
         Raises:
             BundleError: something stands at ``path``, or it cannot be written there.
+            FolderInUse: what is to be replaced is served or trained.
         """
         _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)
 
@@ -289,24 +298,13 @@ def _write_whole(
     overwrite: bool,
 ) -> None:
     """Let ``write`` fill a folder, which then takes ``target``'s place, or that of its ``kind``."""
+    recover(target)
     if target.exists() and not overwrite:
         raise BundleError(str(target), "it exists already; choose another place or overwrite")
     if target.exists():
         _expect(target, kind)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            fresh, old = Path(scratch, "fresh"), Path(scratch, "old")
-            fresh.mkdir()
-            write(fresh)
-            if target.exists():
-                os.rename(target, old)
-            try:
-                os.rename(fresh, target)
-            except OSError:
-                if old.exists():
-                    os.rename(old, target)
-                raise
+        write_folder(target, write, MANIFEST)
     except OSError as error:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx import bundles, files
+from splitonnx import bundles, files, folders
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, FormatError
 from splitonnx.manifests import Role, StateSpec
@@ -247,6 +247,7 @@ def test_the_old_bundle_returns_if_the_new_one_cannot_take_its_place(
             raise OSError(5, "Input/output error")
         rename(source, target)
 
+    monkeypatch.setattr(folders, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_for_the_new)
     with pytest.raises(BundleError, match="Input/output error"):
         tiny.local_bundle().save(saved, overwrite=True)

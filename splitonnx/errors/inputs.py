@@ -112,6 +112,27 @@ class BundleError(SplitonnxError):
 
 
 @dataclass(eq=False)
+class FolderInUse(SplitonnxError):
+    """A party's folder is served or trained already; ``process`` holds it, if that is known."""
+
+    path: str
+    process: int | None
+    is_own: bool = False
+
+    def __str__(self) -> str:
+        if self.is_own:
+            return (
+                f"{self.path} is in use by another server or client of this process; close that "
+                "one first"
+            )
+        holder = "another process" if self.process is None else f"process {self.process}"
+        return (
+            f"{self.path} is in use by {holder}, which serves or trains it; stop that one first, "
+            "or use a copy of the folder"
+        )
+
+
+@dataclass(eq=False)
 class NotSaved(SplitonnxError):
     """A checkpoint cannot be written: the disk is full, the folder read-only, or the like."""
 

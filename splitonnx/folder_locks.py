@@ -1,0 +1,123 @@
+"""One writer for a party's folder: an advisory lock, held while it is served or trained.
+
+The lock is the operating system's, on the file ``.lock`` in the folder, so a process that dies
+releases it however it dies.  The file holds the number of the process.  Where it cannot be made,
+because the folder is read-only or the disk is full, the folder itself is locked, which Windows
+cannot do.  Two holders in one process exclude each other as two processes do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from splitonnx.errors import FolderInUse
+
+NAME = ".lock"
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _PLACE = 1 << 30
+    """A byte behind the file's content, which others may still read."""
+
+    def _try_lock(handle: int) -> bool:
+        os.lseek(handle, _PLACE, os.SEEK_SET)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(handle: int) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
+
+
+class FolderLock:
+    """The lock of one folder; :meth:`release` it, or let it be collected."""
+
+    def __init__(self, folder: Path, handle: int | None, path: Path) -> None:
+        self.folder = folder
+        self._release = weakref.finalize(self, _let_go, handle, path)
+
+    @classmethod
+    def acquire(cls, folder: Path) -> Self:
+        """Lock a folder, or fail at once.
+
+        Raises:
+            FolderInUse: someone else holds it.
+        """
+        while True:
+            handle, path = _open(folder)
+            if handle is None:
+                return cls(folder, None, path)
+            if not _try_lock(handle):
+                process = _read_process(handle)
+                os.close(handle)
+                raise FolderInUse(str(folder), process, is_own=process == os.getpid())
+            if _is_same(handle, path):
+                break
+            os.close(handle)  # its holder removed the file between the two calls
+        if path.name == NAME:
+            with suppress(OSError):  # a full disk: nobody can be told the number
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+        return cls(folder, handle, path)
+
+    def release(self) -> None:
+        """Unlock the folder; may be called twice."""
+        self._release()
+
+
+def _open(folder: Path) -> tuple[int | None, Path]:
+    """Open what is locked, ``.lock`` or the folder; no descriptor where neither can be."""
+    path = folder / NAME
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with suppress(OSError):
+        return os.open(path, flags, 0o644), path
+    with suppress(OSError):
+        return os.open(folder, os.O_RDONLY), folder
+    return None, folder
+
+
+def _is_same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _read_process(handle: int) -> int | None:
+    with suppress(OSError, ValueError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        return int(os.read(handle, 20))
+    return None
+
+
+def _let_go(handle: int | None, path: Path) -> None:
+    """Remove the file while it is still locked, so that no other can be taken for it."""
+    if handle is None:
+        return
+    if path.name == NAME and sys.platform != "win32" and _is_same(handle, path):
+        with suppress(OSError):
+            path.unlink()
+    with suppress(OSError):
+        os.close(handle)
+    if path.name == NAME and sys.platform == "win32":  # where an open file does not go
+        with suppress(OSError):
+            path.unlink()
