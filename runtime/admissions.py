@@ -6,7 +6,7 @@ how many may come is for :mod:`guards`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -46,7 +46,7 @@ class Admission:
         self._respond = respond
         self._origins = origins
 
-    def decide(self, request: Request, read_certificate: Callable[[], str]) -> Decision:
+    def decide(self, request: Request, transport: asyncio.BaseTransport) -> Decision:
         """Decide what becomes of a request."""
         if request.method not in METHODS:
             allowed = {"Allow": ", ".join(METHODS)}
@@ -64,13 +64,13 @@ class Admission:
         if "Upgrade" not in request.headers and not self._origins.answers_to(host):
             reason = "ask by address, or serve with --origin for the name"
             return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_HOST)
-        return self._identify(request, authorization, read_certificate)
+        return self._identify(request, authorization, transport)
 
     def _identify(
-        self, request: Request, authorization: str | None, read_certificate: Callable[[], str]
+        self, request: Request, authorization: str | None, transport: asyncio.BaseTransport
     ) -> Decision:
         token = None
-        identity = None if self._authorize else Identity(owner=read_certificate())
+        identity = None if self._authorize else Identity(owner=_read_certificate(transport))
         if authorization is not None and self._authorize is not None:
             scheme, _, token = authorization.partition(" ")
             token = token.strip()
@@ -98,3 +98,10 @@ def _deny(
     body = f"{sentence}\n".encode()
     answer = Answer(status, "text/plain; charset=utf-8", body, headers or {})
     return Decision(answer=answer, refusal=refusal)
+
+
+def _read_certificate(transport: asyncio.BaseTransport) -> str:
+    """Return the common name in the client's certificate, ``""`` where it showed none."""
+    certificate = transport.get_extra_info("peercert") or {}
+    names = dict(pair for group in certificate.get("subject", ()) for pair in group)
+    return str(names.get("commonName", ""))

@@ -13,7 +13,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from splitonnx.runtime.identities import Role
-from splitonnx.runtime.refusals import Visit
+from splitonnx.runtime.refusals import WHY_BUSY, Refusal, Visit
 
 METHODS = ("GET", "HEAD")
 """What is answered; nothing that a server holds is changed by HTTP."""
@@ -53,3 +53,8 @@ def read_visit(request: Request, token: str | None, roles: frozenset[Role]) -> V
 def deny(status: HTTPStatus, sentence: str) -> Response:
     """Make the answer to a request that is refused: a sentence, which says why."""
     return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
+
+
+def deny_busy(refusal: Refusal) -> Response:
+    """Make the answer to a request for which there is no room now."""
+    return deny(HTTPStatus.SERVICE_UNAVAILABLE, WHY_BUSY[refusal])

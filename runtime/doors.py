@@ -7,10 +7,12 @@ module knows neither TLS nor websockets.  Also here: what must hold before a doo
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import ipaddress
 import logging
+import math
 import os
 import socket
 import ssl
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from splitonnx.errors import PortInUse, UsageError
+from splitonnx.runtime.descriptors import SCARCE, find_ceiling
 
 BACKLOG = 128
 """Connections that the operating system keeps waiting, and the most that are let in at a time."""
@@ -27,6 +30,9 @@ GRACE_SECONDS = 1.0
 """Seconds that a connection has for its handshake, however many others come."""
 SWEEP = 64
 """Connections that are ended early between two searches for their memory."""
+
+RETRY_SECONDS = 1.0
+"""Seconds for which the event loop stops accepting once it has no descriptor left."""
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
@@ -38,17 +44,28 @@ class Entrance:
 
     ``capacity`` is how many may.  With one more the oldest is shut down if it has had
     ``GRACE_SECONDS``, and else the newest: so a crowd can neither keep others out for long nor
-    make the server begin more than it can end.  ``on_full`` is called for each of them.
+    make the server begin more than it can end.  ``on_full`` is called for each of them, and
+    ``on_scarce`` for each connection that is closed for want of file descriptors.
     """
 
-    def __init__(self, capacity: int, on_full: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        on_full: Callable[[], object],
+        on_scarce: Callable[[], object] = lambda: None,
+    ) -> None:
         self._capacity = capacity
+        self._ceiling = find_ceiling()
         self._on_full = on_full
+        self.on_scarce = on_scarce
         self._waiting: dict[int, _Guest] = {}
         self._dropped = 0
 
     def let_in(self, guest: _Guest) -> bool:
         """Count a socket that was just accepted, if there is room."""
+        if guest.fileno() >= self._ceiling:
+            self.on_scarce()
+            return False
         if len(self._waiting) >= self._capacity:
             self._on_full()
             oldest = next(iter(self._waiting.values()))
@@ -104,11 +121,25 @@ class Door(socket.socket):
     """A listening socket whose guests are counted."""
 
     entrance: Entrance
+    _failed = -math.inf
 
     def accept(self) -> tuple[socket.socket, object]:
-        """Accept a connection for which there is room."""
+        """Accept a connection for which there is room.
+
+        Raises:
+            OSError: there is no descriptor for any; the event loop waits a second then.  It would
+                try again at once, and log each time, were it not told that nobody is there.
+        """
+        if time.monotonic() - self._failed < RETRY_SECONDS / 2:
+            raise BlockingIOError
         for _ in range(BACKLOG):
-            accepted, address = super().accept()
+            try:
+                accepted, address = super().accept()
+            except OSError as error:
+                if error.errno in SCARCE:
+                    self._failed = time.monotonic()
+                    self.entrance.on_scarce()
+                raise
             guest = _Guest(fileno=accepted.detach())
             guest.came = time.monotonic()
             if self.entrance.let_in(guest):
@@ -169,6 +200,13 @@ def _open_door(family: socket.AddressFamily, address: tuple[Any, ...], entrance:
         door.close()
         raise
     return door
+
+
+def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle what the event loop could not: a door has told of its want of descriptors already."""
+    error = context.get("exception")
+    if not (isinstance(error, OSError) and error.errno in SCARCE):
+        loop.default_exception_handler(context)
 
 
 def is_loopback(host: str) -> bool:

@@ -18,7 +18,7 @@ from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
 from splitonnx.runtime.admissions import Admission
-from splitonnx.runtime.answers import deny, make_response
+from splitonnx.runtime.answers import deny, deny_busy, make_response
 from splitonnx.runtime.doors import BACKLOG, Entrance
 from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.limits import Limits
@@ -49,14 +49,10 @@ ANSWERS_BYTES = 256 << 20
 """Bytes of all longer answers that are kept at a time."""
 
 _TLS_HELLO = b"\x16\x03"
-_BUSY = {
-    Refusal.TOO_MANY_CLIENTS: "too many clients; try again later",
-    Refusal.TOO_MANY_CLIENTS_OF_TOKEN: "too many clients of this token's owner; try again later",
-}
 
 
 class Hall:
-    """Who is in, and who may enter; ``host`` is what the server listens on, if that is a name."""
+    """Who is in, and who may enter; ``host`` is what the server listens on."""
 
     def __init__(
         self,
@@ -76,6 +72,7 @@ class Hall:
         self.entrance = Entrance(
             limits.strangers if has_tls else limits.strangers + 4 * BACKLOG,
             partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
+            self._relieve,
         )
         self._has_tls = has_tls
         self.on_refusal = on_refusal
@@ -89,12 +86,22 @@ class Hall:
     def enter(self, guest: Guest) -> None:
         """Take in a stranger, and send away the one that has waited longest if there are many."""
         if len(self._strangers) >= self.limits.strangers:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.refuse(Refusal.TOO_MANY_STRANGERS, CloseCode.TRY_AGAIN_LATER, "too many wait")
-            if self._has_tls:
-                self.entrance.sweep()
+            self._send_away(Refusal.TOO_MANY_STRANGERS)
         self._strangers[guest] = None
+
+    def _relieve(self) -> None:
+        """Make room where no file descriptor is left for a connection, by one for the next."""
+        self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
+        if self._strangers:
+            self._send_away(Refusal.TOO_MANY_FILES)
+
+    def _send_away(self, refusal: Refusal) -> None:
+        """Send away the stranger that has waited longest."""
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
+        if self._has_tls:
+            self.entrance.sweep()
 
     def admit(self, guest: Guest, identity: Identity) -> Refusal | None:
         """Make a stranger a client; return why not where there is no room, for all or its owner."""
@@ -125,18 +132,18 @@ class Hall:
     def answer(self, socket: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
         assert isinstance(socket, Guest)
-        decision = self._admission.decide(request, socket.read_certificate)
+        decision = self._admission.decide(request, socket.transport)
         if decision.refusal is not None:
             self.on_refusal(decision.refusal, socket.name)
         if decision.answer is None:
             refusal = None if decision.identity is None else self.admit(socket, decision.identity)
-            return None if refusal is None else deny(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY[refusal])
+            return None if refusal is None else deny_busy(refusal)
         response = make_response(*decision.answer)
         if request.method == "HEAD":
             response.body = b""
         elif not self._keep(socket, len(response.body)):
             self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
-            return deny(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask; try again later")
+            return deny_busy(Refusal.TOO_MANY_ANSWERS)
         return response
 
     def _keep(self, guest: Guest, size: int) -> bool:
@@ -262,12 +269,6 @@ class Guest(ServerConnection):
             elif self._fragments > MAX_FRAGMENTS:
                 reason = f"more than {MAX_FRAGMENTS} fragments"
                 self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
-
-    def read_certificate(self) -> str:
-        """Give the common name in the client's certificate, ``""`` where it showed none."""
-        certificate = self.transport.get_extra_info("peercert") or {}
-        names = dict(pair for group in certificate.get("subject", ()) for pair in group)
-        return str(names.get("commonName", ""))
 
     @property
     def owner(self) -> str | None:

@@ -6,6 +6,7 @@ that asks for a token cannot show one itself.  This module knows no sockets.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from splitonnx.errors import UsageError
+from splitonnx.files import read_regular
 from splitonnx.runtime.refusals import Answer, Visit
 
 INDEX = "index.html"
@@ -94,12 +96,15 @@ def read_pages(folder: Path) -> Pages:
     """Read a page's folder, all but hidden files.
 
     Raises:
-        UsageError: the folder has no ``index.html``, or more or larger files than it may.
+        UsageError: the folder has no ``index.html``, more or larger files than it may, or a link
+            to what is none of its own files.
     """
     if not (folder / INDEX).is_file():
         raise UsageError(f"{folder} has no {INDEX}; name a page's folder (`make web` builds one)")
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    names = [name for name in names if not _is_hidden(name)]
+    for name in names:
+        _check_link(folder, name)
     contents = _read_files(folder, names)
     return Pages(
         {
@@ -115,15 +120,39 @@ def _read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     total = 0
     for name in names:
-        size = (folder / name).stat().st_size
-        total += size
-        if size > MAX_FILE_BYTES or total > MAX_BYTES or len(contents) >= MAX_FILES:
+        try:
+            if len(contents) >= MAX_FILES:
+                raise OSError(errno.EFBIG, "one file too many")
+            content = read_regular(folder / name, min(MAX_FILE_BYTES, MAX_BYTES - total))
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise UsageError(f"{folder / name} cannot be read: {error.strerror}") from error
             raise UsageError(
                 f"{folder} holds more than a server gives out: at most {MAX_FILES} files, "
                 f"{MAX_FILE_BYTES >> 20} MiB each and {MAX_BYTES >> 20} MiB together"
-            )
-        contents[name.as_posix()] = (folder / name).read_bytes()
+            ) from error
+        total += len(content)
+        contents[name.as_posix()] = content
     return contents
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _check_link(folder: Path, name: Path) -> None:
+    """Refuse a link out of the folder (path traversal), or to a file that is not given out.
+
+    Raises:
+        UsageError: it is one.
+    """
+    root = folder.resolve()
+    target = (folder / name).resolve()
+    if not target.is_relative_to(root) or _is_hidden(target.relative_to(root)):
+        raise UsageError(
+            f"{folder / name} is a link to a file that is not given out; put a copy in its place, "
+            "or remove it"
+        )
 
 
 def _make_page(name: str, content: bytes, packed: bytes | None) -> Page:

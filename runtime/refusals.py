@@ -44,6 +44,18 @@ STATUSES: Mapping[Refusal, HTTPStatus] = MappingProxyType(
 """What is said in HTTP before there is a websocket; 503 for all others: come again."""
 
 
+WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
+    {
+        Refusal.TOO_MANY_ANSWERS: "too many ask; try again later",
+        Refusal.TOO_MANY_CLIENTS: "too many clients; try again later",
+        Refusal.TOO_MANY_CLIENTS_OF_TOKEN: (
+            "too many clients of this token's owner; try again later"
+        ),
+    }
+)
+"""What somebody is told for whom there is no room now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Visit:
     """An HTTP request, as far as answers hang on it; headers that it lacks are ``""``."""

@@ -13,6 +13,7 @@ import os
 import signal
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -28,6 +29,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.doors import check_exposure
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
@@ -48,6 +50,13 @@ HALT_SECONDS = 5.0
 """Seconds that a server has to end what runs and to write its sessions, after a second signal."""
 HALTED = 130
 """Exit code of a server that could not."""
+
+FILES = 256
+"""Descriptors besides those of connections, of worker processes and checkpoints most of all."""
+SCARCITY = (
+    "%d connections refused: no file descriptor is left for more, of %d that this process may "
+    "have; raise the limit (ulimit -n, LimitNOFILE=), or lower --max-clients"
+)
 
 _logger = logging.getLogger("splitonnx.server")
 
@@ -131,6 +140,7 @@ class Server:
         self._compute = Turns(name="splitonnx-compute")
         self._storage = Turns(name="splitonnx-storage")
         self._attending: set[asyncio.Task[None]] = set()
+        self._scarcity = Rarely(time.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -153,6 +163,7 @@ class Server:
             PortInUse: another program has the port.
             KeyboardInterrupt: a second signal came; the sessions are written to disk.
         """
+        raise_limit(self._limits.clients + 2 * self._limits.strangers + FILES)
         try:
             asyncio.run(self._run(handle_signals=True))
         finally:
@@ -286,6 +297,10 @@ class Server:
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
         self._metrics.count_refusal(refusal)
+        if refusal is Refusal.TOO_MANY_FILES:
+            if count := self._scarcity.count():
+                _logger.warning(SCARCITY, count, find_limit(), extra={"reason": str(refusal)})
+            return
         _logger.warning(
             "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
         )

@@ -42,7 +42,7 @@ from splitonnx.errors import (
 from splitonnx.runtime.accesses import Access, check_url
 from splitonnx.runtime.certificates import describe_failure
 from splitonnx.runtime.client_connections import BoundedConnection
-from splitonnx.runtime.doors import open_doors
+from splitonnx.runtime.doors import ignore_scarcity, open_doors
 from splitonnx.runtime.fragments import split_message
 from splitonnx.runtime.guards import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
 from splitonnx.runtime.identities import Identity, Role
@@ -377,6 +377,7 @@ async def serve(
         await handle(Peer(socket, hall))
 
     doors = open_doors(host, port, hall.entrance)
+    asyncio.get_running_loop().set_exception_handler(ignore_scarcity)
     async with AsyncExitStack() as open_servers:
         for door in doors:
             server = await serve_websockets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -190,6 +191,43 @@ def test_a_folder_that_is_too_large_is_refused(
 ) -> None:
     monkeypatch.setattr(pages, limit, value)
     with pytest.raises(UsageError, match="more than a server gives out"):
+        read_pages(web)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "../outside.txt",
+        "/etc/passwd",
+        ".secret",
+        "parts/../../outside.txt",
+        "../web/../outside.txt",
+    ],
+)
+@pytest.mark.parametrize("name", ["link.txt", "parts/link.txt", "index.html.gz"])
+def test_a_link_out_of_the_folder_is_refused(web: Path, name: str, target: str) -> None:
+    aim = target if target.startswith("/") else str(web / target)
+    (web / name).unlink(missing_ok=True)
+    (web / name).symlink_to(aim)
+    with pytest.raises(UsageError, match=r"is a link to a file that is not given out"):
+        read_pages(web)
+
+
+def test_a_link_within_the_folder_is_followed(web: Path) -> None:
+    (web / "home.html").symlink_to("index.html")
+    answer = read_pages(web).answer(Visit(path="/home.html", token=None))
+    assert answer is not None
+    assert answer.body == PAGE
+
+
+def test_what_is_no_regular_file_is_passed_over(web: Path) -> None:
+    os.mkfifo(web / "pipe")
+    (web / "device").symlink_to("/dev/zero")
+    (web / "nowhere").symlink_to(web / "missing")
+    assert read_pages(web).answer(Visit(path="/pipe", token=None)) is None
+    (web / "index.html").unlink()
+    os.mkfifo(web / "index.html")
+    with pytest.raises(UsageError, match=r"no index\.html"):
         read_pages(web)
 
 
