@@ -23,6 +23,8 @@ export const MAX_GRAPH = 256 << 20;
 /** Bytes of a tensor file's header; some hundred for each tensor. */
 export const MAX_FILE_HEADER = 64 << 20;
 
+const ALTERED = "it was altered since the bundle was written";
+
 /** Reads one file of the part, of at most `limit` bytes. */
 export type ReadFile = (name: string, limit: number) => Promise<Uint8Array>;
 
@@ -64,7 +66,12 @@ export async function loadBundle(source: BundleSource, token?: string): Promise<
   const graphs = await readGraphs(manifest, read);
   const initial = manifest.state.filter((spec) => spec.role !== "optimizer");
   const limit = initial.reduce((sum, spec) => sum + measure(spec), MAX_FILE_HEADER);
-  const { tensors } = decodeState(WEIGHTS, await read(WEIGHTS, limit), initial);
+  const weights = await read(WEIGHTS, limit);
+  // Bundles of before have no sum of them.
+  if (manifest.weights && (await hashBytes(weights)) !== manifest.weights) {
+    throw new BundleError(WEIGHTS, ALTERED);
+  }
+  const { tensors } = decodeState(WEIGHTS, weights, initial);
   const state = manifest.state.map(({ tensor }) => {
     const weight = tensors.get(tensor.name);
     // The manifest's reader saw to it that these are an element type and numbers.
@@ -120,7 +127,7 @@ async function readGraphs(
   for (const [name, hash] of manifest.files) {
     const graph = await read(name, MAX_GRAPH);
     if ((await hashBytes(graph)) !== hash) {
-      throw new BundleError(name, "it was altered since the bundle was written");
+      throw new BundleError(name, ALTERED);
     }
     graphs.set(name, graph);
   }
@@ -195,7 +202,8 @@ async function request(url: string, token?: string): Promise<Response> {
   const headers: Record<string, string> = token ? { Authorization: `Bearer ${token}` } : {};
   let response: Response;
   try {
-    response = await fetch(url, { headers });
+    // A redirect would take the token, or the page's trust, to another address.
+    response = await fetch(url, { headers, redirect: "error" });
   } catch (error) {
     throw new ConnectionLost(url, String(error));
   }

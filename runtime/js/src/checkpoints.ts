@@ -7,7 +7,6 @@
  */
 
 import { decodeState } from "./bundles.js";
-import { encodeTensors } from "./codecs.js";
 import {
   parseJson,
   readCount,
@@ -21,6 +20,8 @@ import {
 import type { Decoded } from "./decoders.js";
 import { BundleError, NotSaved, SplitonnxError } from "./errors.js";
 import type { PartyManifest } from "./manifests.js";
+import { findNotFinite } from "./norms.js";
+import { SEAL, encodeSealed, isWhole } from "./seals.js";
 import type { StateStorage } from "./storages.js";
 import type { NdArrays } from "./tensors.js";
 
@@ -137,15 +138,32 @@ export class CheckpointStore {
   /**
    * Keep a state as the outcome of a training.
    *
-   * @throws NotSaved: it cannot be kept; the one before it stands.
+   * @throws NotSaved: it cannot be kept, or is not finite; the one before it stands.
    */
   async publish(checkpoint: Checkpoint): Promise<void> {
+    this.checkFinite(checkpoint.tensors);
     await this.#put(this.#nameOutcome(), checkpoint);
   }
 
   /** Read the outcome of the last training, if there is one. */
   async readOutcome(): Promise<Checkpoint | undefined> {
     return this.#get(this.#nameOutcome());
+  }
+
+  /**
+   * Check that a state can be an outcome: nobody could use or train on one with NaN or infinity.
+   *
+   * @throws NotSaved: a tensor that training changes holds such a value.
+   */
+  checkFinite(tensors: NdArrays): void {
+    for (const { tensor, role } of this.#manifest.state) {
+      if (role === "frozen" || findNotFinite(tensors.get(tensor.name)!) < 0) continue;
+      throw new NotSaved(
+        `'${this.#nameOutcome()}'`,
+        `'${tensor.name}' holds NaN or infinity; train again from an earlier state with a lower ` +
+          "learning rate",
+      );
+    }
   }
 
   #nameOutcome(): string {
@@ -173,7 +191,7 @@ export class CheckpointStore {
       },
     };
     try {
-      await this.#storage.put(name, encodeTensors(tensors, { [FACTS]: JSON.stringify(facts) }));
+      await this.#storage.put(name, encodeSealed(tensors, { [FACTS]: JSON.stringify(facts) }));
     } catch (error) {
       // A storage is the app's or the browser's, and its errors are of any kind.
       throw new NotSaved(`'${name}'`, error instanceof Error ? error.message : String(error));
@@ -185,6 +203,11 @@ export class CheckpointStore {
     if (!content) return undefined;
     try {
       const { tensors, metadata } = decodeState(name, content, this.#manifest.state);
+      const seal = metadata.get(SEAL);
+      // A checkpoint of before there were seals has its facts alone.
+      if (seal === undefined ? metadata.size !== 1 : !isWhole(content, seal)) {
+        throw new BundleError(name, "it was altered since it was written; delete it");
+      }
       const { digest, ...facts } = readFacts(parseJson(metadata.get(FACTS) ?? ""), "");
       if (digest !== this.#manifest.digest) throw new BundleError(name, "it is another bundle's");
       return { ...facts, tensors };

@@ -11,6 +11,7 @@ import type { Tensor } from "onnxruntime-common";
 import type { PartyBundle } from "./bundles.js";
 import { Dataflow } from "./dataflows.js";
 import type { Progress } from "./dataflows.js";
+import type { Bindings } from "./dimensions.js";
 import type { Engine, LoadedStage } from "./engines.js";
 import {
   BundleError,
@@ -38,7 +39,8 @@ interface Task {
   readonly flow: Dataflow;
   readonly progress: Progress;
   readonly values: Map<string, Tensor>;
-  readonly symbols: Map<string, number>;
+  /** What the data and the wires of either direction bind. */
+  readonly bindings: Bindings;
 }
 
 /** What a task begins with, beside its key. */
@@ -112,10 +114,10 @@ export class Executor {
       flow,
       progress: flow.start(),
       values: new Map(),
-      symbols: new Map(),
+      bindings: new Map(),
     };
     const own = new Map(phase.data.map((spec) => [spec.name, take(data, spec.name)]));
-    for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.symbols);
+    for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.bindings);
     this.#supply(task, own);
     this.#supply(task, scalars);
     this.#tasks.set(name, task);
@@ -134,10 +136,7 @@ export class Executor {
     if (unexpected.length) {
       throw new RemoteProtocolError(`it sent ${quote(unexpected)}, not expected now`);
     }
-    for (const { tensor } of task.phase.wires) {
-      const array = tensors.get(tensor.name);
-      if (array) checkArray(array, tensor, task.symbols);
-    }
+    this.#checkWires(task, tensors);
     this.#supply(task, tensors);
   }
 
@@ -148,6 +147,7 @@ export class Executor {
    *
    * @throws StageFailed: an operator failed.
    * @throws NotFinite: the training loss is NaN or infinite; nothing that follows is sent.
+   * @throws ArrayMismatch: what was computed is not as its wire declares.
    */
   async *advance(key: TaskKey): AsyncGenerator<NdArrays, void> {
     const task = this.#find(key);
@@ -248,8 +248,18 @@ export class Executor {
     const arrays = wires.map(
       (name) => [name, this.#engine.toArray(task.values.get(name)!)] as const,
     );
+    const handed = new Map(arrays);
+    this.#checkWires(task, handed);
     this.#drop(task, wires);
-    return new Map(arrays);
+    return handed;
+  }
+
+  /** What one wire binds holds for every later one: a gradient has its activation's shape. */
+  #checkWires(task: Task, tensors: NdArrays): void {
+    for (const { tensor } of task.phase.wires) {
+      const array = tensors.get(tensor.name);
+      if (array) checkArray(array, tensor, task.bindings);
+    }
   }
 
   #drop(task: Task, names: readonly string[]): void {

@@ -119,11 +119,12 @@ export class Half {
   /**
    * Let both sides write their state as the outcome of the training, the server first.
    *
-   * @throws NotSaved: one could not.
+   * @throws NotSaved: one could not, or is not finite.
    * @throws StepsLost, ProtocolError: as {@link perform}.
    */
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
+      this.journal.checkOutcome(this.executor);
       await this.#saveRemotely(true);
       this.#isHalfPublished = true;
       await this.journal.publish(this.executor, this.place);

@@ -84,6 +84,15 @@ export class Journal {
   }
 
   /**
+   * Check that the state can be an outcome, before the server makes its own one.
+   *
+   * @throws NotSaved: it is not finite.
+   */
+  checkOutcome(executor: Executor): void {
+    this.#store.checkFinite(executor.state());
+  }
+
+  /**
    * Make the state the storage's outcome; the run is finished, its checkpoints go.
    *
    * @throws NotSaved: it cannot be written.

@@ -20,8 +20,10 @@ import {
 import { translateFault } from "./faults.js";
 import { TRAIN } from "./manifests.js";
 import type { PartyManifest } from "./manifests.js";
-import { PROTOCOL, describeTask, isSameTask } from "./messages.js";
+import { PROTOCOL } from "./messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "./messages.js";
+import { takeDue } from "./opentasks.js";
+import type { OpenTask } from "./opentasks.js";
 import { Protocol, listWires } from "./protocols.js";
 import { REPLACED } from "./sockets.js";
 import type { Transport } from "./sockets.js";
@@ -49,18 +51,12 @@ export interface LinkOptions {
   readonly token?: string | undefined;
   /** Tells where the client stands whenever it greets. */
   readonly stand: () => Standing;
-  /** Seconds without a connection after which the client gives up; never by default. */
+  /** Seconds without anything new after which the client gives up; never by default. */
   readonly giveUpAfter?: number | undefined;
   /** Whether the first connection is worth waiting for, as every later one is. */
   readonly isPatient: boolean;
   /** Told why, whenever the connection was lost. */
   readonly onReconnect?: ((cause: Error) => void) | undefined;
-}
-
-interface OpenTask {
-  readonly key: TaskKey;
-  readonly sent: { message: TensorsMessage; content: Uint8Array<ArrayBuffer> }[];
-  received: number;
 }
 
 /**
@@ -80,7 +76,8 @@ export class Link {
   #task: OpenTask | undefined;
   #last: OpenTask | undefined; // the last step, which the server may not have made
   #wantsRepeat = false;
-  #delays: Generator<number, never> | undefined; // they go on until something comes of it
+  #delays: Generator<number, never> | undefined; // they go on until something new comes
+  #lostAt: number | undefined; // seconds; since then nothing new has come
   #past: readonly [number, number] = [0, 0];
 
   private constructor(options: LinkOptions) {
@@ -97,6 +94,7 @@ export class Link {
   static async open(options: LinkOptions): Promise<Link> {
     const link = new Link(options);
     link.step = await (options.isPatient ? link.#findServer() : link.#greet());
+    link.#lostAt = undefined;
     return link;
   }
 
@@ -109,7 +107,7 @@ export class Link {
 
   /** Begin a task: what is sent from now on is kept until {@link end}. */
   begin(key: TaskKey): void {
-    this.#task = { key, sent: [], received: 0 };
+    this.#task = { key, sent: [], received: 0, due: 0 };
   }
 
   /** Close the task: the client has all of it, or gives it up. */
@@ -138,6 +136,7 @@ export class Link {
     } catch (error) {
       await this.#reconnect(asLost(error));
     }
+    this.#noteProgress();
   }
 
   /**
@@ -150,21 +149,12 @@ export class Link {
     const task = this.#requireTask();
     for (;;) {
       const { message, tensors } = await this.#again(() => this.#receive("Tensors"));
-      if (!isSameTask(message, task.key)) {
-        throw new RemoteProtocolError(
-          `it answered ${describeTask(message)}, open is ${describeTask(task.key)}`,
-        );
-      }
-      if (message.turn > task.received) {
-        throw new RemoteProtocolError(
-          `it sent message ${message.turn} where ${task.received} was due`,
-        );
-      }
-      if (message.turn === task.received) {
-        task.received += 1;
-        if (task.key.phase === TRAIN) this.#last = undefined; // the server is beyond it
-        return tensors;
-      }
+      takeDue(task, message);
+      if (message.turn < task.received) continue;
+      task.received += 1;
+      if (task.key.phase === TRAIN) this.#last = undefined; // the server is beyond it
+      this.#noteProgress();
+      return tensors;
     }
   }
 
@@ -182,6 +172,7 @@ export class Link {
     if (message.step !== step) {
       throw new RemoteProtocolError(`it saved step ${message.step}, not ${step}`);
     }
+    this.#noteProgress();
     return message.type === "Unsaved" ? message.reason || "it does not say why" : "";
   }
 
@@ -244,13 +235,22 @@ export class Link {
         throw new RemoteProtocolError("it wants messages again that the client does not have");
       }
       this.#sendAll(last);
-      for (let had = 0; had < last.received; had++) await this.#receive("Tensors");
+      for (let turn = 0; turn < last.received; turn++) {
+        takeDue(last, (await this.#receive("Tensors")).message);
+      }
     }
     if (this.#task) this.#sendAll(this.#task);
   }
 
-  #sendAll({ sent }: OpenTask): void {
-    for (const { message, content } of sent) {
+  /** Something new went or came: whatever breaks from now on is another fault than before. */
+  #noteProgress(): void {
+    this.#delays = undefined;
+    this.#lostAt = undefined;
+  }
+
+  #sendAll(task: OpenTask): void {
+    task.due = 0;
+    for (const { message, content } of task.sent) {
       this.#protocol.note(message);
       this.#put(content);
     }
@@ -264,7 +264,7 @@ export class Link {
   /** Greet until somebody answers. */
   async #findServer(cause?: SplitonnxError): Promise<number> {
     const limit = this.#options.giveUpAfter ?? Infinity;
-    const begun = performance.now() / 1000;
+    const begun = (this.#lostAt ??= performance.now() / 1000);
     this.#delays ??= listDelays();
     for (;;) {
       const delay = this.#delays.next().value;
@@ -374,7 +374,6 @@ export class Link {
     const content = await this.#requireTransport().receive();
     const { message, tensors } = this.#protocol.receive(content);
     if (message.type === "Fault") throw translateFault(message, this.#generation);
-    if (message.type !== "Welcome") this.#delays = undefined;
     if (!expected.some((type) => type === message.type)) {
       throw new RemoteProtocolError(`it sent ${message.type} where ${expected[0]} was due`);
     }

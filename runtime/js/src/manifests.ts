@@ -90,6 +90,7 @@ const readManifest = readRecord({
   files: readMap(readText),
   learningRate: readNumber,
   outputs: readOptional(readList(readTensorSpec), []),
+  weights: readOptional(readText, ""),
 });
 
 export type Wire = Decoded<typeof readWire>;
@@ -97,7 +98,10 @@ export type StateSpec = Decoded<typeof readStateSpec>;
 export type Stage = Decoded<typeof readStage>;
 /** What one party does for one task; `commits` maps a state's name to the value replacing it. */
 export type Phase = Decoded<typeof readPhase>;
-/** All that one party needs to know; `files` maps each graph file's name to its SHA-256. */
+/**
+ * All that one party needs to know; `files` maps each graph file's name to its SHA-256, `weights` is
+ * that of its weights.
+ */
 export type PartyManifest = Decoded<typeof readManifest>;
 
 /**

@@ -1,6 +1,8 @@
 /** What Node has beyond browsers: bundles and state in folders. */
 
-import { mkdir, open, readFile, readdir, rename, rm } from "node:fs/promises";
+import { randomUUID } from "node:crypto";
+import { constants } from "node:fs";
+import { mkdir, open, readdir, rename, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 
 import type { ReadFile } from "./bundles.js";
@@ -9,13 +11,43 @@ import type { StateStorage } from "./storages.js";
 
 /** Read the client's part from a party's folder, as `splitonnx cut` wrote it. */
 export function openFolder(folder: string): ReadFile {
-  return async (name) => {
+  return async (name, limit) => {
+    const path = join(folder, name);
     try {
-      return await readFile(join(folder, name));
+      return await readRegular(path, limit);
     } catch (error) {
-      throw new BundleError(join(folder, name), `it cannot be read: ${(error as Error).message}`);
+      if (error instanceof BundleError) throw error;
+      throw new BundleError(path, `it cannot be read: ${(error as Error).message}`);
     }
   };
+}
+
+/**
+ * Read a file of at most `limit` bytes; opening it never waits for another process, and a device,
+ * which may have no end, is not read.
+ *
+ * @throws BundleError: it is no regular file, or a larger one.
+ */
+async function readRegular(path: string, limit: number): Promise<Uint8Array> {
+  // A FIFO would be waited for at once without O_NONBLOCK, which Windows has not.
+  const file = await open(path, constants.O_RDONLY | (constants.O_NONBLOCK ?? 0));
+  try {
+    const facts = await file.stat();
+    if (!facts.isFile()) throw new BundleError(path, "it is no regular file; give one");
+    if (facts.size > limit) {
+      throw new BundleError(path, `it takes ${facts.size} bytes, over the limit of ${limit}`);
+    }
+    const content = new Uint8Array(facts.size);
+    let end = 0;
+    while (end < content.length) {
+      const { bytesRead } = await file.read(content, end, Math.min(content.length - end, PIECE));
+      if (!bytesRead) throw new BundleError(path, "it became shorter while it was read");
+      end += bytesRead;
+    }
+    return content;
+  } finally {
+    await file.close();
+  }
 }
 
 /** Keeps state in a folder, a file each; what is put survives a loss of power. */
@@ -28,7 +60,7 @@ export class FolderStorage implements StateStorage {
 
   async get(name: string): Promise<Uint8Array | undefined> {
     try {
-      return await readFile(this.#locate(name));
+      return await readRegular(this.#locate(name), MAX_STATE);
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
@@ -37,10 +69,10 @@ export class FolderStorage implements StateStorage {
 
   async put(name: string, content: Uint8Array): Promise<void> {
     const path = this.#locate(name);
-    const fresh = `${path}.${process.pid}.new`;
+    const fresh = `${path}.${randomUUID()}.new`;
     await mkdir(dirname(path), { recursive: true });
     try {
-      const file = await open(fresh, "w");
+      const file = await open(fresh, "wx");
       try {
         await file.writeFile(content);
         await file.sync();
@@ -88,6 +120,10 @@ export class FolderStorage implements StateStorage {
 }
 
 const SUFFIX = ".safetensors";
+/** Bytes that are read at a time. */
+const PIECE = 1 << 30;
+/** Bytes of one state; the largest array that every version of Node has. */
+const MAX_STATE = 2 ** 31 - 1;
 
 function isMissing(error: unknown): boolean {
   return error instanceof Error && "code" in error && error.code === "ENOENT";

@@ -37,8 +37,9 @@ export interface ConnectOptions extends SocketOptions {
   /** Go on with the run that was broken off, if there is one. */
   readonly resume?: boolean | undefined;
   /**
-   * Seconds without a connection after which the client gives up, the first included.  By default
-   * that one is tried once (as long as it takes with `resume`), later ones as long as it takes.
+   * Seconds after which the client gives up that has no connection, the first included, or only
+   * such as break before anything new comes.  By default the first is tried once (as long as it
+   * takes with `resume`), later ones as long as it takes.
    */
   readonly giveUpAfter?: number | undefined;
   /** Told why, whenever the connection was lost and is made again. */

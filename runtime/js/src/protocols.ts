@@ -8,6 +8,7 @@
  * network, and nothing of what the tensors mean.
  */
 
+import type { Bindings } from "./dimensions.js";
 import {
   BundleMismatch,
   FormatError,
@@ -55,7 +56,7 @@ export class Protocol {
   state: State = "start";
   readonly #manifest: PartyManifest;
   #task: TaskKey | undefined;
-  #symbols = new Map<string, number>();
+  #bindings: Bindings = new Map();
 
   constructor(manifest: PartyManifest) {
     this.#manifest = manifest;
@@ -124,18 +125,18 @@ export class Protocol {
     }
     this.#open(message);
     for (const [name, array] of tensors) {
-      checkArray(array, wires.get(name)!.tensor, this.#symbols);
+      checkArray(array, wires.get(name)!.tensor, this.#bindings);
       if (message.phase === TRAIN && sender === SERVER) {
         checkValues(name, array, `step ${message.step + 1}`);
       }
     }
   }
 
-  /** What symbols stand for holds for one task. */
+  /** What names of dimensions stand for holds for one task. */
   #open(message: TensorsMessage): void {
     if (this.#task && isSameTask(this.#task, message)) return;
     this.#task = message;
-    this.#symbols = new Map();
+    this.#bindings = new Map();
   }
 }
 

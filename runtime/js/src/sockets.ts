@@ -18,6 +18,8 @@ export const OPEN_SECONDS = 10;
 export const REPLY_SECONDS = 300;
 /** Bytes of messages that wait to be read, over which a client ends the connection. */
 export const MAX_REPLY = 1 << 28;
+/** Messages that wait to be read, over which a client ends the connection. */
+export const MAX_WAITING = 64;
 /** The closing code of a connection whose session another client has taken over. */
 export const REPLACED = 4001;
 
@@ -194,6 +196,10 @@ class WebSocketTransport implements Transport {
     if (held > this.#maxReply) {
       const reason = `${held} bytes, over the limit of ${this.#maxReply}`;
       this.#refuse(new MessageTooLarge(this.#url, false, reason), TOO_BIG);
+      return;
+    }
+    if (this.#waiting.length >= MAX_WAITING) {
+      this.#refuse(new RemoteProtocolError(`it sent ${MAX_WAITING} messages too many`), POLICY);
       return;
     }
     const waiter = this.#waiter;

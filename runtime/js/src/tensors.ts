@@ -2,11 +2,13 @@
  * Tensors as plain values, what is declared of them, and checking the ones against the others.
  *
  * Element types carry the names of the safetensors format (`F32`, `I64`, ...).  A dimension is a
- * number, a symbol that must have one value throughout a task (`"N"`), or `null` where nothing is
- * known beforehand.  This module knows nothing of ONNX Runtime.
+ * number, a name or an expression of names (`"N"`, `"2*N + 1"`), each with one size throughout a
+ * task, or `null` where nothing is known in advance.  This module knows nothing of ONNX Runtime.
  */
 
-import { ArrayMismatch, ValueOutOfRange } from "./errors.js";
+import { fitsShape, listKeys } from "./dimensions.js";
+import type { Bindings } from "./dimensions.js";
+import { ArrayMismatch, ValueOutOfRange, flatten } from "./errors.js";
 
 /** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
 export type Elements =
@@ -130,17 +132,18 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
 /**
  * Raise unless `array` has the element type, shape and value range that `spec` declares.
  *
- * `symbols` binds the symbolic dimensions seen so far in this task and is extended; a symbol that
- * takes a second value is a mismatch.
+ * `bindings` holds the sizes of the names seen so far in this task and is extended; a name that
+ * takes a second size is a mismatch, and so is a size of 0 where the declaration names no number.
  *
  * @throws ArrayMismatch: element type or shape differ.
  * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
  */
-export function checkArray(array: NdArray, spec: TensorSpec, symbols: Map<string, number>): void {
-  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, symbols)) {
-    const known = [...symbols].filter(([symbol]) => spec.shape.includes(symbol));
-    const bound = known.map(([symbol, size]) => `${symbol} = ${size}`).join(", ");
-    const expected = describe(spec) + (bound ? ` where ${bound}` : "");
+export function checkArray(array: NdArray, spec: TensorSpec, bindings: Bindings): void {
+  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, bindings)) {
+    const keys = spec.shape.flatMap((dim) => (typeof dim === "string" ? listKeys(dim) : []));
+    const known = [...bindings].filter(([key]) => keys.includes(key));
+    const bound = known.map(([key, size]) => `${flatten(key)} = ${size}`).join(", ");
+    const expected = flatten(describe(spec)) + (bound ? ` where ${bound}` : "");
     throw new ArrayMismatch(spec.name, expected, describe(array));
   }
   if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds[0]!, spec.bounds[1]!);
@@ -151,24 +154,4 @@ function checkBounds(array: NdArray, name: string, lower: number, upper: number)
     // Numbers and big integers compare with each other exactly.
     if (value < lower || value >= upper) throw new ValueOutOfRange(name, value, lower, upper);
   }
-}
-
-function fitsShape(
-  shape: readonly number[],
-  declared: TensorSpec["shape"],
-  symbols: Map<string, number>,
-): boolean {
-  if (shape.length !== declared.length) return false;
-  const bound = new Map(symbols);
-  for (const [axis, dim] of declared.entries()) {
-    const size = shape[axis]!;
-    if (typeof dim === "string") {
-      if ((bound.get(dim) ?? size) !== size) return false;
-      bound.set(dim, size);
-    } else if (dim !== null && dim !== size) {
-      return false;
-    }
-  }
-  for (const [symbol, size] of bound) symbols.set(symbol, size);
-  return true;
 }

@@ -7,13 +7,14 @@ import { createServer } from "node:http";
 import type { Server } from "node:http";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
+import type { TestContext } from "node:test";
 
 import { WebSocketServer } from "ws";
 import type { WebSocket } from "ws";
 
 import { loadBundle } from "../src/bundles.js";
 import { encodeTensors } from "../src/codecs.js";
-import { hashBytes } from "../src/hashes.js";
+import { hashBytes, hashPlainly } from "../src/hashes.js";
 import * as client from "../src/index.js";
 import { decodeManifest } from "../src/manifests.js";
 import { decodeMessage, encodeMessage } from "../src/messages.js";
@@ -28,6 +29,15 @@ const TINY = join(VECTORS, "tiny");
 const FILES: Record<string, Uint8Array> = Object.fromEntries(
   readdirSync(TINY).map((name) => [name, new Uint8Array(readFileSync(join(TINY, name)))]),
 );
+const WEIGHTS_SUM = hashPlainly(FILES["weights.safetensors"]!);
+
+/** Flip a bit of the last value. */
+function flip(content: Uint8Array): Uint8Array {
+  const flipped = content.slice();
+  flipped[flipped.length - 2]! ^= 1;
+  return flipped;
+}
+
 const MANIFEST = decodeManifest(FILES["manifest.json"]!, "manifest.json");
 const DATA = {
   x: { dims: [6, 3], data: new Float32Array(18).fill(0.5) },
@@ -35,9 +45,11 @@ const DATA = {
 };
 
 type Answer = { message: Message; tensors?: NdArrays } | string | Uint8Array;
+/** In place of a message: the connection ends. */
+const HANG_UP = "";
 interface Lies {
   welcome?: (hello: MessageOf<"Hello">) => Answer;
-  reply?: (asked: TensorsMessage) => Answer;
+  reply?: (asked: TensorsMessage, say: (answer: Answer) => void) => Answer;
   saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved">;
 }
 
@@ -52,6 +64,9 @@ function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
 function reply(asked: TensorsMessage, changes = {}, tensors = gradients(6, 4)): Answer {
   return { message: { ...asked, turn: 0, ...changes }, tensors };
 }
+
+/** The half of an answer. */
+const ONE: NdArrays = new Map([["loss", makeArray("F32", [], [1])]]);
 
 function gradients(rows: number, columns: number, value = 0.1): NdArrays {
   const values = Array<number>(rows * columns).fill(value);
@@ -102,11 +117,16 @@ class Liar {
       this.#say(socket, { message: this.lies.saved?.(answer) ?? answer });
     }
     if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
-    if (message.type === "Tensors") this.#say(socket, (this.lies.reply ?? reply)(message));
+    if (message.type === "Tensors") {
+      const { lies } = this;
+      const say = (answer: Answer) => this.#say(socket, answer);
+      say(lies.reply ? lies.reply(message, say) : reply(message));
+    }
   }
 
   #say(socket: WebSocket, answer: Answer): void {
-    if (typeof answer === "string" || answer instanceof Uint8Array) socket.send(answer);
+    if (answer === HANG_UP) socket.terminate();
+    else if (typeof answer === "string" || answer instanceof Uint8Array) socket.send(answer);
     else socket.send(encodeMessage(answer.message, answer.tensors));
   }
 }
@@ -141,6 +161,17 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
   ],
   ["an answer out of turn", { reply: (a) => reply(a, { turn: 1 }) }, client.RemoteProtocolError],
   ["an answer of another step", { reply: (a) => reply(a, { step: 5 }) }, client.RemoteProtocolError],
+  [
+    "an answer without end",
+    {
+      reply: (asked, say) => {
+        for (let number = 0; number < 3; number++) say(reply(asked, {}, ONE));
+        return reply(asked, {}, ONE);
+      },
+    },
+    client.RemoteProtocolError,
+  ],
+  ["no rows", { reply: (a) => reply(a, {}, gradients(0, 4)) }, client.ArrayMismatch],
   [
     "an answer of another session",
     { reply: (a) => reply(a, { session: "f".repeat(32) }) },
@@ -236,6 +267,99 @@ test("messages that nobody asked for are not piled up", async () => {
   await liar.end();
 });
 
+test("nor are messages that hold nothing", async (t) => {
+  const liar = await startLiar(t);
+  liar.lies = {
+    reply: (asked, say) => {
+      for (let number = 0; number < 1000; number++) say(new Uint8Array(0));
+      return reply(asked);
+    },
+  };
+  const transport = await connect(liar.url, { openSocket });
+  const message: TensorsMessage = {
+    type: "Tensors", session: "", phase: "train", step: 0, microBatch: 0, turn: 0, seed: 0,
+    learningRate: 0,
+  };
+  transport.send(encodeMessage(message));
+  await liar.quiet();
+  let read = 0;
+  await assert.rejects(async () => {
+    for (;;) read += 1 + (await transport.receive()).length;
+  }, client.RemoteProtocolError);
+  assert.ok(read <= 64, `${read}`);
+});
+
+async function startLiar(t: TestContext): Promise<Liar> {
+  const liar = new Liar();
+  await liar.start();
+  t.after(() => liar.end());
+  return liar;
+}
+
+function connectTo(
+  { url }: Liar,
+  options: Partial<client.ConnectOptions> = {},
+): Promise<client.SplitClient> {
+  return client.SplitClient.connect(url, {
+    ort: ORT,
+    openSocket,
+    bundle: FILES,
+    storage: new client.MemoryStorage(),
+    sessionOptions: SESSION_OPTIONS,
+    ...options,
+  });
+}
+
+test("a server that greets and hangs up without end is given up", async (t) => {
+  const liar = await startLiar(t);
+  liar.lies = { reply: () => HANG_UP };
+  const trained = await connectTo(liar, { giveUpAfter: 0.5 });
+  await assert.rejects(trained.fit(DATA, { batchSize: 6 }), client.ConnectionLost);
+  const greetings = liar.heard.filter((type) => type === "Hello").length;
+  assert.ok(greetings > 1 && greetings < 12, `${greetings}`); // the delays grew
+  await trained.close();
+});
+
+test("a gradient has its activation's shape, on a new connection too", async (t) => {
+  const liar = await startLiar(t);
+  let asked = 0;
+  liar.lies = { reply: (a) => (asked++ ? reply(a, {}, gradients(5, 4)) : HANG_UP) };
+  const trained = await connectTo(liar);
+  await assert.rejects(trained.fit(DATA, { batchSize: 6 }), client.ArrayMismatch);
+  assert.equal(trained.reconnects, 1);
+  await trained.close();
+});
+
+test("a batch of no rows is refused before anything is run or sent", async (t) => {
+  const liar = await startLiar(t);
+  const trained = await connectTo(liar);
+  const none = {
+    x: { dims: [0, 3], data: new Float32Array(0) },
+    labels: { dims: [0, 2], data: new Float32Array(0) },
+  };
+  await assert.rejects(trained.step(none), client.ArrayMismatch);
+  await assert.rejects(trained.fit([none]), client.ArrayMismatch);
+  await assert.rejects(trained.predict([{ x: none.x }]), client.ArrayMismatch);
+  await trained.close();
+  await liar.quiet();
+  assert.deepEqual(liar.heard, ["Hello", "Bye"]);
+});
+
+test("infinite weights are nobody's outcome", async (t) => {
+  const liar = await startLiar(t);
+  const storage = new client.MemoryStorage();
+  const trained = await connectTo(liar, { storage });
+  const x = { dims: [1, 3], data: new Float32Array(3).fill(1e3) };
+  const labels = { dims: [1, 2], data: new Float32Array(2) };
+  liar.lies = { reply: (asked) => reply(asked, {}, gradients(1, 4, 100)) };
+  await trained.step({ x, labels }, { learningRate: 3e38 });
+  assert.ok(!Object.values(trained.state()).every(({ data }) => [...data].every(Number.isFinite)));
+  await assert.rejects(trained.save(), client.NotSaved);
+  await trained.close();
+  assert.ok(!liar.heard.includes("Save")); // the server's outcome stays what it was as well
+  assert.deepEqual(await storage.list(""), []);
+});
+
 describe("a server that lies in the middle of a training", () => {
   const liar = new Liar();
   before(() => liar.start());
@@ -293,6 +417,14 @@ describe("a bundle", () => {
     ["with a state twice", change('"state": [', `"state": [${state("W1")},`), FormatError],
     ["with more zeros than an optimizer has", change('"state": [', zeros), FormatError],
     ["with other weights", { ...FILES, "weights.safetensors": encodeTensors(new Map()) }, BundleError],
+    [
+      "with weights in which a bit flipped",
+      {
+        ...change('"party"', `"weights": "${WEIGHTS_SUM}", "party"`),
+        "weights.safetensors": flip(FILES["weights.safetensors"]!),
+      },
+      BundleError,
+    ],
     ["with broken weights", { ...FILES, "weights.safetensors": Uint8Array.of(1) }, FormatError],
   ];
   for (const [what, files, error] of broken) {
@@ -300,6 +432,10 @@ describe("a bundle", () => {
       await assert.rejects(loadBundle(files), error);
     });
   }
+
+  test("with the weights that its manifest has the sum of is taken", async () => {
+    await loadBundle(change('"party"', `"weights": "${WEIGHTS_SUM}", "party"`));
+  });
 
   test("with a graph that the gate knows not is refused before ONNX Runtime sees it", async () => {
     const evil = new TextEncoder().encode("\b\n:\u0004evil");
@@ -333,7 +469,9 @@ describe("an address that gives", () => {
       const [, folder = "", name = ""] = /^\/(.*)\/([^/]*)$/.exec(request.url!) ?? [];
       asked.push(request.headers.authorization);
       if (folder === "locked") response.writeHead(401).end();
-      else if (folder === "endless" && name === "weights.safetensors") {
+      else if (folder === "moved") {
+        response.writeHead(302, { Location: `/whole/${name}` }).end();
+      } else if (folder === "endless" && name === "weights.safetensors") {
         response.on("error", () => {});
         const pour = () => void (response.writable && response.write(Buffer.alloc(1 << 20), pour));
         pour();
@@ -359,6 +497,12 @@ describe("an address that gives", () => {
 
   test("weights without end is left off", async () => {
     await assert.rejects(loadBundle(`${url}/endless/`), /more bytes than the limit/);
+  });
+
+  test("another address is not followed there", async () => {
+    asked.length = 0;
+    await assert.rejects(loadBundle(`${url}/moved`, "secret"), client.ConnectionLost);
+    assert.equal(asked.length, 1);
   });
 
   test("nothing is named", async () => {

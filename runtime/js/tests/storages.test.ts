@@ -3,12 +3,14 @@
 import "fake-indexeddb/auto";
 
 import assert from "node:assert/strict";
-import { mkdtemp, readdir, rm } from "node:fs/promises";
+import { execFileSync } from "node:child_process";
+import { mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
+import { decodeTensors, encodeTensors } from "../src/codecs.js";
 import { CheckpointStore } from "../src/checkpoints.js";
 import type { Checkpoint } from "../src/checkpoints.js";
 import { BundleError, IndexedDbStorage, MemoryStorage, NotSaved } from "../src/index.js";
@@ -69,6 +71,22 @@ test("a file that cannot be put leaves nothing", async () => {
   assert.deepEqual(await readdir(join(folder, "taken")), ["x.safetensors"]);
 });
 
+test("what is no regular file is not waited for, nor read without end", async () => {
+  const fifo = join(folder, "fifo");
+  execFileSync("mkfifo", [fifo]);
+  await symlink("/dev/zero", join(folder, "zero"));
+  await writeFile(join(folder, "long"), new Uint8Array(11));
+  const read = openFolder(folder);
+  await assert.rejects(read("fifo", 10), /regular file/);
+  await assert.rejects(read("zero", 10), /regular file/);
+  await assert.rejects(read(".", 10), BundleError);
+  await assert.rejects(read("long", 10), /11 bytes, over the limit of 10/);
+  assert.equal((await read("long", 11)).length, 11);
+  const storage = new FolderStorage(folder);
+  execFileSync("mkfifo", [join(folder, "pipe.safetensors")]);
+  await assert.rejects(storage.get("pipe"), /regular file/);
+});
+
 describe("a session's checkpoints", () => {
   const session = "0123456789abcdef".repeat(2);
 
@@ -111,6 +129,53 @@ describe("a session's checkpoints", () => {
     await storage.put(name!, content);
     await storage.put(name!.replace(/5$/, "6"), content); // another step's name
     await assert.rejects(store.read(session, 6), BundleError);
+  });
+
+  test("are refused whichever of their bits flips", async () => {
+    const storage = new MemoryStorage();
+    const { store, make } = await open(storage);
+    await store.write(make(5));
+    await store.publish(make(5));
+    for (const name of await storage.list("")) {
+      const content = (await storage.get(name))!;
+      const read = () => (name.endsWith("/state") ? store.readOutcome() : store.read(session, 5));
+      await read();
+      for (let place = 0; place < content.length; place++) {
+        const altered = content.slice();
+        altered[place]! ^= 1 << place % 8;
+        await storage.put(name, altered);
+        await assert.rejects(read, BundleError, `byte ${place} of ${content.length}`);
+      }
+      await storage.put(name, content);
+    }
+  });
+
+  test("of before there were checksums are read", async () => {
+    const storage = new MemoryStorage();
+    const { store, make } = await open(storage);
+    await store.write(make(5));
+    const [name] = await storage.list("");
+    const { tensors, metadata } = decodeTensors((await storage.get(name!))!, 1 << 20);
+    const facts = metadata.get("splitonnx")!;
+    await storage.put(name!, encodeTensors(tensors, { splitonnx: facts }));
+    assert.equal((await store.read(session, 5)).step, 5);
+  });
+
+  test("with values that are not finite are no outcome", async () => {
+    const { store, make } = await open(new MemoryStorage());
+    await store.publish(make(5));
+    for (const value of [NaN, Infinity]) {
+      const { tensors, ...facts } = make(6);
+      const spoilt = new Map(tensors);
+      const data = (tensors.get("W1.m")!.data as Float32Array).slice().fill(value, 7, 8);
+      spoilt.set("W1.m", { ...tensors.get("W1.m")!, data });
+      await assert.rejects(store.publish({ ...facts, tensors: spoilt }), (error: Error) => {
+        assert.ok(error instanceof NotSaved);
+        assert.match(error.message, /'W1.m' holds NaN or infinity; train again .* learning rate/);
+        return true;
+      });
+    }
+    assert.equal((await store.readOutcome())!.step, 5);
   });
 
   test("that cannot be put are told of", async () => {
