@@ -20,9 +20,11 @@ def write(folder: Path) -> None:
         ("messages", builders.build_messages()),
         ("refusals", builders.build_refusals()),
         ("replies", builders.build_replies()),
+        ("shapes", builders.build_shapes()),
         ("shuffles", builders.build_shuffles()),
     ):
-        text = json.dumps(value, indent=1, ensure_ascii=False)
+        indent = None if name == "shapes" else 1  # many are small
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     tiny.split_bundle().save(folder / "whole", overwrite=True)
     shutil.rmtree(folder / "tiny", ignore_errors=True)

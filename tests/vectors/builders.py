@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from splitonnx.bundles import Bundle
+from splitonnx.errors import SplitonnxError
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import Fault, Message, Tensors, Welcome, encode_message
 from splitonnx.partitioner.partitions import cut
@@ -20,7 +21,7 @@ from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.protocols import list_wires
 from splitonnx.runtime.transports import connect_in_memory
-from splitonnx.tensors import DTYPES, name_dtype
+from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages, test_runtime_gates, tiny
 from tests.zoo import ZOO
 
@@ -201,6 +202,43 @@ def build_replies() -> list[dict[str, object]]:
         }
         for state, message, tensors, error in cases
     ]
+
+
+def build_shapes() -> list[dict[str, object]]:
+    """Shapes against declarations where sizes are bound already: what is bound then, or refused."""
+    large = 2**31 - 1
+    some, other = "(H + -1)//(2) + 1", "((T)//(2) + 1)//(3)"
+    cases: list[tuple[list[int | str | None], list[int], dict[str, int]]] = [
+        *(([dim], [size], {}) for dim in ("N", "unk__/l.1/Conv:2", "2*N + 1", None, 0, 1, "7")
+          for size in (0, 1, 2, 3, 7, large, large + 1, 2**40)),
+        *(([dim], [size], {"N": 3, "T": 9}) for dim in ("N", "2*N*T + 1", "N + -1", "-1*N + T",
+          "2 * N * T", "N*M + T", "N*M*M", "N*N", "M", "0*M + N", "floor(N/2)", "(N)//(2)", other,
+          "(N)//(0)", "unk__a + N", "9007199254740993*N", "N + ", "((((", "")
+          for size in (0, 1, 2, 3, 6, 9, 12, 30, 55)),
+        *(([some], [size], sizes) for size in (1, 2, 3)
+          for sizes in ({}, {"H": 3}, {"(H + -1)//(2)": 0}, {some: 2})),
+        (["N"], [1, 1], {}), (["N", "N"], [1], {}), ([], [], {}), ([], [1], {}),
+        (["N", "N"], [2, 2], {}), (["N", "N"], [2, 3], {}), (["T", "N"], [4, 2], {"N": 3}),
+        (["2*N + 1", "N"], [7, 3], {}), (["2*N + 1", "N"], [7, 4], {}),
+        (["A*B", "A", "B"], [6, 2, 3], {}), (["A*B", "A", "B"], [5, 2, 2], {}),
+        (["A"], [2], {"A*B": 6, "B": 2}), (["A"], [3], {"A*B": 6, "B": 2}),
+        (["A*B"], [4], {"A*B": 6, "A": 2, "B": 2}), (["A*B"], [5], {"A*B": 6}),
+        (["H"], [7], {"(H)//(2)": 3}), (["H"], [9], {"(H)//(2)": 3}),
+        (["A*A", "A"], [9, 3], {}), (["A*A", "A"], [9, 2], {}), (["A*A"], [8], {"A": 3}),
+    ]  # fmt: skip
+    return [_try_shape(declared, shape, sizes) for declared, shape, sizes in cases]
+
+
+def _try_shape(
+    declared: list[int | str | None], shape: list[int], sizes: dict[str, int]
+) -> dict[str, object]:
+    bound, error = dict(sizes), ""
+    array = np.broadcast_to(np.float32(0), shape)  # it takes no memory
+    try:
+        check_array(array, TensorSpec(name="h", dtype="F32", shape=tuple(declared)), bound)
+    except SplitonnxError as caught:
+        error = str(caught)
+    return {"declared": declared, "shape": shape, "sizes": sizes, "bound": bound, "error": error}
 
 
 def build_shuffles() -> list[dict[str, object]]:

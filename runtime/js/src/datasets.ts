@@ -4,7 +4,7 @@
  * What the arrays mean is not known here.
  */
 
-import type { Bindings } from "./dimensions.js";
+import type { Sizes } from "./dimensions.js";
 import { takeTensor } from "./engines.js";
 import type { TensorLike } from "./engines.js";
 import { ArrayMismatch, MissingArray, NotFinite, UnusableData } from "./errors.js";
@@ -148,7 +148,7 @@ class BatchDataset implements Dataset {
  * @throws ValueOutOfRange: an integer, a label as a rule, lies outside its bounds.
  */
 export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void {
-  const bindings: Bindings = new Map();
+  const sizes: Sizes = new Map();
   for (const spec of specs) {
     const array = batch.get(spec.name);
     if (!array) throw new MissingArray(spec.name, [...batch.keys()]);
@@ -156,7 +156,7 @@ export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void 
       const advice = array.dtype === "U8" && spec.dtype === "BOOL" ? "; give it type: 'bool'" : "";
       throw new ArrayMismatch(spec.name, describe(spec), describe(array) + advice);
     }
-    checkArray(array, spec, bindings);
+    checkArray(array, spec, sizes);
   }
 }
 

@@ -1,122 +1,182 @@
 /**
- * Sizes of tensors against what is declared of them: numbers, names, and sums of products of names.
+ * Dimensions as text, `4*N + 1` or `(H + -1)//(2)`: read, computed, and held against sizes.
  *
- * A name, an *atom*, stands for one size throughout a task; `2*N + 1` is computed from it.  What
- * cannot be computed yet is bound as a whole, by its text.  This module knows no tensor.
+ * A text is a sum of products of integers and *atoms*.  An atom is a name, or the quotient of two
+ * sums, rounded down; it has one size throughout a task.  A text that is no such sum is one atom.
+ * `splitonnx/expressions.py` is the twin.  This module knows no tensor.
  */
 
-/** Sizes by atom, or by the text of an expression. */
-export type Bindings = Map<string, number>;
+/** Sizes by atom, or by the text of an expression whose atoms are not known. */
+export type Sizes = Map<string, number>;
 
-/** The largest size of a dimension that is no number. */
+/** The largest size of a dimension that is declared as no number. */
 export const LARGEST = 2 ** 31 - 1;
 
+interface Atom {
+  readonly text: string;
+  /** What it is the quotient of. */
+  readonly sides?: readonly [Terms, Terms];
+}
 interface Term {
   readonly factor: number;
-  readonly atoms: readonly string[];
+  readonly atoms: readonly Atom[];
 }
+type Terms = readonly Term[];
+type ReadonlySizes = ReadonlyMap<string, number>;
 
-const FACTOR = "[\\p{L}\\p{N}_.]+";
-const PRODUCT = `${FACTOR}(?: ?[*] ?${FACTOR})*`;
-const SUM = new RegExp(`^${PRODUCT}(?: [+] ${PRODUCT})*$`, "u");
+const LONGEST = 2000; // characters; a longer text is one atom
+const NAME = /^(?:unk__[^\s*+()]+|[\p{L}\p{N}_.]+)$/u;
+const NUMBER = /^-?[0-9]{1,19}$/;
+const MOST = 10_000; // texts that are kept as read; a bundle has far fewer
 
-const parsed = new Map<string, readonly Term[]>();
+const known = new Map<string, Terms>();
 
-/** Read a sum of products; what is none is one atom, name and all. */
-function parse(text: string): readonly Term[] {
-  const known = parsed.get(text);
-  if (known) return known;
-  const terms = SUM.test(text)
-    ? text.split(" + ").map(parseProduct)
-    : [{ factor: 1, atoms: [text] }];
-  if (parsed.size < 10_000) parsed.set(text, terms); // a bundle has far fewer
+/** Read a dimension as the products that add up to it. */
+function parse(text: string): Terms {
+  let terms = known.get(text);
+  if (terms) return terms;
+  terms = (text.length <= LONGEST && parseSum(text)) || [{ factor: 1, atoms: [{ text }] }];
+  if (known.size < MOST) known.set(text, terms);
   return terms;
 }
 
-function parseProduct(text: string): Term {
-  const factors = text.split("*").map((factor) => factor.trim());
-  const isNumber = (factor: string) => /^[0-9]+$/.test(factor);
-  return {
-    factor: factors.filter(isNumber).reduce((product, factor) => product * Number(factor), 1),
-    atoms: factors.filter((factor) => !isNumber(factor)),
-  };
-}
-
-function isAtom(terms: readonly Term[]): boolean {
-  return terms.length === 1 && terms[0]!.factor === 1 && terms[0]!.atoms.length === 1;
-}
-
-/** List the keys under which a dimension may be bound: its text, and its atoms. */
-export function listKeys(dim: string): string[] {
-  return [dim, ...parse(dim).flatMap((term) => term.atoms)];
-}
-
-/**
- * Say whether a shape is as declared, where `bindings` hold; they are extended where it is.
- *
- * A declared `null` is any size.  What is no declared number is from 1 to {@link LARGEST}.
- */
-export function fitsShape(
-  shape: readonly number[],
-  declared: readonly (number | string | null)[],
-  bindings: Bindings,
-): boolean {
-  if (shape.length !== declared.length) return false;
-  const bound = new Map(bindings);
-  const sums: [text: string, terms: readonly Term[], size: number][] = [];
-  for (const [axis, dim] of declared.entries()) {
-    const size = shape[axis]!;
-    if (typeof dim === "number") {
-      if (dim !== size) return false;
-      continue;
+function parseSum(text: string): Terms | undefined {
+  const terms: Term[] = [];
+  for (const part of split(text, " + ")) {
+    let factor = 1;
+    const atoms: Atom[] = [];
+    for (const one of split(part, "*")) {
+      const read = readFactor(one.replace(/^ +| +$/g, ""));
+      if (read === undefined) return undefined;
+      if (typeof read === "number") factor *= read;
+      else atoms.push(read);
     }
-    if (size < 1 || size > LARGEST) return false;
-    if (dim === null) continue;
-    const terms = parse(dim);
-    if (!isAtom(terms)) sums.push([dim, terms, size]);
-    else if (!bind(terms[0]!.atoms[0]!, size, bound)) return false;
+    terms.push({ factor, atoms });
   }
-  for (const sum of sums) if (!solve(...sum, bound)) return false;
-  // What was bound last may tell the size of what came before.
-  for (const [, terms, size] of sums) if ((compute(terms, bound) ?? size) !== size) return false;
-  for (const [key, size] of bound) bindings.set(key, size);
-  return true;
+  return terms;
 }
 
-function bind(key: string, size: number, bound: Bindings): boolean {
-  if ((bound.get(key) ?? size) !== size) return false;
-  bound.set(key, size);
-  return true;
+function readFactor(text: string): number | Atom | undefined {
+  if (NUMBER.test(text)) return Number(text);
+  if (NAME.test(text)) return { text };
+  const sides = split(text, "//");
+  if (sides.length !== 2 || !sides.every((one) => one.startsWith("(") && one.endsWith(")"))) {
+    return undefined;
+  }
+  const [left, right] = sides.map((side) => parseSum(side.slice(1, -1)));
+  return left && right && { text, sides: [left, right] };
 }
 
-/** Compute a sum, if all of its atoms are bound; sums over 2^53 are none that a size equals. */
-function compute(terms: readonly Term[], bound: Bindings): number | undefined {
+/** Split a text at a sign that stands outside of all parentheses. */
+function split(text: string, sign: string): string[] {
+  const parts: string[] = [];
+  let [depth, start] = [0, 0];
+  for (let place = 0; place < text.length; place++) {
+    if (text[place] === "(") depth += 1;
+    if (text[place] === ")") depth -= 1;
+    if (depth === 0 && place >= start && text.startsWith(sign, place)) {
+      parts.push(text.slice(start, place));
+      start = place + sign.length;
+    }
+  }
+  return [...parts, text.slice(start)];
+}
+
+/** Compute a sum; `undefined` where an atom has no size, NaN where it is no exact integer. */
+function compute(terms: Terms, sizes: ReadonlySizes): number | undefined {
   let sum = 0;
   for (const { factor, atoms } of terms) {
     let product = factor;
     for (const atom of atoms) {
-      const size = bound.get(atom);
+      const size = computeAtom(atom, sizes);
       if (size === undefined) return undefined;
       product *= size;
     }
-    sum += product;
+    sum += Number.isSafeInteger(product) ? product : NaN;
   }
-  return sum;
+  return Number.isSafeInteger(sum) ? sum : NaN;
 }
 
-/** Hold a size against a sum: its text, its value, or the one atom that it leaves open. */
-function solve(text: string, terms: readonly Term[], size: number, bound: Bindings): boolean {
-  if ((bound.get(text) ?? size) !== size) return false;
-  const isOpen = (atom: string) => !bound.has(atom);
-  const open = new Set(terms.flatMap(({ atoms }) => atoms.filter(isOpen)));
-  if (!open.size) return compute(terms, bound) === size;
-  const [atom] = open as unknown as Iterable<string>;
-  const isLinear = terms.every(({ atoms }) => atoms.filter(isOpen).length <= 1);
-  if (open.size > 1 || !isLinear) return bind(text, size, bound);
-  const [without, of] = [terms.filter((term) => !term.atoms.some(isOpen)), [] as Term[]];
-  for (const { factor, atoms } of terms.filter((term) => term.atoms.some(isOpen))) {
-    of.push({ factor, atoms: atoms.filter((one) => one !== atom) });
+function computeAtom({ text, sides }: Atom, sizes: ReadonlySizes): number | undefined {
+  const size = sizes.get(text);
+  if (size !== undefined || !sides) return size;
+  const [left, right] = [compute(sides[0], sizes), compute(sides[1], sizes)];
+  if (left === undefined || right === undefined || right < 1) return undefined;
+  return Math.floor(left / right);
+}
+
+/** Compute the only open atom of a sum from the sum's size, where a whole number solves it. */
+function solve(terms: Terms, open: string, size: number, sizes: ReadonlySizes): number | undefined {
+  const isOpen = ({ atoms }: Term) => atoms.some(({ text }) => text === open);
+  const strip = ({ factor, atoms }: Term): Term => {
+    return { factor, atoms: atoms.filter(({ text }) => text !== open) };
+  };
+  const slope = compute(terms.filter(isOpen).map(strip), sizes)!;
+  const offset = compute(terms.filter((term) => !isOpen(term)), sizes)!;
+  const solution = (size - offset) / slope;
+  return Number.isSafeInteger(solution) ? solution : undefined;
+}
+
+/** List what may be bound for a dimension: its text, and its atoms. */
+export function listKeys(dim: string): string[] {
+  return [dim, ...parse(dim).flatMap(({ atoms }) => atoms.map(({ text }) => text))];
+}
+
+/**
+ * Say whether a shape is as declared where `sizes` hold, which are extended where it is.
+ *
+ * A declared `null` is any size.  What is declared as no number is from 1 to {@link LARGEST}.
+ */
+export function fitsShape(
+  shape: readonly number[],
+  declared: readonly (number | string | null)[],
+  sizes: Sizes,
+): boolean {
+  if (shape.length !== declared.length) return false;
+  const bound = new Map(sizes);
+  for (const [axis, dim] of declared.entries()) {
+    const size = shape[axis]!;
+    if (typeof dim === "number") {
+      if (size !== dim) return false;
+    } else if (size < 1 || size > LARGEST || (dim !== null && !bind(dim, size, bound))) {
+      return false;
+    }
   }
-  const found = (size - compute(without, bound)!) / compute(of, bound)!;
-  return Number.isInteger(found) && found >= 1 && found <= LARGEST && bind(atom!, found, bound);
+  if (bound.size > sizes.size && !isConsistent(bound)) return false;
+  for (const [key, size] of bound) sizes.set(key, size);
+  return true;
+}
+
+function bind(dim: string, size: number, sizes: Sizes): boolean {
+  const own = sizes.get(dim);
+  if (own !== undefined) return own === size;
+  const terms = parse(dim);
+  const open = new Map<string, Atom>();
+  for (const atom of terms.flatMap(({ atoms }) => atoms)) {
+    if (computeAtom(atom, sizes) === undefined) open.set(atom.text, atom);
+  }
+  const [atom] = open.values();
+  if (!atom) return compute(terms, sizes) === size;
+  const count = (term: Term) => term.atoms.filter(({ text }) => text === atom.text).length;
+  if (open.size > 1 || terms.some((term) => count(term) > 1)) {
+    sizes.set(dim, size);
+    return true;
+  }
+  const solution = solve(terms, atom.text, size, sizes);
+  if (solution === undefined) return false; // no whole number solves it
+  sizes.set(atom.text, solution);
+  return solution >= (atom.sides ? 0 : 1);
+}
+
+/** Hold what was bound whole against what its atoms were bound to since. */
+function isConsistent(sizes: Sizes): boolean {
+  for (const [text, size] of sizes) {
+    const terms = parse(text);
+    const [first] = terms[0]!.atoms;
+    if (terms.length === 1 && first?.text === text && !first.sides) continue;
+    const others = new Map(sizes);
+    others.delete(text);
+    if ((compute(terms, others) ?? size) !== size) return false;
+  }
+  return true;
 }

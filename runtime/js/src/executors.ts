@@ -11,7 +11,7 @@ import type { Tensor } from "onnxruntime-common";
 import type { PartyBundle } from "./bundles.js";
 import { Dataflow } from "./dataflows.js";
 import type { Progress } from "./dataflows.js";
-import type { Bindings } from "./dimensions.js";
+import type { Sizes } from "./dimensions.js";
 import type { Engine, LoadedStage } from "./engines.js";
 import {
   BundleError,
@@ -40,7 +40,7 @@ interface Task {
   readonly progress: Progress;
   readonly values: Map<string, Tensor>;
   /** What the data and the wires of either direction bind. */
-  readonly bindings: Bindings;
+  readonly sizes: Sizes;
 }
 
 /** What a task begins with, beside its key. */
@@ -114,10 +114,10 @@ export class Executor {
       flow,
       progress: flow.start(),
       values: new Map(),
-      bindings: new Map(),
+      sizes: new Map(),
     };
     const own = new Map(phase.data.map((spec) => [spec.name, take(data, spec.name)]));
-    for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.bindings);
+    for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.sizes);
     this.#supply(task, own);
     this.#supply(task, scalars);
     this.#tasks.set(name, task);
@@ -258,7 +258,7 @@ export class Executor {
   #checkWires(task: Task, tensors: NdArrays): void {
     for (const { tensor } of task.phase.wires) {
       const array = tensors.get(tensor.name);
-      if (array) checkArray(array, tensor, task.bindings);
+      if (array) checkArray(array, tensor, task.sizes);
     }
   }
 

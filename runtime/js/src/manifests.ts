@@ -107,8 +107,8 @@ export type PartyManifest = Decoded<typeof readManifest>;
 /**
  * Read a manifest; `source` is where it comes from.
  *
- * @throws FormatError: not JSON, a field missing or of the wrong type, another format version, or a
- *   state that no party can hold.
+ * @throws FormatError: not JSON, a field missing or of the wrong type, another format version, a
+ *   state that no party can hold, or a wire with a dimension that nothing is said of.
  */
 export function decodeManifest(content: Uint8Array, source: string): PartyManifest {
   let manifest: PartyManifest;
@@ -123,7 +123,21 @@ export function decodeManifest(content: Uint8Array, source: string): PartyManife
     throw new FormatError(source, reason);
   }
   checkState(manifest, source);
+  checkWires(manifest, source);
   return manifest;
+}
+
+/** Check that each dimension that travels is a number or a name, which a task binds. */
+function checkWires({ phases }: PartyManifest, source: string): void {
+  for (const { name, wires } of phases) {
+    for (const { tensor } of wires.filter((wire) => wire.tensor.shape.includes(null))) {
+      throw new FormatError(
+        source,
+        `wire '${tensor.name}' of phase '${name}' is ${describe(tensor)}, and nothing binds the ` +
+          "dimension '?'; cut the model again with this version",
+      );
+    }
+  }
 }
 
 /**

@@ -8,7 +8,7 @@
  * network, and nothing of what the tensors mean.
  */
 
-import type { Bindings } from "./dimensions.js";
+import type { Sizes } from "./dimensions.js";
 import {
   BundleMismatch,
   FormatError,
@@ -56,7 +56,7 @@ export class Protocol {
   state: State = "start";
   readonly #manifest: PartyManifest;
   #task: TaskKey | undefined;
-  #bindings: Bindings = new Map();
+  #sizes: Sizes = new Map();
 
   constructor(manifest: PartyManifest) {
     this.#manifest = manifest;
@@ -125,7 +125,7 @@ export class Protocol {
     }
     this.#open(message);
     for (const [name, array] of tensors) {
-      checkArray(array, wires.get(name)!.tensor, this.#bindings);
+      checkArray(array, wires.get(name)!.tensor, this.#sizes);
       if (message.phase === TRAIN && sender === SERVER) {
         checkValues(name, array, `step ${message.step + 1}`);
       }
@@ -136,7 +136,7 @@ export class Protocol {
   #open(message: TensorsMessage): void {
     if (this.#task && isSameTask(this.#task, message)) return;
     this.#task = message;
-    this.#bindings = new Map();
+    this.#sizes = new Map();
   }
 }
 

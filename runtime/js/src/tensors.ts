@@ -7,7 +7,7 @@
  */
 
 import { fitsShape, listKeys } from "./dimensions.js";
-import type { Bindings } from "./dimensions.js";
+import type { Sizes } from "./dimensions.js";
 import { ArrayMismatch, ValueOutOfRange, flatten } from "./errors.js";
 
 /** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
@@ -132,21 +132,28 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
 /**
  * Raise unless `array` has the element type, shape and value range that `spec` declares.
  *
- * `bindings` holds the sizes of the names seen so far in this task and is extended; a name that
+ * `sizes` holds those of the names seen so far in this task and is extended; a name that
  * takes a second size is a mismatch, and so is a size of 0 where the declaration names no number.
  *
  * @throws ArrayMismatch: element type or shape differ.
  * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
  */
-export function checkArray(array: NdArray, spec: TensorSpec, bindings: Bindings): void {
-  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, bindings)) {
-    const keys = spec.shape.flatMap((dim) => (typeof dim === "string" ? listKeys(dim) : []));
-    const known = [...bindings].filter(([key]) => keys.includes(key));
-    const bound = known.map(([key, size]) => `${flatten(key)} = ${size}`).join(", ");
-    const expected = flatten(describe(spec)) + (bound ? ` where ${bound}` : "");
-    throw new ArrayMismatch(spec.name, expected, describe(array));
+export function checkArray(array: NdArray, spec: TensorSpec, sizes: Sizes): void {
+  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, sizes)) {
+    throw new ArrayMismatch(spec.name, describeExpected(array, spec, sizes), describe(array));
   }
   if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds[0]!, spec.bounds[1]!);
+}
+
+function describeExpected({ shape }: NdArray, spec: TensorSpec, sizes: Sizes): string {
+  const expected = flatten(describe(spec));
+  const keys = spec.shape.flatMap((dim) => (typeof dim === "string" ? listKeys(dim) : []));
+  const bound = [...sizes].filter(([key]) => keys.includes(key));
+  if (bound.length) {
+    return `${expected} where ${bound.map(([key, size]) => `${flatten(key)} = ${size}`).join(", ")}`;
+  }
+  const isEmpty = shape.includes(0) && !spec.shape.includes(0);
+  return expected + (isEmpty ? " without an empty dimension" : "");
 }
 
 function checkBounds(array: NdArray, name: string, lower: number, upper: number): void {

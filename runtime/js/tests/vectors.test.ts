@@ -9,7 +9,7 @@ import { loadBundle } from "../src/bundles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { spell } from "../src/decoders.js";
 import { Engine } from "../src/engines.js";
-import { FormatError, ForbiddenGraph, SplitonnxError } from "../src/errors.js";
+import { ArrayMismatch, FormatError, ForbiddenGraph, SplitonnxError } from "../src/errors.js";
 import { checkGraph } from "../src/gates.js";
 import { decodeManifest } from "../src/manifests.js";
 import { MAX_HEADER, PROTOCOL, decodeMessage, encodeMessage } from "../src/messages.js";
@@ -18,6 +18,7 @@ import { openFolder } from "../src/node.js";
 import { Protocol, listWires } from "../src/protocols.js";
 import type { State } from "../src/protocols.js";
 import { shuffleRows } from "../src/shuffles.js";
+import { checkArray } from "../src/tensors.js";
 import type { Dtype, NdArrays } from "../src/tensors.js";
 import {
   RUNTIMES,
@@ -117,6 +118,40 @@ test("replies are taken and refused as the vectors say", async () => {
     }
     assert.equal(caught, error);
   }
+});
+
+test("shapes are taken and refused as the Python side does, in the same words", () => {
+  interface Case {
+    declared: (number | string | null)[];
+    shape: number[];
+    sizes: Record<string, number>;
+    bound: Record<string, number>;
+    error: string;
+  }
+  const cases = readVectors<Case[]>("shapes");
+  assert.ok(cases.length > 200);
+  for (const { declared, shape, sizes, bound, error } of cases) {
+    const found = new Map(Object.entries(sizes));
+    const spec = { name: "h", dtype: "F32", shape: declared, bounds: null };
+    const array = { dtype: "F32", shape, data: new Float32Array(0) } as const;
+    let caught = "";
+    try {
+      checkArray(array, spec, found);
+    } catch (thrown) {
+      assert.ok(thrown instanceof ArrayMismatch);
+      caught = thrown.message;
+    }
+    assert.equal(caught, error);
+    assert.deepEqual(Object.fromEntries(found), bound, `${declared} = ${shape}`);
+  }
+});
+
+test("a bundle with nameless dimensions on its wires is refused", () => {
+  const text = readFileSync(join(VECTORS, "tiny/manifest.json"), "utf-8");
+  const manifest = JSON.parse(text) as { phases: { wires: { tensor: { shape: unknown[] } }[] }[] };
+  manifest.phases[0]!.wires[0]!.tensor.shape[1] = null;
+  const content = new TextEncoder().encode(JSON.stringify(manifest));
+  assert.throws(() => decodeManifest(content, "manifest.json"), /cut the model again/);
 });
 
 test("rows are shuffled as numpy shuffles them", () => {
