@@ -30,6 +30,8 @@ LONGEST = 4096
 SESSION = "0123456789abcdef" * 2
 
 Arrays = Mapping[str, np.ndarray]
+ShapeCase = tuple[list[int | str | None], list[int], dict[str, int]]
+"""A declaration, a shape, and the sizes that are bound."""
 
 
 def encode_bytes(content: bytes) -> str:
@@ -208,15 +210,18 @@ def build_shapes() -> list[dict[str, object]]:
     """Shapes against declarations where sizes are bound already: what is bound then, or refused."""
     large = 2**31 - 1
     some, other = "(H + -1)//(2) + 1", "((T)//(2) + 1)//(3)"
-    cases: list[tuple[list[int | str | None], list[int], dict[str, int]]] = [
-        *(([dim], [size], {}) for dim in ("N", "unk__/l.1/Conv:2", "2*N + 1", None, 0, 1, "7")
-          for size in (0, 1, 2, 3, 7, large, large + 1, 2**40)),
-        *(([dim], [size], {"N": 3, "T": 9}) for dim in ("N", "2*N*T + 1", "N + -1", "-1*N + T",
-          "2 * N * T", "N*M + T", "N*M*M", "N*N", "M", "0*M + N", "floor(N/2)", "(N)//(2)", other,
-          "(N)//(0)", "unk__a + N", "9007199254740993*N", "N + ", "((((", "")
-          for size in (0, 1, 2, 3, 6, 9, 12, 30, 55)),
-        *(([some], [size], sizes) for size in (1, 2, 3)
-          for sizes in ({}, {"H": 3}, {"(H + -1)//(2)": 0}, {some: 2})),
+    sums: list[str] = [
+        "N", "2*N*T + 1", "N + -1", "-1*N + T", "2 * N * T", "N*M + T", "N*M*M", "N*N", "M",
+        "0*M + N", "floor(N/2)", "(N)//(2)", other, "(N)//(0)", "unk__a + N", "9007199254740993*N",
+        "N + ", "((((", "",
+    ]  # fmt: skip
+    alone: list[int | str | None] = ["N", "unk__/l.1/Conv:2", "2*N + 1", None, 0, 1, "7"]
+    known: list[dict[str, int]] = [{}, {"H": 3}, {"(H + -1)//(2)": 0}, {some: 2}]
+    cases: list[ShapeCase] = []
+    cases += [([d], [n], {}) for d in alone for n in (0, 1, 2, 3, 7, large, large + 1, 2**40)]
+    cases += [([d], [n], {"N": 3, "T": 9}) for d in sums for n in (0, 1, 2, 3, 6, 9, 12, 30, 55)]
+    cases += [([some], [n], sizes) for n in (1, 2, 3) for sizes in known]
+    cases += [
         (["N"], [1, 1], {}), (["N", "N"], [1], {}), ([], [], {}), ([], [1], {}),
         (["N", "N"], [2, 2], {}), (["N", "N"], [2, 3], {}), (["T", "N"], [4, 2], {"N": 3}),
         (["2*N + 1", "N"], [7, 3], {}), (["2*N + 1", "N"], [7, 4], {}),

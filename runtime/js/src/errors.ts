@@ -62,6 +62,17 @@ export class ValueOutOfRange extends DataError {
   }
 }
 
+/** A message's tensor has more rows than the server takes; nothing was computed with it. */
+export class BatchTooLarge extends DataError {
+  override name = "BatchTooLarge";
+  constructor(readonly array: string, readonly rows: number, readonly limit: number) {
+    super(
+      `'${flatten(array)}' has ${rows} rows, over the server's limit of ${limit}; use a smaller ` +
+        "batchSize, or serve with a larger --max-batch",
+    );
+  }
+}
+
 /** A tensor holds NaN or infinity. */
 export class NotFinite extends DataError {
   override name = "NotFinite";
@@ -249,6 +260,17 @@ export class MessageTooLarge extends ProtocolError {
             "smaller, or serve with a larger --max-message-bytes"
         : `${peer} sent a message larger than this side takes (${flatten(reason)}); make the ` +
             "batch smaller",
+    );
+  }
+}
+
+/** The token that was shown lacks the role that something takes: another token helps. */
+export class NotPermitted extends ProtocolError {
+  override name = "NotPermitted";
+  constructor(readonly role: string, readonly action: string) {
+    super(
+      `this token may not ${flatten(action)}: it lacks the role '${flatten(role)}'; ask whoever ` +
+        "runs the server for a token that has it",
     );
   }
 }

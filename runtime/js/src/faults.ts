@@ -1,7 +1,9 @@
 /** What the other side reports of itself, as an error of this side. */
 
 import {
+  BatchTooLarge,
   NotFinite,
+  NotPermitted,
   RemoteFault,
   ServerBusy,
   SessionLost,
@@ -23,6 +25,10 @@ export function translateFault(fault: MessageOf<"Fault">, generation: number): S
       return new SessionLost(fault.reason);
     case "NotFinite":
       return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
+    case "BatchTooLarge":
+      return new BatchTooLarge(fault.subject, fault.needed, fault.limit);
+    case "NotPermitted":
+      return new NotPermitted(fault.subject, fault.reason);
     case "Unauthorized":
       return new Unauthorized("the server", 1008, fault.reason);
     default:

@@ -14,6 +14,7 @@ import type { WebSocket } from "ws";
 
 import { loadBundle } from "../src/bundles.js";
 import { encodeTensors } from "../src/codecs.js";
+import { translateFault } from "../src/faults.js";
 import { hashBytes } from "../src/hashes.js";
 import * as client from "../src/index.js";
 import { decodeManifest } from "../src/manifests.js";
@@ -202,6 +203,15 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
     client.RemoteFault,
   ],
 ];
+
+const FAULT = { type: "Fault", code: "", reason: "", newest: 0, subject: "", needed: 0, limit: 0 } as const;
+
+test("what the server says of a batch or a token is said here in the same words", () => {
+  const batch = { ...FAULT, code: "BatchTooLarge", subject: "h", needed: 9, limit: 8 };
+  assert.match(translateFault(batch, 1).message, /'h' has 9 rows, over the server's limit of 8/);
+  const role = { ...FAULT, code: "NotPermitted", subject: "train", reason: "open a session" };
+  assert.match(translateFault(role, 1).message, /may not open a session: it lacks the role 'train'/);
+});
 
 describe("a server that sends", () => {
   const liar = new Liar();
