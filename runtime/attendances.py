@@ -36,7 +36,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.conversations import INTERRUPTIONS, Conversation, Incoming
+from splitonnx.runtime.conversations import Conversation, Incoming
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Metrics, Part
 from splitonnx.runtime.registries import Registry
@@ -224,7 +224,7 @@ class Attendance:
                     seconds = time.perf_counter() - begun
                     self._note(incoming.message, session, session.tasks_done > done, seconds)
                 self._note_refusal(conversation)
-        if isinstance(conversation.refused, INTERRUPTIONS):
+        if conversation.is_interrupted:
             await self._peer.close(RESTART, str(conversation.refused))
 
     def _take_over(self, conversation: Conversation, generation: int) -> None:

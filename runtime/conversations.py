@@ -22,6 +22,7 @@ from splitonnx.errors import (
     SplitonnxError,
     StageStopped,
     StaleConnection,
+    WorkerLost,
 )
 from splitonnx.messages import (
     Bye,
@@ -40,9 +41,6 @@ from splitonnx.runtime.ledgers import Fingerprint, Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sessions import Session
-
-INTERRUPTIONS = (StageStopped,)
-"""Errors after which the session can be resumed as it was: the client is to connect again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,14 @@ class Conversation:
     def is_closed(self) -> bool:
         """Whether it has ended."""
         return self._protocol.state is State.CLOSED
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether what ended it says nothing against the session: it can be resumed."""
+        match self.refused:
+            case StageStopped() | WorkerLost(is_repeated=False):
+                return True
+        return False
 
     @property
     def is_mid_step(self) -> bool:
@@ -136,7 +142,7 @@ class Conversation:
         self.refused = error
         if self._held is not None:
             self._held.abandon()
-        if isinstance(error, INTERRUPTIONS):
+        if self.is_interrupted:
             self._protocol.close()
         if not self.is_closed:
             yield self._protocol.send(_describe(error))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -116,8 +116,9 @@ class Engine:
     Runtime (all cores).  Running releases the interpreter's lock.  ``trusted`` says that the graphs
     come from a maker whom the caller trusts: only then are they taken in ORT format, which no gate
     reads.  A stage that runs for more than ``stage_seconds`` is ended, between two operators;
-    Ctrl-C ends one that the main thread runs.  Denormals are flushed to zero where the platform
-    can (:mod:`denormals`), in every thread alike.
+    Ctrl-C ends one that the main thread runs.  ``on_stuck`` is called with the name of a stage that
+    does not end.  Denormals are flushed to zero where the platform can (:mod:`denormals`), in every
+    thread alike.
 
     Raises:
         MissingExtra: no ONNX Runtime is installed.
@@ -129,11 +130,12 @@ class Engine:
         *,
         trusted: bool = False,
         stage_seconds: float | None = None,
+        on_stuck: Callable[[str], object] | None = None,
     ) -> None:
         self._ort = _import_onnxruntime()
         self._threads = threads
         self._trusted = trusted
-        self._running = Runs(stage_seconds)
+        self._running = Runs(stage_seconds, on_stuck)
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Load a stage graph from bytes, which the gate has to let pass first.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +42,53 @@ from splitonnx.states import State, write_state
 from splitonnx.tensors import check_array
 
 LOSS = "loss"
+
+
+class SessionExecutor(Protocol):
+    """What a server's session needs of an executor, be it in this process or in a worker.
+
+    The methods are those of :class:`Executor`, and may raise ``WorkerLost`` besides.
+    """
+
+    @property
+    def step(self) -> int:
+        """The number of updates committed so far."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the state is gone, with the worker that had it."""
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task."""
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hand wires from the other party to an open task."""
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that can be sent now."""
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Whether every stage of the task ran."""
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task: commit its state all at once."""
+
+    def abandon(self, key: TaskKey) -> None:
+        """Forget a task."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the whole state."""
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state by another."""
+
+    def publish(self, *, session: str = "", position: str = "") -> None:
+        """Write the state into the party's folder as its outcome."""
+
+    def close(self) -> None:
+        """Let go of the state."""
 
 
 @dataclass(kw_only=True)
@@ -215,10 +263,15 @@ class Executor:
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
         """
-        if self.party.path is None:
-            raise BundleError("bundle in memory", "it has no folder to save the state in")
-        state = State(tensors=self.state(), step=self.step, session=session, position=position)
-        write_state(self.party.path, state, self.manifest.digest)
+        publish_state(self.party, self.state(), step=self.step, session=session, position=position)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the state is gone; never, in this process."""
+        return False
+
+    def close(self) -> None:
+        """Let go of the state; nothing is to be done for it in this process."""
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:
@@ -266,6 +319,25 @@ class Executor:
     def _drop(self, task: _Task, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]
+
+
+def publish_state(
+    party: PartyBundle,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    session: str,
+    position: str,
+) -> None:
+    """Write a state into the party's folder as its outcome, whole or not at all.
+
+    Raises:
+        BundleError: the bundle is in memory only, or the folder cannot be written.
+    """
+    if party.path is None:
+        raise BundleError("bundle in memory", "it has no folder to save the state in")
+    state = State(tensors=tensors, step=step, session=session, position=position)
+    write_state(party.path, state, party.manifest.digest)
 
 
 def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:

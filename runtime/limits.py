@@ -13,6 +13,7 @@ from splitonnx.errors import UsageError
 
 KIB = 1 << 10
 MIB = 1 << 20
+GIB = 1 << 30
 
 MAY_BE_UNSET = ("memory_bytes", "task_bytes", "disk_per_owner", "norm")
 

@@ -64,6 +64,9 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self._checkpoints.labels(outcome)  # so that it is there, at 0
+        self._worker_deaths = Counter(
+            "splitonnx_worker_deaths", "Workers that ended unasked", registry=registry
+        )
         self._refusals = Counter(
             "splitonnx_refusals", "What was refused, by reason", ["reason"], registry=registry
         )
@@ -96,6 +99,10 @@ class Metrics:
     def count_reconnect(self) -> None:
         """Count a connection that took up a session again."""
         self._reconnects.inc()
+
+    def count_worker_death(self) -> None:
+        """Count a worker that ended without being asked to."""
+        self._worker_deaths.inc()
 
     def count_refusal(self, reason: str) -> None:
         """Count a refusal; ``reason`` is the name of an error's class or of a ``Refusal``."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,13 +24,17 @@ from splitonnx.errors import (
     RemoteProtocolError,
     ServerBusy,
     SessionLost,
+    WorkerLost,
 )
 from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Hello
 from splitonnx.runtime.checkpoints import CheckpointStore
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.executors import Executor, SessionExecutor
 from splitonnx.runtime.sessions import Session
 from splitonnx.states import is_session, read_state
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.pools import WorkerPool
 
 _logger = logging.getLogger("splitonnx.server")
 
@@ -44,6 +49,7 @@ class Registry:
         memory_bytes: the most that their states may take together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also take up sessions that an earlier server left in the folder.
+        workers: who runs the sessions' stages; this process where there are none.
         clock: seconds that only grow.
     """
 
@@ -56,6 +62,7 @@ class Registry:
         memory_bytes: int | None = None,
         unattended_seconds: float = 3600.0,
         resume: bool = False,
+        workers: WorkerPool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = executor.manifest
@@ -65,6 +72,7 @@ class Registry:
         self._untrained = executor if executor.party.trained is None else _rewind(executor)
         self._folder = executor.party.path
         self._resume = resume
+        self._workers = workers
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
@@ -97,9 +105,9 @@ class Registry:
         if not is_session(hello.session):
             raise RemoteProtocolError("a session is named by 32 hexadecimal digits")
         with self._lock:
-            session = self._sessions.get(hello.session)
+            session = self._find_whole(hello.session)
             if session is None:
-                self._make_room(owner)
+                self._make_room(owner, hello.session)
                 session = self._take_up(hello) or self._make(hello, owner)
             if session.owner != owner:
                 raise ForeignSession(hello.session)
@@ -123,6 +131,7 @@ class Registry:
         with self._lock:
             self._sessions.pop(session.id, None)
             self._left.pop(session.id, None)
+            session.close()
 
     def park_idle(self) -> None:
         """Move sessions from memory to disk that nobody has attended for too long."""
@@ -137,12 +146,37 @@ class Registry:
             for session in self.sessions:
                 self._park(session)
 
-    def _make_room(self, owner: str) -> None:
+    def _make_room(self, owner: str, name: str) -> None:
+        if self._workers is not None and not self._workers.has_room(owner, name):
+            self._park_owner()
         own = [session for session in self.sessions if session.owner == owner]
         if owner and len(own) >= self._most_per_owner and not self._park_one(own):
             raise ServerBusy(f"{self._most_per_owner} sessions of one token")
         if len(self._sessions) >= self._most and not self._park_one(self.sessions):
             raise ServerBusy(f"{self._most} sessions")
+
+    def _find_whole(self, name: str) -> Session | None:
+        """Find a session in memory; one whose worker is gone is forgotten, for its checkpoints."""
+        session = self._sessions.get(name)
+        if session is None or not session.is_lost:
+            return session
+        self._forget(session)
+        return None
+
+    def _park_owner(self) -> None:
+        """Free the worker of the owner whose sessions were all left, the longest ago."""
+        owners: dict[str, list[Session]] = {}
+        for session in self.sessions:
+            owners.setdefault(session.owner or session.id, []).append(session)
+        left = {
+            owner: max(self._left[session.id] for session in sessions)
+            for owner, sessions in owners.items()
+            if all(session.id in self._left for session in sessions)
+        }
+        for owner in sorted(left, key=lambda owner: left[owner]):
+            parked = [self._folder is not None and self._park(s) for s in owners[owner]]
+            if all(parked):
+                return
 
     def _park_one(self, sessions: Iterable[Session]) -> bool:
         """Move the session to disk that was left the longest ago, if any was left."""
@@ -158,10 +192,17 @@ class Registry:
         except NotSaved as error:
             _logger.error("session %s stays in memory: %s", session.id, error)
             return False
+        except WorkerLost:  # it was logged; what is on disk is all there is
+            pass
+        self._forget(session)
+        return True
+
+    def _forget(self, session: Session) -> None:
+        """Let a session leave the memory; it can be taken up again from disk."""
         self._sessions.pop(session.id, None)
         self._left.pop(session.id, None)
         self._parked.add(session.id)
-        return True
+        session.close()
 
     def _take_up(self, hello: Hello) -> Session | None:
         """Make the session of its newest checkpoint on disk."""
@@ -171,7 +212,7 @@ class Registry:
         if store is None or not (steps := store.steps()):
             return None
         checkpoint = store.read(steps[0])
-        executor = self._base.fork()
+        executor = self._fork(self._base, checkpoint.owner, hello.session)
         executor.restore(checkpoint.tensors, checkpoint.step)
         return Session(
             hello.session,
@@ -189,7 +230,16 @@ class Registry:
         if start is None:
             raise self._explain(hello)
         store = self._open_store(hello.session)
-        return Session(hello.session, owner=owner, executor=start.fork(), start=start, store=store)
+        executor = self._fork(start, owner, hello.session)
+        return Session(hello.session, owner=owner, executor=executor, start=start, store=store)
+
+    def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
+        """Make a session's executor, in a worker where there are workers."""
+        if self._workers is None:
+            return start.fork()
+        is_untrained = start is self._untrained and start.party.trained is None
+        tensors = None if is_untrained else start.state()
+        return self._workers.open(owner, session, tensors, start.step)
 
     def _find_start(self, hello: Hello) -> Executor | None:
         """Find the state that a session began from: published, untrained, or another session's."""

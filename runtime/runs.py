@@ -12,12 +12,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from typing import NoReturn, Protocol
 
 from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
+
+GRACE_SECONDS = 2.0
+"""Seconds in which a run has to end once it was asked to; one large operator may take longer."""
 
 
 class RunOptions(Protocol):
@@ -35,11 +38,11 @@ class _Ending(Enum):
 class Run:
     """One run of a stage; ``deadline`` is on the monotonic clock."""
 
-    __slots__ = ("_ending", "_options", "_stage", "deadline")
+    __slots__ = ("_ending", "_options", "deadline", "stage")
 
     def __init__(self, stage: str, options: RunOptions, deadline: float) -> None:
         self.deadline = deadline
-        self._stage = stage
+        self.stage = stage
         self._options = options
         self._ending: _Ending | None = None
 
@@ -53,19 +56,26 @@ class Run:
         """Raise what ONNX Runtime's ``error`` means, given why the run was ended, if it was."""
         match self._ending:
             case _Ending.LATE:
-                raise StageTooSlow(self._stage, seconds or 0.0) from error
+                raise StageTooSlow(self.stage, seconds or 0.0) from error
             case _Ending.INTERRUPTED:
                 raise KeyboardInterrupt from error
             case _Ending.STOPPED:
-                raise StageStopped(self._stage) from error
-        raise StageFailed(self._stage, reason) from error
+                raise StageStopped(self.stage) from error
+        raise StageFailed(self.stage, reason) from error
 
 
 class Runs:
-    """The runs of one engine, of which each may take ``seconds``, ``None`` without a limit."""
+    """The runs of one engine, of which each may take ``seconds``, ``None`` without a limit.
 
-    def __init__(self, seconds: float | None = None) -> None:
+    ``on_stuck`` is called, in a thread of its own, with the stage of one that runs on although it
+    was asked to end ``GRACE_SECONDS`` ago.
+    """
+
+    def __init__(
+        self, seconds: float | None = None, on_stuck: Callable[[str], object] | None = None
+    ) -> None:
         self.seconds = seconds
+        self._on_stuck = on_stuck
         self._changed = threading.Condition(threading.Lock())
         self._running: set[Run] = set()
         self._is_stopped = self._is_idle = False
@@ -124,8 +134,13 @@ class Runs:
                 for run in self._running:
                     if run.deadline <= now:
                         run.end(_Ending.LATE)
+                    if run.deadline + GRACE_SECONDS <= now and self._on_stuck is not None:
+                        self._on_stuck(run.stage)
                 # a run that begins later has a later deadline
-                waiting = [run.deadline for run in self._running if run.deadline > now]
+                due = [
+                    run.deadline + grace for run in self._running for grace in (0, GRACE_SECONDS)
+                ]
+                waiting = [moment for moment in due if moment > now]
                 self._is_idle = not waiting
                 self._changed.wait(min(waiting) - now if waiting else None)
 

@@ -30,20 +30,22 @@ from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
-from splitonnx.runtime.doors import check_exposure
+from splitonnx.runtime.doors import check_exposure, is_loopback
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.identities import Role
-from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.limits import GIB, Limits, measure_memory
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.pages import read_pages
+from splitonnx.runtime.pools import WorkerPool
 from splitonnx.runtime.protocols import SERVER
 from splitonnx.runtime.refusals import Answer, Refusal, Visit
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens
 from splitonnx.runtime.turns import Turns
+from splitonnx.runtime.workers import WorkerOptions
 
 DEFAULT_PORT = 8765
 HALT_SECONDS = 5.0
@@ -88,6 +90,8 @@ class Server:
         client: the client's folder, or the loaded part, to give to browsers.
         web: a folder of web pages to give out, which may then connect from any address that this
             server is reached by; ``/`` is its ``index.html``.
+        isolate: run the stages of each owner's sessions in a process of their own; by default where
+            clients show tokens or certificates, or may come from beyond this machine.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
@@ -112,6 +116,7 @@ class Server:
         insecure: bool = False,
         client: str | Path | PartyBundle | None = None,
         web: str | Path | None = None,
+        isolate: bool | None = None,
     ) -> None:
         path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
         self._lock = None if path is None else FolderLock.acquire(path)
@@ -127,6 +132,10 @@ class Server:
         self._tls = tls
         self._origins = tuple(origins)
         self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
+        self._metrics = Metrics(phase.name for phase in party.manifest.phases)
+        if isolate is None:
+            isolate = tokens is not None or _asks_for_certificates(tls) or not is_loopback(host)
+        self._workers = self._make_workers(party, threads) if isolate else None
         self._registry = Registry(
             Executor(party, self._engine),
             sessions=self._limits.sessions,
@@ -134,9 +143,9 @@ class Server:
             memory_bytes=self._limits.memory,
             unattended_seconds=self._limits.unattended_seconds,
             resume=resume,
+            workers=self._workers,
         )
         self._handout = None if client is None else Handout(client, party.manifest)
-        self._metrics = Metrics(phase.name for phase in party.manifest.phases)
         self._compute = Turns(name="splitonnx-compute")
         self._storage = Turns(name="splitonnx-storage")
         self._attending: set[asyncio.Task[None]] = set()
@@ -145,6 +154,18 @@ class Server:
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
         self._halt: threading.Timer | None = None
+
+    def _make_workers(self, party: PartyBundle, threads: int | None) -> WorkerPool:
+        limits = self._limits
+        options = WorkerOptions(
+            party=party,
+            threads=threads,
+            stage_seconds=limits.stage_seconds,
+            memory_bytes=limits.memory + (limits.task_bytes or measure_memory() // 4) + GIB,
+        )
+        return WorkerPool(
+            options, workers=limits.workers, on_death=self._metrics.count_worker_death
+        )
 
     @property
     def url(self) -> str:
@@ -196,6 +217,8 @@ class Server:
         self._compute.close()
         self._storage.close()
         self._engine.stop()
+        if self._workers is not None:
+            self._workers.close()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -249,6 +272,8 @@ class Server:
             if self._attending:
                 await asyncio.wait(self._attending)
         await premises.storage.run(self, self._registry.park_all)
+        if self._workers is not None:
+            await premises.storage.run(self, self._workers.close)
         _logger.info("stopped")
 
     def _take_signal(self, premises: Premises) -> None:
@@ -262,6 +287,8 @@ class Server:
             self._halt.start()
             premises.halt.set()
             self._engine.stop()
+            if self._workers is not None:
+                self._workers.interrupt()
 
     async def _wait_for_stop(self, premises: Premises) -> None:
         """Look after what nobody attends until it is time to end."""
@@ -270,6 +297,9 @@ class Server:
             with suppress(TimeoutError):
                 await asyncio.wait_for(premises.stop.wait(), interval)
             await premises.storage.run(self, self._registry.park_idle)
+            if self._workers is not None:
+                retire = partial(self._workers.retire_idle, self._limits.unattended_seconds)
+                await premises.storage.run(self, retire)
         _logger.info("stopping: steps that run are finished first")
 
     async def _attend(self, premises: Premises, peer: Peer) -> None:
@@ -310,3 +340,7 @@ def _ask_for(role: Role, visit: Visit) -> Answer:
     """Refuse what takes a token with a role: without a token, or with one that lacks it."""
     status = HTTPStatus.UNAUTHORIZED if visit.token is None else HTTPStatus.FORBIDDEN
     return Answer(status, "text/plain", f"this takes a token with the role '{role}'\n".encode())
+
+
+def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:
+    return tls is not None and tls.verify_mode is ssl.CERT_REQUIRED

@@ -23,7 +23,7 @@ from splitonnx.errors import (
 from splitonnx.manifests import TRAIN
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.executors import Executor, SessionExecutor
 from splitonnx.runtime.ledgers import Fingerprint, Ledger, Reply, Verdict
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
@@ -44,7 +44,7 @@ class Session:
         name: str,
         *,
         owner: str,
-        executor: Executor,
+        executor: SessionExecutor,
         start: Executor | None,
         store: CheckpointStore | None,
     ) -> None:
@@ -181,6 +181,15 @@ class Session:
             self._store.write_stopped(self._make_checkpoint())
             self._saved = self.executor.step
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its state is gone, with the worker that had it."""
+        return self.executor.is_lost
+
+    def close(self) -> None:
+        """Let go of the state: the session has left the memory."""
+        self.executor.close()
+
     def abandon(self) -> None:
         """Give up every unfinished task; the state is as it was before them."""
         for key in (self._running, self._asked):
@@ -237,7 +246,7 @@ class Session:
         if self._store is not None and step in self._store.steps():
             self.executor.restore(self._store.read(step).tensors, step)
         elif self._start is not None and step == self._start.step:
-            self.executor = self._start.fork()
+            self.executor.restore(self._start.state(), step)
         self.ledger = Ledger(step)
         self._saved = step
 

@@ -47,23 +47,36 @@ def _body(name: str) -> GraphProto:
 
 def endless_bundle() -> Bundle:
     """The tiny model, whose server's training step does not end; its predictions do."""
-    bundle = tiny.split_bundle()
-    server = bundle.server
-    assert server is not None
-    inputs = tuple(
-        StageInput(name=name, source=source)
-        for name, source in (
-            ("h", Source.WIRE),
-            ("labels", Source.WIRE),
-            ("W2", Source.STATE),
-        )
-    )
     nodes = [
         *loop_over("h", "late"),
         helper.make_node("ReduceMean", ["late"], ["loss"], keepdims=0),
         helper.make_node("Identity", ["late"], ["h.grad"]),
         helper.make_node("Identity", ["W2"], ["W2.grad"]),
     ]
+    return _replace_step(nodes)
+
+
+def stuck_bundle() -> Bundle:
+    """The tiny model, whose server's training step holds one operator of many seconds."""
+    size = numpy_helper.from_array(np.array([12288, 12288]))
+    nodes = [
+        helper.make_node("Constant", [], ["size"], value=size),
+        helper.make_node("ReduceMean", ["h"], ["mean"], keepdims=0),
+        helper.make_node("Expand", ["mean", "size"], ["large"]),  # so that it is not folded
+        helper.make_node("MatMul", ["large", "large"], ["product"]),
+        helper.make_node("ReduceMean", ["product"], ["loss"], keepdims=0),
+        helper.make_node("Identity", ["h"], ["h.grad"]),
+        helper.make_node("Identity", ["W2"], ["W2.grad"]),
+    ]
+    return _replace_step(nodes)
+
+
+def _replace_step(nodes: list[NodeProto]) -> Bundle:
+    bundle = tiny.split_bundle()
+    server = bundle.server
+    assert server is not None
+    sources = {"h": Source.WIRE, "labels": Source.WIRE, "W2": Source.STATE}
+    inputs = tuple(StageInput(name=name, source=source) for name, source in sources.items())
     graph = tiny.make_graph(nodes, inputs, ("loss", "h.grad", "W2.grad"))
     name = "body.step.onnx"
     files = {**server.manifest.files, name: hashlib.sha256(graph).hexdigest()}

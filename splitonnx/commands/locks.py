@@ -84,6 +84,16 @@ InsecureOption = Annotated[
         rich_help_panel=_LOCKS,
     ),
 ]
+IsolateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--isolate/--no-isolate",
+        help="Run each owner's sessions in a process of their own; the default where clients show "
+        "tokens or certificates, or may come from beyond this machine.",
+        show_default=False,
+        rich_help_panel=_LOCKS,
+    ),
+]
 MaxClientsOption = Annotated[int, _limit("clients", "Connections at once.")]
 MaxStrangersOption = Annotated[
     int, _limit("strangers", "Connections at once that have shown no token yet.")

@@ -55,6 +55,7 @@ def serve(
     client_ca: locks.ClientAuthorityOption = None,
     origin: locks.OriginOption = None,
     insecure: locks.InsecureOption = False,
+    isolate: locks.IsolateOption = None,
     max_clients: locks.MaxClientsOption = Limits.clients,
     max_strangers: locks.MaxStrangersOption = Limits.strangers,
     max_sessions: locks.MaxSessionsOption = Limits.sessions,
@@ -117,6 +118,7 @@ def serve(
             tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
             origins=origin or (),
             insecure=insecure,
+            isolate=isolate,
             web=web,
             client=client,
         ).serve_forever()

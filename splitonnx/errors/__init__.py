@@ -27,6 +27,7 @@ from splitonnx.errors.connections import (
     Unauthorized,
     UntrustedPeer,
     UnusableFile,
+    WorkerLost,
 )
 from splitonnx.errors.environments import (
     MissingExtra,
@@ -130,6 +131,7 @@ __all__ = [
     "UnwritableFile",
     "UsageError",
     "ValueOutOfRange",
+    "WorkerLost",
     "WrongRuntime",
     "flatten",
     "quote",

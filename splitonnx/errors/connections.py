@@ -89,6 +89,29 @@ class SessionLost(ProtocolError):
 
 
 @dataclass(eq=False)
+class WorkerLost(ProtocolError):
+    """The process that ran a session's stages ended; ``how`` says how.
+
+    ``is_repeated``: the same step ended one before, so it is not tried again.
+    """
+
+    session: str
+    how: str
+    is_repeated: bool = False
+
+    def __str__(self) -> str:
+        if self.is_repeated:
+            return (
+                f"the worker of session {self.session} was lost again at the same step "
+                f"({self.how}); check what is sent in it, and make the batch smaller"
+            )
+        return (
+            f"the worker of session {self.session} was lost ({self.how}); the session resumes "
+            "from its last checkpoint, or from its start"
+        )
+
+
+@dataclass(eq=False)
 class ForeignSession(ProtocolError):
     """A session that belongs to another token's owner was asked for."""
 

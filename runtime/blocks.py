@@ -1,0 +1,221 @@
+"""Memory that a server shares with one of its workers, and tensors laid out in it.
+
+Each worker has two blocks, one for each direction.  The server makes them and lets them grow; the
+worker maps what it is told.  On Linux a block is an anonymous file that the worker inherits, sealed
+so that nobody can shrink it under the other's hands; elsewhere it is named shared memory, and grows
+by being made again.  This module knows arrays and bytes, and nothing of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from multiprocessing import shared_memory
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import FormatError
+from splitonnx.tensors import DTYPES, name_dtype
+
+ALIGNMENT = 64
+"""Bytes; every tensor begins at a multiple of it."""
+SMALLEST = 1 << 20
+"""Bytes of the smallest block."""
+MAX_RANK = 32
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a block is: a name that the other process finds it by, and its size."""
+
+    name: str
+    size: int
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """A tensor in a block; ``start`` is its first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class Block(Protocol):
+    """Memory that two processes share."""
+
+    @property
+    def place(self) -> Place:
+        """Where the other process finds it."""
+
+    @property
+    def view(self) -> memoryview:
+        """All of its bytes."""
+
+    def reserve(self, size: int) -> None:
+        """Make it at least ``size`` bytes large; its owner's alone.  What is in it is lost."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class FileBlock:
+    """A block in an anonymous file, which a child inherits by its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._memory: mmap.mmap | None = None
+        self._size = 0
+
+    @classmethod
+    def make(cls) -> FileBlock:
+        """Make an empty block, to be grown here."""
+        import fcntl
+
+        number = os.memfd_create("splitonnx", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        block = cls(number)
+        block.reserve(SMALLEST)
+        return block
+
+    @property
+    def place(self) -> Place:
+        """Where the other process finds it."""
+        return Place(f"file:{self.number}", self._size)
+
+    @property
+    def view(self) -> memoryview:
+        """All of its bytes."""
+        assert self._memory is not None
+        return memoryview(self._memory)
+
+    def reserve(self, size: int) -> None:
+        """Make it at least ``size`` bytes large."""
+        if size > self._size:
+            size = _round_up(size, self._size)
+            os.ftruncate(self.number, size)
+            self.map(size)
+
+    def map(self, size: int) -> None:
+        """Map the first ``size`` bytes; arrays that look at the old mapping keep it alive."""
+        self._memory = mmap.mmap(self.number, size)
+        self._size = size
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._memory = None
+        os.close(self.number)
+
+
+class NamedBlock:
+    """A block in named shared memory, of another name after it has grown."""
+
+    def __init__(self, memory: shared_memory.SharedMemory, *, is_owner: bool) -> None:
+        self._memory = memory
+        self._is_owner = is_owner
+
+    @classmethod
+    def make(cls) -> NamedBlock:
+        """Make a block, to be grown here."""
+        memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
+        return cls(memory, is_owner=True)
+
+    @property
+    def place(self) -> Place:
+        """Where the other process finds it."""
+        return Place(f"name:{self._memory.name}", self._memory.size)
+
+    @property
+    def view(self) -> memoryview:
+        """All of its bytes."""
+        assert self._memory.buf is not None
+        return self._memory.buf
+
+    def reserve(self, size: int) -> None:
+        """Make it at least ``size`` bytes large."""
+        before = self._memory.size
+        if size > before:
+            self.close()
+            size = _round_up(size, before)
+            self._memory = shared_memory.SharedMemory(create=True, size=size)
+
+    def close(self) -> None:
+        """Let go of it; its owner's end is the memory's."""
+        if self._is_owner:
+            self._memory.unlink()
+        with suppress(BufferError):  # an array looks at it still, and keeps the mapping
+            self._memory.close()
+
+
+def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | NamedBlock:
+    """Make a block of the kind that this platform has."""
+    return NamedBlock.make() if named else FileBlock.make()
+
+
+def open_block(place: Place, known: Block | None) -> Block:
+    """Map the block that the other process made, or look at ``known`` where it is the same."""
+    if known is not None and known.place == place:
+        return known
+    kind, _, name = place.name.partition(":")
+    if kind == "file":
+        block = FileBlock(int(name))
+        block.map(place.size)
+        return block
+    memory = shared_memory.SharedMemory(name)
+    if sys.platform != "win32":  # or this process's end would be taken for the memory's
+        from multiprocessing import resource_tracker
+
+        resource_tracker.unregister(f"/{memory.name.lstrip('/')}", "shared_memory")
+    return NamedBlock(memory, is_owner=False)
+
+
+def measure(tensors: Iterable[np.ndarray]) -> int:
+    """Compute how many bytes tensors take in a block."""
+    return sum(array.nbytes + -array.nbytes % ALIGNMENT for array in tensors)
+
+
+def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
+    """Copy tensors into a block that is large enough."""
+    slots, start, view = [], 0, block.view
+    for name, array in tensors.items():
+        slot = Slot(name, name_dtype(array.dtype), array.shape, start)
+        np.copyto(_look(view, slot), array)
+        slots.append(slot)
+        start += array.nbytes + -array.nbytes % ALIGNMENT
+    return tuple(slots)
+
+
+def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """Copy tensors out of a block, read-only; the slots may be the other side's lies.
+
+    Raises:
+        FormatError: one is not within the block, or of no dtype or shape.
+    """
+    taken = {}
+    for slot in slots:
+        array = _look(block.view, slot).copy()
+        array.flags.writeable = False
+        taken[slot.name] = array
+    return taken
+
+
+def _look(view: memoryview, slot: Slot) -> np.ndarray:
+    dtype = DTYPES.get(slot.dtype)
+    if dtype is None or len(slot.shape) > MAX_RANK or min(slot.shape, default=0) < 0:
+        raise FormatError(f"tensor '{slot.name[:80]}'", "it has no such dtype or shape")
+    size = math.prod(slot.shape) * dtype.itemsize
+    if slot.start < 0 or slot.start % ALIGNMENT or slot.start + size > len(view):
+        raise FormatError(f"tensor '{slot.name[:80]}'", "it lies outside its block")
+    if not size:
+        return np.empty(slot.shape, dtype)
+    return np.frombuffer(view, np.uint8, size, slot.start).view(dtype).reshape(slot.shape)
+
+
+def _round_up(size: int, before: int) -> int:
+    grown = max(size, before + before // 2)
+    return grown + -grown % mmap.PAGESIZE

@@ -1,0 +1,212 @@
+"""An executor whose state and tasks are in a worker: what a session has of it.
+
+Nothing is sent before it is needed.  A session is opened in the worker at its first task, so that
+making one, and taking one back, costs no time while others wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import LocalProtocolError, StageTooSlow, WorkerLost
+from splitonnx.manifests import TRAIN, PartyManifest
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.executors import publish_state
+from splitonnx.runtime.worker_messages import (
+    Action,
+    Begin,
+    Continue,
+    Done,
+    Fetch,
+    Finish,
+    Open,
+    Work,
+)
+from splitonnx.runtime.workers import Worker, WorkerEnded
+
+
+class Owner(Protocol):
+    """The pool that an executor is of."""
+
+    @property
+    def party(self) -> PartyBundle:
+        """What its workers run."""
+
+    def close_executor(self, executor: RemoteExecutor) -> None:
+        """Note that an executor is not needed any more."""
+
+    def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
+        """Note that a worker ended, and make the error that tells it."""
+
+
+class _Task:
+    """A task that is open here; ``begin`` until the worker knows of it."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin: Begin | None = begin
+        self.wires: Mapping[str, np.ndarray] = {}
+        self.is_finished = False
+
+
+class RemoteExecutor:
+    """A session in a worker; the same as an :class:`~executors.Executor` to whoever uses it.
+
+    Not safe for use from two threads at a time.
+    """
+
+    _numbers = iter(range(1 << 62))
+
+    def __init__(
+        self,
+        pool: Owner,
+        get_worker: Callable[[], Worker],
+        session: str,
+        tensors: Mapping[str, np.ndarray] | None,
+        step: int,
+    ) -> None:
+        self.step = step
+        self.party = pool.party
+        self.manifest: PartyManifest = pool.party.manifest
+        self._pool = pool
+        self._get_worker = get_worker
+        self._session = session
+        self._number = next(self._numbers)
+        self._start = tensors
+        self._worker: Worker | None = None
+        self._tasks: dict[TaskKey, _Task] = {}
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker that had the state is gone."""
+        return self._worker is not None and not self._worker.is_alive
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task; the worker checks it with the first wires.
+
+        Raises:
+            LocalProtocolError: it has data of this side's, which a server has none of.
+        """
+        if data:
+            raise LocalProtocolError("a worker takes wires alone")
+        if key in self._tasks:
+            raise LocalProtocolError(f"{key} is open already")
+        self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hand wires to an open task; they go with :meth:`advance`, which raises what is wrong."""
+        self._task(key).wires = tensors
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that can be sent now.
+
+        Raises:
+            WorkerLost: the worker ended over it.
+            SplitonnxError: as an executor's ``deliver`` and ``advance``.
+        """
+        task = self._task(key)
+        begin, wires = task.begin, task.wires
+        task.begin, task.wires = None, {}
+        action: Action = Work(session=self._number, key=key, begin=begin, wires=())
+        given = self._ask(action, key, wires)
+        while not isinstance(given, Done):
+            yield given
+            given = self._ask(Continue(session=self._number, key=key), key)
+        task.is_finished = given.is_finished
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Whether every stage of the task ran and every wire was received and handed out."""
+        return self._task(key).is_finished
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task: commit its state; a server's phases have no results.
+
+        Raises:
+            LocalProtocolError: the task is not finished.
+            WorkerLost: the worker ended.
+        """
+        if not self._task(key).is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
+        self._ask(Finish(session=self._number, key=key), key)
+        del self._tasks[key]
+        if key.phase == TRAIN:
+            self.step += 1
+        return {}
+
+    def abandon(self, key: TaskKey) -> None:
+        """Forget a task, open or not; the state is as it was before it."""
+        task = self._tasks.pop(key, None)
+        if task is not None and task.begin is None and self._worker is not None:
+            self._worker.abandon(self._number, key)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Fetch the whole state.
+
+        Raises:
+            WorkerLost: the worker ended.
+        """
+        if self._worker is None:  # it never was there
+            return dict(self._start) if self._start is not None else _make_untrained(self.party)
+        given = self._ask(Fetch(session=self._number), None)
+        assert not isinstance(given, Done)
+        return given
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state by another; open tasks are given up.
+
+        The arrays must not be written to until the next task.
+        """
+        self._tasks.clear()
+        if self._worker is not None:
+            self._worker.forget(self._number)
+        self._number = next(self._numbers)
+        self._worker, self._start, self.step = None, tensors, step
+
+    def publish(self, *, session: str = "", position: str = "") -> None:
+        """Write the state into the party's folder as its outcome; see ``Executor.publish``."""
+        publish_state(self.party, self.state(), step=self.step, session=session, position=position)
+
+    def close(self) -> None:
+        """Let go of the state in the worker."""
+        if self._worker is not None:
+            self._worker.forget(self._number)
+        self._pool.close_executor(self)
+
+    def _task(self, key: TaskKey) -> _Task:
+        if key not in self._tasks:
+            raise LocalProtocolError(f"{key} is not open")
+        return self._tasks[key]
+
+    def _ask(
+        self,
+        action: Action,
+        key: TaskKey | None,
+        tensors: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray] | Done:
+        try:
+            return self._open().ask(action, tensors)
+        except WorkerEnded as error:
+            raise self._pool.note_death(key, self._session, error.how) from error
+        except StageTooSlow:
+            if self.is_lost:  # it would not end: the process had to
+                self._pool.note_death(None, self._session, "a stage did not end")
+            raise
+
+    def _open(self) -> Worker:
+        """Find the worker; the first time, hand it the state to begin from."""
+        if self._worker is None:
+            worker = self._get_worker()
+            action = Open(session=self._number, step=self.step, state=None)
+            worker.ask(action, self._start)
+            self._worker, self._start = worker, None
+        return self._worker
+
+
+def _make_untrained(party: PartyBundle) -> dict[str, np.ndarray]:
+    return replace(party, trained=None).state()
