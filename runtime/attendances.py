@@ -25,6 +25,7 @@ from splitonnx.errors import (
     SplitonnxError,
     Unauthorized,
 )
+from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import (
     REPLACED,
     Fault,
@@ -36,7 +37,9 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.runtime.budgets import IDLE_SECONDS, Budget
 from splitonnx.runtime.conversations import Conversation, Incoming
+from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Metrics, Part
 from splitonnx.runtime.registries import Registry
@@ -72,9 +75,27 @@ class Premises:
     tokens: Tokens | None = None
     norm: float | None = None
     batch: int | None = None
+    estimates: Estimates | None = None
+    budget: Budget | None = None
     halt: asyncio.Event = field(default_factory=asyncio.Event)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Attendance] = field(default_factory=dict)
+
+    def give_up_idle(self) -> None:
+        """Give up open tasks whose clients let others wait for memory; those can begin again."""
+        assert self.budget is not None
+        sessions = {session.id: session for session in self.registry.sessions}
+        for task in self.budget.list_idle():
+            name, phase = task
+            session, lock = sessions.get(name), self.locks.get(name)
+            if lock is not None and lock.locked():
+                continue  # its next message has just come
+            if session is not None and phase in session.open_phases:
+                session.abandon()
+                holder = self.holders.get(name)
+                if holder is not None:
+                    holder._peer.dismiss(RESTART, "others wait for the memory of its step")
+            self.budget.release(task)
 
 
 class Attendance:
@@ -92,7 +113,7 @@ class Attendance:
         """Serve the connection until it ends or the server stops."""
         self._metrics.open_connection()
         self._log(logging.INFO, "came")
-        stopping = asyncio.create_task(self._premises.stop.wait())
+        stopping = self._stopping = asyncio.create_task(self._premises.stop.wait())
         self._gone = asyncio.create_task(self._peer.wait_closed())
         try:
             await self._converse(stopping)
@@ -131,6 +152,8 @@ class Attendance:
             roles=self._peer.roles,
             norm=self._premises.norm,
             batch=self._premises.batch,
+            estimates=self._premises.estimates,
+            task_bytes=None if self._premises.budget is None else self._premises.budget.total,
         )
         self._conversation = conversation
         while not conversation.is_closed:
@@ -207,6 +230,7 @@ class Attendance:
                 raise
             async with self._own(conversation):
                 await self._reply(conversation.refuse(error), self._premises.storage)
+                self._settle(conversation.session)
             self._note_refusal(conversation)
             return
         if isinstance(incoming.message, Hello):
@@ -214,6 +238,8 @@ class Attendance:
         async with self._own(conversation):
             session = conversation.session
             done = 0 if session is None else session.tasks_done
+            if session is not None and isinstance(incoming.message, Tensors):
+                await self._reserve(session, incoming.message, incoming.needed)
             begun = time.perf_counter()
             try:
                 is_work = isinstance(incoming.message, Tensors)
@@ -224,6 +250,7 @@ class Attendance:
                     seconds = time.perf_counter() - begun
                     self._note(incoming.message, session, session.tasks_done > done, seconds)
                 self._note_refusal(conversation)
+                self._settle(session)
         if conversation.is_interrupted:
             await self._peer.close(RESTART, str(conversation.refused))
 
@@ -250,6 +277,46 @@ class Attendance:
             lock = self._premises.locks[name] = asyncio.Lock()
         async with lock:
             yield
+
+    async def _reserve(self, session: Session, message: Tensors, needed: int) -> None:
+        """Wait for the memory of the message's task, unless the connection or the server ends.
+
+        Raises:
+            ConnectionLost: it does; what it sent is forgotten.
+        """
+        budget, task = self._premises.budget, (session.id, message.phase)
+        if budget is None:
+            return
+        if message.turn > 0:  # the task has its memory, or is none that is open
+            budget.extend(task, self._owner, needed)
+            return
+        granted = budget.ask(task, self._owner, needed)
+        try:
+            while not granted.done() and not (self._gone.done() or self._stopping.done()):
+                self._premises.give_up_idle()
+                await asyncio.wait(
+                    (granted, self._gone, self._stopping),
+                    timeout=IDLE_SECONDS / 10,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            if not granted.done():
+                granted.cancel()
+        if granted.cancelled():
+            if self._stopping.done():
+                await self._peer.close(RESTART, "the server restarts")
+            raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
+
+    def _settle(self, session: Session | None) -> None:
+        """Give back the memory of a session's tasks that are over."""
+        budget = self._premises.budget
+        if budget is None or session is None:
+            return
+        for phase in (TRAIN, PREDICT):
+            if phase in session.open_phases:
+                budget.pause((session.id, phase))
+            else:
+                budget.release((session.id, phase))
 
     async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:
         """Run a function when it is the owner's turn, unless the connection ends before.

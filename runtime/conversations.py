@@ -22,6 +22,7 @@ from splitonnx.errors import (
     SplitonnxError,
     StageStopped,
     StaleConnection,
+    TaskTooLarge,
     WorkerLost,
 )
 from splitonnx.messages import (
@@ -36,6 +37,7 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
+from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.identities import ALL_ROLES, Role
 from splitonnx.runtime.ledgers import Fingerprint, Reply
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
@@ -45,17 +47,22 @@ from splitonnx.runtime.sessions import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Incoming:
-    """A message that was read and checked; ``fingerprint`` is of its bytes."""
+    """A message that was read and checked; ``fingerprint`` is of its bytes.
+
+    ``needed`` is an estimate of the memory that its task takes, where it is one of a task.
+    """
 
     message: Message
     tensors: Mapping[str, np.ndarray]
     fingerprint: Fingerprint
+    needed: int = 0
 
 
 class Conversation:
     """The server's half of one connection, of a client that ``owner`` answers for.
 
-    ``roles`` are what that client may do.
+    ``roles`` are what that client may do.  ``estimates`` say what a task takes, which may be
+    ``task_bytes`` at the most; without them nothing is estimated.
 
     ``session`` is there from the greeting on, ``refused`` once an error ended it.  :meth:`read`
     may be called at any time; while another method is at work nothing else may touch the same
@@ -70,11 +77,15 @@ class Conversation:
         roles: frozenset[Role] = ALL_ROLES,
         norm: float | None = None,
         batch: int | None = None,
+        estimates: Estimates | None = None,
+        task_bytes: int | None = None,
     ) -> None:
         self.session: Session | None = None
         self.refused: SplitonnxError | None = None
         self._registry = registry
         self._owner = owner
+        self._estimates = estimates
+        self._task_bytes = task_bytes
         self._roles = roles
         self._generation = 0
         self._wires = list_wires(registry.manifest)
@@ -122,7 +133,20 @@ class Conversation:
             if Role.TRAIN not in self._roles:
                 raise NotPermitted(Role.TRAIN, "open a session")
             self.session = self._registry.find(message, self._owner)
-        return Incoming(message=message, tensors=tensors, fingerprint=Fingerprint(content))
+        return Incoming(
+            message=message,
+            tensors=tensors,
+            fingerprint=Fingerprint(content),
+            needed=self._estimate(message) if isinstance(message, Tensors) else 0,
+        )
+
+    def _estimate(self, message: Tensors) -> int:
+        if self._estimates is None or message.phase not in self._wires:
+            return 0
+        needed = self._estimates.measure(message.phase, self._protocol.sizes)
+        if self._task_bytes is not None and needed > self._task_bytes:
+            raise TaskTooLarge(needed, self._task_bytes)
+        return needed
 
     def answer(self, incoming: Incoming) -> Iterator[Reply]:
         """Act on a message and yield the replies, as :meth:`handle` does.
@@ -240,4 +264,6 @@ def _describe(error: SplitonnxError) -> Fault:
             )
         case NotPermitted():
             return Fault(code=code, reason=error.action, subject=error.role)
+        case TaskTooLarge():
+            return Fault(code=code, reason=str(error), needed=error.needed, limit=error.limit)
     return Fault(code=code, reason=str(error))

@@ -99,6 +99,11 @@ class Limits:
         """Bytes of all sessions' states together: as given, or half of the machine's memory."""
         return self.memory_bytes or measure_memory() // 2
 
+    @property
+    def tasks(self) -> int:
+        """Bytes of all running tasks together: as given, or a quarter of the machine's memory."""
+        return self.task_bytes or measure_memory() // 4
+
 
 def measure_memory() -> int:
     """Measure the machine's physical memory, in bytes; 4 GiB where it does not tell."""

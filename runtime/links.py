@@ -30,6 +30,7 @@ from splitonnx.errors import (
     SplitonnxError,
     StaleConnection,
     StepsLost,
+    TaskTooLarge,
 )
 from splitonnx.manifests import TRAIN, PartyManifest
 from splitonnx.messages import (
@@ -378,4 +379,6 @@ def _translate(fault: Fault, generation: int) -> SplitonnxError:
         return BatchTooLarge(fault.subject, fault.needed, fault.limit)
     if fault.code == NotPermitted.__name__:
         return NotPermitted(fault.subject, fault.reason)
+    if fault.code == TaskTooLarge.__name__:
+        return TaskTooLarge(fault.needed, fault.limit)
     return RemoteFault(fault.code, fault.reason)

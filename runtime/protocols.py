@@ -117,6 +117,11 @@ class Protocol:
         self.state = following
         return encode_message(message, tensors)
 
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The sizes that the newest task's dimensions have so far."""
+        return self._sizes
+
     def close(self) -> None:
         """End the conversation without a message."""
         self.state = State.CLOSED

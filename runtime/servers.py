@@ -29,9 +29,11 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.doors import check_exposure, is_loopback
 from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.identities import Role
@@ -145,6 +147,7 @@ class Server:
             resume=resume,
             workers=self._workers,
         )
+        self._estimates = Estimates(party.manifest, party.graphs)
         self._handout = None if client is None else Handout(client, party.manifest)
         self._compute = Turns(name="splitonnx-compute")
         self._storage = Turns(name="splitonnx-storage")
@@ -246,6 +249,8 @@ class Server:
             tokens=self._tokens,
             norm=self._limits.norm,
             batch=self._limits.batch,
+            estimates=self._estimates,
+            budget=Budget(self._limits.tasks),
         )
         if handle_signals:
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -67,6 +67,11 @@ class Session:
         """Whether the state is one that can be had again: on disk, or where it began."""
         return self._saved == self.executor.step
 
+    @property
+    def open_phases(self) -> frozenset[str]:
+        """The phases in which a task was begun and is not finished."""
+        return frozenset(key.phase for key in (self._running, self._asked) if key is not None)
+
     def greet(self, hello: Hello) -> int:
         """Give the session to a new connection; return the step at which both sides go on.
 

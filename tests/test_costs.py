@@ -6,17 +6,25 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.errors import BatchTooLarge
-from splitonnx.messages import Tensors, encode_message
+from splitonnx.bundles import Bundle
+from splitonnx.errors import BatchTooLarge, ConnectionLost, TaskTooLarge
+from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message, encode_message
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime import budgets
 from splitonnx.runtime.clients import Client
+from splitonnx.runtime.estimates import FIXED, Estimates
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.norms import check_values
-from splitonnx.runtime.protocols import SERVER, Protocol, State
+from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.runtime.servers import Server
+from splitonnx.runtime.sockets import connect
+from splitonnx.runtime.transports import Transport
 from tests.arenas import FORWARD, MIB, Arena, Attacker
 from tests.echoes import PATIENCE
 from tests.zoo import ZOO
@@ -32,7 +40,7 @@ others run, and some while the client itself computes: 8 to 10.  Without turns i
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    arena = Arena(tmp_path_factory.mktemp("arena"))
+    arena = Arena(tmp_path_factory.mktemp("arena"), "--max-sessions-per-token", GREEDY + 2)
     yield arena
     arena.close()
 
@@ -130,7 +138,119 @@ def test_a_greedy_owner_s_many_connections_do_not_multiply_its_turns(arena: Aren
             stack.callback(thread.join)
         stack.callback(done.set)
         while min(served) == 0:
+            assert all(thread.is_alive() for thread in threads)
             advance(1)
         before = sum(served)
         advance(STEPS)
         assert sum(served) - before <= MOST * STEPS
+
+
+ROWS = 16 * MIB // 28
+"""Of the wire that begins a step, in a message of 16 MiB."""
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return cut(ZOO["chain"].build(), at="act1", tail_at="act3")
+
+
+@pytest.fixture(scope="module")
+def estimates(bundle: Bundle) -> Estimates:
+    assert bundle.server is not None
+    return Estimates(bundle.server.manifest, bundle.server.graphs)
+
+
+def test_a_task_over_the_limit_takes_no_memory_but_its_message_s(tmp_path: Path) -> None:
+    arena = Arena(tmp_path, "--max-batch", 10 * ROWS, "--max-task-bytes", 32 * MIB)
+    try:
+        with Attacker(arena) as eve:
+            eve.greet()
+            arena.expect_progress()
+            before = arena.resident_mib
+            arena.forget_peak()
+            wave = {FORWARD: np.zeros((ROWS, 7), np.float32)}
+            assert "MiB of memory" in eve.expect_fault("TaskTooLarge", eve.make_task(), wave)
+            assert arena.peak_mib - before < 48
+        arena.expect_progress()
+    finally:
+        arena.close()
+
+
+def test_a_client_is_told_that_its_task_is_too_large(bundle: Bundle) -> None:
+    assert bundle.server is not None
+    server = Server(bundle.server, port=0, limits=Limits(task_bytes=2 * FIXED))
+    with server, Client(bundle.client, server.url) as client:
+        client.step(ZOO["chain"].data(8))
+        with pytest.raises(TaskTooLarge) as caught:
+            client.step(ZOO["chain"].data(Limits.batch))
+    assert caught.value.limit == 2 * FIXED < caught.value.needed
+    assert "--batch-size" in str(caught.value)
+
+
+def test_the_estimate_grows_with_the_batch_alone(estimates: Estimates) -> None:
+    small, large = (estimates.measure("train", {"N": rows}) - FIXED for rows in (1000, 2000))
+    assert 1.9 < large / small < 2.1
+    assert estimates.measure("predict", {"N": 1000}) - FIXED < small
+
+
+class Visitor:
+    """A client of its own words, without a token."""
+
+    def __init__(self, bundle: Bundle, url: str, session: str) -> None:
+        self._manifest = bundle.client.manifest
+        self._session = session
+        self._url = url
+        self.transport: Transport = connect(url)
+
+    def ask(self, message: Message, tensors: dict[str, np.ndarray] | None = None) -> Message:
+        self.transport.send(encode_message(message, tensors))
+        return decode_message(self.transport.receive())[0]
+
+    def greet(self, generation: int) -> None:
+        hello = Hello(
+            digest=self._manifest.digest,
+            session=self._session,
+            generation=generation,
+            step=0,
+            wires=list_wires(self._manifest),
+        )
+        assert isinstance(self.ask(hello), Welcome)
+
+    def begin(self) -> None:
+        """Send the first message of a step, and hear its answer."""
+        task = Tensors(
+            session=self._session,
+            phase="train",
+            step=0,
+            micro_batch=0,
+            turn=0,
+            seed=0,
+            learning_rate=1e-3,
+        )
+        assert isinstance(self.ask(task, {FORWARD: np.ones((8, 7), np.float32)}), Tensors)
+
+    def come_back(self, generation: int) -> None:
+        self.transport.close()
+        self.transport = connect(self._url)
+        self.greet(generation)
+
+
+def test_an_open_step_whose_client_is_silent_makes_room_for_those_who_wait(
+    bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client is sent away, and can begin the step again; without waiting it is left alone."""
+    assert bundle.server is not None
+    monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
+    needed = estimates.measure("train", {"N": 8})
+    server = Server(bundle.server, port=0, limits=Limits(task_bytes=needed * 3 // 2))
+    with server, Client(bundle.client, server.url) as honest:
+        silent = Visitor(bundle, server.url, "1" * 32)
+        silent.greet(1)
+        silent.begin()
+        honest.step(ZOO["chain"].data(8))  # there is room for one
+        with pytest.raises(ConnectionLost) as caught:
+            silent.transport.receive()
+        assert caught.value.code == 1012  # come again
+        silent.come_back(2)
+        silent.begin()
+        silent.transport.close()

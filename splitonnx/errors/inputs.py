@@ -64,6 +64,21 @@ class BatchTooLarge(DataError):
 
 
 @dataclass(eq=False)
+class TaskTooLarge(DataError):
+    """A task would need more memory than the server gives to all of them; it was not begun."""
+
+    needed: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"the task needs {self.needed / (1 << 20):.0f} MiB of memory by the server's estimate, "
+            f"over its limit of {self.limit / (1 << 20):.0f} MiB; use a smaller --batch-size, or "
+            "serve with a larger --max-task-bytes"
+        )
+
+
+@dataclass(eq=False)
 class NotFinite(DataError):
     """A tensor holds NaN or infinity."""
 

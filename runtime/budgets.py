@@ -1,0 +1,141 @@
+"""The memory for tasks: how much is reserved, who waits for more, and who comes next.
+
+A task reserves what it needs before it begins, or waits.  Owners take turns: of those who wait,
+whoever was given memory the longest ago comes first, and nobody passes that one.  While others
+wait, an owner gets no more than half.  A task that is open but whose client sends nothing is
+*idle*; after ``IDLE_SECONDS`` its memory may be taken back while others wait.  Pure bookkeeping
+but for the futures: what a task is, and how it is given up, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from splitonnx.errors import TaskTooLarge
+
+IDLE_SECONDS = 10.0
+"""Seconds that a client may think within a task while others wait for its memory."""
+
+Task = tuple[str, str]
+"""What a task's memory goes by: its session's name, and its phase."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Reservation:
+    owner: Hashable
+    size: int
+    idle_since: float | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class _Request:
+    task: Task
+    owner: Hashable
+    size: int
+    future: asyncio.Future[None]
+
+
+class Budget:
+    """Memory shared by the tasks of all sessions; for use from one event loop.
+
+    ``total`` is its size in bytes; ``clock`` gives seconds that only grow.
+    """
+
+    def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self._clock = clock
+        self._held: dict[Task, _Reservation] = {}
+        self._waiting: list[_Request] = []  # in the order of arrival
+        self._given: dict[Hashable, int] = {}  # when each owner of those who wait last got some
+        self._numbers = itertools.count()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are reserved."""
+        return sum(reservation.size for reservation in self._held.values())
+
+    def check(self, size: int) -> None:
+        """Raise where a task could never have so much.
+
+        Raises:
+            TaskTooLarge: it names what is needed and the limit.
+        """
+        if size > self.total:
+            raise TaskTooLarge(size, self.total)
+
+    def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
+        """Reserve memory for a task, in place of what it has; the future is done once it is there.
+
+        Cancelling the future before that withdraws the request.
+
+        Raises:
+            TaskTooLarge: it is more than there is.
+        """
+        self.check(size)
+        self.release(task)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
+        self._give()
+        return future
+
+    def extend(self, task: Task, owner: Hashable, size: int) -> None:
+        """Note that an open task goes on, and needs so much by now; it never waits.
+
+        Raises:
+            TaskTooLarge: it is more than there is.
+        """
+        self.check(size)
+        held = self._held.get(task)
+        largest = size if held is None else max(size, held.size)
+        self._held[task] = _Reservation(owner=owner, size=largest)
+
+    def pause(self, task: Task) -> None:
+        """Note that a task is open, and that its client's next message is waited for."""
+        if task in self._held:
+            self._held[task].idle_since = self._clock()
+
+    def release(self, task: Task) -> None:
+        """Give back what a task has, if it has any."""
+        if self._held.pop(task, None) is not None:
+            self._give()
+
+    def list_idle(self) -> list[Task]:
+        """List the tasks that may be given up, the longest idle first; none if nobody waits."""
+        if not self._waiting:
+            return []
+        due = self._clock() - IDLE_SECONDS
+        idle = [
+            (held.idle_since, task)
+            for task, held in self._held.items()
+            if held.idle_since is not None and held.idle_since <= due
+        ]
+        return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
+
+    def _give(self) -> None:
+        """Give memory to whoever is next, as long as there is enough."""
+        self._waiting = [request for request in self._waiting if not request.future.done()]
+        while (request := self._find_next()) is not None:
+            self._waiting.remove(request)
+            self._given[request.owner] = next(self._numbers)
+            self._held[request.task] = _Reservation(owner=request.owner, size=request.size)
+            request.future.set_result(None)
+        owners = {request.owner for request in self._waiting}
+        owners |= {held.owner for held in self._held.values()}
+        self._given = {owner: number for owner, number in self._given.items() if owner in owners}
+
+    def _find_next(self) -> _Request | None:
+        used = self.used
+        for request in sorted(self._waiting, key=lambda r: self._given.get(r.owner, -1)):
+            if self._is_over_share(request):
+                continue
+            return request if used + request.size <= self.total else None
+        return None
+
+    def _is_over_share(self, request: _Request) -> bool:
+        own = sum(held.size for held in self._held.values() if held.owner == request.owner)
+        others_wait = any(other.owner != request.owner for other in self._waiting)
+        return others_wait and own > 0 and own + request.size > self.total // 2

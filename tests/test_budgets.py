@@ -1,0 +1,170 @@
+"""The memory for tasks: who gets it, who waits, and whose is taken back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from splitonnx.errors import TaskTooLarge
+from splitonnx.runtime.budgets import IDLE_SECONDS, Budget
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(_run(test))
+
+
+async def _run(test: Callable[[], Awaitable[None]]) -> None:
+    await test()
+
+
+def task(name: str) -> tuple[str, str]:
+    return name, "train"
+
+
+def test_a_task_larger_than_all_there_is_is_refused() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        with pytest.raises(TaskTooLarge) as caught:
+            budget.ask(task("a"), "ana", 101)
+        assert (caught.value.needed, caught.value.limit) == (101, 100)
+        assert budget.used == 0
+
+    run(test)
+
+
+def test_tasks_wait_until_there_is_room() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        assert budget.ask(task("a"), "ana", 70).done()
+        waiting = budget.ask(task("b"), "ben", 40)
+        assert not waiting.done()
+        budget.release(task("a"))
+        assert waiting.done()
+        assert budget.used == 40
+
+    run(test)
+
+
+def test_nobody_passes_a_large_task_that_waits() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("a"), "ana", 60)
+        large = budget.ask(task("b"), "ben", 90)
+        small = budget.ask(task("c"), "cleo", 10)
+        assert not small.done()
+        budget.release(task("a"))
+        assert large.done()
+        assert small.done()
+
+    run(test)
+
+
+def test_owners_take_turns_however_many_tasks_one_has_waiting() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e0"), "eve", 100)
+        waiting = [budget.ask(task(f"e{n}"), "eve", 100) for n in range(1, 9)]
+        honest = budget.ask(task("a"), "ana", 100)
+        budget.release(task("e0"))
+        assert honest.done()
+        budget.release(task("a"))
+        assert [future.done() for future in waiting] == [True] + [False] * 7
+
+    run(test)
+
+
+def test_an_owner_gets_no_more_than_half_while_others_wait() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        assert all(budget.ask(task(f"e{n}"), "eve", 20).done() for n in range(4))
+        honest = budget.ask(task("a"), "ana", 30)
+        more = budget.ask(task("e4"), "eve", 20)
+        assert not honest.done()
+        budget.release(task("e0"))
+        assert honest.done()  # 60 + 30
+        assert not more.done()
+        budget.release(task("e1"))
+        assert more.done()  # nobody else waits
+
+    run(test)
+
+
+def test_what_is_withdrawn_or_released_is_there_for_the_next() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("a"), "ana", 80)
+        gone = budget.ask(task("b"), "ben", 80)
+        following = budget.ask(task("c"), "cleo", 80)
+        gone.cancel()
+        budget.release(task("a"))
+        assert following.done()
+        assert budget.used == 80
+
+    run(test)
+
+
+def test_asking_again_for_a_task_replaces_what_it_had() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("a"), "ana", 80)
+        assert budget.ask(task("a"), "ana", 90).done()
+        assert budget.used == 90
+
+    run(test)
+
+
+def test_a_task_that_goes_on_never_waits_and_keeps_the_larger_size() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("a"), "ana", 60)
+        budget.ask(task("b"), "ben", 30)
+        budget.extend(task("a"), "ana", 80)
+        assert budget.used == 110
+        budget.extend(task("a"), "ana", 10)
+        assert budget.used == 110
+        with pytest.raises(TaskTooLarge):
+            budget.extend(task("a"), "ana", 101)
+
+    run(test)
+
+
+def test_an_open_task_whose_client_is_silent_is_given_up_only_while_others_wait() -> None:
+    async def test() -> None:
+        clock = Clock()
+        budget = Budget(100, clock=clock)
+        budget.ask(task("e"), "eve", 90)
+        budget.pause(task("e"))
+        clock.now = 100 * IDLE_SECONDS
+        assert budget.list_idle() == []  # nobody wants it
+        waiting = budget.ask(task("a"), "ana", 50)
+        assert budget.list_idle() == [task("e")]
+        budget.release(task("e"))
+        assert waiting.done()
+
+    run(test)
+
+
+def test_a_client_that_answers_in_time_keeps_its_task() -> None:
+    async def test() -> None:
+        clock = Clock()
+        budget = Budget(100, clock=clock)
+        budget.ask(task("e"), "eve", 90)
+        budget.ask(task("a"), "ana", 50)
+        budget.pause(task("e"))
+        clock.now = IDLE_SECONDS - 1
+        assert budget.list_idle() == []
+        budget.extend(task("e"), "eve", 90)  # its next message
+        clock.now = 2 * IDLE_SECONDS
+        assert budget.list_idle() == []  # it runs
+
+    run(test)
