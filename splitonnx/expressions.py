@@ -22,8 +22,8 @@ UNKNOWN = "unk__"
 
 _LONGEST = 2000
 """Characters; a longer text is one atom."""
-_NAME = re.compile(rf"{UNKNOWN}[^\s*+()]+|[\w.]+")
-_NUMBER = re.compile(r"-?\d{1,19}")
+_NAME = re.compile(rf"{UNKNOWN}[^\s*+()]+|[\w.]+", re.ASCII)
+_NUMBER = re.compile(r"-?[0-9]{1,15}")
 
 
 @lru_cache(maxsize=1 << 14)
@@ -56,6 +56,11 @@ def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
     if left is None or right is None or right < 1:
         return None
     return left // right
+
+
+def is_name(text: str) -> bool:
+    """Check whether a dimension is a single atom that is not computed from others."""
+    return parse_terms(text) == (((text,), 1),) and not is_quotient(text)
 
 
 def is_quotient(atom: str) -> bool:

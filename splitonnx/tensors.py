@@ -15,7 +15,14 @@ import msgspec
 import numpy as np
 
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
-from splitonnx.expressions import evaluate, find_unbound, is_quotient, parse_terms, solve_for
+from splitonnx.expressions import (
+    evaluate,
+    find_unbound,
+    is_name,
+    is_quotient,
+    parse_terms,
+    solve_for,
+)
 
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype("?"),
@@ -111,12 +118,14 @@ def _bind_shape(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int])
     if len(shape) != len(spec.shape):
         return False
     bound = dict(sizes)
-    for size, dim in zip(shape, spec.shape, strict=True):
-        if isinstance(dim, int):
-            if size != dim:
-                return False
-        elif not 1 <= size <= LARGEST or (dim is not None and not _bind(dim, size, bound)):
+    pairs = list(zip(spec.shape, shape, strict=True))
+    for dim, size in pairs:
+        if size != dim if isinstance(dim, int) else not 1 <= size <= LARGEST:
             return False
+    symbolic = [(dim, size) for dim, size in pairs if isinstance(dim, str)]
+    symbolic.sort(key=lambda pair: not is_name(pair[0]))  # names first: expressions need them
+    if not all(_bind(dim, size, bound) for dim, size in symbolic):
+        return False
     if len(bound) > len(sizes) and not _is_consistent(bound):
         return False
     sizes.update(bound)
@@ -134,7 +143,7 @@ def _bind(dim: str, size: int, sizes: dict[str, int]) -> bool:
         solution = solve_for(atom, dim, size, sizes)
         if solution is not None:
             sizes[atom] = solution
-            return solution >= (0 if is_quotient(atom) else 1)
+            return (0 if is_quotient(atom) else 1) <= solution <= LARGEST
         if all(atoms.count(atom) <= 1 for atoms, _ in parse_terms(dim)):
             return False  # no whole number solves it
     sizes[dim] = size
@@ -144,7 +153,7 @@ def _bind(dim: str, size: int, sizes: dict[str, int]) -> bool:
 def _is_consistent(sizes: Mapping[str, int]) -> bool:
     """Check expressions that were bound whole against what their atoms were bound to since."""
     for text, size in sizes.items():
-        if parse_terms(text) == (((text,), 1),) and not is_quotient(text):
+        if is_name(text):
             continue
         others = {name: known for name, known in sizes.items() if name != text}
         if evaluate(text, others) not in (None, size):

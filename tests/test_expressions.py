@@ -87,6 +87,10 @@ def test_a_dimension_binds_its_names_for_the_rest_of_the_task() -> None:
             bind(dict(sizes), pair)
 
 
+def test_names_are_bound_before_the_expressions_of_them() -> None:
+    assert bind({}, ("N*M", 6), ("N", 2)) == {"N": 2, "M": 3}
+
+
 def test_a_tensor_that_does_not_fit_binds_nothing() -> None:
     sizes: dict[str, int] = {"N": 3}
     with pytest.raises(ArrayMismatch):

@@ -1,0 +1,202 @@
+"""Safeguards: what kernels of ONNX Runtime 1.19 take on trust, checked by operators before them.
+
+Some kernels end the process, or read beyond a tensor, where a dimension is empty, where two
+dimensions that the operator ties differ, or where a label is no class.  Sizes that the parties
+bind (:mod:`splitonnx.tensors`) are at least 1 and equal where their names are; for the rest the
+graph itself checks.  Gather fails with an error on an index out of range, and Reshape on another
+number of elements: both are on the way to the kernel.
+
+It comes after the rewrites and before differentiation.  It knows single nodes, not the bodies of
+control flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.expressions import UNKNOWN, is_quotient
+from splitonnx.partitioner.dimensions import Amount, list_terms, parse_dim
+from splitonnx.partitioner.drafts import Draft
+
+Check = Callable[[Draft, ir.Node], Mapping[int, ir.Value]]
+
+
+def add_safeguards(graph: ir.Graph, *, is_training: bool) -> bool:
+    """Add checks in place, and return whether there were any to add.
+
+    ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
+    """
+    checks = {**_CHECKS, **(_TRAINING_CHECKS if is_training else {})}
+    changed = False
+    for node in list(graph):
+        check = checks.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if check is None:
+            continue
+        draft = Draft(f"{node.outputs[0].name or node.name}/checked")
+        replaced = check(draft, node)
+        for index, value in replaced.items():
+            node.replace_input_with(index, value)
+        graph.insert_before(node, draft.nodes)
+        changed = changed or bool(replaced)
+    return changed
+
+
+def is_bound(amount: Amount) -> bool:
+    """Check whether a dimension is at least 1 in every task that the parties let begin.
+
+    It is where it is a sum of products of names that they bind.
+    """
+    return amount != 0 and all(
+        factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
+        for atoms, factor in list_terms(amount)
+    )
+
+
+def _check_gather(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Give indices the data's dimensions over which both run in parallel."""
+    count = node.attributes.get_int("batch_dims", 0)
+    data, indices = node.inputs[:2]
+    if not count or data is None or indices is None:
+        return {}
+    tied, own = _list_dims(data, count), _list_dims(indices, count)
+    if tied == own and all(dim is not None and is_bound(dim) for dim in tied):
+        return {}
+    if indices.shape is None:
+        raise UnsupportedModel(
+            f"indices '{indices.name}'", "their rank is not known", "export the model with shapes"
+        )
+    rank = len(indices.shape)
+    sizes = _check_sizes(draft, data, count)
+    sizes = draft.op("Gather", sizes, draft.integers([min(i, count - 1) for i in range(rank)]))
+    tied_axes = draft.array(np.arange(rank) < count, ir.DataType.BOOL)
+    shape = draft.op("Where", tied_axes, sizes, draft.op("Shape", indices))
+    return {1: _reshape(draft, indices, shape)}
+
+
+def _check_rows(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check the number of images: the gradient of a convolution divides by it."""
+    return _check_filled(draft, node, [0], 1)
+
+
+def _check_operands(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of every operand: Einsum looks for elements where there are none."""
+    return _check_filled(draft, node, range(len(node.inputs)), None)
+
+
+def _check_source(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of what is averaged: the gradient divides by the result's size."""
+    return _check_filled(draft, node, [0], None)
+
+
+def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that no integer is divided by 0.
+
+    d' = d + [0][1 - min(|d|, 1)]
+    """
+    divisor = node.inputs[1]
+    if divisor is None or divisor.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return {}
+    constant = ir.convenience.get_const_tensor(divisor)
+    if constant is not None and constant.numpy().all():
+        return {}
+    wide = draft.cast(divisor, ir.DataType.INT64)
+    one = draft.integer(1)
+    index = draft.op("Sub", one, draft.op("Min", draft.op("Abs", wide), one))
+    zeros = _type(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
+    checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
+    return {1: _type(checked, divisor.dtype, divisor.shape)}
+
+
+def _check_filled(
+    draft: Draft, node: ir.Node, operands: Sequence[int], count: int | None
+) -> dict[int, ir.Value]:
+    """Check that the first ``count`` dimensions of operands, which might be, are not empty."""
+    checked = {}
+    for index in operands:
+        value = node.inputs[index]
+        if value is None or value.is_initializer():
+            continue
+        dims = _list_dims(value, count)
+        if dims and all(dim is not None and is_bound(dim) for dim in dims):
+            continue
+        checked[index] = _reshape(draft, value, _check_sizes(draft, value, count))
+    return checked
+
+
+def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that there are labels, and that each is a class or the one to be ignored.
+
+    labels' = range(C)[labels < 0 ? C : labels]
+    """
+    scores, labels = node.inputs[:2]
+    if scores is None or labels is None or labels.dtype is None:
+        return {}
+    index = draft.cast(labels, ir.DataType.INT64)
+    ignored = node.attributes.get("ignore_index")
+    skipped = None
+    if ignored is not None:
+        skipped = draft.op("Equal", index, draft.integer(ignored.as_int()))
+        index = draft.op("Where", skipped, draft.integer(0), index)
+    count = draft.op("Squeeze", draft.shape(scores, 1, 2))
+    negative = draft.op("Less", index, draft.integer(0))
+    classes = draft.op("Range", draft.integer(0), count, draft.integer(1))
+    checked = draft.op("Gather", classes, draft.op("Where", negative, count, index), axis=0)
+    if skipped is not None and ignored is not None:
+        checked = draft.op("Where", skipped, draft.integer(ignored.as_int()), checked)
+    checked = draft.cast(_type(checked, ir.DataType.INT64, labels.shape), labels.dtype)
+    dims = _list_dims(labels, None)
+    if not dims or not all(dim is not None and is_bound(dim) for dim in dims):
+        checked = _reshape(draft, _type(checked, labels.dtype), _check_sizes(draft, labels, None))
+    return {1: _type(checked, labels.dtype, labels.shape)}
+
+
+def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
+    """Write a value's shape so that an empty one of its first ``count`` dimensions is an error.
+
+    Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without
+    Concat: from a Concat before a Reshape ONNX Runtime makes a constant with a -1, which fits all.
+    """
+    shape = _type(draft.op("Shape", value), ir.DataType.INT64)
+    length, zero, one = draft.op("Size", shape), draft.integer(0), draft.integer(1)
+    places = draft.op("Range", zero, length, one)
+    empty = draft.op("Sub", one, draft.op("Min", shape, one))
+    if count is not None:
+        first = draft.op("Less", places, draft.integer(count))
+        empty = draft.op("Where", first, empty, zero)
+    index = draft.op("Add", places, draft.op("Mul", empty, length))
+    return _type(draft.op("Gather", shape, index, axis=0), ir.DataType.INT64)
+
+
+def _reshape(draft: Draft, value: ir.Value, shape: ir.Value) -> ir.Value:
+    assert value.dtype is not None
+    return _type(draft.op("Reshape", value, shape), value.dtype, value.shape)
+
+
+def _type(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None = None) -> ir.Value:
+    value.type = ir.TensorType(dtype)
+    value.shape = shape
+    return value
+
+
+def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
+    """List a value's first dimensions; ``None`` for one that nothing is noted of."""
+    if value.shape is None:
+        return [None]
+    return [
+        dim if isinstance(dim, int) else parse_dim(dim.value) if dim.value else None
+        for dim in list(value.shape)[:count]
+    ]
+
+
+_CHECKS: Mapping[str, Check] = {
+    "Div": _check_divisor,
+    "Einsum": _check_operands,
+    "GatherND": _check_gather,
+    "Mod": _check_divisor,
+    "SoftmaxCrossEntropyLoss": _check_labels,
+}
+_TRAINING_CHECKS: Mapping[str, Check] = {"Conv": _check_rows, "ReduceMean": _check_source}

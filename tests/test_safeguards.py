@@ -1,0 +1,66 @@
+"""What kernels would end the process over is an error of the stage, and the server lives.
+
+The cases run in a process of their own, so that a signal is a test's failure.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.partitioner.dimensions import make_atom, parse_dim
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.safeguards import is_bound
+from splitonnx.runtime.executors import Executor
+from tests.crash_cases import CASES, ENGINE, build_language_model, floats, perform
+from tests.zoo import ZOO
+
+
+@cache
+def run_cases(target: str) -> tuple[int, dict[str, str]]:
+    """Run all cases in one child; what follows a crash is missing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.crash_cases", target],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    return done.returncode, dict(line.split(": ") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("name", CASES)
+def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, target: str) -> None:
+    status, ends = run_cases(target)
+    assert ends[f"{name}, train good"] == ends[f"{name}, predict good"] == "done"
+    assert ends[f"{name}, train bad"] == "StageFailed"
+    assert ends[f"{name}, predict bad"] in ("StageFailed", "done")
+    assert status == 0
+
+
+def test_names_that_the_parties_bind_are_at_least_one() -> None:
+    n, t = make_atom("N"), make_atom("T")
+    for dim in (1, n, n * t * 3, n + 1):
+        assert is_bound(dim), dim
+    unknown = parse_dim("unk__h:1")
+    for dim in (0, n - 1, unknown, n * parse_dim("(T)//(2)"), t + unknown):
+        assert not is_bound(dim), dim
+
+
+@pytest.mark.parametrize("name", ["convolutions", "attention", "shape_paths"])
+def test_a_graph_whose_sizes_are_bound_is_left_as_it_is(name: str) -> None:
+    entry = ZOO[name]
+    bundle = cut(entry.build(), at=None, loss=entry.loss)
+    for content in bundle.client.graphs.values():
+        names = [node.name for node in onnx.load_from_string(content).graph.node]
+        assert not [node for node in names if "/checked" in node]
+
+
+def test_labels_to_be_ignored_stay_so() -> None:
+    bundle = cut(build_language_model(ignore_index=-100), at=("h", "tokens"), loss="from-model")
+    assert bundle.server is not None
+    wires = {"h@server": floats(2, 3, 6), "tokens@server": np.array([[0, 4, -100], [2, -100, 0]])}
+    assert perform(Executor(bundle.server, ENGINE), "train", wires) == "done"
