@@ -24,6 +24,7 @@ from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.preparations import PreparedModel
+from splitonnx.partitioner.safeguards import add_safeguards
 from splitonnx.partitioner.sizes import derive_sizes
 from splitonnx.partitioner.stages import Crossing
 from splitonnx.tensors import DTYPES, TensorSpec
@@ -106,6 +107,7 @@ def build_training(
     server = set(division.server) | (set(graph) - known if reports == SERVER else set())
     labels = attached.labels
     ports = insert_ports(graph, division, server, labels.name if labels else None)
+    add_safeguards(graph, known, is_training=True)  # the loss's labels have bounds
     commits = _keep_statistics(prepared, graph)
     prune(graph)
 
@@ -149,6 +151,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     graph = prepared.inference.clone().graph
     division = _divide(prepared, graph, at, tail_at)
     ports = insert_ports(graph, division, division.server)
+    add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
     wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], None))
     away = [v for v in graph.outputs if v.producer() in division.server]

@@ -39,7 +39,6 @@ from splitonnx.partitioner.quantizations import (
 )
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
-from splitonnx.partitioner.safeguards import add_safeguards
 from splitonnx.partitioner.sequences import flatten_sequences
 from splitonnx.partitioner.shapes import check_ranks, infer_shapes
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
@@ -117,8 +116,6 @@ def prepare(
     )
     _make_differentiable(training, [n for n, role in roles.items() if role is Role.PARAMETER])
     for form in (training, inference):
-        if add_safeguards(form.graph, is_training=form is training):
-            infer_shapes(form)
         note_shapes(form.graph)
         _keep_data_outputs(form.graph, weights)
 

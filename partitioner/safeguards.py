@@ -6,13 +6,13 @@ bind (:mod:`splitonnx.tensors`) are at least 1 and equal where their names are; 
 graph itself checks.  Gather fails with an error on an index out of range, and Reshape on another
 number of elements: both are on the way to the kernel.
 
-It comes after the rewrites and before differentiation.  It knows single nodes, not the bodies of
-control flow.
+It comes after the ports, so that a check belongs to the party of its node and crosses nothing, and
+before differentiation.  It knows single nodes, not the bodies of control flow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,14 +25,13 @@ from splitonnx.partitioner.drafts import Draft
 Check = Callable[[Draft, ir.Node], Mapping[int, ir.Value]]
 
 
-def add_safeguards(graph: ir.Graph, *, is_training: bool) -> bool:
-    """Add checks in place, and return whether there were any to add.
+def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
+    """Add checks before those of ``nodes`` that need them, in place.
 
     ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
     """
     checks = {**_CHECKS, **(_TRAINING_CHECKS if is_training else {})}
-    changed = False
-    for node in list(graph):
+    for node in [node for node in graph if node in nodes]:
         check = checks.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if check is None:
             continue
@@ -41,8 +40,6 @@ def add_safeguards(graph: ir.Graph, *, is_training: bool) -> bool:
         for index, value in replaced.items():
             node.replace_input_with(index, value)
         graph.insert_before(node, draft.nodes)
-        changed = changed or bool(replaced)
-    return changed
 
 
 def is_bound(amount: Amount) -> bool:
