@@ -150,12 +150,19 @@ def _finish(net: _Network, value: str, *, depth: int, width: int, side: int) -> 
 @contextmanager
 def serve(folder: Path, *, threads: int | None = None) -> Iterator[str]:
     """Serve a folder from a process of its own, an operator in so many threads."""
-    command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0"]
-    command += [] if threads is None else ["--threads", str(threads)]
+    with start_server(folder, *([] if threads is None else ["--threads", str(threads)])) as server:
+        yield server[1]
+
+
+@contextmanager
+def start_server(folder: Path, *options: str) -> Iterator[tuple[int, str]]:
+    """Serve a folder from a process of its own; its number and its address."""
+    command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            yield "ws://" + process.stderr.readline().split("ws://")[1].split(",")[0].strip()
+            line = process.stderr.readline()
+            yield process.pid, "ws://" + line.split("ws://")[1].split(",")[0].strip()
         finally:
             process.terminate()
             process.communicate()

@@ -199,6 +199,8 @@ def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     taken = {}
     for slot in slots:
         array = _look(block.view, slot).copy()
+        if array.dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
+            raise FormatError(f"tensor '{slot.name[:80]}'", "its truth values are no such")
         array.flags.writeable = False
         taken[slot.name] = array
     return taken
