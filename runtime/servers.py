@@ -37,7 +37,7 @@ from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.identities import Role
-from splitonnx.runtime.limits import GIB, Limits, measure_memory
+from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.pages import read_pages
 from splitonnx.runtime.pools import WorkerPool
@@ -164,7 +164,7 @@ class Server:
             party=party,
             threads=threads,
             stage_seconds=limits.stage_seconds,
-            memory_bytes=limits.memory + (limits.task_bytes or measure_memory() // 4) + GIB,
+            memory_bytes=limits.memory + limits.tasks + GIB,
         )
         return WorkerPool(
             options, workers=limits.workers, on_death=self._metrics.count_worker_death
