@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.attacks import bounds, costs, files, sessions, shapes, weak
+from tests.attacks import bounds, costs, files, randoms, sessions, shapes, weak
 from tests.attacks.verdicts import Attack
 
 
@@ -15,4 +15,5 @@ def list_attacks(*, messages: int, seed: int | None) -> list[Attack]:
         *sessions.ATTACKS,
         *bounds.ATTACKS,
         *weak.ATTACKS,
+        randoms.make_attack(messages, seed),
     ]

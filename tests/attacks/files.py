@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -49,7 +50,7 @@ def flipped_weights(ground: Ground) -> Outcome:
             served = "serves them"
     except NotServed as error:
         served = f"{error}"
-    seen = f"verify: {verified.how}; serve: {served[:90]}"
+    seen = f"verify: {verified.how}; serve: {shorten(served)}"
     return Outcome(seen=seen, held=verified.is_refusal and served.startswith("splitonnx: "))
 
 
@@ -74,7 +75,12 @@ def flipped_state(ground: Ground) -> Outcome:
 
 
 def _tell(ended: Ended) -> str:
-    return ended.last_line[:70] if ended.is_refusal else ended.how
+    return shorten(ended.last_line) if ended.is_refusal else ended.how
+
+
+def shorten(line: str) -> str:
+    """Leave a sentence's folders out, and cut it off."""
+    return re.sub(r"/\S*/", "", line.removeprefix("splitonnx: "))[:80]
 
 
 def two_servers(ground: Ground) -> Outcome:
@@ -91,7 +97,7 @@ def two_servers(ground: Ground) -> Outcome:
     except NotServed as error:
         third = str(error)
     return Outcome(
-        seen=f"the second: {second[:90]}; one after the first was killed: {third[:60]}",
+        seen=f"the second: {shorten(second)}; one after the first was killed: {shorten(third)}",
         held=second.startswith("splitonnx: ") and third == "serves",
     )
 

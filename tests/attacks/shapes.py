@@ -145,7 +145,7 @@ def lying_server(ground: Ground) -> Outcome:
                 "train", client, "--server", liar.url, "--data", data, "--batch-size", 1,
                 "--give-up-after", 10, seconds=60,
             )  # fmt: skip
-        name = ended.last_line[:90] if ended.is_refusal else ended.how
+        name = ended.last_line.removeprefix("splitonnx: ")[:70] if ended.is_refusal else ended.how
         seen.append(f"{'x'.join(map(str, shape))}: {name}")
         held = held and ended.is_refusal
     return Outcome(seen="; ".join(seen), held=held)

@@ -14,7 +14,7 @@ import numpy as np
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
 from splitonnx.codecs import decode_tensors
-from tests.attacks.files import write_digits
+from tests.attacks.files import shorten, write_digits
 from tests.attacks.models import Cut
 from tests.attacks.processes import Checkout, Server, make_token
 from tests.attacks.sessions import train
@@ -212,9 +212,12 @@ def deleted_folder(ground: Ground) -> Outcome:
 
 
 class _Elsewhere(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self) -> None:
         self.send_response(302)
         self.send_header("Location", self.server.location)  # type: ignore[attr-defined]
+        self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -238,7 +241,7 @@ def redirect(ground: Ground) -> Outcome:
         thread.join()
         liar.server_close()
     return Outcome(
-        seen=ended.last_line[:90] if ended.is_refusal else f"train: {ended.how}, elsewhere",
+        seen=shorten(ended.last_line) if ended.is_refusal else f"train: {ended.how}, elsewhere",
         held=ended.is_refusal,
     )
 

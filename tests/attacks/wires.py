@@ -10,8 +10,8 @@ import json
 import struct
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ class Line:
         self.wires = {p["name"]: p["wires"] for p in self.manifest["phases"] if p.get("wires")}
         self.session = uuid.uuid4().hex
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._socket = connect(
+        self._open = ExitStack()
+        opening = connect(
             url,
             additional_headers=headers,
             compression=None,
@@ -77,14 +78,17 @@ class Line:
             proxy=None,
             close_timeout=1,
         )
+        self._socket = self._open.enter_context(opening)
 
     def __enter__(self) -> Line:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self._socket.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._open.close()
 
     def names(self, phase: str, sender: str, kind: str | None = None) -> list[str]:
         """List the wires that a party sends in a phase."""
