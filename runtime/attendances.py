@@ -225,6 +225,8 @@ class Attendance:
         turns = self._premises.compute if has_greeted else self._premises.storage
         try:
             incoming = await self._take_turn(turns, partial(self._read, conversation, content))
+            if isinstance(incoming.message, Hello):
+                await self._enter(conversation, incoming)
         except SplitonnxError as error:
             if isinstance(error, ConnectionLost):
                 raise
@@ -253,6 +255,15 @@ class Attendance:
                 self._settle(session)
         if conversation.is_interrupted:
             await self._peer.close(RESTART, str(conversation.refused))
+
+    async def _enter(self, conversation: Conversation, incoming: Incoming) -> None:
+        """Find the session of a greeting; while a session is written to disk no thread waits."""
+        enter = partial(conversation.enter, incoming)
+        while (pending := await self._take_turn(self._premises.storage, enter)) is not None:
+            written = asyncio.wrap_future(pending)
+            await asyncio.wait((written, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                raise ConnectionLost(self._peer.name, "it left before its session was there")
 
     def _take_over(self, conversation: Conversation, generation: int) -> None:
         """End the session's older connection, which may be stuck with a reply that nobody reads."""

@@ -26,11 +26,19 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.files import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.manifests import PartyManifest
 from splitonnx.seals import encode_sealed, is_whole
-from splitonnx.states import check_state, decode_state, is_session, map_file
+from splitonnx.states import (
+    MAX_HEADER,
+    check_finite_state,
+    check_state,
+    decode_state,
+    is_session,
+    map_file,
+)
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
@@ -175,6 +183,25 @@ class CheckpointStore:
             raise BundleError(str(path), f"it is of step {checkpoint.step}, not {step}")
         return checkpoint
 
+    def owners(self) -> set[str]:
+        """Return whose the checkpoints are, by what is written in them; no tensor is verified."""
+        found = set()
+        for path in self.list_files():
+            with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
+                _, metadata = decode_tensors(map_file(path), max_header=MAX_HEADER)
+                found.add(msgspec.json.decode(metadata.get(_FACTS, ""), type=_Facts).owner)
+        return found
+
+    def list_files(self) -> list[Path]:
+        """Return the files of all checkpoints, whole or not."""
+        names = _list_names(self.folder)
+        return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
+
+    def estimate_growth(self, nbytes: int) -> int:
+        """Compute by how many bytes the files grow where a checkpoint of ``nbytes`` is added."""
+        older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
+        return nbytes - sum(path.stat().st_size for path in older if path.exists())
+
     def rewind(self, step: int) -> None:
         """Forget the checkpoints of later steps: the session goes back to ``step``.
 
@@ -218,6 +245,9 @@ class CheckpointStore:
         if checkpoint.session != self.session:
             raise BundleError(str(path), f"it is for session '{checkpoint.session}'")
         check_state(path, checkpoint.tensors, self._manifest.state)
+        check_finite_state(path, checkpoint.tensors, self._manifest.state)
+        if self.owners() - {checkpoint.owner}:
+            raise BundleError(str(path), "the session's checkpoints belong to another owner")
         chunks = encode_sealed(checkpoint.tensors, self._describe(checkpoint))
         try:
             self._settle()
@@ -326,13 +356,22 @@ def list_sessions(folder: Path) -> tuple[str, ...]:
         BundleError: the folder cannot be read.
     """
     written: list[tuple[int, str]] = []
-    for session in filter(is_session, _list_names(folder / SESSIONS)):
+    for session in list_folders(folder):
         place = folder / SESSIONS / session
         names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
         with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
             times = [(place / name).stat().st_mtime_ns for name in names]
             written += [(max(times), session)] if times else []
     return tuple(session for _, session in sorted(written, reverse=True))
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Return the sessions that have a folder within a party's, in no order.
+
+    Raises:
+        BundleError: the folder cannot be read.
+    """
+    return [name for name in _list_names(folder / SESSIONS) if is_session(name)]
 
 
 def _name_step(step: int) -> str:

@@ -7,6 +7,7 @@ Threads, sockets and the order among several connections of a session are the se
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
@@ -87,6 +88,7 @@ class Conversation:
         self._estimates = estimates
         self._task_bytes = task_bytes
         self._roles = roles
+        self._tried: set[str] = set()
         self._generation = 0
         self._wires = list_wires(registry.manifest)
         self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
@@ -117,22 +119,38 @@ class Conversation:
         """
         try:
             incoming = self.read(content)
+            while (pending := self.enter(incoming)) is not None:
+                pending.result()
         except SplitonnxError as error:
             yield from self.refuse(error)
             return
         yield from self.answer(incoming)
 
+    def enter(self, incoming: Incoming) -> Future[None] | None:
+        """Find the session that a greeting asks for; other messages need none.
+
+        Returns:
+            What has to be waited for before this is called again; ``None`` once it was found.
+
+        Raises:
+            SplitonnxError: it is to be answered with :meth:`refuse`.
+        """
+        if isinstance(incoming.message, Hello):
+            found = self._registry.seek(incoming.message, self._owner, self._tried)
+            if not isinstance(found, Session):
+                return found
+            self.session = found
+        return None
+
     def read(self, content: Chunk | bytearray) -> Incoming:
-        """Read and check one message, and find the session that a greeting asks for.
+        """Read and check one message; :meth:`enter` is due next, and then :meth:`answer`.
 
         Raises:
             SplitonnxError: it is to be answered with :meth:`refuse`.
         """
         message, tensors = self._protocol.receive(content)
-        if isinstance(message, Hello):
-            if Role.TRAIN not in self._roles:
-                raise NotPermitted(Role.TRAIN, "open a session")
-            self.session = self._registry.find(message, self._owner)
+        if isinstance(message, Hello) and Role.TRAIN not in self._roles:
+            raise NotPermitted(Role.TRAIN, "open a session")
         return Incoming(
             message=message,
             tensors=tensors,

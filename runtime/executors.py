@@ -38,7 +38,7 @@ from splitonnx.manifests import (
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.dataflows import Dataflow, Progress
 from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
-from splitonnx.states import State, write_state
+from splitonnx.states import State, check_finite_state, check_home, write_state
 from splitonnx.tensors import check_array
 
 LOSS = "loss"
@@ -84,7 +84,7 @@ class SessionExecutor(Protocol):
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
         """Replace the state by another."""
 
-    def publish(self, *, session: str = "", position: str = "") -> None:
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state into the party's folder as its outcome."""
 
     def close(self) -> None:
@@ -255,15 +255,25 @@ class Executor:
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
         self.step = step
 
-    def publish(self, *, session: str = "", position: str = "") -> None:
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state into the party's folder as its outcome, whole or not at all.
 
-        ``session`` is whose outcome it is, ``position`` where in its data it stands.
+        ``session`` is whose outcome it is, ``position`` where in its data it stands, and ``owner``
+        whom the session belongs to.
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
+            StateNotFinite: the state holds NaN or infinity.
+            NotSaved: the folder was deleted or replaced since it was loaded.
         """
-        publish_state(self.party, self.state(), step=self.step, session=session, position=position)
+        publish_state(
+            self.party,
+            self.state(),
+            step=self.step,
+            session=session,
+            position=position,
+            owner=owner,
+        )
 
     @property
     def is_lost(self) -> bool:
@@ -328,15 +338,20 @@ def publish_state(
     step: int,
     session: str,
     position: str,
+    owner: str,
 ) -> None:
     """Write a state into the party's folder as its outcome, whole or not at all.
 
     Raises:
         BundleError: the bundle is in memory only, or the folder cannot be written.
+        StateNotFinite: the state holds NaN or infinity.
+        NotSaved: the folder was deleted or replaced since it was loaded.
     """
     if party.path is None:
         raise BundleError("bundle in memory", "it has no folder to save the state in")
-    state = State(tensors=tensors, step=step, session=session, position=position)
+    check_home(party.path, party.manifest.digest)
+    check_finite_state(party.path, tensors, party.manifest.state)
+    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
     write_state(party.path, state, party.manifest.digest)
 
 

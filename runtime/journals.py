@@ -19,6 +19,7 @@ from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore, Position, list_sessions
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.links import Standing
+from splitonnx.states import check_home
 
 
 class Journal:
@@ -106,6 +107,8 @@ class Journal:
             raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
         self.hold()
         self.is_behind = True
+        if self._party.path is not None:
+            check_home(self._party.path, self._party.manifest.digest)
         self._store.write(
             Checkpoint(
                 session=self.session,

@@ -11,27 +11,29 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from splitonnx.bundles import PartyBundle
 from splitonnx.errors import (
-    BundleMismatch,
+    BundleError,
+    DiskQuotaUsed,
     ForeignSession,
-    NotSaved,
     RemoteProtocolError,
     ServerBusy,
-    SessionLost,
+    SplitonnxError,
+    StateNotFinite,
     WorkerLost,
 )
-from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Hello
-from splitonnx.runtime.checkpoints import CheckpointStore
-from splitonnx.runtime.executors import Executor, SessionExecutor
+from splitonnx.runtime.archives import Archive
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.session_makers import SessionMaker
 from splitonnx.runtime.sessions import Session
-from splitonnx.states import is_session, read_state
+from splitonnx.states import is_session
+
+_PARKERS = 4
+"""Sessions that are written to disk at a time as they leave the memory."""
 
 if TYPE_CHECKING:
     from splitonnx.runtime.pools import WorkerPool
@@ -50,6 +52,8 @@ class Registry:
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also take up sessions that an earlier server left in the folder.
         workers: who runs the sessions' stages; this process where there are none.
+        disk_per_owner: bytes of one owner's checkpoints and outcomes; ``None`` for no limit.
+        keep_seconds: how long those are kept that nobody comes back to; ``None`` for ever.
         clock: seconds that only grow.
     """
 
@@ -63,13 +67,11 @@ class Registry:
         unattended_seconds: float = 3600.0,
         resume: bool = False,
         workers: WorkerPool | None = None,
+        disk_per_owner: int | None = None,
+        keep_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = executor.manifest
-        for phase in (TRAIN, PREDICT):
-            executor.prepare(phase)  # before sessions share what is loaded
-        self._base = executor
-        self._untrained = executor if executor.party.trained is None else _rewind(executor)
         self._folder = executor.party.path
         self._resume = resume
         self._workers = workers
@@ -79,6 +81,17 @@ class Registry:
         self._users: Counter[str] = Counter()
         self._left: dict[str, float] = {}
         self._parked: set[str] = set()
+        self._busy: dict[str, Future[None]] = {}  # being parked, opened or deleted
+        self._opening: dict[str, str] = {}  # with their owners
+        self._threads: set[threading.Thread] = set()
+        self._slots = threading.BoundedSemaphore(_PARKERS)
+        self._archive: Archive | None = None
+        if self._folder is not None:
+            self._archive = Archive(
+                self._folder, self.manifest, most_bytes=disk_per_owner, keep_seconds=keep_seconds
+            )
+            self.expire()
+        self._maker = SessionMaker(executor, self._archive, workers)
         self._most = sessions
         if memory_bytes is not None:
             self._most = min(sessions, memory_bytes // max(1, executor.nbytes))
@@ -97,25 +110,64 @@ class Registry:
 
         Raises:
             RemoteProtocolError: its name is none.
-            ForeignSession: it is another owner's.
+            ForeignSession: it is another owner's, or what it began from is.
             ServerBusy: it would be one too many.
             SessionLost: it cannot be gone on with at any of the client's steps.
             BundleMismatch: the client's trained state and the server's do not belong together.
         """
+        tried: set[str] = set()
+        while not isinstance(found := self.seek(hello, owner, tried), Session):
+            found.result()
+        return found
+
+    def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
+        """As :meth:`find`, but return what has to be waited for where a session is being parked.
+
+        Nothing is waited for here, so that a slow disk holds back nobody else.  ``tried`` is the
+        caller's to keep from one call to the next.
+
+        Raises:
+            SplitonnxError: as :meth:`find`.
+        """
         if not is_session(hello.session):
             raise RemoteProtocolError("a session is named by 32 hexadecimal digits")
         with self._lock:
-            session = self._find_whole(hello.session)
-            if session is None:
-                self._make_room(owner, hello.session)
-                session = self._take_up(hello) or self._make(hello, owner)
-            if session.owner != owner:
-                raise ForeignSession(hello.session)
-            self._sessions[session.id] = session
-            self._users[session.id] += 1
-            self._left.pop(session.id, None)
-            self._parked.discard(session.id)
-            return session
+            if (pending := self._busy.get(hello.session)) is not None:
+                return pending
+            if (session := self._find_whole(hello.session)) is not None:
+                if session.owner != owner:
+                    raise ForeignSession(hello.session)
+                return self._attend(session)
+            if (pending := self._find_room(owner, hello.session, tried)) is not None:
+                return pending
+            done = self._busy[hello.session] = _promise()
+            self._opening[hello.session] = owner
+        session = None
+        try:
+            session = self._open(hello, owner)
+        finally:
+            with self._lock:
+                if session is not None:
+                    self._sessions[session.id] = session
+                    self._attend(session)
+                del self._opening[hello.session], self._busy[hello.session]
+            done.set_result(None)
+        return session
+
+    def _attend(self, session: Session) -> Session:
+        self._users[session.id] += 1
+        self._left.pop(session.id, None)
+        self._parked.discard(session.id)
+        return session
+
+    def _open(self, hello: Hello, owner: str) -> Session:
+        """Make a session of what is on disk, or anew; the owner is checked in either case."""
+        if self._archive is not None:
+            self._archive.require_owner(hello.session, owner)
+        session = None
+        if self._resume or hello.session in self._parked:
+            session = self._maker.take_up(hello, owner)
+        return session or self._maker.make(hello, owner)
 
     def release(self, session: Session) -> None:
         """Note that one connection less attends the session."""
@@ -134,26 +186,51 @@ class Registry:
             session.close()
 
     def park_idle(self) -> None:
-        """Move sessions from memory to disk that nobody has attended for too long."""
+        """Move sessions from memory to disk that nobody has attended for too long.
+
+        What nobody came back to for longer than the archive keeps it is deleted.
+        """
         with self._lock:
-            for name, left in list(self._left.items()):
-                if self._clock() - left > self._unattended_seconds:
-                    self._park(self._sessions[name])
+            overdue = [
+                self._sessions[name]
+                for name, left in self._left.items()
+                if name not in self._busy and self._clock() - left > self._unattended_seconds
+            ]
+            pending = [self._start_parking(session) for session in overdue]
+        for parked in pending:
+            parked.result()
+        self.expire()
 
     def park_all(self) -> None:
         """Write every session's state to disk: the server is about to end."""
         with self._lock:
             for session in self.sessions:
-                self._park(session)
+                if session.id not in self._busy:
+                    self._start_parking(session)
+            threads = tuple(self._threads)
+        for thread in threads:
+            thread.join()
 
-    def _make_room(self, owner: str, name: str) -> None:
-        if self._workers is not None and not self._workers.has_room(owner, name):
-            self._park_owner()
-        own = [session for session in self.sessions if session.owner == owner]
-        if owner and len(own) >= self._most_per_owner and not self._park_one(own):
-            raise ServerBusy(f"{self._most_per_owner} sessions of one token")
-        if len(self._sessions) >= self._most and not self._park_one(self.sessions):
-            raise ServerBusy(f"{self._most} sessions")
+    def expire(self) -> None:
+        """Delete what the archive has kept for long enough, unless it is in memory."""
+        if (archive := self._archive) is None:
+            return
+        try:
+            expired = archive.list_expired()
+        except BundleError as error:
+            _logger.error("no old sessions are deleted: %s", error)
+            return
+        for name in expired:
+            with self._lock:
+                if name in self._sessions or name in self._busy:
+                    continue
+                done = self._busy[name] = _promise()
+            try:
+                archive.remove(name)
+            finally:
+                with self._lock:
+                    del self._busy[name]
+                done.set_result(None)
 
     def _find_whole(self, name: str) -> Session | None:
         """Find a session in memory; one whose worker is gone is forgotten, for its checkpoints."""
@@ -163,8 +240,23 @@ class Registry:
         self._forget(session)
         return None
 
-    def _park_owner(self) -> None:
-        """Free the worker of the owner whose sessions were all left, the longest ago."""
+    def _find_room(self, owner: str, name: str, tried: set[str]) -> Future[None] | None:
+        """See to it that one more session has room; return what has to be waited for first."""
+        if self._workers is not None and not self._workers.has_room(owner, name):
+            pending = self._free_worker(tried)
+            if pending is not None:
+                return pending
+        kept = self.sessions
+        own = [session for session in kept if session.owner == owner]
+        opening = list(self._opening.values())
+        if owner and len(own) + opening.count(owner) >= self._most_per_owner:
+            return self._make_room(own, tried, f"{self._most_per_owner} sessions of one token")
+        if len(kept) + len(opening) >= self._most:
+            return self._make_room(kept, tried, f"{self._most} sessions")
+        return None
+
+    def _free_worker(self, tried: set[str]) -> Future[None] | None:
+        """Begin to park the sessions of the owner whose were all left, the longest ago."""
         owners: dict[str, list[Session]] = {}
         for session in self.sessions:
             owners.setdefault(session.owner or session.id, []).append(session)
@@ -174,28 +266,49 @@ class Registry:
             if all(session.id in self._left for session in sessions)
         }
         for owner in sorted(left, key=lambda owner: left[owner]):
-            parked = [self._folder is not None and self._park(s) for s in owners[owner]]
-            if all(parked):
-                return
+            if self._folder is None or any(s.id in tried for s in owners[owner]):
+                continue  # what was tried and still is here cannot be parked
+            session = owners[owner][0]
+            tried.add(session.id)
+            return self._busy.get(session.id) or self._start_parking(session)
+        return None
 
-    def _park_one(self, sessions: Iterable[Session]) -> bool:
-        """Move the session to disk that was left the longest ago, if any was left."""
+    def _make_room(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:
+        """Begin to move the session to disk that was left the longest ago, if any was left."""
         left = [session for session in sessions if session.id in self._left]
         for session in sorted(left, key=lambda session: self._left[session.id]):
-            if self._folder is not None and self._park(session):
-                return True
-        return False
+            if self._folder is None or session.id in tried or session.id in self._busy:
+                continue
+            tried.add(session.id)
+            return self._start_parking(session)
+        for session in sessions:
+            if session.id in self._busy and session.id not in tried:
+                tried.add(session.id)
+                return self._busy[session.id]
+        raise ServerBusy(limit)
 
-    def _park(self, session: Session) -> bool:
+    def _start_parking(self, session: Session) -> Future[None]:
+        """Write a session to disk in a thread of its own; a greeting for it waits until then."""
+        done = self._busy[session.id] = _promise()
+        thread = threading.Thread(
+            target=self._park, args=(session, done), name="splitonnx-park", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+        return done
+
+    def _park(self, session: Session, done: Future[None]) -> None:
+        is_gone = False
         try:
-            session.park()
-        except NotSaved as error:
-            _logger.error("session %s stays in memory: %s", session.id, error)
-            return False
-        except WorkerLost:  # it was logged; what is on disk is all there is
-            pass
-        self._forget(session)
-        return True
+            with self._slots:
+                is_gone = _leave_memory(session)
+        finally:
+            with self._lock:
+                if is_gone:
+                    self._forget(session)
+                del self._busy[session.id]
+                self._threads.discard(threading.current_thread())
+            done.set_result(None)
 
     def _forget(self, session: Session) -> None:
         """Let a session leave the memory; it can be taken up again from disk."""
@@ -204,85 +317,23 @@ class Registry:
         self._parked.add(session.id)
         session.close()
 
-    def _take_up(self, hello: Hello) -> Session | None:
-        """Make the session of its newest checkpoint on disk."""
-        if not (self._resume or hello.session in self._parked):
-            return None
-        store = self._open_store(hello.session)
-        if store is None or not (steps := store.steps()):
-            return None
-        checkpoint = store.read(steps[0])
-        executor = self._fork(self._base, checkpoint.owner, hello.session)
-        executor.restore(checkpoint.tensors, checkpoint.step)
-        return Session(
-            hello.session,
-            owner=checkpoint.owner,
-            executor=executor,
-            start=self._find_start(hello),
-            store=store,
-        )
 
-    def _make(self, hello: Hello, owner: str) -> Session:
-        """Make a session that begins; one that is known to be older cannot be made again."""
-        start = self._find_start(hello)
-        if hello.kept:
-            raise SessionLost(hello.session, hello.candidates, ())
-        if start is None:
-            raise self._explain(hello)
-        store = self._open_store(hello.session)
-        executor = self._fork(start, owner, hello.session)
-        return Session(hello.session, owner=owner, executor=executor, start=start, store=store)
-
-    def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
-        """Make a session's executor, in a worker where there are workers."""
-        if self._workers is None:
-            return start.fork()
-        is_untrained = start is self._untrained and start.party.trained is None
-        tensors = None if is_untrained else start.state()
-        return self._workers.open(owner, session, tensors, start.step)
-
-    def _find_start(self, hello: Hello) -> Executor | None:
-        """Find the state that a session began from: published, untrained, or another session's."""
-        origin, step = hello.origin, hello.start
-        if (origin, step) == (self._base.party.session, self._base.step):
-            return self._base
-        if not origin and step == 0:
-            return self._untrained
-        tensors = self._find_tensors(origin, step) if is_session(origin) else None
-        if tensors is None:
-            return None
-        executor = self._base.fork()
-        executor.restore(tensors, step)
-        return executor
-
-    def _find_tensors(self, session: str, step: int) -> Mapping[str, np.ndarray] | None:
-        """Find what a session left in the folder: its outcome, or a checkpoint."""
-        if self._folder is None:
-            return None
-        outcome = read_state(self._folder, self.manifest, session)
-        if outcome is not None and (outcome.session, outcome.step) == (session, step):
-            return outcome.tensors
-        store = CheckpointStore(self._folder, self.manifest, session)
-        return store.read(step).tensors if step in store.steps() else None
-
-    def _explain(self, hello: Hello) -> BundleMismatch:
-        if hello.start != self._base.step:
-            return BundleMismatch(
-                "the number of steps trained", str(self._base.step), str(hello.start)
-            )
-        here, there = self._base.party.session or "unknown", hello.origin or "unknown"
-        return BundleMismatch("the session that trained them", here, there)
-
-    def _open_store(self, session: str) -> CheckpointStore | None:
-        if self._folder is None:
-            return None
-        return CheckpointStore(self._folder, self.manifest, session)
+def _promise() -> Future[None]:
+    """Make a future that nobody who waits for it can cancel."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
-def _rewind(executor: Executor) -> Executor:
-    """Make an executor at the weights that training starts from."""
-    party = executor.party
-    untrained = PartyBundle(manifest=party.manifest, graphs={}, weights=party.weights)
-    twin = executor.fork()
-    twin.restore(untrained.state(), 0)
-    return twin
+def _leave_memory(session: Session) -> bool:
+    """Write a session to disk, and say whether it need not stay in memory."""
+    try:
+        session.park()
+    except WorkerLost:  # it was logged; what is on disk is all there is
+        pass
+    except (DiskQuotaUsed, StateNotFinite) as error:
+        _logger.error("session %s goes on from its last checkpoint: %s", session.id, error)
+    except SplitonnxError as error:
+        _logger.error("session %s stays in memory: %s", session.id, error)
+        return False
+    return True

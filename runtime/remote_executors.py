@@ -168,9 +168,16 @@ class RemoteExecutor:
         self._number = next(self._numbers)
         self._worker, self._start, self.step = None, tensors, step
 
-    def publish(self, *, session: str = "", position: str = "") -> None:
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state into the party's folder as its outcome; see ``Executor.publish``."""
-        publish_state(self.party, self.state(), step=self.step, session=session, position=position)
+        publish_state(
+            self.party,
+            self.state(),
+            step=self.step,
+            session=session,
+            position=position,
+            owner=owner,
+        )
 
     def close(self) -> None:
         """Let go of the state in the worker."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import ssl
@@ -28,6 +29,7 @@ import msgspec
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
+from splitonnx.runtime.archives import DAY
 from splitonnx.runtime.attendances import Attendance, Premises
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
@@ -94,6 +96,8 @@ class Server:
             server is reached by; ``/`` is its ``index.html``.
         isolate: run the stages of each owner's sessions in a process of their own; by default where
             clients show tokens or certificates, or may come from beyond this machine.
+        keep_sessions: days after which the checkpoints and outcomes of sessions are deleted that
+            nobody came back to; the newest outcome stays.  ``None``: they are kept.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
@@ -119,7 +123,10 @@ class Server:
         client: str | Path | PartyBundle | None = None,
         web: str | Path | None = None,
         isolate: bool | None = None,
+        keep_sessions: float | None = None,
     ) -> None:
+        if keep_sessions is not None and not 0 < keep_sessions < math.inf:
+            raise UsageError(f"sessions are kept for a number of days, not {keep_sessions:g}")
         path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
         self._lock = None if path is None else FolderLock.acquire(path)
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
@@ -146,6 +153,8 @@ class Server:
             unattended_seconds=self._limits.unattended_seconds,
             resume=resume,
             workers=self._workers,
+            disk_per_owner=self._limits.disk_per_owner,
+            keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
         )
         self._estimates = Estimates(party.manifest, party.graphs)
         self._handout = None if client is None else Handout(client, party.manifest)
@@ -301,7 +310,7 @@ class Server:
         while not premises.stop.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(premises.stop.wait(), interval)
-            await premises.storage.run(self, self._registry.park_idle)
+            await asyncio.to_thread(self._registry.park_idle)
             if self._workers is not None:
                 retire = partial(self._workers.retire_idle, self._limits.unattended_seconds)
                 await premises.storage.run(self, retire)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from splitonnx.errors import (
 )
 from splitonnx.manifests import TRAIN
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
+from splitonnx.runtime.archives import Archive
 from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.runtime.executors import Executor, SessionExecutor
 from splitonnx.runtime.ledgers import Fingerprint, Ledger, Reply, Verdict
@@ -34,7 +36,8 @@ _logger = logging.getLogger("splitonnx.server")
 class Session:
     """The server's half of one training; one message at a time is the caller's business.
 
-    ``executor`` holds its state and ``store`` its checkpoints, ``None`` where there is no folder.
+    ``executor`` holds its state and ``store`` its checkpoints in ``archive``, ``None`` where there
+    is no folder.
     ``start`` is an executor at the state that the session began from, if that is known.
     ``generation`` is the newest connection's; ``tasks_done`` counts steps and predictions.
     """
@@ -47,6 +50,7 @@ class Session:
         executor: SessionExecutor,
         start: Executor | None,
         store: CheckpointStore | None,
+        archive: Archive | None = None,
     ) -> None:
         self.id = name
         self.owner = owner
@@ -55,7 +59,7 @@ class Session:
         self.generation = 0
         self.tasks_done = 0
         self._start = start
-        self._store = store
+        self._store, self._archive = store, archive
         self._saved = executor.step
         self._published = -1
         self._running: TaskKey | None = None
@@ -157,10 +161,11 @@ class Session:
         try:
             if self._store is None:
                 raise BundleError("bundle in memory", "it has no folder to save the state in")
-            self._store.write(self._make_checkpoint())
-            if message.publish:
-                self.executor.publish(session=self.id)
-                self._published = message.step
+            with self._saving(self._store, publish=message.publish):
+                self._store.write(self._make_checkpoint())
+                if message.publish:
+                    self.executor.publish(session=self.id, owner=self.owner)
+                    self._published = message.step
         except (BundleError, NotSaved) as error:
             _logger.error("session %s: %s", self.id, error)  # the path is none of the client's
             return Unsaved(session=self.id, step=message.step, reason=error.reason)
@@ -183,7 +188,8 @@ class Session:
         """
         self.abandon()
         if self._store is not None and not self.is_saved:
-            self._store.write_stopped(self._make_checkpoint())
+            with self._saving(self._store):
+                self._store.write_stopped(self._make_checkpoint())
             self._saved = self.executor.step
 
     @property
@@ -254,6 +260,13 @@ class Session:
             self.executor.restore(self._start.state(), step)
         self.ledger = Ledger(step)
         self._saved = step
+
+    def _saving(
+        self, store: CheckpointStore, *, publish: bool = False
+    ) -> AbstractContextManager[None]:
+        if self._archive is None:
+            return nullcontext()
+        return self._archive.saving(store, self.owner, publish=publish)
 
     def _make_checkpoint(self) -> Checkpoint:
         executor = self.executor

@@ -20,7 +20,14 @@ import msgspec
 import numpy as np
 
 from splitonnx.codecs import Chunk, decode_tensors
-from splitonnx.errors import ArrayMismatch, BundleError, FormatError, NotSaved, quote
+from splitonnx.errors import (
+    ArrayMismatch,
+    BundleError,
+    FormatError,
+    NotSaved,
+    StateNotFinite,
+    quote,
+)
 from splitonnx.files import (
     clear_unfinished,
     map_regular,
@@ -43,7 +50,7 @@ OUTCOMES = "outcomes"
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _replacing = threading.Lock()
 """Several sessions of a server may come to their ends at once."""
-_MAX_HEADER = 64 << 20
+MAX_HEADER = 64 << 20
 """Bytes; some hundred for each tensor of a model, far more than any has."""
 
 
@@ -141,6 +148,14 @@ def read_owner(folder: Path, session: str) -> str | None:
     return metadata.get("owner", "") if metadata.get("session") == session else None
 
 
+def read_newest(folder: Path) -> dict[str, str]:
+    """Read the metadata of a folder's newest outcome; empty where there is none that is whole."""
+    try:
+        return _read_metadata(_map_present(folder / STATE))
+    except BundleError:
+        return {}
+
+
 def list_outcomes(folder: Path) -> dict[str, Path]:
     """Return the file of each session's outcome in a party's folder, but for the newest one's."""
     found = {}
@@ -190,7 +205,7 @@ def decode_state(
         BundleError: a tensor is missing, undeclared, or of another dtype or shape.
     """
     try:
-        tensors, metadata = decode_tensors(content, max_header=_MAX_HEADER)
+        tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
     except FormatError as error:
         raise FormatError(str(path), error.reason) from error
     check_state(path, tensors, declared)
@@ -223,16 +238,12 @@ def check_finite_state(
     """Raise where a tensor that training changes holds NaN or infinity.
 
     Raises:
-        NotSaved: it would make every later step useless, and the state before it is kept instead.
+        StateNotFinite: one does; what was saved before it is kept.
     """
     for spec in declared:
         array = tensors[spec.tensor.name]
         if spec.role is not Role.FROZEN and not _is_finite(array):
-            reason = (
-                f"'{spec.tensor.name}' holds NaN or infinity; train again from an earlier state "
-                "with a lower learning rate"
-            )
-            raise NotSaved(str(path), reason)
+            raise StateNotFinite(str(path), spec.tensor.name)
 
 
 def _is_finite(array: np.ndarray) -> bool:
@@ -282,7 +293,7 @@ def _read_metadata(content: memoryview | None) -> dict[str, str]:
     if content is None:
         return {}
     try:
-        _, metadata = decode_tensors(content, max_header=_MAX_HEADER)
+        _, metadata = decode_tensors(content, max_header=MAX_HEADER)
     except FormatError:
         return {}
     return metadata
@@ -320,8 +331,5 @@ def _keep_outcome(target: Path, session: str) -> None:
 
 def _read_session(path: Path) -> str:
     """Read whose outcome a file is; empty where there is none that can be read."""
-    try:
-        session = _read_metadata(_map_present(path)).get("session", "")
-    except BundleError:
-        return ""
+    session = read_newest(path.parent).get("session", "")
     return session if is_session(session) else ""

@@ -38,6 +38,14 @@ def serve(
         bool,
         typer.Option("--resume", help="Go on with sessions that an earlier server left here."),
     ] = False,
+    keep_sessions: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS",
+            help="Days after which saved sessions are deleted that nobody came back to.",
+            show_default=False,
+        ),
+    ] = None,
     client: Annotated[
         Path | None,
         typer.Option(help="The client's folder, to give to browsers at /client/."),
@@ -121,6 +129,7 @@ def serve(
             isolate=isolate,
             web=web,
             client=client,
+            keep_sessions=keep_sessions,
         ).serve_forever()
 
 

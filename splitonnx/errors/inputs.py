@@ -161,6 +161,28 @@ class NotSaved(SplitonnxError):
         )
 
 
+class StateNotFinite(NotSaved):
+    """A state holds NaN or infinity, so that going on from it is of no use."""
+
+    def __init__(self, path: str, name: str) -> None:
+        super().__init__(
+            path,
+            f"'{name}' holds NaN or infinity; train again from an earlier state with a lower "
+            "learning rate",
+        )
+
+
+class DiskQuotaUsed(NotSaved):
+    """An owner's checkpoints and outcomes take all the bytes that they may take on disk."""
+
+    def __init__(self, path: str, limit: int, used: int) -> None:
+        super().__init__(
+            path,
+            f"this owner's checkpoints and outcomes take {used} bytes of the {limit} that they "
+            "may take (--max-disk-per-owner)",
+        )
+
+
 @dataclass(eq=False)
 class ForbiddenGraph(SplitonnxError):
     """A stage's graph is malformed, or holds what no bundle does; ONNX Runtime never saw it."""
