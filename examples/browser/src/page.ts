@@ -181,6 +181,7 @@ const TITLES: Readonly<Record<string, string>> = {
   BundleMismatch: "The server has another model now",
   SessionLost: "The server has forgotten this training",
   StaleConnection: "Another tab trains here",
+  StorageInUse: "Another tab trains here",
   NotSaved: "The training cannot be saved",
   RemoteProtocolError: "The server does not keep to the rules",
   ArrayMismatch: "The server sent numbers that do not fit",

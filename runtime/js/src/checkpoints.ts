@@ -98,6 +98,11 @@ export class CheckpointStore {
     return names.map((name) => Number(name.slice(prefix.length))).sort((a, b) => b - a);
   }
 
+  /** What the lock of all this is called. */
+  get lockName(): string {
+    return `${this.#manifest.digest}/lock`;
+  }
+
   /** List the sessions that have checkpoints. */
   async sessions(): Promise<string[]> {
     const prefix = `${this.#manifest.digest}/sessions/`;

@@ -77,6 +77,10 @@ export class SplitClient {
         isPatient: resume || giveUpAfter !== undefined,
         onReconnect,
       });
+      await journal.takeOver().catch((error: unknown) => {
+        link.close({ forGood: false });
+        throw error;
+      });
       return [journal, link];
     };
     const [journal, link] = await open().catch((error: unknown) => {
@@ -130,6 +134,7 @@ export class SplitClient {
    * @throws DataError: the data do not fit, or hold NaN; a loss is not finite.
    * @throws StageFailed: a stage cannot be loaded or run.
    * @throws UnfinishedRun: a run was broken off; resume it, or `restart`.
+   * @throws StorageInUse: another client trains with the storage.
    * @throws UsageError: a run would be resumed with other data, batches or seed.
    * @throws NotSaved: a checkpoint cannot be written.
    * @throws StepsLost: the server lost steps that were made before this fit began.
@@ -143,6 +148,7 @@ export class SplitClient {
     const heldOut = evalData && openDataset(evalData);
     heldOut?.check(this.#evaluationData());
     const { executor, journal } = this.#half;
+    if (options.save) await journal.hold(); // now rather than after the work
     if (checkpointEvery !== undefined) {
       requirePositive({ checkpointEvery });
       await journal.beginRun({ restart: options.restart ?? false });

@@ -25,8 +25,8 @@ type Terms = readonly Term[];
 type ReadonlySizes = ReadonlyMap<string, number>;
 
 const LONGEST = 2000; // characters; a longer text is one atom
-const NAME = /^(?:unk__[^\s*+()]+|[\p{L}\p{N}_.]+)$/u;
-const NUMBER = /^-?[0-9]{1,19}$/;
+const NAME = /^(?:unk__[^ \t\n\r\f\v*+()]+|[A-Za-z0-9_.]+)$/;
+const NUMBER = /^-?[0-9]{1,15}$/; // they are exact
 const MOST = 10_000; // texts that are kept as read; a bundle has far fewer
 
 const known = new Map<string, Terms>();
@@ -134,14 +134,14 @@ export function fitsShape(
 ): boolean {
   if (shape.length !== declared.length) return false;
   const bound = new Map(sizes);
+  const [names, sums]: [string, number][][] = [[], []];
   for (const [axis, dim] of declared.entries()) {
     const size = shape[axis]!;
-    if (typeof dim === "number") {
-      if (size !== dim) return false;
-    } else if (size < 1 || size > LARGEST || (dim !== null && !bind(dim, size, bound))) {
-      return false;
-    }
+    if (typeof dim === "number" ? size !== dim : size < 1 || size > LARGEST) return false;
+    if (typeof dim === "string") (isName(dim) ? names : sums)!.push([dim, size]);
   }
+  // Expressions need the names.
+  if (![...names!, ...sums!].every(([dim, size]) => bind(dim, size, bound))) return false;
   if (bound.size > sizes.size && !isConsistent(bound)) return false;
   for (const [key, size] of bound) sizes.set(key, size);
   return true;
@@ -165,18 +165,23 @@ function bind(dim: string, size: number, sizes: Sizes): boolean {
   const solution = solve(terms, atom.text, size, sizes);
   if (solution === undefined) return false; // no whole number solves it
   sizes.set(atom.text, solution);
-  return solution >= (atom.sides ? 0 : 1);
+  return solution >= (atom.sides ? 0 : 1) && solution <= LARGEST;
+}
+
+/** Say whether a dimension is an atom that is computed from no others. */
+function isName(dim: string): boolean {
+  const [term, ...more] = parse(dim);
+  const [atom] = term!.atoms;
+  return !more.length && atom?.text === dim && !atom.sides;
 }
 
 /** Hold what was bound whole against what its atoms were bound to since. */
 function isConsistent(sizes: Sizes): boolean {
   for (const [text, size] of sizes) {
-    const terms = parse(text);
-    const [first] = terms[0]!.atoms;
-    if (terms.length === 1 && first?.text === text && !first.sides) continue;
+    if (isName(text)) continue;
     const others = new Map(sizes);
     others.delete(text);
-    if ((compute(terms, others) ?? size) !== size) return false;
+    if ((compute(parse(text), others) ?? size) !== size) return false;
   }
   return true;
 }

@@ -116,6 +116,17 @@ export class NotSaved extends SplitonnxError {
   }
 }
 
+/** Another client trains with the storage. */
+export class StorageInUse extends SplitonnxError {
+  override name = "StorageInUse";
+  constructor(readonly holder: string) {
+    super(
+      `${flatten(holder)} trains with this storage; close that one first, or connect with ` +
+        "resume: true to take its training over",
+    );
+  }
+}
+
 /** A stage's graph is malformed, or holds what no bundle does; ONNX Runtime never saw it. */
 export class ForbiddenGraph extends SplitonnxError {
   override name = "ForbiddenGraph";

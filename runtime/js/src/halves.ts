@@ -42,6 +42,7 @@ export class Half {
   readonly #onWires: OnWires | undefined;
   #closed = false;
   #isHalfPublished = false;
+  #released: Promise<void> | undefined;
   #others = 0; // numbers the tasks that are no training step
   #last: Promise<unknown> = Promise.resolve();
 
@@ -125,6 +126,7 @@ export class Half {
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
       this.journal.checkOutcome(this.executor);
+      await this.journal.hold();
       await this.#saveRemotely(true);
       this.#isHalfPublished = true;
       await this.journal.publish(this.executor, this.place);
@@ -143,11 +145,14 @@ export class Half {
     const isUnfinished = this.#isHalfPublished || kept.length > 0;
     if (!this.#closed) this.#link.close({ forGood: !isUnfinished });
     this.#closed = true;
+    this.#released = this.journal.release();
+    this.#released.catch(() => {}); // settle tells
   }
 
   /** Wait until nothing is under way. */
   async settle(): Promise<void> {
     await this.#last;
+    await this.#released;
   }
 
   /** One thing at a time, in the order of asking. */

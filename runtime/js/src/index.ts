@@ -15,4 +15,4 @@ export type { PartyManifest, Phase, Wire } from "./manifests.js";
 export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./plans.js";
 export type { SocketOptions, WebSocketLike } from "./sockets.js";
 export { IndexedDbStorage, MemoryStorage } from "./storages.js";
-export type { StateStorage } from "./storages.js";
+export type { StateStorage, StorageLock } from "./storages.js";

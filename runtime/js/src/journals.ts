@@ -7,10 +7,10 @@
 
 import { CheckpointStore } from "./checkpoints.js";
 import type { Checkpoint, Position } from "./checkpoints.js";
-import { BundleError, UnfinishedRun, UsageError } from "./errors.js";
+import { BundleError, StorageInUse, UnfinishedRun, UsageError } from "./errors.js";
 import type { Executor } from "./executors.js";
 import type { Standing } from "./links.js";
-import type { StateStorage } from "./storages.js";
+import type { StateStorage, StorageLock } from "./storages.js";
 import type { NdArrays } from "./tensors.js";
 
 /**
@@ -24,13 +24,15 @@ export class Journal {
   position: Position | null;
   isBehind = false;
   readonly #store: CheckpointStore;
+  readonly #storage: StateStorage;
+  #lock: StorageLock | undefined;
   #kept: readonly number[];
   #origin: string;
   #start: number;
   #state: NdArrays;
 
   private constructor(
-    store: CheckpointStore,
+    [store, storage]: [CheckpointStore, StateStorage],
     begun: { session: string; position: Position | null; kept: readonly number[] },
     origin: { session: string; step: number; tensors: NdArrays },
   ) {
@@ -38,6 +40,7 @@ export class Journal {
     this.position = begun.position;
     this.#kept = begun.kept;
     this.#store = store;
+    this.#storage = storage;
     this.#origin = origin.session;
     this.#start = origin.step;
     this.#state = origin.tensors;
@@ -64,7 +67,36 @@ export class Journal {
     const session = found?.session ?? drawSession();
     const kept = found ? await store.steps(session) : [];
     const position = resume ? current.position : null;
-    return new Journal(store, { session, position, kept }, origin);
+    return new Journal([store, storage], { session, position, kept }, origin);
+  }
+
+  /**
+   * Take the storage's lock, if this journal has it not: what is written now is one client's.
+   *
+   * A run that is resumed is taken over from whoever trains it.
+   *
+   * @throws StorageInUse: another client has it, or took it over.
+   */
+  async hold({ takeOver = false }: { takeOver?: boolean } = {}): Promise<void> {
+    if (this.#lock) {
+      if (await this.#lock.isHeld()) return;
+      throw new StorageInUse("another client, which took this one's place,");
+    }
+    if (!this.#storage.lock) return;
+    this.#lock = await this.#storage.lock(this.#store.lockName, { takeOver });
+    if (!this.#lock) throw new StorageInUse("another tab or process");
+  }
+
+  /** Let go of the storage; may be called twice. */
+  async release(): Promise<void> {
+    const lock = this.#lock;
+    this.#lock = undefined;
+    await lock?.release();
+  }
+
+  /** Take the storage over if a run goes on that was broken off, or is another client's. */
+  async takeOver(): Promise<void> {
+    if (this.#kept.length) await this.hold({ takeOver: true });
   }
 
   /** Say where the client stands that is at `step` now. */
@@ -76,8 +108,10 @@ export class Journal {
    * Keep the state as a checkpoint.
    *
    * @throws NotSaved: it cannot be written; those before it stand.
+   * @throws StorageInUse: another client took the training over.
    */
   async write(executor: Executor, position: Position | null): Promise<void> {
+    await this.hold();
     this.isBehind = true;
     this.#kept = await this.#store.write(this.#describe(executor, position));
     this.isBehind = false;
@@ -98,12 +132,14 @@ export class Journal {
    * @throws NotSaved: it cannot be written.
    */
   async publish(executor: Executor, position: Position | null): Promise<void> {
+    await this.hold();
     await this.#store.publish(this.#describe(executor, position));
     this.#origin = this.session;
     this.#start = executor.step;
     this.#state = executor.state();
     await this.#store.remove(this.session);
     this.#kept = [];
+    await this.release();
   }
 
   /**
@@ -149,8 +185,10 @@ export class Journal {
    * See to it that no other run stands unfinished in the storage; `restart` deletes it.
    *
    * @throws UnfinishedRun: one does.
+   * @throws StorageInUse: another client trains.
    */
   async beginRun({ restart }: { restart: boolean }): Promise<void> {
+    await this.hold();
     const found = await findUnfinished(this.#store, await this.#store.readOutcome());
     if (!found || found.session === this.session) return;
     if (!restart) throw new UnfinishedRun(found.step);

@@ -2,12 +2,13 @@
 
 import { randomUUID } from "node:crypto";
 import { constants } from "node:fs";
-import { mkdir, open, readdir, rename, rm } from "node:fs/promises";
+import { link, mkdir, open, readFile, readdir, rename, rm, writeFile } from "node:fs/promises";
+import { hostname } from "node:os";
 import { dirname, join } from "node:path";
 
 import type { ReadFile } from "./bundles.js";
 import { BundleError } from "./errors.js";
-import type { StateStorage } from "./storages.js";
+import type { StateStorage, StorageLock } from "./storages.js";
 
 /** Read the client's part from a party's folder, as `splitonnx cut` wrote it. */
 export function openFolder(folder: string): ReadFile {
@@ -98,6 +99,43 @@ export class FolderStorage implements StateStorage {
     return names.filter((name) => name.startsWith(prefix));
   }
 
+  /**
+   * A file that names the process; that of a process which ended is taken over.
+   *
+   * Node has no locks of the system's.  Processes of other machines cannot be looked at, and count
+   * as alive.
+   */
+  async lock(
+    name: string,
+    { takeOver }: { takeOver: boolean },
+  ): Promise<StorageLock | undefined> {
+    const path = join(this.#folder, name);
+    const own = { id: randomUUID(), host: hostname(), pid: process.pid, started: "" };
+    own.started = await findStart(own.pid);
+    await mkdir(dirname(path), { recursive: true });
+    const fresh = `${path}.${own.id}`;
+    await writeFile(fresh, JSON.stringify(own), { flag: "wx" });
+    const isHeld = async () => (await readHolder(path))?.id === own.id;
+    try {
+      if (takeOver) await rename(fresh, path);
+      while (!(await isHeld())) {
+        if (takeOver) return undefined; // somebody else did as well, and later
+        try {
+          await link(fresh, path); // it fails where there is one
+        } catch (error) {
+          if (!hasCode(error, "EEXIST")) throw error;
+          if (!(await removeStale(path, own.id))) return undefined;
+        }
+      }
+    } finally {
+      await rm(fresh, { force: true });
+    }
+    const release = async () => {
+      if (await isHeld()) await rm(path, { force: true });
+    };
+    return { isHeld, release };
+  }
+
   async #walk(under: string): Promise<string[]> {
     let entries;
     try {
@@ -126,5 +164,68 @@ const PIECE = 1 << 30;
 const MAX_STATE = 2 ** 31 - 1;
 
 function isMissing(error: unknown): boolean {
-  return error instanceof Error && "code" in error && error.code === "ENOENT";
+  return hasCode(error, "ENOENT");
+}
+
+function hasCode(error: unknown, code: string): boolean {
+  return error instanceof Error && "code" in error && error.code === code;
+}
+
+interface Holder {
+  readonly id: string;
+  readonly host: string;
+  readonly pid: number;
+  /** When the process began, where that is known: numbers of processes are used again. */
+  readonly started: string;
+}
+
+const MAX_HOLDER = 1024; // bytes
+
+async function readHolder(path: string): Promise<Holder | undefined> {
+  try {
+    const text = new TextDecoder().decode(await readRegular(path, MAX_HOLDER));
+    return JSON.parse(text) as Holder;
+  } catch (error) {
+    if (isMissing(error) || error instanceof SyntaxError) return undefined;
+    throw error;
+  }
+}
+
+/** Remove a lock whose process has ended; say whether there is none now. */
+async function removeStale(path: string, own: string): Promise<boolean> {
+  const holder = await readHolder(path);
+  if (holder && (await isAlive(holder))) return false;
+  const aside = `${path}.${own}.stale`;
+  try {
+    await rename(path, aside);
+    const moved = await readHolder(aside);
+    // Another client may have put its own there meanwhile: that goes back.
+    if (moved?.id !== holder?.id) await link(aside, path);
+  } catch (error) {
+    if (!isMissing(error) && !hasCode(error, "EEXIST")) throw error;
+  } finally {
+    await rm(aside, { force: true });
+  }
+  return true;
+}
+
+async function isAlive({ host, pid, started }: Holder): Promise<boolean> {
+  if (host !== hostname()) return true;
+  try {
+    process.kill(pid, 0); // nothing is sent
+  } catch (error) {
+    if (hasCode(error, "ESRCH")) return false;
+  }
+  const now = await findStart(pid);
+  return !now || !started || now === started;
+}
+
+/** Find when a process began, in ticks since the machine did; on Linux alone. */
+async function findStart(pid: number): Promise<string> {
+  try {
+    const facts = await readFile(`/proc/${pid}/stat`, "utf-8");
+    return facts.slice(facts.lastIndexOf(")")).split(" ")[20] ?? "";
+  } catch {
+    return "";
+  }
 }

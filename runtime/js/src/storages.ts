@@ -14,6 +14,17 @@ export interface StateStorage {
   delete(name: string): Promise<void>;
   /** List the names that begin so. */
   list(prefix: string): Promise<readonly string[]>;
+  /**
+   * Take a lock, for one client at a time; `undefined` where another has it.  With `takeOver` it is
+   * taken from whoever has it.  What only one client can reach needs none.
+   */
+  lock?(name: string, options: { takeOver: boolean }): Promise<StorageLock | undefined>;
+}
+
+/** A lock of a storage, until it is released, taken over, or its page or process ends. */
+export interface StorageLock {
+  isHeld(): Promise<boolean>;
+  release(): Promise<void>;
 }
 
 /** Keeps state as long as the page or process lives. */
@@ -68,6 +79,34 @@ export class IndexedDbStorage implements StateStorage {
   async list(prefix: string): Promise<readonly string[]> {
     const range = IDBKeyRange.bound(prefix, `${prefix}\uffff`);
     return this.#act("readonly", (files) => files.getAllKeys(range) as IDBRequest<string[]>);
+  }
+
+  /** A Web Lock; pages over plain HTTP have none, and are let go on. */
+  async lock(
+    name: string,
+    { takeOver }: { takeOver: boolean },
+  ): Promise<StorageLock | undefined> {
+    const locks = globalThis.navigator?.locks as LockManager | undefined;
+    let isHeld = true;
+    if (!locks) return { isHeld: async () => true, release: async () => {} };
+    return new Promise((resolve, reject) => {
+      const options = takeOver ? { steal: true } : { ifAvailable: true };
+      const ended = locks.request(`splitonnx/${this.#name}/${name}`, options, (lock) => {
+        if (!lock) return resolve(undefined);
+        return new Promise<void>((letGo) => {
+          const release = async () => {
+            isHeld = false;
+            letGo();
+            await ended.catch(() => {}); // it was taken over
+          };
+          resolve({ isHeld: async () => isHeld, release });
+        });
+      });
+      ended.catch((error: unknown) => {
+        isHeld = false;
+        reject(error as Error); // without effect where the lock was had
+      });
+    });
   }
 
   async #act<T>(

@@ -5,6 +5,8 @@ import { once } from "node:events";
 import { readFileSync, readdirSync } from "node:fs";
 import { createServer } from "node:http";
 import type { Server } from "node:http";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import type { TestContext } from "node:test";
@@ -20,6 +22,7 @@ import * as client from "../src/index.js";
 import { decodeManifest } from "../src/manifests.js";
 import { decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
+import { FolderStorage } from "../src/node.js";
 import { listWires } from "../src/protocols.js";
 import { connect } from "../src/sockets.js";
 import type { NdArrays } from "../src/tensors.js";
@@ -351,6 +354,34 @@ test("a batch of no rows is refused before anything is run or sent", async (t) =
   await trained.close();
   await liar.quiet();
   assert.deepEqual(liar.heard, ["Hello", "Bye"]);
+});
+
+test("a second client does not train with a storage that is trained with, but takes it over", async (t) => {
+  const liar = await startLiar(t);
+  const folder = await mkdtemp(join(tmpdir(), "splitonnx-lock-"));
+  t.after(() => rm(folder, { recursive: true }));
+  const open = (options = {}) => {
+    return connectTo(liar, { storage: new FolderStorage(folder), giveUpAfter: 0, ...options });
+  };
+  const plan = { batchSize: 6, checkpointEvery: 1 };
+  const [first, second] = [await open(), await open()];
+  await first.fit(DATA, plan);
+  await assert.rejects(second.fit(DATA, { ...plan, restart: true }), client.StorageInUse);
+  await assert.rejects(second.fit(DATA, { batchSize: 6, save: true }), client.StorageInUse);
+  await second.step({ x: DATA.x, labels: DATA.labels }); // what keeps nothing is let be
+  await assert.rejects(second.save(), client.StorageInUse);
+  await second.close();
+  assert.deepEqual(first.checkpoints, [1]);
+
+  const third = await open({ resume: true });
+  assert.equal(third.session, first.session);
+  await assert.rejects(first.fit(DATA, plan), client.StorageInUse);
+  await first.close();
+  await third.fit(DATA, { ...plan, epochs: 2, save: true });
+  const fourth = await open(); // the run is over, though the third is not closed
+  assert.equal(fourth.steps, third.steps);
+  await fourth.fit(DATA, plan);
+  await Promise.all([third.close(), fourth.close()]);
 });
 
 test("infinite weights are nobody's outcome", async (t) => {

@@ -3,7 +3,8 @@
 import "fake-indexeddb/auto";
 
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
+import { once } from "node:events";
 import { mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -49,6 +50,72 @@ describe("a storage in", () => {
       assert.deepEqual(await storage.list("a/"), ["a/c/1"]);
     });
   }
+});
+
+/** As much of Web Locks as is used; Node has them from version 24 on. */
+class Locks {
+  readonly #held = new Map<string, (error: Error) => void>();
+
+  request(
+    name: string,
+    { steal = false }: { steal?: boolean },
+    act: (lock: object | null) => unknown,
+  ): Promise<unknown> {
+    if (!steal && this.#held.has(name)) return Promise.resolve(act(null));
+    this.#held.get(name)?.(new DOMException("stolen", "AbortError"));
+    return new Promise((resolve, reject) => {
+      this.#held.set(name, reject);
+      const end = () => {
+        if (this.#held.get(name) === reject) this.#held.delete(name);
+      };
+      Promise.resolve(act({})).then(resolve, reject).finally(end);
+    });
+  }
+}
+
+describe("one client at a time has the lock of", () => {
+  before(() => {
+    Object.defineProperty(globalThis, "navigator", { value: { locks: new Locks() }, configurable: true });
+  });
+  after(() => Reflect.deleteProperty(globalThis, "navigator"));
+
+  const [keep, take] = [{ takeOver: false }, { takeOver: true }];
+  for (const [name, open] of STORAGES.slice(1)) {
+    test(name, async () => {
+      const [one, other] = [open(), open()];
+      const first = (await one.lock!("x/lock", keep))!;
+      assert.equal(await other.lock!("x/lock", keep), undefined);
+      assert.ok(await other.lock!("y/lock", keep)); // another model's
+      await first.release();
+      const second = (await other.lock!("x/lock", keep))!;
+      assert.deepEqual([await first.isHeld(), await second.isHeld()], [false, true]);
+      const third = (await one.lock!("x/lock", take))!;
+      assert.deepEqual([await second.isHeld(), await third.isHeld()], [false, true]);
+      await second.release(); // it is not its own any more
+      assert.ok(await third.isHeld());
+      assert.equal(await other.lock!("x/lock", keep), undefined);
+      assert.deepEqual(await one.list("x"), []);
+      await third.release();
+    });
+  }
+
+  test("a folder whose process was killed", async () => {
+    const module = new URL("../src/node.js", import.meta.url).href;
+    const script = `import { FolderStorage } from ${JSON.stringify(module)};
+      const lock = await new FolderStorage(${JSON.stringify(folder)}).lock("k/lock", { takeOver: false });
+      console.log(!!lock);
+      setInterval(() => {}, 1000);`;
+    const child = spawn(process.execPath, ["--input-type=module", "-e", script]);
+    const [line] = (await once(child.stdout, "data")) as [Buffer];
+    assert.equal(line.toString().trim(), "true");
+    const storage = new FolderStorage(folder);
+    assert.equal(await storage.lock("k/lock", keep), undefined);
+    child.kill("SIGKILL");
+    await once(child, "exit");
+    const lock = await storage.lock("k/lock", keep);
+    assert.ok(lock && (await lock.isHeld()));
+    assert.deepEqual(await readdir(join(folder, "k")), ["lock"]);
+  });
 });
 
 test("what IndexedDB keeps is there for the next page", async () => {
