@@ -2,7 +2,7 @@
 
 import { spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, readFileSync, readdirSync } from "node:fs";
 import { cp, mkdtemp, rm } from "node:fs/promises";
 import { createServer, connect as connectTcp } from "node:net";
 import type { Socket } from "node:net";
@@ -36,6 +36,17 @@ export class PythonPeer {
     this.#process = spawn(findPython(), args, { cwd: ROOT, stdio });
     const lines = createInterface({ input: this.#process[stream]! });
     this.#lines = lines[Symbol.asyncIterator]();
+  }
+
+  /** List the processes that it started in which this stands on the command line; on Linux. */
+  findChildren(word: string): number[] {
+    const { pid } = this.#process;
+    const threads = readdirSync(`/proc/${pid}/task`); // each has the children that it started
+    const found = threads.flatMap((thread) => {
+      return readFileSync(`/proc/${pid}/task/${thread}/children`, "utf-8").split(" ");
+    });
+    const children = found.filter(Boolean).map(Number);
+    return children.filter((child) => readFileSync(`/proc/${child}/cmdline`, "utf-8").includes(word));
   }
 
   say(line: string): void {
@@ -92,6 +103,13 @@ export class ServerProcess {
 
   async end(signal?: NodeJS.Signals): Promise<void> {
     await this.#peer?.end(signal);
+  }
+
+  /** Kill the processes that run its sessions' stages; return how many there were. */
+  killWorkers(): number {
+    const workers = this.#peer!.findChildren("worker");
+    for (const worker of workers) process.kill(worker, "SIGKILL");
+    return workers.length;
   }
 
   async remove(): Promise<void> {

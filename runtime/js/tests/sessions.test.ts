@@ -289,6 +289,24 @@ describe("with servers that go", () => {
     });
   }
 
+  test("a server whose worker process is killed is gone on with from a checkpoint", async () => {
+    const server = await ServerProcess.start("dropout", "--isolate");
+    const client = await connect(server.url, { giveUpAfter: 60 });
+    let killed = 0;
+    const { steps } = await client.fit(DATA, {
+      ...PLAN,
+      checkpointEvery: 4,
+      onStep: ({ step }) => {
+        if (step === 10 && !killed) killed = server.killWorkers();
+      },
+    });
+    assert.ok(killed > 0);
+    assert.ok(client.reconnects > 0);
+    assert.equal(steps.length, 15);
+    sameOutcome(await conclude(client, steps), undisturbed);
+    await server.remove();
+  });
+
   test("steps that a prediction finds lost are made again", async () => {
     const server = await ServerProcess.start("dropout");
     const client = await connect(server.url, { giveUpAfter: 60 });
