@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,8 @@ _ARM_FLUSH = 1 << 24
 """The bit "flush to zero" of FPCR."""
 _SIZE = 64
 """Bytes, more than any platform's ``fenv_t`` has."""
+_MOST_KNOWN = 64
+"""Environments of threads that are kept beside what flushes in them."""
 _WINDOWS_FLUSH, _WINDOWS_MASK = 0x01000000, 0x03000000
 """``_DN_FLUSH`` and ``_MCW_DN`` of ``_controlfp_s``."""
 
@@ -52,15 +55,25 @@ def _make_posix(register: _Register) -> _SetFlush:
     library = ctypes.PyDLL(None)  # a call is too short to let go of the interpreter's lock
     read, write = library.fegetenv, library.fesetenv
     at, bits = register.offset, register.bits
+    new = ctypes.c_char * _SIZE
 
-    def set_flush() -> Callable[[], None]:
-        before = ctypes.create_string_buffer(_SIZE)
-        read(before)
-        flushing = bytearray(before.raw)
+    known: dict[bytes, bytes] = {}  # of the few environments that threads have
+
+    def make(before: bytes) -> bytes:
+        flushing = bytearray(before)
         word = int.from_bytes(flushing[at : at + 4], "little") | bits
         flushing[at : at + 4] = word.to_bytes(4, "little")
-        write(bytes(flushing))
-        return lambda: write(before)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[before] = bytes(flushing)
+        return known[before]
+
+    def set_flush() -> Callable[[], None]:
+        buffer = new()
+        read(buffer)
+        before = buffer.raw
+        write(known.get(before) or make(before))
+        return partial(write, before)
 
     return set_flush
 
@@ -111,17 +124,23 @@ CAN_FLUSH = _SET_FLUSH is not None
 """Whether this platform's threads can be told to flush."""
 
 
+def set_flush() -> Callable[[], None]:
+    """Flush denormals to zero in the calling thread, if that can be done.
+
+    Threads that it starts meanwhile flush as well.  What is returned restores the thread.
+    """
+    return _do_nothing if _SET_FLUSH is None else _SET_FLUSH()
+
+
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormals to zero in the calling thread while the context lasts, if that can be done.
-
-    Threads that it starts meanwhile do so as well.
-    """
-    if _SET_FLUSH is None:
-        yield
-        return
-    restore = _SET_FLUSH()
+    """Flush denormals to zero in the calling thread while the context lasts."""
+    restore = set_flush()
     try:
         yield
     finally:
         restore()
+
+
+def _do_nothing() -> None:
+    pass

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
-from splitonnx.runtime.denormals import CAN_FLUSH, flushing_denormals
+from splitonnx.runtime.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.gates import check_graph, is_ort_format
 from splitonnx.runtime.runs import Runs
 
@@ -230,12 +230,17 @@ class Engine:
         values = {name: tensor._value for name, tensor in feeds.items()}
         options = self._ort.RunOptions()
         options.log_severity_level = _SILENT
-        with self._running.track(stage.name, options) as run:
+        run = self._running.begin(stage.name, options)
+        try:
+            restore = set_flush()
             try:
-                with flushing_denormals():
-                    produced = stage.session.run_with_ort_values(stage.outputs, values, options)
-            except _exceptions() as error:
-                run.explain(error, _one_line(error), self._running.seconds)
+                produced = stage.session.run_with_ort_values(stage.outputs, values, options)
+            finally:
+                restore()
+        except _exceptions() as error:
+            run.explain(error, _one_line(error), self._running.seconds)
+        finally:
+            self._running.finish(run)
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {

@@ -12,9 +12,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
+from importlib import import_module
 from typing import NoReturn, Protocol
 
 from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
@@ -81,9 +82,8 @@ class Runs:
         self._is_stopped = self._is_idle = False
         self._watchdog: threading.Thread | None = None
 
-    @contextmanager
-    def track(self, stage: str, options: RunOptions) -> Iterator[Run]:
-        """Keep a run in view while the context lasts.
+    def begin(self, stage: str, options: RunOptions) -> Run:
+        """Keep a run in view until :meth:`finish`, which is due whatever becomes of it.
 
         Raises:
             StageStopped: :meth:`stop` was called; nothing is run any more.
@@ -94,15 +94,16 @@ class Runs:
                 raise StageStopped(stage)
             self._running.add(run)
             self._watch()
-        try:
-            if threading.current_thread() is threading.main_thread():
-                with _INTERRUPTS.ending(run):
-                    yield run
-            else:
-                yield run
-        finally:
-            with self._changed:
-                self._running.discard(run)
+        if threading.current_thread() is threading.main_thread():
+            _INTERRUPTS.arm(run)
+        return run
+
+    def finish(self, run: Run) -> None:
+        """Let go of a run that is over."""
+        if run is _INTERRUPTS.run:
+            _INTERRUPTS.disarm()
+        with self._changed:
+            self._running.discard(run)
 
     def stop(self) -> None:
         """End every run, and let no other begin."""
@@ -153,28 +154,27 @@ class _Interrupts:
     """
 
     def __init__(self) -> None:
-        self._run: Run | None = None
+        self.run: Run | None = None
         self._pid = 0
         self._writer: socket.socket | None = None
+        self._before = -1
 
-    @contextmanager
-    def ending(self, run: Run) -> Iterator[None]:
-        """End ``run`` at Ctrl-C while the context lasts; the caller is the main thread.
+    def arm(self, run: Run) -> None:
+        """End ``run`` at Ctrl-C until :meth:`disarm`; the caller is the main thread.
 
         A program that handles SIGINT in a way of its own is left to do so.
         """
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
+        if _get_handler(signal.SIGINT) is not signal.default_int_handler:
             return
         if self._writer is None or self._pid != os.getpid():
             self._writer, self._pid = self._start(), os.getpid()
-        before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._run = run
-        try:
-            yield
-        finally:
-            self._run = None
-            signal.set_wakeup_fd(before)
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.run = run
+
+    def disarm(self) -> None:
+        """Leave Ctrl-C to Python again."""
+        self.run = None
+        signal.set_wakeup_fd(self._before)
 
     def _start(self) -> socket.socket:
         reader, writer = socket.socketpair()
@@ -187,9 +187,11 @@ class _Interrupts:
     def _read(self, reader: socket.socket) -> None:
         with reader, suppress(OSError):
             while number := reader.recv(1):
-                run = self._run
+                run = self.run
                 if run is not None and number[0] == signal.SIGINT:
                     run.end(_Ending.INTERRUPTED)
 
 
+_get_handler = import_module("_signal").getsignal
+"""What ``signal.getsignal`` calls; that one looks each handler up in an enumeration, for 4 us."""
 _INTERRUPTS = _Interrupts()

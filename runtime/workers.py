@@ -168,8 +168,11 @@ class Worker:
             try:
                 if self._is_running and self._is_interrupted:
                     raise StageStopped("of the task")
-                with self._runs.track("of a worker", _Kill(self._process)):
+                run = self._runs.begin("of a worker", _Kill(self._process))
+                try:
                     return self._exchange(action, tensors)
+                finally:
+                    self._runs.finish(run)
             except (EOFError, OSError, FormatError, msgspec.DecodeError) as error:
                 raise WorkerEnded(self._bury(error)) from error
             except BaseException as error:
