@@ -31,10 +31,11 @@ ENGINE = Engine(threads=1)
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_a_wrong_dimension_is_refused_on_either_side(name: str) -> None:
+@pytest.mark.parametrize("extent", [[], pytest.param(["--every"], marks=pytest.mark.sweep)])
+def test_a_wrong_dimension_is_refused_on_either_side(name: str, extent: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.wire_shapes", name],
-        capture_output=True, text=True, check=False, timeout=600,
+        [sys.executable, "-m", "tests.wire_shapes", name, *extent],
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     ends = json.loads(done.stdout)

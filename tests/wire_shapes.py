@@ -4,6 +4,7 @@ A task is recorded between an honest client and an honest server.  Then each mes
 more with one dimension of one wire changed, to a server that has the honest messages before it and
 to a client that has the honest replies before it.  Either may refuse with an error of splitonnx's
 own, or do what is right for the message.  A signal ends this process, so tests run it as a child.
+With ``--every`` it tries every cut of the zoo's tests, for both targets.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -71,7 +73,7 @@ class Lie:
         """Write the message with the lie in it; more rows than there are repeat the first ones."""
         array = arrays[self.wire]
         if self.size < HUGE:
-            resized = np.take(array, np.arange(self.size) % array.shape[self.axis], self.axis)
+            resized = _resize(array, [*[None] * self.axis, self.size])
             return b"".join(encode_message(message, {**arrays, self.wire: resized}))
         return _forge(message, arrays, self)
 
@@ -157,21 +159,62 @@ def _read(content: bytes) -> tuple[Tensors, Arrays] | None:
 def _lie_to_server(subject: Subject, honest: _Recorder) -> Iterator[str]:
     said = [read for content in honest.sent if (read := _read(content))]
     answers = [content for content in honest.received if _read(content)]
+    yield from _lie_throughout(subject.server, said)
     for place, (_, arrays) in enumerate(said):
         for lie in list_lies(arrays):
             yield "server " + _tell_server(subject.server, said[: place + 1], lie, answers)
+
+
+def _lie_throughout(server: Executor, said: Sequence[tuple[Tensors, Arrays]]) -> Iterator[str]:
+    """Tell a symbolic dimension wrongly in every wire that has it, up to the task's end."""
+    phase = server.manifest.phase(said[0][0].phase)
+    shapes = {wire.tensor.name: wire.tensor.shape for wire in phase.wires}
+    sizes = {
+        dim: size
+        for _, arrays in said
+        for name, array in arrays.items()
+        for dim, size in zip(shapes[name], array.shape, strict=True)
+        if isinstance(dim, str)
+    }
+    for dim, size in sizes.items():
+        for wrong in sorted({0, 1, size - 1, size + 1, 2 * size} - {size}):
+            conversation, session = _greet(server)
+            end = "accepted"
+            for message, arrays in said:
+                told = {
+                    name: _resize(array, [wrong if d == dim else None for d in shapes[name]])
+                    for name, array in arrays.items()
+                }
+                message = msgspec.structs.replace(message, session=session)
+                for chunks in conversation.handle(b"".join(encode_message(message, told))):
+                    answer, _ = decode_message(b"".join(chunks))
+                    end = answer.code if isinstance(answer, Fault) else end
+                if end != "accepted":
+                    break
+            assert end != "accepted" or wrong > 0, dim
+            yield f"server {end}"
+
+
+def _resize(array: np.ndarray, sizes: Sequence[int | None]) -> np.ndarray:
+    for axis, size in enumerate(sizes):
+        if size is not None:
+            array = np.take(array, np.arange(size) % array.shape[axis], axis)
+    return array
+
+
+def _greet(server: Executor) -> tuple[Conversation, str]:
+    conversation, name = Conversation(Registry(server)), uuid.uuid4().hex
+    wires = list_wires(server.manifest)
+    hello = Hello(digest=server.manifest.digest, session=name, generation=1, step=0, wires=wires)
+    list(conversation.handle(b"".join(encode_message(hello))))
+    return conversation, name
 
 
 def _tell_server(
     server: Executor, said: Sequence[tuple[Tensors, Arrays]], lie: Lie, answers: Sequence[bytes]
 ) -> str:
     """Give a new session all of ``said``, with the lie in the last message."""
-    conversation = Conversation(Registry(server))
-    name, manifest = uuid.uuid4().hex, server.manifest
-    hello = Hello(
-        digest=manifest.digest, session=name, generation=1, step=0, wires=list_wires(manifest)
-    )
-    list(conversation.handle(b"".join(encode_message(hello))))
+    conversation, name = _greet(server)
     count = 0
     for place, (message, arrays) in enumerate(said):
         message = msgspec.structs.replace(message, session=name)
@@ -219,32 +262,39 @@ def _lie_to_client(
             yield "client accepted"
 
 
-def list_places(entry: Entry, *, every: bool = False) -> Iterator[Place]:
-    """List where the zoo's tests cut a model: all single cuts, and U-shapes, ``every`` pair."""
+def list_places(entry: Entry) -> list[Place]:
+    """List where the zoo's tests cut a model: single cuts, U-shapes, labels kept home, several."""
     model = entry.build()
     names = [found.tensor for found in inspect(model)]
-    output = model.graph.output[0].name
-    yield from ((name, ()) for name in names)
-    yield names[0], output
-    if entry.several:
-        yield entry.several, ()
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    yield from pairs if every else [(names[0], names[-1])]
+    places: list[Place] = [(name, ()) for name in names]
+    places += combinations(names, 2)
+    places.append((names[0], model.graph.output[0].name))
+    return [*places, (entry.several, ())] if entry.several else places
 
 
-def try_model(name: str, targets: Sequence[Target], *, every: bool = False) -> Counter[str]:
-    """Try a model of the zoo at all of its places."""
+def choose_places(entry: Entry) -> list[Place]:
+    """Choose a first and a last cut, a U-shape of both, and cuts of several tensors."""
+    places = list_places(entry)
+    names = [at for at, tail in places if not tail and isinstance(at, str)]
+    chosen: list[Place] = [(names[0], ()), (names[-1], ()), (names[0], names[-1])]
+    return [place for place in places if place in chosen or not isinstance(place[0], str)]
+
+
+def try_model(name: str, *, every: bool) -> Counter[str]:
+    """Try a model of the zoo at its chosen places, or at ``every`` one and for both targets."""
     entry = ZOO[name]
     ends: Counter[str] = Counter()
+    targets: list[Target] = ["training", "portable"] if every else ["training"]
     for target in targets:
-        for at, tail in list_places(entry, every=every):
+        for at, tail in list_places(entry) if every else choose_places(entry):
             bundle = cut(
                 entry.build(), at=at, tail_at=tail, loss=entry.loss,
                 client_target=target, server_target=target,
             )  # fmt: skip
             assert bundle.server is not None
             server = Executor(bundle.server, ENGINE)
-            ends.update(try_subject(Subject(bundle=bundle, server=server, data=entry.data(BATCH))))
+            data = entry.data(BATCH)
+            ends.update(try_subject(Subject(bundle=bundle, server=server, data=data)))
             ends["cuts"] += 1
     return ends
 
@@ -254,7 +304,7 @@ def main() -> None:
     setattr(clients, "Engine", _SharedEngine)  # noqa: B010 - a client makes its own
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
     for name in names or ZOO:
-        ends = try_model(name, ("training", "portable"), every="--every" in sys.argv)
+        ends = try_model(name, every="--every" in sys.argv)
         print(json.dumps({"model": name, **dict(sorted(ends.items()))}), flush=True)
 
 
