@@ -10,7 +10,22 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+# What is installed stands in requirements/*.txt with its hashes, and only wheels are taken.  Where a
+# platform has none, `make LOCKED= ...` takes what pyproject.toml allows, unchecked.
+LOCKED ?= yes
+NO_FIT = { echo "the packages of requirements/$(1).txt cannot be installed here (see above); where \
+	this platform lacks a wheel, run make with LOCKED= to install by pyproject.toml, unchecked" >&2; exit 1; }
+install_wheels = $(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: \
+	-r requirements/$(1).txt || $(NO_FIT)
+# $(1) is the lock file, $(2) what pip is told without it.
+ifeq ($(LOCKED),)
+install = $(BIN)/python -m pip install --quiet --editable ".[cpu]" $(2)
+else
+install = $(install_wheels)
+install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endif
+
+.PHONY: demo test lock dist sbom container-steps test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -81,7 +96,7 @@ endif
 
 # It drives the system's Chromium, and fetches none.
 $(VENV)/.browser: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --group browser
+	$(call install,browser,--group dev --group browser)
 	@touch $@
 
 $(PAGE)/digits.bin: $(VENV)/.demo $(PAGE)/make_digits.py
@@ -98,6 +113,33 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python requirements/lock.py --check
+
+# The lock files anew, by uv in an environment of its own: newer versions, and what pyproject.toml
+# names now.
+lock: $(VENV)/tools/lock/.done
+	$(VENV)/tools/lock/bin/python requirements/lock.py --uv $(VENV)/tools/lock/bin/uv
+
+# sdist, wheel, and what a server of each kind is made of, as CycloneDX.
+dist: $(VENV)/.test sbom
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+sbom: $(VENV)/tools/sbom/.done
+	mkdir -p dist
+	for kind in training portable; do \
+		$(VENV)/tools/sbom/bin/cyclonedx-py requirements requirements/serve-$$kind.txt \
+			--pyproject pyproject.toml --mc-type application --output-reproducible --of JSON \
+			-o dist/splitonnx-$$kind.cdx.json || exit 1; done
+
+$(VENV)/tools/%/.done: $(VENV)/.pip requirements/%.txt
+	$(BIN)/python -m venv $(dir $@)
+	$(dir $@)bin/python -m pip install --quiet --require-hashes --only-binary :all: \
+		-r requirements/$*.txt || $(call NO_FIT,$*)
+	@touch $@
+
+# The steps of the Containerfile without an engine; as root the server runs as another user.
+container-steps: $(VENV)/.test
+	$(BIN)/python -m tests.container_steps
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/resnet_step.py
@@ -141,15 +183,15 @@ $(VENV)/.pip:
 	@test -n "$(PYTHON)" || { \
 		echo "splitonnx needs Python 3.11 or 3.12 with venv; none was found on the PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(if $(LOCKED),,$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1")
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[cpu]" "scikit-learn>=1.5"
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml requirements/demo.txt
+	$(call install,demo,--group demo)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[cpu]" --group dev
+$(VENV)/.test: $(VENV)/.pip pyproject.toml requirements/dev.txt
+	$(call install,dev,--group dev)
 	@touch $@ $(VENV)/.demo
 
 # Real processes, cut connections and kill -9; a finding is run again with the SEED that it shows.
@@ -174,7 +216,7 @@ fuzz-bytes: $(VENV)/.fuzz
 		$(if $(RUNS),--runs $(RUNS),--seconds $(or $(SECONDS),300))
 
 $(VENV)/.fuzz: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --group fuzz
+	$(call install,fuzz,--group dev --group fuzz)
 	@touch $@
 
 clean:
