@@ -84,10 +84,21 @@ def copy_sources(recipe: Recipe, source: Path) -> None:
                 shutil.copy(ROOT / name, source / target)
 
 
+def find_python(root: Path) -> Path:
+    """Find a Python that every user may run: this one, or a copy of it, as FROM would bring one."""
+    base = Path(sys.base_prefix)
+    if all(folder.stat().st_mode & 0o005 == 0o005 for folder in (base, *base.parents)):
+        return Path(sys.executable)
+    unwanted = shutil.ignore_patterns("__pycache__", "test", "site-packages")
+    shutil.copytree(base, root / "python", symlinks=True, ignore=unwanted)
+    return root / "python" / "bin" / f"python3.{sys.version_info.minor}"
+
+
 def build(recipe: Recipe, root: Path) -> None:
     """Run the RUN lines, with ``/opt`` under ``root``."""
     copy_sources(recipe, root / "src")
-    settings = {"PATH": os.environ["PATH"], "HOME": str(root), "PYTHON": sys.executable}
+    python = str(find_python(root))
+    settings = {"PATH": os.environ["PATH"], "HOME": str(root), "PYTHON": python}
     for name in ("PIP_INDEX_URL", "PIP_CONFIG_FILE"):  # where this machine has its packages
         if name in os.environ:
             settings[name] = os.environ[name]
