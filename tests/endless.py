@@ -45,8 +45,12 @@ def _body(name: str) -> GraphProto:
     )
 
 
-def endless_bundle() -> Bundle:
-    """The tiny model, whose server's training step does not end; its predictions do."""
+def endless_bundle(party: str = "server") -> Bundle:
+    """The tiny model, whose server's training step, or client's forward stage, does not end."""
+    if party == "client":
+        nodes = [helper.make_node("MatMul", ["x", "W1"], ["a"]), *loop_over("a", "h")]
+        inputs = {"x": Source.DATA, "W1": Source.STATE}
+        return _replace(party, "head.forward", nodes, inputs, ("h",))
     nodes = [
         *loop_over("h", "late"),
         helper.make_node("ReduceMean", ["late"], ["loss"], keepdims=0),
@@ -72,17 +76,27 @@ def stuck_bundle() -> Bundle:
 
 
 def _replace_step(nodes: list[NodeProto]) -> Bundle:
+    inputs = {"h": Source.WIRE, "labels": Source.WIRE, "W2": Source.STATE}
+    return _replace("server", "body.step", nodes, inputs, ("loss", "h.grad", "W2.grad"))
+
+
+def _replace(
+    party: str,
+    stage: str,
+    nodes: list[NodeProto],
+    sources: dict[str, Source],
+    outputs: tuple[str, ...],
+) -> Bundle:
+    """Give one stage of the tiny model another graph."""
     bundle = tiny.split_bundle()
-    server = bundle.server
-    assert server is not None
-    sources = {"h": Source.WIRE, "labels": Source.WIRE, "W2": Source.STATE}
+    before = bundle.parties[party]
     inputs = tuple(StageInput(name=name, source=source) for name, source in sources.items())
-    graph = tiny.make_graph(nodes, inputs, ("loss", "h.grad", "W2.grad"))
-    name = "body.step.onnx"
-    files = {**server.manifest.files, name: hashlib.sha256(graph).hexdigest()}
+    graph = tiny.make_graph(nodes, inputs, outputs)
+    name = f"{stage}.onnx"
+    files = {**before.manifest.files, name: hashlib.sha256(graph).hexdigest()}
     changed = PartyBundle(
-        manifest=msgspec.structs.replace(server.manifest, files=files),
-        graphs={**server.graphs, name: graph},
-        weights=server.weights,
+        manifest=msgspec.structs.replace(before.manifest, files=files),
+        graphs={**before.graphs, name: graph},
+        weights=before.weights,
     )
-    return replace(bundle, parties={**bundle.parties, "server": changed})
+    return replace(bundle, parties={**bundle.parties, party: changed})

@@ -103,3 +103,31 @@ def test_a_second_signal_ends_a_step_that_does_not_end(
     assert "stopped" in rest.splitlines()[-1]
     assert code == 130
     assert not isinstance(caught[0], RemoteFault)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_ends_training_whose_own_stage_does_not_end(tmp_path: Path) -> None:
+    """On earlier versions `splitonnx train` dies by SIGKILL alone."""
+    made = endless_bundle("client")
+    made.save(tmp_path / "bundle")
+    np.savez(tmp_path / "data.npz", x=BATCH["x"], labels=BATCH["labels"])
+    with serve(tmp_path / "bundle" / "server") as (_, url):
+        command = [sys.executable, "-m", "splitonnx", "train", str(tmp_path / "bundle" / "client")]
+        command += ["--server", url, "--data", str(tmp_path / "data.npz"), "--batch-size", "6"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while not count_bytes_up(url):  # its greeting: the first stage comes next
+                    time.sleep(0.01)
+                begun = read_ticks(process.pid)
+                while read_ticks(process.pid) < begun + 20:  # it is in its loop, and computes
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(timeout=60) == 130
+            finally:
+                process.kill()
+
+
+def read_ticks(pid: int) -> int:
+    """Read the processor time of a process, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
