@@ -203,12 +203,12 @@ class Battle:
             return Sent(facts=facts)
         if kind == "train" and seat.turn == 1:
             (name,) = line.names("train", "client", "gradient")
-            task = line.task(step=seat.step, turn=1)
+            task, shape = line.task(step=seat.step, turn=1), seat.shape
         else:
-            seat.rows, seat.side = dice.choose((1, 2, 3)), dice.choose((1, 2, 4, 6))
+            side = dice.choose((1, 2, 4, 6))
+            shape = (dice.choose((1, 2, 3)), 4, side, side)
             (name,) = line.names(kind, "client", "activation")
             task = line.task(phase=kind, step=seat.step)
-        shape = (seat.rows, 4, seat.side, seat.side)
         return Sent(facts=task, tensors={name: np.ones(shape, np.float32)})
 
     def _draw_hello(self, dice: Dice, seat: Seat) -> Sent:
@@ -278,6 +278,8 @@ class Battle:
                 self._sessions[seat.line.session] = seat.owner
         elif answer["type"] == "Tensors" and sent.facts["phase"] == "train":
             seat.turn = (int(sent.facts["turn"]) + 1) % 2
+            if taken := sent.tensors.keys() & seat.forwards:
+                seat.shape = sent.tensors[taken.pop()].shape
             if seat.turn == 0:
                 seat.step = self._steps[seat.line.session] = int(sent.facts["step"]) + 1
 

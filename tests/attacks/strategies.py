@@ -110,7 +110,7 @@ def _draw_value(dice: Dice, name: str, value: Any, sessions: Sequence[str]) -> A
 def _change_tensor(dice: Dice, tensors: dict[str, np.ndarray]) -> None:
     name = dice.choose(sorted(tensors))
     array = tensors[name]
-    match dice.choose(("shape", "shape", "value", "dtype", "name", "twice", "none")):
+    match dice.choose((*["shape"] * 6, "value", "value", "dtype", "name", "twice", "none")):
         case "shape":
             tensors[name] = np.full(_draw_shape(dice, array.shape), 1, array.dtype)
         case "value":

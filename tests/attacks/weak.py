@@ -16,7 +16,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from splitonnx.codecs import decode_tensors
 from tests.attacks.files import shorten, write_digits
 from tests.attacks.models import Cut
-from tests.attacks.processes import Checkout, Server, make_token
+from tests.attacks.processes import NotServed, Server, make_token
 from tests.attacks.sessions import train
 from tests.attacks.verdicts import Attack, Ground, Outcome
 from tests.attacks.wires import Gone, Line, describe
@@ -136,14 +136,16 @@ def links(ground: Ground) -> Outcome:
     (web / "index.html").write_text("<p>well</p>")
     (cut.bundle.parent / "secret").write_text("secret")
     (web / "notes.txt").symlink_to(cut.bundle.parent / "secret")
-    with (
-        Server(ground.checkout, cut.server, ("--web", web)) as server,
-        closing(http.client.HTTPConnection("127.0.0.1", server.port, 20)) as asking,
-    ):
-        asking.request("GET", "/notes.txt")
-        answer = asking.getresponse()
-        content = answer.read()
-    leaked = b"secret" in content
+    try:
+        with (
+            Server(ground.checkout, cut.server, ("--web", web)) as server,
+            closing(http.client.HTTPConnection("127.0.0.1", server.port, 20)) as asking,
+        ):
+            asking.request("GET", "/notes.txt")
+            answer = asking.getresponse()
+            leaked = b"secret" in answer.read()
+    except NotServed as error:
+        return Outcome(seen=shorten(str(error)), held=str(error).startswith("splitonnx: "))
     return Outcome(
         seen=f"HTTP {answer.status}, {'the secret' if leaked else 'no secret'}", held=not leaked
     )
@@ -246,9 +248,27 @@ def redirect(ground: Ground) -> Outcome:
     )
 
 
-def knows_roles(checkout: Checkout) -> bool:
-    """Whether a token may be made with a role."""
-    return "--role" in checkout.run("token", "--help").printed
+def role(ground: Ground) -> Outcome:
+    """Publish by a token that may train alone."""
+    cut = ground.digits.copy(ground.room())
+    tokens = cut.bundle.parent / "tokens"
+    known = "--role" in ground.checkout.run("token", "--help").printed
+    token = make_token(ground.checkout, "eve", tokens, *(["--role", "train"] if known else []))
+    told = []
+    with (
+        Server(ground.checkout, cut.server, ("--token-file", tokens)) as server,
+        Line(server.url, cut.client, token) as eve,
+        suppress(Gone),
+    ):
+        eve.hello()
+        told.append(train(eve, 1))
+        told.append(describe(eve.save(1)))
+    published = (cut.server / "state.safetensors").exists()
+    return Outcome(
+        seen=f"answers: {', '.join(told)}; {'published' if published else 'not published'}"
+        f"{'' if known else '; there are no roles'}",
+        held=known and not published and told[:1] == ["Tensors"],
+    )
 
 
 ATTACKS = (
@@ -277,6 +297,10 @@ ATTACKS = (
     Attack(
         fault="W", name="the served folder is deleted", run=deleted_folder,
         right="Unsaved; the folder is not made anew",
+    ),
+    Attack(
+        fault="W", name="a token that may train publishes", run=role,
+        right="Unsaved, or an error",
     ),
     Attack(
         fault="W", name="a redirect to another server", run=redirect,
