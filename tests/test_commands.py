@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,9 +307,16 @@ def test_a_server_that_is_not_there_is_one_line(command: Command, bundle: Path, 
     assert "ws://127.0.0.1:1" in line
 
 
-def test_a_port_in_use_is_one_line(command: Command, bundle: Path, url: str) -> None:
+def test_a_port_in_use_is_one_line(
+    command: Command, bundle: Path, url: str, tmp_path: Path
+) -> None:
     port = url.rsplit(":", 1)[1]
-    assert f"port {port}" in command.fail("serve", bundle / "server", "--port", port)
+    shutil.copytree(bundle / "server", tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
+    assert f"port {port}" in command.fail("serve", tmp_path / "copy", "--port", port)
+
+
+def test_a_folder_in_use_is_one_line(command: Command, bundle: Path, url: str) -> None:
+    assert "is in use by" in command.fail("serve", bundle / "server", "--port", 0)
 
 
 def test_verify_compares_each_step(command: Command, bundle: Path, data: Path) -> None:
