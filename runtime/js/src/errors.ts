@@ -73,6 +73,18 @@ export class BatchTooLarge extends DataError {
   }
 }
 
+/** A task would need more memory than the server gives to all of them; it was not begun. */
+export class TaskTooLarge extends DataError {
+  override name = "TaskTooLarge";
+  constructor(readonly needed: number, readonly limit: number) {
+    super(
+      `the task needs ${(needed / 2 ** 20).toFixed(0)} MiB of memory by the server's estimate, ` +
+        `over its limit of ${(limit / 2 ** 20).toFixed(0)} MiB; use a smaller batchSize, or serve ` +
+        "with a larger --max-task-bytes",
+    );
+  }
+}
+
 /** A tensor holds NaN or infinity. */
 export class NotFinite extends DataError {
   override name = "NotFinite";

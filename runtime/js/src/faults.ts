@@ -8,6 +8,7 @@ import {
   ServerBusy,
   SessionLost,
   StaleConnection,
+  TaskTooLarge,
   Unauthorized,
   flatten,
 } from "./errors.js";
@@ -27,6 +28,8 @@ export function translateFault(fault: MessageOf<"Fault">, generation: number): S
       return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
     case "BatchTooLarge":
       return new BatchTooLarge(fault.subject, fault.needed, fault.limit);
+    case "TaskTooLarge":
+      return new TaskTooLarge(fault.needed, fault.limit);
     case "NotPermitted":
       return new NotPermitted(fault.subject, fault.reason);
     case "Unauthorized":

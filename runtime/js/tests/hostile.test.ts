@@ -209,9 +209,11 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
 
 const FAULT = { type: "Fault", code: "", reason: "", newest: 0, subject: "", needed: 0, limit: 0 } as const;
 
-test("what the server says of a batch or a token is said here in the same words", () => {
+test("what the server says of a batch, a task or a token is said here in the same words", () => {
   const batch = { ...FAULT, code: "BatchTooLarge", subject: "h", needed: 9, limit: 8 };
   assert.match(translateFault(batch, 1).message, /'h' has 9 rows, over the server's limit of 8/);
+  const task = { ...FAULT, code: "TaskTooLarge", needed: 3 << 20, limit: 1 << 20 };
+  assert.match(translateFault(task, 1).message, /needs 3 MiB .* over its limit of 1 MiB; use a/);
   const role = { ...FAULT, code: "NotPermitted", subject: "train", reason: "open a session" };
   assert.match(translateFault(role, 1).message, /may not open a session: it lacks the role 'train'/);
 });
@@ -334,8 +336,22 @@ test("a server that greets and hangs up without end is given up", async (t) => {
 test("a gradient has its activation's shape, on a new connection too", async (t) => {
   const liar = await startLiar(t);
   let asked = 0;
-  liar.lies = { reply: (a) => (asked++ ? reply(a, {}, gradients(5, 4)) : HANG_UP) };
-  const trained = await connectTo(liar);
+  const wires = new Map(listWires(MANIFEST));
+  const free = wires.get("train")!.map((wire) => {
+    const shape = wire.tensor.name.startsWith("h") ? ["N", "T"] : wire.tensor.shape;
+    return { ...wire, tensor: { ...wire.tensor, shape } }; // the data do not tell T
+  });
+  wires.set("train", free);
+  const manifest = JSON.parse(new TextDecoder().decode(FILES["manifest.json"])) as {
+    phases: { name: string; wires: unknown }[];
+  };
+  manifest.phases.find(({ name }) => name === "train")!.wires = free;
+  const bundle = { ...FILES, "manifest.json": new TextEncoder().encode(JSON.stringify(manifest)) };
+  liar.lies = {
+    welcome: (hello) => welcome(hello, { wires }),
+    reply: (a) => (asked++ ? reply(a, {}, gradients(6, 5)) : HANG_UP),
+  };
+  const trained = await connectTo(liar, { bundle });
   await assert.rejects(trained.fit(DATA, { batchSize: 6 }), client.ArrayMismatch);
   assert.equal(trained.reconnects, 1);
   await trained.close();
