@@ -119,6 +119,8 @@ def start(recipe: Recipe, root: Path) -> subprocess.Popen[str]:
     words = [str(root / "bundle" / "server") if word == "/bundle" else word for word in words]
     words[words.index("0.0.0.0")] = "127.0.0.1"
     environment = {"PATH": "/usr/bin:/bin", **recipe.environment}
+    if (root / "python").exists():  # its library is looked for where it was built, out of reach
+        environment["LD_LIBRARY_PATH"] = str(root / "python" / "lib")
     user = group = None
     if os.geteuid() == 0:
         user, group = map(int, recipe.user.split(":"))
