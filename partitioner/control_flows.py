@@ -78,6 +78,7 @@ def _unroll_loop(
     draft: Draft, node: ir.Node, known: Inference, spent: int
 ) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
+    size = _measure_body(body)
     trips, condition = node.inputs[0], node.inputs[1]
     most = known.constant(trips)
     if trips is not None and most is None:
@@ -87,11 +88,11 @@ def _unroll_loop(
     carried = list(node.inputs[2:])
     scanned: list[list[ir.Value]] = [[] for _ in node.outputs[len(carried) :]]
     if going and limit is not None and _is_endless(body):
-        _refuse_excess(body, limit, spent)
+        _refuse_excess(size, limit, spent)
     _hoist_constants(body, node)
     step = 0
     while going and (limit is None or step < limit):
-        _refuse_excess(body, step + 1, spent)
+        _refuse_excess(size, step + 1, spent)
         bound = [draft.integer(step), condition, *carried]
         again, *results = _write_body(draft, body, f"{node.name}/{step}", bound, known)
         step += 1
@@ -111,9 +112,18 @@ def _is_endless(body: ir.Graph) -> bool:
     return passed is body.inputs[1]
 
 
-def _refuse_excess(body: ir.Graph, runs: int, spent: int) -> None:
-    if spent + runs * max(len(body), 1) > MOST_NODES:
-        raise Unsettled(f"written out it would be more than {MOST_NODES} nodes")
+def _measure_body(body: ir.Graph) -> int:
+    """Count the nodes that one run writes, those of bodies within it included."""
+    return max(sum(1 for _ in body.all_nodes()), 1)
+
+
+def _refuse_excess(size: int, runs: int, spent: int) -> None:
+    if spent + runs * size > MOST_NODES:
+        before = f" after the {spent} of others before it" if spent else ""
+        raise Unsettled(
+            f"{runs} runs of {size} nodes{before} would be more than {MOST_NODES} nodes in place "
+            "of loops; export it with fewer runs"
+        )
 
 
 def _decide(condition: ir.Value, known: Inference) -> bool:
@@ -135,7 +145,7 @@ def _unroll_scan(
     axes = _list_integers(node, "scan_input_axes", count)
     turned = _list_integers(node, "scan_input_directions", count)
     length = _measure_scan(node, sources, axes, known)
-    _refuse_excess(body, length, spent)
+    _refuse_excess(_measure_body(body), length, spent)
     rows = [
         _take_apart(draft, source, length, axis, known)[:: -1 if turn else 1]
         for source, axis, turn in zip(sources, axes, turned, strict=True)

@@ -1,4 +1,4 @@
-"""Where a model can be cut: names to tensors, tensors to a division, all single-tensor cuts.
+"""Where a model can be cut: names to tensors, and tensors to a division.
 
 A *division* gives the server the nodes between the cut tensors ``at`` and the cut tensors
 ``tail_at`` (or the model's outputs), and the client everything else.  The client may therefore
@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -50,6 +49,48 @@ class Division:
     client: frozenset[ir.Node] = frozenset()
     far: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
     doubled: frozenset[ir.Node] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a graph is wherever it is divided.
+
+    ``raw`` are its inputs, in order, ``data`` what carries theirs, and ``private`` what is made
+    of them without a trained parameter.  ``sizes`` maps each node that gives sizes of data to the
+    tensors that it has them from; ``readers`` are those that read a shape.
+    """
+
+    raw: Mapping[ir.Value, None]
+    data: set[ir.Value]
+    private: set[ir.Value]
+    sizes: Mapping[ir.Node, frozenset[ir.Value]]
+    readers: frozenset[ir.Node]
+    known: Inference
+
+
+def survey(
+    graph: ir.Graph,
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    known: Inference | None = None,
+) -> Surroundings:
+    """Collect what :func:`divide` needs to know of a graph before it divides it anywhere.
+
+    ``known`` is what is known of the graph's dimensions, where more than their notes.
+    """
+    known = known or Inference(graph.opset_imports[""])
+    raw = {value: None for value in graph.inputs if value.name not in state}
+    data = find_data(graph, raw)
+    sizes = find_sizes(graph, data, known)
+    return Surroundings(
+        raw=raw,
+        data=data,
+        private=find_opened(graph, raw, data, trainable),
+        sizes=sizes,
+        readers=frozenset(node for node in sizes if reads_size(node)),
+        known=known,
+    )
 
 
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
@@ -89,13 +130,13 @@ def divide(
     *,
     state: Collection[str],
     trainable: Collection[str] = frozenset(),
-    known: Inference | None = None,
+    around: Surroundings | None = None,
 ) -> Division:
     """Divide ``graph`` at the given tensors, or say why it cannot be.
 
     ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
-    them that are trained.  Without ``at`` everything belongs to the client.  ``known`` is what is
-    known of the graph's dimensions, where more than their notes.
+    them that are trained.  Without ``at`` everything belongs to the client.  ``around`` is what
+    :func:`survey` found of the graph, if it was asked already.
 
     Raises:
         NotACut: more than the named tensors would cross, or nothing would be left to the server.
@@ -105,13 +146,11 @@ def divide(
         if tail_at:
             raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
         return Division(at=(), tail_at=(), server=frozenset())
-    raw = [value for value in graph.inputs if value.name not in state]
-    data = find_data(graph, raw)
+    around = around or survey(graph, state=state, trainable=trainable)
+    raw, data, sizes, known = list(around.raw), around.data, around.sizes, around.known
     names = [value.name or "" for value in (*at, *tail_at)]
     _refuse_constants(names, (*at, *tail_at), data)
 
-    known = known or Inference(graph.opset_imports[""])
-    sizes = find_sizes(graph, data, known)
     ends = tail_at or _server_outputs(graph, at, sizes)
     head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
     server = _walk_side(ends, at, lambda _: at, sizes, known)
@@ -127,8 +166,8 @@ def divide(
     _refuse_unused(set(at) - server.sources, names, "server")
     _refuse_unused(set(tail_at) - client.sources, names, "client")
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
-    private = _find_opened(graph, raw, data, trainable)
-    opened = _find_opened(graph, set(at) & private, data, trainable)
+    private = around.private
+    opened = find_opened(graph, set(at) & private, data, trainable)
     shared = {node for node in both if not set(node.outputs) <= opened}
     leaks = server.sources & set(raw) - set(at)
     if shared or leaks:
@@ -167,7 +206,7 @@ def find_lost(
     return None
 
 
-def _find_opened(
+def find_opened(
     graph: ir.Graph,
     named: Collection[ir.Value],
     data: Collection[ir.Value],
@@ -293,59 +332,3 @@ def _refuse_shared_parameters(
     if shared:
         order = [value.name or "" for value in graph.inputs]
         raise SharedParameter(sorted(shared, key=order.index))
-
-
-def find_single_cuts(
-    graph: ir.Graph,
-    *,
-    state: Collection[str],
-    trainable: Collection[str] = frozenset(),
-    sent: Sequence[ir.Value] = (),
-) -> list[Division]:
-    """Find every tensor that alone divides the graph in two, in the graph's order.
-
-    A single-tensor cut is the only data-dependent tensor alive right after it was computed, in
-    whatever topological order; candidates found so are confirmed by :func:`divide`.  The raw
-    inputs ``sent`` may cross beside it where they must.
-    """
-    raw = {value for value in graph.inputs if value.name not in state}
-    data, known = find_data(graph, raw), Inference(graph.opset_imports[""])
-    lone = data - _find_opened(graph, sent, data, trainable)
-    needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
-    order = [node for node in graph if node in needed and set(node.outputs) & lone]
-    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in lone}
-    for node in order:
-        for value in list_inputs(node):
-            if value in lone:
-                waiting[value].add(node)
-    alive = {value for value in raw & lone if waiting[value]}
-    found = []
-    for node in order:
-        for value in list_inputs(node):
-            if value in waiting:
-                waiting[value].discard(node)
-                if not waiting[value]:
-                    alive.discard(value)
-        alive.update(value for value in node.outputs if value in lone and waiting[value])
-        if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
-            with suppress(NotACut, SharedParameter):
-                found.append(_divide_at(graph, only, sent, state, trainable, known))
-    return found
-
-
-def _divide_at(
-    graph: ir.Graph,
-    only: ir.Value,
-    sent: Sequence[ir.Value],
-    state: Collection[str],
-    trainable: Collection[str],
-    known: Inference,
-) -> Division:
-    """Divide at a tensor, and at those of ``sent`` that must cross beside it."""
-    try:
-        return divide(graph, [only], state=state, trainable=trainable, known=known)
-    except NotACut as reason:
-        more = [value for value in sent if value.name in reason.raw]
-        if not more:
-            raise
-    return divide(graph, [only, *more], state=state, trainable=trainable, known=known)

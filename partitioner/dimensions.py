@@ -2,7 +2,9 @@
 
 A size that is not known is an *atom*, such as the batch ``N``; ``4*N + 1`` is computed with like
 a number.  Two dimensions are equal exactly where their sums are: the same atom is the same size
-within one run of a model.  An atom is at least 0.  This module knows no graph and no operator.
+within one run of a model.  An atom is at least 0.  An amount is bounded in terms, factors and
+text: what would be larger raises :class:`TooLarge`, since products of sums grow exponentially.
+This module knows no graph and no operator.
 """
 
 from __future__ import annotations
@@ -14,9 +16,23 @@ from typing import TypeVar
 
 from splitonnx.expressions import UNKNOWN, parse_terms
 
+MOST_TERMS = 32
+"""Products in one sum."""
+MOST_FACTORS = 16
+"""Atoms in one product."""
+MOST_CHARACTERS = 2000
+"""Of an amount's text, as long as it can be read back: an atom may bear another amount's text."""
+_MOST_PAIRS = 256
+"""Products of terms that one multiplication may take."""
+_LARGEST, _LARGEST_FACTOR = 2**63, 10**15
+
 
 class Undecided(Exception):
     """A comparison or division that holds for some sizes and not for others."""
+
+
+class TooLarge(Undecided):
+    """An amount beyond the bounds of this module; nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,14 @@ class Dim:
         return _collect([*self.terms, *list_terms(other)])
 
     def __mul__(self, other: Amount) -> Amount:
+        others = list_terms(other)
+        if len(self.terms) * len(others) > _MOST_PAIRS:
+            raise TooLarge
         return _collect(
             [
                 (tuple(sorted((*left, *right))), factor * scale)
                 for left, factor in self.terms
-                for right, scale in list_terms(other)
+                for right, scale in others
             ]
         )
 
@@ -73,16 +92,64 @@ def make_atom(name: str) -> Dim:
 def parse_dim(text: str) -> Dim | int:
     """Read a symbolic dimension as exporters write it: ``N``, ``2*s77``, ``s0 + 1``.
 
-    What is no such sum of products is one atom, name and all.
+    What is no such sum of products, or too large a one, is one atom, name and all.
     """
-    return _collect(list(parse_terms(text)))
+    try:
+        return _collect(list(parse_terms(text)))
+    except TooLarge:
+        return make_atom(text)
+
+
+def add(left: Amount, right: Amount) -> Amount:
+    """Add amounts.
+
+    Raises:
+        TooLarge: their sum is beyond the bounds.
+    """
+    return bound(left + right)
+
+
+def multiply(left: Amount, right: Amount) -> Amount:
+    """Multiply amounts.
+
+    Raises:
+        TooLarge: their product is beyond the bounds.
+    """
+    return bound(left * right)
+
+
+def bound(amount: Amount) -> Amount:
+    """Return an amount that is within the bounds; those that are a sum of atoms always are.
+
+    Raises:
+        TooLarge: it is a number that takes more than 64 bits.
+    """
+    if not isinstance(amount, Dim) and not -_LARGEST <= amount < _LARGEST:
+        raise TooLarge
+    return amount
+
+
+def sum_of(amounts: Iterable[Amount]) -> Amount:
+    """Add up amounts.
+
+    Raises:
+        TooLarge: a sum is beyond the bounds.
+    """
+    total: Amount = 0
+    for amount in amounts:
+        total = add(total, amount)
+    return total
 
 
 def prod_of(amounts: Iterable[Amount]) -> Amount:
-    """Multiply amounts."""
+    """Multiply amounts.
+
+    Raises:
+        TooLarge: a product is beyond the bounds.
+    """
     result: Amount = 1
     for amount in amounts:
-        result = result * amount
+        result = multiply(result, amount)
     return result
 
 
@@ -173,7 +240,10 @@ def take_remainder(amount: Amount, divisor: Amount) -> Amount:
 def _compose(sign: str, left: Amount, right: Amount) -> Dim:
     if not (is_natural(left) and is_positive(right)):
         raise Undecided  # an atom is at least 0
-    return make_atom(f"({left}){sign}({right})")
+    text = f"({left}){sign}({right})"
+    if len(text) > MOST_CHARACTERS:
+        raise TooLarge
+    return make_atom(text)
 
 
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
@@ -223,8 +293,15 @@ def _collect(terms: list[tuple[tuple[str, ...], int]]) -> Amount:
         sums[atoms] = sums.get(atoms, 0) + factor
     kept = tuple(sorted(((a, f) for a, f in sums.items() if f), key=lambda t: (not t[0], t[0])))
     if not any(atoms for atoms, _ in kept):
-        return sum(factor for _, factor in kept)
-    return Dim(kept)
+        return bound(sum(factor for _, factor in kept))
+    if len(kept) > MOST_TERMS or any(
+        len(atoms) > MOST_FACTORS or abs(factor) >= _LARGEST_FACTOR for atoms, factor in kept
+    ):
+        raise TooLarge
+    dim = Dim(kept)
+    if sum(len(atom) + 1 for atoms, _ in kept for atom in atoms) > MOST_CHARACTERS:
+        raise TooLarge
+    return dim
 
 
 def _write_term(atoms: tuple[str, ...], factor: int) -> str:

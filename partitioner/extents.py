@@ -21,7 +21,9 @@ from splitonnx.partitioner.dimensions import (
     is_equal,
     is_less,
     is_natural,
+    multiply,
     prod_of,
+    sum_of,
 )
 
 Dims = list[Amount]
@@ -111,10 +113,7 @@ def _concat(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:
         along = [dims[place] for dims in shapes if dims is not None]
         numbers = [dim for dim in along if isinstance(dim, int)]
         if place == axis:
-            total: Amount = 0
-            for dim in along:
-                total = total + dim
-            result.append(total)
+            result.append(sum_of(along))
         else:  # all must be the same
             result.append(numbers[0] if numbers else along[0])
     return [result]
@@ -133,7 +132,8 @@ def _tile(known: Known, node: ir.Node) -> list[Dims] | None:
     dims, repeats = known.shape(_first(node)), known.content(node.inputs[1])
     if dims is None or repeats is None:
         return None
-    return [[d * (r if isinstance(r, Dim) else int(r)) for d, r in zip(dims, repeats, strict=True)]]
+    pairs = zip(dims, repeats, strict=True)
+    return [[multiply(d, r if isinstance(r, Dim) else int(r)) for d, r in pairs]]
 
 
 def _slice(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:

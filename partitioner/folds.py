@@ -19,7 +19,7 @@ from splitonnx.partitioner.control_flows import KEPT, Unsettled, settle_control_
 from splitonnx.partitioner.dimensions import Amount, Dim
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame
-from splitonnx.partitioner.frontiers import list_inputs, prune
+from splitonnx.partitioner.frontiers import list_inner, list_inputs, prune
 from splitonnx.partitioner.inferences import Inference
 
 
@@ -37,7 +37,7 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
         node = pending.popleft()
         with blame(node):
             written = _fold_node(node, known, reached, spent)
-        spent += len(written)
+        spent += sum(1 + len(list_inner(node)) for node in written)
         pending.extendleft(reversed(written))
     prune(graph)
 

@@ -6,7 +6,7 @@ holds the body, so no dependency is overlooked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -61,6 +61,36 @@ def walk_back(
             if node not in ends:
                 pending.extend(list_inputs(node))
     return nodes, sources
+
+
+class ResumedWalk:
+    """A walk back that is resumed from target to target and visits each node once."""
+
+    def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:
+        self.nodes: set[ir.Node] = set()
+        self._ends = ends
+
+    def explore(
+        self, targets: Iterable[ir.Value], stops: Mapping[ir.Value, int], most: int = -1
+    ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Node]]:
+        """Give the nodes that are new, the sources reached, and the known nodes that were met.
+
+        A value in ``stops`` is a source too where its place is at most ``most``.
+        """
+        new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
+        pending = list(targets)
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if node is None or stops.get(value, most + 1) <= most:
+                reached.append(value)
+            elif node in self.nodes:
+                met.add(node)
+            elif node not in new:
+                new[node] = None
+                if node not in self._ends:
+                    pending.extend(list_inputs(node))
+        return list(new), reached, met
 
 
 def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:

@@ -215,7 +215,8 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
 
     The builder of 1.19.2 would write the gradient of such a graph input twice, under one name.
     """
-    for value in [value for value in graph.inputs if value.name in set(parameters)]:
+    trained = set(parameters)
+    for value in [value for value in graph.inputs if value.name in trained]:
         readers: set[ir.Node] = set()
         for use in list(value.uses()):
             if use.node.graph is graph and use.node in readers:

@@ -20,12 +20,16 @@ from splitonnx.partitioner.dimensions import (
     Amount,
     Dim,
     Undecided,
+    add,
+    bound,
     divide_rounding,
     is_equal,
     is_less,
+    multiply,
     name_unknown,
     parse_dim,
     prod_of,
+    sum_of,
     take_remainder,
 )
 from splitonnx.partitioner.evaluations import evaluate, infer_types
@@ -35,6 +39,8 @@ from splitonnx.partitioner.faults import blame
 MOST_ELEMENTS = 1 << 16
 """Constants of more elements are not computed beforehand: they would weigh on every stage."""
 _MOST_SYMBOLS = 1 << 10
+_MOST_COMPUTED = 1 << 17
+"""Symbolic elements computed in one graph; what comes after them is unknown."""
 
 _MOVING = frozenset(
     ["Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
@@ -62,7 +68,7 @@ def _choose(condition: bool, left: Amount, right: Amount) -> Amount:
 
 
 _ARITHMETIC: Mapping[str, tuple[int, Callable[..., Any]]] = {
-    "Add": (2, lambda left, right: left + right),
+    "Add": (2, add),
     "And": (2, lambda left, right: left and right),
     "Div": (2, divide_rounding),
     "Equal": (2, is_equal),
@@ -73,11 +79,11 @@ _ARITHMETIC: Mapping[str, tuple[int, Callable[..., Any]]] = {
     "Max": (2, lambda left, right: right if is_less(left, right) else left),
     "Min": (2, lambda left, right: left if is_less(left, right) else right),
     "Mod": (2, take_remainder),
-    "Mul": (2, lambda left, right: left * right),
-    "Neg": (1, lambda value: -value),
+    "Mul": (2, multiply),
+    "Neg": (1, lambda value: bound(-value)),
     "Not": (1, lambda value: not value),
     "Or": (2, lambda left, right: left or right),
-    "Sub": (2, lambda left, right: left - right),
+    "Sub": (2, lambda left, right: bound(left - right)),
     "Where": (3, _choose),
 }
 """Operators on single elements, with the number of their inputs."""
@@ -98,6 +104,7 @@ class Inference:
         self._shapes: dict[ir.Value, Dims] = {}
         self._contents: dict[ir.Value, np.ndarray | None] = {}
         self._written: dict[str, Amount] = {}
+        self._computed = 0
 
     def shape(self, value: ir.Value) -> Dims | None:
         """Give a value's dimensions; ``None`` where not even their number is known."""
@@ -252,8 +259,7 @@ class Inference:
         if node.op_type == "Shape" and node.inputs[0] is not None:
             return [self._read_shape(node)]
         if node.op_type == "Size" and node.inputs[0] is not None:
-            dims = self.shape(node.inputs[0])
-            return [None if dims is None else _settle(np.array(prod_of(dims), object))]
+            return [self._read_size(node.inputs[0])]
         if node.op_type not in FOLDABLE or not node.inputs:
             return ()
         contents = [self.content(value) for value in node.inputs]
@@ -263,7 +269,8 @@ class Inference:
             return ()
         if not any(content is not None and content.dtype == object for content in contents):
             return evaluate(node, contents, self._opset)
-        if not self._is_small(node, _MOST_SYMBOLS):
+        self._computed += sum(content.size for content in contents if content is not None)
+        if not self._is_small(node, _MOST_SYMBOLS) or self._computed > _MOST_COMPUTED:
             return ()
         try:
             return self._compute_symbols(node, [np.array(c, object) if c is not None else None
@@ -272,11 +279,30 @@ class Inference:
             return ()
 
     def _is_small(self, node: ir.Node, most: int) -> bool:
+        """Tell whether no output is larger, nor would be on the way to an empty one."""
+        if node.op_type == "Range" and not self._is_short(node, most):
+            return False
         for value in node.outputs:
             dims = self.shape(value)
-            if dims is None or prod(d for d in dims if isinstance(d, int)) > most:
+            if dims is None or prod(max(1, d) for d in dims if isinstance(d, int)) > most:
                 return False
         return True
+
+    def _is_short(self, node: ir.Node, most: int) -> bool:
+        """Tell whether a Range of numbers, of floats too, has at most so many."""
+        start, limit, delta = (self.constant(value) for value in node.inputs)
+        if start is None or limit is None or delta is None:
+            return True  # of symbols
+        with np.errstate(all="ignore"):
+            steps = (float(limit.flat[0]) - float(start.flat[0])) / np.float64(delta.flat[0])
+        return bool(steps <= most)  # false where it is no number
+
+    def _read_size(self, value: ir.Value) -> np.ndarray | None:
+        dims = self.shape(value)
+        try:
+            return None if dims is None else _settle(np.array(prod_of(dims), object))
+        except Undecided:
+            return None
 
     def _read_shape(self, node: ir.Node) -> np.ndarray | None:
         assert node.inputs[0] is not None
@@ -309,7 +335,7 @@ class Inference:
     def _reduce(self, node: ir.Node, given: Sequence[np.ndarray]) -> Sequence[np.ndarray | None]:
         if len(given) > 1 or "axes" in node.attributes or given[0].ndim != 1:
             return ()
-        total = prod_of(given[0]) if node.op_type == "ReduceProd" else sum(given[0])
+        total = (prod_of if node.op_type == "ReduceProd" else sum_of)(given[0])
         keep = node.attributes.get_int("keepdims", 1)
         return [_settle(_hold([total]) if keep else np.array(total, object), node.inputs[0])]
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from splitonnx.errors import SplitonnxError, UsageError
-from splitonnx.partitioner.cuts import Division, find_lost, find_single_cuts, resolve_names
+from splitonnx.partitioner.bisections import Bisection, find_bisections
+from splitonnx.partitioner.cuts import resolve_names
 from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.folds import note_shapes
-from splitonnx.partitioner.frontiers import list_inputs, map_values, walk_back
+from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
 from splitonnx.partitioner.preparations import PreparedModel, prepare
@@ -67,11 +68,16 @@ def list_cuts(prepared: PreparedModel, batch: int | None, sent: Sequence[str] = 
     for value in open_inputs:
         if value not in form.graph.inputs or value.name in prepared.state:
             raise UsageError(f"'{value.name}' is no input of the model that could be sent")
-    divisions = find_single_cuts(
-        form.graph, state=prepared.state, trainable=prepared.trainable, sent=open_inputs
-    )
-    kept = [d for d in divisions if find_lost(d.at[:1], prepared.trainable) is None]
-    return [_describe(division, prepared) for division in kept]
+    elements = {name: prepared.weights[name].size for name in prepared.trainable}
+    found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
+    makers = map_values(prepared.skeleton.graph)
+    return [_describe(each, makers) for each in found if not _loses_gradient(each)]
+
+
+def _loses_gradient(bisection: Bisection) -> bool:
+    """Tell whether trained parameters lie before a tensor that is no float."""
+    dtype = bisection.at[0].dtype
+    return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 
 
 def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
@@ -87,24 +93,22 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
     note_shapes(model.graph)
 
 
-def _describe(division: Division, prepared: PreparedModel) -> Cut:
-    value, *sent = division.at
+def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> Cut:
+    """``makers`` are the values of the model itself, whose operators the user knows."""
+    value, *sent = bisection.at
     producer = value.producer()
     assert producer is not None
     size = _measure(value)
     sizes = [size, *(_measure(other) for other in sent)]
-    made = map_values(prepared.skeleton.graph).get(value.name or "", value).producer()
-    before = {v.name for v in walk_back([value])[1]}
-    read = {v.name for node in division.server for v in list_inputs(node)}
-    trained_before = any(name in before for name in prepared.trainable)
+    made = makers.get(value.name or "", value).producer()
     return Cut(
         tensor=value.name or "",
         op=made.op_type if made is not None else producer.op_type,
         shape=_declare_shape(value)[0],
         bytes_up=None if None in sizes else sum(size or 0 for size in sizes),
-        bytes_down=size if trained_before else 0,
-        client_parameters=_count(prepared, before),
-        server_parameters=_count(prepared, read),
+        bytes_down=size if bisection.trained else 0,
+        client_parameters=bisection.client,
+        server_parameters=bisection.server,
         sent=tuple(other.name or "" for other in sent),
     )
 
@@ -122,8 +126,3 @@ def _measure(value: ir.Value) -> int | None:
     shape, itemsize = _declare_shape(value)
     known = [dim for dim in shape if isinstance(dim, int)]
     return math.prod(known) * itemsize if itemsize and len(known) == len(shape) else None
-
-
-def _count(prepared: PreparedModel, names: set[str | None]) -> int:
-    trained = [name for name in prepared.trainable if name in names]
-    return sum(prepared.weights[name].size for name in trained)

@@ -26,6 +26,8 @@ from splitonnx.partitioner import natives
 _MOST_KEPT = 1 << 26
 """Bytes; after a larger request or answer the process ends, so that it keeps no such memory."""
 
+_ADVICE = "check how the model was exported"
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -121,7 +123,8 @@ class Isolation:
 
         Raises:
             Refused: the function raised an exception.
-            NativeCrash: it ended the process, or took too long; the next call starts another one.
+            NativeCrash: it ended the process, took too long or needs more memory than it may
+                have; where the process ended, the next call starts another one.
             ProcessFailed: no such process can be started.
         """
         assert not named, "arguments go by their place"
@@ -129,6 +132,10 @@ class Isolation:
         with self._lock:
             answer = self._ask(name, msgspec.msgpack.encode([name, arguments]), subject)
         result: list[Any] = msgspec.msgpack.decode(answer)
+        if len(result) > 1 and result[0] == "MemoryError":
+            code = natives.NATIVES[name][1]
+            reason = f"{code} needs more memory than it may take for a model of this size"
+            raise NativeCrash(subject, reason, _ADVICE)
         if len(result) > 1:
             raise Refused(*result)
         made: R = result[0]
@@ -146,9 +153,7 @@ class Isolation:
             how = self.end()
             reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
             code = natives.NATIVES[name][1]
-            raise NativeCrash(
-                subject, f"{code} {reason}", "check how the model was exported"
-            ) from error
+            raise NativeCrash(subject, f"{code} {reason}", _ADVICE) from error
         except BaseException:  # the answer to come would be taken for that to the next one
             self.end()
             raise

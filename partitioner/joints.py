@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
-from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names
+from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_names, survey
 from splitonnx.partitioner.dimensions import name_unknown
 from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
@@ -187,7 +187,8 @@ def _divide(
             raise IntegerCut(value.name or "", str(value.dtype), parameters)
     known = Inference(graph.opset_imports[""])
     state, trainable = prepared.state, prepared.trainable
-    division = divide(graph, first, last, state=state, trainable=trainable, known=known)
+    around = survey(graph, state=state, trainable=trainable, known=known) if first else None
+    division = divide(graph, first, last, state=state, trainable=trainable, around=around)
     return _keep_sizes_home(graph, division, known)
 
 

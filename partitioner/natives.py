@@ -22,6 +22,10 @@ import onnx
 
 SECONDS = 300
 """What one request may take; the process ends with the one that takes more."""
+BASE_BYTES = 4 << 30
+"""Address space that a request may take beyond what the process has, whatever its size."""
+BYTES_PER_BYTE = 64
+"""And for each byte of the request: graphs of nodes and shapes are larger than their text."""
 
 _LENGTH = struct.Struct("<Q")
 """Before each request and each answer: its length in bytes."""
@@ -155,15 +159,34 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         except EOFError:
             return
         faulthandler.dump_traceback_later(SECONDS, exit=True)
+        _limit_memory(len(request))
         answer = _answer(request)
         faulthandler.cancel_dump_traceback_later()
         write_frame(sink, answer)
 
 
+def _limit_memory(size: int) -> None:
+    """Bound what a request of ``size`` bytes may take, where the system can (Linux).
+
+    macOS knows the limit and does not keep it; Windows has none.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = taken + BASE_BYTES + BYTES_PER_BYTE * size
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    except (ImportError, OSError, ValueError):
+        return
+
+
 def _answer(request: bytes) -> bytes:
     """Compute what was asked: what it gives, or the exception that it raises, in words."""
-    name, arguments = msgspec.msgpack.decode(request)
     try:
+        name, arguments = msgspec.msgpack.decode(request)
         return msgspec.msgpack.encode([NATIVES[name][0](*arguments)])
     except Exception as error:  # noqa: BLE001
         text = str(error).encode(errors="replace").decode()

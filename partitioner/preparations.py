@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import onnx_ir as ir
@@ -65,12 +66,12 @@ class PreparedModel:
     roles: Mapping[str, Role]
     next_buffers: Mapping[str, str]
 
-    @property
+    @cached_property
     def state(self) -> frozenset[str]:
         """Names of the graph inputs that are no data: the weights, and Dropout's key."""
         return frozenset({*self.weights, KEY})
 
-    @property
+    @cached_property
     def trainable(self) -> tuple[str, ...]:
         """Names of the trained parameters, in the model's order."""
         return tuple(name for name, role in self.roles.items() if role is Role.PARAMETER)

@@ -12,8 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.bodies import copy_body
+from splitonnx.partitioner.control_flows import KEPT, MOST_NODES
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.faults import blame
+
+MOST_PIECES = 1 << 12
+"""Tensors that one sequence is split into."""
+MOST_HELD = 1 << 20
+"""Tensors in all sequences of a model together: one is copied for each that enters it."""
 
 Row = Sequence[ir.Value]
 """The tensors of a sequence; of an optional, its one or none."""
@@ -52,6 +58,9 @@ class _Rows:
 
     def __init__(self) -> None:
         self._known: dict[ir.Value, Row] = {}
+        self._held = 0
+        self.written = 0
+        """Nodes written for bodies."""
 
     def __contains__(self, value: ir.Value | None) -> bool:
         return value in self._known
@@ -64,6 +73,9 @@ class _Rows:
 
     def note(self, value: ir.Value, row: Row) -> None:
         """Remember the tensors of a sequence."""
+        self._held += len(row)
+        if self._held > MOST_HELD:
+            raise _Unknown
         self._known[value] = row
 
 
@@ -153,6 +165,8 @@ def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[lis
     tensor = None if given is None else ir.convenience.get_const_tensor(given)
     if given is not None and tensor is None:
         raise _Unknown
+    if tensor is not None and tensor.size > MOST_PIECES:
+        raise _Unknown
     if tensor is not None and len(tensor.shape):
         return [int(extent) for extent in tensor.numpy()], False
     dims = known_dims(x)
@@ -160,6 +174,8 @@ def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[lis
     if not total:
         raise _Unknown
     size = 1 if tensor is None else int(tensor.numpy())
+    if size < 1 or total > size * MOST_PIECES:
+        raise _Unknown
     pieces = [min(size, total - start) for start in range(0, total, size)]
     return pieces, tensor is None
 
@@ -188,6 +204,12 @@ def _map(rows: _Rows, node: ir.Node) -> None:
         assert value is not None
         columns.append(rows.read(value) if value in rows else [value] * length)
     if any(len(column) != length for column in columns):
+        raise _Unknown
+    rows.written += length * max(sum(1 for _ in body.all_nodes()), 1)
+    if rows.written > MOST_NODES:
+        node.metadata_props[KEPT] = (
+            f"{length} runs of it would be more than {MOST_NODES} nodes in place of bodies"
+        )
         raise _Unknown
     graph = node.graph
     assert graph is not None

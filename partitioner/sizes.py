@@ -10,6 +10,7 @@ This module knows parties and shapes; it knows no loss and no gradient.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
@@ -68,6 +69,40 @@ def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) ->
     except Undecided as missing:
         return str(missing)
     return None
+
+
+class SizeWatch:
+    """Which nodes that give sizes have them from tensors that a party holds or makes."""
+
+    def __init__(self, sizes: Mapping[ir.Node, frozenset[ir.Value]]) -> None:
+        self._sizes = sizes
+        self._waiting: defaultdict[ir.Node | None, list[ir.Node]] = defaultdict(list)
+        self.away: dict[ir.Node, int] = {}
+
+    def enter(
+        self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
+    ) -> tuple[list[ir.Node], list[ir.Node]]:
+        """Give the size nodes that are new and away, and those that the party can compute now."""
+        away, near = [], []
+        for node in new:
+            if node not in self._sizes:
+                continue
+            makers = {v.producer() for v in self._sizes[node] if v not in held}
+            missing = [maker for maker in makers if maker not in nodes]
+            if missing:
+                self.away[node] = len(missing)
+                away.append(node)
+                for maker in missing:
+                    self._waiting[maker].append(node)
+            else:
+                near.append(node)
+        for maker in new:
+            for node in self._waiting.pop(maker, ()):
+                self.away[node] -= 1
+                if not self.away[node]:
+                    del self.away[node]
+                    near.append(node)
+        return away, near
 
 
 def derive_sizes(

@@ -293,6 +293,30 @@ def test_a_loop_that_would_grow_too_large_is_refused(monkeypatch: pytest.MonkeyP
         cut(build([FIRST, ZEROS, loop, *JOIN]), at=None)
 
 
+def test_the_nodes_within_a_body_count_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[object] = []
+    monkeypatch.setattr(control_flows, "copy_body", lambda *given: copied.append(given))
+    monkeypatch.setattr(control_flows, "MOST_NODES", 40)
+    inner = body(
+        [node("Relu", [f"r{i}"] if i else ["state"], [f"r{i + 1}"]) for i in range(9)],
+        [],
+        [value("r9", FLOAT, None)],
+    )
+    branch = node("If", ["data"], ["next"], then_branch=inner, else_branch=inner)
+    outer = body(
+        [node("Identity", ["going"], ["still"]), FIRST_TRUE, branch],
+        [value("i", INT64, []), value("going", BOOL, []), value("state", FLOAT, None)],
+        [value("still", BOOL, []), value("next", FLOAT, None)],
+    )
+    model = build([node("Loop", ["three", "", "h"], ["m"], body=outer)])
+    with pytest.raises(NotDifferentiable, match=r"3 runs of 21 nodes would be more than 40 nodes"):
+        cut(model, at=None)
+    assert not copied
+
+
+FIRST_TRUE = node("Cast", ["i"], ["data"], to=BOOL)
+
+
 @pytest.mark.parametrize("direction", [0, 1])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_scan_of_known_length_is_unrolled(direction: int, axis: int) -> None:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, given
 
 from splitonnx.partitioner.dimensions import (
+    MOST_TERMS,
     Amount,
     Dim,
+    TooLarge,
     Undecided,
     divide_exactly,
     divide_rounding,
@@ -152,3 +154,33 @@ def test_a_size_is_told_from_the_simplest_dimension_that_has_it() -> None:
     assert solve(5, known) == {}
     with pytest.raises(Undecided, match="T"):
         solve(N + T, known)
+
+
+def repeat(grow: Callable[[Amount], Amount], start: Amount) -> Amount:
+    """Grow an amount until it is given up, and return the largest one before that."""
+    amount = start
+    for _ in range(40):
+        try:
+            amount = grow(amount)
+        except TooLarge:
+            return amount
+    raise AssertionError("it was never given up")
+
+
+def test_a_sum_squared_again_and_again_is_given_up() -> None:
+    assert len(list_terms(repeat(lambda a: prod_of([a, a]), N + T + 1))) <= MOST_TERMS
+
+
+@pytest.mark.parametrize("start", [3, 3 * N, N])
+def test_a_product_squared_again_and_again_is_given_up(start: Amount) -> None:
+    largest = repeat(lambda a: prod_of([a, a]), start)
+    assert all(len(atoms) <= 16 and factor < 2**63 for atoms, factor in list_terms(largest))
+
+
+def test_a_quotient_of_quotients_is_given_up() -> None:
+    assert len(str(repeat(lambda a: divide_rounding(a, a + 2), N))) <= 2000
+
+
+def test_a_declared_dimension_beyond_the_bounds_is_an_atom() -> None:
+    for text in ("*".join(["N"] * 99), "N" * 3000 + " + 1"):
+        assert parse_dim(text) == make_atom(text)

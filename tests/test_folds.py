@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from splitonnx.partitioner import inferences
 from splitonnx.partitioner.folds import fold
 from splitonnx.partitioner.inferences import MOST_ELEMENTS
 
@@ -289,3 +290,20 @@ def test_a_dimension_without_a_name_is_like_no_other() -> None:
     assert "unk__" in str(second)
     assert first != second
     assert last == 6
+
+
+@pytest.mark.parametrize(("start", "limit", "delta"), [(0, 1e12, 1), (0, -1e12, -1), (0, 1, 1e-12)])
+def test_a_long_range_of_floats_is_not_computed_beforehand(
+    start: float, limit: float, delta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inferences, "evaluate", pytest.fail)
+    values = [
+        ir.Value(name=f"c{i}", const_value=ir.tensor(np.float32(each)), shape=ir.Shape([]),
+                 type=ir.TensorType(ir.DataType.FLOAT))
+        for i, each in enumerate((start, limit, delta))
+    ]  # fmt: skip
+    node = ir.node("Range", values, name="range")
+    node.outputs[0].name = "row"
+    known = inferences.Inference(18)
+    known.visit(node)
+    assert known.content(node.outputs[0]) is None

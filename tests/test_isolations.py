@@ -9,12 +9,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRuntime
-from splitonnx.partitioner import gradients, natives
+from splitonnx.partitioner import gradients, isolations, natives
 from splitonnx.partitioner.gates import open_model
 from splitonnx.partitioner.isolations import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
@@ -163,3 +164,28 @@ def test_inference_leaves_inputs_and_initializers_as_they_are() -> None:
     infer_shapes(model)
     assert ([*model.graph.inputs], [*model.graph.initializers]) == before
     assert not any(value.is_graph_input() for value in model.graph.initializers.values())
+
+
+def test_what_needs_too_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = msgspec.msgpack.encode(["MemoryError", "std::bad_alloc"])
+    monkeypatch.setattr(isolations._Worker, "ask", lambda worker, request: answer)
+    isolation = Isolation()
+    with pytest.raises(NativeCrash, match="the split: onnx's checker needs more memory than it"):
+        isolation.call(natives.check_form, "the split", build_split(3))
+    isolation.end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the limit")
+def test_a_request_is_limited_in_memory() -> None:
+    script = """
+from splitonnx.partitioner import natives
+natives.BASE_BYTES = 1 << 28
+natives._limit_memory(1 << 20)
+bytearray(1 << 28)
+try:
+    bytearray(1 << 30)
+except MemoryError:
+    print("limited")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "limited\n", done.stderr

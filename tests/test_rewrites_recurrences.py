@@ -291,3 +291,14 @@ def test_an_unknown_activation_is_refused() -> None:
     model = net.finish({"x": (FLOAT, [3, "N", 2])}, "y", 1, "N", 5)
     with pytest.raises(UnsupportedModel, match="no known activation 'Swoosh'"):
         cut(model, at=None, loss="mse")
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_recurrence_of_too_many_steps_is_refused_before_it_is_unrolled(kind: str) -> None:
+    net = Net()
+    size = GATES[kind] * 3
+    net.op(kind, "x", net.weight("w", 1, size, 4), net.weight("r", 1, size, 3), out="y",
+           hidden_size=3)  # fmt: skip
+    model = net.finish({"x": (FLOAT, [10_000, 2, 4])}, "y", 1, 2, 3)
+    with pytest.raises(UnsupportedModel, match=rf"\({kind}\).* 10000 of 10000 steps; at most"):
+        cut(model, at=None, loss="mse")

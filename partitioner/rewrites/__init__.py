@@ -166,13 +166,12 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
 
 def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    recurrences.refuse_long(node for node in graph if _is_due(node, moving))
     changed = False
     for node in list(graph):
-        rule = REWRITES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if rule is None or not any(value in moving for value in list_inputs(node)):
+        if not _is_due(node, moving):  # nor what reads what was just rewritten
             continue
-        if not any(is_float(value) for value in node.outputs):
-            continue
+        rule = REWRITES[node.op_type]
         draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
         with blame(node, "cannot be differentiated", _ADVICE):
             made = rule(draft, node)
@@ -180,3 +179,11 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
                 draft.replace(node, made)
                 changed = True
     return changed
+
+
+def _is_due(node: ir.Node, moving: Collection[ir.Value]) -> bool:
+    """Tell whether a gradient passes a node, and there is a way to rewrite it."""
+    if node.op_type not in REWRITES or node.domain not in ("", "ai.onnx"):
+        return False
+    passed = any(value in moving for value in list_inputs(node))
+    return passed and any(is_float(value) for value in node.outputs)

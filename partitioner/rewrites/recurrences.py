@@ -8,7 +8,7 @@ Layout 1 never comes here (:mod:`layouts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,6 +24,9 @@ from splitonnx.partitioner.rewrites.cells import (
     step_lstm,
     step_rnn,
 )
+
+MOST_STEPS = 2_000
+"""Steps of all recurrences of a model together; each is written out, as some 20 nodes."""
 
 Values = Sequence[ir.Value | None]
 Step = Callable[[Draft, Cell, Sequence[ir.Value], State], State]
@@ -83,6 +86,31 @@ def rewrite_lstm(draft: Draft, node: ir.Node) -> Values:
     inputs = [[x] for x in _project(draft, layer, weights, bias, [3 if coupled else 4])]
     cells = _make_cells(draft, layer, recurrent, ["Sigmoid", "Tanh", "Tanh"], coupled=coupled)
     return _unroll(draft, layer, step_lstm, cells, inputs)
+
+
+def refuse_long(nodes: Iterable[ir.Node]) -> None:
+    """Check, before any is unrolled, how many steps the recurrences among ``nodes`` have.
+
+    Raises:
+        UnsupportedModel: together they have too many; the longest one is named.
+    """
+    steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
+    total = sum(steps.values())
+    if total > MOST_STEPS:
+        node = max(steps, key=lambda longest: steps[longest])
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"it can be trained only unrolled, and has {steps[node]} of {total} steps; at most "
+            f"{MOST_STEPS} in all are written out",
+            "export the model with shorter sequences, or freeze the parameters up to it",
+        )
+
+
+def _count_steps(node: ir.Node) -> int:
+    x = node.inputs[0] if node.inputs else None
+    dims = None if x is None else known_dims(x)
+    length = dims[0] if dims else None
+    return (length or 0) * (2 if _read_direction(node) == "bidirectional" else 1)
 
 
 def _read_layer(node: ir.Node, *, states: int) -> _Layer:

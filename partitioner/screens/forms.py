@@ -27,10 +27,7 @@ def check_form(model: ModelProto, label: str) -> None:
     try:
         call(natives.check_form, label, light.SerializeToString())
     except Refused as error:
-        if error.kind == "MemoryError":
-            reason = "to infer its types takes more memory than there is"
-        else:
-            reason = " ".join(str(error).split()).split(" ==> ")[0][:400]
+        reason = " ".join(str(error).split()).split(" ==> ")[0][:400]
         raise NotAModel(label, reason) from error
     except NativeCrash as error:
         raise replace(error, subject=label_node(_find_culprit(light))) from error
