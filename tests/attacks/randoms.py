@@ -53,7 +53,8 @@ ANSWERS = ("Welcome", "Tensors", "Saved", "Unsaved", "Fault")
 class Seat:
     """A connection, and where an honest client would be there.
 
-    ``forwards`` are the wires by which a client begins a task.
+    ``forwards`` are the wires by which a client begins a task, and ``shape`` is the last one's that
+    the server took.
     """
 
     line: Line
@@ -62,8 +63,7 @@ class Seat:
     greeted: bool = False
     step: int = 0
     turn: int = 0
-    rows: int = 1
-    side: int = 4
+    shape: tuple[int, ...] = (1, 4, 4, 4)
 
 
 @dataclass(kw_only=True)
