@@ -3,7 +3,7 @@
 Each case trains and predicts one batch in a process of its own: first a batch of one row, then
 the case's; what the peak of resident memory has grown by is held against what
 ``runtime/estimates.py`` says of the graphs.  A good estimate is at most twice the measured peak,
-and never less than 90 % of it.  The script exits with 1 where one is not.
+give or take 4 MiB, and never less than 88 % of it.  The script exits with 1 where one is not.
 
     python -m benchmarks.task_memory [NAME ...]
 """
@@ -36,6 +36,7 @@ from resnets import build_resnet18
 from tests.zoo import ZOO
 
 MIB = 1 << 20
+SLACK = 4 * MIB
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -188,7 +189,7 @@ def main() -> None:
             for target in ("training", "portable"):
                 for task, estimate, measured in compare(Path(folder), name, target):
                     ratio = estimate / measured
-                    bad += not 0.9 <= ratio <= 2
+                    bad += not 0.88 * measured <= estimate <= 2 * measured + SLACK
                     print(
                         f"| {name} | {target} | {task} | {estimate / MIB:.0f} MiB | "
                         f"{measured / MIB:.0f} MiB | {ratio:.2f} |",

@@ -2,8 +2,9 @@
 
 A stage is walked through node by node: what a node makes is there until its last use, as ONNX
 Runtime frees it, and what the stage gives out until the task's end.  Sizes come from the shapes
-that the graph declares.  A value without one is taken to be as large as the largest of its inputs
-where the operator keeps shapes, else as the largest value of its graph.  Weights, which sessions
+that the graph declares.  A dimension that nothing binds, where the others are numbers, is taken to
+be the batch; a value without a known shape as large as the largest of its inputs where the operator
+keeps shapes, else as the largest value of its graph.  Weights, which sessions
 hold anyway, are not counted.  Pure arithmetic: nothing is run.
 """
 
@@ -22,7 +23,7 @@ from splitonnx.tensors import DTYPES, TensorSpec
 
 FIXED = 1 << 20
 """Bytes that any task takes: its bookkeeping, small tensors, buffers of the kernels."""
-FRAGMENTATION = 1.28
+FRAGMENTATION = 1.35
 """How much more ONNX Runtime's arenas take than what lies in them, as measured."""
 
 _ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -180,6 +181,8 @@ def _resolve(extent: Extent, sizes: Mapping[str, int]) -> tuple[int, ...] | None
     if extent.dims is None:
         return None
     found = [dim if isinstance(dim, int) else evaluate(dim, sizes) for dim in extent.dims]
+    if found.count(None) == 1 and sum(isinstance(dim, str) for dim in extent.dims) == 1:
+        found = [max(sizes.values(), default=1) if dim is None else dim for dim in found]
     known = tuple(max(dim, 0) for dim in found if dim is not None)
     return known if len(known) == len(found) else None
 

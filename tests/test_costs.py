@@ -254,3 +254,10 @@ def test_an_open_step_whose_client_is_silent_makes_room_for_those_who_wait(
         silent.come_back(2)
         silent.begin()
         silent.transport.close()
+
+
+def test_a_dimension_that_inference_does_not_know_counts_as_the_batch() -> None:
+    """Resize, whose batch is not declared, makes the largest value of this model's prediction."""
+    party = cut(ZOO["upsampling"].build(), at=None).client
+    needed = Estimates(party.manifest, party.graphs).measure("predict", {"N": 4096})
+    assert needed > 2 * 4096 * 3 * 18 * 24 * 4  # what Resize gives, and Tanh after it
