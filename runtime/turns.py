@@ -35,13 +35,15 @@ class _Line(Generic[_Piece]):
     """An owner's pieces, each with its number in the order of arrival.
 
     ``start`` is the virtual time at which the next may begin; ``longest`` the seconds of the
-    longest piece lately, unknown before the first.
+    longest piece lately, unknown before the first.  ``is_beside``: what runs has the place that is
+    kept for short pieces.
     """
 
     pieces: deque[tuple[int, _Piece]] = field(default_factory=deque)
     start: float
     longest: float | None = None
     is_running: bool = False
+    is_beside: bool = False
 
 
 class FairQueue(Generic[_Piece]):
@@ -54,7 +56,8 @@ class FairQueue(Generic[_Piece]):
     def __init__(self, places: int) -> None:
         self._places = places
         self._lines: dict[Hashable, _Line[_Piece]] = {}
-        self._running = 0
+        self._running = 0  # in the places that are anybody's
+        self._is_beside = False  # whether the place for short pieces is taken
         self._now = 0.0  # virtual: where the piece that began last was due
         self._numbers = itertools.count()
 
@@ -79,8 +82,12 @@ class FairQueue(Generic[_Piece]):
         _, _, owner = min(ready, key=lambda entry: entry[:2])
         line = self._lines[owner]
         self._now = max(self._now, line.start)
-        self._running += 1
         line.is_running = True
+        line.is_beside = self._running == self._places
+        if line.is_beside:
+            self._is_beside = True
+        else:
+            self._running += 1
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
@@ -89,8 +96,15 @@ class FairQueue(Generic[_Piece]):
         line.is_running = False
         line.start += seconds
         line.longest = max(seconds, (line.longest or 0.0) * _FADING)
-        self._running -= 1
-        if not self._running and not any(line.pieces for line in self._lines.values()):
+        if line.is_beside:
+            self._is_beside = line.is_beside = False
+        else:
+            self._running -= 1
+        if (
+            not self._running
+            and not self._is_beside
+            and not any(line.pieces for line in self._lines.values())
+        ):
             self._now = max(line.start for line in self._lines.values())  # all are level again
         if len(self._lines) > _MOST_IDLE:
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
@@ -111,7 +125,7 @@ class FairQueue(Generic[_Piece]):
         if self._running < self._places:
             return True
         is_short = line.longest is not None and line.longest <= SHORT
-        return is_short and self._running == self._places
+        return is_short and not self._is_beside
 
 
 @dataclass(kw_only=True, eq=False)

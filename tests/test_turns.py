@@ -100,6 +100,24 @@ def test_short_pieces_have_a_place_that_long_ones_cannot_take() -> None:
     assert queue.take() is None  # nor is ana any more
 
 
+def test_short_pieces_never_keep_a_long_one_from_the_places_that_are_anybody_s() -> None:
+    """There are always short ones waiting, one more than places."""
+    queue: FairQueue[str] = FairQueue(1)
+    short = ["ana", "ben", "cleo"]
+    for owner in short:
+        fill(queue, owner, 1000)
+        serve(queue, dict.fromkeys(short, SHORT), 1)
+    serve(queue, dict.fromkeys(short, SHORT), 6)
+    running = [_take_owner(queue), _take_owner(queue)]
+    fill(queue, "ida", 1)
+    for _ in range(20):
+        queue.finish(running.pop(0), SHORT)
+        running.append(_take_owner(queue))
+        if running[-1] == "ida":
+            return
+    raise AssertionError("ida never had a turn")
+
+
 def _take_owner(queue: FairQueue[str]) -> str:
     taken = queue.take()
     assert taken is not None
