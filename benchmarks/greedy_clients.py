@@ -193,13 +193,16 @@ def read_steps(folder: Path) -> np.ndarray:
     return np.array([list(map(float, pair)) for pair in lines if len(pair) == 2])
 
 
-def wait_for_all(folder: Path, seconds: float) -> None:
+def wait_for_all(players: dict[str, subprocess.Popen[str]], folder: Path, seconds: float) -> None:
     """Wait until every honest client has made a few steps."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         made = [sum(1 for _ in path.open()) for path in folder.glob("steps.*")]
         if len(made) == HONEST * CLIENTS and min(made) >= 3:
             return
+        for name, player in players.items():
+            if player.poll() is not None:
+                raise SystemExit(f"{name} ended with {player.returncode}")
         time.sleep(0.5)
     raise SystemExit("the honest clients do not begin")
 
@@ -221,7 +224,7 @@ def main() -> None:
         with serving(folder, more) as url:
             players = {
                 name: subprocess.Popen(
-                    [sys.executable, __file__, "--role", name[:6], url,
+                    [sys.executable, "-X", "faulthandler", __file__, "--role", name[:6], url,
                      str(folder / "bundle" / "client"), str(folder / f"steps.{name}")],
                     stdin=subprocess.PIPE, text=True,
                 )
@@ -230,7 +233,7 @@ def main() -> None:
             try:
                 for name, token in tokens.items():
                     tell(players[name], token)
-                wait_for_all(folder, 180)
+                wait_for_all(players, folder, 180)
                 windows = list(alternate(players, options.seconds, options.rounds))
                 steps = read_steps(folder)
             finally:

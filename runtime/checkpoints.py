@@ -100,6 +100,10 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     position: Position | None
 
 
+# msgspec ends the process where two threads meet a type for the first time at once
+_DECODER = msgspec.json.Decoder(_Facts)
+
+
 class CheckpointStore:
     """The checkpoints of one session in one party's folder; not safe for two threads at a time.
 
@@ -189,7 +193,7 @@ class CheckpointStore:
         for path in self.list_files():
             with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
                 _, metadata = decode_tensors(map_file(path), max_header=MAX_HEADER)
-                found.add(msgspec.json.decode(metadata.get(_FACTS, ""), type=_Facts).owner)
+                found.add(_DECODER.decode(metadata.get(_FACTS, "")).owner)
         return found
 
     def list_files(self) -> list[Path]:
@@ -285,7 +289,7 @@ class CheckpointStore:
         content = map_file(path)
         try:
             tensors, metadata = decode_state(path, content, self._manifest.state)
-            facts = msgspec.json.decode(metadata.get(_FACTS, ""), type=_Facts)
+            facts = _DECODER.decode(metadata.get(_FACTS, ""))
         except FormatError as error:
             raise BundleError(str(path), error.reason) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

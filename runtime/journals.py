@@ -21,6 +21,9 @@ from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.links import Standing
 from splitonnx.states import check_home
 
+# msgspec ends the process where two threads meet a type for the first time at once
+_POSITION = msgspec.json.Decoder(Position)
+
 
 class Journal:
     """The record of one client's session; made by :meth:`open`.
@@ -208,6 +211,6 @@ def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
 
 def _read_position(text: str) -> Position:
     try:
-        return msgspec.json.decode(text, type=Position)
+        return _POSITION.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError("the state's position in the data", str(error)) from error

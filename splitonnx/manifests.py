@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -187,6 +187,10 @@ class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 
 
+# msgspec ends the process where two threads meet a type for the first time at once
+_DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest, BundleManifest)}
+
+
 def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
     """Write a manifest as indented JSON, keys in declaration order, so that diffs stay readable."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
@@ -200,7 +204,7 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
             state that no party can hold, or a wire with a dimension that nothing is said of.
     """
     try:
-        manifest = msgspec.json.decode(content, type=kind)
+        manifest: _Manifest = _DECODERS[kind].decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError(source, f"not a manifest of splitonnx: {error}") from error
     if manifest.format != FORMAT:

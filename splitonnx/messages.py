@@ -162,6 +162,9 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Message = Login | Hello | Welcome | Tensors | Save | Saved | Unsaved | Fault | Bye
 
+# msgspec ends the process where two threads meet a type for the first time at once
+_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
 
 def encode_message(
     message: Message, tensors: Mapping[str, np.ndarray] | None = None
@@ -180,7 +183,7 @@ def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.nd
     if metadata.keys() != {_FIELD}:
         raise FormatError("not a message", f"its metadata hold {sorted(metadata)}")
     try:
-        message = msgspec.json.decode(metadata[_FIELD], type=Message)
+        message = _DECODER.decode(metadata[_FIELD])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError("not a message", str(error)) from error
     if tensors and not isinstance(message, Tensors):

@@ -58,6 +58,10 @@ class _Identity(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
 
 
+# msgspec ends the process where two threads meet a type for the first time at once
+_IDENTITY = msgspec.json.Decoder(_Identity)
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """Every tensor of the manifest's state after ``step`` updates.
@@ -173,7 +177,7 @@ def check_home(folder: Path, digest: str) -> None:
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)
-        found = msgspec.json.decode(content, type=_Identity).digest
+        found = _IDENTITY.decode(content).digest
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotSaved(str(folder), "the folder's manifest is gone since it was loaded") from error
     if found != digest:
