@@ -64,7 +64,8 @@ class Premises:
 
     ``compute`` gives turns to what runs stages, ``storage`` to what reads and writes the disk, so
     that greetings and saving do not wait for steps.  ``locks`` and ``holders`` are by session: who
-    may touch it, and whose connection is its newest.
+    may touch it, and whose connection is its newest.  ``waiting`` names the sessions whose lock is
+    held by a message that waits for memory.
     """
 
     registry: Registry
@@ -80,6 +81,7 @@ class Premises:
     halt: asyncio.Event = field(default_factory=asyncio.Event)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Attendance] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
 
     def give_up_idle(self) -> None:
         """Give up open tasks whose clients let others wait for memory; those can begin again."""
@@ -88,7 +90,7 @@ class Premises:
         for task in self.budget.list_idle():
             name, phase = task
             session, lock = sessions.get(name), self.locks.get(name)
-            if lock is not None and lock.locked():
+            if lock is not None and lock.locked() and name not in self.waiting:
                 continue  # its next message has just come
             if session is not None and phase in session.open_phases:
                 session.abandon()
@@ -302,6 +304,7 @@ class Attendance:
             budget.extend(task, self._owner, needed)
             return
         granted = budget.ask(task, self._owner, needed)
+        self._premises.waiting.add(session.id)
         try:
             while not granted.done() and not (self._gone.done() or self._stopping.done()):
                 self._premises.give_up_idle()
@@ -311,6 +314,7 @@ class Attendance:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
         finally:
+            self._premises.waiting.discard(session.id)
             if not granted.done():
                 granted.cancel()
         if granted.cancelled():

@@ -207,8 +207,6 @@ class Conversation:
                 yield self._greet(message)
             case Tensors():
                 session = self._check_session(message.session)
-                if message.phase not in self._wires:
-                    raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
                 yield from session.work(
                     message, incoming.tensors, incoming.fingerprint, self._protocol.send
                 )

@@ -146,6 +146,8 @@ class Protocol:
         if isinstance(message, Hello | Welcome):
             self._compare(message)
         if isinstance(message, Tensors):
+            if message.phase not in list_wires(self._manifest):
+                raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
             self._check_tensors(message, tensors, sender=self._peer)
         self.state = following
         return message, tensors

@@ -122,7 +122,24 @@ def with_endless_zeros(part: PartyBundle) -> Body:
     return whole(encode_manifest(msgspec.structs.replace(part.manifest, state=(*state, *zeros))))
 
 
-FILES: dict[str, tuple[str, Callable[[PartyBundle], Body], Complaint]] = {
+def give_weights(part: PartyBundle, content: bytes) -> dict[str, Body]:
+    """Give other weights out, and a manifest to match."""
+    manifest = msgspec.structs.replace(part.manifest, weights=hashlib.sha256(content).hexdigest())
+    return {
+        "/client/manifest.json": whole(encode_manifest(manifest)),
+        "/client/weights.safetensors": whole(content),
+    }
+
+
+def with_a_bit_flipped(part: PartyBundle) -> Body:
+    content = bytearray(b"".join(part.encode()[1]))
+    content[-1] ^= 1
+    return whole(bytes(content))
+
+
+Lie = Callable[[PartyBundle], Body | dict[str, Body]]
+
+FILES: dict[str, tuple[str, Lie, Complaint]] = {
     "a graph that was altered": (
         HEAD,
         lambda part: whole(part.graphs[HEAD] + b"\0"),
@@ -148,9 +165,14 @@ FILES: dict[str, tuple[str, Callable[[PartyBundle], Body], Complaint]] = {
         lambda _: Body(parts=[bytes(8)], length=1000),
         Complaint(title="The server cannot be reached", text="weights.safetensors lost"),
     ),
+    "weights that were altered": (
+        "weights.safetensors",
+        with_a_bit_flipped,
+        Complaint(title=BROKEN, text="weights.safetensors: it was altered"),
+    ),
     "weights that are none": (
         "weights.safetensors",
-        lambda _: whole(b"\xff" * 64),
+        lambda part: give_weights(part, b"\xff" * 64),
         Complaint(title=UNREADABLE, text="weights.safetensors: .*header of 18446744073709551615"),
     ),
     "a manifest that is none": (

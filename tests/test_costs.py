@@ -218,16 +218,21 @@ class Visitor:
 
     def begin(self) -> None:
         """Send the first message of a step, and hear its answer."""
+        self.send("train")
+        assert isinstance(decode_message(self.transport.receive())[0], Tensors)
+
+    def send(self, phase: str) -> None:
+        """Send the first message of a task."""
         task = Tensors(
             session=self._session,
-            phase="train",
+            phase=phase,
             step=0,
             micro_batch=0,
             turn=0,
             seed=0,
             learning_rate=1e-3,
         )
-        assert isinstance(self.ask(task, {FORWARD: np.ones((8, 7), np.float32)}), Tensors)
+        self.transport.send(encode_message(task, {FORWARD: np.ones((8, 7), np.float32)}))
 
     def come_back(self, generation: int) -> None:
         self.transport.close()
@@ -261,3 +266,22 @@ def test_a_dimension_that_inference_does_not_know_counts_as_the_batch() -> None:
     party = cut(ZOO["upsampling"].build(), at=None).client
     needed = Estimates(party.manifest, party.graphs).measure("predict", {"N": 4096})
     assert needed > 2 * 4096 * 3 * 18 * 24 * 4  # what Resize gives, and Tanh after it
+
+
+def test_a_message_that_waits_for_memory_does_not_keep_what_its_own_session_holds(
+    bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bundle.server is not None
+    monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
+    needed = estimates.measure("train", {"N": 8})
+    server = Server(bundle.server, port=0, limits=Limits(task_bytes=needed * 3 // 2))
+    with server, Client(bundle.client, server.url) as honest:
+        greedy = Visitor(bundle, server.url, "2" * 32)
+        greedy.greet(1)
+        greedy.begin()
+        greedy.send("predict")  # there is no room for it beside the step
+        honest.step(ZOO["chain"].data(8))
+        with pytest.raises(ConnectionLost) as caught:
+            greedy.transport.receive()
+        assert caught.value.code == 1012
+        greedy.transport.close()

@@ -142,6 +142,18 @@ def test_a_tensor_that_is_no_wire_of_the_sender_is_refused() -> None:
         client.send(make_task(), {"weights": np.ones(3, np.float32)})
 
 
+@pytest.mark.parametrize("phase", ["evaluate", "x" * 100_000])
+def test_a_phase_in_which_nothing_travels_is_refused_before_anything_is_kept_of_it(
+    phase: str,
+) -> None:
+    receiver = Protocol(MANIFESTS[SERVER], SERVER)
+    receiver.state = State.OPEN
+    content = b"".join(encode_message(msgspec.structs.replace(make_task(), phase=phase)))
+    with pytest.raises(RemoteProtocolError, match="there is no phase") as caught:
+        receiver.receive(content)
+    assert len(str(caught.value)) < 200
+
+
 def test_greetings_of_different_bundles_name_both_sides() -> None:
     for field, value in (("digest", "other"), ("protocol", 9)):
         server = Protocol(MANIFESTS[SERVER], SERVER)
