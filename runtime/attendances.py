@@ -11,11 +11,9 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Literal, TypeVar
-from weakref import WeakValueDictionary
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import (
@@ -23,6 +21,7 @@ from splitonnx.errors import (
     FormatError,
     ServerBusy,
     SplitonnxError,
+    TaskTooLarge,
     Unauthorized,
 )
 from splitonnx.manifests import PREDICT, TRAIN
@@ -37,15 +36,13 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.budgets import IDLE_SECONDS, Budget
+from splitonnx.runtime.budgets import IDLE_SECONDS
 from splitonnx.runtime.conversations import Conversation, Incoming
-from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.ledgers import Reply
-from splitonnx.runtime.metrics import Metrics, Part
-from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.metrics import Part
+from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.sessions import Session
 from splitonnx.runtime.sockets import BUSY, POLICY, RESTART, Peer
-from splitonnx.runtime.tokens import Tokens
 from splitonnx.runtime.turns import Turns
 
 STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
@@ -57,49 +54,6 @@ _Result = TypeVar("_Result")
 _logger = logging.getLogger("splitonnx.server")
 
 
-@dataclass(kw_only=True, eq=False)
-class Premises:
-    """What the connections of a server share; ``stop`` is set once it is to end, ``halt`` once it
-    is to end without waiting for steps that run.
-
-    ``compute`` gives turns to what runs stages, ``storage`` to what reads and writes the disk, so
-    that greetings and saving do not wait for steps.  ``locks`` and ``holders`` are by session: who
-    may touch it, and whose connection is its newest.  ``waiting`` names the sessions whose lock is
-    held by a message that waits for memory.
-    """
-
-    registry: Registry
-    compute: Turns
-    storage: Turns
-    metrics: Metrics
-    stop: asyncio.Event
-    tokens: Tokens | None = None
-    norm: float | None = None
-    batch: int | None = None
-    estimates: Estimates | None = None
-    budget: Budget | None = None
-    halt: asyncio.Event = field(default_factory=asyncio.Event)
-    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
-    holders: dict[str, Attendance] = field(default_factory=dict)
-    waiting: set[str] = field(default_factory=set)
-
-    def give_up_idle(self) -> None:
-        """Give up open tasks whose clients let others wait for memory; those can begin again."""
-        assert self.budget is not None
-        sessions = {session.id: session for session in self.registry.sessions}
-        for task in self.budget.list_idle():
-            name, phase = task
-            session, lock = sessions.get(name), self.locks.get(name)
-            if lock is not None and lock.locked() and name not in self.waiting:
-                continue  # its next message has just come
-            if session is not None and phase in session.open_phases:
-                session.abandon()
-                holder = self.holders.get(name)
-                if holder is not None:
-                    holder._peer.dismiss(RESTART, "others wait for the memory of its step")
-            self.budget.release(task)
-
-
 class Attendance:
     """One connection, from its first message to its end."""
 
@@ -109,7 +63,8 @@ class Attendance:
         self._metrics = premises.metrics
         self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
         self._conversation: Conversation | None = None
-        self._owner: Hashable = self  # whose turn it is when this connection's is
+        # Whose turn it is when this connection's is; turns keep it when the connection is gone.
+        self._owner: Hashable = object()
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
@@ -134,6 +89,10 @@ class Attendance:
             if self._conversation is not None:
                 self._let_go(self._conversation)
 
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection without waiting; the other side is told why, if it reads."""
+        self._peer.dismiss(code, reason)
+
     def _let_go(self, conversation: Conversation) -> None:
         conversation.end()
         session = conversation.session
@@ -147,7 +106,7 @@ class Attendance:
             if content is None:
                 return
             owner = await self._log_in(content)
-        self._owner = owner or self
+        self._owner = owner or self._owner
         conversation = Conversation(
             self._premises.registry,
             owner,
@@ -229,34 +188,44 @@ class Attendance:
             incoming = await self._take_turn(turns, partial(self._read, conversation, content))
             if isinstance(incoming.message, Hello):
                 await self._enter(conversation, incoming)
+        except ConnectionLost:
+            raise
         except SplitonnxError as error:
-            if isinstance(error, ConnectionLost):
-                raise
             async with self._own(conversation):
-                await self._reply(conversation.refuse(error), self._premises.storage)
-                self._settle(conversation.session)
-            self._note_refusal(conversation)
+                await self._refuse(conversation, error)
             return
         if isinstance(incoming.message, Hello):
             self._take_over(conversation, incoming.message.generation)
         async with self._own(conversation):
-            session = conversation.session
-            done = 0 if session is None else session.tasks_done
-            if session is not None and isinstance(incoming.message, Tensors):
-                await self._reserve(session, incoming.message, incoming.needed)
-            begun = time.perf_counter()
-            try:
-                is_work = isinstance(incoming.message, Tensors)
-                turns = self._premises.compute if is_work else self._premises.storage
-                await self._reply(conversation.answer(incoming), turns)
-            finally:  # what was done counts, whether or not the client could be told
-                if session is not None:
-                    seconds = time.perf_counter() - begun
-                    self._note(incoming.message, session, session.tasks_done > done, seconds)
-                self._note_refusal(conversation)
-                self._settle(session)
+            await self._answer(conversation, incoming)
         if conversation.is_interrupted:
             await self._peer.close(RESTART, str(conversation.refused))
+
+    async def _refuse(self, conversation: Conversation, error: SplitonnxError) -> None:
+        """Tell the client of an error, which ends the conversation."""
+        await self._reply(conversation, conversation.refuse(error), self._premises.storage)
+        self._note_refusal(conversation)
+
+    async def _answer(self, conversation: Conversation, incoming: Incoming) -> None:
+        """Act on a message, once there is memory for its task."""
+        session, message = conversation.session, incoming.message
+        done = 0 if session is None else session.tasks_done
+        is_work = isinstance(message, Tensors)
+        try:
+            if session is not None and isinstance(message, Tensors):
+                await self._reserve(session, message, incoming.needed)
+        except (ServerBusy, TaskTooLarge) as error:
+            await self._refuse(conversation, error)
+            return
+        begun = time.perf_counter()
+        try:
+            turns = self._premises.compute if is_work else self._premises.storage
+            await self._reply(conversation, conversation.answer(incoming), turns)
+        finally:  # what was done counts, whether or not the client could be told
+            if session is not None:
+                seconds = time.perf_counter() - begun
+                self._note(message, session, session.tasks_done > done, seconds)
+            self._note_refusal(conversation)
 
     async def _enter(self, conversation: Conversation, incoming: Incoming) -> None:
         """Find the session of a greeting; while a session is written to disk no thread waits."""
@@ -275,7 +244,7 @@ class Attendance:
         older = self._premises.holders.get(session.id)
         if older is not None:
             reason = f"connection {generation} took the session over"
-            older._peer.dismiss(REPLACED, reason)
+            older.dismiss(REPLACED, reason)
         self._premises.holders[session.id] = self
 
     @asynccontextmanager
@@ -296,6 +265,7 @@ class Attendance:
 
         Raises:
             ConnectionLost: it does; what it sent is forgotten.
+            ServerBusy, TaskTooLarge: there is not so much, or not so much left.
         """
         budget, task = self._premises.budget, (session.id, message.phase)
         if budget is None:
@@ -304,17 +274,16 @@ class Attendance:
             budget.extend(task, self._owner, needed)
             return
         granted = budget.ask(task, self._owner, needed)
-        self._premises.waiting.add(session.id)
         try:
-            while not granted.done() and not (self._gone.done() or self._stopping.done()):
-                self._premises.give_up_idle()
-                await asyncio.wait(
-                    (granted, self._gone, self._stopping),
-                    timeout=IDLE_SECONDS / 10,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+            with self._letting_go(session):
+                while not granted.done() and not (self._gone.done() or self._stopping.done()):
+                    self._premises.give_up_idle()
+                    await asyncio.wait(
+                        (granted, self._gone, self._stopping),
+                        timeout=IDLE_SECONDS / 10,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
         finally:
-            self._premises.waiting.discard(session.id)
             if not granted.done():
                 granted.cancel()
         if granted.cancelled():
@@ -345,24 +314,47 @@ class Attendance:
             raise ConnectionLost(self._peer.name, "it left before its message's turn came")
         return await piece
 
-    async def _reply(self, replies: Iterator[Reply], turns: Turns) -> None:
-        """Send replies as they become ready; the work goes on to its end in any case."""
-        lost: ConnectionLost | None = None
+    async def _reply(
+        self, conversation: Conversation, replies: Iterator[Reply], turns: Turns
+    ) -> None:
+        """Work on replies to the end, and send each once it is ready and the one before is gone.
+
+        The work does not wait for the client to read, and what its task held is given back as soon
+        as it is done.
+        """
+        ready: asyncio.Queue[Reply | None] = asyncio.Queue()
+        sending = asyncio.create_task(self._send(ready))
         advance = partial(self._advance, replies)
-        pending = turns.run(self._owner, advance)
-        while (chunks := await asyncio.shield(pending)) is not None:
-            pending = turns.run(self._owner, advance)  # while it is sent
-            if lost is not None:
-                continue
+        try:
+            while (chunks := await asyncio.shield(turns.run(self._owner, advance))) is not None:
+                ready.put_nowait(chunks)
+            ready.put_nowait(None)
+            self._settle(conversation.session)
+            with self._letting_go(conversation.session):
+                await sending
+        finally:
+            if not sending.cancel() and not sending.cancelled():
+                sending.exception()  # was seen
+            self._settle(conversation.session)
+
+    async def _send(self, ready: asyncio.Queue[Reply | None]) -> None:
+        while (chunks := await ready.get()) is not None:
             begun = time.perf_counter()
-            try:
-                await self._peer.send(chunks)
-            except ConnectionLost as error:
-                lost = error
+            await self._peer.send(chunks)
             self._seconds["send"] += time.perf_counter() - begun
             self._metrics.count_bytes("down", sum(map(len, chunks)))
-        if lost is not None:
-            raise lost
+
+    @contextmanager
+    def _letting_go(self, session: Session | None) -> Iterator[None]:
+        """Let the session's open tasks be given up, although its lock is held: nothing runs."""
+        if session is None:
+            yield
+            return
+        self._premises.waiting.add(session.id)
+        try:
+            yield
+        finally:
+            self._premises.waiting.discard(session.id)
 
     def _read(self, conversation: Conversation, content: Chunk | bytearray) -> Incoming:
         begun = time.perf_counter()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from splitonnx.errors import TaskTooLarge
+from splitonnx.errors import ServerBusy, TaskTooLarge
 
 IDLE_SECONDS = 10.0
 """Seconds that a client may think within a task while others wait for its memory."""
@@ -36,7 +36,11 @@ class _Request:
     task: Task
     owner: Hashable
     size: int
-    future: asyncio.Future[None]
+    future: asyncio.Future[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.future is None or self.future.done()
 
 
 class Budget:
@@ -79,19 +83,28 @@ class Budget:
         self.release(task)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
+        future.add_done_callback(self._note_end)
         self._give()
         return future
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Note that an open task goes on, and needs so much by now; it never waits.
+        """Note that an open task continues, and needs so much by now; it never waits.
+
+        Two tasks that both waited for more would wait for each other, so one that needs more than
+        is left, or than its owner's share while others wait, is refused.
 
         Raises:
             TaskTooLarge: it is more than there is.
+            ServerBusy: there is not so much left.
         """
         self.check(size)
         held = self._held.get(task)
-        largest = size if held is None else max(size, held.size)
-        self._held[task] = _Reservation(owner=owner, size=largest)
+        before = 0 if held is None else held.size
+        growth = max(size - before, 0)
+        request = _Request(task=task, owner=owner, size=growth)
+        if growth and (self.used + growth > self.total or self._is_over_share(request)):
+            raise ServerBusy("memory for tasks that grow after their first message")
+        self._held[task] = _Reservation(owner=owner, size=before + growth)
 
     def pause(self, task: Task) -> None:
         """Note that a task is open, and that its client's next message is waited for."""
@@ -115,13 +128,19 @@ class Budget:
         ]
         return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
 
+    def _note_end(self, future: asyncio.Future[None]) -> None:
+        """Let those behind a request that was withdrawn have what it waited for."""
+        if future.cancelled():
+            self._give()
+
     def _give(self) -> None:
         """Give memory to whoever is next, as long as there is enough."""
-        self._waiting = [request for request in self._waiting if not request.future.done()]
+        self._waiting = [request for request in self._waiting if not request.is_over]
         while (request := self._find_next()) is not None:
             self._waiting.remove(request)
             self._given[request.owner] = next(self._numbers)
             self._held[request.task] = _Reservation(owner=request.owner, size=request.size)
+            assert request.future is not None
             request.future.set_result(None)
         owners = {request.owner for request in self._waiting}
         owners |= {held.owner for held in self._held.values()}

@@ -112,12 +112,14 @@ class Link:
         self._generation = 0
         self._wants_repeat = False
         self._delays: Iterator[float] | None = None  # they go on until something comes of it
+        self._lost_at: float | None = None  # likewise: when the connection was lost first
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
         self._task: OpenTask | None = None
         self._last: OpenTask | None = None  # the last step, which the server may not have made
         self._past_traffic = (0, 0)
         self.step = self._find_server(None) if patient else self._greet()
+        self._lost_at = None  # what has not begun was not lost
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -261,13 +263,14 @@ class Link:
 
     def _find_server(self, cause: SplitonnxError | None) -> int:
         """Greet until somebody answers."""
-        begun = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
         limit = self._backoff.give_up_after
         if self._delays is None:
             self._delays = self._backoff.delays()
         for delay in self._delays:
             if cause is not None and limit is not None:
-                left = begun + limit - time.monotonic()
+                left = self._lost_at + limit - time.monotonic()
                 if left <= 0:
                     raise cause
                 delay = min(delay, left)
@@ -364,7 +367,7 @@ class Link:
         if isinstance(message, Fault):
             raise _translate(message, self._generation)
         if not isinstance(message, Welcome):
-            self._delays = None
+            self._delays = self._lost_at = None
         return message, tensors
 
 

@@ -30,7 +30,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.archives import DAY
-from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.attendances import Attendance
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.doors import check_exposure, is_loopback
@@ -43,6 +43,7 @@ from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.pages import read_pages
 from splitonnx.runtime.pools import WorkerPool
+from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.protocols import SERVER
 from splitonnx.runtime.refusals import Answer, Refusal, Visit
 from splitonnx.runtime.registries import Registry

@@ -22,6 +22,8 @@ UNKNOWN = "unk__"
 
 _LONGEST = 2000
 """Characters; a longer text is one atom."""
+_DEEPEST = 32
+"""Of quotients inside one another; what is deeper is one atom."""
 _NAME = re.compile(rf"{UNKNOWN}[^\s*+()]+|[\w.]+", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 
@@ -114,13 +116,22 @@ def _read_factor(text: str) -> str | int | None:
 @lru_cache(maxsize=1 << 14)
 def _split_quotient(text: str) -> tuple[str, str] | None:
     """Split ``(left)//(right)`` where both sides are sums."""
-    if not (text.startswith("(") and text.endswith(")")):
+    if not (text.startswith("(") and text.endswith(")")) or _measure_depth(text) > _DEEPEST:
         return None
     sides = list(_split(text, "//"))
     if len(sides) != 2 or not all(s.startswith("(") and s.endswith(")") for s in sides):
         return None
     left, right = (side[1:-1] for side in sides)
     return (left, right) if _parse_sum(left) and _parse_sum(right) else None
+
+
+def _measure_depth(text: str) -> int:
+    """Count how deep parentheses lie inside one another."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _split(text: str, sign: str) -> Iterator[str]:

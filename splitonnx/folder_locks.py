@@ -90,6 +90,8 @@ def _open(folder: Path) -> tuple[int | None, Path]:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         return os.open(path, flags, 0o644), path
+    with suppress(OSError):  # another user's, who holds it: a lock takes no right to write
+        return os.open(path, flags & ~(os.O_RDWR | os.O_CREAT) | os.O_RDONLY), path
     with suppress(OSError):
         return os.open(folder, os.O_RDONLY), folder
     return None, folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -15,15 +17,19 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Hello, Message, Tensors
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.attendances import Attendance, Premises
+from splitonnx.runtime.attendances import Attendance
+from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.identities import ALL_ROLES
 from splitonnx.runtime.metrics import Metrics
+from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
 from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer
 from splitonnx.runtime.turns import Turns
+from tests.echoes import PATIENCE
 from tests.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -118,3 +124,49 @@ def test_a_step_that_was_made_is_counted_whether_or_not_the_client_heard_of_it(
     asyncio.run(Attendance(premises, cast("Peer", peer)).run())
     assert peer.left == 0
     assert count_steps(premises.metrics) == 1
+
+
+def test_nothing_of_a_connection_is_kept_once_it_is_gone(
+    bundle: Bundle, premises: Premises
+) -> None:
+    attendance = Attendance(premises, cast("Peer", Guest(bundle, hears=3)))
+    gone = weakref.ref(attendance)
+    asyncio.run(attendance.run())
+    del attendance
+    gc.collect()
+    assert gone() is None
+
+
+class Deaf(Guest):
+    """A client that takes the last reply to its step only once it ``listens``."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, hears=3)
+        self.is_told = asyncio.Event()
+        self.listens = asyncio.Event()
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        if self.left == 1:
+            self.is_told.set()
+            await self.listens.wait()
+        await super().send(chunks)
+
+
+def test_a_step_gives_its_memory_back_though_nobody_reads_its_reply(
+    bundle: Bundle, premises: Premises
+) -> None:
+    assert bundle.server is not None
+    estimates = Estimates(bundle.server.manifest, bundle.server.graphs)
+    needed = estimates.measure("train", {"N": 2})
+
+    async def train() -> None:
+        premises.estimates, premises.budget = estimates, Budget(needed)
+        peer = Deaf(bundle)
+        serving = asyncio.create_task(Attendance(premises, cast("Peer", peer)).run())
+        await peer.is_told.wait()
+        other = premises.budget.ask(("0" * 32, "train"), "ana", needed)
+        await asyncio.wait_for(other, PATIENCE)
+        peer.listens.set()
+        await serving
+
+    asyncio.run(train())

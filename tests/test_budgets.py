@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from splitonnx.errors import TaskTooLarge
+from splitonnx.errors import ServerBusy, TaskTooLarge
 from splitonnx.runtime.budgets import IDLE_SECONDS, Budget
+from tests.echoes import PATIENCE
 
 
 class Clock:
@@ -128,10 +129,12 @@ def test_a_task_that_goes_on_never_waits_and_keeps_the_larger_size() -> None:
         budget = Budget(100)
         budget.ask(task("a"), "ana", 60)
         budget.ask(task("b"), "ben", 30)
-        budget.extend(task("a"), "ana", 80)
-        assert budget.used == 110
+        budget.extend(task("a"), "ana", 70)
+        assert budget.used == 100
         budget.extend(task("a"), "ana", 10)
-        assert budget.used == 110
+        assert budget.used == 100
+        with pytest.raises(ServerBusy):  # an empty first message does not pass the limit by
+            budget.extend(task("a"), "ana", 80)
         with pytest.raises(TaskTooLarge):
             budget.extend(task("a"), "ana", 101)
 
@@ -166,5 +169,17 @@ def test_a_client_that_answers_in_time_keeps_its_task() -> None:
         budget.extend(task("e"), "eve", 90)  # its next message
         clock.now = 2 * IDLE_SECONDS
         assert budget.list_idle() == []  # it runs
+
+    run(test)
+
+
+def test_a_request_that_is_withdrawn_lets_those_behind_it_have_its_place() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e"), "eve", 50)
+        large, small = budget.ask(task("a"), "ana", 90), budget.ask(task("b"), "ben", 40)
+        assert not small.done()  # nobody passes a large one that waits
+        large.cancel()
+        await asyncio.wait_for(small, PATIENCE)
 
     run(test)

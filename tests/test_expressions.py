@@ -126,3 +126,15 @@ def test_the_sentence_says_what_a_dimension_is_bound_to() -> None:
         bind({"N": 2, "T": 3}, ("N", 2), ("4*N", 9))
     with pytest.raises(ArrayMismatch, match=r"F32\[N, 4\] without an empty dimension"):
         bind({}, ("N", 0), (4, 4))
+
+
+def test_quotients_that_nest_too_deep_are_one_name_and_end_nothing() -> None:
+    text = "N"
+    for _ in range(300):
+        text = f"({text})//(1)"
+    assert parse_terms(text[:2000]) == (((text[:2000],), 1),)
+    assert evaluate(text, {"N": 3}) is None
+    sizes: dict[str, int] = {}
+    spec = TensorSpec(name="x", dtype="F32", shape=(text,))
+    check_array(np.zeros(3, np.float32), spec, sizes)
+    assert sizes == {text: 3}

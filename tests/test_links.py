@@ -125,3 +125,28 @@ def test_on_a_new_connection_an_answer_comes_again_once() -> None:
         link.receive_wires()
     with pytest.raises(RemoteProtocolError, match="sent message 0 where 1 was due"):
         link.receive_wires()
+
+
+def test_a_server_that_welcomes_and_hangs_up_is_given_up_in_the_end() -> None:
+    bundle = tiny.split_bundle()
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with (
+        patch("splitonnx.runtime.links.time.sleep", sleep),
+        patch("splitonnx.runtime.links.time.monotonic", lambda: now),
+    ):
+        link = Link(
+            lambda: Fleeting(bundle, 0),
+            manifest=bundle.client.manifest,
+            session=SESSION,
+            stand=lambda: Standing(origin="", start=0, step=0, kept=()),
+            backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
+        )
+        link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        with pytest.raises(ConnectionLost):
+            link.send_wires({}, seed=0, learning_rate=0.1)
+    assert now == pytest.approx(30.0)

@@ -25,6 +25,7 @@ type Terms = readonly Term[];
 type ReadonlySizes = ReadonlyMap<string, number>;
 
 const LONGEST = 2000; // characters; a longer text is one atom
+const DEEPEST = 32; // quotients inside one another; what is deeper is one atom
 const NAME = /^(?:unk__[^ \t\n\r\f\v*+()]+|[A-Za-z0-9_.]+)$/;
 const NUMBER = /^-?[0-9]{1,15}$/; // they are exact
 const MOST = 10_000; // texts that are kept as read; a bundle has far fewer
@@ -59,12 +60,23 @@ function parseSum(text: string): Terms | undefined {
 function readFactor(text: string): number | Atom | undefined {
   if (NUMBER.test(text)) return Number(text);
   if (NAME.test(text)) return { text };
+  if (measureDepth(text) > DEEPEST) return undefined;
   const sides = split(text, "//");
   if (sides.length !== 2 || !sides.every((one) => one.startsWith("(") && one.endsWith(")"))) {
     return undefined;
   }
   const [left, right] = sides.map((side) => parseSum(side.slice(1, -1)));
   return left && right && { text, sides: [left, right] };
+}
+
+function measureDepth(text: string): number {
+  let [depth, deepest] = [0, 0];
+  for (const character of text) {
+    if (character === "(") depth += 1;
+    if (character === ")") depth -= 1;
+    deepest = Math.max(deepest, depth);
+  }
+  return deepest;
 }
 
 /** Split a text at a sign that stands outside of all parentheses. */
