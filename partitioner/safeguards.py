@@ -22,6 +22,18 @@ from splitonnx.expressions import UNKNOWN, is_quotient
 from splitonnx.partitioner.dimensions import Amount, list_terms, parse_dim
 from splitonnx.partitioner.drafts import Draft
 
+_SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
+"""Integers that processors divide in their own size; smaller ones are widened first."""
+_INTEGERS = {
+    *_SMALLEST,
+    ir.DataType.INT8,
+    ir.DataType.INT16,
+    ir.DataType.UINT8,
+    ir.DataType.UINT16,
+    ir.DataType.UINT32,
+    ir.DataType.UINT64,
+}
+
 Check = Callable[[Draft, ir.Node], Mapping[int, ir.Value]]
 
 
@@ -90,22 +102,47 @@ def _check_source(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that no integer is divided by 0.
+    """Check that no integer is divided by 0, and the smallest one not by -1: both end the process.
 
-    d' = d + [0][1 - min(|d|, 1)]
+    d' = d + [0][d = 0 or (d = -1 and n = smallest)]
     """
-    divisor = node.inputs[1]
-    if divisor is None or divisor.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    number, divisor = node.inputs[:2]
+    if number is None or divisor is None or divisor.dtype not in _INTEGERS:
         return {}
+    smallest = _SMALLEST.get(divisor.dtype)
     constant = ir.convenience.get_const_tensor(divisor)
-    if constant is not None and constant.numpy().all():
-        return {}
+    if constant is not None:
+        values = constant.numpy()
+        if values.all() and (smallest is None or not (values == -1).any()):
+            return {}
     wide = draft.cast(divisor, ir.DataType.INT64)
-    one = draft.integer(1)
-    index = draft.op("Sub", one, draft.op("Min", draft.op("Abs", wide), one))
+    bad = draft.op("Equal", wide, draft.integer(0))
+    shape = divisor.shape
+    if smallest is not None:
+        overflows = draft.op(
+            "And",
+            draft.op("Equal", wide, draft.integer(-1)),
+            draft.op("Equal", draft.cast(number, ir.DataType.INT64), draft.integer(smallest)),
+        )
+        bad, shape = draft.op("Or", bad, overflows), None
+    index = draft.cast(_type(bad, ir.DataType.BOOL), ir.DataType.INT64)
     zeros = _type(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
-    checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
-    return {1: _type(checked, divisor.dtype, divisor.shape)}
+    if divisor.dtype in _SMALLEST:
+        checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
+    else:  # Add has no kernel for the small ones
+        checked = draft.cast(_type(draft.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype)
+    return {1: _type(checked, divisor.dtype, shape)}
+
+
+def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Bring a diagonal's number to what an address can be computed from: no tensor is larger."""
+    diagonal = node.inputs[1] if len(node.inputs) > 1 else None
+    if diagonal is None or diagonal.is_initializer():
+        return {}
+    bound = 1 << 31
+    lowered = draft.op("Min", diagonal, draft.integer(bound))
+    bounded = draft.op("Max", _type(lowered, ir.DataType.INT64), draft.integer(-bound))
+    return {1: _type(bounded, ir.DataType.INT64, diagonal.shape)}
 
 
 def _check_filled(
@@ -195,5 +232,6 @@ _CHECKS: Mapping[str, Check] = {
     "GatherND": _check_gather,
     "Mod": _check_divisor,
     "SoftmaxCrossEntropyLoss": _check_labels,
+    "Trilu": _check_diagonal,
 }
 _TRAINING_CHECKS: Mapping[str, Check] = {"Conv": _check_rows, "ReduceMean": _check_source}

@@ -49,6 +49,9 @@ STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
 STOP_GRACE = 30.0
 """Seconds that a server that stops waits for the next message of a step that runs."""
 
+SEND_GRACE = 5.0
+"""Seconds that a server that stops waits until a reply is read."""
+
 _Result = TypeVar("_Result")
 
 _logger = logging.getLogger("splitonnx.server")
@@ -155,7 +158,7 @@ class Attendance:
         try:
             await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done() and self._is_mid_step:
-                await self._wait_for_step(receiving)
+                await self._wait_unless_halted(receiving, STOP_GRACE)
             if receiving.done() and (self._is_mid_step or not stopping.done()):
                 return receiving.result()
         finally:
@@ -166,12 +169,12 @@ class Attendance:
         await self._peer.close(RESTART, "the server restarts")
         return None
 
-    async def _wait_for_step(self, receiving: asyncio.Future[bytes | bytearray]) -> None:
-        """Wait for a running step's next message, unless the server halts."""
+    async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
+        """Wait some seconds, unless the server is to end without waiting for steps that run."""
         halting = asyncio.create_task(self._premises.halt.wait())
         try:
             await asyncio.wait(
-                (receiving, halting), timeout=STOP_GRACE, return_when=asyncio.FIRST_COMPLETED
+                (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             halting.cancel()
@@ -331,11 +334,20 @@ class Attendance:
             ready.put_nowait(None)
             self._settle(conversation.session)
             with self._letting_go(conversation.session):
-                await sending
+                await self._finish_sending(sending)
         finally:
             if not sending.cancel() and not sending.cancelled():
                 sending.exception()  # was seen
             self._settle(conversation.session)
+
+    async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
+        """Wait until replies are read; once the server stops, not for long, and not if it halts."""
+        await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            await self._wait_unless_halted(sending, SEND_GRACE)
+        if not sending.done():
+            self._peer.dismiss(RESTART, "the server restarts")
+        await sending
 
     async def _send(self, ready: asyncio.Queue[Reply | None]) -> None:
         while (chunks := await ready.get()) is not None:

@@ -98,7 +98,7 @@ def export(
     party = PartyBundle.load(source)
     if _is_export(party.manifest):
         raise BundleError(str(source), "its graphs are in ORT format already")
-    counts = {name: _count_operators(name, graph) for name, graph in party.graphs.items()}
+    counts = {name: count_operators(name, graph) for name, graph in party.graphs.items()}
     _refuse_training(party.manifest, counts)
     converted = _convert(party)
     kernels = list_kernels(converted.graphs.values())
@@ -187,8 +187,12 @@ def _refuse_training(manifest: PartyManifest, counts: dict[str, Counter[str]]) -
             raise NotExportable(name, foreign, manifest.party)
 
 
-def _count_operators(name: str, graph: bytes) -> Counter[str]:
-    """Count a graph's nodes by operator, those in bodies of If, Loop and Scan included."""
+def count_operators(name: str, graph: bytes) -> Counter[str]:
+    """Count a graph's nodes by operator, those in bodies of If, Loop and Scan included.
+
+    Raises:
+        ForbiddenGraph: it is not a graph as bundles have them.
+    """
     check_graph(name.removesuffix(_ONNX), graph)
     reader = Reader(graph, max_fields=MAX_FIELDS)
     places = [(start, stop) for field, start, stop in _read_model(reader) if field == "graph"]

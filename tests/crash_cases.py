@@ -31,6 +31,7 @@ class Case:
     good: Mapping[str, np.ndarray]
     bad: Mapping[str, np.ndarray]
     loss: str = "cross-entropy"
+    end: str = "StageFailed"
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -58,6 +59,27 @@ def build_division() -> onnx.ModelProto:
     value = net.op("Mul", value, scale, out="scaled")
     output = net.op("MatMul", value, net.weight("w2", 6, 4), out="scores")
     return net.finish({"x": (FLOAT, ["N", 4]), "count": (INT64, ["N", 1])}, output, 4)
+
+
+def build_quotient(operator: str, kind: int) -> onnx.ModelProto:
+    """Integers of data that are divided by data."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    share = net.op(operator, "whole", "count", out="share")
+    scale = net.op("Cast", share, out="scale", to=TensorProto.FLOAT)
+    value = net.op("Mul", value, scale, out="scaled")
+    output = net.op("MatMul", value, net.weight("w2", 6, 4), out="scores")
+    integer: tuple[int, list[int | str]] = (kind, ["N", 1])
+    return net.finish({"x": (FLOAT, ["N", 4]), "whole": integer, "count": integer}, output, 4)
+
+
+def build_triangle() -> onnx.ModelProto:
+    """A triangle whose diagonal is data."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    value = net.op("Trilu", value, "count", out="triangle")
+    output = net.op("MatMul", value, net.weight("w2", 6, 4), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 4]), "count": (INT64, [])}, output, 4)
 
 
 def build_frames(operator: str = "Conv") -> onnx.ModelProto:
@@ -128,6 +150,24 @@ def _gather(**bad: np.ndarray) -> Case:
     return Case(build=build_gather, at=("h", "places"), good=_GATHERED, bad={**_GATHERED, **bad})
 
 
+def _quotient(operator: str, kind: str, whole: int, count: int) -> Case:
+    dtype = np.dtype(kind)
+
+    def divide(whole: int, count: int) -> Arrays:
+        numbers = {
+            "whole": np.array([[whole], [7]], dtype),
+            "count": np.array([[count], [2]], dtype),
+        }
+        return {"h": floats(2, 6), **numbers}
+
+    return Case(
+        build=lambda: build_quotient(operator, onnx.helper.np_dtype_to_tensor_dtype(dtype)),
+        at=("h", "whole", "count"),
+        good=divide(9, 3),
+        bad=divide(whole, count),
+    )
+
+
 def _frames(operator: str) -> Case:
     return Case(build=lambda: build_frames(operator), at=("h",), good=_SEQUENCE, bad=_ONE_FRAME)
 
@@ -148,6 +188,17 @@ CASES: Mapping[str, Case] = {
         at=("h", "count"),
         good={"h": floats(2, 6), "count": np.array([[3], [2]])},
         bad={"h": floats(2, 6), "count": np.array([[3], [0]])},
+    ),
+    "the smallest number by minus one": _quotient("Div", "i8", -(1 << 63), -1),
+    "the smallest small number by minus one": _quotient("Div", "i4", -(1 << 31), -1),
+    "the remainder of the smallest number by minus one": _quotient("Mod", "i8", -(1 << 63), -1),
+    "no divisor of a byte": _quotient("Mod", "u1", 3, 0),
+    "a diagonal far away": Case(
+        build=build_triangle,
+        at=("h", "count"),
+        good={"h": floats(2, 6), "count": np.array(0)},
+        bad={"h": floats(2, 6), "count": np.array(-(1 << 63))},
+        end="done",
     ),
 }
 

@@ -142,6 +142,7 @@ class Deaf(Guest):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, hears=3)
+        self.is_dismissed = False
         self.is_told = asyncio.Event()
         self.listens = asyncio.Event()
 
@@ -149,7 +150,13 @@ class Deaf(Guest):
         if self.left == 1:
             self.is_told.set()
             await self.listens.wait()
+        if self.is_dismissed:
+            raise ConnectionLost(self.name, "it was ended here")
         await super().send(chunks)
+
+    def dismiss(self, code: int, reason: str) -> None:
+        self.is_dismissed = True
+        self.listens.set()
 
 
 def test_a_step_gives_its_memory_back_though_nobody_reads_its_reply(
@@ -170,3 +177,19 @@ def test_a_step_gives_its_memory_back_though_nobody_reads_its_reply(
         await serving
 
     asyncio.run(train())
+
+
+def test_a_server_that_halts_does_not_wait_for_a_reply_to_be_read(
+    bundle: Bundle, premises: Premises
+) -> None:
+    async def train() -> None:
+        peer = Deaf(bundle)
+        serving = asyncio.create_task(Attendance(premises, cast("Peer", peer)).run())
+        await peer.is_told.wait()
+        premises.stop.set()
+        premises.halt.set()
+        await asyncio.wait_for(serving, PATIENCE)
+        assert peer.is_dismissed
+
+    asyncio.run(train())
+    assert count_steps(premises.metrics) == 1

@@ -257,7 +257,7 @@ def test_training_operators_within_a_loop_are_found() -> None:
         onnx.helper.make_opsetid(domain, 1 if domain else 18) for domain in ("", "com.microsoft")
     ]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    counted = exports._count_operators("head.onnx", model.SerializeToString())
+    counted = exports.count_operators("head.onnx", model.SerializeToString())
     assert counted == {"If": 1, "ReluGrad": 2}
 
 
