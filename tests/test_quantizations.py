@@ -90,11 +90,14 @@ def test_an_untrained_quantised_model_comes_back_as_it_was(name: str, per_channe
         np.testing.assert_array_equal(now[weight], was[weight])
         assert now[weight].dtype == np.int8
     data = {n: a for n, a in ZOO[name].data(8).items() if n != "labels"}
+    # Fused integer kernels saturate on processors without VNNI; both take the same ones below that.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     results = [
-        onnxruntime.InferenceSession(m.SerializeToString()).run(None, data)[0]
+        onnxruntime.InferenceSession(m.SerializeToString(), options).run(None, data)[0]
         for m in (model, merged)
     ]
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+    np.testing.assert_array_equal(results[0], results[1])
 
 
 def pair(
