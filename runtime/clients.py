@@ -10,6 +10,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -102,21 +103,34 @@ class Client:
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
         self._journal = Journal.open(self._executor, resume=resume)
-        link = None
-        if server is not None:
-            dial, transport = _split_address(server, access)
-            link = Link(
-                dial,
-                transport,
-                manifest=self._manifest,
-                session=self._journal.session,
-                stand=lambda: self._journal.stand(self._executor.step),
-                backoff=Backoff(give_up_after=give_up_after),
-                patient=resume or give_up_after is not None,
-            )
-            if link.step != self._executor.step:
+        with ExitStack() as undo:  # the folder is another's where no client comes of this
+            undo.callback(self._journal.release)
+            link = self._connect(server, access, give_up_after, is_patient=resume)
+            if link is not None and link.step != self._executor.step:
                 self._journal.position = self._journal.go_back(self._executor, link.step)
+            undo.pop_all()
         self._half = Half(self._executor, self._journal, link, seed=seed)
+
+    def _connect(
+        self,
+        server: str | Transport | Dial | None,
+        access: Access | None,
+        give_up_after: float | None,
+        *,
+        is_patient: bool,
+    ) -> Link | None:
+        if server is None:
+            return None
+        dial, transport = _split_address(server, access)
+        return Link(
+            dial,
+            transport,
+            manifest=self._manifest,
+            session=self._journal.session,
+            stand=lambda: self._journal.stand(self._executor.step),
+            backoff=Backoff(give_up_after=give_up_after),
+            patient=is_patient or give_up_after is not None,
+        )
 
     def __enter__(self) -> Self:
         return self

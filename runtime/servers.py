@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -133,48 +133,54 @@ class Server:
             raise UsageError(f"sessions are kept for a number of days, not {keep_sessions:g}")
         path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
         self._lock = None if path is None else FolderLock.acquire(path)
-        party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
-        if party.manifest.party != SERVER:
-            raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
-        check_exposure(host, tokens, tls, insecure=insecure)
-        self._pages = None if web is None else read_pages(Path(web))
-        self.host = host
-        self.port = port
-        self._limits = limits or Limits()
-        self._tokens = tokens
-        self._tls = tls
-        self._origins = tuple(origins)
-        self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
-        self._metrics = Metrics(phase.name for phase in party.manifest.phases)
-        if isolate is None:
-            isolate = (
-                tokens is not None
-                or _asks_for_certificates(tls)
-                or not is_loopback(host)
-                or any(count_operators(*file).keys() & UNGUARDED for file in party.graphs.items())
+        with ExitStack() as undo:
+            if self._lock is not None:
+                undo.callback(self._lock.release)
+            party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
+            if party.manifest.party != SERVER:
+                raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
+            check_exposure(host, tokens, tls, insecure=insecure)
+            self._pages = None if web is None else read_pages(Path(web))
+            self.host = host
+            self.port = port
+            self._limits = limits or Limits()
+            self._tokens = tokens
+            self._tls = tls
+            self._origins = tuple(origins)
+            self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
+            self._metrics = Metrics(phase.name for phase in party.manifest.phases)
+            if isolate is None:
+                isolate = (
+                    tokens is not None
+                    or _asks_for_certificates(tls)
+                    or not is_loopback(host)
+                    or any(
+                        count_operators(*file).keys() & UNGUARDED for file in party.graphs.items()
+                    )
+                )
+            self._workers = self._make_workers(party, threads) if isolate else None
+            self._registry = Registry(
+                Executor(party, self._engine),
+                sessions=self._limits.sessions,
+                sessions_per_owner=self._limits.sessions_per_token,
+                memory_bytes=self._limits.memory,
+                unattended_seconds=self._limits.unattended_seconds,
+                resume=resume,
+                workers=self._workers,
+                disk_per_owner=self._limits.disk_per_owner,
+                keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
             )
-        self._workers = self._make_workers(party, threads) if isolate else None
-        self._registry = Registry(
-            Executor(party, self._engine),
-            sessions=self._limits.sessions,
-            sessions_per_owner=self._limits.sessions_per_token,
-            memory_bytes=self._limits.memory,
-            unattended_seconds=self._limits.unattended_seconds,
-            resume=resume,
-            workers=self._workers,
-            disk_per_owner=self._limits.disk_per_owner,
-            keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
-        )
-        self._estimates = Estimates(party.manifest, party.graphs)
-        self._handout = None if client is None else Handout(client, party.manifest)
-        self._compute = Turns(name="splitonnx-compute")
-        self._storage = Turns(name="splitonnx-storage")
-        self._attending: set[asyncio.Task[None]] = set()
-        self._scarcity = Rarely(time.monotonic)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
-        self._halt: threading.Timer | None = None
+            self._estimates = Estimates(party.manifest, party.graphs)
+            self._handout = None if client is None else Handout(client, party.manifest)
+            self._compute = Turns(name="splitonnx-compute")
+            self._storage = Turns(name="splitonnx-storage")
+            self._attending: set[asyncio.Task[None]] = set()
+            self._scarcity = Rarely(time.monotonic)
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._stop: asyncio.Event | None = None
+            self._thread: threading.Thread | None = None
+            self._halt: threading.Timer | None = None
+            undo.pop_all()
 
     def _make_workers(self, party: PartyBundle, threads: int | None) -> WorkerPool:
         limits = self._limits

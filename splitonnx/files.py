@@ -64,7 +64,8 @@ def read_regular(path: str | Path, most: int) -> bytes:
         OSError: as :func:`open_regular`.
     """
     with open(open_regular(path, most), "rb") as file:
-        content = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size  # as much as is asked for is taken at once
+        content = file.read(min(size, most) + 1)
     if len(content) > most:  # it grew meanwhile
         raise _refuse(path, most)
     return content
