@@ -146,7 +146,7 @@ class Protocol:
         if isinstance(message, Hello | Welcome):
             self._compare(message)
         if isinstance(message, Tensors):
-            if message.phase not in list_wires(self._manifest):
+            if not self._manifest.phase(message.phase).wires:
                 raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
             self._check_tensors(message, tensors, sender=self._peer)
         self.state = following

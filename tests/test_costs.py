@@ -240,16 +240,21 @@ class Visitor:
         self.greet(generation)
 
 
-def test_an_open_step_whose_client_is_silent_makes_room_for_those_who_wait(
-    bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its client is sent away, and can begin the step again; without waiting it is left alone."""
+@pytest.fixture
+def cramped(bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server with memory for one step, whose idle tasks may be given up at once."""
     assert bundle.server is not None
     monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
     needed = estimates.measure("train", {"N": 8})
-    server = Server(bundle.server, port=0, limits=Limits(task_bytes=needed * 3 // 2))
-    with server, Client(bundle.client, server.url) as honest:
-        silent = Visitor(bundle, server.url, "1" * 32)
+    return Server(bundle.server, port=0, limits=Limits(task_bytes=needed * 3 // 2))
+
+
+def test_an_open_step_whose_client_is_silent_makes_room_for_those_who_wait(
+    bundle: Bundle, cramped: Server
+) -> None:
+    """Its client is sent away, and can begin the step again; without waiting it is left alone."""
+    with cramped, Client(bundle.client, cramped.url) as honest:
+        silent = Visitor(bundle, cramped.url, "1" * 32)
         silent.greet(1)
         silent.begin()
         honest.step(ZOO["chain"].data(8))  # there is room for one
@@ -269,14 +274,10 @@ def test_a_dimension_that_inference_does_not_know_counts_as_the_batch() -> None:
 
 
 def test_a_message_that_waits_for_memory_does_not_keep_what_its_own_session_holds(
-    bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, cramped: Server
 ) -> None:
-    assert bundle.server is not None
-    monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
-    needed = estimates.measure("train", {"N": 8})
-    server = Server(bundle.server, port=0, limits=Limits(task_bytes=needed * 3 // 2))
-    with server, Client(bundle.client, server.url) as honest:
-        greedy = Visitor(bundle, server.url, "2" * 32)
+    with cramped, Client(bundle.client, cramped.url) as honest:
+        greedy = Visitor(bundle, cramped.url, "2" * 32)
         greedy.greet(1)
         greedy.begin()
         greedy.send("predict")  # there is no room for it beside the step
