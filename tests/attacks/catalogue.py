@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.attacks import bounds, costs, files, randoms, sessions, shapes, weak
+from tests.attacks import bounds, costs, files, liars, randoms, replacements, sessions, shapes, weak
 from tests.attacks.verdicts import Attack
 
 
@@ -15,5 +15,7 @@ def list_attacks(*, messages: int, seed: int | None) -> list[Attack]:
         *sessions.ATTACKS,
         *bounds.ATTACKS,
         *weak.ATTACKS,
+        *replacements.ATTACKS,
+        *liars.ATTACKS,
         randoms.make_attack(messages, seed),
     ]

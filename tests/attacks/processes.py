@@ -69,15 +69,21 @@ class Checkout:
             self._known = self.run("serve", "--help").printed
         return option in self._known
 
-    def command(self, *words: object) -> list[str]:
-        """Write the command line of splitonnx."""
-        return [sys.executable, "-m", "splitonnx", *map(str, words)]
+    def command(self, *words: object, through: Sequence[object] = ()) -> list[str]:
+        """Write the command line of splitonnx; ``through`` is a script that runs it, with words."""
+        return [sys.executable, *map(str, through or ("-m", "splitonnx")), *map(str, words)]
 
-    def run(self, *words: object, seconds: float = 120.0, folder: Path | None = None) -> Ended:
+    def run(
+        self,
+        *words: object,
+        seconds: float = 120.0,
+        folder: Path | None = None,
+        through: Sequence[object] = (),
+    ) -> Ended:
         """Run a command of splitonnx to its end, or kill it at the bound."""
         begun = time.monotonic()
         with subprocess.Popen(
-            self.command(*words),
+            self.command(*words, through=through),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -106,7 +112,7 @@ class Checkout:
 class Server:
     """``splitonnx serve`` on a folder; options that the checkout does not know are left out.
 
-    ``files`` bounds its open files.
+    ``files`` bounds its open files; ``through`` is a script that runs it.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class Server:
         folder: Path,
         *options: str | tuple[str, object],
         files: int | None = None,
+        through: Sequence[object] = (),
     ) -> None:
         words: list[object] = []
         for option in options:
@@ -131,7 +138,7 @@ class Server:
         self._log = log_folder / f"log{number}"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                checkout.command("serve", folder, "--port", 0, *words),
+                checkout.command("serve", folder, "--port", 0, *words, through=through),
                 stdout=log,
                 stderr=log,
                 env=checkout.environment,
@@ -139,7 +146,7 @@ class Server:
                 start_new_session=True,
                 preexec_fn=bound,
             )
-        self.url = self._wait_for_url()
+        self.url = self.wait_for(r"wss?://[^\s\"]+:\d+")
         self.port = int(self.url.rsplit(":", 1)[1])
 
     def __enter__(self) -> Server:
@@ -194,10 +201,15 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _wait_for_url(self) -> str:
+    def wait_for(self, pattern: str) -> str:
+        """Wait until the log says something, and return it.
+
+        Raises:
+            NotServed: the server ended, or did not say it within the time.
+        """
         pause, end = threading.Event(), time.monotonic() + BEGIN_SECONDS
         while time.monotonic() < end:
-            found = re.search(r"wss?://[^\s\"]+:\d+", self._log.read_text(errors="replace"))
+            found = re.search(pattern, self.log)
             if found:
                 return found[0]
             if self.process.poll() is not None:

@@ -120,15 +120,23 @@ class Line:
         return decode(content)
 
     def ask(
-        self, facts: Mapping[str, object], tensors: Arrays | None = None
+        self,
+        facts: Mapping[str, object],
+        tensors: Arrays | None = None,
+        *,
+        patience: float = PATIENCE,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Send a message and wait for the first answer to it."""
         self.send(facts, tensors)
-        return self.receive()
+        return self.receive(patience)
 
     def hello(self, **changes: object) -> dict[str, Any]:
         """Greet; the named fields are changed."""
-        facts = {
+        return self.ask(self.greeting(**changes))[0]
+
+    def greeting(self, **changes: object) -> dict[str, object]:
+        """Write a greeting; the named fields are changed."""
+        return {
             "type": "Hello",
             "digest": self.manifest["digest"],
             "session": self.session,
@@ -136,8 +144,6 @@ class Line:
             "wires": self.wires,
             **changes,
         }
-        answer, _ = self.ask(facts)
-        return answer
 
     def task(self, **changes: object) -> dict[str, object]:
         """Write a task's first message; the named fields are changed."""
