@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -24,7 +24,6 @@ from splitonnx.errors import (
     TaskTooLarge,
     Unauthorized,
 )
-from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import (
     REPLACED,
     Fault,
@@ -36,13 +35,14 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.budgets import IDLE_SECONDS
 from splitonnx.runtime.conversations import Conversation, Incoming
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Part
 from splitonnx.runtime.premises import Premises
+from splitonnx.runtime.reply_senders import ReplySender
 from splitonnx.runtime.sessions import Session
 from splitonnx.runtime.sockets import BUSY, POLICY, RESTART, Peer
+from splitonnx.runtime.task_memory import TaskMemory
 from splitonnx.runtime.turns import Turns
 
 STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
@@ -75,6 +75,9 @@ class Attendance:
         self._log(logging.INFO, "came")
         stopping = self._stopping = asyncio.create_task(self._premises.stop.wait())
         self._gone = asyncio.create_task(self._peer.wait_closed())
+        self._memory = TaskMemory(
+            self._premises, self._peer, gone=self._gone, stopping=self._stopping
+        )
         try:
             await self._converse(stopping)
             self._log(logging.INFO, "left")
@@ -162,8 +165,8 @@ class Attendance:
             if receiving.done() and (self._is_mid_step or not stopping.done()):
                 return receiving.result()
         finally:
-            receiving.cancel()
-            await asyncio.wait((receiving,))
+            if receiving.cancel():
+                await asyncio.wait((receiving,))
             if not receiving.cancelled():
                 receiving.exception()  # was seen
         await self._peer.close(RESTART, "the server restarts")
@@ -216,7 +219,7 @@ class Attendance:
         is_work = isinstance(message, Tensors)
         try:
             if session is not None and isinstance(message, Tensors):
-                await self._reserve(session, message, incoming.needed)
+                await self._memory.reserve(session, self._owner, message, incoming.needed)
         except (ServerBusy, TaskTooLarge) as error:
             await self._refuse(conversation, error)
             return
@@ -263,48 +266,6 @@ class Attendance:
         async with lock:
             yield
 
-    async def _reserve(self, session: Session, message: Tensors, needed: int) -> None:
-        """Wait for the memory of the message's task, unless the connection or the server ends.
-
-        Raises:
-            ConnectionLost: it does; what it sent is forgotten.
-            ServerBusy, TaskTooLarge: there is not so much, or not so much left.
-        """
-        budget, task = self._premises.budget, (session.id, message.phase)
-        if budget is None:
-            return
-        if message.turn > 0:  # the task has its memory, or is none that is open
-            budget.extend(task, self._owner, needed)
-            return
-        granted = budget.ask(task, self._owner, needed)
-        try:
-            with self._letting_go(session):
-                while not granted.done() and not (self._gone.done() or self._stopping.done()):
-                    self._premises.give_up_idle()
-                    await asyncio.wait(
-                        (granted, self._gone, self._stopping),
-                        timeout=IDLE_SECONDS / 10,
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-        finally:
-            if not granted.done():
-                granted.cancel()
-        if granted.cancelled():
-            if self._stopping.done():
-                await self._peer.close(RESTART, "the server restarts")
-            raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
-
-    def _settle(self, session: Session | None) -> None:
-        """Give back the memory of a session's tasks that are over."""
-        budget = self._premises.budget
-        if budget is None or session is None:
-            return
-        for phase in (TRAIN, PREDICT):
-            if phase in session.open_phases:
-                budget.pause((session.id, phase))
-            else:
-                budget.release((session.id, phase))
-
     async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:
         """Run a function when it is the owner's turn, unless the connection ends before.
 
@@ -312,10 +273,22 @@ class Attendance:
             ConnectionLost: it did; what it sent is forgotten.
         """
         piece = turns.run(self._owner, function)
-        await asyncio.wait((piece, self._gone), return_when=asyncio.FIRST_COMPLETED)
-        if not piece.done() and turns.withdraw(piece):
-            raise ConnectionLost(self._peer.name, "it left before its message's turn came")
-        return await piece
+        withdraw = partial(self._withdraw, turns, piece)
+        self._gone.add_done_callback(withdraw)
+        try:
+            return await piece
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            reason = "it left before its message's turn came"
+            raise ConnectionLost(self._peer.name, reason) from None
+        finally:
+            self._gone.remove_done_callback(withdraw)
+
+    @staticmethod
+    def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
+        turns.withdraw(piece)
 
     async def _reply(
         self, conversation: Conversation, replies: Iterator[Reply], turns: Turns
@@ -325,20 +298,17 @@ class Attendance:
         The work does not wait for the client to read, and what its task held is given back as soon
         as it is done.
         """
-        ready: asyncio.Queue[Reply | None] = asyncio.Queue()
-        sending = asyncio.create_task(self._send(ready))
-        advance = partial(self._advance, replies)
+        sender = ReplySender(self._send)
+        work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
         try:
-            while (chunks := await asyncio.shield(turns.run(self._owner, advance))) is not None:
-                ready.put_nowait(chunks)
-            ready.put_nowait(None)
-            self._settle(conversation.session)
-            with self._letting_go(conversation.session):
-                await self._finish_sending(sending)
+            await asyncio.shield(turns.run(self._owner, work))
+            self._memory.settle(conversation.session)
+            if sender.sending is not None:
+                with self._memory.letting_go(conversation.session):
+                    await self._finish_sending(sender.sending)
         finally:
-            if not sending.cancel() and not sending.cancelled():
-                sending.exception()  # was seen
-            self._settle(conversation.session)
+            sender.cancel()
+            self._memory.settle(conversation.session)
 
     async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
         """Wait until replies are read; once the server stops, not for long, and not if it halts."""
@@ -349,24 +319,11 @@ class Attendance:
             self._peer.dismiss(RESTART, "the server restarts")
         await sending
 
-    async def _send(self, ready: asyncio.Queue[Reply | None]) -> None:
-        while (chunks := await ready.get()) is not None:
-            begun = time.perf_counter()
-            await self._peer.send(chunks)
-            self._seconds["send"] += time.perf_counter() - begun
-            self._metrics.count_bytes("down", sum(map(len, chunks)))
-
-    @contextmanager
-    def _letting_go(self, session: Session | None) -> Iterator[None]:
-        """Let the session's open tasks be given up, although its lock is held: nothing runs."""
-        if session is None:
-            yield
-            return
-        self._premises.waiting.add(session.id)
-        try:
-            yield
-        finally:
-            self._premises.waiting.discard(session.id)
+    async def _send(self, reply: Reply) -> None:
+        begun = time.perf_counter()
+        await self._peer.send(reply)
+        self._seconds["send"] += time.perf_counter() - begun
+        self._metrics.count_bytes("down", sum(map(len, reply)))
 
     def _read(self, conversation: Conversation, content: Chunk | bytearray) -> Incoming:
         begun = time.perf_counter()
@@ -375,10 +332,14 @@ class Attendance:
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _advance(self, replies: Iterator[Reply]) -> Reply | None:
+    def _work_off(
+        self, replies: Iterator[Reply], loop: asyncio.AbstractEventLoop, sender: ReplySender
+    ) -> None:
+        """Work on replies to the end, in a thread; each leaves as soon as it is ready."""
         begun = time.perf_counter()
         try:
-            return next(replies, None)
+            for reply in replies:
+                loop.call_soon_threadsafe(sender.put, reply)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 

@@ -183,7 +183,7 @@ class Turns:
         while (taken := self._queue.take()) is not None:
             owner, work = taken
             del self._waiting[work.future]
-            loop.run_in_executor(self._threads, self._work, loop, owner, work)
+            self._threads.submit(self._work, loop, owner, work)  # which raises nothing
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
         if future in self._waiting:  # it was cancelled before its turn

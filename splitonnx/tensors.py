@@ -117,14 +117,25 @@ def _bind_shape(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int])
     """Compare a shape with its declaration, and bind what is not bound yet."""
     if len(shape) != len(spec.shape):
         return False
-    bound = dict(sizes)
-    pairs = list(zip(spec.shape, shape, strict=True))
-    for dim, size in pairs:
-        if size != dim if isinstance(dim, int) else not 1 <= size <= LARGEST:
+    unbound = []
+    for dim, size in zip(spec.shape, shape, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                return False
+        elif not 1 <= size <= LARGEST:
             return False
-    symbolic = [(dim, size) for dim, size in pairs if isinstance(dim, str)]
-    symbolic.sort(key=lambda pair: not is_name(pair[0]))  # names first: expressions need them
-    if not all(_bind(dim, size, bound) for dim, size in symbolic):
+        elif dim is not None and sizes.get(dim) != size:
+            if dim in sizes:
+                return False
+            unbound.append((dim, size))
+    return not unbound or _bind_all(unbound, sizes)
+
+
+def _bind_all(dims: list[tuple[str, int]], sizes: dict[str, int]) -> bool:
+    """Bind symbolic dimensions to their sizes, all or none."""
+    bound = dict(sizes)
+    dims.sort(key=lambda pair: not is_name(pair[0]))  # names first: expressions need them
+    if not all(_bind(dim, size, bound) for dim, size in dims):
         return False
     if len(bound) > len(sizes) and not _is_consistent(bound):
         return False
