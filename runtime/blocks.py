@@ -60,6 +60,12 @@ class Block(Protocol):
     def reserve(self, size: int) -> None:
         """Make it at least ``size`` bytes large; its owner's alone.  What is in it is lost."""
 
+    def empty(self) -> None:
+        """Give its memory back until it is used again; its owner's alone.
+
+        What is in it is lost.
+        """
+
     def close(self) -> None:
         """Let go of it."""
 
@@ -106,6 +112,11 @@ class FileBlock:
         self._memory = mmap.mmap(self.number, size)
         self._size = size
 
+    def empty(self) -> None:
+        """Give its memory back until it is used again."""
+        assert self._memory is not None
+        self._memory.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Let go of it."""
         self._memory = None
@@ -143,6 +154,11 @@ class NamedBlock:
             self.close()
             size = _round_up(size, before)
             self._memory = shared_memory.SharedMemory(create=True, size=size)
+
+    def empty(self) -> None:
+        """Give its memory back until it is used again."""
+        self.close()
+        self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
     def close(self) -> None:
         """Let go of it; its owner's end is the memory's."""

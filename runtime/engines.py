@@ -115,10 +115,10 @@ class Engine:
     ``threads`` is the number of threads that one operator may use; ``None`` leaves it to ONNX
     Runtime (all cores).  Running releases the interpreter's lock.  ``trusted`` says that the graphs
     come from a maker whom the caller trusts: only then are they taken in ORT format, which no gate
-    reads.  A stage that runs for more than ``stage_seconds`` is ended, between two operators;
-    Ctrl-C ends one that the main thread runs.  ``on_stuck`` is called with the name of a stage that
-    does not end.  Denormals are flushed to zero where the platform can (:mod:`denormals`), in every
-    thread alike.
+    reads.  With an ``arena``, ONNX Runtime keeps all that a stage frees for its next run.  A stage
+    that runs for more than ``stage_seconds`` is ended, between two operators; Ctrl-C ends one that
+    the main thread runs.  ``on_stuck`` is called with the name of a stage that does not end.
+    Denormals are flushed to zero where the platform can (:mod:`denormals`), in every thread alike.
 
     Raises:
         MissingExtra: no ONNX Runtime is installed.
@@ -129,12 +129,14 @@ class Engine:
         threads: int | None = None,
         *,
         trusted: bool = False,
+        arena: bool = True,
         stage_seconds: float | None = None,
         on_stuck: Callable[[str], object] | None = None,
     ) -> None:
         self._ort = _import_onnxruntime()
         self._threads = threads
         self._trusted = trusted
+        self._arena = arena
         self._running = Runs(stage_seconds, on_stuck)
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
@@ -158,6 +160,7 @@ class Engine:
             levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
         )
         options.intra_op_num_threads = self._threads or 0
+        options.enable_cpu_mem_arena = self._arena
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Or it would look itself, and take bytes that also pass for its own format for that.

@@ -25,6 +25,7 @@ from splitonnx.messages import TaskKey
 from splitonnx.runtime.blocks import Block, Place, measure, open_block, put, take
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.heaps import Heap
 from splitonnx.runtime.worker_messages import (
     Action,
     Continue,
@@ -39,6 +40,7 @@ from splitonnx.runtime.worker_messages import (
     Pipe,
     Request,
     Start,
+    Tidy,
     Work,
     describe_error,
     read_frame,
@@ -63,6 +65,7 @@ class Host:
         self._inbox: Block | None = None
         self._outbox: Block | None = None
         self._base: Executor | None = None
+        self._heap: Heap | None = None
         self._seconds = 0.0
         self._sessions: dict[int, Executor] = {}
         self._advancing: dict[tuple[int, TaskKey], _Wires] = {}
@@ -96,7 +99,11 @@ class Host:
                 self._sessions[number].abandon(key)
         for number in request.closed:
             self._sessions.pop(number, None)
-        return self._act(request.action)
+        answer = self._act(request.action)
+        is_freed = request.abandoned or request.closed or isinstance(request.action, Finish)
+        if is_freed and self._heap is not None:
+            self._heap.tidy()
+        return answer
 
     def _act(self, action: Action) -> FromWorker:
         match action:
@@ -115,20 +122,27 @@ class Host:
                 return Done()
             case Fetch():
                 return self._give(self._sessions[action.session].state())
+            case Tidy():
+                return Done()
             case _:
                 assert_never(action)
 
     def _start(self, start: Start) -> None:
         if start.memory_bytes is not None:
             _limit_memory(start.memory_bytes)
+        self._heap = Heap(start.kept_bytes)
         manifest = decode_manifest(start.manifest, PartyManifest, "the server's manifest")
         self._seconds = start.stage_seconds
         engine = Engine(
-            start.threads, stage_seconds=start.stage_seconds, on_stuck=self._end_for_stuck
+            start.threads,
+            arena=False,
+            stage_seconds=start.stage_seconds,
+            on_stuck=self._end_for_stuck,
         )
         self._base = Executor(self._find_party(start, manifest), engine)
         for phase in (TRAIN, PREDICT):
             self._base.prepare(phase)
+        self._heap.tidy()
 
     def _find_party(self, start: Start, manifest: PartyManifest) -> PartyBundle:
         """Find the untrained party: its weights are mapped from the folder, or came along."""

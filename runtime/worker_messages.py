@@ -48,7 +48,10 @@ Fact = str | int | float | bool | None | list[str | int]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The party to run.  ``weights`` are in the folder's file, or in the block."""
+    """The party to run.  ``weights`` are in the folder's file, or in the block.
+
+    ``memory_bytes`` limit the process; of that, ``kept_bytes`` may stay after a task is over.
+    """
 
     manifest: bytes
     graphs: dict[str, bytes]
@@ -57,6 +60,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     threads: int | None
     stage_seconds: float
     memory_bytes: int | None
+    kept_bytes: int
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -103,7 +107,11 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     session: int
 
 
-Action = Start | Open | Work | Continue | Finish | Fetch
+class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Do nothing but forget what the request names, and give back its memory."""
+
+
+Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):

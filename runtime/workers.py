@@ -34,6 +34,7 @@ from splitonnx.runtime.worker_messages import (
     Continue,
     Done,
     Failed,
+    Finish,
     FromWorker,
     Given,
     Grown,
@@ -41,6 +42,7 @@ from splitonnx.runtime.worker_messages import (
     Open,
     Request,
     Start,
+    Tidy,
     Work,
     make_error,
     read_frame,
@@ -90,12 +92,17 @@ class WorkerEnded(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What every worker of a server runs, and its bounds."""
+    """What every worker of a server runs, and its bounds.
+
+    ``kept_bytes`` may stay after a task, of its process's memory and again of what it shares with
+    its server.
+    """
 
     party: PartyBundle
     threads: int | None
     stage_seconds: float
     memory_bytes: int | None
+    kept_bytes: int
 
 
 class _Kill:
@@ -124,7 +131,9 @@ class Worker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self.is_alive = True
-        self._is_running = self._is_interrupted = False
+        self._is_running = self._is_interrupted = self._is_tidying = False
+        self._kept_bytes = options.kept_bytes
+        self._carried = 0  # bytes of the most tensors in one block since both were empty
         self._lock = threading.Lock()
         self._inbox: FileBlock | NamedBlock = make_block()
         self._outbox: FileBlock | NamedBlock = make_block()
@@ -183,12 +192,14 @@ class Worker:
                 self._is_running = False
 
     def abandon(self, session: int, key: TaskKey) -> None:
-        """Forget a task, when the next request comes."""
+        """Forget a task, once what runs is done."""
         self._abandoned.append((session, key))
+        self._tidy_soon()
 
     def forget(self, session: int) -> None:
-        """Forget a session, when the next request comes."""
+        """Forget a session, once what runs is done."""
         self._closed.append(session)
+        self._tidy_soon()
 
     def interrupt(self) -> None:
         """End the stage that runs, and run none any more; fetching states still goes.
@@ -204,10 +215,27 @@ class Worker:
             self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """End the process."""
-        if self.is_alive:
-            self.is_alive = False
-            self._release()
+        """End the process, by force where it is at something that takes long."""
+        if not self._lock.acquire(timeout=END_SECONDS):
+            self._process.kill()  # whoever asked for it finds it ended, and lets go of the lock
+            self._lock.acquire()
+        try:
+            if self.is_alive:
+                self.is_alive = False
+                self._release()
+        finally:
+            self._lock.release()
+
+    def _tidy_soon(self) -> None:
+        """Tell the worker without waiting for it: the caller may be the event loop."""
+        if self.is_alive and not self._is_tidying:
+            self._is_tidying = True
+            threading.Thread(target=self._tidy, name="splitonnx-tidy", daemon=True).start()
+
+    def _tidy(self) -> None:
+        self._is_tidying = False  # what comes from now on takes another thread
+        with suppress(WorkerEnded, SplitonnxError):  # whoever needs the worker next is told
+            self.ask(Tidy())
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
@@ -240,6 +268,7 @@ class Worker:
             threads=options.threads,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
+            kept_bytes=options.kept_bytes,
         )
         self.ask(start, weights)
 
@@ -250,7 +279,7 @@ class Worker:
         assert requests is not None
         assert answers is not None
         if tensors is not None:
-            self._inbox.reserve(measure(tensors.values()))
+            self._reserve(self._inbox, measure(tensors.values()))
             action = _fill(action, put(self._inbox, tensors))
         request = Request(
             inbox=self._inbox.place,
@@ -266,17 +295,31 @@ class Worker:
                 case Need(size=size):
                     if not 0 < size <= MAX_BLOCK:
                         raise FormatError("a worker's answer", f"it needs {size} bytes")
-                    self._outbox.reserve(size)
+                    self._reserve(self._outbox, size)
                     write_frame(requests, Grown(outbox=self._outbox.place))
                 case Given(tensors=slots):
-                    return take(self._outbox, slots)
+                    given = take(self._outbox, slots)
+                    self._carried = max(self._carried, measure(given.values()))
+                    return given
                 case Failed():
                     error = make_error(answer)
                     if answer.is_last:
                         self.is_alive = False
                     raise error
                 case Done():
+                    if isinstance(action, Finish | Tidy):
+                        self._empty_blocks()
                     return answer
+
+    def _reserve(self, block: FileBlock | NamedBlock, size: int) -> None:
+        self._carried = max(self._carried, size)
+        block.reserve(size)
+
+    def _empty_blocks(self) -> None:
+        if 2 * self._carried > self._kept_bytes:
+            self._carried = 0
+            self._inbox.empty()
+            self._outbox.empty()
 
     def _bury(self, error: BaseException) -> str:
         """End the process, and say how it ended."""

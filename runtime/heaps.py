@@ -1,0 +1,64 @@
+"""The heap of a worker's process: what a task frees is kept for the next one, within a bound.
+
+ONNX Runtime's arenas never shrink below their largest task, so workers run without them, and the C
+library's heap takes their place: it keeps what is freed, which saves the next task's page faults,
+and gives it back on demand.  That takes glibc; other C libraries give back by themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_STATISTICS = Path("/proc/self/statm")
+
+
+class Heap:
+    """This process's heap; ``most`` is how many bytes it may keep from one task to the next."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._library = _find_glibc()
+        self._needed: int | None = None
+        if self._library is not None:
+            self._keep_freed()
+
+    def tidy(self) -> None:
+        """Give back what is free, where that may be more than the heap may keep."""
+        if self._library is None:
+            return
+        if self._needed is None or measure_private() - self._needed > self._most:
+            self._library.malloc_trim(0)
+            self._needed = measure_private()
+        else:
+            self._needed = min(self._needed, measure_private())
+
+    def _keep_freed(self) -> None:
+        """Let the heap keep large blocks that are freed, too, which it would unmap at once."""
+        assert self._library is not None
+        largest = (1 << 31) - 1
+        if not self._library.mallopt(_MMAP_THRESHOLD, largest):  # older ones take no more than this
+            self._library.mallopt(_MMAP_THRESHOLD, 1 << 25)
+        self._library.mallopt(_TRIM_THRESHOLD, largest)
+        self._library.mallopt(_TOP_PAD, 1 << 24)
+
+
+def measure_private() -> int:
+    """Measure the memory that this process has for itself, in bytes; Linux alone."""
+    resident, shared = _STATISTICS.read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _find_glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
+        library.malloc_trim.argtypes = (ctypes.c_size_t,)
+        return library
+    return None
