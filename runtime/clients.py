@@ -6,8 +6,6 @@ of what the stages compute.  A model left whole is trained by the same loop with
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,31 +14,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import StepsLost, UsageError
+from splitonnx.errors import UsageError
 from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.backoffs import Backoff
 from splitonnx.runtime.checkpoints import Position
 from splitonnx.runtime.datasets import (
     Batch,
-    Dataset,
     DataSource,
     check_batch,
     check_finite,
     open_dataset,
 )
 from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import LOSS, Executor
+from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.halves import Half, WhenUnsaved
 from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Dial, Link
 from splitonnx.runtime.plans import FitPlan, LearningRate, require_positive
 from splitonnx.runtime.sockets import connect
+from splitonnx.runtime.training_loops import TrainingLoop
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec
 
@@ -110,6 +107,7 @@ class Client:
                 self._journal.position = self._journal.go_back(self._executor, link.step)
             undo.pop_all()
         self._half = Half(self._executor, self._journal, link, seed=seed)
+        self._loop = TrainingLoop(self._executor, self._half, self._journal, seed=seed)
 
     def _connect(
         self,
@@ -236,7 +234,7 @@ class Client:
             shuffle=shuffle,
             samples=training.size,
         )
-        return self._carry_out(plan, self._journal.take_position(start))
+        return self._loop.fit(plan, self._journal.take_position(start))
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
         """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
@@ -246,7 +244,7 @@ class Client:
         """
         check_batch(batch, self._phase(TRAIN).data)
         check_finite(batch, "")
-        return self._perform(TRAIN, batch, learning_rate)
+        return self._loop.perform(TRAIN, batch, learning_rate)
 
     def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
         """Predict, compare with the labels, and return each metric's mean over all samples.
@@ -258,7 +256,7 @@ class Client:
         require_positive(batch_size=batch_size)
         dataset = open_dataset(data)
         dataset.check(self._evaluation_data())
-        return self._evaluate(dataset, batch_size)
+        return self._loop.evaluate(dataset, batch_size)
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
         """Run the model and return its outputs, the samples along the first dimension.
@@ -271,7 +269,7 @@ class Client:
         dataset.check(self._phase(PREDICT).data)
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
-            for name, array in self._perform(PREDICT, batch).items():
+            for name, array in self._loop.perform(PREDICT, batch).items():
                 parts[name].append(array)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
@@ -306,101 +304,6 @@ class Client:
         predicted = self._phase(PREDICT)
         measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
         return [*predicted.data, *measured]
-
-    def _carry_out(self, plan: FitPlan, start: Position) -> History:
-        history = History()
-        first, place = self._executor.step, start
-        while True:
-            try:
-                while place.epoch < plan.epochs:
-                    place = self._train_epoch(plan, place, history)
-                self._half.place = place
-                if plan.save:
-                    self._half.publish()
-                return history
-            except StepsLost as lost:
-                kept = self._half.place
-                if lost.step < first or (lost.step > first and kept is None):
-                    raise
-                place = start if kept is None else kept
-                history.forget(lost.step, place.epoch)
-            except BaseException:  # whoever resumes the run need not wait for close
-                self._journal.release()
-                raise
-
-    def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
-        """Train from a place to the end of its epoch and evaluate; return the next place."""
-        fixed = any(isinstance(d, int) for s in self._phase(TRAIN).data for d in s.shape[:1])
-        batches = plan.training.batches(
-            place.batch_size,
-            seed=place.seed,
-            epoch=place.epoch,
-            shuffle=place.shuffle,
-            drop_last=fixed,
-        )
-        for batch in itertools.islice(batches, place.batch, None):
-            place = msgspec.structs.replace(place, batch=place.batch + 1)
-            record = self._record_step(batch, place, plan.learning_rate)
-            history.steps.append(record)
-            if plan.on_step is not None:
-                plan.on_step(record)
-            if plan.checkpoint_every is not None and record.step % plan.checkpoint_every == 0:
-                self._half.checkpoint(place, plan.when_unsaved)
-        if plan.held_out is not None:
-            evaluation = self._record_evaluation(plan.held_out, place.batch_size, place.epoch)
-            history.evaluations.append(evaluation)
-            if plan.on_epoch is not None:
-                plan.on_epoch(evaluation)
-        return msgspec.structs.replace(place, epoch=place.epoch + 1, batch=0)
-
-    def _record_step(
-        self, batch: Batch, place: Position, learning_rate: LearningRate
-    ) -> StepRecord:
-        up, down = self._half.traffic
-        start = time.perf_counter()
-        results = self._perform(TRAIN, batch, learning_rate)
-        seconds = time.perf_counter() - start
-        sent, received = self._half.traffic
-        metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
-        return StepRecord(
-            step=self._executor.step,
-            epoch=place.epoch,
-            batch=place.batch,
-            loss=metrics.pop(LOSS),
-            metrics=metrics,
-            samples=self._count(TRAIN, batch),
-            seconds=seconds,
-            bytes_up=sent - up,
-            bytes_down=received - down,
-        )
-
-    def _record_evaluation(self, dataset: Dataset, batch_size: int, epoch: int) -> Evaluation:
-        start = time.perf_counter()
-        metrics = self._evaluate(dataset, batch_size)
-        return Evaluation(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
-
-    def _evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        totals: dict[str, float] = defaultdict(float)
-        samples = 0
-        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
-            outputs = self._perform(PREDICT, batch)
-            size = self._count(PREDICT, batch)
-            for name, value in self._perform(EVALUATE, {**batch, **outputs}).items():
-                totals[name] += float(value) * size
-            samples += size
-        return {name: total / samples for name, total in totals.items()}
-
-    def _count(self, phase: str, batch: Batch) -> int:
-        return len(batch[self._manifest.phase(phase).data[0].name])
-
-    def _perform(
-        self, phase: str, data: Batch, learning_rate: LearningRate = None
-    ) -> dict[str, np.ndarray]:
-        step = self._executor.step
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return self._half.perform(
-            phase, data, self._manifest.learning_rate if rate is None else float(rate)
-        )
 
 
 def _split_address(
