@@ -68,6 +68,7 @@ class Attendance:
         self._conversation: Conversation | None = None
         # Whose turn it is when this connection's is; turns keep it when the connection is gone.
         self._owner: Hashable = object()
+        self._has_message = False  # it came, and is not acted on yet
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
@@ -94,6 +95,11 @@ class Attendance:
             self._metrics.close_connection()
             if self._conversation is not None:
                 self._let_go(self._conversation)
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether part of a message has come from the client, or all of one that nobody read."""
+        return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:
         """End the connection without waiting; the other side is told why, if it reads."""
@@ -153,11 +159,16 @@ class Attendance:
         await self._peer.admit(found)
         return found.owner
 
+    async def _receive(self) -> bytes | bytearray:
+        content = await self._peer.receive()
+        self._has_message = True
+        return content
+
     async def _next_message(
         self, stopping: asyncio.Task[Literal[True]]
     ) -> bytes | bytearray | None:
         """Wait for a message; ``None`` once the server stops, unless a step is in its middle."""
-        receiving = asyncio.ensure_future(self._peer.receive())
+        receiving = asyncio.ensure_future(self._receive())
         try:
             await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done() and self._is_mid_step:
@@ -257,6 +268,7 @@ class Attendance:
     async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
         """Have the conversation's session for oneself."""
         if conversation.session is None:
+            self._has_message = False
             yield
             return
         name = conversation.session.id
@@ -264,6 +276,7 @@ class Attendance:
         if lock is None:
             lock = self._premises.locks[name] = asyncio.Lock()
         async with lock:
+            self._has_message = False
             yield
 
     async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:

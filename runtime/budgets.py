@@ -2,9 +2,13 @@
 
 A task reserves what it needs before it begins, or waits.  Owners take turns: of those who wait,
 whoever was given memory the longest ago comes first, and nobody passes that one.  While others
-wait, an owner gets no more than half.  A task that is open but whose client sends nothing is
-*idle*; after ``IDLE_SECONDS`` its memory may be taken back while others wait.  Pure bookkeeping
-but for the futures: what a task is, and how it is given up, is the caller's business.
+wait, an owner gets no more than half; and besides all that is shared there is a *reserve* of an
+eighth, out of which only an owner gets something that has nothing, so that who has all the rest
+does not keep small tasks of others waiting.  A task that is open but whose client sends nothing is
+*idle*; after ``IDLE_SECONDS`` its memory may be taken back while others wait, and after
+``UPLOAD_SECONDS`` from a client that sends slowly, too.  Where workers are few, tasks wait for
+their owner's as well (:mod:`places`).  Pure bookkeeping but for the futures: what a task is, and
+how it is given up, is the caller's business.
 """
 
 from __future__ import annotations
@@ -12,13 +16,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 from splitonnx.errors import ServerBusy, TaskTooLarge
+from splitonnx.runtime.places import Places
 
 IDLE_SECONDS = 10.0
 """Seconds that a client may think within a task while others wait for its memory."""
+UPLOAD_SECONDS = 60.0
+"""Seconds in which it has to have thought and sent its next message."""
+RESERVE = 8
+"""What part of all memory there is besides, for owners who have none."""
 
 Task = tuple[str, str]
 """What a task's memory goes by: its session's name, and its phase."""
@@ -28,6 +37,7 @@ Task = tuple[str, str]
 class _Reservation:
     owner: Hashable
     size: int
+    is_reserve: bool = False
     idle_since: float | None = None
 
 
@@ -46,11 +56,20 @@ class _Request:
 class Budget:
     """Memory shared by the tasks of all sessions; for use from one event loop.
 
-    ``total`` is its size in bytes; ``clock`` gives seconds that only grow.
+    ``total`` is its size in bytes; ``workers`` is how many users may have tasks at a time, an owner
+    or a session of those whom nothing tells apart each, ``None`` for any number.  ``clock`` gives
+    seconds that only grow.
     """
 
-    def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        workers: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.total = total
+        self._places = None if workers is None else Places(workers, clock=clock)
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival
@@ -59,8 +78,8 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """Bytes that are reserved."""
-        return sum(reservation.size for reservation in self._held.values())
+        """Bytes of what is shared that are reserved."""
+        return sum(held.size for held in self._held.values() if not held.is_reserve)
 
     def check(self, size: int) -> None:
         """Raise where a task could never have so much.
@@ -101,10 +120,13 @@ class Budget:
         held = self._held.get(task)
         before = 0 if held is None else held.size
         growth = max(size - before, 0)
-        request = _Request(task=task, owner=owner, size=growth)
-        if growth and (self.used + growth > self.total or self._is_over_share(request)):
-            raise ServerBusy("memory for tasks that grow after their first message")
-        self._held[task] = _Reservation(owner=owner, size=before + growth)
+        if growth or held is None:
+            moved = before if held is not None and held.is_reserve else 0
+            request = _Request(task=task, owner=owner, size=growth)
+            if self.used + moved + growth > self.total or self._is_over_share(request):
+                raise ServerBusy("memory for tasks that grow after their first message")
+            held = self._held[task] = _Reservation(owner=owner, size=before + growth)
+        held.idle_since = None
 
     def pause(self, task: Task) -> None:
         """Note that a task is open, and that its client's next message is waited for."""
@@ -116,16 +138,21 @@ class Budget:
         if self._held.pop(task, None) is not None:
             self._give()
 
-    def list_idle(self) -> list[Task]:
-        """List the tasks that may be given up, the longest idle first; none if nobody waits."""
+    def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
+        """List the tasks that may be given up, the longest idle first; none if nobody waits.
+
+        ``is_sending`` says whether part of a task's next message has come.
+        """
+        self._give()  # somebody may have had its place for long enough by now
         if not self._waiting:
             return []
-        due = self._clock() - IDLE_SECONDS
-        idle = [
-            (held.idle_since, task)
-            for task, held in self._held.items()
-            if held.idle_since is not None and held.idle_since <= due
-        ]
+        now = self._clock()
+        idle = []
+        for task, held in self._held.items():
+            if held.idle_since is None or now - held.idle_since < IDLE_SECONDS:
+                continue
+            if now - held.idle_since >= UPLOAD_SECONDS or not is_sending(task):
+                idle.append((held.idle_since, task))
         return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
 
     def _note_end(self, future: asyncio.Future[None]) -> None:
@@ -136,25 +163,61 @@ class Budget:
     def _give(self) -> None:
         """Give memory to whoever is next, as long as there is enough."""
         self._waiting = [request for request in self._waiting if not request.is_over]
-        while (request := self._find_next()) is not None:
+        while (found := self._find_next()) is not None:
+            request, is_reserve = found
             self._waiting.remove(request)
             self._given[request.owner] = next(self._numbers)
-            self._held[request.task] = _Reservation(owner=request.owner, size=request.size)
+            self._held[request.task] = _Reservation(
+                owner=request.owner, size=request.size, is_reserve=is_reserve
+            )
             assert request.future is not None
             request.future.set_result(None)
         owners = {request.owner for request in self._waiting}
         owners |= {held.owner for held in self._held.values()}
         self._given = {owner: number for owner, number in self._given.items() if owner in owners}
 
-    def _find_next(self) -> _Request | None:
-        used = self.used
+    def _find_next(self) -> tuple[_Request, bool] | None:
+        """Find who comes next and has a place from now on; ``True``: out of the reserve."""
+        if not self._waiting:
+            return None
+        used, is_blocked = self.used, False
+        at_work = self._list_at_work()
+        leaving = self._find_leaving(at_work)
         for request in sorted(self._waiting, key=lambda r: self._given.get(r.owner, -1)):
-            if self._is_over_share(request):
+            user = _name_user(request.task, request.owner)
+            if self._is_over_share(request) or (leaving is not None and user == leaving):
                 continue
-            return request if used + request.size <= self.total else None
+            # nobody passes who waits for more than is left of what is shared
+            is_blocked = is_blocked or used + request.size > self.total
+            if is_blocked and not self._fits_reserve(request):
+                continue
+            if self._places is None or self._places.take(user, at_work):
+                return request, is_blocked
         return None
+
+    def _list_at_work(self) -> set[Hashable]:
+        if self._places is None:
+            return set()
+        return {_name_user(task, held.owner) for task, held in self._held.items()}
+
+    def _find_leaving(self, at_work: Collection[Hashable]) -> Hashable:
+        if self._places is None:
+            return None
+        waiting = [_name_user(request.task, request.owner) for request in self._waiting]
+        return self._places.find_leaving(waiting, at_work)
+
+    def _fits_reserve(self, request: _Request) -> bool:
+        if any(held.owner == request.owner for held in self._held.values()):
+            return False
+        taken = sum(held.size for held in self._held.values() if held.is_reserve)
+        return taken + request.size <= self.total // RESERVE
 
     def _is_over_share(self, request: _Request) -> bool:
         own = sum(held.size for held in self._held.values() if held.owner == request.owner)
         others_wait = any(other.owner != request.owner for other in self._waiting)
         return others_wait and own > 0 and own + request.size > self.total // 2
+
+
+def _name_user(task: Task, owner: Hashable) -> Hashable:
+    """Name whose worker a task needs: a named owner's, or its session's."""
+    return owner if isinstance(owner, str) else task[0]

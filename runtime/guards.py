@@ -157,7 +157,10 @@ class Hall:
 
 
 class Guest(ServerConnection):
-    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
+    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger.
+
+    ``is_underway``: part of a message has come; ``kept`` bytes of messages nobody has taken yet.
+    """
 
     def __init__(
         self,
@@ -189,10 +192,10 @@ class Guest(ServerConnection):
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all
-        self._kept = 0  # of messages that nobody has taken yet
+        self.kept = 0
         self._frames = 0  # since the pace was last looked at
         self._fragments = 0  # of the message under way
-        self._underway = False
+        self.is_underway = False
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -240,7 +243,7 @@ class Guest(ServerConnection):
         if self.request is None:  # the handshake has its own deadline
             return
         protocol = self.protocol
-        self._underway = (
+        self.is_underway = (
             self._frames == before
             or protocol.current_size is not None
             or bool(protocol.reader.buffer)
@@ -260,8 +263,8 @@ class Guest(ServerConnection):
         self._frames += 1
         if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
             self._fragments += 1
-            self._kept += len(event.data)
-            if self._kept > KEPT_BYTES:
+            self.kept += len(event.data)
+            if self.kept > KEPT_BYTES:
                 self._pause("kept")
             if event.fin:
                 self._fragments = 0
@@ -283,8 +286,8 @@ class Guest(ServerConnection):
 
     def take(self, size: int) -> None:
         """Count so many bytes of messages as taken over by somebody else."""
-        self._kept -= size
-        if self._kept <= KEPT_BYTES and "kept" in self._pauses:
+        self.kept -= size
+        if self.kept <= KEPT_BYTES and "kept" in self._pauses:
             self._resume("kept")
 
     def open(self) -> None:
@@ -376,7 +379,7 @@ class Guest(ServerConnection):
 
     def _watch(self) -> None:
         """Run the message's deadline while one is under way and this side is reading."""
-        if not self._underway or self._pauses:
+        if not self.is_underway or self._pauses:
             self._timers.stop("message")
         elif "message" not in self._timers:
             reason = f"a message took longer than {self._limits.message_seconds:g} s"

@@ -2,7 +2,8 @@
 
 A worker serves one owner at a time and ends before another owner's begins, so neither a crash nor
 a read beyond an array's end reaches from one owner to another.  Clients that nothing tells apart
-have a worker for each session.
+have a worker for each session.  An owner gets one at its first task, and keeps it until another
+needs it: then the states of its sessions are fetched, and go into a new worker at their next task.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from weakref import WeakSet
 
 import numpy as np
@@ -33,25 +35,29 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class _Lease:
-    """An owner's worker, which starts when it is first needed."""
+    """An owner's worker, which starts when it is first needed; ``since`` is when that was.
+
+    ``executors`` are those whose state it has, or is about to have; ``starting`` is held while it
+    starts or ends.
+    """
 
     def __init__(self, options: WorkerOptions, now: float) -> None:
         self.executors: WeakSet[RemoteExecutor] = WeakSet()
-        self.last_used = now
+        self.since = self.last_used = now
         self._options = options
         self._worker: Worker | None = None
-        self._lock = threading.Lock()
+        self.starting = threading.Lock()
         self._is_over = self._is_interrupted = False
 
     def get_worker(self) -> Worker:
         """Return the worker, a new one where the last one has ended.
 
         Raises:
-            ProcessFailed: none can be started.
-            ServerBusy: the owner had no session and lost its place.
+            ProcessFailed, SplitonnxError: none can be started; see :class:`Worker`.
+            ServerBusy: the server closes.
             StageStopped: nothing is to be begun any more.
         """
-        with self._lock:
+        with self.starting:
             if self._is_interrupted and (self._worker is None or not self._worker.is_alive):
                 raise StageStopped("of the task")
             if self._is_over:
@@ -68,7 +74,7 @@ class _Lease:
 
     def end(self) -> None:
         """End the worker for good."""
-        with self._lock:
+        with self.starting:
             self._is_over = True
             if self._worker is not None:
                 self._worker.end()
@@ -93,6 +99,7 @@ class WorkerPool:
         self._on_death = on_death
         self._clock = clock
         self._lock = threading.Lock()
+        self._moving = threading.Lock()  # held while a worker is taken from its owner
         self._is_closed = threading.Event()
         self._leases: dict[str, _Lease] = {}
         self._deaths: OrderedDict[TaskKey, int] = OrderedDict()
@@ -102,39 +109,32 @@ class WorkerPool:
         """What the workers run."""
         return self._options.party
 
-    def has_room(self, owner: str, session: str) -> bool:
-        """Whether a session could have a worker now."""
-        with self._lock:
-            return (
-                _name(owner, session) in self._leases
-                or len(self._leases) < self._most
-                or any(not lease.executors for lease in self._leases.values())
-            )
-
     def open(
         self, owner: str, session: str, tensors: Mapping[str, np.ndarray] | None, step: int
     ) -> RemoteExecutor:
-        """Make an executor for a session, at a state, or at the untrained one.
+        """Make an executor for a session, at a state, or at the untrained one."""
+        return RemoteExecutor(self, name_user(owner, session), session, tensors, step)
+
+    def get_worker(self, executor: RemoteExecutor) -> Worker:
+        """Return the worker of an executor's owner, or make one, if need be in another's place.
 
         Raises:
-            ServerBusy: every worker is another owner's, who has sessions in it.
+            ProcessFailed, SplitonnxError: it cannot be started; see :class:`Worker`.
+            ServerBusy: every worker is another owner's, who has an open task in it.
         """
-        name = _name(owner, session)
-        with self._lock:
-            lease = self._leases.get(name)
-            if lease is None:
-                self._make_room()
-                lease = self._leases[name] = _Lease(self._options, self._clock())
-            lease.last_used = self._clock()
-            executor = RemoteExecutor(self, lease.get_worker, session, tensors, step)
-            lease.executors.add(executor)
-            return executor
+        lease = self._find(executor)
+        if lease is None:
+            with self._moving:
+                lease = self._find(executor) or self._take_over(executor)
+        return lease.get_worker()
 
     def close_executor(self, executor: RemoteExecutor) -> None:
         """Note that a session has left the memory."""
         with self._lock:
             for lease in self._leases.values():
-                lease.executors.discard(executor)
+                if executor in lease.executors:
+                    lease.executors.discard(executor)
+                    lease.last_used = self._clock()
 
     def retire_idle(self, seconds: float) -> None:
         """End the workers that have had no session for so long."""
@@ -146,18 +146,27 @@ class WorkerPool:
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Log that a worker ended over a task, if over one, and make the error that tells it."""
-        self._on_death()
-        deaths = 0
-        if key is not None:
-            with self._lock:
-                deaths = self._deaths.get(key, 0) + 1
-                self._deaths[key] = deaths
-                self._deaths.move_to_end(key)
-                if len(self._deaths) > MAX_REMEMBERED:
-                    self._deaths.popitem(last=False)
-        error = WorkerLost(session, how, is_repeated=deaths >= MAX_DEATHS)
+        error = WorkerLost(session, how, is_repeated=self._count_death(key))
         _logger.error("%s", error, extra={"session": session})
         return error
+
+    def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
+        """Log why none can be started, which the error's sentence does not tell the client."""
+        _logger.error("no worker can be started: %s", why, extra={"session": session})
+        is_repeated = self._count_death(key)
+        return WorkerLost(session, why, is_repeated=is_repeated, is_early=True)
+
+    def _count_death(self, key: TaskKey | None) -> bool:
+        """Count a worker's end, and say whether the same task has ended as many as it may."""
+        self._on_death()
+        if key is None:
+            return False
+        with self._lock:
+            deaths = self._deaths[key] = self._deaths.get(key, 0) + 1
+            self._deaths.move_to_end(key)
+            if len(self._deaths) > MAX_REMEMBERED:
+                self._deaths.popitem(last=False)
+        return deaths >= MAX_DEATHS
 
     def interrupt(self) -> None:
         """End every stage that runs, and let none begin, until :meth:`close`."""
@@ -180,16 +189,55 @@ class WorkerPool:
         for lease in leases:
             lease.end()
 
-    def _make_room(self) -> None:
-        if len(self._leases) < self._most:
-            return
-        empty = [name for name, lease in self._leases.items() if not lease.executors]
-        if not empty:
-            raise ServerBusy(f"{self._most} workers")
-        oldest = min(empty, key=lambda name: self._leases[name].last_used)
-        self._leases.pop(oldest).end()
+    def _find(self, executor: RemoteExecutor) -> _Lease | None:
+        """Find the owner's lease, or make one where there is room for one more."""
+        with self._lock:
+            if executor.user not in self._leases and len(self._leases) >= self._most:
+                return None
+            return self._enter(executor)
+
+    def _enter(self, executor: RemoteExecutor) -> _Lease:
+        lease = self._leases.get(executor.user)
+        if lease is None:
+            lease = self._leases[executor.user] = _Lease(self._options, self._clock())
+        lease.executors.add(executor)
+        return lease
+
+    def _take_over(self, executor: RemoteExecutor) -> _Lease:
+        """Take the worker's place from who has had one for the longest and has no open task."""
+        with self._lock:
+            by_age = sorted(self._leases.items(), key=lambda entry: entry[1].since)
+        for waits in (False, True):
+            for user, before in by_age:
+                if self._unload(before, waits=waits):
+                    lease = self._replace(user, before, executor)
+                    if lease is not None:
+                        return lease
+        raise ServerBusy(f"{self._most} workers")
+
+    def _unload(self, lease: _Lease, *, waits: bool) -> bool:
+        """Fetch every session's state, unless one has an open task; say whether all are here.
+
+        ``waits``: also for a session that is being saved.
+        """
+        with self._lock:
+            executors = list(lease.executors)
+        return all(executor.unload(waits=waits) for executor in executors)
+
+    def _replace(self, user: str, before: _Lease, executor: RemoteExecutor) -> _Lease | None:
+        """End a worker, and only then let another owner's begin."""
+        with ExitStack() as stack:
+            with self._lock:
+                is_needed = any(executor.is_loaded for executor in before.executors)
+                if is_needed or self._leases.get(user) is not before:
+                    return None  # a task was begun meanwhile, or the worker is gone
+                del self._leases[user]
+                lease = self._enter(executor)
+                stack.enter_context(lease.starting)
+            before.end()
+            return lease
 
 
-def _name(owner: str, session: str) -> str:
+def name_user(owner: str, session: str) -> str:
     """Name whom a worker serves: an owner, or a session of those whom nothing tells apart."""
     return f"owner {owner}" if owner else f"session {session}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from splitonnx.runtime.budgets import Budget
+from splitonnx.runtime.budgets import Budget, Task
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.registries import Registry
@@ -22,6 +22,10 @@ from splitonnx.runtime.turns import Turns
 
 class Holder(Protocol):
     """A session's newest connection."""
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether part of a message has come from its client, or all of one that nobody read."""
 
     def dismiss(self, code: int, reason: str) -> None:
         """End the connection without waiting; the other side is told why, if it reads."""
@@ -57,7 +61,7 @@ class Premises:
         """Give up open tasks whose clients let others wait for memory; those can begin again."""
         assert self.budget is not None
         sessions = {session.id: session for session in self.registry.sessions}
-        for task in self.budget.list_idle():
+        for task in self.budget.list_idle(self._is_sending):
             name, phase = task
             session, lock = sessions.get(name), self.locks.get(name)
             if lock is not None and lock.locked() and name not in self.waiting:
@@ -68,3 +72,7 @@ class Premises:
                 if holder is not None:
                     holder.dismiss(RESTART, "others wait for the memory of its step")
             self.budget.release(task)
+
+    def _is_sending(self, task: Task) -> bool:
+        holder = self.holders.get(task[0])
+        return holder is not None and holder.is_sending

@@ -74,7 +74,6 @@ class Registry:
         self.manifest = executor.manifest
         self._folder = executor.party.path
         self._resume = resume
-        self._workers = workers
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
@@ -138,7 +137,7 @@ class Registry:
                 if session.owner != owner:
                     raise ForeignSession(hello.session)
                 return self._attend(session)
-            if (pending := self._find_room(owner, hello.session, tried)) is not None:
+            if (pending := self._find_room(owner, tried)) is not None:
                 return pending
             done = self._busy[hello.session] = _promise()
             self._opening[hello.session] = owner
@@ -240,12 +239,8 @@ class Registry:
         self._forget(session)
         return None
 
-    def _find_room(self, owner: str, name: str, tried: set[str]) -> Future[None] | None:
+    def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
         """See to it that one more session has room; return what has to be waited for first."""
-        if self._workers is not None and not self._workers.has_room(owner, name):
-            pending = self._free_worker(tried)
-            if pending is not None:
-                return pending
         kept = self.sessions
         own = [session for session in kept if session.owner == owner]
         opening = list(self._opening.values())
@@ -253,24 +248,6 @@ class Registry:
             return self._make_room(own, tried, f"{self._most_per_owner} sessions of one token")
         if len(kept) + len(opening) >= self._most:
             return self._make_room(kept, tried, f"{self._most} sessions")
-        return None
-
-    def _free_worker(self, tried: set[str]) -> Future[None] | None:
-        """Begin to park the sessions of the owner whose were all left, the longest ago."""
-        owners: dict[str, list[Session]] = {}
-        for session in self.sessions:
-            owners.setdefault(session.owner or session.id, []).append(session)
-        left = {
-            owner: max(self._left[session.id] for session in sessions)
-            for owner, sessions in owners.items()
-            if all(session.id in self._left for session in sessions)
-        }
-        for owner in sorted(left, key=lambda owner: left[owner]):
-            if self._folder is None or any(s.id in tried for s in owners[owner]):
-                continue  # what was tried and still is here cannot be parked
-            session = owners[owner][0]
-            tried.add(session.id)
-            return self._busy.get(session.id) or self._start_parking(session)
         return None
 
     def _make_room(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:

@@ -1,19 +1,27 @@
 """An executor whose state and tasks are in a worker: what a session has of it.
 
 Nothing is sent before it is needed.  A session is opened in the worker at its first task, so that
-making one, and taking one back, costs no time while others wait.
+making one, and taking one back, costs no time while others wait.  Between two tasks its state may
+be fetched, so that the worker can be another owner's; the next task takes it to a worker again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import LocalProtocolError, StageTooSlow, WorkerLost
+from splitonnx.errors import (
+    LocalProtocolError,
+    ProcessFailed,
+    SplitonnxError,
+    StageTooSlow,
+    WorkerLost,
+)
 from splitonnx.manifests import TRAIN, PartyManifest
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.executors import publish_state
@@ -37,11 +45,17 @@ class Owner(Protocol):
     def party(self) -> PartyBundle:
         """What its workers run."""
 
+    def get_worker(self, executor: RemoteExecutor) -> Worker:
+        """Return the worker that an executor's state is to go to."""
+
     def close_executor(self, executor: RemoteExecutor) -> None:
         """Note that an executor is not needed any more."""
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Note that a worker ended, and make the error that tells it."""
+
+    def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
+        """Note that none can be started, and make the error that tells it."""
 
 
 class _Task:
@@ -56,7 +70,8 @@ class _Task:
 class RemoteExecutor:
     """A session in a worker; the same as an :class:`~executors.Executor` to whoever uses it.
 
-    Not safe for use from two threads at a time.
+    ``user`` names whom the worker serves.  Not safe for use from two threads at a time, but for
+    :meth:`unload`.
     """
 
     _numbers = iter(range(1 << 62))
@@ -64,7 +79,7 @@ class RemoteExecutor:
     def __init__(
         self,
         pool: Owner,
-        get_worker: Callable[[], Worker],
+        user: str,
         session: str,
         tensors: Mapping[str, np.ndarray] | None,
         step: int,
@@ -72,8 +87,9 @@ class RemoteExecutor:
         self.step = step
         self.party = pool.party
         self.manifest: PartyManifest = pool.party.manifest
+        self.user = user
         self._pool = pool
-        self._get_worker = get_worker
+        self._lock = threading.RLock()  # held while the worker is spoken to
         self._session = session
         self._number = next(self._numbers)
         self._start = tensors
@@ -84,6 +100,11 @@ class RemoteExecutor:
     def is_lost(self) -> bool:
         """Whether the worker that had the state is gone."""
         return self._worker is not None and not self._worker.is_alive
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the state is in a worker, or about to be."""
+        return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
@@ -97,7 +118,8 @@ class RemoteExecutor:
             raise LocalProtocolError("a worker takes wires alone")
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
-        self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
+        with self._lock:  # from now on it cannot be unloaded
+            self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
         """Hand wires to an open task; they go with :meth:`advance`, which raises what is wrong."""
@@ -151,22 +173,47 @@ class RemoteExecutor:
         Raises:
             WorkerLost: the worker ended.
         """
-        if self._worker is None:  # it never was there
-            return dict(self._start) if self._start is not None else _make_untrained(self.party)
-        given = self._ask(Fetch(session=self._number), None)
+        with self._lock:
+            if self._worker is None:  # it is not there
+                return dict(self._start) if self._start is not None else _make_untrained(self.party)
+            given = self._ask(Fetch(session=self._number), None)
         assert not isinstance(given, Done)
         return given
+
+    def unload(self, *, waits: bool) -> bool:
+        """Fetch the state, so that the worker is not needed until the next task.
+
+        ``waits``: also for another thread that fetches it at the moment.  Return ``False`` where a
+        task is open, or where the state cannot be fetched.
+        """
+        if self._tasks or not self._lock.acquire(blocking=waits):
+            return False
+        try:
+            if self._tasks:
+                return False
+            if self._worker is not None and self._worker.is_alive:
+                given = self._worker.ask(Fetch(session=self._number))
+                assert not isinstance(given, Done)
+                self._worker, self._start = None, given
+            return True
+        except WorkerEnded:
+            return True  # the session is lost, as its next message finds
+        except SplitonnxError:
+            return False
+        finally:
+            self._lock.release()
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
         """Replace the state by another; open tasks are given up.
 
         The arrays must not be written to until the next task.
         """
-        self._tasks.clear()
-        if self._worker is not None:
-            self._worker.forget(self._number)
-        self._number = next(self._numbers)
-        self._worker, self._start, self.step = None, tensors, step
+        with self._lock:
+            self._tasks.clear()
+            if self._worker is not None:
+                self._worker.forget(self._number)
+            self._number = next(self._numbers)
+            self._worker, self._start, self.step = None, tensors, step
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state into the party's folder as its outcome; see ``Executor.publish``."""
@@ -197,9 +244,12 @@ class RemoteExecutor:
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray] | Done:
         try:
-            return self._open().ask(action, tensors)
+            with self._lock:
+                return self._open().ask(action, tensors)
         except WorkerEnded as error:
             raise self._pool.note_death(key, self._session, error.how) from error
+        except ProcessFailed as error:
+            raise self._pool.note_failed_start(key, self._session, error.reason) from error
         except StageTooSlow:
             if self.is_lost:  # it would not end: the process had to
                 self._pool.note_death(None, self._session, "a stage did not end")
@@ -208,7 +258,7 @@ class RemoteExecutor:
     def _open(self) -> Worker:
         """Find the worker; the first time, hand it the state to begin from."""
         if self._worker is None:
-            worker = self._get_worker()
+            worker = self._pool.get_worker(self)
             action = Open(session=self._number, step=self.step, state=None)
             worker.ask(action, self._start)
             self._worker, self._start = worker, None

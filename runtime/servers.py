@@ -275,7 +275,10 @@ class Server:
             norm=self._limits.norm,
             batch=self._limits.batch,
             estimates=self._estimates,
-            budget=Budget(self._limits.tasks),
+            budget=Budget(
+                self._limits.tasks,
+                workers=None if self._workers is None else self._limits.workers,
+            ),
         )
         if handle_signals:
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -26,7 +26,6 @@ from websockets.exceptions import (
     WebSocketException,
 )
 from websockets.frames import CloseCode
-from websockets.protocol import OPEN
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.codecs import Chunk
@@ -242,9 +241,9 @@ class Peer:
         return self._guest.owner
 
     @property
-    def is_closed(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return self._guest.protocol.state is not OPEN
+    def is_sending(self) -> bool:
+        """Whether part of a message has come that was not received yet."""
+        return self._guest.is_underway or self._guest.kept > 0
 
     @property
     def roles(self) -> frozenset[Role]:

@@ -26,6 +26,9 @@ RAISED = frozenset(
     {
         "ArrayMismatch",
         "BatchTooLarge",
+        "BundleError",
+        "ForbiddenGraph",
+        "FormatError",
         "LocalProtocolError",
         "MissingArray",
         "NormTooLarge",
@@ -40,7 +43,7 @@ RAISED = frozenset(
         "WrongRuntime",
     }
 )
-"""Errors of an executor, which a worker may make its server raise."""
+"""Errors of a bundle and an executor, which a worker may make its server raise."""
 
 _LENGTH = struct.Struct("<Q")
 

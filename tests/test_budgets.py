@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from splitonnx.errors import ServerBusy, TaskTooLarge
-from splitonnx.runtime.budgets import IDLE_SECONDS, Budget
+from splitonnx.runtime.budgets import IDLE_SECONDS, RESERVE, UPLOAD_SECONDS, Budget
+from splitonnx.runtime.places import TENURE_SECONDS
 from tests.echoes import PATIENCE
 
 
@@ -60,8 +61,8 @@ def test_nobody_passes_a_large_task_that_waits() -> None:
     async def test() -> None:
         budget = Budget(100)
         budget.ask(task("a"), "ana", 60)
-        large = budget.ask(task("b"), "ben", 90)
-        small = budget.ask(task("c"), "cleo", 10)
+        large = budget.ask(task("b"), "ben", 80)
+        small = budget.ask(task("c"), "cleo", 20)
         assert not small.done()
         budget.release(task("a"))
         assert large.done()
@@ -181,5 +182,115 @@ def test_a_request_that_is_withdrawn_lets_those_behind_it_have_its_place() -> No
         assert not small.done()  # nobody passes a large one that waits
         large.cancel()
         await asyncio.wait_for(small, PATIENCE)
+
+    run(test)
+
+
+def test_who_has_all_the_memory_keeps_no_small_task_of_others_waiting() -> None:
+    """On earlier versions each step of the others waits until the task is given up, 10 s."""
+
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e"), "eve", 100)
+        small = 100 // RESERVE
+        for _ in range(3):
+            assert budget.ask(task("a"), "ana", small).done()
+            budget.release(task("a"))
+        assert budget.used == 100
+
+    run(test)
+
+
+def test_the_reserve_is_bounded_and_for_owners_who_have_nothing() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e"), "eve", 100)
+        assert not budget.ask(task("e2"), "eve", 1).done()
+        assert not budget.ask(task("a"), "ana", 100 // RESERVE + 1).done()
+        assert budget.ask(task("b"), "ben", 10).done()
+        assert not budget.ask(task("b2"), "ben", 1).done()
+        assert not budget.ask(task("c"), "cleo", 10).done()
+
+    run(test)
+
+
+def test_what_came_out_of_the_reserve_grows_within_what_is_shared() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e"), "eve", 95)
+        assert budget.ask(task("a"), "ana", 10).done()
+        budget.extend(task("a"), "ana", 10)
+        assert budget.used == 95
+        with pytest.raises(ServerBusy):
+            budget.extend(task("a"), "ana", 11)
+        budget.release(task("e"))
+        budget.extend(task("a"), "ana", 11)
+        assert budget.used == 11
+
+    run(test)
+
+
+def test_a_client_that_sends_its_next_message_slowly_is_not_idle_until_its_time_is_over() -> None:
+    """On earlier versions it is sent away after 10 s, in every step, with others beside it."""
+
+    async def test() -> None:
+        clock = Clock()
+        budget = Budget(100, clock=clock)
+        budget.ask(task("a"), "ana", 90)
+        budget.pause(task("a"))
+        budget.ask(task("e"), "eve", 50)
+        clock.now = UPLOAD_SECONDS - 1
+        assert budget.list_idle(lambda sent: sent == task("a")) == []
+        assert budget.list_idle(lambda sent: sent == task("e")) == [task("a")]
+        clock.now = UPLOAD_SECONDS
+        assert budget.list_idle(lambda sent: True) == [task("a")]
+
+    run(test)
+
+
+def test_tasks_wait_for_a_worker_and_one_that_was_had_for_long_is_passed_on() -> None:
+    async def test() -> None:
+        clock = Clock()
+        budget = Budget(100, workers=2, clock=clock)
+        for owner in ("ana", "ben"):
+            assert budget.ask(task(owner), owner, 1).done()
+            budget.release(task(owner))
+            clock.now += 1
+        waiting = budget.ask(task("cleo"), "cleo", 1)
+        assert budget.ask(task("ana"), "ana", 1).done()  # who has one keeps it for a time
+        budget.release(task("ana"))
+        assert not waiting.done()
+        clock.now = TENURE_SECONDS
+        assert budget.list_idle() == []
+        assert waiting.done()
+        assert budget.ask(task("ben"), "ben", 1).done()
+        again = budget.ask(task("ana"), "ana", 1)
+        assert not again.done()
+
+    run(test)
+
+
+def test_who_always_has_a_task_open_passes_the_worker_on_all_the_same() -> None:
+    async def test() -> None:
+        clock = Clock()
+        budget = Budget(100, workers=1, clock=clock)
+        assert budget.ask(task("e0"), "eve", 1).done()
+        clock.now = TENURE_SECONDS
+        waiting = budget.ask(task("a"), "ana", 1)
+        more = budget.ask(task("e1"), "eve", 1)
+        assert not more.done()  # or there would always be one
+        budget.release(task("e0"))
+        assert waiting.done()
+        assert not more.done()
+
+    run(test)
+
+
+def test_sessions_of_those_whom_nothing_tells_apart_take_a_worker_each_for_all_phases() -> None:
+    async def test() -> None:
+        budget = Budget(100, workers=1)
+        assert budget.ask(("s", "train"), object(), 1).done()
+        assert budget.ask(("s", "predict"), object(), 1).done()
+        assert not budget.ask(("t", "train"), object(), 1).done()
 
     run(test)

@@ -9,22 +9,27 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from splitonnx.bundles import Bundle
+from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import RemoteFault, ServerBusy
+from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime import places
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.histories import StepRecord
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.pools import WorkerPool
+from splitonnx.runtime.remote_executors import RemoteExecutor
 from splitonnx.runtime.servers import Server
 from splitonnx.runtime.tokens import Tokens, add_token
+from splitonnx.runtime.workers import WorkerOptions
 from tests import tiny
 from tests.endless import endless_bundle, stuck_bundle
 from tests.test_stopping import LARGE, count_bytes_up, serve
@@ -243,22 +248,93 @@ def test_an_operator_that_cannot_be_ended_ends_its_worker_alone() -> None:
             client.predict({"x": tiny.batch(0)["x"]})
 
 
-def test_a_worker_is_taken_from_an_owner_who_left_and_not_from_one_who_is_there(
-    bundle: Bundle, tmp_path: Path
+def test_owners_share_a_worker_in_turns_and_none_is_lost(
+    bundle: Bundle, expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On earlier versions who comes second is refused as long as the first is there."""
+    monkeypatch.setattr(places, "TENURE_SECONDS", 0.0)
+    batches = [{n: array[i : i + 8] for n, array in DATA.items()} for i in range(0, 48, 8)]
+    with open_clinic(bundle.server, tmp_path, Limits(workers=1)) as clinic, ExitStack() as stack:
+        clients = [
+            stack.enter_context(
+                Client(bundle.client, clinic.server.url, access=clinic.access(owner))
+            )
+            for owner in OWNERS
+        ]
+        pids = []
+        for batch in batches:
+            for owner, client in zip(OWNERS, clients, strict=True):
+                client.step(batch)
+                pids.append(clinic.pid(owner))
+        states = [client.state() for client in clients]
+        assert clinic.count_deaths() == 0
+    assert len(set(pids)) == len(pids)
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(states[1][name], array)
+
+
+def test_greetings_take_no_worker(bundle: Bundle) -> None:
+    """On earlier versions sixteen of them take them all."""
+    limits = Limits(workers=1)
+    with (
+        Server(bundle.server, port=0, isolate=True, limits=limits) as server,  # type: ignore[arg-type]
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Client(bundle.client, server.url)) for _ in range(4)]
+        clients[-1].step({name: array[:8] for name, array in DATA.items()})
+
+
+def test_an_open_task_keeps_its_worker(bundle: Bundle) -> None:
+    assert bundle.server is not None
+    pool = WorkerPool(make_options(bundle.server), workers=1)
+    try:
+        first, second = (pool.open("", name * 32, None, 0) for name in "ab")
+        key = TaskKey("a" * 32, "train", 0, 0)
+        begin(first, key)
+        with pytest.raises(ServerBusy, match="1 workers"):
+            begin(second, TaskKey("b" * 32, "train", 0, 0))
+        first.abandon(key)
+        second.abandon(TaskKey("b" * 32, "train", 0, 0))
+        begin(second, TaskKey("b" * 32, "train", 0, 0))
+        assert not first.is_lost
+    finally:
+        pool.close()
+
+
+def begin(executor: RemoteExecutor, key: TaskKey) -> None:
+    executor.begin(key, data={}, seed=0, learning_rate=0.1)
+    executor.deliver(key, {"act1@server": np.ones((2, 7), np.float32)})
+    assert [*executor.advance(key)]
+
+
+def make_options(party: PartyBundle) -> WorkerOptions:
+    return WorkerOptions(
+        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=0
+    )
+
+
+def test_a_worker_that_cannot_start_is_told_in_the_log_and_the_step_is_tried_twice(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On earlier versions the client is told to look into a module of the server's."""
     bundle.save(tmp_path / "bundle")
     served = tmp_path / "bundle" / "server"
-    batch = {name: array[:8] for name, array in DATA.items()}
-    with open_clinic(served, tmp_path, Limits(workers=1)) as clinic:
-        url = clinic.server.url
-        with Client(bundle.client, url, access=clinic.access("ana")) as client:
-            client.step(batch)
-            with pytest.raises(ServerBusy, match="1 workers"):
-                Client(bundle.client, url, access=clinic.access("ben"), give_up_after=0)
-            first = clinic.pid("ana")
-        with Client(bundle.client, url, access=clinic.access("ben"), give_up_after=30) as client:
-            client.step(batch)
-            assert clinic.pid("ben") != first
+    with open_clinic(served, tmp_path) as clinic:
+        weights = served / "weights.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        replacement = served / "altered"
+        replacement.write_bytes(content)
+        replacement.replace(weights)  # what the server has read stays as it was
+        with (
+            Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client,
+            pytest.raises(RemoteFault, match=r"WorkerLost: no worker can be started .*--resume"),
+        ):
+            client.step({name: array[:8] for name, array in DATA.items()})
+        assert clinic.count_deaths() == 2
+    reasons = [r.message for r in caplog.records if "can be started: " in r.message]
+    assert len(reasons) == 2
+    assert f"{weights}: it was altered since the bundle was written" in reasons[0]
 
 
 @needs_linux

@@ -92,14 +92,21 @@ class SessionLost(ProtocolError):
 class WorkerLost(ProtocolError):
     """The process that ran a session's stages ended; ``how`` says how.
 
-    ``is_repeated``: the same step ended one before, so it is not tried again.
+    ``is_repeated``: the same step ended one before, so it is not tried again.  ``is_early``: it
+    ended before it was ready, which is not for want of anything that the client sends.
     """
 
     session: str
     how: str
     is_repeated: bool = False
+    is_early: bool = False
 
     def __str__(self) -> str:
+        if self.is_early:
+            return (
+                f"no worker can be started for session {self.session}; once whoever runs the "
+                "server has mended what its log says, train with --resume"
+            )
         if self.is_repeated:
             return (
                 f"the worker of session {self.session} was lost again at the same step "
