@@ -73,12 +73,13 @@ def assemble(
     if recipe.at:
         targets[SERVER] = recipe.server_target
     evaluation = _share_evaluation(predict, recipe, prepared)
+    stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
     parties = {}
     for party, target in targets.items():
         portable = target == "portable"
         shares = [
-            _share_training(training, party, portable, optimizer),
-            _share_phase(PREDICT, predict, party, portable),
+            _share_training(training, stages[TRAIN], party, portable, optimizer),
+            _share_phase(PREDICT, predict, stages[PREDICT], party, portable),
             *([evaluation] if party == CLIENT else []),
         ]
         owners = [graph.owners for graph in (training, predict)]
@@ -160,10 +161,16 @@ def _digest(parties: Mapping[str, PartyBundle]) -> str:
     return total.hexdigest()
 
 
-def _share_phase(name: str, joint: JointGraph, party: str, portable: bool) -> _Share:
-    """Cut one party's stages of a phase out of its joint graph."""
-    crossings = [wire.crossing for wire in joint.wires]
-    cuts = [c for c in cut_stages(joint.graph, crossings, joint.targets) if c.party == party]
+def _cut_phase(joint: JointGraph) -> list[StageCut]:
+    """Cut the stages of all parties out of a phase's joint graph."""
+    return cut_stages(joint.graph, [wire.crossing for wire in joint.wires], joint.targets)
+
+
+def _share_phase(
+    name: str, joint: JointGraph, every: Sequence[StageCut], party: str, portable: bool
+) -> _Share:
+    """Describe one party's stages of a phase, and write their graphs."""
+    cuts = [cut for cut in every if cut.party == party]
     stages, graphs = [], {}
     for index, cut in enumerate(cuts):
         label = _name_stage(name, joint, party, cuts, index)
@@ -225,9 +232,15 @@ def _name_stage(
     return f"{part}.forward" if index == 0 else f"{part}.backward"
 
 
-def _share_training(joint: JointGraph, party: str, portable: bool, optimizer: Optimizer) -> _Share:
+def _share_training(
+    joint: JointGraph,
+    every: Sequence[StageCut],
+    party: str,
+    portable: bool,
+    optimizer: Optimizer,
+) -> _Share:
     """The stages that lead to the gradients, and behind them the party's update."""
-    share = _share_phase(TRAIN, joint, party, portable)
+    share = _share_phase(TRAIN, joint, every, party, portable)
     inputs = map_values(joint.graph)
     own = {
         name: [declare(inputs[p]) for p in joint.gradients if name in joint.owners[p]]

@@ -20,9 +20,10 @@ from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.gradients import list_undifferentiable
 from splitonnx.partitioner.inspections import Cut, list_cuts
 from splitonnx.partitioner.joints import build_training
-from splitonnx.partitioner.losses import attach_loss, list_losses
+from splitonnx.partitioner.losses import fit_loss, list_losses
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.pauses import pause_collection
 from splitonnx.partitioner.preparations import PreparedModel, prepare
 from splitonnx.partitioner.weights import count_inner
 
@@ -79,6 +80,7 @@ class Check:
         return not self.obstacles
 
 
+@pause_collection()
 def check(
     model: ModelSource,
     *,
@@ -131,9 +133,8 @@ def _fit_losses(
     """Split the losses into those that can be taken of the output and what the others say."""
     fitting, reasons = [], []
     for loss in losses:
-        graph = prepared.training.clone().graph
         try:
-            attach_loss(graph, loss, output)
+            fit_loss(prepared.training.graph, loss, output)
             fitting.append(loss)
         except ModelError as error:
             reasons.append(str(error))

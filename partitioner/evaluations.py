@@ -84,7 +84,7 @@ def evaluate(
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:
     """Write a node with plain names, so that no name of the model matters."""
-    proto = ir.to_proto(node)
+    proto = ir.serde.serialize_node(node)
     names = [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)]
     del proto.input[:], proto.output[:], proto.metadata_props[:]
     proto.ClearField("name")

@@ -33,6 +33,7 @@ from splitonnx.partitioner.frontiers import (
     walk_back,
 )
 from splitonnx.partitioner.isolations import Refused, call
+from splitonnx.partitioner.node_types import list_types
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
@@ -273,17 +274,9 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
 
 
 def _annotate(model: ir.Model) -> None:
-    """Give every value the type that ONNX Runtime infers, and each gradient its value's shape.
-
-    onnx's own inference stops at the training-only operators, which it does not know.
-    """
+    """Give every value the type that ONNX Runtime infers, and each gradient its value's shape."""
     values = map_values(model.graph)
-    proto = ir.to_proto(model)
-    known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in values if name not in known
-    )
-    types = call(natives.list_types, "the joint graph", proto.SerializeToString())
+    types = list_types(model)
     for name, kind in types.items():
         if values[name].type is not None:
             continue

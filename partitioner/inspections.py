@@ -16,6 +16,7 @@ from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import declare
+from splitonnx.partitioner.pauses import pause_collection
 from splitonnx.partitioner.preparations import PreparedModel, prepare
 from splitonnx.partitioner.shapes import infer_shapes
 from splitonnx.tensors import DTYPES
@@ -42,6 +43,7 @@ class Cut:
     sent: tuple[str, ...] = ()
 
 
+@pause_collection()
 def inspect(model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()) -> list[Cut]:
     """List the legal single-tensor cuts of a model, from its input to its output.
 

@@ -6,7 +6,7 @@ must hold.  This module knows outputs and labels; it knows no cut and no gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -48,15 +48,11 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
         UnsupportedModel: the output does not fit the loss.
     """
     value = map_values(graph)[output]
-    if loss == "from-model":
+    labels = fit_loss(graph, loss, output)
+    _clear_names(graph, _list_names(loss, value))
+    if labels is None:
         return _adopt_loss(graph, value)
-    if loss not in _LOSSES:
-        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
-    _clear_names(graph, (LABELS, LOSS, ACCURACY), value)
-    if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
-        raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")
-    spec, build = _LOSSES[loss]
-    labels = spec(value)
+    _, build = _LOSSES[loss]
     source = _make_input(labels)
     graph.inputs.append(source)
     draft = Draft("splitonnx.loss")
@@ -67,6 +63,25 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
         result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         graph.outputs.append(result)
     return AttachedLoss(labels=labels, results=tuple(results))
+
+
+def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
+    """Give the labels that ``loss`` on ``output`` reads; none where the output is the loss.
+
+    Raises:
+        UsageError, UnsupportedModel: as :func:`attach_loss` does.
+    """
+    value = map_values(graph)[output]
+    if loss != "from-model" and loss not in _LOSSES:
+        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
+    if loss == "from-model":
+        _refuse_no_loss(value)
+    _find_hidden(graph, _list_names(loss, value))
+    if loss == "from-model":
+        return None
+    if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
+        raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")
+    return _LOSSES[loss][0](value)
 
 
 def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
@@ -94,15 +109,17 @@ def find_activation(output: ir.Value, loss: str) -> str | None:
     return node.op_type
 
 
-def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
+def _refuse_no_loss(value: ir.Value) -> None:
     if value.dtype != ir.DataType.FLOAT or (value.shape is not None and len(value.shape)):
         raise UnsupportedModel(
             f"output '{value.name}'",
             f"a loss is a float32 scalar, this is {value.type}{list(value.shape or [])}",
             "name the loss with --output",
         )
+
+
+def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
     if value.name != LOSS:
-        _clear_names(graph, (LOSS,), value)
         node = ir.node("Identity", [value], name="splitonnx.loss/0_Identity")
         node.outputs[0].name, node.outputs[0].type = LOSS, value.type
         node.outputs[0].shape = ir.Shape([])
@@ -113,20 +130,31 @@ def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
     return AttachedLoss(labels=None, results=(LOSS,))
 
 
-def _clear_names(graph: ir.Graph, names: tuple[str, ...], output: ir.Value) -> None:
+def _list_names(loss: str, output: ir.Value) -> Sequence[str]:
+    """List the names that a loss needs."""
+    if loss == "from-model":
+        return () if output.name == LOSS else (LOSS,)
+    return (LABELS, LOSS, ACCURACY)
+
+
+def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
     """Rename the model's own inner values that bear a name which the loss needs."""
-    values = map_values(graph)
-    for name in names:
-        value = values.get(name)
-        if value is None:
-            continue
+    for value in _find_hidden(graph, names):
+        value.name = f"{value.name}.model"
+
+
+def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
+    """Find the model's own inner values that bear one of the names; no other may."""
+    values = map_values(graph) if names else {}
+    found = [(name, values[name]) for name in names if name in values]
+    for name, value in found:
         if value in graph.inputs or value.is_graph_output():
             raise UnsupportedModel(
                 f"'{name}'",
                 "the model's own input or output bears the name of what the loss adds",
                 "rename it, or use --loss from-model if the model ends in its loss",
             )
-        value.name = f"{name}.model"
+    return [value for _, value in found]
 
 
 def _make_input(spec: TensorSpec) -> ir.Value:

@@ -18,6 +18,7 @@ from splitonnx.partitioner.assemblies import assemble
 from splitonnx.partitioner.frontiers import is_float
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.joints import build_predict, build_training
+from splitonnx.partitioner.pauses import pause_collection
 from splitonnx.partitioner.preparations import (
     BatchNormMode,
     DropoutMode,
@@ -28,6 +29,7 @@ from splitonnx.partitioner.preparations import (
 Target = Literal["portable", "training"]
 
 
+@pause_collection()
 def cut(
     model: ModelSource | ir.Model,
     *,

@@ -1,0 +1,153 @@
+"""Models of many nodes: the work on them takes in each node once, in few questions."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from threading import Barrier, Thread
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from splitonnx.errors import NativeCrash, NotAModel
+from splitonnx.partitioner import gates, node_types
+from splitonnx.partitioner.checks import check
+from splitonnx.partitioner.gates import ModelSource
+from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.isolations import Isolation
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.pauses import pause_collection
+from tests.zoo import ZOO
+
+
+def build_row(nodes: int) -> bytes:
+    """One matrix, then activations in a row."""
+    row = [helper.make_node("MatMul", ["x", "w"], ["v0"])]
+    for index in range(1, nodes):
+        row.append(helper.make_node("Sigmoid", [f"v{index - 1}"], [f"v{index}"]))
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4])
+        for name in ("x", f"v{nodes - 1}")
+    ]
+    weight = numpy_helper.from_array(np.full((4, 4), 0.1, np.float32), "w")
+    graph = helper.make_graph(row, "row", values[:1], values[1:], [weight])
+    opsets = [helper.make_opsetid("", 18)]
+    content: bytes = helper.make_model(
+        graph, opset_imports=opsets, ir_version=9
+    ).SerializeToString()
+    return content
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes that native code was asked with, by function."""
+    sizes: Counter[str] = Counter()
+    ask = Isolation._ask
+
+    def spy(self: Isolation, name: str, request: bytes, subject: str) -> bytes:
+        sizes[name] += len(request)
+        return ask(self, name, request, subject)
+
+    monkeypatch.setattr(Isolation, "_ask", spy)
+    return sizes
+
+
+def test_types_are_asked_for_by_kinds_of_node_whose_number_does_not_grow(
+    asked: Counter[str],
+) -> None:
+    sizes = []
+    for nodes in (1200, 2400):  # in the joint graph there are two of each, and the loss
+        asked.clear()
+        cut(build_row(nodes), at="v0", loss="mse")
+        sizes.append(asked["list_types"])
+    assert sizes[0] == sizes[1] < 10_000
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_kinds_of_node_say_the_types_that_the_whole_graph_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def spy(model: ir.Model) -> object:
+        kinds, whole = node_types._ask_kinds(model), node_types._ask_graph(model)
+        found.append((kinds, {value: whole[value] for value in kinds}))
+        untyped = {v.name for n in model.graph for v in n.outputs if v.name and v.type is None}
+        assert untyped == set(kinds)
+        return whole
+
+    monkeypatch.setattr("splitonnx.partitioner.gradients.list_types", spy)
+    cut(ZOO[name].build(), at=None, loss=ZOO[name].loss)
+    ((kinds, whole),) = found
+    assert kinds == whole
+
+
+def test_a_graph_whose_kinds_of_node_are_refused_is_asked_for_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_types, "FEW_NODES", 0)
+    model = ZOO["pools"].build()
+    asked_whole, whole = [], node_types._ask_graph
+
+    def ask(model: ir.Model) -> Mapping[str, str]:
+        asked_whole.append(model)
+        return whole(model)
+
+    def refuse(model: ir.Model) -> Mapping[str, str]:
+        raise NativeCrash("the joint graph", "broke down over it")
+
+    monkeypatch.setattr(node_types, "_ask_kinds", refuse)
+    monkeypatch.setattr(node_types, "_ask_graph", ask)
+    cut(model, at=None)
+    assert len(asked_whole) == 1
+
+
+def test_the_collector_is_off_while_a_model_is_worked_on_and_on_again_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    opened = gates.open_model
+
+    def spy(source: ModelSource) -> ir.Model:
+        seen.append(gc.isenabled())
+        return opened(source)
+
+    for module in ("checks", "inspections", "partitions"):
+        monkeypatch.setattr(f"splitonnx.partitioner.{module}.open_model", spy)
+    model = ZOO["chain"].build()
+    for verb in (check, inspect, partial(cut, at=None)):
+        verb(model)
+        assert gc.isenabled()
+        with pytest.raises(NotAModel):
+            verb(b"no model")
+        assert gc.isenabled()
+    assert seen == [False] * 6
+
+
+def test_the_collector_stays_as_its_owner_set_it_whatever_pauses_overlap() -> None:
+    begun, over = Barrier(2), Barrier(2)
+
+    def pause() -> None:
+        with pause_collection():
+            begun.wait()
+            over.wait()
+
+    thread = Thread(target=pause)
+    thread.start()
+    with pause_collection():
+        begun.wait()
+    assert not gc.isenabled()
+    over.wait()
+    thread.join()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with pause_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
