@@ -86,7 +86,7 @@ class Archive:
             ForeignSession: it is another's.
         """
         self.require_owner(session, owner)
-        outcome = read_state(self.folder, self._manifest, session)
+        outcome = read_state(self.folder, self._manifest, session, is_held=True)
         if outcome is not None and (outcome.session, outcome.step) == (session, step):
             return outcome.tensors
         store = self.open_store(session)

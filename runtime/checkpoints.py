@@ -30,6 +30,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.files import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.manifests import PartyManifest
+from splitonnx.pieces import hold
 from splitonnx.seals import encode_sealed, is_whole
 from splitonnx.states import (
     MAX_HEADER,
@@ -286,7 +287,7 @@ class CheckpointStore:
         return {_FACTS: msgspec.json.encode(facts).decode()}
 
     def _read(self, path: Path) -> Checkpoint:
-        content = map_file(path)
+        content = hold(map_file(path))
         try:
             tensors, metadata = decode_state(path, content, self._manifest.state)
             facts = _DECODER.decode(metadata.get(_FACTS, ""))

@@ -33,7 +33,9 @@ class Handout:
     """
 
     def __init__(self, client: str | Path | PartyBundle, server: PartyManifest) -> None:
-        party = client if isinstance(client, PartyBundle) else PartyBundle.load(client)
+        party = (
+            client if isinstance(client, PartyBundle) else PartyBundle.load(client, is_held=True)
+        )
         if party.manifest.party == server.party or party.manifest.digest != server.digest:
             raise UsageError("the client's part is of another bundle than the part that is served")
         manifest, weights = party.encode()

@@ -136,7 +136,11 @@ class Server:
         with ExitStack() as undo:
             if self._lock is not None:
                 undo.callback(self._lock.release)
-            party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
+            party = (
+                bundle
+                if isinstance(bundle, PartyBundle)
+                else PartyBundle.load(bundle, is_held=True)
+            )
             if party.manifest.party != SERVER:
                 raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
             check_exposure(host, tokens, tls, insecure=insecure)

@@ -29,7 +29,7 @@ from splitonnx.manifests import (
     decode_manifest,
     encode_manifest,
 )
-from splitonnx.pieces import split_pieces
+from splitonnx.pieces import hold, split_pieces
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
@@ -62,8 +62,10 @@ class PartyBundle:
     path: Path | None = None
 
     @classmethod
-    def load(cls, path: str | Path, *, session: str = "") -> PartyBundle:
-        """Read a party's folder; weights are mapped from the file, not read.
+    def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
+        """Read a party's folder; weights are mapped from the file, not read, unless ``is_held``.
+
+        A process that reads a mapped file ends by SIGBUS where somebody has truncated the file.
 
         ``session`` asks for the state that came out of it, if the folder still has that; the
         newest outcome otherwise.
@@ -74,16 +76,18 @@ class PartyBundle:
             FormatError: the manifest or a tensor file cannot be read as such.
         """
         folder = Path(path)
-        return read_steadily(folder, lambda: cls._load(folder, session), BundleError, FormatError)
+        return read_steadily(
+            folder, lambda: cls._load(folder, session, is_held), BundleError, FormatError
+        )
 
     @classmethod
-    def _load(cls, folder: Path, session: str) -> PartyBundle:
+    def _load(cls, folder: Path, session: str, is_held: bool) -> PartyBundle:
         content = _read(folder, MANIFEST, MAX_MANIFEST)
         manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
         graphs = _read_graphs(folder, manifest)
-        weights = _read_weights(folder / WEIGHTS, manifest)
+        weights = _read_weights(folder / WEIGHTS, manifest, is_held)
         untrained = cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
-        state = read_state(folder, manifest, session)
+        state = read_state(folder, manifest, session, is_held=is_held)
         return untrained if state is None else untrained.with_state(state)
 
     def save(
@@ -261,9 +265,9 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
     return graphs
 
 
-def _read_weights(path: Path, manifest: PartyManifest) -> dict[str, np.ndarray]:
+def _read_weights(path: Path, manifest: PartyManifest, is_held: bool) -> dict[str, np.ndarray]:
     """Map a party's first weights; they are read through once where there is a checksum."""
-    content = map_file(path)
+    content = hold(map_file(path)) if is_held else map_file(path)
     weights, _ = decode_state(path, content, _initial(manifest))
     if manifest.weights:  # earlier versions wrote none
         _compare(path, [content], manifest.weights)

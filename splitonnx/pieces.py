@@ -31,6 +31,16 @@ def split_pieces(content: bytes | memoryview | np.ndarray) -> Iterator[memoryvie
             _give_back(mapping, piece)
 
 
+def hold(content: memoryview) -> memoryview:
+    """Copy bytes into memory of this process's own, which a change of their file does not reach."""
+    memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
+    start = 0
+    for piece in split_pieces(content):
+        memory[start : start + len(piece)] = piece
+        start += len(piece)
+    return memory.toreadonly()
+
+
 def _flatten(content: bytes | memoryview | np.ndarray) -> np.ndarray:
     if isinstance(content, np.ndarray):
         return content.reshape(-1).view(np.uint8)

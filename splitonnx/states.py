@@ -37,7 +37,7 @@ from splitonnx.files import (
     write_file,
 )
 from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
-from splitonnx.pieces import split_pieces
+from splitonnx.pieces import hold, split_pieces
 from splitonnx.seals import SEAL, encode_sealed, is_whole
 from splitonnx.tensors import check_array
 
@@ -114,10 +114,13 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error
 
 
-def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> State | None:
+def read_state(
+    folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
+) -> State | None:
     """Read the outcome of a session from a party's folder, or the newest one; ``None``: no state.
 
-    Tensors are mapped from the file, every byte of which is verified.
+    Tensors are mapped from the file, every byte of which is verified, or in memory if they are to
+    be ``is_held``.
 
     Raises:
         BundleError, FormatError: it cannot be read, or is not what the manifest declares.
@@ -125,7 +128,7 @@ def read_state(folder: Path, manifest: PartyManifest, session: str = "") -> Stat
     found = _find_outcome(folder, session)
     if found is None:
         return None
-    path, content = found
+    path, content = found[0], hold(found[1]) if is_held else found[1]
     tensors, metadata = decode_state(path, content, manifest.state)
     is_sealed = SEAL in metadata or "format" in metadata  # earlier versions sealed none
     if is_sealed and not is_whole(content, metadata):
