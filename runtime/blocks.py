@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from multiprocessing import shared_memory
@@ -112,6 +113,12 @@ class FileBlock:
         self._memory = mmap.mmap(self.number, size)
         self._size = size
 
+    def unmap(self) -> None:
+        """Look at it no more; nobody else may."""
+        assert self._memory is not None
+        self._memory.close()
+        self._memory = None
+
     def empty(self) -> None:
         """Give its memory back until it is used again."""
         assert self._memory is not None
@@ -166,6 +173,49 @@ class NamedBlock:
             self._memory.unlink()
         with suppress(BufferError):  # an array looks at it still, and keeps the mapping
             self._memory.close()
+
+
+class SharedTensors:
+    """Tensors in an anonymous file that nobody can change any more; children inherit its number.
+
+    ``tensors`` look at it, read-only.
+    """
+
+    def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:
+        self.number = number
+        self.slots = slots
+        self.tensors = look_up(number, slots)
+        self._close = weakref.finalize(self, os.close, number)
+
+    @classmethod
+    def make(cls, tensors: Mapping[str, np.ndarray]) -> SharedTensors | None:
+        """Copy tensors there; ``None`` where the platform has no such files."""
+        if not hasattr(os, "memfd_create"):
+            return None
+        import fcntl
+
+        number = os.memfd_create("splitonnx-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        block = FileBlock(number)
+        block.reserve(max(SMALLEST, measure(tensors.values())))
+        slots = put(block, tensors)
+        block.unmap()  # what can be written to cannot be sealed
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, seals)
+        return cls(number, slots)
+
+    def close(self) -> None:
+        """Close the file; arrays that look at it keep its memory.  May be called twice."""
+        self._close()
+
+
+def look_up(number: int, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """Map the tensors of an inherited file, read-only.
+
+    Raises:
+        FormatError: a slot is not within the file, or of no dtype or shape.
+    """
+    view = memoryview(mmap.mmap(number, 0, access=mmap.ACCESS_READ))
+    return {slot.name: _look(view, slot) for slot in slots}
 
 
 def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | NamedBlock:

@@ -181,13 +181,15 @@ class WorkerPool:
             self._is_closed.wait(INTERRUPT_SECONDS)
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker; may be called twice."""
         self._is_closed.set()
         with self._lock:
             leases = list(self._leases.values())
             self._leases.clear()
         for lease in leases:
             lease.end()
+        if self._options.weights is not None:
+            self._options.weights.close()
 
     def _find(self, executor: RemoteExecutor) -> _Lease | None:
         """Find the owner's lease, or make one where there is room for one more."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +32,7 @@ from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.archives import DAY
 from splitonnx.runtime.attendances import Attendance
+from splitonnx.runtime.blocks import SharedTensors
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.doors import check_exposure, is_loopback
@@ -162,7 +164,12 @@ class Server:
                         count_operators(*file).keys() & UNGUARDED for file in party.graphs.items()
                     )
                 )
-            self._workers = self._make_workers(party, threads) if isolate else None
+            self._workers = None
+            if isolate:
+                shared = SharedTensors.make(party.weights)
+                if shared is not None:
+                    party = replace(party, weights=shared.tensors)
+                self._workers = self._make_workers(party, shared, threads)
             self._registry = Registry(
                 Executor(party, self._engine),
                 sessions=self._limits.sessions,
@@ -186,10 +193,13 @@ class Server:
             self._halt: threading.Timer | None = None
             undo.pop_all()
 
-    def _make_workers(self, party: PartyBundle, threads: int | None) -> WorkerPool:
+    def _make_workers(
+        self, party: PartyBundle, weights: SharedTensors | None, threads: int | None
+    ) -> WorkerPool:
         limits = self._limits
         options = WorkerOptions(
             party=party,
+            weights=weights,
             threads=threads,
             stage_seconds=limits.stage_seconds,
             memory_bytes=limits.memory + limits.tasks + GIB,

@@ -12,17 +12,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import assert_never
 
 import msgspec
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import BundleError, SplitonnxError, StageFailed, StageStopped, StageTooSlow
-from splitonnx.manifests import PREDICT, TRAIN, PartyManifest, decode_manifest, encode_manifest
+from splitonnx.errors import SplitonnxError, StageFailed, StageStopped, StageTooSlow
+from splitonnx.manifests import PREDICT, TRAIN, PartyManifest, decode_manifest
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.blocks import Block, Place, measure, open_block, put, take
+from splitonnx.runtime.blocks import Block, Place, look_up, measure, open_block, put, take
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.heaps import Heap
@@ -145,15 +144,12 @@ class Host:
         self._heap.tidy()
 
     def _find_party(self, start: Start, manifest: PartyManifest) -> PartyBundle:
-        """Find the untrained party: its weights are mapped from the folder, or came along."""
-        if start.folder is None:
+        """Find the untrained party: its weights are in a file that was inherited, or came along."""
+        if start.file is None:
             assert self._inbox is not None
             weights = take(self._inbox, start.weights)
         else:
-            party = PartyBundle.load(Path(start.folder))
-            if encode_manifest(party.manifest) != start.manifest:
-                raise BundleError(start.folder, "it was changed since it is served")
-            weights = dict(party.weights)
+            weights = look_up(start.file, start.weights)
         return PartyBundle(manifest=manifest, graphs=start.graphs, weights=weights)
 
     def _open(self, action: Open) -> None:

@@ -26,9 +26,6 @@ RAISED = frozenset(
     {
         "ArrayMismatch",
         "BatchTooLarge",
-        "BundleError",
-        "ForbiddenGraph",
-        "FormatError",
         "LocalProtocolError",
         "MissingArray",
         "NormTooLarge",
@@ -43,7 +40,7 @@ RAISED = frozenset(
         "WrongRuntime",
     }
 )
-"""Errors of a bundle and an executor, which a worker may make its server raise."""
+"""Errors of an executor, which a worker may make its server raise."""
 
 _LENGTH = struct.Struct("<Q")
 
@@ -51,14 +48,14 @@ Fact = str | int | float | bool | None | list[str | int]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The party to run.  ``weights`` are in the folder's file, or in the block.
+    """The party to run.  ``weights`` are in the file of this number, or in the block.
 
     ``memory_bytes`` limit the process; of that, ``kept_bytes`` may stay after a task is over.
     """
 
     manifest: bytes
     graphs: dict[str, bytes]
-    folder: str | None
+    file: int | None
     weights: tuple[Slot, ...]
     threads: int | None
     stage_seconds: float

@@ -26,7 +26,16 @@ from splitonnx.errors import FormatError, ProcessFailed, SplitonnxError, StageSt
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import TaskKey
 from splitonnx.runtime import worker_main
-from splitonnx.runtime.blocks import FileBlock, NamedBlock, Slot, make_block, measure, put, take
+from splitonnx.runtime.blocks import (
+    FileBlock,
+    NamedBlock,
+    SharedTensors,
+    Slot,
+    make_block,
+    measure,
+    put,
+    take,
+)
 from splitonnx.runtime.runs import GRACE_SECONDS, Runs
 from splitonnx.runtime.worker_messages import (
     MAX_ANSWER,
@@ -92,13 +101,14 @@ class WorkerEnded(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What every worker of a server runs, and its bounds.
+    """What every worker of a server runs, and its bounds; ``weights`` are the party's, if shared.
 
     ``kept_bytes`` may stay after a task, of its process's memory and again of what it shares with
     its server.
     """
 
     party: PartyBundle
+    weights: SharedTensors | None = None
     threads: int | None
     stage_seconds: float
     memory_bytes: int | None
@@ -139,7 +149,7 @@ class Worker:
         self._outbox: FileBlock | NamedBlock = make_block()
         self._abandoned: deque[tuple[int, TaskKey]] = deque()
         self._closed: deque[int] = deque()
-        self._process = self._spawn()
+        self._process = self._spawn(options.weights)
         self.pid = self._process.pid
         assert self._process.stderr is not None
         threading.Thread(
@@ -237,11 +247,14 @@ class Worker:
         with suppress(WorkerEnded, SplitonnxError):  # whoever needs the worker next is told
             self.ask(Tidy())
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self, weights: SharedTensors | None) -> subprocess.Popen[bytes]:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         blocks = (self._inbox, self._outbox)
-        numbers = tuple(block.number for block in blocks if isinstance(block, FileBlock))
+        files = [block for block in blocks if isinstance(block, FileBlock)]
+        numbers = [file.number for file in files]
+        if weights is not None:
+            numbers.append(weights.number)
         try:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", worker_main.__name__],
@@ -258,19 +271,18 @@ class Worker:
             raise ProcessFailed(worker_main.__name__, str(error)) from error
 
     def _start(self, options: WorkerOptions) -> None:
-        party = options.party
-        weights = {} if party.path is not None else dict(party.weights)
+        party, shared = options.party, options.weights
         start = Start(
             manifest=encode_manifest(party.manifest),
             graphs=dict(party.graphs),
-            folder=None if party.path is None else str(party.path.absolute()),
-            weights=(),
+            file=None if shared is None else shared.number,
+            weights=() if shared is None else shared.slots,
             threads=options.threads,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
             kept_bytes=options.kept_bytes,
         )
-        self.ask(start, weights)
+        self.ask(start, dict(party.weights) if shared is None else None)
 
     def _exchange(
         self, action: Action, tensors: Mapping[str, np.ndarray] | None

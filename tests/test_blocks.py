@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import FormatError, NotFinite, StageTooSlow
-from splitonnx.runtime.blocks import Slot, make_block, measure, put, take
+from splitonnx.runtime.blocks import SharedTensors, Slot, look_up, make_block, measure, put, take
 from splitonnx.runtime.worker_messages import Failed, describe_error, make_error
 
 TENSORS: dict[str, np.ndarray] = {
@@ -123,3 +125,26 @@ def test_an_error_comes_back_as_the_same_one() -> None:
 def test_an_error_that_no_executor_raises_is_refused(code: str, facts: list[object]) -> None:
     with pytest.raises(FormatError, match="a worker's answer"):
         make_error(Failed(code=code, facts=facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sealed files are Linux's")
+def test_nobody_can_change_what_all_workers_share() -> None:
+    shared = SharedTensors.make(TENSORS)
+    assert shared is not None
+    with pytest.raises(PermissionError):
+        os.pwrite(shared.number, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(shared.number, 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(shared.number, 1)
+    mapped = look_up(shared.number, shared.slots)
+    for found in (shared.tensors, mapped):
+        assert [*found] == [*TENSORS]
+        for name, array in TENSORS.items():
+            np.testing.assert_array_equal(found[name], array)
+            assert not array.size or not found[name].flags.writeable
+    with pytest.raises(FormatError):
+        look_up(shared.number, [Slot("far", "F32", (1,), 1 << 40)])
+    shared.close()
+    shared.close()
+    np.testing.assert_array_equal(mapped["large"], TENSORS["large"])

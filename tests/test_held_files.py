@@ -60,10 +60,11 @@ def test_what_is_held_stays_whatever_becomes_of_its_file(trained: Path) -> None:
     assert after == before
 
 
-def test_a_server_goes_on_though_its_files_are_cut_short(trained: Path) -> None:
-    """On earlier versions SIGBUS ends it, with every session."""
+@pytest.mark.parametrize("mode", ["--isolate", "--no-isolate"])
+def test_a_server_goes_on_though_its_files_are_cut_short(trained: Path, mode: str) -> None:
+    """On earlier versions SIGBUS ends it, with every session, or no worker can be started."""
     client = PartyBundle.load(trained / "client", is_held=True)
-    with serve(trained / "server", "--client", str(trained / "client")) as (process, url):
+    with serve(trained / "server", mode, "--client", str(trained / "client")) as (process, url):
         page = url.replace("ws", "http", 1)
         with urlopen(f"{page}/client/{WEIGHTS}") as response:
             given = response.read()
