@@ -43,6 +43,7 @@ from splitonnx.partitioner.opsets import IR_VERSION
 from splitonnx.partitioner.ports import CLIENT, SERVER
 from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.stages import StageCut, cut_stages
+from splitonnx.partitioner.transcripts import write_graph
 from splitonnx.partitioner.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.weights import read_array, restore_weights
 from splitonnx.pieces import split_pieces
@@ -174,10 +175,12 @@ def _share_phase(
     stages, graphs = [], {}
     for index, cut in enumerate(cuts):
         label = _name_stage(name, joint, party, cuts, index)
-        if portable:
-            lower(cut.graph)
         stages.append(_describe_stage(label, cut, joint, party))
-        graphs[f"{label}.onnx"] = _serialize(cut.graph)
+        if portable:
+            lower(graph := cut.extract())
+            graphs[f"{label}.onnx"] = _serialize(graph)
+        else:
+            graphs[f"{label}.onnx"] = _serialize(cut.view)
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
     phase = Phase(
         name=name,
@@ -330,12 +333,12 @@ def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedMod
     return _Share(phase=phase, graphs={stage.graph: _serialize(model.graph)})
 
 
-def _serialize(graph: ir.Graph) -> bytes:
+def _serialize(graph: ir.Graph | ir.GraphView) -> bytes:
     """Write a graph as ONNX bytes that are the same for the same graph."""
-    used = {node.domain or "" for node in graph.all_nodes()} | {""}
+    used = {node.domain or "" for node in ir.traversal.RecursiveGraphIterator(graph)} | {""}
     for domain in [domain for domain in graph.opset_imports if domain not in used]:
         del graph.opset_imports[domain]
-    proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="splitonnx"))
+    proto = write_graph(graph, IR_VERSION, "splitonnx")
     typed = [value for value in proto.graph.value_info if value.HasField("type")]
     constants = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
     del proto.graph.value_info[:], proto.graph.initializer[:]

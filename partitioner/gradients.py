@@ -35,6 +35,7 @@ from splitonnx.partitioner.frontiers import (
 from splitonnx.partitioner.isolations import Refused, call
 from splitonnx.partitioner.node_types import list_types
 from splitonnx.partitioner.rewrites.selections import separate_splits
+from splitonnx.partitioner.transcripts import write_model
 
 GRADIENT = "_grad"
 """The builder names the gradient of a value ``x`` so: ``x_grad``."""
@@ -201,7 +202,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
 
 def _serialize(model: ir.Model) -> bytes:
     try:
-        content: bytes = ir.to_proto(model).SerializeToString()
+        content: bytes = write_model(model).SerializeToString()
     except (EncodeError, MemoryError) as error:
         raise UnsupportedModel(
             "the model's constants",
@@ -269,7 +270,7 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
     ends = [value for value in model.graph.outputs if value.name == loss]
     if not separate_splits(model.graph, trace_gradients(ends)):
         return content
-    separated: bytes = ir.to_proto(model).SerializeToString()
+    separated: bytes = write_model(model).SerializeToString()
     return separated
 
 

@@ -18,6 +18,7 @@ from splitonnx.errors import NativeCrash
 from splitonnx.partitioner import natives
 from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.isolations import Refused, call
+from splitonnx.partitioner.transcripts import write_model
 
 FEW_NODES = 2000
 """A graph of as many is put to ONNX Runtime whole."""
@@ -43,7 +44,7 @@ def list_types(model: ir.Model) -> Mapping[str, str]:
 
 
 def _ask_graph(model: ir.Model) -> Mapping[str, str]:
-    proto = ir.to_proto(model)
+    proto = write_model(model)
     known = {value.name for value in proto.graph.output}
     names = (name for name in map_values(model.graph) if name not in known)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)

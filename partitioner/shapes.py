@@ -16,6 +16,7 @@ from splitonnx.partitioner import natives
 from splitonnx.partitioner.drafts import known_dims, known_rank, take_input
 from splitonnx.partitioner.faults import FAULTS, blame, blame_stage, explain
 from splitonnx.partitioner.isolations import Refused, call
+from splitonnx.partitioner.transcripts import write_model
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
 """Operators with windows, and which of their inputs is the kernel."""
@@ -38,16 +39,21 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         NativeCrash: onnx's inference breaks down over it.
     """
     with blame_stage("written down"), _lighten(model.graph):
-        content = ir.to_proto(model).SerializeToString()
+        content = write_model(model).SerializeToString()
     try:
         inferred = call(natives.infer_shapes, "the model", content, check_type)
     except Refused:
         return  # what contradicts itself stays as it is
+    graphs = list(model.graphs())
     try:
-        found = ir.serde.deserialize_model(onnx.ModelProto.FromString(inferred))
+        proto = onnx.ModelProto.FromString(inferred)
+        if len(graphs) == 1:
+            _note_entries(model.graph, proto.graph)
+            return
+        found = ir.serde.deserialize_model(proto)
     except FAULTS as error:
         raise NotAModel("the model", f"its types cannot be inferred ({explain(error)})") from error
-    for graph, typed in zip(model.graphs(), found.graphs(), strict=False):
+    for graph, typed in zip(graphs, found.graphs(), strict=False):
         _note_types(graph, typed)
 
 
@@ -75,16 +81,36 @@ def _lighten(graph: ir.Graph) -> Iterator[None]:
         graph.inputs[:] = inputs
 
 
+def _note_entries(graph: ir.Graph, typed: onnx.GraphProto) -> None:
+    """Note the types of a graph without bodies, without reading its nodes."""
+    entries = {info.name: info.type for info in (*typed.value_info, *typed.input, *typed.output)}
+    read: dict[bytes, tuple[ir.Shape | None, ir.DataType | None]] = {}
+    made = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *made):
+        entry = entries.get(value.name or "")
+        if entry is None:
+            continue
+        content = entry.SerializeToString()
+        if content not in read:
+            kind = ir.serde.deserialize_type_proto_for_type(entry)
+            shape = ir.serde.deserialize_type_proto_for_shape(entry)
+            read[content] = (shape, None if kind is None else kind.dtype)
+        _note_type(value, *read[content])
+
+
 def _note_types(graph: ir.Graph, typed: ir.Graph) -> None:
     known = ir.convenience.create_value_mapping(typed)
     for name, value in ir.convenience.create_value_mapping(graph).items():
         found = known.get(name)
-        if found is None:
-            continue
-        if found.shape is not None and value.shape != found.shape:
-            value.shape = found.shape
-        if found.dtype is not None and value.dtype != found.dtype:
-            value.dtype = found.dtype
+        if found is not None:
+            _note_type(value, found.shape, found.dtype)
+
+
+def _note_type(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | None) -> None:
+    if shape is not None and value.shape != shape:
+        value.shape = shape
+    if dtype is not None and value.dtype != dtype:
+        value.dtype = dtype
 
 
 def check_ranks(graph: ir.Graph) -> None:

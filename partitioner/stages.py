@@ -32,21 +32,25 @@ class Crossing:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCut:
-    """One stage of one party: its own graph, cloned out of the joint graph."""
+    """One stage of one party: a view of its nodes in the joint graph."""
 
     party: str
     level: int
-    graph: ir.Graph
+    view: ir.GraphView
+
+    def extract(self) -> ir.Graph:
+        """Clone the stage's graph out of the joint graph."""
+        return self.view.clone()
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the graph's inputs."""
-        return tuple(value.name or "" for value in self.graph.inputs)
+        return tuple(value.name or "" for value in self.view.inputs)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the graph's outputs."""
-        return tuple(value.name or "" for value in self.graph.outputs)
+        return tuple(value.name or "" for value in self.view.outputs)
 
 
 def cut_stages(
@@ -117,11 +121,11 @@ def _cut_party(
     stages = []
     for level in sorted(set(assigned.values())):
         own = [node for node in graph if assigned.get(node) == level]
-        stages.append(_clone_stage(graph, party, level, own, by_level.get(level, []), consumers))
+        stages.append(_view_stage(graph, party, level, own, by_level.get(level, []), consumers))
     return stages
 
 
-def _clone_stage(
+def _view_stage(
     graph: ir.Graph,
     party: str,
     level: int,
@@ -138,6 +142,14 @@ def _clone_stage(
         for value in made
         if value.name and (value in wanted or any(at > level for at in consumers.get(value, ())))
     ]
-    clone = ir.convenience.extract(graph, inputs, outputs)
-    clone.name = f"{party}.{level}"
-    return StageCut(party=party, level=level, graph=clone)
+    view = ir.GraphView(
+        inputs,
+        outputs,
+        nodes=own,
+        initializers=[value for value in read if value.is_initializer()],
+        doc_string=graph.doc_string,
+        opset_imports=dict(graph.opset_imports),
+        name=f"{party}.{level}",
+        metadata_props=dict(graph.metadata_props),
+    )
+    return StageCut(party=party, level=level, view=view)
