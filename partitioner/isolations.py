@@ -51,7 +51,11 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # what code says that breaks down is no sentence
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "ORT_DISABLE_TELEMETRY": "1",  # of ONNX Runtime from 1.29 on
+                },
                 cwd=sys.prefix,  # which is there to stay
             )
         except (OSError, ValueError) as error:

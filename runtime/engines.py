@@ -6,6 +6,7 @@ here.  It knows graphs, arrays and threads, and nothing of phases, wires or trai
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import warnings
@@ -289,10 +290,14 @@ def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
 
 @cache
 def _import_onnxruntime() -> Any:
+    # From 1.29 on it reports models and errors to its maker, keeps an identifier of the device, and
+    # does both while it is imported, unless the environment says this before.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
+    onnxruntime.disable_telemetry_events()  # a program that imported it before us
     onnxruntime.set_default_logger_severity(_SILENT)  # device discovery warns on its own
     return onnxruntime
 

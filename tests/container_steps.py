@@ -170,7 +170,9 @@ def main(kind: str) -> None:
             assert process.stderr is not None
             line = process.stderr.readline()
             found = re.search(r"ws://[^\s\"]+", line)
-            assert found, line + process.stderr.read()
+            if found is None:
+                process.terminate()  # or there would be no end to read to
+                raise AssertionError(line + process.stderr.read())
             status = Path(f"/proc/{process.pid}/status").read_text()
             uid = int(re.findall(r"Uid:\s+(\d+)", status)[0])
             if os.geteuid() == 0:
