@@ -68,8 +68,18 @@ def test_the_makefile_has_the_targets_that_the_pages_show(line: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if not target.startswith("https://"):
-            assert (page.parent / target).is_file(), target
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.is_file(), target
+        assert not heading or heading in list_anchors(linked), target
+
+
+def list_anchors(page: Path) -> set[str]:
+    """List a page's headings as links name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
