@@ -56,16 +56,16 @@ class Draft:
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
         """Give a scalar constant; ``dtype`` is as a rule that of a neighbour."""
         known = self._require(dtype)
-        return self._constant((value, known), ir.tensor(value, dtype=known))
+        return self._constant((value, known), _make_tensor(value, known))
 
     def integers(self, values: Sequence[int]) -> ir.Value:
         """Give a constant vector of I64."""
         key = (*values, "I64")
-        return self._constant(key, ir.tensor(list(values), dtype=ir.DataType.INT64))
+        return self._constant(key, _make_tensor(list(values), ir.DataType.INT64))
 
     def integer(self, value: int) -> ir.Value:
         """Give a constant scalar of I64."""
-        return self._constant((value,), ir.tensor(value, dtype=ir.DataType.INT64))
+        return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
 
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Give a constant tensor."""
@@ -144,7 +144,7 @@ class Draft:
             node = ir.node(
                 "Constant",
                 [],
-                {"value": tensor},
+                {"value": ir.AttrTensor("value", tensor)},
                 name=f"{self._prefix}/{len(self.nodes)}_Constant",
             )
             value = node.outputs[0]
@@ -153,6 +153,14 @@ class Draft:
             self.nodes.append(node)
             self._constants[key] = value
         return self._constants[key]
+
+
+def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProtocol:
+    """Make a tensor as ``ir.tensor`` does, without asking all that a value may be."""
+    if type(value) not in (bool, float, int, list):
+        return ir.tensor(value, dtype=dtype)
+    array = np.array(value, dtype.numpy())
+    return ir.Tensor(array, dtype=dtype, shape=ir.Shape(array.shape))
 
 
 def known_dims(value: ir.Value) -> list[int | None] | None:

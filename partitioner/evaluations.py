@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner import natives
 from splitonnx.partitioner.isolations import Refused, call
+from splitonnx.partitioner.transcripts import write_node
 
 _Pairs = tuple[tuple[str, bytes], ...]
 
@@ -84,10 +85,8 @@ def evaluate(
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:
     """Write a node with plain names, so that no name of the model matters."""
-    proto = ir.serde.serialize_node(node)
-    names = [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)]
-    del proto.input[:], proto.output[:], proto.metadata_props[:]
-    proto.ClearField("name")
-    proto.input.extend(names)
-    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
-    return proto
+    return write_node(
+        node,
+        [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)],
+        [f"o{index}" for index in range(len(node.outputs))],
+    )

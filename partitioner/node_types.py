@@ -18,7 +18,7 @@ from splitonnx.errors import NativeCrash
 from splitonnx.partitioner import natives
 from splitonnx.partitioner.frontiers import map_values
 from splitonnx.partitioner.isolations import Refused, call
-from splitonnx.partitioner.transcripts import write_model
+from splitonnx.partitioner.transcripts import write_model, write_node
 
 FEW_NODES = 2000
 """A graph of as many is put to ONNX Runtime whole."""
@@ -74,13 +74,8 @@ class _Kinds:
         named = tuple(bool(value.name) for value in node.outputs)
         key = (node.domain, node.op_type, *inputs, types, named, *sorted(attributes))
         if key not in self.outputs:
-            proto = ir.serde.serialize_node(node)
             names = [f"o{len(self.nodes)}.{i}" if n else "" for i, n in enumerate(named)]
-            del proto.input[:], proto.output[:], proto.metadata_props[:]
-            proto.ClearField("name")
-            proto.input.extend(inputs)
-            proto.output.extend(names)
-            self.nodes.append(proto)
+            self.nodes.append(write_node(node, inputs, names))
             self.made.extend(_declare(n, t) for n, t in zip(names, types, strict=True) if n)
             self.outputs[key] = names
         return self.outputs[key]

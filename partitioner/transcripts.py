@@ -7,7 +7,7 @@ knows how a graph is written, not what for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import onnx
@@ -148,7 +148,22 @@ def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:
         proto.domain = node.domain
     if node.name:
         proto.name = node.name
-    for attribute in node.attributes.values():
+    _write_attributes(proto, node)
+
+
+def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
+    """Write down what a node does, between other values than its own."""
+    proto = onnx.NodeProto(op_type=node.op_type, input=inputs, output=outputs)
+    if node.domain:
+        proto.domain = node.domain
+    if node.overload:
+        proto.overload = node.overload
+    _write_attributes(proto, node)
+    return proto
+
+
+def _write_attributes(proto: onnx.NodeProto, node: ir.Node) -> None:
+    for attribute in node.attributes.data.values():
         if attribute.is_ref():
             ir.serde.serialize_reference_attribute_into(proto.attribute.add(), attribute)
         else:

@@ -13,12 +13,13 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.errors import NativeCrash, NotAModel
+from splitonnx.errors import NativeCrash, NotAModel, UnsupportedModel
 from splitonnx.partitioner import gates, node_types
 from splitonnx.partitioner.checks import check
 from splitonnx.partitioner.gates import ModelSource
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.isolations import Isolation
+from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.pauses import pause_collection
 from tests.zoo import ZOO
@@ -151,3 +152,35 @@ def test_the_collector_stays_as_its_owner_set_it_whatever_pauses_overlap() -> No
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def build_lowered(last: str) -> ir.Graph:
+    """A hundred ReluGrad, each an output, and behind them one node more."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    nodes = [ir.node("ReluGrad", [x, x], domain="com.microsoft", name=f"n{i}") for i in range(100)]
+    nodes.append(ir.node(last, [x], domain="com.microsoft", name="last"))
+    for index, node in enumerate(nodes):
+        node.outputs[0].name = f"v{index}"
+        node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
+    outputs = [node.outputs[0] for node in reversed(nodes)]
+    return ir.Graph([x], [*outputs, x], nodes=nodes, name="g", opset_imports={"": 18})
+
+
+def test_lowering_keeps_the_outputs_of_a_graph_in_their_order() -> None:
+    graph = build_lowered("QuickGelu")
+    names = [value.name for value in graph.outputs]
+    lower(graph)
+    assert [value.name for value in graph.outputs] == names
+    assert all(
+        value.producer() is None or value.producer() in set(graph) for value in graph.outputs
+    )
+    assert not any(node.domain for node in graph)
+
+
+def test_a_graph_that_cannot_be_lowered_has_its_outputs_still() -> None:
+    graph = build_lowered("Unheard")
+    names = [value.name for value in graph.outputs]
+    with pytest.raises(UnsupportedModel, match="no counterpart in standard operators"):
+        lower(graph)
+    assert [value.name for value in graph.outputs] == names
+    assert "Outputs" not in {node.op_type for node in graph}

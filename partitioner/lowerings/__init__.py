@@ -8,7 +8,8 @@ derivatives of the forward operators as onnx.ai/onnx/operators defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
@@ -65,6 +66,8 @@ LOWERINGS: Mapping[str, Lowering] = {
 }
 """Operator -> how to write it in standard operators."""
 
+_MOST_READ = 32
+
 _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 """Standard operators for which the mobile builds of ONNX Runtime have no kernel."""
 
@@ -80,18 +83,46 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
         UnsupportedModel: an operator has no lowering, or one lacks a shape that it needs.
     """
     opset = graph.opset_imports[""]
-    for node in list(graph):
-        with blame(node):
-            if is_standard(node, opset) or (defective and not is_defective(node)):
-                continue
-        lowering = LOWERINGS.get(node.op_type)
-        if lowering is None:
-            raise UnsupportedModel(
-                f"node '{node.name}' ({node.op_type})",
-                "it has no counterpart in standard operators",
-                "choose the target training for the party that runs it",
-            )
-        _replace(node, lowering)
+    nodes = list(graph)
+    with _reading_outputs(graph):
+        for node in nodes:
+            with blame(node):
+                if is_standard(node, opset) or (defective and not is_defective(node)):
+                    continue
+            _replace(node, _find_lowering(node))
+
+
+def _find_lowering(node: ir.Node) -> Lowering:
+    lowering = LOWERINGS.get(node.op_type)
+    if lowering is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            "it has no counterpart in standard operators",
+            "choose the target training for the party that runs it",
+        )
+    return lowering
+
+
+@contextmanager
+def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
+    """Let nodes read the graph's outputs, in their place, while others are replaced.
+
+    onnx-ir goes through all outputs of a graph for each node that it takes out, and there are as
+    many as gradients; and through all that a node reads, for each.
+    """
+    outputs = list(graph.outputs)
+    readers = [
+        ir.Node("", "Outputs", outputs[start : start + _MOST_READ], num_outputs=0, name="outputs")
+        for start in range(0, len(outputs), _MOST_READ)
+    ]
+    graph.outputs.clear()
+    graph.extend(readers)
+    try:
+        yield
+    finally:
+        outputs = [value for node in readers for value in node.inputs if value is not None]
+        graph.remove(readers, safe=True)
+        graph.outputs.extend(outputs)
 
 
 def is_defective(node: ir.Node) -> bool:
