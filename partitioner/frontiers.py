@@ -183,15 +183,20 @@ def prune(graph: ir.Graph) -> None:
     graph.remove(dead, safe=True)
 
 
-def list_inner(node: ir.Node) -> list[ir.Node]:
-    """List the nodes in the bodies of a node, and in those of these."""
+def list_bodies(node: ir.Node) -> list[ir.Graph]:
+    """List the bodies of a node."""
     bodies: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             bodies.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
             bodies.extend(attribute.as_graphs())
-    return [inner for body in bodies for inner in body.all_nodes()]
+    return bodies
+
+
+def list_inner(node: ir.Node) -> list[ir.Node]:
+    """List the nodes in the bodies of a node, and in those of these."""
+    return [inner for body in list_bodies(node) for inner in body.all_nodes()]
 
 
 def disconnect(nodes: Iterable[ir.Node]) -> None:

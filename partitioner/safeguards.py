@@ -7,7 +7,8 @@ graph itself checks.  Gather fails with an error on an index out of range, and R
 number of elements: both are on the way to the kernel.
 
 It comes after the ports, so that a check belongs to the party of its node and crosses nothing, and
-before differentiation.  It knows single nodes, not the bodies of control flow.
+before differentiation; bodies of control flow are checked as the rest.  Kernels that compute
+addresses from values are in :mod:`addresses`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.expressions import UNKNOWN, is_quotient
+from splitonnx.partitioner.addresses import ADDRESS_CHECKS
+from splitonnx.partitioner.assertions import known_sizes, note, require_rank, reshape
 from splitonnx.partitioner.dimensions import Amount, list_terms, parse_dim
 from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.frontiers import list_bodies
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
 """Integers that processors divide in their own size; smaller ones are widened first."""
@@ -42,8 +46,10 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 
     ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
     """
-    checks = {**_CHECKS, **(_TRAINING_CHECKS if is_training else {})}
+    checks = {**_CHECKS, **ADDRESS_CHECKS, **(_TRAINING_CHECKS if is_training else {})}
     for node in [node for node in graph if node in nodes]:
+        for body in list_bodies(node):
+            add_safeguards(body, set(body), is_training=False)
         check = checks.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if check is None:
             continue
@@ -74,16 +80,12 @@ def _check_gather(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     tied, own = _list_dims(data, count), _list_dims(indices, count)
     if tied == own and all(dim is not None and is_bound(dim) for dim in tied):
         return {}
-    if indices.shape is None:
-        raise UnsupportedModel(
-            f"indices '{indices.name}'", "their rank is not known", "export the model with shapes"
-        )
-    rank = len(indices.shape)
+    rank = require_rank(indices)
     sizes = _check_sizes(draft, data, count)
     sizes = draft.op("Gather", sizes, draft.integers([min(i, count - 1) for i in range(rank)]))
     tied_axes = draft.array(np.arange(rank) < count, ir.DataType.BOOL)
     shape = draft.op("Where", tied_axes, sizes, draft.op("Shape", indices))
-    return {1: _reshape(draft, indices, shape)}
+    return {1: reshape(draft, indices, shape)}
 
 
 def _check_rows(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
@@ -107,7 +109,13 @@ def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     d' = d + [0][d = 0 or (d = -1 and n = smallest)]
     """
     number, divisor = node.inputs[:2]
-    if number is None or divisor is None or divisor.dtype not in _INTEGERS:
+    if number is None or divisor is None:
+        return {}
+    if divisor.dtype is None:
+        raise UnsupportedModel(
+            f"tensor '{divisor.name}'", "its type is not known", "export the model with types"
+        )
+    if divisor.dtype not in _INTEGERS:
         return {}
     smallest = _SMALLEST.get(divisor.dtype)
     constant = ir.convenience.get_const_tensor(divisor)
@@ -125,13 +133,13 @@ def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
             draft.op("Equal", draft.cast(number, ir.DataType.INT64), draft.integer(smallest)),
         )
         bad, shape = draft.op("Or", bad, overflows), None
-    index = draft.cast(_type(bad, ir.DataType.BOOL), ir.DataType.INT64)
-    zeros = _type(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
+    index = draft.cast(note(bad, ir.DataType.BOOL), ir.DataType.INT64)
+    zeros = note(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
     if divisor.dtype in _SMALLEST:
         checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
     else:  # Add has no kernel for the small ones
-        checked = draft.cast(_type(draft.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype)
-    return {1: _type(checked, divisor.dtype, shape)}
+        checked = draft.cast(note(draft.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype)
+    return {1: note(checked, divisor.dtype, shape)}
 
 
 def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
@@ -141,8 +149,8 @@ def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
         return {}
     bound = 1 << 31
     lowered = draft.op("Min", diagonal, draft.integer(bound))
-    bounded = draft.op("Max", _type(lowered, ir.DataType.INT64), draft.integer(-bound))
-    return {1: _type(bounded, ir.DataType.INT64, diagonal.shape)}
+    bounded = draft.op("Max", note(lowered, ir.DataType.INT64), draft.integer(-bound))
+    return {1: note(bounded, ir.DataType.INT64, diagonal.shape)}
 
 
 def _check_filled(
@@ -157,12 +165,12 @@ def _check_filled(
         dims = _list_dims(value, count)
         if dims and all(dim is not None and is_bound(dim) for dim in dims):
             continue
-        checked[index] = _reshape(draft, value, _check_sizes(draft, value, count))
+        checked[index] = reshape(draft, value, _check_sizes(draft, value, count))
     return checked
 
 
 def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that there are labels, and that each is a class or the one to be ignored.
+    """Check that there are labels, each a class or the one to be ignored, and all weights.
 
     labels' = range(C)[labels < 0 ? C : labels]
     """
@@ -181,11 +189,15 @@ def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     checked = draft.op("Gather", classes, draft.op("Where", negative, count, index), axis=0)
     if skipped is not None and ignored is not None:
         checked = draft.op("Where", skipped, draft.integer(ignored.as_int()), checked)
-    checked = draft.cast(_type(checked, ir.DataType.INT64, labels.shape), labels.dtype)
+    checked = draft.cast(note(checked, ir.DataType.INT64, labels.shape), labels.dtype)
     dims = _list_dims(labels, None)
     if not dims or not all(dim is not None and is_bound(dim) for dim in dims):
-        checked = _reshape(draft, _type(checked, labels.dtype), _check_sizes(draft, labels, None))
-    return {1: _type(checked, labels.dtype, labels.shape)}
+        checked = reshape(draft, note(checked, labels.dtype), _check_sizes(draft, labels, None))
+    weights = node.inputs[2] if len(node.inputs) > 2 else None
+    labelled = {1: note(checked, labels.dtype, labels.shape)}
+    if weights is None or known_sizes(weights) == (known_sizes(scores, 1, 2) or []):
+        return labelled
+    return {**labelled, 2: reshape(draft, weights, draft.shape(scores, 1, 2))}
 
 
 def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
@@ -194,7 +206,7 @@ def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
     Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without
     Concat: from a Concat before a Reshape ONNX Runtime makes a constant with a -1, which fits all.
     """
-    shape = _type(draft.op("Shape", value), ir.DataType.INT64)
+    shape = note(draft.op("Shape", value), ir.DataType.INT64)
     length, zero, one = draft.op("Size", shape), draft.integer(0), draft.integer(1)
     places = draft.op("Range", zero, length, one)
     empty = draft.op("Sub", one, draft.op("Min", shape, one))
@@ -202,18 +214,7 @@ def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
         first = draft.op("Less", places, draft.integer(count))
         empty = draft.op("Where", first, empty, zero)
     index = draft.op("Add", places, draft.op("Mul", empty, length))
-    return _type(draft.op("Gather", shape, index, axis=0), ir.DataType.INT64)
-
-
-def _reshape(draft: Draft, value: ir.Value, shape: ir.Value) -> ir.Value:
-    assert value.dtype is not None
-    return _type(draft.op("Reshape", value, shape), value.dtype, value.shape)
-
-
-def _type(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None = None) -> ir.Value:
-    value.type = ir.TensorType(dtype)
-    value.shape = shape
-    return value
+    return note(draft.op("Gather", shape, index, axis=0), ir.DataType.INT64)
 
 
 def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:

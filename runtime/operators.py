@@ -59,10 +59,6 @@ _CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization
 TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
 """Those of them that only onnxruntime-training can run; the others every ONNX Runtime has."""
 
-UNGUARDED = frozenset({"Col2Im", "Compress", "GridSample", "MaxRoiPool", "MaxUnpool", "RoiAlign"})
-"""Operators whose kernels trust values, not only shapes, and read or write beyond a tensor on wrong
-ones.  Sessions that share a process share that."""
-
 WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 """Attributes whose numbers below 1 ONNX Runtime divides by, and so ends the process."""
 AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})

@@ -39,12 +39,10 @@ from splitonnx.runtime.doors import check_exposure, is_loopback
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.exports import count_operators
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.identities import Role
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
-from splitonnx.runtime.operators import UNGUARDED
 from splitonnx.runtime.pages import read_pages
 from splitonnx.runtime.pools import WorkerPool
 from splitonnx.runtime.premises import Premises
@@ -100,8 +98,7 @@ class Server:
         web: a folder of web pages to give out, which may then connect from any address that this
             server is reached by; ``/`` is its ``index.html``.
         isolate: run the stages of each owner's sessions in a process of their own; by default where
-            clients show tokens or certificates, may come from beyond this machine, or the part has
-            operators that trust values (:data:`~splitonnx.runtime.operators.UNGUARDED`).
+            clients show tokens or certificates, or may come from beyond this machine.
         keep_sessions: days after which the checkpoints and outcomes of sessions are deleted that
             nobody came back to; the newest outcome stays.  ``None``: they are kept.
 
@@ -156,14 +153,7 @@ class Server:
             self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
             self._metrics = Metrics(phase.name for phase in party.manifest.phases)
             if isolate is None:
-                isolate = (
-                    tokens is not None
-                    or _asks_for_certificates(tls)
-                    or not is_loopback(host)
-                    or any(
-                        count_operators(*file).keys() & UNGUARDED for file in party.graphs.items()
-                    )
-                )
+                isolate = tokens is not None or _asks_for_certificates(tls) or not is_loopback(host)
             self._workers = None
             if isolate:
                 shared = SharedTensors.make(party.weights)

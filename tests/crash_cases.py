@@ -1,4 +1,4 @@
-"""Data that end the process in kernels: ``python -m tests.crash_cases TARGET [CASE]``.
+"""Data that end the process in kernels: ``python -m tests.crash_cases TARGET``.
 
 Each case is a model with data that its declared shapes allow, but its operators do not.  The module
 runs them in its process, which tests start as a child, and prints the error's name for each task.
@@ -19,6 +19,7 @@ from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from tests.address_cases import KERNELS
 from tests.zoo import FLOAT, INT64, Arrays, Net
 
 
@@ -200,7 +201,49 @@ CASES: Mapping[str, Case] = {
         bad={"h": floats(2, 6), "count": np.array(-(1 << 63))},
         end="done",
     ),
+    **{
+        name: Case(build=one.build, at=one.at, good=one.good, bad=one.bad, end=one.end)
+        for name, one in KERNELS.items()
+    },
 }
+
+
+def build_sampled_tail() -> onnx.ModelProto:
+    """A client's tail that samples an image at places which the server computes."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    value = net.op("MatMul", value, net.weight("w2", 6, 8), out="places")
+    grid = net.op("Reshape", value, net.constant("shape", np.array([-1, 2, 2, 2])), out="grid")
+    value = net.op("GridSample", "image", grid, out="sampled", padding_mode="reflection")
+    value = net.op("Flatten", value, out="flat")
+    output = net.op("MatMul", value, net.weight("w3", 4, 4), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 4]), "image": (FLOAT, ["N", 1, 4, 4])}, output, 4)
+
+
+def run_liar(target: Target) -> Iterator[tuple[str, str]]:
+    """Let a server choose what a client's tail computes addresses from."""
+    bundle = cut(
+        build_sampled_tail(), at=("h",), tail_at=("places",), loss="cross-entropy",
+        client_target=target,
+    )  # fmt: skip
+    client = Executor(bundle.client, ENGINE)
+    key = TaskKey("s", "predict", 0, 0)
+    client.begin(
+        key, data={"x": floats(1, 4), "image": floats(1, 1, 4, 4)}, seed=0, learning_rate=0.1
+    )
+    try:
+        list(client.advance(key))
+        (name,) = [
+            wire.tensor.name
+            for wire in bundle.client.manifest.phase("predict").wires
+            if wire.receiver == "client"
+        ]
+        client.deliver(key, {name: np.full((1, 8), 1e18, np.float32)})
+        list(client.advance(key))
+    except SplitonnxError as error:
+        yield "predict bad", type(error).__name__
+    else:
+        yield "predict bad", "done"
 
 
 def run(case: Case, target: Target) -> Iterator[tuple[str, str]]:
@@ -237,7 +280,10 @@ def perform(server: Executor, phase: str, wires: Arrays) -> str:
 
 ENGINE = Engine(threads=1)
 
+LIAR = "a server that lies"
+
 if __name__ == "__main__":
-    for name in sys.argv[2:] or CASES:
-        for task, end in run(CASES[name], "portable" if "portable" in sys.argv else "training"):
+    chosen: Target = "portable" if "portable" in sys.argv else "training"
+    for name in [*CASES, LIAR]:
+        for task, end in run_liar(chosen) if name == LIAR else run(CASES[name], chosen):
             print(f"{name}, {task}: {end}", flush=True)

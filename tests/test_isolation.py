@@ -33,7 +33,7 @@ from splitonnx.runtime.workers import WorkerOptions
 from tests import tiny
 from tests.endless import endless_bundle, stuck_bundle
 from tests.test_stopping import LARGE, count_bytes_up, serve
-from tests.zoo import FLOAT, ZOO, Net
+from tests.zoo import ZOO
 
 DATA = ZOO["chain"].data(48)
 OWNERS = ("ana", "ben")
@@ -58,26 +58,12 @@ def expected(bundle: Bundle) -> dict[str, np.ndarray]:
         return client.state()
 
 
-def test_a_part_whose_kernels_trust_values_is_isolated_though_nobody_shows_a_token() -> None:
-    net = Net()
-    image = net.op("Mul", "x", net.weight("scale", 1), out="scaled")
-    grid = net.constant("grid", np.zeros((1, 2, 2, 2), np.float32))
-    rows = net.op("Shape", image, out="rows", end=1)
-    grids = net.op("Expand", grid, net.op("Concat", rows, _ints(net), out="shape", axis=0), out="g")
-    sampled = net.op("GridSample", image, grids, out="sampled")
-    flat = net.op("Flatten", sampled, out="flat")
-    scores = net.op("MatMul", flat, net.weight("w", 4, 3), out="scores")
-    model = net.finish({"x": (FLOAT, ["N", 1, 4, 4])}, scores, 3)
-    for given, isolates in ((cut(model, at="scaled"), True), (tiny.split_bundle(), False)):
-        assert given.server is not None
-        with Server(given.server, port=0) as server:
+def test_on_loopback_without_tokens_stages_run_in_the_server_unless_it_is_told_otherwise() -> None:
+    bundle = tiny.split_bundle()
+    assert bundle.server is not None
+    for chosen, isolates in ((None, False), (False, False), (True, True)):
+        with Server(bundle.server, port=0, isolate=chosen) as server:
             assert (server._workers is not None) is isolates
-        with Server(given.server, port=0, isolate=False) as server:
-            assert server._workers is None
-
-
-def _ints(net: Net) -> str:
-    return net.constant("rest", np.array([2, 2, 2]))
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from splitonnx.partitioner.dimensions import make_atom, parse_dim
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.safeguards import is_bound
 from splitonnx.runtime.executors import Executor
-from tests.crash_cases import CASES, ENGINE, build_language_model, floats, perform
+from tests.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
 from tests.zoo import ZOO
 
 
@@ -38,6 +38,13 @@ def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, target: str) -
     assert ends[f"{name}, train good"] == ends[f"{name}, predict good"] == "done"
     assert ends[f"{name}, train bad"] == CASES[name].end
     assert ends[f"{name}, predict bad"] in ("StageFailed", "done")
+    assert status == 0
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+def test_a_server_that_lies_ends_no_client(target: str) -> None:
+    status, ends = run_cases(target)
+    assert ends[f"{LIAR}, predict bad"] == "done"  # it samples near the image
     assert status == 0
 
 
