@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -28,12 +29,15 @@ from splitonnx.manifests import (
     StateSpec,
     decode_manifest,
     encode_manifest,
+    is_whole,
 )
 from splitonnx.pieces import hold, split_pieces
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
 MODEL = "model.onnx"
+_ALTERED = "it was altered since the bundle was written"
+_Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 MAX_GRAPH = 2**31 - 1
 """Bytes of a graph's file, at which Protocol Buffers end."""
 WEIGHTS = "weights.safetensors"
@@ -82,8 +86,7 @@ class PartyBundle:
 
     @classmethod
     def _load(cls, folder: Path, session: str, is_held: bool) -> PartyBundle:
-        content = _read(folder, MANIFEST, MAX_MANIFEST)
-        manifest = decode_manifest(content, PartyManifest, str(folder / MANIFEST))
+        manifest = _read_manifest(folder, PartyManifest)
         graphs = _read_graphs(folder, manifest)
         weights = _read_weights(folder / WEIGHTS, manifest, is_held)
         untrained = cls(manifest=manifest, graphs=graphs, weights=weights, path=folder)
@@ -195,8 +198,7 @@ class Bundle:
 
     @classmethod
     def _load(cls, folder: Path) -> Bundle:
-        content = _read(folder, MANIFEST, MAX_MANIFEST)
-        manifest = decode_manifest(content, BundleManifest, str(folder / MANIFEST))
+        manifest = _read_manifest(folder, BundleManifest)
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
         trained_in = parties["client"].session if "client" in parties else ""
         for name, party in parties.items():
@@ -255,6 +257,14 @@ def _read(folder: Path, name: str, most: int) -> bytes:
         raise BundleError(str(folder), f"'{name}' cannot be read: {error.strerror}") from error
 
 
+def _read_manifest(folder: Path, kind: type[_Manifest]) -> _Manifest:
+    content = _read(folder, MANIFEST, MAX_MANIFEST)
+    manifest = decode_manifest(content, kind, str(folder / MANIFEST))
+    if not is_whole(content):
+        raise BundleError(str(folder / MANIFEST), _ALTERED)
+    return manifest
+
+
 def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
     used = {stage.graph for phase in manifest.phases for stage in phase.stages}
     if undeclared := used - manifest.files.keys():
@@ -276,7 +286,7 @@ def _read_weights(path: Path, manifest: PartyManifest, is_held: bool) -> dict[st
 
 def _compare(path: Path, chunks: Iterable[Chunk], expected: str) -> None:
     if _sum(chunks) != expected:
-        raise BundleError(str(path), "it was altered since the bundle was written")
+        raise BundleError(str(path), _ALTERED)
 
 
 def _sum(chunks: Iterable[Chunk]) -> str:

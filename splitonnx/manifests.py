@@ -18,6 +18,7 @@ between partitioner and runtime, also between the Python runtime and one in anot
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,8 @@ from splitonnx.errors import FormatError
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
+_MARK = b'"sha256": "'
+_BLANK = "0" * 64
 MANIFEST = "manifest.json"
 """The manifest's file, in a bundle's folder and in each party's."""
 MAX_MANIFEST = 64 << 20
@@ -135,7 +138,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
     ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex, written with the folder; bundles of earlier versions
-    have none.
+    have none.  ``sha256`` is the file's own (:func:`is_whole`); it stands in files alone.
     """
 
     format: str
@@ -148,6 +151,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     outputs: tuple[TensorSpec, ...] = ()
     weights: str = ""
+    sha256: str = ""
 
     def phase(self, name: str) -> Phase:
         """Return the phase of that name; an absent one is an empty phase (nothing to do)."""
@@ -182,6 +186,7 @@ class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
     recipe: Recipe
     parties: tuple[str, ...]
     files: dict[str, str] = {}
+    sha256: str = ""
 
 
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
@@ -192,8 +197,25 @@ _DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest
 
 
 def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
-    """Write a manifest as indented JSON, keys in declaration order, so that diffs stay readable."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    """Write a manifest as indented JSON, keys in declaration order, so that diffs stay readable.
+
+    Its last key is the SHA-256 of the file, taken with zeros in the sum's own place.
+    """
+    blank = msgspec.structs.replace(manifest, sha256=_BLANK)
+    content = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    before, mark, after = content.rpartition(_MARK)
+    found = hashlib.sha256(content).hexdigest().encode()
+    return before + mark + found + after[len(found) :]
+
+
+def is_whole(content: bytes) -> bool:
+    """Check whether a manifest's file is as it was written; earlier versions' files always are."""
+    before, mark, after = content.rpartition(_MARK)
+    if not mark:
+        return True
+    found, rest = after[: len(_BLANK)], after[len(_BLANK) :]
+    blank = before + mark + _BLANK.encode() + rest
+    return hashlib.sha256(blank).hexdigest().encode() == found
 
 
 def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
@@ -212,7 +234,7 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
     if isinstance(manifest, PartyManifest):
         _check_state(manifest, source)
         _check_wires(manifest, source)
-    return manifest
+    return msgspec.structs.replace(manifest, sha256="")
 
 
 def _check_wires(manifest: PartyManifest, source: str) -> None:

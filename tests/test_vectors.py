@@ -45,6 +45,16 @@ def test_the_tiny_client_is_fresh() -> None:
     assert kept.manifest == written, "run: python -m tests.vectors"
 
 
+def test_the_bundle_with_dropout_is_fresh() -> None:
+    kept, fresh = Bundle.load(HERE / "dropout"), builders.build_bundle()
+    assert kept.skeleton == fresh.skeleton, "run: python -m tests.vectors"
+    for name, party in fresh.parties.items():
+        old = kept.parties[name]
+        written = msgspec.structs.replace(party.manifest, weights=old.manifest.weights)
+        assert old.manifest == written, "run: python -m tests.vectors"
+        assert old.graphs == party.graphs, "run: python -m tests.vectors"
+
+
 def test_the_gate_in_javascript_knows_the_same_operators() -> None:
     text = (ROOT / "runtime" / "js" / "src" / "operators.ts").read_text()
     for name in ("STANDARD_OPERATORS", "TRAINING_OPERATORS"):

@@ -54,6 +54,20 @@ def flipped_weights(ground: Ground) -> Outcome:
     return Outcome(seen=seen, held=verified.is_refusal and served.startswith("splitonnx: "))
 
 
+def flipped_manifest(ground: Ground) -> Outcome:
+    """Flip a bit of the learning rate in a client's manifest, and train."""
+    folder = ground.room()
+    cut = ground.digits.copy(folder)
+    data = write_digits(folder)
+    path = cut.client / "manifest.json"
+    content = bytearray(path.read_bytes())
+    content[content.index(b'"learning_rate": 0.00') + len('"learning_rate": 0.0')] ^= 1
+    path.write_bytes(content)
+    with Server(ground.checkout, cut.server) as server:
+        ended = ground.checkout.run("train", cut.client, "--server", server.url, "--data", data)
+    return Outcome(seen=f"train: {_tell(ended)}", held=ended.is_refusal)
+
+
 def flipped_state(ground: Ground) -> Outcome:
     """Train, flip a bit of what the client came to, and merge."""
     folder = ground.room()
@@ -139,6 +153,7 @@ def endless_stage(ground: Ground) -> Outcome:
     graph = make_endless((cut.server / file).read_bytes())
     (cut.server / file).write_bytes(graph)
     manifest["files"][file] = sha256(graph).hexdigest()
+    manifest.pop("sha256", None)  # bundles of earlier versions have none
     (cut.server / "manifest.json").write_text(json.dumps(manifest))
     seen, held = [], True
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -200,6 +215,10 @@ def _expect_refusals(ground: Ground, folder: Path) -> Outcome:
 ATTACKS = (
     Attack(
         fault="F5", name="a flipped bit in weights", run=flipped_weights,
+        right="refused by a checksum",
+    ),
+    Attack(
+        fault="F5", name="a flipped bit in a manifest", run=flipped_manifest,
         right="refused by a checksum",
     ),
     Attack(

@@ -8,7 +8,7 @@
 import { decodeTensors } from "./codecs.js";
 import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
 import { hashBytes } from "./hashes.js";
-import { decodeManifest } from "./manifests.js";
+import { decodeManifest, isWholeManifest } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
 import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
 import type { Dtype, NdArrays } from "./tensors.js";
@@ -50,7 +50,9 @@ export interface PartyBundle {
  */
 export async function loadBundle(source: BundleSource, token?: string): Promise<PartyBundle> {
   const read = makeReader(source, token);
-  const manifest = decodeManifest(await read(MANIFEST, MAX_MANIFEST), MANIFEST);
+  const content = await read(MANIFEST, MAX_MANIFEST);
+  const manifest = decodeManifest(content, MANIFEST);
+  if (!(await isWholeManifest(content))) throw new BundleError(MANIFEST, ALTERED);
   if (manifest.party !== "client") {
     throw new BundleError(MANIFEST, `this is the part of '${manifest.party}', not the client's`);
   }

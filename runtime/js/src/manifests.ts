@@ -20,6 +20,7 @@ import {
 } from "./decoders.js";
 import type { Decoded, Decoder } from "./decoders.js";
 import { FormatError } from "./errors.js";
+import { hashBytes } from "./hashes.js";
 import { describe, isDtype } from "./tensors.js";
 import type { TensorSpec } from "./tensors.js";
 
@@ -125,6 +126,26 @@ export function decodeManifest(content: Uint8Array, source: string): PartyManife
   checkState(manifest, source);
   checkWires(manifest, source);
   return manifest;
+}
+
+const encoder = new TextEncoder();
+const MARK = encoder.encode('"sha256": "');
+const BLANK = encoder.encode("0".repeat(64));
+
+/**
+ * Check whether a manifest's file is as it was written: its last key is its SHA-256, taken with zeros
+ * in the sum's place.  Files of earlier versions have none, and always are.
+ */
+export async function isWholeManifest(content: Uint8Array): Promise<boolean> {
+  let place = content.length - MARK.length;
+  while (place >= 0 && !MARK.every((byte, index) => content[place + index] === byte)) place--;
+  if (place < 0) return true;
+  const start = place + MARK.length;
+  if (start + BLANK.length > content.length) return false;
+  const found = new TextDecoder().decode(content.subarray(start, start + BLANK.length));
+  const blank = content.slice();
+  blank.set(BLANK, start);
+  return (await hashBytes(blank)) === found;
 }
 
 /** Check that each dimension that travels is a number or a name, which a task binds. */

@@ -451,7 +451,8 @@ describe("a bundle", () => {
   const text = new TextDecoder().decode(FILES["manifest.json"]);
   const change = (before: string, after: string) => {
     assert.ok(text.includes(before));
-    return { ...FILES, "manifest.json": new TextEncoder().encode(text.replace(before, after)) };
+    const changed = text.replace(before, after).replace('"sha256": ', '"no sum": ');
+    return { ...FILES, "manifest.json": new TextEncoder().encode(changed) };
   };
   const without = (name: string) =>
     Object.fromEntries(Object.entries(FILES).filter(([file]) => file !== name));
@@ -461,11 +462,14 @@ describe("a bundle", () => {
   const zeros = `"state": [${Array.from({ length: 4 }, (_, number) => `${state(`m${number}`)},`).join("")}`;
 
   const old = change(MANIFEST.weights, "");
+  const rate = text.replace('"learning_rate": 0.', '"learning_rate": 1.');
+  const altered = { ...FILES, "manifest.json": new TextEncoder().encode(rate) };
 
   const broken: [string, Record<string, Uint8Array>, new (...facts: never[]) => Error][] = [
     ["without a graph", without("head.forward.onnx"), BundleError],
     ["without weights", without("weights.safetensors"), BundleError],
     ["with an altered graph", { ...FILES, "head.forward.onnx": Uint8Array.of(8) }, BundleError],
+    ["whose manifest was altered", altered, BundleError],
     ["that names a file elsewhere", change('"head.forward.onnx": "', '"../x": "'), BundleError],
     ["of the server", change('"party": "client"', '"party": "server"'), BundleError],
     ["for the training wheel", change('"target": "portable"', '"target": "training"'), BundleError],
