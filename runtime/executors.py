@@ -34,6 +34,7 @@ from splitonnx.manifests import (
     Phase,
     Source,
     Stage,
+    WireKind,
 )
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.dataflows import Dataflow, Progress
@@ -297,7 +298,8 @@ class Executor:
     def _check_wires(self, task: _Task, tensors: Mapping[str, np.ndarray]) -> None:
         for wire in task.phase.wires:
             if wire.tensor.name in tensors:
-                check_array(tensors[wire.tensor.name], wire.tensor, task.sizes)
+                is_output = wire.kind is WireKind.OUTPUT
+                check_array(tensors[wire.tensor.name], wire.tensor, task.sizes, is_output=is_output)
 
     def _supply(self, task: _Task, arrays: Mapping[str, np.ndarray]) -> None:
         self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})

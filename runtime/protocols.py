@@ -169,16 +169,18 @@ class Protocol:
             if wire.sender == sender
         }
         if unknown := tensors.keys() - wires.keys():
-            kind = RemoteProtocolError if sender == self._peer else LocalProtocolError
-            raise kind(f"{quote(sorted(unknown))} is no wire of phase '{message.phase}'")
+            error = RemoteProtocolError if sender == self._peer else LocalProtocolError
+            raise error(f"{quote(sorted(unknown))} is no wire of phase '{message.phase}'")
         if message.key != self._task:
             self._task, self._sizes = message.key, {}
         for name, array in tensors.items():
             if self._batch is not None and sender == self._peer:
                 check_rows(array, wires[name].tensor, self._batch)
-            check_array(array, wires[name].tensor, self._sizes)
+            kind = wires[name].kind
+            is_output = kind is WireKind.OUTPUT
+            check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
             if message.phase == TRAIN and sender == self._peer:
-                limit = self._norm if wires[name].kind is WireKind.GRADIENT else None
+                limit = self._norm if kind is WireKind.GRADIENT else None
                 check_values(name, array, f"step {message.step + 1}", limit)
 
 

@@ -3,8 +3,9 @@
 Element types carry the names of the safetensors format (``F32``, ``I64``, ...).  A dimension
 is a number, or symbolic: a name that has one size throughout a task (``"N"``), or an expression
 of names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1:
-native kernels trust in that.  ``None`` is a dimension of any size from 1 on.  This module knows
-numpy and nothing of ONNX.
+native kernels trust in that.  Only what no kernel reads any more, an output of the model, may be
+empty where its size depends on values.  ``None`` is a dimension of any size from 1 on.  This module
+knows numpy and nothing of ONNX.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 from splitonnx.expressions import (
+    UNKNOWN,
     evaluate,
     find_unbound,
     is_name,
@@ -73,17 +75,22 @@ LARGEST = 2**31 - 1
 """Of a symbolic dimension."""
 
 
-def check_array(array: np.ndarray, spec: TensorSpec, sizes: dict[str, int]) -> None:
+def check_array(
+    array: np.ndarray, spec: TensorSpec, sizes: dict[str, int], *, is_output: bool = False
+) -> None:
     """Raise unless ``array`` has the dtype, shape and value range that ``spec`` declares.
 
     ``sizes`` maps the atoms and expressions bound so far in this task to their sizes.  It is
-    extended by what ``array`` binds; a second size is a mismatch.
+    extended by what ``array`` binds; a second size is a mismatch.  Of a model's output
+    (``is_output``), a dimension that depends on values, as how many there are, may be 0.
 
     Raises:
         ArrayMismatch: dtype or shape differ.
         ValueOutOfRange: an integer lies outside ``spec.bounds``.
     """
-    if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(array.shape, spec, sizes):
+    if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(
+        array.shape, spec, sizes, is_output=is_output
+    ):
         raise ArrayMismatch(spec.name, _describe_expected(array, spec, sizes), describe(array))
     if spec.bounds is not None and array.size:
         lower, upper = spec.bounds
@@ -113,7 +120,9 @@ def _describe_expected(array: np.ndarray, spec: TensorSpec, sizes: Mapping[str, 
     return f"{spec} where {bound}" if bound else str(spec)
 
 
-def _bind_shape(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int]) -> bool:
+def _bind_shape(
+    shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int], *, is_output: bool
+) -> bool:
     """Compare a shape with its declaration, and bind what is not bound yet."""
     if len(shape) != len(spec.shape):
         return False
@@ -122,20 +131,25 @@ def _bind_shape(shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int])
         if isinstance(dim, int):
             if size != dim:
                 return False
-        elif not 1 <= size <= LARGEST:
+        elif not (0 if is_output and _is_unknown(dim) else 1) <= size <= LARGEST:
             return False
         elif dim is not None and sizes.get(dim) != size:
             if dim in sizes:
                 return False
             unbound.append((dim, size))
-    return not unbound or _bind_all(unbound, sizes)
+    return not unbound or _bind_all(unbound, sizes, is_output=is_output)
 
 
-def _bind_all(dims: list[tuple[str, int]], sizes: dict[str, int]) -> bool:
+def _is_unknown(dim: str | None) -> bool:
+    """Check whether a dimension depends on values, as how many of something there are."""
+    return dim is not None and UNKNOWN in dim
+
+
+def _bind_all(dims: list[tuple[str, int]], sizes: dict[str, int], *, is_output: bool) -> bool:
     """Bind symbolic dimensions to their sizes, all or none."""
     bound = dict(sizes)
     dims.sort(key=lambda pair: not is_name(pair[0]))  # names first: expressions need them
-    if not all(_bind(dim, size, bound) for dim, size in dims):
+    if not all(_bind(dim, size, bound, is_output=is_output) for dim, size in dims):
         return False
     if len(bound) > len(sizes) and not _is_consistent(bound):
         return False
@@ -143,7 +157,7 @@ def _bind_all(dims: list[tuple[str, int]], sizes: dict[str, int]) -> bool:
     return True
 
 
-def _bind(dim: str, size: int, sizes: dict[str, int]) -> bool:
+def _bind(dim: str, size: int, sizes: dict[str, int], *, is_output: bool) -> bool:
     if dim in sizes:
         return sizes[dim] == size
     unbound = find_unbound(dim, sizes)
@@ -154,7 +168,8 @@ def _bind(dim: str, size: int, sizes: dict[str, int]) -> bool:
         solution = solve_for(atom, dim, size, sizes)
         if solution is not None:
             sizes[atom] = solution
-            return (0 if is_quotient(atom) else 1) <= solution <= LARGEST
+            may_be_empty = is_quotient(atom) or (is_output and _is_unknown(atom))
+            return (0 if may_be_empty else 1) <= solution <= LARGEST
         if all(atoms.count(atom) <= 1 for atoms, _ in parse_terms(dim)):
             return False  # no whole number solves it
     sizes[dim] = size

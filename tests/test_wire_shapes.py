@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import ArrayMismatch, FormatError
+from splitonnx.errors import ArrayMismatch, FormatError, RemoteFault
+from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
@@ -25,7 +28,7 @@ from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.transports import connect_in_memory
 from tests import tiny
-from tests.zoo import FLOAT, ZOO, Arrays, Net
+from tests.zoo import FLOAT, INT64, ZOO, Arrays, Net
 
 ENGINE = Engine(threads=1)
 
@@ -140,3 +143,56 @@ def test_a_bundle_with_a_nameless_dimension_is_to_be_cut_again(tmp_path: Path) -
     (tmp_path / "bundle" / "client" / "manifest.json").write_bytes(manifest)
     with pytest.raises(FormatError, match=r"wire 'h' of phase 'train' .* cut the model again"):
         PartyBundle.load(tmp_path / "bundle" / "client")
+
+
+def build_finder() -> onnx.ModelProto:
+    """A model whose second output lists the scores above 5."""
+    net = Net()
+    value = net.op("Relu", net.op("MatMul", "x", net.weight("w1", 4, 6), out="m"), out="h")
+    scores = net.op("MatMul", value, net.weight("w2", 6, 3), out="scores")
+    above = net.op("Greater", scores, net.constant("five", np.array(5, np.float32)), out="above")
+    found = net.op("NonZero", above, out="found")
+    graph = helper.make_graph(
+        net.nodes,
+        "finder",
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 4])],
+        [
+            helper.make_tensor_value_info(scores, FLOAT, ["N", 3]),
+            helper.make_tensor_value_info(found, INT64, [2, None]),
+        ],
+        net.weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def test_a_prediction_may_have_found_nothing() -> None:
+    bundle = cut(build_finder(), at="h", output="scores")
+    assert bundle.server is not None
+    link = connect_in_memory(Executor(bundle.server, ENGINE))
+    with Client(bundle.client, link, threads=1) as client:
+        nothing = client.predict({"x": np.zeros((2, 4), np.float32)})
+        assert nothing["found"].shape == (2, 0)
+        assert nothing["scores"].shape == (2, 3)
+        much = client.predict({"x": np.full((2, 4), 1e3, np.float32)})
+        assert much["found"].shape[1] > 0
+
+
+def test_what_a_kernel_reads_is_never_empty_though_it_depends_on_values() -> None:
+    bundle = cut(build_finder(), at="h", output="scores")
+    assert bundle.server is not None
+    server, client = (
+        replace(
+            part,
+            manifest=msgspec.json.decode(
+                msgspec.json.encode(part.manifest).replace(b'"output"', b'"activation"'),
+                type=PartyManifest,
+            ),
+        )
+        for part in (bundle.server, bundle.client)
+    )
+    link = connect_in_memory(Executor(server, ENGINE))
+    with (
+        Client(client, link, threads=1) as one,
+        pytest.raises(RemoteFault, match=r"'found' should be .* without an empty dimension"),
+    ):
+        one.predict({"x": np.zeros((2, 4), np.float32)})

@@ -231,19 +231,38 @@ def build_shapes() -> list[dict[str, object]]:
         (["H"], [7], {"(H)//(2)": 3}), (["H"], [9], {"(H)//(2)": 3}),
         (["A*A", "A"], [9, 3], {"A*A": 9}), (["A*A", "A"], [9, 2], {}), (["A*A"], [8], {"A": 3}),
     ]  # fmt: skip
-    return [_try_shape(declared, shape, sizes) for declared, shape, sizes in cases]
+    many = "unk__/nms:0"
+    counted: list[ShapeCase] = [
+        ([many, 3], [0, 3], {}), ([many, "N"], [0, 3], {}), (["N", many], [0, 3], {}),
+        ([many], [0], {many: 0}), ([many], [0], {many: 2}), ([many], [2], {many: 0}),
+        ([f"2*{many}"], [0], {}), ([f"{many} + 1"], [1], {}), ([f"{many} + 1"], [0], {}),
+        ([f"N*{many}"], [0], {}), ([f"N*{many}", "N"], [0, 2], {}), (["N"], [0], {many: 0}),
+        ([None], [0], {}), ([f"N*{many}"], [4], {many: 0}),
+    ]  # fmt: skip
+    return [
+        *(_try_shape(*case) for case in [*cases, *counted]),
+        *(_try_shape(*case, is_output=True) for case in counted),
+    ]
 
 
 def _try_shape(
-    declared: list[int | str | None], shape: list[int], sizes: dict[str, int]
+    declared: list[int | str | None],
+    shape: list[int],
+    sizes: dict[str, int],
+    *,
+    is_output: bool = False,
 ) -> dict[str, object]:
     bound, error = dict(sizes), ""
     array = np.broadcast_to(np.float32(0), shape)  # it takes no memory
     try:
-        check_array(array, TensorSpec(name="h", dtype="F32", shape=tuple(declared)), bound)
+        spec = TensorSpec(name="h", dtype="F32", shape=tuple(declared))
+        check_array(array, spec, bound, is_output=is_output)
     except SplitonnxError as caught:
         error = str(caught)
-    return {"declared": declared, "shape": shape, "sizes": sizes, "bound": bound, "error": error}
+    return {
+        "declared": declared, "shape": shape, "sizes": sizes, "is_output": is_output,
+        "bound": bound, "error": error,
+    }  # fmt: skip
 
 
 def build_shuffles() -> list[dict[str, object]]:

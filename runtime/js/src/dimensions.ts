@@ -137,29 +137,35 @@ export function listKeys(dim: string): string[] {
 /**
  * Say whether a shape is as declared where `sizes` hold, which are extended where it is.
  *
- * A declared `null` is any size.  What is declared as no number is from 1 to {@link LARGEST}.
+ * A declared `null` is any size.  What is declared as no number is from 1 to {@link LARGEST}; of a
+ * model's output, a dimension that depends on values may be 0.
  */
 export function fitsShape(
   shape: readonly number[],
   declared: readonly (number | string | null)[],
   sizes: Sizes,
+  isOutput = false,
 ): boolean {
   if (shape.length !== declared.length) return false;
   const bound = new Map(sizes);
   const [names, sums]: [string, number][][] = [[], []];
   for (const [axis, dim] of declared.entries()) {
     const size = shape[axis]!;
-    if (typeof dim === "number" ? size !== dim : size < 1 || size > LARGEST) return false;
+    const least = isOutput && dim !== null && isUnknown(dim) ? 0 : 1;
+    if (typeof dim === "number" ? size !== dim : size < least || size > LARGEST) return false;
     if (typeof dim === "string") (isName(dim) ? names : sums)!.push([dim, size]);
   }
   // Expressions need the names.
-  if (![...names!, ...sums!].every(([dim, size]) => bind(dim, size, bound))) return false;
+  if (![...names!, ...sums!].every(([dim, size]) => bind(dim, size, bound, isOutput))) return false;
   if (bound.size > sizes.size && !isConsistent(bound)) return false;
   for (const [key, size] of bound) sizes.set(key, size);
   return true;
 }
 
-function bind(dim: string, size: number, sizes: Sizes): boolean {
+/** Say whether a dimension depends on values, as how many of something there are. */
+const isUnknown = (dim: string | number) => String(dim).includes("unk__");
+
+function bind(dim: string, size: number, sizes: Sizes, isOutput: boolean): boolean {
   const own = sizes.get(dim);
   if (own !== undefined) return own === size;
   const terms = parse(dim);
@@ -177,7 +183,8 @@ function bind(dim: string, size: number, sizes: Sizes): boolean {
   const solution = solve(terms, atom.text, size, sizes);
   if (solution === undefined) return false; // no whole number solves it
   sizes.set(atom.text, solution);
-  return solution >= (atom.sides ? 0 : 1) && solution <= LARGEST;
+  const least = atom.sides || (isOutput && isUnknown(atom.text)) ? 0 : 1;
+  return solution >= least && solution <= LARGEST;
 }
 
 /** Say whether a dimension is an atom that is computed from no others. */

@@ -256,9 +256,9 @@ export class Executor {
 
   /** What one wire binds holds for every later one: a gradient has its activation's shape. */
   #checkWires(task: Task, tensors: NdArrays): void {
-    for (const { tensor } of task.phase.wires) {
+    for (const { tensor, kind } of task.phase.wires) {
       const array = tensors.get(tensor.name);
-      if (array) checkArray(array, tensor, task.sizes);
+      if (array) checkArray(array, tensor, task.sizes, kind === "output");
     }
   }
 

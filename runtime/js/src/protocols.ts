@@ -125,7 +125,8 @@ export class Protocol {
     }
     this.#open(message);
     for (const [name, array] of tensors) {
-      checkArray(array, wires.get(name)!.tensor, this.#sizes);
+      const { tensor, kind } = wires.get(name)!;
+      checkArray(array, tensor, this.#sizes, kind === "output");
       if (message.phase === TRAIN && sender === SERVER) {
         checkValues(name, array, `step ${message.step + 1}`);
       }

@@ -133,13 +133,19 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
  * Raise unless `array` has the element type, shape and value range that `spec` declares.
  *
  * `sizes` holds those of the names seen so far in this task and is extended; a name that
- * takes a second size is a mismatch, and so is a size of 0 where the declaration names no number.
+ * takes a second size is a mismatch, and so is a size of 0 where the declaration names no number;
+ * of a model's output, a dimension that depends on values may be 0.
  *
  * @throws ArrayMismatch: element type or shape differ.
  * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
  */
-export function checkArray(array: NdArray, spec: TensorSpec, sizes: Sizes): void {
-  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, sizes)) {
+export function checkArray(
+  array: NdArray,
+  spec: TensorSpec,
+  sizes: Sizes,
+  isOutput = false,
+): void {
+  if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, sizes, isOutput)) {
     throw new ArrayMismatch(spec.name, describeExpected(array, spec, sizes), describe(array));
   }
   if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds[0]!, spec.bounds[1]!);

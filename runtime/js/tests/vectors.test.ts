@@ -125,18 +125,19 @@ test("shapes are taken and refused as the Python side does, in the same words", 
     declared: (number | string | null)[];
     shape: number[];
     sizes: Record<string, number>;
+    is_output: boolean;
     bound: Record<string, number>;
     error: string;
   }
   const cases = readVectors<Case[]>("shapes");
   assert.ok(cases.length > 200);
-  for (const { declared, shape, sizes, bound, error } of cases) {
+  for (const { declared, shape, sizes, is_output, bound, error } of cases) {
     const found = new Map(Object.entries(sizes));
     const spec = { name: "h", dtype: "F32", shape: declared, bounds: null };
     const array = { dtype: "F32", shape, data: new Float32Array(0) } as const;
     let caught = "";
     try {
-      checkArray(array, spec, found);
+      checkArray(array, spec, found, is_output);
     } catch (thrown) {
       assert.ok(thrown instanceof ArrayMismatch);
       caught = thrown.message;
