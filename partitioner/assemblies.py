@@ -301,10 +301,12 @@ def _name_norms(party: str) -> str:
 
 def _order_norms(joint: JointGraph, own: Mapping[str, Sequence[TensorSpec]]) -> Norms:
     """Say where in the parties' joined vectors each of the model's parameters stands."""
-    joined = [spec.name for specs in own.values() for spec in specs]
+    places: dict[str, int] = {}
+    for place, spec in enumerate(spec for specs in own.values() for spec in specs):
+        places.setdefault(spec.name, place)
     return Norms(
         sizes={_name_norms(party): len(specs) for party, specs in own.items() if specs},
-        order=[joined.index(name) for name in joint.gradients],
+        order=[places[name] for name in joint.gradients],
     )
 
 

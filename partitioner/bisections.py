@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import NotACut, SharedParameter, UnsupportedModel
+from splitonnx.errors import NotACut, SharedParameter, TooManyTries
 from splitonnx.partitioner.cuts import Division, Surroundings, divide, find_opened, survey
 from splitonnx.partitioner.dimensions import Amount, Dim
 from splitonnx.partitioner.frontiers import ResumedWalk, list_inputs, reads_size, walk_back
@@ -57,7 +57,7 @@ def find_bisections(
     where they must.
 
     Raises:
-        UnsupportedModel: too many tensors would each take a walk through the whole graph.
+        TooManyTries: too many tensors would each take a walk through the whole graph.
     """
     around = survey(graph, state=state, trainable=trainable)
     candidates = _list_candidates(graph, around, sent, trainable)
@@ -71,7 +71,7 @@ def find_bisections(
         if made is None or (made is _REFUSED and sent):
             visits += len(graph)
             if visits > MOST_VISITS:
-                raise UnsupportedModel(
+                raise TooManyTries(
                     "the list of the model's cuts",
                     f"its tensors would each have to be tried on all of its {len(graph)} nodes",
                     "cut at a tensor by its name",

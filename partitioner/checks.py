@@ -12,9 +12,9 @@ from enum import StrEnum
 
 import onnx_ir as ir
 
-from splitonnx.errors import ModelError, NotDifferentiable, UsageError
+from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageError
 from splitonnx.manifests import Role
-from splitonnx.partitioner.diagnoses import Remark, diagnose
+from splitonnx.partitioner.diagnoses import Kind, Remark, diagnose
 from splitonnx.partitioner.frontiers import find_moving
 from splitonnx.partitioner.gates import ModelSource, open_model
 from splitonnx.partitioner.gradients import list_undifferentiable
@@ -58,7 +58,7 @@ class Check:
     cannot be trained; without one it can.  Parameters are counted in elements: ``parameters``
     those that would be trained, ``frozen`` the others, ``statistics`` running ones, ``conditional``
     those that cannot be, in branches and loops that depend on the data.  ``remarks`` say what the
-    export left out.
+    export left out, and whether the cuts are too many to be tried: then none is listed.
     """
 
     opset: int
@@ -111,20 +111,29 @@ def check(
     faults: list[NotDifferentiable] = []
     if losses:
         faults, obstacles = _try_training(prepared, losses[0], output)
+    cuts, unlisted = _list_cuts(prepared)
     return Check(
         opset=opset,
         producer=producer,
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles),
-        remarks=remarks,
+        remarks=(*remarks, *unlisted),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
         statistics=_count(prepared, Role.BUFFER),
         conditional=count_inner(prepared.skeleton.graph),
-        cuts=tuple(list_cuts(prepared, None)),
+        cuts=cuts,
     )
+
+
+def _list_cuts(prepared: PreparedModel) -> tuple[tuple[Cut, ...], tuple[Remark, ...]]:
+    """List the cuts; where that is too much work the model can be trained all the same."""
+    try:
+        return tuple(list_cuts(prepared, None)), ()
+    except TooManyTries as error:
+        return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
 
 
 def _fit_losses(

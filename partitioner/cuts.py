@@ -213,7 +213,8 @@ def find_opened(
     trainable: Collection[str],
 ) -> set[ir.Value]:
     """Collect what is made of the data in ``named`` alone, without any trained parameter."""
-    moving = find_moving(graph, [value for value in graph.inputs if value.name in trainable])
+    trained = set(trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     opened = set(named)
     for node in graph:
         reads = [value for value in list_inputs(node) if value in data]

@@ -39,11 +39,12 @@ class Kind(StrEnum):
     DROPOUT_OFF = "dropout off"
     QUANTIZED = "quantized"
     DICTIONARIES = "dictionaries"
+    CUTS_NOT_LISTED = "cuts not listed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """One thing that an export left in the model, in a plain sentence with what to do."""
+    """One thing to know of a model, in a plain sentence with what to do."""
 
     kind: Kind
     sentence: str

@@ -115,7 +115,7 @@ def prepare(
     roles = assign_roles(
         weights, {*buffers, *frozen_statistics}, set(buffers), train=train, freeze=freeze
     )
-    _make_differentiable(training, [n for n, role in roles.items() if role is Role.PARAMETER])
+    _make_differentiable(training, {n for n, role in roles.items() if role is Role.PARAMETER})
     for form in (training, inference):
         note_shapes(form.graph)
         _keep_data_outputs(form.graph, weights)
@@ -157,7 +157,7 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
     return weights
 
 
-def _make_differentiable(training: ir.Model, trained: Sequence[str]) -> None:
+def _make_differentiable(training: ir.Model, trained: Collection[str]) -> None:
     """Write the training form in operators that have a gradient, behind the trained weights."""
     if not trained:
         refuse_integer_model(training.graph)

@@ -16,6 +16,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner import bisections
 from splitonnx.partitioner.bisections import find_bisections
 from splitonnx.partitioner.checks import check
+from splitonnx.partitioner.diagnoses import Kind
 from splitonnx.partitioner.folds import note_shapes
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
@@ -91,6 +92,19 @@ def test_a_list_that_would_take_too_many_walks_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(bisections, "MOST_VISITS", 1)
     with pytest.raises(UnsupportedModel, match="cut at a tensor by its name"):
         find_bisections(graph, state=(), trainable={}, sent=[mask])
+
+
+def test_a_model_whose_cuts_are_too_many_to_be_tried_is_checked_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bisections._Server, "judge", lambda server, place: None)
+    monkeypatch.setattr(bisections, "MOST_VISITS", 1)
+    found = check(build_chain(9))
+    assert found.trainable
+    assert not found.cuts
+    (remark,) = found.remarks
+    assert remark.kind is Kind.CUTS_NOT_LISTED
+    assert "cut at a tensor by its name" in remark.sentence
 
 
 def build_chain(nodes: int) -> bytes:

@@ -44,6 +44,7 @@ def print_json_lines(values: Iterable[object]) -> None:
 def print_check(check: Check, path: Path) -> None:
     """Print what becomes of each operator, what could be trained where, and the verdict."""
     from splitonnx.partitioner.checks import Handling
+    from splitonnx.partitioner.diagnoses import Kind
 
     table = _make_table("operator")
     for heading in Handling:
@@ -59,7 +60,8 @@ def print_check(check: Check, path: Path) -> None:
         f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
         f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
     )
-    _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
+    if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):
+        _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
     if check.losses:
         _print(f"losses that fit output '{check.output}': {', '.join(check.losses)}")
     for remark in check.remarks:

@@ -70,6 +70,7 @@ from splitonnx.errors.models import (
     NotAModel,
     NotDifferentiable,
     SharedParameter,
+    TooManyTries,
     UnknownTensor,
     UnsupportedModel,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "StepConflict",
     "StepsLost",
     "TaskTooLarge",
+    "TooManyTries",
     "Unauthorized",
     "UnfinishedRun",
     "UnknownTensor",

@@ -39,6 +39,10 @@ class NativeCrash(UnsupportedModel):
     """Native code of onnx or ONNX Runtime ended its process over the model, or took too long."""
 
 
+class TooManyTries(UnsupportedModel):
+    """The model's single-tensor cuts cannot be listed in the work that may be spent on it."""
+
+
 class BrokenWork(UnsupportedModel):
     """The work on the model broke off, and no node is known to be at fault."""
 
