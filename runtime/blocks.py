@@ -87,7 +87,11 @@ class FileBlock:
         number = os.memfd_create("splitonnx", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         block = cls(number)
-        block.reserve(SMALLEST)
+        try:
+            block.reserve(SMALLEST)
+        except OSError:
+            block.close()
+            raise
         return block
 
     @property

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, TypeVar
 
@@ -145,11 +145,16 @@ class Worker:
         self._kept_bytes = options.kept_bytes
         self._carried = 0  # bytes of the most tensors in one block since both were empty
         self._lock = threading.Lock()
-        self._inbox: FileBlock | NamedBlock = make_block()
-        self._outbox: FileBlock | NamedBlock = make_block()
         self._abandoned: deque[tuple[int, TaskKey]] = deque()
         self._closed: deque[int] = deque()
-        self._process = self._spawn(options.weights)
+        with ExitStack() as undo:
+            try:
+                self._inbox = self._make_block(undo)
+                self._outbox = self._make_block(undo)
+                self._process = self._spawn(options.weights)
+            except (OSError, ValueError) as error:
+                raise ProcessFailed(worker_main.__name__, str(error)) from error
+            undo.pop_all()
         self.pid = self._process.pid
         assert self._process.stderr is not None
         threading.Thread(
@@ -247,6 +252,12 @@ class Worker:
         with suppress(WorkerEnded, SplitonnxError):  # whoever needs the worker next is told
             self.ask(Tidy())
 
+    @staticmethod
+    def _make_block(undo: ExitStack) -> FileBlock | NamedBlock:
+        block = make_block()
+        undo.callback(block.close)
+        return block
+
     def _spawn(self, weights: SharedTensors | None) -> subprocess.Popen[bytes]:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -255,20 +266,17 @@ class Worker:
         numbers = [file.number for file in files]
         if weights is not None:
             numbers.append(weights.number)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-m", worker_main.__name__],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**kept, "PYTHONPATH": os.pathsep.join(paths)},
-                cwd=sys.prefix,  # which is there to stay
-                pass_fds=numbers,
-                start_new_session=sys.platform != "win32",  # Ctrl-C is the server's alone
-            )
-        except (OSError, ValueError) as error:
-            raise ProcessFailed(worker_main.__name__, str(error)) from error
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", worker_main.__name__],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**kept, "PYTHONPATH": os.pathsep.join(paths)},
+            cwd=sys.prefix,  # which is there to stay
+            pass_fds=numbers,
+            start_new_session=sys.platform != "win32",  # Ctrl-C is the server's alone
+        )
 
     def _start(self, options: WorkerOptions) -> None:
         party, shared = options.party, options.weights

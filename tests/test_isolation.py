@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,10 +18,10 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import RemoteFault, ServerBusy
+from splitonnx.errors import ProcessFailed, RemoteFault, ServerBusy
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import places
+from splitonnx.runtime import places, workers
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.histories import StepRecord
@@ -29,7 +30,7 @@ from splitonnx.runtime.pools import WorkerPool
 from splitonnx.runtime.remote_executors import RemoteExecutor
 from splitonnx.runtime.servers import Server
 from splitonnx.runtime.tokens import Tokens, add_token
-from splitonnx.runtime.workers import WorkerOptions
+from splitonnx.runtime.workers import Worker, WorkerOptions
 from tests import tiny
 from tests.endless import endless_bundle, stuck_bundle
 from tests.test_stopping import LARGE, count_bytes_up, serve
@@ -257,6 +258,56 @@ def test_owners_share_a_worker_in_turns_and_none_is_lost(
     assert len(set(pids)) == len(pids)
     for name, array in states[0].items():
         np.testing.assert_array_equal(states[1][name], array)
+
+
+def test_more_clients_than_workers_train_at_once_and_come_to_the_same(
+    bundle: Bundle, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "TENURE_SECONDS", 0.0)
+    ended: list[dict[str, np.ndarray]] = []
+
+    def train(url: str) -> None:
+        with Client(bundle.client, url) as client:
+            client.fit(DATA, batch_size=8)
+            ended.append(client.state())
+
+    assert bundle.server is not None
+    limits = Limits(workers=2)
+    with Server(bundle.server, port=0, isolate=True, limits=limits, threads=1) as server:
+        threads = [threading.Thread(target=train, args=(server.url,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(ended) == len(threads)
+    for state in ended:
+        check_equal(state, expected)
+
+
+@needs_linux
+def test_a_worker_that_cannot_start_leaves_no_file_open(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On earlier versions it leaves two, each time a client comes again."""
+    assert bundle.server is not None
+    options = make_options(bundle.server)
+    monkeypatch.setattr(sys, "executable", "/absent/python")
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ProcessFailed, match="absent"):
+        Worker(options)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_for_which_no_file_is_left_cannot_start(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    assert bundle.server is not None
+    monkeypatch.setattr(workers, "make_block", fail)
+    with pytest.raises(ProcessFailed, match="Too many open files"):
+        Worker(make_options(bundle.server))
 
 
 def test_greetings_take_no_worker(bundle: Bundle) -> None:
