@@ -120,12 +120,13 @@ def check_widths(draft: Draft, node: ir.Node) -> Checked:
     known = known_array(widths)
     if known is not None and (not known.any() or (mode == "constant" and (known >= 0).all())):
         return {}
-    places = None if axes is None else known_array(axes)
-    sizes = known_sizes(x)
-    if known is not None and sizes is not None and (axes is None or places is not None):
-        chosen = np.array(sizes) if places is None else np.array(sizes)[places]
-        if not _is_too_wide(known.reshape(2, -1), chosen, mode):
+    if known is not None and axes is None:
+        least = _find_least(known.reshape(2, -1), mode)
+        sizes = known_sizes(x)
+        if sizes is not None and (np.array(sizes) >= least).all():
             return {}
+        small = draft.op("Less", draft.op("Shape", x), draft.integers(least.tolist()))
+        return {0: pass_if(draft, x, refuse_where(draft, small))}
     shape = note(draft.op("Shape", x), I64)
     if axes is not None:
         shape = note(draft.op("Gather", shape, axes, axis=0), I64)
@@ -144,12 +145,12 @@ def check_widths(draft: Draft, node: ir.Node) -> Checked:
     return {0: pass_if(draft, x, refuse_where(draft, either(draft, *bad)))}
 
 
-def _is_too_wide(widths: np.ndarray, sizes: np.ndarray, mode: str) -> bool:
-    kept = sizes + np.minimum(widths, 0).sum(axis=0)
+def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
+    """Compute how long each axis must be, by the widths before and after it."""
     most = np.maximum(widths.max(axis=0), 0)
-    needed = (most > 0).astype(int)
-    lent = {"reflect": most + needed, "wrap": most}.get(mode, needed)
-    return bool((kept < np.maximum(lent, needed)).any())
+    needed = (most > 0).astype(np.int64)
+    lent = {"reflect": most + needed, "wrap": np.maximum(most, needed)}.get(mode, needed)
+    return np.asarray(lent - np.minimum(widths, 0).sum(axis=0))
 
 
 def check_columns(draft: Draft, node: ir.Node) -> Checked:
