@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import FormatError, NotFinite, StageTooSlow
-from splitonnx.runtime.blocks import SharedTensors, Slot, look_up, make_block, measure, put, take
+from splitonnx.runtime.blocks import (
+    SharedTensors,
+    Slot,
+    look_up,
+    make_block,
+    measure,
+    open_block,
+    put,
+    take,
+)
 from splitonnx.runtime.worker_messages import Failed, describe_error, make_error
 
 TENSORS: dict[str, np.ndarray] = {
@@ -45,6 +54,24 @@ def test_tensors_come_out_as_they_went_in_after_a_block_has_grown(named: bool) -
             np.testing.assert_array_equal(taken[name], array)
             assert taken[name].dtype == array.dtype
             assert not taken[name].flags.writeable
+    finally:
+        block.close()
+
+
+@named
+def test_a_block_that_was_emptied_is_used_again(named: bool) -> None:
+    block = make_block(named=named)
+    try:
+        for _ in range(2):
+            block.reserve(measure(TENSORS.values()))
+            other = open_block(block.place, None)
+            slots = put(block, TENSORS)
+            for name, array in take(other, slots).items():
+                np.testing.assert_array_equal(array, TENSORS[name])
+            if named:
+                other.close()
+            block.empty()
+            assert not any(open_block(block.place, block).view[:4096])
     finally:
         block.close()
 
