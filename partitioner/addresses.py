@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.assertions import (
+    BOOL,
     I64,
     either,
     known_sizes,
@@ -31,24 +32,28 @@ from splitonnx.partitioner.drafts import Draft, known_array
 
 Checked = Mapping[int, ir.Value]
 
-_FARTHEST = 32.0
-"""Images' lengths from the middle to where GridSample reflects exactly; farther places are here."""
-_BOXES = 4
-"""Images' lengths to where RoiAlign's boxes may reach; farther corners are there."""
+_PERIOD = 4.0
+"""Of reflection, in half lengths of an image."""
+_REACH = 4
+"""Lengths of an image to where RoiAlign's boxes may reach whose samples grow with them."""
+_FIXED_REACH = 1 << 20
+"""The same where a bin has a fixed number of samples."""
 
 
 def check_places(draft: Draft, node: ir.Node) -> Checked:
-    """Bring places near the image, and let none be reflected in a single pixel (GridSample)."""
+    """Bring places near the image, and let none be reflected in a single pixel (GridSample).
+
+    Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
+    which is p itself within 4 half lengths.  A place that is no number has none.
+    """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
         return {}
     assert image is not None
     assert places is not None
-    is_nan = draft.op("IsNaN", places)
-    some = draft.op("Where", is_nan, draft.number(0.0, places.dtype), places)
-    ends = [draft.number(end, places.dtype) for end in (-_FARTHEST, _FARTHEST)]
-    near = draft.op("Clip", note(some, places.dtype), *ends)
-    checked = {1: note(near, places.dtype, places.shape)}
+    near = draft.op("Mod", places, draft.number(_PERIOD, places.dtype), fmod=1)
+    near = note(near, places.dtype, places.shape)
+    checked = {1: pass_if(draft, near, refuse_where(draft, draft.op("IsNaN", near)))}
     if not node.attributes.get_int("align_corners", 0):
         return checked
     sizes = known_sizes(image, 2)
@@ -65,7 +70,11 @@ def check_places(draft: Draft, node: ir.Node) -> Checked:
 
 
 def check_boxes(draft: Draft, node: ir.Node) -> Checked:
-    """Look up which image each box is of, and bring boxes near the image (RoiAlign)."""
+    """Look up which image each box is of, and refuse boxes far beyond the image (RoiAlign).
+
+    Where a bin has as many samples as its box has pixels, they are all listed at once, so a box
+    has to end near the image; else it only has to be numbers that can be subtracted.
+    """
     image, boxes, numbers = node.inputs[:3]
     assert image is not None
     assert boxes is not None
@@ -74,18 +83,18 @@ def check_boxes(draft: Draft, node: ir.Node) -> Checked:
     count = draft.op("Squeeze", draft.shape(image, 0, 1))
     images = draft.op("Range", draft.integer(0), count, draft.integer(1))
     looked_up = draft.op("Gather", note(images, I64), numbers, axis=0)
+    lengths = _FIXED_REACH if node.attributes.get_int("sampling_ratio", 0) > 0 else _REACH
     length = draft.op("ReduceMax", draft.shape(image, 2), keepdims=0)
     reach = draft.op(
         "Mul",
         draft.cast(note(length, I64), boxes.dtype),
-        draft.number(_BOXES / max(abs(scale), 1e-6), boxes.dtype),
+        draft.number(lengths / max(abs(scale), 1e-6), boxes.dtype),
     )
-    zero = draft.number(0.0, boxes.dtype)
-    some = draft.op("Where", draft.op("IsNaN", boxes), zero, boxes)
-    low = draft.op("Max", note(some, boxes.dtype), draft.op("Neg", note(reach, boxes.dtype)))
-    near = draft.op("Min", note(low, boxes.dtype), reach)
+    distance = note(draft.op("Abs", boxes), boxes.dtype)
+    is_near = note(draft.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
+    far = draft.op("Not", is_near)  # also what is no number
     return {
-        1: note(near, boxes.dtype, boxes.shape),
+        1: pass_if(draft, boxes, refuse_where(draft, far)),
         2: note(looked_up, I64, numbers.shape),
     }
 

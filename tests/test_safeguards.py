@@ -12,13 +12,16 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
+from numpy.testing import assert_allclose
+from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.dimensions import make_atom, parse_dim
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.safeguards import is_bound
+from splitonnx.runtime.clients import Client
 from splitonnx.runtime.executors import Executor
 from tests.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
-from tests.zoo import ZOO
+from tests.zoo import FLOAT, ZOO, Net
 
 
 @cache
@@ -71,3 +74,22 @@ def test_labels_to_be_ignored_stay_so() -> None:
     assert bundle.server is not None
     wires = {"h@server": floats(2, 3, 6), "tokens@server": np.array([[0, 4, -100], [2, -100, 0]])}
     assert perform(Executor(bundle.server, ENGINE), "train", wires) == "done"
+
+
+@pytest.mark.parametrize("corners", [0, 1])
+def test_a_place_far_away_is_reflected_as_the_reference_reflects_it(corners: int) -> None:
+    net = Net()
+    net.opset = 20
+    image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    sampled = net.op(
+        "GridSample", net.constant("image", image), "grid", out="sampled",
+        padding_mode="reflection", align_corners=corners,
+    )  # fmt: skip
+    felt = net.op("MatMul", sampled, net.weight("w", 3, 2), out="scores")
+    model = net.finish({"grid": (FLOAT, [1, "H", 3, 2])}, felt, 1, "H", 2)
+    places = [-413.3, -37.25, -2.5, 0.1, 3.75, 33.5, 98.6, 1000.25, 7.875]
+    grid = np.array(places * 2, np.float32).reshape(1, 3, 3, 2)
+    (expected,) = ReferenceEvaluator(model).run(None, {"grid": grid})
+    assert isinstance(expected, np.ndarray)
+    with Client(cut(model, at=None, loss="mse").client) as client:
+        assert_allclose(client.predict({"grid": grid})["scores"], expected, atol=1e-3)
