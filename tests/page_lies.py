@@ -105,10 +105,11 @@ GRAPHS: dict[str, tuple[Callable[[PartyBundle], dict[str, Body]], Complaint]] = 
 }
 
 
-def change(part: PartyBundle, before: str, after: str) -> bytes:
+def change(part: PartyBundle, before: str, after: str, sum_key: str = '"none": ') -> bytes:
+    """Change a manifest, and take its sum out by giving it another key."""
     text = encode_manifest(part.manifest).decode()
     assert before in text
-    return text.replace(before, after).encode()
+    return text.replace(before, after).replace('"sha256": ', sum_key).encode()
 
 
 def with_endless_zeros(part: PartyBundle) -> Body:
@@ -179,6 +180,11 @@ FILES: dict[str, tuple[str, Lie, Complaint]] = {
         "manifest.json",
         lambda _: whole(b"<html>"),
         Complaint(title=UNREADABLE, text="manifest.json: not a manifest of splitonnx"),
+    ),
+    "a manifest that was altered": (
+        "manifest.json",
+        lambda part: whole(change(part, '"party": ', '"Party": "client", "party": ', '"sha256": ')),
+        Complaint(title=BROKEN, text="manifest.json: it was altered"),
     ),
     "a manifest of another version": (
         "manifest.json",

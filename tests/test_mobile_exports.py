@@ -182,6 +182,7 @@ def test_only_the_graphs_names_and_sums_differ_in_the_manifest(bundle: Path) -> 
     assert renamed == [name.replace(".onnx", ".ort") for name in graphs]
     assert set(renamed) == made.pop("files").keys()
     assert source.pop("files").keys() == set(graphs)
+    assert made.pop("sha256") != source.pop("sha256")
     assert made == source
     assert {path.name for path in (bundle / "client-mobile").iterdir()} == {
         "manifest.json",
