@@ -42,6 +42,7 @@ from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.sequences import flatten_sequences
 from splitonnx.partitioner.shapes import check_ranks, infer_shapes
+from splitonnx.partitioner.tables import refuse_tables
 from splitonnx.partitioner.weights import assign_roles, lift_weights, return_weights
 
 BatchNormMode = Literal["train", "frozen"]
@@ -118,6 +119,7 @@ def prepare(
     _make_differentiable(training, {n for n, role in roles.items() if role is Role.PARAMETER})
     for form in (training, inference):
         note_shapes(form.graph)
+        refuse_tables(form.graph)
         _keep_data_outputs(form.graph, weights)
 
     return PreparedModel(

@@ -25,6 +25,7 @@ from splitonnx.partitioner.lowerings import (
     pools,
     shapes,
 )
+from splitonnx.partitioner.tables import count_constants
 
 Lowering = Callable[[Draft, ir.Node], Sequence[ir.Value | None]]
 
@@ -84,7 +85,7 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     """
     opset = graph.opset_imports[""]
     nodes = list(graph)
-    with _reading_outputs(graph):
+    with _reading_outputs(graph), count_constants():
         for node in nodes:
             with blame(node):
                 if is_standard(node, opset) or (defective and not is_defective(node)):

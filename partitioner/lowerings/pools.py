@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value | None]
 
@@ -79,6 +81,7 @@ def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
             "runtimes count differently",
             "export the model without ceil_mode",
         )
+    limit(node, math.prod(kernel) + sum(steps) + math.prod(steps))
     counts = _count_windows(extent, kernel, strides, pads, steps, include=include)
     dtype = dy.dtype
     assert dtype is not None

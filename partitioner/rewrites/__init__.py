@@ -39,6 +39,7 @@ from splitonnx.partitioner.rewrites import (
     trigonometry,
 )
 from splitonnx.partitioner.shapes import infer_shapes
+from splitonnx.partitioner.tables import count_constants
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 
@@ -158,10 +159,11 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     Raises:
         UnsupportedModel: a rewrite lacks a shape or a constant that it needs.
     """
-    for index in range(_MOST_ROUNDS):
-        if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
-            return
-        infer_shapes(model)
+    with count_constants():
+        for index in range(_MOST_ROUNDS):
+            if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):
+                return
+            infer_shapes(model)
 
 
 def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool:

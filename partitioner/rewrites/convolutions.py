@@ -20,7 +20,6 @@ from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
-    limit,
     multiply,
     read_extents,
     refuse,
@@ -30,6 +29,7 @@ from splitonnx.partitioner.rewrites.extents import (
 )
 from splitonnx.partitioner.rewrites.layouts import spread_channels
 from splitonnx.partitioner.rewrites.windows import list_plain, pad_by_size, pads_by_size
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

@@ -59,24 +59,6 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
     return array
 
 
-MOST_CONSTANTS = 2**26
-"""Elements of a constant that a rewrite makes; a model that asks for more is no honest one."""
-
-
-def limit(node: ir.Node, count: float) -> None:
-    """Refuse a node for which a constant of ``count`` elements would have to be made.
-
-    Raises:
-        UnsupportedModel: there would be more than 2**26 elements.
-    """
-    if count > MOST_CONSTANTS:
-        raise refuse(
-            node,
-            f"it asks for {count:.0f} interpolation weights or places, more than {MOST_CONSTANTS}",
-            "check its sizes",
-        )
-
-
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
     """Make the error that names a node."""
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)

@@ -20,11 +20,11 @@ from splitonnx.partitioner.rewrites.extents import (
     add,
     count_up,
     join,
-    limit,
     read_extents,
     require_array,
     require_rank,
 )
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

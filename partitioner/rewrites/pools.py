@@ -49,7 +49,7 @@ def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
     if _has_fixed_image(x) and not spread and not ragged:
         return None
     windows = read_windows(node)
-    counts = count_elements(draft, x, windows, include_padding=included)
+    counts = count_elements(draft, node, x, windows, include_padding=included)
     return [draft.op("Div", sum_windows(draft, node, x, windows), counts)]
 
 

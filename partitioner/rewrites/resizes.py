@@ -13,7 +13,6 @@ import onnx_ir as ir
 from splitonnx.partitioner.drafts import Draft, known_array, known_dims
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
-    limit,
     multiply,
     read_extents,
     refuse,
@@ -29,6 +28,7 @@ from splitonnx.partitioner.rewrites.interpolations import (
     weigh_neighbours,
 )
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

@@ -20,7 +20,6 @@ from splitonnx.partitioner.drafts import Draft, known_array
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
-    limit,
     multiply,
     read_extents,
     refuse,
@@ -28,6 +27,7 @@ from splitonnx.partitioner.rewrites.extents import (
     to_number,
     to_vector,
 )
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

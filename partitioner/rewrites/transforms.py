@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value | None]
 
@@ -34,6 +35,7 @@ def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
     size = _read_integer(node, 1)
     if size is None:
         size = 2 * (length - 1) if inverse and onesided else length
+    _limit_matrix(node, length, parts, size)
     matrix = _make_matrix(length, parts, size, inverse=inverse, onesided=onesided)
     # (n, parts, m, parts') is applied to (..., n, parts)
     order = [a for a in range(rank - 1) if a != axis] + [axis, rank - 1]
@@ -63,6 +65,7 @@ def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
     if size is None:
         raise _refuse(node, "the length of a frame")
     onesided = bool(node.attributes.get_int("onesided", 1))
+    _limit_matrix(node, size, parts, size)
     matrix = _make_matrix(size, parts, size, inverse=False, onesided=onesided)
     bins = matrix.shape[2]
     # (F, parts, K, 2) to kernels (2K, parts, F)
@@ -76,6 +79,12 @@ def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
     found = draft.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
     frames = draft.op("Transpose", found, perm=[0, 2, 1])
     return [draft.op("Reshape", frames, draft.integers([0, -1, bins, 2]))]
+
+
+def _limit_matrix(node: ir.Node, length: int, parts: int, size: int) -> None:
+    """Refuse a matrix that is too large, or was on the way: complex, of twice the elements."""
+    rows = length * parts
+    limit(node, rows * rows + 2 * rows * size)
 
 
 def _make_matrix(

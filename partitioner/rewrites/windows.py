@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.paddings import count_windows, read_kernel
-from splitonnx.partitioner.rewrites.extents import limit, refuse, require_rank
+from splitonnx.partitioner.rewrites.extents import refuse, require_rank
+from splitonnx.partitioner.tables import limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +126,14 @@ def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -
 
 
 def count_elements(
-    draft: Draft, x: ir.Value, windows: Windows, *, include_padding: bool
+    draft: Draft, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
     """Count the elements of each window, those of the padding too with ``include_padding``.
 
     The result broadcasts against the pooled image  # (1, 1, L...)
     """
     assert x.dtype is not None
+    limit(node, _estimate_counts(windows))
     numbers = [size for size in windows.sizes if size is not None]
     if len(numbers) == len(windows.sizes):
         counts = _count_elements(windows, numbers, include_padding=include_padding)
@@ -154,6 +156,18 @@ def count_elements(
         )
     ones = np.ones((1, 1, *windows.kernel), x.dtype.numpy())
     return draft.detach(_convolve(draft, image, ones, windows))
+
+
+def _estimate_counts(windows: Windows) -> float:
+    """Estimate what counting takes: a table of the taps along each axis, and the counts."""
+    total, counts = 0, 1
+    for axis, size in enumerate(windows.sizes):
+        kernel, dilation = windows.kernel[axis], windows.dilations[axis]
+        inside = windows.before[axis] + (size or 0) + windows.after[axis]
+        starts = max(0, inside - dilation * (kernel - 1)) // windows.strides[axis] + 1
+        total += inside + starts * kernel
+        counts *= starts if size is not None else kernel
+    return total + counts
 
 
 def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: bool) -> np.ndarray:
