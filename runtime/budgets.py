@@ -162,6 +162,8 @@ class Budget:
 
     def _give(self) -> None:
         """Give memory to whoever is next, as long as there is enough."""
+        if not self._waiting:
+            return
         self._waiting = [request for request in self._waiting if not request.is_over]
         while (found := self._find_next()) is not None:
             request, is_reserve = found

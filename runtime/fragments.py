@@ -8,6 +8,8 @@ from splitonnx.codecs import Chunk
 
 FRAGMENT = 1 << 20
 """Bytes of one fragment; what is smaller is sent in one piece."""
+JOINED_BYTES = 4 << 20
+"""A message that arrives is joined at its end up to here, which is faster but takes it twice."""
 
 
 def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
@@ -22,3 +24,27 @@ def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
         view = memoryview(chunk)
         for start in range(0, len(view), FRAGMENT):
             yield view[start : start + FRAGMENT]
+
+
+class JoinedFragments:
+    """A message in the making; a large one grows in place, so that it is not there twice."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._grown: bytearray | None = None
+        self._size = 0
+
+    def add(self, part: bytes) -> None:
+        """Take the next fragment."""
+        self._size += len(part)
+        if self._grown is None and self._size > JOINED_BYTES:
+            self._grown = bytearray().join(self._parts)
+            self._parts.clear()
+        if self._grown is None:
+            self._parts.append(part)
+        else:
+            self._grown += part
+
+    def join(self) -> bytes | bytearray:
+        """Return the message."""
+        return b"".join(self._parts) if self._grown is None else self._grown

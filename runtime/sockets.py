@@ -42,7 +42,7 @@ from splitonnx.runtime.accesses import Access, check_url
 from splitonnx.runtime.certificates import describe_failure
 from splitonnx.runtime.client_connections import BoundedConnection
 from splitonnx.runtime.doors import ignore_scarcity, open_doors
-from splitonnx.runtime.fragments import split_message
+from splitonnx.runtime.fragments import JoinedFragments, split_message
 from splitonnx.runtime.guards import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
 from splitonnx.runtime.identities import Identity, Role
 from splitonnx.runtime.limits import Limits
@@ -285,17 +285,13 @@ class Peer:
     async def receive(self) -> bytes | bytearray:
         """Wait for the next message, as long as the limits allow."""
         fragments = self._guest.recv_streaming(decode=False)
-        content: bytes | bytearray = b""
+        content = JoinedFragments()
         idle_seconds = self._hall.limits.idle_seconds
         try:
             async with asyncio.timeout(idle_seconds) as idle:
                 async for part in fragments:
-                    if not content:
-                        idle.reschedule(None)  # the guard looks at what has begun
-                        content = part
-                    else:  # it grows in place: joining the parts would take the message twice
-                        content = bytearray(content) if isinstance(content, bytes) else content
-                        content += part
+                    idle.reschedule(None)  # the guard looks at what has begun
+                    content.add(part)
                     self._guest.take(len(part))
         except TimeoutError as error:
             reason = f"silent for {idle_seconds:g} s"
@@ -303,7 +299,7 @@ class Peer:
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
-        return content
+        return content.join()
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended, from whichever side."""

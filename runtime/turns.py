@@ -56,6 +56,7 @@ class FairQueue(Generic[_Piece]):
     def __init__(self, places: int) -> None:
         self._places = places
         self._lines: dict[Hashable, _Line[_Piece]] = {}
+        self._waiting = 0
         self._running = 0  # in the places that are anybody's
         self._is_beside = False  # whether the place for short pieces is taken
         self._now = 0.0  # virtual: where the piece that began last was due
@@ -69,9 +70,12 @@ class FairQueue(Generic[_Piece]):
         elif not line.pieces and not line.is_running:
             line.start = max(line.start, self._now)
         line.pieces.append((next(self._numbers), piece))
+        self._waiting += 1
 
     def take(self) -> tuple[Hashable, _Piece] | None:
         """Take the piece that is to run now, if one may; :meth:`finish` is due after it."""
+        if not self._waiting:
+            return None
         ready = [
             (line.start, line.pieces[0][0], owner)
             for owner, line in self._lines.items()
@@ -88,6 +92,7 @@ class FairQueue(Generic[_Piece]):
             self._is_beside = True
         else:
             self._running += 1
+        self._waiting -= 1
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
@@ -100,11 +105,7 @@ class FairQueue(Generic[_Piece]):
             self._is_beside = line.is_beside = False
         else:
             self._running -= 1
-        if (
-            not self._running
-            and not self._is_beside
-            and not any(line.pieces for line in self._lines.values())
-        ):
+        if not self._running and not self._is_beside and not self._waiting:
             self._now = max(line.start for line in self._lines.values())  # all are level again
         if len(self._lines) > _MOST_IDLE:
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
@@ -116,6 +117,7 @@ class FairQueue(Generic[_Piece]):
         if line is None or number is None:
             return False
         line.pieces.remove((number, piece))
+        self._waiting -= 1
         return True
 
     def _is_needed(self, line: _Line[_Piece]) -> bool:
