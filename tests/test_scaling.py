@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from splitonnx.commands.displays import print_cuts
 from splitonnx.errors import NativeCrash, NotAModel, UnsupportedModel
 from splitonnx.partitioner import gates, node_types
 from splitonnx.partitioner.checks import check
@@ -184,3 +185,18 @@ def test_a_graph_that_cannot_be_lowered_has_its_outputs_still() -> None:
         lower(graph)
     assert [value.name for value in graph.outputs] == names
     assert "Outputs" not in {node.op_type for node in graph}
+
+
+def test_a_long_list_of_cuts_is_printed_as_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = inspect(ZOO["chain"].build())
+    print_cuts(found)
+    short = capsys.readouterr().out
+    monkeypatch.setattr("splitonnx.commands.displays.FEW_ROWS", 1)
+    print_cuts(found)
+    long = capsys.readouterr().out
+    assert [row.split() for row in long.splitlines() if "---" not in row] == [
+        row.split() for row in short.splitlines() if row.strip() and "\u2500" not in row
+    ]
+    assert len({row.index(" N x ") for row in long.splitlines()[2:]}) == 1

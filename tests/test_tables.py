@@ -72,9 +72,15 @@ def write_expanded(net: Net) -> str:
     return net.op("Expand", row, net.constant("all", np.array([HUGE // 10, 8])), out="table")
 
 
+def build_neighbours() -> onnx.ModelProto:
+    net, value = start()
+    return finish(net, net.op("LRN", value, out="output", size=HUGE + 1))
+
+
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "AveragePool": lambda: build_pool("AveragePool"),
     "LpPool": lambda: build_pool("LpPool"),
+    "LRN": build_neighbours,
     "Resize": build_resize,
     "DFT": build_transform,
     "EyeLike": lambda: build_added(write_diagonal),

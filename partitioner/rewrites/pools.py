@@ -31,6 +31,7 @@ from splitonnx.partitioner.rewrites.windows import (
     read_windows,
     sum_windows,
 )
+from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value | None]
 
@@ -171,6 +172,7 @@ def rewrite_lrn(draft: Draft, node: ir.Node) -> Values:
     channels = (known_dims(x) or [None, None])[1]
     if channels is None or x.dtype is None:
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")
+    limit(node, size)
     squares = draft.op("Mul", x, x)
     rows = draft.op("Reshape", squares, draft.integers([0, 1, channels, -1]))
     ones = draft.tensor(ir.tensor(np.ones((1, 1, size, 1), x.dtype.numpy())))

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from splitonnx.commands.rows import FEW_ROWS, format_bytes, format_rows, list_cells
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -74,19 +76,17 @@ def print_check(check: Check, path: Path) -> None:
 
 def print_cuts(cuts: Iterable[Cut]) -> None:
     """Print the legal single-tensor cuts as a table."""
-    table = _make_table("tensor", "operator", "shape")
-    for heading in ("up / step", "down / step", "client params", "server params"):
+    names = ("tensor", "operator", "shape")
+    sizes = ("up / step", "down / step", "client params", "server params")
+    rows = [list_cells(cut) for cut in cuts]
+    if len(rows) > FEW_ROWS:
+        sys.stdout.writelines(f"{line}\n" for line in format_rows((*names, *sizes), rows, left=3))
+        return
+    table = _make_table(*names)
+    for heading in sizes:
         table.add_column(heading, justify="right")
-    for cut in cuts:
-        table.add_row(
-            " + ".join((cut.tensor, *cut.sent)),
-            cut.op,
-            " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
-            _format_bytes(cut.bytes_up),
-            _format_bytes(cut.bytes_down),
-            f"{cut.client_parameters:,}",
-            f"{cut.server_parameters:,}",
-        )
+    for row in rows:
+        table.add_row(*row)
     _print(table)
 
 
@@ -145,7 +145,7 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
 
 def print_written(path: Path, size: int) -> None:
     """Say that a file was written; ``size`` in bytes."""
-    _print(f"{path}: {_format_bytes(size)}")
+    _print(f"{path}: {format_bytes(size)}")
 
 
 def summarize_export(export: Export) -> dict[str, Any]:
@@ -161,13 +161,13 @@ def print_export(export: Export) -> None:
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
     for graph in export.graphs:
-        before, after = _format_bytes(graph.onnx_bytes), _format_bytes(graph.ort_bytes)
+        before, after = format_bytes(graph.onnx_bytes), format_bytes(graph.ort_bytes)
         table.add_row(graph.name, f"{graph.nodes:,}", before, after)
     for name, size in (("weights", export.weights_bytes), ("state", export.state_bytes)):
         if size:
-            table.add_row(f"{name}.safetensors", "", "", _format_bytes(size))
+            table.add_row(f"{name}.safetensors", "", "", format_bytes(size))
     table.add_section()
-    table.add_row("altogether", "", "", _format_bytes(export.total_bytes))
+    table.add_row("altogether", "", "", format_bytes(export.total_bytes))
     _print(table)
     names = {(kernel.domain, kernel.operator) for kernel in export.kernels}
     _print(
@@ -321,7 +321,7 @@ class Bar(TrainingDisplay):
         text = [f"{name} {value:.4f}" for name, value in figures.items()]
         text.append(f"{record.samples_per_second:,.0f} samples/s")
         if record.bytes_up or record.bytes_down:
-            up, down = _format_bytes(record.bytes_up), _format_bytes(record.bytes_down)
+            up, down = format_bytes(record.bytes_up), format_bytes(record.bytes_down)
             text.append(f"{up} up {down} down")
         self._progress.update(
             self._task,
@@ -351,8 +351,8 @@ class Bar(TrainingDisplay):
             "samples/s": f"{history.samples_per_second:,.0f}",
         }
         if up or down:
-            figures["up / step"] = _format_bytes(up // len(steps))
-            figures["down / step"] = _format_bytes(down // len(steps))
+            figures["up / step"] = format_bytes(up // len(steps))
+            figures["down / step"] = format_bytes(down // len(steps))
         last = history.evaluations[-1].metrics if history.evaluations else {}
         figures |= {f"held-out {name}": f"{value:.4f}" for name, value in last.items()}
         table = _make_table()
@@ -374,12 +374,6 @@ def _make_table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
-
-
-def _format_bytes(size: int | None) -> str:
-    from rich.filesize import decimal
-
-    return "?" if size is None else decimal(size)
 
 
 def _open_console(file: TextIO) -> Console:

@@ -1,0 +1,52 @@
+"""The table of cuts, as plain lines where it is long: rich takes a millisecond for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from splitonnx.partitioner.inspections import Cut
+
+FEW_ROWS = 500
+"""As many are left to rich, which wraps what does not fit the terminal."""
+
+
+def format_rows(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
+) -> Iterator[str]:
+    """Yield the lines of a table, of which the first ``left`` columns begin at the left."""
+    columns = zip(headings, *rows, strict=True)
+    widths = [max(len(cell) for cell in column) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        pairs = zip(cells, widths, strict=True)
+        padded = (
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(pairs)
+        )
+        return " " + "   ".join(padded).rstrip()
+
+    yield line(headings)
+    yield " " + "-" * (sum(widths) + 3 * (len(widths) - 1))
+    yield from map(line, rows)
+
+
+def list_cells(cut: Cut) -> Sequence[str]:
+    """Write a cut as cells of a table."""
+    return (
+        " + ".join((cut.tensor, *cut.sent)),
+        cut.op,
+        " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
+        format_bytes(cut.bytes_up),
+        format_bytes(cut.bytes_down),
+        f"{cut.client_parameters:,}",
+        f"{cut.server_parameters:,}",
+    )
+
+
+def format_bytes(size: int | None) -> str:
+    """Write a number of bytes as people read it."""
+    from rich.filesize import decimal
+
+    return "?" if size is None else decimal(size)
