@@ -4,9 +4,9 @@ Tried on onnxruntime-training 1.19.2, each kernel in a process of its own over m
 bytes: GridSample reflects a place far away, or in a single pixel, to where no image is; RoiAlign
 takes any number for an image's and any size for a box; MaxUnpool ends the process over an index
 beyond its output; Pad reflects and wraps beyond an axis and leaves memory as it was where an axis
-is cut to nothing; Col2Im, AffineGrid, QLinearConv and LSTM, GRU and RNN believe that sizes fit; DFT
-along the axis of the imaginary parts leaves memory as it was.  Compress and MaxRoiPool check what
-they get.
+is cut to nothing; Col2Im, AffineGrid, LSTM, GRU, RNN and convolutions with a bias believe that
+sizes fit; DFT along the axis of the imaginary parts leaves memory as it was; STFT divides by the
+length of its frames.  Compress and MaxRoiPool check what they get.
 """
 
 from __future__ import annotations
@@ -262,18 +262,37 @@ def check_features(draft: Draft, node: ir.Node) -> Checked:
 
 
 def check_bias(draft: Draft, node: ir.Node) -> Checked:
-    """Check that there is a bias for each filter (QLinearConv)."""
-    bias, weights = (node.inputs[8] if len(node.inputs) > 8 else None), node.inputs[3]
+    """Check that there is a bias for each filter (Conv, ConvTranspose, QLinearConv)."""
+    at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
+    bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
     if bias is None or weights is None:
         return {}
-    if known_sizes(bias) is not None and known_sizes(bias) == known_sizes(weights, 0, 1):
+    axis = 1 if node.op_type == "ConvTranspose" else 0
+    groups = node.attributes.get_int("group", 1) if axis else 1
+    filters = known_sizes(weights, axis, axis + 1)
+    if filters is not None and known_sizes(bias) == [filters[0] * groups]:
         return {}
-    return {8: reshape(draft, bias, draft.shape(weights, 0, 1))}
+    shape = draft.shape(weights, axis, axis + 1)
+    if groups != 1:
+        shape = note(draft.op("Mul", shape, draft.integer(groups)), I64)
+    return {at: reshape(draft, bias, shape)}
+
+
+def check_frames(draft: Draft, node: ir.Node) -> Checked:
+    """Let no frame have no length (STFT)."""
+    step, _, length = [*node.inputs, None, None, None][1:4]
+    known = known_array(length)
+    if length is None or step is None or (known is not None and known.min() > 0):
+        return {}
+    bad = draft.op("Less", draft.cast(length, I64), draft.integer(1))
+    return {3: pass_if(draft, length, refuse_where(draft, bad))}
 
 
 ADDRESS_CHECKS = {
     "AffineGrid": check_matrices,
     "Col2Im": check_columns,
+    "Conv": check_bias,
+    "ConvTranspose": check_bias,
     "DFT": check_axis,
     "GRU": check_features,
     "GridSample": check_places,
@@ -283,4 +302,5 @@ ADDRESS_CHECKS = {
     "QLinearConv": check_bias,
     "RNN": check_features,
     "RoiAlign": check_boxes,
+    "STFT": check_frames,
 }

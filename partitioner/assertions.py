@@ -18,8 +18,8 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 def refuse_where(draft: Draft, bad: ir.Value) -> ir.Value:
     """Give a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
     numbers = draft.cast(note(bad, BOOL), I64)
-    worst = draft.op("ReduceMax", numbers, keepdims=0)
-    return note(draft.op("Gather", draft.integers([0]), note(worst, I64), axis=0), I64)
+    count = draft.op("ReduceSum", numbers, keepdims=0)  # there may be none: ReduceMax refuses that
+    return note(draft.op("Gather", draft.integers([0]), note(count, I64), axis=0), I64)
 
 
 def pass_if(draft: Draft, value: ir.Value, zero: ir.Value) -> ir.Value:

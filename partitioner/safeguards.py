@@ -46,17 +46,16 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 
     ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
     """
-    checks = {**_CHECKS, **ADDRESS_CHECKS, **(_TRAINING_CHECKS if is_training else {})}
+    tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:
         for body in list_bodies(node):
             add_safeguards(body, set(body), is_training=False)
-        check = checks.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if check is None:
+        if node.domain not in ("", "ai.onnx"):
             continue
         draft = Draft(f"{node.outputs[0].name or node.name}/checked")
-        replaced = check(draft, node)
-        for index, value in replaced.items():
-            node.replace_input_with(index, value)
+        for check in [table[node.op_type] for table in tables if node.op_type in table]:
+            for index, value in check(draft, node).items():
+                node.replace_input_with(index, value)
         graph.insert_before(node, draft.nodes)
 
 

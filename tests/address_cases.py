@@ -40,7 +40,7 @@ class Kernel:
         value = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
         value = net.op("ReduceSum", value, out="felt")
         names = [
-            net.constant(name, given) if isinstance(given, np.ndarray) else name
+            net.constant(name, given) if name and isinstance(given, np.ndarray) else name
             for name, given in self.inputs.items()
         ]
         made = net.op(self.operator, *names, out="made", **self.attributes)
@@ -193,6 +193,20 @@ KERNELS: Mapping[str, Kernel] = {
     "a transform along the imaginary parts": kernel(
         "DFT", {"signal": (FLOAT, [1, 4, 1]), "length": np.array(4), "axis": (INT64, [])},
         {"signal": floats(1, 4, 1), "axis": np.array(1)}, {"axis": np.array(2)},
+    ),
+    "fewer biases than filters": kernel(
+        "Conv", {"image": _IMAGE, "w": floats(400, 1, 3, 3), "b": (FLOAT, ["B"])},
+        {"image": floats(1, 1, 4, 4), "b": floats(400)}, {"b": floats(2)},
+    ),
+    "fewer biases than transposed filters": kernel(
+        "ConvTranspose", {"image": (FLOAT, [1, 2, 4, 4]), "w": floats(2, 200, 3, 3),
+                          "b": (FLOAT, ["B"])},
+        {"image": floats(1, 2, 4, 4), "b": floats(400)}, {"b": floats(2)}, group=2,
+    ),
+    "frames without a length": kernel(
+        "STFT", {"signal": (FLOAT, [1, 16, 1]), "step": np.array(4), "": np.array(0),
+                 "length": (INT64, [])},
+        {"signal": floats(1, 16, 1), "length": np.array(8)}, {"length": np.array(0)},
     ),
     "fewer features than weights": kernel(
         "LSTM",

@@ -16,12 +16,12 @@ from numpy.testing import assert_allclose
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.dimensions import make_atom, parse_dim
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.partitioner.safeguards import is_bound
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.executors import Executor
 from tests.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
-from tests.zoo import FLOAT, ZOO, Net
+from tests.zoo import FLOAT, INT64, ZOO, Net
 
 
 @cache
@@ -93,3 +93,29 @@ def test_a_place_far_away_is_reflected_as_the_reference_reflects_it(corners: int
     assert isinstance(expected, np.ndarray)
     with Client(cut(model, at=None, loss="mse").client) as client:
         assert_allclose(client.predict({"grid": grid})["scores"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+def test_a_detector_that_keeps_no_box_predicts_the_sum_of_none(target: Target) -> None:
+    net = Net()
+    net.opset = 20
+    image = net.constant("image", np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4))
+    kept = net.op("Greater", "felt", net.constant("half", np.array(0.5, np.float32)), out="kept")
+    boxes = net.op("Compress", "boxes", kept, out="some", axis=0)
+    of = net.op("Compress", "of", kept, out="of_some", axis=0)
+    made = net.op("RoiAlign", image, boxes, of, out="r", output_height=2, output_width=2)
+    made = net.op("Flatten", made, out="flat")
+    made = net.op("ReduceSum", made, net.constant("axes", np.array([0])), out="sum", keepdims=1)
+    output = net.op("MatMul", made, net.weight("w", 4, 2), out="scores")
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "boxes": (FLOAT, ["R", 4]), "of": (INT64, ["R"]), "felt": (FLOAT, ["R"])
+    }  # fmt: skip
+    model = net.finish(inputs, output, 2)
+    client = Client(cut(model, at=None, loss="mse", client_target=target).client)
+    for felt in (1.0, 0.0):
+        data = {"boxes": np.array([[0, 0, 2, 2]], np.float32), "of": np.array([0]),
+                "felt": np.array([felt], np.float32)}  # fmt: skip
+        expected = np.zeros((1, 2), np.float32)  # what the reference evaluator has no answer to
+        if felt:
+            (expected,) = ReferenceEvaluator(model).run(None, data)  # type: ignore[assignment]
+        assert_allclose(client.predict(data)["scores"], expected, rtol=1e-5)
