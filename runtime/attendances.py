@@ -19,8 +19,10 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import (
     ConnectionLost,
     FormatError,
+    RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
+    StaleConnection,
     TaskTooLarge,
     Unauthorized,
 )
@@ -230,8 +232,9 @@ class Attendance:
         is_work = isinstance(message, Tensors)
         try:
             if session is not None and isinstance(message, Tensors):
+                conversation.check_session(message.session)
                 await self._memory.reserve(session, self._owner, message, incoming.needed)
-        except (ServerBusy, TaskTooLarge) as error:
+        except (ServerBusy, TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
             await self._refuse(conversation, error)
             return
         begun = time.perf_counter()

@@ -91,20 +91,32 @@ class Budget:
             raise TaskTooLarge(size, self.total)
 
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
-        """Reserve memory for a task, in place of what it has; the future is done once it is there.
+        """Reserve memory for a task that begins; the future is done once it is there.
 
-        Cancelling the future before that withdraws the request.
+        A task that has as much already keeps it.  What it has beside is free from now on, so an
+        open task that has less is to be given up before (:meth:`lacks`).  Cancelling the future
+        before it is done withdraws the request.
 
         Raises:
             TaskTooLarge: it is more than there is.
         """
         self.check(size)
-        self.release(task)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        held = self._held.get(task)
+        if held is not None and held.size >= size:
+            held.idle_since = None
+            future.set_result(None)
+            return future
+        self.release(task)
         self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
         future.add_done_callback(self._note_end)
         self._give()
         return future
+
+    def lacks(self, task: Task, size: int) -> bool:
+        """Whether a task has memory, but not so much."""
+        held = self._held.get(task)
+        return held is not None and held.size < size
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
         """Note that an open task continues, and needs so much by now; it never waits.

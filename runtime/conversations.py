@@ -206,7 +206,7 @@ class Conversation:
             case Hello():
                 yield self._greet(message)
             case Tensors():
-                session = self._check_session(message.session)
+                session = self.check_session(message.session)
                 yield from session.work(
                     message, incoming.tensors, incoming.fingerprint, self._protocol.send
                 )
@@ -236,7 +236,7 @@ class Conversation:
 
     def _save(self, message: Save) -> Saved | Unsaved:
         """Save the session's state; without the role, its outcome as a checkpoint alone."""
-        session = self._check_session(message.session)
+        session = self.check_session(message.session)
         if not message.publish or Role.PUBLISH in self._roles:
             return session.save(message)
         answer = session.save(msgspec.structs.replace(message, publish=False))
@@ -251,7 +251,13 @@ class Conversation:
             self._held.finish()
             self._registry.end(self._held)
 
-    def _check_session(self, name: str) -> Session:
+    def check_session(self, name: str) -> Session:
+        """Return the session that a message names.
+
+        Raises:
+            RemoteProtocolError: it is not this conversation's.
+            StaleConnection: a newer connection has taken it over.
+        """
         session = self.session
         if session is None or name != session.id:
             own = "none" if session is None else f"'{session.id}'"

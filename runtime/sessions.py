@@ -203,11 +203,19 @@ class Session:
 
     def abandon(self) -> None:
         """Give up every unfinished task; the state is as it was before them."""
-        for key in (self._running, self._asked):
-            if key is not None:
-                self.executor.abandon(key)
-        self._running = self._asked = None
+        for phase in self.open_phases:
+            self.give_up(phase)
         self.ledger.abandon()
+
+    def give_up(self, phase: str) -> None:
+        """Give up the unfinished task of a phase, if there is one."""
+        if self._running is not None and self._running.phase == phase:
+            self.executor.abandon(self._running)
+            self._running = None
+            self.ledger.abandon()
+        if self._asked is not None and self._asked.phase == phase:
+            self.executor.abandon(self._asked)
+            self._asked = None
 
     def _begin(self, message: Tensors) -> None:
         self.executor.begin(

@@ -294,3 +294,18 @@ def test_sessions_of_those_whom_nothing_tells_apart_take_a_worker_each_for_all_p
         assert not budget.ask(("t", "train"), object(), 1).done()
 
     run(test)
+
+
+def test_a_task_that_begins_again_keeps_what_it_has_where_that_is_enough() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        assert budget.ask(task("a"), "ana", 70).done()
+        waiting = budget.ask(task("b"), "ben", 40)
+        assert budget.ask(task("a"), "ana", 70).done()  # the same message again
+        assert not waiting.done()
+        assert budget.used == 70
+        assert not budget.lacks(task("a"), 70)
+        assert budget.lacks(task("a"), 71)
+        assert not budget.lacks(task("b"), 40)  # it has nothing
+
+    run(test)
