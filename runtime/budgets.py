@@ -1,7 +1,8 @@
 """The memory for tasks: how much is reserved, who waits for more, and who comes next.
 
 A task reserves what it needs before it begins, or waits.  Owners take turns: of those who wait,
-whoever was given memory the longest ago comes first, and nobody passes that one.  While others
+whoever was given memory the fewest times comes first, and nobody passes that one; who comes, or
+comes back after a pause, starts level with the others (start-time fair queuing).  While others
 wait, an owner gets no more than half; and besides all that is shared there is a *reserve* of an
 eighth, out of which only an owner gets something that has nothing, so that who has all the rest
 does not keep small tasks of others waiting.  A task that is open but whose client sends nothing is
@@ -14,7 +15,6 @@ how it is given up, is the caller's business.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ UPLOAD_SECONDS = 60.0
 """Seconds in which it has to have thought and sent its next message."""
 RESERVE = 8
 """What part of all memory there is besides, for owners who have none."""
+_MOST_REMEMBERED = 1024
+"""Owners whose shares are remembered before those are forgotten who wait for nothing."""
 
 Task = tuple[str, str]
 """What a task's memory goes by: its session's name, and its phase."""
@@ -73,8 +75,8 @@ class Budget:
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival
-        self._given: dict[Hashable, int] = {}  # when each owner of those who wait last got some
-        self._numbers = itertools.count()
+        self._shares: dict[Hashable, int] = {}  # how many times each owner was given some, but
+        self._level = 0  # no fewer than this: who comes, or comes back, has saved nothing up
 
     @property
     def used(self) -> int:
@@ -108,6 +110,9 @@ class Budget:
             future.set_result(None)
             return future
         self.release(task)
+        if not self._waiting and not self._held:
+            self._shares.clear()
+        self._shares[owner] = max(self._shares.get(owner, 0), self._level)
         self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
         future.add_done_callback(self._note_end)
         self._give()
@@ -180,15 +185,16 @@ class Budget:
         while (found := self._find_next()) is not None:
             request, is_reserve = found
             self._waiting.remove(request)
-            self._given[request.owner] = next(self._numbers)
+            self._level = max(self._level, self._shares[request.owner])
+            self._shares[request.owner] += 1
             self._held[request.task] = _Reservation(
                 owner=request.owner, size=request.size, is_reserve=is_reserve
             )
             assert request.future is not None
             request.future.set_result(None)
-        owners = {request.owner for request in self._waiting}
-        owners |= {held.owner for held in self._held.values()}
-        self._given = {owner: number for owner, number in self._given.items() if owner in owners}
+        if len(self._shares) > _MOST_REMEMBERED:
+            owners = {request.owner for request in self._waiting}
+            self._shares = {owner: n for owner, n in self._shares.items() if owner in owners}
 
     def _find_next(self) -> tuple[_Request, bool] | None:
         """Find who comes next and has a place from now on; ``True``: out of the reserve."""
@@ -197,7 +203,7 @@ class Budget:
         used, is_blocked = self.used, False
         at_work = self._list_at_work()
         leaving = self._find_leaving(at_work)
-        for request in sorted(self._waiting, key=lambda r: self._given.get(r.owner, -1)):
+        for request in sorted(self._waiting, key=lambda r: self._shares[r.owner]):
             user = _name_user(request.task, request.owner)
             if self._is_over_share(request) or (leaving is not None and user == leaving):
                 continue

@@ -309,3 +309,24 @@ def test_a_task_that_begins_again_keeps_what_it_has_where_that_is_enough() -> No
         assert not budget.lacks(task("b"), 40)  # it has nothing
 
     run(test)
+
+
+def test_others_who_come_again_and_again_pass_nobody_who_waits() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        assert budget.ask(("small", "train"), "ana", 5).done()
+        assert budget.ask(task("b"), "ben", 80).done()
+        waiting = budget.ask(("large", "train"), "ana", 40)
+        passed = 0
+        for number in range(20):
+            name = f"carl {number}"
+            asked = budget.ask(task(name), "carl", 14)
+            passed += asked.done()
+            asked.cancel()
+            budget.release(task(name))
+        assert not waiting.done()
+        assert passed == 1  # until then he had had nothing
+        budget.release(task("b"))
+        assert waiting.done()
+
+    run(test)
