@@ -59,8 +59,8 @@ class Budget:
     """Memory shared by the tasks of all sessions; for use from one event loop.
 
     ``total`` is its size in bytes; ``workers`` is how many users may have tasks at a time, an owner
-    or a session of those whom nothing tells apart each, ``None`` for any number.  ``clock`` gives
-    seconds that only grow.
+    or a session of those whom nothing tells apart each, ``None`` for any number; ``is_there`` says
+    whether a user still has a session.  ``clock`` gives seconds that only grow.
     """
 
     def __init__(
@@ -68,10 +68,13 @@ class Budget:
         total: int,
         *,
         workers: int | None = None,
+        is_there: Callable[[Hashable], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
-        self._places = None if workers is None else Places(workers, clock=clock)
+        self._places = None
+        if workers is not None:
+            self._places = Places(workers, is_there=is_there, clock=clock)
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival

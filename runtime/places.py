@@ -15,10 +15,20 @@ TENURE_SECONDS = 10.0
 
 
 class Places:
-    """``most`` places; ``clock`` gives seconds that only grow."""
+    """``most`` places; ``clock`` gives seconds that only grow.
 
-    def __init__(self, most: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    ``is_there`` says whether a user may still need its place: who is gone keeps nobody waiting.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        *,
+        is_there: Callable[[Hashable], bool] = lambda _: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._most = most
+        self._is_there = is_there
         self._clock = clock
         self._since: dict[Hashable, float] = {}  # the longest there comes first
 
@@ -29,7 +39,7 @@ class Places:
 
         It is whom :meth:`take` would put out next.
         """
-        if all(user in self._since for user in waiting) or len(self._since) < self._most:
+        if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None
         due = self._clock() - TENURE_SECONDS
         old = [user for user, since in self._since.items() if since <= due]
@@ -39,10 +49,18 @@ class Places:
         """Give somebody a place, whoever has to leave for it; return whether there is one."""
         if user in self._since:
             return True
-        if len(self._since) >= self._most:
+        if not self._find_room(at_work):
             leaving = self.find_leaving((user,), at_work)
             if leaving is None or leaving in at_work:
                 return False
             del self._since[leaving]
         self._since[user] = self._clock()
         return True
+
+    def _find_room(self, at_work: Collection[Hashable]) -> bool:
+        """Say whether a place is free, once those who are gone have none."""
+        if len(self._since) >= self._most:
+            gone = [u for u in self._since if u not in at_work and not self._is_there(u)]
+            for user in gone:
+                del self._since[user]
+        return len(self._since) < self._most

@@ -15,7 +15,7 @@ import signal
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -282,6 +282,7 @@ class Server:
             budget=Budget(
                 self._limits.tasks,
                 workers=None if self._workers is None else self._limits.workers,
+                is_there=self._has_session,
             ),
         )
         if handle_signals:
@@ -312,6 +313,10 @@ class Server:
         if self._workers is not None:
             await premises.storage.run(self, self._workers.close)
         _logger.info("stopped")
+
+    def _has_session(self, user: Hashable) -> bool:
+        """Whether an owner has a session in memory, or a session is there by itself."""
+        return any(user in (session.owner, session.id) for session in self._registry.sessions)
 
     def _take_signal(self, premises: Premises) -> None:
         """Stop at the first signal; at the second, end what runs."""

@@ -330,3 +330,20 @@ def test_others_who_come_again_and_again_pass_nobody_who_waits() -> None:
         assert waiting.done()
 
     run(test)
+
+
+def test_a_worker_s_place_is_free_once_its_user_has_no_session() -> None:
+    async def test() -> None:
+        there = {"ana", "ben"}
+        budget = Budget(100, workers=2, is_there=there.__contains__, clock=Clock())
+        for owner in ("ana", "ben"):
+            assert budget.ask(task(owner), owner, 10).done()
+            budget.release(task(owner))
+        waiting = budget.ask(task("carl"), "carl", 10)
+        assert not waiting.done()  # both may come back, and have had their places for no time
+        there.remove("ana")
+        budget.list_idle()
+        assert waiting.done()
+        assert not budget.ask(task("dora"), "dora", 10).done()
+
+    run(test)
