@@ -181,6 +181,7 @@ class Link:
             task.check(message)
             if message.turn == task.received:
                 task.received += 1
+                self._note_progress()
                 if task.key.phase == TRAIN:
                     self._last = None  # the server is beyond it
                 return tensors
@@ -200,6 +201,7 @@ class Link:
                 continue
             if answer.step != step:
                 raise RemoteProtocolError(f"it saved step {answer.step}, not {step}")
+            self._note_progress()
             return answer.reason if isinstance(answer, Unsaved) else ""
 
     def close(self, *, for_good: bool = True) -> None:
@@ -211,6 +213,10 @@ class Link:
             with suppress(ProtocolError):  # the other side may be gone already
                 self._send(Bye())
         self._hang_up()
+
+    def _note_progress(self) -> None:
+        """Begin to wait anew when a connection is lost: something came that had not come before."""
+        self._delays = self._lost_at = None
 
     def _require_task(self) -> OpenTask:
         if self._task is None:
@@ -366,8 +372,6 @@ class Link:
         message, tensors = self._protocol.receive(self._transport.receive())
         if isinstance(message, Fault):
             raise _translate(message, self._generation)
-        if not isinstance(message, Welcome):
-            self._delays = self._lost_at = None
         return message, tensors
 
 

@@ -150,6 +150,12 @@ class WorkerPool:
         _logger.error("%s", error, extra={"session": session})
         return error
 
+    def note_success(self, key: TaskKey) -> None:
+        """Forget the workers that ended over a task: it was carried out."""
+        if self._deaths:
+            with self._lock:
+                self._deaths.pop(key, None)
+
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
         """Log why none can be started, which the error's sentence does not tell the client."""
         _logger.error("no worker can be started: %s", why, extra={"session": session})

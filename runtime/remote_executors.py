@@ -52,7 +52,10 @@ class Owner(Protocol):
         """Note that an executor is not needed any more."""
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Note that a worker ended, and make the error that tells it."""
+        """Note that a worker ended, over a task if over one, and make the error that tells it."""
+
+    def note_success(self, key: TaskKey) -> None:
+        """Note that a task was carried out."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
         """Note that none can be started, and make the error that tells it."""
@@ -156,6 +159,7 @@ class RemoteExecutor:
         if not self._task(key).is_finished:
             raise LocalProtocolError(f"{key} is not finished")
         self._ask(Finish(session=self._number, key=key), key)
+        self._pool.note_success(key)
         del self._tasks[key]
         if key.phase == TRAIN:
             self.step += 1
@@ -247,7 +251,8 @@ class RemoteExecutor:
             with self._lock:
                 return self._open().ask(action, tensors)
         except WorkerEnded as error:
-            raise self._pool.note_death(key, self._session, error.how) from error
+            cause = None if error.is_before else key
+            raise self._pool.note_death(cause, self._session, error.how) from error
         except ProcessFailed as error:
             raise self._pool.note_failed_start(key, self._session, error.reason) from error
         except StageTooSlow:

@@ -23,6 +23,9 @@ from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.plans import FitPlan, LearningRate
 
+MOST_RETURNS = 100
+"""Times that a server may lose steps before one comes that was not made before."""
+
 
 class TrainingLoop:
     """Trains and evaluates by one party's half of tasks.
@@ -48,6 +51,7 @@ class TrainingLoop:
         """
         history = History()
         first, place = self._executor.step, start
+        farthest, returns = first, 0
         while True:
             try:
                 while place.epoch < plan.epochs:
@@ -57,6 +61,11 @@ class TrainingLoop:
                     self._half.publish()
                 return history
             except StepsLost as lost:
+                reached = history.steps[-1].step if history.steps else first
+                returns = 0 if reached > farthest else returns + 1
+                farthest = max(farthest, reached)
+                if returns == MOST_RETURNS:
+                    raise
                 kept = self._half.place
                 if lost.step < first or (lost.step > first and kept is None):
                     raise

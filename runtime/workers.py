@@ -89,14 +89,15 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 
 
 class WorkerEnded(Exception):
-    """The process ended, or had to be ended; ``how`` says how.
+    """The process ended, or had to be ended; ``how`` says how.  Its session's name is not known.
 
-    Whoever knows the session tells it as ``WorkerLost``.
+    ``is_before``: it had ended before it was told what to do.
     """
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, *, is_before: bool = False) -> None:
         super().__init__(how)
         self.how = how
+        self.is_before = is_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class Worker:
 
     def __init__(self, options: WorkerOptions) -> None:
         self.is_alive = True
-        self._is_running = self._is_interrupted = self._is_tidying = False
+        self._is_running = self._is_interrupted = self._is_tidying = self._is_told = False
         self._kept_bytes = options.kept_bytes
         self._carried = 0  # bytes of the most tensors in one block since both were empty
         self._lock = threading.Lock()
@@ -187,7 +188,8 @@ class Worker:
         """
         with self._lock:
             if not self.is_alive:
-                raise WorkerEnded("it had ended before")
+                raise WorkerEnded("it had ended before", is_before=True)
+            self._is_told = False
             self._is_running = isinstance(action, Work | Continue)
             try:
                 if self._is_running and self._is_interrupted:
@@ -198,7 +200,7 @@ class Worker:
                 finally:
                     self._runs.finish(run)
             except (EOFError, OSError, FormatError, msgspec.DecodeError) as error:
-                raise WorkerEnded(self._bury(error)) from error
+                raise WorkerEnded(self._bury(error), is_before=not self._is_told) from error
             except BaseException as error:
                 if not isinstance(error, SplitonnxError) or not self.is_alive:
                     self._bury(error)  # the answer to come would be taken for the next one
@@ -308,7 +310,10 @@ class Worker:
             abandoned=_drain(self._abandoned),
             closed=_drain(self._closed),
         )
+        if self._process.poll() is not None:
+            raise EOFError
         write_frame(requests, request)
+        self._is_told = True
         while True:
             answer = _answers.decode(read_frame(answers, MAX_ANSWER))
             match answer:

@@ -4,8 +4,8 @@ Element types carry the names of the safetensors format (``F32``, ``I64``, ...).
 is a number, or symbolic: a name that has one size throughout a task (``"N"``), or an expression
 of names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1:
 native kernels trust in that.  Only what no kernel reads any more, an output of the model, may be
-empty where its size depends on values.  ``None`` is a dimension of any size from 1 on.  This module
-knows numpy and nothing of ONNX.
+empty: how many there are may depend on values.  ``None`` is a dimension of any size from 1 on.
+This module knows numpy and nothing of ONNX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 from splitonnx.expressions import (
-    UNKNOWN,
     evaluate,
     find_unbound,
     is_name,
@@ -82,7 +81,7 @@ def check_array(
 
     ``sizes`` maps the atoms and expressions bound so far in this task to their sizes.  It is
     extended by what ``array`` binds; a second size is a mismatch.  Of a model's output
-    (``is_output``), a dimension that depends on values, as how many there are, may be 0.
+    (``is_output``), a symbolic dimension may be 0 unless what went before bound it to another size.
 
     Raises:
         ArrayMismatch: dtype or shape differ.
@@ -131,18 +130,13 @@ def _bind_shape(
         if isinstance(dim, int):
             if size != dim:
                 return False
-        elif not (0 if is_output and _is_unknown(dim) else 1) <= size <= LARGEST:
+        elif not (0 if is_output and dim is not None else 1) <= size <= LARGEST:
             return False
         elif dim is not None and sizes.get(dim) != size:
             if dim in sizes:
                 return False
             unbound.append((dim, size))
     return not unbound or _bind_all(unbound, sizes, is_output=is_output)
-
-
-def _is_unknown(dim: str | None) -> bool:
-    """Check whether a dimension depends on values, as how many of something there are."""
-    return dim is not None and UNKNOWN in dim
 
 
 def _bind_all(dims: list[tuple[str, int]], sizes: dict[str, int], *, is_output: bool) -> bool:
@@ -168,7 +162,7 @@ def _bind(dim: str, size: int, sizes: dict[str, int], *, is_output: bool) -> boo
         solution = solve_for(atom, dim, size, sizes)
         if solution is not None:
             sizes[atom] = solution
-            may_be_empty = is_quotient(atom) or (is_output and _is_unknown(atom))
+            may_be_empty = is_quotient(atom) or is_output
             return (0 if may_be_empty else 1) <= solution <= LARGEST
         if all(atoms.count(atom) <= 1 for atoms, _ in parse_terms(dim)):
             return False  # no whole number solves it

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from splitonnx.runtime.pools import WorkerPool
 from splitonnx.runtime.remote_executors import RemoteExecutor
 from splitonnx.runtime.servers import Server
 from splitonnx.runtime.tokens import Tokens, add_token
+from splitonnx.runtime.worker_messages import Action, Work, write_frame
 from splitonnx.runtime.workers import Worker, WorkerOptions
 from tests import tiny
 from tests.endless import endless_bundle, stuck_bundle
@@ -77,18 +80,20 @@ class Clinic:
     def access(self, owner: str) -> Access:
         return Access(token=self.tokens[owner])
 
-    def pid(self, owner: str) -> int:
-        """Find the number of an owner's worker."""
+    def worker(self, owner: str) -> Worker:
+        """Find an owner's worker."""
         pool = self.server._workers
         assert pool is not None
-        return pool._leases[f"owner {owner}"].get_worker().pid
+        return pool._leases[f"owner {owner}"].get_worker()
 
     def end_worker(self, owner: str, step: int, number: int) -> None:
         """End an owner's worker once it has made a step; the client knows the loss before that."""
         (session,) = (s for s in self.server._registry.sessions if s.owner == owner)
         while session.ledger.step < step:
             time.sleep(0.001)
-        os.kill(self.pid(owner), number)
+        worker = self.worker(owner)
+        os.kill(worker.pid, number)
+        worker._process.wait()
 
     def count_deaths(self) -> float:
         request = urllib.request.Request(
@@ -182,23 +187,58 @@ def test_the_death_of_an_owners_worker_is_felt_by_no_other_and_lost_steps_are_ma
         check_equal(ended[owner], expected)
 
 
+@contextmanager
+def ending_workers_over(step: int) -> Iterator[None]:
+    """Let every worker that is told to work on a step end before it is at it."""
+    exchange = Worker._exchange
+
+    def exchange_and_end(worker: Worker, action: Action, tensors: Any) -> Any:
+        if not isinstance(action, Work) or action.key.step != step:
+            return exchange(worker, action, tensors)
+        os.kill(worker.pid, signal.SIGSTOP)  # it reads nothing until it ends
+
+        def write_and_end(pipe: Any, message: Any) -> None:
+            write_frame(pipe, message)
+            os.kill(worker.pid, signal.SIGKILL)
+
+        with patch("splitonnx.runtime.workers.write_frame", write_and_end):
+            return exchange(worker, action, tensors)
+
+    with patch.object(Worker, "_exchange", exchange_and_end):
+        yield
+
+
 def test_a_step_that_ends_its_worker_twice_is_not_tried_a_third_time(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     with open_clinic(bundle.server, tmp_path) as clinic:
-
-        def on_step(record: StepRecord) -> None:
-            if record.step == 2:
-                clinic.end_worker("ana", 2, signal.SIGKILL)
-
         with (
             Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client,
             pytest.raises(RemoteFault, match=r"WorkerLost: .* again at the same step .*SIGKILL"),
+            ending_workers_over(step=2),
         ):
-            client.fit(DATA, batch_size=8, on_step=on_step)
+            client.fit(DATA, batch_size=8)
         with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
             client.step({name: array[:8] for name, array in DATA.items()})
         assert clinic.count_deaths() == 2
+
+
+def test_a_worker_that_ends_between_two_steps_is_held_against_neither(
+    bundle: Bundle, tmp_path: Path, expected: dict[str, np.ndarray]
+) -> None:
+    with open_clinic(bundle.server, tmp_path) as clinic:
+        kills = 3
+
+        def on_step(record: StepRecord) -> None:
+            nonlocal kills
+            if record.step == 2 and kills:
+                kills -= 1
+                clinic.end_worker("ana", 2, signal.SIGKILL)
+
+        with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
+            client.fit(DATA, batch_size=8, on_step=on_step)
+            check_equal(client.state(), expected)
+        assert clinic.count_deaths() == 3
 
 
 def test_a_stage_beyond_its_limit_leaves_the_session_and_the_worker_as_they_were() -> None:
@@ -252,7 +292,7 @@ def test_owners_share_a_worker_in_turns_and_none_is_lost(
         for batch in batches:
             for owner, client in zip(OWNERS, clients, strict=True):
                 client.step(batch)
-                pids.append(clinic.pid(owner))
+                pids.append(clinic.worker(owner).pid)
         states = [client.state() for client in clients]
         assert clinic.count_deaths() == 0
     assert len(set(pids)) == len(pids)
@@ -378,7 +418,7 @@ def test_a_worker_has_no_secret_no_socket_and_leaves_no_core(
     with open_clinic(bundle.server, tmp_path) as clinic:
         with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
             client.step({name: array[:8] for name, array in DATA.items()})
-        process = Path("/proc", str(clinic.pid("ana")))
+        process = Path("/proc", str(clinic.worker("ana").pid))
         assert b"secret" not in (process / "environ").read_bytes()
         opened = _find_files(process)
         assert not [name for name in opened if "tokens" in name]

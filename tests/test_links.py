@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from unittest.mock import patch
 
 import msgspec
@@ -127,7 +128,9 @@ def test_on_a_new_connection_an_answer_comes_again_once() -> None:
         link.receive_wires()
 
 
-def test_a_server_that_welcomes_and_hangs_up_is_given_up_in_the_end() -> None:
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(answers: int) -> None:
+    """Nor is an answer new that comes on each connection again."""
     bundle = tiny.split_bundle()
     now = 0.0
 
@@ -140,13 +143,17 @@ def test_a_server_that_welcomes_and_hangs_up_is_given_up_in_the_end() -> None:
         patch("splitonnx.runtime.links.time.monotonic", lambda: now),
     ):
         link = Link(
-            lambda: Fleeting(bundle, 0),
+            lambda: Repeating(bundle, [0]) if answers else Fleeting(bundle, 0),
             manifest=bundle.client.manifest,
             session=SESSION,
             stand=lambda: Standing(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
         )
         link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        ask = partial(link.send_wires, {}, seed=0, learning_rate=0.1)
+        if answers:
+            ask()
+            link.receive_wires()
         with pytest.raises(ConnectionLost):
-            link.send_wires({}, seed=0, learning_rate=0.1)
+            (link.receive_wires if answers else ask)()
     assert now == pytest.approx(30.0)

@@ -237,7 +237,8 @@ def build_shapes() -> list[dict[str, object]]:
         ([many], [0], {many: 0}), ([many], [0], {many: 2}), ([many], [2], {many: 0}),
         ([f"2*{many}"], [0], {}), ([f"{many} + 1"], [1], {}), ([f"{many} + 1"], [0], {}),
         ([f"N*{many}"], [0], {}), ([f"N*{many}", "N"], [0, 2], {}), (["N"], [0], {many: 0}),
-        ([None], [0], {}), ([f"N*{many}"], [4], {many: 0}),
+        ([None], [0], {}), ([f"N*{many}"], [4], {many: 0}), (["num", 6], [0, 6], {"N": 3}),
+        (["N", 6], [0, 6], {"N": 3}), (["num", 6], [2, 6], {"num": 0}),
     ]  # fmt: skip
     return [
         *(_try_shape(*case) for case in [*cases, *counted]),

@@ -138,7 +138,7 @@ export function listKeys(dim: string): string[] {
  * Say whether a shape is as declared where `sizes` hold, which are extended where it is.
  *
  * A declared `null` is any size.  What is declared as no number is from 1 to {@link LARGEST}; of a
- * model's output, a dimension that depends on values may be 0.
+ * model's output, a dimension that nothing bound before may be 0.
  */
 export function fitsShape(
   shape: readonly number[],
@@ -151,7 +151,7 @@ export function fitsShape(
   const [names, sums]: [string, number][][] = [[], []];
   for (const [axis, dim] of declared.entries()) {
     const size = shape[axis]!;
-    const least = isOutput && dim !== null && isUnknown(dim) ? 0 : 1;
+    const least = isOutput && dim !== null ? 0 : 1;
     if (typeof dim === "number" ? size !== dim : size < least || size > LARGEST) return false;
     if (typeof dim === "string") (isName(dim) ? names : sums)!.push([dim, size]);
   }
@@ -161,9 +161,6 @@ export function fitsShape(
   for (const [key, size] of bound) sizes.set(key, size);
   return true;
 }
-
-/** Say whether a dimension depends on values, as how many of something there are. */
-const isUnknown = (dim: string | number) => String(dim).includes("unk__");
 
 function bind(dim: string, size: number, sizes: Sizes, isOutput: boolean): boolean {
   const own = sizes.get(dim);
@@ -183,7 +180,7 @@ function bind(dim: string, size: number, sizes: Sizes, isOutput: boolean): boole
   const solution = solve(terms, atom.text, size, sizes);
   if (solution === undefined) return false; // no whole number solves it
   sizes.set(atom.text, solution);
-  const least = atom.sides || (isOutput && isUnknown(atom.text)) ? 0 : 1;
+  const least = atom.sides || isOutput ? 0 : 1;
   return solution >= least && solution <= LARGEST;
 }
 

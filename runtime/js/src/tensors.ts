@@ -134,7 +134,7 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
  *
  * `sizes` holds those of the names seen so far in this task and is extended; a name that
  * takes a second size is a mismatch, and so is a size of 0 where the declaration names no number;
- * of a model's output, a dimension that depends on values may be 0.
+ * of a model's output, a dimension that nothing bound before may be 0.
  *
  * @throws ArrayMismatch: element type or shape differ.
  * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
