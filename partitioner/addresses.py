@@ -32,6 +32,7 @@ from splitonnx.partitioner.drafts import Draft, known_array
 
 Checked = Mapping[int, ir.Value]
 
+_GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 _PERIOD = 4.0
 """Of reflection, in half lengths of an image."""
 _REACH = 4
@@ -244,21 +245,34 @@ def check_axis(draft: Draft, node: ir.Node) -> Checked:
 
 
 def check_features(draft: Draft, node: ir.Node) -> Checked:
-    """Check that the weights are as wide as what they meet (LSTM, GRU, RNN)."""
+    """Check that the weights are as many, and as wide as what they meet (LSTM, GRU, RNN)."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None
     assert own is not None
-    checked = {}
-    sizes = known_sizes(weights, 2, 3)
-    if sizes is None or known_sizes(x, 2, 3) != sizes:
-        fits = draft.op("Equal", draft.shape(x, 2, 3), draft.shape(weights, 2, 3))
-        checked[0] = pass_if(draft, x, refuse_where(draft, draft.op("Not", fits)))
     width = node.attributes.get_int("hidden_size", 0)
-    if known_sizes(own, 2, 3) != [width]:
-        fits = draft.op("Equal", draft.shape(own, 2, 3), draft.integers([width]))
-        checked[2] = pass_if(draft, own, refuse_where(draft, draft.op("Not", fits)))
+    both = node.attributes.get_string("direction", "forward") == "bidirectional"
+    rows = [2 if both else 1, _GATES[node.op_type] * width]
+    checked = {}
+    features = known_sizes(x, 2, 3)
+    if features is None or known_sizes(weights) != [*rows, *features]:
+        bad = either(
+            draft,
+            _differs(draft, draft.shape(weights, 0, 2), draft.integers(rows)),
+            _differs(draft, draft.shape(weights, 2, 3), draft.shape(x, 2, 3)),
+        )
+        checked[1] = pass_if(draft, weights, refuse_where(draft, bad))
+    if known_sizes(own) != [*rows, width]:
+        bad = _differs(draft, draft.op("Shape", own), draft.integers([*rows, width]))
+        checked[2] = pass_if(draft, own, refuse_where(draft, bad))
     return checked
+
+
+def _differs(draft: Draft, found: ir.Value, wanted: ir.Value) -> ir.Value:
+    """Say whether any of two stretches of sizes differ (BOOL, scalar)."""
+    distance = draft.op("Abs", note(draft.op("Sub", note(found, I64), note(wanted, I64)), I64))
+    total = draft.op("ReduceSum", note(distance, I64), keepdims=0)
+    return note(draft.op("Greater", note(total, I64), draft.integer(0)), BOOL)
 
 
 def check_bias(draft: Draft, node: ir.Node) -> Checked:

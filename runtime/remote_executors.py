@@ -198,6 +198,8 @@ class RemoteExecutor:
             if self._worker is not None and self._worker.is_alive:
                 given = self._worker.ask(Fetch(session=self._number))
                 assert not isinstance(given, Done)
+                self._worker.forget(self._number)  # it may stay, for another session's open task
+                self._number = next(self._numbers)
                 self._worker, self._start = None, given
             return True
         except WorkerEnded:

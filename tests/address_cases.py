@@ -213,6 +213,17 @@ KERNELS: Mapping[str, Kernel] = {
         {"steps": (FLOAT, [3, 1, "D"]), "w": floats(1, 8, 2), "r": floats(1, 8, 2)},
         {"steps": floats(3, 1, 2)}, {"steps": floats(3, 1, 1)}, hidden_size=2,
     ),
+    "fewer gates than there are": kernel(
+        "LSTM",
+        {"steps": (FLOAT, [3, 1, 2]), "w": (FLOAT, [1, "G", 2]), "r": floats(1, 8, 2)},
+        {"steps": floats(3, 1, 2), "w": floats(1, 8, 2)}, {"w": floats(1, 2, 2)}, hidden_size=2,
+    ),
+    "fewer recurrent gates than there are": kernel(
+        "GRU",
+        {"steps": (FLOAT, [3, 1, 2]), "w": floats(2, 6, 2), "r": (FLOAT, [2, "G", 2])},
+        {"steps": floats(3, 1, 2), "r": floats(2, 6, 2)}, {"r": floats(2, 2, 2)},
+        hidden_size=2, direction="bidirectional",
+    ),
     "a condition longer than its axis": kernel(
         "Compress", {"row": (FLOAT, [4]), "kept": (BOOL, ["K"])},
         {"row": floats(4), "kept": np.ones(4, bool)}, {"kept": np.ones(4000, bool)}, "done",
