@@ -1,4 +1,4 @@
-"""The heap of a worker's process: what a task frees is kept for the next one, within a bound.
+"""The heaps of processes of ours: what a task or a message frees is kept for the next, in bounds.
 
 ONNX Runtime's arenas never shrink below their largest task, so workers run without them, and the C
 library's heap takes their place: it keeps what is freed, which saves the next task's page faults,
@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_KEPT_BUFFERS = 1 << 24
 _STATISTICS = Path("/proc/self/statm")
 
 
@@ -45,6 +46,18 @@ class Heap:
             self._library.mallopt(_MMAP_THRESHOLD, 1 << 25)
         self._library.mallopt(_TRIM_THRESHOLD, largest)
         self._library.mallopt(_TOP_PAD, 1 << 24)
+
+
+def keep_buffers() -> None:
+    """Let the heap keep what messages of a few MiB free; each thread's may keep ``_KEPT_BUFFERS``.
+
+    Else whether their pages are given back and faulted in again at each message is a matter of the
+    order in which blocks are freed: up to a twentieth of a step that moves 1 MiB each way.
+    """
+    library = _find_glibc()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, _KEPT_BUFFERS)
+        library.mallopt(_TRIM_THRESHOLD, _KEPT_BUFFERS)
 
 
 def measure_private() -> int:

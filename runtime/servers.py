@@ -40,6 +40,7 @@ from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
+from splitonnx.runtime.heaps import keep_buffers
 from splitonnx.runtime.identities import Role
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
@@ -217,6 +218,7 @@ class Server:
             KeyboardInterrupt: a second signal came; the sessions are written to disk.
         """
         raise_limit(self._limits.clients + 2 * self._limits.strangers + FILES)
+        keep_buffers()
         try:
             asyncio.run(self._run(handle_signals=True))
         finally:
