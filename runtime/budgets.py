@@ -130,7 +130,7 @@ class Budget:
         """Note that an open task continues, and needs so much by now; it never waits.
 
         Two tasks that both waited for more would wait for each other, so one that needs more than
-        is left, or than its owner's share while others wait, is refused.
+        is left, or than its owner's share while others wait, gets none; it may begin again.
 
         Raises:
             TaskTooLarge: it is more than there is.
