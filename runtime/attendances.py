@@ -234,15 +234,9 @@ class Attendance:
             if session is not None and isinstance(message, Tensors):
                 conversation.check_session(message.session)
                 await self._memory.reserve(session, self._owner, message, incoming.needed)
-        except (TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
+        except (ServerBusy, TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
             await self._refuse(conversation, error)
             return
-        except ServerBusy as error:  # there may be memory when its client begins the task again
-            assert session is not None
-            session.abandon()
-            self._memory.settle(session)
-            await self._peer.close(RESTART, str(error))
-            raise ConnectionLost(self._peer.name, str(error)) from error
         begun = time.perf_counter()
         try:
             turns = self._premises.compute if is_work else self._premises.storage

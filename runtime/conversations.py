@@ -104,6 +104,8 @@ class Conversation:
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
+            case ServerBusy():  # once greeted, it may find the room when its task begins again
+                return self._generation > 0
         return False
 
     @property

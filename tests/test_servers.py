@@ -13,7 +13,7 @@ from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, UsageError
+from splitonnx.errors import ConnectionLost, ServerBusy, UsageError
 from splitonnx.messages import (
     Bye,
     Fault,
@@ -398,6 +398,16 @@ def test_saving_in_memory_is_refused_and_saving_to_disk_is_answered(
     assert not (tmp_path / "bundle" / "server" / "state.safetensors").exists()
     caller.say(Save(session=SESSION, step=0, publish=True))
     assert (tmp_path / "bundle" / "server" / "state.safetensors").exists()
+
+
+def test_a_session_for_which_there_is_no_room_just_now_is_interrupted_and_not_refused(
+    bundle: Bundle,
+) -> None:
+    """Told so, its client would end its training."""
+    conversation = Caller(bundle).conversation
+    assert [*conversation.refuse(ServerBusy("memory"))] == []
+    assert conversation.is_interrupted
+    assert conversation.is_closed
 
 
 def test_good_bye_ends_a_conversation_without_a_word(bundle: Bundle) -> None:
