@@ -269,7 +269,7 @@ def check_features(draft: Draft, node: ir.Node) -> Checked:
 
 
 def _differs(draft: Draft, found: ir.Value, wanted: ir.Value) -> ir.Value:
-    """Say whether any of two stretches of sizes differ (BOOL, scalar)."""
+    """Check whether two stretches of sizes differ anywhere (BOOL, scalar)."""
     distance = draft.op("Abs", note(draft.op("Sub", note(found, I64), note(wanted, I64)), I64))
     total = draft.op("ReduceSum", note(distance, I64), keepdims=0)
     return note(draft.op("Greater", note(total, I64), draft.integer(0)), BOOL)

@@ -18,12 +18,8 @@ def list_inputs(node: ir.Node) -> Iterator[ir.Value]:
     for value in node.inputs:
         if value is not None:
             yield value
-    for attribute in node.attributes.data.values():  # as a dict; its own view is slow
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from _list_captures(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from _list_captures(graph)
+    for body in list_bodies(node):
+        yield from _list_captures(body)
 
 
 def _list_captures(body: ir.Graph) -> Iterator[ir.Value]:
@@ -186,7 +182,7 @@ def prune(graph: ir.Graph) -> None:
 def list_bodies(node: ir.Node) -> list[ir.Graph]:
     """List the bodies of a node."""
     bodies: list[ir.Graph] = []
-    for attribute in node.attributes.values():
+    for attribute in node.attributes.data.values():  # as a dict; its own view is slow
         if attribute.type == ir.AttributeType.GRAPH:
             bodies.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:

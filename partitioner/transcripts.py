@@ -139,30 +139,30 @@ def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:
     outputs = [value.name for value in node.outputs]
     while outputs and not outputs[-1]:
         outputs.pop()
-    proto = graph.node.add(
-        op_type=node.op_type,
-        input=["" if value is None else value.name for value in node.inputs],
-        output=outputs,
-    )
-    if node.domain:
-        proto.domain = node.domain
+    proto = graph.node.add()
+    _fill_node(proto, node, ["" if v is None else v.name for v in node.inputs], outputs)
     if node.name:
         proto.name = node.name
-    _write_attributes(proto, node)
 
 
 def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
     """Write down what a node does, between other values than its own."""
-    proto = onnx.NodeProto(op_type=node.op_type, input=inputs, output=outputs)
-    if node.domain:
-        proto.domain = node.domain
+    proto = onnx.NodeProto()
+    _fill_node(proto, node, inputs, outputs)
     if node.overload:
         proto.overload = node.overload
-    _write_attributes(proto, node)
     return proto
 
 
-def _write_attributes(proto: onnx.NodeProto, node: ir.Node) -> None:
+def _fill_node(
+    proto: onnx.NodeProto, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> None:
+    """Write what a node does, between values of these names."""
+    proto.op_type = node.op_type
+    proto.input.extend(inputs)
+    proto.output.extend(outputs)
+    if node.domain:
+        proto.domain = node.domain
     for attribute in node.attributes.data.values():
         if attribute.is_ref():
             ir.serde.serialize_reference_attribute_into(proto.attribute.add(), attribute)

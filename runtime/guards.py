@@ -157,10 +157,7 @@ class Hall:
 
 
 class Guest(ServerConnection):
-    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger.
-
-    ``is_underway``: part of a message has come; ``kept`` bytes of messages nobody has taken yet.
-    """
+    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
 
     def __init__(
         self,
@@ -192,10 +189,10 @@ class Guest(ServerConnection):
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all
-        self.kept = 0
+        self.kept = 0  # bytes of messages that nobody has taken yet
         self._frames = 0  # since the pace was last looked at
         self._fragments = 0  # of the message under way
-        self.is_underway = False
+        self.is_underway = False  # whether part of a message has come
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -113,7 +113,7 @@ class WorkerPool:
         self, owner: str, session: str, tensors: Mapping[str, np.ndarray] | None, step: int
     ) -> RemoteExecutor:
         """Make an executor for a session, at a state, or at the untrained one."""
-        return RemoteExecutor(self, name_user(owner, session), session, tensors, step)
+        return RemoteExecutor(self, _name_user(owner, session), session, tensors, step)
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
         """Return the worker of an executor's owner, or make one, if need be in another's place.
@@ -246,6 +246,6 @@ class WorkerPool:
             return lease
 
 
-def name_user(owner: str, session: str) -> str:
+def _name_user(owner: str, session: str) -> str:
     """Name whom a worker serves: an owner, or a session of those whom nothing tells apart."""
     return f"owner {owner}" if owner else f"session {session}"

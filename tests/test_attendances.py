@@ -19,17 +19,14 @@ from splitonnx.messages import Hello, Message, Tensors
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.attendances import Attendance
 from splitonnx.runtime.budgets import Budget
-from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.estimates import Estimates
-from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.identities import ALL_ROLES
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
-from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer
-from splitonnx.runtime.turns import Turns
 from tests.echoes import PATIENCE
+from tests.shared_premises import open_premises
 from tests.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -42,15 +39,8 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def premises(bundle: Bundle) -> Iterator[Premises]:
-    assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
-    metrics = Metrics(["train"])
-    compute, storage = Turns(1), Turns(1)
-    yield Premises(
-        registry=registry, compute=compute, storage=storage, metrics=metrics, stop=asyncio.Event()
-    )
-    compute.close()
-    storage.close()
+    with open_premises(bundle) as premises:
+        yield premises
 
 
 class Guest:

@@ -15,14 +15,10 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime import budgets
 from splitonnx.runtime.attendances import Attendance
 from splitonnx.runtime.budgets import Budget
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.registries import Registry
 from splitonnx.runtime.sockets import Peer, serve
-from splitonnx.runtime.turns import Turns
 from tests.echoes import PATIENCE
+from tests.shared_premises import open_premises
 from tests.test_attendances import Guest
 from tests.zoo import ZOO
 
@@ -36,17 +32,8 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def premises(bundle: Bundle) -> Iterator[Premises]:
-    assert bundle.server is not None
-    compute, storage = Turns(1), Turns(1)
-    yield Premises(
-        registry=Registry(Executor(bundle.server, Engine(threads=1))),
-        compute=compute,
-        storage=storage,
-        metrics=Metrics(["train"]),
-        stop=asyncio.Event(),
-    )
-    compute.close()
-    storage.close()
+    with open_premises(bundle) as premises:
+        yield premises
 
 
 class Sender:

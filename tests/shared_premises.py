@@ -1,0 +1,31 @@
+"""What the connections of a server share, without a server: for tests of what one of them does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from splitonnx.bundles import Bundle
+from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.metrics import Metrics
+from splitonnx.runtime.premises import Premises
+from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.turns import Turns
+
+
+@contextmanager
+def open_premises(bundle: Bundle) -> Iterator[Premises]:
+    """Share a registry and turns of one thread each, while the context lasts."""
+    assert bundle.server is not None
+    compute, storage = Turns(1), Turns(1)
+    yield Premises(
+        registry=Registry(Executor(bundle.server, Engine(threads=1))),
+        compute=compute,
+        storage=storage,
+        metrics=Metrics(["train"]),
+        stop=asyncio.Event(),
+    )
+    compute.close()
+    storage.close()
