@@ -19,20 +19,19 @@ _STATISTICS = Path("/proc/self/statm")
 
 
 class Heap:
-    """This process's heap; ``most`` is how many bytes it may keep from one task to the next."""
+    """This process's heap, which keeps bytes from one task to the next."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._library = _find_glibc()
         self._needed: int | None = None
         if self._library is not None:
             self._keep_freed()
 
-    def tidy(self) -> None:
-        """Give back what is free, where that may be more than the heap may keep."""
+    def tidy(self, most: int) -> None:
+        """Give back what is free, where that may be over ``most`` bytes."""
         if self._library is None:
             return
-        if self._needed is None or measure_private() - self._needed > self._most:
+        if self._needed is None or measure_private() - self._needed > most:
             self._library.malloc_trim(0)
             self._needed = measure_private()
         else:

@@ -41,10 +41,11 @@ class _Lease:
     starts or ends.
     """
 
-    def __init__(self, options: WorkerOptions, now: float) -> None:
+    def __init__(self, options: WorkerOptions, kept_bytes: Callable[[], int], now: float) -> None:
         self.executors: WeakSet[RemoteExecutor] = WeakSet()
         self.since = self.last_used = now
         self._options = options
+        self._kept_bytes = kept_bytes
         self._worker: Worker | None = None
         self.starting = threading.Lock()
         self._is_over = self._is_interrupted = False
@@ -63,8 +64,13 @@ class _Lease:
             if self._is_over:
                 raise ServerBusy("workers")
             if self._worker is None or not self._worker.is_alive:
-                self._worker = Worker(self._options)
+                self._worker = Worker(self._options, self._kept_bytes)
             return self._worker
+
+    def tidy(self) -> None:
+        """Let the worker give back soon what it may not keep any more."""
+        if self._worker is not None:
+            self._worker.tidy()
 
     def interrupt(self) -> None:
         """End the stage that runs, and begin no other; to be called again until that is done."""
@@ -207,9 +213,17 @@ class WorkerPool:
     def _enter(self, executor: RemoteExecutor) -> _Lease:
         lease = self._leases.get(executor.user)
         if lease is None:
-            lease = self._leases[executor.user] = _Lease(self._options, self._clock())
+            others = list(self._leases.values())
+            lease = _Lease(self._options, self._compute_share, self._clock())
+            self._leases[executor.user] = lease
+            for other in others:
+                other.tidy()
         lease.executors.add(executor)
         return lease
+
+    def _compute_share(self) -> int:
+        """Compute what each worker may keep, in bytes: one that is alone keeps what all may."""
+        return self._options.kept_bytes // max(1, len(self._leases))
 
     def _take_over(self, executor: RemoteExecutor) -> _Lease:
         """Take the worker's place from who has had one for the longest and has no open task."""

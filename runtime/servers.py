@@ -194,7 +194,7 @@ class Server:
             threads=threads,
             stage_seconds=limits.stage_seconds,
             memory_bytes=limits.memory + limits.tasks + GIB,
-            kept_bytes=limits.tasks // (2 * limits.workers),
+            kept_bytes=limits.tasks // 2,
         )
         return WorkerPool(
             options, workers=limits.workers, on_death=self._metrics.count_worker_death

@@ -64,7 +64,7 @@ class Host:
         self._inbox: Block | None = None
         self._outbox: Block | None = None
         self._base: Executor | None = None
-        self._heap: Heap | None = None
+        self._heap = Heap()
         self._seconds = 0.0
         self._sessions: dict[int, Executor] = {}
         self._advancing: dict[tuple[int, TaskKey], _Wires] = {}
@@ -99,9 +99,8 @@ class Host:
         for number in request.closed:
             self._sessions.pop(number, None)
         answer = self._act(request.action)
-        is_freed = request.abandoned or request.closed or isinstance(request.action, Finish)
-        if is_freed and self._heap is not None:
-            self._heap.tidy()
+        if request.abandoned or request.closed or isinstance(request.action, Start | Finish | Tidy):
+            self._heap.tidy(request.kept_bytes)
         return answer
 
     def _act(self, action: Action) -> FromWorker:
@@ -129,7 +128,6 @@ class Host:
     def _start(self, start: Start) -> None:
         if start.memory_bytes is not None:
             _limit_memory(start.memory_bytes)
-        self._heap = Heap(start.kept_bytes)
         manifest = decode_manifest(start.manifest, PartyManifest, "the server's manifest")
         self._seconds = start.stage_seconds
         engine = Engine(
@@ -141,7 +139,6 @@ class Host:
         self._base = Executor(self._find_party(start, manifest), engine)
         for phase in (TRAIN, PREDICT):
             self._base.prepare(phase)
-        self._heap.tidy()
 
     def _find_party(self, start: Start, manifest: PartyManifest) -> PartyBundle:
         """Find the untrained party: its weights are in a file that was inherited, or came along."""

@@ -50,7 +50,7 @@ Fact = str | int | float | bool | None | list[str | int]
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The party to run.  ``weights`` are in the file of this number, or in the block.
 
-    ``memory_bytes`` limit the process; of that, ``kept_bytes`` may stay after a task is over.
+    ``memory_bytes`` limit the process.
     """
 
     manifest: bytes
@@ -60,7 +60,6 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     threads: int | None
     stage_seconds: float
     memory_bytes: int | None
-    kept_bytes: int
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -115,11 +114,15 @@ Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An action, after ``abandoned`` tasks and ``closed`` sessions were forgotten."""
+    """An action, after ``abandoned`` tasks and ``closed`` sessions were forgotten.
+
+    ``kept_bytes`` of the process's memory may stay after a task is over.
+    """
 
     inbox: Place
     outbox: Place
     action: Action
+    kept_bytes: int
     abandoned: tuple[tuple[int, TaskKey], ...] = ()
     closed: tuple[int, ...] = ()
 
@@ -168,6 +171,18 @@ class Pipe(Protocol):
 
     def write(self, content: bytes | memoryview, /) -> int | None:
         """Write some of the bytes, and return how many."""
+
+
+def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
+    """Return the action with the places of its tensors."""
+    match action:
+        case Start():
+            return msgspec.structs.replace(action, weights=slots)
+        case Open():
+            return msgspec.structs.replace(action, state=slots)
+        case Work():
+            return msgspec.structs.replace(action, wires=slots)
+    raise AssertionError(f"a {type(action).__name__} carries no tensors")
 
 
 def write_frame(pipe: Pipe, message: ToWorker | FromWorker) -> None:

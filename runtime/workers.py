@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, TypeVar
@@ -30,7 +30,6 @@ from splitonnx.runtime.blocks import (
     FileBlock,
     NamedBlock,
     SharedTensors,
-    Slot,
     make_block,
     measure,
     put,
@@ -48,11 +47,11 @@ from splitonnx.runtime.worker_messages import (
     Given,
     Grown,
     Need,
-    Open,
     Request,
     Start,
     Tidy,
     Work,
+    fill_slots,
     make_error,
     read_frame,
     write_frame,
@@ -104,8 +103,8 @@ class WorkerEnded(Exception):
 class WorkerOptions:
     """What every worker of a server runs, and its bounds; ``weights`` are the party's, if shared.
 
-    ``kept_bytes`` may stay after a task, of its process's memory and again of what it shares with
-    its server.
+    ``kept_bytes`` may stay after a task, of all workers' memory and again of what they share with
+    their server.
     """
 
     party: PartyBundle
@@ -134,16 +133,18 @@ class _Kill:
 class Worker:
     """One process, ready once this returns.
 
-    ``is_alive`` turns false once and for all; nothing that it held comes back.
+    ``is_alive`` turns false once and for all; nothing that it held comes back.  ``kept_bytes`` says
+    at each request how many bytes may stay after a task, of its memory and again of what it shares
+    with its server.
 
     Raises:
         ProcessFailed: it cannot be started, or does not come up.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, kept_bytes: Callable[[], int]) -> None:
         self.is_alive = True
         self._is_running = self._is_interrupted = self._is_tidying = self._is_told = False
-        self._kept_bytes = options.kept_bytes
+        self._kept_bytes = kept_bytes
         self._carried = 0  # bytes of the most tensors in one block since both were empty
         self._lock = threading.Lock()
         self._abandoned: deque[tuple[int, TaskKey]] = deque()
@@ -211,12 +212,21 @@ class Worker:
     def abandon(self, session: int, key: TaskKey) -> None:
         """Forget a task, once what runs is done."""
         self._abandoned.append((session, key))
-        self._tidy_soon()
+        self.tidy()
 
     def forget(self, session: int) -> None:
         """Forget a session, once what runs is done."""
         self._closed.append(session)
-        self._tidy_soon()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Forget what is to be forgotten, and give back what may not stay, once what runs is done.
+
+        Does not wait for it: the caller may be the event loop.
+        """
+        if self.is_alive and not self._is_tidying:
+            self._is_tidying = True
+            threading.Thread(target=self._tidy, name="splitonnx-tidy", daemon=True).start()
 
     def interrupt(self) -> None:
         """End the stage that runs, and run none any more; fetching states still goes.
@@ -242,12 +252,6 @@ class Worker:
                 self._release()
         finally:
             self._lock.release()
-
-    def _tidy_soon(self) -> None:
-        """Tell the worker without waiting for it: the caller may be the event loop."""
-        if self.is_alive and not self._is_tidying:
-            self._is_tidying = True
-            threading.Thread(target=self._tidy, name="splitonnx-tidy", daemon=True).start()
 
     def _tidy(self) -> None:
         self._is_tidying = False  # what comes from now on takes another thread
@@ -290,7 +294,6 @@ class Worker:
             threads=options.threads,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
-            kept_bytes=options.kept_bytes,
         )
         self.ask(start, dict(party.weights) if shared is None else None)
 
@@ -302,11 +305,12 @@ class Worker:
         assert answers is not None
         if tensors is not None:
             self._reserve(self._inbox, measure(tensors.values()))
-            action = _fill(action, put(self._inbox, tensors))
+            action = fill_slots(action, put(self._inbox, tensors))
         request = Request(
             inbox=self._inbox.place,
             outbox=self._outbox.place,
             action=action,
+            kept_bytes=self._kept_bytes(),
             abandoned=_drain(self._abandoned),
             closed=_drain(self._closed),
         )
@@ -341,7 +345,7 @@ class Worker:
         block.reserve(size)
 
     def _empty_blocks(self) -> None:
-        if 2 * self._carried > self._kept_bytes:
+        if 2 * self._carried > self._kept_bytes():
             self._carried = 0
             self._inbox.empty()
             self._outbox.empty()
@@ -372,17 +376,6 @@ class Worker:
         self._inbox.close()
         self._outbox.close()
         return code
-
-
-def _fill(action: Action, slots: tuple[Slot, ...]) -> Action:
-    match action:
-        case Start():
-            return msgspec.structs.replace(action, weights=slots)
-        case Open():
-            return msgspec.structs.replace(action, state=slots)
-        case Work():
-            return msgspec.structs.replace(action, wires=slots)
-    raise AssertionError(f"a {type(action).__name__} carries no tensors")
 
 
 def _drain(queue: deque[_T]) -> tuple[_T, ...]:

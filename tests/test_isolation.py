@@ -334,7 +334,7 @@ def test_a_worker_that_cannot_start_leaves_no_file_open(
     monkeypatch.setattr(sys, "executable", "/absent/python")
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(ProcessFailed, match="absent"):
-        Worker(options)
+        Worker(options, lambda: 0)
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -347,7 +347,7 @@ def test_a_worker_for_which_no_file_is_left_cannot_start(
     assert bundle.server is not None
     monkeypatch.setattr(workers, "make_block", fail)
     with pytest.raises(ProcessFailed, match="Too many open files"):
-        Worker(make_options(bundle.server))
+        Worker(make_options(bundle.server), lambda: 0)
 
 
 def test_greetings_take_no_worker(bundle: Bundle) -> None:

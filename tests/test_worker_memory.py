@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,22 @@ def party() -> PartyBundle:
     return bundle.server
 
 
-@pytest.fixture
-def executor(party: PartyBundle) -> Iterator[RemoteExecutor]:
+@contextmanager
+def open_pool(party: PartyBundle, *, workers: int, kept_bytes: int) -> Iterator[WorkerPool]:
     options = WorkerOptions(
-        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=KEPT
+        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=kept_bytes
     )
-    pool = WorkerPool(options, workers=1)
+    pool = WorkerPool(options, workers=workers)
     try:
-        yield pool.open("ana", "a" * 32, None, 0)
+        yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture
+def executor(party: PartyBundle) -> Iterator[RemoteExecutor]:
+    with open_pool(party, workers=1, kept_bytes=KEPT) as pool:
+        yield pool.open("ana", "a" * 32, None, 0)
 
 
 def begin(executor: RemoteExecutor, rows: int) -> TaskKey:
@@ -60,6 +67,12 @@ def step(executor: RemoteExecutor, rows: int) -> None:
     executor.deliver(key, {"act3@client_grad": np.ones((rows, 6), np.float32)})
     assert [*executor.advance(key)]
     executor.finish(key)
+
+
+def wait_until_tidy() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "splitonnx-tidy":  # it tells the worker, and hears that it was done
+            thread.join()
 
 
 def measure_worker(executor: RemoteExecutor) -> int:
@@ -82,6 +95,19 @@ def test_what_a_large_task_took_is_given_back_when_it_is_over(executor: RemoteEx
     assert measure_worker(executor) < before + KEPT + SLACK
 
 
+def test_a_worker_keeps_what_all_may_until_there_is_another(party: PartyBundle) -> None:
+    """On earlier versions a server's only worker faults in its memory again at every step."""
+    with open_pool(party, workers=8, kept_bytes=300 * MIB) as pool:
+        ana, bob = (pool.open(name, name[0] * 32, None, 0) for name in ("ana", "bob"))
+        step(ana, rows=2)
+        before = measure_worker(ana)
+        step(ana, ROWS)
+        assert measure_worker(ana) > before + 96 * MIB + SLACK
+        step(bob, rows=2)
+        wait_until_tidy()
+        assert measure_worker(ana) < before + 96 * MIB + SLACK
+
+
 @pytest.mark.parametrize(
     "give_up",
     [
@@ -102,7 +128,5 @@ def test_what_an_open_task_holds_is_given_back_at_once_when_it_is_given_up(
     assert measure_worker(executor) > before + KEPT + SLACK
     give_up(executor, key)
     executor._worker = worker
-    for thread in threading.enumerate():
-        if thread.name == "splitonnx-tidy":  # it tells the worker, and hears that it was done
-            thread.join()
+    wait_until_tidy()
     assert measure_worker(executor) <= before + KEPT + SLACK
