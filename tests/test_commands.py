@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -46,6 +47,8 @@ class Command:
             main()
         except SystemExit as end:
             code = end.code
+        finally:
+            gc.enable()  # this process does not end with the command
         captured = self._capture.readouterr()
         assert code is None or isinstance(code, int)
         return code or 0, captured.out, captured.err
@@ -125,6 +128,25 @@ print(sorted({"onnx", "onnx_ir", "onnxruntime", "numpy", "websockets"} & sys.mod
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["check", "inspect", "cut"])
+def test_a_command_that_ends_with_its_model_leaves_the_memory_to_the_system(
+    name: str, tmp_path: Path
+) -> None:
+    script = """
+import atexit, gc
+from splitonnx.commands import main
+# runs behind what the command registers
+atexit.register(lambda: print(gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count() > 1e5))
+main()
+"""
+    options = ["--at", AT, "-o", str(tmp_path / "bundle")] if name == "cut" else []
+    done = subprocess.run(
+        [sys.executable, "-c", script, name, str(MODEL), *options],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "False 0 True"  # off, and nothing is left to look at
 
 
 def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:

@@ -37,6 +37,7 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+from splitonnx.partitioner.pauses import pause_to_the_end
 
 
 class Purpose(StrEnum):
@@ -55,6 +56,7 @@ def check(
 
     Exit code 1 where it cannot be trained.
     """
+    pause_to_the_end()
     found = splitonnx.check(model, loss=loss, output=output)
     if as_json:
         displays.print_json(found)
@@ -80,6 +82,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors that alone divide a model: where it may be cut, and what would travel."""
+    pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
         displays.print_json(cuts)
@@ -127,6 +130,7 @@ def cut(
     """Cut a model into a client's and a server's part, ready to be trained."""
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_existing(bundle, force=force)
+    pause_to_the_end()
     made = splitonnx.cut(
         model,
         at=at,
