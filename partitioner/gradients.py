@@ -34,6 +34,7 @@ from splitonnx.partitioner.frontiers import (
 )
 from splitonnx.partitioner.isolations import Refused, call
 from splitonnx.partitioner.node_types import list_types
+from splitonnx.partitioner.opaques import Opaques, put_back_opaques, take_out_opaques
 from splitonnx.partitioner.rewrites.selections import separate_splits
 from splitonnx.partitioner.transcripts import write_model
 
@@ -184,6 +185,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         raise fault
     _part_twins(model.graph, parameters)
     detached = _take_out_detached(model.graph)
+    opaques = take_out_opaques(model.graph)  # where a gradient passes, it was refused above
     wanted = sorted(parameters)
     with blame_stage("written down for the gradient builder"):
         content = _serialize(model)
@@ -192,7 +194,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         content = _separate_splits(content, loss)
         content = call(natives.build_gradients, _SUBJECT, content, wanted, loss)
         with blame_stage("read from the gradient builder"):
-            derived = ir.from_proto(onnx.load_from_string(content))
+            derived = _read_derived(content, opaques)
             _put_back_detached(derived.graph, detached)
         _annotate(derived)
     except Refused as error:
@@ -210,6 +212,15 @@ def _serialize(model: ir.Model) -> bytes:
             "store large tensors as weights",
         ) from error
     return content
+
+
+def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
+    proto = onnx.load_from_string(content)
+    put_back_opaques(proto.graph, opaques)
+    derived = ir.from_proto(proto)
+    if opaques.nodes:
+        derived.graph.sort()
+    return derived
 
 
 def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
