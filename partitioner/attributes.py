@@ -7,6 +7,8 @@ and the required ones are there.  Their values are judged where they are used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -41,12 +43,18 @@ def check_attributes(graph: ir.Graph, opset: int) -> None:
                 _refuse(node, f"it has no attribute '{name}'")
 
 
-def _find_attributes(node: ir.Node, version: int) -> dict[str, onnx.defs.OpSchema.Attribute] | None:
+_Attributes = Mapping[str, onnx.defs.OpSchema.Attribute]
+
+
+def _find_attributes(node: ir.Node, version: int) -> _Attributes | None:
     """Give the attributes of the operator, where ONNX itself has it."""
-    if node.domain not in ("", "ai.onnx"):
-        return None
+    return _list_attributes(node.op_type, version) if node.domain in ("", "ai.onnx") else None
+
+
+@lru_cache(maxsize=1 << 10)
+def _list_attributes(kind: str, version: int) -> _Attributes | None:
     try:
-        return dict(onnx.defs.get_schema(node.op_type, version, "").attributes)
+        return dict(onnx.defs.get_schema(kind, version, "").attributes)
     except onnx.defs.SchemaError:
         return None
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.bodies import copy_body
 from splitonnx.partitioner.drafts import Draft
-from splitonnx.partitioner.frontiers import disconnect, list_inner
+from splitonnx.partitioner.frontiers import disconnect, list_inner, list_nodes
 from splitonnx.partitioner.inferences import Inference
 
 KEPT = "splitonnx.kept"
@@ -114,7 +114,7 @@ def _is_endless(body: ir.Graph) -> bool:
 
 def _measure_body(body: ir.Graph) -> int:
     """Count the nodes that one run writes, those of bodies within it included."""
-    return max(sum(1 for _ in body.all_nodes()), 1)
+    return max(len(list_nodes(body)), 1)
 
 
 def _refuse_excess(size: int, runs: int, spent: int) -> None:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.batchnorms import is_training, list_batchnorms
 from splitonnx.partitioner.estimators import DOMAIN
 from splitonnx.partitioner.faults import blame_stage
+from splitonnx.partitioner.frontiers import list_nodes
 
 _CALLS = {
     "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
@@ -67,7 +68,7 @@ def _name_producer(model: ir.Model) -> str:
 
 
 def _miss_batchnorms(model: ir.Model) -> Iterator[Remark]:
-    kinds = [node.op_type for node in model.graph.all_nodes()]
+    kinds = [node.op_type for node in list_nodes(model.graph)]
     convolutions = sum(kind in _CONVOLUTIONS for kind in kinds)
     if convolutions < _FEWEST_CONVOLUTIONS or _NORMALIZATIONS & set(kinds):
         return
@@ -110,7 +111,7 @@ def _is_on(node: ir.Node) -> bool:
 
 
 def _find_quantized(model: ir.Model) -> Iterator[Remark]:
-    count = sum(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+    count = sum(node.op_type == "QuantizeLinear" for node in list_nodes(model.graph))
     if count:
         yield Remark(
             kind=Kind.QUANTIZED,

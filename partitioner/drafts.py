@@ -47,11 +47,10 @@ class Draft:
     ) -> Sequence[ir.Value]:
         """Append a node with several outputs and return them."""
         name = f"{self._prefix}/{len(self.nodes)}"
-        node = ir.node(kind, inputs, dict(attributes), num_outputs=outputs, name=f"{name}_{kind}")
-        for index, value in enumerate(node.outputs):
-            value.name = f"{name}_{index}" if index else name
-        self.nodes.append(node)
-        return node.outputs
+        held = ir.convenience.convert_attributes(attributes) if attributes else ()
+        made = [ir.Value(name=f"{name}_{i}" if i else name) for i in range(outputs)]
+        self.nodes.append(ir.Node("", kind, inputs, held, outputs=made, name=f"{name}_{kind}"))
+        return made
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
         """Give a scalar constant; ``dtype`` is as a rule that of a neighbour."""
@@ -141,15 +140,10 @@ class Draft:
 
     def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
         if key not in self._constants:
-            node = ir.node(
-                "Constant",
-                [],
-                {"value": ir.AttrTensor("value", tensor)},
-                name=f"{self._prefix}/{len(self.nodes)}_Constant",
-            )
-            value = node.outputs[0]
-            value.name = f"{self._prefix}/{len(self.nodes)}"
-            value.type = ir.TensorType(tensor.dtype)
+            name = f"{self._prefix}/{len(self.nodes)}"
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype))
+            held = [ir.AttrTensor("value", tensor)]
+            node = ir.Node("", "Constant", [], held, outputs=[value], name=f"{name}_Constant")
             self.nodes.append(node)
             self._constants[key] = value
         return self._constants[key]

@@ -6,7 +6,7 @@ a graph it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -26,19 +26,47 @@ _MOST_REMEMBERED = 1 << 12
 """Bytes; what onnx infers of a node that takes more, contents of inputs included, is forgotten."""
 
 
-def infer_types(
+_Declared = tuple[int, tuple[int | str, ...] | None]
+"""An element type, and the dimensions where their number is known."""
+
+
+class Schemas:
+    """Types of what nodes of an opset give; plain nodes that are alike are written down once."""
+
+    def __init__(self, opset: int) -> None:
+        self._opset = opset
+        self._known: dict[Hashable, Sequence[onnx.TypeProto | None]] = {}
+
+    def infer(
+        self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
+    ) -> Sequence[onnx.TypeProto | None]:
+        """Give the type of each output as onnx infers it from those of the inputs.
+
+        Inputs go by their place, ``i0`` and so on; ``data`` holds those whose contents are known.
+
+        Raises:
+            NativeCrash: onnx's inference breaks down over it.
+        """
+        plain = not node.attributes and not data
+        key = (node.op_type, len(node.inputs), len(node.outputs), *types.items())
+        if plain and key in self._known:
+            return self._known[key]
+        protos = {
+            name: onnx.helper.make_tensor_type_proto(kind, shape)
+            for name, (kind, shape) in types.items()
+        }
+        made = _infer_types(node, protos, data, self._opset)
+        if plain:
+            self._known[key] = made
+        return made
+
+
+def _infer_types(
     node: ir.Node,
     types: Mapping[str, onnx.TypeProto],
     data: Mapping[str, onnx.TensorProto],
     opset: int,
 ) -> Sequence[onnx.TypeProto | None]:
-    """Give the type of each output as onnx infers it from those of the inputs.
-
-    Inputs go by their place, ``i0`` and so on; ``data`` holds those whose contents are known.
-
-    Raises:
-        NativeCrash: onnx's inference breaks down over it.
-    """
     proto = _write_node(node).SerializeToString()
     kinds = tuple((name, kind.SerializeToString()) for name, kind in types.items())
     tensors = tuple((name, tensor.SerializeToString()) for name, tensor in data.items())

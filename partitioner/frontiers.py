@@ -13,13 +13,12 @@ import onnx_ir as ir
 from splitonnx.partitioner.drafts import DETACHED
 
 
-def list_inputs(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield every value that ``node`` reads, those captured by its bodies included."""
-    for value in node.inputs:
-        if value is not None:
-            yield value
+def list_inputs(node: ir.Node) -> list[ir.Value]:
+    """List every value that ``node`` reads, those captured by its bodies included."""
+    values = [value for value in node.inputs if value is not None]
     for body in list_bodies(node):
-        yield from _list_captures(body)
+        values.extend(_list_captures(body))
+    return values
 
 
 def _list_captures(body: ir.Graph) -> Iterator[ir.Value]:
@@ -190,9 +189,18 @@ def list_bodies(node: ir.Node) -> list[ir.Graph]:
     return bodies
 
 
+def list_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """List a graph's nodes and, behind each, those in its bodies."""
+    nodes = []
+    for node in graph:
+        nodes.append(node)
+        nodes.extend(list_inner(node))
+    return nodes
+
+
 def list_inner(node: ir.Node) -> list[ir.Node]:
     """List the nodes in the bodies of a node, and in those of these."""
-    return [inner for body in list_bodies(node) for inner in body.all_nodes()]
+    return [inner for body in list_bodies(node) for inner in list_nodes(body)]
 
 
 def disconnect(nodes: Iterable[ir.Node]) -> None:

@@ -21,6 +21,7 @@ from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.files import read_regular
 from splitonnx.partitioner.estimators import unwrap_maps
 from splitonnx.partitioner.faults import FAULTS, blame_stage, explain
+from splitonnx.partitioner.readings import read_model
 from splitonnx.partitioner.screens.forms import check_form
 from splitonnx.partitioner.screens.names import check_names, check_texts, check_types
 from splitonnx.partitioner.screens.operators import MAX_NODES, check_operators, check_opsets
@@ -56,7 +57,7 @@ def open_model(source: ModelSource) -> ir.Model:
             files.check(tensor)
         check_names(proto, label)
         check_form(proto, label)
-        model = ir.from_proto(proto)
+        model = read_model(proto)
     except UnicodeDecodeError as error:
         raise NotAModel(label, "it holds text that is not UTF-8") from error
     except FAULTS as error:

@@ -35,6 +35,7 @@ from splitonnx.partitioner.frontiers import (
 from splitonnx.partitioner.isolations import Refused, call
 from splitonnx.partitioner.node_types import list_types
 from splitonnx.partitioner.opaques import Opaques, put_back_opaques, take_out_opaques
+from splitonnx.partitioner.readings import read_model
 from splitonnx.partitioner.rewrites.selections import separate_splits
 from splitonnx.partitioner.transcripts import write_model
 
@@ -217,7 +218,7 @@ def _serialize(model: ir.Model) -> bytes:
 def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
     proto = onnx.load_from_string(content)
     put_back_opaques(proto.graph, opaques)
-    derived = ir.from_proto(proto)
+    derived = read_model(proto)
     if opaques.nodes:
         derived.graph.sort()
     return derived
@@ -277,7 +278,7 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
     """Make the gradient of every Split right; slices side by side are a Split by now, too."""
     if b"Split" not in content:
         return content
-    model = ir.from_proto(onnx.load_from_string(content))
+    model = read_model(onnx.load_from_string(content))
     ends = [value for value in model.graph.outputs if value.name == loss]
     if not separate_splits(model.graph, trace_gradients(ends)):
         return content

@@ -32,7 +32,7 @@ from splitonnx.partitioner.dimensions import (
     sum_of,
     take_remainder,
 )
-from splitonnx.partitioner.evaluations import evaluate, infer_types
+from splitonnx.partitioner.evaluations import Schemas, evaluate
 from splitonnx.partitioner.extents import RULES, Dims
 from splitonnx.partitioner.faults import blame
 
@@ -104,6 +104,8 @@ class Inference:
         self._shapes: dict[ir.Value, Dims] = {}
         self._contents: dict[ir.Value, np.ndarray | None] = {}
         self._written: dict[str, Amount] = {}
+        self._schemas = Schemas(opset)
+        self._noted: dict[tuple[int | str, ...], ir.Shape] = {}
         self._computed = 0
 
     def shape(self, value: ir.Value) -> Dims | None:
@@ -158,7 +160,10 @@ class Inference:
         """Write what is known of a value's shape on the value itself."""
         dims = self._shapes.get(value)
         if dims is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else str(d) for d in dims])
+            written = tuple(d if isinstance(d, int) else str(d) for d in dims)
+            if written not in self._noted:
+                self._noted[written] = ir.Shape(written)
+            value.shape = self._noted[written]
 
     def write(self, dim: Amount) -> int | str:
         """Give a dimension as onnx notes it, to be read back by its name."""
@@ -220,19 +225,18 @@ class Inference:
     def _ask_schema(self, node: ir.Node) -> _Shapes:
         """Let onnx infer one node, with symbols for names and constants for contents."""
         types, data = {}, {}
-        inputs = list(node.inputs)
-        for index, value in enumerate(inputs):
+        for index, value in enumerate(node.inputs):
             if value is None:
                 continue
             name, dims = f"i{index}", self.shape(value)
             if value.dtype is None or not isinstance(value.type, ir.TensorType):
                 return ()
-            shape = None if dims is None else [self.write(dim) for dim in dims]
-            types[name] = onnx.helper.make_tensor_type_proto(value.dtype.value, shape)
+            shape = None if dims is None else tuple(map(self.write, dims))
+            types[name] = value.dtype.value, shape
             content = self.constant(value)
             if content is not None and content.dtype.kind in "ifb":
                 data[name] = onnx.numpy_helper.from_array(content, name)
-        made = infer_types(node, types, data, self._opset)
+        made = self._schemas.infer(node, types, data)
         return [
             self._read_type(value, kind) for value, kind in zip(node.outputs, made, strict=True)
         ]

@@ -24,6 +24,7 @@ from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.preparations import PreparedModel
+from splitonnx.partitioner.readings import copy_model
 from splitonnx.partitioner.safeguards import add_safeguards
 from splitonnx.partitioner.sizes import derive_sizes
 from splitonnx.partitioner.stages import Crossing
@@ -96,7 +97,7 @@ def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
     """Attach loss and ports to the training form and differentiate it, once and whole."""
-    model = prepared.training.clone()
+    model = copy_model(prepared.training)
     graph = model.graph
     division = _divide(prepared, graph, at, tail_at)
     scores = skip_activation(graph, loss, output, {*division.at, *division.tail_at})
@@ -148,7 +149,7 @@ def build_training(
 @blame_stage("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
     """Put ports into the inference form; the model's outputs end up with the client."""
-    graph = prepared.inference.clone().graph
+    graph = copy_model(prepared.inference).graph
     division = _divide(prepared, graph, at, tail_at)
     ports = insert_ports(graph, division, division.server)
     add_safeguards(graph, set(graph), is_training=False)

@@ -20,6 +20,7 @@ from splitonnx.partitioner.attributes import check_attributes
 from splitonnx.partitioner.downgrades import DOWNGRADES
 from splitonnx.partitioner.drafts import Draft
 from splitonnx.partitioner.faults import blame, blame_stage
+from splitonnx.partitioner.frontiers import list_nodes
 from splitonnx.partitioner.isolations import call
 from splitonnx.partitioner.screens.names import check_function
 from splitonnx.partitioner.shapes import infer_shapes
@@ -45,7 +46,7 @@ def inline_functions(model: ir.Model) -> None:
     """
     _join_domains(model.opset_imports)
     own = model.opset_imports.get("", 1)
-    for node in model.graph.all_nodes():
+    for node in list_nodes(model.graph):
         node.version = own
         node.domain = _spell(node.domain)
     for function in model.functions.values():
@@ -60,8 +61,9 @@ def inline_functions(model: ir.Model) -> None:
 
 
 def _inline(model: ir.Model) -> None:
-    with blame_stage("written without functions"):
-        InlinePass()(model)
+    if model.functions:
+        with blame_stage("written without functions"):
+            InlinePass()(model)
 
 
 def adapt_opset(model: ir.Model) -> None:
@@ -72,20 +74,21 @@ def adapt_opset(model: ir.Model) -> None:
     """
     model.ir_version = IR_VERSION
     own = model.opset_imports.get("", 1)
-    for node in model.graph.all_nodes():
+    nodes = list_nodes(model.graph)
+    for node in nodes:
         node.version = node.version or own
-    target = _choose_target(model.graph.all_nodes(), own)
-    if any(node.version != target for node in model.graph.all_nodes()):
+    target = _choose_target(nodes, own)
+    if any(node.version != target for node in nodes):
         infer_shapes(model, check_type=False)
         for _ in range(_MOST_ROUNDS):
             if not _expand_newer(model, target):
                 break
-        for node in list(model.graph.all_nodes()):
+        for node in list_nodes(model.graph):
             with blame(node):
                 _adapt(node, target)
         check_attributes(model.graph, target)
     model.opset_imports[""] = target
-    for node in model.graph.all_nodes():
+    for node in list_nodes(model.graph):
         node.version = None
 
 

@@ -119,6 +119,8 @@ def _list_bodies(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def _retype_attributes(node: ir.Node, replaced: Collection[ir.DataType]) -> bool:
+    if not node.attributes:
+        return False
     changed = False
     numbers = {dtype.value for dtype in replaced}
     for name, attribute in list(node.attributes.items()):

@@ -38,6 +38,7 @@ from splitonnx.partitioner.quantizations import (
     pass_gradients,
     refuse_integer_model,
 )
+from splitonnx.partitioner.readings import copy_model
 from splitonnx.partitioner.reductions import settle_reductions
 from splitonnx.partitioner.rewrites import rewrite
 from splitonnx.partitioner.sequences import flatten_sequences
@@ -100,7 +101,7 @@ def prepare(
         UsageError: a pattern is no regular expression or has no effect.
     """
     weights = _normalize(model, train)
-    skeleton, training, inference = model, model.clone(), model.clone()
+    skeleton, training, inference = model, copy_model(model), copy_model(model)
     masters = widen((training, inference), weights)
     for form in (training, inference) if masters is not weights else ():
         fold(form, weights)  # constants in bfloat16 can only be folded now

@@ -15,6 +15,7 @@ from splitonnx.partitioner.bodies import copy_body
 from splitonnx.partitioner.control_flows import KEPT, MOST_NODES
 from splitonnx.partitioner.drafts import Draft, known_dims
 from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.frontiers import list_nodes
 
 MOST_PIECES = 1 << 12
 """Tensors that one sequence is split into."""
@@ -205,7 +206,7 @@ def _map(rows: _Rows, node: ir.Node) -> None:
         columns.append(rows.read(value) if value in rows else [value] * length)
     if any(len(column) != length for column in columns):
         raise _Unknown
-    rows.written += length * max(sum(1 for _ in body.all_nodes()), 1)
+    rows.written += length * max(len(list_nodes(body)), 1)
     if rows.written > MOST_NODES:
         node.metadata_props[KEPT] = (
             f"{length} runs of it would be more than {MOST_NODES} nodes in place of bodies"

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 _QUANTIZED = "quant_parameter_tensor_names"
 """Where onnx-ir keeps a value's quantization."""
-_Type = tuple[ir.DataType, tuple[int | str | None, ...] | None]
+_Dims = tuple[int | str | None, ...]
+_Type = tuple[ir.DataType, _Dims | None]
 
 
 _Graph = ir.Graph | ir.GraphView
@@ -70,6 +71,7 @@ class _GraphWriter:
     def __init__(self, proto: onnx.GraphProto) -> None:
         self._proto = proto
         self._types: dict[_Type, onnx.TypeProto] = {}
+        self._shapes: dict[int, tuple[ir.Shape, _Dims | None]] = {}
 
     def write(self, graph: _Graph) -> None:
         proto, inputs = self._proto, {value.name for value in graph.inputs}
@@ -93,7 +95,7 @@ class _GraphWriter:
 
     def _annotate(self, values: Iterable[ir.Value]) -> None:
         for value in values:
-            parameters = value.meta.get(_QUANTIZED)
+            parameters = value.meta.get(_QUANTIZED) if has_metadata(value) else None
             if parameters:
                 entry = self._proto.quantization_annotation.add(tensor_name=value.name)
                 for key, name in sorted(parameters.items()):
@@ -101,13 +103,39 @@ class _GraphWriter:
 
     def _declare(self, entries: Any, values: Iterable[ir.Value]) -> None:
         for value in values:
-            kind = _read_type(value)
+            kind = self._read_type(value)
             if kind is None:
                 ir.serde.serialize_value_into(entries.add(), value)
                 continue
             if kind not in self._types:
                 self._types[kind] = ir.serde.serialize_value(value).type
             entries.add(name=value.name, type=self._types[kind])
+
+    def _read_type(self, value: ir.Value) -> _Type | None:
+        """Give what is common to values that are written alike but for their name."""
+        kind, shape = value.type, value.shape
+        if not isinstance(kind, ir.TensorType) or kind.denotation:
+            return None
+        if value.metadata_props or value.doc_string:
+            return None
+        if shape is None:
+            return kind.dtype, None
+        if id(shape) not in self._shapes:  # which is kept, so that no other has its number
+            self._shapes[id(shape)] = shape, _read_dims(shape)
+        dims = self._shapes[id(shape)][1]
+        return None if dims is None else (kind.dtype, dims)
+
+
+def _read_dims(shape: ir.Shape) -> _Dims | None:
+    """Give a shape's dimensions, ``None`` where something is noted of one."""
+    if any(shape.get_denotation(axis) for axis in range(len(shape))):
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in shape)
+
+
+def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
+    """Tell whether something is kept in ``meta``, which is made for all that are asked for it."""
+    return getattr(noted, "_metadata", noted) is not None and bool(noted.meta)
 
 
 def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
@@ -116,20 +144,6 @@ def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
         return False
     noted = value.type is not None or value.shape is not None
     return noted or bool(value.metadata_props or value.doc_string)
-
-
-def _read_type(value: ir.Value) -> _Type | None:
-    """Give what is common to values that are written alike but for their name."""
-    kind, shape = value.type, value.shape
-    if not isinstance(kind, ir.TensorType) or kind.denotation:
-        return None
-    if value.metadata_props or value.doc_string:
-        return None
-    if shape is None:
-        return kind.dtype, None
-    if any(shape.get_denotation(axis) for axis in range(len(shape))):
-        return None
-    return kind.dtype, tuple(d if isinstance(d, int) else d.value for d in shape)
 
 
 def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.manifests import Role
+from splitonnx.partitioner.frontiers import list_nodes
 from splitonnx.partitioner.uses import Kind, Verdict, judge
 
 _FLOATS = {
@@ -193,7 +194,7 @@ def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
 def _hoist(graph: ir.Graph) -> None:
     """Move the parameters of bodies to the graph itself, whence the bodies capture them."""
     bodies = list(_list_bodies(graph))
-    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    taken = {value.name for node in list_nodes(graph) for value in node.outputs}
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
     for holder, body in bodies:
         for name, (value, tensor) in list(_list_stored(body)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
@@ -144,8 +145,13 @@ def is_standard(node: ir.Node, opset: int) -> bool:
     """Tell whether any ONNX Runtime, mobile builds included, runs a node at ``opset``."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
+    return _has_schema(node.op_type, opset)
+
+
+@lru_cache(maxsize=1 << 10)
+def _has_schema(kind: str, opset: int) -> bool:
     try:
-        onnx.defs.get_schema(node.op_type, opset, "")
+        onnx.defs.get_schema(kind, opset, "")
     except onnx.defs.SchemaError:
         return False
     return True
