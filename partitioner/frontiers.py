@@ -165,7 +165,9 @@ def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
     values = {value.name: value for value in graph.inputs if value.name}
     values.update(graph.initializers)
     for node in graph:
-        values.update({value.name: value for value in node.outputs if value.name})
+        for value in node.outputs:
+            if value.name:
+                values[value.name] = value
     return values
 
 

@@ -117,7 +117,7 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = files.read(value.const_value)
         for node in graph:
-            for name, attribute in list(node.attributes.items()):
+            for name, attribute in list(node.attributes.data.items()):
                 held = attribute.value
                 if isinstance(held, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, files.read(held))

@@ -297,9 +297,9 @@ def _annotate(model: ir.Model) -> None:
             raise UnsupportedModel(f"'{name}'", f"it is a {kind}, which has no gradient")
         values[name].type = ir.TensorType(_TYPES[kind])
     for name, value in values.items():
-        base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
-        if value.shape is None and base is not None:
-            value.shape = base.shape
+        if value.shape is None:
+            base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
+            value.shape = None if base is None else base.shape
     for node in model.graph:
         for value in node.outputs[1:]:
             if value.shape is None:
