@@ -7,7 +7,7 @@ the work.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -45,6 +45,7 @@ from splitonnx.partitioner.preparations import PreparedModel
 from splitonnx.partitioner.stages import StageCut, cut_stages
 from splitonnx.partitioner.transcripts import write_graph
 from splitonnx.partitioner.updates import Norms, build_norms, build_update
+from splitonnx.partitioner.verdicts import check_operators
 from splitonnx.partitioner.weights import read_array, restore_weights
 from splitonnx.pieces import split_pieces
 from splitonnx.tensors import TensorSpec, name_dtype
@@ -92,12 +93,13 @@ def assemble(
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
     digest = _digest(parties)
     _keep_orphans(prepared, parties)
+    skeleton = prepared.skeleton.graph
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
         ),
         parties={name: _sign(party, digest) for name, party in parties.items()},
-        skeleton=_serialize(prepared.skeleton.graph),
+        skeleton=_serialize(skeleton, {node.domain for node in skeleton.all_nodes()}),
     )
 
 
@@ -178,9 +180,9 @@ def _share_phase(
         stages.append(_describe_stage(label, cut, joint, party))
         if portable:
             lower(graph := cut.extract())
-            graphs[f"{label}.onnx"] = _serialize(graph)
+            graphs[f"{label}.onnx"] = _write_stage(label, graph)
         else:
-            graphs[f"{label}.onnx"] = _serialize(cut.view)
+            graphs[f"{label}.onnx"] = _write_stage(label, cut.view, is_portable=False)
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
     phase = Phase(
         name=name,
@@ -292,7 +294,7 @@ def _append(
             outputs=tuple(value.name or "" for value in graph.outputs),
         )
     )
-    graphs[f"{name}.onnx"] = _serialize(graph)
+    graphs[f"{name}.onnx"] = _write_stage(name, graph)
 
 
 def _name_norms(party: str) -> str:
@@ -332,13 +334,17 @@ def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedMod
         outputs=attached.results,
     )
     phase = Phase(name=EVALUATE, stages=(stage,), data=data, results=attached.results)
-    return _Share(phase=phase, graphs={stage.graph: _serialize(model.graph)})
+    return _Share(phase=phase, graphs={stage.graph: _write_stage(label, model.graph)})
 
 
-def _serialize(graph: ir.Graph | ir.GraphView) -> bytes:
-    """Write a graph as ONNX bytes that are the same for the same graph."""
-    used = {node.domain or "" for node in ir.traversal.RecursiveGraphIterator(graph)} | {""}
-    for domain in [domain for domain in graph.opset_imports if domain not in used]:
+def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
+    """Write a stage's graph, whose operators the runtime has to know."""
+    return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
+
+
+def _serialize(graph: ir.Graph | ir.GraphView, used: Collection[str]) -> bytes:
+    """Write a graph as ONNX bytes that are the same for the same graph; it uses these domains."""
+    for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
         del graph.opset_imports[domain]
     proto = write_graph(graph, IR_VERSION, "splitonnx")
     typed = [value for value in proto.graph.value_info if value.HasField("type")]

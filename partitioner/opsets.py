@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from splitonnx.operators import HIGHEST_IR_VERSION, HIGHEST_OPSET
 from splitonnx.partitioner import natives
 from splitonnx.partitioner.attributes import check_attributes
 from splitonnx.partitioner.downgrades import DOWNGRADES
@@ -26,9 +27,9 @@ from splitonnx.partitioner.screens.names import check_function
 from splitonnx.partitioner.shapes import infer_shapes
 from splitonnx.partitioner.upgrades import UPGRADES, Adapter, refuse
 
-LOWEST_OPSET, HIGHEST_OPSET = 18, 21
-"""Dropout's mask needs BitwiseXor (18); onnxruntime 1.19.2 ends at 21."""
-IR_VERSION = 10
+LOWEST_OPSET = 18
+"""Dropout's mask needs BitwiseXor."""
+IR_VERSION = HIGHEST_IR_VERSION
 
 _RENEWED = frozenset({"DFT", "GridSample", "GroupNormalization"})
 """Operators that mean something else at 21 than at 18; a model with one goes to 21."""

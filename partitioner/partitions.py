@@ -75,6 +75,7 @@ def cut(
         ModelError: the model cannot be read, prepared or differentiated.
         CutError: the tensors do not exist or do not divide the model.
         UsageError: arguments contradict each other.
+        ForbiddenOperator: an internal error; the bundle would not run.
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     for target in (client_target, server_target):

@@ -21,10 +21,10 @@ import msgspec
 from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import BundleError, FormatError, NotExportable
 from splitonnx.manifests import EVALUATE, PREDICT, PartyManifest
+from splitonnx.operators import TRAINING_ONLY
 from splitonnx.runtime import schemas
 from splitonnx.runtime.engines import Engine, Kernel, installed_runtime, list_kernels
 from splitonnx.runtime.gates import MAX_FIELDS, MAX_NAME, check_graph
-from splitonnx.runtime.operators import TRAINING_ONLY
 from splitonnx.runtime.protobufs import Place, Reader
 from splitonnx.states import STATE
 

@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NoReturn
 
+from splitonnx import operators
 from splitonnx.errors import ForbiddenGraph
-from splitonnx.runtime import operators, schemas
+from splitonnx.runtime import schemas
 from splitonnx.runtime.protobufs import Malformed, Place, Reader, to_signed
 
 MAX_BYTES = (1 << 31) - 1
@@ -42,8 +43,6 @@ MAX_ELEMENTS = 1 << 40
 """Of a tensor, zeros not counted: an empty one may claim more than fits an integer elsewhere."""
 MAX_NAME = 1 << 14
 """Bytes of a name."""
-MAX_TEXT = 1 << 20
-"""Bytes of a comment, or of one text in an attribute or tensor."""
 
 _LONGEST_KEPT = 256
 """Bytes of a name, type or attribute that is remembered, so that it need be read but once."""
@@ -187,9 +186,7 @@ class _Gate:
     def _check_operator(self, operator: str, domain: str) -> None:
         if domain not in self._imported:
             self.refuse(f"its domain '{domain[:80]}' is not imported")
-        if operator in operators.TRAINING_OPERATORS:
-            return
-        if domain == operators.TRAINING_DOMAIN or operator not in operators.STANDARD_OPERATORS:
+        if not operators.is_known(operator, domain):
             self.refuse(f"'{operator[:80]}' of the domain '{domain}' is no operator of a bundle")
 
     def _check_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
@@ -367,7 +364,7 @@ class _Gate:
             self._read_name(place)
 
     def _check_text(self, place: Place) -> None:
-        if place[1] - place[0] > MAX_TEXT:
+        if place[1] - place[0] > operators.MAX_TEXT:
             self.refuse(f"it has a text of {place[1] - place[0]} bytes")
 
     def _read_name(self, place: Place) -> str:

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import ForbiddenGraph
+from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
 from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.lowerings import LOWERINGS
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime import gates
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.gates import check_graph
-from splitonnx.runtime.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
 from tests.conftest import ROOT
 from tests.zoo import ZOO
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from splitonnx import operators
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import ForbiddenGraph, FormatError, SplitonnxError
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import Hello, decode_message
-from splitonnx.runtime import operators
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.gates import check_graph
 from splitonnx.runtime.protocols import CLIENT, Protocol, State, list_wires

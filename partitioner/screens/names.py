@@ -17,6 +17,7 @@ from onnx import (
 )
 
 from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.operators import MAX_TEXT
 from splitonnx.partitioner.screens.walks import (
     label_node,
     list_all_nodes,
@@ -40,6 +41,7 @@ def check_texts(model: ModelProto, label: str) -> None:
     Raises:
         NotAModel: a name holds a line break or another control character, or is endless; text is
             not UTF-8.
+        UnsupportedModel: text is too long.
     """
     check = partial(_check_text, label=label)
     free = partial(_check_free_text, label=label)
@@ -83,6 +85,25 @@ def _check_free_text(message: _Described, label: str) -> None:
     notes = [text for entry in message.metadata_props for text in (entry.key, entry.value)]
     if not all(isinstance(text, str) for text in (message.doc_string, *notes)):
         raise NotAModel(label, "it holds text that is not UTF-8")
+    for text in (message.doc_string, *notes):
+        refuse_long(text, label)
+
+
+def refuse_long(text: str | bytes, label: str) -> None:
+    """Refuse a text that is too long to be in a bundle's graph.
+
+    Raises:
+        UnsupportedModel: it takes more than ``MAX_TEXT`` bytes.
+    """
+    if len(text) * 4 <= MAX_TEXT:  # no character takes more
+        return
+    size = len(text.encode() if isinstance(text, str) else text)
+    if size > MAX_TEXT:
+        raise UnsupportedModel(
+            label,
+            f"it holds a text of {size} bytes; at most {MAX_TEXT} are taken",
+            "export the model without notes for debugging",
+        )
 
 
 def check_types(model: ModelProto, label: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import onnx
@@ -10,11 +9,11 @@ import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto
 
 from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.operators import AXES, EINSUM, EQUATION, KINDS, STANDARD_DOMAINS, WINDOWS
 from splitonnx.partitioner.estimators import DOMAIN, ESTIMATORS
-from splitonnx.partitioner.screens.names import MAX_RANK
+from splitonnx.partitioner.screens.names import MAX_RANK, refuse_long
 from splitonnx.partitioner.screens.walks import label_node, list_bodies, list_nodes
 
-KNOWN_DOMAINS = frozenset({"", "ai.onnx"})
 MAX_NODES = 250_000
 """Of the graph with every call of a function replaced by the function's nodes."""
 MAX_DEPTH = 64
@@ -22,14 +21,8 @@ MAX_DEPTH = 64
 
 Key = tuple[str, str, str]
 
-_AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
 _GRAPHS = frozenset({AttributeProto.GRAPH, AttributeProto.GRAPHS})
-_WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
-_EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
-_TYPE_ATTRIBUTES = frozenset(
-    {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
-)
 
 
 def check_opsets(
@@ -46,7 +39,7 @@ def check_opsets(
     newest = onnx.defs.onnx_opset_version()
     found: dict[str, int] = {}
     for entry in imports:
-        domain = "" if entry.domain in KNOWN_DOMAINS else entry.domain
+        domain = "" if entry.domain in STANDARD_DOMAINS else entry.domain
         if found.setdefault(domain, entry.version) != entry.version:
             raise NotAModel(label, f"it imports two opsets of the domain '{entry.domain}'")
     version = found.get("", default)
@@ -120,7 +113,7 @@ def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
     """Give the operator's schema, or refuse it; those of scikit-learn's estimators have none."""
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
         return None
-    if node.domain not in KNOWN_DOMAINS:
+    if node.domain not in STANDARD_DOMAINS:
         raise UnsupportedModel(
             label_node(node),
             f"its domain '{node.domain}' is not one of ONNX's own",
@@ -145,15 +138,17 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
             raise NotAModel(label, f"{label_node(node)} takes no attribute '{attribute.name}'")
         if not _is_text([attribute.s, *attribute.strings]):
             raise NotAModel(label, f"attribute '{attribute.name}' of {label_node(node)} is no text")
-        if node.op_type == "Einsum" and not _EQUATION.fullmatch(attribute.s):
+        for text in (attribute.s, *attribute.strings):
+            refuse_long(text, label_node(node))
+        if node.op_type == EINSUM and not EQUATION.fullmatch(attribute.s):
             # onnx's inference may look for the end of such a one for ever
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
-        if attribute.name in _TYPE_ATTRIBUTES and attribute.i not in _DTYPES:
+        if attribute.name in KINDS and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")
-        if attribute.name in _WINDOWS and any(extent < 1 for extent in attribute.ints):
+        if attribute.name in WINDOWS and any(extent < 1 for extent in attribute.ints):
             # onnxruntime-training 1.19.2 divides by a stride of 0, and ends the process
             raise NotAModel(label, f"{label_node(node)} has {attribute.name} below 1")
-        axes = (*attribute.ints, attribute.i) if attribute.name in _AXES else ()
+        axes = (*attribute.ints, attribute.i) if attribute.name in AXES else ()
         if any(abs(axis) > MAX_RANK for axis in axes):
             # the kernel and the inference of LayerNormalization read beyond their dimensions
             raise NotAModel(label, f"{label_node(node)} names an axis that no tensor has")

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from splitonnx.errors import ForbiddenExternalData, NotAModel
-from splitonnx.partitioner.screens.names import MAX_RANK
+from splitonnx.partitioner.screens.names import MAX_RANK, refuse_long
 
 
 @dataclass(kw_only=True)
@@ -38,6 +38,7 @@ class DataFiles:
 
         Raises:
             NotAModel: it has no known data type, no valid shape, or not the bytes for it.
+            UnsupportedModel: it holds a text that is too long.
             ForbiddenExternalData: its data lie outside the model's folder.
         """
         subject = f"tensor '{tensor.name}'"
@@ -48,6 +49,8 @@ class DataFiles:
         if tensor.data_type == TensorProto.STRING:
             if external or len(tensor.string_data) != math.prod(dims):
                 raise NotAModel(self.label, f"{subject} does not hold {math.prod(dims)} strings")
+            for text in tensor.string_data:
+                refuse_long(text, subject)
             return
         try:
             bits = ir.DataType(tensor.data_type).bitwidth

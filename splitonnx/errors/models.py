@@ -77,6 +77,26 @@ class NotDifferentiable(ModelError):
         )
 
 
+@dataclass(eq=False)
+class ForbiddenOperator(SplitonnxError):
+    """A graph that was made of a model has an operator that no party would run: our own mistake."""
+
+    stage: str
+    node: str
+    operator: str
+    domain: str
+    version: int
+
+    def __str__(self) -> str:
+        domain = self.domain or "ai.onnx"
+        return (
+            f"internal error of splitonnx, no bundle is written: in the graph of stage "
+            f"'{self.stage}', node '{self.node}' is {self.operator} of the domain '{domain}' in "
+            f"version {self.version}, which its runtime does not run; report it, with the model "
+            "if you may"
+        )
+
+
 class CutError(SplitonnxError):
     """The place where the user wants to cut is not one where this model can be cut."""
 

@@ -24,7 +24,7 @@ from splitonnx.manifests import (
     encode_manifest,
 )
 from splitonnx.messages import Message
-from splitonnx.runtime.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
+from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
 from splitonnx.runtime.protocols import State
 from splitonnx.tensors import DTYPES
 from tests.byte_fuzzing.framings import END, NESTED

@@ -1,4 +1,4 @@
-"""The operators that a bundle's graphs are made of; the gate lets no other reach ONNX Runtime.
+"""The operators that a bundle's graphs are made of: ``cut`` writes no others, no others are run.
 
 ONNX Runtime has hundreds more, among them some that call Python, load libraries or talk to other
 machines.  Tests hold these lists against the onnx package's own and the partitioner's tables.
@@ -59,6 +59,19 @@ _CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization
 TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
 """Those of them that only onnxruntime-training can run; the others every ONNX Runtime has."""
 
+
+def is_known(operator: str, domain: str) -> bool:
+    """Tell whether an operator may stand in a bundle's graph."""
+    if operator in TRAINING_OPERATORS:
+        return domain in DOMAINS
+    return is_standard(operator, domain)
+
+
+def is_standard(operator: str, domain: str) -> bool:
+    """Tell whether an operator may stand in the graph of a portable part."""
+    return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
+
+
 WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
 """Attributes whose numbers below 1 ONNX Runtime divides by, and so ends the process."""
 AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
@@ -70,3 +83,5 @@ KINDS = frozenset(
 EINSUM = "Einsum"
 EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 """Of another one, onnx's inference may look for the end for ever."""
+MAX_TEXT = 1 << 20
+"""Bytes of a comment, or of one text in an attribute or tensor."""
