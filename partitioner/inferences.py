@@ -272,7 +272,8 @@ class Inference:
         if not self._is_small(node, MOST_ELEMENTS):
             return ()
         if not any(content is not None and content.dtype == object for content in contents):
-            return evaluate(node, contents, self._opset)
+            plain = node.op_type == "Identity"
+            return contents if plain else evaluate(node, contents, self._opset)
         self._computed += sum(content.size for content in contents if content is not None)
         if not self._is_small(node, _MOST_SYMBOLS) or self._computed > _MOST_COMPUTED:
             return ()

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.partitioner import inferences
+from splitonnx.partitioner import evaluations, inferences
 from splitonnx.partitioner.folds import fold
 from splitonnx.partitioner.inferences import MOST_ELEMENTS
 
@@ -307,3 +307,29 @@ def test_a_long_range_of_floats_is_not_computed_beforehand(
     known = inferences.Inference(18)
     known.visit(node)
     assert known.content(node.outputs[0]) is None
+
+
+def test_a_constant_is_handed_on_without_onnx_s_reference_implementation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def spy(node: ir.Node, *rest: Any) -> Sequence[np.ndarray | None]:
+        asked.append(node.op_type)
+        return evaluations.evaluate(node, *rest)
+
+    monkeypatch.setattr(inferences, "evaluate", spy)
+    value = ir.Value(name="c", const_value=ir.tensor(np.arange(3, dtype=np.float32), name="c"))
+    nodes = [ir.node("Identity", [value])]
+    nodes.append(ir.node("Neg", nodes[0].outputs))
+    known = inferences.Inference(18)
+    for node in nodes:
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape([3])
+        known.visit(node)
+    handed_on, negated = (known.constant(node.outputs[0]) for node in nodes)
+    assert handed_on is not None
+    assert negated is not None
+    np.testing.assert_array_equal(handed_on, np.arange(3, dtype=np.float32))
+    np.testing.assert_array_equal(negated, -handed_on)
+    assert asked == ["Neg"]

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import ForbiddenExternalData, ModelError, NotAModel, UnsupportedModel
 from splitonnx.partitioner.gates import open_model
-from tests.zoo import FLOAT, ZOO
+from tests.zoo import FLOAT, ZOO, Net
 
 
 def make_model() -> ModelProto:
@@ -241,3 +241,16 @@ def test_functions_of_the_model_itself_are_taken() -> None:
     onnx.checker.check_model(model)
     assert FLOAT == TensorProto.FLOAT
     assert len(list(open_model(model).graph)) == len(model.graph.node)
+
+
+@pytest.mark.parametrize("operator", ["Concat", "Sum"])
+def test_a_node_has_a_bounded_number_of_inputs(operator: str) -> None:
+    def build(count: int) -> ModelProto:
+        net = Net()
+        attributes = {"axis": 1} if operator == "Concat" else {}
+        net.op(operator, *["x"] * count, out="y", **attributes)
+        return net.finish({"x": (FLOAT, ["N", 1])}, "y", count if attributes else 1)
+
+    open_model(build(4096))
+    with pytest.raises(UnsupportedModel, match=rf"'y_node' \({operator}\): it has 4097 inputs; at"):
+        open_model(build(4097))

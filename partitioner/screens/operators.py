@@ -16,6 +16,8 @@ from splitonnx.partitioner.screens.walks import label_node, list_bodies, list_no
 
 MAX_NODES = 250_000
 """Of the graph with every call of a function replaced by the function's nodes."""
+MAX_INPUTS = 4096
+"""Of a node: the time that onnx-ir takes to change one of them grows with their number."""
 MAX_DEPTH = 64
 """Of bodies and function calls inside one another."""
 
@@ -87,6 +89,9 @@ def _check_nodes(
     nodes: Iterable[NodeProto], functions: Mapping[Key, FunctionProto], version: int, label: str
 ) -> None:
     for node in list_nodes(nodes):
+        if (count := len(node.input)) > MAX_INPUTS:
+            reason = f"it has {count} inputs; at most {MAX_INPUTS} are taken"
+            raise UnsupportedModel(label_node(node), reason, "join some of them in nodes before it")
         called = functions.get(_find_key(node))
         if called is None:
             _check_attributes(node, _find_schema(node, version), label)
