@@ -46,9 +46,16 @@ class TrainingLoop:
         Where the server lost steps, both sides go back and make them again.
 
         Raises:
-            StepsLost: they were made before this call.
+            StepsLost: they were made before this call, or are lost again and again.
             SplitonnxError: see :meth:`Client.fit`.
         """
+        try:
+            return self._fit(plan, start)
+        except BaseException:  # whoever resumes the run need not wait for close
+            self._journal.release()
+            raise
+
+    def _fit(self, plan: FitPlan, start: Position) -> History:
         history = History()
         first, place = self._executor.step, start
         farthest, returns = first, 0
@@ -71,9 +78,6 @@ class TrainingLoop:
                     raise
                 place = start if kept is None else kept
                 history.forget(lost.step, place.epoch)
-            except BaseException:  # whoever resumes the run need not wait for close
-                self._journal.release()
-                raise
 
     def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
         """Train from a place to the end of its epoch and evaluate; return the next place."""
