@@ -18,6 +18,7 @@ from splitonnx.partitioner.cuts import Division, divide, find_lost, resolve_name
 from splitonnx.partitioner.dimensions import name_unknown
 from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.frontiers import find_movers, map_values, prune, walk_back
+from splitonnx.partitioner.fusions import separate_pads
 from splitonnx.partitioner.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.inferences import Inference
 from splitonnx.partitioner.losses import LOSS, attach_loss, skip_activation
@@ -116,6 +117,7 @@ def build_training(
     port_wires = [(port, declare(port.value)) for port in ports]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
+    separate_pads(derived)  # those whose axes had to go for their gradient
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

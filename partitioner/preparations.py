@@ -29,6 +29,7 @@ from splitonnx.partitioner.estimators import settle_estimators
 from splitonnx.partitioner.faults import blame_stage
 from splitonnx.partitioner.folds import fold, note_shapes
 from splitonnx.partitioner.frontiers import find_dependents
+from splitonnx.partitioner.fusions import separate_pads
 from splitonnx.partitioner.layouts import settle_layouts
 from splitonnx.partitioner.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.paddings import settle_paddings
@@ -147,6 +148,7 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
     settle_layouts(model.graph)
     settle_estimators(model.graph)
     infer_shapes(model)
+    _settle_paddings(model)  # before a shape that it corrects becomes a constant
     if flatten_sequences(model.graph):
         infer_shapes(model)
     fold(model, weights)
@@ -155,9 +157,15 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
         fold(model, weights)
     return_weights(model.graph, weights)
     check_ranks(model.graph)
-    settle_paddings(model.graph)
+    _settle_paddings(model)
+    separate_pads(model.graph)
     settle_reductions(model.graph)
     return weights
+
+
+def _settle_paddings(model: ir.Model) -> None:
+    if settle_paddings(model.graph):
+        infer_shapes(model)
 
 
 def _make_differentiable(training: ir.Model, trained: Collection[str]) -> None:
