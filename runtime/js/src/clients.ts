@@ -20,7 +20,7 @@ import { Journal } from "./journals.js";
 import { Link } from "./links.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "./manifests.js";
 import type { PartyManifest, Phase } from "./manifests.js";
-import { requirePositive } from "./plans.js";
+import { checkNumbers, requirePositive } from "./plans.js";
 import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./plans.js";
 import { Returns } from "./returns.js";
 import { connect } from "./sockets.js";
@@ -56,9 +56,7 @@ export class SplitClient {
    */
   static async connect(url: string, options: ConnectOptions): Promise<SplitClient> {
     const { seed = 0, resume = false, token, giveUpAfter, onReconnect, onWires } = options;
-    if (!Number.isSafeInteger(seed) || seed < 0) {
-      throw new UsageError(`the seed must be an integer from 0 to 2^53, not ${seed}`);
-    }
+    checkNumbers(options);
     const party = await loadBundle(options.bundle ?? locateBundle(url), { token });
     if (!party.manifest.phases.some((phase) => phase.wires.length)) {
       throw new UsageError("this model was left whole and has no part for a server");

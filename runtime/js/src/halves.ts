@@ -127,8 +127,8 @@ export class Half {
     return this.#inTurn(async () => {
       this.journal.checkOutcome(this.executor);
       await this.journal.hold();
+      this.#isHalfPublished = true; // from now on nobody knows, unless the server tells
       await this.#saveRemotely(true);
-      this.#isHalfPublished = true;
       await this.journal.publish(this.executor, this.place);
       this.#isHalfPublished = false;
     });
