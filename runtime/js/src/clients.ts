@@ -164,7 +164,12 @@ export class SplitClient {
       samples: training.size,
     };
     const plan = { ...options, epochs, training, heldOut };
-    return this.#carryOut(plan, journal.takePosition(start));
+    try {
+      return await this.#carryOut(plan, journal.takePosition(start));
+    } catch (error) {
+      await journal.release(); // whoever resumes the run need not wait for close
+      throw error;
+    }
   }
 
   /**
