@@ -51,7 +51,7 @@ class TrainingLoop:
         """
         try:
             return self._fit(plan, start)
-        except BaseException:  # whoever resumes the run need not wait for close
+        except BaseException:  # another client can resume before close
             self._journal.release()
             raise
 

@@ -167,7 +167,7 @@ export class SplitClient {
     try {
       return await this.#carryOut(plan, journal.takePosition(start));
     } catch (error) {
-      await journal.release(); // whoever resumes the run need not wait for close
+      await journal.release(); // another client can resume before close
       throw error;
     }
   }
