@@ -40,7 +40,7 @@ from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.handouts import Handout
-from splitonnx.runtime.heaps import keep_buffers
+from splitonnx.runtime.heaps import exempt_loaded, keep_buffers
 from splitonnx.runtime.identities import Role
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
@@ -219,6 +219,7 @@ class Server:
         """
         raise_limit(self._limits.clients + 2 * self._limits.strangers + FILES)
         keep_buffers()
+        exempt_loaded()
         try:
             asyncio.run(self._run(handle_signals=True))
         finally:
