@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from splitonnx.codecs import Chunk
+from splitonnx.runtime.client_websockets import connect
 from splitonnx.runtime.clients import Client
-from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 
 

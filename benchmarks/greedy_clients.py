@@ -34,9 +34,9 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, Tensors, decode_message, encode_message
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.client_websockets import connect
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.protocols import CLIENT, list_wires
-from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.tokens import add_token
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import DTYPES

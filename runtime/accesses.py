@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from splitonnx.errors import UsageError
-from splitonnx.runtime.doors import is_loopback
+from splitonnx.runtime.exposure import is_loopback
 
 MESSAGE_BYTES = 256 << 20
 """Bytes of one message from a server, unless another limit is given."""

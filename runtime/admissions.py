@@ -13,10 +13,9 @@ from http import HTTPStatus
 from websockets.datastructures import MultipleValuesError
 from websockets.http11 import Request
 
-from splitonnx.runtime.answers import METHODS, read_visit
+from splitonnx.runtime.http import METHODS, Answer, Authorize, Refusal, Respond, read_visit
 from splitonnx.runtime.identities import Identity, Role
 from splitonnx.runtime.origins import Origins
-from splitonnx.runtime.refusals import Answer, Authorize, Refusal, Respond
 
 
 @dataclass(frozen=True, kw_only=True)

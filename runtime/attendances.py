@@ -37,13 +37,14 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.runtime.close_codes import BUSY, POLICY, RESTART
 from splitonnx.runtime.conversations import Conversation, Incoming
 from splitonnx.runtime.ledgers import Reply
 from splitonnx.runtime.metrics import Part
 from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.reply_senders import ReplySender
+from splitonnx.runtime.server_websockets import Peer
 from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.sockets import BUSY, POLICY, RESTART, Peer
 from splitonnx.runtime.task_memory import TaskMemory
 from splitonnx.runtime.turns import Turns
 

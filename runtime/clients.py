@@ -22,6 +22,7 @@ from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.backoffs import Backoff
 from splitonnx.runtime.checkpoints import Position
+from splitonnx.runtime.client_websockets import connect
 from splitonnx.runtime.datasets import (
     Batch,
     DataSource,
@@ -36,7 +37,6 @@ from splitonnx.runtime.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.journals import Journal
 from splitonnx.runtime.links import Dial, Link
 from splitonnx.runtime.plans import FitPlan, LearningRate, require_positive
-from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.training_loops import TrainingLoop
 from splitonnx.runtime.transports import Transport
 from splitonnx.tensors import TensorSpec

@@ -2,7 +2,7 @@
 
 A connection in the middle of its TLS handshake is known to no one but the event loop, which keeps
 some 300 KiB for it; so the count begins at ``accept`` and ends when the socket is closed.  This
-module knows neither TLS nor websockets.  Also here: what must hold before a door is opened.
+module knows neither TLS nor websockets.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import ipaddress
-import logging
 import math
 import os
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +32,6 @@ RETRY_SECONDS = 1.0
 """Seconds for which the event loop stops accepting once it has no descriptor left."""
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-
-_logger = logging.getLogger("splitonnx.doors")
 
 
 class Entrance:
@@ -207,40 +202,3 @@ def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):
         loop.default_exception_handler(context)
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether an address to listen on can be reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_exposure(
-    host: str, tokens: object | None, tls: ssl.SSLContext | None, *, insecure: bool = False
-) -> None:
-    """Refuse to be open to the network to anyone; warn where tokens would travel in the clear.
-
-    ``tokens`` is anything that keeps strangers out, ``None`` where nothing does.  A TLS context
-    that asks clients for a certificate keeps them out, too.
-
-    Raises:
-        UsageError: ``host`` can be reached from elsewhere, nothing keeps strangers out, and
-            ``insecure`` was not said.
-    """
-    if is_loopback(host):
-        return
-    known = tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
-    if tokens is None and not known and not insecure:
-        raise UsageError(
-            f"anyone who reaches {host or 'this machine'} could train here: name a file of tokens "
-            "with --token-file, ask for certificates with --client-ca, stay on 127.0.0.1, or say "
-            "--insecure"
-        )
-    if tls is None:
-        _logger.warning(
-            "no TLS: tokens and tensors travel in the clear unless a proxy or tunnel encrypts them"
-        )

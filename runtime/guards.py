@@ -18,13 +18,21 @@ from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
 from splitonnx.runtime.admissions import Admission
-from splitonnx.runtime.answers import deny, deny_busy, make_response
 from splitonnx.runtime.doors import BACKLOG, Entrance
+from splitonnx.runtime.http import (
+    STATUSES,
+    Authorize,
+    OnRefusal,
+    Refusal,
+    Respond,
+    deny,
+    deny_busy,
+    make_response,
+)
 from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.paces import Pace
-from splitonnx.runtime.refusals import STATUSES, Authorize, OnRefusal, Refusal, Respond
 from splitonnx.runtime.timers import Timers
 
 REQUEST_BYTES = 16 << 10

@@ -12,7 +12,7 @@ from pathlib import Path
 from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import MANIFEST, PartyManifest
-from splitonnx.runtime.refusals import Answer
+from splitonnx.runtime.http import Answer
 
 FOLDER = "/client/"
 """Where the files lie, on the server's own address."""

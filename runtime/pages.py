@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from splitonnx.errors import UsageError
 from splitonnx.files import read_regular
-from splitonnx.runtime.refusals import Answer, Visit
+from splitonnx.runtime.http import Answer, Visit
 
 INDEX = "index.html"
 PACKED = ".gz"

@@ -12,10 +12,10 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from splitonnx.runtime.budgets import Budget, Task
+from splitonnx.runtime.close_codes import RESTART
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.sockets import RESTART
 from splitonnx.runtime.tokens import Tokens
 from splitonnx.runtime.turns import Turns
 

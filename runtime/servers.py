@@ -35,12 +35,13 @@ from splitonnx.runtime.attendances import Attendance
 from splitonnx.runtime.blocks import SharedTensors
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.descriptors import Rarely, find_limit, raise_limit
-from splitonnx.runtime.doors import check_exposure, is_loopback
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.estimates import Estimates
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.exposure import check_exposure, is_loopback
 from splitonnx.runtime.handouts import Handout
 from splitonnx.runtime.heaps import keep_buffers
+from splitonnx.runtime.http import Answer, Refusal, Visit
 from splitonnx.runtime.identities import Role
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.metrics import Metrics
@@ -48,9 +49,8 @@ from splitonnx.runtime.pages import read_pages
 from splitonnx.runtime.pools import WorkerPool
 from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.protocols import SERVER
-from splitonnx.runtime.refusals import Answer, Refusal, Visit
 from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.sockets import Peer, serve
+from splitonnx.runtime.server_websockets import Peer, serve
 from splitonnx.runtime.tokens import Tokens
 from splitonnx.runtime.turns import Turns
 from splitonnx.runtime.workers import WorkerOptions

@@ -13,9 +13,10 @@ from splitonnx.errors import ConnectionLost
 from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Tensors
 from splitonnx.runtime.budgets import IDLE_SECONDS
+from splitonnx.runtime.close_codes import RESTART
 from splitonnx.runtime.premises import Premises
+from splitonnx.runtime.server_websockets import Peer
 from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.sockets import RESTART, Peer
 
 
 class TaskMemory:

@@ -25,7 +25,7 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.datasets import DataSource, open_dataset
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,14 @@ from splitonnx.messages import (
 )
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.client_websockets import connect
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.tokens import add_token
-from splitonnx.runtime.transports import Transport, connect_in_memory
+from splitonnx.runtime.transports import Transport
 from tests.echoes import PATIENCE
 from tests.zoo import ZOO
 

@@ -19,7 +19,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine, installed_runtime
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 
 BATCH = 8
 

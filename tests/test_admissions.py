@@ -17,11 +17,12 @@ from splitonnx.errors import ConnectionLost, NotPermitted, NotSaved
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime import guards
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.client_websockets import WebSocketTransport, connect
+from splitonnx.runtime.close_codes import BUSY
+from splitonnx.runtime.http import Refusal
 from splitonnx.runtime.identities import Identity, Role
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
-from splitonnx.runtime.refusals import Refusal
-from splitonnx.runtime.sockets import BUSY, WebSocketTransport, connect
 from splitonnx.runtime.tokens import Tokens, add_token
 from tests.echoes import PING, Echo, dial, frame, know_sesame, read_to_end, shake
 from tests.zoo import ZOO

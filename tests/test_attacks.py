@@ -32,8 +32,8 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.client_websockets import WebSocketTransport, connect
 from splitonnx.runtime.clients import Client
-from splitonnx.runtime.sockets import WebSocketTransport, connect
 from tests.arenas import DATA, FORWARD, MIB, Arena, Attacker, many_files
 from tests.echoes import (
     BINARY,

@@ -24,7 +24,7 @@ from splitonnx.runtime.identities import ALL_ROLES
 from splitonnx.runtime.metrics import Metrics
 from splitonnx.runtime.premises import Premises
 from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
-from splitonnx.runtime.sockets import Peer
+from splitonnx.runtime.server_websockets import Peer
 from tests.echoes import PATIENCE
 from tests.shared_premises import open_premises
 from tests.zoo import ZOO

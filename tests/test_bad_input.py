@@ -41,8 +41,8 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.servers import Server
-from splitonnx.runtime.transports import connect_in_memory
 from tests.zoo import FLOAT, INT64, ZOO, Net
 
 

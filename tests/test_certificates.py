@@ -15,10 +15,10 @@ from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, Unusa
 from splitonnx.runtime import doors
 from splitonnx.runtime.accesses import Access
 from splitonnx.runtime.certificates import make_client_tls, make_server_tls
-from splitonnx.runtime.doors import check_exposure
+from splitonnx.runtime.client_websockets import connect
+from splitonnx.runtime.exposure import check_exposure
+from splitonnx.runtime.http import Refusal
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.refusals import Refusal
-from splitonnx.runtime.sockets import connect
 from tests.echoes import Echo, dial, know_sesame, read_to_end
 
 

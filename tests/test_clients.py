@@ -34,7 +34,7 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.histories import Evaluation, StepRecord
-from splitonnx.runtime.transports import MemoryTransport, connect_in_memory
+from splitonnx.runtime.memory import MemoryTransport, connect_in_memory
 from tests import tiny
 
 DATA = {

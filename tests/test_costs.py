@@ -17,13 +17,13 @@ from splitonnx.errors import BatchTooLarge, ConnectionLost, TaskTooLarge
 from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message, encode_message
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime import budgets
+from splitonnx.runtime.client_websockets import connect
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.estimates import FIXED, Estimates
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.norms import check_values
 from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
 from splitonnx.runtime.servers import Server
-from splitonnx.runtime.sockets import connect
 from splitonnx.runtime.transports import Transport
 from tests.arenas import FORWARD, MIB, Arena, Attacker
 from tests.echoes import PATIENCE

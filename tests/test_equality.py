@@ -20,7 +20,7 @@ from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.oracles import sample_gradients, to_inference
 from tests.zoo import ZOO

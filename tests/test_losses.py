@@ -15,7 +15,7 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
 from tests.oracles import LOSSES
 from tests.zoo import FLOAT, INT64, ZOO, Net

@@ -25,8 +25,8 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine, InstalledRuntime
 from splitonnx.runtime.executors import Executor
 from splitonnx.runtime.exports import OPERATORS, OPERATORS_AND_TYPES, export
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.servers import Server
-from splitonnx.runtime.transports import connect_in_memory
 from tests import portable_training, tiny
 from tests.test_commands import AT, MODEL, TAIL_AT, Command
 from tests.zoo import ZOO

@@ -17,10 +17,10 @@ from splitonnx import Server
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime import guards, pages
+from splitonnx.runtime.http import Visit
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
 from splitonnx.runtime.pages import read_pages
-from splitonnx.runtime.refusals import Visit
 from splitonnx.runtime.tokens import Tokens, add_token
 from tests.echoes import dial, shake
 

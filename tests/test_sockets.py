@@ -23,12 +23,13 @@ from splitonnx.errors import (
 )
 from splitonnx.runtime import client_connections, guards
 from splitonnx.runtime.accesses import Access
+from splitonnx.runtime.client_websockets import WebSocketTransport, connect
+from splitonnx.runtime.close_codes import BUSY, RESTART
 from splitonnx.runtime.doors import Entrance, open_doors
 from splitonnx.runtime.fragments import FRAGMENT
 from splitonnx.runtime.guards import MAX_FRAGMENTS
+from splitonnx.runtime.http import Refusal
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.refusals import Refusal
-from splitonnx.runtime.sockets import BUSY, RESTART, WebSocketTransport, connect
 from tests.echoes import (
     BINARY,
     CONT,

@@ -8,8 +8,8 @@ from typing import cast
 from splitonnx.messages import Tensors
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.premises import Premises
+from splitonnx.runtime.server_websockets import Peer
 from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.sockets import Peer
 from splitonnx.runtime.task_memory import TaskMemory
 
 

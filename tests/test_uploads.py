@@ -16,7 +16,7 @@ from splitonnx.runtime import budgets
 from splitonnx.runtime.attendances import Attendance
 from splitonnx.runtime.budgets import Budget
 from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.sockets import Peer, serve
+from splitonnx.runtime.server_websockets import Peer, serve
 from tests.echoes import PATIENCE
 from tests.shared_premises import open_premises
 from tests.test_attendances import Guest

@@ -24,7 +24,7 @@ from splitonnx.partitioner.preparations import BatchNormMode
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine
 from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 from tests import portable_training
 
 Arrays = Mapping[str, np.ndarray]

@@ -34,9 +34,9 @@ from splitonnx.runtime.clients import Client
 from splitonnx.runtime.conversations import Conversation
 from splitonnx.runtime.engines import Engine, LoadedStage
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.memory import MemoryTransport
 from splitonnx.runtime.protocols import list_wires
 from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.transports import MemoryTransport
 from tests.zoo import ZOO, Arrays, Entry
 
 BATCH = 3

@@ -19,8 +19,8 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.clients import Client
 from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.transports import connect_in_memory
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages, test_runtime_gates, tiny
 from tests.zoo import ZOO

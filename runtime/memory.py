@@ -1,0 +1,78 @@
+"""A client's connection to a server's part in the same process and thread, without a network.
+
+For tests and for verifying a bundle.  It encodes and decodes like any other transport and does
+everything in one order, so that a run can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, LocalProtocolError
+from splitonnx.runtime.conversations import Conversation
+from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.registries import Registry
+
+
+class MemoryTransport:
+    """A client's connection to a conversation in the same thread.
+
+    The server's work is done when the client waits for a reply, and what is left of it before
+    the client's next message, at :meth:`drain` and at :meth:`close`.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._conversation = conversation
+        self._replies: Iterator[list[Chunk]] = iter(())
+        self._waiting: list[bytes] = []
+        self._closed = False
+
+    @property
+    def executor(self) -> Executor:
+        """The server's side of the session; there is one once the client said hello."""
+        if self._conversation.session is None:
+            raise LocalProtocolError("nobody has said hello")
+        executor = self._conversation.session.executor
+        assert isinstance(executor, Executor)  # nothing is isolated in memory
+        return executor
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        """Hand the conversation one message."""
+        if self._closed:
+            raise ConnectionLost("the server", "the connection is closed")
+        self.drain()
+        content = b"".join(chunks)
+        self.bytes_sent += len(content)
+        self._replies = self._conversation.handle(content)
+
+    def receive(self) -> bytes:
+        """Let the server work until its next reply."""
+        content = self._waiting.pop(0) if self._waiting else self._next_reply()
+        if content is None:
+            raise ConnectionLost("the server", "it has nothing to say")
+        self.bytes_received += len(content)
+        return content
+
+    def drain(self) -> None:
+        """Let the server finish what it was told; its replies are kept."""
+        while (content := self._next_reply()) is not None:
+            self._waiting.append(content)
+
+    def close(self) -> None:
+        """End the connection."""
+        if not self._closed:
+            self.drain()
+            self._conversation.end()
+        self._closed = True
+
+    def _next_reply(self) -> bytes | None:
+        chunks = next(self._replies, None)
+        return None if chunks is None else b"".join(chunks)
+
+
+def connect_in_memory(executor: Executor) -> MemoryTransport:
+    """Connect to a server of its own for ``executor``'s part, whose state it starts from."""
+    return MemoryTransport(Conversation(Registry(executor)))
