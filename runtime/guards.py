@@ -32,8 +32,7 @@ from splitonnx.runtime.http import (
 from splitonnx.runtime.identities import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.origins import Origins
-from splitonnx.runtime.paces import Pace
-from splitonnx.runtime.timers import Timers
+from splitonnx.runtime.rate_limits import Timers, TokenBucket
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -193,7 +192,7 @@ class Guest(ServerConnection):
         self.name = "somebody"
         self._hall = hall
         self._limits = hall.limits
-        self._pace = Pace(hall.limits.messages_per_second, self.loop.time())
+        self._pace = TokenBucket(hall.limits.messages_per_second, self.loop.time())
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all

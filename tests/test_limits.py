@@ -12,7 +12,7 @@ import pytest
 from splitonnx.commands.services import serve
 from splitonnx.errors import UsageError
 from splitonnx.runtime.limits import Limits, measure_memory
-from splitonnx.runtime.paces import Pace
+from splitonnx.runtime.rate_limits import TokenBucket
 
 PAGE = Path(__file__).parent.parent / "docs" / "security.md"
 UNSET = {"half of the machine's": None, "a quarter of the machine's memory": None, "none": None}
@@ -57,7 +57,7 @@ def test_memory_is_half_of_the_machine_s_unless_said() -> None:
 
 
 def test_a_pace_lets_a_second_s_worth_through_and_then_makes_wait() -> None:
-    pace = Pace(100, now=0.0)
+    pace = TokenBucket(100, now=0.0)
     assert pace.count(100, now=0.0) == 0
     assert pace.count(50, now=0.0) == pytest.approx(0.5)
     assert pace.count(0, now=0.5) == 0

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from splitonnx.runtime.paces import Pace
+from splitonnx.runtime.rate_limits import TokenBucket
 
 FIELDS = ("peer", "owner", "session", "phase", "step", "reason", "seconds", "bytes", "left_out")
 """The fields that an event may carry, in the order in which they are written."""
@@ -80,7 +80,7 @@ class Brake(logging.Filter):
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:
         super().__init__()
-        self._pace = Pace(lines_per_second, time.monotonic())
+        self._pace = TokenBucket(lines_per_second, time.monotonic())
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:

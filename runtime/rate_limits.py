@@ -1,9 +1,27 @@
-"""The deadlines of one connection, each under a name, on the event loop."""
+"""How fast and how long one connection may talk: a token bucket and deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+
+
+class TokenBucket:
+    """Lets ``rate`` events a second through, and one second's worth of them at once.
+
+    It has no clock of its own.
+    """
+
+    def __init__(self, rate: float, now: float) -> None:
+        self._rate = rate
+        self._left = rate
+        self._seen = now
+
+    def count(self, events: int, now: float) -> float:
+        """Count events that have happened, and return the seconds to wait before the next."""
+        self._left = min(self._rate, self._left + (now - self._seen) * self._rate) - events
+        self._seen = now
+        return max(0.0, -self._left / self._rate)
 
 
 class Timers:
