@@ -33,12 +33,12 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, Tensors, decode_message, encode_message
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.client_websockets import connect
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.protocols import CLIENT, list_wires
-from splitonnx.runtime.tokens import add_token
-from splitonnx.runtime.transports import Transport
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.edge.tokens import add_token
+from splitonnx.runtime.wire.protocols import CLIENT, list_wires
+from splitonnx.runtime.wire.transports import Transport
 from splitonnx.tensors import DTYPES
 
 HONEST, GREEDY, CLIENTS = 6, 2, 8

@@ -19,10 +19,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import SplitonnxError
-from splitonnx.partitioner import isolations
-from splitonnx.partitioner.checks import check
-from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.native import workers as isolations
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.inspections import inspect
 
 MOST_GROWTH = 1.5
 MOST_SECONDS = 30.0

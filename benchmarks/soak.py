@@ -34,7 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.errors import SplitonnxError
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 
 FLAT = 0.05
 """Largest part by which the server's memory may vary after the warm-up."""

@@ -69,7 +69,7 @@ def work(model: str, tail: bool, threads: int | None) -> None:
     Each time, it prints the seconds of each step, and those that client and server computed in all.
     """
     from splitonnx.partitioner.partitions import cut
-    from splitonnx.runtime.clients import Client
+    from splitonnx.runtime.client.clients import Client
 
     random = np.random.default_rng(1)
     batch: dict[str, np.ndarray]

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
-from splitonnx.partitioner.gates import open_model
-from splitonnx.partitioner.preparations import settle
-from splitonnx.partitioner.quantizations import fold_quantized
-from splitonnx.partitioner.weights import restore_weights
+from splitonnx.partitioner.cutting.preparations import settle
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.normalization.quantizations import fold_quantized
+from splitonnx.partitioner.normalization.weights import restore_weights
 from splitonnx.pieces import split_pieces
 
 MAX_INSIDE = 2**31 - 2**26

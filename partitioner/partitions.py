@@ -14,17 +14,17 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
-from splitonnx.partitioner.assemblies import assemble
-from splitonnx.partitioner.frontiers import is_float
-from splitonnx.partitioner.gates import ModelSource, open_model
-from splitonnx.partitioner.joints import build_predict, build_training
-from splitonnx.partitioner.pauses import pause_collection
-from splitonnx.partitioner.preparations import (
+from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.joints import build_predict, build_training
+from splitonnx.partitioner.cutting.preparations import (
     BatchNormMode,
     DropoutMode,
     PreparedModel,
     prepare,
 )
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.traversals import is_float
 
 Target = Literal["portable", "training"]
 
@@ -56,7 +56,7 @@ def cut(
         tail_at: the tensors that come back to the client for a U-shaped cut: what lies behind
             them, the loss and the labels are the client's too.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` where
-            ``output`` is the loss; see :func:`splitonnx.partitioner.losses.attach_loss`.
+            ``output`` is the loss; see :func:`losses.attach_loss`.
         output: the model output that the loss is taken of; the first float one by default.
         optimizer: ``AdamW(lr=1e-3)`` by default.
         batchnorm: ``train`` normalises by the batch and keeps running statistics, ``frozen`` uses

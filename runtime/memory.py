@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, LocalProtocolError
-from splitonnx.runtime.conversations import Conversation
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.registries import Registry
 
 
 class MemoryTransport:

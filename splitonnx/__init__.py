@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
-    from splitonnx.partitioner.checks import check
-    from splitonnx.partitioner.inspections import inspect
     from splitonnx.partitioner.merges import merge, write_merged
     from splitonnx.partitioner.partitions import cut
-    from splitonnx.runtime.clients import Client
-    from splitonnx.runtime.exports import export
-    from splitonnx.runtime.histories import History
-    from splitonnx.runtime.servers import Server
+    from splitonnx.partitioner.reports.checks import check
+    from splitonnx.partitioner.reports.inspections import inspect
+    from splitonnx.runtime.client.clients import Client
+    from splitonnx.runtime.client.histories import History
+    from splitonnx.runtime.engine.exports import export
+    from splitonnx.runtime.server.servers import Server
     from splitonnx.verifications import verify
 
 __all__ = [

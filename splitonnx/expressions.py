@@ -2,7 +2,7 @@
 
 A text is a sum of products of integers and *atoms*.  An atom is a name (``N``), or the rounded
 down quotient of two sums, each in parentheses.  A text that is no such sum is one atom, whatever
-it contains.  The partitioner writes these texts (:mod:`splitonnx.partitioner.dimensions`), into
+it contains.  The partitioner writes these texts (``partitioner/inference/dimensions.py``) into
 manifests and into the graphs' own shapes; the runtime computes with them once sizes are known.
 This module knows no tensor.
 """

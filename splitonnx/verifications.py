@@ -19,12 +19,12 @@ from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
+from splitonnx.partitioner.normalization.weights import pin_names
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.weights import pin_names
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.datasets import DataSource, open_dataset
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.datasets import DataSource, open_dataset
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 
 

@@ -29,15 +29,15 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.client_websockets import connect
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.edge.tokens import add_token
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.tokens import add_token
-from splitonnx.runtime.transports import Transport
+from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.runtime.wire.transports import Transport
 from tests.echoes import PATIENCE
 from tests.zoo import ZOO
 

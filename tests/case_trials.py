@@ -22,11 +22,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.normalization.parameters import Kind, judge
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.partitioner.preparations import prepare
-from splitonnx.partitioner.uses import Kind, judge
-from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.engine.engines import Engine
 from tests.case_oracles import Arrays, Slopes, draw_data, expect
 from tests.node_cases import (
     NodeCase,

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from splitonnx.manifests import FORMAT, PartyManifest, Role, StateSpec
-from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
 from tests.tracing import Stop, trace

@@ -25,8 +25,8 @@ import numpy as np
 
 from splitonnx import Client
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.tokens import add_token
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.edge.tokens import add_token
 from tests.conftest import ROOT
 from tests.zoo import ZOO
 

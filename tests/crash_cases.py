@@ -17,8 +17,8 @@ from onnx import TensorProto, helper
 from splitonnx.errors import SplitonnxError
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from tests.address_cases import KERNELS
 from tests.zoo import FLOAT, INT64, Arrays, Net
 

@@ -14,11 +14,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.runtime.close_codes import BUSY, POLICY
-from splitonnx.runtime.http import Answer, Authorize, Refusal, Visit
-from splitonnx.runtime.identities import Identity
+from splitonnx.runtime.edge.http import Answer, Authorize, Refusal, Visit
+from splitonnx.runtime.edge.identities import Identity
+from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.server_websockets import Peer, serve
+from splitonnx.runtime.wire.close_codes import BUSY, POLICY
 
 PATIENCE = 20.0
 """Seconds after which a test fails rather than waits."""

@@ -18,9 +18,9 @@ import msgspec
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, NotSaved
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.histories import StepRecord
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.histories import StepRecord
+from splitonnx.runtime.server.servers import Server
 from tests import tiny
 from tests.full_disks import DISK, fill
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from splitonnx.manifests import PartyManifest
-from splitonnx.runtime.engines import Engine, LoadedStage
+from splitonnx.runtime.engine.engines import Engine, LoadedStage
 from splitonnx.tensors import DTYPES, TensorSpec
 
 ROWS = 2

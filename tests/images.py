@@ -18,9 +18,9 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import ShapeInferencePass
 
-from splitonnx.partitioner.gradients import differentiate
+from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.paddings import settle_paddings
+from splitonnx.partitioner.normalization.explicit_padding import settle_paddings
 from splitonnx.partitioner.rewrites import rewrite
 from tests.oracles import differentiate_numerically, make_evaluator, to_double
 

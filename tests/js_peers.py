@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from splitonnx.codecs import encode_tensors
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.servers import Server
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.servers import Server
 from splitonnx.states import STATE
 from tests.zoo import ZOO
 

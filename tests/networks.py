@@ -17,11 +17,11 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.manifests import TRAIN
 from splitonnx.messages import TaskKey, Tensors, decode_message
-from splitonnx.runtime.conversations import Conversation
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.ledgers import Reply
-from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.registries import Registry
 
 
 class Event(Enum):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from splitonnx.errors import StageFailed
-from splitonnx.runtime.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.engines import Engine, installed_runtime
 
 
 def run(path: Path, engine: Engine) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine, installed_runtime
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 
 BATCH = 8

@@ -33,7 +33,12 @@ from tests.tracing import Stop, trace
 
 BATCH, STEPS, EVERY = 6, 6, 2
 GIVE_UP_AFTER = 60  # seconds, for a client whose server does not come back
-LOADED = ("onnxruntime", "splitonnx.runtime.clients", "splitonnx.runtime.servers", "stringprep")
+LOADED = (
+    "onnxruntime",
+    "splitonnx.runtime.client.clients",
+    "splitonnx.runtime.server.servers",
+    "stringprep",
+)
 """What the forked processes would each import anew; it starts no thread."""
 
 _CHANGES = {"write", "pwrite64", "writev", "fsync", "fdatasync", "ftruncate", "rename", "renameat",

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from splitonnx.bundles import Bundle
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.metrics import Metrics
-from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.turns import Turns
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.registries import Registry
 
 
 @contextmanager

@@ -15,15 +15,15 @@ from splitonnx import Client, Server
 from splitonnx.bundles import Bundle
 from splitonnx.errors import ConnectionLost, NotPermitted, NotSaved
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import guards
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.client_websockets import WebSocketTransport, connect
-from splitonnx.runtime.close_codes import BUSY
-from splitonnx.runtime.http import Refusal
-from splitonnx.runtime.identities import Identity, Role
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
+from splitonnx.runtime.edge import connections as guards
+from splitonnx.runtime.edge.http import Refusal
+from splitonnx.runtime.edge.identities import Identity, Role
+from splitonnx.runtime.edge.origins import Origins
+from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.origins import Origins
-from splitonnx.runtime.tokens import Tokens, add_token
+from splitonnx.runtime.wire.close_codes import BUSY
 from tests.echoes import PING, Echo, dial, frame, know_sesame, read_to_end, shake
 from tests.zoo import ZOO
 
@@ -168,7 +168,7 @@ def test_metrics_want_the_role_operate(folder: Path) -> None:
 
 def test_a_token_that_comes_as_a_message_has_its_roles(folder: Path) -> None:
     from splitonnx.messages import Fault, Hello, Login, decode_message, encode_message
-    from splitonnx.runtime.protocols import list_wires
+    from splitonnx.runtime.wire.protocols import list_wires
 
     manifest = Bundle.load(folder).client.manifest
     hello = Hello(digest=manifest.digest, session="5" * 32, step=0, wires=list_wires(manifest))

@@ -21,16 +21,16 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.messages import Hello, Save, Saved, Unsaved
-from splitonnx.runtime.archives import DAY
-from splitonnx.runtime.checkpoints import Checkpoint, CheckpointStore, list_folders
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.servers import Server
-from splitonnx.runtime.sessions import Session
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.storage.archives import DAY
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore, list_folders
+from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.states import State, list_outcomes, read_state, write_state
 from tests import tiny
 

@@ -31,9 +31,9 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.client_websockets import WebSocketTransport, connect
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
+from splitonnx.runtime.client.clients import Client
 from tests.arenas import DATA, FORWARD, MIB, Arena, Attacker, many_files
 from tests.echoes import (
     BINARY,

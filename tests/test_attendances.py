@@ -17,14 +17,14 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Hello, Message, Tensors
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.attendances import Attendance
-from splitonnx.runtime.budgets import Budget
-from splitonnx.runtime.estimates import Estimates
-from splitonnx.runtime.identities import ALL_ROLES
-from splitonnx.runtime.metrics import Metrics
-from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.protocols import CLIENT, Protocol, list_wires
-from splitonnx.runtime.server_websockets import Peer
+from splitonnx.runtime.edge.identities import ALL_ROLES
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.handlers import Attendance
+from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.wire.protocols import CLIENT, Protocol, list_wires
 from tests.echoes import PATIENCE
 from tests.shared_premises import open_premises
 from tests.zoo import ZOO

@@ -36,13 +36,13 @@ from splitonnx.errors import (
     ValueOutOfRange,
 )
 from splitonnx.optimizers import AdamW
-from splitonnx.partitioner.gradients import differentiate
+from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.server.servers import Server
 from tests.zoo import FLOAT, INT64, ZOO, Net
 
 

@@ -13,13 +13,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner import bisections
-from splitonnx.partitioner.bisections import find_bisections
-from splitonnx.partitioner.checks import check
-from splitonnx.partitioner.diagnoses import Kind
-from splitonnx.partitioner.folds import note_shapes
-from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.cutting import bisections
+from splitonnx.partitioner.cutting.bisections import find_bisections
+from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.diagnoses import Kind
+from splitonnx.partitioner.reports.inspections import inspect
 
 FLOAT, INT64 = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
 Values = list[ir.Value]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import FormatError, NotFinite, StageTooSlow
-from splitonnx.runtime.blocks import (
+from splitonnx.runtime.workers.blocks import (
     SharedTensors,
     Slot,
     look_up,
@@ -22,7 +22,7 @@ from splitonnx.runtime.blocks import (
     put,
     take,
 )
-from splitonnx.runtime.worker_messages import Failed, describe_error, make_error
+from splitonnx.runtime.workers.messages import Failed, describe_error, make_error
 
 TENSORS: dict[str, np.ndarray] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,

@@ -18,7 +18,7 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
-from splitonnx.runtime.tokens import Tokens, add_token
+from splitonnx.runtime.edge.tokens import Tokens, add_token
 from tests.browsers import (
     DIST,
     Relay,

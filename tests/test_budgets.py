@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from splitonnx.errors import ServerBusy, TaskTooLarge
-from splitonnx.runtime.budgets import IDLE_SECONDS, RESERVE, UPLOAD_SECONDS, Budget
-from splitonnx.runtime.places import TENURE_SECONDS
+from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS, RESERVE, UPLOAD_SECONDS, Budget
+from splitonnx.runtime.scheduling.places import TENURE_SECONDS
 from tests.echoes import PATIENCE
 
 

@@ -12,13 +12,13 @@ import pytest
 import trustme
 
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
-from splitonnx.runtime import doors
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.certificates import make_client_tls, make_server_tls
-from splitonnx.runtime.client_websockets import connect
-from splitonnx.runtime.exposure import check_exposure
-from splitonnx.runtime.http import Refusal
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.edge import listeners as doors
+from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.wire.exposure import check_exposure
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from tests.echoes import Echo, dial, know_sesame, read_to_end
 
 

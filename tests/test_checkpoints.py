@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from splitonnx.errors import BundleError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.runtime.checkpoints import (
+from splitonnx.runtime.storage.checkpoints import (
     Checkpoint,
     CheckpointStore,
     Position,

@@ -6,9 +6,9 @@ import onnx
 import pytest
 
 from splitonnx.errors import NotAModel, NotDifferentiable, UsageError
-from splitonnx.partitioner.checks import Handling, check
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import Handling, check
+from splitonnx.partitioner.reports.inspections import inspect
 from tests.test_bad_input import build_conditional
 from tests.zoo import FLOAT, ZOO, Net
 

@@ -16,9 +16,9 @@ from splitonnx.errors import BundleError, FormatError, SplitonnxError
 from splitonnx.manifests import BundleManifest, PartyManifest, decode_manifest
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.exports import export
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.exports import export
+from splitonnx.runtime.server.servers import Server
 from splitonnx.states import State, read_state, write_state
 from splitonnx.verifications import verify
 from tests import tiny

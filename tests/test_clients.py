@@ -30,10 +30,10 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.histories import Evaluation, StepRecord
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.histories import Evaluation, StepRecord
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport, connect_in_memory
 from tests import tiny
 

@@ -19,7 +19,7 @@ import pytest
 import splitonnx
 from splitonnx.bundles import Bundle
 from splitonnx.commands import main
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.server.servers import Server
 from tests.zoo import ZOO
 
 MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"

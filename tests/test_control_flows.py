@@ -12,7 +12,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import NotDifferentiable
-from splitonnx.partitioner import control_flows
+from splitonnx.partitioner.inference import control_flows
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify

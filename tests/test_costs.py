@@ -16,15 +16,15 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import BatchTooLarge, ConnectionLost, TaskTooLarge
 from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message, encode_message
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import budgets
-from splitonnx.runtime.client_websockets import connect
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.estimates import FIXED, Estimates
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.estimates import FIXED, Estimates
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.norms import check_values
-from splitonnx.runtime.protocols import SERVER, Protocol, State, list_wires
-from splitonnx.runtime.servers import Server
-from splitonnx.runtime.transports import Transport
+from splitonnx.runtime.scheduling import budgets
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.wire.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.runtime.wire.transports import Transport
+from splitonnx.runtime.wire.validation import check_values
 from tests.arenas import FORWARD, MIB, Arena, Attacker
 from tests.echoes import PATIENCE
 from tests.zoo import ZOO

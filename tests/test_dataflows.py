@@ -1,5 +1,5 @@
 from splitonnx.manifests import Phase, Source
-from splitonnx.runtime.dataflows import Dataflow
+from splitonnx.runtime.engine.dataflows import Dataflow
 from tests import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")

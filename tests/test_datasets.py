@@ -11,7 +11,7 @@ from splitonnx.errors import (
     UnusableData,
     ValueOutOfRange,
 )
-from splitonnx.runtime.datasets import check_batch, check_finite, open_dataset
+from splitonnx.runtime.client.datasets import check_batch, check_finite, open_dataset
 from splitonnx.tensors import TensorSpec
 
 X = TensorSpec(name="x", dtype="F32", shape=("N", 3))

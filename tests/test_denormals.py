@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from splitonnx.runtime.denormals import CAN_FLUSH, flushing_denormals
-from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals
+from splitonnx.runtime.engine.engines import Engine
 from tests.test_engines import graph
 
 TINY = np.float32(1e-40)
@@ -42,7 +42,7 @@ def test_numpy_keeps_denormals_in_the_thread_that_loaded_and_ran_a_stage() -> No
     """The first session of a process would otherwise set its thread's bits for good."""
     code = (
         "import numpy as np\n"
-        "from splitonnx.runtime.engines import Engine\n"
+        "from splitonnx.runtime.engine.engines import Engine\n"
         "from tests.test_denormals import PRODUCT\n"
         "engine = Engine(1)\n"
         "stage = engine.load('product', PRODUCT, training=True)\n"

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from splitonnx.runtime.descriptors import Rarely, find_ceiling, find_limit, raise_limit
+from splitonnx.runtime.edge.descriptors import Rarely, find_ceiling, find_limit, raise_limit
 from tests import arenas
 from tests.arenas import Arena
 

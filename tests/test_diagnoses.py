@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from splitonnx.partitioner.diagnoses import Kind, diagnose
-from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.diagnoses import Kind, diagnose
 from tests.test_exports import FOLDER
 from tests.zoo import ZOO, Net
 

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given
 
-from splitonnx.partitioner.dimensions import (
+from splitonnx.partitioner.inference.dimensions import (
     MOST_TERMS,
     Amount,
     Dim,

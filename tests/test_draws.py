@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.draws import key_draws
+from splitonnx.partitioner.graphs.random_numbers import key_draws
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.verifications import verify
 from tests.derivatives import close_net

@@ -9,7 +9,7 @@ import pytest
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.dropouts import drop_dropouts, key_dropouts
+from splitonnx.partitioner.normalization.dropouts import drop_dropouts, key_dropouts
 from splitonnx.partitioner.partitions import cut
 from tests.keyed import draw_words
 from tests.zoo import FLOAT, ZOO, Net

@@ -7,8 +7,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from splitonnx.errors import ForbiddenGraph, MissingExtra, StageFailed, WrongRuntime
 from splitonnx.manifests import Source, StageInput
-from splitonnx.runtime import engines
-from splitonnx.runtime.engines import Engine, InstalledRuntime
+from splitonnx.runtime.engine import engines
+from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
 from tests import tiny
 
 ENGINE = Engine(threads=1)

@@ -14,12 +14,12 @@ import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.oracles import sample_gradients, to_inference

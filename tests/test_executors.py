@@ -19,8 +19,8 @@ from splitonnx.errors import (
 )
 from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from tests import tiny
 
 ENGINE = Engine(threads=1)

@@ -16,12 +16,12 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
 from splitonnx.files import clear_unfinished, open_regular, read_regular, replacing
 from splitonnx.manifests import PartyManifest
-from splitonnx.partitioner.gates import open_model
-from splitonnx.runtime import datasets
-from splitonnx.runtime.certificates import make_client_tls, make_server_tls
-from splitonnx.runtime.checkpoints import CheckpointStore
-from splitonnx.runtime.datasets import open_dataset
-from splitonnx.runtime.tokens import Tokens, add_token, read_token
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.runtime.client import datasets
+from splitonnx.runtime.client.datasets import open_dataset
+from splitonnx.runtime.edge.tokens import Tokens, add_token, read_token
+from splitonnx.runtime.storage.checkpoints import CheckpointStore
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from splitonnx.states import read_state
 from tests import tiny
 

@@ -19,8 +19,8 @@ from splitonnx import bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import FolderInUse
 from splitonnx.folder_locks import NAME, FolderLock
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.servers import Server
 from splitonnx.states import State, read_state, write_state
 from tests import tiny
 from tests.conftest import ROOT

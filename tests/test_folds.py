@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.partitioner import evaluations, inferences
-from splitonnx.partitioner.folds import fold
-from splitonnx.partitioner.inferences import MOST_ELEMENTS
+from splitonnx.partitioner.inference import evaluations, inferences
+from splitonnx.partitioner.inference.folds import fold
+from splitonnx.partitioner.inference.inferences import MOST_ELEMENTS
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.runtime.fragments import FRAGMENT, JOINED_BYTES, JoinedFragments, split_message
+from splitonnx.runtime.wire.fragments import FRAGMENT, JOINED_BYTES, JoinedFragments, split_message
 
 
 def join(parts: list[bytes]) -> bytes | bytearray:

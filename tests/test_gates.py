@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import ForbiddenExternalData, ModelError, NotAModel, UnsupportedModel
-from splitonnx.partitioner.gates import open_model
+from splitonnx.partitioner.gate.gates import open_model
 from tests.zoo import FLOAT, ZOO, Net
 
 

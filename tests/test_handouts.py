@@ -16,10 +16,10 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, decode_manifest
-from splitonnx.runtime.handouts import Handout
-from splitonnx.runtime.identities import Identity
-from splitonnx.runtime.servers import Server
-from splitonnx.runtime.tokens import Tokens
+from splitonnx.runtime.edge.client_files import Handout
+from splitonnx.runtime.edge.identities import Identity
+from splitonnx.runtime.edge.tokens import Tokens
+from splitonnx.runtime.server.servers import Server
 from tests import tiny
 
 TOKEN = "0123456789abcdef0123456789abcdef"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from splitonnx.errors import ConnectionLost
-from splitonnx.runtime.client_websockets import connect
+from splitonnx.runtime.channels.websockets import connect
 
 ATTEMPTS = 60
 """The error that came through was one of timing, in one attempt of ten."""

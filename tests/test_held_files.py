@@ -12,9 +12,9 @@ import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.archives import Archive
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import STATE
 from tests.test_stopping import serve
 from tests.zoo import ZOO

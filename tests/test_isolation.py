@@ -23,17 +23,18 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import ProcessFailed, RemoteFault, ServerBusy
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import places, workers
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.histories import StepRecord
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.histories import StepRecord
+from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.pools import WorkerPool
-from splitonnx.runtime.remote_executors import RemoteExecutor
-from splitonnx.runtime.servers import Server
-from splitonnx.runtime.tokens import Tokens, add_token
-from splitonnx.runtime.worker_messages import Action, Work, write_frame
-from splitonnx.runtime.workers import Worker, WorkerOptions
+from splitonnx.runtime.scheduling import places
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.workers import processes as workers
+from splitonnx.runtime.workers.messages import Action, Work, write_frame
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.processes import Worker, WorkerOptions
+from splitonnx.runtime.workers.remote_executors import RemoteExecutor
 from tests import tiny
 from tests.endless import endless_bundle, stuck_bundle
 from tests.test_stopping import LARGE, count_bytes_up, serve

@@ -15,11 +15,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRuntime
-from splitonnx.partitioner import gradients, isolations, natives
-from splitonnx.partitioner.gates import open_model
-from splitonnx.partitioner.isolations import Isolation, Refused, call
+from splitonnx.partitioner.differentiation import gradients
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.inference.shapes import infer_shapes
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native import workers as isolations
+from splitonnx.partitioner.native.workers import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.shapes import infer_shapes
 from tests.conftest import ROOT
 from tests.zoo import ZOO
 

@@ -43,10 +43,10 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import clients
-from splitonnx.runtime.backoffs import Backoff
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.client import clients
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
 from tests.hashing import HashingEngine
 from tests.networks import HONEST, ClientCrash, Event, Network
 from tests.zoo import ZOO

@@ -11,8 +11,8 @@ import pytest
 
 from splitonnx.commands.services import serve
 from splitonnx.errors import UsageError
+from splitonnx.runtime.edge.rate_limits import TokenBucket
 from splitonnx.runtime.limits import Limits, measure_memory
-from splitonnx.runtime.rate_limits import TokenBucket
 
 PAGE = Path(__file__).parent.parent / "docs" / "security.md"
 UNSET = {"half of the machine's": None, "a quarter of the machine's memory": None, "none": None}

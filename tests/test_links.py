@@ -13,9 +13,9 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, RemoteProtocolError
 from splitonnx.messages import TaskKey, Tensors, Welcome, decode_message, encode_message
-from splitonnx.runtime.backoffs import Backoff
-from splitonnx.runtime.links import Link, Standing
-from splitonnx.runtime.protocols import list_wires
+from splitonnx.runtime.channels.channels import Link, Standing
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.wire.protocols import list_wires
 from tests import tiny
 
 SESSION = "5" * 32
@@ -52,7 +52,7 @@ def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() 
     bundle = tiny.split_bundle()
     takes = iter([0] * 6 + [1, 2])
     waits: list[float] = []
-    with patch("splitonnx.runtime.links.time.sleep", waits.append):
+    with patch("splitonnx.runtime.channels.channels.time.sleep", waits.append):
         link = Link(
             lambda: Fleeting(bundle, next(takes)),
             manifest=bundle.client.manifest,
@@ -139,8 +139,8 @@ def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(an
         now += seconds
 
     with (
-        patch("splitonnx.runtime.links.time.sleep", sleep),
-        patch("splitonnx.runtime.links.time.monotonic", lambda: now),
+        patch("splitonnx.runtime.channels.channels.time.sleep", sleep),
+        patch("splitonnx.runtime.channels.channels.time.monotonic", lambda: now),
     ):
         link = Link(
             lambda: Repeating(bundle, [0]) if answers else Fleeting(bundle, 0),

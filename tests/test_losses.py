@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut, UnsupportedModel
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
 from tests.oracles import LOSSES

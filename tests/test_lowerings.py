@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.gradients import differentiate
+from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.lowerings import LOWERINGS, is_standard, lower
 from tests.zoo import FLOAT, INT64, Net
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from splitonnx.runtime.metrics import MAX_REASONS, Metrics
+from splitonnx.runtime.server.metrics import MAX_REASONS, Metrics
 
 
 def read(metrics: Metrics) -> dict[tuple[str, ...], float]:

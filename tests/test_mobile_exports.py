@@ -20,13 +20,13 @@ import splitonnx
 from splitonnx import bundles, files
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, ForbiddenGraph, NotExportable, StageFailed
-from splitonnx.runtime import engines, exports
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine, InstalledRuntime
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.exports import OPERATORS, OPERATORS_AND_TYPES, export
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine import engines, exports
+from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.engine.exports import OPERATORS, OPERATORS_AND_TYPES, export
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.server.servers import Server
 from tests import portable_training, tiny
 from tests.test_commands import AT, MODEL, TAIL_AT, Command
 from tests.zoo import ZOO

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import NormTooLarge, NotFinite
-from splitonnx.runtime.norms import check_values
+from splitonnx.runtime.wire.validation import check_values
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.opsets import adapt_opset, inline_functions
+from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 from splitonnx.verifications import verify
 from tests.node_cases import is_tensors_only, list_node_cases
 

@@ -16,12 +16,13 @@ import pytest
 from splitonnx import Server
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import guards, pages
-from splitonnx.runtime.http import Visit
+from splitonnx.runtime.edge import connections as guards
+from splitonnx.runtime.edge import pages
+from splitonnx.runtime.edge.http import Visit
+from splitonnx.runtime.edge.origins import Origins
+from splitonnx.runtime.edge.pages import read_pages
+from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.origins import Origins
-from splitonnx.runtime.pages import read_pages
-from splitonnx.runtime.tokens import Tokens, add_token
 from tests.echoes import dial, shake
 
 MODEL = Path(__file__).parent.parent / "examples" / "digits.onnx"

@@ -19,10 +19,10 @@ from splitonnx.errors import SplitonnxError
 from splitonnx.manifests import Phase, Wire
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.engines import Engine, installed_runtime
-from splitonnx.runtime.executors import Executor, SessionExecutor
-from splitonnx.runtime.pools import WorkerPool
-from splitonnx.runtime.workers import WorkerOptions
+from splitonnx.runtime.engine.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.processes import WorkerOptions
 
 PLANTED = np.float32(-31337.625)
 SHAPE = (1, 4, 32, 32)

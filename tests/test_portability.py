@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.client.clients import Client
 from tests import portable_training
 from tests.zoo import ZOO
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 from splitonnx.verifications import verify
 from tests.zoo import ZOO
 

@@ -30,7 +30,7 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.protocols import CLIENT, MOVES, SERVER, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import CLIENT, MOVES, SERVER, Protocol, State, list_wires
 from tests.zoo import ZOO
 
 BUNDLE = cut(ZOO["chain"].build(), at="act1")

@@ -16,9 +16,9 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import IntegerCut, UnsupportedModel
 from splitonnx.optimizers import SGD
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.derivatives import close_net, draw_labels, take_step
 from tests.zoo import ZOO, Net

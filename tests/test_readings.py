@@ -8,9 +8,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from splitonnx.partitioner import gradients
+from splitonnx.partitioner.differentiation import gradients
+from splitonnx.partitioner.graphs.readings import copy_model, read_model
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.readings import copy_model, read_model
 from tests.node_cases import list_node_cases
 from tests.test_transcripts import build_noted
 from tests.zoo import ZOO

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from splitonnx.errors import ConnectionLost
-from splitonnx.runtime.ledgers import Reply
-from splitonnx.runtime.reply_senders import ReplySender
+from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.reply_senders import ReplySender
 
 
 class Reader:

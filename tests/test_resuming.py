@@ -11,9 +11,9 @@ import pytest
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import ConnectionLost, RemoteFault, UnfinishedRun, UsageError
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.histories import StepRecord
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.histories import StepRecord
+from splitonnx.runtime.server.servers import Server
 from tests.zoo import ZOO
 
 DATA = ZOO["dropout"].data(40)

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.zoo import FLOAT, Net
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import StageStopped, StageTooSlow
-from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from tests.endless import loop_over
 from tests.test_engines import ADD, graph
 

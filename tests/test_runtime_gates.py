@@ -16,12 +16,12 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, num
 
 from splitonnx.errors import ForbiddenGraph
 from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.lowerings import LOWERINGS
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime import gates
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.gates import check_graph
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.gate import gates
+from splitonnx.runtime.gate.gates import check_graph
 from tests.conftest import ROOT
 from tests.zoo import ZOO
 

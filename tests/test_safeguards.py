@@ -15,11 +15,11 @@ import pytest
 from numpy.testing import assert_allclose
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.partitioner.dimensions import make_atom, parse_dim
+from splitonnx.partitioner.cutting.safeguards import is_bound
+from splitonnx.partitioner.inference.dimensions import make_atom, parse_dim
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.partitioner.safeguards import is_bound
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.executors import Executor
 from tests.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
 from tests.zoo import FLOAT, INT64, ZOO, Net
 

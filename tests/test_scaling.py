@@ -15,14 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.commands.displays import print_cuts
 from splitonnx.errors import NativeCrash, NotAModel, UnsupportedModel
-from splitonnx.partitioner import gates, node_types
-from splitonnx.partitioner.checks import check
-from splitonnx.partitioner.gates import ModelSource
-from splitonnx.partitioner.inspections import inspect
-from splitonnx.partitioner.isolations import Isolation
+from splitonnx.partitioner.gate import gates
+from splitonnx.partitioner.gate.gates import ModelSource
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.inference import node_types
 from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.native.workers import Isolation
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.pauses import pause_collection
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.inspections import inspect
 from tests.zoo import ZOO
 
 
@@ -82,7 +83,7 @@ def test_kinds_of_node_say_the_types_that_the_whole_graph_says(
         assert untyped == set(kinds)
         return whole
 
-    monkeypatch.setattr("splitonnx.partitioner.gradients.list_types", spy)
+    monkeypatch.setattr("splitonnx.partitioner.differentiation.gradients.list_types", spy)
     cut(ZOO[name].build(), at=None, loss=ZOO[name].loss)
     ((kinds, whole),) = found
     assert kinds == whole

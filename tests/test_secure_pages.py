@@ -10,8 +10,8 @@ import pytest
 import trustme
 
 from splitonnx import Server
-from splitonnx.runtime.certificates import make_server_tls
-from splitonnx.runtime.tokens import Tokens, add_token
+from splitonnx.runtime.edge.tokens import Tokens, add_token
+from splitonnx.runtime.wire.tls import make_server_tls
 from tests.browsers import DIST, Screen, cut_digits, running_chromium
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import ModelError
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.inspections import inspect
 from tests.case_trials import TARGETS, run_step
 from tests.derivatives import assert_differentiable, close_net, draw_labels, take_step
 from tests.zoo import Net

@@ -27,17 +27,17 @@ from splitonnx.messages import (
     decode_message,
 )
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.client_websockets import WebSocketTransport, connect
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.conversations import Conversation
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.fragments import FRAGMENT
+from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.protocols import CLIENT, Protocol, State, list_wires
-from splitonnx.runtime.registries import Registry
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.protocols import CLIENT, Protocol, State, list_wires
 from tests.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut, SharedParameter, UsageError
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.zoo import FLOAT, INT64, ZOO, Net
 

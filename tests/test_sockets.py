@@ -21,15 +21,16 @@ from splitonnx.errors import (
     Unauthorized,
     UsageError,
 )
-from splitonnx.runtime import client_connections, guards
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.client_websockets import WebSocketTransport, connect
-from splitonnx.runtime.close_codes import BUSY, RESTART
-from splitonnx.runtime.doors import Entrance, open_doors
-from splitonnx.runtime.fragments import FRAGMENT
-from splitonnx.runtime.guards import MAX_FRAGMENTS
-from splitonnx.runtime.http import Refusal
+from splitonnx.runtime.channels import bounded_connections as client_connections
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
+from splitonnx.runtime.edge import connections as guards
+from splitonnx.runtime.edge.connections import MAX_FRAGMENTS
+from splitonnx.runtime.edge.http import Refusal
+from splitonnx.runtime.edge.listeners import Entrance, open_doors
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.wire.close_codes import BUSY, RESTART
+from splitonnx.runtime.wire.fragments import FRAGMENT
 from tests.echoes import (
     BINARY,
     CONT,

@@ -17,9 +17,9 @@ import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import ProtocolError, RemoteFault
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.server.servers import Server
 from tests import tiny
 from tests.endless import endless_bundle
 

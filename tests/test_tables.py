@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.checks import check
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
 from tests.zoo import FLOAT, Net
 
 HUGE = 10**9

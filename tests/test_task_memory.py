@@ -6,11 +6,11 @@ import asyncio
 from typing import cast
 
 from splitonnx.messages import Tensors
-from splitonnx.runtime.budgets import Budget
-from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.server_websockets import Peer
-from splitonnx.runtime.sessions import Session
-from splitonnx.runtime.task_memory import TaskMemory
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.task_memory import TaskMemory
 
 
 class OpenSession:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 IMPORT = "import onnxruntime"
-RUN = "from splitonnx.runtime.engines import Engine; Engine()"
+RUN = "from splitonnx.runtime.engine.engines import Engine; Engine()"
 """Imports ONNX Runtime as every program of ours does."""
 
 

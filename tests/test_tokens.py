@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from splitonnx.errors import UnusableFile, UsageError
-from splitonnx.runtime.identities import Role
-from splitonnx.runtime.tokens import ENVIRONMENT, Tokens, add_token, read_token
+from splitonnx.runtime.edge.identities import Role
+from splitonnx.runtime.edge.tokens import ENVIRONMENT, Tokens, add_token, read_token
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from splitonnx.partitioner.transcripts import write_graph, write_model
+from splitonnx.partitioner.graphs.transcripts import write_graph, write_model
 from tests.node_cases import list_node_cases
 from tests.zoo import FLOAT, ZOO, Net
 

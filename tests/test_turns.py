@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from splitonnx.runtime.turns import SHORT, FairQueue, Turns
+from splitonnx.runtime.scheduling.turns import SHORT, FairQueue, Turns
 
 
 def serve(queue: FairQueue[str], seconds: Mapping[str, float], pieces: int) -> list[str]:

@@ -12,11 +12,11 @@ from websockets.asyncio.client import connect
 
 from splitonnx.bundles import Bundle
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime import budgets
-from splitonnx.runtime.attendances import Attendance
-from splitonnx.runtime.budgets import Budget
-from splitonnx.runtime.premises import Premises
-from splitonnx.runtime.server_websockets import Peer, serve
+from splitonnx.runtime.edge.websockets import Peer, serve
+from splitonnx.runtime.scheduling import budgets
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.handlers import Attendance
 from tests.echoes import PATIENCE
 from tests.shared_premises import open_premises
 from tests.test_attendances import Guest

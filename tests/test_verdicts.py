@@ -13,11 +13,11 @@ from onnx import TensorProto, helper
 
 from splitonnx.commands import main
 from splitonnx.errors import ForbiddenOperator, UnsupportedModel
-from splitonnx.partitioner import assemblies
-from splitonnx.partitioner.joints import JointGraph
+from splitonnx.partitioner.cutting import assemblies
+from splitonnx.partitioner.cutting.joints import JointGraph
+from splitonnx.partitioner.cutting.stages import StageCut
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.partitioner.stages import StageCut
-from splitonnx.runtime.gates import check_graph
+from splitonnx.runtime.gate.gates import check_graph
 from tests.zoo import FLOAT, Net
 
 

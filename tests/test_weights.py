@@ -12,9 +12,9 @@ from onnx import helper, numpy_helper
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UnsupportedModel, UsageError
-from splitonnx.partitioner.checks import check
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.verifications import leave_whole, verify
 from tests.zoo import FLOAT, ZOO, Net
 

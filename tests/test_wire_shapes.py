@@ -23,9 +23,9 @@ from splitonnx.errors import ArrayMismatch, FormatError, RemoteFault
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from tests import tiny
 from tests.zoo import FLOAT, INT64, ZOO, Arrays, Net

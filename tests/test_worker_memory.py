@@ -14,9 +14,9 @@ import pytest
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.pools import WorkerPool
-from splitonnx.runtime.remote_executors import RemoteExecutor
-from splitonnx.runtime.workers import WorkerOptions
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.processes import WorkerOptions
+from splitonnx.runtime.workers.remote_executors import RemoteExecutor
 from tests.zoo import ZOO
 
 MIB = 1 << 20

@@ -18,12 +18,12 @@ import onnx
 from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role
 from splitonnx.optimizers import SGD, Optimizer
-from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.cutting.preparations import BatchNormMode
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.partitioner.preparations import BatchNormMode
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from tests import portable_training
 

@@ -27,16 +27,16 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import SplitonnxError
 from splitonnx.expressions import UNKNOWN
 from splitonnx.messages import Fault, Hello, Tensors, decode_message, encode_message
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime import clients
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.conversations import Conversation
-from splitonnx.runtime.engines import Engine, LoadedStage
-from splitonnx.runtime.executors import Executor
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.runtime.client import clients
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine, LoadedStage
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport
-from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.registries import Registry
+from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.wire.protocols import list_wires
 from tests.zoo import ZOO, Arrays, Entry
 
 BATCH = 3

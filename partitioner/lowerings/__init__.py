@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_rank
-from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.graphs.builders import Draft, known_rank
+from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.lowerings import (
     activations,
     convolutions,
@@ -26,7 +27,6 @@ from splitonnx.partitioner.lowerings import (
     pools,
     shapes,
 )
-from splitonnx.partitioner.tables import count_constants
 
 Lowering = Callable[[Draft, ir.Node], Sequence[ir.Value | None]]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, take_input, take_inputs
+from splitonnx.partitioner.graphs.builders import Draft, take_input, take_inputs
 
 Values = Sequence[ir.Value | None]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import Draft, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
-from splitonnx.partitioner.faults import blame
-from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
+from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.tables import count_constants
+from splitonnx.partitioner.graphs.traversals import find_moving, is_float, list_inputs
+from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.rewrites import (
     activations,
     arithmetic,
@@ -38,8 +40,6 @@ from splitonnx.partitioner.rewrites import (
     transforms,
     trigonometry,
 )
-from splitonnx.partitioner.shapes import infer_shapes
-from splitonnx.partitioner.tables import count_constants
 
 Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array, take_input
+from splitonnx.partitioner.graphs.builders import Draft, known_array, take_input
 from splitonnx.partitioner.rewrites.tangents import Tangent, follow_tangents
 
 Values = Sequence[ir.Value]

@@ -8,8 +8,8 @@ from functools import reduce
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_array, known_rank
-from splitonnx.partitioner.frontiers import is_float
+from splitonnx.partitioner.graphs.builders import Draft, known_array, known_rank
+from splitonnx.partitioner.graphs.traversals import is_float
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
 Values = Sequence[ir.Value]

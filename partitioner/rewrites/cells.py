@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Attribute, Draft
+from splitonnx.partitioner.graphs.builders import Attribute, Draft
 
 _PLAIN = {
     "relu": "Relu",

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
@@ -29,7 +30,6 @@ from splitonnx.partitioner.rewrites.extents import (
 )
 from splitonnx.partitioner.rewrites.layouts import spread_channels
 from splitonnx.partitioner.rewrites.windows import list_plain, pad_by_size, pads_by_size
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims, known_rank
 
 Extent = int | ir.Value
 """A number, or an I64 vector of one element that the graph computes."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import Draft
 from splitonnx.partitioner.rewrites.extents import Extent, divide, multiply, read_extents, reshape
 
 Values = Sequence[ir.Value]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import Draft, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 

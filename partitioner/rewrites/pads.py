@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
@@ -24,7 +25,6 @@ from splitonnx.partitioner.rewrites.extents import (
     require_array,
     require_rank,
 )
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims, take_input
+from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims, take_input
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
@@ -31,7 +32,6 @@ from splitonnx.partitioner.rewrites.windows import (
     read_windows,
     sum_windows,
 )
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value | None]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
 
 Values = Sequence[ir.Value | None]
 

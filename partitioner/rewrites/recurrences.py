@@ -3,7 +3,7 @@
 The input's part of all steps is one matrix product, for both directions together; a step then
 takes one more, of the hidden state.  The length of the sequence has to be known, the batch not.
 Sequences of unequal length are masked: past its end a sequence keeps its state and puts out zero.
-Layout 1 never comes here (:mod:`layouts`).
+Layout 1 never comes here (:mod:`recurrence_layouts`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import Draft, known_dims
 from splitonnx.partitioner.rewrites.cells import (
     Cell,
     State,

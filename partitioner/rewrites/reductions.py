@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.accumulations import Line, accumulate
-from splitonnx.partitioner.drafts import (
+from splitonnx.partitioner.graphs.accumulations import Line, accumulate
+from splitonnx.partitioner.graphs.builders import (
     Draft,
     known_array,
     known_dims,

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims
+from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     multiply,
@@ -28,7 +29,6 @@ from splitonnx.partitioner.rewrites.interpolations import (
     weigh_neighbours,
 )
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

@@ -16,7 +16,8 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
@@ -27,7 +28,6 @@ from splitonnx.partitioner.rewrites.extents import (
     to_number,
     to_vector,
 )
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 

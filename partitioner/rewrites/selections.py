@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_input
+from splitonnx.partitioner.graphs.builders import Draft, known_dims, require_rank, take_input
 
 Values = Sequence[ir.Value | None]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import Draft
 
 
 def rewrite_step(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
-from splitonnx.partitioner.tables import limit
+from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
 

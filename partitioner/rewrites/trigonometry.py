@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import Draft
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
 Slope = Callable[[Draft, ir.Value, ir.Value], ir.Value]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_dims
-from splitonnx.partitioner.paddings import count_windows, read_kernel
+from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.tables import limit
+from splitonnx.partitioner.normalization.explicit_padding import count_windows, read_kernel
 from splitonnx.partitioner.rewrites.extents import refuse, require_rank
-from splitonnx.partitioner.tables import limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from splitonnx.bundles import Bundle
-    from splitonnx.partitioner.checks import Check
-    from splitonnx.partitioner.inspections import Cut
-    from splitonnx.runtime.exports import Export
-    from splitonnx.runtime.histories import Evaluation, History, StepRecord
+    from splitonnx.partitioner.reports.checks import Check
+    from splitonnx.partitioner.reports.inspections import Cut
+    from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+    from splitonnx.runtime.engine.exports import Export
     from splitonnx.verifications import Verification
 
 
@@ -45,8 +45,8 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 def print_check(check: Check, path: Path) -> None:
     """Print what becomes of each operator, what could be trained where, and the verdict."""
-    from splitonnx.partitioner.checks import Handling
-    from splitonnx.partitioner.diagnoses import Kind
+    from splitonnx.partitioner.reports.checks import Handling
+    from splitonnx.partitioner.reports.diagnoses import Kind
 
     table = _make_table("operator")
     for heading in Handling:

@@ -17,8 +17,8 @@ from splitonnx.errors import UsageError
 if TYPE_CHECKING:
     import ssl
 
-    from splitonnx.runtime.accesses import Access
-    from splitonnx.runtime.tokens import Tokens
+    from splitonnx.runtime.channels.credentials import Access
+    from splitonnx.runtime.edge.tokens import Tokens
 
 _LOCKS = "Who may come in"
 _LIMITS = "Limits"
@@ -175,7 +175,7 @@ def make_tls(
         if client_authority is not None:
             raise UsageError("--client-ca needs TLS; give --tls-cert and --tls-key, too")
         return None
-    from splitonnx.runtime.certificates import make_server_tls
+    from splitonnx.runtime.wire.tls import make_server_tls
 
     return make_server_tls(certificate, key, client_authority=client_authority)
 
@@ -188,7 +188,7 @@ def read_tokens(path: Path | None) -> Tokens | None:
     """
     if path is None:
         return None
-    from splitonnx.runtime.tokens import Tokens
+    from splitonnx.runtime.edge.tokens import Tokens
 
     return Tokens.read(path)
 
@@ -265,9 +265,9 @@ def make_access(
         if names:
             raise UsageError(f"{', '.join(names)}: for a server, and none is named")
         return None
-    from splitonnx.runtime.accesses import MESSAGE_BYTES, Access
-    from splitonnx.runtime.certificates import make_client_tls
-    from splitonnx.runtime.tokens import read_token
+    from splitonnx.runtime.channels.credentials import MESSAGE_BYTES, Access
+    from splitonnx.runtime.edge.tokens import read_token
+    from splitonnx.runtime.wire.tls import make_client_tls
 
     tls = None
     if ca is not None or cert is not None or key is not None:
@@ -301,8 +301,8 @@ def token(
 
     An owner may have several; to take one back, delete its line and start the server again.
     """
-    from splitonnx.runtime.identities import Role
-    from splitonnx.runtime.tokens import add_token
+    from splitonnx.runtime.edge.identities import Role
+    from splitonnx.runtime.edge.tokens import add_token
 
     try:
         roles = [Role(text) for text in role or ()]

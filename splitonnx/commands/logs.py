@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from splitonnx.runtime.rate_limits import TokenBucket
+from splitonnx.runtime.edge.rate_limits import TokenBucket
 
 FIELDS = ("peer", "owner", "session", "phase", "step", "reason", "seconds", "bytes", "left_out")
 """The fields that an event may carry, in the order in which they are written."""

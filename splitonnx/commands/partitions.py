@@ -37,7 +37,7 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
-from splitonnx.partitioner.pauses import pause_to_the_end
+from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
 class Purpose(StrEnum):
@@ -224,7 +224,7 @@ def export(
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     assert purpose is Purpose.MOBILE
-    from splitonnx.runtime.exports import choose_place
+    from splitonnx.runtime.engine.exports import choose_place
 
     place = choose_place(source) if folder is None else folder
     refuse_existing(place, force=force)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitonnx.partitioner.inspections import Cut
+    from splitonnx.partitioner.reports.inspections import Cut
 
 FEW_ROWS = 500
 """As many are left to rich, which wraps what does not fit the terminal."""

@@ -174,7 +174,7 @@ def train(
             freeze=freeze or (),
             client_target=(client_target or Target.TRAINING).value,
         )
-    from splitonnx.runtime.datasets import open_dataset
+    from splitonnx.runtime.client.datasets import open_dataset
 
     access = locks.make_access(
         server,

@@ -31,7 +31,7 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 def main() -> int:
     """Train until stdin ends."""
     from splitonnx import Client
-    from splitonnx.runtime.accesses import Access
+    from splitonnx.runtime.channels.credentials import Access
 
     folder, url, token = sys.argv[1:]
     over = threading.Event()

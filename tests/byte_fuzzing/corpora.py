@@ -25,7 +25,7 @@ from splitonnx.manifests import (
 )
 from splitonnx.messages import Message
 from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
-from splitonnx.runtime.protocols import State
+from splitonnx.runtime.wire.protocols import State
 from splitonnx.tensors import DTYPES
 from tests.byte_fuzzing.framings import END, NESTED
 from tests.byte_fuzzing.targets import FORGED, read_manifest

@@ -32,9 +32,9 @@ from splitonnx.errors import (
 from splitonnx.manifests import BundleManifest, PartyManifest, decode_manifest, encode_manifest
 from splitonnx.messages import decode_message, encode_message
 from splitonnx.operators import DOMAINS, STANDARD_OPERATORS, TRAINING_OPERATORS
-from splitonnx.partitioner import gates as model_gates
-from splitonnx.runtime.gates import check_graph
-from splitonnx.runtime.protocols import Protocol, State, list_wires
+from splitonnx.partitioner.gate import gates as model_gates
+from splitonnx.runtime.gate.gates import check_graph
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.byte_fuzzing.forgeries import forge_message, forge_tensors
 from tests.byte_fuzzing.framings import frame_message, frame_protobuf, frame_tensors
 

@@ -24,8 +24,8 @@ from typing import Literal
 import onnx
 
 from splitonnx.errors import BrokenWork, SplitonnxError
-from splitonnx.partitioner.inspections import inspect
 from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.reports.inspections import inspect
 from tests.fuzzing.corpora import list_models, list_networks
 from tests.fuzzing.mutations import mutate
 

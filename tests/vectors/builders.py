@@ -16,11 +16,11 @@ from splitonnx.errors import SplitonnxError
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import Fault, Message, Tensors, Welcome, encode_message
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.protocols import list_wires
+from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages, test_runtime_gates, tiny
 from tests.zoo import ZOO

@@ -1,0 +1,320 @@
+"""Checks before kernels that compute addresses from values, which a peer may choose.
+
+Tried on onnxruntime-training 1.19.2, each kernel in a process of its own over memory with planted
+bytes: GridSample reflects a place far away, or in a single pixel, to where no image is; RoiAlign
+takes any number for an image's and any size for a box; MaxUnpool ends the process over an index
+beyond its output; Pad reflects and wraps beyond an axis and leaves memory as it was where an axis
+is cut to nothing; Col2Im, AffineGrid, LSTM, GRU, RNN and convolutions with a bias believe that
+sizes fit; DFT along the axis of the imaginary parts leaves memory as it was; STFT divides by the
+length of its frames.  Compress and MaxRoiPool check what they get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.assertions import (
+    BOOL,
+    I64,
+    either,
+    known_sizes,
+    note,
+    pass_if,
+    refuse_where,
+    require_rank,
+    reshape,
+)
+from splitonnx.partitioner.graphs.builders import Draft, known_array
+
+Checked = Mapping[int, ir.Value]
+
+_GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
+_PERIOD = 4.0
+"""Of reflection, in half lengths of an image."""
+_REACH = 4
+"""Lengths of an image to where RoiAlign's boxes may reach whose samples grow with them."""
+_FIXED_REACH = 1 << 20
+"""The same where a bin has a fixed number of samples."""
+
+
+def check_places(draft: Draft, node: ir.Node) -> Checked:
+    """Bring places near the image, and let none be reflected in a single pixel (GridSample).
+
+    Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
+    which is p itself within 4 half lengths.  A place that is no number has none.
+    """
+    image, places = node.inputs[:2]
+    if node.attributes.get_string("padding_mode", "zeros") != "reflection":
+        return {}
+    assert image is not None
+    assert places is not None
+    near = draft.op("Mod", places, draft.number(_PERIOD, places.dtype), fmod=1)
+    near = note(near, places.dtype, places.shape)
+    checked = {1: pass_if(draft, near, refuse_where(draft, draft.op("IsNaN", near)))}
+    if not node.attributes.get_int("align_corners", 0):
+        return checked
+    sizes = known_sizes(image, 2)
+    if sizes is None:
+        small = draft.op("Less", draft.op("Shape", image, start=2), draft.integer(2))
+        checked[0] = pass_if(draft, image, refuse_where(draft, small))
+    elif min(sizes, default=2) < 2:
+        raise UnsupportedModel(
+            f"GridSample '{node.name}'",
+            "it reflects at the corners of an image that is one pixel wide",
+            "use padding_mode 'border', which is the same there",
+        )
+    return checked
+
+
+def check_boxes(draft: Draft, node: ir.Node) -> Checked:
+    """Look up which image each box is of, and refuse boxes far beyond the image (RoiAlign).
+
+    Where a bin has as many samples as its box has pixels, they are all listed at once, so a box
+    has to end near the image; else it only has to be numbers that can be subtracted.
+    """
+    image, boxes, numbers = node.inputs[:3]
+    assert image is not None
+    assert boxes is not None
+    assert numbers is not None
+    scale = node.attributes.get_float("spatial_scale", 1.0)
+    count = draft.op("Squeeze", draft.shape(image, 0, 1))
+    images = draft.op("Range", draft.integer(0), count, draft.integer(1))
+    looked_up = draft.op("Gather", note(images, I64), numbers, axis=0)
+    lengths = _FIXED_REACH if node.attributes.get_int("sampling_ratio", 0) > 0 else _REACH
+    length = draft.op("ReduceMax", draft.shape(image, 2), keepdims=0)
+    reach = draft.op(
+        "Mul",
+        draft.cast(note(length, I64), boxes.dtype),
+        draft.number(lengths / max(abs(scale), 1e-6), boxes.dtype),
+    )
+    distance = note(draft.op("Abs", boxes), boxes.dtype)
+    is_near = note(draft.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
+    far = draft.op("Not", is_near)  # also what is no number
+    return {
+        1: pass_if(draft, boxes, refuse_where(draft, far)),
+        2: note(looked_up, I64, numbers.shape),
+    }
+
+
+def check_unpooled(draft: Draft, node: ir.Node) -> Checked:
+    """Look up the place of each element among those that there are (MaxUnpool)."""
+    x, places, wanted = [*node.inputs, None][:3]
+    assert x is not None
+    assert places is not None
+    if wanted is not None:
+        total = draft.op("ReduceProd", wanted, keepdims=0)
+    else:
+        kernel = np.array(node.attributes.get_ints("kernel_shape"))
+        strides = np.array(node.attributes.get_ints("strides", [1] * len(kernel)))
+        pads = np.array(node.attributes.get_ints("pads", [0] * (2 * len(kernel))))
+        rest = kernel - strides - pads.reshape(2, -1).sum(axis=0)
+        sizes = draft.op("Mul", draft.shape(x, 2), draft.integers(strides.tolist()))
+        sizes = draft.op("Add", sizes, draft.integers(rest.tolist()))
+        area = draft.op("ReduceProd", note(sizes, I64), keepdims=0)
+        rows = draft.op("ReduceProd", draft.shape(x, 0, 2), keepdims=0)
+        total = draft.op("Mul", note(rows, I64), note(area, I64))
+    every = draft.op("Range", draft.integer(0), note(total, I64), draft.integer(1))
+    return {1: note(draft.op("Gather", note(every, I64), places, axis=0), I64, places.shape)}
+
+
+def check_widths(draft: Draft, node: ir.Node) -> Checked:
+    """Check that what is left of each axis has what is repeated of it (Pad)."""
+    x, widths, _, axes = [*node.inputs, None, None, None][:4]
+    assert x is not None
+    assert widths is not None
+    mode = node.attributes.get_string("mode", "constant")
+    known = known_array(widths)
+    if known is not None and (not known.any() or (mode == "constant" and (known >= 0).all())):
+        return {}
+    if known is not None and axes is None:
+        least = _find_least(known.reshape(2, -1), mode)
+        sizes = known_sizes(x)
+        if sizes is not None and (np.array(sizes) >= least).all():
+            return {}
+        small = draft.op("Less", draft.op("Shape", x), draft.integers(least.tolist()))
+        return {0: pass_if(draft, x, refuse_where(draft, small))}
+    shape = note(draft.op("Shape", x), I64)
+    if axes is not None:
+        shape = note(draft.op("Gather", shape, axes, axis=0), I64)
+    halves = draft.op("Reshape", widths, draft.integers([2, -1]))
+    zero = draft.integer(0)
+    cut = draft.op("ReduceSum", note(draft.op("Min", halves, zero), I64), draft.integers([0]),
+                   keepdims=0)  # fmt: skip
+    kept = note(draft.op("Add", shape, note(cut, I64)), I64)
+    most = note(draft.op("ReduceMax", halves, draft.integers([0]), keepdims=0), I64)
+    grows = draft.op("Greater", most, zero)
+    needed = draft.cast(note(grows, ir.DataType.BOOL), I64)
+    bad = [draft.op("Less", kept, needed)]
+    if mode in ("reflect", "wrap"):
+        lent = most if mode == "wrap" else draft.op("Add", most, needed)
+        bad.append(draft.op("Less", kept, note(lent, I64)))
+    return {0: pass_if(draft, x, refuse_where(draft, either(draft, *bad)))}
+
+
+def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
+    """Compute how long each axis must be, by the widths before and after it."""
+    most = np.maximum(widths.max(axis=0), 0)
+    needed = (most > 0).astype(np.int64)
+    lent = {"reflect": most + needed, "wrap": np.maximum(most, needed)}.get(mode, needed)
+    return np.asarray(lent - np.minimum(widths, 0).sum(axis=0))
+
+
+def check_columns(draft: Draft, node: ir.Node) -> Checked:
+    """Check that there is a column for each place of the block (Col2Im)."""
+    x, image, block = node.inputs[:3]
+    assert x is not None
+    assert image is not None
+    assert block is not None
+    rank = (known_sizes(image) or known_sizes(block) or [len(_list(node, "strides"))])[0]
+    if not rank:
+        require_rank(x)
+        raise UnsupportedModel(
+            f"Col2Im '{node.name}'", "the rank of its image is not known", "export it with shapes"
+        )
+    strides, dilations = (
+        draft.integers(_list(node, name) or [1] * rank) for name in ("strides", "dilations")
+    )
+    pads = np.array(_list(node, "pads") or [0] * (2 * rank)).reshape(2, -1).sum(axis=0)
+    one, same = draft.integer(1), draft.integers([rank])
+    image, block = (note(draft.op("Reshape", given, same), I64) for given in (image, block))
+    reach = draft.op("Mul", note(draft.op("Sub", block, one), I64), dilations)
+    room = draft.op("Sub", note(draft.op("Add", image, draft.integers((pads - 1).tolist())), I64),
+                    note(reach, I64))  # fmt: skip
+    steps = note(draft.op("Div", note(room, I64), strides), I64)
+    count = draft.op("ReduceProd", note(draft.op("Add", steps, one), I64), keepdims=0)
+    size = note(draft.op("ReduceProd", block, keepdims=0), I64)
+    over = draft.op("Mod", draft.op("Squeeze", draft.shape(x, 1, 2)),
+                    note(draft.op("Max", size, one), I64))  # fmt: skip
+    columns = draft.op("Squeeze", draft.shape(x, 2, 3))
+    low = draft.op("Less", draft.op("Min", block, image, note(draft.op("Add", room, one), I64)),
+                   one)  # fmt: skip
+    bad = either(
+        draft,
+        low,
+        draft.op("Not", draft.op("Equal", columns, note(count, I64))),
+        draft.op("Not", draft.op("Equal", note(over, I64), draft.integer(0))),
+    )
+    return {0: pass_if(draft, x, refuse_where(draft, bad))}
+
+
+def _list(node: ir.Node, name: str) -> list[int]:
+    return list(node.attributes.get_ints(name, []))
+
+
+def check_matrices(draft: Draft, node: ir.Node) -> Checked:
+    """Check that there is a matrix for each image, of as many dimensions (AffineGrid)."""
+    matrices, size = node.inputs[:2]
+    assert matrices is not None
+    assert size is not None
+    known = known_array(size)
+    if known is not None and known_sizes(matrices) == [known[0], len(known) - 2, len(known) - 1]:
+        return {}
+    axes = draft.op("Squeeze", draft.op("Shape", size))
+    first = draft.op("Slice", size, *(draft.integers([number]) for number in (0, 1)))
+    places = draft.integers([0, 1, 2])
+    rest = draft.op("Sub", draft.op("Add", note(axes, I64), places), draft.integer(3))
+    is_first = draft.array(np.array([True, False, False]), ir.DataType.BOOL)
+    shape = draft.op("Where", is_first, note(first, I64), note(rest, I64))
+    fits = draft.op("Equal", draft.op("Shape", matrices), note(shape, I64))
+    return {0: pass_if(draft, matrices, refuse_where(draft, draft.op("Not", fits)))}
+
+
+def check_axis(draft: Draft, node: ir.Node) -> Checked:
+    """Let no axis be that of real and imaginary parts (DFT)."""
+    x = node.inputs[0]
+    assert x is not None
+    axis = node.inputs[2] if len(node.inputs) > 2 else None
+    stated = node.attributes.get("axis")
+    known = known_array(axis)
+    if axis is not None and known is None:
+        rank = require_rank(x)
+        table = draft.integers([*range(rank - 1), rank, *range(rank - 1), rank])
+        place = note(draft.op("Add", axis, draft.integer(rank)), I64)
+        found = note(draft.op("Gather", table, place, axis=0), I64)
+        return {2: note(found, I64, axis.shape)}
+    number = int(known) if known is not None else stated.as_int() if stated is not None else -2
+    if number == -1 or (x.shape is not None and number == len(x.shape) - 1):
+        raise UnsupportedModel(
+            f"DFT '{node.name}'", "its axis is that of the imaginary parts", "name another axis"
+        )
+    return {}
+
+
+def check_features(draft: Draft, node: ir.Node) -> Checked:
+    """Check that the weights are as many, and as wide as what they meet (LSTM, GRU, RNN)."""
+    x, weights, own = node.inputs[:3]
+    assert x is not None
+    assert weights is not None
+    assert own is not None
+    width = node.attributes.get_int("hidden_size", 0)
+    both = node.attributes.get_string("direction", "forward") == "bidirectional"
+    rows = [2 if both else 1, _GATES[node.op_type] * width]
+    checked = {}
+    features = known_sizes(x, 2, 3)
+    if features is None or known_sizes(weights) != [*rows, *features]:
+        bad = either(
+            draft,
+            _differs(draft, draft.shape(weights, 0, 2), draft.integers(rows)),
+            _differs(draft, draft.shape(weights, 2, 3), draft.shape(x, 2, 3)),
+        )
+        checked[1] = pass_if(draft, weights, refuse_where(draft, bad))
+    if known_sizes(own) != [*rows, width]:
+        bad = _differs(draft, draft.op("Shape", own), draft.integers([*rows, width]))
+        checked[2] = pass_if(draft, own, refuse_where(draft, bad))
+    return checked
+
+
+def _differs(draft: Draft, found: ir.Value, wanted: ir.Value) -> ir.Value:
+    """Check whether two stretches of sizes differ anywhere (BOOL, scalar)."""
+    distance = draft.op("Abs", note(draft.op("Sub", note(found, I64), note(wanted, I64)), I64))
+    total = draft.op("ReduceSum", note(distance, I64), keepdims=0)
+    return note(draft.op("Greater", note(total, I64), draft.integer(0)), BOOL)
+
+
+def check_bias(draft: Draft, node: ir.Node) -> Checked:
+    """Check that there is a bias for each filter (Conv, ConvTranspose, QLinearConv)."""
+    at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
+    bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
+    if bias is None or weights is None:
+        return {}
+    axis = 1 if node.op_type == "ConvTranspose" else 0
+    groups = node.attributes.get_int("group", 1) if axis else 1
+    filters = known_sizes(weights, axis, axis + 1)
+    if filters is not None and known_sizes(bias) == [filters[0] * groups]:
+        return {}
+    shape = draft.shape(weights, axis, axis + 1)
+    if groups != 1:
+        shape = note(draft.op("Mul", shape, draft.integer(groups)), I64)
+    return {at: reshape(draft, bias, shape)}
+
+
+def check_frames(draft: Draft, node: ir.Node) -> Checked:
+    """Let no frame have no length (STFT)."""
+    step, _, length = [*node.inputs, None, None, None][1:4]
+    known = known_array(length)
+    if length is None or step is None or (known is not None and known.min() > 0):
+        return {}
+    bad = draft.op("Less", draft.cast(length, I64), draft.integer(1))
+    return {3: pass_if(draft, length, refuse_where(draft, bad))}
+
+
+ADDRESS_CHECKS = {
+    "AffineGrid": check_matrices,
+    "Col2Im": check_columns,
+    "Conv": check_bias,
+    "ConvTranspose": check_bias,
+    "DFT": check_axis,
+    "GRU": check_features,
+    "GridSample": check_places,
+    "LSTM": check_features,
+    "MaxUnpool": check_unpooled,
+    "Pad": check_widths,
+    "QLinearConv": check_bias,
+    "RNN": check_features,
+    "RoiAlign": check_boxes,
+    "STFT": check_frames,
+}

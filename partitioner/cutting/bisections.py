@@ -1,0 +1,343 @@
+"""Every tensor that alone divides a graph, found in one walk forward and one backward.
+
+To divide a graph at a tensor takes a walk through all of it, so to try each tensor is quadratic.
+But tensors that alone divide a graph depend on one another in a row: what the client needs for
+one is part of what it needs for the next, and what the server needs for the next is part of what
+it needs for the one before.  So both grow, and each visits every node once.
+:func:`cuts.divide` is the definition.  What does not fit into the row is
+put to it, up to a bound.
+
+This module knows graphs and names; it knows no loss, no gradient and no runtime.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import NotACut, SharedParameter, TooManyTries
+from splitonnx.partitioner.cutting.cuts import Division, Surroundings, divide, find_opened, survey
+from splitonnx.partitioner.cutting.sizes import SizeWatch, find_underived
+from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, reads_size, walk_back
+from splitonnx.partitioner.inference.dimensions import Amount, Dim
+
+MOST_VISITS = 4_000_000
+"""Nodes visited for tensors that are put to :func:`divide`, each of which takes a whole walk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bisection:
+    """A tensor that alone divides a graph, and behind it in ``at`` what must be sent beside it.
+
+    ``client`` counts the elements of the trained parameters that the tensor depends on,
+    ``server`` of those that the server reads; ``trained`` tells whether it depends on any.
+    """
+
+    at: tuple[ir.Value, ...]
+    client: int
+    server: int
+    trained: bool
+
+
+def find_bisections(
+    graph: ir.Graph,
+    *,
+    state: Collection[str],
+    trainable: Mapping[str, int],
+    sent: Sequence[ir.Value] = (),
+) -> list[Bisection]:
+    """Find every tensor that alone divides the graph in two, in the graph's order.
+
+    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
+    them that are trained, with their elements.  The raw inputs ``sent`` may cross beside a tensor
+    where they must.
+
+    Raises:
+        TooManyTries: too many tensors would each take a walk through the whole graph.
+    """
+    around = survey(graph, state=state, trainable=trainable)
+    candidates = _list_candidates(graph, around, sent, trainable)
+    client = _Client(around, trainable)
+    row = [value for value in candidates if client.advance(value)]
+    server = _Server(graph, around, trainable, client, row)
+    judged = {row[place]: server.judge(place) for place in reversed(range(len(row)))}
+    visits, found = 0, []
+    for value in candidates:
+        made = judged.get(value)
+        if made is None or (made is _REFUSED and sent):
+            visits += len(graph)
+            if visits > MOST_VISITS:
+                raise TooManyTries(
+                    "the list of the model's cuts",
+                    f"its tensors would each have to be tried on all of its {len(graph)} nodes",
+                    "cut at a tensor by its name",
+                )
+            made = _try(graph, value, sent, state, trainable, around)
+        if made is not _REFUSED:
+            found.append(made)
+    return found
+
+
+def _list_candidates(
+    graph: ir.Graph,
+    around: Surroundings,
+    sent: Sequence[ir.Value],
+    trainable: Collection[str],
+) -> list[ir.Value]:
+    """List what is the only data-dependent tensor alive right after it was computed.
+
+    That holds for a single-tensor cut in whatever topological order.
+    """
+    lone = around.data - find_opened(graph, sent, around.data, trainable)
+    needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
+    order = [node for node in graph if node in needed and set(node.outputs) & lone]
+    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in lone}
+    for node in order:
+        for value in list_inputs(node):
+            if value in lone:
+                waiting[value].add(node)
+    alive = {value for value in around.raw if value in lone and waiting[value]}
+    found = []
+    for node in order:
+        for value in list_inputs(node):
+            if value in waiting:
+                waiting[value].discard(node)
+                if not waiting[value]:
+                    alive.discard(value)
+        alive.update(value for value in node.outputs if value in lone and waiting[value])
+        if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
+            found.append(only)
+    return found
+
+
+def _try(
+    graph: ir.Graph,
+    value: ir.Value,
+    sent: Sequence[ir.Value],
+    state: Collection[str],
+    trainable: Mapping[str, int],
+    around: Surroundings,
+) -> Bisection:
+    """Put one tensor to :func:`divide`, and those of ``sent`` that must cross beside it."""
+    with suppress(NotACut, SharedParameter):
+        division = _divide_at(graph, value, sent, state, trainable, around)
+        before = {source.name for source in walk_back([value])[1]} & set(trainable)
+        read = {v.name for node in division.server for v in list_inputs(node)}
+        return Bisection(
+            at=division.at,
+            client=sum(trainable[name] for name in before if name),
+            server=sum(elements for name, elements in trainable.items() if name in read),
+            trained=bool(before),
+        )
+    return _REFUSED
+
+
+_REFUSED = Bisection(at=(), client=0, server=0, trained=False)
+"""Stands for a tensor that does not divide the graph."""
+
+
+def _divide_at(
+    graph: ir.Graph,
+    only: ir.Value,
+    sent: Sequence[ir.Value],
+    state: Collection[str],
+    trainable: Collection[str],
+    around: Surroundings,
+) -> Division:
+    try:
+        return divide(graph, [only], state=state, trainable=trainable, around=around)
+    except NotACut as reason:
+        more = [value for value in sent if value.name in reason.raw]
+        if not more:
+            raise
+    return divide(graph, [only, *more], state=state, trainable=trainable, around=around)
+
+
+class _Client:
+    """What the client must have for each tensor of the row: each needs all of the one before."""
+
+    def __init__(self, around: Surroundings, trainable: Mapping[str, int]) -> None:
+        self._around, self._trainable = around, trainable
+        self._all, self._head = ResumedWalk(), ResumedWalk(ends=around.sizes)
+        self._beyond = ResumedWalk(ends=around.readers)
+        self._watch = SizeWatch(around.sizes)
+        self._underived: set[ir.Node] = set()
+        self._parameters: set[str] = set()
+        self._last: ir.Node | None = None
+        self._total = 0
+        self._held = list(around.raw)
+        self.entered: dict[ir.Node, int] = {}
+        """The place in the row at which the client first needs a node."""
+        self.first_read: dict[str, int] = {}
+        """The place at which it first reads a trained parameter."""
+        self.elements: list[int] = []
+        self.trained: list[bool] = []
+        self.regular: list[bool] = []
+
+    def advance(self, value: ir.Value) -> bool:
+        """Put a tensor behind the row, if it depends on the last one of it."""
+        every, sources, met = self._all.explore([value], {})
+        new, _, met_head = self._head.explore([value], {})
+        if self._last is not None and not (self._last in met and self._last in met_head):
+            return False
+        self._all.nodes.update(every)
+        self._head.nodes.update(new)
+        self._last = value.producer()
+        self._note(new)
+        names = {v.name or "" for v in sources if v.name in self._trainable} - self._parameters
+        self._parameters |= names
+        self._total += sum(self._trainable[name] for name in names)
+        self.elements.append(self._total)
+        self.trained.append(bool(self._parameters))
+        self.regular.append(not self._underived)
+        return True
+
+    def _note(self, new: Sequence[ir.Node]) -> None:
+        place, around = len(self.elements), self._around
+        self.entered.update((node, place) for node in new)
+        away, near = self._watch.enter(new, self._head.nodes, around.raw)
+        known = around.known
+        self._underived |= {n for n in away if find_underived(n, self._held, known) is not None}
+        self._underived.difference_update(near)
+        more, _, _ = self._beyond.explore([v for node in near for v in node.outputs], {})
+        self._beyond.nodes.update(more)
+        for node in (*new, *more):
+            for value in list_inputs(node):
+                if value.name in self._trainable:
+                    self.first_read.setdefault(value.name or "", place)
+
+
+_Sizes = tuple[Amount, ...] | None
+"""The unknown sizes that a node gives, ``None`` where their number is not known."""
+
+
+class _Server:
+    """What the server must have behind each tensor of the row, from the last one to the first."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        around: Surroundings,
+        trainable: Mapping[str, int],
+        client: _Client,
+        row: Sequence[ir.Value],
+    ) -> None:
+        self._around, self._trainable, self._client, self._row = around, trainable, client, row
+        self._places = {value: place for place, value in enumerate(row)}
+        self._walk, self._beyond = ResumedWalk(ends=around.sizes), ResumedWalk(ends=around.readers)
+        self._watch = SizeWatch(around.sizes)
+        self._away: defaultdict[_Sizes, dict[ir.Node, None]] = defaultdict(dict)
+        self._wanted: dict[ir.Node, _Sizes] = {}
+        self._derived: dict[tuple[_Sizes, _Sizes], bool] = {}
+        self._ends: defaultdict[int, list[ir.Value]] = defaultdict(list)
+        for value in graph.outputs:
+            maker = value.producer()
+            entered = client.entered.get(maker, len(row)) if maker is not None else len(row)
+            self._ends[entered - 1].append(value)
+        self._reached: set[int] = set()
+        self._leaks, self._computes = False, False
+        self._shared, self._until = 0, Counter[int]()
+        self._read: set[str] = set()
+        self._elements = 0
+
+    def judge(self, place: int) -> Bisection | None:
+        """Tell whether the tensor at a place divides the graph; ``None`` where that is not seen.
+
+        Places are asked for in falling order.
+        """
+        self._shared -= self._until.pop(place + 1, 0)
+        targets = self._ends.pop(place, [])
+        if place + 1 in self._reached:
+            self._reached.remove(place + 1)
+            targets.append(self._row[place + 1])
+        self._grow(targets, place)
+        earlier = len(self._reached) - (place in self._reached)
+        if self._leaks or earlier or self._shared:
+            return _REFUSED
+        held = self._row[place]
+        kept = [self._judge_size(node, place) for node in self._list_underived(held)]
+        if False in kept:
+            return _REFUSED
+        if None in kept or not self._client.regular[place]:
+            return None
+        if place not in self._reached or not self._computes:
+            return _REFUSED
+        return Bisection(
+            at=(held,),
+            client=self._client.elements[place],
+            server=self._elements,
+            trained=self._client.trained[place],
+        )
+
+    def _grow(self, targets: Sequence[ir.Value], place: int) -> None:
+        around = self._around
+        new, reached, _ = self._walk.explore(targets, self._places, place)
+        self._walk.nodes.update(new)
+        for value in reached:
+            if value in self._places:
+                self._reached.add(self._places[value])
+            elif value in around.raw:
+                self._leaks = True
+        away, near = self._watch.enter(new, self._walk.nodes, ())
+        for node in away:
+            self._wanted[node] = _list_sizes(node, around)
+            self._away[self._wanted[node]][node] = None
+        for node in near:
+            if node in self._wanted:
+                wanted = self._wanted.pop(node)
+                del self._away[wanted][node]
+                if not self._away[wanted]:
+                    del self._away[wanted]
+        more, _, _ = self._beyond.explore([v for node in near for v in node.outputs], {})
+        self._beyond.nodes.update(more)
+        for node in new:
+            if set(node.outputs) & around.data:
+                self._computes |= bool(node.inputs)
+                self._share(self._client.entered.get(node), place)
+        for node in (*new, *more):
+            for value in list_inputs(node):
+                if value.name in self._trainable and value.name not in self._read:
+                    self._read.add(value.name or "")
+                    self._elements += self._trainable[value.name or ""]
+                    self._share(self._client.first_read.get(value.name or ""), place)
+
+    def _share(self, since: int | None, place: int) -> None:
+        """Note what the client has too, from its place ``since`` on."""
+        if since is not None and since <= place:
+            self._shared += 1
+            self._until[since] += 1
+
+    def _list_underived(self, held: ir.Value) -> list[ir.Node]:
+        """List the nodes whose sizes the server neither computes nor has from the tensor."""
+        own = tuple(d for d in self._around.known.shape(held) or () if isinstance(d, Dim))
+        found: list[ir.Node] = []
+        for wanted, nodes in self._away.items():
+            if (wanted, own) not in self._derived:
+                missing = find_underived(next(iter(nodes)), [held], self._around.known)
+                self._derived[wanted, own] = wanted is not None and missing is None
+            if not self._derived[wanted, own]:
+                found += nodes
+        return found
+
+    def _judge_size(self, node: ir.Node, place: int) -> bool | None:
+        """Tell whether the cut tensor alone has the sizes; if not, one before it forbids the cut.
+
+        ``None`` where the server might compute the tensors that have them.
+        """
+        makers = [v.producer() for v in self._around.sizes[node] if v is not self._row[place]]
+        away = [maker for maker in makers if maker not in self._walk.nodes]
+        before = self._client.entered
+        if any(maker is None or before.get(maker, place + 1) <= place for maker in away):
+            return False
+        return None if away else True
+
+
+def _list_sizes(node: ir.Node, around: Surroundings) -> _Sizes:
+    content = around.known.content(node.outputs[0])
+    if content is None:
+        return None
+    return tuple(dict.fromkeys(d for d in content.reshape(-1) if isinstance(d, Dim)))

@@ -1,0 +1,335 @@
+"""Where a model can be cut: names to tensors, and tensors to a division.
+
+A *division* gives the server the nodes between the cut tensors ``at`` and the cut tensors
+``tail_at`` (or the model's outputs), and the client everything else.  The client may therefore
+lead a skip connection from head to tail, or tie weights between them, without anything crossing.
+Legal is a division in which nothing crosses but the named tensors: no other activation, no raw
+input unless it is named, no trainable tensor used on both sides.
+
+This module knows graphs and names; it knows no loss, no gradient and no runtime.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
+from splitonnx.partitioner.cutting.sizes import find_sizes, find_underived
+from splitonnx.partitioner.graphs.traversals import (
+    find_data,
+    find_dependents,
+    find_moving,
+    list_inputs,
+    map_values,
+    reads_size,
+    walk_back,
+)
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A legal division of a graph, in nodes and values of that graph.
+
+    ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
+    on their shape alone, may be needed by both: ``client`` holds all that the client needs.
+    ``far`` maps each party to its nodes that read the shape of a tensor which it does not hold,
+    each with the tensors from whose shapes it can be had instead.  ``doubled`` nodes carry data
+    of raw inputs that cross anyway, and each party computes them by itself.
+    """
+
+    at: tuple[ir.Value, ...]
+    tail_at: tuple[ir.Value, ...]
+    server: frozenset[ir.Node]
+    client: frozenset[ir.Node] = frozenset()
+    far: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
+    doubled: frozenset[ir.Node] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a graph is wherever it is divided.
+
+    ``raw`` are its inputs, in order, ``data`` what carries theirs, and ``private`` what is made
+    of them without a trained parameter.  ``sizes`` maps each node that gives sizes of data to the
+    tensors that it has them from; ``readers`` are those that read a shape.
+    """
+
+    raw: Mapping[ir.Value, None]
+    data: set[ir.Value]
+    private: set[ir.Value]
+    sizes: Mapping[ir.Node, frozenset[ir.Value]]
+    readers: frozenset[ir.Node]
+    known: Inference
+
+
+def survey(
+    graph: ir.Graph,
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    known: Inference | None = None,
+) -> Surroundings:
+    """Collect what :func:`divide` needs to know of a graph before it divides it anywhere.
+
+    ``known`` is what is known of the graph's dimensions, where more than their notes.
+    """
+    known = known or Inference(graph.opset_imports[""])
+    raw = {value: None for value in graph.inputs if value.name not in state}
+    data = find_data(graph, raw)
+    sizes = find_sizes(graph, data, known)
+    return Surroundings(
+        raw=raw,
+        data=data,
+        private=find_opened(graph, raw, data, trainable),
+        sizes=sizes,
+        readers=frozenset(node for node in sizes if reads_size(node)),
+        known=known,
+    )
+
+
+def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
+    """Find the tensors that ``names`` mean: a tensor, a node (its outputs) or a glob pattern.
+
+    Raises:
+        UnknownTensor: a name or pattern fits nothing; the nearest names are offered.
+    """
+    values = map_values(graph)
+    nodes = {node.name: node for node in graph if node.name}
+    found: dict[str, ir.Value] = {}
+    for name in names:
+        for value in _resolve_name(name, values, nodes):
+            found[value.name or ""] = value
+    return tuple(found.values())
+
+
+def _resolve_name(
+    name: str, values: dict[str, ir.Value], nodes: dict[str, ir.Node]
+) -> list[ir.Value]:
+    if name in values:
+        return [values[name]]
+    if name in nodes:
+        outputs = nodes[name].outputs
+        return [value for value in outputs if value.uses() or value.is_graph_output()]
+    matches = [values[known] for known in fnmatch.filter(values, name)]
+    if not matches:
+        nearest = difflib.get_close_matches(name, [*values, *nodes], n=3, cutoff=0.5)
+        raise UnknownTensor(name, nearest)
+    return matches
+
+
+def divide(
+    graph: ir.Graph,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value] = (),
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    around: Surroundings | None = None,
+) -> Division:
+    """Divide ``graph`` at the given tensors, or say why it cannot be.
+
+    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
+    them that are trained.  Without ``at`` everything belongs to the client.  ``around`` is what
+    :func:`survey` found of the graph, if it was asked already.
+
+    Raises:
+        NotACut: more than the named tensors would cross, or nothing would be left to the server.
+        SharedParameter: a trainable tensor would be used on both sides.
+    """
+    if not at:
+        if tail_at:
+            raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
+        return Division(at=(), tail_at=(), server=frozenset())
+    around = around or survey(graph, state=state, trainable=trainable)
+    raw, data, sizes, known = list(around.raw), around.data, around.sizes, around.known
+    names = [value.name or "" for value in (*at, *tail_at)]
+    _refuse_constants(names, (*at, *tail_at), data)
+
+    ends = tail_at or _server_outputs(graph, at, sizes)
+    head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
+    server = _walk_side(ends, at, lambda _: at, sizes, known)
+    client = _walk_side(
+        (*at, *graph.outputs) if tail_at else at,
+        tail_at,
+        lambda node: raw if node in head else (*tail_at, *at, *raw),
+        sizes,
+        known,
+    )
+    if not any(node.inputs and set(node.outputs) & data for node in server.nodes):
+        raise NotACut(names, reason="nothing would be left for the server")
+    _refuse_unused(set(at) - server.sources, names, "server")
+    _refuse_unused(set(tail_at) - client.sources, names, "client")
+    both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
+    private = around.private
+    opened = find_opened(graph, set(at) & private, data, trainable)
+    shared = {node for node in both if not set(node.outputs) <= opened}
+    leaks = server.sources & set(raw) - set(at)
+    if shared or leaks:
+        if reason := server.underived or client.underived:
+            raise NotACut(names, reason=reason)
+        missing = _find_missing(
+            graph, at, tail_at, server.nodes, client.nodes, (data - opened) | set(at)
+        )
+        _, sources = walk_back([v for v in private if v.name in missing], ends=sizes)
+        bare = [value.name or "" for value in raw if value in sources]
+        raise NotACut(names, missing=missing, raw=bare)
+    _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
+    return Division(
+        at=tuple(at),
+        tail_at=tuple(tail_at),
+        server=frozenset(server.nodes),
+        client=frozenset(client.nodes),
+        far={"client": client.far, "server": server.far},
+        doubled=frozenset(both),
+    )
+
+
+def find_lost(
+    tensors: Sequence[ir.Value], trainable: Collection[str]
+) -> tuple[ir.Value, list[str]] | None:
+    """Find a cut tensor that is an integer, and the parameters whose gradient it would hold back.
+
+    Those that another of ``tensors`` serves as well are not lost.
+    """
+    floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
+    served = {value.name for value in walk_back(floats)[1]}
+    for value in tensors:
+        before = {v.name or "" for v in walk_back([value])[1]} & set(trainable)
+        if value not in floats and before - served:
+            return value, sorted(before - served)
+    return None
+
+
+def find_opened(
+    graph: ir.Graph,
+    named: Collection[ir.Value],
+    data: Collection[ir.Value],
+    trainable: Collection[str],
+) -> set[ir.Value]:
+    """Collect what is made of the data in ``named`` alone, without any trained parameter."""
+    trained = set(trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    opened = set(named)
+    for node in graph:
+        reads = [value for value in list_inputs(node) if value in data]
+        if reads and all(v in opened for v in reads) and not moving & set(list_inputs(node)):
+            opened.update(node.outputs)
+    return opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """What a party must have: its nodes, where they end, and sizes that it has from elsewhere."""
+
+    nodes: set[ir.Node]
+    sources: set[ir.Value]
+    far: Mapping[ir.Node, Sequence[ir.Value]]
+    underived: str = ""
+
+
+def _walk_side(
+    ends: Iterable[ir.Value],
+    stop: Collection[ir.Value],
+    hold: Callable[[ir.Node], Sequence[ir.Value]],
+    sizes: Mapping[ir.Node, frozenset[ir.Value]],
+    known: Inference,
+) -> _Side:
+    """Walk back from what a party computes, but not through shapes that it can tell otherwise."""
+    targets, reason = list(ends), ""
+    readers = {node for node in sizes if reads_size(node)}
+    while True:
+        nodes, sources = walk_back(targets, set(stop), sizes)
+        near, far, more = set[ir.Node](), dict[ir.Node, Sequence[ir.Value]](), list[ir.Value]()
+        for node in [node for node in sizes if node in nodes]:
+            held = hold(node)
+            away = [
+                value
+                for value in sizes[node]
+                if value not in held and value not in targets and value.producer() not in nodes
+            ]
+            if not away:
+                near |= walk_back(node.outputs, ends=readers)[0]
+                continue
+            far[node] = held
+            missing = find_underived(node, held, known)
+            if missing is not None:
+                more += away
+                reason = (
+                    f"beyond it a size of '{away[0].name}' is needed ({missing}) that no tensor of "
+                    "the cut has; cut elsewhere, or export the model with that size fixed"
+                )
+        if not more:
+            return _Side(nodes=nodes | near, sources=sources, far=far, underived=reason)
+        targets += more  # it may be that the party can compute the tensor itself
+
+
+def _server_outputs(
+    graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
+) -> list[ir.Value]:
+    """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
+    head, _ = walk_back(at, ends=sizes)
+    return [value for value in graph.outputs if value.producer() not in head]
+
+
+def _refuse_constants(
+    names: Sequence[str], tensors: Iterable[ir.Value], data: Collection[ir.Value]
+) -> None:
+    for value in tensors:
+        if value not in data:
+            raise NotACut(names, reason=f"'{value.name}' does not depend on the model's inputs")
+
+
+def _refuse_unused(unused: Collection[ir.Value], names: Sequence[str], party: str) -> None:
+    for value in unused:
+        raise NotACut(names, reason=f"the {party}'s part does not use '{value.name}'")
+
+
+def _find_missing(
+    graph: ir.Graph,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value],
+    server: Collection[ir.Node],
+    client: Collection[ir.Node],
+    data: Collection[ir.Value],
+) -> list[str]:
+    """Name the tensors that would have to cross as well to make the division legal."""
+    beyond = find_dependents(graph, at)
+    if tail_at:
+        tail, _ = walk_back(graph.outputs, stop=set(tail_at))
+        overlap = {v for n in tail & set(server) for v in n.outputs}
+        leaving = [
+            v.name or ""
+            for n in graph
+            if n in client and n not in server
+            for v in list_inputs(n)
+            if v in overlap and v in beyond and v not in at
+        ]
+        if leaving:
+            return sorted(set(leaving))
+    head, _ = walk_back(at)
+    inside = {n for n in server if n not in head and set(n.outputs) & beyond}
+    made = {v for n in inside for v in n.outputs} | set(at)
+    return sorted(
+        {v.name or "" for n in inside for v in list_inputs(n) if v in data and v not in made}
+    )
+
+
+def _refuse_shared_parameters(
+    server: Collection[ir.Node],
+    client: Collection[ir.Node],
+    graph: ir.Graph,
+    trainable: Collection[str],
+) -> None:
+    def read(nodes: Collection[ir.Node]) -> set[str]:
+        return {v.name or "" for n in nodes for v in list_inputs(n)} & set(trainable)
+
+    shared = read(server) & read(client)
+    if shared:
+        order = [value.name or "" for value in graph.inputs]
+        raise SharedParameter(sorted(shared, key=order.index))

@@ -1,0 +1,103 @@
+"""Ports: an Identity on every edge that crosses a cut, before differentiation.
+
+A tensor ``t`` that crosses becomes ``t@server`` or ``t@client``, after who receives it.  Since
+only the receiving side reads the port's output, its gradient is a tensor of its own that holds
+the contribution of that side alone.  This module knows a division; it knows no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import WireKind
+from splitonnx.partitioner.cutting.cuts import Division
+
+CLIENT, SERVER = "client", "server"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A crossing: the port's output (the wire), who sends it and who reads it, and why."""
+
+    value: ir.Value
+    sender: str
+    receiver: str
+    kind: WireKind
+
+
+def insert_ports(
+    graph: ir.Graph, division: Division, server: Collection[ir.Node], labels: str | None = None
+) -> list[Port]:
+    """Insert a port for every cut tensor of ``division``, and for labels that the server reads.
+
+    ``server`` holds the server's nodes: the division's, and the loss's where it is the server's.
+    """
+    ports = []
+    for value in division.at:
+        raw = value.producer() is None
+        kind = WireKind.INPUT if raw else WireKind.ACTIVATION
+        ports.append(_insert(graph, value, value.name or "", CLIENT, kind, server))
+    for value in division.tail_at:
+        name = value.name or ""
+        if value.is_graph_output():
+            value = _split_output(graph, value)
+        ports.append(_insert(graph, value, name, SERVER, WireKind.ACTIVATION, server))
+    for value in [v for v in graph.inputs if v.name == labels]:
+        if any(use.node in server for use in value.uses()):
+            ports.append(_insert(graph, value, value.name or "", CLIENT, WireKind.INPUT, server))
+    return ports
+
+
+def _insert(
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    sender: str,
+    kind: WireKind,
+    server: Collection[ir.Node],
+) -> Port:
+    """Put the Identity behind ``value`` and lead the receiving side's uses through it."""
+    receiver = SERVER if sender == CLIENT else CLIENT
+    name = f"{name}@{receiver}"
+    port = ir.node("Identity", [value], name=f"{name}/port")
+    wire = port.outputs[0]
+    wire.name, wire.type, wire.shape = name, value.type, value.shape
+    for use in list(value.uses()):
+        if use.node is port:
+            continue
+        if use.node.graph is not graph:
+            raise UnsupportedModel(
+                f"cut tensor '{value.name}'",
+                f"it is read within the body of a control-flow operator ('{use.node.name}')",
+                "cut elsewhere",
+            )
+        if (use.node in server) is (receiver == SERVER):
+            use.node.replace_input_with(use.idx, wire)
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, port)
+    else:
+        first = next(iter(graph))
+        graph.insert_before(first, port)
+    return Port(value=wire, sender=sender, receiver=receiver, kind=kind)
+
+
+def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Give a cut tensor that is also a model output a second value, made by the client."""
+    name = value.name
+    value.name = f"{name}.body"
+    identity = ir.node("Identity", [value], name=f"{name}/tail")
+    output = identity.outputs[0]
+    output.name, output.type, output.shape = name, value.type, value.shape
+    for use in list(value.uses()):
+        if use.node is not identity:
+            use.node.replace_input_with(use.idx, output)
+    graph.outputs[list(graph.outputs).index(value)] = output
+    producer = value.producer()
+    assert producer is not None
+    graph.insert_after(producer, identity)
+    return value

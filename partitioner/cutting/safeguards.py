@@ -1,0 +1,237 @@
+"""Safeguards: what kernels of ONNX Runtime 1.19 take on trust, checked by operators before them.
+
+Some kernels end the process, or read beyond a tensor, where a dimension is empty, where two
+dimensions that the operator ties differ, or where a label is no class.  Sizes that the parties
+bind (:mod:`splitonnx.tensors`) are at least 1 and equal where their names are; for the rest the
+graph itself checks.  Gather fails with an error on an index out of range, and Reshape on another
+number of elements: both are on the way to the kernel.
+
+It comes after the ports, so that a check belongs to the party of its node and crosses nothing, and
+before differentiation; bodies of control flow are checked as the rest.  Kernels that compute
+addresses from values are in :mod:`addresses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.expressions import UNKNOWN, is_quotient
+from splitonnx.partitioner.cutting.addresses import ADDRESS_CHECKS
+from splitonnx.partitioner.graphs.assertions import known_sizes, note, require_rank, reshape
+from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.traversals import list_bodies
+from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
+
+_SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
+"""Integers that processors divide in their own size; smaller ones are widened first."""
+_INTEGERS = {
+    *_SMALLEST,
+    ir.DataType.INT8,
+    ir.DataType.INT16,
+    ir.DataType.UINT8,
+    ir.DataType.UINT16,
+    ir.DataType.UINT32,
+    ir.DataType.UINT64,
+}
+
+Check = Callable[[Draft, ir.Node], Mapping[int, ir.Value]]
+
+
+def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
+    """Add checks before those of ``nodes`` that need them, in place.
+
+    ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
+    """
+    tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
+    for node in [node for node in graph if node in nodes]:
+        for body in list_bodies(node):
+            add_safeguards(body, set(body), is_training=False)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        draft = Draft(f"{node.outputs[0].name or node.name}/checked")
+        for check in [table[node.op_type] for table in tables if node.op_type in table]:
+            for index, value in check(draft, node).items():
+                node.replace_input_with(index, value)
+        graph.insert_before(node, draft.nodes)
+
+
+def is_bound(amount: Amount) -> bool:
+    """Check whether a dimension is at least 1 in every task that the parties let begin.
+
+    It is where it is a sum of products of names that they bind.
+    """
+    return amount != 0 and all(
+        factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
+        for atoms, factor in list_terms(amount)
+    )
+
+
+def _check_gather(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Give indices the data's dimensions over which both run in parallel."""
+    count = node.attributes.get_int("batch_dims", 0)
+    data, indices = node.inputs[:2]
+    if not count or data is None or indices is None:
+        return {}
+    tied, own = _list_dims(data, count), _list_dims(indices, count)
+    if tied == own and all(dim is not None and is_bound(dim) for dim in tied):
+        return {}
+    rank = require_rank(indices)
+    sizes = _check_sizes(draft, data, count)
+    sizes = draft.op("Gather", sizes, draft.integers([min(i, count - 1) for i in range(rank)]))
+    tied_axes = draft.array(np.arange(rank) < count, ir.DataType.BOOL)
+    shape = draft.op("Where", tied_axes, sizes, draft.op("Shape", indices))
+    return {1: reshape(draft, indices, shape)}
+
+
+def _check_rows(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check the number of images: the gradient of a convolution divides by it."""
+    return _check_filled(draft, node, [0], 1)
+
+
+def _check_operands(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of every operand: Einsum looks for elements where there are none."""
+    return _check_filled(draft, node, range(len(node.inputs)), None)
+
+
+def _check_source(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of what is averaged: the gradient divides by the result's size."""
+    return _check_filled(draft, node, [0], None)
+
+
+def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that no integer is divided by 0, and the smallest one not by -1: both end the process.
+
+    d' = d + [0][d = 0 or (d = -1 and n = smallest)]
+    """
+    number, divisor = node.inputs[:2]
+    if number is None or divisor is None:
+        return {}
+    if divisor.dtype is None:
+        raise UnsupportedModel(
+            f"tensor '{divisor.name}'", "its type is not known", "export the model with types"
+        )
+    if divisor.dtype not in _INTEGERS:
+        return {}
+    smallest = _SMALLEST.get(divisor.dtype)
+    constant = ir.convenience.get_const_tensor(divisor)
+    if constant is not None:
+        values = constant.numpy()
+        if values.all() and (smallest is None or not (values == -1).any()):
+            return {}
+    wide = draft.cast(divisor, ir.DataType.INT64)
+    bad = draft.op("Equal", wide, draft.integer(0))
+    shape = divisor.shape
+    if smallest is not None:
+        overflows = draft.op(
+            "And",
+            draft.op("Equal", wide, draft.integer(-1)),
+            draft.op("Equal", draft.cast(number, ir.DataType.INT64), draft.integer(smallest)),
+        )
+        bad, shape = draft.op("Or", bad, overflows), None
+    index = draft.cast(note(bad, ir.DataType.BOOL), ir.DataType.INT64)
+    zeros = note(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
+    if divisor.dtype in _SMALLEST:
+        checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
+    else:  # Add has no kernel for the small ones
+        checked = draft.cast(note(draft.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype)
+    return {1: note(checked, divisor.dtype, shape)}
+
+
+def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Bring a diagonal's number to what an address can be computed from: no tensor is larger."""
+    diagonal = node.inputs[1] if len(node.inputs) > 1 else None
+    if diagonal is None or diagonal.is_initializer():
+        return {}
+    bound = 1 << 31
+    lowered = draft.op("Min", diagonal, draft.integer(bound))
+    bounded = draft.op("Max", note(lowered, ir.DataType.INT64), draft.integer(-bound))
+    return {1: note(bounded, ir.DataType.INT64, diagonal.shape)}
+
+
+def _check_filled(
+    draft: Draft, node: ir.Node, operands: Sequence[int], count: int | None
+) -> dict[int, ir.Value]:
+    """Check that the first ``count`` dimensions of operands, which might be, are not empty."""
+    checked = {}
+    for index in operands:
+        value = node.inputs[index]
+        if value is None or value.is_initializer():
+            continue
+        dims = _list_dims(value, count)
+        if dims and all(dim is not None and is_bound(dim) for dim in dims):
+            continue
+        checked[index] = reshape(draft, value, _check_sizes(draft, value, count))
+    return checked
+
+
+def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that there are labels, each a class or the one to be ignored, and all weights.
+
+    labels' = range(C)[labels < 0 ? C : labels]
+    """
+    scores, labels = node.inputs[:2]
+    if scores is None or labels is None or labels.dtype is None:
+        return {}
+    index = draft.cast(labels, ir.DataType.INT64)
+    ignored = node.attributes.get("ignore_index")
+    skipped = None
+    if ignored is not None:
+        skipped = draft.op("Equal", index, draft.integer(ignored.as_int()))
+        index = draft.op("Where", skipped, draft.integer(0), index)
+    count = draft.op("Squeeze", draft.shape(scores, 1, 2))
+    negative = draft.op("Less", index, draft.integer(0))
+    classes = draft.op("Range", draft.integer(0), count, draft.integer(1))
+    checked = draft.op("Gather", classes, draft.op("Where", negative, count, index), axis=0)
+    if skipped is not None and ignored is not None:
+        checked = draft.op("Where", skipped, draft.integer(ignored.as_int()), checked)
+    checked = draft.cast(note(checked, ir.DataType.INT64, labels.shape), labels.dtype)
+    dims = _list_dims(labels, None)
+    if not dims or not all(dim is not None and is_bound(dim) for dim in dims):
+        checked = reshape(draft, note(checked, labels.dtype), _check_sizes(draft, labels, None))
+    weights = node.inputs[2] if len(node.inputs) > 2 else None
+    labelled = {1: note(checked, labels.dtype, labels.shape)}
+    if weights is None or known_sizes(weights) == (known_sizes(scores, 1, 2) or []):
+        return labelled
+    return {**labelled, 2: reshape(draft, weights, draft.shape(scores, 1, 2))}
+
+
+def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
+    """Write a value's shape so that an empty one of its first ``count`` dimensions is an error.
+
+    Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without
+    Concat: from a Concat before a Reshape ONNX Runtime makes a constant with a -1, which fits all.
+    """
+    shape = note(draft.op("Shape", value), ir.DataType.INT64)
+    length, zero, one = draft.op("Size", shape), draft.integer(0), draft.integer(1)
+    places = draft.op("Range", zero, length, one)
+    empty = draft.op("Sub", one, draft.op("Min", shape, one))
+    if count is not None:
+        first = draft.op("Less", places, draft.integer(count))
+        empty = draft.op("Where", first, empty, zero)
+    index = draft.op("Add", places, draft.op("Mul", empty, length))
+    return note(draft.op("Gather", shape, index, axis=0), ir.DataType.INT64)
+
+
+def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
+    """List a value's first dimensions; ``None`` for one that nothing is noted of."""
+    if value.shape is None:
+        return [None]
+    return [
+        dim if isinstance(dim, int) else parse_dim(dim.value) if dim.value else None
+        for dim in list(value.shape)[:count]
+    ]
+
+
+_CHECKS: Mapping[str, Check] = {
+    "Div": _check_divisor,
+    "Einsum": _check_operands,
+    "GatherND": _check_gather,
+    "Mod": _check_divisor,
+    "SoftmaxCrossEntropyLoss": _check_labels,
+    "Trilu": _check_diagonal,
+}
+_TRAINING_CHECKS: Mapping[str, Check] = {"Conv": _check_rows, "ReduceMean": _check_source}

@@ -1,0 +1,134 @@
+"""Nodes that onnxruntime-training does not get to see, taken out before it differentiates.
+
+Its optimizer (1.19.2) prepares for training all that it sees, whether a gradient passes it or not:
+of LSTM and GRU it makes LSTMTraining and GRUTraining, which no other runtime has; and within the
+bodies of If, Loop and Scan it turns a BatchNormalization of inference into one of training, whose
+values are others, and refuses quantization.  Where no gradient passes such a node, nothing is lost
+by taking its results for data: so each becomes an input of the graph, and what the node reads
+becomes an output.  Afterwards the nodes are put back as they were.
+
+This module knows names and messages; where gradients pass was decided before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.transcripts import write_node
+from splitonnx.partitioner.graphs.traversals import (
+    disconnect,
+    list_bodies,
+    list_inner,
+    list_inputs,
+)
+
+_RECURRENCES = frozenset({"GRU", "LSTM"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opaques:
+    """What was taken out of a graph, as messages; all else goes by name.
+
+    ``constants`` are what the nodes read and the optimizer may drop or rename.  ``exposed`` names
+    the outputs that the graph has for the nodes' sake alone; ``results`` are what the nodes make,
+    and ``outputs`` the names of those that the graph gives.
+    """
+
+    nodes: Sequence[onnx.NodeProto] = ()
+    constants: Mapping[str, onnx.NodeProto | onnx.TensorProto]
+    exposed: frozenset[str] = frozenset()
+    results: Mapping[str, onnx.ValueInfoProto]
+    outputs: Sequence[str] = ()
+
+
+def is_opaque(node: ir.Node) -> bool:
+    """Tell whether onnxruntime-training must not see a node that no gradient passes."""
+    return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
+
+
+def take_out_opaques(graph: ir.Graph) -> Opaques:
+    """Take every opaque node out of a graph; a gradient may pass none of them."""
+    nodes = dict.fromkeys(node for node in graph if is_opaque(node))
+    if not nodes:
+        return Opaques(constants={}, results={})
+    made = dict.fromkeys(value for node in nodes for value in node.outputs if value.name)
+    read = dict.fromkeys(value for node in nodes for value in list_inputs(node))
+    constants = [value for value in read if _is_constant(value)]
+    known = {*graph.inputs, *graph.outputs, *made, *constants}
+    exposed = [value for value in read if value not in known]
+    outputs = [value for value in graph.outputs if value in made]
+    taken = Opaques(
+        nodes=[_write(node) for node in nodes],
+        constants={_name(value): _write_constant(value) for value in constants},
+        exposed=frozenset(map(_name, exposed)),
+        results={_name(value): ir.serde.serialize_value(value) for value in made},
+        outputs=[_name(value) for value in outputs],
+    )
+    graph.outputs[:] = [*(v for v in graph.outputs if v not in outputs), *exposed]
+    disconnect(inner for node in nodes for inner in list_inner(node))
+    disconnect(nodes)
+    for value in made:
+        stand_in = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        if value.uses():
+            value.replace_all_uses_with(stand_in)
+            graph.inputs.append(stand_in)
+    graph.remove(nodes, safe=True)
+    return taken
+
+
+def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
+    """Put the nodes back into what became of their graph; it has to be sorted afterwards."""
+    _drop(graph.input, taken.results)
+    _drop(graph.output, taken.exposed)
+    known = {name for node in graph.node for name in node.output}
+    known.update(tensor.name for tensor in graph.initializer)
+    for name, constant in taken.constants.items():
+        if name in known:
+            continue
+        if isinstance(constant, onnx.TensorProto):
+            graph.initializer.append(constant)
+        else:
+            graph.node.append(constant)
+    graph.node.extend(taken.nodes)
+    graph.output.extend(taken.results[name] for name in taken.outputs)
+    rest = [value for name, value in taken.results.items() if name not in taken.outputs]
+    graph.value_info.extend(value for value in rest if value.HasField("type"))
+
+
+def _drop(values: Any, names: Collection[str]) -> None:
+    kept = [value for value in values if value.name not in names]
+    del values[:]
+    values.extend(kept)
+
+
+def _name(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def _is_constant(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    return node.op_type == "Constant" and not node.domain
+
+
+def _write_constant(value: ir.Value) -> onnx.NodeProto | onnx.TensorProto:
+    node = value.producer()
+    if node is not None:
+        return _write(node)
+    assert value.const_value is not None
+    tensor: onnx.TensorProto = ir.serde.serialize_tensor(value.const_value)
+    tensor.name = value.name or ""
+    return tensor
+
+
+def _write(node: ir.Node) -> onnx.NodeProto:
+    inputs = ["" if value is None else _name(value) for value in node.inputs]
+    proto = write_node(node, inputs, [_name(value) for value in node.outputs])
+    proto.name = node.name or ""
+    return proto

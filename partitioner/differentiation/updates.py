@@ -1,0 +1,278 @@
+"""Optimizer updates as graphs of standard ONNX operators.
+
+Parameters, gradients and optimizer state in; parameters and state out.  The learning rate and
+the number of the update are scalar inputs, so the runtime may change them from step to step.
+This module knows the formulas of torch.optim; it knows no cut beyond whose norms it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
+from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.tensors import TensorSpec
+
+OPSET = 18
+NEXT = "#next"
+
+_DTYPES = {
+    "F16": ir.DataType.FLOAT16,
+    "F32": ir.DataType.FLOAT,
+    "F64": ir.DataType.DOUBLE,
+    "I64": ir.DataType.INT64,
+}
+_SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
+
+_DOUBLINGS = 6
+_TERMS = 7
+"""Of a series whose argument is below 0.3: what it leaves out is below the rounding."""
+_SATURATED = 18.0
+"""1 - exp(-18) rounds to 1 in single precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """The vectors of squared gradient norms that all parties together yield, for clipping.
+
+    ``sizes`` maps each vector's name to its length.  Element ``order[i]`` of the vectors, joined
+    in that order, belongs to the whole model's ``i``-th parameter: summed so, the norm is bit
+    for bit that of the model left whole.
+    """
+
+    sizes: Mapping[str, int]
+    order: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update graph, the optimizer state it keeps, and which output replaces which state."""
+
+    graph: ir.Graph
+    state: tuple[StateSpec, ...]
+    commits: Mapping[str, str]
+
+
+def build_norms(
+    parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
+) -> ir.Graph:
+    """Build the graph that yields F32[n], each parameter's squared gradient norm, in order."""
+    draft = _Graph("norms")
+    squares = []
+    for spec in parameters:
+        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
+        square = draft.op("ReduceSumSquare", gradient, keepdims=0)
+        squares.append(draft.op("Reshape", draft.cast(square, _SINGLE), draft.integers([1])))
+    joined = draft.op("Concat", *squares, axis=0)
+    joined.type = ir.TensorType(ir.DataType.FLOAT)
+    joined.shape = ir.Shape([len(squares)])
+    return draft.finish({output: joined})
+
+
+def build_update(
+    parameters: Sequence[TensorSpec],
+    gradients: Mapping[str, str],
+    optimizer: Optimizer,
+    norms: Norms | None = None,
+    *,
+    portable: bool = False,
+) -> Update:
+    """Build the graph that updates ``parameters``.
+
+    ``gradients`` maps a parameter to the name of its gradient.  With ``optimizer.clip_norm``,
+    ``norms`` names the vectors of squared norms that become inputs too.  ``portable`` does without
+    double precision where no parameter has it: ONNX Runtime's builds for GPUs in browsers have no
+    kernels for that.
+    """
+    draft = _Graph("update")
+    rate = draft.input(LEARNING_RATE, "F32", ())
+    clip = _clip_factor(draft, optimizer, norms)
+    is_single = portable and all(spec.dtype != "F64" for spec in parameters)
+    shared = _SharedTerms(draft, optimizer, rate, _SINGLE if is_single else _DOUBLE)
+    state: list[StateSpec] = []
+    outputs: dict[str, ir.Value] = {}
+    for spec in parameters:
+        parameter = draft.input(spec.name, spec.dtype, spec.shape)
+        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
+        if clip is not None:
+            gradient = draft.op("Mul", gradient, draft.cast(clip, _DTYPES[spec.dtype]))
+        step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
+        for name, value in step(draft, spec, parameter, gradient, optimizer, shared).items():
+            value.type, value.shape = parameter.type, parameter.shape
+            outputs[name + NEXT] = value
+            if name != spec.name:
+                tensor = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
+                state.append(StateSpec(tensor=tensor, role=Role.OPTIMIZER))
+    return Update(
+        graph=draft.finish(outputs),
+        state=tuple(state),
+        commits={name.removesuffix(NEXT): name for name in outputs},
+    )
+
+
+def _clip_factor(draft: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
+    """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
+    if optimizer.clip_norm is None:
+        return None
+    assert norms is not None
+    vectors = [draft.input(name, "F32", (size,)) for name, size in norms.sizes.items()]
+    joined = draft.op("Concat", *vectors, axis=0)
+    ordered = draft.op("Gather", joined, draft.integers(list(norms.order)), axis=0)
+    norm = draft.op("Sqrt", draft.op("ReduceSum", ordered, keepdims=0))
+    padded = draft.op("Add", norm, draft.number(1e-6, _SINGLE))
+    factor = draft.op("Div", draft.number(optimizer.clip_norm, _SINGLE), padded)
+    return draft.op("Min", factor, draft.number(1.0, _SINGLE))
+
+
+class _SharedTerms:
+    """Scalars that every parameter of an update needs, in the dtype asked for."""
+
+    def __init__(
+        self, draft: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+    ) -> None:
+        self._draft = draft
+        self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
+        self._scalars = {"rate": rate}
+        if isinstance(optimizer, Adam):
+            betas = (optimizer.beta1, optimizer.beta2)
+            step = draft.cast(draft.input(STEP, "I64", ()), _SINGLE)
+            correct = _correct_single if exact is _SINGLE else _correct_double
+            first, second = correct(draft, betas, step)
+            wide = draft.cast(rate, exact)
+            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, exact))
+            self._scalars |= {
+                "step_size": draft.op("Div", wide, first),
+                "spread": draft.op("Sqrt", second),
+                "keep": draft.op("Sub", draft.number(1.0, exact), decay),
+            }
+
+    def get(self, name: str, dtype: ir.DataType) -> ir.Value:
+        """Give a scalar in ``dtype``, cast once."""
+        if (name, dtype) not in self._terms:
+            self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
+        return self._terms[name, dtype]
+
+
+def _correct_double(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+    """Build the corrections ``1 - beta**step``; in single they would cancel at beta 0.999."""
+    exponent = draft.cast(step, _DOUBLE)
+    powers = [draft.op("Pow", draft.number(beta, _DOUBLE), exponent) for beta in betas]
+    return [draft.op("Sub", draft.number(1.0, _DOUBLE), power) for power in powers]
+
+
+def _correct_single(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+    """Build the same in single precision, to some units in the last place.
+
+    With ``q(y) = 1 - exp(-y)`` a correction is ``q(-log(beta) * step)``, and nothing cancels: a
+    small y has the series ``y * (1 - y/2 * (1 - y/3 * ...))``, and ``q(2 * y) = q * (2 - q)``.
+    There is no operator in it but sums and products, which all runtimes round alike.
+    """
+    rates = [min(-math.log(beta), _SATURATED) if beta else _SATURATED for beta in betas]
+    one, two = draft.number(1.0, _SINGLE), draft.number(2.0, _SINGLE)
+    y = draft.op("Mul", draft.array(np.array(rates), _SINGLE), step)
+    y = draft.op("Min", y, draft.number(_SATURATED, _SINGLE))
+    y = draft.op("Mul", y, draft.number(0.5**_DOUBLINGS, _SINGLE))
+    series = one
+    for term in range(_TERMS, 1, -1):
+        share = draft.op("Mul", y, draft.number(1 / term, _SINGLE))
+        series = draft.op("Sub", one, draft.op("Mul", share, series))
+    made = draft.op("Mul", y, series)
+    for _ in range(_DOUBLINGS):
+        made = draft.op("Mul", made, draft.op("Sub", two, made))
+    return [draft.op("Gather", made, draft.integer(index)) for index in range(len(betas))]
+
+
+def _decay_gradient(
+    draft: _Graph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
+) -> ir.Value:
+    if not decay:
+        return gradient
+    penalty = draft.op("Mul", parameter, draft.number(decay, _DTYPES[spec.dtype]))
+    return draft.op("Add", gradient, penalty)
+
+
+def _update_sgd(
+    draft: _Graph,
+    spec: TensorSpec,
+    parameter: ir.Value,
+    gradient: ir.Value,
+    optimizer: Optimizer,
+    shared: _SharedTerms,
+) -> dict[str, ir.Value]:
+    assert isinstance(optimizer, SGD)
+    outputs = {}
+    direction = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+    if optimizer.momentum:
+        name = f"{spec.name}#momentum"
+        velocity = draft.input(name, spec.dtype, spec.shape)
+        kept = draft.op("Mul", velocity, draft.number(optimizer.momentum, _DTYPES[spec.dtype]))
+        direction = outputs[name] = draft.op("Add", kept, direction)
+    change = draft.op("Mul", direction, shared.get("rate", _DTYPES[spec.dtype]))
+    return {spec.name: draft.op("Sub", parameter, change), **outputs}
+
+
+def _update_adam(
+    draft: _Graph,
+    spec: TensorSpec,
+    parameter: ir.Value,
+    gradient: ir.Value,
+    optimizer: Optimizer,
+    shared: _SharedTerms,
+) -> dict[str, ir.Value]:
+    """p -= lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)."""
+    assert isinstance(optimizer, Adam)
+    dtype = _DTYPES[spec.dtype]
+    if isinstance(optimizer, AdamW):
+        if optimizer.weight_decay:
+            parameter = draft.op("Mul", parameter, shared.get("keep", dtype))
+    else:
+        gradient = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+
+    def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
+        old = draft.input(name, spec.dtype, spec.shape)
+        kept = draft.op("Mul", old, draft.number(beta, dtype))
+        return draft.op("Add", kept, draft.op("Mul", value, draft.number(1.0 - beta, dtype)))
+
+    first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
+    mean = blend(first, optimizer.beta1, gradient)
+    square = blend(second, optimizer.beta2, draft.op("Mul", gradient, gradient))
+    spread = draft.op("Div", draft.op("Sqrt", square), shared.get("spread", dtype))
+    ratio = draft.op("Div", mean, draft.op("Add", spread, draft.number(optimizer.eps, dtype)))
+    change = draft.op("Mul", ratio, shared.get("step_size", dtype))
+    return {spec.name: draft.op("Sub", parameter, change), first: mean, second: square}
+
+
+class _Graph(Draft):
+    """A graph under construction: nodes, and the inputs that they read."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._name = name
+        self._inputs: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
+        """Declare a graph input, once."""
+        if name not in self._inputs:
+            self._inputs[name] = ir.Value(
+                name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape))
+            )
+        return self._inputs[name]
+
+    def finish(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
+        """Close the graph; an output takes the name that it is given here."""
+        for output, value in outputs.items():
+            value.name = output
+        inputs = [value for value in self._inputs.values() if value.uses()]
+        return ir.Graph(
+            inputs,
+            list(outputs.values()),
+            nodes=self.nodes,
+            name=self._name,
+            opset_imports={"": OPSET},
+        )

@@ -1,0 +1,131 @@
+"""The gate: every model passes it before anything else sees it.
+
+ONNX Runtime 1.19.2 reads any file, and memory, that a model's external data names; so what comes
+in is checked by our own code first: known domains and operators only, external data only from
+the model's own folder, sizes that agree with the bytes, names that are unique and defined before
+they are used.  Weights are mapped, not copied.  This module knows what is well-formed; whether a
+model can be trained is decided later.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import google.protobuf.message
+import onnx
+import onnx_ir as ir
+
+from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.files import read_regular
+from splitonnx.partitioner.gate.forms import check_form
+from splitonnx.partitioner.gate.ml_operators import unwrap_maps
+from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
+from splitonnx.partitioner.gate.operators import MAX_NODES, check_operators, check_opsets
+from splitonnx.partitioner.gate.tensors import DataFiles
+from splitonnx.partitioner.gate.walks import list_tensors
+from splitonnx.partitioner.graphs.faults import FAULTS, blame_stage, explain
+from splitonnx.partitioner.graphs.readings import read_model
+
+MAX_PROTO_BYTES = 2**31 - 1
+"""Protocol Buffers end at 2 GiB; what is larger has its weights outside."""
+
+ModelSource = str | Path | bytes | onnx.ModelProto
+
+
+def open_model(source: ModelSource) -> ir.Model:
+    """Read a model, check it, and return it ready to be worked on.
+
+    External data is mapped from files inside the model's folder; a model given as bytes or as a
+    loaded one may have none.  ``source`` itself is not changed.
+
+    Raises:
+        NotAModel: the bytes are no ONNX model, or not a well-formed one.
+        UnsupportedModel: it uses a domain, operator or opset that is not known here.
+        ForbiddenExternalData: a tensor's data lie outside the model's folder.
+    """
+    proto, label, folder = _read(source)
+    files = DataFiles(label=label, folder=folder)
+    try:
+        version = check_opsets(proto.opset_import, label)
+        check_texts(proto, label)
+        proto = unwrap_maps(proto)
+        check_operators(proto, version, label)
+        check_types(proto, label)
+        for tensor in list_tensors(proto):
+            files.check(tensor)
+        check_names(proto, label)
+        check_form(proto, label)
+        model = read_model(proto)
+    except UnicodeDecodeError as error:
+        raise NotAModel(label, "it holds text that is not UTF-8") from error
+    except FAULTS as error:
+        raise NotAModel(label, explain(error)) from error
+    with blame_stage("read"):
+        _map_external(model, files)
+        _forget_negative_dims(model.graph)
+    return model
+
+
+def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
+    if isinstance(source, onnx.ModelProto):
+        _refuse_empty(source, "the model")
+        return source, "the model", None
+    if isinstance(source, bytes):
+        return _parse(source, "the model"), "the model", None
+    path = Path(source)
+    label = str(path)
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise NotAModel(label, "it is no file")  # a pipe or a device need never end
+        if found.st_size > MAX_PROTO_BYTES:
+            raise NotAModel(label, "it is larger than 2 GiB; save its weights as external data")
+        content = read_regular(path, MAX_PROTO_BYTES)
+        folder = path.resolve().parent
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise NotAModel(label, f"it cannot be read ({reason})") from error
+    return _parse(content, label), label, folder
+
+
+def _parse(content: bytes, label: str) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except google.protobuf.message.DecodeError as error:
+        raise NotAModel(label, "its bytes are not in ONNX format, or cut short") from error
+    _refuse_empty(proto, label)
+    return proto
+
+
+def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise NotAModel(label, "it holds no graph")
+    if (count := len(proto.graph.node)) > MAX_NODES:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
+
+
+def _map_external(model: ir.Model, files: DataFiles) -> None:
+    """Replace every external tensor by one whose file is mapped already."""
+    graphs: list[ir.Graph] = [*model.graphs()]
+    for function in model.functions.values():
+        graphs += [function.graph, *function.subgraphs()]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = files.read(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.data.items()):
+                held = attribute.value
+                if isinstance(held, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, files.read(held))
+
+
+def _forget_negative_dims(graph: ir.Graph) -> None:
+    """Take a dimension of -1, which some exporters write for a dynamic one, as unknown."""
+    for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+            value.shape = ir.Shape(dims)

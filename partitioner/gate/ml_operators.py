@@ -1,0 +1,83 @@
+"""Operators of the domain ``ai.onnx.ml`` that exporters write around a network, in standard ones.
+
+skl2onnx scales before a perceptron (Scaler), picks the label behind it (ArrayFeatureExtractor)
+and wraps its probabilities into dictionaries (ZipMap).  This module knows these three; whatever
+else the domain holds, trees above all, has no gradient and is refused at the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import Draft, known_rank
+
+DOMAIN = "ai.onnx.ml"
+
+_Settle = Callable[[Draft, ir.Node], ir.Value]
+
+
+def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Give the model without ZipMap: its output becomes the tensor of probabilities itself.
+
+    onnx-ir has no type for dictionaries.  ``proto`` is returned where it has no ZipMap, else a
+    copy.
+    """
+    if not any(node.domain == DOMAIN and node.op_type == "ZipMap" for node in proto.graph.node):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    unwrapped = set()
+    for node in copy.graph.node:
+        if node.domain == DOMAIN and node.op_type == "ZipMap":
+            node.op_type, node.domain = "Identity", ""
+            del node.attribute[:]
+            unwrapped.update(node.output)
+    for value in (*copy.graph.output, *copy.graph.value_info):
+        if value.name in unwrapped:
+            value.type.Clear()
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            value.type.tensor_type.shape.dim.add()  # samples
+            value.type.tensor_type.shape.dim.add()  # classes
+    return copy
+
+
+def settle_estimators(graph: ir.Graph) -> None:
+    """Write the nodes of the domain in standard operators, in place."""
+    for node in list(graph):
+        if node.domain == DOMAIN:
+            draft = Draft(f"{node.outputs[0].name or node.name}/settled")
+            draft.replace(node, [ESTIMATORS[node.op_type](draft, node)])
+
+
+def _settle_extractor(draft: Draft, node: ir.Node) -> ir.Value:
+    """Columns of the last axis; a vector counts as one row."""
+    source, picks = node.inputs
+    assert source is not None
+    assert picks is not None
+    if known_rank(source) == 1:
+        source = draft.op("Unsqueeze", source, draft.integers([0]))
+    flat = draft.op("Reshape", picks, draft.integers([-1]))
+    return draft.op("Gather", source, flat, axis=-1)
+
+
+def _settle_scaler(draft: Draft, node: ir.Node) -> ir.Value:
+    """(x - offset) * scale, as F32."""
+    value = node.inputs[0]
+    assert value is not None
+    value = draft.cast(value, ir.DataType.FLOAT)
+    for kind, name in (("Sub", "offset"), ("Mul", "scale")):
+        if name in node.attributes:
+            numbers = node.attributes[name].as_floats()
+            constant = draft.tensor(ir.tensor(list(numbers), dtype=ir.DataType.FLOAT))
+            value = draft.op(kind, value, constant)
+    return value
+
+
+ESTIMATORS: Mapping[str, _Settle] = {
+    "ArrayFeatureExtractor": _settle_extractor,
+    "Scaler": _settle_scaler,
+}
+"""Operator of the domain -> how it is written in standard ones; the gate lets no other pass."""

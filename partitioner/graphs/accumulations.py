@@ -1,0 +1,46 @@
+"""Running sums and products along an axis, as shifts that double.
+
+With ``n`` elements it takes ``log2(n)`` steps of a Pad and an Add or Mul, each of which has a
+gradient; nothing is divided, so that zeros do no harm.  It knows no node that it stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """An axis of a tensor of ``rank`` dimensions, ``length`` elements long, and its direction."""
+
+    axis: int
+    rank: int
+    length: int
+    reverse: bool = False
+
+
+def accumulate(
+    draft: Draft, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
+) -> ir.Value:
+    """Give at each place the sum or product up to it, itself included unless ``exclusive``."""
+    dtype = x.dtype
+    neutral = draft.number(0.0 if kind == "Add" else 1.0, dtype)
+    if exclusive:
+        x = _shift(draft, x, line, 1, neutral)
+    distance = 1
+    while distance < line.length:
+        x = draft.op(kind, x, _shift(draft, x, line, distance, neutral))
+        distance *= 2
+    return x
+
+
+def _shift(draft: Draft, x: ir.Value, line: Line, distance: int, fill: ir.Value) -> ir.Value:
+    pads = [0] * (2 * line.rank)
+    forward = -distance if line.reverse else distance
+    pads[line.axis], pads[line.axis + line.rank] = forward, -forward
+    return draft.op("Pad", x, draft.integers(pads), fill)

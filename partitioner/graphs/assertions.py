@@ -1,0 +1,70 @@
+"""Assertions in graphs: values that are there only where a condition holds, by standard operators.
+
+Gather fails with an error on an index out of range, so a lookup that goes astray where something is
+wrong ends the stage before the kernel that would trust it.  This module knows conditions and
+shapes; which kernel needs them is :mod:`safeguards`' and :mod:`addresses`' business.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import Draft
+
+I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+
+
+def refuse_where(draft: Draft, bad: ir.Value) -> ir.Value:
+    """Give a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
+    numbers = draft.cast(note(bad, BOOL), I64)
+    count = draft.op("ReduceSum", numbers, keepdims=0)  # there may be none: ReduceMax refuses that
+    return note(draft.op("Gather", draft.integers([0]), note(count, I64), axis=0), I64)
+
+
+def pass_if(draft: Draft, value: ir.Value, zero: ir.Value) -> ir.Value:
+    """Give a value as it is, once ``zero`` was computed: its shape is added to it."""
+    shape = note(draft.op("Shape", value), I64)
+    return reshape(draft, value, note(draft.op("Add", shape, zero), I64))
+
+
+def reshape(draft: Draft, value: ir.Value, shape: ir.Value) -> ir.Value:
+    """Reshape, to what is noted as the shape it has; an error if the elements are more or fewer."""
+    return note(draft.op("Reshape", value, shape), value.dtype, value.shape)
+
+
+def either(draft: Draft, *conditions: ir.Value) -> ir.Value:
+    """Join conditions by Or."""
+    joined, *others = conditions
+    for condition in others:
+        joined = note(draft.op("Or", joined, condition), BOOL)
+    return joined
+
+
+def note(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None = None) -> ir.Value:
+    """Note a value's type and shape."""
+    value.type = None if dtype is None else ir.TensorType(dtype)
+    value.shape = shape
+    return value
+
+
+def require_rank(value: ir.Value) -> int:
+    """Return the number of a value's dimensions.
+
+    Raises:
+        UnsupportedModel: it is not known.
+    """
+    if value.shape is None:
+        raise UnsupportedModel(
+            f"tensor '{value.name}'", "its rank is not known", "export the model with shapes"
+        )
+    return len(value.shape)
+
+
+def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list[int] | None:
+    """Return dimensions that are numbers, all of a stretch, or ``None``."""
+    if value.shape is None:
+        return None
+    dims = list(value.shape)[start:end]
+    sizes = [dim for dim in dims if isinstance(dim, int)]
+    return sizes if len(sizes) == len(dims) else None

@@ -1,0 +1,203 @@
+"""Random numbers that are a function of seed, step, micro-batch and node alone.
+
+onnxruntime draws from a generator inside the session that can be neither read nor set: split and
+unsplit training would see other numbers.  Here they are computed in the graph from the input
+``splitonnx.key`` by integer operators, so that a step can be repeated exactly, on any runtime.
+Element ``i`` gets the word ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
+"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31), its multiplications
+done in 64 bits and cut back, as ONNX Runtime does not multiply uint32; the two halves of the key
+enter before and within the mixing.
+
+It knows the random operators of the training form.  When predicting, they are what they were.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import KEY
+from splitonnx.partitioner.graphs.builders import Draft
+
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+"""Of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
+_SPREAD = (0x3243F6A9, 0x2B7E1517, 0x1B873593)
+"""Odd constants below 2**30 that spread seed, step and micro-batch over the key."""
+_FLOAT = ir.DataType.FLOAT
+
+
+def find_key(graph: ir.Graph) -> ir.Value:
+    """Give the graph's input for the key, which is made where it is missing."""
+    for value in graph.inputs:
+        if value.name == KEY:
+            return value
+    key = ir.Value(name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
+    graph.inputs.append(key)
+    return key
+
+
+def draw_words(draft: Draft, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
+    """Draw whole numbers below 2**32, as I64 in the given shape, for the node of that name."""
+
+    def word(value: ir.Value) -> ir.Value:
+        return draft.cast(value, ir.DataType.UINT32)
+
+    def long(value: ir.Value) -> ir.Value:
+        return draft.cast(value, ir.DataType.INT64)
+
+    def xor(one: ir.Value, other: ir.Value) -> ir.Value:
+        return _typed(draft.op("BitwiseXor", one, other), ir.DataType.UINT32)
+
+    def fold(value: ir.Value, shift: int) -> ir.Value:
+        places = draft.number(shift, ir.DataType.UINT32)
+        return xor(value, draft.op("BitShift", value, places, direction="RIGHT"))
+
+    def multiply(value: ir.Value, factor: int) -> ir.Value:
+        product = draft.op("Mul", long(value), draft.integer(factor))
+        return word(_typed(product, ir.DataType.INT64))
+
+    def scramble(value: ir.Value, *, within: ir.Value | None = None) -> ir.Value:
+        value = multiply(fold(value, 16), _MULTIPLIERS[0])
+        if within is not None:
+            value = xor(value, within)
+        return fold(multiply(fold(value, 15), _MULTIPLIERS[1]), 16)
+
+    spread = draft.op("Mul", draft.op("Mod", key, draft.integer(2**31)), draft.integers(_SPREAD))
+    total = draft.op("ReduceSum", spread, keepdims=0)
+    named = draft.op("Add", total, draft.integer(zlib.crc32(name.encode())))
+    first = scramble(word(named))
+    second = scramble(xor(first, draft.number(0x5BD1E995, ir.DataType.UINT32)))
+    count = draft.op("ReduceProd", shape, keepdims=0)
+    index = draft.op("Range", draft.integer(0), count, draft.integer(1))
+    mixed = scramble(word(draft.op("Add", index, long(first))), within=second)
+    return _typed(draft.op("Reshape", long(mixed), shape), ir.DataType.INT64)
+
+
+def key_draws(graph: ir.Graph) -> None:
+    """Write every random operator, in place, with numbers from the key.
+
+    A ``seed`` of the node's own takes part like its name.
+
+    Raises:
+        UnsupportedModel: the rank of a Multinomial's input is not known.
+    """
+    for node in [node for node in graph if node.op_type in _DRAWS and not node.domain]:
+        draft = Draft(f"{node.outputs[0].name}/drawn")
+        draw = _Source(draft=draft, key=find_key(graph), node=node)
+        draft.replace(node, [_DRAWS[node.op_type](draw)])
+
+
+class _Source:
+    """The numbers of one node."""
+
+    def __init__(self, draft: Draft, key: ir.Value, node: ir.Node) -> None:
+        self.draft, self.node, self._key = draft, node, key
+        seed = node.attributes.get_float("seed", None)
+        self._name = (node.name or "") + ("" if seed is None else f"/{seed}")
+
+    @property
+    def x(self) -> ir.Value:
+        """The node's input."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    def shape(self) -> ir.Value:
+        """Give the shape of what is drawn."""
+        if self.node.inputs:
+            return self.draft.shape(self.x)
+        return self.draft.integers(self.node.attributes.get_ints("shape"))
+
+    def number(self, name: str, default: float) -> ir.Value:
+        """Give a float attribute as a scalar."""
+        return self.draft.number(self.node.attributes.get_float(name, default), _FLOAT)
+
+    def uniform(self, shape: ir.Value, *, label: str = "", above_zero: bool = False) -> ir.Value:
+        """Draw multiples of 2**-24 from [0, 1), or with ``above_zero`` from (0, 1]."""
+        draft = self.draft
+        words = draw_words(draft, self._key, f"{self._name}{label}", shape)
+        steps = draft.op("Div", words, draft.integer(2**8))
+        if above_zero:
+            steps = draft.op("Add", steps, draft.integer(1))
+        steps = draft.op("Cast", steps, to=_FLOAT.value)
+        return draft.op("Mul", steps, draft.number(2.0**-24, _FLOAT))
+
+    def finish(self, value: ir.Value) -> ir.Value:
+        """Cast to the dtype that the node declares, by default that of its input."""
+        declared = self.node.attributes.get_int("dtype", 0)
+        dtype = self.x.dtype if not declared and self.node.inputs else None
+        return self.draft.op("Cast", value, to=declared or (dtype or _FLOAT).value)
+
+
+def _draw_uniform(source: _Source) -> ir.Value:
+    """low + u * (high - low)."""
+    draft = source.draft
+    low, high = source.number("low", 0.0), source.number("high", 1.0)
+    scaled = draft.op("Mul", source.uniform(source.shape()), draft.op("Sub", high, low))
+    return source.finish(draft.op("Add", low, scaled))
+
+
+def _draw_normal(source: _Source) -> ir.Value:
+    """mean + scale * sqrt(-2 ln u) * cos(2 pi v): the transform of Box and Muller."""
+    draft, shape = source.draft, source.shape()
+    u = source.uniform(shape, label="/u", above_zero=True)
+    v = source.uniform(shape, label="/v")
+    radius = draft.op("Sqrt", draft.op("Mul", draft.op("Log", u), draft.number(-2.0, _FLOAT)))
+    angle = draft.op("Cos", draft.op("Mul", v, draft.number(2 * math.pi, _FLOAT)))
+    scaled = draft.op("Mul", draft.op("Mul", radius, angle), source.number("scale", 1.0))
+    return source.finish(draft.op("Add", scaled, source.number("mean", 0.0)))
+
+
+def _draw_bernoulli(source: _Source) -> ir.Value:
+    """1 where u < p; a step function of p, so without a gradient."""
+    draft, p = source.draft, source.x
+    u = source.uniform(source.shape())
+    chance = draft.op("Cast", draft.detach(p), to=_FLOAT.value)
+    return source.finish(draft.op("Less", u, chance))
+
+
+def _draw_multinomial(source: _Source) -> ir.Value:
+    """Count the classes whose cumulated probability is at most u."""
+    draft, scores, node = source.draft, source.x, source.node
+    samples = node.attributes.get_int("sample_size", 1)
+    if scores.shape is None or len(scores.shape) != 2:
+        raise UnsupportedModel(
+            f"node '{node.name}' (Multinomial)", "its input is not known to be [batch, classes]"
+        )
+    scores = draft.op("Cast", draft.detach(scores), to=_FLOAT.value)
+    chance = draft.op("Softmax", scores, axis=-1)
+    cumulated = draft.op("CumSum", chance, draft.integer(1))  # (N, classes)
+    shape = draft.op("Concat", draft.shape(source.x, 0, 1), draft.integers([samples]), axis=0)
+    u = source.uniform(shape)  # (N, samples)
+    last = draft.op("Unsqueeze", u, draft.integers([2]))
+    passed = draft.op(
+        "LessOrEqual", draft.op("Unsqueeze", cumulated, draft.integers([1])), last
+    )  # (N, samples, classes)
+    count = draft.op(
+        "ReduceSum", draft.op("Cast", passed, to=ir.DataType.INT64.value),
+        draft.integers([2]), keepdims=0,
+    )  # fmt: skip
+    most = draft.op("Sub", draft.op("Squeeze", draft.shape(source.x, 1, 2)), draft.integer(1))
+    declared = node.attributes.get_int("dtype", ir.DataType.INT32.value)
+    return draft.op("Cast", draft.op("Min", count, most), to=declared)
+
+
+_DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
+    "Bernoulli": _draw_bernoulli,
+    "Multinomial": _draw_multinomial,
+    "RandomNormal": _draw_normal,
+    "RandomNormalLike": _draw_normal,
+    "RandomUniform": _draw_uniform,
+    "RandomUniformLike": _draw_uniform,
+}
+"""Operator -> how its numbers come from the key."""
+
+
+def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Note a value's type, so that it is not cast to what it is already."""
+    value.type = ir.TensorType(dtype)
+    return value

@@ -1,0 +1,175 @@
+"""Folding: what of a model is known before any data come is computed beforehand.
+
+Constants take the place of what is computed from constants and fixed dimensions alone; a
+Reshape's target becomes one where at most one dimension is open; branches and loops that are
+settled are written out.  A dynamic batch stays dynamic.  Weights are graph inputs here, so none
+is ever folded.  This module knows no cut and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.expressions import UNKNOWN
+from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
+from splitonnx.partitioner.inference.control_flows import KEPT, Unsettled, settle_control_flow
+from splitonnx.partitioner.inference.dimensions import Amount, Dim
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+def fold(model: ir.Model, weights: Collection[str]) -> None:
+    """Fold a model, in place; ``weights`` names the graph inputs that are no data.
+
+    Values keep their names, and each that is computed has its dimensions noted on it, those
+    that are sums and products of unknown ones too (``2*N``).
+    """
+    graph = model.graph
+    known = Inference(graph.opset_imports[""])
+    reached = {value for value in graph.inputs if value.name in weights}
+    pending, spent = deque(graph), 0
+    while pending:
+        node = pending.popleft()
+        with blame(node):
+            written = _fold_node(node, known, reached, spent)
+        spent += sum(1 + len(list_inner(node)) for node in written)
+        pending.extendleft(reversed(written))
+    prune(graph)
+
+
+def _fold_node(
+    node: ir.Node, known: Inference, reached: set[ir.Value], spent: int
+) -> Sequence[ir.Node]:
+    """Fold one node; give the nodes that were written in its place and are to be folded next."""
+    trained = any(value in reached for value in list_inputs(node))
+    if trained:
+        reached.update(node.outputs)
+    written = _settle(node, known, trained, spent)
+    if written is not None:
+        return written
+    _name_type(node)
+    known.visit(node)
+    if node.op_type == "Reshape":
+        _fix_target(node, known, _fix_reshape)
+    elif node.op_type == "Expand":
+        _fix_target(node, known, _fix_expand)
+    if not _replace_by_constants(node, known):
+        for value in node.outputs:
+            known.note(value)
+    return ()
+
+
+def note_shapes(graph: ir.Graph) -> None:
+    """Note on the values of a graph what is known of dimensions that are not noted yet."""
+    known = Inference(graph.opset_imports[""])
+    for node in graph:
+        if all(_is_noted(value) for value in node.outputs):
+            continue
+        known.visit(node)
+        for value in node.outputs:
+            known.note(value)
+
+
+def _is_noted(value: ir.Value) -> bool:
+    """Tell whether nothing can be learnt of a value; integers may be sizes that others need."""
+    if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
+        return False
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
+
+
+def _settle(node: ir.Node, known: Inference, trained: bool, spent: int) -> Sequence[ir.Node] | None:
+    """Write out control flow that is settled; a loop only where a gradient may pass it."""
+    loop = node.op_type in ("Loop", "Scan")
+    if node.domain or not (node.op_type == "If" or (loop and trained)):
+        return None
+    try:
+        return settle_control_flow(node, known, spent)
+    except Unsettled as reason:
+        node.metadata_props[KEPT] = str(reason)
+        return None
+
+
+def _name_type(node: ir.Node) -> None:
+    """Make a CastLike a Cast: it reads no data of its second input.
+
+    onnx's inference does not say the type of a GroupNormalization.
+    """
+    if node.op_type == "GroupNormalization" and node.inputs[0] is not None:
+        node.outputs[0].type = node.inputs[0].type
+    if node.op_type == "CastLike" and node.inputs[1] is not None:
+        dtype = node.inputs[1].dtype
+        if dtype is not None:
+            node.op_type = "Cast"
+            node.attributes["to"] = ir.AttrInt64("to", dtype.value)
+            node.resize_inputs(1)
+
+
+def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
+    """Put constants in the place of a node whose outputs are all known."""
+    outputs = [value for value in node.outputs if value.uses()]
+    if node.op_type == "Constant" or any(value.is_graph_output() for value in node.outputs):
+        return False
+    contents = [known.constant(value) for value in node.outputs]
+    if not outputs or any(not _is_plain(c, v) for c, v in zip(contents, node.outputs, strict=True)):
+        return False
+    draft = Draft(f"{node.name}/folded")
+    draft.replace(node, [draft.tensor(ir.tensor(np.asarray(content))) for content in contents])
+    return True
+
+
+def _is_plain(content: np.ndarray | None, value: ir.Value) -> bool:
+    """Tell whether a value's content is known, and of the element type that it should be."""
+    if content is None or content.dtype.kind not in "biuf":
+        return False
+    return value.dtype is None or value.dtype.numpy() == content.dtype
+
+
+def _fix_target(
+    node: ir.Node,
+    known: Inference,
+    fix: Callable[[ir.Node, list[Amount], list[Amount]], list[int] | None],
+) -> None:
+    """Make the target shape of a node a constant, where one says the same for every batch."""
+    source, target = node.inputs[0], known.content(node.inputs[1])
+    dims = None if source is None else known.shape(source)
+    if target is None or target.dtype != object or dims is None:
+        return
+    wanted = [d if isinstance(d, Dim) else int(d) for d in target.reshape(-1)]
+    fixed = fix(node, dims, wanted)
+    graph = node.graph
+    if fixed is not None and graph is not None:
+        draft = Draft(f"{node.name}/target")
+        constant = draft.integers(fixed)
+        graph.insert_before(node, draft.nodes)
+        node.replace_input_with(1, constant)
+
+
+def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
+    """Write 0 for a dimension that stays, and -1 for the one that is open."""
+    copying = not node.attributes.get_int("allowzero", 0)
+    if 0 in wanted and not copying:
+        return None
+    fixed = [
+        0 if isinstance(dim, Dim) and axis < len(dims) and dims[axis] == dim else dim
+        for axis, dim in enumerate(wanted)
+    ]
+    opened = [-1 if isinstance(dim, Dim) else dim for dim in fixed]
+    if opened.count(-1) > 1:
+        return None
+    node.attributes.pop("allowzero", None)
+    return opened
+
+
+def _fix_expand(_: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
+    """Write 1 for a dimension that the input has already."""
+    own = [*[1] * (len(wanted) - len(dims)), *dims][-len(wanted) :] if wanted else []
+    fixed = [1 if isinstance(d, Dim) and d == o else d for d, o in zip(wanted, own, strict=True)]
+    return [d for d in fixed if isinstance(d, int)] if not any(
+        isinstance(d, Dim) for d in fixed
+    ) else None  # fmt: skip

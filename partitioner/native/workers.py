@@ -1,0 +1,185 @@
+"""Isolation: native code in a process of its own, so that no model ends this one.
+
+One process is started at the first call, serves all later ones, and is started anew where a model
+ended it.  It ends with this one.  This module knows processes and pipes; what is computed there
+stands in :mod:`natives`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+
+from splitonnx.errors import NativeCrash, ProcessFailed
+from splitonnx.partitioner.native import natives
+
+_MOST_KEPT = 1 << 26
+"""Bytes; after a larger request or answer the process ends, so that it keeps no such memory."""
+
+_ADVICE = "check how the model was exported"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Refused(RuntimeError):
+    """Native code raised an exception; ``kind`` is its class's name."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class _Worker:
+    """The other process; it is ready when this returns."""
+
+    def __init__(self) -> None:
+        paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", natives.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what code says that breaks down is no sentence
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "ORT_DISABLE_TELEMETRY": "1",  # of ONNX Runtime from 1.29 on
+                },
+                cwd=sys.prefix,  # which is there to stay
+            )
+        except (OSError, ValueError) as error:
+            raise ProcessFailed(natives.__name__, str(error)) from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        try:
+            natives.read_frame(self._answers)  # type: ignore[arg-type]
+        except EOFError as error:
+            raise ProcessFailed(natives.__name__, self.end()) from error
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: bytes) -> bytes:
+        """Give the answer to a request; ``EOFError`` or ``OSError`` where there is none."""
+        natives.write_frame(self._requests, request)  # type: ignore[arg-type]
+        return natives.read_frame(self._answers)  # type: ignore[arg-type]
+
+    def end(self) -> str:
+        """End the process and say how it ended, if it had by itself."""
+        self.release()
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"exit code {code}"
+
+    def release(self) -> None:
+        """Close the pipes; the process, if this is its only parent, ends for it."""
+        for pipe in (self._requests, self._answers):
+            with suppress(OSError):  # what was not sent can no longer be
+                pipe.close()
+
+    def forget(self) -> None:
+        """Leave the process to another one, of which this one is a fork."""
+        self.release()
+        self._process.returncode = 0  # it is not ours to wait for
+
+
+class Isolation:
+    """A process for native code that calls share, one after the other; it starts at the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the process, while there is one."""
+        return None if self._worker is None else self._worker.pid
+
+    def call(
+        self, function: Callable[P, R], subject: str, *arguments: P.args, **named: P.kwargs
+    ) -> R:
+        """Call a function of :mod:`natives` over there; ``subject`` is what it works on.
+
+        Raises:
+            Refused: the function raised an exception.
+            NativeCrash: it ended the process, took too long or needs more memory than it may
+                have; where the process ended, the next call starts another one.
+            ProcessFailed: no such process can be started.
+        """
+        assert not named, "arguments go by their place"
+        name = function.__name__
+        with self._lock:
+            answer = self._ask(name, msgspec.msgpack.encode([name, arguments]), subject)
+        result: list[Any] = msgspec.msgpack.decode(answer)
+        if len(result) > 1 and result[0] == "MemoryError":
+            code = natives.NATIVES[name][1]
+            reason = f"{code} needs more memory than it may take for a model of this size"
+            raise NativeCrash(subject, reason, _ADVICE)
+        if len(result) > 1:
+            raise Refused(*result)
+        made: R = result[0]
+        return made
+
+    def _ask(self, name: str, request: bytes, subject: str) -> bytes:
+        if self._worker is None or not self._worker.is_alive():
+            self.end()
+            self._worker = _Worker()
+        started = time.monotonic()
+        try:
+            answer = self._worker.ask(request)
+        except (EOFError, OSError) as error:
+            late = time.monotonic() - started >= natives.SECONDS
+            how = self.end()
+            reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
+            code = natives.NATIVES[name][1]
+            raise NativeCrash(subject, f"{code} {reason}", _ADVICE) from error
+        except BaseException:  # the answer to come would be taken for that to the next one
+            self.end()
+            raise
+        if max(len(request), len(answer)) > _MOST_KEPT:
+            self.end()
+        return answer
+
+    def end(self) -> str:
+        """End the process, if there is one, and say how it ended."""
+        worker, self._worker = self._worker, None
+        return worker.end() if worker is not None else ""
+
+    def forget(self) -> None:
+        """Start anew in a forked process: two must not read from one pipe."""
+        worker, self._worker = self._worker, None
+        self._lock = threading.Lock()
+        if worker is not None:
+            worker.forget()
+
+
+_HERE = Isolation()
+call = _HERE.call
+atexit.register(_HERE.end)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_HERE.forget)

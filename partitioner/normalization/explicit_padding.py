@@ -1,0 +1,121 @@
+"""Padding made explicit, before anything else looks at it.
+
+onnxruntime-training's ConvGrad ignores ``auto_pad`` and yields wrong gradients without a word;
+with explicit ``pads`` it is right.  With ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 has a window
+too many where the last would start behind the image, and AveragePool counts elements beyond the
+padding, which the standard does not; with explicit padding both are right.
+Formulas: Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.faults import blame
+
+_WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
+
+
+def settle_paddings(graph: ir.Graph) -> None:
+    """Give every convolution and pooling explicit ``pads``, in place.
+
+    One whose padding depends on a size that is not known stays as it is.
+    """
+    for node in list(graph):
+        if node.op_type not in _WINDOWED or node.domain:
+            continue
+        with blame(node):
+            _settle_node(node)
+
+
+def _settle_node(node: ir.Node) -> None:
+    kernel = read_kernel(node)
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if kernel is not None and mode != "NOTSET":
+        pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
+        if pads is not None:
+            del node.attributes["auto_pad"]
+            node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+    elif kernel is not None and node.attributes.get_int("ceil_mode", False):
+        _settle_ceiling(node, kernel)
+
+
+def read_kernel(node: ir.Node) -> list[int] | None:
+    """Give the extents of a window, if they are known."""
+    shape = node.attributes.get_ints("kernel_shape", [])
+    if shape:
+        return list(shape)
+    weights = node.inputs[1] if len(node.inputs) > 1 else None
+    dims = known_dims(weights) if weights is not None else None
+    if dims is None:
+        return None
+    kernel = [dim for dim in dims[2:] if dim is not None]
+    return kernel if len(kernel) == len(dims) - 2 else None
+
+
+def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
+    """Count the windows along an axis as ``ceil_mode`` has it: each starts before the padding."""
+    count = -(-(size + before + after - reach) // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + before else count
+
+
+def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | None:
+    dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
+    sizes = dims[2:] if dims is not None else [None] * len(kernel)
+    strides, dilations = _read_steps(node, len(kernel))
+    small, large = [], []
+    for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True):
+        reach = d * (k - 1) + 1
+        if n is None and s != 1:
+            return None
+        total = max(0, (-(-(n or 0) // s) - 1) * s + reach - (n or 0))
+        small.append(total // 2)
+        large.append(total - total // 2)
+    return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
+
+
+def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> None:
+    """Pad as much as the last windows need; what ``ceil_mode`` adds never counts."""
+    rank = len(kernel)
+    dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
+    if dims is None or None in dims[2:]:
+        return
+    strides, dilations = _read_steps(node, rank)
+    pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
+    rests = []
+    for axis, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        n, reach, before = dims[2 + axis] or 0, d * (k - 1) + 1, pads[axis]
+        count = count_windows(n, reach, s, before, pads[rank + axis])
+        rests.append((count - 1) * s + reach - n - before - pads[rank + axis])
+    included = node.attributes.get_int("count_include_pad", False)
+    if included and max(pads) > 0:
+        _pad_before(node, pads)
+        pads = [0] * (2 * rank)
+    if included:
+        del node.attributes["count_include_pad"]
+    for axis, rest in enumerate(rests):
+        pads[rank + axis] = max(0, pads[rank + axis] + rest)
+    del node.attributes["ceil_mode"]
+    node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+
+
+def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
+    """Put zeros around a node's input, so that they count as elements of it."""
+    graph, x = node.graph, node.inputs[0]
+    assert graph is not None
+    draft, rank = Draft(f"{node.outputs[0].name}/padded"), len(pads) // 2
+    widths = draft.integers([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
+    padded = draft.op("Pad", x, widths, mode="constant")
+    graph.insert_before(node, draft.nodes)
+    node.replace_input_with(0, padded)
+
+
+def _read_steps(node: ir.Node, rank: int) -> tuple[Sequence[int], Sequence[int]]:
+    ones = [1] * rank
+    return (
+        node.attributes.get_ints("strides", ones),
+        node.attributes.get_ints("dilations", ones),
+    )

@@ -1,0 +1,36 @@
+"""Recurrences with the batch first, brought to time first.
+
+ONNX Runtime has no kernel for layout 1 of LSTM, GRU and RNN, neither to train nor to predict.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import Draft
+
+_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
+"""Recurrences and the inputs of theirs that hold a state."""
+
+
+def settle_layouts(graph: ir.Graph) -> None:
+    """Write every recurrence of layout 1 as one of layout 0 between transpositions, in place."""
+    for node in list(graph):
+        if node.op_type not in _STATES or node.domain:
+            continue
+        if node.attributes.get_int("layout", 0) == 1:
+            _transpose(node)
+
+
+def _transpose(node: ir.Node) -> None:
+    draft = Draft(f"{node.name}/layout")
+    inputs = list(node.inputs)
+    for index in (0, *_STATES[node.op_type]):
+        if index < len(inputs) and inputs[index] is not None:
+            inputs[index] = draft.op("Transpose", inputs[index], perm=[1, 0, 2])
+    attributes = {name: value for name, value in node.attributes.items() if name != "layout"}
+    made = draft.ops(node.op_type, inputs, len(node.outputs), attributes)
+    perms = [[2, 0, 1, 3], [1, 0, 2], [1, 0, 2]]
+    draft.replace(
+        node, [draft.op("Transpose", v, perm=p) for v, p in zip(made, perms, strict=False)]
+    )

@@ -1,0 +1,246 @@
+"""Weights: which tensors of a model are its parameters, taken out of the graph and put back.
+
+A weight becomes a graph input, so that what is differentiated stays small whatever the model
+weighs.  What is a weight follows from its use (:mod:`parameters`) and from the user's patterns;
+this module knows names, initializers and Constant nodes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel, UsageError, quote
+from splitonnx.manifests import Role
+from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.normalization.parameters import Kind, Verdict, judge
+
+_FLOATS = {
+    ir.DataType.BFLOAT16,
+    ir.DataType.DOUBLE,
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+}
+
+EVERYTHING = "."
+"""The pattern that finds every name; to freeze so leaves to train what ``train`` names."""
+INNER = "splitonnx.inner"
+"""Key of a value's metadata: the node in whose body the weight stood."""
+
+
+def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
+    """Turn parameters and running statistics into graph inputs and return their tensors.
+
+    They stand as initializers or as Constant nodes, as Paddle's exporter writes all weights.
+    Those of the bodies of If, Loop and Scan come along (:func:`return_weights` undoes it).
+    ``train`` holds regular expressions: each means the parameters that it finds, and where it
+    finds none, the constants that it finds, which become parameters.
+
+    Raises:
+        UnsupportedModel: a pattern finds nothing, or nothing that can be trained.
+        UsageError: a pattern is no regular expression.
+    """
+    _hoist(graph)
+    stored = dict(_list_stored(graph))
+    verdicts = {name: _judge(value, tensor) for name, (value, tensor) in stored.items()}
+    lifted = {n for n, v in verdicts.items() if v.kind in (Kind.PARAMETER, Kind.STATISTIC)}
+    for pattern in train:
+        lifted |= _find_trained(pattern, verdicts, graph)
+    return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
+
+
+def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
+    """Make constants again of the weights of bodies that still stand, which nothing can train."""
+    for value in [value for value in graph.inputs if INNER in value.metadata_props]:
+        if all(use.node.graph is not graph for use in value.uses()):
+            graph.inputs.remove(value)
+            value.const_value = weights.pop(value.name or "")
+            graph.register_initializer(value)
+
+
+def count_inner(graph: ir.Graph) -> int:
+    """Count the elements of the weights that :func:`return_weights` made constants again."""
+    inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
+    return sum(value.const_value.size for value in inner if value.const_value is not None)
+
+
+def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
+    """Turn graph inputs back into initializers: the inverse of lifting the weights.
+
+    A weight of 16 bits, which is trained in float32, is rounded to its own type.
+    """
+    for value in [value for value in graph.inputs if value.name in weights]:
+        graph.inputs.remove(value)
+        array = weights[value.name or ""]
+        if value.dtype is not None:
+            array = array.astype(value.dtype.numpy(), copy=False)
+        value.const_value = ir.tensor(array, name=value.name)
+        graph.register_initializer(value)
+
+
+def assign_roles(
+    weights: Collection[str],
+    statistics: set[str],
+    buffers: set[str],
+    *,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+) -> dict[str, Role]:
+    """Say what each weight is: a parameter to train, a frozen one, or a running statistic.
+
+    What a pattern of ``train`` finds is trained, also where one of ``freeze`` finds it.
+
+    Raises:
+        UnsupportedModel: a pattern of ``freeze`` finds no weight.
+        UsageError: it freezes nothing that ``train`` does not train, or is no regular expression.
+    """
+    trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
+    frozen: set[str] = set()
+    for pattern in freeze:
+        found = _search(pattern, weights, "--freeze")
+        if not found:
+            raise _refuse_unknown("--freeze", pattern, weights)
+        if not found - trained and pattern != EVERYTHING:
+            raise UsageError(
+                f"--freeze {pattern} freezes nothing: --train trains all that it finds; drop one"
+            )
+        frozen |= found - trained
+    roles: dict[str, Role] = {}
+    for name in weights:
+        if name in buffers:
+            roles[name] = Role.BUFFER
+        elif name in statistics or name in frozen:
+            roles[name] = Role.FROZEN
+        else:
+            roles[name] = Role.PARAMETER
+    return roles
+
+
+def pin_names(names: Collection[str]) -> tuple[str, ...]:
+    """Give patterns that find exactly these names."""
+    return tuple(f"^{re.escape(name)}$" for name in names)
+
+
+def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Give a weight as a contiguous little-endian array (mapped where the file was mapped)."""
+    array = tensor.numpy()
+    return np.ascontiguousarray(array).reshape(array.shape)  # which would make a scalar a vector
+
+
+def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.TensorProtocol]]]:
+    """Yield every stored tensor of the graph itself, by name."""
+    for name, value in graph.initializers.items():
+        if value.const_value is not None:
+            yield name, (value, value.const_value)
+    for node in graph:
+        if node.op_type == "Constant" and not node.domain and "sparse_value" not in node.attributes:
+            value = node.outputs[0]
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and value.name and not value.is_graph_output():
+                yield value.name, (value, tensor)
+
+
+def _judge(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+    if tensor.dtype not in _FLOATS:
+        return Verdict(kind=Kind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient")
+    return judge(value, tensor)
+
+
+def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph) -> set[str]:
+    found = _search(pattern, verdicts, "--train")
+    for kind in (Kind.PARAMETER, Kind.CONSTANT):
+        chosen = {name for name in found if verdicts[name].kind is kind}
+        if chosen:
+            return chosen
+    for name in verdicts:
+        if name in found:
+            raise UnsupportedModel(f"--train {pattern}", f"'{name}': {verdicts[name].reason}")
+    for holder, name in _list_inner(graph):
+        if re.search(pattern, name):
+            raise UnsupportedModel(
+                f"--train {pattern}",
+                f"'{name}' stands in a body of node '{holder.name}' ({holder.op_type}), whose "
+                "weights are not trained",
+                "export the model without control flow",
+            )
+    raise _refuse_unknown("--train", pattern, verdicts)
+
+
+def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Yield the stored tensors of bodies, with the node that holds each."""
+    for holder, body in _list_bodies(graph):
+        for name, _ in _list_stored(body):
+            yield holder, name
+
+
+def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
+    """Yield every body in the graph, nested ones too, with the outermost node that holds it."""
+    for holder in graph:
+        for attribute in holder.attributes.values():
+            bodies: Sequence[ir.Graph] = ()
+            if attribute.type is ir.AttributeType.GRAPH:
+                bodies = [attribute.as_graph()]
+            elif attribute.type is ir.AttributeType.GRAPHS:
+                bodies = attribute.as_graphs()
+            for body in bodies:
+                yield holder, body
+                yield from ((holder, inner) for _, inner in _list_bodies(body))
+
+
+def _hoist(graph: ir.Graph) -> None:
+    """Move the parameters of bodies to the graph itself, whence the bodies capture them."""
+    bodies = list(_list_bodies(graph))
+    taken = {value.name for node in list_nodes(graph) for value in node.outputs}
+    taken |= {value.name for value in graph.inputs} | set(graph.initializers)
+    for holder, body in bodies:
+        for name, (value, tensor) in list(_list_stored(body)):
+            if value.is_graph_output() or _judge(value, tensor).kind is not Kind.PARAMETER:
+                continue
+            own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
+            taken.add(own)
+            outer = ir.Value(
+                name=own, const_value=tensor, metadata_props={INNER: holder.name or ""}
+            )
+            value.replace_all_uses_with(outer)
+            node = value.producer()
+            if node is None:
+                body.initializers.pop(name)
+            else:
+                body.remove(node, safe=True)
+            graph.register_initializer(outer)
+
+
+def _search(pattern: str, names: Collection[str], option: str) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option} {pattern} is no regular expression: {error}") from error
+    return {name for name in names if compiled.search(name)}
+
+
+def _refuse_unknown(option: str, pattern: str, names: Collection[str]) -> UnsupportedModel:
+    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    offer = f"did you mean {quote(nearest)}?" if nearest else "it has "
+    if not nearest:
+        offer += quote(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return UnsupportedModel(f"{option} {pattern}", "no parameter's name fits this pattern", offer)
+
+
+def _lift(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    name, node = value.name or "", value.producer()
+    if node is None:
+        graph.initializers.pop(name)
+        value.const_value = None
+        source = value
+    else:
+        source = ir.Value(name=name)
+        value.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+    source.type = ir.TensorType(tensor.dtype)
+    source.shape = ir.Shape(tensor.shape.numpy())
+    graph.inputs.append(source)
+    return tensor

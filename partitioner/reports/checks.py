@@ -1,0 +1,196 @@
+"""Can this model be trained: what stands in the way, what would be rewritten, where it cuts.
+
+It takes the very steps that a cut takes, and keeps what they say.  It writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import onnx_ir as ir
+
+from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageError
+from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.joints import build_training
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
+from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.traversals import find_moving
+from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.normalization.weights import count_inner
+from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.reports.diagnoses import Kind, Remark, diagnose
+from splitonnx.partitioner.reports.inspections import Cut, list_cuts
+
+
+class Handling(StrEnum):
+    """What becomes of an operator in training.
+
+    ``native`` is differentiated as it is, ``rewritten`` in other operators; ``forward only`` lies
+    before every trained parameter or deals with integers; ``in the way`` has no gradient.
+    """
+
+    NATIVE = "native"
+    REWRITTEN = "rewritten"
+    FORWARD = "forward only"
+    OBSTACLE = "in the way"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorUse:
+    """How many nodes of a model are of an operator and are handled alike."""
+
+    operator: str
+    handling: Handling
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What is known of a model before it is cut.
+
+    ``losses`` are those that fit the output, ``obstacles`` says in a sentence each why the model
+    cannot be trained; without one it can.  Parameters are counted in elements: ``parameters``
+    those that would be trained, ``frozen`` the others, ``statistics`` running ones, ``conditional``
+    those that cannot be, in branches and loops that depend on the data.  ``remarks`` say what the
+    export left out, and whether the cuts are too many to be tried: then none is listed.
+    """
+
+    opset: int
+    producer: str
+    output: str
+    losses: tuple[str, ...]
+    obstacles: tuple[str, ...]
+    remarks: tuple[Remark, ...]
+    operators: tuple[OperatorUse, ...]
+    parameters: int
+    frozen: int
+    statistics: int
+    conditional: int
+    cuts: tuple[Cut, ...]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the model can be trained as it is, on either target."""
+        return not self.obstacles
+
+
+@pause_collection()
+def check(
+    model: ModelSource,
+    *,
+    loss: str | None = None,
+    output: str | None = None,
+) -> Check:
+    """Say whether and how a model can be trained.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded one.
+        loss: the loss to try; by default the first that fits.
+        output: the output that the loss is taken of; the first one by default.
+
+    Raises:
+        NotAModel, ForbiddenExternalData: the model cannot be read.
+        UnsupportedModel: it cannot be prepared; the sentence names the node.
+        UsageError: there is no such loss or output.
+    """
+    if loss is not None and loss not in list_losses():
+        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
+    opened = open_model(model)
+    opset = opened.graph.opset_imports.get("", 0)
+    producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
+    remarks = tuple(diagnose(opened))
+    prepared = prepare(opened)
+    output = choose_output(prepared, output)
+    losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
+    faults: list[NotDifferentiable] = []
+    if losses:
+        faults, obstacles = _try_training(prepared, losses[0], output)
+    cuts, unlisted = _list_cuts(prepared)
+    return Check(
+        opset=opset,
+        producer=producer,
+        output=output,
+        losses=losses,
+        obstacles=(*map(str, faults), *obstacles),
+        remarks=(*remarks, *unlisted),
+        operators=_list_uses(prepared, {fault.node for fault in faults}),
+        parameters=_count(prepared, Role.PARAMETER),
+        frozen=_count(prepared, Role.FROZEN),
+        statistics=_count(prepared, Role.BUFFER),
+        conditional=count_inner(prepared.skeleton.graph),
+        cuts=cuts,
+    )
+
+
+def _list_cuts(prepared: PreparedModel) -> tuple[tuple[Cut, ...], tuple[Remark, ...]]:
+    """List the cuts; where that is too much work the model can be trained all the same."""
+    try:
+        return tuple(list_cuts(prepared, None)), ()
+    except TooManyTries as error:
+        return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
+
+
+def _fit_losses(
+    prepared: PreparedModel, output: str, losses: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split the losses into those that can be taken of the output and what the others say."""
+    fitting, reasons = [], []
+    for loss in losses:
+        try:
+            fit_loss(prepared.training.graph, loss, output)
+            fitting.append(loss)
+        except ModelError as error:
+            reasons.append(str(error))
+    return tuple(fitting), () if fitting else tuple(dict.fromkeys(reasons))
+
+
+def _try_training(
+    prepared: PreparedModel, loss: str, output: str
+) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
+    """Differentiate and lower the whole model; return what was in the way."""
+    faults = list(_list_faults(prepared, output))
+    if faults:
+        return faults, ()
+    try:
+        joint = build_training(prepared, (), (), loss, output)
+        lower(joint.graph)
+    except (ModelError, UsageError) as error:
+        return [], (str(error),)
+    return [], ()
+
+
+def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferentiable]:
+    return list_undifferentiable(prepared.training.graph, prepared.trainable, output)
+
+
+def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, ...]:
+    """Follow each node of the model into the training form."""
+    graph = prepared.training.graph
+    trained = set(prepared.trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    kept = {node.name: node for node in graph}
+
+    def handle(node: ir.Node) -> Handling:
+        if node.name in faulty:
+            return Handling.OBSTACLE
+        same = kept.get(node.name)
+        if same is None or same.op_type != node.op_type:
+            return Handling.REWRITTEN
+        differentiated = any(value in moving for value in same.outputs)
+        return Handling.NATIVE if differentiated else Handling.FORWARD
+
+    counts = Counter((node.op_type, handle(node)) for node in prepared.skeleton.graph)
+    return tuple(
+        OperatorUse(operator=operator, handling=handling, nodes=nodes)
+        for (operator, handling), nodes in sorted(counts.items())
+    )
+
+
+def _count(prepared: PreparedModel, role: Role) -> int:
+    return sum(prepared.weights[name].size for name, own in prepared.roles.items() if own is role)

@@ -1,0 +1,139 @@
+"""What an exporter did to a model before it came here, as far as the model shows it.
+
+A folded BatchNormalization leaves no trace of its own, so a remark says what is seen (which
+nodes, whose export) and what that means for training.  It knows exporters; it refuses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.gate.ml_operators import DOMAIN
+from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
+
+_CALLS = {
+    "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
+    "or with dynamo=True and optimize=False",
+    "tf2onnx": "Keras has no export that keeps it; train without, or export from the torch backend",
+    "jax2onnx": "jax2onnx keeps BatchNorm where the module has one",
+}
+"""Producer -> what to do where something was folded."""
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_FEWEST_CONVOLUTIONS = 8
+"""A convolutional network this deep is hardly trained without a normalization."""
+_NORMALIZATIONS = frozenset(
+    {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+)
+
+
+class Kind(StrEnum):
+    """What a remark is about."""
+
+    NO_BATCHNORM = "no batchnorm"
+    FROZEN_BATCHNORM = "frozen batchnorm"
+    DROPOUT_OFF = "dropout off"
+    QUANTIZED = "quantized"
+    DICTIONARIES = "dictionaries"
+    CUTS_NOT_LISTED = "cuts not listed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """One thing to know of a model, in a plain sentence with what to do."""
+
+    kind: Kind
+    sentence: str
+
+
+@blame_stage("searched for what its export left out")
+def diagnose(model: ir.Model) -> list[Remark]:
+    """List what the export of a model means for its training; ``model`` is as the file has it."""
+    return [remark for look in _LOOKS for remark in look(model)]
+
+
+def _advise(model: ir.Model) -> str:
+    advice = _CALLS.get((model.producer_name or "").lower())
+    return f"; {advice}" if advice else ""
+
+
+def _name_producer(model: ir.Model) -> str:
+    words = [model.producer_name or "an unnamed exporter", model.producer_version or ""]
+    return " ".join(word for word in words if word)
+
+
+def _miss_batchnorms(model: ir.Model) -> Iterator[Remark]:
+    kinds = [node.op_type for node in list_nodes(model.graph)]
+    convolutions = sum(kind in _CONVOLUTIONS for kind in kinds)
+    if convolutions < _FEWEST_CONVOLUTIONS or _NORMALIZATIONS & set(kinds):
+        return
+    yield Remark(
+        kind=Kind.NO_BATCHNORM,
+        sentence=f"the model has {convolutions} convolutions and no normalization: if the network "
+        f"had one, {_name_producer(model)} folded it into them, and it is not trained"
+        f"{_advise(model)}",
+    )
+
+
+def _find_frozen(model: ir.Model) -> Iterator[Remark]:
+    frozen = [node for node in list_batchnorms(model.graph) if not is_training(node)]
+    if frozen:
+        yield Remark(
+            kind=Kind.FROZEN_BATCHNORM,
+            sentence=f"{len(frozen)} BatchNormalization nodes are in inference mode: they "
+            "normalise by their running statistics, which stay as they are; train with "
+            "--batchnorm train to normalise by the batch",
+        )
+
+
+def _find_idle_dropouts(model: ir.Model) -> Iterator[Remark]:
+    idle = [n for n in model.graph if n.op_type == "Dropout" and not n.domain and not _is_on(n)]
+    if idle:
+        yield Remark(
+            kind=Kind.DROPOUT_OFF,
+            sentence=f"{len(idle)} Dropout nodes are off, as at inference; train with "
+            "--dropout keep to turn them on",
+        )
+
+
+def _is_on(node: ir.Node) -> bool:
+    """Whether the third input is there and not known to be false."""
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    if mode is None:
+        return False
+    known = ir.convenience.get_const_tensor(mode)
+    return known is None or bool(known.numpy().any())
+
+
+def _find_quantized(model: ir.Model) -> Iterator[Remark]:
+    count = sum(node.op_type == "QuantizeLinear" for node in list_nodes(model.graph))
+    if count:
+        yield Remark(
+            kind=Kind.QUANTIZED,
+            sentence=f"the model is quantized in {count} places; gradients pass straight through "
+            "the rounding (docs/quantization.md)",
+        )
+
+
+def _find_dictionaries(model: ir.Model) -> Iterator[Remark]:
+    kinds = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
+    if kinds:
+        yield Remark(
+            kind=Kind.DICTIONARIES,
+            sentence=f"{', '.join(kinds)} of {DOMAIN} are written in standard operators; an output "
+            "of dictionaries becomes the tensor of probabilities",
+        )
+
+
+_LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
+    _miss_batchnorms,
+    _find_frozen,
+    _find_idle_dropouts,
+    _find_quantized,
+    _find_dictionaries,
+)

@@ -1,0 +1,316 @@
+"""The client: trains, evaluates and predicts with its part of a model and a server's.
+
+It brings together data, the executor and the connection; it knows the phases by name and nothing
+of what the stages compute.  A model left whole is trained by the same loop without a server.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import UsageError
+from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
+from splitonnx.runtime.channels.channels import Dial, Link
+from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.datasets import (
+    Batch,
+    DataSource,
+    check_batch,
+    check_finite,
+    open_dataset,
+)
+from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.client.options import FitPlan, LearningRate, require_positive
+from splitonnx.runtime.client.runners import Half, WhenUnsaved
+from splitonnx.runtime.client.runs import Journal
+from splitonnx.runtime.client.training_loops import TrainingLoop
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import Position
+from splitonnx.runtime.wire.transports import Transport
+from splitonnx.tensors import TensorSpec
+
+
+class Client:
+    """Trains and runs a bundle's client part against a server, or a model left whole without one.
+
+    ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
+    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open one; ``None`` for a
+    model left whole.  A connection that breaks is made again, unless an open transport was given,
+    and training goes on as if it had not.  Use it as a context manager, or call :meth:`close`.
+    After an error in the middle of a task the client closes, and its own state is what it was
+    before the task.
+
+    Args:
+        bundle: see above.
+        server: see above.
+        access: how this client shows a URL's server who it is, and whom it trusts.
+        threads: threads of one operator; all cores by default.
+        seed: decides shuffling and Dropout.
+        resume: go on with the run that was broken off in the folder, if there is one: with its
+            state, and in :meth:`fit` at its place in the data.
+        give_up_after: seconds without a connection after which the client gives up, the first
+            connection included.  ``None``: that one is tried once (as long as it takes with
+            ``resume``), later ones as long as it takes.
+        trusted: the bundle's maker is trusted as one's own programs are, so that its graphs may be
+            in ORT format, which is not looked into before ONNX Runtime loads it.
+
+    Raises:
+        BundleError, FormatError: the folder cannot be used.
+        FolderInUse: with ``resume``, another client trains in the folder.
+        UsageError: a server is missing, or given where there is nothing for it to do; the seed is
+            negative.
+        ConnectionLost: the server cannot be reached.
+        BundleMismatch, ServerBusy, RemoteFault: the server refuses.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | PartyBundle,
+        server: str | Transport | Dial | None = None,
+        *,
+        access: Access | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        give_up_after: float | None = None,
+        trusted: bool = False,
+    ) -> None:
+        party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
+        self._manifest = party.manifest
+        if seed < 0:
+            raise UsageError(f"the seed must not be negative, not {seed}")
+        self._seed = seed
+        if (server is not None) != any(phase.wires for phase in self._manifest.phases):
+            raise UsageError(
+                "this model was left whole and has no part for a server"
+                if server is not None
+                else "this bundle is one part of a model; name the server that holds the other"
+            )
+        self._executor = Executor(party, Engine(threads, trusted=trusted))
+        self._journal = Journal.open(self._executor, resume=resume)
+        with ExitStack() as undo:  # the folder is another's where no client comes of this
+            undo.callback(self._journal.release)
+            link = self._connect(server, access, give_up_after, is_patient=resume)
+            if link is not None and link.step != self._executor.step:
+                self._journal.position = self._journal.go_back(self._executor, link.step)
+            undo.pop_all()
+        self._half = Half(self._executor, self._journal, link, seed=seed)
+        self._loop = TrainingLoop(self._executor, self._half, self._journal, seed=seed)
+
+    def _connect(
+        self,
+        server: str | Transport | Dial | None,
+        access: Access | None,
+        give_up_after: float | None,
+        *,
+        is_patient: bool,
+    ) -> Link | None:
+        if server is None:
+            return None
+        dial, transport = _split_address(server, access)
+        return Link(
+            dial,
+            transport,
+            manifest=self._manifest,
+            session=self._journal.session,
+            stand=lambda: self._journal.stand(self._executor.step),
+            backoff=Backoff(give_up_after=give_up_after),
+            patient=is_patient or give_up_after is not None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> int:
+        """Updates that this part has seen in its life."""
+        return self._executor.step
+
+    @property
+    def session(self) -> str:
+        """The name of this client's session, the same at the server."""
+        return self._journal.session
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The steps of this run that can be gone back to, newest first."""
+        return self._journal.stand(self.steps).kept
+
+    def fit(
+        self,
+        data: DataSource,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        eval_data: DataSource | None = None,
+        learning_rate: LearningRate = None,
+        shuffle: bool = True,
+        checkpoint_every: int | None = None,
+        when_unsaved: WhenUnsaved = "stop",
+        restart: bool = False,
+        save: bool = False,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_epoch: Callable[[Evaluation], None] | None = None,
+    ) -> History:
+        """Train for some epochs and return what happened.
+
+        A client that resumes begins at the place in the data where its run was broken off, and
+        makes the rest of ``epochs``.  Where the server lost steps, both sides go back to the
+        newest checkpoint, or to where this fit began, and make them again, as they were.
+
+        Args:
+            data: as :func:`~splitonnx.runtime.client.datasets.open_dataset` takes them.
+            epochs: times through the data.
+            batch_size: samples a step; a smaller last batch is left out where the model's batch
+                size is fixed.
+            eval_data: evaluated after each epoch.
+            learning_rate: a constant, or a function of the updates so far.
+            shuffle: deal each epoch anew.
+            checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
+            when_unsaved: whether training stops or continues where one cannot be written.
+            restart: give up a run that was broken off in the folder.
+            save: :meth:`save` when all is trained, and train on where the server was lost before.
+            on_step: called with each step's record.
+            on_epoch: called with each evaluation.
+
+        Raises:
+            DataError: the data do not fit, or hold NaN; a loss is not finite.
+            StageFailed: a stage cannot be loaded or run.
+            UnfinishedRun: a run was broken off in the folder; resume it, or ``restart``.
+            FolderInUse: another client trains in the folder.
+            UsageError: a run would be resumed with other data, batches or seed.
+            NotSaved: a checkpoint cannot be written.
+            StepsLost: the server lost steps that were made before this fit began.
+            ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+        """
+        require_positive(epochs=epochs, batch_size=batch_size)
+        training = open_dataset(data)
+        training.check(self._phase(TRAIN).data)
+        held_out = None if eval_data is None else open_dataset(eval_data)
+        if held_out is not None:
+            held_out.check(self._evaluation_data())
+        plan = FitPlan(
+            training=training,
+            held_out=held_out,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            checkpoint_every=checkpoint_every,
+            when_unsaved=when_unsaved,
+            save=save,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        if save:
+            self._journal.hold()  # now rather than after the work
+        if checkpoint_every is not None:
+            require_positive(checkpoint_every=checkpoint_every)
+            self._journal.begin_run(restart=restart)
+        self._executor.prepare(TRAIN)
+        start = Position(
+            epoch=0,
+            batch=0,
+            batch_size=batch_size,
+            seed=self._seed,
+            shuffle=shuffle,
+            samples=training.size,
+        )
+        return self._loop.fit(plan, self._journal.take_position(start))
+
+    def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
+        """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
+
+        Raises:
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        check_batch(batch, self._phase(TRAIN).data)
+        check_finite(batch, "")
+        return self._loop.perform(TRAIN, batch, learning_rate)
+
+    def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
+        """Predict, compare with the labels, and return each metric's mean over all samples.
+
+        Raises:
+            UsageError: the bundle has nothing to evaluate with.
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        require_positive(batch_size=batch_size)
+        dataset = open_dataset(data)
+        dataset.check(self._evaluation_data())
+        return self._loop.evaluate(dataset, batch_size)
+
+    def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
+        """Run the model and return its outputs, the samples along the first dimension.
+
+        Raises:
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        require_positive(batch_size=batch_size)
+        dataset = open_dataset(data)
+        dataset.check(self._phase(PREDICT).data)
+        parts: dict[str, list[np.ndarray]] = defaultdict(list)
+        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
+            for name, array in self._loop.perform(PREDICT, batch).items():
+                parts[name].append(array)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return this part's state, optimizer's included, as read-only arrays."""
+        return self._executor.state()
+
+    def save(self) -> None:
+        """Write the state into the party's folder, the server's first and then this part's own.
+
+        Raises:
+            BundleError: the bundle is in memory only, or the folder cannot be written.
+            NotSaved: the server could not save.
+            FolderInUse: another client trains in the folder.
+            StepsLost: the server was lost, and steps with it, and both sides went back;
+                :meth:`fit` with ``save`` makes them again.
+            ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+        """
+        self._half.publish()
+
+    def close(self) -> None:
+        """Say good-bye to the server; may be called twice."""
+        self._half.close()
+
+    def _phase(self, name: str) -> Phase:
+        phase = self._manifest.phase(name)
+        if not (phase.stages or phase.wires):
+            raise UsageError(f"this bundle has nothing to {name} with")
+        return phase
+
+    def _evaluation_data(self) -> list[TensorSpec]:
+        predicted = self._phase(PREDICT)
+        measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
+        return [*predicted.data, *measured]
+
+
+def _split_address(
+    server: str | Transport | Dial, access: Access | None
+) -> tuple[Dial | None, Transport | None]:
+    if isinstance(server, str):
+        return partial(connect, server, access=access), None
+    if access is not None:
+        raise UsageError("access is for a server's URL")
+    return (server, None) if callable(server) else (None, server)

@@ -1,0 +1,167 @@
+"""The client's half of a split model: its part, its journal and its link to the server, as one.
+
+It carries out one task after the other, lets both sides write their checkpoints, and goes back
+with the server where that one lost steps.  Data, epochs and records are the client's business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
+from splitonnx.manifests import TRAIN
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.channels.channels import Link
+from splitonnx.runtime.client.runs import Journal
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import Position
+
+WhenUnsaved: TypeAlias = Literal["stop", "continue"]
+"""What training does where a checkpoint cannot be written."""
+
+_logger = logging.getLogger("splitonnx.client")
+
+
+class Half:
+    """``link`` is ``None`` for a model left whole; ``seed`` keys the random masks.
+
+    ``place`` is where in its data the state stands, as far as that is known: the caller sets it,
+    and it changes where steps are lost.
+    """
+
+    def __init__(
+        self, executor: Executor, journal: Journal, link: Link | None, *, seed: int
+    ) -> None:
+        self.executor = executor
+        self.journal = journal
+        self.place: Position | None = None
+        self._link = link
+        self._seed = seed
+        self._closed = self._is_half_published = False
+        self._others = itertools.count()  # numbers the tasks that are no training step
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far."""
+        return (0, 0) if self._link is None else self._link.traffic
+
+    def perform(
+        self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
+    ) -> dict[str, np.ndarray]:
+        """Carry one task through, from its data to its commit, and return the phase's results.
+
+        Raises:
+            StepsLost: the server lost steps; both sides stand at an earlier one, and can go on.
+            DataError, StageFailed, ProtocolError: the task is given up, and the half is closed.
+        """
+        self._require_open()
+        number = self.executor.step if phase == TRAIN else next(self._others)
+        key = TaskKey(session=self.journal.session, phase=phase, step=number, micro_batch=0)
+        self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
+        try:
+            with self._going_back():
+                return self._exchange(key, learning_rate)
+        except StepsLost:
+            raise
+        except BaseException:  # Ctrl-C too: the server is told, and it goes on up
+            self.close()
+            raise
+        finally:
+            self.executor.abandon(key)
+            if self._link is not None:
+                self._link.end()
+
+    def checkpoint(self, place: Position, when_unsaved: WhenUnsaved) -> None:
+        """Let both sides write a checkpoint, one after the other.
+
+        Each side keeps two, so there is one that both have as long as neither is two ahead: the
+        one whose last was not written goes first.
+
+        Raises:
+            NotSaved: one could not, and ``when_unsaved`` says to stop.
+            StepsLost, ProtocolError: as :meth:`perform`.
+        """
+        try:
+            if self.journal.is_behind:
+                self.journal.write(self.executor, place)
+                self._save_remotely()
+            else:
+                self._save_remotely()
+                self.journal.write(self.executor, place)
+        except NotSaved as error:
+            if when_unsaved == "stop":
+                raise
+            _logger.warning("%s; training goes on", error)
+
+    def publish(self) -> None:
+        """Let both sides write their state as the outcome of the training, the server first.
+
+        Raises:
+            BundleError: the bundle is in memory only, or the folder cannot be written.
+            NotSaved: the server could not.
+            StepsLost, ProtocolError: as :meth:`perform`.
+        """
+        if self._link is not None:
+            self._require_open()
+        self.journal.hold()  # before the server publishes its half
+        if self._link is not None:
+            self._is_half_published = True
+            self._save_remotely(publish=True)
+        self.journal.publish(self.executor, self.place)
+        self._is_half_published = False
+
+    def close(self) -> None:
+        """Say good-bye to the server; may be called twice.
+
+        Where the run has checkpoints and is not finished, or the server published its state and
+        this side did not, it only hangs up: the server would forget what a resumed run begins from.
+        """
+        try:
+            if not self._closed and self._link is not None:
+                is_unfinished = self._is_half_published or self.journal.has_checkpoints
+                self._link.close(for_good=not is_unfinished)
+        finally:
+            self._closed = True
+            self.journal.release()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LocalProtocolError("the client is closed")
+
+    def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
+        if self._link is not None:
+            self._link.begin(key)
+        while True:
+            for wires in self.executor.advance(key):
+                self._remote().send_wires(wires, self._seed, learning_rate)
+            if self.executor.is_finished(key):
+                return self.executor.finish(key)
+            self.executor.deliver(key, self._remote().receive_wires())
+
+    def _save_remotely(self, *, publish: bool = False) -> None:
+        if self._link is None:
+            return
+        with self._going_back():
+            reason = self._link.save(self.executor.step, publish=publish)
+        if reason:
+            raise NotSaved("the server's folder", reason)
+
+    @contextmanager
+    def _going_back(self) -> Iterator[None]:
+        """Take this part back to where the server lost steps, and note the place in the data."""
+        try:
+            yield
+        except StepsLost as lost:
+            self.place = self.journal.go_back(self.executor, lost.step)
+            raise
+
+    def _remote(self) -> Link:
+        if self._link is None:
+            raise LocalProtocolError("a stage waits for a value that no other stage gives")
+        return self._link

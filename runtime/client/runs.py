@@ -1,0 +1,221 @@
+"""What a client keeps so that its training can go on: its session's name, checkpoints, position.
+
+A run is unfinished while its checkpoints are newer than the state that the folder has as its
+outcome.  This module knows files and names; it runs nothing and knows no server.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Self
+
+import msgspec
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleError, UnfinishedRun, UsageError
+from splitonnx.folder_locks import FolderLock
+from splitonnx.runtime.channels.channels import Standing
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    Position,
+    list_sessions,
+)
+from splitonnx.states import check_home
+
+# msgspec ends the process where two threads meet a type for the first time at once
+_POSITION = msgspec.json.Decoder(Position)
+
+
+class Journal:
+    """The record of one client's session; made by :meth:`open`.
+
+    ``position`` is where in its data a resumed run goes on, ``None`` for one that begins.
+    ``is_behind`` says that the last checkpoint could not be written.
+    """
+
+    def __init__(
+        self, party: PartyBundle, session: str, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.session = session
+        self.is_behind = False
+        self._party = party
+        self._lock: FolderLock | None = None
+        self._origin, self._start = party.session, party.step
+        self._state: Mapping[str, np.ndarray] = party.state()
+        self._store = _open_store(party, session)
+        if checkpoint is not None:
+            self.position = checkpoint.position
+        else:
+            self.position = _read_position(party.position) if party.position else None
+
+    @classmethod
+    def open(cls, executor: Executor, *, resume: bool) -> Self:
+        """Begin a session, or go on with the unfinished one whose state ``executor`` then takes.
+
+        With ``resume`` and nothing unfinished, training begins where the folder's state stands.
+        The folder is held then until :meth:`release`.
+
+        Raises:
+            FolderInUse: another client trains in the folder.
+        """
+        party = executor.party
+        lock = FolderLock.acquire(party.path) if resume and party.path is not None else None
+        found = find_unfinished(party) if resume else None
+        if found is None:
+            journal = cls(party, uuid.uuid4().hex)
+            if not resume:
+                journal.position = None
+        else:
+            executor.restore(found.tensors, found.step)
+            journal = cls(party, found.session, found)
+        journal._lock = lock
+        return journal
+
+    def hold(self) -> None:
+        """Keep others from training in the folder until :meth:`release`; may be called twice.
+
+        Raises:
+            FolderInUse: another client trains in it.
+        """
+        if self._lock is None and self._party.path is not None:
+            self._lock = FolderLock.acquire(self._party.path)
+
+    def release(self) -> None:
+        """Let others train in the folder; may be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+    def stand(self, step: int) -> Standing:
+        """Say where the client stands that is at ``step`` now."""
+        kept = () if self._store is None else self._store.steps()
+        return Standing(origin=self._origin, start=self._start, step=step, kept=kept)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the session can be gone on with: it goes once its run is finished."""
+        try:
+            return self._store is not None and bool(self._store.steps())
+        except BundleError:  # they may be there, where they cannot be looked at
+            return True
+
+    def write(self, executor: Executor, position: Position | None) -> None:
+        """Keep the state as a checkpoint, durably.
+
+        Raises:
+            NotSaved: it cannot be written; those before it stand.
+            BundleError: the bundle is in memory only.
+            FolderInUse: another client trains in the folder.
+        """
+        if self._store is None:
+            raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+        self.hold()
+        self.is_behind = True
+        if self._party.path is not None:
+            check_home(self._party.path, self._party.manifest.digest)
+        self._store.write(
+            Checkpoint(
+                session=self.session,
+                step=executor.step,
+                tensors=executor.state(),
+                position=position,
+            )
+        )
+        self.is_behind = False
+
+    def publish(self, executor: Executor, position: Position | None) -> None:
+        """Make the state the folder's outcome; the run is finished, its checkpoints go.
+
+        Raises:
+            BundleError: the bundle is in memory only, or the folder cannot be written.
+            FolderInUse: another client trains in the folder.
+        """
+        self.hold()
+        text = "" if position is None else msgspec.json.encode(position).decode()
+        executor.publish(session=self.session, position=text)
+        self._origin, self._start = self.session, executor.step
+        self._state = executor.state()
+        if self._store is not None:
+            self._store.remove()
+
+    def go_back(self, executor: Executor, step: int) -> Position | None:
+        """Take the state back to a step that was kept, and return the position there.
+
+        Raises:
+            BundleError: there is no such state.
+        """
+        if self._store is not None:
+            self._store.rewind(step)
+        if self._store is not None and step in self._store.steps():
+            checkpoint = self._store.read(step)
+            executor.restore(checkpoint.tensors, step)
+            return checkpoint.position
+        if step != self._start:
+            raise BundleError(f"session {self.session}", f"no state of step {step} was kept")
+        executor.restore(self._state, step)
+        return None
+
+    def take_position(self, start: Position) -> Position:
+        """Return where in its data a run begins: at ``start``, or where it was broken off.
+
+        Raises:
+            UsageError: it would go on with other data, batches or seed than it began with.
+        """
+        kept, self.position = self.position, None
+        if kept is None:
+            return start
+        for field in ("batch_size", "seed", "shuffle", "samples"):
+            before, now = getattr(kept, field), getattr(start, field)
+            if before != now:
+                raise UsageError(
+                    f"the run was begun with {field.replace('_', ' ')} {before}, not {now}; "
+                    "resume it with the same"
+                )
+        return kept
+
+    def begin_run(self, *, restart: bool) -> None:
+        """See to it that no other run stands unfinished in the folder; ``restart`` deletes it.
+
+        Raises:
+            UnfinishedRun: one does.
+            FolderInUse: another client trains in the folder.
+        """
+        self.hold()
+        found = find_unfinished(self._party)
+        if found is None or found.session == self.session:
+            return
+        if not restart:
+            raise UnfinishedRun(str(self._party.path), found.step)
+        assert self._party.path is not None  # that is where it was found
+        for session in list_sessions(self._party.path):
+            if session != self.session:
+                CheckpointStore(self._party.path, self._party.manifest, session).remove()
+
+
+def find_unfinished(party: PartyBundle) -> Checkpoint | None:
+    """Find the newest checkpoint of the run that was written last, unless it was finished."""
+    if party.path is None:
+        return None
+    for session in list_sessions(party.path):
+        store = CheckpointStore(party.path, party.manifest, session)
+        steps = store.steps()
+        if steps and not (session == party.session and steps[0] <= party.step):
+            return store.read(steps[0])
+    return None
+
+
+def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
+    if party.path is None:
+        return None
+    return CheckpointStore(party.path, party.manifest, session)
+
+
+def _read_position(text: str) -> Position:
+    try:
+        return _POSITION.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError("the state's position in the data", str(error)) from error

@@ -1,0 +1,106 @@
+"""What a request in HTTP is answered, and as whom its sender comes in.
+
+Methods, hosts, origins and tokens are looked at here.  It counts nobody and holds no connection;
+how many may come is for :mod:`connections`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from websockets.datastructures import MultipleValuesError
+from websockets.http11 import Request
+
+from splitonnx.runtime.edge.http import METHODS, Answer, Authorize, Refusal, Respond, read_visit
+from splitonnx.runtime.edge.identities import Identity, Role
+from splitonnx.runtime.edge.origins import Origins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of a request: ``answer`` if there is one, else a websocket.
+
+    ``identity`` is ``None`` for a stranger, who may still log in, and ``refusal`` says why the
+    answer is none that was asked for.
+    """
+
+    identity: Identity | None = None
+    answer: Answer | None = None
+    refusal: Refusal | None = None
+
+
+class Admission:
+    """Decides on requests.
+
+    Without ``authorize`` everybody comes in, under the name that stands in the certificate that
+    TLS asked for, else as owner ``""``.
+    """
+
+    def __init__(
+        self, *, authorize: Authorize | None, respond: Respond | None, origins: Origins
+    ) -> None:
+        self._authorize = authorize
+        self._respond = respond
+        self._origins = origins
+
+    def decide(self, request: Request, transport: asyncio.BaseTransport) -> Decision:
+        """Decide what becomes of a request."""
+        if request.method not in METHODS:
+            allowed = {"Allow": ", ".join(METHODS)}
+            return _deny(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", allowed)
+        try:
+            origin = request.headers.get("Origin")
+            authorization = request.headers.get("Authorization")
+            host = request.headers.get("Host")
+        except MultipleValuesError:
+            return _deny(HTTPStatus.BAD_REQUEST, "a header stands twice")
+        if origin is not None and not self._origins.allow(origin, host):
+            reason = "pages of this origin may not connect"
+            return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_ORIGIN)
+        # programs may ask for a websocket by any name; browsers name the origin of every one
+        if "Upgrade" not in request.headers and not self._origins.answers_to(host):
+            reason = "ask by address, or serve with --origin for the name"
+            return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_HOST)
+        return self._identify(request, authorization, transport)
+
+    def _identify(
+        self, request: Request, authorization: str | None, transport: asyncio.BaseTransport
+    ) -> Decision:
+        token = None
+        identity = None if self._authorize else Identity(owner=_read_certificate(transport))
+        if authorization is not None and self._authorize is not None:
+            scheme, _, token = authorization.partition(" ")
+            token = token.strip()
+            identity = self._authorize(token) if scheme.lower() == "bearer" else None
+            if identity is None:
+                reason = "this token is not known here"
+                return _deny(HTTPStatus.UNAUTHORIZED, reason, refusal=Refusal.WRONG_TOKEN)
+        answer = None
+        if self._respond is not None:
+            roles: frozenset[Role] = frozenset() if identity is None else identity.roles
+            answer = self._respond(read_visit(request, token, roles))
+        if answer is None and request.method != "GET":
+            upgrade = {"Upgrade": "websocket"}
+            return _deny(HTTPStatus.UPGRADE_REQUIRED, "only websockets are here", upgrade)
+        return Decision(identity=identity, answer=answer)
+
+
+def _deny(
+    status: HTTPStatus,
+    sentence: str,
+    headers: dict[str, str] | None = None,
+    *,
+    refusal: Refusal | None = None,
+) -> Decision:
+    body = f"{sentence}\n".encode()
+    answer = Answer(status, "text/plain; charset=utf-8", body, headers or {})
+    return Decision(answer=answer, refusal=refusal)
+
+
+def _read_certificate(transport: asyncio.BaseTransport) -> str:
+    """Return the common name in the client's certificate, ``""`` where it showed none."""
+    certificate = transport.get_extra_info("peercert") or {}
+    names = dict(pair for group in certificate.get("subject", ()) for pair in group)
+    return str(names.get("commonName", ""))

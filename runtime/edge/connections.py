@@ -1,0 +1,405 @@
+"""What watches over each connection of a server: who may enter, how much may come, how slowly.
+
+Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  What
+the messages say is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from http import HTTPStatus
+
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import OPEN, Event
+from websockets.server import ServerProtocol
+
+from splitonnx.runtime.edge.admissions import Admission
+from splitonnx.runtime.edge.http import (
+    STATUSES,
+    Authorize,
+    OnRefusal,
+    Refusal,
+    Respond,
+    deny,
+    deny_busy,
+    make_response,
+)
+from splitonnx.runtime.edge.identities import Identity
+from splitonnx.runtime.edge.listeners import BACKLOG, Entrance
+from splitonnx.runtime.edge.origins import Origins
+from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
+from splitonnx.runtime.limits import Limits
+
+REQUEST_BYTES = 16 << 10
+"""Bytes of a handshake's HTTP request."""
+MAX_FRAGMENTS = 4096
+"""Fragments of one message; each costs some microseconds, however little it holds."""
+KEPT_BYTES = 16 << 20
+"""Bytes of unread messages of one connection, over which its sender has to wait."""
+LOST_SECONDS = 60.0
+"""Seconds without a byte, not even the answer to a ping, after which nobody is there any more."""
+CLOSE_SECONDS = 5.0
+"""Seconds that the other side has to close a connection that was ended here."""
+DISMISS_SECONDS = 1.0
+"""Seconds that it has where another connection waits for its place."""
+SHORT_ANSWER = 64 << 10
+"""Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
+ANSWER_SECONDS = 300.0
+"""Seconds in which a longer one has to be taken, which is kept in memory until then."""
+ANSWER_CHECKS = 10
+"""Times in between at which as large a share of it must have been taken as of the time."""
+ANSWERS_BYTES = 256 << 20
+"""Bytes of all longer answers that are kept at a time."""
+
+_TLS_HELLO = b"\x16\x03"
+
+
+class Hall:
+    """Who is in, and who may enter; ``host`` is what the server listens on."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        authorize: Authorize | None,
+        respond: Respond | None,
+        origins: frozenset[str],
+        on_refusal: OnRefusal,
+        has_tls: bool,
+        has_pages: bool,
+        host: str = "",
+    ) -> None:
+        self.limits = limits
+        # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
+        # one after the other reach the hall some turns of the event loop later.
+        self.entrance = Entrance(
+            limits.strangers if has_tls else limits.strangers + 4 * BACKLOG,
+            partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
+            self._relieve,
+        )
+        self._has_tls = has_tls
+        self.on_refusal = on_refusal
+        is_locked = has_tls or authorize is not None
+        allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
+        self._admission = Admission(authorize=authorize, respond=respond, origins=allowed)
+        self._strangers: dict[Guest, None] = {}  # in the order of their coming
+        self._clients: set[Guest] = set()
+        self._answers: dict[Guest, int] = {}  # bytes of the longer ones
+
+    def enter(self, guest: Guest) -> None:
+        """Take in a stranger, and send away the one that has waited longest if there are many."""
+        if len(self._strangers) >= self.limits.strangers:
+            self._send_away(Refusal.TOO_MANY_STRANGERS)
+        self._strangers[guest] = None
+
+    def _relieve(self) -> None:
+        """Make room where no file descriptor is left for a connection, by one for the next."""
+        self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
+        if self._strangers:
+            self._send_away(Refusal.TOO_MANY_FILES)
+
+    def _send_away(self, refusal: Refusal) -> None:
+        """Send away the stranger that has waited longest."""
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
+        if self._has_tls:
+            self.entrance.sweep()
+
+    def admit(self, guest: Guest, identity: Identity) -> Refusal | None:
+        """Make a stranger a client; return why not where there is no room, for all or its owner."""
+        if guest.owner is not None:
+            return None
+        refusal = None
+        if len(self._clients) >= self.limits.clients:
+            refusal = Refusal.TOO_MANY_CLIENTS
+        elif identity.owner and self._count(identity.owner) >= self.limits.clients_per_token:
+            refusal = Refusal.TOO_MANY_CLIENTS_OF_TOKEN
+        if refusal is not None:
+            self.on_refusal(refusal, guest.name)
+            return refusal
+        self._strangers.pop(guest, None)
+        self._clients.add(guest)
+        guest.become_client(identity)
+        return None
+
+    def _count(self, owner: str) -> int:
+        return sum(client.owner == owner for client in self._clients)
+
+    def leave(self, guest: Guest) -> None:
+        """Forget somebody."""
+        self._strangers.pop(guest, None)
+        self._clients.discard(guest)
+        self._answers.pop(guest, None)
+
+    def answer(self, socket: ServerConnection, request: Request) -> Response | None:
+        """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
+        assert isinstance(socket, Guest)
+        decision = self._admission.decide(request, socket.transport)
+        if decision.refusal is not None:
+            self.on_refusal(decision.refusal, socket.name)
+        if decision.answer is None:
+            refusal = None if decision.identity is None else self.admit(socket, decision.identity)
+            return None if refusal is None else deny_busy(refusal)
+        response = make_response(*decision.answer)
+        if request.method == "HEAD":
+            response.body = b""
+        elif not self._keep(socket, len(response.body)):
+            self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
+            return deny_busy(Refusal.TOO_MANY_ANSWERS)
+        return response
+
+    def _keep(self, guest: Guest, size: int) -> bool:
+        """Give a guest the time to take a long answer, if there is room to keep it so long."""
+        if size > SHORT_ANSWER:
+            if sum(self._answers.values()) + size > ANSWERS_BYTES:
+                return False
+            self._answers[guest] = size
+            guest.wait_for_answer(size)
+        return True
+
+
+class Guest(ServerConnection):
+    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
+
+    def __init__(
+        self,
+        hall: Hall,
+        protocol: ServerProtocol,
+        server: Server,
+        *,
+        ping_interval: float | None,
+        ping_timeout: float | None,
+        close_timeout: float | None,
+        max_queue: int | tuple[int | None, int | None] | None,
+        write_limit: int | tuple[int, int | None],
+    ) -> None:
+        super().__init__(
+            protocol,
+            server,
+            ping_interval=ping_interval,
+            ping_timeout=ping_timeout,
+            close_timeout=close_timeout,
+            max_queue=max_queue,
+            write_limit=write_limit,
+        )
+        self.identity: Identity | None = None
+        self.refusal: Refusal | None = None
+        self.name = "somebody"
+        self._hall = hall
+        self._limits = hall.limits
+        self._pace = TokenBucket(hall.limits.messages_per_second, self.loop.time())
+        self._timers = Timers(self.loop)
+        self._pauses: set[str] = set()
+        self._bytes = 0  # received in all
+        self.kept = 0  # bytes of messages that nobody has taken yet
+        self._frames = 0  # since the pace was last looked at
+        self._fragments = 0  # of the message under way
+        self.is_underway = False  # whether part of a message has come
+        self._heard = self.loop.time()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: a stranger has come in."""
+        super().connection_made(transport)
+        self.recv_messages.pause = partial(self._pause, "queue")
+        self.recv_messages.resume = partial(self._resume, "queue")
+        address = transport.get_extra_info("peername")
+        if address:
+            self.name = f"{address[0]}:{address[1]}"
+        self._hall.entrance.seat(transport.get_extra_info("socket").fileno())
+        self._hall.enter(self)
+        reason = f"no whole request within {self._limits.handshake_seconds:g} s"
+        self._timers.start(
+            "handshake",
+            self._limits.handshake_seconds,
+            partial(self.refuse, Refusal.HANDSHAKE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End: give the seat back, and tell why where this side ended it."""
+        self._timers.stop_all()
+        self._hall.leave(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read, within what a stranger may send, and at the pace that is allowed."""
+        if not self._bytes and data.startswith(_TLS_HELLO):
+            # an answer in HTTP makes TLS on the other side say what is wrong
+            self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
+            return
+        self._bytes += len(data)
+        self._heard = self.loop.time()
+        if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
+            self.refuse(
+                Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
+            )
+            return
+        # of a request there are no frames to wait for
+        before = self._frames if self.request else -1
+        super().data_received(data)
+        if self.protocol.close_expected():
+            self._note_fault()
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
+        if self.request is None:  # the handshake has its own deadline
+            return
+        protocol = self.protocol
+        self.is_underway = (
+            self._frames == before
+            or protocol.current_size is not None
+            or bool(protocol.reader.buffer)
+        )
+        self._watch()
+        wait = self._pace.count(self._frames, self._heard)
+        self._frames = 0
+        if wait:
+            self._pause("pace")
+            self._timers.start("pace", wait, partial(self._resume, "pace"))
+
+    def process_event(self, event: Event) -> None:
+        """Count frames, and what is kept of them."""
+        super().process_event(event)
+        if not isinstance(event, Frame):
+            return
+        self._frames += 1
+        if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            self._fragments += 1
+            self.kept += len(event.data)
+            if self.kept > KEPT_BYTES:
+                self._pause("kept")
+            if event.fin:
+                self._fragments = 0
+                self._timers.stop("message")
+            elif self._fragments > MAX_FRAGMENTS:
+                reason = f"more than {MAX_FRAGMENTS} fragments"
+                self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
+
+    @property
+    def owner(self) -> str | None:
+        """Whose connection it is; ``None`` while it is a stranger."""
+        return None if self.identity is None else self.identity.owner
+
+    def become_client(self, identity: Identity) -> None:
+        """Lift the limits that hold for strangers."""
+        self.identity = identity
+        self.protocol.max_message_size = self._limits.message_bytes
+        self._timers.stop("login")
+
+    def take(self, size: int) -> None:
+        """Count so many bytes of messages as taken over by somebody else."""
+        self.kept -= size
+        if self.kept <= KEPT_BYTES and "kept" in self._pauses:
+            self._resume("kept")
+
+    def open(self) -> None:
+        """Note that the handshake is done; give a stranger the time for its token."""
+        self._timers.stop("handshake")
+        self._listen()
+        if self.owner is not None:
+            return
+        reason = f"no token within {self._limits.login_seconds:g} s"
+        self._timers.start(
+            "login",
+            self._limits.login_seconds,
+            partial(self.refuse, Refusal.NO_TOKEN, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def wait_for_answer(self, size: int) -> None:
+        """Give a stranger the time to take a long answer, as long as it takes it steadily."""
+        self._timers.stop("handshake")
+        self.close_timeout = ANSWER_SECONDS
+        self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
+
+    def _check_pace(self, size: int, left: float) -> None:
+        """Cut off who has not taken its share of an answer by the next check."""
+        pause = ANSWER_SECONDS / ANSWER_CHECKS
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() > size * left / ANSWER_SECONDS:
+                self.cut_off(Refusal.REPLY_TOO_SLOW)
+            else:
+                self._check_pace(size, left - pause)
+
+        self._timers.start("answer", pause, check)
+
+    def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
+        """End the connection from this side, without waiting for the other."""
+        if self.refusal is not None or self.transport.is_closing():
+            return
+        self.refusal = refusal
+        self._hall.on_refusal(refusal, self.name)
+        if self.protocol.state is OPEN:
+            self.protocol.fail(code, reason)
+            self.send_data()
+        elif self.request is None:
+            status = STATUSES.get(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
+            self.transport.write(deny(status, reason).serialize())
+        if self.owner is None:
+            self.transport.abort()  # what was written has gone out; no farewell is waited for
+        else:
+            self.transport.close()
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
+
+    def cut_off(self, refusal: Refusal) -> None:
+        """End the connection at once: its other side does not read."""
+        if self.refusal is None:
+            self.refusal = refusal
+            self._hall.on_refusal(refusal, self.name)
+        self.transport.abort()
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection with a word, or at once where the other side does not read."""
+        if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
+            self.protocol.fail(code, reason)
+            self.send_data()
+            self._timers.start("dismiss", DISMISS_SECONDS, self.transport.abort)
+        else:
+            self.transport.abort()
+
+    def _listen(self) -> None:
+        """Hang up on who has gone without a word.
+
+        Any byte is a sign of life: on a slow link the answer to a ping waits behind a message.
+        While this side does not read, it hears nothing, and cannot tell.
+        """
+        if self._pauses:
+            self._heard = self.loop.time()
+        silence = self.loop.time() - self._heard
+        if silence >= LOST_SECONDS:
+            self.transport.abort()
+        else:
+            self._timers.start("listen", LOST_SECONDS - silence, self._listen)
+
+    def _note_fault(self) -> None:
+        """Tell why the parser gave up, if it did."""
+        reason = self.protocol.parser_exc
+        if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
+            big = isinstance(reason, PayloadTooBig)
+            self.refusal = Refusal.MESSAGE_TOO_BIG if big else Refusal.BROKEN_FRAME
+            self._hall.on_refusal(self.refusal, self.name)
+
+    def _watch(self) -> None:
+        """Run the message's deadline while one is under way and this side is reading."""
+        if not self.is_underway or self._pauses:
+            self._timers.stop("message")
+        elif "message" not in self._timers:
+            reason = f"a message took longer than {self._limits.message_seconds:g} s"
+            self._timers.start(
+                "message",
+                self._limits.message_seconds,
+                partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.GOING_AWAY, reason),
+            )
+
+    def _pause(self, reason: str) -> None:
+        self._pauses.add(reason)
+        self.transport.pause_reading()
+        self._timers.stop("message")
+
+    def _resume(self, reason: str) -> None:
+        self._pauses.discard(reason)
+        if not self._pauses and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._watch()

@@ -1,0 +1,204 @@
+"""Listening sockets that keep count of who has come in, before TLS or HTTP says a word.
+
+A connection in the middle of its TLS handshake is known to no one but the event loop, which keeps
+some 300 KiB for it; so the count begins at ``accept`` and ends when the socket is closed.  This
+module knows neither TLS nor websockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from splitonnx.errors import PortInUse, UsageError
+from splitonnx.runtime.edge.descriptors import SCARCE, find_ceiling
+
+BACKLOG = 128
+"""Connections that the operating system keeps waiting, and the most that are let in at a time."""
+
+GRACE_SECONDS = 1.0
+"""Seconds that a connection has for its handshake, however many others come."""
+SWEEP = 64
+"""Connections that are ended early between two searches for their memory."""
+
+RETRY_SECONDS = 1.0
+"""Seconds for which the event loop stops accepting once it has no descriptor left."""
+
+_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+
+
+class Entrance:
+    """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
+
+    ``capacity`` is how many may.  With one more the oldest is shut down if it has had
+    ``GRACE_SECONDS``, and else the newest: so a crowd can neither keep others out for long nor
+    make the server begin more than it can end.  ``on_full`` is called for each of them, and
+    ``on_scarce`` for each connection that is closed for want of file descriptors.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        on_full: Callable[[], object],
+        on_scarce: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._capacity = capacity
+        self._ceiling = find_ceiling()
+        self._on_full = on_full
+        self.on_scarce = on_scarce
+        self._waiting: dict[int, _Guest] = {}
+        self._dropped = 0
+
+    def let_in(self, guest: _Guest) -> bool:
+        """Count a socket that was just accepted, if there is room."""
+        if guest.fileno() >= self._ceiling:
+            self.on_scarce()
+            return False
+        if len(self._waiting) >= self._capacity:
+            self._on_full()
+            oldest = next(iter(self._waiting.values()))
+            if time.monotonic() - oldest.came < GRACE_SECONDS:
+                return False
+            del self._waiting[oldest.fileno()]
+            oldest.turn_away()
+            self.sweep()
+        self._waiting[guest.fileno()] = guest
+        return True
+
+    def sweep(self) -> None:
+        """Give back the memory of connections that were ended early, every ``SWEEP`` of them.
+
+        What asyncio keeps for one is a cycle of few objects and 256 KiB, and the collector, which
+        counts objects, would let hundreds of them pile up.
+        """
+        self._dropped += 1
+        if self._dropped % SWEEP == 0:
+            gc.collect()
+
+    def seat(self, number: int) -> None:
+        """Count a socket, known by its file number, no longer: others look after it now."""
+        self._waiting.pop(number, None)
+
+    def let_out(self, guest: _Guest) -> None:
+        """Forget a socket that is about to be closed."""
+        if self._waiting.get(guest.fileno()) is guest:
+            del self._waiting[guest.fileno()]
+
+
+class _Guest(socket.socket):
+    """An accepted socket, which tells the entrance when it is closed."""
+
+    entrance: Entrance | None = None
+    came = 0.0
+
+    def turn_away(self) -> None:
+        """Let the event loop find the connection at its end; only the loop may close it."""
+        try:
+            self.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was quicker
+            return
+
+    def close(self) -> None:
+        if self.entrance is not None:
+            self.entrance.let_out(self)
+            self.entrance = None
+        super().close()
+
+
+class Door(socket.socket):
+    """A listening socket whose guests are counted."""
+
+    entrance: Entrance
+    _failed = -math.inf
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """Accept a connection for which there is room.
+
+        Raises:
+            OSError: there is no descriptor for any; the event loop waits a second then.  It would
+                try again at once, and log each time, were it not told that nobody is there.
+        """
+        if time.monotonic() - self._failed < RETRY_SECONDS / 2:
+            raise BlockingIOError
+        for _ in range(BACKLOG):
+            try:
+                accepted, address = super().accept()
+            except OSError as error:
+                if error.errno in SCARCE:
+                    self._failed = time.monotonic()
+                    self.entrance.on_scarce()
+                raise
+            guest = _Guest(fileno=accepted.detach())
+            guest.came = time.monotonic()
+            if self.entrance.let_in(guest):
+                guest.entrance = self.entrance
+                return guest, address
+            guest.close()
+        raise BlockingIOError  # the event loop has other things to do
+
+
+def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
+    """Listen on every address that ``host`` stands for; an empty one stands for all.
+
+    With port 0 any free port is taken, the same for all.
+
+    Raises:
+        PortInUse: another program has the port.
+        UsageError: the address is none of this machine's.
+    """
+    doors: list[Door] = []
+    fault: OSError | None = None
+    try:
+        for family, address in _find_addresses(host, port):
+            chosen = doors[0].getsockname()[1] if doors else port
+            try:
+                doors.append(_open_door(family, (address[0], chosen, *address[2:]), entrance))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                fault = error  # a machine without IPv6 has a name for it all the same
+        if fault is not None and not doors:
+            raise fault
+    except OSError as error:
+        for door in doors:
+            door.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(host, port) from error
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return doors
+
+
+def _find_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def _open_door(family: socket.AddressFamily, address: tuple[Any, ...], entrance: Entrance) -> Door:
+    door = Door(family, socket.SOCK_STREAM)
+    door.entrance = entrance
+    try:
+        if os.name == "posix":
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        door.bind(address)
+        door.listen(BACKLOG)
+        door.setblocking(False)
+    except OSError:
+        door.close()
+        raise
+    return door
+
+
+def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle what the event loop could not: a door has told of its want of descriptors already."""
+    error = context.get("exception")
+    if not (isinstance(error, OSError) and error.errno in SCARCE):
+        loop.default_exception_handler(context)

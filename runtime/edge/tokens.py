@@ -1,0 +1,165 @@
+"""Bearer tokens: who may come in, and as whom.
+
+A token is made here, 256 random bits, and shown once.  The server's file keeps its SHA-256 alone,
+so that whoever reads the file cannot come in; a slow hash, which passwords need, gains nothing
+against bits that nobody can guess.  A line is an owner's name and a hash::
+
+    clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
+
+What follows the hash are the token's roles; without any it has all of them.  An owner may have
+several tokens, so that one can be replaced without a pause, and each has roles of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from splitonnx.errors import UnusableFile, UsageError
+from splitonnx.files import open_regular, read_regular
+from splitonnx.runtime.edge.identities import ALL_ROLES, Identity, Role
+
+TOKEN_BYTES = 32
+"""Random bytes of a token."""
+MAX_FILE = 1 << 20
+"""Bytes of a file of tokens, some hundred for each."""
+ENVIRONMENT = "SPLITONNX_TOKEN"
+"""The environment variable from which a client takes its token where no file is named."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+_TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
+
+_logger = logging.getLogger("splitonnx.tokens")
+
+
+class Tokens:
+    """The tokens that a server knows, by their hashes, each with whom it stands for."""
+
+    def __init__(self, entries: Iterable[tuple[Identity, bytes]]) -> None:
+        self._entries = tuple(entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Tokens:
+        """Read a server's file of tokens; warn where others may read or change it.
+
+        Raises:
+            UnusableFile: it is missing, holds a line that is none, or no token at all.
+        """
+        path = Path(path)
+        entries = []
+        for number, line in enumerate(_read_lines(path), 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                entries.append(_read_entry(line.split(), f"{path}, line {number}"))
+        if not entries:
+            raise UnusableFile(str(path), "it holds no token; add one with `splitonnx token NAME`")
+        warn_if_open(path)
+        return cls(entries)
+
+    def find(self, token: str) -> Identity | None:
+        """Return whom a token stands for; every entry is looked at, however early one fits."""
+        shown = _hash(token)
+        found = None
+        for identity, known in self._entries:
+            if hmac.compare_digest(shown, known):
+                found = identity
+        return found
+
+
+def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
+    """Make a token, append its hash to the server's file, and return it: it is nowhere else.
+
+    Without ``roles`` it has all of them.
+
+    Raises:
+        UsageError: ``name`` is no name.
+        UnusableFile: the file cannot be written.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"'{name}' is no name for a token's owner; take up to 64 letters, digits, '.', '_', '-'"
+        )
+    token = secrets.token_urlsafe(TOKEN_BYTES)
+    words = [name, f"sha256:{_hash(token).hex()}", ",".join(dict.fromkeys(roles))]
+    line = " ".join(words).rstrip() + "\n"
+    try:
+        if os.path.exists(path):
+            os.close(open_regular(path, MAX_FILE))
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
+        with open(handle, "r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+    except OSError as error:
+        raise UnusableFile(str(path), error.strerror or str(error)) from error
+    return token
+
+
+def read_token(path: str | Path | None) -> str | None:
+    """Read a client's own token: from a file that holds nothing else, or the environment.
+
+    Raises:
+        UnusableFile: the file is missing or holds no token.
+    """
+    if path is None:
+        token, source = os.environ.get(ENVIRONMENT), ENVIRONMENT
+        if token is None:
+            return None
+    else:
+        path, source = Path(path), str(path)
+        token = "\n".join(_read_lines(path))
+        warn_if_open(path)
+    token = token.strip()
+    if _TOKEN.fullmatch(token) is None:
+        raise UnusableFile(source, "it holds no token, as `splitonnx token NAME` prints it")
+    return token
+
+
+def warn_if_open(path: Path) -> None:
+    """Warn where a file of secrets may be read or changed by other users of the machine."""
+    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        _logger.warning("others may read %s; run: chmod 600 %s", path, path)
+
+
+def _read_entry(words: list[str], place: str) -> tuple[Identity, bytes]:
+    """Read a line of a server's file; what is wrong with it is told without showing it.
+
+    Raises:
+        UnusableFile: it is not a name and a hash, or names a role that there is none of.
+    """
+    match = _HASH.fullmatch(words[1]) if len(words) in (2, 3) else None
+    if match is None or _NAME.fullmatch(words[0]) is None:
+        # the line itself is not shown: it may be a token in the clear
+        reason = "not a name, a hash and perhaps roles; `splitonnx token NAME` writes such lines"
+        raise UnusableFile(place, reason)
+    try:
+        roles = frozenset(map(Role, words[2].split(","))) if len(words) == 3 else ALL_ROLES
+    except ValueError as error:
+        reason = f"a role that is none; a token's roles are some of {','.join(Role)}"
+        raise UnusableFile(place, reason) from error
+    return Identity(owner=words[0], roles=roles), bytes.fromhex(match[1])
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return read_regular(path, MAX_FILE).decode("utf-8").splitlines()
+    except OSError as error:
+        raise UnusableFile(str(path), error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise UnusableFile(str(path), "it is no text") from error

@@ -1,0 +1,205 @@
+"""A server's connections to its clients over websockets; :mod:`connections` bounds each of them.
+
+Messages travel as :mod:`websockets` says.  Every exception of websockets, of TLS and of the
+operating system is translated here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_websockets
+from websockets.exceptions import WebSocketException
+from websockets.frames import CloseCode
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, ServerBusy
+from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
+from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
+from splitonnx.runtime.edge.identities import Identity, Role
+from splitonnx.runtime.edge.listeners import ignore_scarcity, open_doors
+from splitonnx.runtime.edge.origins import check_origins
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.wire.close_codes import RESTART, describe_loss
+from splitonnx.runtime.wire.fragments import JoinedFragments, split_message
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PING_SECONDS = 20.0
+"""Seconds between pings."""
+
+
+class Peer:
+    """A client as its server sees it; raises ConnectionLost like a transport."""
+
+    def __init__(self, guest: Guest, hall: Hall) -> None:
+        self._guest = guest
+        self._hall = hall
+        self.name = guest.name
+
+    @property
+    def owner(self) -> str | None:
+        """Whom the token or certificate belongs to, ``""`` where none is needed, ``None`` for a
+        stranger."""
+        return self._guest.owner
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether part of a message has come that was not received yet."""
+        return self._guest.is_underway or self._guest.kept > 0
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """What whoever connected may do; nothing for a stranger."""
+        identity = self._guest.identity
+        return frozenset() if identity is None else identity.roles
+
+    async def admit(self, identity: Identity) -> None:
+        """Lift the limits that hold before a token was shown.
+
+        They may still hold for what a client sends before it has had an answer.
+
+        Raises:
+            ServerBusy: there are as many clients as the limits allow, in all or of this owner;
+                close with ``BUSY``.
+        """
+        limits = self._hall.limits
+        match self._hall.admit(self._guest, identity):
+            case None:
+                return
+            case Refusal.TOO_MANY_CLIENTS_OF_TOKEN:
+                raise ServerBusy(f"{limits.clients_per_token} clients of one token's owner")
+            case _:
+                raise ServerBusy(f"{limits.clients} clients")
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks as one message; whoever does not take it in time is cut off."""
+        seconds = self._hall.limits.idle_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._guest.send(split_message(chunks))
+        except TimeoutError as error:
+            self._guest.cut_off(Refusal.REPLY_TOO_SLOW)
+            reason = f"it did not take a reply within {seconds:g} s"
+            raise ConnectionLost(self.name, reason) from error
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
+
+    async def receive(self) -> bytes | bytearray:
+        """Wait for the next message, as long as the limits allow."""
+        fragments = self._guest.recv_streaming(decode=False)
+        content = JoinedFragments()
+        idle_seconds = self._hall.limits.idle_seconds
+        try:
+            async with asyncio.timeout(idle_seconds) as idle:
+                async for part in fragments:
+                    idle.reschedule(None)  # the guard looks at what has begun
+                    content.add(part)
+                    self._guest.take(len(part))
+        except TimeoutError as error:
+            reason = f"silent for {idle_seconds:g} s"
+            self._guest.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
+            raise ConnectionLost(self.name, reason) from error
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
+        return content.join()
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection has ended, from whichever side."""
+        await self._guest.wait_closed()
+
+    async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        """End the connection; may be called twice, and waits a little for the other side."""
+        await self._guest.close(code, reason.encode()[:120].decode(errors="ignore"))
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection without waiting; the other side is told why, if it reads."""
+        self._guest.dismiss(code, reason)
+
+    def _explain(self, error: Exception) -> ConnectionLost:
+        lost = describe_loss(self.name, error)
+        if self._guest.refusal is not None:
+            lost.reason = f"ended here: {self._guest.refusal}"
+        return lost
+
+
+def _ignore(refusal: Refusal, name: str) -> None:
+    pass
+
+
+@asynccontextmanager
+async def serve(
+    handle: Callable[[Peer], Awaitable[None]],
+    host: str,
+    port: int,
+    *,
+    limits: Limits | None = None,
+    tls: ssl.SSLContext | None = None,
+    origins: Sequence[str] = (),
+    authorize: Authorize | None = None,
+    respond: Respond | None = None,
+    has_pages: bool = False,
+    on_refusal: OnRefusal = _ignore,
+) -> AsyncIterator[int]:
+    """Serve clients while the context lasts, and give the port; 0 takes any free one.
+
+    ``handle`` is called for each client that is through its handshake, and the connection ends
+    when it returns.  A token in the request's header is shown to ``authorize``, which tells whom it
+    stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
+    stranger, whom ``handle`` may admit.  Without ``authorize`` everybody is admitted, as the common
+    name in the certificate that ``tls`` asked for, else as ``""``.
+
+    ``respond`` answers HTTP requests on the same port, before anything else becomes of them.
+    Requests that name an origin come from web pages: they are refused (403) unless ``origins`` has
+    it, or, with ``has_pages``, this server gave the page out.  ``on_refusal`` is told of everything
+    that is refused here.  At the end, clients are told that the server restarts (1012).
+
+    Raises:
+        PortInUse: another program has the port.
+        UsageError: the address is none of this machine's, or an origin is none.
+    """
+    hall = Hall(
+        limits or Limits(),
+        authorize=authorize,
+        respond=respond,
+        origins=check_origins(origins),
+        on_refusal=on_refusal,
+        has_tls=tls is not None,
+        has_pages=has_pages,
+        host=host.lower(),
+    )
+
+    async def welcome(socket: ServerConnection) -> None:
+        assert isinstance(socket, Guest)
+        socket.open()
+        await handle(Peer(socket, hall))
+
+    doors = open_doors(host, port, hall.entrance)
+    asyncio.get_running_loop().set_exception_handler(ignore_scarcity)
+    async with AsyncExitStack() as open_servers:
+        for door in doors:
+            server = await serve_websockets(
+                welcome,
+                sock=door,
+                ssl=tls,
+                process_request=hall.answer,
+                compression=None,
+                max_size=hall.limits.stranger_bytes,
+                open_timeout=ANSWER_SECONDS,  # the guard looks at the handshake
+                ssl_handshake_timeout=hall.limits.handshake_seconds if tls else None,
+                ping_interval=PING_SECONDS,
+                ping_timeout=None,  # the guard listens for more than pongs
+                close_timeout=CLOSE_SECONDS,
+                server_header=None,
+                create_connection=cast("type[ServerConnection]", partial(Guest, hall)),
+            )
+            open_servers.push_async_callback(server.wait_closed)
+            open_servers.callback(server.close, code=RESTART, reason="the server restarts")
+        yield doors[0].getsockname()[1]

@@ -1,0 +1,246 @@
+"""The memory for tasks: how much is reserved, who waits for more, and who comes next.
+
+A task reserves what it needs before it begins, or waits.  Owners take turns: of those who wait,
+whoever was given memory the fewest times comes first, and nobody passes that one; who comes, or
+comes back after a pause, starts level with the others (start-time fair queuing).  While others
+wait, an owner gets no more than half; and besides all that is shared there is a *reserve* of an
+eighth, out of which only an owner gets something that has nothing, so that who has all the rest
+does not keep small tasks of others waiting.  A task that is open but whose client sends nothing is
+*idle*; after ``IDLE_SECONDS`` its memory may be taken back while others wait, and after
+``UPLOAD_SECONDS`` from a client that sends slowly, too.  Where workers are few, tasks wait for
+their owner's as well (:mod:`places`).  Pure bookkeeping but for the futures: what a task is, and
+how it is given up, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
+
+from splitonnx.errors import ServerBusy, TaskTooLarge
+from splitonnx.runtime.scheduling.places import Places
+
+IDLE_SECONDS = 10.0
+"""Seconds that a client may think within a task while others wait for its memory."""
+UPLOAD_SECONDS = 60.0
+"""Seconds in which it has to have thought and sent its next message."""
+RESERVE = 8
+"""What part of all memory there is besides, for owners who have none."""
+_MOST_REMEMBERED = 1024
+"""Owners whose shares are remembered before those are forgotten who wait for nothing."""
+
+Task = tuple[str, str]
+"""What a task's memory goes by: its session's name, and its phase."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Reservation:
+    owner: Hashable
+    size: int
+    is_reserve: bool = False
+    idle_since: float | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class _Request:
+    task: Task
+    owner: Hashable
+    size: int
+    future: asyncio.Future[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.future is None or self.future.done()
+
+
+class Budget:
+    """Memory shared by the tasks of all sessions; for use from one event loop.
+
+    ``total`` is its size in bytes; ``workers`` is how many users may have tasks at a time, an owner
+    or a session of those whom nothing tells apart each, ``None`` for any number; ``is_there`` says
+    whether a user still has a session.  ``clock`` gives seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        workers: int | None = None,
+        is_there: Callable[[Hashable], bool] = lambda _: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total = total
+        self._places = None
+        if workers is not None:
+            self._places = Places(workers, is_there=is_there, clock=clock)
+        self._clock = clock
+        self._held: dict[Task, _Reservation] = {}
+        self._waiting: list[_Request] = []  # in the order of arrival
+        self._shares: dict[Hashable, int] = {}  # how many times each owner was given some, but
+        self._level = 0  # no fewer than this: who comes, or comes back, has saved nothing up
+
+    @property
+    def used(self) -> int:
+        """Bytes of what is shared that are reserved."""
+        return sum(held.size for held in self._held.values() if not held.is_reserve)
+
+    def check(self, size: int) -> None:
+        """Raise where a task could never have so much.
+
+        Raises:
+            TaskTooLarge: it names what is needed and the limit.
+        """
+        if size > self.total:
+            raise TaskTooLarge(size, self.total)
+
+    def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
+        """Reserve memory for a task that begins; the future is done once it is there.
+
+        A task that has as much already keeps it.  What it has beside is free from now on, so an
+        open task that has less is to be given up before (:meth:`lacks`).  Cancelling the future
+        before it is done withdraws the request.
+
+        Raises:
+            TaskTooLarge: it is more than there is.
+        """
+        self.check(size)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        held = self._held.get(task)
+        if held is not None and held.size >= size:
+            held.idle_since = None
+            future.set_result(None)
+            return future
+        self.release(task)
+        if not self._waiting and not self._held:
+            self._shares.clear()
+        self._shares[owner] = max(self._shares.get(owner, 0), self._level)
+        self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
+        future.add_done_callback(self._note_end)
+        self._give()
+        return future
+
+    def lacks(self, task: Task, size: int) -> bool:
+        """Whether a task has memory, but not so much."""
+        held = self._held.get(task)
+        return held is not None and held.size < size
+
+    def extend(self, task: Task, owner: Hashable, size: int) -> None:
+        """Note that an open task continues, and needs so much by now; it never waits.
+
+        Two tasks that both waited for more would wait for each other, so one that needs more than
+        is left, or than its owner's share while others wait, gets none; it may begin again.
+
+        Raises:
+            TaskTooLarge: it is more than there is.
+            ServerBusy: there is not so much left.
+        """
+        self.check(size)
+        held = self._held.get(task)
+        before = 0 if held is None else held.size
+        growth = max(size - before, 0)
+        if growth or held is None:
+            moved = before if held is not None and held.is_reserve else 0
+            request = _Request(task=task, owner=owner, size=growth)
+            if self.used + moved + growth > self.total or self._is_over_share(request):
+                raise ServerBusy("memory for tasks that grow after their first message")
+            held = self._held[task] = _Reservation(owner=owner, size=before + growth)
+        held.idle_since = None
+
+    def pause(self, task: Task) -> None:
+        """Note that a task is open, and that its client's next message is waited for."""
+        if task in self._held:
+            self._held[task].idle_since = self._clock()
+
+    def release(self, task: Task) -> None:
+        """Give back what a task has, if it has any."""
+        if self._held.pop(task, None) is not None:
+            self._give()
+
+    def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
+        """List the tasks that may be given up, the longest idle first; none if nobody waits.
+
+        ``is_sending`` says whether part of a task's next message has come.
+        """
+        self._give()  # somebody may have had its place for long enough by now
+        if not self._waiting:
+            return []
+        now = self._clock()
+        idle = []
+        for task, held in self._held.items():
+            if held.idle_since is None or now - held.idle_since < IDLE_SECONDS:
+                continue
+            if now - held.idle_since >= UPLOAD_SECONDS or not is_sending(task):
+                idle.append((held.idle_since, task))
+        return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
+
+    def _note_end(self, future: asyncio.Future[None]) -> None:
+        """Let those behind a request that was withdrawn have what it waited for."""
+        if future.cancelled():
+            self._give()
+
+    def _give(self) -> None:
+        """Give memory to whoever is next, as long as there is enough."""
+        if not self._waiting:
+            return
+        self._waiting = [request for request in self._waiting if not request.is_over]
+        while (found := self._find_next()) is not None:
+            request, is_reserve = found
+            self._waiting.remove(request)
+            self._level = max(self._level, self._shares[request.owner])
+            self._shares[request.owner] += 1
+            self._held[request.task] = _Reservation(
+                owner=request.owner, size=request.size, is_reserve=is_reserve
+            )
+            assert request.future is not None
+            request.future.set_result(None)
+        if len(self._shares) > _MOST_REMEMBERED:
+            owners = {request.owner for request in self._waiting}
+            self._shares = {owner: n for owner, n in self._shares.items() if owner in owners}
+
+    def _find_next(self) -> tuple[_Request, bool] | None:
+        """Find who comes next and has a place from now on; ``True``: out of the reserve."""
+        if not self._waiting:
+            return None
+        used, is_blocked = self.used, False
+        at_work = self._list_at_work()
+        leaving = self._find_leaving(at_work)
+        for request in sorted(self._waiting, key=lambda r: self._shares[r.owner]):
+            user = _name_user(request.task, request.owner)
+            if self._is_over_share(request) or (leaving is not None and user == leaving):
+                continue
+            # nobody passes who waits for more than is left of what is shared
+            is_blocked = is_blocked or used + request.size > self.total
+            if is_blocked and not self._fits_reserve(request):
+                continue
+            if self._places is None or self._places.take(user, at_work):
+                return request, is_blocked
+        return None
+
+    def _list_at_work(self) -> set[Hashable]:
+        if self._places is None:
+            return set()
+        return {_name_user(task, held.owner) for task, held in self._held.items()}
+
+    def _find_leaving(self, at_work: Collection[Hashable]) -> Hashable:
+        if self._places is None:
+            return None
+        waiting = [_name_user(request.task, request.owner) for request in self._waiting]
+        return self._places.find_leaving(waiting, at_work)
+
+    def _fits_reserve(self, request: _Request) -> bool:
+        if any(held.owner == request.owner for held in self._held.values()):
+            return False
+        taken = sum(held.size for held in self._held.values() if held.is_reserve)
+        return taken + request.size <= self.total // RESERVE
+
+    def _is_over_share(self, request: _Request) -> bool:
+        own = sum(held.size for held in self._held.values() if held.owner == request.owner)
+        others_wait = any(other.owner != request.owner for other in self._waiting)
+        return others_wait and own > 0 and own + request.size > self.total // 2
+
+
+def _name_user(task: Task, owner: Hashable) -> Hashable:
+    """Name whose worker a task needs: a named owner's, or its session's."""
+    return owner if isinstance(owner, str) else task[0]

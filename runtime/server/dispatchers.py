@@ -1,0 +1,293 @@
+"""A conversation: one connection's side at the server, bytes in and bytes out, without a network.
+
+It joins the protocol, which knows what may be said, with the session that the greeting asks for.
+Threads, sockets and the order among several connections of a session are the server's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    BatchTooLarge,
+    NotFinite,
+    NotPermitted,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StageStopped,
+    StaleConnection,
+    TaskTooLarge,
+    WorkerLost,
+)
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Saved,
+    Tensors,
+    Unsaved,
+    Welcome,
+)
+from splitonnx.runtime.edge.identities import ALL_ROLES, Role
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.server.ledgers import Fingerprint, Reply
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.wire.protocols import SERVER, Protocol, State, list_wires
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """A message that was read and checked; ``fingerprint`` is of its bytes.
+
+    ``needed`` is an estimate of the memory that its task takes, where it is one of a task.
+    """
+
+    message: Message
+    tensors: Mapping[str, np.ndarray]
+    fingerprint: Fingerprint
+    needed: int = 0
+
+
+class Conversation:
+    """The server's half of one connection, of a client that ``owner`` answers for.
+
+    ``roles`` are what that client may do.  ``estimates`` say what a task takes, which may be
+    ``task_bytes`` at the most; without them nothing is estimated.
+
+    ``session`` is there from the greeting on, ``refused`` once an error ended it.  :meth:`read`
+    may be called at any time; while another method is at work nothing else may touch the same
+    session.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        owner: str = "",
+        *,
+        roles: frozenset[Role] = ALL_ROLES,
+        norm: float | None = None,
+        batch: int | None = None,
+        estimates: Estimates | None = None,
+        task_bytes: int | None = None,
+    ) -> None:
+        self.session: Session | None = None
+        self.refused: SplitonnxError | None = None
+        self._registry = registry
+        self._owner = owner
+        self._estimates = estimates
+        self._task_bytes = task_bytes
+        self._roles = roles
+        self._tried: set[str] = set()
+        self._generation = 0
+        self._wires = list_wires(registry.manifest)
+        self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended."""
+        return self._protocol.state is State.CLOSED
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether what ended it says nothing against the session: it can be resumed."""
+        match self.refused:
+            case StageStopped() | WorkerLost(is_repeated=False):
+                return True
+            case ServerBusy():  # once greeted, it may find the room when its task begins again
+                return self._generation > 0
+        return False
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether a training step of its session was begun and waits for the client."""
+        return self._held is not None and self._held.ledger.is_open
+
+    def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
+        """Read one message, act on it and yield the replies; each is to be sent as one message.
+
+        An error becomes a Fault as the last reply and ends the conversation; an unfinished task
+        is given up, and the state is as it was before it.
+        """
+        try:
+            incoming = self.read(content)
+            while (pending := self.enter(incoming)) is not None:
+                pending.result()
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+            return
+        yield from self.answer(incoming)
+
+    def enter(self, incoming: Incoming) -> Future[None] | None:
+        """Find the session that a greeting asks for; other messages need none.
+
+        Returns:
+            What has to be waited for before this is called again; ``None`` once it was found.
+
+        Raises:
+            SplitonnxError: it is to be answered with :meth:`refuse`.
+        """
+        if isinstance(incoming.message, Hello):
+            found = self._registry.seek(incoming.message, self._owner, self._tried)
+            if not isinstance(found, Session):
+                return found
+            self.session = found
+        return None
+
+    def read(self, content: Chunk | bytearray) -> Incoming:
+        """Read and check one message; :meth:`enter` is due next, and then :meth:`answer`.
+
+        Raises:
+            SplitonnxError: it is to be answered with :meth:`refuse`.
+        """
+        message, tensors = self._protocol.receive(content)
+        if isinstance(message, Hello) and Role.TRAIN not in self._roles:
+            raise NotPermitted(Role.TRAIN, "open a session")
+        return Incoming(
+            message=message,
+            tensors=tensors,
+            fingerprint=Fingerprint(content),
+            needed=self._estimate(message) if isinstance(message, Tensors) else 0,
+        )
+
+    def _estimate(self, message: Tensors) -> int:
+        if self._estimates is None or message.phase not in self._wires:
+            return 0
+        needed = self._estimates.measure(message.phase, self._protocol.sizes)
+        if self._task_bytes is not None and needed > self._task_bytes:
+            raise TaskTooLarge(needed, self._task_bytes)
+        return needed
+
+    def answer(self, incoming: Incoming) -> Iterator[Reply]:
+        """Act on a message and yield the replies, as :meth:`handle` does.
+
+        It must be gone through to its end, whether or not the replies can still be sent.
+        """
+        try:
+            yield from self._act(incoming)
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+
+    def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
+        """End the conversation, and tell the client why if that can be told.
+
+        What only interrupted the session is not told: the client is to come back to it.
+        """
+        self.refused = error
+        if self._held is not None:
+            self._held.abandon()
+        if self.is_interrupted:
+            self._protocol.close()
+        if not self.is_closed:
+            yield self._protocol.send(_describe(error))
+
+    def end(self) -> None:
+        """Let go of the session, which stays for the client's next connection; call it once."""
+        if self.session is not None:
+            self._registry.release(self.session)
+
+    @property
+    def _held(self) -> Session | None:
+        """The session, while this is its newest connection."""
+        session = self.session
+        return session if session is not None and session.generation == self._generation else None
+
+    def _act(self, incoming: Incoming) -> Iterator[Reply]:
+        message = incoming.message
+        match message:
+            case Hello():
+                yield self._greet(message)
+            case Tensors():
+                session = self.check_session(message.session)
+                yield from session.work(
+                    message, incoming.tensors, incoming.fingerprint, self._protocol.send
+                )
+            case Save():
+                yield self._protocol.send(self._save(message))
+            case Bye():
+                self._leave()
+            case Login() | Fault():
+                pass
+            case _:
+                raise RemoteProtocolError(f"a server takes no {type(message).__name__}")
+
+    def _greet(self, hello: Hello) -> Reply:
+        assert self.session is not None  # found when the greeting was read
+        step = self.session.greet(hello)
+        self._generation = hello.generation
+        manifest = self._registry.manifest
+        return self._protocol.send(
+            Welcome(
+                session=self.session.id,
+                digest=manifest.digest,
+                step=step,
+                wants_repeat=step > self.session.ledger.step,
+                wires=self._wires,
+            )
+        )
+
+    def _save(self, message: Save) -> Saved | Unsaved:
+        """Save the session's state; without the role, its outcome as a checkpoint alone."""
+        session = self.check_session(message.session)
+        if not message.publish or Role.PUBLISH in self._roles:
+            return session.save(message)
+        answer = session.save(msgspec.structs.replace(message, publish=False))
+        if isinstance(answer, Unsaved):
+            return answer
+        error = NotPermitted(Role.PUBLISH, "replace the newest state")
+        reason = f"{error}; step {message.step} is kept as a checkpoint"
+        return Unsaved(session=session.id, step=message.step, reason=reason)
+
+    def _leave(self) -> None:
+        if self._held is not None:
+            self._held.finish()
+            self._registry.end(self._held)
+
+    def check_session(self, name: str) -> Session:
+        """Return the session that a message names.
+
+        Raises:
+            RemoteProtocolError: it is not this conversation's.
+            StaleConnection: a newer connection has taken it over.
+        """
+        session = self.session
+        if session is None or name != session.id:
+            own = "none" if session is None else f"'{session.id}'"
+            raise RemoteProtocolError(f"it speaks of session '{name[:40]}', its own is {own}")
+        session.check_generation(self._generation)
+        return session
+
+
+def _describe(error: SplitonnxError) -> Fault:
+    """Tell an error so that the client can raise the same."""
+    code = type(error).__name__
+    match error:
+        case StaleConnection():
+            return Fault(code=code, reason=str(error), newest=error.newest)
+        case ServerBusy():
+            return Fault(code=code, reason=error.limit)
+        case NotFinite():
+            return Fault(code=code, reason=error.where, subject=error.name)
+        case BatchTooLarge():
+            return Fault(
+                code=code,
+                reason=str(error),
+                subject=error.name,
+                needed=error.rows,
+                limit=error.limit,
+            )
+        case NotPermitted():
+            return Fault(code=code, reason=error.action, subject=error.role)
+        case TaskTooLarge():
+            return Fault(code=code, reason=str(error), needed=error.needed, limit=error.limit)
+    return Fault(code=code, reason=str(error))

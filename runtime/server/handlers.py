@@ -1,0 +1,397 @@
+"""The server's side of its connections: from the socket to the conversation and back.
+
+One attendance serves one connection, on the event loop; what takes time runs in threads when it
+is its owner's turn, and a session has one of them at a time.  A reply that cannot be sent any more
+does not end the work that follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal, TypeVar
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    ConnectionLost,
+    FormatError,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StaleConnection,
+    TaskTooLarge,
+    Unauthorized,
+)
+from splitonnx.messages import (
+    REPLACED,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Tensors,
+    decode_message,
+    encode_message,
+)
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.dispatchers import Conversation, Incoming
+from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.metrics import Part
+from splitonnx.runtime.server.reply_senders import ReplySender
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.task_memory import TaskMemory
+from splitonnx.runtime.wire.close_codes import BUSY, POLICY, RESTART
+
+STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
+STOP_GRACE = 30.0
+"""Seconds that a server that stops waits for the next message of a step that runs."""
+
+SEND_GRACE = 5.0
+"""Seconds that a server that stops waits until a reply is read."""
+
+_Result = TypeVar("_Result")
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class Attendance:
+    """One connection, from its first message to its end."""
+
+    def __init__(self, premises: Premises, peer: Peer) -> None:
+        self._premises = premises
+        self._peer = peer
+        self._metrics = premises.metrics
+        self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
+        self._conversation: Conversation | None = None
+        # Whose turn it is when this connection's is; turns keep it when the connection is gone.
+        self._owner: Hashable = object()
+        self._has_message = False  # it came, and is not acted on yet
+
+    async def run(self) -> None:
+        """Serve the connection until it ends or the server stops."""
+        self._metrics.open_connection()
+        self._log(logging.INFO, "came")
+        stopping = self._stopping = asyncio.create_task(self._premises.stop.wait())
+        self._gone = asyncio.create_task(self._peer.wait_closed())
+        self._memory = TaskMemory(
+            self._premises, self._peer, gone=self._gone, stopping=self._stopping
+        )
+        try:
+            await self._converse(stopping)
+            self._log(logging.INFO, "left")
+        except ConnectionLost as error:
+            self._log(logging.WARNING, "lost", error)
+        except (ServerBusy, Unauthorized) as error:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+            code = BUSY if isinstance(error, ServerBusy) else POLICY
+            await self._peer.close(code, str(error))
+        finally:
+            stopping.cancel()
+            self._gone.cancel()
+            self._metrics.close_connection()
+            if self._conversation is not None:
+                self._let_go(self._conversation)
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether part of a message has come from the client, or all of one that nobody read."""
+        return self._has_message or self._peer.is_sending
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the connection without waiting; the other side is told why, if it reads."""
+        self._peer.dismiss(code, reason)
+
+    def _let_go(self, conversation: Conversation) -> None:
+        conversation.end()
+        session = conversation.session
+        if session is not None and self._premises.holders.get(session.id) is self:
+            del self._premises.holders[session.id]
+
+    async def _converse(self, stopping: asyncio.Task[Literal[True]]) -> None:
+        owner = self._peer.owner
+        if owner is None:
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            owner = await self._log_in(content)
+        self._owner = owner or self._owner
+        conversation = Conversation(
+            self._premises.registry,
+            owner,
+            roles=self._peer.roles,
+            norm=self._premises.norm,
+            batch=self._premises.batch,
+            estimates=self._premises.estimates,
+            task_bytes=None if self._premises.budget is None else self._premises.budget.total,
+        )
+        self._conversation = conversation
+        while not conversation.is_closed:
+            begun = time.perf_counter()
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            self._seconds["receive"] += time.perf_counter() - begun
+            await self._handle(conversation, content)
+
+    async def _log_in(self, content: Chunk | bytearray) -> str:
+        """Find whose token a stranger's first message shows.
+
+        Raises:
+            Unauthorized: it shows none that is known.
+        """
+        try:
+            message, _ = decode_message(content)
+        except FormatError:
+            message = None
+        tokens = self._premises.tokens
+        found = None
+        if isinstance(message, Login) and tokens is not None:
+            found = tokens.find(message.token)
+        if found is None:
+            error = Unauthorized(self._peer.name, POLICY, "no token that is known here")
+            fault = Fault(code=type(error).__name__, reason=error.reason)
+            await self._peer.send(encode_message(fault))
+            raise error
+        await self._peer.admit(found)
+        return found.owner
+
+    async def _receive(self) -> bytes | bytearray:
+        content = await self._peer.receive()
+        self._has_message = True
+        return content
+
+    async def _next_message(
+        self, stopping: asyncio.Task[Literal[True]]
+    ) -> bytes | bytearray | None:
+        """Wait for a message; ``None`` once the server stops, unless a step is in its middle."""
+        receiving = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done() and self._is_mid_step:
+                await self._wait_unless_halted(receiving, STOP_GRACE)
+            if receiving.done() and (self._is_mid_step or not stopping.done()):
+                return receiving.result()
+        finally:
+            if receiving.cancel():
+                await asyncio.wait((receiving,))
+            if not receiving.cancelled():
+                receiving.exception()  # was seen
+        await self._peer.close(RESTART, "the server restarts")
+        return None
+
+    async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
+        """Wait some seconds, unless the server is to end without waiting for steps that run."""
+        halting = asyncio.create_task(self._premises.halt.wait())
+        try:
+            await asyncio.wait(
+                (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            halting.cancel()
+
+    @property
+    def _is_mid_step(self) -> bool:
+        return self._conversation is not None and self._conversation.is_mid_step
+
+    async def _handle(self, conversation: Conversation, content: Chunk | bytearray) -> None:
+        self._metrics.count_bytes("up", len(content))
+        has_greeted = conversation.session is not None
+        turns = self._premises.compute if has_greeted else self._premises.storage
+        try:
+            incoming = await self._take_turn(turns, partial(self._read, conversation, content))
+            if isinstance(incoming.message, Hello):
+                await self._enter(conversation, incoming)
+        except ConnectionLost:
+            raise
+        except SplitonnxError as error:
+            async with self._own(conversation):
+                await self._refuse(conversation, error)
+            return
+        if isinstance(incoming.message, Hello):
+            self._take_over(conversation, incoming.message.generation)
+        async with self._own(conversation):
+            await self._answer(conversation, incoming)
+        if conversation.is_interrupted:
+            await self._peer.close(RESTART, str(conversation.refused))
+
+    async def _refuse(self, conversation: Conversation, error: SplitonnxError) -> None:
+        """Tell the client of an error, which ends the conversation."""
+        await self._reply(conversation, conversation.refuse(error), self._premises.storage)
+        self._note_refusal(conversation)
+
+    async def _answer(self, conversation: Conversation, incoming: Incoming) -> None:
+        """Act on a message, once there is memory for its task."""
+        session, message = conversation.session, incoming.message
+        done = 0 if session is None else session.tasks_done
+        is_work = isinstance(message, Tensors)
+        try:
+            if session is not None and isinstance(message, Tensors):
+                conversation.check_session(message.session)
+                await self._memory.reserve(session, self._owner, message, incoming.needed)
+        except (ServerBusy, TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
+            await self._refuse(conversation, error)
+            return
+        begun = time.perf_counter()
+        try:
+            turns = self._premises.compute if is_work else self._premises.storage
+            await self._reply(conversation, conversation.answer(incoming), turns)
+        finally:  # what was done counts, whether or not the client could be told
+            if session is not None:
+                seconds = time.perf_counter() - begun
+                self._note(message, session, session.tasks_done > done, seconds)
+            self._note_refusal(conversation)
+
+    async def _enter(self, conversation: Conversation, incoming: Incoming) -> None:
+        """Find the session of a greeting; while a session is written to disk no thread waits."""
+        enter = partial(conversation.enter, incoming)
+        while (pending := await self._take_turn(self._premises.storage, enter)) is not None:
+            written = asyncio.wrap_future(pending)
+            await asyncio.wait((written, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                raise ConnectionLost(self._peer.name, "it left before its session was there")
+
+    def _take_over(self, conversation: Conversation, generation: int) -> None:
+        """End the session's older connection, which may be stuck with a reply that nobody reads."""
+        session = conversation.session
+        if session is None or generation <= session.generation:
+            return
+        older = self._premises.holders.get(session.id)
+        if older is not None:
+            reason = f"connection {generation} took the session over"
+            older.dismiss(REPLACED, reason)
+        self._premises.holders[session.id] = self
+
+    @asynccontextmanager
+    async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
+        """Have the conversation's session for oneself."""
+        if conversation.session is None:
+            self._has_message = False
+            yield
+            return
+        name = conversation.session.id
+        lock = self._premises.locks.get(name)
+        if lock is None:
+            lock = self._premises.locks[name] = asyncio.Lock()
+        async with lock:
+            self._has_message = False
+            yield
+
+    async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:
+        """Run a function when it is the owner's turn, unless the connection ends before.
+
+        Raises:
+            ConnectionLost: it did; what it sent is forgotten.
+        """
+        piece = turns.run(self._owner, function)
+        withdraw = partial(self._withdraw, turns, piece)
+        self._gone.add_done_callback(withdraw)
+        try:
+            return await piece
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            reason = "it left before its message's turn came"
+            raise ConnectionLost(self._peer.name, reason) from None
+        finally:
+            self._gone.remove_done_callback(withdraw)
+
+    @staticmethod
+    def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
+        turns.withdraw(piece)
+
+    async def _reply(
+        self, conversation: Conversation, replies: Iterator[Reply], turns: Turns
+    ) -> None:
+        """Work on replies to the end, and send each once it is ready and the one before is gone.
+
+        The work does not wait for the client to read, and what its task held is given back as soon
+        as it is done.
+        """
+        sender = ReplySender(self._send)
+        work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
+        try:
+            await asyncio.shield(turns.run(self._owner, work))
+            self._memory.settle(conversation.session)
+            if sender.sending is not None:
+                with self._memory.letting_go(conversation.session):
+                    await self._finish_sending(sender.sending)
+        finally:
+            sender.cancel()
+            self._memory.settle(conversation.session)
+
+    async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
+        """Wait until replies are read; once the server stops, not for long, and not if it halts."""
+        await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            await self._wait_unless_halted(sending, SEND_GRACE)
+        if not sending.done():
+            self._peer.dismiss(RESTART, "the server restarts")
+        await sending
+
+    async def _send(self, reply: Reply) -> None:
+        begun = time.perf_counter()
+        await self._peer.send(reply)
+        self._seconds["send"] += time.perf_counter() - begun
+        self._metrics.count_bytes("down", sum(map(len, reply)))
+
+    def _read(self, conversation: Conversation, content: Chunk | bytearray) -> Incoming:
+        begun = time.perf_counter()
+        try:
+            return conversation.read(content)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
+
+    def _work_off(
+        self, replies: Iterator[Reply], loop: asyncio.AbstractEventLoop, sender: ReplySender
+    ) -> None:
+        """Work on replies to the end, in a thread; each leaves as soon as it is ready."""
+        begun = time.perf_counter()
+        try:
+            for reply in replies:
+                loop.call_soon_threadsafe(sender.put, reply)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
+
+    def _note(self, message: Message, session: Session, is_done: bool, seconds: float) -> None:
+        """Count what a message led to."""
+        match message:
+            case Tensors(phase=phase) if is_done:
+                self._metrics.count_step(phase)
+                for part in STEP_PARTS:
+                    self._metrics.observe(part, self._seconds[part])
+                    self._seconds[part] = 0.0
+            case Hello(generation=generation) if generation > 1:
+                self._metrics.count_reconnect()
+            case Save():
+                self._metrics.observe("checkpoint", seconds)
+                self._metrics.count_checkpoint("saved" if session.is_saved else "failed")
+
+    def _note_refusal(self, conversation: Conversation) -> None:
+        error = conversation.refused
+        if error is not None:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+
+    def _log(self, level: int, event: str, reason: SplitonnxError | None = None) -> None:
+        session = None if self._conversation is None else self._conversation.session
+        _logger.log(
+            level,
+            "%s %s",
+            self._peer.name,
+            event if reason is None else f"{event}: {reason}",
+            extra={
+                "peer": self._peer.name,
+                "owner": self._peer.owner or None,
+                "session": None if session is None else session.id,
+                "step": None if session is None else session.executor.step,
+                "reason": None if reason is None else type(reason).__name__,
+            },
+        )

@@ -1,0 +1,316 @@
+"""The sessions that a server has in memory: who may have which, how many, and where they begin.
+
+It finds a session for a greeting, makes a new one, or takes one up from disk, within its limits.
+What a session does is its own business, and when to look for those that nobody attends is the
+caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from splitonnx.errors import (
+    BundleError,
+    DiskQuotaUsed,
+    ForeignSession,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StateNotFinite,
+    WorkerLost,
+)
+from splitonnx.messages import Hello
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.session_makers import SessionMaker
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.storage.archives import Archive
+from splitonnx.states import is_session
+
+_PARKERS = 4
+"""Sessions that are written to disk at a time as they leave the memory."""
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.workers.pools import WorkerPool
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class Registry:
+    """The sessions of one server's part; safe for use from several threads.
+
+    Args:
+        executor: at the state of the party's folder, and never trained itself.
+        sessions: the most sessions in memory.
+        sessions_per_owner: the most of one owner; of ``""``, who may be many, as many as of all.
+        memory_bytes: the most that their states may take together; ``None`` for no limit.
+        unattended_seconds: how long a session without a connection stays in memory.
+        resume: also take up sessions that an earlier server left in the folder.
+        workers: who runs the sessions' stages; this process where there are none.
+        disk_per_owner: bytes of one owner's checkpoints and outcomes; ``None`` for no limit.
+        keep_seconds: how long those are kept that nobody comes back to; ``None`` for ever.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        sessions: int = 32,
+        sessions_per_owner: int = 8,
+        memory_bytes: int | None = None,
+        unattended_seconds: float = 3600.0,
+        resume: bool = False,
+        workers: WorkerPool | None = None,
+        disk_per_owner: int | None = None,
+        keep_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.manifest = executor.manifest
+        self._folder = executor.party.path
+        self._resume = resume
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._users: Counter[str] = Counter()
+        self._left: dict[str, float] = {}
+        self._parked: set[str] = set()
+        self._busy: dict[str, Future[None]] = {}  # being parked, opened or deleted
+        self._opening: dict[str, str] = {}  # with their owners
+        self._threads: set[threading.Thread] = set()
+        self._slots = threading.BoundedSemaphore(_PARKERS)
+        self._archive: Archive | None = None
+        if self._folder is not None:
+            self._archive = Archive(
+                self._folder, self.manifest, most_bytes=disk_per_owner, keep_seconds=keep_seconds
+            )
+            self.expire()
+        self._maker = SessionMaker(executor, self._archive, workers)
+        self._most = sessions
+        if memory_bytes is not None:
+            self._most = min(sessions, memory_bytes // max(1, executor.nbytes))
+        self._most_per_owner = sessions_per_owner
+        self._unattended_seconds = unattended_seconds
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The sessions in memory."""
+        return tuple(self._sessions.values())
+
+    def find(self, hello: Hello, owner: str) -> Session:
+        """Find the session that a greeting asks for, in memory or on disk, or make a new one.
+
+        It stays in memory until it is released as often as it was found.
+
+        Raises:
+            RemoteProtocolError: its name is none.
+            ForeignSession: it is another owner's, or what it began from is.
+            ServerBusy: it would be one too many.
+            SessionLost: it cannot be gone on with at any of the client's steps.
+            BundleMismatch: the client's trained state and the server's do not belong together.
+        """
+        tried: set[str] = set()
+        while not isinstance(found := self.seek(hello, owner, tried), Session):
+            found.result()
+        return found
+
+    def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
+        """As :meth:`find`, but return what has to be waited for where a session is being parked.
+
+        Nothing is waited for here, so that a slow disk holds back nobody else.  ``tried`` is the
+        caller's to keep from one call to the next.
+
+        Raises:
+            SplitonnxError: as :meth:`find`.
+        """
+        if not is_session(hello.session):
+            raise RemoteProtocolError("a session is named by 32 hexadecimal digits")
+        with self._lock:
+            if (pending := self._busy.get(hello.session)) is not None:
+                return pending
+            if (session := self._find_whole(hello.session)) is not None:
+                if session.owner != owner:
+                    raise ForeignSession(hello.session)
+                return self._attend(session)
+            if (pending := self._find_room(owner, tried)) is not None:
+                return pending
+            done = self._busy[hello.session] = _promise()
+            self._opening[hello.session] = owner
+        session = None
+        try:
+            session = self._open(hello, owner)
+        finally:
+            with self._lock:
+                if session is not None:
+                    self._sessions[session.id] = session
+                    self._attend(session)
+                del self._opening[hello.session], self._busy[hello.session]
+            done.set_result(None)
+        return session
+
+    def _attend(self, session: Session) -> Session:
+        self._users[session.id] += 1
+        self._left.pop(session.id, None)
+        self._parked.discard(session.id)
+        return session
+
+    def _open(self, hello: Hello, owner: str) -> Session:
+        """Make a session of what is on disk, or anew; the owner is checked in either case."""
+        if self._archive is not None:
+            self._archive.require_owner(hello.session, owner)
+        session = None
+        if self._resume or hello.session in self._parked:
+            session = self._maker.take_up(hello, owner)
+        return session or self._maker.make(hello, owner)
+
+    def release(self, session: Session) -> None:
+        """Note that one connection less attends the session."""
+        with self._lock:
+            self._users[session.id] -= 1
+            if not self._users[session.id]:
+                del self._users[session.id]
+                if session.id in self._sessions:
+                    self._left[session.id] = self._clock()
+
+    def end(self, session: Session) -> None:
+        """Forget a session whose client is done; what it saved stays."""
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            self._left.pop(session.id, None)
+            session.close()
+
+    def park_idle(self) -> None:
+        """Move sessions from memory to disk that nobody has attended for too long.
+
+        What nobody came back to for longer than the archive keeps it is deleted.
+        """
+        with self._lock:
+            overdue = [
+                self._sessions[name]
+                for name, left in self._left.items()
+                if name not in self._busy and self._clock() - left > self._unattended_seconds
+            ]
+            pending = [self._start_parking(session) for session in overdue]
+        for parked in pending:
+            parked.result()
+        self.expire()
+
+    def park_all(self) -> None:
+        """Write every session's state to disk: the server is about to end."""
+        with self._lock:
+            for session in self.sessions:
+                if session.id not in self._busy:
+                    self._start_parking(session)
+            threads = tuple(self._threads)
+        for thread in threads:
+            thread.join()
+
+    def expire(self) -> None:
+        """Delete what the archive has kept for long enough, unless it is in memory."""
+        if (archive := self._archive) is None:
+            return
+        try:
+            expired = archive.list_expired()
+        except BundleError as error:
+            _logger.error("no old sessions are deleted: %s", error)
+            return
+        for name in expired:
+            with self._lock:
+                if name in self._sessions or name in self._busy:
+                    continue
+                done = self._busy[name] = _promise()
+            try:
+                archive.remove(name)
+            finally:
+                with self._lock:
+                    del self._busy[name]
+                done.set_result(None)
+
+    def _find_whole(self, name: str) -> Session | None:
+        """Find a session in memory; one whose worker is gone is forgotten, for its checkpoints."""
+        session = self._sessions.get(name)
+        if session is None or not session.is_lost:
+            return session
+        self._forget(session)
+        return None
+
+    def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
+        """See to it that one more session has room; return what has to be waited for first."""
+        kept = self.sessions
+        own = [session for session in kept if session.owner == owner]
+        opening = list(self._opening.values())
+        if owner and len(own) + opening.count(owner) >= self._most_per_owner:
+            return self._make_room(own, tried, f"{self._most_per_owner} sessions of one token")
+        if len(kept) + len(opening) >= self._most:
+            return self._make_room(kept, tried, f"{self._most} sessions")
+        return None
+
+    def _make_room(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:
+        """Begin to move the session to disk that was left the longest ago, if any was left."""
+        left = [session for session in sessions if session.id in self._left]
+        for session in sorted(left, key=lambda session: self._left[session.id]):
+            if self._folder is None or session.id in tried or session.id in self._busy:
+                continue
+            tried.add(session.id)
+            return self._start_parking(session)
+        for session in sessions:
+            if session.id in self._busy and session.id not in tried:
+                tried.add(session.id)
+                return self._busy[session.id]
+        raise ServerBusy(limit)
+
+    def _start_parking(self, session: Session) -> Future[None]:
+        """Write a session to disk in a thread of its own; a greeting for it waits until then."""
+        done = self._busy[session.id] = _promise()
+        thread = threading.Thread(
+            target=self._park, args=(session, done), name="splitonnx-park", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+        return done
+
+    def _park(self, session: Session, done: Future[None]) -> None:
+        is_gone = False
+        try:
+            with self._slots:
+                is_gone = _leave_memory(session)
+        finally:
+            with self._lock:
+                if is_gone:
+                    self._forget(session)
+                del self._busy[session.id]
+                self._threads.discard(threading.current_thread())
+            done.set_result(None)
+
+    def _forget(self, session: Session) -> None:
+        """Let a session leave the memory; it can be taken up again from disk."""
+        self._sessions.pop(session.id, None)
+        self._left.pop(session.id, None)
+        self._parked.add(session.id)
+        session.close()
+
+
+def _promise() -> Future[None]:
+    """Make a future that nobody who waits for it can cancel."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _leave_memory(session: Session) -> bool:
+    """Write a session to disk, and say whether it need not stay in memory."""
+    try:
+        session.park()
+    except WorkerLost:  # it was logged; what is on disk is all there is
+        pass
+    except (DiskQuotaUsed, StateNotFinite) as error:
+        _logger.error("session %s goes on from its last checkpoint: %s", session.id, error)
+    except SplitonnxError as error:
+        _logger.error("session %s stays in memory: %s", session.id, error)
+        return False
+    return True

@@ -1,0 +1,390 @@
+"""The server: one part of a model, trained in as many sessions as clients come.
+
+The event loop moves messages and answers pings; ONNX Runtime works in threads beside it, for each
+session one message after the other.  While a reply is on its way, the work that follows it has
+begun, and it goes on to its end whether or not the reply arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import UsageError
+from splitonnx.folder_locks import FolderLock
+from splitonnx.runtime.edge.client_files import Handout
+from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
+from splitonnx.runtime.edge.http import Answer, Refusal, Visit
+from splitonnx.runtime.edge.identities import Role
+from splitonnx.runtime.edge.pages import read_pages
+from splitonnx.runtime.edge.tokens import Tokens
+from splitonnx.runtime.edge.websockets import Peer, serve
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.limits import GIB, Limits
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.handlers import Attendance
+from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.storage.archives import DAY
+from splitonnx.runtime.wire.exposure import check_exposure, is_loopback
+from splitonnx.runtime.wire.protocols import SERVER
+from splitonnx.runtime.workers.blocks import SharedTensors
+from splitonnx.runtime.workers.heaps import keep_buffers
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.processes import WorkerOptions
+
+DEFAULT_PORT = 8765
+HALT_SECONDS = 5.0
+"""Seconds that a server has to end what runs and to write its sessions, after a second signal."""
+HALTED = 130
+"""Exit code of a server that could not."""
+
+FILES = 256
+"""Descriptors besides those of connections, of worker processes and checkpoints most of all."""
+SCARCITY = (
+    "%d connections refused: no file descriptor is left for more, of %d that this process may "
+    "have; raise the limit (ulimit -n, LimitNOFILE=), or lower --max-clients"
+)
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class Server:
+    """Serves a bundle's server part over websockets.
+
+    Either :meth:`serve_forever`, or use it as a context manager, which serves in a thread while
+    the context lasts::
+
+        with Server("bundle/server", port=0) as server:
+            Client("bundle/client", server.url).fit(data)
+
+    Every client has a session of its own, which begins from the folder's state and outlives its
+    connections.  ``GET /health`` and ``GET /metrics`` answer on the same port, and ``GET
+    /client/...`` where ``client`` is given.
+
+    Args:
+        bundle: the server's folder, or the loaded part.
+        host: the address to listen on.
+        port: the port; 0 takes any free one.
+        threads: threads of one operator; all cores by default.
+        resume: go on with the sessions that an earlier server left in the folder.
+        limits: how much and how many it takes on.
+        tokens: who may come in; everybody without.
+        tls: certificates, as :func:`~splitonnx.runtime.wire.tls.make_server_tls` makes them.
+        origins: web pages that may connect, such as ``https://example.org``.
+        insecure: listen beyond this machine although nothing keeps strangers out.
+        client: the client's folder, or the loaded part, to give to browsers.
+        web: a folder of web pages to give out, which may then connect from any address that this
+            server is reached by; ``/`` is its ``index.html``.
+        isolate: run the stages of each owner's sessions in a process of their own; by default where
+            clients show tokens or certificates, or may come from beyond this machine.
+        keep_sessions: days after which the checkpoints and outcomes of sessions are deleted that
+            nobody came back to; the newest outcome stays.  ``None``: they are kept.
+
+    Raises:
+        BundleError, FormatError: a folder cannot be used.
+        FolderInUse: the server's folder is served already.
+        UsageError: the bundle is not a server's part, ``client`` is not its client's, ``web`` has
+            no page, or everybody could come in.
+        WrongRuntime, StageFailed: a stage cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | PartyBundle,
+        *,
+        host: str = "127.0.0.1",
+        port: int = DEFAULT_PORT,
+        threads: int | None = None,
+        resume: bool = False,
+        limits: Limits | None = None,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
+        origins: Sequence[str] = (),
+        insecure: bool = False,
+        client: str | Path | PartyBundle | None = None,
+        web: str | Path | None = None,
+        isolate: bool | None = None,
+        keep_sessions: float | None = None,
+    ) -> None:
+        if keep_sessions is not None and not 0 < keep_sessions < math.inf:
+            raise UsageError(f"sessions are kept for a number of days, not {keep_sessions:g}")
+        path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
+        self._lock = None if path is None else FolderLock.acquire(path)
+        with ExitStack() as undo:
+            if self._lock is not None:
+                undo.callback(self._lock.release)
+            party = (
+                bundle
+                if isinstance(bundle, PartyBundle)
+                else PartyBundle.load(bundle, is_held=True)
+            )
+            if party.manifest.party != SERVER:
+                raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
+            check_exposure(host, tokens, tls, insecure=insecure)
+            self._pages = None if web is None else read_pages(Path(web))
+            self.host = host
+            self.port = port
+            self._limits = limits or Limits()
+            self._tokens = tokens
+            self._tls = tls
+            self._origins = tuple(origins)
+            self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
+            self._metrics = Metrics(phase.name for phase in party.manifest.phases)
+            if isolate is None:
+                isolate = tokens is not None or _asks_for_certificates(tls) or not is_loopback(host)
+            self._workers = None
+            if isolate:
+                shared = SharedTensors.make(party.weights)
+                if shared is not None:
+                    party = replace(party, weights=shared.tensors)
+                self._workers = self._make_workers(party, shared, threads)
+            self._registry = Registry(
+                Executor(party, self._engine),
+                sessions=self._limits.sessions,
+                sessions_per_owner=self._limits.sessions_per_token,
+                memory_bytes=self._limits.memory,
+                unattended_seconds=self._limits.unattended_seconds,
+                resume=resume,
+                workers=self._workers,
+                disk_per_owner=self._limits.disk_per_owner,
+                keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
+            )
+            self._estimates = Estimates(party.manifest, party.graphs)
+            self._handout = None if client is None else Handout(client, party.manifest)
+            self._compute = Turns(name="splitonnx-compute")
+            self._storage = Turns(name="splitonnx-storage")
+            self._attending: set[asyncio.Task[None]] = set()
+            self._scarcity = Rarely(time.monotonic)
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._stop: asyncio.Event | None = None
+            self._thread: threading.Thread | None = None
+            self._halt: threading.Timer | None = None
+            undo.pop_all()
+
+    def _make_workers(
+        self, party: PartyBundle, weights: SharedTensors | None, threads: int | None
+    ) -> WorkerPool:
+        limits = self._limits
+        options = WorkerOptions(
+            party=party,
+            weights=weights,
+            threads=threads,
+            stage_seconds=limits.stage_seconds,
+            memory_bytes=limits.memory + limits.tasks + GIB,
+            kept_bytes=limits.tasks // 2,
+        )
+        return WorkerPool(
+            options, workers=limits.workers, on_death=self._metrics.count_worker_death
+        )
+
+    @property
+    def url(self) -> str:
+        """The address for clients on this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        scheme = "ws" if self._tls is None else "wss"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def serve_forever(self) -> None:
+        """Serve until SIGINT or SIGTERM comes; running steps are finished first.
+
+        A second signal ends running stages; where that takes longer than ``HALT_SECONDS``, the
+        process ends with exit code 130.
+
+        Raises:
+            PortInUse: another program has the port.
+            KeyboardInterrupt: a second signal came; the sessions are written to disk.
+        """
+        raise_limit(self._limits.clients + 2 * self._limits.strangers + FILES)
+        keep_buffers()
+        try:
+            asyncio.run(self._run(handle_signals=True))
+        finally:
+            self._unlock()
+        if self._halt is not None:
+            self._halt.cancel()
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run_in_thread, args=(started,), daemon=True)
+        self._thread.start()
+        started.result()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving; what a client has not finished is given up.  May be called twice."""
+        if self._thread is not None and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+            self._thread = None
+        self._compute.close()
+        self._storage.close()
+        self._engine.stop()
+        if self._workers is not None:
+            self._workers.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _run_in_thread(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._run(started=started))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    async def _run(
+        self, *, handle_signals: bool = False, started: Future[None] | None = None
+    ) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        premises = Premises(
+            registry=self._registry,
+            compute=self._compute,
+            storage=self._storage,
+            metrics=self._metrics,
+            stop=self._stop,
+            tokens=self._tokens,
+            norm=self._limits.norm,
+            batch=self._limits.batch,
+            estimates=self._estimates,
+            budget=Budget(
+                self._limits.tasks,
+                workers=None if self._workers is None else self._limits.workers,
+                is_there=self._has_session,
+            ),
+        )
+        if handle_signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._loop.add_signal_handler(number, self._take_signal, premises)
+        async with serve(
+            partial(self._attend, premises),
+            self.host,
+            self.port,
+            limits=self._limits,
+            tls=self._tls,
+            origins=self._origins,
+            authorize=None if self._tokens is None else self._tokens.find,
+            respond=self._respond,
+            has_pages=self._pages is not None,
+            on_refusal=self._note_refusal,
+        ) as port:
+            self.port = port
+            _logger.info("serving on %s", self.url)
+            if self._pages is not None:
+                _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
+            if started is not None:
+                started.set_result(None)
+            await self._wait_for_stop(premises)
+            if self._attending:
+                await asyncio.wait(self._attending)
+        await premises.storage.run(self, self._registry.park_all)
+        if self._workers is not None:
+            await premises.storage.run(self, self._workers.close)
+        _logger.info("stopped")
+
+    def _has_session(self, user: Hashable) -> bool:
+        """Whether an owner has a session in memory, or a session is there by itself."""
+        return any(user in (session.owner, session.id) for session in self._registry.sessions)
+
+    def _take_signal(self, premises: Premises) -> None:
+        """Stop at the first signal; at the second, end what runs."""
+        if not premises.stop.is_set():
+            premises.stop.set()
+        elif self._halt is None:
+            _logger.warning("stopping at once: running stages are ended")
+            self._halt = threading.Timer(HALT_SECONDS, os._exit, (HALTED,))
+            self._halt.daemon = True
+            self._halt.start()
+            premises.halt.set()
+            self._engine.stop()
+            if self._workers is not None:
+                self._workers.interrupt()
+
+    async def _wait_for_stop(self, premises: Premises) -> None:
+        """Look after what nobody attends until it is time to end."""
+        interval = min(60.0, self._limits.unattended_seconds / 2)
+        while not premises.stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(premises.stop.wait(), interval)
+            await asyncio.to_thread(self._registry.park_idle)
+            if self._workers is not None:
+                retire = partial(self._workers.retire_idle, self._limits.unattended_seconds)
+                await premises.storage.run(self, retire)
+        _logger.info("stopping: steps that run are finished first")
+
+    async def _attend(self, premises: Premises, peer: Peer) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._attending.add(task)
+        task.add_done_callback(self._attending.discard)
+        await Attendance(premises, peer).run()
+
+    def _respond(self, visit: Visit) -> Answer | None:
+        """Answer an HTTP request on the server's port, if it is for one of its pages."""
+        sessions = len(self._registry.sessions)
+        if visit.path == "/health":
+            stopping = self._stop is None or self._stop.is_set()
+            health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
+            return Answer(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
+        if visit.path == "/metrics":
+            if Role.OPERATE not in visit.roles:
+                return _ask_for(Role.OPERATE, visit)
+            self._metrics.set_sessions(sessions)
+            return Answer(HTTPStatus.OK, *self._metrics.render())
+        if self._handout is not None and (part := self._handout.answer(visit.path)) is not None:
+            return part if Role.TRAIN in visit.roles else _ask_for(Role.TRAIN, visit)
+        return None if self._pages is None else self._pages.answer(visit)
+
+    def _note_refusal(self, refusal: Refusal, name: str) -> None:
+        self._metrics.count_refusal(refusal)
+        if refusal is Refusal.TOO_MANY_FILES:
+            if count := self._scarcity.count():
+                _logger.warning(SCARCITY, count, find_limit(), extra={"reason": str(refusal)})
+            return
+        _logger.warning(
+            "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
+        )
+
+
+def _ask_for(role: Role, visit: Visit) -> Answer:
+    """Refuse what takes a token with a role: without a token, or with one that lacks it."""
+    status = HTTPStatus.UNAUTHORIZED if visit.token is None else HTTPStatus.FORBIDDEN
+    return Answer(status, "text/plain", f"this takes a token with the role '{role}'\n".encode())
+
+
+def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:
+    return tls is not None and tls.verify_mode is ssl.CERT_REQUIRED

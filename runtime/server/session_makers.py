@@ -1,0 +1,130 @@
+"""How a server's sessions begin: from its own state, another session's, or a checkpoint on disk.
+
+What a session begins from belongs to its owner, or to nobody.  Which sessions there may be is the
+registry's business.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
+from splitonnx.manifests import PREDICT, TRAIN
+from splitonnx.messages import Hello
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.storage.archives import Archive
+from splitonnx.states import is_session
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.workers.pools import WorkerPool
+
+
+class SessionMaker:
+    """Makes sessions; ``base`` is at the state of the party's folder, and never trained itself.
+
+    ``archive`` is what is on disk, ``None`` where there is no folder; ``workers`` run the sessions'
+    stages, this process where there are none.
+    """
+
+    def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
+        for phase in (TRAIN, PREDICT):
+            base.prepare(phase)  # before sessions share what is loaded
+        self._base = base
+        self._untrained = base if base.party.trained is None else _rewind(base)
+        self._archive = archive
+        self._workers = workers
+
+    def take_up(self, hello: Hello, owner: str) -> Session | None:
+        """Make the session of its newest checkpoint on disk; ``None`` where it has none.
+
+        Raises:
+            ForeignSession: it began from another owner's state.
+        """
+        store = None if self._archive is None else self._archive.open_store(hello.session)
+        if store is None or not (steps := store.steps()):
+            return None
+        checkpoint = store.read(steps[0])
+        executor = self._fork(self._base, checkpoint.owner, hello.session)
+        executor.restore(checkpoint.tensors, checkpoint.step)
+        return Session(
+            hello.session,
+            owner=checkpoint.owner,
+            executor=executor,
+            start=self._find_start(hello, owner),
+            store=store,
+            archive=self._archive,
+        )
+
+    def make(self, hello: Hello, owner: str) -> Session:
+        """Make a session that begins; one that is known to be older cannot be made again.
+
+        Raises:
+            SessionLost: it is known to be older.
+            BundleMismatch, ForeignSession: what it would begin from is not here, or another's.
+            ServerBusy: there is no worker for it.
+        """
+        start = self._find_start(hello, owner)
+        if hello.kept:
+            raise SessionLost(hello.session, hello.candidates, ())
+        if start is None:
+            raise self._explain(hello, owner)
+        return Session(
+            hello.session,
+            owner=owner,
+            executor=self._fork(start, owner, hello.session),
+            start=start,
+            store=None if self._archive is None else self._archive.open_store(hello.session),
+            archive=self._archive,
+        )
+
+    def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
+        """Make a session's executor, in a worker where there are workers."""
+        if self._workers is None:
+            return start.fork()
+        is_untrained = start is self._untrained and start.party.trained is None
+        tensors = None if is_untrained else start.state()
+        return self._workers.open(owner, session, tensors, start.step)
+
+    def _find_start(self, hello: Hello, owner: str) -> Executor | None:
+        """Find the state that a session began from: published, untrained, or another session's.
+
+        Raises:
+            ForeignSession: it is another owner's; a published state without an owner is anyone's.
+        """
+        origin, step, published = hello.origin, hello.start, self._base.party
+        if (origin, step) == (published.session, self._base.step):
+            if origin and published.owner not in ("", owner):
+                raise ForeignSession(origin)
+            return self._base
+        if not origin and step == 0:
+            return self._untrained
+        if self._archive is None or not is_session(origin):
+            return None
+        tensors = self._archive.find_tensors(origin, step, owner)
+        if tensors is None:
+            return None
+        executor = self._base.fork()
+        executor.restore(tensors, step)
+        return executor
+
+    def _explain(self, hello: Hello, owner: str) -> BundleMismatch:
+        if hello.start != self._base.step:
+            return BundleMismatch(
+                "the number of steps trained", str(self._base.step), str(hello.start)
+            )
+        published = self._base.party
+        here = published.session if published.owner in ("", owner) else ""
+        return BundleMismatch(
+            "the session that trained them", here or "unknown", hello.origin or "unknown"
+        )
+
+
+def _rewind(executor: Executor) -> Executor:
+    """Make an executor at the weights that training starts from."""
+    party = executor.party
+    untrained = PartyBundle(manifest=party.manifest, graphs={}, weights=party.weights)
+    twin = executor.fork()
+    twin.restore(untrained.state(), 0)
+    return twin

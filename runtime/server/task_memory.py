@@ -1,0 +1,98 @@
+"""One connection's share in the memory for tasks: waiting for it, keeping it, giving it back.
+
+How memory is divided among owners is the budget's business, how much a task takes the estimates'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+from splitonnx.errors import ConnectionLost
+from splitonnx.manifests import PREDICT, TRAIN
+from splitonnx.messages import Tensors
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.wire.close_codes import RESTART
+
+
+class TaskMemory:
+    """The memory of the tasks that one connection's messages belong to.
+
+    ``gone`` and ``stopping`` are done once the connection is over or the server stops.
+    """
+
+    def __init__(
+        self,
+        premises: Premises,
+        peer: Peer,
+        *,
+        gone: asyncio.Task[None],
+        stopping: asyncio.Task[bool],
+    ) -> None:
+        self._premises = premises
+        self._peer = peer
+        self._gone = gone
+        self._stopping = stopping
+
+    async def reserve(
+        self, session: Session, owner: Hashable, message: Tensors, needed: int
+    ) -> None:
+        """Wait for the memory of the message's task, unless the connection or the server ends.
+
+        Raises:
+            ConnectionLost: it does; what it sent is forgotten.
+            ServerBusy, TaskTooLarge: there is not so much, or not so much left.
+        """
+        budget, task = self._premises.budget, (session.id, message.phase)
+        if budget is None:
+            return
+        if message.turn > 0:  # the task has its memory, or is none that is open
+            budget.extend(task, owner, needed)
+            return
+        if budget.lacks(task, needed):  # its own, which begins anew: what is open is not kept
+            session.give_up(message.phase)
+        granted = budget.ask(task, owner, needed)
+        try:
+            with self.letting_go(session):
+                while not granted.done() and not (self._gone.done() or self._stopping.done()):
+                    self._premises.give_up_idle()
+                    await asyncio.wait(
+                        (granted, self._gone, self._stopping),
+                        timeout=IDLE_SECONDS / 10,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+        finally:
+            if not granted.done():
+                granted.cancel()
+        if granted.cancelled():
+            if self._stopping.done():
+                await self._peer.close(RESTART, "the server restarts")
+            raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
+
+    def settle(self, session: Session | None) -> None:
+        """Give back the memory of a session's tasks that are over."""
+        budget = self._premises.budget
+        if budget is None or session is None:
+            return
+        open_phases = session.open_phases
+        for phase in (TRAIN, PREDICT):
+            if phase in open_phases:
+                budget.pause((session.id, phase))
+            else:
+                budget.release((session.id, phase))
+
+    @contextmanager
+    def letting_go(self, session: Session | None) -> Iterator[None]:
+        """Let the session's open tasks be given up, although its lock is held: nothing runs."""
+        if session is None:
+            yield
+            return
+        self._premises.waiting.add(session.id)
+        try:
+            yield
+        finally:
+            self._premises.waiting.discard(session.id)

@@ -1,0 +1,199 @@
+"""What a server keeps of its sessions on disk: checkpoints and outcomes, whose they are, how large.
+
+A session belongs to its owner also once it is finished, or not resumed: whoever else names it, to
+take it up, to begin it again or as where training starts, is refused.  Owners have a quota of
+bytes, and what nobody came back to is deleted after a time.  This module knows files; which
+sessions are in memory is the registry's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from splitonnx.errors import DiskQuotaUsed, ForeignSession
+from splitonnx.manifests import PartyManifest, StateSpec
+from splitonnx.runtime.storage.checkpoints import CheckpointStore, list_folders
+from splitonnx.states import (
+    STATE,
+    check_home,
+    is_session,
+    list_outcomes,
+    read_newest,
+    read_owner,
+    read_state,
+)
+from splitonnx.tensors import DTYPES
+
+DAY = 86_400.0
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class Archive:
+    """The sessions in a server's ``folder``; safe for use from several threads.
+
+    ``most_bytes`` is one owner's quota, ``keep_seconds`` how long what nobody attends is kept;
+    ``None`` for no limit.  ``clock`` is the time that files are stamped with.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: PartyManifest,
+        *,
+        most_bytes: int | None = None,
+        keep_seconds: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder = folder
+        self._manifest = manifest
+        self._most_bytes = most_bytes
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._owners: dict[str, str] = {}
+        self._pending: Counter[str] = Counter()
+        self._most_state_bytes = 1024 + sum(map(_estimate, manifest.state))
+
+    def open_store(self, session: str) -> CheckpointStore:
+        """Return the place of a session's checkpoints."""
+        return CheckpointStore(self.folder, self._manifest, session)
+
+    def require_owner(self, session: str, owner: str) -> None:
+        """Raise where anything of the session is on disk that is not ``owner``'s.
+
+        Raises:
+            ForeignSession: it is another's.
+        """
+        found = self.open_store(session).owners()
+        outcome = read_owner(self.folder, session)
+        if found - {owner} or outcome not in (None, owner):
+            raise ForeignSession(session)
+
+    def find_tensors(self, session: str, step: int, owner: str) -> Mapping[str, np.ndarray] | None:
+        """Find what a session of ``owner`` left: its outcome, or a checkpoint.
+
+        Raises:
+            ForeignSession: it is another's.
+        """
+        self.require_owner(session, owner)
+        outcome = read_state(self.folder, self._manifest, session, is_held=True)
+        if outcome is not None and (outcome.session, outcome.step) == (session, step):
+            return outcome.tensors
+        store = self.open_store(session)
+        return store.read(step).tensors if step in store.steps() else None
+
+    @contextmanager
+    def saving(
+        self, store: CheckpointStore, owner: str, *, publish: bool = False
+    ) -> Iterator[None]:
+        """Write to disk within the owner's quota, if the folder still is the one that was loaded.
+
+        With ``publish`` a state is written as the outcome, too.
+
+        Raises:
+            NotSaved: the folder was deleted or replaced.
+            DiskQuotaUsed: the owner has not so much room left.
+        """
+        check_home(self.folder, self._manifest.digest)
+        if self._most_bytes is None:
+            yield
+            return
+        nbytes = self._most_state_bytes
+        more = store.estimate_growth(nbytes)
+        if publish:
+            outcome = self._find_outcome(store.session)
+            more += nbytes - (0 if outcome is None else _measure(outcome))
+        with self._lock:
+            self._owners[store.session] = owner
+            used = self._measure_owner(owner) + self._pending[owner]
+            if more > 0 and used + more > self._most_bytes:
+                raise DiskQuotaUsed(str(self.folder), self._most_bytes, used)
+            self._pending[owner] += max(0, more)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending[owner] -= max(0, more)
+
+    def list_expired(self) -> list[str]:
+        """List the sessions whose files were all written too long ago; the newest outcome stays."""
+        if self._keep_seconds is None:
+            return []
+        oldest = self._clock() - self._keep_seconds
+        return [name for name in self._list_sessions() if self._find_age(name) < oldest]
+
+    def remove(self, session: str) -> None:
+        """Delete a session's checkpoints, and its outcome where that is not the newest."""
+        self.open_store(session).remove()
+        if (outcome := list_outcomes(self.folder).get(session)) is not None:
+            try:
+                outcome.unlink(missing_ok=True)
+            except OSError as error:
+                _logger.warning("%s is left: %s", outcome, error.strerror)
+        with self._lock:
+            self._owners.pop(session, None)
+        _logger.info("session %s is deleted: nobody came back to it", session)
+
+    def _list_sessions(self) -> set[str]:
+        return {*list_folders(self.folder), *list_outcomes(self.folder)}
+
+    def _find_age(self, session: str) -> float:
+        outcome = list_outcomes(self.folder).get(session)
+        paths = [*self.open_store(session).list_files(), *([] if outcome is None else [outcome])]
+        times = []
+        for path in paths:
+            try:
+                times.append(path.stat().st_mtime)
+            except OSError:
+                continue
+        return max(times, default=self._clock())
+
+    def _find_outcome(self, session: str) -> Path | None:
+        newest = self.folder / STATE
+        if read_newest(self.folder).get("session") == session:
+            return newest
+        return list_outcomes(self.folder).get(session)
+
+    def _measure_owner(self, owner: str) -> int:
+        newest = read_newest(self.folder)
+        total = _measure(self.folder / STATE) if newest.get("owner", "") == owner else 0
+        outcomes = list_outcomes(self.folder)
+        for session in {*list_folders(self.folder), *outcomes}:
+            if self._find_owner(session) == owner:
+                total += sum(map(_measure, self.open_store(session).list_files()))
+                total += _measure(outcomes[session]) if session in outcomes else 0
+        return total
+
+    def _find_owner(self, session: str) -> str | None:
+        """Find whose a session on disk is; what was found once is not read again."""
+        if session not in self._owners and is_session(session):
+            owners = self.open_store(session).owners()
+            outcome = read_owner(self.folder, session)
+            found = next(iter(owners), outcome)
+            if found is None:
+                return None
+            self._owners[session] = found
+        return self._owners[session]
+
+
+def _estimate(spec: StateSpec) -> int:
+    """Compute the bytes that a tensor takes in a file at the most, its header's entry included."""
+    count = math.prod(dim for dim in spec.tensor.shape if isinstance(dim, int))
+    return count * DTYPES[spec.tensor.dtype].itemsize + 128 + 6 * len(spec.tensor.name)
+
+
+def _measure(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,208 @@
+"""The protocol, pure: bytes in, checked messages out; it neither waits nor sends.
+
+A conversation is a row of states, and :data:`MOVES` says which message may come from whom in
+which state and where it leads; the table is the same for both sides.  Before anything is done
+with a message its tensors are held against the manifest: their names, dtypes, shapes and ranges.
+This module knows no network, and nothing of what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+import numpy as np
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    BundleMismatch,
+    FormatError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    quote,
+)
+from splitonnx.manifests import TRAIN, PartyManifest, Wire, WireKind
+from splitonnx.messages import (
+    PROTOCOL,
+    Bye,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Unsaved,
+    Welcome,
+    Wires,
+    decode_message,
+    encode_message,
+)
+from splitonnx.runtime.wire.validation import check_values
+from splitonnx.tensors import check_array, check_rows
+
+CLIENT, SERVER = "client", "server"
+
+
+class State(StrEnum):
+    """Where a conversation stands."""
+
+    START = "start"
+    GREETING = "greeting"  # the client said hello
+    OPEN = "open"
+    SAVING = "saving"  # the client asked the server to save
+    CLOSED = "closed"
+
+
+MOVES: Mapping[tuple[State, str, type[Message]], State] = {
+    (State.START, CLIENT, Login): State.START,
+    (State.START, CLIENT, Hello): State.GREETING,
+    (State.START, SERVER, Fault): State.CLOSED,
+    (State.START, CLIENT, Bye): State.CLOSED,
+    (State.GREETING, SERVER, Welcome): State.OPEN,
+    (State.GREETING, SERVER, Fault): State.CLOSED,
+    (State.GREETING, CLIENT, Bye): State.CLOSED,
+    (State.OPEN, CLIENT, Tensors): State.OPEN,
+    (State.OPEN, SERVER, Tensors): State.OPEN,
+    (State.OPEN, CLIENT, Save): State.SAVING,
+    (State.OPEN, CLIENT, Fault): State.CLOSED,
+    (State.OPEN, SERVER, Fault): State.CLOSED,
+    (State.OPEN, CLIENT, Bye): State.CLOSED,
+    (State.SAVING, SERVER, Saved): State.OPEN,
+    (State.SAVING, SERVER, Unsaved): State.OPEN,
+    (State.SAVING, SERVER, Fault): State.CLOSED,
+    (State.SAVING, CLIENT, Bye): State.CLOSED,
+}
+"""(state, sender, message) -> next state; what is not in the table is not allowed."""
+
+
+class Protocol:
+    """One side of a conversation; ``role`` is this side's party, ``client`` or ``server``.
+
+    ``state`` is where the conversation stands.  ``norm`` is the largest L2 norm that a gradient
+    from the other side may have, ``batch`` the most rows that its tensors may have.
+    """
+
+    def __init__(
+        self,
+        manifest: PartyManifest,
+        role: str,
+        *,
+        norm: float | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.state = State.START
+        self._norm = norm
+        self._batch = batch
+        self._manifest = manifest
+        self._role = role
+        self._peer = SERVER if role == CLIENT else CLIENT
+        self._task: TaskKey | None = None
+        self._sizes: dict[str, int] = {}
+
+    def send(
+        self, message: Message, tensors: Mapping[str, np.ndarray] | None = None
+    ) -> list[Chunk]:
+        """Write a message, and move on.
+
+        Raises:
+            LocalProtocolError: this side may not say this now.
+        """
+        following = MOVES.get((self.state, self._role, type(message)))
+        if following is None:
+            raise LocalProtocolError(f"a {type(message).__name__} while {self.state}")
+        if isinstance(message, Tensors) and tensors:
+            self._check_tensors(message, tensors, sender=self._role)
+        self.state = following
+        return encode_message(message, tensors)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The sizes that the newest task's dimensions have so far."""
+        return self._sizes
+
+    def close(self) -> None:
+        """End the conversation without a message."""
+        self.state = State.CLOSED
+
+    def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
+        """Read a message, check it, and move on; the tensors are views of ``content``.
+
+        Raises:
+            RemoteProtocolError: no message, or one that the other side may not send now.
+            BundleMismatch: the greeting shows that the two sides do not belong together.
+            ArrayMismatch, ValueOutOfRange: a tensor is not as the manifest declares its wire.
+            BatchTooLarge: a tensor has more rows than this side takes.
+            NotFinite, NormTooLarge: a tensor to train with holds what no training survives.
+        """
+        try:
+            message, tensors = decode_message(content)
+        except FormatError as error:
+            raise RemoteProtocolError(str(error)) from error
+        following = MOVES.get((self.state, self._peer, type(message)))
+        if following is None:
+            raise RemoteProtocolError(f"it sent a {type(message).__name__} while {self.state}")
+        if isinstance(message, Hello | Welcome):
+            self._compare(message)
+        if isinstance(message, Tensors):
+            if not self._manifest.phase(message.phase).wires:
+                raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
+            self._check_tensors(message, tensors, sender=self._peer)
+        self.state = following
+        return message, tensors
+
+    def _compare(self, greeting: Hello | Welcome) -> None:
+        if isinstance(greeting, Hello) and greeting.protocol != PROTOCOL:
+            raise BundleMismatch("the protocol", str(PROTOCOL), str(greeting.protocol))
+        _compare_wires(list_wires(self._manifest), greeting.wires)
+        if greeting.digest != self._manifest.digest:
+            raise BundleMismatch("the bundle's digest", self._manifest.digest, greeting.digest)
+
+    def _check_tensors(
+        self, message: Tensors, tensors: Mapping[str, np.ndarray], *, sender: str
+    ) -> None:
+        """Hold tensors against the wires that ``sender`` sends in the phase."""
+        wires = {
+            wire.tensor.name: wire
+            for wire in self._manifest.phase(message.phase).wires
+            if wire.sender == sender
+        }
+        if unknown := tensors.keys() - wires.keys():
+            error = RemoteProtocolError if sender == self._peer else LocalProtocolError
+            raise error(f"{quote(sorted(unknown))} is no wire of phase '{message.phase}'")
+        if message.key != self._task:
+            self._task, self._sizes = message.key, {}
+        for name, array in tensors.items():
+            if self._batch is not None and sender == self._peer:
+                check_rows(array, wires[name].tensor, self._batch)
+            kind = wires[name].kind
+            is_output = kind is WireKind.OUTPUT
+            check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
+            if message.phase == TRAIN and sender == self._peer:
+                limit = self._norm if kind is WireKind.GRADIENT else None
+                check_values(name, array, f"step {message.step + 1}", limit)
+
+
+def list_wires(manifest: PartyManifest) -> Wires:
+    """List what travels in each phase in which anything does, as a greeting tells it."""
+    return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
+
+
+def _compare_wires(local: Wires, remote: Wires) -> None:
+    for phase in sorted({*local, *remote}):
+        here = {wire.tensor.name: wire for wire in local.get(phase, ())}
+        there = {wire.tensor.name: wire for wire in remote.get(phase, ())}
+        for name in sorted({*here, *there}):
+            if here.get(name) != there.get(name):
+                raise BundleMismatch(
+                    f"wire '{name}' of phase '{phase}'",
+                    _describe_wire(here.get(name)),
+                    _describe_wire(there.get(name)),
+                )
+
+
+def _describe_wire(wire: Wire | None) -> str:
+    if wire is None:
+        return "absent"
+    return f"{wire.tensor} ({wire.kind} from {wire.sender} to {wire.receiver})"

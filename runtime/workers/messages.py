@@ -1,0 +1,249 @@
+"""What a server and its workers say to each other: requests, answers, and errors, as bytes.
+
+Messages are msgspec structs in MessagePack, behind their length; tensors travel beside them, in
+shared memory.  Nothing is unpickled.  A worker may have been taken over by what it computed with,
+so its answers are read as strictly as a stranger's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Protocol
+
+import msgspec
+
+import splitonnx.errors
+from splitonnx.errors import FormatError, SplitonnxError
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.workers.blocks import Place, Slot
+
+MAX_ANSWER = 16 << 20
+"""Bytes; a worker's largest answer lists the tensors of a state."""
+MAX_TEXT = 1000
+"""Characters of one fact of an error."""
+RAISED = frozenset(
+    {
+        "ArrayMismatch",
+        "BatchTooLarge",
+        "LocalProtocolError",
+        "MissingArray",
+        "NormTooLarge",
+        "NotFinite",
+        "RemoteProtocolError",
+        "StageFailed",
+        "StageStopped",
+        "StageTooSlow",
+        "TaskTooLarge",
+        "UsageError",
+        "ValueOutOfRange",
+        "WrongRuntime",
+    }
+)
+"""Errors of an executor, which a worker may make its server raise."""
+
+_LENGTH = struct.Struct("<Q")
+
+Fact = str | int | float | bool | None | list[str | int]
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The party to run.  ``weights`` are in the file of this number, or in the block.
+
+    ``memory_bytes`` limit the process.
+    """
+
+    manifest: bytes
+    graphs: dict[str, bytes]
+    file: int | None
+    weights: tuple[Slot, ...]
+    threads: int | None
+    stage_seconds: float
+    memory_bytes: int | None
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Begin a session, or take it back: from a state in the block, else from the weights."""
+
+    session: int
+    step: int
+    state: tuple[Slot, ...] | None
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a task is opened with."""
+
+    seed: int
+    learning_rate: float
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Open a task where ``begin`` is given, hand it wires, and run it until it has some to send."""
+
+    session: int
+    key: TaskKey
+    begin: Begin | None
+    wires: tuple[Slot, ...]
+
+
+class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run the task on from where it had wires to send."""
+
+    session: int
+    key: TaskKey
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Commit a finished task."""
+
+    session: int
+    key: TaskKey
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Give the session's state."""
+
+    session: int
+
+
+class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Do nothing but forget what the request names, and give back its memory."""
+
+
+Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An action, after ``abandoned`` tasks and ``closed`` sessions were forgotten.
+
+    ``kept_bytes`` of the process's memory may stay after a task is over.
+    """
+
+    inbox: Place
+    outbox: Place
+    action: Action
+    kept_bytes: int
+    abandoned: tuple[tuple[int, TaskKey], ...] = ()
+    closed: tuple[int, ...] = ()
+
+
+class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The block for answers is as large as was asked."""
+
+    outbox: Place
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer's tensors need a block of so many bytes."""
+
+    size: int
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What was asked is done; ``is_finished``: the task can be committed."""
+
+    is_finished: bool = False
+
+
+class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Tensors in the block: wires to send, or a state."""
+
+    tensors: tuple[Slot, ...]
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An error, as its class and its facts; ``is_last``: the worker ends itself over it."""
+
+    code: str
+    facts: list[Fact]
+    is_last: bool = False
+
+
+ToWorker = Request | Grown
+FromWorker = Need | Done | Given | Failed
+
+
+class Pipe(Protocol):
+    """The unbuffered end of a pipe."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """Read at most so many bytes; none at the end."""
+
+    def write(self, content: bytes | memoryview, /) -> int | None:
+        """Write some of the bytes, and return how many."""
+
+
+def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
+    """Return the action with the places of its tensors."""
+    match action:
+        case Start():
+            return msgspec.structs.replace(action, weights=slots)
+        case Open():
+            return msgspec.structs.replace(action, state=slots)
+        case Work():
+            return msgspec.structs.replace(action, wires=slots)
+    raise AssertionError(f"a {type(action).__name__} carries no tensors")
+
+
+def write_frame(pipe: Pipe, message: ToWorker | FromWorker) -> None:
+    """Write a message."""
+    body = msgspec.msgpack.encode(message)
+    rest = memoryview(_LENGTH.pack(len(body)) + body)
+    while rest:
+        rest = rest[pipe.write(rest) or 0 :]
+
+
+def read_frame(pipe: Pipe, most: int | None = None) -> bytes:
+    """Read a message's bytes.
+
+    Raises:
+        EOFError: the other side has ended.
+        FormatError: it is larger than ``most``.
+    """
+    (size,) = _LENGTH.unpack(_read(pipe, _LENGTH.size))
+    if most is not None and size > most:
+        raise FormatError("a worker's answer", f"it has {size} bytes")
+    return _read(pipe, size)
+
+
+def _read(pipe: Pipe, size: int) -> bytes:
+    parts = []
+    while size:
+        part = pipe.read(min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
+    """Put an error into a message."""
+    facts: list[Fact] = []
+    for field in dataclasses.fields(error):  # type: ignore[arg-type]  # all are dataclasses
+        value = getattr(error, field.name)
+        if isinstance(value, str):
+            value = value[:MAX_TEXT]
+        facts.append(list(value) if isinstance(value, tuple) else value)
+    return Failed(code=type(error).__name__, facts=facts, is_last=is_last)
+
+
+def make_error(failed: Failed) -> SplitonnxError:
+    """Make the error that a message tells.
+
+    Raises:
+        FormatError: there is none such.
+    """
+    kind = getattr(splitonnx.errors, failed.code, None) if failed.code in RAISED else None
+    if kind is None or len(failed.facts) != len(dataclasses.fields(kind)):
+        raise FormatError("a worker's answer", f"it tells of a '{failed.code[:80]}'")
+    names = [field.name for field in dataclasses.fields(kind)]
+    for fact in failed.facts:
+        if isinstance(fact, str) and len(fact) > MAX_TEXT:
+            raise FormatError("a worker's answer", "its error is too long")
+    made: SplitonnxError = kind(**dict(zip(names, failed.facts, strict=True)))
+    try:
+        str(made)
+    except (TypeError, ValueError) as error:
+        raise FormatError("a worker's answer", "its error cannot be told") from error
+    return made

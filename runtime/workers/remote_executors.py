@@ -1,0 +1,276 @@
+"""An executor whose state and tasks are in a worker: what a session has of it.
+
+Nothing is sent before it is needed.  A session is opened in the worker at its first task, so that
+making one, and taking one back, costs no time while others wait.  Between two tasks its state may
+be fetched, so that the worker can be another owner's; the next task takes it to a worker again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import (
+    LocalProtocolError,
+    ProcessFailed,
+    SplitonnxError,
+    StageTooSlow,
+    WorkerLost,
+)
+from splitonnx.manifests import TRAIN, PartyManifest
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.engine.executors import publish_state
+from splitonnx.runtime.workers.messages import (
+    Action,
+    Begin,
+    Continue,
+    Done,
+    Fetch,
+    Finish,
+    Open,
+    Work,
+)
+from splitonnx.runtime.workers.processes import Worker, WorkerEnded
+
+
+class Owner(Protocol):
+    """The pool that an executor is of."""
+
+    @property
+    def party(self) -> PartyBundle:
+        """What its workers run."""
+
+    def get_worker(self, executor: RemoteExecutor) -> Worker:
+        """Return the worker that an executor's state is to go to."""
+
+    def close_executor(self, executor: RemoteExecutor) -> None:
+        """Note that an executor is not needed any more."""
+
+    def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
+        """Note that a worker ended, over a task if over one, and make the error that tells it."""
+
+    def note_success(self, key: TaskKey) -> None:
+        """Note that a task was carried out."""
+
+    def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
+        """Note that none can be started, and make the error that tells it."""
+
+
+class _Task:
+    """A task that is open here; ``begin`` until the worker knows of it."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin: Begin | None = begin
+        self.wires: Mapping[str, np.ndarray] = {}
+        self.is_finished = False
+
+
+class RemoteExecutor:
+    """A session in a worker; the same as an :class:`~executors.Executor` to whoever uses it.
+
+    ``user`` names whom the worker serves.  Not safe for use from two threads at a time, but for
+    :meth:`unload`.
+    """
+
+    _numbers = iter(range(1 << 62))
+
+    def __init__(
+        self,
+        pool: Owner,
+        user: str,
+        session: str,
+        tensors: Mapping[str, np.ndarray] | None,
+        step: int,
+    ) -> None:
+        self.step = step
+        self.party = pool.party
+        self.manifest: PartyManifest = pool.party.manifest
+        self.user = user
+        self._pool = pool
+        self._lock = threading.RLock()  # held while the worker is spoken to
+        self._session = session
+        self._number = next(self._numbers)
+        self._start = tensors
+        self._worker: Worker | None = None
+        self._tasks: dict[TaskKey, _Task] = {}
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker that had the state is gone."""
+        return self._worker is not None and not self._worker.is_alive
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the state is in a worker, or about to be."""
+        return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task; the worker checks it with the first wires.
+
+        Raises:
+            LocalProtocolError: it has data of this side's, which a server has none of.
+        """
+        if data:
+            raise LocalProtocolError("a worker takes wires alone")
+        if key in self._tasks:
+            raise LocalProtocolError(f"{key} is open already")
+        with self._lock:  # from now on it cannot be unloaded
+            self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hand wires to an open task; they go with :meth:`advance`, which raises what is wrong."""
+        self._task(key).wires = tensors
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that can be sent now.
+
+        Raises:
+            WorkerLost: the worker ended over it.
+            SplitonnxError: as an executor's ``deliver`` and ``advance``.
+        """
+        task = self._task(key)
+        begin, wires = task.begin, task.wires
+        task.begin, task.wires = None, {}
+        action: Action = Work(session=self._number, key=key, begin=begin, wires=())
+        given = self._ask(action, key, wires)
+        while not isinstance(given, Done):
+            yield given
+            given = self._ask(Continue(session=self._number, key=key), key)
+        task.is_finished = given.is_finished
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Whether every stage of the task ran and every wire was received and handed out."""
+        return self._task(key).is_finished
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task: commit its state; a server's phases have no results.
+
+        Raises:
+            LocalProtocolError: the task is not finished.
+            WorkerLost: the worker ended.
+        """
+        if not self._task(key).is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
+        self._ask(Finish(session=self._number, key=key), key)
+        self._pool.note_success(key)
+        del self._tasks[key]
+        if key.phase == TRAIN:
+            self.step += 1
+        return {}
+
+    def abandon(self, key: TaskKey) -> None:
+        """Forget a task, open or not; the state is as it was before it."""
+        task = self._tasks.pop(key, None)
+        if task is not None and task.begin is None and self._worker is not None:
+            self._worker.abandon(self._number, key)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Fetch the whole state.
+
+        Raises:
+            WorkerLost: the worker ended.
+        """
+        with self._lock:
+            if self._worker is None:  # it is not there
+                return dict(self._start) if self._start is not None else _make_untrained(self.party)
+            given = self._ask(Fetch(session=self._number), None)
+        assert not isinstance(given, Done)
+        return given
+
+    def unload(self, *, waits: bool) -> bool:
+        """Fetch the state, so that the worker is not needed until the next task.
+
+        ``waits``: also for another thread that fetches it at the moment.  Return ``False`` where a
+        task is open, or where the state cannot be fetched.
+        """
+        if self._tasks or not self._lock.acquire(blocking=waits):
+            return False
+        try:
+            if self._tasks:
+                return False
+            if self._worker is not None and self._worker.is_alive:
+                given = self._worker.ask(Fetch(session=self._number))
+                assert not isinstance(given, Done)
+                self._worker.forget(self._number)  # it may stay, for another session's open task
+                self._number = next(self._numbers)
+                self._worker, self._start = None, given
+            return True
+        except WorkerEnded:
+            return True  # the session is lost, as its next message finds
+        except SplitonnxError:
+            return False
+        finally:
+            self._lock.release()
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state by another; open tasks are given up.
+
+        The arrays must not be written to until the next task.
+        """
+        with self._lock:
+            self._tasks.clear()
+            if self._worker is not None:
+                self._worker.forget(self._number)
+            self._number = next(self._numbers)
+            self._worker, self._start, self.step = None, tensors, step
+
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
+        """Write the state into the party's folder as its outcome; see ``Executor.publish``."""
+        publish_state(
+            self.party,
+            self.state(),
+            step=self.step,
+            session=session,
+            position=position,
+            owner=owner,
+        )
+
+    def close(self) -> None:
+        """Let go of the state in the worker."""
+        if self._worker is not None:
+            self._worker.forget(self._number)
+        self._pool.close_executor(self)
+
+    def _task(self, key: TaskKey) -> _Task:
+        if key not in self._tasks:
+            raise LocalProtocolError(f"{key} is not open")
+        return self._tasks[key]
+
+    def _ask(
+        self,
+        action: Action,
+        key: TaskKey | None,
+        tensors: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray] | Done:
+        try:
+            with self._lock:
+                return self._open().ask(action, tensors)
+        except WorkerEnded as error:
+            cause = None if error.is_before else key
+            raise self._pool.note_death(cause, self._session, error.how) from error
+        except ProcessFailed as error:
+            raise self._pool.note_failed_start(key, self._session, error.reason) from error
+        except StageTooSlow:
+            if self.is_lost:  # it would not end: the process had to
+                self._pool.note_death(None, self._session, "a stage did not end")
+            raise
+
+    def _open(self) -> Worker:
+        """Find the worker; the first time, hand it the state to begin from."""
+        if self._worker is None:
+            worker = self._pool.get_worker(self)
+            action = Open(session=self._number, step=self.step, state=None)
+            worker.ask(action, self._start)
+            self._worker, self._start = worker, None
+        return self._worker
+
+
+def _make_untrained(party: PartyBundle) -> dict[str, np.ndarray]:
+    return replace(party, trained=None).state()
