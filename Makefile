@@ -139,7 +139,7 @@ $(VENV)/tools/%/.done: $(VENV)/.pip requirements/%.txt
 
 # The steps of the Containerfile without an engine; as root the server runs as another user.
 container-steps: $(VENV)/.test
-	$(BIN)/python -m tests.container_steps
+	$(BIN)/python -m tests.support.container_steps
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/resnet_step.py

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from resnets import build_resnet18
 
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 MIB = 1 << 20
 SLACK = 4 * MIB

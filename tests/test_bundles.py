@@ -13,7 +13,7 @@ from splitonnx.errors import BundleError, FormatError
 from splitonnx.manifests import Role, StateSpec
 from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from splitonnx.runtime.edge.tokens import Tokens, add_token, read_token
 from splitonnx.runtime.storage.checkpoints import CheckpointStore
 from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from splitonnx.states import read_state
-from tests import tiny
+from tests.support import tiny
 
 SESSION = "0123456789abcdef" * 2
 HANGS = 20

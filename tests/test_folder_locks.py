@@ -22,8 +22,8 @@ from splitonnx.folder_locks import NAME, FolderLock
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.server.servers import Server
 from splitonnx.states import State, read_state, write_state
-from tests import tiny
 from tests.conftest import ROOT
+from tests.support import tiny
 
 DATA = tiny.batch(0, 12)
 FIRST, SECOND = "a" * 32, "b" * 32

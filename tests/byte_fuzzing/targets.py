@@ -210,7 +210,7 @@ def read_manifest(role: str) -> PartyManifest:
     """Give the manifest of a party of a real bundle; labels and norms travel in it, too."""
     from splitonnx.optimizers import Adam
     from splitonnx.partitioner.partitions import cut
-    from tests.zoo import ZOO
+    from tests.support.zoo import ZOO
 
     bundle = cut(ZOO["chain"].build(), at="act1", optimizer=Adam(lr=0.1, clip_norm=1.0))
     return bundle.parties[role].manifest

@@ -22,8 +22,10 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
-from tests import test_codecs, test_messages, test_runtime_gates, tiny
-from tests.zoo import ZOO
+from tests import test_codecs, test_messages
+from tests.runtime.gate import test_gates as test_runtime_gates
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 LONGEST = 4096
 """Bytes of one hostile case; larger ones are each suite's own."""

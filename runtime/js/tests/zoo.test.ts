@@ -34,7 +34,7 @@ let told: number; // lies about shapes
 
 before(async () => {
   folder = await mkdtemp(join(tmpdir(), "splitonnx-zoo-"));
-  peer = new PythonPeer(["-m", "tests.js_peers", folder]);
+  peer = new PythonPeer(["-m", "tests.support.js_peers", folder]);
   names = JSON.parse(await peer.hear()) as string[];
 });
 

@@ -1,0 +1,123 @@
+"""Whose next message is on its way is not idle, however slowly it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import cast
+
+import pytest
+from websockets.asyncio.client import connect
+
+from splitonnx.bundles import Bundle
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.edge.websockets import Peer, serve
+from splitonnx.runtime.scheduling import budgets
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.handlers import Attendance
+from tests.runtime.server.test_handlers import Guest
+from tests.support.echoes import PATIENCE
+from tests.support.shared_premises import open_premises
+from tests.support.zoo import ZOO
+
+TASK = ("a" * 32, "train")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return cut(ZOO["chain"].build(), at="act1", tail_at="act3")
+
+
+@pytest.fixture
+def premises(bundle: Bundle) -> Iterator[Premises]:
+    with open_premises(bundle) as premises:
+        yield premises
+
+
+class Sender:
+    """The connection of a client that sends a message."""
+
+    def __init__(self) -> None:
+        self.is_sending = True
+        self.is_dismissed = False
+
+    def dismiss(self, code: int, reason: str) -> None:
+        self.is_dismissed = True
+
+
+def test_the_memory_of_a_step_is_not_taken_from_who_sends_its_next_message(
+    premises: Premises, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On earlier versions it is, after 10 s, in every step, while others wait."""
+    monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
+    sender = Sender()
+
+    async def check() -> None:
+        budget = premises.budget = Budget(100)
+        premises.holders[TASK[0]] = sender
+        budget.ask(TASK, "ana", 90)
+        budget.pause(TASK)
+        waiting = budget.ask(("b" * 32, "train"), "eve", 50)
+        premises.give_up_idle()
+        assert not waiting.done()
+        sender.is_sending = False
+        premises.give_up_idle()
+        assert waiting.done()
+
+    asyncio.run(check())
+
+
+def test_a_message_that_waits_for_its_turn_to_be_read_counts_as_sent_still(
+    bundle: Bundle, premises: Premises
+) -> None:
+    class Silent(Guest):
+        is_sending = False
+
+    async def check() -> None:
+        attendance = Attendance(premises, cast("Peer", Silent(bundle, hears=3)))
+        free = threading.Event()
+        working = premises.compute.run("somebody else", free.wait)
+        serving = asyncio.create_task(attendance.run())
+        while not attendance.is_sending or attendance._conversation is None:
+            await asyncio.sleep(0)
+        while attendance._conversation.session is None:  # its greeting, on another queue
+            await asyncio.sleep(0)
+        while not attendance.is_sending:
+            await asyncio.sleep(0)
+        free.set()
+        await asyncio.wait_for(serving, PATIENCE)
+        await working
+        assert not attendance.is_sending
+
+    asyncio.run(check())
+
+
+def test_a_peer_is_sending_from_a_messages_first_byte_until_it_is_received() -> None:
+    async def check() -> None:
+        half, seen = asyncio.Event(), asyncio.Event()
+
+        async def handle(peer: Peer) -> None:
+            assert not peer.is_sending
+            receiving = asyncio.ensure_future(peer.receive())
+            while not peer.is_sending:
+                await asyncio.sleep(0)
+            half.set()
+            assert await receiving == b"onetwo"
+            assert not peer.is_sending
+            seen.set()
+
+        async def send() -> AsyncIterator[bytes]:
+            yield b"one"
+            await half.wait()
+            yield b"two"
+
+        async with (
+            serve(handle, "127.0.0.1", 0) as port,
+            connect(f"ws://127.0.0.1:{port}", compression=None) as client,
+        ):
+            await client.send(send())
+            await seen.wait()
+
+    asyncio.run(asyncio.wait_for(check(), PATIENCE))
