@@ -31,7 +31,11 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 def main() -> int:
     """Train until stdin ends."""
     from splitonnx import Client
-    from splitonnx.runtime.channels.credentials import Access
+
+    try:
+        from splitonnx.runtime.channels.credentials import Access
+    except ModuleNotFoundError:  # where 0.1.0 has it
+        from splitonnx.runtime.accesses import Access  # type: ignore[import-not-found, no-redef]
 
     folder, url, token = sys.argv[1:]
     over = threading.Event()

@@ -1,6 +1,7 @@
 """`serve` and `train` are killed before they change a file, and started again: no bit differs.
 
-Every third change is tried here; ``python -m tests.support.session_kills FOLDER server`` tries each.
+Every third change is tried here; ``python -m tests.support.session_kills FOLDER server`` tries
+each.
 """
 
 from __future__ import annotations

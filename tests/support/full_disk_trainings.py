@@ -1,4 +1,4 @@
-"""Train on a disk that fills up; run in a mount namespace of its own, as tests.support.full_disks is.
+"""Train on a disk that fills up; run in a mount namespace of its own, as full_disks is.
 
     unshare --map-root-user --mount python -m tests.support.full_disk_trainings FOLDER
 

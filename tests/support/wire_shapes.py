@@ -1,4 +1,4 @@
-"""Every dimension of every wire of a model, told wrongly: ``python -m tests.support.wire_shapes MODEL``.
+"""Every dimension of every wire told wrongly: ``python -m tests.support.wire_shapes MODEL``.
 
 A task is recorded between an honest client and an honest server.  Then each message is sent once
 more with one dimension of one wire changed, to a server that has the honest messages before it and
