@@ -18,8 +18,7 @@ READERS = [
     "splitonnx.runtime.gate.gates",
     "splitonnx.runtime.gate.protobufs",
     "splitonnx.runtime.wire.protocols",
-    "splitonnx.partitioner.gate.gates",
-    "splitonnx.partitioner.screens",
+    "splitonnx.partitioner.gate",
 ]
 
 
