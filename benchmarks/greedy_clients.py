@@ -33,7 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, Tensors, decode_message, encode_message
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import add_token
@@ -81,8 +81,11 @@ def train(url: str, token: str, folder: str, log: Path, stop: threading.Event) -
         "x": random.standard_normal((BATCH, 1, 8, 8), np.float32),
         "labels": random.integers(0, 10, BATCH),
     }
-    access = Access(token=token)
-    with log.open("a", buffering=1) as lines, Client(folder, url, threads=1, access=access) as own:
+    credentials = Credentials(token=token)
+    with (
+        log.open("a", buffering=1) as lines,
+        Client(folder, url, threads=1, credentials=credentials) as own,
+    ):
         while not stop.is_set():
             begun = time.monotonic()
             own.step(data)
@@ -96,7 +99,7 @@ class Glutton:
     def __init__(self, url: str, token: str, folder: str) -> None:
         self._manifest = PartyBundle.load(folder).manifest
         self._session = uuid.uuid4().hex
-        self._transport: Transport = connect(url, access=Access(token=token))
+        self._transport: Transport = connect(url, credentials=Credentials(token=token))
         hello = Hello(
             digest=self._manifest.digest,
             session=self._session,

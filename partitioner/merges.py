@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.chunks import iter_chunks
 from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
-from splitonnx.partitioner.cutting.preparations import settle
+from splitonnx.partitioner.cutting.preparations import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
-from splitonnx.pieces import split_pieces
 
 MAX_INSIDE = 2**31 - 2**26
 """Bytes of weights that fit into one ONNX file, which Protocol Buffers end at 2 GiB."""
@@ -124,7 +124,7 @@ def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     _check_steps(loaded)
     model = restore_model(loaded)
-    settle(model.graph)
+    make_inference_form(model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
@@ -164,7 +164,7 @@ def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
 def _write(path: Path, buffers: Sequence[bytes | np.ndarray]) -> None:
     with path.open("wb") as file:
         for buffer in buffers:
-            for piece in split_pieces(buffer):
+            for piece in iter_chunks(buffer):
                 file.write(piece)
         file.flush()
         os.fsync(file.fileno())

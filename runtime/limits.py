@@ -29,7 +29,7 @@ class Limits:
     clients: int = 128
     """Connections at once that have shown a token, or all of them where none is needed; one more
     is refused with HTTP 503, or closing code 1013 where the token came as a message."""
-    strangers: int = 64
+    unauthenticated: int = 64
     """Connections at once that have shown no token yet, unfinished handshakes among them; with one
     more, the one that has waited longest is sent away (HTTP 503 or closing code 1013), so that
     those who hold back nothing get through a crowd of those who wait."""
@@ -42,7 +42,7 @@ class Limits:
     """Bytes of all sessions' states together; by default half of the machine's memory."""
     message_bytes: int = 256 * MIB
     """Bytes of one message; what a frame's header announces beyond it is never read (1009)."""
-    stranger_bytes: int = 16 * KIB
+    unauthenticated_bytes: int = 16 * KIB
     """Bytes of one message, and of all together, before a token was shown (1009)."""
     messages_per_second: int = 10_000
     """Frames a second of one connection: messages, the fragments of larger ones, pings.  One
@@ -83,9 +83,9 @@ class Limits:
                 continue
             if not value > 0 or not math.isfinite(value):
                 raise UsageError(f"limit {field.name} must be positive and finite, not {value:g}")
-        if self.stranger_bytes > self.message_bytes:
+        if self.unauthenticated_bytes > self.message_bytes:
             raise UsageError(
-                f"limit stranger_bytes ({self.stranger_bytes}) is larger than message_bytes "
+                f"limit unauthenticated_bytes ({self.unauthenticated_bytes}) is larger than message_bytes "
                 f"({self.message_bytes})"
             )
         if self.message_seconds > self.idle_seconds:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, LocalProtocolError
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
 
 
@@ -22,10 +22,10 @@ class MemoryTransport:
     the client's next message, at :meth:`drain` and at :meth:`close`.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._conversation = conversation
+        self._dispatcher = dispatcher
         self._replies: Iterator[list[Chunk]] = iter(())
         self._waiting: list[bytes] = []
         self._closed = False
@@ -33,9 +33,9 @@ class MemoryTransport:
     @property
     def executor(self) -> Executor:
         """The server's side of the session; there is one once the client said hello."""
-        if self._conversation.session is None:
+        if self._dispatcher.session is None:
             raise LocalProtocolError("nobody has said hello")
-        executor = self._conversation.session.executor
+        executor = self._dispatcher.session.executor
         assert isinstance(executor, Executor)  # nothing is isolated in memory
         return executor
 
@@ -46,7 +46,7 @@ class MemoryTransport:
         self.drain()
         content = b"".join(chunks)
         self.bytes_sent += len(content)
-        self._replies = self._conversation.handle(content)
+        self._replies = self._dispatcher.handle(content)
 
     def receive(self) -> bytes:
         """Let the server work until its next reply."""
@@ -65,7 +65,7 @@ class MemoryTransport:
         """End the connection."""
         if not self._closed:
             self.drain()
-            self._conversation.end()
+            self._dispatcher.end()
         self._closed = True
 
     def _next_reply(self) -> bytes | None:
@@ -75,4 +75,4 @@ class MemoryTransport:
 
 def connect_in_memory(executor: Executor) -> MemoryTransport:
     """Connect to a server of its own for ``executor``'s part, whose state it starts from."""
-    return MemoryTransport(Conversation(Registry(executor)))
+    return MemoryTransport(Dispatcher(Registry(executor)))

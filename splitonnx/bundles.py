@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, flatten, quote
 from splitonnx.files import read_regular, write_file
@@ -29,9 +30,8 @@ from splitonnx.manifests import (
     StateSpec,
     decode_manifest,
     encode_manifest,
-    is_whole,
+    has_valid_checksum,
 )
-from splitonnx.pieces import hold, split_pieces
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
@@ -260,7 +260,7 @@ def _read(folder: Path, name: str, most: int) -> bytes:
 def _read_manifest(folder: Path, kind: type[_Manifest]) -> _Manifest:
     content = _read(folder, MANIFEST, MAX_MANIFEST)
     manifest = decode_manifest(content, kind, str(folder / MANIFEST))
-    if not is_whole(content):
+    if not has_valid_checksum(content):
         raise BundleError(str(folder / MANIFEST), _ALTERED)
     return manifest
 
@@ -299,7 +299,7 @@ def _sum(chunks: Iterable[Chunk]) -> str:
 def _passing(chunks: Iterable[Chunk], look: Callable[[memoryview], object]) -> Iterator[memoryview]:
     """Yield chunks piece by piece, and let each be looked at on its way."""
     for chunk in chunks:
-        for piece in split_pieces(chunk):
+        for piece in iter_chunks(chunk):
             look(piece)
             yield piece
 

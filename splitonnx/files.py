@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from splitonnx.pieces import split_pieces
+from splitonnx.chunks import iter_chunks
 
 _FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
@@ -94,7 +94,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     with path.open("wb") as file:
         for chunk in chunks:
-            for piece in split_pieces(chunk):
+            for piece in iter_chunks(chunk):
                 file.write(piece)
         file.flush()
         os.fsync(file.fileno())

@@ -138,7 +138,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
     ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex, written with the folder; bundles of earlier versions
-    have none.  ``sha256`` is the file's own (:func:`is_whole`); it stands in files alone.
+    have none.  ``sha256`` is the file's own (:func:`has_valid_checksum`); it stands in files alone.
     """
 
     format: str
@@ -208,7 +208,7 @@ def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
     return before + mark + found + after[len(found) :]
 
 
-def is_whole(content: bytes) -> bool:
+def has_valid_checksum(content: bytes) -> bool:
     """Check whether a manifest's file is as it was written; earlier versions' files always are."""
     before, mark, after = content.rpartition(_MARK)
     if not mark:

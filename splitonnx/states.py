@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from splitonnx.checksums import CHECKSUM, encode_with_checksum, has_valid_checksum
+from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, decode_tensors
 from splitonnx.errors import (
     ArrayMismatch,
@@ -37,8 +39,6 @@ from splitonnx.files import (
     write_file,
 )
 from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
-from splitonnx.pieces import hold, split_pieces
-from splitonnx.seals import SEAL, encode_sealed, is_whole
 from splitonnx.tensors import check_array
 
 FORMAT = "splitonnx.state/1"
@@ -104,7 +104,7 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
         with _replacing:
             if read_owner(target.parent, state.session) not in (None, state.owner):
                 raise BundleError(str(target), "the session's outcome belongs to another owner")
-            chunks = encode_sealed(
+            chunks = encode_with_checksum(
                 state.tensors, {name: fact for name, fact in facts.items() if fact}
             )
             clear_unfinished(target.parent)
@@ -130,8 +130,8 @@ def read_state(
         return None
     path, content = found[0], hold(found[1]) if is_held else found[1]
     tensors, metadata = decode_state(path, content, manifest.state)
-    is_sealed = SEAL in metadata or "format" in metadata  # earlier versions sealed none
-    if is_sealed and not is_whole(content, metadata):
+    is_sealed = CHECKSUM in metadata or "format" in metadata  # earlier versions sealed none
+    if is_sealed and not has_valid_checksum(content, metadata):
         raise BundleError(str(path), "it was altered since it was written")
     step, digest = metadata.get("step", ""), metadata.get("digest")
     if digest != manifest.digest or not step.isdecimal():
@@ -256,7 +256,7 @@ def check_finite_state(
 def _is_finite(array: np.ndarray) -> bool:
     if array.dtype.kind != "f":
         return True
-    pieces = split_pieces(np.ascontiguousarray(array))
+    pieces = iter_chunks(np.ascontiguousarray(array))
     return all(bool(np.isfinite(np.frombuffer(piece, array.dtype)).all()) for piece in pieces)
 
 

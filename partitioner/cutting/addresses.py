@@ -28,7 +28,7 @@ from splitonnx.partitioner.graphs.assertions import (
     require_rank,
     reshape,
 )
-from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 Checked = Mapping[int, ir.Value]
 
@@ -41,7 +41,7 @@ _FIXED_REACH = 1 << 20
 """The same where a bin has a fixed number of samples."""
 
 
-def check_places(draft: Draft, node: ir.Node) -> Checked:
+def check_places(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Bring places near the image, and let none be reflected in a single pixel (GridSample).
 
     Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
@@ -70,7 +70,7 @@ def check_places(draft: Draft, node: ir.Node) -> Checked:
     return checked
 
 
-def check_boxes(draft: Draft, node: ir.Node) -> Checked:
+def check_boxes(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Look up which image each box is of, and refuse boxes far beyond the image (RoiAlign).
 
     Where a bin has as many samples as its box has pixels, they are all listed at once, so a box
@@ -93,14 +93,14 @@ def check_boxes(draft: Draft, node: ir.Node) -> Checked:
     )
     distance = note(draft.op("Abs", boxes), boxes.dtype)
     is_near = note(draft.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
-    far = draft.op("Not", is_near)  # also what is no number
+    remote_shapes = draft.op("Not", is_near)  # also what is no number
     return {
-        1: pass_if(draft, boxes, refuse_where(draft, far)),
+        1: pass_if(draft, boxes, refuse_where(draft, remote_shapes)),
         2: note(looked_up, I64, numbers.shape),
     }
 
 
-def check_unpooled(draft: Draft, node: ir.Node) -> Checked:
+def check_unpooled(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Look up the place of each element among those that there are (MaxUnpool)."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
@@ -121,7 +121,7 @@ def check_unpooled(draft: Draft, node: ir.Node) -> Checked:
     return {1: note(draft.op("Gather", note(every, I64), places, axis=0), I64, places.shape)}
 
 
-def check_widths(draft: Draft, node: ir.Node) -> Checked:
+def check_widths(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Check that what is left of each axis has what is repeated of it (Pad)."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
@@ -163,7 +163,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
     return np.asarray(lent - np.minimum(widths, 0).sum(axis=0))
 
 
-def check_columns(draft: Draft, node: ir.Node) -> Checked:
+def check_columns(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a column for each place of the block (Col2Im)."""
     x, image, block = node.inputs[:3]
     assert x is not None
@@ -205,7 +205,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
     return list(node.attributes.get_ints(name, []))
 
 
-def check_matrices(draft: Draft, node: ir.Node) -> Checked:
+def check_matrices(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a matrix for each image, of as many dimensions (AffineGrid)."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
@@ -223,7 +223,7 @@ def check_matrices(draft: Draft, node: ir.Node) -> Checked:
     return {0: pass_if(draft, matrices, refuse_where(draft, draft.op("Not", fits)))}
 
 
-def check_axis(draft: Draft, node: ir.Node) -> Checked:
+def check_axis(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Let no axis be that of real and imaginary parts (DFT)."""
     x = node.inputs[0]
     assert x is not None
@@ -244,7 +244,7 @@ def check_axis(draft: Draft, node: ir.Node) -> Checked:
     return {}
 
 
-def check_features(draft: Draft, node: ir.Node) -> Checked:
+def check_features(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Check that the weights are as many, and as wide as what they meet (LSTM, GRU, RNN)."""
     x, weights, own = node.inputs[:3]
     assert x is not None
@@ -268,14 +268,14 @@ def check_features(draft: Draft, node: ir.Node) -> Checked:
     return checked
 
 
-def _differs(draft: Draft, found: ir.Value, wanted: ir.Value) -> ir.Value:
+def _differs(draft: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Value:
     """Check whether two stretches of sizes differ anywhere (BOOL, scalar)."""
     distance = draft.op("Abs", note(draft.op("Sub", note(found, I64), note(wanted, I64)), I64))
     total = draft.op("ReduceSum", note(distance, I64), keepdims=0)
     return note(draft.op("Greater", note(total, I64), draft.integer(0)), BOOL)
 
 
-def check_bias(draft: Draft, node: ir.Node) -> Checked:
+def check_bias(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a bias for each filter (Conv, ConvTranspose, QLinearConv)."""
     at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
     bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
@@ -292,7 +292,7 @@ def check_bias(draft: Draft, node: ir.Node) -> Checked:
     return {at: reshape(draft, bias, shape)}
 
 
-def check_frames(draft: Draft, node: ir.Node) -> Checked:
+def check_frames(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Let no frame have no length (STFT)."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)

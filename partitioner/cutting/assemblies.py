@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.chunks import iter_chunks
 from splitonnx.manifests import (
     FORMAT,
     KEY,
@@ -41,13 +42,12 @@ from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
 from splitonnx.partitioner.differentiation.losses import build_evaluation, find_activation
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.transcripts import write_graph
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.opsets import IR_VERSION
 from splitonnx.partitioner.normalization.weights import read_array, restore_weights
-from splitonnx.pieces import split_pieces
 from splitonnx.tensors import TensorSpec, name_dtype
 
 TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
@@ -62,7 +62,7 @@ class _Share:
     state: tuple[StateSpec, ...] = ()
 
 
-@blame_stage("written as a bundle")
+@attribute_errors_to_pass("written as a bundle")
 def assemble(
     prepared: PreparedModel,
     training: JointGraph,
@@ -159,7 +159,7 @@ def _digest(parties: Mapping[str, PartyBundle]) -> str:
         total.update(encode_manifest(parties[name].manifest))
         for weight, array in parties[name].weights.items():
             total.update(weight.encode() + b"\0")
-            for piece in split_pieces(array):
+            for piece in iter_chunks(array):
                 total.update(piece)
     return total.hexdigest()
 

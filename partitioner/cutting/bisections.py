@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, TooManyTries
-from splitonnx.partitioner.cutting.cuts import Division, Surroundings, divide, find_opened, survey
+from splitonnx.partitioner.cutting.cuts import Partition, Surroundings, divide, find_opened, survey
 from splitonnx.partitioner.cutting.sizes import SizeWatch, find_underived
 from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, reads_size, walk_back
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
@@ -124,11 +124,11 @@ def _try(
 ) -> Bisection:
     """Put one tensor to :func:`divide`, and those of ``sent`` that must cross beside it."""
     with suppress(NotACut, SharedParameter):
-        division = _divide_at(graph, value, sent, state, trainable, around)
+        partition = _divide_at(graph, value, sent, state, trainable, around)
         before = {source.name for source in walk_back([value])[1]} & set(trainable)
-        read = {v.name for node in division.server for v in list_inputs(node)}
+        read = {v.name for node in partition.server for v in list_inputs(node)}
         return Bisection(
-            at=division.at,
+            at=partition.at,
             client=sum(trainable[name] for name in before if name),
             server=sum(elements for name, elements in trainable.items() if name in read),
             trained=bool(before),
@@ -147,7 +147,7 @@ def _divide_at(
     state: Collection[str],
     trainable: Collection[str],
     around: Surroundings,
-) -> Division:
+) -> Partition:
     try:
         return divide(graph, [only], state=state, trainable=trainable, around=around)
     except NotACut as reason:

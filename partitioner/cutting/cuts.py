@@ -33,13 +33,13 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class Partition:
     """A legal division of a graph, in nodes and values of that graph.
 
     ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
     on their shape alone, may be needed by both: ``client`` holds all that the client needs.
-    ``far`` maps each party to its nodes that read the shape of a tensor which it does not hold,
-    each with the tensors from whose shapes it can be had instead.  ``doubled`` nodes carry data
+    ``remote_shapes`` maps each party to its nodes that read the shape of a tensor which it does not hold,
+    each with the tensors from whose shapes it can be had instead.  ``duplicated`` nodes carry data
     of raw inputs that cross anyway, and each party computes them by itself.
     """
 
@@ -47,8 +47,8 @@ class Division:
     tail_at: tuple[ir.Value, ...]
     server: frozenset[ir.Node]
     client: frozenset[ir.Node] = frozenset()
-    far: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
-    doubled: frozenset[ir.Node] = frozenset()
+    remote_shapes: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
+    duplicated: frozenset[ir.Node] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def divide(
     state: Collection[str],
     trainable: Collection[str] = frozenset(),
     around: Surroundings | None = None,
-) -> Division:
+) -> Partition:
     """Divide ``graph`` at the given tensors, or say why it cannot be.
 
     ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
@@ -145,7 +145,7 @@ def divide(
     if not at:
         if tail_at:
             raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
-        return Division(at=(), tail_at=(), server=frozenset())
+        return Partition(at=(), tail_at=(), server=frozenset())
     around = around or survey(graph, state=state, trainable=trainable)
     raw, data, sizes, known = list(around.raw), around.data, around.sizes, around.known
     names = [value.name or "" for value in (*at, *tail_at)]
@@ -180,13 +180,13 @@ def divide(
         bare = [value.name or "" for value in raw if value in sources]
         raise NotACut(names, missing=missing, raw=bare)
     _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
-    return Division(
+    return Partition(
         at=tuple(at),
         tail_at=tuple(tail_at),
         server=frozenset(server.nodes),
         client=frozenset(client.nodes),
-        far={"client": client.far, "server": server.far},
-        doubled=frozenset(both),
+        remote_shapes={"client": client.remote_shapes, "server": server.remote_shapes},
+        duplicated=frozenset(both),
     )
 
 
@@ -229,7 +229,7 @@ class _Side:
 
     nodes: set[ir.Node]
     sources: set[ir.Value]
-    far: Mapping[ir.Node, Sequence[ir.Value]]
+    remote_shapes: Mapping[ir.Node, Sequence[ir.Value]]
     underived: str = ""
 
 
@@ -245,7 +245,11 @@ def _walk_side(
     readers = {node for node in sizes if reads_size(node)}
     while True:
         nodes, sources = walk_back(targets, set(stop), sizes)
-        near, far, more = set[ir.Node](), dict[ir.Node, Sequence[ir.Value]](), list[ir.Value]()
+        near, remote_shapes, more = (
+            set[ir.Node](),
+            dict[ir.Node, Sequence[ir.Value]](),
+            list[ir.Value](),
+        )
         for node in [node for node in sizes if node in nodes]:
             held = hold(node)
             away = [
@@ -256,7 +260,7 @@ def _walk_side(
             if not away:
                 near |= walk_back(node.outputs, ends=readers)[0]
                 continue
-            far[node] = held
+            remote_shapes[node] = held
             missing = find_underived(node, held, known)
             if missing is not None:
                 more += away
@@ -265,7 +269,9 @@ def _walk_side(
                     "the cut has; cut elsewhere, or export the model with that size fixed"
                 )
         if not more:
-            return _Side(nodes=nodes | near, sources=sources, far=far, underived=reason)
+            return _Side(
+                nodes=nodes | near, sources=sources, remote_shapes=remote_shapes, underived=reason
+            )
         targets += more  # it may be that the party can compute the tensor itself
 
 

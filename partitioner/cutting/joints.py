@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
-from splitonnx.partitioner.cutting.cuts import Division, divide, find_lost, resolve_names, survey
+from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, resolve_names, survey
 from splitonnx.partitioner.cutting.ports import CLIENT, SERVER, Port, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
@@ -22,7 +22,7 @@ from splitonnx.partitioner.cutting.sizes import derive_sizes
 from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.differentiation.losses import LOSS, attach_loss, skip_activation
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.inference.dimensions import name_unknown
@@ -92,22 +92,22 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
     return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
 
 
-@blame_stage("differentiated")
+@attribute_errors_to_pass("differentiated")
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
     """Attach loss and ports to the training form and differentiate it, once and whole."""
     model = copy_model(prepared.training)
     graph = model.graph
-    division = _divide(prepared, graph, at, tail_at)
-    scores = skip_activation(graph, loss, output, {*division.at, *division.tail_at})
+    partition = _divide(prepared, graph, at, tail_at)
+    scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at})
     known = set(graph)
     attached = attach_loss(graph, loss, scores)
     graph.outputs[:] = [value for value in graph.outputs if value.name in attached.results]
-    reports = SERVER if division.at and not division.tail_at else CLIENT
-    server = set(division.server) | (set(graph) - known if reports == SERVER else set())
+    reports = SERVER if partition.at and not partition.tail_at else CLIENT
+    server = set(partition.server) | (set(graph) - known if reports == SERVER else set())
     labels = attached.labels
-    ports = insert_ports(graph, division, server, labels.name if labels else None)
+    ports = insert_ports(graph, partition, server, labels.name if labels else None)
     add_safeguards(graph, known, is_training=True)  # the loss's labels have bounds
     commits = _keep_statistics(prepared, graph)
     prune(graph)
@@ -137,7 +137,7 @@ def build_training(
     return JointGraph(
         graph=derived,
         wires=tuple(wires),
-        targets={party: values for party, values in targets.items() if division.at or values},
+        targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
         owners=owners,
@@ -146,16 +146,16 @@ def build_training(
     )
 
 
-@blame_stage("divided for prediction")
+@attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
     """Put ports into the inference form; the model's outputs end up with the client."""
     graph = copy_model(prepared.inference).graph
-    division = _divide(prepared, graph, at, tail_at)
-    ports = insert_ports(graph, division, division.server)
+    partition = _divide(prepared, graph, at, tail_at)
+    ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
     wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], None))
-    away = [v for v in graph.outputs if v.producer() in division.server]
+    away = [v for v in graph.outputs if v.producer() in partition.server]
     wires += [
         WireSpec(
             crossing=Crossing(value=value, sender=SERVER, receiver=CLIENT),
@@ -166,7 +166,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     ]
     names = tuple(value.name or "" for value in graph.outputs)
     at_home = [value for value in graph.outputs if value not in away]
-    targets = {CLIENT: at_home, SERVER: away} if division.at else {CLIENT: at_home}
+    targets = {CLIENT: at_home, SERVER: away} if partition.at else {CLIENT: at_home}
     return JointGraph(
         graph=graph,
         wires=tuple(wires),
@@ -179,7 +179,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
 
 def _divide(
     prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
-) -> Division:
+) -> Partition:
     first, last = resolve_names(graph, at), resolve_names(graph, tail_at)
     for tensors in (first, last):
         lost = find_lost(tensors, prepared.trainable)
@@ -189,21 +189,21 @@ def _divide(
     known = Inference(graph.opset_imports[""])
     state, trainable = prepared.state, prepared.trainable
     around = survey(graph, state=state, trainable=trainable, known=known) if first else None
-    division = divide(graph, first, last, state=state, trainable=trainable, around=around)
-    return _keep_sizes_home(graph, division, known)
+    partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
+    return _keep_sizes_home(graph, partition, known)
 
 
-def _keep_sizes_home(graph: ir.Graph, division: Division, known: Inference) -> Division:
+def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
     """Let each party compute the sizes that it needs from the tensors that it holds, in place."""
-    if not division.at:
-        return division
-    far, client = division.far, division.client
+    if not partition.at:
+        return partition
+    remote_shapes, client = partition.remote_shapes, partition.client
     server = derive_sizes(
-        graph, far[SERVER], division.server, client, SERVER, known, division.doubled
+        graph, remote_shapes[SERVER], partition.server, client, SERVER, known, partition.duplicated
     )
-    client = frozenset(derive_sizes(graph, far[CLIENT], client, server, CLIENT, known))
+    client = frozenset(derive_sizes(graph, remote_shapes[CLIENT], client, server, CLIENT, known))
     graph.sort()
-    return replace(division, server=frozenset(server), client=client)
+    return replace(partition, server=frozenset(server), client=client)
 
 
 def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import WireKind
-from splitonnx.partitioner.cutting.cuts import Division
+from splitonnx.partitioner.cutting.cuts import Partition
 
 CLIENT, SERVER = "client", "server"
 
@@ -30,18 +30,18 @@ class Port:
 
 
 def insert_ports(
-    graph: ir.Graph, division: Division, server: Collection[ir.Node], labels: str | None = None
+    graph: ir.Graph, partition: Partition, server: Collection[ir.Node], labels: str | None = None
 ) -> list[Port]:
-    """Insert a port for every cut tensor of ``division``, and for labels that the server reads.
+    """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
     ``server`` holds the server's nodes: the division's, and the loss's where it is the server's.
     """
     ports = []
-    for value in division.at:
+    for value in partition.at:
         raw = value.producer() is None
         kind = WireKind.INPUT if raw else WireKind.ACTIVATION
         ports.append(_insert(graph, value, value.name or "", CLIENT, kind, server))
-    for value in division.tail_at:
+    for value in partition.tail_at:
         name = value.name or ""
         if value.is_graph_output():
             value = _split_output(graph, value)

@@ -17,9 +17,9 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY, Role
-from splitonnx.partitioner.gate.ml_operators import settle_estimators
-from splitonnx.partitioner.graphs.faults import blame_stage
-from splitonnx.partitioner.graphs.random_numbers import key_draws
+from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
 from splitonnx.partitioner.graphs.traversals import find_dependents
@@ -29,12 +29,12 @@ from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
     list_batchnorms,
-    settle_batchnorms,
     train_batchnorms,
+    use_running_statistics,
 )
-from splitonnx.partitioner.normalization.dropouts import drop_dropouts, key_dropouts
-from splitonnx.partitioner.normalization.explicit_padding import settle_paddings
-from splitonnx.partitioner.normalization.explicit_reductions import settle_reductions
+from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
+from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
+from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
 from splitonnx.partitioner.normalization.quantizations import (
@@ -42,7 +42,7 @@ from splitonnx.partitioner.normalization.quantizations import (
     pass_gradients,
     refuse_integer_model,
 )
-from splitonnx.partitioner.normalization.recurrence_layouts import settle_layouts
+from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
 from splitonnx.partitioner.normalization.weights import assign_roles, lift_weights, return_weights
 from splitonnx.partitioner.rewrites import rewrite
 
@@ -79,7 +79,7 @@ class PreparedModel:
         return tuple(name for name, role in self.roles.items() if role is Role.PARAMETER)
 
 
-@blame_stage("prepared for training")
+@attribute_errors_to_pass("prepared for training")
 def prepare(
     model: ir.Model,
     *,
@@ -107,10 +107,10 @@ def prepare(
         fold(form, weights)  # constants in bfloat16 can only be folded now
     buffers = train_batchnorms(training.graph, mode=batchnorm)
     frozen_statistics = freeze_batchnorms(training.graph)
-    key_dropouts(training.graph, mode=dropout)
-    key_draws(training.graph)
+    seed_dropouts(training.graph, mode=dropout)
+    seed_random_operators(training.graph)
     _declare_statistics(training.graph)
-    settle(inference.graph)
+    make_inference_form(inference.graph)
     for form in (training, inference):
         infer_shapes(form)
     _refuse_unkept_statistics(buffers, weights)
@@ -144,8 +144,8 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
     lift_quantized(model.graph)
     weights = lift_weights(model.graph, train)
     adapt_opset(model)
-    settle_layouts(model.graph)
-    settle_estimators(model.graph)
+    normalize_layouts(model.graph)
+    normalize_ml_operators(model.graph)
     infer_shapes(model)
     if flatten_sequences(model.graph):
         infer_shapes(model)
@@ -155,8 +155,8 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
         fold(model, weights)
     return_weights(model.graph, weights)
     check_ranks(model.graph)
-    settle_paddings(model.graph)
-    settle_reductions(model.graph)
+    make_paddings_explicit(model.graph)
+    make_reductions_explicit(model.graph)
     return weights
 
 
@@ -187,10 +187,10 @@ def _declare_statistics(graph: ir.Graph) -> None:
             value.name = value.name or f"{node.outputs[0].name}#{kind}"
 
 
-def settle(graph: ir.Graph) -> None:
+def make_inference_form(graph: ir.Graph) -> None:
     """Turn a model into its inference form, in place."""
-    settle_batchnorms(graph)
-    drop_dropouts(graph)
+    use_running_statistics(graph)
+    remove_dropouts(graph)
 
 
 def _keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.expressions import UNKNOWN, is_quotient
 from splitonnx.partitioner.cutting.addresses import ADDRESS_CHECKS
 from splitonnx.partitioner.graphs.assertions import known_sizes, note, require_rank, reshape
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
 
@@ -38,7 +38,7 @@ _INTEGERS = {
     ir.DataType.UINT64,
 }
 
-Check = Callable[[Draft, ir.Node], Mapping[int, ir.Value]]
+Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 
 
 def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
@@ -52,7 +52,7 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
             add_safeguards(body, set(body), is_training=False)
         if node.domain not in ("", "ai.onnx"):
             continue
-        draft = Draft(f"{node.outputs[0].name or node.name}/checked")
+        draft = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
         for check in [table[node.op_type] for table in tables if node.op_type in table]:
             for index, value in check(draft, node).items():
                 node.replace_input_with(index, value)
@@ -70,7 +70,7 @@ def is_bound(amount: Amount) -> bool:
     )
 
 
-def _check_gather(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_gather(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Give indices the data's dimensions over which both run in parallel."""
     count = node.attributes.get_int("batch_dims", 0)
     data, indices = node.inputs[:2]
@@ -87,22 +87,22 @@ def _check_gather(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     return {1: reshape(draft, indices, shape)}
 
 
-def _check_rows(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_rows(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check the number of images: the gradient of a convolution divides by it."""
     return _check_filled(draft, node, [0], 1)
 
 
-def _check_operands(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_operands(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check every dimension of every operand: Einsum looks for elements where there are none."""
     return _check_filled(draft, node, range(len(node.inputs)), None)
 
 
-def _check_source(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_source(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check every dimension of what is averaged: the gradient divides by the result's size."""
     return _check_filled(draft, node, [0], None)
 
 
-def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_divisor(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that no integer is divided by 0, and the smallest one not by -1: both end the process.
 
     d' = d + [0][d = 0 or (d = -1 and n = smallest)]
@@ -141,7 +141,7 @@ def _check_divisor(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     return {1: note(checked, divisor.dtype, shape)}
 
 
-def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_diagonal(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Bring a diagonal's number to what an address can be computed from: no tensor is larger."""
     diagonal = node.inputs[1] if len(node.inputs) > 1 else None
     if diagonal is None or diagonal.is_initializer():
@@ -153,7 +153,7 @@ def _check_diagonal(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_filled(
-    draft: Draft, node: ir.Node, operands: Sequence[int], count: int | None
+    draft: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
 ) -> dict[int, ir.Value]:
     """Check that the first ``count`` dimensions of operands, which might be, are not empty."""
     checked = {}
@@ -168,7 +168,7 @@ def _check_filled(
     return checked
 
 
-def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
+def _check_labels(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that there are labels, each a class or the one to be ignored, and all weights.
 
     labels' = range(C)[labels < 0 ? C : labels]
@@ -199,7 +199,7 @@ def _check_labels(draft: Draft, node: ir.Node) -> dict[int, ir.Value]:
     return {**labelled, 2: reshape(draft, weights, draft.shape(scores, 1, 2))}
 
 
-def _check_sizes(draft: Draft, value: ir.Value, count: int | None) -> ir.Value:
+def _check_sizes(draft: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
     """Write a value's shape so that an empty one of its first ``count`` dimensions is an error.
 
     Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without

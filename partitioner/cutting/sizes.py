@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
 from splitonnx.partitioner.inference.dimensions import Amount, Dim, Undecided, list_terms, solve
 from splitonnx.partitioner.inference.inferences import Inference
@@ -107,30 +107,30 @@ class SizeWatch:
 
 def derive_sizes(
     graph: ir.Graph,
-    far: Mapping[ir.Node, Sequence[ir.Value]],
+    remote_shapes: Mapping[ir.Node, Sequence[ir.Value]],
     nodes: Collection[ir.Node],
     others: Collection[ir.Node],
     party: str,
     known: Inference,
-    doubled: Collection[ir.Node] = frozenset(),
+    duplicated: Collection[ir.Node] = frozenset(),
 ) -> set[ir.Node]:
     """Let ``party`` compute its sizes by itself, in place, and return the nodes that it then has.
 
-    ``nodes`` are the party's, ``others`` the other party's.  Each node in ``far`` gives sizes of a
+    ``nodes`` are the party's, ``others`` the other party's.  Each node in ``remote_shapes`` gives sizes of a
     tensor that the party does not hold, and has them from those that it is mapped to.  Nodes
-    that both parties have and that read sizes are doubled, and so are those in ``doubled``.  The
+    that both parties have and that read sizes are doubled, and so are those in ``duplicated``.  The
     graph may be out of order afterwards.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node in own]:
         name = f"{node.name}/{party}"
-        if node in far:
-            draft = Draft(name)
-            replaced[node.outputs[0]] = _write_size(draft, node, far[node], known)
+        if node in remote_shapes:
+            draft = NodeBuilder(name)
+            replaced[node.outputs[0]] = _write_size(draft, node, remote_shapes[node], known)
             graph.insert_after(node, draft.nodes)
             own = (own - {node}) | set(draft.nodes)
-        elif node in doubled or (
+        elif node in duplicated or (
             node in others and (reads_size(node) or any(v in sized for v in list_inputs(node)))
         ):
             copy = _copy(node, name, party)
@@ -175,7 +175,7 @@ def _list_places(held: Sequence[ir.Value], known: Inference) -> Places:
 
 
 def _write_size(
-    draft: Draft, size: ir.Node, held: Sequence[ir.Value], known: Inference
+    draft: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
 ) -> ir.Value:
     """Write a node's sizes, in the shape and type of its output."""
     content, output = known.content(size.outputs[0]), size.outputs[0]
@@ -195,11 +195,11 @@ def _write_size(
     return result
 
 
-def _join(draft: Draft, parts: Sequence[ir.Value]) -> ir.Value:
+def _join(draft: NodeBuilder, parts: Sequence[ir.Value]) -> ir.Value:
     return draft.op("Concat", *parts, axis=0) if parts else draft.integers([])
 
 
-def _write_amount(draft: Draft, amount: Amount, places: Places) -> ir.Value:
+def _write_amount(draft: NodeBuilder, amount: Amount, places: Places) -> ir.Value:
     """Write a sum of products of sizes, as a vector of one element."""
     for (value, axis), dim in places.items():
         if dim == amount:
@@ -218,7 +218,9 @@ def _write_amount(draft: Draft, amount: Amount, places: Places) -> ir.Value:
     return draft.integers([0]) if total is None else total
 
 
-def _write_atom(draft: Draft, place: tuple[ir.Value, int], factor: int, offset: int) -> ir.Value:
+def _write_atom(
+    draft: NodeBuilder, place: tuple[ir.Value, int], factor: int, offset: int
+) -> ir.Value:
     value, axis = place
     size = draft.op("Shape", value, start=axis, end=axis + 1)
     if offset:

@@ -25,7 +25,7 @@ from splitonnx.partitioner.differentiation.opaques import (
     take_out_opaques,
 )
 from splitonnx.partitioner.graphs.builders import DETACHED
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import read_model
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.graphs.traversals import (
@@ -192,13 +192,13 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     detached = _take_out_detached(model.graph)
     opaques = take_out_opaques(model.graph)  # where a gradient passes, it was refused above
     wanted = sorted(parameters)
-    with blame_stage("written down for the gradient builder"):
+    with attribute_errors_to_pass("written down for the gradient builder"):
         content = _serialize(model)
     try:
         content = call(natives.optimize, _SUBJECT, content, wanted)
         content = _separate_splits(content, loss)
         content = call(natives.build_gradients, _SUBJECT, content, wanted, loss)
-        with blame_stage("read from the gradient builder"):
+        with attribute_errors_to_pass("read from the gradient builder"):
             derived = _read_derived(content, opaques)
             _put_back_detached(derived.graph, detached)
         _annotate(derived)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.tensors import TensorSpec
 
@@ -55,7 +55,7 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     _, build = _LOSSES[loss]
     source = _make_input(labels)
     graph.inputs.append(source)
-    draft = Draft("splitonnx.loss")
+    draft = NodeBuilder("splitonnx.loss")
     results = build(draft, value, source)
     graph.extend(draft.nodes)
     for name, result in results.items():
@@ -181,35 +181,37 @@ def _float_labels(output: ir.Value) -> TensorSpec:
     return TensorSpec(name=LABELS, dtype="F32", shape=_dims(output))
 
 
-def _number(draft: Draft, number: float) -> ir.Value:
+def _number(draft: NodeBuilder, number: float) -> ir.Value:
     return draft.number(number, ir.DataType.FLOAT)
 
 
-def _mean(draft: Draft, value: ir.Value) -> ir.Value:
+def _mean(draft: NodeBuilder, value: ir.Value) -> ir.Value:
     return draft.op("ReduceMean", value, keepdims=0)
 
 
-def _match_rate(draft: Draft, left: ir.Value, right: ir.Value) -> ir.Value:
+def _match_rate(draft: NodeBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
     return _mean(draft, draft.cast(draft.op("Equal", left, right), ir.DataType.FLOAT))
 
 
-def _cross_entropy(draft: Draft, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _cross_entropy(
+    draft: NodeBuilder, scores: ir.Value, labels: ir.Value
+) -> Mapping[str, ir.Value]:
     # the gradient builder wants the second output, log_prob, declared
     loss, _ = draft.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
     guess = draft.op("ArgMax", scores, axis=1, keepdims=0)
     return {LOSS: loss, ACCURACY: _match_rate(draft, guess, labels)}
 
 
-def _mse(draft: Draft, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _mse(draft: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     difference = draft.op("Sub", output, labels)
     return {LOSS: _mean(draft, draft.op("Mul", difference, difference))}
 
 
-def _l1(draft: Draft, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _l1(draft: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     return {LOSS: _mean(draft, draft.op("Abs", draft.op("Sub", output, labels)))}
 
 
-def _bce(draft: Draft, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _bce(draft: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
 
     So written its derivative at x = 0 is 1/2 - y, as it should be, where Abs has derivative 0.
@@ -228,7 +230,7 @@ def _bce(draft: Draft, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Va
 _ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
 
 _Spec = Callable[[ir.Value], TensorSpec]
-_Build = Callable[[Draft, ir.Value, ir.Value], Mapping[str, ir.Value]]
+_Build = Callable[[NodeBuilder, ir.Value, ir.Value], Mapping[str, ir.Value]]
 _LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
     "cross-entropy": (_class_labels, _cross_entropy),
     "mse": (_float_labels, _mse),
@@ -246,7 +248,7 @@ def build_evaluation(
     undone first.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
-    draft = Draft("splitonnx.scores")
+    draft = NodeBuilder("splitonnx.scores")
     scores = source
     if activation is not None:
         floor = _number(draft, 1e-30)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
 
 OPSET = 18
@@ -248,7 +248,7 @@ def _update_adam(
     return {spec.name: draft.op("Sub", parameter, change), first: mean, second: square}
 
 
-class _Graph(Draft):
+class _Graph(NodeBuilder):
     """A graph under construction: nodes, and the inputs that they read."""
 
     def __init__(self, name: str) -> None:

@@ -25,7 +25,7 @@ from splitonnx.partitioner.gate.names import check_names, check_texts, check_typ
 from splitonnx.partitioner.gate.operators import MAX_NODES, check_operators, check_opsets
 from splitonnx.partitioner.gate.tensors import DataFiles
 from splitonnx.partitioner.gate.walks import list_tensors
-from splitonnx.partitioner.graphs.faults import FAULTS, blame_stage, explain
+from splitonnx.partitioner.graphs.faults import FAULTS, attribute_errors_to_pass, explain
 from splitonnx.partitioner.graphs.readings import read_model
 
 MAX_PROTO_BYTES = 2**31 - 1
@@ -62,7 +62,7 @@ def open_model(source: ModelSource) -> ir.Model:
         raise NotAModel(label, "it holds text that is not UTF-8") from error
     except FAULTS as error:
         raise NotAModel(label, explain(error)) from error
-    with blame_stage("read"):
+    with attribute_errors_to_pass("read"):
         _map_external(model, files)
         _forget_negative_dims(model.graph)
     return model

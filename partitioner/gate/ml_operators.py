@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
 
 DOMAIN = "ai.onnx.ml"
 
-_Settle = Callable[[Draft, ir.Node], ir.Value]
+_Settle = Callable[[NodeBuilder, ir.Node], ir.Value]
 
 
 def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -44,15 +44,15 @@ def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def settle_estimators(graph: ir.Graph) -> None:
+def normalize_ml_operators(graph: ir.Graph) -> None:
     """Write the nodes of the domain in standard operators, in place."""
     for node in list(graph):
         if node.domain == DOMAIN:
-            draft = Draft(f"{node.outputs[0].name or node.name}/settled")
+            draft = NodeBuilder(f"{node.outputs[0].name or node.name}/settled")
             draft.replace(node, [ESTIMATORS[node.op_type](draft, node)])
 
 
-def _settle_extractor(draft: Draft, node: ir.Node) -> ir.Value:
+def _settle_extractor(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     """Columns of the last axis; a vector counts as one row."""
     source, picks = node.inputs
     assert source is not None
@@ -63,7 +63,7 @@ def _settle_extractor(draft: Draft, node: ir.Node) -> ir.Value:
     return draft.op("Gather", source, flat, axis=-1)
 
 
-def _settle_scaler(draft: Draft, node: ir.Node) -> ir.Value:
+def _settle_scaler(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     """(x - offset) * scale, as F32."""
     value = node.inputs[0]
     assert value is not None

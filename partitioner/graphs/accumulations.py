@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Line:
 
 
 def accumulate(
-    draft: Draft, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
+    draft: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
 ) -> ir.Value:
     """Give at each place the sum or product up to it, itself included unless ``exclusive``."""
     dtype = x.dtype
@@ -39,7 +39,7 @@ def accumulate(
     return x
 
 
-def _shift(draft: Draft, x: ir.Value, line: Line, distance: int, fill: ir.Value) -> ir.Value:
+def _shift(draft: NodeBuilder, x: ir.Value, line: Line, distance: int, fill: ir.Value) -> ir.Value:
     pads = [0] * (2 * line.rank)
     forward = -distance if line.reverse else distance
     pads[line.axis], pads[line.axis + line.rank] = forward, -forward

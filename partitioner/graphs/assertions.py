@@ -10,30 +10,30 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
-def refuse_where(draft: Draft, bad: ir.Value) -> ir.Value:
+def refuse_where(draft: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Give a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
     numbers = draft.cast(note(bad, BOOL), I64)
     count = draft.op("ReduceSum", numbers, keepdims=0)  # there may be none: ReduceMax refuses that
     return note(draft.op("Gather", draft.integers([0]), note(count, I64), axis=0), I64)
 
 
-def pass_if(draft: Draft, value: ir.Value, zero: ir.Value) -> ir.Value:
+def pass_if(draft: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
     """Give a value as it is, once ``zero`` was computed: its shape is added to it."""
     shape = note(draft.op("Shape", value), I64)
     return reshape(draft, value, note(draft.op("Add", shape, zero), I64))
 
 
-def reshape(draft: Draft, value: ir.Value, shape: ir.Value) -> ir.Value:
+def reshape(draft: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
     """Reshape, to what is noted as the shape it has; an error if the elements are more or fewer."""
     return note(draft.op("Reshape", value, shape), value.dtype, value.shape)
 
 
-def either(draft: Draft, *conditions: ir.Value) -> ir.Value:
+def either(draft: NodeBuilder, *conditions: ir.Value) -> ir.Value:
     """Join conditions by Or."""
     joined, *others = conditions
     for condition in others:

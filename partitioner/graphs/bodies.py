@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def copy_body(
@@ -25,7 +25,7 @@ def copy_body(
     bindings = dict(zip(copy.inputs, bound, strict=True))
     for own, value in bindings.items():
         own.replace_all_uses_with(value)
-    constants = Draft(f"{prefix}/constant")
+    constants = NodeBuilder(f"{prefix}/constant")
     for initializer in list(copy.initializers.values()):
         tensor = initializer.const_value
         assert tensor is not None

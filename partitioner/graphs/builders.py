@@ -23,7 +23,7 @@ class MissingOutput(Exception):
     """A node was to be replaced, but nothing was written for an output of it that is used."""
 
 
-class Draft:
+class NodeBuilder:
     """A row of nodes; every node and value is named ``<prefix>/<number>``.
 
     ``nodes`` is what was written so far, in order.

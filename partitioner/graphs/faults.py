@@ -3,7 +3,7 @@
 The work trusts what an operator's definition promises of its inputs and attributes: their number,
 ranks that fit, a divisor that is not 0.  A model may break that where no checker looks, and the
 breach then shows as one of Python's own errors.  It is told of the node where there is one at
-hand (:func:`blame`), else of the stage of work that broke off (:func:`blame_stage`).
+hand (:func:`attribute_errors_to`), else of the stage of work that broke off (:func:`attribute_errors_to_pass`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
-from splitonnx.errors import BrokenWork, UnsupportedModel
+from splitonnx.errors import InternalModelError, UnsupportedModel
 from splitonnx.partitioner.graphs.builders import MissingOutput
 
 FAULTS = (
@@ -34,7 +34,7 @@ _MOST_CHARACTERS = 160
 
 
 @contextmanager
-def blame(
+def attribute_errors_to(
     node: ir.Node, lost: str = "is read, but nothing makes it", advice: str = ""
 ) -> Iterator[None]:
     """Blame ``node`` where the work on it breaks off.
@@ -58,18 +58,18 @@ def blame(
 
 
 @contextmanager
-def blame_stage(work: str) -> Iterator[None]:
+def attribute_errors_to_pass(work: str) -> Iterator[None]:
     """Blame the model as a whole where a stage of the work on it breaks off.
 
     ``work`` completes "it cannot be ...".
 
     Raises:
-        BrokenWork: it names the work and what was wrong.
+        InternalModelError: it names the work and what was wrong.
     """
     try:
         yield
     except FAULTS as error:
-        raise BrokenWork(
+        raise InternalModelError(
             "the model",
             f"it cannot be {work} ({explain(error)})",
             "check how it was exported",

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
@@ -40,7 +40,7 @@ def find_key(graph: ir.Graph) -> ir.Value:
     return key
 
 
-def draw_words(draft: Draft, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
+def draw_words(draft: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
     """Draw whole numbers below 2**32, as I64 in the given shape, for the node of that name."""
 
     def word(value: ir.Value) -> ir.Value:
@@ -77,7 +77,7 @@ def draw_words(draft: Draft, key: ir.Value, name: str, shape: ir.Value) -> ir.Va
     return _typed(draft.op("Reshape", long(mixed), shape), ir.DataType.INT64)
 
 
-def key_draws(graph: ir.Graph) -> None:
+def seed_random_operators(graph: ir.Graph) -> None:
     """Write every random operator, in place, with numbers from the key.
 
     A ``seed`` of the node's own takes part like its name.
@@ -86,7 +86,7 @@ def key_draws(graph: ir.Graph) -> None:
         UnsupportedModel: the rank of a Multinomial's input is not known.
     """
     for node in [node for node in graph if node.op_type in _DRAWS and not node.domain]:
-        draft = Draft(f"{node.outputs[0].name}/drawn")
+        draft = NodeBuilder(f"{node.outputs[0].name}/drawn")
         draw = _Source(draft=draft, key=find_key(graph), node=node)
         draft.replace(node, [_DRAWS[node.op_type](draw)])
 
@@ -94,7 +94,7 @@ def key_draws(graph: ir.Graph) -> None:
 class _Source:
     """The numbers of one node."""
 
-    def __init__(self, draft: Draft, key: ir.Value, node: ir.Node) -> None:
+    def __init__(self, draft: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
         self.draft, self.node, self._key = draft, node, key
         seed = node.attributes.get_float("seed", None)
         self._name = (node.name or "") + ("" if seed is None else f"/{seed}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.bodies import copy_body
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list_nodes
 from splitonnx.partitioner.inference.inferences import Inference
 
@@ -27,7 +27,7 @@ class Unsettled(Exception):
     """The control flow depends on the data, or is too long to be written out."""
 
 
-def settle_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
+def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
     """Replace an If, Loop or Scan by the nodes that it runs; outputs keep their names.
 
     ``spent`` is how many nodes were written for a model's control flow before.  Returns the nodes
@@ -36,7 +36,7 @@ def settle_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence
     Raises:
         Unsettled: it cannot be; the node is unchanged.
     """
-    draft = Draft(node.name or node.op_type)
+    draft = NodeBuilder(node.name or node.op_type)
     try:
         if node.op_type == "If":
             made = _inline_branch(draft, node, known)
@@ -53,7 +53,7 @@ def settle_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence
     return draft.nodes
 
 
-def _inline_branch(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Value | None]:
+def _inline_branch(draft: NodeBuilder, node: ir.Node, known: Inference) -> list[ir.Value | None]:
     condition = known.constant(node.inputs[0])
     if condition is None:
         raise Unsettled("its condition depends on the data")
@@ -75,7 +75,7 @@ def _inline_branch(draft: Draft, node: ir.Node, known: Inference) -> list[ir.Val
 
 
 def _unroll_loop(
-    draft: Draft, node: ir.Node, known: Inference, spent: int
+    draft: NodeBuilder, node: ir.Node, known: Inference, spent: int
 ) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     size = _measure_body(body)
@@ -134,7 +134,7 @@ def _decide(condition: ir.Value, known: Inference) -> bool:
 
 
 def _unroll_scan(
-    draft: Draft, node: ir.Node, known: Inference, spent: int
+    draft: NodeBuilder, node: ir.Node, known: Inference, spent: int
 ) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     count = node.attributes.get_int("num_scan_inputs")
@@ -183,7 +183,7 @@ def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
 
 
 def _take_apart(
-    draft: Draft, source: ir.Value, length: int, axis: int, known: Inference
+    draft: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
 ) -> list[ir.Value]:
     """Give the slices of a sequence along ``axis``, without it.
 
@@ -199,7 +199,7 @@ def _take_apart(
     return slices
 
 
-def _stack(draft: Draft, row: Sequence[ir.Value], axis: int) -> ir.Value | None:
+def _stack(draft: NodeBuilder, row: Sequence[ir.Value], axis: int) -> ir.Value | None:
     if not row:
         return None
     raised = [draft.op("Unsqueeze", value, draft.integers([axis])) for value in row]
@@ -207,7 +207,7 @@ def _stack(draft: Draft, row: Sequence[ir.Value], axis: int) -> ir.Value | None:
 
 
 def _write_body(
-    draft: Draft,
+    draft: NodeBuilder,
     body: ir.Graph,
     prefix: str,
     bound: Sequence[ir.Value | None],
@@ -225,7 +225,7 @@ def _write_body(
     return outputs
 
 
-def _write_truth(draft: Draft) -> ir.Value:
+def _write_truth(draft: NodeBuilder) -> ir.Value:
     return draft.tensor(ir.tensor(True, dtype=ir.DataType.BOOL))
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.expressions import UNKNOWN
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
-from splitonnx.partitioner.inference.control_flows import KEPT, Unsettled, settle_control_flow
+from splitonnx.partitioner.inference.control_flows import KEPT, Unsettled, resolve_control_flow
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 from splitonnx.partitioner.inference.inferences import Inference
 
@@ -35,7 +35,7 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
     pending, spent = deque(graph), 0
     while pending:
         node = pending.popleft()
-        with blame(node):
+        with attribute_errors_to(node):
             written = _fold_node(node, known, reached, spent)
         spent += sum(1 + len(list_inner(node)) for node in written)
         pending.extendleft(reversed(written))
@@ -89,7 +89,7 @@ def _settle(node: ir.Node, known: Inference, trained: bool, spent: int) -> Seque
     if node.domain or not (node.op_type == "If" or (loop and trained)):
         return None
     try:
-        return settle_control_flow(node, known, spent)
+        return resolve_control_flow(node, known, spent)
     except Unsettled as reason:
         node.metadata_props[KEPT] = str(reason)
         return None
@@ -118,7 +118,7 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
     contents = [known.constant(value) for value in node.outputs]
     if not outputs or any(not _is_plain(c, v) for c, v in zip(contents, node.outputs, strict=True)):
         return False
-    draft = Draft(f"{node.name}/folded")
+    draft = NodeBuilder(f"{node.name}/folded")
     draft.replace(node, [draft.tensor(ir.tensor(np.asarray(content))) for content in contents])
     return True
 
@@ -144,7 +144,7 @@ def _fix_target(
     fixed = fix(node, dims, wanted)
     graph = node.graph
     if fixed is not None and graph is not None:
-        draft = Draft(f"{node.name}/target")
+        draft = NodeBuilder(f"{node.name}/target")
         constant = draft.integers(fixed)
         graph.insert_before(node, draft.nodes)
         node.replace_input_with(1, constant)

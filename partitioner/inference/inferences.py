@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.inference.dimensions import (
     Amount,
     Dim,
@@ -142,7 +142,7 @@ class Inference:
         """
         if node.op_type == "Constant" or node.domain not in ("", "ai.onnx"):
             return
-        with blame(node):
+        with attribute_errors_to(node):
             self._learn(node)
 
     def _learn(self, node: ir.Node) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.bodies import copy_body
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.inference.control_flows import KEPT, MOST_NODES
 
@@ -41,7 +41,7 @@ def flatten_sequences(graph: ir.Graph) -> bool:
         rule = _RULES.get(node.op_type)
         if rule is None or node.domain:
             continue
-        with blame(node):
+        with attribute_errors_to(node):
             try:
                 rule(rows, node)
             except _Unknown:
@@ -96,8 +96,8 @@ def _read_position(node: ir.Node, index: int, length: int) -> int:
     return place + length if place < 0 else place
 
 
-def _replace(node: ir.Node, write: Callable[[Draft], ir.Value]) -> None:
-    draft = Draft(f"{node.outputs[0].name or node.name}/flat")
+def _replace(node: ir.Node, write: Callable[[NodeBuilder], ir.Value]) -> None:
+    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
     draft.replace(node, [write(draft)])
 
 
@@ -145,7 +145,7 @@ def _split(rows: _Rows, node: ir.Node) -> None:
     assert x is not None
     given = node.inputs[1] if len(node.inputs) > 1 else None
     extents, one_each = _measure_pieces(x, axis, given)
-    draft = Draft(f"{node.outputs[0].name or node.name}/flat")
+    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
     if len(extents) == 1:
         pieces: Row = [draft.op("Identity", x)]
     else:
@@ -186,7 +186,7 @@ def _concat(rows: _Rows, node: ir.Node) -> None:
     if not row:
         raise _Unknown
 
-    def write(draft: Draft) -> ir.Value:
+    def write(draft: NodeBuilder) -> ir.Value:
         parts = row
         if node.attributes.get_int("new_axis", 0):
             parts = [draft.op("Unsqueeze", value, draft.integers([axis])) for value in row]

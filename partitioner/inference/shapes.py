@@ -13,7 +13,12 @@ import onnx_ir as ir
 
 from splitonnx.errors import NotAModel
 from splitonnx.partitioner.graphs.builders import known_dims, known_rank, take_input
-from splitonnx.partitioner.graphs.faults import FAULTS, blame, blame_stage, explain
+from splitonnx.partitioner.graphs.faults import (
+    FAULTS,
+    attribute_errors_to,
+    attribute_errors_to_pass,
+    explain,
+)
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
@@ -38,7 +43,7 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         NotAModel: onnx infers a type that does not exist.
         NativeCrash: onnx's inference breaks down over it.
     """
-    with blame_stage("written down"), _lighten(model.graph):
+    with attribute_errors_to_pass("written down"), _lighten(model.graph):
         content = write_model(model).SerializeToString()
     try:
         inferred = call(natives.infer_shapes, "the model", content, check_type)
@@ -133,7 +138,7 @@ def check_ranks(graph: ir.Graph) -> None:
                 raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
         if node.domain not in ("", "ai.onnx"):
             continue
-        with blame(node):
+        with attribute_errors_to(node):
             if node.op_type in _WINDOWED:
                 _check_window(node)
             elif node.op_type == "LayerNormalization":

@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_rank
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.lowerings import (
     activations,
@@ -28,7 +28,7 @@ from splitonnx.partitioner.lowerings import (
     shapes,
 )
 
-Lowering = Callable[[Draft, ir.Node], Sequence[ir.Value | None]]
+Lowering = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None]]
 
 LOWERINGS: Mapping[str, Lowering] = {
     "AveragePoolGrad": pools.lower_average_pool_grad,
@@ -88,7 +88,7 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     nodes = list(graph)
     with _reading_outputs(graph), count_constants():
         for node in nodes:
-            with blame(node):
+            with attribute_errors_to(node):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue
             _replace(node, _find_lowering(node))
@@ -158,7 +158,7 @@ def _has_schema(kind: str, opset: int) -> bool:
 
 
 def _replace(node: ir.Node, lowering: Lowering) -> None:
-    draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
+    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
     advice = "choose the target training for the party that runs it"
-    with blame(node, "cannot be written in standard operators", advice):
+    with attribute_errors_to(node, "cannot be written in standard operators", advice):
         draft.replace(node, lowering(draft, node))

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, take_input, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, take_input, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 
 
-def lower_relu_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_relu_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy where x > 0; y > 0 says the same."""
     dy, x = take_inputs(node, 2)
     zero = draft.number(0.0, dy.dtype)
     return [draft.op("Where", draft.op("Greater", x, zero), dy, zero)]
 
 
-def lower_leaky_relu_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_leaky_relu_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy where y > 0, else alpha * dy."""
     dy, y = take_inputs(node, 2)
     alpha = draft.number(node.attributes.get_float("alpha", 0.01), dy.dtype)
@@ -29,27 +29,27 @@ def lower_leaky_relu_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Where", positive, dy, draft.op("Mul", dy, alpha))]
 
 
-def lower_sigmoid_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_sigmoid_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * y * (1 - y)."""
     dy, y = take_inputs(node, 2)
     rest = draft.op("Sub", draft.number(1.0, dy.dtype), y)
     return [draft.op("Mul", draft.op("Mul", dy, y), rest)]
 
 
-def lower_tanh_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_tanh_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * (1 - y**2)."""
     dy, y = take_inputs(node, 2)
     square = draft.op("Mul", y, y)
     return [draft.op("Mul", dy, draft.op("Sub", draft.number(1.0, dy.dtype), square))]
 
 
-def lower_sin_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_sin_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * cos(x)."""
     dy, x = take_inputs(node, 2)
     return [draft.op("Mul", dy, draft.op("Cos", x))]
 
 
-def lower_softmax_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_softmax_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """y * (dy - sum(dy * y))."""
     dy, y = take_inputs(node, 2)
     axes = draft.integers([node.attributes.get_int("axis", -1)])
@@ -57,7 +57,7 @@ def lower_softmax_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", y, draft.op("Sub", dy, total))]
 
 
-def lower_log_softmax_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_log_softmax_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy - exp(y) * sum(dy)."""
     dy, y = take_inputs(node, 2)
     axes = draft.integers([node.attributes.get_int("axis", -1)])
@@ -65,19 +65,19 @@ def lower_log_softmax_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Sub", dy, draft.op("Mul", draft.op("Exp", y), total))]
 
 
-def _normal_cdf(draft: Draft, x: ir.Value, like: ir.Value) -> ir.Value:
+def _normal_cdf(draft: NodeBuilder, x: ir.Value, like: ir.Value) -> ir.Value:
     scaled = draft.op("Mul", x, draft.number(math.sqrt(0.5), like.dtype))
     shifted = draft.op("Add", draft.op("Erf", scaled), draft.number(1.0, like.dtype))
     return draft.op("Mul", shifted, draft.number(0.5, like.dtype))
 
 
-def lower_gelu(draft: Draft, node: ir.Node) -> Values:
+def lower_gelu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x * cdf(x) of the standard normal distribution (arXiv 1606.08415)."""
     x = take_input(node)
     return [draft.op("Mul", x, _normal_cdf(draft, x, x))]
 
 
-def lower_gelu_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_gelu_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * (cdf(x) + x * pdf(x))."""
     dy, x = take_inputs(node, 2)
     half = draft.op("Mul", draft.op("Mul", x, x), draft.number(-0.5, x.dtype))
@@ -88,7 +88,7 @@ def lower_gelu_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", dy, slope)]
 
 
-def _gelu_tanh(draft: Draft, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _gelu_tanh(draft: NodeBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """tanh(a * (x + b * x**3)) and x**2."""
     scale, cubic = _GELU_TANH
     square = draft.op("Mul", x, x)
@@ -97,7 +97,7 @@ def _gelu_tanh(draft: Draft, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return draft.op("Tanh", inner), square
 
 
-def _add_bias(draft: Draft, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+def _add_bias(draft: NodeBuilder, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     if bias is None:
         return x
     total = draft.op("Add", x, bias)
@@ -105,7 +105,7 @@ def _add_bias(draft: Draft, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     return total
 
 
-def lower_fast_gelu(draft: Draft, node: ir.Node) -> Values:
+def lower_fast_gelu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / 2 * (1 + tanh(a * (x + b * x**3))), x with its bias where there is one."""
     x = _add_bias(draft, take_input(node), node.inputs[1] if len(node.inputs) > 1 else None)
     tanh, _ = _gelu_tanh(draft, x)
@@ -113,7 +113,7 @@ def lower_fast_gelu(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", half, draft.op("Add", tanh, draft.number(1.0, x.dtype)))]
 
 
-def lower_fast_gelu_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_fast_gelu_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), t the tanh."""
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH
@@ -127,18 +127,18 @@ def lower_fast_gelu_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", dy, draft.op("Mul", both, half))]
 
 
-def _swish_gate(draft: Draft, node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _swish_gate(draft: NodeBuilder, node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     alpha = draft.number(node.attributes.get_float("alpha", 1.702), x.dtype)
     return draft.op("Sigmoid", draft.op("Mul", x, alpha)), alpha
 
 
-def lower_quick_gelu(draft: Draft, node: ir.Node) -> Values:
+def lower_quick_gelu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x * sigmoid(alpha * x)."""
     x = take_input(node)
     return [draft.op("Mul", x, _swish_gate(draft, node, x)[0])]
 
 
-def lower_quick_gelu_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_quick_gelu_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """dy * (s + alpha * x * s * (1 - s)), s the sigmoid."""
     dy, x = take_inputs(node, 2)
     gate, alpha = _swish_gate(draft, node, x)

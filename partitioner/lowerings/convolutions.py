@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 _END = 2**31 - 1
 
@@ -49,7 +49,7 @@ class _Window:
         return tuple(None if n is None else (n + b + a - r - 1) // s + 1 for n, b, a, r, s in parts)
 
 
-def lower_conv_grad(draft: Draft, node: ir.Node) -> Sequence[ir.Value | None]:
+def lower_conv_grad(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
     """The gradients of Conv to its input, weights and bias, each where it is wanted."""
     dy, x, w = node.inputs[:3]
     assert dy is not None
@@ -90,7 +90,7 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
 
 
 def _grad_input(
-    draft: Draft, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    draft: NodeBuilder, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
 ) -> ir.Value:
     mirrored = [r - b for r, b in zip(window.reach, window.before, strict=True)]
     mirrored += [r - a for r, a in zip(window.reach, window.after, strict=True)]
@@ -115,7 +115,7 @@ def _grad_input(
     return _crop_input(draft, whole, x, window)
 
 
-def _mirror_weights(draft: Draft, w: ir.Value, window: _Window) -> ir.Value:
+def _mirror_weights(draft: NodeBuilder, w: ir.Value, window: _Window) -> ir.Value:
     """[M, C/g, k...] to [C, M/g, k...], flipped along the kernel."""
     outputs, inputs, *kernel = known_dims(w) or []
     assert outputs is not None
@@ -142,7 +142,7 @@ def _mirror_weights(draft: Draft, w: ir.Value, window: _Window) -> ir.Value:
     )
 
 
-def _crop_input(draft: Draft, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
+def _crop_input(draft: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
     """Cut the input's part out of the windows' whole reach; what no window touched is 0."""
     rank = len(window.kernel)
     axes = draft.integers(range(2, 2 + rank))
@@ -158,7 +158,7 @@ def _crop_input(draft: Draft, whole: ir.Value, x: ir.Value, window: _Window) -> 
 
 
 def _grad_weights(
-    draft: Draft, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    draft: NodeBuilder, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
 ) -> ir.Value:
     """[M/g, N * L] by [N * L, k * C/g] in each group, L the windows of one image."""
     outputs, inputs, *_ = known_dims(w) or []
@@ -184,7 +184,9 @@ def _grad_weights(
     return draft.op("Reshape", moved, draft.integers([outputs, inputs, *window.kernel]))
 
 
-def _gather_windows(draft: Draft, x: ir.Value, dy: ir.Value, window: _Window) -> list[ir.Value]:
+def _gather_windows(
+    draft: NodeBuilder, x: ir.Value, dy: ir.Value, window: _Window
+) -> list[ir.Value]:
     """For each element of the kernel, the elements of ``x`` [C, N, ...] that it meets."""
     rank = len(window.kernel)
     if any(window.before) or any(window.after):

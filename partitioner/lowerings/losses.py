@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 
 
-def lower_cross_entropy(draft: Draft, node: ir.Node) -> Values:
+def lower_cross_entropy(draft: NodeBuilder, node: ir.Node) -> Values:
     """-w[label] * log_softmax(scores)[label], reduced; and log_softmax(scores)."""
     scores, labels = node.inputs[:2]
     assert scores is not None
@@ -35,7 +35,7 @@ def lower_cross_entropy(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Div", total, draft.op("ReduceSum", factor, keepdims=0)), log_prob]
 
 
-def lower_cross_entropy_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_cross_entropy_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """(softmax - one_hot(label)) * w[label] * dy, over the sum of w where the loss is a mean."""
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None
@@ -67,7 +67,7 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _read_labels(
-    draft: Draft,
+    draft: NodeBuilder,
     node: ir.Node,
     labels: ir.Value,
     weights: ir.Value | None,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def _spread(draft: Draft, value: ir.Value, rank: int) -> ir.Value:
+def _spread(draft: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
     """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
     if rank == 2:
         return value
@@ -20,7 +20,7 @@ def _spread(draft: Draft, value: ir.Value, rank: int) -> ir.Value:
     return spread
 
 
-def lower_batch_norm(draft: Draft, node: ir.Node) -> Values:
+def lower_batch_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """Y, the new running statistics, the batch's mean and 1 / its deviation.
 
     The variance is the biased one, for the output and for the running statistic, as
@@ -47,7 +47,7 @@ def lower_batch_norm(draft: Draft, node: ir.Node) -> Values:
     return [y, blend(mean, batch_mean), blend(variance, batch_variance), batch_mean, inverse]
 
 
-def lower_batch_norm_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_batch_norm_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """With h = (x - mean) * inverse and n elements a channel:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
@@ -76,14 +76,14 @@ def _normalized_axes(node: ir.Node, rank: int) -> tuple[list[int], list[int]]:
     return list(range(axis)), list(range(axis, rank))
 
 
-def _sum_leading(draft: Draft, value: ir.Value, axes: list[int], like: ir.Value) -> ir.Value:
+def _sum_leading(draft: NodeBuilder, value: ir.Value, axes: list[int], like: ir.Value) -> ir.Value:
     """Sum over the leading axes, to the shape of the scale."""
     if axes:
         value = draft.op("ReduceSum", value, draft.integers(axes), keepdims=0)
     return draft.op("Reshape", value, draft.shape(like))
 
 
-def lower_layer_norm_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_layer_norm_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """With h = (x - mean) * inverse and g = dy * scale:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
@@ -103,7 +103,7 @@ def lower_layer_norm_grad(draft: Draft, node: ir.Node) -> Values:
     ]
 
 
-def lower_rms_norm(draft: Draft, node: ir.Node) -> Values:
+def lower_rms_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 / the root."""
     x, scale = take_inputs(node, 2)
     _, normalized = _normalized_axes(node, require_rank(node, x))
@@ -114,7 +114,7 @@ def lower_rms_norm(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", draft.op("Mul", x, inverse), scale), inverse]
 
 
-def lower_rms_norm_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_rms_norm_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """With h = x * inverse and g = dy * scale: dx = inverse * (g - h * mean(g * h))."""
     dy, x, scale, inverse = take_inputs(node, 4)
     leading, normalized = _normalized_axes(node, require_rank(node, x))

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
@@ -27,7 +27,7 @@ def _read_extent(node: ir.Node) -> list[int]:
     return [dim for dim in dims[2:] if dim is not None]
 
 
-def lower_max_pool_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_max_pool_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Add each gradient where its maximum came from.
 
     MaxPool's second output counts positions over the whole input, batch and channels included.
@@ -50,7 +50,7 @@ def lower_max_pool_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Reshape", placed, shape)]
 
 
-def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_average_pool_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Spread each gradient, over its window's count, by a depthwise ConvTranspose with ones."""
     dy = node.inputs[0]
     assert dy is not None

@@ -7,23 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def _zeros(draft: Draft, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+def _zeros(draft: NodeBuilder, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     return draft.op("Expand", draft.number(0.0, dtype), shape)
 
 
-def lower_scale(draft: Draft, node: ir.Node) -> Values:
+def lower_scale(draft: NodeBuilder, node: ir.Node) -> Values:
     """x * scale, or x / scale with ``scale_down``."""
     x, scale = take_inputs(node, 2)
     kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
     return [draft.op(kind, x, draft.cast(scale, x.dtype))]
 
 
-def lower_concat(draft: Draft, node: ir.Node) -> Values:
+def lower_concat(draft: NodeBuilder, node: ir.Node) -> Values:
     """Concat, and the extent of each input along the axis."""
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
@@ -36,14 +36,14 @@ def lower_concat(draft: Draft, node: ir.Node) -> Values:
     ]
 
 
-def lower_split(draft: Draft, node: ir.Node) -> Values:
+def lower_split(draft: NodeBuilder, node: ir.Node) -> Values:
     """Split into parts of the given extents."""
     x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
     return draft.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
 
-def lower_slice_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_slice_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Put each gradient back to where its element came from; any starts, ends and steps."""
     dy, shape, *selection = node.inputs
     assert dy is not None
@@ -63,7 +63,7 @@ def lower_slice_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Reshape", placed, shape)]
 
 
-def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_gather_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Add each gradient to the row that it was gathered from."""
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
@@ -81,7 +81,7 @@ def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Transpose", placed, perm=back) if axis else placed]
 
 
-def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_gather_elements_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Add each gradient to the element that it was gathered from."""
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
@@ -89,7 +89,7 @@ def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("ScatterElements", zeros, indices, dy, axis=axis, reduction="add")]
 
 
-def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_gather_nd_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """Add each gradient to the slice that it was gathered from."""
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
@@ -99,7 +99,7 @@ def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
 
 
-def _spell_batches(draft: Draft, indices: ir.Value, rank: int, batch: int) -> ir.Value:
+def _spell_batches(draft: NodeBuilder, indices: ir.Value, rank: int, batch: int) -> ir.Value:
     """Write each index's own place along the batch axes in front of it."""
     front = draft.op("Shape", indices, start=0, end=rank - 1)
     span = draft.op("Concat", front, draft.integers([1]), axis=0)
@@ -112,13 +112,13 @@ def _spell_batches(draft: Draft, indices: ir.Value, rank: int, batch: int) -> ir
     return draft.op("Concat", *places, draft.cast(indices, ir.DataType.INT64), axis=-1)
 
 
-def lower_trilu(draft: Draft, node: ir.Node) -> Values:
+def lower_trilu(draft: NodeBuilder, node: ir.Node) -> Values:
     """The standard operator of the same name and meaning."""
     upper = node.attributes.get_int("upper", 1)
     return [draft.op("Trilu", *node.inputs, upper=upper)]
 
 
-def lower_matmul(draft: Draft, node: ir.Node) -> Values:
+def lower_matmul(draft: NodeBuilder, node: ir.Node) -> Values:
     """alpha * A @ B; axes swapped where so marked.
 
     ``transBatch`` moves the first axis behind the batch axes, ``trans`` swaps the last two then.
@@ -142,7 +142,7 @@ def lower_matmul(draft: Draft, node: ir.Node) -> Values:
     return [product if alpha == 1.0 else draft.op("Mul", product, draft.number(alpha, dtype))]
 
 
-def lower_div_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_div_grad(draft: NodeBuilder, node: ir.Node) -> Values:
     """da = dy / b, db = -dy * a / b**2, each summed over where it was stretched."""
     dy, a, b = take_inputs(node, 3)
     da = draft.op("Div", dy, b)
@@ -150,7 +150,7 @@ def lower_div_grad(draft: Draft, node: ir.Node) -> Values:
     return [_sum_stretched(draft, da, a, b), _sum_stretched(draft, db, b, a)]
 
 
-def _sum_stretched(draft: Draft, value: ir.Value, own: ir.Value, other: ir.Value) -> ir.Value:
+def _sum_stretched(draft: NodeBuilder, value: ir.Value, own: ir.Value, other: ir.Value) -> ir.Value:
     """Sum a gradient over the axes along which ``own`` was stretched to meet ``other``."""
     dims = known_dims(own)
     if dims is not None and None not in dims and dims == known_dims(other):
@@ -161,13 +161,13 @@ def _sum_stretched(draft: Draft, value: ir.Value, own: ir.Value, other: ir.Value
     return draft.op("Reshape", total, shape)
 
 
-def lower_broadcast_axes(draft: Draft, node: ir.Node) -> Values:
+def lower_broadcast_axes(draft: NodeBuilder, node: ir.Node) -> Values:
     """The axes along which each of two shapes is stretched to their common one."""
     left, right = take_inputs(node, 2)
     return [_find_stretched(draft, left, right), _find_stretched(draft, right, left)]
 
 
-def _find_stretched(draft: Draft, own: ir.Value, other: ir.Value) -> ir.Value:
+def _find_stretched(draft: NodeBuilder, own: ir.Value, other: ir.Value) -> ir.Value:
     one = draft.integers([1])
     lengths = [draft.op("Shape", shape) for shape in (own, other)]
     longest = draft.op("Max", *lengths)

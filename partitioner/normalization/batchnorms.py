@@ -9,8 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 
 NEXT = "#next"
 
@@ -36,7 +36,7 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", int(training))
         if not training:
             continue
-        with blame(node):
+        with attribute_errors_to(node):
             if len(node.outputs) < 3:
                 node.resize_outputs(3)
             for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
@@ -59,7 +59,7 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
         if is_training(node):
             continue
         statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
-        with blame(node):
+        with attribute_errors_to(node):
             _write_out(graph, node)  # which takes the node's inputs away
     return statistics
 
@@ -75,7 +75,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
             "export the model with shapes",
         )
     rank = len(x.shape)
-    draft = Draft(node.name or "")
+    draft = NodeBuilder(node.name or "")
 
     def spread(value: ir.Value | None) -> ir.Value | None:
         """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
@@ -93,7 +93,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     )
 
 
-def settle_batchnorms(graph: ir.Graph) -> None:
+def use_running_statistics(graph: ir.Graph) -> None:
     """Put every BatchNormalization into inference mode.
 
     A model output that was a running statistic's next value becomes the statistic itself.

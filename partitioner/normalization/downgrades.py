@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.accumulations import Line, accumulate
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
 from splitonnx.partitioner.normalization.upgrades import refuse
 
-Adapter = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
+Adapter = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None] | None]
 
 _ADVICE = "export the model without it"
 
 
-def _multiply_up(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+def _multiply_up(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """CumProd by shifts; for an unknown length the product over j of x[j] where j <= i, else 1."""
     x, axis = node.inputs
     assert x is not None
@@ -46,7 +46,7 @@ def _multiply_up(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
     return [draft.op("ReduceProd", kept, draft.integers([along + 1]), keepdims=0)]
 
 
-def _scatter_rows(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+def _scatter_rows(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """TensorScatter: ``update`` written into the cache from each sample's own index on."""
     cache, update = node.inputs[:2]
     starts = node.inputs[2] if len(node.inputs) > 2 else None
@@ -70,7 +70,7 @@ def _scatter_rows(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
     return [draft.op("ScatterElements", cache, places, update, axis=axis)]
 
 
-def _divide_rest(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _divide_rest(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """Mod with fmod=0 takes floats since opset 28: A - floor(A / B) * B."""
     a, b = node.inputs
     assert a is not None
@@ -80,7 +80,7 @@ def _divide_rest(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return [draft.op("Sub", a, draft.op("Mul", quotient, b))]
 
 
-def _unfold_space(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _unfold_space(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """SpaceToDepth in the order column, row, depth."""
     x, size = node.inputs[0], node.attributes["blocksize"].as_int()
     mode = node.attributes.pop("mode", None)
@@ -98,17 +98,17 @@ def _unfold_space(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return [draft.op("Reshape", turned, draft.op("Concat", n, depth, h, w, axis=0))]
 
 
-def _drop_rounding(draft: Draft, node: ir.Node) -> None:
+def _drop_rounding(draft: NodeBuilder, node: ir.Node) -> None:
     """The rounding mode concerns float8e8m0 alone, a type that opset 21 has not."""
     node.attributes.pop("round_mode", None)
 
 
-def _drop_stash(draft: Draft, node: ir.Node) -> None:
+def _drop_stash(draft: NodeBuilder, node: ir.Node) -> None:
     """Range in 16 bits is computed in float32 either way (opset 21 has none in 16 bits)."""
     node.attributes.pop("stash_type", None)
 
 
-def _cast_dequantized(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _cast_dequantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """The type of the result may differ from the scale's since opset 23."""
     wanted = node.attributes.pop("output_dtype", None)
     scale = node.inputs[1]
@@ -120,7 +120,7 @@ def _cast_dequantized(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return draft.ops("DequantizeLinear", inputs, 1, dict(node.attributes))
 
 
-def _cast_quantized(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _cast_quantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """The division may be more precise than input and scale since opset 23, which may differ."""
     x, scale = node.inputs[:2]
     assert x is not None
@@ -133,7 +133,7 @@ def _cast_quantized(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return draft.ops("QuantizeLinear", inputs, 1, dict(node.attributes))
 
 
-def _refuse_signed_shift(draft: Draft, node: ir.Node) -> None:
+def _refuse_signed_shift(draft: NodeBuilder, node: ir.Node) -> None:
     value = node.inputs[0]
     if value is not None and value.dtype is not None and value.dtype.is_signed():
         raise refuse(node, "it shifts signed integers, which opset 21 does not", _ADVICE)

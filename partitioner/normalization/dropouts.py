@@ -8,8 +8,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
 
 
@@ -18,19 +18,19 @@ def list_dropouts(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "Dropout" and not node.domain]
 
 
-def drop_dropouts(graph: ir.Graph) -> None:
+def remove_dropouts(graph: ir.Graph) -> None:
     """Replace every Dropout by an Identity under the same name, as in inference."""
     for node in list_dropouts(graph):
         _bypass(graph, node)
 
 
-def key_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
+def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
     """Write every Dropout that is on with a mask from the key; replace the others by Identity.
 
     ``mode`` is ``"keep"`` (all on), ``"off"`` (all off) or ``None`` for what each node says.
     """
     for node in list_dropouts(graph):
-        with blame(node):
+        with attribute_errors_to(node):
             ratio = _read_ratio(node)
             on = _is_on(node) if mode is None else mode == "keep"
             if not on or ratio == 0.0:
@@ -70,7 +70,7 @@ def _is_on(node: ir.Node) -> bool:
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
     identity = ir.node("Identity", [node.inputs[0]], name=node.name)
-    draft = Draft(f"{node.name}/mask")
+    draft = NodeBuilder(f"{node.name}/mask")
     mask = None
     if _uses_mask(node):
         assert node.inputs[0] is not None
@@ -87,7 +87,7 @@ def _uses_mask(node: ir.Node) -> bool:
 def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> None:
     x = node.inputs[0]
     assert x is not None
-    draft = Draft(node.name or "")
+    draft = NodeBuilder(node.name or "")
     mask = _draw_mask(draft, x, key, node.name or "", 1.0 - ratio)
     scale = draft.number(1.0 / (1.0 - ratio), x.dtype)
     factor = draft.op("Mul", draft.cast(mask, x.dtype), scale)
@@ -96,7 +96,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> N
     _take_over(graph, node, draft.nodes, output, mask)
 
 
-def _draw_mask(draft: Draft, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
+def _draw_mask(draft: NodeBuilder, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
     """Compute the boolean mask in the shape of ``x``."""
     words = draw_words(draft, key, name, draft.op("Shape", x))
     return draft.op("Less", words, draft.integer(round(keep * 2**32)))

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
-def settle_paddings(graph: ir.Graph) -> None:
+def make_paddings_explicit(graph: ir.Graph) -> None:
     """Give every convolution and pooling explicit ``pads``, in place.
 
     One whose padding depends on a size that is not known stays as it is.
@@ -27,7 +27,7 @@ def settle_paddings(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in _WINDOWED or node.domain:
             continue
-        with blame(node):
+        with attribute_errors_to(node):
             _settle_node(node)
 
 
@@ -106,7 +106,7 @@ def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
     """Put zeros around a node's input, so that they count as elements of it."""
     graph, x = node.graph, node.inputs[0]
     assert graph is not None
-    draft, rank = Draft(f"{node.outputs[0].name}/padded"), len(pads) // 2
+    draft, rank = NodeBuilder(f"{node.outputs[0].name}/padded"), len(pads) // 2
     widths = draft.integers([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
     padded = draft.op("Pad", x, widths, mode="constant")
     graph.insert_before(node, draft.nodes)

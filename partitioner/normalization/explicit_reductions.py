@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 _REMAINDERS = {
     "ReduceL1": "Abs",
@@ -26,14 +26,14 @@ _REMAINDERS = {
 """Reduction -> what it does to a single element."""
 
 
-def settle_reductions(graph: ir.Graph) -> None:
+def make_reductions_explicit(graph: ir.Graph) -> None:
     """Write what a reduction over no axes does to each element in its place."""
     for node in list(graph):
         kind = None if node.domain else _REMAINDERS.get(node.op_type)
         x = node.inputs[0] if kind else None
         if kind is None or x is None or not _reduces_nothing(node):
             continue
-        draft = Draft(f"{node.outputs[0].name}/settled")
+        draft = NodeBuilder(f"{node.outputs[0].name}/settled")
         draft.replace(node, [draft.op(kind, x, *([x] if kind == "Mul" else []))])
 
 

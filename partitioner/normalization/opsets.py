@@ -18,8 +18,8 @@ from onnx_ir.passes.common import InlinePass
 from splitonnx.operators import HIGHEST_IR_VERSION, HIGHEST_OPSET
 from splitonnx.partitioner.gate.names import check_function
 from splitonnx.partitioner.graphs.attributes import check_attributes
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame, blame_stage
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to, attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.native import natives
@@ -63,7 +63,7 @@ def inline_functions(model: ir.Model) -> None:
 
 def _inline(model: ir.Model) -> None:
     if model.functions:
-        with blame_stage("written without functions"):
+        with attribute_errors_to_pass("written without functions"):
             InlinePass()(model)
 
 
@@ -85,7 +85,7 @@ def adapt_opset(model: ir.Model) -> None:
             if not _expand_newer(model, target):
                 break
         for node in list_nodes(model.graph):
-            with blame(node):
+            with attribute_errors_to(node):
                 _adapt(node, target)
         check_attributes(model.graph, target)
     model.opset_imports[""] = target
@@ -136,7 +136,7 @@ def _adapt(node: ir.Node, target: int) -> None:
 
 def _apply(adapter: Adapter, node: ir.Node, label: str) -> bool:
     """Let an adapter work on a node; tell whether other nodes took the node's place."""
-    draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
+    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
     made = adapter(draft, node)
     if made is not None:
         draft.replace(node, made)
@@ -180,7 +180,7 @@ def _widen(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
         raise refuse(node, f"opset {schema.since_version}, its newest known here, takes no {names}")
     (dtype,) = dtypes
     assert dtype is not None
-    draft = Draft(f"{node.outputs[0].name or node.name}/wide")
+    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/wide")
     inputs = list(node.inputs)
     for index in narrow:
         inputs[index] = draft.cast(_required(inputs[index]), ir.DataType.FLOAT)
@@ -216,7 +216,7 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
             continue
         if node.version <= target or _find_schema(node.op_type, target) is not None:
             continue
-        with blame(node):
+        with attribute_errors_to(node):
             function = _define(node, model.opset_imports.get("", 1), f"body_{count}")
             model.functions[function.identifier()] = function
             _fill_defaults(node)

@@ -115,7 +115,7 @@ _LOOKED_AT = 1 << 16
 """Elements of a table that are read to tell what it is."""
 
 
-class Kind(Enum):
+class TensorKind(Enum):
     """What a tensor is: only a setting and a statistic can never be trained."""
 
     PARAMETER = auto()
@@ -128,24 +128,24 @@ class Kind(Enum):
 class Verdict:
     """What a tensor is, and for one that cannot be trained the reason."""
 
-    kind: Kind
+    kind: TensorKind
     reason: str = ""
 
 
-def judge(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
     """Tell what the stored float ``tensor`` that ``value`` stands for is."""
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:
-        return Verdict(kind=Kind.STATISTIC, reason="it is a running statistic, never trained")
+        return Verdict(kind=TensorKind.STATISTIC, reason="it is a running statistic, never trained")
     for node, index in uses:
         if index in _SETTINGS.get(node.op_type, ()):
             reason = f"it is a setting of node '{node.name}' ({node.op_type}), without a gradient"
-            return Verdict(kind=Kind.SETTING, reason=reason)
+            return Verdict(kind=TensorKind.SETTING, reason=reason)
     if not uses:
-        return Verdict(kind=Kind.SETTING, reason="nothing that has a gradient uses it")
+        return Verdict(kind=TensorKind.SETTING, reason="nothing that has a gradient uses it")
     trained = len(tensor.shape) > 0 and _is_parameter(value, tensor, uses)
-    return Verdict(kind=Kind.PARAMETER if trained else Kind.CONSTANT)
+    return Verdict(kind=TensorKind.PARAMETER if trained else TensorKind.CONSTANT)
 
 
 def _is_parameter(

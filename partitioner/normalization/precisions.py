@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 _NARROW = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _TYPE_ATTRIBUTES = (
@@ -27,7 +27,7 @@ _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
 """Types of data that the runtime can pass on; they are cast in the graph."""
 
 
-@blame_stage("brought to float32")
+@attribute_errors_to_pass("brought to float32")
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]
 ) -> Mapping[str, ir.TensorProtocol]:
@@ -73,7 +73,7 @@ def _refuse_inputs(graph: ir.Graph) -> None:
 
 
 def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
-    draft = Draft(f"{value.name}/wide")
+    draft = NodeBuilder(f"{value.name}/wide")
     used = value.uses()
     cast = draft.op("Cast", value, to=ir.DataType.FLOAT.value)
     cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
 
 _LIFTED = "splitonnx.lifted"
@@ -160,7 +160,7 @@ def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     for node in makers:
         x = node.inputs[0]
         assert x is not None
-        draft = Draft(f"{node.outputs[0].name}/formula")
+        draft = NodeBuilder(f"{node.outputs[0].name}/formula")
         draft.replace(node, [_quantize(draft, node, draft.detach(x), whole=True)])
     return bool(pairs or makers)
 
@@ -195,7 +195,7 @@ def _straighten(node: ir.Node) -> None:
     x = quantize.inputs[0]
     if x is None or not x.dtype or not x.dtype.is_floating_point():
         raise _refuse(node, "what they were made of is not known to be a float tensor")
-    draft = Draft(f"{node.outputs[0].name}/straight")
+    draft = NodeBuilder(f"{node.outputs[0].name}/straight")
     fixed = draft.detach(x)
     moved = draft.op("Sub", x, fixed)
     moved.type, moved.shape = x.type, x.shape
@@ -227,7 +227,7 @@ def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
         raise _refuse(node, f"node '{quantize.name}' made them with another scale or zero point")
 
 
-def _quantize(draft: Draft, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
+def _quantize(draft: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
     """Round x to what the integers represent; give those with ``whole``, else the floats."""
     settings, dtype = _read_settings(quantize), _find_dtype(quantize)
     if settings is None:
@@ -279,7 +279,7 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
     )
 
 
-def _find_inside(draft: Draft, quantize: ir.Node, x: ir.Value) -> ir.Value:
+def _find_inside(draft: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
     """Tell which elements lie between the least and the largest that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 """Recurrences and the inputs of theirs that hold a state."""
 
 
-def settle_layouts(graph: ir.Graph) -> None:
+def normalize_layouts(graph: ir.Graph) -> None:
     """Write every recurrence of layout 1 as one of layout 0 between transpositions, in place."""
     for node in list(graph):
         if node.op_type not in _STATES or node.domain:
@@ -23,7 +23,7 @@ def settle_layouts(graph: ir.Graph) -> None:
 
 
 def _transpose(node: ir.Node) -> None:
-    draft = Draft(f"{node.name}/layout")
+    draft = NodeBuilder(f"{node.name}/layout")
     inputs = list(node.inputs)
     for index in (0, *_STATES[node.op_type]):
         if index < len(inputs) and inputs[index] is not None:

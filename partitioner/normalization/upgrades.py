@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
 
-Adapter = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
+Adapter = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None] | None]
 
 
 def _set(node: ir.Node, name: str, value: int | float | str) -> None:
@@ -51,7 +51,7 @@ def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
 def _drop(*names: str) -> Adapter:
     """Attributes that had no meaning beside speed, or that the next version implies."""
 
-    def adapt(draft: Draft, node: ir.Node) -> None:
+    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
         for name in names:
             node.attributes.pop(name, None)
 
@@ -59,7 +59,7 @@ def _drop(*names: str) -> Adapter:
 
 
 def _rename(kind: str) -> Adapter:
-    def adapt(draft: Draft, node: ir.Node) -> None:
+    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
         node.op_type = kind
 
     return adapt
@@ -68,7 +68,7 @@ def _rename(kind: str) -> Adapter:
 def _default(**values: int | float | str) -> Adapter:
     """Write out defaults that are others, or none, in the next version."""
 
-    def adapt(draft: Draft, node: ir.Node) -> None:
+    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
         for name, value in values.items():
             if name not in node.attributes:
                 _set(node, name, value)
@@ -79,20 +79,20 @@ def _default(**values: int | float | str) -> Adapter:
 def _round(name: str) -> Adapter:
     """An attribute that was a float and became an integer."""
 
-    def adapt(draft: Draft, node: ir.Node) -> None:
+    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
         if name in node.attributes:
             _set(node, name, round(node.attributes[name].as_float()))
 
     return adapt
 
 
-def _axes_to_input(draft: Draft, node: ir.Node) -> None:
+def _axes_to_input(draft: NodeBuilder, node: ir.Node) -> None:
     """Squeeze, Unsqueeze and ReduceX: axes became an input; none, or an empty list, means all."""
     axes = _pop_ints(node, "axes")
     _append_inputs(node, draft.integers(axes) if axes else None)
 
 
-def _spread_legacy(draft: Draft, node: ir.Node) -> None:
+def _spread_legacy(draft: NodeBuilder, node: ir.Node) -> None:
     """Before opset 7 the second operand's dimensions lay along the first's from ``axis`` on."""
     broadcast = node.attributes.pop("broadcast", None)
     axis = node.attributes.pop("axis", None)
@@ -101,7 +101,7 @@ def _spread_legacy(draft: Draft, node: ir.Node) -> None:
     _align(draft, node, axis.as_int())
 
 
-def _align(draft: Draft, node: ir.Node, axis: int) -> None:
+def _align(draft: NodeBuilder, node: ir.Node, axis: int) -> None:
     """Unsqueeze the second operand until its first dimension stands at ``axis`` of the first."""
     x, other = node.inputs[:2]
     ranks = [known_rank(value) if value is not None else None for value in (x, other)]
@@ -113,21 +113,21 @@ def _align(draft: Draft, node: ir.Node, axis: int) -> None:
         node.replace_input_with(1, draft.op("Unsqueeze", other, axes))
 
 
-def _spread_slope(draft: Draft, node: ir.Node) -> None:
+def _spread_slope(draft: NodeBuilder, node: ir.Node) -> None:
     """PRelu's slope, one a channel, broadcasts from the right since opset 7."""
     dims = known_dims(node.inputs[1]) if node.inputs[1] is not None else None
     if dims is not None and len(dims) == 1 and dims[0] != 1:
         _align(draft, node, 1)
 
 
-def _mode_batchnorm(draft: Draft, node: ir.Node) -> None:
+def _mode_batchnorm(draft: NodeBuilder, node: ir.Node) -> None:
     """Up to opset 6 ``is_test`` said whether the batch's statistics are used."""
     testing = node.attributes.pop("is_test", None)
     if (testing is None or not testing.as_int()) and len(node.outputs) == 1:
         node.resize_outputs(3)  # opset 7 to 13: who declares the statistics trains
 
 
-def _unfold_batchnorm(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _unfold_batchnorm(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """``spatial=0`` had statistics for each feature, not for each channel."""
     spatial = node.attributes.pop("spatial", None)
     x = node.inputs[0]
@@ -143,7 +143,7 @@ def _unfold_batchnorm(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return [draft.op("Add", scaled, bias)]
 
 
-def _declare_batchnorm(draft: Draft, node: ir.Node) -> None:
+def _declare_batchnorm(draft: NodeBuilder, node: ir.Node) -> None:
     """From opset 14 an attribute says whether it trains, and saved statistics are gone."""
     if len(node.outputs) > 1:
         _set(node, "training_mode", 1)
@@ -152,7 +152,7 @@ def _declare_batchnorm(draft: Draft, node: ir.Node) -> None:
         node.resize_outputs(3)
 
 
-def _mode_dropout(draft: Draft, node: ir.Node) -> None:
+def _mode_dropout(draft: NodeBuilder, node: ir.Node) -> None:
     """Up to opset 6 Dropout was on unless ``is_test`` said otherwise."""
     testing = node.attributes.pop("is_test", None)
     if testing is None or not testing.as_int():
@@ -162,7 +162,7 @@ def _mode_dropout(draft: Draft, node: ir.Node) -> None:
 _WAS_ON = "splitonnx.on"
 
 
-def _feed_dropout(draft: Draft, node: ir.Node) -> None:
+def _feed_dropout(draft: NodeBuilder, node: ir.Node) -> None:
     ratio = node.attributes.pop("ratio", None)
     rate = 0.5 if ratio is None else ratio.as_float()
     on = node.metadata_props.pop(_WAS_ON, None)
@@ -173,7 +173,7 @@ def _feed_dropout(draft: Draft, node: ir.Node) -> None:
     )
 
 
-def _name_cast(draft: Draft, node: ir.Node) -> None:
+def _name_cast(draft: NodeBuilder, node: ir.Node) -> None:
     """``to`` was the type's name."""
     name = node.attributes["to"].as_string()
     try:
@@ -182,7 +182,7 @@ def _name_cast(draft: Draft, node: ir.Node) -> None:
         raise refuse(node, f"it casts to '{name}', which is no type") from error
 
 
-def _feed_clip(draft: Draft, node: ir.Node) -> None:
+def _feed_clip(draft: NodeBuilder, node: ir.Node) -> None:
     x = node.inputs[0]
     assert x is not None
     bounds = [node.attributes.pop(name, None) for name in ("min", "max")]
@@ -190,7 +190,7 @@ def _feed_clip(draft: Draft, node: ir.Node) -> None:
     _append_inputs(node, *(draft.number(b.as_float(), dtype) if b else None for b in bounds))
 
 
-def _feed_pad(draft: Draft, node: ir.Node) -> None:
+def _feed_pad(draft: NodeBuilder, node: ir.Node) -> None:
     pads = _pop_ints(node, "pads") or []
     value = node.attributes.pop("value", None)
     x = node.inputs[0]
@@ -201,47 +201,47 @@ def _feed_pad(draft: Draft, node: ir.Node) -> None:
     _append_inputs(node, draft.integers(pads), number)
 
 
-def _name_pads(draft: Draft, node: ir.Node) -> None:
+def _name_pads(draft: NodeBuilder, node: ir.Node) -> None:
     node.attributes["pads"] = ir.AttrInt64s("pads", _pop_ints(node, "paddings") or [])
 
 
-def _feed_reshape(draft: Draft, node: ir.Node) -> None:
+def _feed_reshape(draft: NodeBuilder, node: ir.Node) -> None:
     _append_inputs(node, draft.integers(_pop_ints(node, "shape") or []))
 
 
-def _feed_slice(draft: Draft, node: ir.Node) -> None:
+def _feed_slice(draft: NodeBuilder, node: ir.Node) -> None:
     starts, ends, axes = (_pop_ints(node, name) for name in ("starts", "ends", "axes"))
     indices = [draft.integers(starts or []), draft.integers(ends or [])]
     _append_inputs(node, *indices, draft.integers(axes) if axes else None)
 
 
-def _feed_split(draft: Draft, node: ir.Node) -> None:
+def _feed_split(draft: NodeBuilder, node: ir.Node) -> None:
     sizes = _pop_ints(node, "split")
     if sizes:
         _append_inputs(node, draft.integers(sizes))
 
 
-def _count_split(draft: Draft, node: ir.Node) -> None:
+def _count_split(draft: NodeBuilder, node: ir.Node) -> None:
     if len(node.inputs) < 2 or node.inputs[1] is None:
         _set(node, "num_outputs", len(node.outputs))
 
 
-def _feed_topk(draft: Draft, node: ir.Node) -> None:
+def _feed_topk(draft: NodeBuilder, node: ir.Node) -> None:
     _append_inputs(node, draft.integers([node.attributes.pop("k").as_int()]))
 
 
-def _feed_dft(draft: Draft, node: ir.Node) -> None:
+def _feed_dft(draft: NodeBuilder, node: ir.Node) -> None:
     axis = node.attributes.pop("axis", None)
     length = node.inputs[1] if len(node.inputs) > 1 else None
     _append_inputs(node, length, draft.integer(1 if axis is None else axis.as_int()))
 
 
-def _rename_sampling(draft: Draft, node: ir.Node) -> None:
+def _rename_sampling(draft: NodeBuilder, node: ir.Node) -> None:
     mode = node.attributes.get_string("mode", "bilinear")
     _set(node, "mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 
-def _spread_groups(draft: Draft, node: ir.Node) -> None:
+def _spread_groups(draft: NodeBuilder, node: ir.Node) -> None:
     """GroupNormalization's scale and bias came one a group, since opset 21 one a channel."""
     x = node.inputs[0]
     dims = known_dims(x) if x is not None else None
@@ -255,7 +255,7 @@ def _spread_groups(draft: Draft, node: ir.Node) -> None:
         node.replace_input_with(index, draft.op("Reshape", spread, draft.integers([-1])))
 
 
-def _soften(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
+def _soften(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """Softmax and its kin ran over all dimensions from ``axis`` on, flattened."""
     x = node.inputs[0]
     assert x is not None
@@ -271,19 +271,19 @@ def _soften(draft: Draft, node: ir.Node) -> Sequence[ir.Value] | None:
     return [draft.op("Reshape", flat, draft.shape(x))]
 
 
-def _scale_upsample(draft: Draft, node: ir.Node) -> None:
+def _scale_upsample(draft: NodeBuilder, node: ir.Node) -> None:
     height, width = (node.attributes.pop(f"{d}_scale").as_float() for d in ("height", "width"))
     node.attributes["scales"] = ir.AttrFloat32s("scales", [1.0, 1.0, height, width])
     if node.attributes.get_string("mode", "nearest") == "bilinear":
         _set(node, "mode", "linear")
 
 
-def _feed_upsample(draft: Draft, node: ir.Node) -> None:
+def _feed_upsample(draft: NodeBuilder, node: ir.Node) -> None:
     scales = np.array(node.attributes.pop("scales").as_floats(), np.float32)
     _append_inputs(node, draft.tensor(ir.tensor(scales)))
 
 
-def _resize(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+def _resize(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """Upsample, and Resize of opset 10, which upsamples by flooring, downsamples by ceiling."""
     x, scales = node.inputs[:2]
     assert x is not None
@@ -305,7 +305,7 @@ def _resize(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _write_resize(
-    draft: Draft, x: ir.Value, scales: ir.Value, mode: str, rounding: str
+    draft: NodeBuilder, x: ir.Value, scales: ir.Value, mode: str, rounding: str
 ) -> ir.Value:
     return draft.op(
         "Resize", x, None, scales, mode=mode, nearest_mode=rounding,
@@ -313,7 +313,7 @@ def _write_resize(
     )  # fmt: skip
 
 
-def _clear_resize(draft: Draft, node: ir.Node) -> None:
+def _clear_resize(draft: NodeBuilder, node: ir.Node) -> None:
     """Opset 11 wanted every input; an empty tensor stood for one that is not given."""
     for index, value in enumerate(node.inputs):
         if index and value is not None:
@@ -322,7 +322,7 @@ def _clear_resize(draft: Draft, node: ir.Node) -> None:
                 node.replace_input_with(index, None)
 
 
-def _refuse_change(draft: Draft, node: ir.Node) -> None:
+def _refuse_change(draft: NodeBuilder, node: ir.Node) -> None:
     raise refuse(node, "its meaning changed, and no newer operator has the old one")
 
 

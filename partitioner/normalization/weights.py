@@ -17,7 +17,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.manifests import Role
 from splitonnx.partitioner.graphs.traversals import list_nodes
-from splitonnx.partitioner.normalization.parameters import Kind, Verdict, judge
+from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
 
 _FLOATS = {
     ir.DataType.BFLOAT16,
@@ -47,7 +47,9 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
     _hoist(graph)
     stored = dict(_list_stored(graph))
     verdicts = {name: _judge(value, tensor) for name, (value, tensor) in stored.items()}
-    lifted = {n for n, v in verdicts.items() if v.kind in (Kind.PARAMETER, Kind.STATISTIC)}
+    lifted = {
+        n for n, v in verdicts.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
+    }
     for pattern in train:
         lifted |= _find_trained(pattern, verdicts, graph)
     return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
@@ -146,13 +148,15 @@ def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.Tens
 
 def _judge(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
     if tensor.dtype not in _FLOATS:
-        return Verdict(kind=Kind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient")
-    return judge(value, tensor)
+        return Verdict(
+            kind=TensorKind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient"
+        )
+    return classify_tensor(value, tensor)
 
 
 def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph) -> set[str]:
     found = _search(pattern, verdicts, "--train")
-    for kind in (Kind.PARAMETER, Kind.CONSTANT):
+    for kind in (TensorKind.PARAMETER, TensorKind.CONSTANT):
         chosen = {name for name in found if verdicts[name].kind is kind}
         if chosen:
             return chosen
@@ -198,7 +202,7 @@ def _hoist(graph: ir.Graph) -> None:
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
     for holder, body in bodies:
         for name, (value, tensor) in list(_list_stored(body)):
-            if value.is_graph_output() or _judge(value, tensor).kind is not Kind.PARAMETER:
+            if value.is_graph_output() or _judge(value, tensor).kind is not TensorKind.PARAMETER:
                 continue
             own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
             taken.add(own)

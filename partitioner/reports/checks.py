@@ -25,7 +25,7 @@ from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import count_inner
 from splitonnx.partitioner.partitions import choose_output
 from splitonnx.partitioner.reports.diagnoses import Kind, Remark, diagnose
-from splitonnx.partitioner.reports.inspections import Cut, list_cuts
+from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 
 
 class Handling(StrEnum):
@@ -72,7 +72,7 @@ class Check:
     frozen: int
     statistics: int
     conditional: int
-    cuts: tuple[Cut, ...]
+    cuts: tuple[CutCandidate, ...]
 
     @property
     def trainable(self) -> bool:
@@ -128,7 +128,7 @@ def check(
     )
 
 
-def _list_cuts(prepared: PreparedModel) -> tuple[tuple[Cut, ...], tuple[Remark, ...]]:
+def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
     """List the cuts; where that is too much work the model can be trained all the same."""
     try:
         return tuple(list_cuts(prepared, None)), ()

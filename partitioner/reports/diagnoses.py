@@ -13,7 +13,7 @@ from enum import StrEnum
 import onnx_ir as ir
 
 from splitonnx.partitioner.gate.ml_operators import DOMAIN
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
 
@@ -51,7 +51,7 @@ class Remark:
     sentence: str
 
 
-@blame_stage("searched for what its export left out")
+@attribute_errors_to_pass("searched for what its export left out")
 def diagnose(model: ir.Model) -> list[Remark]:
     """List what the export of a model means for its training; ``model`` is as the file has it."""
     return [remark for look in _LOOKS for remark in look(model)]

@@ -14,7 +14,7 @@ from splitonnx.partitioner.cutting.cuts import resolve_names
 from splitonnx.partitioner.cutting.joints import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
-from splitonnx.partitioner.graphs.faults import blame_stage
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.folds import note_shapes
@@ -23,7 +23,7 @@ from splitonnx.tensors import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class CutCandidate:
     """A tensor that alone divides the model in two.
 
     ``op`` is the operator that makes it.  ``shape`` has a number where the dimension is known,
@@ -44,7 +44,9 @@ class Cut:
 
 
 @pause_collection()
-def inspect(model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()) -> list[Cut]:
+def inspect(
+    model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()
+) -> list[CutCandidate]:
     """List the legal single-tensor cuts of a model, from its input to its output.
 
     Args:
@@ -60,8 +62,10 @@ def inspect(model: ModelSource, *, batch: int | None = None, sent: Sequence[str]
     return list_cuts(prepare(open_model(model)), batch, sent)
 
 
-@blame_stage("searched for cuts")
-def list_cuts(prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()) -> list[Cut]:
+@attribute_errors_to_pass("searched for cuts")
+def list_cuts(
+    prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()
+) -> list[CutCandidate]:
     """List the legal single-tensor cuts of a prepared model; its inference form may change."""
     form = prepared.inference
     if batch is not None:
@@ -95,7 +99,7 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
     note_shapes(model.graph)
 
 
-def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> Cut:
+def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandidate:
     """``makers`` are the values of the model itself, whose operators the user knows."""
     value, *sent = bisection.at
     producer = value.producer()
@@ -103,7 +107,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> Cut:
     size = _measure(value)
     sizes = [size, *(_measure(other) for other in sent)]
     made = makers.get(value.name or "", value).producer()
-    return Cut(
+    return CutCandidate(
         tensor=value.name or "",
         op=made.op_type if made is not None else producer.op_type,
         shape=_declare_shape(value)[0],

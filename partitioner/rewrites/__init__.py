@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
-from splitonnx.partitioner.graphs.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.graphs.traversals import find_moving, is_float, list_inputs
 from splitonnx.partitioner.inference.shapes import infer_shapes
@@ -41,7 +41,7 @@ from splitonnx.partitioner.rewrites import (
     trigonometry,
 )
 
-Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
+Rewrite = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None] | None]
 
 REWRITES: Mapping[str, Rewrite] = {
     "Acos": trigonometry.rewrite_function,
@@ -174,8 +174,8 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not _is_due(node, moving):  # nor what reads what was just rewritten
             continue
         rule = REWRITES[node.op_type]
-        draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
-        with blame(node, "cannot be differentiated", _ADVICE):
+        draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
+        with attribute_errors_to(node, "cannot be differentiated", _ADVICE):
             made = rule(draft, node)
             if made is not None:
                 draft.replace(node, made)

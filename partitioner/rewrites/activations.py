@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array, take_input
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, take_input
 from splitonnx.partitioner.rewrites.tangents import Tangent, follow_tangents
 
 Values = Sequence[ir.Value]
@@ -17,7 +17,7 @@ _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
 
 
 def _bend(
-    draft: Draft, node: ir.Node, above: float, below: float, width: float = 1.0
+    draft: NodeBuilder, node: ir.Node, above: float, below: float, width: float = 1.0
 ) -> Sequence[ir.Value]:
     """The operator itself, its slope ``above`` for x > 0, else ``below * exp(x / width)``."""
     x = take_input(node)
@@ -34,24 +34,24 @@ def _bend(
     return [follow_tangents(draft, value, [Tangent(source=x, point=point, slope=slope)])]
 
 
-def rewrite_celu(draft: Draft, node: ir.Node) -> Values:
+def rewrite_celu(draft: NodeBuilder, node: ir.Node) -> Values:
     """max(0, x) + min(0, alpha * (exp(x / alpha) - 1))."""
     return _bend(draft, node, 1.0, 1.0, node.attributes.get_float("alpha", 1.0))
 
 
-def rewrite_elu(draft: Draft, node: ir.Node) -> Values:
+def rewrite_elu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x for x > 0, else alpha * (exp(x) - 1)."""
     return _bend(draft, node, 1.0, node.attributes.get_float("alpha", 1.0))
 
 
-def rewrite_selu(draft: Draft, node: ir.Node) -> Values:
+def rewrite_selu(draft: NodeBuilder, node: ir.Node) -> Values:
     """gamma * (x for x > 0, else alpha * (exp(x) - 1))."""
     alpha = node.attributes.get_float("alpha", _SELU[0])
     gamma = node.attributes.get_float("gamma", _SELU[1])
     return _bend(draft, node, gamma, gamma * alpha)
 
 
-def rewrite_softplus(draft: Draft, node: ir.Node) -> Values:
+def rewrite_softplus(draft: NodeBuilder, node: ir.Node) -> Values:
     """log(1 + exp(x)) as m + log(exp(-m) + exp(x - m)), m = max(x, 0).
 
     One of the two powers is 1, neither can overflow, and the slope at 0 is 1/2 whichever slope
@@ -66,38 +66,38 @@ def rewrite_softplus(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Add", positive, draft.op("Log", draft.op("Add", *powers)))]
 
 
-def rewrite_mish(draft: Draft, node: ir.Node) -> Values:
+def rewrite_mish(draft: NodeBuilder, node: ir.Node) -> Values:
     """x * tanh(softplus(x))."""
     x = take_input(node)
     return [draft.op("Mul", x, draft.op("Tanh", draft.op("Softplus", x)))]
 
 
-def rewrite_softsign(draft: Draft, node: ir.Node) -> Values:
+def rewrite_softsign(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / (1 + |x|)."""
     x = take_input(node)
     spread = draft.op("Add", draft.op("Abs", x), draft.number(1.0, x.dtype))
     return [draft.op("Div", x, spread)]
 
 
-def _clip_line(draft: Draft, x: ir.Value, alpha: float, beta: float) -> ir.Value:
+def _clip_line(draft: NodeBuilder, x: ir.Value, alpha: float, beta: float) -> ir.Value:
     line = draft.op("Mul", x, draft.number(alpha, x.dtype))
     line = draft.op("Add", line, draft.number(beta, x.dtype))
     return draft.op("Clip", line, draft.number(0.0, x.dtype), draft.number(1.0, x.dtype))
 
 
-def rewrite_hard_sigmoid(draft: Draft, node: ir.Node) -> Values:
+def rewrite_hard_sigmoid(draft: NodeBuilder, node: ir.Node) -> Values:
     """alpha * x + beta, between 0 and 1."""
     alpha = node.attributes.get_float("alpha", 0.2)
     return [_clip_line(draft, take_input(node), alpha, node.attributes.get_float("beta", 0.5))]
 
 
-def rewrite_hard_swish(draft: Draft, node: ir.Node) -> Values:
+def rewrite_hard_swish(draft: NodeBuilder, node: ir.Node) -> Values:
     """x * (x / 6 + 1 / 2, between 0 and 1)."""
     x = take_input(node)
     return [draft.op("Mul", x, _clip_line(draft, x, 1 / 6, 0.5))]
 
 
-def rewrite_gelu(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_gelu(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """x / 2 * (1 + tanh(a * (x + b * x**3))) (arXiv 1606.08415).
 
     The exact one stays; for this one the builder would write the exact one's gradient.
@@ -112,7 +112,7 @@ def rewrite_gelu(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Mul", draft.op("Mul", x, draft.number(0.5, x.dtype)), gate)]
 
 
-def rewrite_leaky_relu(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_leaky_relu(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """x for x >= 0, else alpha * x; LeakyReluGrad tells x's sign from y's, so alpha must be > 0."""
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
@@ -121,25 +121,25 @@ def rewrite_leaky_relu(draft: Draft, node: ir.Node) -> Values | None:
     return [_choose_negative(draft, x, draft.op("Mul", x, draft.number(alpha, x.dtype)))]
 
 
-def rewrite_prelu(draft: Draft, node: ir.Node) -> Values:
+def rewrite_prelu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x for x >= 0, else slope * x."""
     x = take_input(node)
     return [_choose_negative(draft, x, draft.op("Mul", x, node.inputs[1]))]
 
 
-def _choose_negative(draft: Draft, x: ir.Value, scaled: ir.Value) -> ir.Value:
+def _choose_negative(draft: NodeBuilder, x: ir.Value, scaled: ir.Value) -> ir.Value:
     below = draft.op("Less", x, draft.number(0.0, x.dtype))
     return draft.op("Where", below, scaled, x)
 
 
-def rewrite_thresholded_relu(draft: Draft, node: ir.Node) -> Values:
+def rewrite_thresholded_relu(draft: NodeBuilder, node: ir.Node) -> Values:
     """x for x > alpha, else 0."""
     x = take_input(node)
     above = draft.op("Greater", x, draft.number(node.attributes.get_float("alpha", 1.0), x.dtype))
     return [draft.op("Where", above, x, draft.number(0.0, x.dtype))]
 
 
-def rewrite_shrink(draft: Draft, node: ir.Node) -> Values:
+def rewrite_shrink(draft: NodeBuilder, node: ir.Node) -> Values:
     """x + bias for x < -lambd, x - bias for x > lambd, else 0."""
     x = take_input(node)
     edge = node.attributes.get_float("lambd", 0.5)
@@ -150,7 +150,7 @@ def rewrite_shrink(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Where", below, draft.op("Add", x, bias), upper)]
 
 
-def rewrite_clip(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_clip(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """min(max(x, low), high) where a bound is no constant: the builder gives bounds no gradient."""
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
@@ -161,7 +161,7 @@ def rewrite_clip(draft: Draft, node: ir.Node) -> Values | None:
     return [result]
 
 
-def rewrite_softmax(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_softmax(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Softmax or LogSoftmax in float64, for whose gradient onnxruntime-training has no kernel.
 
     The largest element is taken off as a constant: the result does not depend on it.

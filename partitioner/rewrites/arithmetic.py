@@ -8,7 +8,7 @@ from functools import reduce
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_array, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_rank
 from splitonnx.partitioner.graphs.traversals import is_float
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
@@ -22,23 +22,23 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
 
 
-def rewrite_sum(draft: Draft, node: ir.Node) -> Values:
+def rewrite_sum(draft: NodeBuilder, node: ir.Node) -> Values:
     """One Add after the other."""
     return [_add_up(draft, node)]
 
 
-def rewrite_mean(draft: Draft, node: ir.Node) -> Values:
+def rewrite_mean(draft: NodeBuilder, node: ir.Node) -> Values:
     """The sum through the number of inputs."""
     total, count = _add_up(draft, node), len(node.inputs)
     first = _list_inputs(node)[0]
     return [total if count == 1 else draft.op("Div", total, draft.number(count, first.dtype))]
 
 
-def _add_up(draft: Draft, node: ir.Node) -> ir.Value:
+def _add_up(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     return reduce(lambda a, b: draft.op("Add", a, b), _list_inputs(node))
 
 
-def rewrite_mod(draft: Draft, node: ir.Node) -> Values:
+def rewrite_mod(draft: NodeBuilder, node: ir.Node) -> Values:
     """x - y * q, where q, the whole part of x / y, lets no gradient pass."""
     x, y = _list_inputs(node)
     points = [draft.detach(value) for value in (x, y)]
@@ -53,7 +53,7 @@ def rewrite_mod(draft: Draft, node: ir.Node) -> Values:
     return [follow_tangents(draft, value, tangents)]
 
 
-def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_pow(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
 
     The builder of 1.19.2 takes a float exponent that is no parameter.  It is right where that is
@@ -78,20 +78,20 @@ def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
     return [follow_tangents(draft, value, tangents)]
 
 
-def _slope_to_base(draft: Draft, base: ir.Value, power: ir.Value) -> ir.Value:
+def _slope_to_base(draft: NodeBuilder, base: ir.Value, power: ir.Value) -> ir.Value:
     zero, one = draft.number(0.0, base.dtype), draft.number(1.0, base.dtype)
     slope = draft.op("Mul", power, draft.op("Pow", base, draft.op("Sub", power, one)))
     slope = draft.op("Where", draft.op("Equal", power, zero), zero, slope)
     return bound_slope(draft, slope, base.dtype)
 
 
-def _slope_to_exponent(draft: Draft, base: ir.Value, value: ir.Value) -> ir.Value:
+def _slope_to_exponent(draft: NodeBuilder, base: ir.Value, value: ir.Value) -> ir.Value:
     positive = draft.op("Greater", base, draft.number(0.0, base.dtype))
     log = draft.op("Log", draft.op("Where", positive, base, draft.number(1.0, base.dtype)))
     return bound_slope(draft, draft.op("Mul", value, log), base.dtype)
 
 
-def rewrite_where(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_where(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Where on branches that are stretched beforehand.
 
     The builder of 1.19.2 forgets to sum the gradient of a branch over the axes along which Where
@@ -125,14 +125,14 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
     return a == b and not unknown
 
 
-def rewrite_cast(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_cast(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """A Cast to the dtype that is there already, on which the optimizer of 1.19.2 can stumble."""
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
     return [x] if x.dtype == to else None
 
 
-def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
+def rewrite_cast_like(draft: NodeBuilder, node: ir.Node) -> Values:
     """A Cast to the other's dtype."""
     x, like = _list_inputs(node)
     if like.dtype is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Attribute, Draft
+from splitonnx.partitioner.graphs.builders import Attribute, NodeBuilder
 
 _PLAIN = {
     "relu": "Relu",
@@ -41,7 +41,7 @@ class Function:
     kind: str
     settings: tuple[float, ...] = ()
 
-    def apply(self, draft: Draft, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    def apply(self, draft: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """Write the activation of ``x``."""
         if self.kind in _PLAIN:
             return draft.op(_PLAIN[self.kind], x)
@@ -100,7 +100,7 @@ class Cell:
     coupled: bool = False
     parts: Sequence[ir.Value] = field(default_factory=tuple)
 
-    def activate(self, draft: Draft, index: int, x: ir.Value) -> ir.Value:
+    def activate(self, draft: NodeBuilder, index: int, x: ir.Value) -> ir.Value:
         """Apply the function of this number to what goes into a gate, bounded by ``clip``."""
         if self.clip is not None:
             bounds = [draft.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
@@ -111,13 +111,13 @@ class Cell:
 State = tuple[ir.Value, ...]
 
 
-def step_rnn(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_rnn(draft: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """H = f(x + H R^T), where x holds the input's part and all biases."""
     pre = draft.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
     return (cell.activate(draft, 0, pre),)
 
 
-def step_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_gru(draft: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """H = (1 - z) * h + z * H, with the reset gate before the linear map."""
     (before,) = state
     for_gates, for_hidden = inputs
@@ -128,7 +128,9 @@ def step_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State)
     return _blend(draft, update, cell.activate(draft, 1, pre), before)
 
 
-def step_linear_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_linear_gru(
+    draft: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State
+) -> State:
     """The same with ``linear_before_reset``, as torch has it."""
     (before,) = state
     for_gates, for_hidden = inputs
@@ -140,12 +142,12 @@ def step_linear_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state:
     return _blend(draft, update, cell.activate(draft, 1, pre), before)
 
 
-def _blend(draft: Draft, update: ir.Value, new: ir.Value, before: ir.Value) -> State:
+def _blend(draft: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Value) -> State:
     difference = draft.op("Sub", before, new)
     return (draft.op("Add", new, draft.op("Mul", update, difference)),)
 
 
-def step_lstm(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_lstm(draft: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """C = f * C + i * c and H = o * h(C); a coupled cell has no rows for its forget gate."""
     hidden, before = state
     size = cell.hidden
@@ -169,10 +171,10 @@ def step_lstm(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State
     return draft.op("Mul", out, shown), memory
 
 
-def _peep(draft: Draft, cell: Cell, index: int, gate: ir.Value, memory: ir.Value) -> ir.Value:
+def _peep(draft: NodeBuilder, cell: Cell, index: int, gate: ir.Value, memory: ir.Value) -> ir.Value:
     seen = draft.op("Mul", cell.peepholes[index], memory)
     return cell.activate(draft, 0, draft.op("Add", gate, seen))
 
 
-def _split(draft: Draft, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+def _split(draft: NodeBuilder, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
     return draft.ops("Split", [value, draft.integers(sizes)], len(sizes), {"axis": 1})

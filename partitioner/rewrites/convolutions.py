@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
@@ -60,7 +60,7 @@ class _Transposed:
         return tuple(-(-r // s) for r, s in zip(self.reach, self.strides, strict=True))
 
 
-def rewrite_conv(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_conv(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Padding of its own, where it depends on an image size that the model leaves open."""
     if not pads_by_size(node):
         return None
@@ -68,7 +68,7 @@ def rewrite_conv(draft: Draft, node: ir.Node) -> Values | None:
     return draft.ops("Conv", [padded, *node.inputs[1:]], 1, list_plain(node))
 
 
-def rewrite_conv_transpose(draft: Draft, node: ir.Node) -> Values:
+def rewrite_conv_transpose(draft: NodeBuilder, node: ir.Node) -> Values:
     """One Conv for all phases, then its channels spread over the image, cropped or padded."""
     x, w = node.inputs[:2]
     assert x is not None
@@ -134,7 +134,7 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
 
 
 def _split_phases(
-    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+    draft: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
     """[C, M/g, k...] to [M * s..., C/g, t...]: a convolution's weights, a phase a channel."""
     rank, groups = len(window.kernel), window.groups
@@ -160,7 +160,7 @@ def _split_phases(
 
 
 def _dilate_weights(
-    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+    draft: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
     """Put zeros between the kernel's elements."""
     for axis, (k, d) in enumerate(zip(window.kernel, window.dilations, strict=True)):
@@ -179,7 +179,7 @@ def _dilate_weights(
     return w
 
 
-def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
+def rewrite_col2im(draft: NodeBuilder, node: ir.Node) -> Values:
     """A ConvTranspose that puts each element of a block to its place in the window."""
     x = node.inputs[0]
     assert x is not None

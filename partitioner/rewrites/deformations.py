@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
@@ -28,7 +28,7 @@ from splitonnx.partitioner.rewrites.samplings import ImageAxis, to_rows, weigh_t
 Values = Sequence[ir.Value]
 
 
-def rewrite_deform_conv(draft: Draft, node: ir.Node) -> Values:
+def rewrite_deform_conv(draft: NodeBuilder, node: ir.Node) -> Values:
     """Sample the windows' pixels, times their mask, and multiply them with the weights."""
     x, w, offset, bias, mask = [*node.inputs, None, None][:5]
     assert x is not None
@@ -73,7 +73,7 @@ def rewrite_deform_conv(draft: Draft, node: ir.Node) -> Values:
 
 
 def _place_windows(
-    draft: Draft, node: ir.Node, x: ir.Value, wanted: Sequence[Extent], kernel: Sequence[int]
+    draft: NodeBuilder, node: ir.Node, x: ir.Value, wanted: Sequence[Extent], kernel: Sequence[int]
 ) -> list[ir.Value]:
     """Give, per axis, where each element of each window would stand without offset  # (1, k, L)."""
     dtype = x.dtype or ir.DataType.FLOAT

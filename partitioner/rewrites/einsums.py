@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 Size = int | ir.Value
@@ -33,7 +33,7 @@ class _Operand:
 class _Sum:
     """An equation under way: the draft that it is written with, and how long each axis is."""
 
-    draft: Draft
+    draft: NodeBuilder
     sizes: Mapping[str, Size]
 
     def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
@@ -148,7 +148,7 @@ class _Sum:
         return total
 
 
-def rewrite_einsum(draft: Draft, node: ir.Node) -> Values:
+def rewrite_einsum(draft: NodeBuilder, node: ir.Node) -> Values:
     """Contract the operands one after the other, then order the axes."""
     values = [value for value in node.inputs if value is not None]
     terms, result = _read_equation(node, values)
@@ -208,7 +208,7 @@ def _spell(term: str, hidden: int) -> tuple[str, ...]:
 
 
 def _measure_labels(
-    draft: Draft, operands: Sequence[_Operand]
+    draft: NodeBuilder, operands: Sequence[_Operand]
 ) -> tuple[dict[str, Size], list[_Operand]]:
     """Find how long each label's axes are; drop an axis of 1 that is spread over a longer one."""
     sizes: dict[str, Size] = {}

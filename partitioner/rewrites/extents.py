@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, known_rank
 
 Extent = int | ir.Value
 """A number, or an I64 vector of one element that the graph computes."""
@@ -64,7 +64,7 @@ def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
-def read_extents(draft: Draft, node: ir.Node, value: ir.Value) -> list[Extent]:
+def read_extents(draft: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
     """List a value's extents.
 
     Raises:
@@ -77,12 +77,12 @@ def read_extents(draft: Draft, node: ir.Node, value: ir.Value) -> list[Extent]:
     ]
 
 
-def to_vector(draft: Draft, extent: Extent) -> ir.Value:
+def to_vector(draft: NodeBuilder, extent: Extent) -> ir.Value:
     """Give an extent as I64 vector of one element."""
     return draft.integers([extent]) if isinstance(extent, int) else extent
 
 
-def multiply(draft: Draft, extents: Sequence[Extent]) -> Extent:
+def multiply(draft: NodeBuilder, extents: Sequence[Extent]) -> Extent:
     """Give the product of extents."""
     known, result = 1, None
     for extent in extents:
@@ -95,21 +95,21 @@ def multiply(draft: Draft, extents: Sequence[Extent]) -> Extent:
     return result if known == 1 else draft.op("Mul", result, draft.integers([known]))
 
 
-def divide(draft: Draft, extent: Extent, by: int) -> Extent:
+def divide(draft: NodeBuilder, extent: Extent, by: int) -> Extent:
     """Give an extent's whole number of ``by``."""
     if isinstance(extent, int):
         return extent // by
     return extent if by == 1 else draft.op("Div", extent, draft.integers([by]))
 
 
-def add(draft: Draft, extent: Extent, number: int) -> Extent:
+def add(draft: NodeBuilder, extent: Extent, number: int) -> Extent:
     """Give an extent raised by a number."""
     if isinstance(extent, int):
         return extent + number
     return extent if number == 0 else draft.op("Add", extent, draft.integers([number]))
 
 
-def join(draft: Draft, extents: Sequence[Extent]) -> ir.Value:
+def join(draft: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
     """Give extents as one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
@@ -126,7 +126,7 @@ def join(draft: Draft, extents: Sequence[Extent]) -> ir.Value:
     return parts[0] if len(parts) == 1 else draft.op("Concat", *parts, axis=0)
 
 
-def reshape(draft: Draft, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+def reshape(draft: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
     """Bring a value into another shape; the one extent that is not known is left to Reshape."""
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
@@ -134,7 +134,7 @@ def reshape(draft: Draft, value: ir.Value, extents: Sequence[Extent]) -> ir.Valu
     return draft.op("Reshape", value, join(draft, extents))
 
 
-def count_up(draft: Draft, extent: Extent) -> ir.Value:
+def count_up(draft: NodeBuilder, extent: Extent) -> ir.Value:
     """Give 0, 1, ... extent - 1 as I64 vector."""
     if isinstance(extent, int):
         return draft.integers(range(extent))
@@ -142,7 +142,7 @@ def count_up(draft: Draft, extent: Extent) -> ir.Value:
     return draft.op("Range", draft.integer(0), end, draft.integer(1))
 
 
-def to_number(draft: Draft, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
+def to_number(draft: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
     """Give an extent in another dtype, to calculate with."""
     if isinstance(extent, int):
         return draft.number(extent, dtype)

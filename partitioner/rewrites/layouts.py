@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import Extent, divide, multiply, read_extents, reshape
 
 Values = Sequence[ir.Value]
 
 
-def rewrite_depth_to_space(draft: Draft, node: ir.Node) -> Values:
+def rewrite_depth_to_space(draft: NodeBuilder, node: ir.Node) -> Values:
     """Spread blocks of channels over the image; DCR has the block before the channels."""
     x = node.inputs[0]
     assert x is not None
@@ -22,7 +22,7 @@ def rewrite_depth_to_space(draft: Draft, node: ir.Node) -> Values:
     return [spread_channels(draft, x, extents, [block, block], block_first=deep)]
 
 
-def rewrite_space_to_depth(draft: Draft, node: ir.Node) -> Values:
+def rewrite_space_to_depth(draft: NodeBuilder, node: ir.Node) -> Values:
     """Gather blocks of pixels into channels; DCR, and no mode, have the block before them."""
     x = node.inputs[0]
     assert x is not None
@@ -36,7 +36,7 @@ def rewrite_space_to_depth(draft: Draft, node: ir.Node) -> Values:
 
 
 def spread_channels(
-    draft: Draft,
+    draft: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     blocks: Sequence[int],

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_nll_loss(draft: Draft, node: ir.Node) -> Values:
+def rewrite_nll_loss(draft: NodeBuilder, node: ir.Node) -> Values:
     """-w[label] * x[label], reduced, with a label to ignore."""
     x, labels = node.inputs[:2]
     assert x is not None
@@ -19,7 +19,7 @@ def rewrite_nll_loss(draft: Draft, node: ir.Node) -> Values:
     return [_pick(draft, node, x, labels)]
 
 
-def rewrite_cross_entropy(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_cross_entropy(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """LogSoftmax and the above, where the log-probabilities are used as well.
 
     The gradient of SoftmaxCrossEntropyLoss leads through its first output alone.
@@ -34,7 +34,7 @@ def rewrite_cross_entropy(draft: Draft, node: ir.Node) -> Values | None:
 
 
 def _pick(
-    draft: Draft,
+    draft: NodeBuilder,
     node: ir.Node,
     x: ir.Value,
     labels: ir.Value,

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_instance_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """Normalize each channel of each sample over its space; scale and bias are per channel."""
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -26,7 +26,7 @@ def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
     return [_scale_channels(draft, normal, scale, bias, rank)]
 
 
-def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_group_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """Normalize each group of channels of each sample.
 
     Scale and bias are per channel, as of opset 21; onnx's checker refuses the operator of opset
@@ -55,7 +55,7 @@ def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
     return [_scale_channels(draft, normal, scale, bias, rank)]
 
 
-def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_layer_norm(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """The formula, where the statistics are used or the scale is spread over the input.
 
     A missing bias becomes zero, as LayerNormalization's gradient wants one.
@@ -81,7 +81,7 @@ def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
     return [y if bias is None else draft.op("Add", y, bias), mean, inverse]
 
 
-def rewrite_rms_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_rms_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467)."""
     x, scale = take_inputs(node, 2)
     axes = _last_axes(node, require_rank(node, x))
@@ -90,7 +90,7 @@ def rewrite_rms_norm(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Mul", _narrow(draft, normal, wide, x), scale)]
 
 
-def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_mean_variance_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """(x - mean) / (deviation + 1e-9).
 
     1e-18 under the root keeps the gradient finite where all values of a slice are equal.
@@ -104,7 +104,7 @@ def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Div", centred, draft.op("Add", root, draft.number(1e-9, x.dtype)))]
 
 
-def rewrite_lp_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_lp_norm(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / norm along an axis, and zero where the norm is."""
     (x,) = take_inputs(node, 1)
     axis = draft.integers([node.attributes.get_int("axis", -1)])
@@ -117,13 +117,13 @@ def rewrite_lp_norm(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Div", x, _replace_zeros(draft, norm, x.dtype))]
 
 
-def _replace_zeros(draft: Draft, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+def _replace_zeros(draft: NodeBuilder, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     empty = draft.op("Equal", value, draft.number(0.0, dtype))
     return draft.op("Where", empty, draft.number(1.0, dtype), value)
 
 
 def _normalize_rows(
-    draft: Draft, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
+    draft: NodeBuilder, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
 ) -> ir.Value:
     """Give (x - mean) / sqrt(variance + epsilon) over the last axes.
 
@@ -147,7 +147,7 @@ def _normalize_rows(
 
 
 def _invert_root(
-    draft: Draft, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
+    draft: NodeBuilder, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
 ) -> ir.Value:
     """Give 1 / sqrt(mean(value**2) + epsilon)."""
     epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), dtype)
@@ -159,7 +159,7 @@ def _invert_root(
 
 
 def _scale_channels(
-    draft: Draft, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
+    draft: NodeBuilder, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
 ) -> ir.Value:
     """x * scale + bias with both spread along axis 1."""
     if rank > 2:
@@ -177,13 +177,13 @@ def _read_stash(node: ir.Node) -> ir.DataType:
     return ir.DataType(node.attributes.get_int("stash_type", ir.DataType.FLOAT.value))
 
 
-def _widen(draft: Draft, x: ir.Value, stash: ir.DataType) -> ir.Value:
+def _widen(draft: NodeBuilder, x: ir.Value, stash: ir.DataType) -> ir.Value:
     """Cast to the type that statistics are taken in, unless that would lose digits."""
     assert x.dtype is not None
     return draft.cast(x, stash) if x.dtype.itemsize < stash.itemsize else x
 
 
-def _narrow(draft: Draft, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
+def _narrow(draft: NodeBuilder, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
     value.type = wide.type
     return draft.cast(value, x.dtype)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
@@ -29,7 +29,7 @@ from splitonnx.partitioner.rewrites.extents import (
 Values = Sequence[ir.Value]
 
 
-def rewrite_pad(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_pad(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Gather along each axis that is padded; constant mode only names its axes no more."""
     x, *settings = node.inputs
     assert x is not None
@@ -56,7 +56,7 @@ def rewrite_pad(draft: Draft, node: ir.Node) -> Values | None:
     return [made]
 
 
-def _find_places(draft: Draft, size: Extent, begin: int, end: int, mode: str) -> ir.Value:
+def _find_places(draft: NodeBuilder, size: Extent, begin: int, end: int, mode: str) -> ir.Value:
     """Give the element that each place of a padded axis copies, as I64 vector."""
     cut, kept = max(0, -begin), add(draft, size, min(0, begin) + min(0, end))
     begin, end = max(0, begin), max(0, end)
@@ -80,7 +80,7 @@ def _find_places(draft: Draft, size: Extent, begin: int, end: int, mode: str) ->
     return places if cut == 0 else draft.op("Add", places, draft.integers([cut]))
 
 
-def _pad_constantly(draft: Draft, node: ir.Node, x: ir.Value) -> Values:
+def _pad_constantly(draft: NodeBuilder, node: ir.Node, x: ir.Value) -> Values:
     """Pad along all axes; a value that is computed is chosen, for Pad has no gradient to it.
 
     It may be infinite, as masks of attention are, so nothing is multiplied by it.
@@ -97,7 +97,7 @@ def _pad_constantly(draft: Draft, node: ir.Node, x: ir.Value) -> Values:
     return [draft.op("Where", draft.op("Cast", padding, to=ir.DataType.BOOL.value), value, plain)]
 
 
-def _widen(draft: Draft, node: ir.Node, x: ir.Value, widths: ir.Value) -> ir.Value:
+def _widen(draft: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -> ir.Value:
     """Give the widths along all axes."""
     rank = require_rank(node, x)
     begins = [axis % rank for axis in require_array(node, 3, "axes").tolist()]
@@ -111,7 +111,7 @@ def _widen(draft: Draft, node: ir.Node, x: ir.Value, widths: ir.Value) -> ir.Val
     return draft.op("ScatterElements", zeros, draft.integers(places), widths, axis=0)
 
 
-def rewrite_center_crop_pad(draft: Draft, node: ir.Node) -> Values:
+def rewrite_center_crop_pad(draft: NodeBuilder, node: ir.Node) -> Values:
     """A Pad whose widths are negative where it crops; what is odd goes to the end."""
     x, wanted = node.inputs[:2]
     assert x is not None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims, take_input
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, take_input
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
@@ -41,7 +41,7 @@ def _has_fixed_image(x: ir.Value) -> bool:
     return dims is not None and None not in dims[2:]
 
 
-def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_average_pool(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """The sum of each window through its count, where AveragePool's gradient is not to be had."""
     x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
@@ -54,7 +54,7 @@ def rewrite_average_pool(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Div", sum_windows(draft, node, x, windows), counts)]
 
 
-def rewrite_max_pool(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_max_pool(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Row-major indices for the gradient; with any image size, the elements gathered by them."""
     x = take_input(node)
     if pads_by_size(node) and len(node.outputs) == 1:
@@ -75,7 +75,7 @@ def rewrite_max_pool(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Gather", everything, indices, axis=0), places or indices]
 
 
-def rewrite_global_max_pool(draft: Draft, node: ir.Node) -> Values:
+def rewrite_global_max_pool(draft: NodeBuilder, node: ir.Node) -> Values:
     """The largest element of each channel, the first of equals."""
     x = take_input(node)
     rank = require_rank(node, x)
@@ -87,7 +87,7 @@ def rewrite_global_max_pool(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Unsqueeze", largest, draft.integers(range(3, rank)))]
 
 
-def rewrite_lp_pool(draft: Draft, node: ir.Node) -> Values:
+def rewrite_lp_pool(draft: NodeBuilder, node: ir.Node) -> Values:
     """The p-norm of each window."""
     windows = read_windows(node)
     power = node.attributes.get_int("p", 2)
@@ -95,7 +95,7 @@ def rewrite_lp_pool(draft: Draft, node: ir.Node) -> Values:
     return [_take_root(draft, total, power, take_input(node).dtype)]
 
 
-def rewrite_global_lp_pool(draft: Draft, node: ir.Node) -> Values:
+def rewrite_global_lp_pool(draft: NodeBuilder, node: ir.Node) -> Values:
     """The p-norm of each channel."""
     x = take_input(node)
     power = node.attributes.get_int("p", 2)
@@ -104,7 +104,7 @@ def rewrite_global_lp_pool(draft: Draft, node: ir.Node) -> Values:
     return [_take_root(draft, total, power, x.dtype)]
 
 
-def _raise(draft: Draft, x: ir.Value, power: int) -> ir.Value:
+def _raise(draft: NodeBuilder, x: ir.Value, power: int) -> ir.Value:
     """|x| ** p, with its type and shape."""
     if power == 2:
         raised = draft.op("Mul", x, x)
@@ -116,7 +116,9 @@ def _raise(draft: Draft, x: ir.Value, power: int) -> ir.Value:
     return raised
 
 
-def _take_root(draft: Draft, total: ir.Value, power: int, dtype: ir.DataType | None) -> ir.Value:
+def _take_root(
+    draft: NodeBuilder, total: ir.Value, power: int, dtype: ir.DataType | None
+) -> ir.Value:
     """The p-th root, with slope 0 at 0, where it has none."""
     if power == 1:
         return total
@@ -130,7 +132,7 @@ def _take_root(draft: Draft, total: ir.Value, power: int, dtype: ir.DataType | N
     return draft.op("Where", positive, root, zero)
 
 
-def rewrite_max_unpool(draft: Draft, node: ir.Node) -> Values:
+def rewrite_max_unpool(draft: NodeBuilder, node: ir.Node) -> Values:
     """Put every element to its place in an image of zeros; a wanted shape adds more of them."""
     x, indices, *further = node.inputs
     assert x is not None
@@ -162,7 +164,7 @@ def rewrite_max_unpool(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Pad", made, draft.op("Concat", begin, more, axis=0), mode="constant")]
 
 
-def rewrite_lrn(draft: Draft, node: ir.Node) -> Values:
+def rewrite_lrn(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / (bias + alpha / size * the squares of the neighbouring channels) ** beta.
 
     The sum over neighbours is a convolution along the channels, which stand as an image's rows.

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
 
 Values = Sequence[ir.Value | None]
 
@@ -16,7 +16,7 @@ _LARGEST_DETERMINANT = 24
 """A determinant's gradient takes as many determinants as the matrix has elements."""
 
 
-def rewrite_gemm(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_gemm(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """A Gemm whose beta is 0 without what beta takes away: the builder has no gradient for it."""
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
@@ -25,7 +25,7 @@ def rewrite_gemm(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Gemm", *node.inputs[:2], alpha=alpha, **kept)]
 
 
-def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_matmul(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Make a vector a row or a column: the gradient builder refuses it beside a stack."""
     a, b = node.inputs
     assert a is not None
@@ -43,7 +43,7 @@ def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Squeeze", draft.op("MatMul", a, b), draft.integers(gone))]
 
 
-def rewrite_determinant(draft: Draft, node: ir.Node) -> Values:
+def rewrite_determinant(draft: NodeBuilder, node: ir.Node) -> Values:
     """The determinant as a constant, plus its first-order change: <cofactors, x - constant x>.
 
     The cofactors are determinants of minors, so that no inverse is needed and a singular matrix
@@ -68,7 +68,7 @@ def rewrite_determinant(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Add", draft.detach(draft.op("Det", still)), slope)]
 
 
-def _find_cofactors(draft: Draft, x: ir.Value, size: int) -> ir.Value:
+def _find_cofactors(draft: NodeBuilder, x: ir.Value, size: int) -> ir.Value:
     """(..., n, n) to the cofactor of each element."""
     rank = known_rank(x) or 0
     others = [[j for j in range(size) if j != i] for i in range(size)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.rewrites.cells import (
     Cell,
     State,
@@ -29,7 +29,7 @@ MOST_STEPS = 2_000
 """Steps of all recurrences of a model together; each is written out, as some 20 nodes."""
 
 Values = Sequence[ir.Value | None]
-Step = Callable[[Draft, Cell, Sequence[ir.Value], State], State]
+Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class _Layer:
     peepholes: ir.Value | None
 
 
-def rewrite_rnn(draft: Draft, node: ir.Node) -> Values:
+def rewrite_rnn(draft: NodeBuilder, node: ir.Node) -> Values:
     """H = f(X W^T + H R^T + b)."""
     layer = _read_layer(node, states=1)
     bias = _add_biases(draft, layer, 1)
@@ -59,7 +59,7 @@ def rewrite_rnn(draft: Draft, node: ir.Node) -> Values:
     return _unroll(draft, layer, step_rnn, cells, inputs)
 
 
-def rewrite_gru(draft: Draft, node: ir.Node) -> Values:
+def rewrite_gru(draft: NodeBuilder, node: ir.Node) -> Values:
     """A gated recurrence; with ``linear_before_reset`` the recurrent bias stays by itself."""
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
@@ -74,7 +74,7 @@ def rewrite_gru(draft: Draft, node: ir.Node) -> Values:
     return _unroll(draft, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)])
 
 
-def rewrite_lstm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_lstm(draft: NodeBuilder, node: ir.Node) -> Values:
     """A recurrence with a memory; with ``input_forget`` the forget gate's rows are left out."""
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))
@@ -150,7 +150,7 @@ def _read_direction(node: ir.Node) -> str:
     return node.attributes.get_string("direction", "forward") or "forward"
 
 
-def _add_biases(draft: Draft, layer: _Layer, gates: int) -> ir.Value | None:
+def _add_biases(draft: NodeBuilder, layer: _Layer, gates: int) -> ir.Value | None:
     """(D, 2GH) to the sum of both biases, (D, GH)."""
     if layer.bias is None:
         return None
@@ -161,7 +161,7 @@ def _add_biases(draft: Draft, layer: _Layer, gates: int) -> ir.Value | None:
 
 
 def _part_biases(
-    draft: Draft, layer: _Layer, gates: int
+    draft: NodeBuilder, layer: _Layer, gates: int
 ) -> tuple[Sequence[ir.Value], ir.Value | None]:
     """(D, 2GH) to the recurrent bias of each direction, (GH), and the input's, (D, GH)."""
     if layer.bias is None:
@@ -171,7 +171,7 @@ def _part_biases(
     return _part_directions(draft, layer, halves[1]), halves[0]
 
 
-def _drop_forget(draft: Draft, layer: _Layer, value: ir.Value) -> ir.Value:
+def _drop_forget(draft: NodeBuilder, layer: _Layer, value: ir.Value) -> ir.Value:
     """Leave out the rows of the forget gate, the third of four, along axis 1."""
     size, axis, one = layer.hidden, draft.integers([1]), draft.integers
     first = draft.op("Slice", value, one([0]), one([2 * size]), axis)
@@ -179,7 +179,7 @@ def _drop_forget(draft: Draft, layer: _Layer, value: ir.Value) -> ir.Value:
     return draft.op("Concat", first, last, axis=1)
 
 
-def _part_directions(draft: Draft, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
+def _part_directions(draft: NodeBuilder, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
     """(D, ...) to D values (...)."""
     parts: Sequence[ir.Value] = [value]
     if layer.directions > 1:
@@ -188,7 +188,11 @@ def _part_directions(draft: Draft, layer: _Layer, value: ir.Value) -> Sequence[i
 
 
 def _project(
-    draft: Draft, layer: _Layer, weights: ir.Value, bias: ir.Value | None, groups: Sequence[int]
+    draft: NodeBuilder,
+    layer: _Layer,
+    weights: ir.Value,
+    bias: ir.Value | None,
+    groups: Sequence[int],
 ) -> list[Sequence[ir.Value]]:
     """Give X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
     rows = draft.op("Reshape", layer.x, draft.integers([-1, layer.size]))  # (TN, I)
@@ -205,7 +209,9 @@ def _project(
     return [_part_steps(draft, layer, p, size) for p, size in zip(parts, sizes, strict=True)]
 
 
-def _part_steps(draft: Draft, layer: _Layer, value: ir.Value, size: int) -> Sequence[ir.Value]:
+def _part_steps(
+    draft: NodeBuilder, layer: _Layer, value: ir.Value, size: int
+) -> Sequence[ir.Value]:
     """(TN, size) to T values (N, size)."""
     if layer.steps == 1:
         return [value]
@@ -223,7 +229,7 @@ def _note(layer: _Layer, value: ir.Value, size: int) -> None:
 
 
 def _make_cells(
-    draft: Draft,
+    draft: NodeBuilder,
     layer: _Layer,
     recurrent: ir.Value,
     defaults: Sequence[str],
@@ -264,7 +270,7 @@ def _make_cells(
 
 
 def _unroll(
-    draft: Draft,
+    draft: NodeBuilder,
     layer: _Layer,
     step: Step,
     cells: Sequence[Cell],
@@ -298,7 +304,7 @@ def _unroll(
 
 
 def _stack_sequences(
-    draft: Draft, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
+    draft: NodeBuilder, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
 ) -> ir.Value | None:
     """Give Y of shape (T, D, N, H), where it is used."""
     output = layer.node.outputs[0]
@@ -312,7 +318,7 @@ def _stack_sequences(
     return stacked[0] if len(stacked) == 1 else draft.op("Concat", *stacked, axis=1)
 
 
-def _read_states(draft: Draft, layer: _Layer) -> list[Sequence[ir.Value]]:
+def _read_states(draft: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
     """Give the initial states of each direction, (N, H), zero where none is given."""
     zero: ir.Value | None = None
     found: list[Sequence[ir.Value]] = []
@@ -329,7 +335,7 @@ def _read_states(draft: Draft, layer: _Layer) -> list[Sequence[ir.Value]]:
     return found
 
 
-def _make_masks(draft: Draft, layer: _Layer) -> list[ir.Value | None]:
+def _make_masks(draft: NodeBuilder, layer: _Layer) -> list[ir.Value | None]:
     """Tell of each step which sequences have not ended, (N, 1); ``None`` where none has."""
     masks: list[ir.Value | None] = [None] * layer.steps
     if layer.lengths is None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.accumulations import Line, accumulate
 from splitonnx.partitioner.graphs.builders import (
-    Draft,
+    NodeBuilder,
     known_array,
     known_dims,
     known_rank,
@@ -38,7 +38,7 @@ def _keeps_dims(node: ir.Node) -> bool:
 
 
 def _reduce(
-    draft: Draft, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
+    draft: NodeBuilder, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
 ) -> ir.Value:
     """Reduce ``x`` as ``node`` does, but with the operator ``kind``."""
     kept = node.attributes.get_int("keepdims", 1) if keepdims is None else keepdims
@@ -48,7 +48,7 @@ def _reduce(
     return draft.op(kind, *inputs, keepdims=kept, noop_with_empty_axes=empty)
 
 
-def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
+def rewrite_extreme(draft: NodeBuilder, node: ir.Node) -> Values:
     """The mean of the elements that equal the extreme: they share its gradient."""
     x = take_input(node)
     if _is_empty(x) and node.op_type == "ReduceMax":
@@ -69,17 +69,17 @@ def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
     return [_reduce(draft, "ReduceSum", node, draft.op("Where", beaten, zero, shares))]
 
 
-def rewrite_l1(draft: Draft, node: ir.Node) -> Values:
+def rewrite_l1(draft: NodeBuilder, node: ir.Node) -> Values:
     """The sum of |x|."""
     return [_reduce(draft, "ReduceSum", node, draft.op("Abs", take_input(node)))]
 
 
-def rewrite_log_sum(draft: Draft, node: ir.Node) -> Values:
+def rewrite_log_sum(draft: NodeBuilder, node: ir.Node) -> Values:
     """The logarithm of the sum."""
     return [draft.op("Log", _reduce(draft, "ReduceSum", node, take_input(node)))]
 
 
-def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
+def rewrite_sum_square(draft: NodeBuilder, node: ir.Node) -> Values:
     """The sum of x * x."""
     x = take_input(node)
     if _is_empty(x):
@@ -87,7 +87,7 @@ def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
     return [_reduce(draft, "ReduceSum", node, draft.op("Mul", x, x))]
 
 
-def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_smooth(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """ReduceL2 and ReduceLogSumExp to a scalar, by way of keeping the dimensions.
 
     Without axes the builder of 1.19.2 cannot type their gradient; with all axes it gives that of
@@ -99,7 +99,7 @@ def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Reshape", kept, draft.integers([]))]
 
 
-def rewrite_product(draft: Draft, node: ir.Node) -> Values:
+def rewrite_product(draft: NodeBuilder, node: ir.Node) -> Values:
     """Products of halves, axis after axis; nothing is divided, so that zeros do no harm."""
     x = take_input(node)
     rank = require_rank(node, x)
@@ -117,7 +117,9 @@ def rewrite_product(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Squeeze", x, draft.integers(axes))]
 
 
-def _multiply_halves(draft: Draft, x: ir.Value, line: Line, dtype: ir.DataType | None) -> ir.Value:
+def _multiply_halves(
+    draft: NodeBuilder, x: ir.Value, line: Line, dtype: ir.DataType | None
+) -> ir.Value:
     halvings = max(line.length - 1, 0).bit_length()
     missing = 2**halvings - line.length
     if missing:
@@ -131,7 +133,7 @@ def _multiply_halves(draft: Draft, x: ir.Value, line: Line, dtype: ir.DataType |
 
 
 def _multiply_unknown(
-    draft: Draft, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
+    draft: NodeBuilder, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
 ) -> ir.Value:
     """The slope to an element is the product of the others: a square, its diagonal ones."""
     last = [*(a for a in range(rank) if a != axis), axis]
@@ -154,7 +156,7 @@ def _multiply_unknown(
     return draft.op("Add", value, draft.op("ReduceSum", moved, along, keepdims=1))
 
 
-def rewrite_running_sum(draft: Draft, node: ir.Node) -> Values:
+def rewrite_running_sum(draft: NodeBuilder, node: ir.Node) -> Values:
     """CumSum by shifts; along an axis of unknown length by a product with a triangle of ones."""
     x = take_input(node)
     line = _find_line(node, x)
@@ -164,7 +166,7 @@ def rewrite_running_sum(draft: Draft, node: ir.Node) -> Values:
     return [_multiply_triangle(draft, x, line, exclusive)]
 
 
-def _multiply_triangle(draft: Draft, x: ir.Value, line: Line, exclusive: bool) -> ir.Value:
+def _multiply_triangle(draft: NodeBuilder, x: ir.Value, line: Line, exclusive: bool) -> ir.Value:
     dtype = x.dtype
     places = draft.op(
         "Range",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     multiply,
@@ -44,7 +44,7 @@ class _Bins:
 class _Axis:
     """One axis of the image, how many bins it has, and the regions' extents along it  # (R, 1)."""
 
-    draft: Draft
+    draft: NodeBuilder
     dtype: ir.DataType
     size: Extent
     bins: int
@@ -80,7 +80,7 @@ class _Axis:
         return self.draft.op("Unsqueeze", value, self.draft.integers([-1]))
 
 
-def rewrite_roi_align(draft: Draft, node: ir.Node) -> Values:
+def rewrite_roi_align(draft: NodeBuilder, node: ir.Node) -> Values:
     """Average bilinear samples, or take the largest of all their pixels' weighted values."""
     x, rois, images = node.inputs[:3]
     assert x is not None
@@ -155,7 +155,7 @@ def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
     )
 
 
-def rewrite_max_roi_pool(draft: Draft, node: ir.Node) -> Values:
+def rewrite_max_roi_pool(draft: NodeBuilder, node: ir.Node) -> Values:
     """The largest pixel of each bin, 0 where it has none; regions are rounded to whole pixels."""
     x, rois = node.inputs[:2]
     assert x is not None
@@ -215,7 +215,7 @@ def _cover_bins(axis: _Axis) -> _Bins:
 
 
 def _gather_bins(
-    draft: Draft,
+    draft: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     images: ir.Value,
@@ -233,7 +233,7 @@ def _gather_bins(
     return pixels, _cross(draft, [each.weights for each in bins])
 
 
-def _cross(draft: Draft, values: Sequence[ir.Value]) -> ir.Value:
+def _cross(draft: NodeBuilder, values: Sequence[ir.Value]) -> ir.Value:
     """Multiply values of both axes for each pair of pixels  # (R, P, K, Q, L, 1)."""
     tall = draft.op("Unsqueeze", values[0], draft.integers([3, 4, 5]))
     wide = draft.op("Unsqueeze", values[1], draft.integers([1, 2, 5]))
@@ -241,7 +241,7 @@ def _cross(draft: Draft, values: Sequence[ir.Value]) -> ir.Value:
 
 
 def _find_largest(
-    draft: Draft, values: ir.Value, bins: Sequence[_Bins], dtype: ir.DataType
+    draft: NodeBuilder, values: ir.Value, bins: Sequence[_Bins], dtype: ir.DataType
 ) -> ir.Value:
     """The largest of each bin's values that count  # (R, C, P, Q)."""
     used = draft.op("Greater", _cross(draft, [each.used for each in bins]), draft.number(0, dtype))

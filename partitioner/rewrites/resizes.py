@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
@@ -36,7 +36,7 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 """Coordinates that follow from the scale alone, whatever the image's size."""
 
 
-def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
+def rewrite_resize(draft: NodeBuilder, node: ir.Node) -> Values:
     """Sample each axis that changes; where its size is not known the graph finds the weights."""
     x = node.inputs[0]
     assert x is not None
@@ -70,7 +70,7 @@ def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
 
 
 def _stretch_axis(
-    draft: Draft,
+    draft: NodeBuilder,
     node: ir.Node,
     made: ir.Value,
     extents: list[Extent],
@@ -150,7 +150,7 @@ def _repeats(node: ir.Node, scale: float) -> bool:
 
 
 def _repeat_elements(
-    draft: Draft, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
+    draft: NodeBuilder, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
 ) -> tuple[ir.Value, list[Extent]]:
     """(N, C, H, W) to (N, C, H, 1, W, 1) to (N, C, H, h, W, w) to (N, C, H * h, W * w)."""
     axes = sorted(axis for axis, times in repeats.items() if times > 1)
@@ -243,7 +243,7 @@ def _read_kernel(node: ir.Node) -> Kernel:
 
 
 def _multiply_axis(
-    draft: Draft,
+    draft: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     axis: int,
@@ -261,7 +261,11 @@ def _multiply_axis(
 
 
 def _extrapolate(
-    draft: Draft, node: ir.Node, x: ir.Value, made: ir.Value, samplings: Mapping[int, Sampling]
+    draft: NodeBuilder,
+    node: ir.Node,
+    x: ir.Value,
+    made: ir.Value,
+    samplings: Mapping[int, Sampling],
 ) -> ir.Value:
     """Put the extrapolation's value where a region reaches beyond the input."""
     outside = {axis: find_outside(sampling) for axis, sampling in samplings.items()}

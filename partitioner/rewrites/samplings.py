@@ -16,7 +16,7 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
@@ -47,7 +47,7 @@ class ImageAxis:
     ``corners`` puts the borders at the outermost pixels' centres instead of their edges.
     """
 
-    draft: Draft
+    draft: NodeBuilder
     size: Extent
     dtype: ir.DataType
     padding: str
@@ -157,7 +157,7 @@ class ImageAxis:
         return draft.op("MatMul", powers, draft.tensor(ir.tensor(polynomials.T.copy())))
 
 
-def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
+def rewrite_grid_sample(draft: NodeBuilder, node: ir.Node) -> Values:
     """Weigh the pixels around each place of the grid, whose last axis counts x before y."""
     x, grid = node.inputs[:2]
     assert x is not None
@@ -205,7 +205,7 @@ def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
     return draft.op("Mul", draft.op("Sub", whole, one), half)
 
 
-def to_rows(draft: Draft, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+def to_rows(draft: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
     """(N, C, L...) to (N * L, C): a row a pixel."""
     rank = len(extents)
     turned = draft.op("Transpose", x, perm=[0, *range(2, rank), 1])
@@ -215,7 +215,7 @@ def to_rows(draft: Draft, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
 
 
 def weigh_taps(
-    draft: Draft, rows: ir.Value, batch: Extent, image: Sequence[Extent], taps: Sequence[Taps]
+    draft: NodeBuilder, rows: ir.Value, batch: Extent, image: Sequence[Extent], taps: Sequence[Taps]
 ) -> ir.Value:
     """Sum the pixels that meet along all axes, each times its weights  # (N, P, C)."""
     rank = len(taps)
@@ -236,7 +236,7 @@ def weigh_taps(
     return draft.op("ReduceSum", weighed, draft.integers(range(2, 2 + rank)), keepdims=0)
 
 
-def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
+def rewrite_affine_grid(draft: NodeBuilder, node: ir.Node) -> Values:
     """The product of the base grid's homogeneous coordinates with each matrix."""
     theta = node.inputs[0]
     assert theta is not None

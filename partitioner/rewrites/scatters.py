@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 Values = Sequence[ir.Value | None]
 
@@ -21,7 +21,7 @@ Values = Sequence[ir.Value | None]
 class _Places:
     """Where the updates of a scatter go, and how to read from there."""
 
-    draft: Draft
+    draft: NodeBuilder
     indices: ir.Value
     axis: int | None
 
@@ -52,7 +52,7 @@ class _Places:
         )
 
 
-def rewrite_scatter(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_scatter(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Write what the node's reduction does to data and updates as sums and products of them."""
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, require_rank, take_input
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_input
 
 Values = Sequence[ir.Value | None]
 
@@ -26,11 +26,11 @@ def _read_ints(node: ir.Node, index: int) -> list[int] | None:
     return None if tensor is None else [int(entry) for entry in tensor.numpy().reshape(-1)]
 
 
-def _flatten(draft: Draft, value: ir.Value) -> ir.Value:
+def _flatten(draft: NodeBuilder, value: ir.Value) -> ir.Value:
     return draft.op("Reshape", value, draft.integers([-1]))
 
 
-def _count(draft: Draft, value: ir.Value, axis: int | None = None) -> ir.Value:
+def _count(draft: NodeBuilder, value: ir.Value, axis: int | None = None) -> ir.Value:
     """Number the elements of a value, or its places along an axis: 0, 1, 2, ... as I64."""
     if axis is None:
         total = draft.op("Size", value)
@@ -39,7 +39,7 @@ def _count(draft: Draft, value: ir.Value, axis: int | None = None) -> ir.Value:
     return draft.op("Range", draft.integer(0), total, draft.integer(1))
 
 
-def rewrite_compress(draft: Draft, node: ir.Node) -> Values:
+def rewrite_compress(draft: NodeBuilder, node: ir.Node) -> Values:
     """Gather at the places where the condition holds."""
     x, condition = take_input(node, 0), take_input(node, 1)
     places = _flatten(draft, draft.op("NonZero", condition))
@@ -49,7 +49,7 @@ def rewrite_compress(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Gather", x, places, axis=axis)]
 
 
-def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
+def rewrite_unique(draft: NodeBuilder, node: ir.Node) -> Values:
     """Gather where each value stands first; the places themselves are constants.
 
     Where a value stands several times, its whole gradient goes to the first.
@@ -64,7 +64,7 @@ def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
     return [y, *made[1:]]
 
 
-def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
+def rewrite_reverse_sequence(draft: NodeBuilder, node: ir.Node) -> Values:
     """GatherND at (length - 1 - t, b) within each sequence, at (t, b) behind it."""
     x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
@@ -82,7 +82,7 @@ def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("GatherND", x, places)]
 
 
-def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_slice(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Gather where a step is negative or not known: SliceGrad's kernel takes positive ones only."""
     x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
@@ -109,7 +109,7 @@ def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
     return [y]
 
 
-def rewrite_range(draft: Draft, node: ir.Node) -> Values:
+def rewrite_range(draft: NodeBuilder, node: ir.Node) -> Values:
     """start + delta * (0, 1, 2, ...); how many there are is a constant."""
     start, delta = take_input(node, 0), take_input(node, 2)
     detached = [draft.detach(value) for value in node.inputs if value is not None]
@@ -117,7 +117,7 @@ def rewrite_range(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Add", start, draft.op("Mul", delta, places))]
 
 
-def rewrite_one_hot(draft: Draft, node: ir.Node) -> Values:
+def rewrite_one_hot(draft: NodeBuilder, node: ir.Node) -> Values:
     """off + hot * (on - off) as a choice between the two, which are scalars to a gradient."""
     indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
@@ -127,7 +127,7 @@ def rewrite_one_hot(draft: Draft, node: ir.Node) -> Values:
     return [draft.op("Where", draft.op("Cast", hot, to=ir.DataType.BOOL.value), on, off)]
 
 
-def rewrite_transpose(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_transpose(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Name the order of the axes, which onnxruntime-training's gradient reads unasked."""
     if "perm" in node.attributes:
         return None
@@ -136,7 +136,7 @@ def rewrite_transpose(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Transpose", x, perm=order)]
 
 
-def rewrite_concat(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_concat(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Give every input a name of its own: one that stands twice gets two gradients of one name."""
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
@@ -149,7 +149,7 @@ def rewrite_concat(draft: Draft, node: ir.Node) -> Values | None:
     return [draft.op("Concat", *inputs, axis=node.attributes.get_int("axis"))]
 
 
-def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_reshape(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """Without ``allowzero``, which the Reshape of its gradient would lack.
 
     A shape with a zero in it makes a tensor without elements, from which no gradient comes.
@@ -189,7 +189,7 @@ def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
 def _slice_apart(node: ir.Node, wanted: Sequence[ir.Value]) -> None:
     x = take_input(node, 0)
     axis = node.attributes.get_int("axis", 0) % require_rank(node, x)
-    draft = Draft(f"{node.name or wanted[0].name}/separated")
+    draft = NodeBuilder(f"{node.name or wanted[0].name}/separated")
     pieces = draft.ops("Split", node.inputs, len(node.outputs), dict(node.attributes))
     where = draft.integers([axis])
     start, made = draft.integers([0]), []

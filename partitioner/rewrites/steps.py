@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
-def rewrite_step(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+def rewrite_step(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """The operator itself on inputs that no gradient leaves: Ceil, Floor, Round, Sign, ..."""
     inputs = [value if value is None else draft.detach(value) for value in node.inputs]
     return draft.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
 
 
-def rewrite_dynamic_quantize(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
+def rewrite_dynamic_quantize(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """The integers as they are; their scale is (max(x, 0) - min(x, 0)) / 255 and has a gradient."""
     x = node.inputs[0]
     assert x is not None

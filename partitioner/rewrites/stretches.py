@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import Extent, count_up, to_number
 from splitonnx.partitioner.rewrites.interpolations import Kernel
 
@@ -24,7 +24,7 @@ COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel"
 class Stretch:
     """An axis of ``before`` elements sampled to ``after``; ``scale`` is a F32 value or a number."""
 
-    draft: Draft
+    draft: NodeBuilder
     before: Extent
     after: Extent
     scale: float | ir.Value
@@ -112,7 +112,7 @@ class Stretch:
         return draft.op("Min", draft.op("Max", x, draft.number(0.0, _FLOAT)), last)
 
 
-def find_after(draft: Draft, before: Extent, scale: float | ir.Value) -> Extent:
+def find_after(draft: NodeBuilder, before: Extent, scale: float | ir.Value) -> Extent:
     """Give the size after scaling, rounded down."""
     if not isinstance(scale, ir.Value):
         scale = draft.number(scale, _FLOAT)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Tangent:
     slope: ir.Value
 
 
-def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
+def follow_tangents(draft: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
     """Give ``value`` (computed from points) the derivatives that ``tangents`` say.
 
     Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
@@ -40,7 +40,7 @@ def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) 
     return value
 
 
-def bound_slope(draft: Draft, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+def bound_slope(draft: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     """Take the largest number of ``dtype`` for infinity; NaN stays what it is."""
     edge = float((dtype or ir.DataType.FLOAT).max)
     return draft.op("Clip", slope, draft.number(-edge, dtype), draft.number(edge, dtype))

@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
 from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
+def rewrite_dft(draft: NodeBuilder, node: ir.Node) -> Values:
     """Multiply by the transform's matrix along the axis; real and imaginary parts go together."""
     x = node.inputs[0]
     assert x is not None
@@ -49,7 +49,7 @@ def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
     return [value if back == list(range(rank)) else draft.op("Transpose", value, perm=back)]
 
 
-def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
+def rewrite_stft(draft: NodeBuilder, node: ir.Node) -> Values:
     """Convolve with the transform of a frame, times the window: a stride is a frame's step."""
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]
@@ -103,7 +103,7 @@ def _make_matrix(
     return np.asarray(found.reshape(length, parts, *found.shape[1:]))
 
 
-def _constant(draft: Draft, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+def _constant(draft: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
     assert dtype is not None
     return draft.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
 

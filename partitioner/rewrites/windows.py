@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.normalization.explicit_padding import count_windows, read_kernel
 from splitonnx.partitioner.rewrites.extents import refuse, require_rank
@@ -93,7 +93,7 @@ def _find_surplus(
     return stride - 1
 
 
-def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
+def sum_windows(draft: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
     """Sum each window, channel by channel, by a depthwise convolution with ones.
 
     Raises:
@@ -107,7 +107,7 @@ def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> i
     return _convolve(draft, x, ones, windows)
 
 
-def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
+def _convolve(draft: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
     weights = draft.tensor(ir.tensor(kernel))
     pads = (*windows.before, *windows.after)
     if min(pads) < 0:
@@ -126,7 +126,7 @@ def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -
 
 
 def count_elements(
-    draft: Draft, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
+    draft: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
     """Count the elements of each window, those of the padding too with ``include_padding``.
 
@@ -192,7 +192,7 @@ def pads_by_size(node: ir.Node) -> bool:
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
-def pad_by_size(draft: Draft, node: ir.Node, number: float) -> ir.Value:
+def pad_by_size(draft: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
     """Pad a node's input with ``number`` as its ``auto_pad`` says, once the size is known.
 
     Raises:

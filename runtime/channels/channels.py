@@ -63,7 +63,7 @@ _logger = logging.getLogger("splitonnx.client")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class ResumePoint:
     """Where the client stands, as its greeting tells; see :class:`~splitonnx.messages.Hello`."""
 
     origin: str
@@ -72,7 +72,7 @@ class Standing:
     kept: tuple[int, ...]
 
 
-class Link:
+class Channel:
     """The connection of one session.
 
     ``step`` is where both sides went on after the last greeting: the client's own step, or an
@@ -99,7 +99,7 @@ class Link:
         *,
         manifest: PartyManifest,
         session: str,
-        stand: Callable[[], Standing],
+        stand: Callable[[], ResumePoint],
         backoff: Backoff,
         patient: bool = False,
     ) -> None:

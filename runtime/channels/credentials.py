@@ -17,7 +17,7 @@ _logger = logging.getLogger("splitonnx.accesses")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Access:
+class Credentials:
     """How a client shows who it is, whom it trusts, and how far.
 
     ``token`` goes into the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
@@ -37,7 +37,7 @@ class Access:
             raise UsageError(f"message_bytes must be positive, not {self.message_bytes}")
 
 
-def check_url(url: str, access: Access) -> None:
+def check_url(url: str, credentials: Credentials) -> None:
     """Check a server's address against how it is to be reached; warn of a token in the clear.
 
     Raises:
@@ -50,7 +50,7 @@ def check_url(url: str, access: Access) -> None:
         raise UsageError(f"'{url}' is no websocket address: {error}") from error
     if "@" in parts.netloc:
         raise UsageError("leave names and passwords out of the server's address; use a token")
-    if access.tls is not None and parts.scheme != "wss":
+    if credentials.tls is not None and parts.scheme != "wss":
         raise UsageError(f"'{url}' is without TLS; write wss:// or leave the certificates out")
-    if access.token is not None and parts.scheme == "ws" and not is_loopback(host):
+    if credentials.token is not None and parts.scheme == "ws" and not is_loopback(host):
         _logger.warning("no TLS: the token travels to %s in the clear; use wss://", host)

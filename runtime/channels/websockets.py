@@ -33,7 +33,7 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.runtime.channels.bounded_connections import BoundedConnection
-from splitonnx.runtime.channels.credentials import Access, check_url
+from splitonnx.runtime.channels.credentials import Credentials, check_url
 from splitonnx.runtime.wire.close_codes import POLICY, TOO_BIG, describe_loss
 from splitonnx.runtime.wire.fragments import split_message
 from splitonnx.runtime.wire.tls import describe_failure
@@ -67,7 +67,7 @@ class WebSocketTransport:
         self,
         url: str,
         *,
-        access: Access | None = None,
+        credentials: Credentials | None = None,
         open_seconds: float = OPEN_SECONDS,
         reply_seconds: float = REPLY_SECONDS,
         message_seconds: float = MESSAGE_SECONDS,
@@ -78,16 +78,18 @@ class WebSocketTransport:
         self._reply_seconds = reply_seconds
         self._message_seconds = message_seconds
         self._opened = ExitStack()  # websockets wants to be used as a context manager
-        access = access or Access()
-        check_url(url, access)
-        headers = {} if access.token is None else {"Authorization": f"Bearer {access.token}"}
+        credentials = credentials or Credentials()
+        check_url(url, credentials)
+        headers = (
+            {} if credentials.token is None else {"Authorization": f"Bearer {credentials.token}"}
+        )
         try:
             connecting = connect_websocket(
                 url,
                 additional_headers=headers,
-                ssl=access.tls,
+                ssl=credentials.tls,
                 compression=None,
-                max_size=access.message_bytes,
+                max_size=credentials.message_bytes,
                 open_timeout=open_seconds,
                 ping_interval=PING_SECONDS,
                 ping_timeout=PONG_SECONDS,
@@ -187,11 +189,11 @@ def _translate_opening(url: str, error: Exception) -> ConnectionLost | Untrusted
     return lost
 
 
-def connect(url: str, *, access: Access | None = None) -> WebSocketTransport:
+def connect(url: str, *, credentials: Credentials | None = None) -> WebSocketTransport:
     """Connect to a server, such as ``ws://127.0.0.1:8765``.
 
     Raises:
         ConnectionLost, Unauthorized, UntrustedPeer, Redirected, UsageError: see
             :class:`WebSocketTransport`.
     """
-    return WebSocketTransport(url, access=access)
+    return WebSocketTransport(url, credentials=credentials)

@@ -19,8 +19,8 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
-from splitonnx.runtime.channels.channels import Dial, Link
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.channels import Channel, Dial
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.client.datasets import (
@@ -31,13 +31,13 @@ from splitonnx.runtime.client.datasets import (
     open_dataset,
 )
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.client.options import FitPlan, LearningRate, require_positive
-from splitonnx.runtime.client.runners import Half, WhenUnsaved
-from splitonnx.runtime.client.runs import Journal
+from splitonnx.runtime.client.options import FitOptions, LearningRate, require_positive
+from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
 from splitonnx.runtime.client.training_loops import TrainingLoop
+from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import Position
+from splitonnx.runtime.storage.checkpoints import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.tensors import TensorSpec
 
@@ -80,7 +80,7 @@ class Client:
         bundle: str | Path | PartyBundle,
         server: str | Transport | Dial | None = None,
         *,
-        access: Access | None = None,
+        credentials: Credentials | None = None,
         threads: int | None = None,
         seed: int = 0,
         resume: bool = False,
@@ -99,33 +99,33 @@ class Client:
                 else "this bundle is one part of a model; name the server that holds the other"
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
-        self._journal = Journal.open(self._executor, resume=resume)
+        self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # the folder is another's where no client comes of this
-            undo.callback(self._journal.release)
-            link = self._connect(server, access, give_up_after, is_patient=resume)
-            if link is not None and link.step != self._executor.step:
-                self._journal.position = self._journal.go_back(self._executor, link.step)
+            undo.callback(self._run.release)
+            channel = self._connect(server, credentials, give_up_after, is_patient=resume)
+            if channel is not None and channel.step != self._executor.step:
+                self._run.position = self._run.go_back(self._executor, channel.step)
             undo.pop_all()
-        self._half = Half(self._executor, self._journal, link, seed=seed)
-        self._loop = TrainingLoop(self._executor, self._half, self._journal, seed=seed)
+        self._runner = TaskRunner(self._executor, self._run, channel, seed=seed)
+        self._loop = TrainingLoop(self._executor, self._runner, self._run, seed=seed)
 
     def _connect(
         self,
         server: str | Transport | Dial | None,
-        access: Access | None,
+        credentials: Credentials | None,
         give_up_after: float | None,
         *,
         is_patient: bool,
-    ) -> Link | None:
+    ) -> Channel | None:
         if server is None:
             return None
-        dial, transport = _split_address(server, access)
-        return Link(
+        dial, transport = _split_address(server, credentials)
+        return Channel(
             dial,
             transport,
             manifest=self._manifest,
-            session=self._journal.session,
-            stand=lambda: self._journal.stand(self._executor.step),
+            session=self._run.session,
+            stand=lambda: self._run.stand(self._executor.step),
             backoff=Backoff(give_up_after=give_up_after),
             patient=is_patient or give_up_after is not None,
         )
@@ -149,12 +149,12 @@ class Client:
     @property
     def session(self) -> str:
         """The name of this client's session, the same at the server."""
-        return self._journal.session
+        return self._run.session
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """The steps of this run that can be gone back to, newest first."""
-        return self._journal.stand(self.steps).kept
+        return self._run.stand(self.steps).kept
 
     def fit(
         self,
@@ -209,7 +209,7 @@ class Client:
         held_out = None if eval_data is None else open_dataset(eval_data)
         if held_out is not None:
             held_out.check(self._evaluation_data())
-        plan = FitPlan(
+        options = FitOptions(
             training=training,
             held_out=held_out,
             epochs=epochs,
@@ -221,12 +221,12 @@ class Client:
             on_epoch=on_epoch,
         )
         if save:
-            self._journal.hold()  # now rather than after the work
+            self._run.hold()  # now rather than after the work
         if checkpoint_every is not None:
             require_positive(checkpoint_every=checkpoint_every)
-            self._journal.begin_run(restart=restart)
+            self._run.begin_run(restart=restart)
         self._executor.prepare(TRAIN)
-        start = Position(
+        start = DataPosition(
             epoch=0,
             batch=0,
             batch_size=batch_size,
@@ -234,7 +234,7 @@ class Client:
             shuffle=shuffle,
             samples=training.size,
         )
-        return self._loop.fit(plan, self._journal.take_position(start))
+        return self._loop.fit(options, self._run.take_position(start))
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
         """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
@@ -288,11 +288,11 @@ class Client:
                 :meth:`fit` with ``save`` makes them again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
-        self._half.publish()
+        self._runner.publish()
 
     def close(self) -> None:
         """Say good-bye to the server; may be called twice."""
-        self._half.close()
+        self._runner.close()
 
     def _phase(self, name: str) -> Phase:
         phase = self._manifest.phase(name)
@@ -307,10 +307,10 @@ class Client:
 
 
 def _split_address(
-    server: str | Transport | Dial, access: Access | None
+    server: str | Transport | Dial, credentials: Credentials | None
 ) -> tuple[Dial | None, Transport | None]:
     if isinstance(server, str):
-        return partial(connect, server, access=access), None
-    if access is not None:
+        return partial(connect, server, credentials=credentials), None
+    if credentials is not None:
         raise UsageError("access is for a server's URL")
     return (server, None) if callable(server) else (None, server)

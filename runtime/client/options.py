@@ -16,7 +16,7 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitPlan:
+class FitOptions:
     """What a fit is to do; :meth:`Client.fit` says what each means."""
 
     training: Dataset

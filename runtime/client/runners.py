@@ -17,10 +17,10 @@ import numpy as np
 from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
 from splitonnx.manifests import TRAIN
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.channels.channels import Link
-from splitonnx.runtime.client.runs import Journal
+from splitonnx.runtime.channels.channels import Channel
+from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import Position
+from splitonnx.runtime.storage.checkpoints import DataPosition
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 """What training does where a checkpoint cannot be written."""
@@ -28,20 +28,20 @@ WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 _logger = logging.getLogger("splitonnx.client")
 
 
-class Half:
-    """``link`` is ``None`` for a model left whole; ``seed`` keys the random masks.
+class TaskRunner:
+    """``channel`` is ``None`` for a model left whole; ``seed`` keys the random masks.
 
-    ``place`` is where in its data the state stands, as far as that is known: the caller sets it,
+    ``position`` is where in its data the state stands, as far as that is known: the caller sets it,
     and it changes where steps are lost.
     """
 
     def __init__(
-        self, executor: Executor, journal: Journal, link: Link | None, *, seed: int
+        self, executor: Executor, run: TrainingRun, channel: Channel | None, *, seed: int
     ) -> None:
         self.executor = executor
-        self.journal = journal
-        self.place: Position | None = None
-        self._link = link
+        self.run = run
+        self.position: DataPosition | None = None
+        self._channel = channel
         self._seed = seed
         self._closed = self._is_half_published = False
         self._others = itertools.count()  # numbers the tasks that are no training step
@@ -49,7 +49,7 @@ class Half:
     @property
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received so far."""
-        return (0, 0) if self._link is None else self._link.traffic
+        return (0, 0) if self._channel is None else self._channel.traffic
 
     def perform(
         self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
@@ -62,7 +62,7 @@ class Half:
         """
         self._require_open()
         number = self.executor.step if phase == TRAIN else next(self._others)
-        key = TaskKey(session=self.journal.session, phase=phase, step=number, micro_batch=0)
+        key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
         self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
         try:
             with self._going_back():
@@ -74,10 +74,10 @@ class Half:
             raise
         finally:
             self.executor.abandon(key)
-            if self._link is not None:
-                self._link.end()
+            if self._channel is not None:
+                self._channel.end()
 
-    def checkpoint(self, place: Position, when_unsaved: WhenUnsaved) -> None:
+    def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
         """Let both sides write a checkpoint, one after the other.
 
         Each side keeps two, so there is one that both have as long as neither is two ahead: the
@@ -88,12 +88,12 @@ class Half:
             StepsLost, ProtocolError: as :meth:`perform`.
         """
         try:
-            if self.journal.is_behind:
-                self.journal.write(self.executor, place)
+            if self.run.is_behind:
+                self.run.write(self.executor, position)
                 self._save_remotely()
             else:
                 self._save_remotely()
-                self.journal.write(self.executor, place)
+                self.run.write(self.executor, position)
         except NotSaved as error:
             if when_unsaved == "stop":
                 raise
@@ -107,13 +107,13 @@ class Half:
             NotSaved: the server could not.
             StepsLost, ProtocolError: as :meth:`perform`.
         """
-        if self._link is not None:
+        if self._channel is not None:
             self._require_open()
-        self.journal.hold()  # before the server publishes its half
-        if self._link is not None:
+        self.run.hold()  # before the server publishes its half
+        if self._channel is not None:
             self._is_half_published = True
             self._save_remotely(publish=True)
-        self.journal.publish(self.executor, self.place)
+        self.run.publish(self.executor, self.position)
         self._is_half_published = False
 
     def close(self) -> None:
@@ -123,20 +123,20 @@ class Half:
         this side did not, it only hangs up: the server would forget what a resumed run begins from.
         """
         try:
-            if not self._closed and self._link is not None:
-                is_unfinished = self._is_half_published or self.journal.has_checkpoints
-                self._link.close(for_good=not is_unfinished)
+            if not self._closed and self._channel is not None:
+                is_unfinished = self._is_half_published or self.run.has_checkpoints
+                self._channel.close(for_good=not is_unfinished)
         finally:
             self._closed = True
-            self.journal.release()
+            self.run.release()
 
     def _require_open(self) -> None:
         if self._closed:
             raise LocalProtocolError("the client is closed")
 
     def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
-        if self._link is not None:
-            self._link.begin(key)
+        if self._channel is not None:
+            self._channel.begin(key)
         while True:
             for wires in self.executor.advance(key):
                 self._remote().send_wires(wires, self._seed, learning_rate)
@@ -145,10 +145,10 @@ class Half:
             self.executor.deliver(key, self._remote().receive_wires())
 
     def _save_remotely(self, *, publish: bool = False) -> None:
-        if self._link is None:
+        if self._channel is None:
             return
         with self._going_back():
-            reason = self._link.save(self.executor.step, publish=publish)
+            reason = self._channel.save(self.executor.step, publish=publish)
         if reason:
             raise NotSaved("the server's folder", reason)
 
@@ -158,10 +158,10 @@ class Half:
         try:
             yield
         except StepsLost as lost:
-            self.place = self.journal.go_back(self.executor, lost.step)
+            self.position = self.run.go_back(self.executor, lost.step)
             raise
 
-    def _remote(self) -> Link:
-        if self._link is None:
+    def _remote(self) -> Channel:
+        if self._channel is None:
             raise LocalProtocolError("a stage waits for a value that no other stage gives")
-        return self._link
+        return self._channel

@@ -17,11 +17,11 @@ from splitonnx.errors import StepsLost
 from splitonnx.manifests import EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.client.options import FitPlan, LearningRate
-from splitonnx.runtime.client.runners import Half
-from splitonnx.runtime.client.runs import Journal
+from splitonnx.runtime.client.options import FitOptions, LearningRate
+from splitonnx.runtime.client.runners import TaskRunner
+from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import LOSS, Executor
-from splitonnx.runtime.storage.checkpoints import Position
+from splitonnx.runtime.storage.checkpoints import DataPosition
 
 MOST_RETURNS = 100
 """Times that a server may lose steps before one comes that was not made before."""
@@ -33,14 +33,16 @@ class TrainingLoop:
     ``seed`` decides the order of what is evaluated; a fit has its own in its place in the data.
     """
 
-    def __init__(self, executor: Executor, half: Half, journal: Journal, *, seed: int) -> None:
+    def __init__(
+        self, executor: Executor, runner: TaskRunner, run: TrainingRun, *, seed: int
+    ) -> None:
         self._executor = executor
         self._manifest = executor.manifest
-        self._half = half
-        self._journal = journal
+        self._runner = runner
+        self._run = run
         self._seed = seed
 
-    def fit(self, plan: FitPlan, start: Position) -> History:
+    def fit(self, options: FitOptions, start: DataPosition) -> History:
         """Train from a place in the data until the plan is carried out, and return what happened.
 
         Where the server lost steps, both sides go back and make them again.
@@ -50,15 +52,15 @@ class TrainingLoop:
             SplitonnxError: see :meth:`Client.fit`.
         """
         history = History()
-        first, place = self._executor.step, start
+        first, position = self._executor.step, start
         farthest, returns = first, 0
         while True:
             try:
-                while place.epoch < plan.epochs:
-                    place = self._train_epoch(plan, place, history)
-                self._half.place = place
-                if plan.save:
-                    self._half.publish()
+                while position.epoch < options.epochs:
+                    position = self._train_epoch(options, position, history)
+                self._runner.position = position
+                if options.save:
+                    self._runner.publish()
                 return history
             except StepsLost as lost:
                 reached = history.steps[-1].step if history.steps else first
@@ -66,55 +68,59 @@ class TrainingLoop:
                 farthest = max(farthest, reached)
                 if returns == MOST_RETURNS:
                     raise
-                kept = self._half.place
+                kept = self._runner.position
                 if lost.step < first or (lost.step > first and kept is None):
                     raise
-                place = start if kept is None else kept
-                history.forget(lost.step, place.epoch)
+                position = start if kept is None else kept
+                history.forget(lost.step, position.epoch)
             except BaseException:  # whoever resumes the run need not wait for close
-                self._journal.release()
+                self._run.release()
                 raise
 
-    def _train_epoch(self, plan: FitPlan, place: Position, history: History) -> Position:
+    def _train_epoch(
+        self, options: FitOptions, position: DataPosition, history: History
+    ) -> DataPosition:
         """Train from a place to the end of its epoch and evaluate; return the next place."""
         fixed = any(
             isinstance(d, int) for s in self._manifest.phase(TRAIN).data for d in s.shape[:1]
         )
-        batches = plan.training.batches(
-            place.batch_size,
-            seed=place.seed,
-            epoch=place.epoch,
-            shuffle=place.shuffle,
+        batches = options.training.batches(
+            position.batch_size,
+            seed=position.seed,
+            epoch=position.epoch,
+            shuffle=position.shuffle,
             drop_last=fixed,
         )
-        for batch in itertools.islice(batches, place.batch, None):
-            place = msgspec.structs.replace(place, batch=place.batch + 1)
-            record = self._record_step(batch, place, plan.learning_rate)
+        for batch in itertools.islice(batches, position.batch, None):
+            position = msgspec.structs.replace(position, batch=position.batch + 1)
+            record = self._record_step(batch, position, options.learning_rate)
             history.steps.append(record)
-            if plan.on_step is not None:
-                plan.on_step(record)
-            if plan.checkpoint_every is not None and record.step % plan.checkpoint_every == 0:
-                self._half.checkpoint(place, plan.when_unsaved)
-        if plan.held_out is not None:
-            evaluation = self._record_evaluation(plan.held_out, place.batch_size, place.epoch)
+            if options.on_step is not None:
+                options.on_step(record)
+            if options.checkpoint_every is not None and record.step % options.checkpoint_every == 0:
+                self._runner.checkpoint(position, options.when_unsaved)
+        if options.held_out is not None:
+            evaluation = self._record_evaluation(
+                options.held_out, position.batch_size, position.epoch
+            )
             history.evaluations.append(evaluation)
-            if plan.on_epoch is not None:
-                plan.on_epoch(evaluation)
-        return msgspec.structs.replace(place, epoch=place.epoch + 1, batch=0)
+            if options.on_epoch is not None:
+                options.on_epoch(evaluation)
+        return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
 
     def _record_step(
-        self, batch: Batch, place: Position, learning_rate: LearningRate
+        self, batch: Batch, position: DataPosition, learning_rate: LearningRate
     ) -> StepRecord:
-        up, down = self._half.traffic
+        up, down = self._runner.traffic
         start = time.perf_counter()
         results = self.perform(TRAIN, batch, learning_rate)
         seconds = time.perf_counter() - start
-        sent, received = self._half.traffic
+        sent, received = self._runner.traffic
         metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
         return StepRecord(
             step=self._executor.step,
-            epoch=place.epoch,
-            batch=place.batch,
+            epoch=position.epoch,
+            batch=position.batch,
             loss=metrics.pop(LOSS),
             metrics=metrics,
             samples=self._count(TRAIN, batch),
@@ -149,6 +155,6 @@ class TrainingLoop:
         """Carry one task out on a batch and return the phase's results."""
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return self._half.perform(
+        return self._runner.perform(
             phase, data, self._manifest.learning_rate if rate is None else float(rate)
         )

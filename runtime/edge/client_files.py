@@ -12,7 +12,7 @@ from pathlib import Path
 from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import MANIFEST, PartyManifest
-from splitonnx.runtime.edge.http import Answer
+from splitonnx.runtime.edge.http import HttpResponse
 
 FOLDER = "/client/"
 """Where the files lie, on the server's own address."""
@@ -20,7 +20,7 @@ FOLDER = "/client/"
 _BINARY = "application/octet-stream"
 
 
-class Handout:
+class ClientFiles:
     """The files of the client's part that belongs to the part of ``server``.
 
     Args:
@@ -41,14 +41,14 @@ class Handout:
         manifest, weights = party.encode()
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
-    def answer(self, path: str) -> Answer | None:
+    def answer(self, path: str) -> HttpResponse | None:
         """Give the file at a path such as ``/client/manifest.json``; ``None`` for other paths."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)
         if name not in self._files:
-            return Answer(
+            return HttpResponse(
                 HTTPStatus.NOT_FOUND, "text/plain", b"the client's part has no such file\n"
             )
         kind = "application/json" if name == MANIFEST else _BINARY
-        return Answer(HTTPStatus.OK, kind, self._files[name])
+        return HttpResponse(HTTPStatus.OK, kind, self._files[name])

@@ -17,7 +17,6 @@ from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
-from splitonnx.runtime.edge.admissions import Admission
 from splitonnx.runtime.edge.http import (
     STATUSES,
     Authorize,
@@ -29,9 +28,10 @@ from splitonnx.runtime.edge.http import (
     make_response,
 )
 from splitonnx.runtime.edge.identities import Identity
-from splitonnx.runtime.edge.listeners import BACKLOG, Entrance
+from splitonnx.runtime.edge.listeners import BACKLOG, HandshakeQuota
 from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
+from splitonnx.runtime.edge.request_policies import RequestPolicy
 from splitonnx.runtime.limits import Limits
 
 REQUEST_BYTES = 16 << 10
@@ -58,7 +58,7 @@ ANSWERS_BYTES = 256 << 20
 _TLS_HELLO = b"\x16\x03"
 
 
-class Hall:
+class Admission:
     """Who is in, and who may enter; ``host`` is what the server listens on."""
 
     def __init__(
@@ -76,25 +76,25 @@ class Hall:
         self.limits = limits
         # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
         # one after the other reach the hall some turns of the event loop later.
-        self.entrance = Entrance(
-            limits.strangers if has_tls else limits.strangers + 4 * BACKLOG,
-            partial(on_refusal, Refusal.TOO_MANY_STRANGERS, "somebody"),
+        self.quota = HandshakeQuota(
+            limits.unauthenticated if has_tls else limits.unauthenticated + 4 * BACKLOG,
+            partial(on_refusal, Refusal.TOO_MANY_UNAUTHENTICATED, "somebody"),
             self._relieve,
         )
         self._has_tls = has_tls
         self.on_refusal = on_refusal
         is_locked = has_tls or authorize is not None
         allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
-        self._admission = Admission(authorize=authorize, respond=respond, origins=allowed)
-        self._strangers: dict[Guest, None] = {}  # in the order of their coming
-        self._clients: set[Guest] = set()
-        self._answers: dict[Guest, int] = {}  # bytes of the longer ones
+        self._policy = RequestPolicy(authorize=authorize, respond=respond, origins=allowed)
+        self._strangers: dict[LimitedConnection, None] = {}  # in the order of their coming
+        self._clients: set[LimitedConnection] = set()
+        self._answers: dict[LimitedConnection, int] = {}  # bytes of the longer ones
 
-    def enter(self, guest: Guest) -> None:
+    def enter(self, connection: LimitedConnection) -> None:
         """Take in a stranger, and send away the one that has waited longest if there are many."""
-        if len(self._strangers) >= self.limits.strangers:
-            self._send_away(Refusal.TOO_MANY_STRANGERS)
-        self._strangers[guest] = None
+        if len(self._strangers) >= self.limits.unauthenticated:
+            self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)
+        self._strangers[connection] = None
 
     def _relieve(self) -> None:
         """Make room where no file descriptor is left for a connection, by one for the next."""
@@ -108,11 +108,11 @@ class Hall:
         del self._strangers[oldest]
         oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
         if self._has_tls:
-            self.entrance.sweep()
+            self.quota.sweep()
 
-    def admit(self, guest: Guest, identity: Identity) -> Refusal | None:
+    def admit(self, connection: LimitedConnection, identity: Identity) -> Refusal | None:
         """Make a stranger a client; return why not where there is no room, for all or its owner."""
-        if guest.owner is not None:
+        if connection.owner is not None:
             return None
         refusal = None
         if len(self._clients) >= self.limits.clients:
@@ -120,26 +120,26 @@ class Hall:
         elif identity.owner and self._count(identity.owner) >= self.limits.clients_per_token:
             refusal = Refusal.TOO_MANY_CLIENTS_OF_TOKEN
         if refusal is not None:
-            self.on_refusal(refusal, guest.name)
+            self.on_refusal(refusal, connection.name)
             return refusal
-        self._strangers.pop(guest, None)
-        self._clients.add(guest)
-        guest.become_client(identity)
+        self._strangers.pop(connection, None)
+        self._clients.add(connection)
+        connection.become_client(identity)
         return None
 
     def _count(self, owner: str) -> int:
         return sum(client.owner == owner for client in self._clients)
 
-    def leave(self, guest: Guest) -> None:
+    def leave(self, connection: LimitedConnection) -> None:
         """Forget somebody."""
-        self._strangers.pop(guest, None)
-        self._clients.discard(guest)
-        self._answers.pop(guest, None)
+        self._strangers.pop(connection, None)
+        self._clients.discard(connection)
+        self._answers.pop(connection, None)
 
     def answer(self, socket: ServerConnection, request: Request) -> Response | None:
         """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
-        assert isinstance(socket, Guest)
-        decision = self._admission.decide(request, socket.transport)
+        assert isinstance(socket, LimitedConnection)
+        decision = self._policy.decide(request, socket.transport)
         if decision.refusal is not None:
             self.on_refusal(decision.refusal, socket.name)
         if decision.answer is None:
@@ -153,22 +153,22 @@ class Hall:
             return deny_busy(Refusal.TOO_MANY_ANSWERS)
         return response
 
-    def _keep(self, guest: Guest, size: int) -> bool:
+    def _keep(self, connection: LimitedConnection, size: int) -> bool:
         """Give a guest the time to take a long answer, if there is room to keep it so long."""
         if size > SHORT_ANSWER:
             if sum(self._answers.values()) + size > ANSWERS_BYTES:
                 return False
-            self._answers[guest] = size
-            guest.wait_for_answer(size)
+            self._answers[connection] = size
+            connection.wait_for_answer(size)
         return True
 
 
-class Guest(ServerConnection):
+class LimitedConnection(ServerConnection):
     """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
 
     def __init__(
         self,
-        hall: Hall,
+        admission: Admission,
         protocol: ServerProtocol,
         server: Server,
         *,
@@ -190,9 +190,9 @@ class Guest(ServerConnection):
         self.identity: Identity | None = None
         self.refusal: Refusal | None = None
         self.name = "somebody"
-        self._hall = hall
-        self._limits = hall.limits
-        self._pace = TokenBucket(hall.limits.messages_per_second, self.loop.time())
+        self._admission = admission
+        self._limits = admission.limits
+        self._pace = TokenBucket(admission.limits.messages_per_second, self.loop.time())
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all
@@ -210,8 +210,8 @@ class Guest(ServerConnection):
         address = transport.get_extra_info("peername")
         if address:
             self.name = f"{address[0]}:{address[1]}"
-        self._hall.entrance.seat(transport.get_extra_info("socket").fileno())
-        self._hall.enter(self)
+        self._admission.quota.release(transport.get_extra_info("socket").fileno())
+        self._admission.enter(self)
         reason = f"no whole request within {self._limits.handshake_seconds:g} s"
         self._timers.start(
             "handshake",
@@ -222,7 +222,7 @@ class Guest(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         """End: give the seat back, and tell why where this side ended it."""
         self._timers.stop_all()
-        self._hall.leave(self)
+        self._admission.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -233,7 +233,7 @@ class Guest(ServerConnection):
             return
         self._bytes += len(data)
         self._heard = self.loop.time()
-        if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.stranger_bytes:
+        if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.unauthenticated_bytes:
             self.refuse(
                 Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
             )
@@ -330,7 +330,7 @@ class Guest(ServerConnection):
         if self.refusal is not None or self.transport.is_closing():
             return
         self.refusal = refusal
-        self._hall.on_refusal(refusal, self.name)
+        self._admission.on_refusal(refusal, self.name)
         if self.protocol.state is OPEN:
             self.protocol.fail(code, reason)
             self.send_data()
@@ -347,7 +347,7 @@ class Guest(ServerConnection):
         """End the connection at once: its other side does not read."""
         if self.refusal is None:
             self.refusal = refusal
-            self._hall.on_refusal(refusal, self.name)
+            self._admission.on_refusal(refusal, self.name)
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
@@ -379,7 +379,7 @@ class Guest(ServerConnection):
         if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
             big = isinstance(reason, PayloadTooBig)
             self.refusal = Refusal.MESSAGE_TOO_BIG if big else Refusal.BROKEN_FRAME
-            self._hall.on_refusal(self.refusal, self.name)
+            self._admission.on_refusal(self.refusal, self.name)
 
     def _watch(self) -> None:
         """Run the message's deadline while one is under way and this side is reading."""

@@ -24,7 +24,7 @@ class Refusal(StrEnum):
     WRONG_TOKEN = "WrongToken"
     WRONG_ORIGIN = "WrongOrigin"
     WRONG_HOST = "WrongHost"
-    TOO_MANY_STRANGERS = "TooManyStrangers"
+    TOO_MANY_UNAUTHENTICATED = "TooManyStrangers"
     TOO_MANY_CLIENTS = "TooManyClients"
     TOO_MANY_CLIENTS_OF_TOKEN = "TooManyClientsOfToken"
     TOO_MANY_FILES = "TooManyOpenFiles"
@@ -63,7 +63,7 @@ WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visit:
+class HttpRequest:
     """An HTTP request, as far as answers hang on it; headers that it lacks are ``""``."""
 
     path: str
@@ -79,7 +79,7 @@ class Visit:
     """``If-None-Match``."""
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """An HTTP answer; ``headers`` stand beside, or in place of, those that every answer has."""
 
     status: int
@@ -90,7 +90,7 @@ class Answer(NamedTuple):
 
 Authorize: TypeAlias = Callable[[str], Identity | None]
 """From a token to whom it stands for, if it is known."""
-Respond: TypeAlias = Callable[[Visit], Answer | None]
+Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | None]
 """From an HTTP request to an answer; ``None`` goes on to the websocket."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]
 """Told why and whom."""
@@ -119,9 +119,9 @@ def make_response(
     return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
 
 
-def read_visit(request: Request, token: str | None, roles: frozenset[Role]) -> Visit:
+def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
     """Read what those are asked about who answer."""
-    return Visit(
+    return HttpRequest(
         path=request.path,
         token=token,
         roles=roles,

@@ -34,7 +34,7 @@ RETRY_SECONDS = 1.0
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
-class Entrance:
+class HandshakeQuota:
     """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
 
     ``capacity`` is how many may.  With one more the oldest is shut down if it has had
@@ -53,12 +53,12 @@ class Entrance:
         self._ceiling = find_ceiling()
         self._on_full = on_full
         self.on_scarce = on_scarce
-        self._waiting: dict[int, _Guest] = {}
+        self._waiting: dict[int, AcceptedSocket] = {}
         self._dropped = 0
 
-    def let_in(self, guest: _Guest) -> bool:
+    def admit(self, client: AcceptedSocket) -> bool:
         """Count a socket that was just accepted, if there is room."""
-        if guest.fileno() >= self._ceiling:
+        if client.fileno() >= self._ceiling:
             self.on_scarce()
             return False
         if len(self._waiting) >= self._capacity:
@@ -67,9 +67,9 @@ class Entrance:
             if time.monotonic() - oldest.came < GRACE_SECONDS:
                 return False
             del self._waiting[oldest.fileno()]
-            oldest.turn_away()
+            oldest.shut_down()
             self.sweep()
-        self._waiting[guest.fileno()] = guest
+        self._waiting[client.fileno()] = client
         return True
 
     def sweep(self) -> None:
@@ -82,23 +82,23 @@ class Entrance:
         if self._dropped % SWEEP == 0:
             gc.collect()
 
-    def seat(self, number: int) -> None:
+    def release(self, number: int) -> None:
         """Count a socket, known by its file number, no longer: others look after it now."""
         self._waiting.pop(number, None)
 
-    def let_out(self, guest: _Guest) -> None:
+    def forget(self, client: AcceptedSocket) -> None:
         """Forget a socket that is about to be closed."""
-        if self._waiting.get(guest.fileno()) is guest:
-            del self._waiting[guest.fileno()]
+        if self._waiting.get(client.fileno()) is client:
+            del self._waiting[client.fileno()]
 
 
-class _Guest(socket.socket):
+class AcceptedSocket(socket.socket):
     """An accepted socket, which tells the entrance when it is closed."""
 
-    entrance: Entrance | None = None
+    quota: HandshakeQuota | None = None
     came = 0.0
 
-    def turn_away(self) -> None:
+    def shut_down(self) -> None:
         """Let the event loop find the connection at its end; only the loop may close it."""
         try:
             self.shutdown(socket.SHUT_RDWR)
@@ -106,16 +106,16 @@ class _Guest(socket.socket):
             return
 
     def close(self) -> None:
-        if self.entrance is not None:
-            self.entrance.let_out(self)
-            self.entrance = None
+        if self.quota is not None:
+            self.quota.forget(self)
+            self.quota = None
         super().close()
 
 
-class Door(socket.socket):
+class Listener(socket.socket):
     """A listening socket whose guests are counted."""
 
-    entrance: Entrance
+    quota: HandshakeQuota
     _failed = -math.inf
 
     def accept(self) -> tuple[socket.socket, object]:
@@ -133,18 +133,18 @@ class Door(socket.socket):
             except OSError as error:
                 if error.errno in SCARCE:
                     self._failed = time.monotonic()
-                    self.entrance.on_scarce()
+                    self.quota.on_scarce()
                 raise
-            guest = _Guest(fileno=accepted.detach())
-            guest.came = time.monotonic()
-            if self.entrance.let_in(guest):
-                guest.entrance = self.entrance
-                return guest, address
-            guest.close()
+            client = AcceptedSocket(fileno=accepted.detach())
+            client.came = time.monotonic()
+            if self.quota.admit(client):
+                client.quota = self.quota
+                return client, address
+            client.close()
         raise BlockingIOError  # the event loop has other things to do
 
 
-def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
+def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
     """Listen on every address that ``host`` stands for; an empty one stands for all.
 
     With port 0 any free port is taken, the same for all.
@@ -153,26 +153,26 @@ def open_doors(host: str, port: int, entrance: Entrance) -> list[Door]:
         PortInUse: another program has the port.
         UsageError: the address is none of this machine's.
     """
-    doors: list[Door] = []
+    listeners: list[Listener] = []
     fault: OSError | None = None
     try:
         for family, address in _find_addresses(host, port):
-            chosen = doors[0].getsockname()[1] if doors else port
+            chosen = listeners[0].getsockname()[1] if listeners else port
             try:
-                doors.append(_open_door(family, (address[0], chosen, *address[2:]), entrance))
+                listeners.append(_open_listener(family, (address[0], chosen, *address[2:]), quota))
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
                 fault = error  # a machine without IPv6 has a name for it all the same
-        if fault is not None and not doors:
+        if fault is not None and not listeners:
             raise fault
     except OSError as error:
-        for door in doors:
-            door.close()
+        for listener in listeners:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(host, port) from error
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return doors
+    return listeners
 
 
 def _find_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
@@ -180,21 +180,23 @@ def _find_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tu
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
-def _open_door(family: socket.AddressFamily, address: tuple[Any, ...], entrance: Entrance) -> Door:
-    door = Door(family, socket.SOCK_STREAM)
-    door.entrance = entrance
+def _open_listener(
+    family: socket.AddressFamily, address: tuple[Any, ...], quota: HandshakeQuota
+) -> Listener:
+    listener = Listener(family, socket.SOCK_STREAM)
+    listener.quota = quota
     try:
         if os.name == "posix":
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        door.bind(address)
-        door.listen(BACKLOG)
-        door.setblocking(False)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
     except OSError:
-        door.close()
+        listener.close()
         raise
-    return door
+    return listener
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

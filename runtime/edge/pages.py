@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from splitonnx.errors import UsageError
 from splitonnx.files import read_regular
-from splitonnx.runtime.edge.http import Answer, Visit
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse
 
 INDEX = "index.html"
 PACKED = ".gz"
@@ -77,7 +77,7 @@ class Pages:
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
 
-    def answer(self, visit: Visit) -> Answer | None:
+    def answer(self, visit: HttpRequest) -> HttpResponse | None:
         """Answer who asks for one of the files; ``None`` where it is none."""
         path = unquote(visit.path.partition("?")[0])
         page = self._pages.get(f"/{INDEX}" if path == "/" else path)
@@ -85,11 +85,11 @@ class Pages:
             return None
         headers = {**HEADERS, "ETag": page.tag}
         if page.tag in (tag.strip() for tag in visit.known_tags.split(",")):
-            return Answer(HTTPStatus.NOT_MODIFIED, page.content_type, b"", headers)
+            return HttpResponse(HTTPStatus.NOT_MODIFIED, page.content_type, b"", headers)
         if page.packed is not None and _takes_gzip(visit.encodings):
             headers["Content-Encoding"] = "gzip"
-            return Answer(HTTPStatus.OK, page.content_type, page.packed, headers)
-        return Answer(HTTPStatus.OK, page.content_type, page.body, headers)
+            return HttpResponse(HTTPStatus.OK, page.content_type, page.packed, headers)
+        return HttpResponse(HTTPStatus.OK, page.content_type, page.body, headers)
 
 
 def read_pages(folder: Path) -> Pages:

@@ -20,10 +20,15 @@ from websockets.frames import CloseCode
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, Guest, Hall
+from splitonnx.runtime.edge.connections import (
+    ANSWER_SECONDS,
+    CLOSE_SECONDS,
+    Admission,
+    LimitedConnection,
+)
 from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
 from splitonnx.runtime.edge.identities import Identity, Role
-from splitonnx.runtime.edge.listeners import ignore_scarcity, open_doors
+from splitonnx.runtime.edge.listeners import ignore_scarcity, open_listeners
 from splitonnx.runtime.edge.origins import check_origins
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import RESTART, describe_loss
@@ -39,26 +44,26 @@ PING_SECONDS = 20.0
 class Peer:
     """A client as its server sees it; raises ConnectionLost like a transport."""
 
-    def __init__(self, guest: Guest, hall: Hall) -> None:
-        self._guest = guest
-        self._hall = hall
-        self.name = guest.name
+    def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
+        self._connection = connection
+        self._admission = admission
+        self.name = connection.name
 
     @property
     def owner(self) -> str | None:
         """Whom the token or certificate belongs to, ``""`` where none is needed, ``None`` for a
         stranger."""
-        return self._guest.owner
+        return self._connection.owner
 
     @property
     def is_sending(self) -> bool:
         """Whether part of a message has come that was not received yet."""
-        return self._guest.is_underway or self._guest.kept > 0
+        return self._connection.is_underway or self._connection.kept > 0
 
     @property
     def roles(self) -> frozenset[Role]:
         """What whoever connected may do; nothing for a stranger."""
-        identity = self._guest.identity
+        identity = self._connection.identity
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
@@ -70,8 +75,8 @@ class Peer:
             ServerBusy: there are as many clients as the limits allow, in all or of this owner;
                 close with ``BUSY``.
         """
-        limits = self._hall.limits
-        match self._hall.admit(self._guest, identity):
+        limits = self._admission.limits
+        match self._admission.admit(self._connection, identity):
             case None:
                 return
             case Refusal.TOO_MANY_CLIENTS_OF_TOKEN:
@@ -81,12 +86,12 @@ class Peer:
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks as one message; whoever does not take it in time is cut off."""
-        seconds = self._hall.limits.idle_seconds
+        seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._guest.send(split_message(chunks))
+                await self._connection.send(split_message(chunks))
         except TimeoutError as error:
-            self._guest.cut_off(Refusal.REPLY_TOO_SLOW)
+            self._connection.cut_off(Refusal.REPLY_TOO_SLOW)
             reason = f"it did not take a reply within {seconds:g} s"
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
@@ -94,18 +99,18 @@ class Peer:
 
     async def receive(self) -> bytes | bytearray:
         """Wait for the next message, as long as the limits allow."""
-        fragments = self._guest.recv_streaming(decode=False)
+        fragments = self._connection.recv_streaming(decode=False)
         content = JoinedFragments()
-        idle_seconds = self._hall.limits.idle_seconds
+        idle_seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(idle_seconds) as idle:
                 async for part in fragments:
                     idle.reschedule(None)  # the guard looks at what has begun
                     content.add(part)
-                    self._guest.take(len(part))
+                    self._connection.take(len(part))
         except TimeoutError as error:
             reason = f"silent for {idle_seconds:g} s"
-            self._guest.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
+            self._connection.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
@@ -113,20 +118,20 @@ class Peer:
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended, from whichever side."""
-        await self._guest.wait_closed()
+        await self._connection.wait_closed()
 
     async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """End the connection; may be called twice, and waits a little for the other side."""
-        await self._guest.close(code, reason.encode()[:120].decode(errors="ignore"))
+        await self._connection.close(code, reason.encode()[:120].decode(errors="ignore"))
 
     def dismiss(self, code: int, reason: str) -> None:
         """End the connection without waiting; the other side is told why, if it reads."""
-        self._guest.dismiss(code, reason)
+        self._connection.dismiss(code, reason)
 
     def _explain(self, error: Exception) -> ConnectionLost:
         lost = describe_loss(self.name, error)
-        if self._guest.refusal is not None:
-            lost.reason = f"ended here: {self._guest.refusal}"
+        if self._connection.refusal is not None:
+            lost.reason = f"ended here: {self._connection.refusal}"
         return lost
 
 
@@ -165,7 +170,7 @@ async def serve(
         PortInUse: another program has the port.
         UsageError: the address is none of this machine's, or an origin is none.
     """
-    hall = Hall(
+    admission = Admission(
         limits or Limits(),
         authorize=authorize,
         respond=respond,
@@ -177,29 +182,31 @@ async def serve(
     )
 
     async def welcome(socket: ServerConnection) -> None:
-        assert isinstance(socket, Guest)
+        assert isinstance(socket, LimitedConnection)
         socket.open()
-        await handle(Peer(socket, hall))
+        await handle(Peer(socket, admission))
 
-    doors = open_doors(host, port, hall.entrance)
+    listeners = open_listeners(host, port, admission.quota)
     asyncio.get_running_loop().set_exception_handler(ignore_scarcity)
     async with AsyncExitStack() as open_servers:
-        for door in doors:
+        for listener in listeners:
             server = await serve_websockets(
                 welcome,
-                sock=door,
+                sock=listener,
                 ssl=tls,
-                process_request=hall.answer,
+                process_request=admission.answer,
                 compression=None,
-                max_size=hall.limits.stranger_bytes,
+                max_size=admission.limits.unauthenticated_bytes,
                 open_timeout=ANSWER_SECONDS,  # the guard looks at the handshake
-                ssl_handshake_timeout=hall.limits.handshake_seconds if tls else None,
+                ssl_handshake_timeout=admission.limits.handshake_seconds if tls else None,
                 ping_interval=PING_SECONDS,
                 ping_timeout=None,  # the guard listens for more than pongs
                 close_timeout=CLOSE_SECONDS,
                 server_header=None,
-                create_connection=cast("type[ServerConnection]", partial(Guest, hall)),
+                create_connection=cast(
+                    "type[ServerConnection]", partial(LimitedConnection, admission)
+                ),
             )
             open_servers.push_async_callback(server.wait_closed)
             open_servers.callback(server.close, code=RESTART, reason="the server restarts")
-        yield doors[0].getsockname()[1]
+        yield listeners[0].getsockname()[1]

@@ -32,7 +32,7 @@ class Holder(Protocol):
 
 
 @dataclass(kw_only=True, eq=False)
-class Premises:
+class ServerContext:
     """What the connections of a server share; ``stop`` is set once it is to end, ``halt`` once it
     is to end without waiting for steps that run.
 

@@ -47,7 +47,7 @@ from splitonnx.runtime.wire.protocols import SERVER, Protocol, State, list_wires
 
 
 @dataclass(frozen=True, kw_only=True)
-class Incoming:
+class ReceivedMessage:
     """A message that was read and checked; ``fingerprint`` is of its bytes.
 
     ``needed`` is an estimate of the memory that its task takes, where it is one of a task.
@@ -59,7 +59,7 @@ class Incoming:
     needed: int = 0
 
 
-class Conversation:
+class Dispatcher:
     """The server's half of one connection, of a client that ``owner`` answers for.
 
     ``roles`` are what that client may do.  ``estimates`` say what a task takes, which may be
@@ -120,15 +120,15 @@ class Conversation:
         is given up, and the state is as it was before it.
         """
         try:
-            incoming = self.read(content)
-            while (pending := self.enter(incoming)) is not None:
+            received = self.read(content)
+            while (pending := self.enter(received)) is not None:
                 pending.result()
         except SplitonnxError as error:
             yield from self.refuse(error)
             return
-        yield from self.answer(incoming)
+        yield from self.answer(received)
 
-    def enter(self, incoming: Incoming) -> Future[None] | None:
+    def enter(self, received: ReceivedMessage) -> Future[None] | None:
         """Find the session that a greeting asks for; other messages need none.
 
         Returns:
@@ -137,14 +137,14 @@ class Conversation:
         Raises:
             SplitonnxError: it is to be answered with :meth:`refuse`.
         """
-        if isinstance(incoming.message, Hello):
-            found = self._registry.seek(incoming.message, self._owner, self._tried)
+        if isinstance(received.message, Hello):
+            found = self._registry.seek(received.message, self._owner, self._tried)
             if not isinstance(found, Session):
                 return found
             self.session = found
         return None
 
-    def read(self, content: Chunk | bytearray) -> Incoming:
+    def read(self, content: Chunk | bytearray) -> ReceivedMessage:
         """Read and check one message; :meth:`enter` is due next, and then :meth:`answer`.
 
         Raises:
@@ -153,7 +153,7 @@ class Conversation:
         message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello) and Role.TRAIN not in self._roles:
             raise NotPermitted(Role.TRAIN, "open a session")
-        return Incoming(
+        return ReceivedMessage(
             message=message,
             tensors=tensors,
             fingerprint=Fingerprint(content),
@@ -168,13 +168,13 @@ class Conversation:
             raise TaskTooLarge(needed, self._task_bytes)
         return needed
 
-    def answer(self, incoming: Incoming) -> Iterator[Reply]:
+    def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
         """Act on a message and yield the replies, as :meth:`handle` does.
 
         It must be gone through to its end, whether or not the replies can still be sent.
         """
         try:
-            yield from self._act(incoming)
+            yield from self._act(received)
         except SplitonnxError as error:
             yield from self.refuse(error)
 
@@ -202,15 +202,15 @@ class Conversation:
         session = self.session
         return session if session is not None and session.generation == self._generation else None
 
-    def _act(self, incoming: Incoming) -> Iterator[Reply]:
-        message = incoming.message
+    def _act(self, received: ReceivedMessage) -> Iterator[Reply]:
+        message = received.message
         match message:
             case Hello():
                 yield self._greet(message)
             case Tensors():
                 session = self.check_session(message.session)
-                yield from session.work(
-                    message, incoming.tensors, incoming.fingerprint, self._protocol.send
+                yield from session.handle_training(
+                    message, received.tensors, received.fingerprint, self._protocol.send
                 )
             case Save():
                 yield self._protocol.send(self._save(message))

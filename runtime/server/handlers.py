@@ -39,8 +39,8 @@ from splitonnx.messages import (
 )
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.turns import Turns
-from splitonnx.runtime.server.contexts import Premises
-from splitonnx.runtime.server.dispatchers import Conversation, Incoming
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.dispatchers import Dispatcher, ReceivedMessage
 from splitonnx.runtime.server.ledgers import Reply
 from splitonnx.runtime.server.metrics import Part
 from splitonnx.runtime.server.reply_senders import ReplySender
@@ -60,15 +60,15 @@ _Result = TypeVar("_Result")
 _logger = logging.getLogger("splitonnx.server")
 
 
-class Attendance:
+class ConnectionHandler:
     """One connection, from its first message to its end."""
 
-    def __init__(self, premises: Premises, peer: Peer) -> None:
-        self._premises = premises
+    def __init__(self, context: ServerContext, peer: Peer) -> None:
+        self._context = context
         self._peer = peer
-        self._metrics = premises.metrics
+        self._metrics = context.metrics
         self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
-        self._conversation: Conversation | None = None
+        self._dispatcher: Dispatcher | None = None
         # Whose turn it is when this connection's is; turns keep it when the connection is gone.
         self._owner: Hashable = object()
         self._has_message = False  # it came, and is not acted on yet
@@ -77,10 +77,10 @@ class Attendance:
         """Serve the connection until it ends or the server stops."""
         self._metrics.open_connection()
         self._log(logging.INFO, "came")
-        stopping = self._stopping = asyncio.create_task(self._premises.stop.wait())
+        stopping = self._stopping = asyncio.create_task(self._context.stop.wait())
         self._gone = asyncio.create_task(self._peer.wait_closed())
         self._memory = TaskMemory(
-            self._premises, self._peer, gone=self._gone, stopping=self._stopping
+            self._context, self._peer, gone=self._gone, stopping=self._stopping
         )
         try:
             await self._converse(stopping)
@@ -96,8 +96,8 @@ class Attendance:
             stopping.cancel()
             self._gone.cancel()
             self._metrics.close_connection()
-            if self._conversation is not None:
-                self._let_go(self._conversation)
+            if self._dispatcher is not None:
+                self._let_go(self._dispatcher)
 
     @property
     def is_sending(self) -> bool:
@@ -108,11 +108,11 @@ class Attendance:
         """End the connection without waiting; the other side is told why, if it reads."""
         self._peer.dismiss(code, reason)
 
-    def _let_go(self, conversation: Conversation) -> None:
-        conversation.end()
-        session = conversation.session
-        if session is not None and self._premises.holders.get(session.id) is self:
-            del self._premises.holders[session.id]
+    def _let_go(self, dispatcher: Dispatcher) -> None:
+        dispatcher.end()
+        session = dispatcher.session
+        if session is not None and self._context.holders.get(session.id) is self:
+            del self._context.holders[session.id]
 
     async def _converse(self, stopping: asyncio.Task[Literal[True]]) -> None:
         owner = self._peer.owner
@@ -122,23 +122,23 @@ class Attendance:
                 return
             owner = await self._log_in(content)
         self._owner = owner or self._owner
-        conversation = Conversation(
-            self._premises.registry,
+        dispatcher = Dispatcher(
+            self._context.registry,
             owner,
             roles=self._peer.roles,
-            norm=self._premises.norm,
-            batch=self._premises.batch,
-            estimates=self._premises.estimates,
-            task_bytes=None if self._premises.budget is None else self._premises.budget.total,
+            norm=self._context.norm,
+            batch=self._context.batch,
+            estimates=self._context.estimates,
+            task_bytes=None if self._context.budget is None else self._context.budget.total,
         )
-        self._conversation = conversation
-        while not conversation.is_closed:
+        self._dispatcher = dispatcher
+        while not dispatcher.is_closed:
             begun = time.perf_counter()
             content = await self._next_message(stopping)
             if content is None:
                 return
             self._seconds["receive"] += time.perf_counter() - begun
-            await self._handle(conversation, content)
+            await self._handle(dispatcher, content)
 
     async def _log_in(self, content: Chunk | bytearray) -> str:
         """Find whose token a stranger's first message shows.
@@ -150,7 +150,7 @@ class Attendance:
             message, _ = decode_message(content)
         except FormatError:
             message = None
-        tokens = self._premises.tokens
+        tokens = self._context.tokens
         found = None
         if isinstance(message, Login) and tokens is not None:
             found = tokens.find(message.token)
@@ -188,7 +188,7 @@ class Attendance:
 
     async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
         """Wait some seconds, unless the server is to end without waiting for steps that run."""
-        halting = asyncio.create_task(self._premises.halt.wait())
+        halting = asyncio.create_task(self._context.halt.wait())
         try:
             await asyncio.wait(
                 (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
@@ -198,87 +198,87 @@ class Attendance:
 
     @property
     def _is_mid_step(self) -> bool:
-        return self._conversation is not None and self._conversation.is_mid_step
+        return self._dispatcher is not None and self._dispatcher.is_mid_step
 
-    async def _handle(self, conversation: Conversation, content: Chunk | bytearray) -> None:
+    async def _handle(self, dispatcher: Dispatcher, content: Chunk | bytearray) -> None:
         self._metrics.count_bytes("up", len(content))
-        has_greeted = conversation.session is not None
-        turns = self._premises.compute if has_greeted else self._premises.storage
+        has_greeted = dispatcher.session is not None
+        turns = self._context.compute if has_greeted else self._context.storage
         try:
-            incoming = await self._take_turn(turns, partial(self._read, conversation, content))
-            if isinstance(incoming.message, Hello):
-                await self._enter(conversation, incoming)
+            received = await self._take_turn(turns, partial(self._read, dispatcher, content))
+            if isinstance(received.message, Hello):
+                await self._enter(dispatcher, received)
         except ConnectionLost:
             raise
         except SplitonnxError as error:
-            async with self._own(conversation):
-                await self._refuse(conversation, error)
+            async with self._own(dispatcher):
+                await self._refuse(dispatcher, error)
             return
-        if isinstance(incoming.message, Hello):
-            self._take_over(conversation, incoming.message.generation)
-        async with self._own(conversation):
-            await self._answer(conversation, incoming)
-        if conversation.is_interrupted:
-            await self._peer.close(RESTART, str(conversation.refused))
+        if isinstance(received.message, Hello):
+            self._take_over(dispatcher, received.message.generation)
+        async with self._own(dispatcher):
+            await self._answer(dispatcher, received)
+        if dispatcher.is_interrupted:
+            await self._peer.close(RESTART, str(dispatcher.refused))
 
-    async def _refuse(self, conversation: Conversation, error: SplitonnxError) -> None:
+    async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
         """Tell the client of an error, which ends the conversation."""
-        await self._reply(conversation, conversation.refuse(error), self._premises.storage)
-        self._note_refusal(conversation)
+        await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
+        self._note_refusal(dispatcher)
 
-    async def _answer(self, conversation: Conversation, incoming: Incoming) -> None:
+    async def _answer(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
         """Act on a message, once there is memory for its task."""
-        session, message = conversation.session, incoming.message
+        session, message = dispatcher.session, received.message
         done = 0 if session is None else session.tasks_done
         is_work = isinstance(message, Tensors)
         try:
             if session is not None and isinstance(message, Tensors):
-                conversation.check_session(message.session)
-                await self._memory.reserve(session, self._owner, message, incoming.needed)
+                dispatcher.check_session(message.session)
+                await self._memory.reserve(session, self._owner, message, received.needed)
         except (ServerBusy, TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
-            await self._refuse(conversation, error)
+            await self._refuse(dispatcher, error)
             return
         begun = time.perf_counter()
         try:
-            turns = self._premises.compute if is_work else self._premises.storage
-            await self._reply(conversation, conversation.answer(incoming), turns)
+            turns = self._context.compute if is_work else self._context.storage
+            await self._reply(dispatcher, dispatcher.answer(received), turns)
         finally:  # what was done counts, whether or not the client could be told
             if session is not None:
                 seconds = time.perf_counter() - begun
                 self._note(message, session, session.tasks_done > done, seconds)
-            self._note_refusal(conversation)
+            self._note_refusal(dispatcher)
 
-    async def _enter(self, conversation: Conversation, incoming: Incoming) -> None:
+    async def _enter(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
         """Find the session of a greeting; while a session is written to disk no thread waits."""
-        enter = partial(conversation.enter, incoming)
-        while (pending := await self._take_turn(self._premises.storage, enter)) is not None:
+        enter = partial(dispatcher.enter, received)
+        while (pending := await self._take_turn(self._context.storage, enter)) is not None:
             written = asyncio.wrap_future(pending)
             await asyncio.wait((written, self._gone), return_when=asyncio.FIRST_COMPLETED)
             if not written.done():
                 raise ConnectionLost(self._peer.name, "it left before its session was there")
 
-    def _take_over(self, conversation: Conversation, generation: int) -> None:
+    def _take_over(self, dispatcher: Dispatcher, generation: int) -> None:
         """End the session's older connection, which may be stuck with a reply that nobody reads."""
-        session = conversation.session
+        session = dispatcher.session
         if session is None or generation <= session.generation:
             return
-        older = self._premises.holders.get(session.id)
+        older = self._context.holders.get(session.id)
         if older is not None:
             reason = f"connection {generation} took the session over"
             older.dismiss(REPLACED, reason)
-        self._premises.holders[session.id] = self
+        self._context.holders[session.id] = self
 
     @asynccontextmanager
-    async def _own(self, conversation: Conversation) -> AsyncIterator[None]:
+    async def _own(self, dispatcher: Dispatcher) -> AsyncIterator[None]:
         """Have the conversation's session for oneself."""
-        if conversation.session is None:
+        if dispatcher.session is None:
             self._has_message = False
             yield
             return
-        name = conversation.session.id
-        lock = self._premises.locks.get(name)
+        name = dispatcher.session.id
+        lock = self._context.locks.get(name)
         if lock is None:
-            lock = self._premises.locks[name] = asyncio.Lock()
+            lock = self._context.locks[name] = asyncio.Lock()
         async with lock:
             self._has_message = False
             yield
@@ -307,9 +307,7 @@ class Attendance:
     def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
         turns.withdraw(piece)
 
-    async def _reply(
-        self, conversation: Conversation, replies: Iterator[Reply], turns: Turns
-    ) -> None:
+    async def _reply(self, dispatcher: Dispatcher, replies: Iterator[Reply], turns: Turns) -> None:
         """Work on replies to the end, and send each once it is ready and the one before is gone.
 
         The work does not wait for the client to read, and what its task held is given back as soon
@@ -319,13 +317,13 @@ class Attendance:
         work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
         try:
             await asyncio.shield(turns.run(self._owner, work))
-            self._memory.settle(conversation.session)
+            self._memory.settle(dispatcher.session)
             if sender.sending is not None:
-                with self._memory.letting_go(conversation.session):
+                with self._memory.letting_go(dispatcher.session):
                     await self._finish_sending(sender.sending)
         finally:
             sender.cancel()
-            self._memory.settle(conversation.session)
+            self._memory.settle(dispatcher.session)
 
     async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
         """Wait until replies are read; once the server stops, not for long, and not if it halts."""
@@ -342,10 +340,10 @@ class Attendance:
         self._seconds["send"] += time.perf_counter() - begun
         self._metrics.count_bytes("down", sum(map(len, reply)))
 
-    def _read(self, conversation: Conversation, content: Chunk | bytearray) -> Incoming:
+    def _read(self, dispatcher: Dispatcher, content: Chunk | bytearray) -> ReceivedMessage:
         begun = time.perf_counter()
         try:
-            return conversation.read(content)
+            return dispatcher.read(content)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
@@ -374,14 +372,14 @@ class Attendance:
                 self._metrics.observe("checkpoint", seconds)
                 self._metrics.count_checkpoint("saved" if session.is_saved else "failed")
 
-    def _note_refusal(self, conversation: Conversation) -> None:
-        error = conversation.refused
+    def _note_refusal(self, dispatcher: Dispatcher) -> None:
+        error = dispatcher.refused
         if error is not None:
             self._metrics.count_refusal(type(error).__name__)
             self._log(logging.WARNING, "refused", error)
 
     def _log(self, level: int, event: str, reason: SplitonnxError | None = None) -> None:
-        session = None if self._conversation is None else self._conversation.session
+        session = None if self._dispatcher is None else self._dispatcher.session
         _logger.log(
             level,
             "%s %s",

@@ -23,7 +23,7 @@ class Verdict(Enum):
     """What is to be done with a message."""
 
     BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
-    GO_ON = auto()  # the next of the running step
+    CONTINUE = auto()  # the next of the running step
     REPEAT = auto()  # acted on before: the same replies again
 
 
@@ -75,7 +75,7 @@ class Ledger:
             return is_open and bool(self._made)
         return step == self.step or (can_repeat and step == self.step + 1)
 
-    def judge(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
+    def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
         """Say what is to be done with message ``turn`` of ``step``; nothing changes.
 
         Raises:
@@ -90,7 +90,7 @@ class Ledger:
         if turn == 0 and not (self._running and _are_same(self._running[0], fingerprint)):
             return Verdict.BEGIN
         if turn == len(self._running):
-            return Verdict.GO_ON
+            return Verdict.CONTINUE
         self._compare(self._running, step, turn, fingerprint)
         return Verdict.REPEAT
 

@@ -184,7 +184,7 @@ class Registry:
             self._left.pop(session.id, None)
             session.close()
 
-    def park_idle(self) -> None:
+    def unload_idle(self) -> None:
         """Move sessions from memory to disk that nobody has attended for too long.
 
         What nobody came back to for longer than the archive keeps it is deleted.
@@ -195,17 +195,17 @@ class Registry:
                 for name, left in self._left.items()
                 if name not in self._busy and self._clock() - left > self._unattended_seconds
             ]
-            pending = [self._start_parking(session) for session in overdue]
+            pending = [self._start_unloading(session) for session in overdue]
         for parked in pending:
             parked.result()
         self.expire()
 
-    def park_all(self) -> None:
+    def unload_all(self) -> None:
         """Write every session's state to disk: the server is about to end."""
         with self._lock:
             for session in self.sessions:
                 if session.id not in self._busy:
-                    self._start_parking(session)
+                    self._start_unloading(session)
             threads = tuple(self._threads)
         for thread in threads:
             thread.join()
@@ -245,36 +245,36 @@ class Registry:
         own = [session for session in kept if session.owner == owner]
         opening = list(self._opening.values())
         if owner and len(own) + opening.count(owner) >= self._most_per_owner:
-            return self._make_room(own, tried, f"{self._most_per_owner} sessions of one token")
+            return self._evict(own, tried, f"{self._most_per_owner} sessions of one token")
         if len(kept) + len(opening) >= self._most:
-            return self._make_room(kept, tried, f"{self._most} sessions")
+            return self._evict(kept, tried, f"{self._most} sessions")
         return None
 
-    def _make_room(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:
+    def _evict(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:
         """Begin to move the session to disk that was left the longest ago, if any was left."""
         left = [session for session in sessions if session.id in self._left]
         for session in sorted(left, key=lambda session: self._left[session.id]):
             if self._folder is None or session.id in tried or session.id in self._busy:
                 continue
             tried.add(session.id)
-            return self._start_parking(session)
+            return self._start_unloading(session)
         for session in sessions:
             if session.id in self._busy and session.id not in tried:
                 tried.add(session.id)
                 return self._busy[session.id]
         raise ServerBusy(limit)
 
-    def _start_parking(self, session: Session) -> Future[None]:
+    def _start_unloading(self, session: Session) -> Future[None]:
         """Write a session to disk in a thread of its own; a greeting for it waits until then."""
         done = self._busy[session.id] = _promise()
         thread = threading.Thread(
-            target=self._park, args=(session, done), name="splitonnx-park", daemon=True
+            target=self._unload, args=(session, done), name="splitonnx-park", daemon=True
         )
         self._threads.add(thread)
         thread.start()
         return done
 
-    def _park(self, session: Session, done: Future[None]) -> None:
+    def _unload(self, session: Session, done: Future[None]) -> None:
         is_gone = False
         try:
             with self._slots:
@@ -305,7 +305,7 @@ def _promise() -> Future[None]:
 def _leave_memory(session: Session) -> bool:
     """Write a session to disk, and say whether it need not stay in memory."""
     try:
-        session.park()
+        session.unload()
     except WorkerLost:  # it was logged; what is on disk is all there is
         pass
     except (DiskQuotaUsed, StateNotFinite) as error:

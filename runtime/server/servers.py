@@ -30,9 +30,9 @@ import msgspec
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
-from splitonnx.runtime.edge.client_files import Handout
+from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
-from splitonnx.runtime.edge.http import Answer, Refusal, Visit
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
 from splitonnx.runtime.edge.identities import Role
 from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Tokens
@@ -43,8 +43,8 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.scheduling.turns import Turns
-from splitonnx.runtime.server.contexts import Premises
-from splitonnx.runtime.server.handlers import Attendance
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
@@ -173,7 +173,7 @@ class Server:
                 keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
             )
             self._estimates = Estimates(party.manifest, party.graphs)
-            self._handout = None if client is None else Handout(client, party.manifest)
+            self._handout = None if client is None else ClientFiles(client, party.manifest)
             self._compute = Turns(name="splitonnx-compute")
             self._storage = Turns(name="splitonnx-storage")
             self._attending: set[asyncio.Task[None]] = set()
@@ -217,7 +217,7 @@ class Server:
             PortInUse: another program has the port.
             KeyboardInterrupt: a second signal came; the sessions are written to disk.
         """
-        raise_limit(self._limits.clients + 2 * self._limits.strangers + FILES)
+        raise_limit(self._limits.clients + 2 * self._limits.unauthenticated + FILES)
         keep_buffers()
         try:
             asyncio.run(self._run(handle_signals=True))
@@ -271,7 +271,7 @@ class Server:
         self, *, handle_signals: bool = False, started: Future[None] | None = None
     ) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        premises = Premises(
+        context = ServerContext(
             registry=self._registry,
             compute=self._compute,
             storage=self._storage,
@@ -289,9 +289,9 @@ class Server:
         )
         if handle_signals:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(number, self._take_signal, premises)
+                self._loop.add_signal_handler(number, self._take_signal, context)
         async with serve(
-            partial(self._attend, premises),
+            partial(self._attend, context),
             self.host,
             self.port,
             limits=self._limits,
@@ -308,63 +308,63 @@ class Server:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
                 started.set_result(None)
-            await self._wait_for_stop(premises)
+            await self._wait_for_stop(context)
             if self._attending:
                 await asyncio.wait(self._attending)
-        await premises.storage.run(self, self._registry.park_all)
+        await context.storage.run(self, self._registry.unload_all)
         if self._workers is not None:
-            await premises.storage.run(self, self._workers.close)
+            await context.storage.run(self, self._workers.close)
         _logger.info("stopped")
 
     def _has_session(self, user: Hashable) -> bool:
         """Whether an owner has a session in memory, or a session is there by itself."""
         return any(user in (session.owner, session.id) for session in self._registry.sessions)
 
-    def _take_signal(self, premises: Premises) -> None:
+    def _take_signal(self, context: ServerContext) -> None:
         """Stop at the first signal; at the second, end what runs."""
-        if not premises.stop.is_set():
-            premises.stop.set()
+        if not context.stop.is_set():
+            context.stop.set()
         elif self._halt is None:
             _logger.warning("stopping at once: running stages are ended")
             self._halt = threading.Timer(HALT_SECONDS, os._exit, (HALTED,))
             self._halt.daemon = True
             self._halt.start()
-            premises.halt.set()
+            context.halt.set()
             self._engine.stop()
             if self._workers is not None:
                 self._workers.interrupt()
 
-    async def _wait_for_stop(self, premises: Premises) -> None:
+    async def _wait_for_stop(self, context: ServerContext) -> None:
         """Look after what nobody attends until it is time to end."""
         interval = min(60.0, self._limits.unattended_seconds / 2)
-        while not premises.stop.is_set():
+        while not context.stop.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(premises.stop.wait(), interval)
-            await asyncio.to_thread(self._registry.park_idle)
+                await asyncio.wait_for(context.stop.wait(), interval)
+            await asyncio.to_thread(self._registry.unload_idle)
             if self._workers is not None:
                 retire = partial(self._workers.retire_idle, self._limits.unattended_seconds)
-                await premises.storage.run(self, retire)
+                await context.storage.run(self, retire)
         _logger.info("stopping: steps that run are finished first")
 
-    async def _attend(self, premises: Premises, peer: Peer) -> None:
+    async def _attend(self, context: ServerContext, peer: Peer) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._attending.add(task)
         task.add_done_callback(self._attending.discard)
-        await Attendance(premises, peer).run()
+        await ConnectionHandler(context, peer).run()
 
-    def _respond(self, visit: Visit) -> Answer | None:
+    def _respond(self, visit: HttpRequest) -> HttpResponse | None:
         """Answer an HTTP request on the server's port, if it is for one of its pages."""
         sessions = len(self._registry.sessions)
         if visit.path == "/health":
             stopping = self._stop is None or self._stop.is_set()
             health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
-            return Answer(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
+            return HttpResponse(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
         if visit.path == "/metrics":
             if Role.OPERATE not in visit.roles:
                 return _ask_for(Role.OPERATE, visit)
             self._metrics.set_sessions(sessions)
-            return Answer(HTTPStatus.OK, *self._metrics.render())
+            return HttpResponse(HTTPStatus.OK, *self._metrics.render())
         if self._handout is not None and (part := self._handout.answer(visit.path)) is not None:
             return part if Role.TRAIN in visit.roles else _ask_for(Role.TRAIN, visit)
         return None if self._pages is None else self._pages.answer(visit)
@@ -380,10 +380,12 @@ class Server:
         )
 
 
-def _ask_for(role: Role, visit: Visit) -> Answer:
+def _ask_for(role: Role, visit: HttpRequest) -> HttpResponse:
     """Refuse what takes a token with a role: without a token, or with one that lacks it."""
     status = HTTPStatus.UNAUTHORIZED if visit.token is None else HTTPStatus.FORBIDDEN
-    return Answer(status, "text/plain", f"this takes a token with the role '{role}'\n".encode())
+    return HttpResponse(
+        status, "text/plain", f"this takes a token with the role '{role}'\n".encode()
+    )
 
 
 def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:

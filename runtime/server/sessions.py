@@ -63,7 +63,7 @@ class Session:
         self._saved = executor.step
         self._published = -1
         self._running: TaskKey | None = None
-        self._asked: TaskKey | None = None
+        self._query: TaskKey | None = None
         self._asked_turns = self._asked_replies = 0
 
     @property
@@ -74,7 +74,7 @@ class Session:
     @property
     def open_phases(self) -> frozenset[str]:
         """The phases in which a task was begun and is not finished."""
-        return frozenset(key.phase for key in (self._running, self._asked) if key is not None)
+        return frozenset(key.phase for key in (self._running, self._query) if key is not None)
 
     def greet(self, hello: Hello) -> int:
         """Give the session to a new connection; return the step at which both sides go on.
@@ -105,7 +105,7 @@ class Session:
         if generation != self.generation:
             raise StaleConnection(generation, self.generation)
 
-    def work(
+    def handle_training(
         self,
         message: Tensors,
         tensors: Mapping[str, np.ndarray],
@@ -122,9 +122,9 @@ class Session:
             DataError, StageFailed: the task cannot be carried out.
         """
         if message.phase != TRAIN:
-            yield from self._answer(message, tensors, encode)
+            yield from self._handle_query(message, tensors, encode)
             return
-        match self.ledger.judge(message.step, message.turn, fingerprint):
+        match self.ledger.classify(message.step, message.turn, fingerprint):
             case Verdict.REPEAT:
                 yield from self.ledger.repeat(message.step, message.turn)
                 return
@@ -133,7 +133,7 @@ class Session:
                 self._begin(message)
                 self._running = message.key
                 self.ledger.begin(fingerprint)
-            case Verdict.GO_ON:
+            case Verdict.CONTINUE:
                 if message.key != self._running:
                     raise RemoteProtocolError(f"it goes on with {message.key}, which is not open")
                 self.ledger.go_on(fingerprint)
@@ -178,7 +178,7 @@ class Session:
         if self._store is not None and self._published == self.executor.step:
             self._store.remove()
 
-    def park(self) -> None:
+    def unload(self) -> None:
         """Write the state to disk if it is not there: the session is about to leave the memory.
 
         An unfinished step is given up.
@@ -213,26 +213,26 @@ class Session:
             self.executor.abandon(self._running)
             self._running = None
             self.ledger.abandon()
-        if self._asked is not None and self._asked.phase == phase:
-            self.executor.abandon(self._asked)
-            self._asked = None
+        if self._query is not None and self._query.phase == phase:
+            self.executor.abandon(self._query)
+            self._query = None
 
     def _begin(self, message: Tensors) -> None:
         self.executor.begin(
             message.key, data={}, seed=message.seed, learning_rate=message.learning_rate
         )
 
-    def _answer(
+    def _handle_query(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
     ) -> Iterator[Reply]:
         """Carry out a task that changes nothing, and may so be computed again."""
         key = message.key
         if message.turn == 0:
-            if self._asked is not None:
-                self.executor.abandon(self._asked)
+            if self._query is not None:
+                self.executor.abandon(self._query)
             self._begin(message)
-            self._asked, self._asked_turns, self._asked_replies = key, 0, 0
-        elif key != self._asked or message.turn != self._asked_turns:
+            self._query, self._asked_turns, self._asked_replies = key, 0, 0
+        elif key != self._query or message.turn != self._asked_turns:
             raise RemoteProtocolError(f"message {message.turn} of {key} is not due now")
         self._asked_turns += 1
         self.executor.deliver(key, tensors)
@@ -242,7 +242,7 @@ class Session:
         if self.executor.is_finished(key):
             self.executor.finish(key)
             self.tasks_done += 1
-            self._asked = None
+            self._query = None
 
     def _find_common(self, hello: Hello) -> int:
         """Find the newest step that both sides can go back to."""

@@ -14,7 +14,7 @@ from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Tensors
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
-from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.wire.close_codes import RESTART
 
@@ -27,13 +27,13 @@ class TaskMemory:
 
     def __init__(
         self,
-        premises: Premises,
+        context: ServerContext,
         peer: Peer,
         *,
         gone: asyncio.Task[None],
         stopping: asyncio.Task[bool],
     ) -> None:
-        self._premises = premises
+        self._context = context
         self._peer = peer
         self._gone = gone
         self._stopping = stopping
@@ -47,7 +47,7 @@ class TaskMemory:
             ConnectionLost: it does; what it sent is forgotten.
             ServerBusy, TaskTooLarge: there is not so much, or not so much left.
         """
-        budget, task = self._premises.budget, (session.id, message.phase)
+        budget, task = self._context.budget, (session.id, message.phase)
         if budget is None:
             return
         if message.turn > 0:  # the task has its memory, or is none that is open
@@ -59,7 +59,7 @@ class TaskMemory:
         try:
             with self.letting_go(session):
                 while not granted.done() and not (self._gone.done() or self._stopping.done()):
-                    self._premises.give_up_idle()
+                    self._context.give_up_idle()
                     await asyncio.wait(
                         (granted, self._gone, self._stopping),
                         timeout=IDLE_SECONDS / 10,
@@ -75,7 +75,7 @@ class TaskMemory:
 
     def settle(self, session: Session | None) -> None:
         """Give back the memory of a session's tasks that are over."""
-        budget = self._premises.budget
+        budget = self._context.budget
         if budget is None or session is None:
             return
         open_phases = session.open_phases
@@ -91,8 +91,8 @@ class TaskMemory:
         if session is None:
             yield
             return
-        self._premises.waiting.add(session.id)
+        self._context.waiting.add(session.id)
         try:
             yield
         finally:
-            self._premises.waiting.discard(session.id)
+            self._context.waiting.discard(session.id)

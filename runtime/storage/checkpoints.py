@@ -26,12 +26,12 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from splitonnx.checksums import encode_with_checksum, has_valid_checksum
+from splitonnx.chunks import hold
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.files import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.manifests import PartyManifest
-from splitonnx.pieces import hold
-from splitonnx.seals import encode_sealed, is_whole
 from splitonnx.states import (
     MAX_HEADER,
     check_finite_state,
@@ -58,7 +58,7 @@ _Stamp = tuple[int, int, int]
 _log = logging.getLogger(__name__)
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the next step begins in the data; the client's alone.
 
     ``epoch`` is counted from 0; ``batch`` is the number of batches of it trained already.  The
@@ -85,7 +85,7 @@ class Checkpoint:
     session: str
     step: int
     tensors: Mapping[str, np.ndarray] = field(repr=False)
-    position: Position | None = None
+    position: DataPosition | None = None
     owner: str = ""
 
 
@@ -98,7 +98,7 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     session: str
     step: _Count
     owner: str
-    position: Position | None
+    position: DataPosition | None
 
 
 # msgspec ends the process where two threads meet a type for the first time at once
@@ -253,7 +253,7 @@ class CheckpointStore:
         check_finite_state(path, checkpoint.tensors, self._manifest.state)
         if self.owners() - {checkpoint.owner}:
             raise BundleError(str(path), "the session's checkpoints belong to another owner")
-        chunks = encode_sealed(checkpoint.tensors, self._describe(checkpoint))
+        chunks = encode_with_checksum(checkpoint.tensors, self._describe(checkpoint))
         try:
             self._settle()
             with replacing(path) as fresh:
@@ -295,7 +295,7 @@ class CheckpointStore:
             raise BundleError(str(path), error.reason) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BundleError(str(path), f"it is no checkpoint: {error}") from error
-        if not is_whole(content, metadata):
+        if not has_valid_checksum(content, metadata):
             raise BundleError(str(path), "it was altered since it was written")
         self._check_facts(path, facts)
         return Checkpoint(

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 import typer
 
-from splitonnx.commands import locks, partitions, services, trainings
+from splitonnx.commands import partitions, services, trainings
+from splitonnx.commands import security as locks
 from splitonnx.errors import SplitonnxError
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import displays
+from splitonnx.commands import output as displays
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,

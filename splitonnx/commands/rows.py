@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitonnx.partitioner.reports.inspections import Cut
+    from splitonnx.partitioner.reports.inspections import CutCandidate
 
 FEW_ROWS = 500
 """As many are left to rich, which wraps what does not fit the terminal."""
@@ -32,7 +32,7 @@ def format_rows(
     yield from map(line, rows)
 
 
-def list_cells(cut: Cut) -> Sequence[str]:
+def list_cells(cut: CutCandidate) -> Sequence[str]:
     """Write a cut as cells of a table."""
     return (
         " + ".join((cut.tensor, *cut.sent)),

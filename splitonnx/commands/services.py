@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import splitonnx
-from splitonnx.commands import displays, locks
+from splitonnx.commands import output as displays
+from splitonnx.commands import security as locks
 from splitonnx.commands.files import open_whole, refuse_existing
 from splitonnx.commands.logs import LogFormat, LogLevel, logging_to_stderr
 from splitonnx.commands.options import (
@@ -65,12 +66,12 @@ def serve(
     insecure: locks.InsecureOption = False,
     isolate: locks.IsolateOption = None,
     max_clients: locks.MaxClientsOption = Limits.clients,
-    max_strangers: locks.MaxStrangersOption = Limits.strangers,
+    max_strangers: locks.MaxStrangersOption = Limits.unauthenticated,
     max_sessions: locks.MaxSessionsOption = Limits.sessions,
     max_sessions_per_token: locks.MaxSessionsPerTokenOption = Limits.sessions_per_token,
     max_memory_bytes: locks.MaxMemoryBytesOption = Limits.memory_bytes,
     max_message_bytes: locks.MaxMessageBytesOption = Limits.message_bytes,
-    max_stranger_bytes: locks.MaxStrangerBytesOption = Limits.stranger_bytes,
+    max_stranger_bytes: locks.MaxStrangerBytesOption = Limits.unauthenticated_bytes,
     max_messages_per_second: locks.MaxMessagesPerSecondOption = Limits.messages_per_second,
     max_idle_seconds: locks.MaxIdleSecondsOption = Limits.idle_seconds,
     max_message_seconds: locks.MaxMessageSecondsOption = Limits.message_seconds,
@@ -94,12 +95,12 @@ def serve(
     level = LogLevel.ERROR if quiet else log_level or LogLevel.INFO
     limits = Limits(
         clients=max_clients,
-        strangers=max_strangers,
+        unauthenticated=max_strangers,
         sessions=max_sessions,
         sessions_per_token=max_sessions_per_token,
         memory_bytes=max_memory_bytes,
         message_bytes=max_message_bytes,
-        stranger_bytes=max_stranger_bytes,
+        unauthenticated_bytes=max_stranger_bytes,
         messages_per_second=max_messages_per_second,
         idle_seconds=max_idle_seconds,
         message_seconds=max_message_seconds,
@@ -155,7 +156,7 @@ def predict(
 ) -> None:
     """Run the model split, and write its outputs by name into an .npz file."""
     refuse_existing(output, force=force)
-    access = locks.make_access(
+    credentials = locks.make_access(
         server,
         token_file=token_file,
         ca=ca,
@@ -167,7 +168,7 @@ def predict(
         bundle,
         server,
         threads=threads,
-        access=access,
+        credentials=credentials,
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import displays, locks
+from splitonnx.commands import output as displays
+from splitonnx.commands import security as locks
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
@@ -176,7 +177,7 @@ def train(
         )
     from splitonnx.runtime.client.datasets import open_dataset
 
-    access = locks.make_access(
+    credentials = locks.make_access(
         server,
         token_file=token_file,
         ca=ca,
@@ -189,7 +190,7 @@ def train(
     with splitonnx.Client(
         part,
         server,
-        access=access,
+        credentials=credentials,
         threads=threads,
         seed=seed,
         resume=resume,

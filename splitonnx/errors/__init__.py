@@ -60,11 +60,11 @@ from splitonnx.errors.inputs import (
     ValueOutOfRange,
 )
 from splitonnx.errors.models import (
-    BrokenWork,
     CutError,
     ForbiddenExternalData,
     ForbiddenOperator,
     IntegerCut,
+    InternalModelError,
     ModelError,
     NativeCrash,
     NotACut,
@@ -84,7 +84,6 @@ from splitonnx.errors.roots import (
 __all__ = [
     "ArrayMismatch",
     "BatchTooLarge",
-    "BrokenWork",
     "BundleError",
     "BundleMismatch",
     "ConnectionLost",
@@ -98,6 +97,7 @@ __all__ = [
     "ForeignSession",
     "FormatError",
     "IntegerCut",
+    "InternalModelError",
     "LocalProtocolError",
     "MessageTooLarge",
     "MissingArray",

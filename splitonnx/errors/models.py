@@ -43,7 +43,7 @@ class TooManyTries(UnsupportedModel):
     """The model's single-tensor cuts cannot be listed in the work that may be spent on it."""
 
 
-class BrokenWork(UnsupportedModel):
+class InternalModelError(UnsupportedModel):
     """The work on the model broke off, and no node is known to be at fault."""
 
 

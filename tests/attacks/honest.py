@@ -33,9 +33,9 @@ def main() -> int:
     from splitonnx import Client
 
     try:
-        from splitonnx.runtime.channels.credentials import Access
+        from splitonnx.runtime.channels.credentials import Credentials
     except ModuleNotFoundError:  # where 0.1.0 has it
-        from splitonnx.runtime.accesses import Access  # type: ignore[import-not-found, no-redef]
+        from splitonnx.runtime.credentials import Credentials  # type: ignore[import-not-found, no-redef]
 
     folder, url, token = sys.argv[1:]
     over = threading.Event()
@@ -46,8 +46,10 @@ def main() -> int:
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     seconds: list[float] = []
-    access = Access(token=token)
-    with Client(Path(folder, "bundle", "client"), url, access=access, threads=1) as client:
+    credentials = Credentials(token=token)
+    with Client(
+        Path(folder, "bundle", "client"), url, credentials=credentials, threads=1
+    ) as client:
         while not over.wait(PAUSE):
             batch = make_batch(len(seconds))
             begun = time.perf_counter()

@@ -31,7 +31,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.client.clients import Client
 from tests.support.arenas import DATA, FORWARD, MIB, Arena, Attacker, many_files
@@ -169,7 +169,7 @@ class Recorder:
 def test_a_replayed_step_gets_its_replies_again_and_another_in_its_place_is_refused(
     arena: Arena,
 ) -> None:
-    record = Recorder(connect(arena.url, access=arena.access("eve")))
+    record = Recorder(connect(arena.url, credentials=arena.credentials("eve")))
     with Client(arena.bundle.client, record, threads=1) as client:
         client.step({name: array[:8] for name, array in DATA.items()})
         _, first, second = record.sent
@@ -185,7 +185,7 @@ def test_a_replayed_step_gets_its_replies_again_and_another_in_its_place_is_refu
 
 
 def test_a_client_whose_session_another_takes_over_does_not_take_it_back(arena: Arena) -> None:
-    first = Client(arena.bundle.client, arena.url, access=arena.access("eve"), threads=1)
+    first = Client(arena.bundle.client, arena.url, credentials=arena.credentials("eve"), threads=1)
     with first, Attacker(arena) as second:
         batch = {name: array[:8] for name, array in DATA.items()}
         first.step(batch)
@@ -390,7 +390,7 @@ def expect_shut_out(arena: Arena, message: Message) -> None:
 @pytest.mark.parametrize("token", ["x" * 43, "", "ana", "' OR 1=1"])
 def test_a_wrong_token_is_refused_in_the_header_and_as_a_message(arena: Arena, token: str) -> None:
     with pytest.raises(Unauthorized) as caught:
-        connect(arena.url, access=Access(token=token))
+        connect(arena.url, credentials=Credentials(token=token))
     assert caught.value.status == 401
     expect_shut_out(arena, Login(token=token))
 

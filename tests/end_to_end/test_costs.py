@@ -73,7 +73,7 @@ def test_a_client_is_told_of_its_batch_in_the_server_s_words(arena: Arena) -> No
     rows = Limits.batch + 1
     data = ZOO["chain"].data(rows)
     with (
-        Client(arena.bundle.client, arena.url, access=arena.access("eve")) as client,
+        Client(arena.bundle.client, arena.url, credentials=arena.credentials("eve")) as client,
         pytest.raises(BatchTooLarge) as caught,
     ):
         client.step(data)

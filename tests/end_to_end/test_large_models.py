@@ -15,9 +15,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx import Bundle, cut, merge, write_merged
+from splitonnx.chunks import PIECE, iter_chunks
 from splitonnx.errors import UnwritableFile, UsageError
 from splitonnx.partitioner import merges
-from splitonnx.pieces import PIECE, split_pieces
 from tests.support.zoo import FLOAT, ZOO
 
 
@@ -78,15 +78,15 @@ def test_pieces_are_the_whole_and_mapped_pages_are_read_again(tmp_path: Path) ->
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     array = np.frombuffer(mapping, np.float32, offset=8)
     for _ in range(2):
-        assert b"".join(split_pieces(array)) == content[8:]
-        assert b"".join(split_pieces(array.data)) == content[8:]
+        assert b"".join(iter_chunks(array)) == content[8:]
+        assert b"".join(iter_chunks(array.data)) == content[8:]
 
 
 def test_pages_that_were_written_to_are_not_given_back(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(4096))
     array = np.memmap(tmp_path / "file", np.uint8, "c")
     array[:] = 7
-    assert list(split_pieces(array)) == [bytes([7]) * 4096]
+    assert list(iter_chunks(array)) == [bytes([7]) * 4096]
     assert (array == 7).all()
 
 

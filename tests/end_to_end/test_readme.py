@@ -84,5 +84,7 @@ def list_anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_that_a_page_names_exist(page: Path) -> None:
-    for name in re.findall(r"\b(?:splitonnx|partitioner|runtime|tests)/[\w/]+\.py", page.read_text()):
+    for name in re.findall(
+        r"\b(?:splitonnx|partitioner|runtime|tests)/[\w/]+\.py", page.read_text()
+    ):
         assert (ROOT / name).is_file(), name

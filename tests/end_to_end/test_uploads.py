@@ -15,11 +15,11 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.scheduling import budgets
 from splitonnx.runtime.scheduling.budgets import Budget
-from splitonnx.runtime.server.contexts import Premises
-from splitonnx.runtime.server.handlers import Attendance
-from tests.runtime.server.test_handlers import Guest
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.handlers import ConnectionHandler
+from tests.runtime.server.test_handlers import LimitedConnection
 from tests.support.echoes import PATIENCE
-from tests.support.shared_premises import open_premises
+from tests.support.server_contexts import open_premises
 from tests.support.zoo import ZOO
 
 TASK = ("a" * 32, "train")
@@ -31,9 +31,9 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture
-def premises(bundle: Bundle) -> Iterator[Premises]:
-    with open_premises(bundle) as premises:
-        yield premises
+def context(bundle: Bundle) -> Iterator[ServerContext]:
+    with open_premises(bundle) as context:
+        yield context
 
 
 class Sender:
@@ -48,41 +48,41 @@ class Sender:
 
 
 def test_the_memory_of_a_step_is_not_taken_from_who_sends_its_next_message(
-    premises: Premises, monkeypatch: pytest.MonkeyPatch
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On earlier versions it is, after 10 s, in every step, while others wait."""
     monkeypatch.setattr(budgets, "IDLE_SECONDS", 0.0)
     sender = Sender()
 
     async def check() -> None:
-        budget = premises.budget = Budget(100)
-        premises.holders[TASK[0]] = sender
+        budget = context.budget = Budget(100)
+        context.holders[TASK[0]] = sender
         budget.ask(TASK, "ana", 90)
         budget.pause(TASK)
         waiting = budget.ask(("b" * 32, "train"), "eve", 50)
-        premises.give_up_idle()
+        context.give_up_idle()
         assert not waiting.done()
         sender.is_sending = False
-        premises.give_up_idle()
+        context.give_up_idle()
         assert waiting.done()
 
     asyncio.run(check())
 
 
 def test_a_message_that_waits_for_its_turn_to_be_read_counts_as_sent_still(
-    bundle: Bundle, premises: Premises
+    bundle: Bundle, context: ServerContext
 ) -> None:
-    class Silent(Guest):
+    class Silent(LimitedConnection):
         is_sending = False
 
     async def check() -> None:
-        attendance = Attendance(premises, cast("Peer", Silent(bundle, hears=3)))
+        attendance = ConnectionHandler(context, cast("Peer", Silent(bundle, hears=3)))
         free = threading.Event()
-        working = premises.compute.run("somebody else", free.wait)
+        working = context.compute.run("somebody else", free.wait)
         serving = asyncio.create_task(attendance.run())
-        while not attendance.is_sending or attendance._conversation is None:
+        while not attendance.is_sending or attendance._dispatcher is None:
             await asyncio.sleep(0)
-        while attendance._conversation.session is None:  # its greeting, on another queue
+        while attendance._dispatcher.session is None:  # its greeting, on another queue
             await asyncio.sleep(0)
         while not attendance.is_sending:
             await asyncio.sleep(0)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import onnx
 
-from splitonnx.errors import BrokenWork, SplitonnxError
+from splitonnx.errors import InternalModelError, SplitonnxError
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.partitioner.reports.inspections import inspect
 from tests.fuzzing.corpora import list_models, list_networks
@@ -95,7 +95,7 @@ def try_mutant(content: bytes, seed: int) -> tuple[Outcome, str]:
         sentence = str(error)
         if "\n" in sentence or len(sentence) > 2000 or not sentence.isprintable():
             return "finding", f"an unprintable sentence: {sentence[:3000]!r}"
-        if isinstance(error, BrokenWork):
+        if isinstance(error, InternalModelError):
             return "vague", traceback.format_exc()
         return "refused", f"{type(error).__name__}: {sentence}"
     except Exception:  # noqa: BLE001

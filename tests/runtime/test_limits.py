@@ -46,7 +46,7 @@ def test_a_limit_that_limits_nothing_or_everything_is_refused(setting: dict[str,
 
 def test_limits_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UsageError, match="larger than message_bytes"):
-        Limits(stranger_bytes=2000, message_bytes=1000)
+        Limits(unauthenticated_bytes=2000, message_bytes=1000)
     with pytest.raises(UsageError, match="larger than idle_seconds"):
         Limits(message_seconds=20, idle_seconds=10)
 

@@ -29,7 +29,7 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import add_token
@@ -82,8 +82,8 @@ class Arena:
             pause.wait(0.02)  # until the process has begun; nothing else tells
         raise AssertionError("the server does not begin")
 
-    def access(self, name: str) -> Access:
-        return Access(token=self.tokens[name])
+    def credentials(self, name: str) -> Credentials:
+        return Credentials(token=self.tokens[name])
 
     @property
     def resident_mib(self) -> float:
@@ -165,7 +165,7 @@ class Arena:
 
     def _dial(self) -> Transport:
         self.connections += 1
-        return connect(self.url, access=self.access("ana"))
+        return connect(self.url, credentials=self.credentials("ana"))
 
     def _read_status(self, field: str) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -184,7 +184,7 @@ class Attacker:
 
     def __init__(self, arena: Arena, name: str = "eve") -> None:
         self._manifest = arena.bundle.client.manifest
-        self._transport = connect(arena.url, access=arena.access(name))
+        self._transport = connect(arena.url, credentials=arena.credentials(name))
         self.session = uuid.uuid4().hex
 
     def __enter__(self) -> Attacker:

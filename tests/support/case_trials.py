@@ -24,7 +24,7 @@ from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.normalization.parameters import Kind, judge
+from splitonnx.partitioner.normalization.parameters import TensorKind, classify_tensor
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.engine.engines import Engine
 from tests.support.case_oracles import Arrays, Slopes, draw_data, expect
@@ -209,7 +209,8 @@ def _list_trained(problem: ModelProto) -> list[str]:
         and value.const_value.dtype.is_floating_point()
         and value.const_value.dtype.bitwidth >= 16
         and len(value.const_value.shape)
-        and judge(value, value.const_value).kind in (Kind.PARAMETER, Kind.CONSTANT)
+        and classify_tensor(value, value.const_value).kind
+        in (TensorKind.PARAMETER, TensorKind.CONSTANT)
     ]
 
 

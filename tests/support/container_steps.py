@@ -25,7 +25,7 @@ import numpy as np
 
 from splitonnx import Client
 from splitonnx.partitioner.partitions import Target, cut
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.edge.tokens import add_token
 from tests.conftest import ROOT
 from tests.support.zoo import ZOO
@@ -141,7 +141,9 @@ def start(recipe: Recipe, root: Path) -> subprocess.Popen[str]:
 
 def train(root: Path, url: str, token: str) -> None:
     """Train against the server, and let both sides save."""
-    with Client(root / "bundle" / "client", url, access=Access(token=token), threads=1) as client:
+    with Client(
+        root / "bundle" / "client", url, credentials=Credentials(token=token), threads=1
+    ) as client:
         history = client.fit(ZOO["chain"].data(24), batch_size=8, save=True)
     assert np.isfinite([record.loss for record in history.steps]).all()
     assert (root / "bundle" / "server" / "state.safetensors").exists()

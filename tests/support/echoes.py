@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.runtime.edge.http import Answer, Authorize, Refusal, Visit
+from splitonnx.runtime.edge.http import Authorize, HttpRequest, HttpResponse, Refusal
 from splitonnx.runtime.edge.identities import Identity
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.limits import Limits
@@ -120,9 +120,9 @@ class Echo:
         return True
 
 
-def _respond(visit: Visit) -> Answer | None:
+def _respond(visit: HttpRequest) -> HttpResponse | None:
     if visit.path == "/health":
-        return Answer(200, "text/plain", f"well, {visit.token}".encode())
+        return HttpResponse(200, "text/plain", f"well, {visit.token}".encode())
     return None
 
 

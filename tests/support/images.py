@@ -20,7 +20,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.normalization.explicit_padding import settle_paddings
+from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
 from splitonnx.partitioner.rewrites import rewrite
 from tests.support.oracles import differentiate_numerically, make_evaluator, to_double
 
@@ -128,7 +128,7 @@ def hold(case: Case, *, oracle: str = "both") -> set[str]:
         return np.asarray(results[0])
 
     settled = ir.from_proto(original)
-    settle_paddings(settled.graph)
+    make_paddings_explicit(settled.graph)
     expected = evaluate()
     if oracle == "both":
         kernels = run(settled, feeds)["y"]

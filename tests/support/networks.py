@@ -19,7 +19,7 @@ from splitonnx.manifests import TRAIN
 from splitonnx.messages import TaskKey, Tensors, decode_message
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.ledgers import Reply
 from splitonnx.runtime.server.registries import Registry
 
@@ -78,7 +78,7 @@ class Network:
         self.act(event)
         if event in (Event.BREAK, Event.BREAK_AFTER, Event.LOSE, Event.DROP):
             raise ConnectionLost("the server", "nobody answers")
-        line = Line(self, Conversation(self.registry))
+        line = Line(self, Dispatcher(self.registry))
         self._lines.append(line)
         return line
 
@@ -120,7 +120,7 @@ class Network:
 
     def stop_server(self) -> None:
         """End the server's process as SIGTERM does, and start another."""
-        self.registry.park_all()
+        self.registry.unload_all()
         self.crash_server()
 
     def note(self, reply: bytes) -> None:
@@ -149,10 +149,10 @@ class Network:
 class Line:
     """One connection: a transport to the client, with the server's conversation at its end."""
 
-    def __init__(self, network: Network, conversation: Conversation) -> None:
+    def __init__(self, network: Network, dispatcher: Dispatcher) -> None:
         self.bytes_sent = self.bytes_received = 0
         self._network = network
-        self._conversation: Conversation | None = conversation  # None: the server is gone, or left
+        self._dispatcher: Dispatcher | None = dispatcher  # None: the server is gone, or left
         self._is_cut = False  # for the client
         self._inbox: deque[bytes] = deque()
         self._swapped: list[bytes] = []
@@ -229,9 +229,9 @@ class Line:
 
     def _let_go(self) -> None:
         """Let the server learn that the connection is over."""
-        conversation, self._conversation = self._conversation, None
-        if conversation is not None:
-            conversation.end()
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
+            dispatcher.end()
 
     def _carry(self, content: bytes, event: Event) -> None:
         if event is Event.CRASH_SERVER_AT_WORK:
@@ -250,10 +250,10 @@ class Line:
                 self._network.crash_client()
 
     def _work(self, content: bytes) -> Iterator[Reply]:
-        conversation = self._conversation
-        if conversation is None or conversation.is_closed:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.is_closed:
             return iter(())
-        return conversation.handle(content)
+        return dispatcher.handle(content)
 
     def _require(self) -> None:
         if self._is_cut:

@@ -26,7 +26,7 @@ GRADIENT = "/block1/Relu_output_0@server_grad"
 """The wire that the server sends last in a step."""
 
 Greet = Callable[[Welcome], list[Word]]
-Answer = Callable[[Tensors, Arrays], list[Word]]
+HttpResponse = Callable[[Tensors, Arrays], list[Word]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def in_greeting(lie: Greet) -> Tell:
     return lambda message, _: lie(message) if isinstance(message, Welcome) else None
 
 
-def in_step(lie: Answer, step: int = 0) -> Tell:
+def in_step(lie: HttpResponse, step: int = 0) -> Tell:
     """Lie where the last message of a step is due."""
 
     def tell(message: Message, arrays: Arrays) -> list[Word] | None:
@@ -266,7 +266,7 @@ GREETINGS: dict[str, tuple[Greet, Complaint]] = {
     ),
 }
 
-ANSWERS: dict[str, tuple[Answer, Complaint]] = {
+ANSWERS: dict[str, tuple[HttpResponse, Complaint]] = {
     "another shape": (
         lambda message, arrays: reshaped(message, arrays, 32, 24, 8, 9),
         Complaint(title=MISFIT, text=r"Relu\S+ should be F32\[N, 24, 8, 8\].*F32\[32, 24, 8, 9\]"),

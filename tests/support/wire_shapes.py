@@ -34,7 +34,7 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine, LoadedStage
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport
-from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.wire.protocols import list_wires
 from tests.support.zoo import ZOO, Arrays, Entry
@@ -105,7 +105,7 @@ class _Recorder(MemoryTransport):
     """An honest connection that keeps what was said, and may change one reply."""
 
     def __init__(self, executor: Executor, lie: Lie | None = None, at: int = 0) -> None:
-        super().__init__(Conversation(Registry(executor)))
+        super().__init__(Dispatcher(Registry(executor)))
         self.sent: list[bytes] = []
         self.received: list[bytes] = []
         self._lie, self._at = lie, at
@@ -179,7 +179,7 @@ def _lie_throughout(server: Executor, said: Sequence[tuple[Tensors, Arrays]]) ->
     }
     for dim, size in sizes.items():
         for wrong in sorted({0, 1, size - 1, size + 1, 2 * size} - {size}):
-            conversation, session = _greet(server)
+            dispatcher, session = _greet(server)
             end = "accepted"
             for message, arrays in said:
                 told = {
@@ -187,7 +187,7 @@ def _lie_throughout(server: Executor, said: Sequence[tuple[Tensors, Arrays]]) ->
                     for name, array in arrays.items()
                 }
                 message = msgspec.structs.replace(message, session=session)
-                for chunks in conversation.handle(b"".join(encode_message(message, told))):
+                for chunks in dispatcher.handle(b"".join(encode_message(message, told))):
                     answer, _ = decode_message(b"".join(chunks))
                     end = answer.code if isinstance(answer, Fault) else end
                 if end != "accepted":
@@ -203,25 +203,25 @@ def _resize(array: np.ndarray, sizes: Sequence[int | None]) -> np.ndarray:
     return array
 
 
-def _greet(server: Executor) -> tuple[Conversation, str]:
-    conversation, name = Conversation(Registry(server)), uuid.uuid4().hex
+def _greet(server: Executor) -> tuple[Dispatcher, str]:
+    dispatcher, name = Dispatcher(Registry(server)), uuid.uuid4().hex
     wires = list_wires(server.manifest)
     hello = Hello(digest=server.manifest.digest, session=name, generation=1, step=0, wires=wires)
-    list(conversation.handle(b"".join(encode_message(hello))))
-    return conversation, name
+    list(dispatcher.handle(b"".join(encode_message(hello))))
+    return dispatcher, name
 
 
 def _tell_server(
     server: Executor, said: Sequence[tuple[Tensors, Arrays]], lie: Lie, answers: Sequence[bytes]
 ) -> str:
     """Give a new session all of ``said``, with the lie in the last message."""
-    conversation, name = _greet(server)
+    dispatcher, name = _greet(server)
     count = 0
     for place, (message, arrays) in enumerate(said):
         message = msgspec.structs.replace(message, session=name)
         is_lie = place == len(said) - 1
         content = lie.tell(message, arrays) if is_lie else b"".join(encode_message(message, arrays))
-        for chunks in conversation.handle(content):
+        for chunks in dispatcher.handle(content):
             answer, found = decode_message(b"".join(chunks))
             if isinstance(answer, Fault):
                 assert is_lie, (place, answer)

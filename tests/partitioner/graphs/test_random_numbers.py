@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.graphs.random_numbers import key_draws
+from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.verifications import verify
 from tests.support.derivatives import close_net
@@ -34,7 +34,7 @@ def draw(kind: str, *key: int, x: np.ndarray = X, **attributes: Any) -> np.ndarr
     )
     opsets = [helper.make_opsetid("", 18)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8))
-    key_draws(model.graph)
+    seed_random_operators(model.graph)
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
     result: np.ndarray = session.run(None, {"x": x, KEY: np.array(key, np.int64)})[0]
     return result
@@ -120,4 +120,4 @@ def test_a_multinomial_without_a_known_rank_is_refused() -> None:
     node.outputs[0].name = "y"
     graph = ir.Graph(list(node.inputs), node.outputs, nodes=[node], opset_imports={"": 18})  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModel, match=r"'dice' \(Multinomial\): its input is not known"):
-        key_draws(graph)
+        seed_random_operators(graph)

@@ -9,7 +9,7 @@ import pytest
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
-from splitonnx.partitioner.normalization.dropouts import drop_dropouts, key_dropouts
+from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
 from splitonnx.partitioner.partitions import cut
 from tests.support.keyed import draw_words
 from tests.support.zoo import FLOAT, ZOO, Net
@@ -20,7 +20,7 @@ def make_session(ratio: float = 0.3, name: str = "drop") -> onnxruntime.Inferenc
     net.dropout("x", ratio, out=name)
     net.op("Identity", name, out="y")
     model = ir.from_proto(net.finish({"x": (FLOAT, ["N", 50])}, "y", 50))
-    key_dropouts(model.graph, mode=None)
+    seed_dropouts(model.graph, mode=None)
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
 
 
@@ -91,6 +91,6 @@ def test_a_ratio_that_is_computed_is_refused() -> None:
     net.op("Identity", "dropped", out="y")
     model = ir.from_proto(net.finish({"x": (FLOAT, ["N", 5])}, "y", 5))
     with pytest.raises(UnsupportedModel, match="dropped_node"):
-        key_dropouts(model.graph, mode=None)
-    drop_dropouts(model.graph)
+        seed_dropouts(model.graph, mode=None)
+    remove_dropouts(model.graph)
     assert [node.op_type for node in model.graph] == ["ReduceMean", "Identity", "Identity"]

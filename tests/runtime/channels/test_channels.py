@@ -13,7 +13,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, RemoteProtocolError
 from splitonnx.messages import TaskKey, Tensors, Welcome, decode_message, encode_message
-from splitonnx.runtime.channels.channels import Link, Standing
+from splitonnx.runtime.channels.channels import Channel, ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
 from tests.support import tiny
@@ -53,20 +53,20 @@ def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() 
     takes = iter([0] * 6 + [1, 2])
     waits: list[float] = []
     with patch("splitonnx.runtime.channels.channels.time.sleep", waits.append):
-        link = Link(
+        channel = Channel(
             lambda: Fleeting(bundle, next(takes)),
             manifest=bundle.client.manifest,
             session=SESSION,
-            stand=lambda: Standing(origin="", start=0, step=0, kept=()),
+            stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0),
         )
-        link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-        link.send_wires({}, seed=0, learning_rate=0.1)
+        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        channel.send_wires({}, seed=0, learning_rate=0.1)
         bounds = [0, 1, 2, 4, 8, 8]
         assert waits == [pytest.approx(0.75 * bound, abs=0.25 * bound) for bound in bounds]
-        link.receive_wires()
+        channel.receive_wires()
         waits.clear()
-        link.send_wires({}, seed=0, learning_rate=0.1)
+        channel.send_wires({}, seed=0, learning_rate=0.1)
         assert waits == [0]
 
 
@@ -97,35 +97,35 @@ class Repeating:
         pass
 
 
-def open_link(bundle: Bundle, *servers: Sequence[int]) -> Link:
+def open_link(bundle: Bundle, *servers: Sequence[int]) -> Channel:
     """Open a link, and a task in it, to a server that gives such answers on each connection."""
     answers = iter(servers)
-    link = Link(
+    channel = Channel(
         lambda: Repeating(bundle, next(answers)),
         manifest=bundle.client.manifest,
         session=SESSION,
-        stand=lambda: Standing(origin="", start=0, step=0, kept=()),
+        stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
         backoff=Backoff(first=0.0, longest=0.0),
     )
-    link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-    link.send_wires({}, seed=0, learning_rate=0.1)
-    return link
+    channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+    channel.send_wires({}, seed=0, learning_rate=0.1)
+    return channel
 
 
 @pytest.mark.parametrize("turn", [0, 2, 2**60])
 def test_a_server_that_repeats_itself_unasked_is_not_listened_to(turn: int) -> None:
-    link = open_link(tiny.split_bundle(), [0, turn, 1])
-    link.receive_wires()
+    channel = open_link(tiny.split_bundle(), [0, turn, 1])
+    channel.receive_wires()
     with pytest.raises(RemoteProtocolError, match=f"sent message {turn} where 1 was due"):
-        link.receive_wires()
+        channel.receive_wires()
 
 
 def test_on_a_new_connection_an_answer_comes_again_once() -> None:
-    link = open_link(tiny.split_bundle(), [0], [0, 1], [0, 0, 1])
+    channel = open_link(tiny.split_bundle(), [0], [0, 1], [0, 0, 1])
     for _ in range(2):  # the second one after it reconnected
-        link.receive_wires()
+        channel.receive_wires()
     with pytest.raises(RemoteProtocolError, match="sent message 0 where 1 was due"):
-        link.receive_wires()
+        channel.receive_wires()
 
 
 @pytest.mark.parametrize("answers", [0, 1])
@@ -142,18 +142,18 @@ def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(an
         patch("splitonnx.runtime.channels.channels.time.sleep", sleep),
         patch("splitonnx.runtime.channels.channels.time.monotonic", lambda: now),
     ):
-        link = Link(
+        channel = Channel(
             lambda: Repeating(bundle, [0]) if answers else Fleeting(bundle, 0),
             manifest=bundle.client.manifest,
             session=SESSION,
-            stand=lambda: Standing(origin="", start=0, step=0, kept=()),
+            stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
         )
-        link.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-        ask = partial(link.send_wires, {}, seed=0, learning_rate=0.1)
+        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        ask = partial(channel.send_wires, {}, seed=0, learning_rate=0.1)
         if answers:
             ask()
-            link.receive_wires()
+            channel.receive_wires()
         with pytest.raises(ConnectionLost):
-            (link.receive_wires if answers else ask)()
+            (channel.receive_wires if answers else ask)()
     assert now == pytest.approx(30.0)

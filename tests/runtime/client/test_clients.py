@@ -298,11 +298,11 @@ def test_saving_a_whole_model_is_seen_by_the_next_client(tmp_path: Path) -> None
 def test_saving_a_split_model_saves_both_parts(tmp_path: Path) -> None:
     tiny.split_bundle().save(tmp_path / "bundle")
     server = PartyBundle.load(tmp_path / "bundle" / "server")
-    link = connect_in_memory(Executor(server, Engine(threads=1)))
-    with Client(tmp_path / "bundle" / "client", link, threads=1) as client:
+    channel = connect_in_memory(Executor(server, Engine(threads=1)))
+    with Client(tmp_path / "bundle" / "client", channel, threads=1) as client:
         client.fit(DATA, batch_size=10)
         client.save()
-        state = client.state() | link.executor.state()
+        state = client.state() | channel.executor.state()
     saved = Bundle.load(tmp_path / "bundle")
     assert {party.step for party in saved.parties.values()} == {3}
     for party in saved.parties.values():

@@ -16,7 +16,7 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, decode_manifest
-from splitonnx.runtime.edge.client_files import Handout
+from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.identities import Identity
 from splitonnx.runtime.edge.tokens import Tokens
 from splitonnx.runtime.server.servers import Server
@@ -97,4 +97,4 @@ def test_another_bundles_client_or_the_servers_own_part_is_not_given_away(bundle
     party = PartyBundle(manifest=other, graphs={}, weights={})
     for part in (party, bundle.server):
         with pytest.raises(UsageError, match="another bundle"):
-            Handout(part, bundle.server.manifest)
+            ClientFiles(part, bundle.server.manifest)

@@ -22,12 +22,12 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.runtime.channels import bounded_connections as client_connections
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.edge import connections as guards
 from splitonnx.runtime.edge.connections import MAX_FRAGMENTS
 from splitonnx.runtime.edge.http import Refusal
-from splitonnx.runtime.edge.listeners import Entrance, open_doors
+from splitonnx.runtime.edge.listeners import HandshakeQuota, open_listeners
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY, RESTART
 from splitonnx.runtime.wire.fragments import FRAGMENT
@@ -50,7 +50,7 @@ from tests.support.echoes import (
 
 pytestmark = pytest.mark.alone
 
-SESAME = Access(token="open sesame")
+SESAME = Credentials(token="open sesame")
 HASTY = Limits(handshake_seconds=0.2, login_seconds=0.2, message_seconds=0.2, idle_seconds=0.3)
 
 
@@ -72,7 +72,7 @@ def test_a_message_of_any_size_arrives_whole(size: int) -> None:
 
 def test_a_token_in_the_header_lets_in() -> None:
     with Echo(authorize=know_sesame) as echo:
-        transport = connect(echo.url, access=SESAME)
+        transport = connect(echo.url, credentials=SESAME)
         assert ask(transport, bytes(20 << 10)) == bytes(20 << 10)  # more than a stranger may
         transport.close()
 
@@ -80,7 +80,7 @@ def test_a_token_in_the_header_lets_in() -> None:
 def test_a_wrong_token_in_the_header_is_refused_for_good() -> None:
     with Echo(authorize=know_sesame) as echo:
         with pytest.raises(Unauthorized, match="not known here") as caught:
-            connect(echo.url, access=Access(token="open barley"))
+            connect(echo.url, credentials=Credentials(token="open barley"))
         assert caught.value.status == 401
         echo.expect(Refusal.WRONG_TOKEN)
 
@@ -108,7 +108,7 @@ def test_a_wrong_token_as_the_first_message_is_refused_for_good() -> None:
 
 
 def test_a_stranger_may_not_send_more_than_a_token() -> None:
-    limits = Limits(stranger_bytes=1000)
+    limits = Limits(unauthenticated_bytes=1000)
     with Echo(authorize=know_sesame, limits=limits) as echo, dial(echo.port) as connection:
         shake(connection)
         connection.sendall(frame(b"", length=1001))  # the announcement is enough
@@ -132,7 +132,7 @@ def test_a_stranger_has_little_time_to_show_a_token() -> None:
 
 
 def test_of_too_many_strangers_the_one_that_waited_longest_goes() -> None:
-    limits = Limits(strangers=2)
+    limits = Limits(unauthenticated=2)
     with (
         Echo(authorize=know_sesame, limits=limits) as echo,
         dial(echo.port) as first,
@@ -142,7 +142,7 @@ def test_of_too_many_strangers_the_one_that_waited_longest_goes() -> None:
         shake(second)
         shake(third)
         assert b" 503 " in read_to_end(first)
-        transport = connect(echo.url, access=SESAME)
+        transport = connect(echo.url, credentials=SESAME)
         assert read_close(second) == 1013
         assert ask(transport, b"still here") == b"still here"
         transport.close()
@@ -150,9 +150,9 @@ def test_of_too_many_strangers_the_one_that_waited_longest_goes() -> None:
 
 def test_with_too_many_clients_one_more_is_told_to_come_later() -> None:
     with Echo(authorize=know_sesame, limits=Limits(clients=1)) as echo:
-        first = connect(echo.url, access=SESAME)
+        first = connect(echo.url, credentials=SESAME)
         with pytest.raises(ConnectionLost, match="too many clients") as caught:
-            connect(echo.url, access=SESAME)
+            connect(echo.url, credentials=SESAME)
         assert caught.value.code == 503
         second = connect(echo.url)
         second.send([b"open sesame"])
@@ -378,7 +378,7 @@ def test_what_answers_no_websocket_is_told(answer: bytes, expected: type[Protoco
         connection.sendall(answer)
 
     with pretending(respond) as url, pytest.raises(expected) as caught:
-        connect(url, access=SESAME)
+        connect(url, credentials=SESAME)
     assert str(caught.value).isprintable()
     assert "sesame" not in str(caught.value)
 
@@ -395,7 +395,7 @@ def test_a_redirect_is_not_followed(status: int) -> None:
             connection.sendall(head.encode())
 
         with pretending(redirect) as url, pytest.raises(Redirected, match=re.escape(target)):
-            connect(url, access=SESAME)
+            connect(url, credentials=SESAME)
         with pytest.raises(BlockingIOError):
             other.accept()  # nobody came
 
@@ -439,15 +439,15 @@ def test_a_message_larger_than_what_is_read_ahead_arrives_while_it_is_waited_for
 
 
 def test_a_client_s_own_limit_holds_for_what_the_server_sends() -> None:
-    access = Access(message_bytes=1000)
+    credentials = Credentials(message_bytes=1000)
     with Echo() as echo:
-        transport = connect(echo.url, access=access)
+        transport = connect(echo.url, credentials=credentials)
         assert ask(transport, bytes(1000)) == bytes(1000)
         with pytest.raises(MessageTooLarge, match="--max-message-bytes"):
             ask(transport, bytes(1001))
         transport.close()
     with pytest.raises(UsageError, match="must be positive"):
-        Access(message_bytes=0)
+        Credentials(message_bytes=0)
 
 
 def test_a_message_over_the_server_s_limit_is_not_tried_again() -> None:
@@ -485,17 +485,17 @@ def test_who_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", ""])
 def test_a_host_of_several_addresses_has_one_port(host: str) -> None:
-    doors = open_doors(host, 0, Entrance(1, lambda: None))
+    listeners = open_listeners(host, 0, HandshakeQuota(1, lambda: None))
     try:
-        (port,) = {door.getsockname()[1] for door in doors}
+        (port,) = {listener.getsockname()[1] for listener in listeners}
         with dial(port), pytest.raises(PortInUse):
-            open_doors(host, port, Entrance(1, lambda: None))
+            open_listeners(host, port, HandshakeQuota(1, lambda: None))
     finally:
-        for door in doors:
-            door.close()
+        for listener in listeners:
+            listener.close()
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
 def test_an_address_of_another_machine_cannot_be_listened_on(host: str) -> None:
     with pytest.raises(UsageError, match="cannot listen"):
-        open_doors(host, 0, Entrance(1, lambda: None))
+        open_listeners(host, 0, HandshakeQuota(1, lambda: None))

@@ -18,7 +18,7 @@ from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.edge import connections as guards
 from splitonnx.runtime.edge import pages
-from splitonnx.runtime.edge.http import Visit
+from splitonnx.runtime.edge.http import HttpRequest
 from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Tokens, add_token
@@ -216,7 +216,7 @@ def test_a_link_out_of_the_folder_is_refused(web: Path, name: str, target: str) 
 
 def test_a_link_within_the_folder_is_followed(web: Path) -> None:
     (web / "home.html").symlink_to("index.html")
-    answer = read_pages(web).answer(Visit(path="/home.html", token=None))
+    answer = read_pages(web).answer(HttpRequest(path="/home.html", token=None))
     assert answer is not None
     assert answer.body == PAGE
 
@@ -225,7 +225,7 @@ def test_what_is_no_regular_file_is_passed_over(web: Path) -> None:
     os.mkfifo(web / "pipe")
     (web / "device").symlink_to("/dev/zero")
     (web / "nowhere").symlink_to(web / "missing")
-    assert read_pages(web).answer(Visit(path="/pipe", token=None)) is None
+    assert read_pages(web).answer(HttpRequest(path="/pipe", token=None)) is None
     (web / "index.html").unlink()
     os.mkfifo(web / "index.html")
     with pytest.raises(UsageError, match=r"no index\.html"):
@@ -234,8 +234,8 @@ def test_what_is_no_regular_file_is_passed_over(web: Path) -> None:
 
 def test_a_websocket_is_opened_where_a_page_lies(web: Path) -> None:
     found = read_pages(web)
-    assert found.answer(Visit(path="/", token=None)) is not None
-    assert found.answer(Visit(path="/", token=None, is_upgrade=True)) is None
+    assert found.answer(HttpRequest(path="/", token=None)) is not None
+    assert found.answer(HttpRequest(path="/", token=None, is_upgrade=True)) is None
 
 
 def test_pages_of_this_server_may_connect_and_others_may_not() -> None:

@@ -21,12 +21,12 @@ from splitonnx.runtime.edge.identities import ALL_ROLES
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.scheduling.budgets import Budget
-from splitonnx.runtime.server.contexts import Premises
-from splitonnx.runtime.server.handlers import Attendance
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
 from splitonnx.runtime.wire.protocols import CLIENT, Protocol, list_wires
 from tests.support.echoes import PATIENCE
-from tests.support.shared_premises import open_premises
+from tests.support.server_contexts import open_premises
 from tests.support.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -38,12 +38,12 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture
-def premises(bundle: Bundle) -> Iterator[Premises]:
-    with open_premises(bundle) as premises:
-        yield premises
+def context(bundle: Bundle) -> Iterator[ServerContext]:
+    with open_premises(bundle) as context:
+        yield context
 
 
-class Guest:
+class LimitedConnection:
     """A client that begins a step, hears so many replies, and is gone."""
 
     name = "127.0.0.1"
@@ -108,18 +108,18 @@ def count_steps(metrics: Metrics) -> float:
 
 @pytest.mark.parametrize("hears", [3, 2], ids=["every reply", "all but the last reply"])
 def test_a_step_that_was_made_is_counted_whether_or_not_the_client_heard_of_it(
-    bundle: Bundle, premises: Premises, hears: int
+    bundle: Bundle, context: ServerContext, hears: int
 ) -> None:
-    peer = Guest(bundle, hears=hears)
-    asyncio.run(Attendance(premises, cast("Peer", peer)).run())
+    peer = LimitedConnection(bundle, hears=hears)
+    asyncio.run(ConnectionHandler(context, cast("Peer", peer)).run())
     assert peer.left == 0
-    assert count_steps(premises.metrics) == 1
+    assert count_steps(context.metrics) == 1
 
 
 def test_nothing_of_a_connection_is_kept_once_it_is_gone(
-    bundle: Bundle, premises: Premises
+    bundle: Bundle, context: ServerContext
 ) -> None:
-    attendance = Attendance(premises, cast("Peer", Guest(bundle, hears=3)))
+    attendance = ConnectionHandler(context, cast("Peer", LimitedConnection(bundle, hears=3)))
     gone = weakref.ref(attendance)
     asyncio.run(attendance.run())
     del attendance
@@ -127,7 +127,7 @@ def test_nothing_of_a_connection_is_kept_once_it_is_gone(
     assert gone() is None
 
 
-class Deaf(Guest):
+class Deaf(LimitedConnection):
     """A client that takes the last reply to its step only once it ``listens``."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -150,18 +150,18 @@ class Deaf(Guest):
 
 
 def test_a_step_gives_its_memory_back_though_nobody_reads_its_reply(
-    bundle: Bundle, premises: Premises
+    bundle: Bundle, context: ServerContext
 ) -> None:
     assert bundle.server is not None
     estimates = Estimates(bundle.server.manifest, bundle.server.graphs)
     needed = estimates.measure("train", {"N": 2})
 
     async def train() -> None:
-        premises.estimates, premises.budget = estimates, Budget(needed)
+        context.estimates, context.budget = estimates, Budget(needed)
         peer = Deaf(bundle)
-        serving = asyncio.create_task(Attendance(premises, cast("Peer", peer)).run())
+        serving = asyncio.create_task(ConnectionHandler(context, cast("Peer", peer)).run())
         await peer.is_told.wait()
-        other = premises.budget.ask(("0" * 32, "train"), "ana", needed)
+        other = context.budget.ask(("0" * 32, "train"), "ana", needed)
         await asyncio.wait_for(other, PATIENCE)
         peer.listens.set()
         await serving
@@ -170,16 +170,16 @@ def test_a_step_gives_its_memory_back_though_nobody_reads_its_reply(
 
 
 def test_a_server_that_halts_does_not_wait_for_a_reply_to_be_read(
-    bundle: Bundle, premises: Premises
+    bundle: Bundle, context: ServerContext
 ) -> None:
     async def train() -> None:
         peer = Deaf(bundle)
-        serving = asyncio.create_task(Attendance(premises, cast("Peer", peer)).run())
+        serving = asyncio.create_task(ConnectionHandler(context, cast("Peer", peer)).run())
         await peer.is_told.wait()
-        premises.stop.set()
-        premises.halt.set()
+        context.stop.set()
+        context.halt.set()
         await asyncio.wait_for(serving, PATIENCE)
         assert peer.is_dismissed
 
     asyncio.run(train())
-    assert count_steps(premises.metrics) == 1
+    assert count_steps(context.metrics) == 1

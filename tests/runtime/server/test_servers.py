@@ -33,7 +33,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.server.dispatchers import Conversation
+from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.wire.fragments import FRAGMENT
@@ -226,7 +226,7 @@ class Caller:
         assert bundle.server is not None
         self.manifest = bundle.client.manifest
         registry = registry or Registry(Executor(bundle.server, Engine(threads=1)))
-        self.conversation = Conversation(registry, owner, norm=norm)
+        self.dispatcher = Dispatcher(registry, owner, norm=norm)
         self._protocol = Protocol(self.manifest, CLIENT)
         (self.greeting,) = self.say(
             Hello(
@@ -240,7 +240,7 @@ class Caller:
 
     def say(self, message: Message, wires: dict[str, np.ndarray] | None = None) -> list[Message]:
         content = b"".join(self._protocol.send(message, wires))
-        return [self._hear(reply) for reply in self.conversation.handle(content)]
+        return [self._hear(reply) for reply in self.dispatcher.handle(content)]
 
     def _hear(self, reply: list[Chunk]) -> Message:
         message, self.tensors = self._protocol.receive(b"".join(reply))
@@ -248,8 +248,8 @@ class Caller:
 
     @property
     def step(self) -> int:
-        assert self.conversation.session is not None
-        return self.conversation.session.executor.step
+        assert self.dispatcher.session is not None
+        return self.dispatcher.session.executor.step
 
 
 ACTIVATION = {"act1@server": np.ones((2, 7), np.float32)}
@@ -288,7 +288,7 @@ def test_a_task_of_another_session_step_or_turn_is_refused(
 ) -> None:
     caller = Caller(bundle)
     expect_fault(caller.say(task, ACTIVATION), "RemoteProtocolError", reason)
-    assert caller.conversation.is_closed
+    assert caller.dispatcher.is_closed
     assert caller.step == 0
 
 
@@ -404,13 +404,13 @@ def test_a_session_for_which_there_is_no_room_just_now_is_interrupted_and_not_re
     bundle: Bundle,
 ) -> None:
     """Told so, its client would end its training."""
-    conversation = Caller(bundle).conversation
-    assert [*conversation.refuse(ServerBusy("memory"))] == []
-    assert conversation.is_interrupted
-    assert conversation.is_closed
+    dispatcher = Caller(bundle).dispatcher
+    assert [*dispatcher.refuse(ServerBusy("memory"))] == []
+    assert dispatcher.is_interrupted
+    assert dispatcher.is_closed
 
 
 def test_good_bye_ends_a_conversation_without_a_word(bundle: Bundle) -> None:
     caller = Caller(bundle)
     assert caller.say(Bye()) == []
-    assert caller.conversation.is_closed
+    assert caller.dispatcher.is_closed

@@ -8,7 +8,7 @@ from typing import cast
 from splitonnx.messages import Tensors
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import Budget
-from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.server.task_memory import TaskMemory
 
@@ -48,7 +48,7 @@ async def check_repeats(size: int) -> tuple[list[str], int, bool]:
     budget = Budget(100)
     never = asyncio.create_task(asyncio.sleep(3600))
     memory = TaskMemory(
-        cast("Premises", Shared(budget)),
+        cast("ServerContext", Shared(budget)),
         cast("Peer", None),
         gone=never,
         stopping=cast("asyncio.Task[bool]", never),

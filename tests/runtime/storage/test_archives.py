@@ -233,7 +233,7 @@ def test_what_nobody_came_back_to_is_deleted_after_the_days_said_but_the_newest_
     attended = later.find(greet("1" * 32), "ann")
     for name in ("1" * 32, "2" * 32):
         os.utime(folder / "sessions" / name / "5.safetensors", (0, 0))
-    later.park_idle()
+    later.unload_idle()
     assert {*list_folders(folder)} == {attended.id, "3" * 32}
     newest = read_state(folder, later.manifest)
     assert newest is not None
@@ -262,7 +262,7 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_published(folder: Path)
     assert os.listdir(folder / "sessions" / ANN) == ["3.safetensors"]
     assert not (folder / "state.safetensors").exists()
     registry.release(session)
-    registry.park_all()  # it goes on from its last checkpoint
+    registry.unload_all()  # it goes on from its last checkpoint
     assert not registry.sessions
     assert os.listdir(folder / "sessions" / ANN) == ["3.safetensors"]
 
@@ -316,7 +316,7 @@ def test_a_folder_that_is_gone_or_another_s_is_not_written_into(
     answer = save(session, publish=publish)
     assert isinstance(answer, Unsaved)
     assert "since it was loaded" in answer.reason
-    registry.park_all()
+    registry.unload_all()
     assert set(folder.parent.rglob("*")) == before
 
 
@@ -394,7 +394,7 @@ def test_a_server_greets_others_while_a_disk_is_slow(
     with Server(folder, port=0, threads=1, limits=Limits(sessions=2)) as server:
         first = Client(memory, server.url, threads=1)
         first.step(tiny.batch(0))
-        first._half._link.close(for_good=False)  # type: ignore[union-attr]  # it hangs up
+        first._runner._channel.close(for_good=False)  # type: ignore[union-attr]  # it hangs up
         with Client(memory, server.url, threads=1) as second:
             late: list[Client] = []
             thread = threading.Thread(

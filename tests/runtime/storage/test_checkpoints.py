@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from splitonnx.checksums import encode_with_checksum
 from splitonnx.errors import BundleError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.runtime.storage.checkpoints import (
     Checkpoint,
     CheckpointStore,
-    Position,
+    DataPosition,
     list_sessions,
 )
-from splitonnx.seals import encode_sealed
 from tests.support import tiny
 
 SESSION = "0123456789abcdef" * 2
 OTHER = "f" * 32
-POSITION = Position(epoch=1, batch=7, batch_size=6, seed=3, shuffle=True, samples=90)
+POSITION = DataPosition(epoch=1, batch=7, batch_size=6, seed=3, shuffle=True, samples=90)
 
 
 def client_manifest() -> PartyManifest:
@@ -334,10 +334,10 @@ def test_a_sealed_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         {"more": 1},
     ):
         text = json.dumps({**facts, **change})
-        path.write_bytes(b"".join(encode_sealed(state(10), {"splitonnx": text})))
+        path.write_bytes(b"".join(encode_with_checksum(state(10), {"splitonnx": text})))
         with pytest.raises(BundleError, match=r"10\.safetensors: it"):
             open_store(tmp_path).read(10)
-    path.write_bytes(b"".join(encode_sealed(state(10), {})))
+    path.write_bytes(b"".join(encode_with_checksum(state(10), {})))
     with pytest.raises(BundleError, match="it is no checkpoint"):
         open_store(tmp_path).read(10)
 

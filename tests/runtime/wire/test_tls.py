@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.edge import listeners as doors
 from splitonnx.runtime.edge.http import Refusal
@@ -53,8 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("certificates"))
 
 
-def greet(echo: Echo, access: Access) -> bytes:
-    transport = connect(echo.url, access=access)
+def greet(echo: Echo, credentials: Credentials) -> bytes:
+    transport = connect(echo.url, credentials=credentials)
     try:
         transport.send([b"hello"])
         return transport.receive()
@@ -64,7 +64,7 @@ def greet(echo: Echo, access: Access) -> bytes:
 
 def test_a_server_that_the_authority_signed_is_trusted(files: Files) -> None:
     with Echo(tls=make_server_tls(*files.server), authorize=know_sesame) as echo:
-        trusting = Access(token="open sesame", tls=make_client_tls(authority=files.authority))
+        trusting = Credentials(token="open sesame", tls=make_client_tls(authority=files.authority))
         assert echo.url.startswith("wss://")
         assert greet(echo, trusting) == b"hello"
 
@@ -72,13 +72,13 @@ def test_a_server_that_the_authority_signed_is_trusted(files: Files) -> None:
 def test_a_server_of_another_authority_is_not(files: Files) -> None:
     with Echo(tls=make_server_tls(*files.server)) as echo:
         with pytest.raises(UntrustedPeer, match="unable to get local issuer"):
-            greet(echo, Access(tls=make_client_tls(authority=files.other_authority)))
+            greet(echo, Credentials(tls=make_client_tls(authority=files.other_authority)))
         with pytest.raises(UntrustedPeer, match=r"self.signed|local issuer"):
-            greet(echo, Access())  # the system's authorities
+            greet(echo, Credentials())  # the system's authorities
 
 
 def test_a_server_of_another_name_or_out_of_date_is_not(files: Files) -> None:
-    trusting = Access(tls=make_client_tls(authority=files.authority))
+    trusting = Credentials(tls=make_client_tls(authority=files.authority))
     for own, reason in [(files.elsewhere, r"mismatch.*127\.0\.0\.1"), (files.expired, "expired")]:
         with (
             Echo(tls=make_server_tls(*own)) as echo,
@@ -94,22 +94,22 @@ def test_with_mutual_tls_a_client_needs_a_certificate_of_the_authority(files: Fi
             certificate, key = own or (None, None)
             context = make_client_tls(authority=files.authority, certificate=certificate, key=key)
             with pytest.raises(ProtocolError, match="certificate of this side"):
-                greet(echo, Access(tls=context))
+                greet(echo, Credentials(tls=context))
             assert echo.owners.empty()
         certificate, key = files.client
         context = make_client_tls(authority=files.authority, certificate=certificate, key=key)
-        assert greet(echo, Access(tls=context)) == b"hello"
+        assert greet(echo, Credentials(tls=context)) == b"hello"
         assert echo.owners.get_nowait() == "ana"
 
 
 def test_tls_where_the_other_side_has_none_is_told(files: Files) -> None:
-    trusting = Access(tls=make_client_tls(authority=files.authority))
+    trusting = Credentials(tls=make_client_tls(authority=files.authority))
     with Echo() as echo, pytest.raises(ProtocolError, match="does not speak TLS"):
-        connect(echo.url.replace("ws://", "wss://"), access=trusting)
+        connect(echo.url.replace("ws://", "wss://"), credentials=trusting)
     with Echo(tls=make_server_tls(*files.server)) as echo, pytest.raises(ConnectionLost):
         connect(echo.url.replace("wss://", "ws://"))
     with pytest.raises(UsageError, match="without TLS"):
-        connect("ws://127.0.0.1:1", access=trusting)
+        connect("ws://127.0.0.1:1", credentials=trusting)
 
 
 def test_an_unfinished_tls_handshake_has_little_time(files: Files) -> None:
@@ -125,8 +125,8 @@ def test_of_too_many_unfinished_tls_handshakes_the_oldest_go_once_they_had_some_
 ) -> None:
     monkeypatch.setattr(doors, "GRACE_SECONDS", 0.2)
     tls = make_server_tls(*files.server)
-    trusting = Access(tls=make_client_tls(authority=files.authority))
-    with Echo(tls=tls, limits=Limits(strangers=2)) as echo, ExitStack() as crowd:
+    trusting = Credentials(tls=make_client_tls(authority=files.authority))
+    with Echo(tls=tls, limits=Limits(unauthenticated=2)) as echo, ExitStack() as crowd:
         first = crowd.enter_context(dial(echo.port))
         first.sendall(b"\x16")
         newest = [crowd.enter_context(dial(echo.port)) for _ in range(20)][-1]
@@ -136,7 +136,7 @@ def test_of_too_many_unfinished_tls_handshakes_the_oldest_go_once_they_had_some_
                 assert greet(echo, trusting) == b"hello"
                 break
         assert read_to_end(first) == b""
-        echo.expect(Refusal.TOO_MANY_STRANGERS)
+        echo.expect(Refusal.TOO_MANY_UNAUTHENTICATED)
 
 
 def test_files_that_are_no_certificates_are_told(files: Files, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import ProcessFailed, RemoteFault, ServerBusy
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
 from splitonnx.runtime.edge.tokens import Tokens, add_token
@@ -78,8 +78,8 @@ class Clinic:
     server: Server
     tokens: dict[str, str] = field(repr=False)
 
-    def access(self, owner: str) -> Access:
-        return Access(token=self.tokens[owner])
+    def credentials(self, owner: str) -> Credentials:
+        return Credentials(token=self.tokens[owner])
 
     def worker(self, owner: str) -> Worker:
         """Find an owner's worker."""
@@ -166,7 +166,7 @@ def test_the_death_of_an_owners_worker_is_felt_by_no_other_and_lost_steps_are_ma
             if owner == "ana" and len(seen["ana"]) == 3:
                 clinic.end_worker("ana", 3, number)
 
-        with Client(part, clinic.server.url, access=clinic.access(owner)) as client:  # type: ignore[arg-type]
+        with Client(part, clinic.server.url, credentials=clinic.credentials(owner)) as client:  # type: ignore[arg-type]
             client.fit(
                 DATA,
                 batch_size=8,
@@ -214,12 +214,16 @@ def test_a_step_that_ends_its_worker_twice_is_not_tried_a_third_time(
 ) -> None:
     with open_clinic(bundle.server, tmp_path) as clinic:
         with (
-            Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client,
+            Client(
+                bundle.client, clinic.server.url, credentials=clinic.credentials("ana")
+            ) as client,
             pytest.raises(RemoteFault, match=r"WorkerLost: .* again at the same step .*SIGKILL"),
             ending_workers_over(step=2),
         ):
             client.fit(DATA, batch_size=8)
-        with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
+        with Client(
+            bundle.client, clinic.server.url, credentials=clinic.credentials("ana")
+        ) as client:
             client.step({name: array[:8] for name, array in DATA.items()})
         assert clinic.count_deaths() == 2
 
@@ -236,7 +240,9 @@ def test_a_worker_that_ends_between_two_steps_is_held_against_neither(
                 kills -= 1
                 clinic.end_worker("ana", 2, signal.SIGKILL)
 
-        with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
+        with Client(
+            bundle.client, clinic.server.url, credentials=clinic.credentials("ana")
+        ) as client:
             client.fit(DATA, batch_size=8, on_step=on_step)
             check_equal(client.state(), expected)
         assert clinic.count_deaths() == 3
@@ -285,7 +291,7 @@ def test_owners_share_a_worker_in_turns_and_none_is_lost(
     with open_clinic(bundle.server, tmp_path, Limits(workers=1)) as clinic, ExitStack() as stack:
         clients = [
             stack.enter_context(
-                Client(bundle.client, clinic.server.url, access=clinic.access(owner))
+                Client(bundle.client, clinic.server.url, credentials=clinic.credentials(owner))
             )
             for owner in OWNERS
         ]
@@ -401,7 +407,9 @@ def test_a_worker_that_cannot_start_is_told_in_the_log_and_the_step_is_tried_twi
     with open_clinic(bundle.server, tmp_path) as clinic:
         monkeypatch.setattr(sys, "executable", "false")
         with (
-            Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client,
+            Client(
+                bundle.client, clinic.server.url, credentials=clinic.credentials("ana")
+            ) as client,
             pytest.raises(RemoteFault, match=r"WorkerLost: no worker can be started .*--resume"),
         ):
             client.step({name: array[:8] for name, array in DATA.items()})
@@ -417,7 +425,9 @@ def test_a_worker_has_no_secret_no_socket_and_leaves_no_core(
 ) -> None:
     monkeypatch.setenv("SPLITONNX_TOKEN", "a secret")
     with open_clinic(bundle.server, tmp_path) as clinic:
-        with Client(bundle.client, clinic.server.url, access=clinic.access("ana")) as client:
+        with Client(
+            bundle.client, clinic.server.url, credentials=clinic.credentials("ana")
+        ) as client:
             client.step({name: array[:8] for name, array in DATA.items()})
         process = Path("/proc", str(clinic.worker("ana").pid))
         assert b"secret" not in (process / "environ").read_bytes()

@@ -16,21 +16,21 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, UnfinishedRun, UsageError
 from splitonnx.folder_locks import FolderLock
-from splitonnx.runtime.channels.channels import Standing
+from splitonnx.runtime.channels.channels import ResumePoint
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import (
     Checkpoint,
     CheckpointStore,
-    Position,
+    DataPosition,
     list_sessions,
 )
 from splitonnx.states import check_home
 
 # msgspec ends the process where two threads meet a type for the first time at once
-_POSITION = msgspec.json.Decoder(Position)
+_POSITION = msgspec.json.Decoder(DataPosition)
 
 
-class Journal:
+class TrainingRun:
     """The record of one client's session; made by :meth:`open`.
 
     ``position`` is where in its data a resumed run goes on, ``None`` for one that begins.
@@ -66,14 +66,14 @@ class Journal:
         lock = FolderLock.acquire(party.path) if resume and party.path is not None else None
         found = find_unfinished(party) if resume else None
         if found is None:
-            journal = cls(party, uuid.uuid4().hex)
+            run = cls(party, uuid.uuid4().hex)
             if not resume:
-                journal.position = None
+                run.position = None
         else:
             executor.restore(found.tensors, found.step)
-            journal = cls(party, found.session, found)
-        journal._lock = lock
-        return journal
+            run = cls(party, found.session, found)
+        run._lock = lock
+        return run
 
     def hold(self) -> None:
         """Keep others from training in the folder until :meth:`release`; may be called twice.
@@ -90,10 +90,10 @@ class Journal:
             self._lock.release()
         self._lock = None
 
-    def stand(self, step: int) -> Standing:
+    def stand(self, step: int) -> ResumePoint:
         """Say where the client stands that is at ``step`` now."""
         kept = () if self._store is None else self._store.steps()
-        return Standing(origin=self._origin, start=self._start, step=step, kept=kept)
+        return ResumePoint(origin=self._origin, start=self._start, step=step, kept=kept)
 
     @property
     def has_checkpoints(self) -> bool:
@@ -103,7 +103,7 @@ class Journal:
         except BundleError:  # they may be there, where they cannot be looked at
             return True
 
-    def write(self, executor: Executor, position: Position | None) -> None:
+    def write(self, executor: Executor, position: DataPosition | None) -> None:
         """Keep the state as a checkpoint, durably.
 
         Raises:
@@ -127,7 +127,7 @@ class Journal:
         )
         self.is_behind = False
 
-    def publish(self, executor: Executor, position: Position | None) -> None:
+    def publish(self, executor: Executor, position: DataPosition | None) -> None:
         """Make the state the folder's outcome; the run is finished, its checkpoints go.
 
         Raises:
@@ -142,7 +142,7 @@ class Journal:
         if self._store is not None:
             self._store.remove()
 
-    def go_back(self, executor: Executor, step: int) -> Position | None:
+    def go_back(self, executor: Executor, step: int) -> DataPosition | None:
         """Take the state back to a step that was kept, and return the position there.
 
         Raises:
@@ -159,7 +159,7 @@ class Journal:
         executor.restore(self._state, step)
         return None
 
-    def take_position(self, start: Position) -> Position:
+    def take_position(self, start: DataPosition) -> DataPosition:
         """Return where in its data a run begins: at ``start``, or where it was broken off.
 
         Raises:
@@ -214,7 +214,7 @@ def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
     return CheckpointStore(party.path, party.manifest, session)
 
 
-def _read_position(text: str) -> Position:
+def _read_position(text: str) -> DataPosition:
     try:
         return _POSITION.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

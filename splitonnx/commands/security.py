@@ -17,7 +17,7 @@ from splitonnx.errors import UsageError
 if TYPE_CHECKING:
     import ssl
 
-    from splitonnx.runtime.channels.credentials import Access
+    from splitonnx.runtime.channels.credentials import Credentials
     from splitonnx.runtime.edge.tokens import Tokens
 
 _LOCKS = "Who may come in"
@@ -246,7 +246,7 @@ def make_access(
     cert: Path | None,
     key: Path | None,
     max_message_bytes: int | None,
-) -> Access | None:
+) -> Credentials | None:
     """Read a client's token and certificates; ``None`` where there is no server.
 
     Raises:
@@ -265,7 +265,7 @@ def make_access(
         if names:
             raise UsageError(f"{', '.join(names)}: for a server, and none is named")
         return None
-    from splitonnx.runtime.channels.credentials import MESSAGE_BYTES, Access
+    from splitonnx.runtime.channels.credentials import MESSAGE_BYTES, Credentials
     from splitonnx.runtime.edge.tokens import read_token
     from splitonnx.runtime.wire.tls import make_client_tls
 
@@ -273,7 +273,7 @@ def make_access(
     if ca is not None or cert is not None or key is not None:
         tls = make_client_tls(authority=ca, certificate=cert, key=key)
     size = MESSAGE_BYTES if max_message_bytes is None else max_message_bytes
-    return Access(token=read_token(token_file), tls=tls, message_bytes=size)
+    return Credentials(token=read_token(token_file), tls=tls, message_bytes=size)
 
 
 # --- token ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from splitonnx import Client, Server
 from splitonnx.bundles import Bundle
 from splitonnx.errors import ConnectionLost, NotPermitted, NotSaved
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.channels.credentials import Access
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.edge import connections as guards
 from splitonnx.runtime.edge.http import Refusal
@@ -37,11 +37,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def serving(folder: Path, *roles: Role) -> Iterator[tuple[Server, Access]]:
+def serving(folder: Path, *roles: Role) -> Iterator[tuple[Server, Credentials]]:
     """Serve with tokens, and give a token with some roles, ana's."""
     token = add_token(folder / "tokens", "ana", roles)
     with Server(folder / "server", port=0, tokens=Tokens.read(folder / "tokens")) as server:
-        yield server, Access(token=token)
+        yield server, Credentials(token=token)
 
 
 def ask(
@@ -67,7 +67,7 @@ def know_names(token: str) -> Identity:
 
 
 def open_as(echo: Echo, name: str) -> WebSocketTransport:
-    return connect(echo.url, access=Access(token=name))
+    return connect(echo.url, credentials=Credentials(token=name))
 
 
 def test_one_owner_cannot_take_every_connection() -> None:
@@ -126,8 +126,8 @@ def test_without_the_role_publish_the_newest_state_stays_and_a_checkpoint_is_kep
     folder: Path,
 ) -> None:
     with (
-        serving(folder, Role.TRAIN) as (server, access),
-        Client(folder / "client", server.url, access=access, threads=1) as client,
+        serving(folder, Role.TRAIN) as (server, credentials),
+        Client(folder / "client", server.url, credentials=credentials, threads=1) as client,
     ):
         client.fit(DATA, batch_size=8, checkpoint_every=2)
         with pytest.raises(NotSaved, match=r"role 'publish'.*step 3 is kept as a checkpoint"):
@@ -139,8 +139,8 @@ def test_without_the_role_publish_the_newest_state_stays_and_a_checkpoint_is_kep
 
 def test_with_the_role_publish_it_is_replaced(folder: Path) -> None:
     with (
-        serving(folder, Role.TRAIN, Role.PUBLISH) as (server, access),
-        Client(folder / "client", server.url, access=access, threads=1) as client,
+        serving(folder, Role.TRAIN, Role.PUBLISH) as (server, credentials),
+        Client(folder / "client", server.url, credentials=credentials, threads=1) as client,
     ):
         client.fit(DATA, batch_size=8, save=True)
     assert (folder / "server" / "state.safetensors").exists()
@@ -153,17 +153,17 @@ def test_without_the_role_train_no_session_opens_and_the_model_is_not_given_out(
     tokens = Tokens.read(folder / "tokens")
     with Server(folder / "server", port=0, tokens=tokens, client=folder / "client") as server:
         with pytest.raises(NotPermitted, match=r"may not open a session.*role 'train'"):
-            Client(folder / "client", server.url, access=Access(token=token), threads=1)
+            Client(folder / "client", server.url, credentials=Credentials(token=token), threads=1)
         assert ask(server.port, "/client/manifest.json", token=token)[0] == 403
         assert ask(server.port, "/metrics", token=token)[0] == 200
 
 
 def test_metrics_want_the_role_operate(folder: Path) -> None:
-    with serving(folder, Role.TRAIN) as (server, access):
+    with serving(folder, Role.TRAIN) as (server, credentials):
         assert ask(server.port, "/metrics")[0] == 401
-        assert ask(server.port, "/metrics", token=access.token)[0] == 403
-    with serving(folder) as (server, access):  # no roles in the line: all of them
-        assert ask(server.port, "/metrics", token=access.token)[0] == 200
+        assert ask(server.port, "/metrics", token=credentials.token)[0] == 403
+    with serving(folder) as (server, credentials):  # no roles in the line: all of them
+        assert ask(server.port, "/metrics", token=credentials.token)[0] == 200
 
 
 def test_a_token_that_comes_as_a_message_has_its_roles(folder: Path) -> None:
@@ -172,9 +172,9 @@ def test_a_token_that_comes_as_a_message_has_its_roles(folder: Path) -> None:
 
     manifest = Bundle.load(folder).client.manifest
     hello = Hello(digest=manifest.digest, session="5" * 32, step=0, wires=list_wires(manifest))
-    with serving(folder, Role.OPERATE) as (server, access):
+    with serving(folder, Role.OPERATE) as (server, credentials):
         transport = connect(server.url)
-        transport.send(encode_message(Login(token=access.token or "")))
+        transport.send(encode_message(Login(token=credentials.token or "")))
         transport.send(encode_message(hello))
         answer, _ = decode_message(transport.receive())
         assert isinstance(answer, Fault)
@@ -209,9 +209,9 @@ def test_a_server_without_locks_is_not_read_under_a_name_of_somebody_else_s(
 
 
 def test_a_server_with_tokens_may_be_asked_by_any_name(folder: Path) -> None:
-    with serving(folder) as (server, access):
+    with serving(folder) as (server, credentials):
         assert ask(server.port, "/health", host="lab.example")[0] == 200
-        assert ask(server.port, "/metrics", host="lab.example", token=access.token)[0] == 200
+        assert ask(server.port, "/metrics", host="lab.example", token=credentials.token)[0] == 200
 
 
 def test_a_program_may_open_a_websocket_by_any_name() -> None:
@@ -236,12 +236,12 @@ def test_the_name_that_a_server_listens_on_is_its_own() -> None:
 
 
 def test_head_gets_the_head_of_what_get_would(folder: Path) -> None:
-    with serving(folder) as (server, access):
+    with serving(folder) as (server, credentials):
         for path, token, status in [
             ("/health", None, 200),
             ("/metrics", None, 401),
-            ("/metrics", access.token, 200),
-            ("/", access.token, 426),
+            ("/metrics", credentials.token, 200),
+            ("/", credentials.token, 426),
         ]:
             found, headers, body = ask(server.port, path, method="HEAD", token=token)
             assert (found, body) == (status, b""), path
@@ -346,11 +346,11 @@ def test_what_stands_behind_a_question_mark_of_an_address_is_not_told() -> None:
 
 def test_a_known_owner_trains_as_before(folder: Path) -> None:
     with (
-        serving(folder) as (server, access),
-        Client(folder / "client", server.url, access=access, threads=1) as client,
+        serving(folder) as (server, credentials),
+        Client(folder / "client", server.url, credentials=credentials, threads=1) as client,
     ):
         history = client.fit(DATA, batch_size=8)
         assert np.isfinite([record.loss for record in history.steps]).all()
     with Echo(authorize=know_sesame) as echo:
-        transport = connect(echo.url, access=Access(token="open sesame"))
+        transport = connect(echo.url, credentials=Credentials(token="open sesame"))
         transport.close()

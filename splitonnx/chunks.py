@@ -16,7 +16,7 @@ PIECE = 8 << 20
 """Bytes of a piece, a multiple of every page size."""
 
 
-def split_pieces(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview]:
+def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview]:
     """Yield the bytes of a contiguous buffer in order, ``PIECE`` at a time.
 
     Pages of a mapped file leave this process's memory once the next piece is asked for; they are
@@ -35,7 +35,7 @@ def hold(content: memoryview) -> memoryview:
     """Copy bytes into memory of this process's own, which a change of their file does not reach."""
     memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
     start = 0
-    for piece in split_pieces(content):
+    for piece in iter_chunks(content):
         memory[start : start + len(piece)] = piece
         start += len(piece)
     return memory.toreadonly()

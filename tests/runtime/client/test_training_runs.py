@@ -140,7 +140,7 @@ def test_a_server_that_lost_its_newest_steps_goes_back_with_the_client(
     def crash(record: StepRecord) -> None:
         seen.append(record.step)
         if seen in ([1, 2], [1, 2, 1, 2, 3, 4, 5, 6]):
-            servers[-1]._registry.park_all = lambda: None  # type: ignore[method-assign]
+            servers[-1]._registry.unload_all = lambda: None  # type: ignore[method-assign]
             servers[-1].close()
             servers.append(serve(folder, resume=True, port=server.port))
             servers[-1].__enter__()

@@ -12,40 +12,42 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from splitonnx.chunks import iter_chunks
 from splitonnx.codecs import Chunk, encode_tensors
-from splitonnx.pieces import split_pieces
 
-SEAL = "sha256"
+CHECKSUM = "sha256"
 
-_MARK = f'"{SEAL}":"'.encode()
+_MARK = f'"{CHECKSUM}":"'.encode()
 _BLANK = "0" * 64
 
 
-def encode_sealed(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[Chunk]:
+def encode_with_checksum(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> list[Chunk]:
     """Write tensors and metadata as chunks of one sealed file; no tensor is copied.
 
     Raises:
         FormatError: an element type that cannot be written.
     """
-    header, *data = encode_tensors(tensors, {SEAL: _BLANK, **metadata})
+    header, *data = encode_tensors(tensors, {CHECKSUM: _BLANK, **metadata})
     header = bytes(header)
     start = header.index(_MARK) + len(_MARK)
     found = _sum([header, *data]).encode()
     return [header[:start] + found + header[start + len(found) :], *data]
 
 
-def is_whole(content: memoryview, metadata: Mapping[str, str]) -> bool:
+def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
     """Whether a well-formed file is as it was sealed; ``metadata`` is what was read from it."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = bytes(content[:end])
     start = header.find(_MARK) + len(_MARK)
     blank = header[:start] + _BLANK.encode() + header[start + len(_BLANK) :]
-    return metadata.get(SEAL) == _sum([blank, content[end:]])
+    return metadata.get(CHECKSUM) == _sum([blank, content[end:]])
 
 
 def _sum(chunks: Iterable[Chunk]) -> str:
     found = hashlib.sha256()
     for chunk in chunks:
-        for piece in split_pieces(chunk):
+        for piece in iter_chunks(chunk):
             found.update(piece)
     return found.hexdigest()

@@ -13,7 +13,14 @@ from http import HTTPStatus
 from websockets.datastructures import MultipleValuesError
 from websockets.http11 import Request
 
-from splitonnx.runtime.edge.http import METHODS, Answer, Authorize, Refusal, Respond, read_visit
+from splitonnx.runtime.edge.http import (
+    METHODS,
+    Authorize,
+    HttpResponse,
+    Refusal,
+    Respond,
+    read_request,
+)
 from splitonnx.runtime.edge.identities import Identity, Role
 from splitonnx.runtime.edge.origins import Origins
 
@@ -27,11 +34,11 @@ class Decision:
     """
 
     identity: Identity | None = None
-    answer: Answer | None = None
+    answer: HttpResponse | None = None
     refusal: Refusal | None = None
 
 
-class Admission:
+class RequestPolicy:
     """Decides on requests.
 
     Without ``authorize`` everybody comes in, under the name that stands in the certificate that
@@ -80,7 +87,7 @@ class Admission:
         answer = None
         if self._respond is not None:
             roles: frozenset[Role] = frozenset() if identity is None else identity.roles
-            answer = self._respond(read_visit(request, token, roles))
+            answer = self._respond(read_request(request, token, roles))
         if answer is None and request.method != "GET":
             upgrade = {"Upgrade": "websocket"}
             return _deny(HTTPStatus.UPGRADE_REQUIRED, "only websockets are here", upgrade)
@@ -95,7 +102,7 @@ def _deny(
     refusal: Refusal | None = None,
 ) -> Decision:
     body = f"{sentence}\n".encode()
-    answer = Answer(status, "text/plain; charset=utf-8", body, headers or {})
+    answer = HttpResponse(status, "text/plain; charset=utf-8", body, headers or {})
     return Decision(answer=answer, refusal=refusal)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from splitonnx.bundles import Bundle
     from splitonnx.partitioner.reports.checks import Check
-    from splitonnx.partitioner.reports.inspections import Cut
+    from splitonnx.partitioner.reports.inspections import CutCandidate
     from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
     from splitonnx.runtime.engine.exports import Export
     from splitonnx.verifications import Verification
@@ -74,7 +74,7 @@ def print_check(check: Check, path: Path) -> None:
     _print(verdict, markup=True)
 
 
-def print_cuts(cuts: Iterable[Cut]) -> None:
+def print_cuts(cuts: Iterable[CutCandidate]) -> None:
     """Print the legal single-tensor cuts as a table."""
     names = ("tensor", "operator", "shape")
     sizes = ("up / step", "down / step", "client params", "server params")

@@ -10,17 +10,17 @@ from splitonnx.bundles import Bundle
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.scheduling.turns import Turns
-from splitonnx.runtime.server.contexts import Premises
+from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.metrics import Metrics
 from splitonnx.runtime.server.registries import Registry
 
 
 @contextmanager
-def open_premises(bundle: Bundle) -> Iterator[Premises]:
+def open_premises(bundle: Bundle) -> Iterator[ServerContext]:
     """Share a registry and turns of one thread each, while the context lasts."""
     assert bundle.server is not None
     compute, storage = Turns(1), Turns(1)
-    yield Premises(
+    yield ServerContext(
         registry=Registry(Executor(bundle.server, Engine(threads=1))),
         compute=compute,
         storage=storage,
