@@ -85,8 +85,8 @@ class Limits:
                 raise UsageError(f"limit {field.name} must be positive and finite, not {value:g}")
         if self.unauthenticated_bytes > self.message_bytes:
             raise UsageError(
-                f"limit unauthenticated_bytes ({self.unauthenticated_bytes}) is larger than message_bytes "
-                f"({self.message_bytes})"
+                f"limit unauthenticated_bytes ({self.unauthenticated_bytes}) is larger than "
+                f"message_bytes ({self.message_bytes})"
             )
         if self.message_seconds > self.idle_seconds:
             raise UsageError(

@@ -38,9 +38,9 @@ class Partition:
 
     ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
     on their shape alone, may be needed by both: ``client`` holds all that the client needs.
-    ``remote_shapes`` maps each party to its nodes that read the shape of a tensor which it does not hold,
-    each with the tensors from whose shapes it can be had instead.  ``duplicated`` nodes carry data
-    of raw inputs that cross anyway, and each party computes them by itself.
+    ``remote_shapes`` maps each party to its nodes that read the shape of a tensor which it does not
+    hold, each with the tensors from whose shapes it can be had instead.  ``duplicated`` nodes carry
+    data of raw inputs that cross anyway, and each party computes them by itself.
     """
 
     at: tuple[ir.Value, ...]

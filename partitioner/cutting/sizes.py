@@ -116,10 +116,10 @@ def derive_sizes(
 ) -> set[ir.Node]:
     """Let ``party`` compute its sizes by itself, in place, and return the nodes that it then has.
 
-    ``nodes`` are the party's, ``others`` the other party's.  Each node in ``remote_shapes`` gives sizes of a
-    tensor that the party does not hold, and has them from those that it is mapped to.  Nodes
-    that both parties have and that read sizes are doubled, and so are those in ``duplicated``.  The
-    graph may be out of order afterwards.
+    ``nodes`` are the party's, ``others`` the other party's.  Each node in ``remote_shapes`` gives
+    sizes of a tensor that the party does not hold, and has them from those that it is mapped to.
+    Nodes that both parties have and that read sizes are duplicated, and so are those in
+    ``duplicated``.  The graph may be out of order afterwards.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}

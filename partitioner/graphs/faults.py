@@ -2,8 +2,8 @@
 
 The work trusts what an operator's definition promises of its inputs and attributes: their number,
 ranks that fit, a divisor that is not 0.  A model may break that where no checker looks, and the
-breach then shows as one of Python's own errors.  It is told of the node where there is one at
-hand (:func:`attribute_errors_to`), else of the stage of work that broke off (:func:`attribute_errors_to_pass`).
+breach then shows as one of Python's own errors.  The error names the node where it is known
+(:func:`attribute_errors_to`), else the pass that failed (:func:`attribute_errors_to_pass`).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class HandshakeQuota:
 
 
 class AcceptedSocket(socket.socket):
-    """An accepted socket, which tells the entrance when it is closed."""
+    """An accepted socket, which tells its quota when it is closed."""
 
     quota: HandshakeQuota | None = None
     came = 0.0
@@ -106,6 +106,7 @@ class AcceptedSocket(socket.socket):
             return
 
     def close(self) -> None:
+        """Close the socket, which no longer counts."""
         if self.quota is not None:
             self.quota.forget(self)
             self.quota = None

@@ -13,8 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from splitonnx.commands import partitions, services, trainings
-from splitonnx.commands import security as locks
+from splitonnx.commands import partitions, security, services, trainings
 from splitonnx.errors import SplitonnxError
 
 app = typer.Typer(
@@ -30,7 +29,7 @@ for command in (
     partitions.inspect,
     partitions.cut,
     services.serve,
-    locks.token,
+    security.token,
     trainings.train,
     services.predict,
     partitions.merge,

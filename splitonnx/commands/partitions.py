@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import output as displays
+from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
@@ -59,9 +59,9 @@ def check(
     pause_to_the_end()
     found = splitonnx.check(model, loss=loss, output=output)
     if as_json:
-        displays.print_json(found)
+        printing.print_json(found)
     else:
-        displays.print_check(found, model)
+        printing.print_check(found, model)
     if not found.trainable:
         raise typer.Exit(1)
 
@@ -85,9 +85,9 @@ def inspect(
     pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
-        displays.print_json(cuts)
+        printing.print_json(cuts)
     else:
-        displays.print_cuts(cuts)
+        printing.print_cuts(cuts)
 
 
 def cut(
@@ -149,9 +149,9 @@ def cut(
     )
     made.save(bundle, overwrite=force)
     if as_json:
-        displays.print_json(displays.summarize_bundle(made))
+        printing.print_json(printing.summarize_bundle(made))
     elif not quiet:
-        displays.print_bundle(made, bundle)
+        printing.print_bundle(made, bundle)
 
 
 def merge(
@@ -169,7 +169,7 @@ def merge(
     refuse_existing(output, force=force)
     size = splitonnx.write_merged(bundle, output, overwrite=force)
     if not quiet:
-        displays.print_written(output, size)
+        printing.print_written(output, size)
 
 
 def verify(
@@ -193,9 +193,9 @@ def verify(
         bundle, data, steps=steps, batch_size=batch_size, rtol=rtol, seed=seed
     )
     if as_json:
-        displays.print_json_lines(displays.summarize_verification(verification))
+        printing.print_json_lines(printing.summarize_verification(verification))
     elif not quiet:
-        displays.print_verification(verification)
+        printing.print_verification(verification)
     if not verification.ok:
         raise typer.Exit(1)
 
@@ -230,6 +230,6 @@ def export(
     refuse_existing(place, force=force)
     written = splitonnx.export(source, place, overwrite=force)
     if as_json:
-        displays.print_json(displays.summarize_export(written))
+        printing.print_json(printing.summarize_export(written))
     elif not quiet:
-        displays.print_export(written)
+        printing.print_export(written)

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from splitonnx.runtime.channels.credentials import Credentials
     from splitonnx.runtime.edge.tokens import Tokens
 
-_LOCKS = "Who may come in"
+_SECURITY = "Who may come in"
 _LIMITS = "Limits"
 _ACCESS = "How the server lets us in"
 
 
-def _limit(field: str, text: str, *, show_default: bool = True) -> object:
+def _limit(
+    field: str, text: str, *, show_default: bool = True, before: str | None = None
+) -> object:
+    """Make the option of a limit; ``before`` is a name that it had in 0.1.0."""
+    names = (field,) if before is None else (field, before)
     return typer.Option(
-        f"--max-{field.replace('_', '-')}",
+        *(f"--max-{name.replace('_', '-')}" for name in names),
         help=text,
         rich_help_panel=_LIMITS,
         show_default=show_default,
@@ -42,7 +46,7 @@ ServerTokensOption = Annotated[
         "--token-file",
         metavar="FILE",
         help="The tokens that let clients in, as `splitonnx token` writes them.",
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 ServerCertificateOption = Annotated[
@@ -51,12 +55,14 @@ ServerCertificateOption = Annotated[
         "--tls-cert",
         metavar="FILE.pem",
         help="The server's certificate; with it the server speaks TLS.",
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 ServerKeyOption = Annotated[
     Path | None,
-    typer.Option("--tls-key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_LOCKS),
+    typer.Option(
+        "--tls-key", metavar="FILE.pem", help="Its private key.", rich_help_panel=_SECURITY
+    ),
 ]
 ClientAuthorityOption = Annotated[
     Path | None,
@@ -64,7 +70,7 @@ ClientAuthorityOption = Annotated[
         "--client-ca",
         metavar="FILE.pem",
         help="Clients must show a certificate of this authority (mutual TLS).",
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 OriginOption = Annotated[
@@ -73,7 +79,7 @@ OriginOption = Annotated[
         metavar="ORIGIN",
         help="Web pages of this origin, such as https://lab.example, may connect; repeatable. "
         "Programs name no origin and are not asked for one.",
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 InsecureOption = Annotated[
@@ -81,7 +87,7 @@ InsecureOption = Annotated[
     typer.Option(
         "--insecure",
         help="Listen beyond this machine without tokens or certificates.",
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 IsolateOption = Annotated[
@@ -91,12 +97,17 @@ IsolateOption = Annotated[
         help="Run each owner's sessions in a process of their own; the default where clients show "
         "tokens or certificates, or may come from beyond this machine.",
         show_default=False,
-        rich_help_panel=_LOCKS,
+        rich_help_panel=_SECURITY,
     ),
 ]
 MaxClientsOption = Annotated[int, _limit("clients", "Connections at once.")]
-MaxStrangersOption = Annotated[
-    int, _limit("strangers", "Connections at once that have shown no token yet.")
+MaxUnauthenticatedOption = Annotated[
+    int,
+    _limit(
+        "unauthenticated",
+        "Connections at once that have shown no token yet.",
+        before="strangers",
+    ),
 ]
 MaxSessionsOption = Annotated[int, _limit("sessions", "Sessions at once in memory.")]
 MaxSessionsPerTokenOption = Annotated[
@@ -111,8 +122,13 @@ MaxMemoryBytesOption = Annotated[
     ),
 ]
 MaxMessageBytesOption = Annotated[int, _limit("message_bytes", "Bytes of one message.")]
-MaxStrangerBytesOption = Annotated[
-    int, _limit("stranger_bytes", "Bytes of all messages before a token was shown.")
+MaxUnauthBytesOption = Annotated[
+    int,
+    _limit(
+        "unauthenticated_bytes",
+        "Bytes of all messages before a token was shown.",
+        before="stranger_bytes",
+    ),
 ]
 MaxMessagesPerSecondOption = Annotated[
     int,

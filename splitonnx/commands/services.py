@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import splitonnx
-from splitonnx.commands import output as displays
-from splitonnx.commands import security as locks
+from splitonnx.commands import printing, security
 from splitonnx.commands.files import open_whole, refuse_existing
 from splitonnx.commands.logs import LogFormat, LogLevel, logging_to_stderr
 from splitonnx.commands.options import (
@@ -58,33 +57,33 @@ def serve(
     quiet: QuietOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = None,
-    token_file: locks.ServerTokensOption = None,
-    tls_cert: locks.ServerCertificateOption = None,
-    tls_key: locks.ServerKeyOption = None,
-    client_ca: locks.ClientAuthorityOption = None,
-    origin: locks.OriginOption = None,
-    insecure: locks.InsecureOption = False,
-    isolate: locks.IsolateOption = None,
-    max_clients: locks.MaxClientsOption = Limits.clients,
-    max_strangers: locks.MaxStrangersOption = Limits.unauthenticated,
-    max_sessions: locks.MaxSessionsOption = Limits.sessions,
-    max_sessions_per_token: locks.MaxSessionsPerTokenOption = Limits.sessions_per_token,
-    max_memory_bytes: locks.MaxMemoryBytesOption = Limits.memory_bytes,
-    max_message_bytes: locks.MaxMessageBytesOption = Limits.message_bytes,
-    max_stranger_bytes: locks.MaxStrangerBytesOption = Limits.unauthenticated_bytes,
-    max_messages_per_second: locks.MaxMessagesPerSecondOption = Limits.messages_per_second,
-    max_idle_seconds: locks.MaxIdleSecondsOption = Limits.idle_seconds,
-    max_message_seconds: locks.MaxMessageSecondsOption = Limits.message_seconds,
-    max_handshake_seconds: locks.MaxHandshakeSecondsOption = Limits.handshake_seconds,
-    max_login_seconds: locks.MaxLoginSecondsOption = Limits.login_seconds,
-    max_unattended_seconds: locks.MaxUnattendedSecondsOption = Limits.unattended_seconds,
-    max_clients_per_token: locks.MaxClientsPerTokenOption = Limits.clients_per_token,
-    max_batch: locks.MaxBatchOption = Limits.batch,
-    max_task_bytes: locks.MaxTaskBytesOption = Limits.task_bytes,
-    max_stage_seconds: locks.MaxStageSecondsOption = Limits.stage_seconds,
-    max_workers: locks.MaxWorkersOption = Limits.workers,
-    max_disk_per_owner: locks.MaxDiskPerOwnerOption = Limits.disk_per_owner,
-    max_norm: locks.MaxNormOption = Limits.norm,
+    token_file: security.ServerTokensOption = None,
+    tls_cert: security.ServerCertificateOption = None,
+    tls_key: security.ServerKeyOption = None,
+    client_ca: security.ClientAuthorityOption = None,
+    origin: security.OriginOption = None,
+    insecure: security.InsecureOption = False,
+    isolate: security.IsolateOption = None,
+    max_clients: security.MaxClientsOption = Limits.clients,
+    max_unauthenticated: security.MaxUnauthenticatedOption = Limits.unauthenticated,
+    max_sessions: security.MaxSessionsOption = Limits.sessions,
+    max_sessions_per_token: security.MaxSessionsPerTokenOption = Limits.sessions_per_token,
+    max_memory_bytes: security.MaxMemoryBytesOption = Limits.memory_bytes,
+    max_message_bytes: security.MaxMessageBytesOption = Limits.message_bytes,
+    max_unauthenticated_bytes: security.MaxUnauthBytesOption = Limits.unauthenticated_bytes,
+    max_messages_per_second: security.MaxMessagesPerSecondOption = Limits.messages_per_second,
+    max_idle_seconds: security.MaxIdleSecondsOption = Limits.idle_seconds,
+    max_message_seconds: security.MaxMessageSecondsOption = Limits.message_seconds,
+    max_handshake_seconds: security.MaxHandshakeSecondsOption = Limits.handshake_seconds,
+    max_login_seconds: security.MaxLoginSecondsOption = Limits.login_seconds,
+    max_unattended_seconds: security.MaxUnattendedSecondsOption = Limits.unattended_seconds,
+    max_clients_per_token: security.MaxClientsPerTokenOption = Limits.clients_per_token,
+    max_batch: security.MaxBatchOption = Limits.batch,
+    max_task_bytes: security.MaxTaskBytesOption = Limits.task_bytes,
+    max_stage_seconds: security.MaxStageSecondsOption = Limits.stage_seconds,
+    max_workers: security.MaxWorkersOption = Limits.workers,
+    max_disk_per_owner: security.MaxDiskPerOwnerOption = Limits.disk_per_owner,
+    max_norm: security.MaxNormOption = Limits.norm,
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
@@ -95,12 +94,12 @@ def serve(
     level = LogLevel.ERROR if quiet else log_level or LogLevel.INFO
     limits = Limits(
         clients=max_clients,
-        unauthenticated=max_strangers,
+        unauthenticated=max_unauthenticated,
         sessions=max_sessions,
         sessions_per_token=max_sessions_per_token,
         memory_bytes=max_memory_bytes,
         message_bytes=max_message_bytes,
-        unauthenticated_bytes=max_stranger_bytes,
+        unauthenticated_bytes=max_unauthenticated_bytes,
         messages_per_second=max_messages_per_second,
         idle_seconds=max_idle_seconds,
         message_seconds=max_message_seconds,
@@ -123,8 +122,8 @@ def serve(
             threads=threads,
             resume=resume,
             limits=limits,
-            tokens=locks.read_tokens(token_file),
-            tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
+            tokens=security.read_tokens(token_file),
+            tls=security.make_tls(tls_cert, tls_key, client_authority=client_ca),
             origins=origin or (),
             insecure=insecure,
             isolate=isolate,
@@ -148,15 +147,15 @@ def predict(
     trusted: TrustedOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
-    token_file: locks.ClientTokenOption = None,
-    ca: locks.AuthorityOption = None,
-    cert: locks.CertificateOption = None,
-    key: locks.KeyOption = None,
-    max_message_bytes: locks.ReplyBytesOption = None,
+    token_file: security.ClientTokenOption = None,
+    ca: security.AuthorityOption = None,
+    cert: security.CertificateOption = None,
+    key: security.KeyOption = None,
+    max_message_bytes: security.ReplyBytesOption = None,
 ) -> None:
     """Run the model split, and write its outputs by name into an .npz file."""
     refuse_existing(output, force=force)
-    credentials = locks.make_access(
+    credentials = security.make_access(
         server,
         token_file=token_file,
         ca=ca,
@@ -178,4 +177,4 @@ def predict(
     with open_whole(output) as file:
         np.savez(file, **outputs)
     if not quiet:
-        displays.print_outputs(output, outputs)
+        printing.print_outputs(output, outputs)

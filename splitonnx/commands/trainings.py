@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import output as displays
-from splitonnx.commands import security as locks
+from splitonnx.commands import printing, security
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
@@ -119,11 +118,11 @@ def train(
     train: TrainOption = None,
     freeze: FreezeOption = None,
     client_target: ClientTargetOption = None,
-    token_file: locks.ClientTokenOption = None,
-    ca: locks.AuthorityOption = None,
-    cert: locks.CertificateOption = None,
-    key: locks.KeyOption = None,
-    max_message_bytes: locks.ReplyBytesOption = None,
+    token_file: security.ClientTokenOption = None,
+    ca: security.AuthorityOption = None,
+    cert: security.CertificateOption = None,
+    key: security.KeyOption = None,
+    max_message_bytes: security.ReplyBytesOption = None,
 ) -> None:
     """Train a bundle against its server and save both halves, or with --local a whole model.
 
@@ -177,7 +176,7 @@ def train(
         )
     from splitonnx.runtime.client.datasets import open_dataset
 
-    credentials = locks.make_access(
+    credentials = security.make_access(
         server,
         token_file=token_file,
         ca=ca,
@@ -185,7 +184,7 @@ def train(
         key=key,
         max_message_bytes=max_message_bytes,
     )
-    display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
+    display = printing.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
     part = source if bundle is None else bundle.client
     with splitonnx.Client(
         part,

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.commands.output import print_cuts
+from splitonnx.commands.printing import print_cuts
 from splitonnx.errors import NativeCrash, NotAModel, UnsupportedModel
 from splitonnx.partitioner.gate import gates
 from splitonnx.partitioner.gate.gates import ModelSource
@@ -194,7 +194,7 @@ def test_a_long_list_of_cuts_is_printed_as_plain_lines(
     found = inspect(ZOO["chain"].build())
     print_cuts(found)
     short = capsys.readouterr().out
-    monkeypatch.setattr("splitonnx.commands.output.FEW_ROWS", 1)
+    monkeypatch.setattr("splitonnx.commands.printing.FEW_ROWS", 1)
     print_cuts(found)
     long = capsys.readouterr().out
     assert [row.split() for row in long.splitlines() if "---" not in row] == [

@@ -23,7 +23,7 @@ from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages
-from tests.runtime.gate import test_gates as test_runtime_gates
+from tests.runtime.gate import test_gates
 from tests.support import tiny
 from tests.support.zoo import ZOO
 
@@ -84,7 +84,7 @@ def list_cases(test: Any) -> list[tuple[Any, str]]:
 
 def build_refusals() -> dict[str, list[dict[str, str]]]:
     """What the Python tests refuse, each with a part of the reason."""
-    gates = test_runtime_gates
+    gates = test_gates
     graphs = [
         *list_cases(gates.test_a_graph_that_is_none_of_a_bundle_is_refused),
         *list_cases(gates.test_bytes_that_are_no_message_are_refused),

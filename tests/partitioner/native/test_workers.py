@@ -18,8 +18,7 @@ from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRunt
 from splitonnx.partitioner.differentiation import gradients
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.shapes import infer_shapes
-from splitonnx.partitioner.native import natives
-from splitonnx.partitioner.native import workers as isolations
+from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.native.workers import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
 from tests.conftest import ROOT
@@ -170,7 +169,7 @@ def test_inference_leaves_inputs_and_initializers_as_they_are() -> None:
 
 def test_what_needs_too_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = msgspec.msgpack.encode(["MemoryError", "std::bad_alloc"])
-    monkeypatch.setattr(isolations._Worker, "ask", lambda worker, request: answer)
+    monkeypatch.setattr(workers._Worker, "ask", lambda worker, request: answer)
     isolation = Isolation()
     with pytest.raises(NativeCrash, match="the split: onnx's checker needs more memory than it"):
         isolation.call(natives.check_form, "the split", build_split(3))

@@ -21,10 +21,10 @@ from splitonnx.errors import (
     Unauthorized,
     UsageError,
 )
-from splitonnx.runtime.channels import bounded_connections as client_connections
+from splitonnx.runtime.channels import bounded_connections
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
-from splitonnx.runtime.edge import connections as guards
+from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.connections import MAX_FRAGMENTS
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.edge.listeners import HandshakeQuota, open_listeners
@@ -418,14 +418,14 @@ def test_messages_that_nobody_asked_for_are_not_read_without_end() -> None:
         assert stalled.wait(PATIENCE)
         first = transport.receive()  # what was kept can still be read
         assert len(first) == 1 << 20
-        assert transport._socket.waiting_bytes <= client_connections.READ_AHEAD + (2 << 20)
+        assert transport._socket.waiting_bytes <= bounded_connections.READ_AHEAD + (2 << 20)
         transport.close()
 
 
 def test_a_message_larger_than_what_is_read_ahead_arrives_while_it_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_connections, "READ_AHEAD", 1000)
+    monkeypatch.setattr(bounded_connections, "READ_AHEAD", 1000)
     with Echo() as echo:
         transport = connect(echo.url)
         for _ in range(3):
@@ -472,7 +472,7 @@ def test_a_reply_over_the_client_s_limit_is_not_waited_for_again() -> None:
 
 
 def test_who_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "LOST_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "LOST_SECONDS", 0.2)
     with Echo() as echo, dial(echo.port) as connection:
         shake(connection)
         assert read_to_end(connection) == b""

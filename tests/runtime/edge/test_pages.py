@@ -16,8 +16,7 @@ import pytest
 from splitonnx import Server
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.edge import connections as guards
-from splitonnx.runtime.edge import pages
+from splitonnx.runtime.edge import connections, pages
 from splitonnx.runtime.edge.http import HttpRequest
 from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.pages import read_pages
@@ -97,7 +96,7 @@ def test_a_long_answer_may_take_longer_than_a_handshake(bundle: Path, web: Path)
 def test_no_more_long_answers_wait_than_there_is_room_for(
     bundle: Path, web: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guards, "ANSWERS_BYTES", 2 * LONG)
+    monkeypatch.setattr(connections, "ANSWERS_BYTES", 2 * LONG)
     with Server(bundle / "server", port=0, web=web) as server, ExitStack() as waiting:
         for _ in range(2):
             client = waiting.enter_context(dial(server.port))

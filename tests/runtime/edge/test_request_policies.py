@@ -17,7 +17,7 @@ from splitonnx.errors import ConnectionLost, NotPermitted, NotSaved
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
-from splitonnx.runtime.edge import connections as guards
+from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.edge.identities import Identity, Role
 from splitonnx.runtime.edge.origins import Origins
@@ -320,7 +320,7 @@ def test_who_does_not_take_its_reply_is_cut_off_in_spite_of_pings() -> None:
 def test_who_does_not_take_a_long_answer_steadily_is_cut_off(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guards, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 1.0)
     size = 24 << 20
     (folder / "web").mkdir()
     (folder / "web" / "index.html").write_bytes(bytes(size))

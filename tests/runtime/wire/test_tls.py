@@ -14,7 +14,7 @@ import trustme
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
-from splitonnx.runtime.edge import listeners as doors
+from splitonnx.runtime.edge import listeners
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.exposure import check_exposure
@@ -123,7 +123,7 @@ def test_an_unfinished_tls_handshake_has_little_time(files: Files) -> None:
 def test_of_too_many_unfinished_tls_handshakes_the_oldest_go_once_they_had_some_time(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doors, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(listeners, "GRACE_SECONDS", 0.2)
     tls = make_server_tls(*files.server)
     trusting = Credentials(tls=make_client_tls(authority=files.authority))
     with Echo(tls=tls, limits=Limits(unauthenticated=2)) as echo, ExitStack() as crowd:

@@ -30,7 +30,7 @@ from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.scheduling import places
 from splitonnx.runtime.server.servers import Server
-from splitonnx.runtime.workers import processes as workers
+from splitonnx.runtime.workers import processes
 from splitonnx.runtime.workers.messages import Action, Work, write_frame
 from splitonnx.runtime.workers.pools import WorkerPool
 from splitonnx.runtime.workers.processes import Worker, WorkerOptions
@@ -352,7 +352,7 @@ def test_a_worker_for_which_no_file_is_left_cannot_start(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     assert bundle.server is not None
-    monkeypatch.setattr(workers, "make_block", fail)
+    monkeypatch.setattr(processes, "make_block", fail)
     with pytest.raises(ProcessFailed, match="Too many open files"):
         Worker(make_options(bundle.server), lambda: 0)
 
