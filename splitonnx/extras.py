@@ -5,6 +5,8 @@ It knows which package comes with which extra, and nothing of what they are used
 
 from __future__ import annotations
 
+import platform
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -26,4 +28,16 @@ def load(module: str, purpose: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        raise MissingExtra(package, _EXTRAS[package], purpose) from error
+        raise miss(package, _EXTRAS[package], purpose) from error
+
+
+def miss(package: str, extra: str, purpose: str) -> MissingExtra:
+    """Make the error of a package that is not installed and that ``extra`` brings."""
+    is_available = extra != "cpu" or has_training_wheel()
+    return MissingExtra(package, extra, purpose, is_available=is_available)
+
+
+def has_training_wheel() -> bool:
+    """Whether onnxruntime-training 1.19.2, its last, has a wheel for this Python and machine."""
+    is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
+    return is_common and sys.version_info < (3, 13)

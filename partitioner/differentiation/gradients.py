@@ -13,12 +13,12 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from splitonnx.errors import (
-    MissingExtra,
     NotDifferentiable,
     SplitonnxError,
     UnsupportedModel,
     WrongRuntime,
 )
+from splitonnx.extras import miss
 from splitonnx.partitioner.differentiation.opaques import (
     Opaques,
     put_back_opaques,
@@ -324,7 +324,7 @@ def _find_shape(node: ir.Node) -> ir.Shape | None:
 
 def _translate(error: Refused) -> SplitonnxError:
     if error.kind in ("ImportError", "ModuleNotFoundError"):
-        return MissingExtra("onnxruntime-training", "cpu", "differentiating a model")
+        return miss("onnxruntime-training", "cpu", "differentiating a model")
     if error.kind == natives.StockRuntime.__name__:
         return WrongRuntime(
             "stock onnxruntime",

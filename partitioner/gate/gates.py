@@ -25,7 +25,12 @@ from splitonnx.partitioner.gate.names import check_names, check_texts, check_typ
 from splitonnx.partitioner.gate.operators import MAX_NODES, check_operators, check_opsets
 from splitonnx.partitioner.gate.tensors import DataFiles
 from splitonnx.partitioner.gate.walks import list_tensors
-from splitonnx.partitioner.graphs.faults import FAULTS, attribute_errors_to_pass, explain
+from splitonnx.partitioner.graphs.faults import (
+    FAULTS,
+    UNREADABLE,
+    attribute_errors_to_pass,
+    explain,
+)
 from splitonnx.partitioner.graphs.readings import read_model
 
 MAX_PROTO_BYTES = 2**31 - 1
@@ -47,25 +52,32 @@ def open_model(source: ModelSource) -> ir.Model:
     """
     proto, label, folder = _read(source)
     files = DataFiles(label=label, folder=folder)
-    try:
-        version = check_opsets(proto.opset_import, label)
-        check_texts(proto, label)
-        proto = unwrap_maps(proto)
-        check_operators(proto, version, label)
-        check_types(proto, label)
-        for tensor in list_tensors(proto):
-            files.check(tensor)
-        check_names(proto, label)
-        check_form(proto, label)
-        model = read_model(proto)
-    except UnicodeDecodeError as error:
-        raise NotAModel(label, "it holds text that is not UTF-8") from error
-    except FAULTS as error:
-        raise NotAModel(label, explain(error)) from error
-    with attribute_errors_to_pass("read"):
+    with attribute_errors_to_pass("checked by the gate"):
+        try:
+            version = check_opsets(proto.opset_import, label)
+            check_texts(proto, label)
+            proto = unwrap_maps(proto)
+            check_operators(proto, version, label)
+            check_types(proto, label)
+            for tensor in list_tensors(proto):
+                files.check(tensor)
+            check_names(proto, label)
+            check_form(proto, label)
+            model = _deserialize(proto, label)
+        except UnicodeDecodeError as error:
+            raise NotAModel(label, "it holds text that is not UTF-8") from error
+        except FAULTS as error:
+            raise NotAModel(label, explain(error)) from error
         _map_external(model, files)
         _forget_negative_dims(model.graph)
     return model
+
+
+def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
+    try:
+        return read_model(proto)
+    except UNREADABLE as error:
+        raise NotAModel(label, explain(error)) from error
 
 
 def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:

@@ -1,85 +1,97 @@
-"""Faults in a model: what goes wrong in the work on it is told in one sentence.
+"""Faults: whose an error is that breaks off the work on a model, the model's or ours.
 
-The work trusts what an operator's definition promises of its inputs and attributes: their number,
-ranks that fit, a divisor that is not 0.  A model may break that where no checker looks, and the
-breach then shows as one of Python's own errors.  The error names the node where it is known
-(:func:`attribute_errors_to`), else the pass that failed (:func:`attribute_errors_to_pass`).
+The work trusts what an operator's definition promises of its inputs and attributes: ranks that fit,
+a divisor that is not 0, a mode that exists.  A model may break that where no checker looks, and
+the breach then shows as one of Python's errors of values (:data:`FAULTS`): it is told of the node.
+Any other error is a mistake of this package, and says so, with the pass and the node.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
-from splitonnx.errors import InternalModelError, UnsupportedModel
+from splitonnx.errors import InternalModelError, SplitonnxError, UnsupportedModel
 from splitonnx.partitioner.graphs.builders import MissingOutput
 
-FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EncodeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,  # onnx-ir's are some
-    TypeError,
-    ValueError,
-)
-"""As what a model that is not well-formed shows."""
+FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
+"""As what a model shows whose values or ranks are not what an operator takes."""
+UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
+"""As what bytes show that are no model, when onnx-ir reads them."""
 
 _MOST_CHARACTERS = 160
+
+_logger = logging.getLogger("splitonnx.partitioner")
 
 
 @contextmanager
 def attribute_errors_to(
-    node: ir.Node, lost: str = "is read, but nothing makes it", advice: str = ""
+    node: ir.Node, work: str, lost: str = "is read, but nothing makes it", advice: str = ""
 ) -> Iterator[None]:
-    """Blame ``node`` where the work on it breaks off.
+    """Name ``node`` where the work on it fails; ``work`` completes "while it was ...".
 
     ``lost`` and ``advice`` say what it means that nothing was written for an output of it.
 
     Raises:
-        UnsupportedModel: it names the node and what was wrong.
+        UnsupportedModel: the node's inputs or attributes are not what its operator takes.
+        InternalModelError: the work itself is wrong.
     """
     subject = f"node '{node.name}' ({node.op_type})"
     try:
         yield
+    except SplitonnxError:
+        raise
     except MissingOutput as error:
         raise UnsupportedModel(subject, f"its output '{error}' {lost}", advice) from error
-    except FAULTS as error:
-        raise UnsupportedModel(
-            subject,
-            f"its inputs or attributes are not what the operator takes ({explain(error)})",
-            "check how the model was exported",
-        ) from error
+    except Exception as error:
+        if isinstance(find_cause(error), FAULTS):
+            raise UnsupportedModel(
+                subject,
+                f"its inputs or attributes are not what the operator takes ({explain(error)})",
+                "check how the model was exported",
+            ) from error
+        raise _report(subject, work, error) from error
 
 
 @contextmanager
 def attribute_errors_to_pass(work: str) -> Iterator[None]:
-    """Blame the model as a whole where a stage of the work on it breaks off.
-
-    ``work`` completes "it cannot be ...".
+    """Name a pass over the whole model where it fails; ``work`` completes "while it was ...".
 
     Raises:
-        InternalModelError: it names the work and what was wrong.
+        UnsupportedModel: the model is too large to be written down.
+        InternalModelError: the pass itself is wrong, since the gate has let the model in.
     """
     try:
         yield
-    except FAULTS as error:
-        raise InternalModelError(
-            "the model",
-            f"it cannot be {work} ({explain(error)})",
-            "check how it was exported",
-        ) from error
+    except SplitonnxError:
+        raise
+    except (EncodeError, MemoryError) as error:
+        reason = f"it is too large ({explain(error)})"
+        raise UnsupportedModel("the model", reason, "save its weights beside it") from error
+    except Exception as error:
+        raise _report("the model", work, error) from error
+
+
+def _report(subject: str, work: str, error: Exception) -> InternalModelError:
+    """Log where our work failed, and make the error that asks for a report."""
+    _logger.debug("%s, while it was %s", subject, work, exc_info=error)
+    cause = find_cause(error)
+    return InternalModelError(subject, work, f"{type(cause).__name__}: {explain(error)}")
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """Find the first cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def explain(error: BaseException) -> str:
-    """Give the sentence of the first cause: onnx-ir repeats whole messages on the way up."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
+    """Return the sentence of the first cause: onnx-ir repeats whole messages on the way up."""
+    text = " ".join(str(find_cause(error)).split())
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return printable[:_MOST_CHARACTERS] or "a type or shape that is not known"

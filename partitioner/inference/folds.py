@@ -35,7 +35,7 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
     pending, spent = deque(graph), 0
     while pending:
         node = pending.popleft()
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "folded"):
             written = _fold_node(node, known, reached, spent)
         spent += sum(1 + len(list_inner(node)) for node in written)
         pending.extendleft(reversed(written))

@@ -142,7 +142,7 @@ class Inference:
         """
         if node.op_type == "Constant" or node.domain not in ("", "ai.onnx"):
             return
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "asked for its shapes"):
             self._learn(node)
 
     def _learn(self, node: ir.Node) -> None:

@@ -41,7 +41,7 @@ def flatten_sequences(graph: ir.Graph) -> bool:
         rule = _RULES.get(node.op_type)
         if rule is None or node.domain:
             continue
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "replaced by its tensors"):
             try:
                 rule(rows, node)
             except _Unknown:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from splitonnx.errors import NotAModel
 from splitonnx.partitioner.graphs.builders import known_dims, known_rank, take_input
 from splitonnx.partitioner.graphs.faults import (
-    FAULTS,
+    UNREADABLE,
     attribute_errors_to,
     attribute_errors_to_pass,
     explain,
@@ -56,7 +56,7 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
             _note_entries(model.graph, proto.graph)
             return
         found = ir.serde.deserialize_model(proto)
-    except FAULTS as error:
+    except UNREADABLE as error:
         raise NotAModel("the model", f"its types cannot be inferred ({explain(error)})") from error
     for graph, typed in zip(graphs, found.graphs(), strict=False):
         _note_types(graph, typed)
@@ -138,7 +138,7 @@ def check_ranks(graph: ir.Graph) -> None:
                 raise NotAModel(f"node '{node.name}' ({node.op_type})", reason)
         if node.domain not in ("", "ai.onnx"):
             continue
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "held against its shapes"):
             if node.op_type in _WINDOWED:
                 _check_window(node)
             elif node.op_type == "LayerNormalization":

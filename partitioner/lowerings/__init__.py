@@ -88,7 +88,7 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     nodes = list(graph)
     with _reading_outputs(graph), count_constants():
         for node in nodes:
-            with attribute_errors_to(node):
+            with attribute_errors_to(node, "looked up among standard operators"):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue
             _replace(node, _find_lowering(node))
@@ -160,5 +160,5 @@ def _has_schema(kind: str, opset: int) -> bool:
 def _replace(node: ir.Node, lowering: Lowering) -> None:
     draft = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
     advice = "choose the target training for the party that runs it"
-    with attribute_errors_to(node, "cannot be written in standard operators", advice):
+    with attribute_errors_to(node, "lowered", "cannot be written in standard operators", advice):
         draft.replace(node, lowering(draft, node))

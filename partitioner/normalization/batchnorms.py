@@ -36,7 +36,7 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", int(training))
         if not training:
             continue
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "given running statistics"):
             if len(node.outputs) < 3:
                 node.resize_outputs(3)
             for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
@@ -59,7 +59,7 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
         if is_training(node):
             continue
         statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "written as its formula"):
             _write_out(graph, node)  # which takes the node's inputs away
     return statistics
 

@@ -30,7 +30,7 @@ def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
     ``mode`` is ``"keep"`` (all on), ``"off"`` (all off) or ``None`` for what each node says.
     """
     for node in list_dropouts(graph):
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "given a seeded mask"):
             ratio = _read_ratio(node)
             on = _is_on(node) if mode is None else mode == "keep"
             if not on or ratio == 0.0:

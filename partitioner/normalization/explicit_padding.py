@@ -27,7 +27,7 @@ def make_paddings_explicit(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in _WINDOWED or node.domain:
             continue
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "given explicit padding"):
             _settle_node(node)
 
 

@@ -85,7 +85,7 @@ def adapt_opset(model: ir.Model) -> None:
             if not _expand_newer(model, target):
                 break
         for node in list_nodes(model.graph):
-            with attribute_errors_to(node):
+            with attribute_errors_to(node, "brought to a newer opset"):
                 _adapt(node, target)
         check_attributes(model.graph, target)
     model.opset_imports[""] = target
@@ -216,7 +216,7 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
             continue
         if node.version <= target or _find_schema(node.op_type, target) is not None:
             continue
-        with attribute_errors_to(node):
+        with attribute_errors_to(node, "written by its function body"):
             function = _define(node, model.opset_imports.get("", 1), f"body_{count}")
             model.functions[function.identifier()] = function
             _fill_defaults(node)

@@ -175,7 +175,7 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
             continue
         rule = REWRITES[node.op_type]
         draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
-        with attribute_errors_to(node, "cannot be differentiated", _ADVICE):
+        with attribute_errors_to(node, "rewritten", "cannot be differentiated", _ADVICE):
             made = rule(draft, node)
             if made is not None:
                 draft.replace(node, made)

@@ -288,8 +288,7 @@ class Server:
             ),
         )
         if handle_signals:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(number, self._take_signal, context)
+            self._handle_signals(self._loop, context)
         async with serve(
             partial(self._attend, context),
             self.host,
@@ -319,6 +318,14 @@ class Server:
     def _has_session(self, user: Hashable) -> bool:
         """Whether an owner has a session in memory, or a session is there by itself."""
         return any(user in (session.owner, session.id) for session in self._registry.sessions)
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop, context: ServerContext) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, self._take_signal, context)
+            except NotImplementedError:  # Windows has none, but wakes the loop all the same
+                take = partial(loop.call_soon_threadsafe, self._take_signal, context)
+                signal.signal(number, lambda *_, take=take: take())
 
     def _take_signal(self, context: ServerContext) -> None:
         """Stop at the first signal; at the second, end what runs."""

@@ -8,17 +8,23 @@ splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import NoReturn
+import traceback
+from typing import Annotated, NoReturn
 
 import typer
 
 from splitonnx.commands import partitions, security, services, trainings
+from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.errors import SplitonnxError
+
+TRACEBACK = "SPLITONNX_TRACEBACK"
+"""The environment variable that, where it is set, shows where an error came from."""
 
 app = typer.Typer(
     name="splitonnx",
-    help="Split learning on ONNX: cut any model, train its parts apart, exactly as the whole.",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +42,19 @@ for command in (
     partitions.verify,
     partitions.export,
 ):
-    app.command()(command)
+    app.command(cls=Command, epilog=f"Example: {EXAMPLES[command.__name__]}")(command)
+
+
+@app.callback()
+def show_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    """Split learning on ONNX: cut any model, train its parts apart, exactly as the whole."""
 
 
 def main() -> None:
@@ -45,14 +63,16 @@ def main() -> None:
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
     except SplitonnxError as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # typer keeps the class of its usage errors to itself, but each can show itself
         describe = getattr(error, "format_message", None)
         if describe is None:
-            raise
+            _own_up(error)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(describe())
             sys.exit(2)
@@ -60,6 +80,16 @@ def main() -> None:
         command = context.command_path if context is not None else "splitonnx"
         _fail(f"{describe().rstrip('.')} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _own_up(error: Exception) -> NoReturn:
+    """Tell of a mistake of ours in one line, and how to see more of it."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    _fail(
+        f"a mistake in splitonnx ({type(error).__name__}: {error}); please report it, with the "
+        f"traceback that {TRACEBACK}=1 shows"
+    )
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -100,7 +100,10 @@ def cut(
         ),
     ],
     bundle: Annotated[
-        Path, typer.Option("-o", metavar="BUNDLE", help="The folder to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--bundle", metavar="BUNDLE", help="The folder to write.", show_default=False
+        ),
     ],
     tail_at: Annotated[
         list[str] | None,
@@ -157,7 +160,10 @@ def cut(
 def merge(
     bundle: BundleArgument,
     output: Annotated[
-        Path, typer.Option("-o", metavar="FILE", help="The model to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The model to write.", show_default=False
+        ),
     ],
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -209,6 +215,7 @@ def export(
         Path | None,
         typer.Option(
             "-o",
+            "--output",
             metavar="FOLDER",
             help="The folder to write; by default the party's with -mobile behind its name.",
             show_default=False,

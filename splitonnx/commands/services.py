@@ -138,7 +138,9 @@ def predict(
     data: DataOption,
     output: Annotated[
         Path,
-        typer.Option("-o", metavar="FILE.npz", help="The file to write.", show_default=False),
+        typer.Option(
+            "-o", "--output", metavar="FILE.npz", help="The file to write.", show_default=False
+        ),
     ],
     server: ServerOption = None,
     give_up_after: GiveUpAfterOption = None,

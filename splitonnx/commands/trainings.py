@@ -101,6 +101,7 @@ def train(
         Path | None,
         typer.Option(
             "-o",
+            "--merged",
             metavar="FILE",
             help="With --local: the trained model to write.",
             show_default=False,

@@ -9,16 +9,24 @@ from splitonnx.errors.roots import SplitonnxError
 
 @dataclass(eq=False)
 class MissingExtra(SplitonnxError):
-    """A package is missing that an extra of splitonnx would have installed."""
+    """A package is missing that an extra of splitonnx installs, where it has a wheel.
+
+    ``is_available`` tells whether the extra has all of its wheels for this Python and machine.
+    """
 
     module: str
     extra: str
     purpose: str
+    is_available: bool = True
 
     def __str__(self) -> str:
+        missing = f"{self.purpose} needs '{self.module}', which is not installed"
+        if self.is_available:
+            return f"{missing}; run: pip install 'splitonnx[{self.extra}]'"
         return (
-            f"{self.purpose} needs '{self.module}', which is not installed; "
-            f"run: pip install 'splitonnx[{self.extra}]'"
+            f"{missing}; onnxruntime-training has wheels for Python 3.11 and 3.12 on x86-64 and "
+            "macOS alone: cut the model on such a machine, and train its parts here with "
+            "'splitonnx[portable]'"
         )
 
 

@@ -43,8 +43,20 @@ class TooManyTries(UnsupportedModel):
     """The model's single-tensor cuts cannot be listed in the work that may be spent on it."""
 
 
-class InternalModelError(UnsupportedModel):
-    """The work on the model broke off, and no node is known to be at fault."""
+@dataclass(eq=False)
+class InternalModelError(SplitonnxError):
+    """The work on a model failed by a mistake of ours; ``work`` says at what."""
+
+    subject: str
+    work: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"a mistake in splitonnx, not in the model: {self.subject}, while it was {self.work} "
+            f"({self.reason}); please report it, with the traceback that SPLITONNX_TRACEBACK=1 "
+            "shows"
+        )
 
 
 @dataclass(eq=False)

@@ -1,0 +1,61 @@
+"""How ``--help`` looks: an example below each command, and no type beside what is a switch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {
+        "check": "splitonnx check model.onnx",
+        "inspect": "splitonnx inspect model.onnx --batch 32",
+        "cut": "splitonnx cut model.onnx --at /layer1/Relu_output_0 -o bundle",
+        "serve": "splitonnx serve bundle/server --port 8765",
+        "token": "splitonnx token ana --token-file tokens.json",
+        "train": "splitonnx train bundle/client --server ws://127.0.0.1:8765 --data train.npz",
+        "predict": (
+            "splitonnx predict bundle/client --server ws://127.0.0.1:8765 --data new.npz "
+            "-o predicted.npz"
+        ),
+        "merge": "splitonnx merge bundle -o trained.onnx",
+        "verify": "splitonnx verify bundle --data train.npz",
+        "export": "splitonnx export bundle/client --for mobile",
+    }
+)
+"""A line for each command that works with names of the user's own."""
+
+
+class Command(TyperCommand):
+    """A command whose switches are shown without the type of their value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, ``--help`` among them."""
+        return _hide_types(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """All commands; its own switches are shown in the same way."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, ``--help`` among them."""
+        return _hide_types(super().get_params(ctx))
+
+
+def _hide_types(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        is_switch = isinstance(parameter, TyperOption) and parameter.is_flag
+        if is_switch and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
+def show_version(is_asked: bool) -> None:
+    """Print the installed version, and end."""
+    if is_asked:
+        print(f"splitonnx {version('splitonnx')}")
+        raise typer.Exit
