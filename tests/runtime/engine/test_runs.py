@@ -51,8 +51,8 @@ def test_an_engine_that_stops_ends_what_runs_and_runs_nothing_more() -> None:
 
 INTERRUPTED = """
 import numpy as np
-from splitonnx.runtime.engines import Engine
-from tests.test_runs import load
+from splitonnx.runtime.engine.engines import Engine
+from tests.runtime.engine.test_runs import load
 engine = Engine(threads=1)
 stage, feeds = load(engine)
 try:
@@ -86,8 +86,8 @@ FAILING = """
 import numpy as np
 from onnx import helper
 from splitonnx.errors import StageFailed
-from splitonnx.runtime.engines import Engine
-from tests.test_engines import ADD
+from splitonnx.runtime.engine.engines import Engine
+from tests.runtime.engine.test_engines import ADD
 engine = Engine(threads=1)
 stage = engine.load("add", ADD, training=True)
 sizes = {"x": 2, "w": 3}

@@ -34,7 +34,7 @@ OTHER_SIDE = """
 import sys
 import msgspec
 import numpy as np
-from splitonnx.runtime.blocks import Place, Slot, open_block, take
+from splitonnx.runtime.workers.blocks import Place, Slot, open_block, take
 place, slots = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[Place, tuple[Slot, ...]])
 taken = take(open_block(place, None), slots)
 print(sum(float(array.sum()) for array in taken.values()))

@@ -202,7 +202,7 @@ def ending_workers_over(step: int) -> Iterator[None]:
             write_frame(pipe, message)
             os.kill(worker.pid, signal.SIGKILL)
 
-        with patch("splitonnx.runtime.workers.write_frame", write_and_end):
+        with patch("splitonnx.runtime.workers.processes.write_frame", write_and_end):
             return exchange(worker, action, tensors)
 
     with patch.object(Worker, "_exchange", exchange_and_end):
