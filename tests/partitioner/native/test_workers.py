@@ -112,8 +112,8 @@ def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_fork_has_a_process_of_its_own_and_nothing_is_left_on_stderr() -> None:
     script = """
 import os
-from splitonnx.partitioner.isolations import _HERE, call
-from tests.test_isolations import build_split, infer
+from splitonnx.partitioner.native.workers import _HERE, call
+from tests.partitioner.native.test_workers import build_split, infer
 infer(build_split(3))
 mine = _HERE.pid
 child = os.fork()
@@ -179,7 +179,7 @@ def test_what_needs_too_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the limit")
 def test_a_request_is_limited_in_memory() -> None:
     script = """
-from splitonnx.partitioner import natives
+from splitonnx.partitioner.native import natives
 natives.BASE_BYTES = 1 << 28
 natives._limit_memory(1 << 20)
 bytearray(1 << 28)
