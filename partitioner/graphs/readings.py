@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.transcripts import has_metadata
+from splitonnx.partitioner.graphs.transcripts import has_metadata, replace_graph
 
 _BODIES = frozenset([ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS])
 _BODY_KINDS = frozenset([onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS])
@@ -49,20 +49,9 @@ def copy_model(model: ir.Model) -> ir.Model:
     try:
         if model.functions:
             raise _Rare
-        graph = _GraphCopier().copy(model.graph)
+        return replace_graph(model, _GraphCopier().copy(model.graph))
     except _Rare:
         return model.clone()
-    return ir.Model(
-        graph,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-        domain=model.domain,
-        model_version=model.model_version,
-        doc_string=model.doc_string,
-        metadata_props=dict(model.metadata_props),
-        device_configurations=model.device_configurations,
-    )
 
 
 def _get(proto: Any, field: str) -> Any:

@@ -27,17 +27,22 @@ def write_model(model: ir.Model) -> onnx.ModelProto:
     if model.functions or model.device_configurations:
         proto: onnx.ModelProto = ir.to_proto(model)
         return proto
-    head = ir.Model(
-        _copy_head(model.graph),
+    return _write(replace_graph(model, _copy_head(model.graph)), model.graph)
+
+
+def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
+    """Return a model with another graph and all else of ``model`` but its functions."""
+    return ir.Model(
+        graph,
         ir_version=model.ir_version,
         producer_name=model.producer_name,
         producer_version=model.producer_version,
         domain=model.domain,
         model_version=model.model_version,
         doc_string=model.doc_string,
-        metadata_props=model.metadata_props,
+        metadata_props=dict(model.metadata_props),
+        device_configurations=model.device_configurations,
     )
-    return _write(head, model.graph)
 
 
 def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProto:
@@ -112,7 +117,7 @@ class _GraphWriter:
             entries.add(name=value.name, type=self._types[kind])
 
     def _read_type(self, value: ir.Value) -> _Type | None:
-        """Give what is common to values that are written alike but for their name."""
+        """Return what is common to values that are written alike but for their name."""
         kind, shape = value.type, value.shape
         if not isinstance(kind, ir.TensorType) or kind.denotation:
             return None
@@ -127,14 +132,14 @@ class _GraphWriter:
 
 
 def _read_dims(shape: ir.Shape) -> _Dims | None:
-    """Give a shape's dimensions, ``None`` where something is noted of one."""
+    """Return a shape's dimensions, ``None`` where one of them has a note."""
     if any(shape.get_denotation(axis) for axis in range(len(shape))):
         return None
     return tuple(d if isinstance(d, int) else d.value for d in shape)
 
 
 def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
-    """Tell whether something is kept in ``meta``, which is made for all that are asked for it."""
+    """Return whether ``meta`` holds anything; to ask for ``meta`` itself would make one."""
     return getattr(noted, "_metadata", noted) is not None and bool(noted.meta)
 
 

@@ -10,7 +10,7 @@ the attributes that name a type.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import list_bodies
 
 _NARROW = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _TYPE_ATTRIBUTES = (
@@ -99,7 +100,7 @@ def _retype_graph(
     for node in graph:
         values += node.outputs
         changed |= _retype_attributes(node, replaced)
-        for body in _list_bodies(node):
+        for body in list_bodies(node):
             changed |= _retype_graph(body, replaced, ())
     for value in values:
         if value.const_value is not None and value.const_value.dtype in replaced:
@@ -108,14 +109,6 @@ def _retype_graph(
             value.type = _retype(value.type, replaced)
             changed = True
     return changed
-
-
-def _list_bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _retype_attributes(node: ir.Node, replaced: Collection[ir.DataType]) -> bool:

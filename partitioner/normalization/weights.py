@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.manifests import Role
-from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
 
 _FLOATS = {
@@ -184,15 +184,9 @@ def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
 def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
     """Yield every body in the graph, nested ones too, with the outermost node that holds it."""
     for holder in graph:
-        for attribute in holder.attributes.values():
-            bodies: Sequence[ir.Graph] = ()
-            if attribute.type is ir.AttributeType.GRAPH:
-                bodies = [attribute.as_graph()]
-            elif attribute.type is ir.AttributeType.GRAPHS:
-                bodies = attribute.as_graphs()
-            for body in bodies:
-                yield holder, body
-                yield from ((holder, inner) for _, inner in _list_bodies(body))
+        for body in list_bodies(holder):
+            yield holder, body
+            yield from ((holder, inner) for _, inner in _list_bodies(body))
 
 
 def _hoist(graph: ir.Graph) -> None:
