@@ -61,14 +61,14 @@ TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
 
 
 def is_known(operator: str, domain: str) -> bool:
-    """Tell whether an operator may stand in a bundle's graph."""
+    """Return whether a bundle's graph may have an operator."""
     if operator in TRAINING_OPERATORS:
         return domain in DOMAINS
     return is_standard(operator, domain)
 
 
 def is_standard(operator: str, domain: str) -> bool:
-    """Tell whether an operator may stand in the graph of a portable part."""
+    """Return whether the graph of a portable part may have an operator."""
     return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
 
 

@@ -47,7 +47,7 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Tell whether onnxruntime-training must not see a node that no gradient passes."""
+    """Return whether a node that no gradient passes is to be kept from onnxruntime-training."""
     return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
 
 

@@ -40,7 +40,7 @@ class Schemas:
     def infer(
         self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
     ) -> Sequence[onnx.TypeProto | None]:
-        """Give the type of each output as onnx infers it from those of the inputs.
+        """Return the type of each output, as onnx infers it from the types of the inputs.
 
         Inputs go by their place, ``i0`` and so on; ``data`` holds those whose contents are known.
 
