@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 from splitonnx.errors import ServerBusy, TaskTooLarge
+from splitonnx.runtime.scheduling.growths import Growths, Kind
 from splitonnx.runtime.scheduling.places import Places
 
 IDLE_SECONDS = 10.0
@@ -38,6 +39,7 @@ Task = tuple[str, str]
 @dataclass(kw_only=True, eq=False)
 class _Reservation:
     owner: Hashable
+    kind: Kind
     size: int
     is_reserve: bool = False
     idle_since: float | None = None
@@ -47,6 +49,7 @@ class _Reservation:
 class _Request:
     task: Task
     owner: Hashable
+    kind: Kind
     size: int
     future: asyncio.Future[None] | None = None
 
@@ -75,6 +78,7 @@ class Budget:
         self._places = None
         if workers is not None:
             self._places = Places(workers, is_there=is_there, clock=clock)
+        self._growths = Growths()
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival
@@ -98,14 +102,17 @@ class Budget:
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
         """Reserve memory for a task that begins; the future is done once it is there.
 
-        A task that has as much already keeps it.  What it has beside is free from now on, so an
-        open task that has less is to be given up before (:meth:`lacks`).  Cancelling the future
-        before it is done withdraws the request.
+        Where the user's tasks that began with as much grew, it is what they grew to that is
+        reserved.  A task that has as much already keeps it.  What it has beside is free from now
+        on, so an open task that has less is to be given up before (:meth:`lacks`).  Cancelling the
+        future before it is done withdraws the request.
 
         Raises:
             TaskTooLarge: it is more than there is.
         """
         self.check(size)
+        kind = _find_kind(task, owner, size)
+        size = self._growths.foresee(kind)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         held = self._held.get(task)
         if held is not None and held.size >= size:
@@ -116,21 +123,23 @@ class Budget:
         if not self._waiting and not self._held:
             self._shares.clear()
         self._shares[owner] = max(self._shares.get(owner, 0), self._level)
-        self._waiting.append(_Request(task=task, owner=owner, size=size, future=future))
+        self._waiting.append(_Request(task=task, owner=owner, kind=kind, size=size, future=future))
         future.add_done_callback(self._note_end)
         self._give()
         return future
 
-    def lacks(self, task: Task, size: int) -> bool:
-        """Whether a task has memory, but not so much."""
+    def lacks(self, task: Task, owner: Hashable, size: int) -> bool:
+        """Whether a task has memory, but not as much as :meth:`ask` would reserve."""
         held = self._held.get(task)
-        return held is not None and held.size < size
+        needed = self._growths.foresee(_find_kind(task, owner, size))
+        return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
         """Note that an open task continues, and needs so much by now; it never waits.
 
         Two tasks that both waited for more would wait for each other, so one that needs more than
-        is left, or than its owner's share while others wait, gets none; it may begin again.
+        is left, or than its owner's share while others wait, gets none; it may begin again, with as
+        much.
 
         Raises:
             TaskTooLarge: it is more than there is.
@@ -141,11 +150,14 @@ class Budget:
         before = 0 if held is None else held.size
         growth = max(size - before, 0)
         if growth or held is None:
+            kind = _find_kind(task, owner, size) if held is None else held.kind
+            self._growths.note(kind, size)
             moved = before if held is not None and held.is_reserve else 0
-            request = _Request(task=task, owner=owner, size=growth)
+            request = _Request(task=task, owner=owner, kind=kind, size=growth)
             if self.used + moved + growth > self.total or self._is_over_share(request):
                 raise ServerBusy("memory for tasks that grow after their first message")
-            held = self._held[task] = _Reservation(owner=owner, size=before + growth)
+            held = _Reservation(owner=owner, kind=kind, size=before + growth)
+            self._held[task] = held
         held.idle_since = None
 
     def pause(self, task: Task) -> None:
@@ -191,7 +203,7 @@ class Budget:
             self._level = max(self._level, self._shares[request.owner])
             self._shares[request.owner] += 1
             self._held[request.task] = _Reservation(
-                owner=request.owner, size=request.size, is_reserve=is_reserve
+                owner=request.owner, kind=request.kind, size=request.size, is_reserve=is_reserve
             )
             assert request.future is not None
             request.future.set_result(None)
@@ -239,6 +251,10 @@ class Budget:
         own = sum(held.size for held in self._held.values() if held.owner == request.owner)
         others_wait = any(other.owner != request.owner for other in self._waiting)
         return others_wait and own > 0 and own + request.size > self.total // 2
+
+
+def _find_kind(task: Task, owner: Hashable, size: int) -> Kind:
+    return _name_user(task, owner), task[1], size
 
 
 def _name_user(task: Task, owner: Hashable) -> Hashable:

@@ -53,7 +53,9 @@ class TaskMemory:
         if message.turn > 0:  # the task has its memory, or is none that is open
             budget.extend(task, owner, needed)
             return
-        if budget.lacks(task, needed):  # its own, which begins anew: what is open is not kept
+        if budget.lacks(
+            task, owner, needed
+        ):  # its own, which begins anew: what is open is not kept
             session.give_up(message.phase)
         granted = budget.ask(task, owner, needed)
         try:

@@ -230,6 +230,58 @@ def test_what_came_out_of_the_reserve_grows_within_what_is_shared() -> None:
     run(test)
 
 
+def test_who_begins_again_after_its_task_could_not_grow_begins_with_what_it_grew_to() -> None:
+    """On earlier versions it begins with as little as before, and is interrupted again."""
+
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("e"), "eve", 50)
+        budget.ask(task("a"), "ana", 40)
+        with pytest.raises(ServerBusy):
+            budget.extend(task("a"), "ana", 60)
+        budget.release(task("a"))
+        again = budget.ask(task("a"), "ana", 40)
+        assert not again.done()  # 60 are not there yet
+        budget.release(task("e"))
+        assert again.done()
+        assert budget.used == 60
+        budget.extend(task("a"), "ana", 60)
+
+    run(test)
+
+
+def test_tasks_of_other_users_phases_or_first_sizes_are_not_given_what_one_grew_to() -> None:
+    async def test() -> None:
+        budget = Budget(1000)
+        budget.ask(task("a"), "ana", 40)
+        budget.extend(task("a"), "ana", 60)
+        budget.release(task("a"))
+        for which, owner, size in (
+            (task("b"), "ben", 40),
+            (("a", "predict"), "ana", 40),
+            (task("a"), "ana", 41),
+        ):
+            assert budget.ask(which, owner, size).done()
+            assert budget.used == size
+            budget.release(which)
+        assert budget.ask(task("a2"), "ana", 40).done()
+        assert budget.used == 60
+
+    run(test)
+
+
+def test_an_open_task_that_begins_anew_is_given_up_where_its_kind_grew_beyond_it() -> None:
+    async def test() -> None:
+        budget = Budget(100)
+        budget.ask(task("a"), "ana", 40)
+        budget.ask(task("e"), "eve", 50)
+        with pytest.raises(ServerBusy):
+            budget.extend(task("a"), "ana", 60)
+        assert budget.lacks(task("a"), "ana", 40)
+
+    run(test)
+
+
 def test_a_client_that_sends_its_next_message_slowly_is_not_idle_until_its_time_is_over() -> None:
     """On earlier versions it is sent away after 10 s, in every step, with others beside it."""
 
@@ -304,9 +356,9 @@ def test_a_task_that_begins_again_keeps_what_it_has_where_that_is_enough() -> No
         assert budget.ask(task("a"), "ana", 70).done()  # the same message again
         assert not waiting.done()
         assert budget.used == 70
-        assert not budget.lacks(task("a"), 70)
-        assert budget.lacks(task("a"), 71)
-        assert not budget.lacks(task("b"), 40)  # it has nothing
+        assert not budget.lacks(task("a"), "ana", 70)
+        assert budget.lacks(task("a"), "ana", 71)
+        assert not budget.lacks(task("b"), "ben", 40)  # it has nothing
 
     run(test)
 
