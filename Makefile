@@ -141,8 +141,9 @@ $(VENV)/tools/%/.done: $(VENV)/.pip requirements/%.txt
 container-steps: $(VENV)/.test
 	$(BIN)/python -m tests.support.container_steps
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
 	$(BIN)/python benchmarks/resnet_step.py
+	$(if $(NODE_20),cd runtime/js && npm run build --silent && npm run build:tests --silent && npm run overhead --silent)
 
 # What a step costs the client while the server's body grows, three minutes; CLIENT=node measures the
 # one in JavaScript, PLOT names a file for the figures as SVG.
