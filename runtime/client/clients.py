@@ -200,7 +200,8 @@ class Client:
             FolderInUse: another client trains in the folder.
             UsageError: a run would be resumed with other data, batches or seed.
             NotSaved: a checkpoint cannot be written.
-            StepsLost: the server lost steps that were made before this fit began.
+            StepsLost: the server lost steps that were made before this fit began, or the same
+                ones again and again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
         require_positive(epochs=epochs, batch_size=batch_size)

@@ -48,9 +48,16 @@ class TrainingLoop:
         Where the server lost steps, both sides go back and make them again.
 
         Raises:
-            StepsLost: they were made before this call.
+            StepsLost: they were made before this call, or are lost again and again.
             SplitonnxError: see :meth:`Client.fit`.
         """
+        try:
+            return self._fit(options, start)
+        except BaseException:  # whoever resumes the run need not wait for close
+            self._run.release()
+            raise
+
+    def _fit(self, options: FitOptions, start: DataPosition) -> History:
         history = History()
         first, position = self._executor.step, start
         farthest, returns = first, 0
@@ -73,9 +80,6 @@ class TrainingLoop:
                     raise
                 position = start if kept is None else kept
                 history.forget(lost.step, position.epoch)
-            except BaseException:  # whoever resumes the run need not wait for close
-                self._run.release()
-                raise
 
     def _train_epoch(
         self, options: FitOptions, position: DataPosition, history: History

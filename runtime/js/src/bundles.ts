@@ -10,6 +10,7 @@ import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from ".
 import { hashBytes } from "./hashes.js";
 import { decodeManifest, isWholeManifest } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
+import { REPLY_SECONDS } from "./sockets.js";
 import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
 import type { Dtype, NdArrays } from "./tensors.js";
 
@@ -22,6 +23,9 @@ export const MAX_MANIFEST = 16 << 20;
 export const MAX_GRAPH = 256 << 20;
 /** Bytes of a tensor file's header; some hundred for each tensor. */
 export const MAX_FILE_HEADER = 64 << 20;
+
+/** Bytes of a fetched file, or the rest of it, that must come within so long as a reply may take. */
+const BLOCK = 1 << 20;
 
 const ALTERED = "it was altered since the bundle was written";
 
@@ -41,15 +45,26 @@ export interface PartyBundle {
   readonly state: NdArrays;
 }
 
+/** How a part is fetched. */
+export interface FetchOptions {
+  /** Shown to whoever has the files. */
+  readonly token?: string | undefined;
+  /** Seconds to wait for each MiB; as long as a reply may take by default. */
+  readonly blockSeconds?: number | undefined;
+}
+
 /**
- * Read the client's part; `token` is shown where it is fetched.
+ * Read the client's part.
  *
  * @throws BundleError: a file is missing, was altered or is too large, or the part is no client's.
  * @throws FormatError: the manifest or the weights cannot be read as such.
- * @throws ConnectionLost, Unauthorized: it cannot be fetched.
+ * @throws ConnectionLost, Unauthorized: it cannot be fetched, or comes too slowly.
  */
-export async function loadBundle(source: BundleSource, token?: string): Promise<PartyBundle> {
-  const read = makeReader(source, token);
+export async function loadBundle(
+  source: BundleSource,
+  options: FetchOptions = {},
+): Promise<PartyBundle> {
+  const read = makeReader(source, options);
   const content = await read(MANIFEST, MAX_MANIFEST);
   const manifest = decodeManifest(content, MANIFEST);
   if (!(await isWholeManifest(content))) throw new BundleError(MANIFEST, ALTERED);
@@ -141,8 +156,8 @@ function measure({ tensor }: StateSpec): number {
   return countElements(tensor.shape as readonly number[]) * BYTES_PER_ELEMENT;
 }
 
-function makeReader(source: BundleSource, token?: string): ReadFile {
-  const read = chooseReader(source, token);
+function makeReader(source: BundleSource, options: FetchOptions): ReadFile {
+  const read = chooseReader(source, options);
   return async (name, limit) => {
     if (/[/\\]|^\.\.?$/.test(name)) {
       throw new BundleError(MANIFEST, `it names '${name}', which is not a plain name`);
@@ -155,11 +170,11 @@ function makeReader(source: BundleSource, token?: string): ReadFile {
   };
 }
 
-function chooseReader(source: BundleSource, token?: string): ReadFile {
+function chooseReader(source: BundleSource, options: FetchOptions): ReadFile {
   if (typeof source === "function") return source;
   if (typeof source === "string") {
     const base = source.endsWith("/") ? source : `${source}/`;
-    return (name, limit) => fetchFile(base + encodeURIComponent(name), limit, token);
+    return (name, limit) => fetchFile(base + encodeURIComponent(name), limit, options);
   }
   return async (name) => {
     if (!Object.hasOwn(source, name)) throw new BundleError(name, "it is missing");
@@ -167,19 +182,36 @@ function chooseReader(source: BundleSource, token?: string): ReadFile {
   };
 }
 
-/** Fetch a file, and stop as soon as it is larger than it may be. */
-async function fetchFile(url: string, limit: number, token?: string): Promise<Uint8Array> {
-  const response = await request(url, token);
+/** Fetch a file, and stop as soon as it is larger than it may be, or comes too slowly. */
+async function fetchFile(url: string, limit: number, options: FetchOptions): Promise<Uint8Array> {
+  const { token, blockSeconds = REPLY_SECONDS } = options;
+  const ended = new AbortController();
+  const late = () => ended.abort(`it gives less than a MiB within ${blockSeconds} s`);
+  let timer = setTimeout(late, blockSeconds * 1000);
   const parts: Uint8Array[] = [];
   let size = 0;
-  const reader = response.body!.getReader();
-  for (let part = await readPart(reader, url); part; part = await readPart(reader, url)) {
-    size += part.length;
-    parts.push(part);
-    if (size <= limit) continue;
-    await reader.cancel();
-    throw new BundleError(url, `it takes more bytes than the limit of ${limit}`);
+  try {
+    const response = await request(url, ended.signal, token);
+    const reader = response.body!.getReader();
+    for (let part = await readPart(reader, url); part; part = await readPart(reader, url)) {
+      const before = size;
+      size += part.length;
+      parts.push(part);
+      if (size > limit) {
+        await reader.cancel();
+        throw new BundleError(url, `it takes more bytes than the limit of ${limit}`);
+      }
+      if (Math.floor(size / BLOCK) === Math.floor(before / BLOCK)) continue;
+      clearTimeout(timer);
+      timer = setTimeout(late, blockSeconds * 1000);
+    }
+  } finally {
+    clearTimeout(timer);
   }
+  return join(parts, size);
+}
+
+function join(parts: readonly Uint8Array[], size: number): Uint8Array {
   const content = new Uint8Array(size);
   let end = 0;
   for (const part of parts) {
@@ -200,12 +232,12 @@ async function readPart(
   }
 }
 
-async function request(url: string, token?: string): Promise<Response> {
+async function request(url: string, signal: AbortSignal, token?: string): Promise<Response> {
   const headers: Record<string, string> = token ? { Authorization: `Bearer ${token}` } : {};
   let response: Response;
   try {
     // A redirect would take the token, or the page's trust, to another address.
-    response = await fetch(url, { headers, redirect: "error" });
+    response = await fetch(url, { headers, redirect: "error", signal });
   } catch (error) {
     throw new ConnectionLost(url, String(error));
   }

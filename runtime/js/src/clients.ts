@@ -20,7 +20,9 @@ import { Journal } from "./journals.js";
 import { Link } from "./links.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "./manifests.js";
 import type { PartyManifest, Phase } from "./manifests.js";
+import { requirePositive } from "./plans.js";
 import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./plans.js";
+import { Returns } from "./returns.js";
 import { connect } from "./sockets.js";
 import { defaultStorage } from "./storages.js";
 import { concatenate } from "./tensors.js";
@@ -57,7 +59,7 @@ export class SplitClient {
     if (!Number.isSafeInteger(seed) || seed < 0) {
       throw new UsageError(`the seed must be an integer from 0 to 2^53, not ${seed}`);
     }
-    const party = await loadBundle(options.bundle ?? locateBundle(url), token);
+    const party = await loadBundle(options.bundle ?? locateBundle(url), { token });
     if (!party.manifest.phases.some((phase) => phase.wires.length)) {
       throw new UsageError("this model was left whole and has no part for a server");
     }
@@ -137,7 +139,8 @@ export class SplitClient {
    * @throws StorageInUse: another client trains with the storage.
    * @throws UsageError: a run would be resumed with other data, batches or seed.
    * @throws NotSaved: a checkpoint cannot be written.
-   * @throws StepsLost: the server lost steps that were made before this fit began.
+   * @throws StepsLost: the server lost steps that were made before this fit began, or the same
+   *   ones again and again.
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
@@ -262,6 +265,7 @@ export class SplitClient {
   async #carryOut(plan: FitPlan, start: Position): Promise<History> {
     const history = new History();
     const first = this.steps;
+    const returns = new Returns(first);
     let place = start;
     for (;;) {
       this.#expected = this.steps;
@@ -274,8 +278,9 @@ export class SplitClient {
         if (plan.save) await this.#half.publish();
         return history;
       } catch (error) {
-        const kept = this.#half.place;
         if (!(error instanceof StepsLost)) throw error;
+        returns.count(error, history.steps.at(-1)?.step ?? first);
+        const kept = this.#half.place;
         if (error.step < first || (error.step > first && !kept)) throw error;
         place = kept ?? start;
         history.forget(error.step, place.epoch);
@@ -389,12 +394,4 @@ function giveAll(arrays: NdArrays): Outputs {
 
 function isTensor(data: DataSource | TensorLike): data is TensorLike {
   return "dims" in data && Array.isArray(data.dims);
-}
-
-function requirePositive(counts: Readonly<Record<string, number>>): void {
-  for (const [name, count] of Object.entries(counts)) {
-    if (!Number.isSafeInteger(count) || count < 1) {
-      throw new UsageError(`${name} must be at least 1, not ${count}`);
-    }
-  }
 }

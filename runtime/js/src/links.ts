@@ -136,7 +136,6 @@ export class Link {
     } catch (error) {
       await this.#reconnect(asLost(error));
     }
-    this.#noteProgress();
   }
 
   /**
@@ -242,7 +241,7 @@ export class Link {
     if (this.#task) this.#sendAll(this.#task);
   }
 
-  /** Something new went or came: whatever breaks from now on is another fault than before. */
+  /** Something new came: whatever breaks from now on is another fault than before. */
   #noteProgress(): void {
     this.#delays = undefined;
     this.#lostAt = undefined;

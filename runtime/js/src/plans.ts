@@ -5,6 +5,7 @@ import type { InferenceSession } from "onnxruntime-common";
 import type { BundleSource } from "./bundles.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Ort, OutputTensor } from "./engines.js";
+import { UsageError } from "./errors.js";
 import type { WhenUnsaved } from "./halves.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { SocketOptions } from "./sockets.js";
@@ -82,4 +83,17 @@ export interface FitPlan extends FitOptions {
   readonly training: Dataset;
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
+}
+
+/**
+ * Check counts, by the names of their options.
+ *
+ * @throws UsageError: one of them is no whole number of at least 1.
+ */
+export function requirePositive(counts: Readonly<Record<string, number>>): void {
+  for (const [name, count] of Object.entries(counts)) {
+    if (!Number.isSafeInteger(count) || count < 1) {
+      throw new UsageError(`${name} must be at least 1, not ${count}`);
+    }
+  }
 }

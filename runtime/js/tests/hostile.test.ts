@@ -24,6 +24,7 @@ import { decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
 import { FolderStorage } from "../src/node.js";
 import { listWires } from "../src/protocols.js";
+import { MOST_RETURNS } from "../src/returns.js";
 import { connect } from "../src/sockets.js";
 import type { NdArrays } from "../src/tensors.js";
 import { ORT, SESSION_OPTIONS, VECTORS, makeArray } from "./fixtures.js";
@@ -333,6 +334,44 @@ test("a server that greets and hangs up without end is given up", async (t) => {
   await trained.close();
 });
 
+/** Lose all steps, each time when so many were made; then no more. */
+function loseAfter(made: number[]): Lies {
+  return {
+    welcome: (hello) => welcome(hello, { step: hello.start }),
+    reply: (asked) => {
+      if (asked.step !== made[0]) return reply(asked);
+      made.shift();
+      return HANG_UP;
+    },
+  };
+}
+
+test("a server that loses the same step again and again is given up", async (t) => {
+  const liar = await startLiar(t);
+  const losses = Array<number>(2 * MOST_RETURNS).fill(1);
+  liar.lies = loseAfter(losses);
+  const trained = await connectTo(liar);
+  await assert.rejects(trained.fit(DATA, { batchSize: 6, epochs: 3 }), (error: Error) => {
+    assert.ok(error instanceof client.StepsLost, `${error}`);
+    assert.match(error.message, /lost its newest steps, and both sides went back to step 0/);
+    return true;
+  });
+  assert.equal(losses.length, MOST_RETURNS - 1); // the first one was of a step that was new
+  assert.equal(trained.steps, 0);
+  await trained.close();
+});
+
+test("a server that loses each step often is trained with as long as new ones come", async (t) => {
+  const liar = await startLiar(t);
+  const losses = [1, 2].flatMap((made) => Array<number>(MOST_RETURNS).fill(made));
+  liar.lies = loseAfter(losses);
+  const trained = await connectTo(liar);
+  const history = await trained.fit(DATA, { batchSize: 6, epochs: 3 });
+  assert.deepEqual(history.steps.map(({ step }) => step), [1, 2, 3]);
+  assert.deepEqual(losses, []);
+  await trained.close();
+});
+
 test("a gradient has its activation's shape, on a new connection too", async (t) => {
   const liar = await startLiar(t);
   let asked = 0;
@@ -533,6 +572,11 @@ describe("an address that gives", () => {
         response.on("error", () => {});
         const pour = () => void (response.writable && response.write(Buffer.alloc(1 << 20), pour));
         pour();
+      } else if (folder === "trickling") {
+        const drip = setInterval(() => response.write("{"), 10);
+        response.on("close", () => clearInterval(drip));
+      } else if (folder === "silent") {
+        return; // the request is taken, and nothing is said
       } else if (name in FILES && folder !== "empty") response.end(FILES[name]);
       else response.writeHead(404).end();
     });
@@ -547,7 +591,7 @@ describe("an address that gives", () => {
   });
 
   test("the files is read, and shown the token", async () => {
-    const { manifest, graphs } = await loadBundle(`${url}/whole`, "secret");
+    const { manifest, graphs } = await loadBundle(`${url}/whole`, { token: "secret" });
     assert.equal(manifest.digest, MANIFEST.digest);
     assert.equal(graphs.size, MANIFEST.files.size);
     assert.ok(asked.every((token) => token === "Bearer secret"));
@@ -557,9 +601,19 @@ describe("an address that gives", () => {
     await assert.rejects(loadBundle(`${url}/endless/`), /more bytes than the limit/);
   });
 
+  for (const how of ["trickling", "silent"]) {
+    test(`a ${how} file is given up`, async () => {
+      await assert.rejects(loadBundle(`${url}/${how}`, { blockSeconds: 0.2 }), (error: Error) => {
+        assert.ok(error instanceof client.ConnectionLost, `${error}`);
+        assert.match(error.message, /gives less than a MiB within 0.2 s/);
+        return true;
+      });
+    });
+  }
+
   test("another address is not followed there", async () => {
     asked.length = 0;
-    await assert.rejects(loadBundle(`${url}/moved`, "secret"), client.ConnectionLost);
+    await assert.rejects(loadBundle(`${url}/moved`, { token: "secret" }), client.ConnectionLost);
     assert.equal(asked.length, 1);
   });
 
