@@ -28,6 +28,7 @@ from splitonnx.partitioner.graphs.traversals import find_movers, map_values, pru
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.normalization.fusions import separate_pads
 from splitonnx.tensors import DTYPES, TensorSpec
 
 _DTYPE_NAMES = {
@@ -116,6 +117,7 @@ def build_training(
     port_wires = [(port, declare(port.value)) for port in ports]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
+    separate_pads(derived)  # those whose axes had to go for their gradient
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

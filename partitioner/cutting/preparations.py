@@ -35,6 +35,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
 from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
 from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
+from splitonnx.partitioner.normalization.fusions import separate_pads
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
 from splitonnx.partitioner.normalization.quantizations import (
@@ -147,6 +148,7 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
     normalize_layouts(model.graph)
     normalize_ml_operators(model.graph)
     infer_shapes(model)
+    _make_paddings_explicit(model)  # before a shape that it corrects becomes a constant
     if flatten_sequences(model.graph):
         infer_shapes(model)
     fold(model, weights)
@@ -155,9 +157,15 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
         fold(model, weights)
     return_weights(model.graph, weights)
     check_ranks(model.graph)
-    make_paddings_explicit(model.graph)
+    _make_paddings_explicit(model)
+    separate_pads(model.graph)
     make_reductions_explicit(model.graph)
     return weights
+
+
+def _make_paddings_explicit(model: ir.Model) -> None:
+    if make_paddings_explicit(model.graph):
+        infer_shapes(model)
 
 
 def _make_differentiable(training: ir.Model, trained: Collection[str]) -> None:

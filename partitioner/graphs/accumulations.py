@@ -30,6 +30,8 @@ def accumulate(
     """Give at each place the sum or product up to it, itself included unless ``exclusive``."""
     dtype = x.dtype
     neutral = draft.number(0.0 if kind == "Add" else 1.0, dtype)
+    if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils
+        return draft.op("Expand", neutral, draft.shape(x))
     if exclusive:
         x = _shift(draft, x, line, 1, neutral)
     distance = 1

@@ -15,23 +15,34 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.traversals import find_dependents
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
-def make_paddings_explicit(graph: ir.Graph) -> None:
+def make_paddings_explicit(graph: ir.Graph) -> bool:
     """Give every convolution and pooling explicit ``pads``, in place.
 
-    One whose padding depends on a size that is not known stays as it is.
+    One whose padding depends on a size that is not known stays as it is.  Return whether shapes
+    are to be inferred anew: onnx counts a window too many as well, and what follows from it is
+    forgotten.
     """
+    wrong: list[ir.Value] = []
     for node in list(graph):
         if node.op_type not in _WINDOWED or node.domain:
             continue
         with attribute_errors_to(node, "given explicit padding"):
-            _settle_node(node)
+            counts = _settle_node(node)
+        found = known_dims(node.outputs[0])
+        if counts and found is not None and found[2:] != counts:
+            wrong.extend(node.outputs)
+    for value in find_dependents(graph, wrong) if wrong else ():
+        value.shape = None
+    return bool(wrong)
 
 
-def _settle_node(node: ir.Node) -> None:
+def _settle_node(node: ir.Node) -> list[int]:
+    """Settle one; give how many windows there are along each axis where onnx may be wrong."""
     kernel = read_kernel(node)
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     if kernel is not None and mode != "NOTSET":
@@ -40,7 +51,8 @@ def _settle_node(node: ir.Node) -> None:
             del node.attributes["auto_pad"]
             node.attributes["pads"] = ir.AttrInt64s("pads", pads)
     elif kernel is not None and node.attributes.get_int("ceil_mode", False):
-        _settle_ceiling(node, kernel)
+        return _settle_ceiling(node, kernel)
+    return []
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
@@ -77,18 +89,19 @@ def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | N
     return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
 
 
-def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> None:
-    """Pad as much as the last windows need; what ``ceil_mode`` adds never counts."""
+def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> list[int]:
+    """Pad as much as the last windows need; what ``ceil_mode`` adds never counts.  Count them."""
     rank = len(kernel)
     dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
     if dims is None or None in dims[2:]:
-        return
+        return []
     strides, dilations = _read_steps(node, rank)
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
-    rests = []
+    rests, counts = [], []
     for axis, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
         n, reach, before = dims[2 + axis] or 0, d * (k - 1) + 1, pads[axis]
         count = count_windows(n, reach, s, before, pads[rank + axis])
+        counts.append(count)
         rests.append((count - 1) * s + reach - n - before - pads[rank + axis])
     included = node.attributes.get_int("count_include_pad", False)
     if included and max(pads) > 0:
@@ -100,6 +113,7 @@ def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> None:
         pads[rank + axis] = max(0, pads[rank + axis] + rest)
     del node.attributes["ceil_mode"]
     node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+    return counts
 
 
 def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:

@@ -155,6 +155,21 @@ def test_running_sums_of_a_row(axis: int, shape: tuple[int, ...]) -> None:
     assert_differentiable(net, {"x": draw(0.5, 2, 3, shape[-1])})
 
 
+@pytest.mark.parametrize("kind", ["CumSum", "CumProd"])
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_one_element_that_its_own_line_excludes_leaves_the_neutral_one(
+    kind: str, reverse: int
+) -> None:
+    """ONNX Runtime's Pad leaves memory unwritten where it takes away all there was."""
+    net = Net(opset=26)
+    net.weight("w", 3, 1)
+    axis = net.constant("axis", np.array(1))
+    net.op(kind, "w", axis, out="excluded", exclusive=1, reverse=reverse)
+    net.op("Add", "excluded", "w", out="shifted")
+    net.op("Mul", "shifted", "x", out="y")
+    assert_differentiable(net, {"x": draw(0.5, 2, 3, 1)})
+
+
 @pytest.mark.parametrize("largest", [0, 1])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_the_greatest_elements_pass_gradients(largest: int, axis: int) -> None:

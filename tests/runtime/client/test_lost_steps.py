@@ -15,7 +15,7 @@ from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message,
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.runtime.client.training_loops import MOST_RETURNS
-from tests import tiny
+from tests.support import tiny
 
 ROWS = 6
 EPOCHS = 3  # a step each

@@ -1,0 +1,218 @@
+"""A Pad before a pooling stays apart from it: ONNX Runtime's optimizer would merge the two wrongly.
+
+Its rule (PadFusion) adds the widths of the Pad to the ``pads`` of the pooling, although what a Pad
+puts there counts in an average and can be a window's largest, and what ``pads`` put there does not.
+ONNX Runtime 1.19.2 is wrong for both poolings, 1.30 for MaxPool.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+from splitonnx.partitioner.fusions import separate_pads
+from splitonnx.partitioner.merges import merge
+from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.wire.transports import connect_in_memory
+from tests.support.case_trials import TARGETS
+from tests.support.differentiations import hold_gradients
+from tests.support.oracles import make_evaluator
+from tests.support.zoo import FLOAT
+
+X = np.random.default_rng(3).standard_normal((2, 2, 7, 8)).astype(np.float32) - 1
+"""Mostly below zero: a zero beside it is often the largest of its window."""
+WIDTHS = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+POOLS: list[tuple[str, dict[str, Any]]] = [
+    ("MaxPool", {"pads": [1, 1, 1, 1]}),
+    ("AveragePool", {"pads": [1, 1, 1, 1]}),
+    ("AveragePool", {"pads": [0, 0, 0, 0]}),
+    ("AveragePool", {"pads": [1, 1, 1, 1], "count_include_pad": 1}),
+]
+
+
+def write_nodes(kind: str, attributes: dict[str, Any]) -> list[onnx.NodeProto]:
+    settings = {"kernel_shape": [3, 3], "strides": [2, 2], **attributes}
+    return [
+        helper.make_node("Pad", ["x", "widths"], ["wide"], name="pad"),
+        helper.make_node(kind, ["wide"], ["y"], name="pool", **settings),
+    ]
+
+
+@pytest.mark.parametrize(("kind", "attributes"), POOLS)
+def test_training_through_a_pad_and_a_pooling_is_what_onnx_defines(
+    kind: str, attributes: dict[str, Any]
+) -> None:
+    arrays = {"x": X, "widths": WIDTHS}
+    hold_gradients(write_nodes(kind, attributes), arrays, ["y"], constants=["widths"])
+
+
+def build(nodes: list[onnx.NodeProto], image: tuple[int, int] = (7, 8)) -> onnx.ModelProto:
+    """Make ``x [N, 2, H, W] -> h -> nodes -> y -> scores``, with a weight on either side."""
+    random = np.random.default_rng(5)
+    weights = {
+        "first": random.standard_normal((2, 2, 1, 1)).astype(np.float32),
+        "last": random.standard_normal((1, 2, 1, 1)).astype(np.float32),
+        "widths": WIDTHS,
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "first"], ["h"], name="enter"),
+            *nodes,
+            helper.make_node("Mul", ["y", "last"], ["scores"], name="leave"),
+        ],
+        "pooled",
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 2, *image])],
+        [helper.make_tensor_value_info("scores", FLOAT, ["N", 2, None, None])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+
+def rename(nodes: list[onnx.NodeProto], names: dict[str, str]) -> list[onnx.NodeProto]:
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    return nodes
+
+
+def evaluate(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    results: Any = make_evaluator(model).run(None, feeds)
+    return np.asarray(results[0])
+
+
+def split_off(model: onnx.ModelProto) -> tuple[np.ndarray, np.ndarray]:
+    """Compute ``h`` of ``X`` with the model's weight, and give its last weight."""
+    stored = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    return np.einsum("nchw,kc->nkhw", X, stored[0][:, :, 0, 0]), stored[1]
+
+
+def hold_predictions(model: onnx.ModelProto, expected: np.ndarray, target: Target) -> None:
+    """Hold the client's prediction and the merged model, both optimized, against ``expected``."""
+    bundle = cut(model, at="h", loss="mse", client_target=target, server_target=target)
+    merged = onnxruntime.InferenceSession(merge(bundle))
+    np.testing.assert_allclose(merged.run(None, {"x": X})[0], expected, rtol=1e-5, atol=1e-6)
+    assert bundle.server is not None
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    with Client(bundle.client, link, threads=1) as client:
+        (predicted,) = client.predict({"x": X}).values()
+    np.testing.assert_allclose(predicted, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "attributes"), POOLS)
+def test_predictions_and_merged_models_are_what_onnx_defines(
+    kind: str, attributes: dict[str, Any], target: Target
+) -> None:
+    model = build(rename(write_nodes(kind, attributes), {"x": "h"}))
+    expected = evaluate(model, {"x": X})
+    hold_predictions(model, expected, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("strides", [[2, 2], [2, 3], [3, 2]])
+def test_an_average_over_its_padding_that_rounds_up_is_what_onnx_defines(
+    strides: list[int], target: Target
+) -> None:
+    """On earlier versions predictions are off by 0.1, without a word."""
+    settings: dict[str, Any] = {"kernel_shape": [3, 3], "strides": strides, "pads": [1, 1, 1, 1]}
+    settings |= {"ceil_mode": 1, "count_include_pad": 1}
+    model = build([helper.make_node("AveragePool", ["h"], ["y"], name="pool", **settings)])
+    hidden, last = split_off(model)
+    hold_predictions(model, average_padded(hidden, strides) * last, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_window_too_many_is_forgotten_by_all_that_follows(target: Target) -> None:
+    """onnx and ONNX Runtime count four windows of three along 8; the last starts behind the image.
+
+    On earlier versions such a model is refused, with advice on its export.
+    """
+    settings: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 1, 1]}
+    settings["ceil_mode"] = 1
+    model = build(
+        [
+            helper.make_node("MaxPool", ["h"], ["z"], name="pool", **settings),
+            helper.make_node("Shape", ["z"], ["size"], name="size"),
+            helper.make_node("ConstantOfShape", ["size"], ["zeros"], name="zeros"),
+            helper.make_node("Add", ["z", "zeros"], ["same"], name="add"),
+            helper.make_node("Tanh", ["same"], ["y"], name="tanh"),
+        ]
+    )
+    hidden, last = split_off(model)
+    wide = np.pad(hidden, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+    largest = [[wide[:, :, i : i + 3, j : j + 3].max((2, 3)) for j in (0, 3, 6)] for i in (0, 3, 6)]
+    expected = np.tanh(np.moveaxis(np.array(largest), (0, 1), (2, 3))) * last
+    hold_predictions(model, expected, target)
+
+
+def average_padded(x: np.ndarray, strides: list[int]) -> np.ndarray:
+    """Average 3x3 windows over a padding of 1, which counts; what lies beyond it never does.
+
+    A window starts before the padding at the end (AveragePool-19).
+    """
+    height, width = x.shape[2:]
+    wide = np.zeros((*x.shape[:2], height + 2, width + 2))
+    wide[:, :, 1:-1, 1:-1] = x
+    starts = [
+        [p for p in range(0, n + 1, s) if p - s + 3 < n + 2]
+        for n, s in zip((height, width), strides, strict=True)
+    ]
+    rows = [[wide[:, :, i : i + 3, j : j + 3].mean((2, 3)) for j in starts[1]] for i in starts[0]]
+    return np.moveaxis(np.array(rows), (0, 1), (2, 3))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_optimizer_takes_out_between_the_two_does_not_let_them_meet(
+    target: Target,
+) -> None:
+    pad, pool = rename(write_nodes("MaxPool", {"pads": [1, 1, 1, 1]}), {"x": "h"})
+    pad.output[0], passing = "padded", helper.make_node("Identity", ["padded"], ["wide"], name="id")
+    model = build([pad, passing, pool])
+    expected = evaluate(model, {"x": X})
+    hold_predictions(model, expected, target)
+
+
+def test_the_two_are_kept_apart_in_bodies_too() -> None:
+    body = rename(write_nodes("MaxPool", {"pads": [1, 1, 1, 1]}), {"y": "z"})
+    value = helper.make_tensor_value_info("z", FLOAT, None)
+    other = [helper.make_node("Identity", ["x"], ["z"])]
+    choice = helper.make_node(
+        "If", ["yes"], ["y"], name="choose",
+        then_branch=helper.make_graph(body, "then", [], [value]),
+        else_branch=helper.make_graph(other, "else", [], [value]),
+    )  # fmt: skip
+    yes = helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, [])
+    graph = helper.make_graph(
+        [choice],
+        "choice",
+        [helper.make_tensor_value_info("x", FLOAT, [2, 2, 7, 8]), yes],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(WIDTHS, "widths")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    feeds = {"x": X, "yes": np.array(True)}
+    expected = evaluate(model, feeds)
+    separated = ir.from_proto(model)
+    separate_pads(separated.graph)
+    content = ir.to_proto(separated).SerializeToString()
+    found = np.asarray(onnxruntime.InferenceSession(content).run(None, feeds)[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_pad_before_a_convolution_stays_as_it_is() -> None:
+    """There the rule is right, and saves a copy."""
+    pad = helper.make_node("Pad", ["h", "widths"], ["wide"], name="pad")
+    conv = helper.make_node("Conv", ["wide", "first"], ["y"], name="conv")
+    separated = ir.from_proto(build([pad, conv]))
+    separate_pads(separated.graph)
+    (found,) = (node for node in separated.graph if node.op_type == "Pad")
+    assert len(found.inputs) == 2
