@@ -16,13 +16,13 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from splitonnx.partitioner.fusions import separate_pads
 from splitonnx.partitioner.merges import merge
+from splitonnx.partitioner.normalization.fusions import separate_pads
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.wire.transports import connect_in_memory
+from splitonnx.runtime.memory import connect_in_memory
 from tests.support.case_trials import TARGETS
 from tests.support.differentiations import hold_gradients
 from tests.support.oracles import make_evaluator

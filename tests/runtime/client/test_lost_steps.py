@@ -13,8 +13,8 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, StepsLost
 from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message, encode_message
 from splitonnx.runtime.client.clients import Client
-from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.runtime.client.training_loops import MOST_RETURNS
+from splitonnx.runtime.wire.protocols import list_wires
 from tests.support import tiny
 
 ROWS = 6
