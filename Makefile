@@ -78,7 +78,7 @@ PAGE := examples/browser
 web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
 	@echo "splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
 
-$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* runtime/js/src/*) $(PAGE)/index.html \
+$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* $(addprefix runtime/js/src/,*.ts */*.ts)) $(PAGE)/index.html \
 		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs

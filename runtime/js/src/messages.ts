@@ -28,6 +28,8 @@ import type { NdArrays } from "./tensors.js";
 
 /** Version of the protocol; both sides must speak the same. */
 export const PROTOCOL = 2;
+/** The close code of a connection whose session another client has taken over. */
+export const REPLACED = 4001;
 /** Bytes.  A greeting lists every wire, some 200 bytes each. */
 export const MAX_HEADER = 1 << 20;
 

@@ -6,9 +6,9 @@
  * task, or `null` where nothing is known in advance.  This module knows nothing of ONNX Runtime.
  */
 
-import { fitsShape, listKeys } from "./dimensions.js";
-import type { Sizes } from "./dimensions.js";
 import { ArrayMismatch, ValueOutOfRange, flatten } from "./errors.js";
+import { fitsShape, listKeys } from "./expressions.js";
+import type { Sizes } from "./expressions.js";
 
 /** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
 export type Elements =
@@ -127,6 +127,19 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
     end += part.data.byteLength;
   }
   return { dtype: first.dtype, shape, data };
+}
+
+/** Find the first element that is NaN or infinite, or -1. */
+export function findNotFinite({ dtype, data }: NdArray): number {
+  if (dtype === "F16") {
+    return (data as Uint16Array).findIndex((bits) => (bits & 0x7c00) === 0x7c00);
+  }
+  if (dtype !== "F32" && dtype !== "F64") return -1;
+  const numbers = data as Float32Array | Float64Array;
+  let sum = 0;
+  // One pass without a branch: nothing but NaN and infinity gives anything but 0 here.
+  for (let index = 0; index < numbers.length; index++) sum += numbers[index]! * 0;
+  return sum === 0 ? -1 : numbers.findIndex((value) => !Number.isFinite(value));
 }
 
 /**

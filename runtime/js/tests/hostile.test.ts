@@ -15,18 +15,17 @@ import { WebSocketServer } from "ws";
 import type { WebSocket } from "ws";
 
 import { loadBundle } from "../src/bundles.js";
+import { translateFault } from "../src/channels/faults.js";
+import { connect } from "../src/channels/websockets.js";
 import { encodeTensors } from "../src/codecs.js";
-import { translateFault } from "../src/faults.js";
 import { hashBytes } from "../src/hashes.js";
 import * as client from "../src/index.js";
 import { decodeManifest } from "../src/manifests.js";
 import { decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
 import { FolderStorage } from "../src/node.js";
-import { listWires } from "../src/protocols.js";
-import { MOST_RETURNS } from "../src/returns.js";
-import { connect } from "../src/sockets.js";
 import type { NdArrays } from "../src/tensors.js";
+import { listWires } from "../src/wire/protocols.js";
 import { ORT, SESSION_OPTIONS, VECTORS, makeArray } from "./fixtures.js";
 import { openSocket } from "./peers.js";
 

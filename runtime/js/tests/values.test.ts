@@ -4,14 +4,14 @@ import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
 import { test } from "node:test";
 
+import { LONGEST_DELAY, listDelays } from "../src/channels/retries.js";
 import { decodeTensors, encodeTensors } from "../src/codecs.js";
-import { Dataflow } from "../src/dataflows.js";
+import { Dataflow } from "../src/engine/dataflows.js";
 import { FormatError, NormTooLarge, NotFinite } from "../src/errors.js";
+import { LARGEST, fitsShape } from "../src/expressions.js";
 import { hashBytes, hashPlainly } from "../src/hashes.js";
-import { LONGEST_DELAY, listDelays } from "../src/backoffs.js";
-import { LARGEST, fitsShape } from "../src/dimensions.js";
 import type { Phase } from "../src/manifests.js";
-import { checkValues } from "../src/norms.js";
+import { checkValues } from "../src/wire/validation.js";
 import { makeArray, sameBytes } from "./fixtures.js";
 
 test("bytes of every length are hashed as SHA-256 has it, with and without crypto.subtle", async () => {

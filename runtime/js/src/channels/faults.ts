@@ -11,9 +11,9 @@ import {
   TaskTooLarge,
   Unauthorized,
   flatten,
-} from "./errors.js";
-import type { SplitonnxError } from "./errors.js";
-import type { MessageOf } from "./messages.js";
+} from "../errors.js";
+import type { SplitonnxError } from "../errors.js";
+import type { MessageOf } from "../messages.js";
 
 /** Give the error that a fault stands for, on the connection of this generation. */
 export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {

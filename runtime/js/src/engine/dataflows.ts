@@ -5,7 +5,7 @@
  * and sends nothing.
  */
 
-import type { Phase, Stage } from "./manifests.js";
+import type { Phase, Stage } from "../manifests.js";
 
 /**
  * What one party's phase needs and gives: worked out once, valid for every task.

@@ -8,21 +8,21 @@
  * network, and nothing of what the tensors mean.
  */
 
-import type { Sizes } from "./dimensions.js";
 import {
   BundleMismatch,
   FormatError,
   LocalProtocolError,
   RemoteProtocolError,
   quote,
-} from "./errors.js";
-import { TRAIN, findPhase } from "./manifests.js";
-import type { PartyManifest, Wire } from "./manifests.js";
-import { decodeMessage, encodeMessage, isSameTask } from "./messages.js";
-import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "./messages.js";
-import { checkValues } from "./norms.js";
-import { checkArray } from "./tensors.js";
-import type { NdArrays } from "./tensors.js";
+} from "../errors.js";
+import type { Sizes } from "../expressions.js";
+import { TRAIN, findPhase } from "../manifests.js";
+import type { PartyManifest, Wire } from "../manifests.js";
+import { decodeMessage, encodeMessage, isSameTask } from "../messages.js";
+import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "../messages.js";
+import { checkArray } from "../tensors.js";
+import type { NdArrays } from "../tensors.js";
+import { checkValues } from "./validation.js";
 
 export const CLIENT = "client";
 export const SERVER = "server";

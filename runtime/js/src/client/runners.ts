@@ -5,14 +5,14 @@
  * with the server where that one lost steps.  Data, epochs and records are the client's business.
  */
 
-import type { Position } from "./checkpoints.js";
-import { LocalProtocolError, NotSaved, StepsLost } from "./errors.js";
-import type { Executor } from "./executors.js";
-import type { Journal } from "./journals.js";
-import type { Link } from "./links.js";
-import { TRAIN } from "./manifests.js";
-import type { TaskKey } from "./messages.js";
-import type { NdArrays } from "./tensors.js";
+import type { Link } from "../channels/channels.js";
+import type { Executor } from "../engine/executors.js";
+import { LocalProtocolError, NotSaved, StepsLost } from "../errors.js";
+import { TRAIN } from "../manifests.js";
+import type { TaskKey } from "../messages.js";
+import type { Position } from "../storage/checkpoints.js";
+import type { NdArrays } from "../tensors.js";
+import type { Journal } from "./training_runs.js";
 
 /** What training does where a checkpoint cannot be written. */
 export type WhenUnsaved = "stop" | "continue";

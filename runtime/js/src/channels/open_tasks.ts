@@ -1,8 +1,8 @@
 /** What went out and came in of a task that a client has open; it sends and receives nothing. */
 
-import { RemoteProtocolError } from "./errors.js";
-import { describeTask, isSameTask } from "./messages.js";
-import type { TaskKey, TensorsMessage } from "./messages.js";
+import { RemoteProtocolError } from "../errors.js";
+import { describeTask, isSameTask } from "../messages.js";
+import type { TaskKey, TensorsMessage } from "../messages.js";
 
 /** A task, with what is sent again on a new connection. */
 export interface OpenTask {

@@ -8,10 +8,10 @@
 import type { InferenceSession, Tensor, TensorConstructor } from "onnxruntime-common";
 import type { Env, InferenceSessionFactory } from "onnxruntime-common";
 
-import { StageFailed, UnusableData, UsageError } from "./errors.js";
-import { checkGraph, isOrtFormat } from "./gates.js";
-import { viewElements } from "./tensors.js";
-import type { Dtype, Elements, NdArray } from "./tensors.js";
+import { StageFailed, UnusableData, UsageError } from "../errors.js";
+import { checkGraph, isOrtFormat } from "../gate/gates.js";
+import { viewElements } from "../tensors.js";
+import type { Dtype, Elements, NdArray } from "../tensors.js";
 
 /** What an ONNX Runtime package exports: `import * as ort from "onnxruntime-web"`. */
 export interface Ort {

@@ -10,7 +10,9 @@ import {
   RemoteProtocolError,
   Unauthorized,
   UsageError,
-} from "./errors.js";
+} from "../errors.js";
+import { NORMAL, POLICY, TOO_BIG } from "../wire/close_codes.js";
+import type { Transport } from "../wire/transports.js";
 
 /** Seconds to connect. */
 export const OPEN_SECONDS = 10;
@@ -20,12 +22,6 @@ export const REPLY_SECONDS = 300;
 export const MAX_REPLY = 1 << 28;
 /** Messages that wait to be read, over which a client ends the connection. */
 export const MAX_WAITING = 64;
-/** The closing code of a connection whose session another client has taken over. */
-export const REPLACED = 4001;
-
-const NORMAL = 1000;
-const POLICY = 1008; // what a server does not allow
-const TOO_BIG = 1009; // a message over the limit of its receiver
 
 /** As much of a WebSocket as is used here. */
 export interface WebSocketLike {
@@ -39,27 +35,6 @@ export interface WebSocketLike {
     type: "close",
     listener: (event: { code: number; reason: string }) => void,
   ): void;
-}
-
-/** A client's connection; counts the bytes of whole messages. */
-export interface Transport {
-  readonly bytesSent: number;
-  readonly bytesReceived: number;
-
-  /** Send one message; it must not be written to afterwards.
-   *
-   * @throws ConnectionLost: it cannot be sent.
-   */
-  send(content: Uint8Array<ArrayBuffer>): void;
-
-  /** Wait for the next message.
-   *
-   * @throws ConnectionLost: none will come, or none came in time.
-   */
-  receive(): Promise<Uint8Array>;
-
-  /** End the connection; may be called twice. */
-  close(): void;
 }
 
 /** How to connect. */

@@ -4,21 +4,9 @@
  * It knows arrays and numbers; which tensors are guarded is the protocol's business.
  */
 
-import { NormTooLarge, NotFinite } from "./errors.js";
-import type { NdArray } from "./tensors.js";
-
-/** Find the first element that is NaN or infinite, or -1. */
-export function findNotFinite({ dtype, data }: NdArray): number {
-  if (dtype === "F16") {
-    return (data as Uint16Array).findIndex((bits) => (bits & 0x7c00) === 0x7c00);
-  }
-  if (dtype !== "F32" && dtype !== "F64") return -1;
-  const numbers = data as Float32Array | Float64Array;
-  let sum = 0;
-  // One pass without a branch: nothing but NaN and infinity gives anything but 0 here.
-  for (let index = 0; index < numbers.length; index++) sum += numbers[index]! * 0;
-  return sum === 0 ? -1 : numbers.findIndex((value) => !Number.isFinite(value));
-}
+import { NormTooLarge, NotFinite } from "../errors.js";
+import { findNotFinite } from "../tensors.js";
+import type { NdArray } from "../tensors.js";
 
 /**
  * Raise where a floating-point array holds NaN or infinity, or its L2 norm is over `limit`.

@@ -7,7 +7,7 @@
  * of the Python side.  How much memory running a graph takes is not known here.
  */
 
-import { ForbiddenGraph } from "./errors.js";
+import { ForbiddenGraph } from "../errors.js";
 import * as operators from "./operators.js";
 import { Malformed, Reader } from "./protobufs.js";
 import type { Found, Place } from "./protobufs.js";

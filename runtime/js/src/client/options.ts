@@ -2,14 +2,13 @@
 
 import type { InferenceSession } from "onnxruntime-common";
 
-import type { BundleSource } from "./bundles.js";
+import type { BundleSource } from "../bundles.js";
+import type { SocketOptions } from "../channels/websockets.js";
+import type { Ort, OutputTensor } from "../engine/engines.js";
+import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
-import type { Ort, OutputTensor } from "./engines.js";
-import { UsageError } from "./errors.js";
-import type { WhenUnsaved } from "./halves.js";
 import type { Evaluation, StepRecord } from "./histories.js";
-import type { SocketOptions } from "./sockets.js";
-import type { StateStorage } from "./storages.js";
+import type { WhenUnsaved } from "./runners.js";
 
 /** Tensors by name, as they are given out. */
 export type Outputs = Record<string, OutputTensor>;

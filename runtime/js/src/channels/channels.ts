@@ -6,7 +6,6 @@
  * comes out of the greeting; going back there is the client's business.
  */
 
-import { listDelays } from "./backoffs.js";
 import {
   ConnectionLost,
   LocalProtocolError,
@@ -16,18 +15,18 @@ import {
   SplitonnxError,
   StaleConnection,
   StepsLost,
-} from "./errors.js";
+} from "../errors.js";
+import { TRAIN } from "../manifests.js";
+import type { PartyManifest } from "../manifests.js";
+import { PROTOCOL, REPLACED } from "../messages.js";
+import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "../messages.js";
+import type { NdArrays } from "../tensors.js";
+import { Protocol, listWires } from "../wire/protocols.js";
+import type { Transport } from "../wire/transports.js";
 import { translateFault } from "./faults.js";
-import { TRAIN } from "./manifests.js";
-import type { PartyManifest } from "./manifests.js";
-import { PROTOCOL } from "./messages.js";
-import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "./messages.js";
-import { takeDue } from "./opentasks.js";
-import type { OpenTask } from "./opentasks.js";
-import { Protocol, listWires } from "./protocols.js";
-import { REPLACED } from "./sockets.js";
-import type { Transport } from "./sockets.js";
-import type { NdArrays } from "./tensors.js";
+import { takeDue } from "./open_tasks.js";
+import type { OpenTask } from "./open_tasks.js";
+import { listDelays } from "./retries.js";
 
 /** Times in a row that a connection may prove too old before it is taken for a second client's. */
 export const GREETINGS = 10;

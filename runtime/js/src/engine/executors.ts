@@ -8,11 +8,7 @@
 
 import type { Tensor } from "onnxruntime-common";
 
-import type { PartyBundle } from "./bundles.js";
-import { Dataflow } from "./dataflows.js";
-import type { Progress } from "./dataflows.js";
-import type { Sizes } from "./dimensions.js";
-import type { Engine, LoadedStage } from "./engines.js";
+import type { PartyBundle } from "../bundles.js";
 import {
   BundleError,
   LocalProtocolError,
@@ -21,14 +17,17 @@ import {
   RemoteProtocolError,
   UsageError,
   quote,
-} from "./errors.js";
-import { KEY, LEARNING_RATE, STEP, TRAIN, findPhase } from "./manifests.js";
-import type { PartyManifest, Phase, Stage } from "./manifests.js";
-import { describeTask } from "./messages.js";
-import type { TaskKey } from "./messages.js";
-import { findNotFinite } from "./norms.js";
-import { checkArray } from "./tensors.js";
-import type { NdArray, NdArrays } from "./tensors.js";
+} from "../errors.js";
+import type { Sizes } from "../expressions.js";
+import { KEY, LEARNING_RATE, STEP, TRAIN, findPhase } from "../manifests.js";
+import type { PartyManifest, Phase, Stage } from "../manifests.js";
+import { describeTask } from "../messages.js";
+import type { TaskKey } from "../messages.js";
+import { checkArray, findNotFinite } from "../tensors.js";
+import type { NdArray, NdArrays } from "../tensors.js";
+import { Dataflow } from "./dataflows.js";
+import type { Progress } from "./dataflows.js";
+import type { Engine, LoadedStage } from "./engines.js";
 
 export const LOSS = "loss";
 

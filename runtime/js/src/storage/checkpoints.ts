@@ -6,7 +6,8 @@
  * parties go on from, is not known here.
  */
 
-import { decodeState } from "./bundles.js";
+import { decodeState } from "../bundles.js";
+import { SEAL, encodeSealed, isWhole } from "../checksums.js";
 import {
   parseJson,
   readCount,
@@ -16,14 +17,13 @@ import {
   readOptional,
   readRecord,
   readText,
-} from "./decoders.js";
-import type { Decoded } from "./decoders.js";
-import { BundleError, NotSaved, SplitonnxError } from "./errors.js";
-import type { PartyManifest } from "./manifests.js";
-import { findNotFinite } from "./norms.js";
-import { SEAL, encodeSealed, isWhole } from "./seals.js";
+} from "../decoders.js";
+import type { Decoded } from "../decoders.js";
+import { BundleError, NotSaved, SplitonnxError } from "../errors.js";
+import type { PartyManifest } from "../manifests.js";
+import { findNotFinite } from "../tensors.js";
+import type { NdArrays } from "../tensors.js";
 import type { StateStorage } from "./storages.js";
-import type { NdArrays } from "./tensors.js";
 
 /** Checkpoints kept a session: the one before the newest is what both parties have for certain. */
 export const KEPT = 2;

@@ -5,13 +5,13 @@
  * outcome.  This module knows names and states; it runs nothing and knows no server.
  */
 
-import { CheckpointStore } from "./checkpoints.js";
-import type { Checkpoint, Position } from "./checkpoints.js";
-import { BundleError, StorageInUse, UnfinishedRun, UsageError } from "./errors.js";
-import type { Executor } from "./executors.js";
-import type { Standing } from "./links.js";
-import type { StateStorage, StorageLock } from "./storages.js";
-import type { NdArrays } from "./tensors.js";
+import type { Standing } from "../channels/channels.js";
+import type { Executor } from "../engine/executors.js";
+import { BundleError, StorageInUse, UnfinishedRun, UsageError } from "../errors.js";
+import { CheckpointStore } from "../storage/checkpoints.js";
+import type { Checkpoint, Position } from "../storage/checkpoints.js";
+import type { StateStorage, StorageLock } from "../storage/storages.js";
+import type { NdArrays } from "../tensors.js";
 
 /**
  * The record of one client's session; made by {@link Journal.open}.

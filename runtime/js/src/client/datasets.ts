@@ -4,14 +4,13 @@
  * What the arrays mean is not known here.
  */
 
-import type { Sizes } from "./dimensions.js";
-import { takeTensor } from "./engines.js";
-import type { TensorLike } from "./engines.js";
-import { ArrayMismatch, MissingArray, NotFinite, UnusableData } from "./errors.js";
-import { findNotFinite } from "./norms.js";
+import { takeTensor } from "../engine/engines.js";
+import type { TensorLike } from "../engine/engines.js";
+import { ArrayMismatch, MissingArray, NotFinite, UnusableData } from "../errors.js";
+import type { Sizes } from "../expressions.js";
+import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
+import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
 import { shuffleRows } from "./shuffles.js";
-import { checkArray, describe, takeRows } from "./tensors.js";
-import type { NdArray, NdArrays, TensorSpec } from "./tensors.js";
 
 /** Arrays by name; named as the model's inputs, the targets `labels`. */
 export type Batch = Readonly<Record<string, TensorLike>>;

@@ -5,28 +5,26 @@
  * of what the stages compute.
  */
 
-import { loadBundle } from "./bundles.js";
-import type { Position } from "./checkpoints.js";
+import { loadBundle } from "../bundles.js";
+import { Link } from "../channels/channels.js";
+import { connect } from "../channels/websockets.js";
+import { Engine, giveTensor } from "../engine/engines.js";
+import type { TensorLike } from "../engine/engines.js";
+import { Executor, LOSS } from "../engine/executors.js";
+import { SessionLost, StepsLost, UsageError } from "../errors.js";
+import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
+import type { PartyManifest, Phase } from "../manifests.js";
+import type { Position } from "../storage/checkpoints.js";
+import { defaultStorage } from "../storage/storages.js";
+import { concatenate } from "../tensors.js";
+import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
 import { checkBatch, checkFinite, countSamples, openDataset, takeBatch } from "./datasets.js";
 import type { Batch, DataSource, Dataset } from "./datasets.js";
-import { Engine, giveTensor } from "./engines.js";
-import type { TensorLike } from "./engines.js";
-import { SessionLost, StepsLost, UsageError } from "./errors.js";
-import { Executor, LOSS } from "./executors.js";
-import { Half } from "./halves.js";
 import { History } from "./histories.js";
 import type { StepRecord } from "./histories.js";
-import { Journal } from "./journals.js";
-import { Link } from "./links.js";
-import { EVALUATE, PREDICT, TRAIN, findPhase } from "./manifests.js";
-import type { PartyManifest, Phase } from "./manifests.js";
-import { requirePositive } from "./plans.js";
-import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./plans.js";
-import { Returns } from "./returns.js";
-import { connect } from "./sockets.js";
-import { defaultStorage } from "./storages.js";
-import { concatenate } from "./tensors.js";
-import type { NdArray, NdArrays, TensorSpec } from "./tensors.js";
+import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./options.js";
+import { Half } from "./runners.js";
+import { Journal } from "./training_runs.js";
 
 /**
  * Trains and runs a bundle's client part against a server; made by {@link SplitClient.connect}.
