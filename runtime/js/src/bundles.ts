@@ -8,7 +8,7 @@
 import { decodeTensors } from "./codecs.js";
 import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
 import { hashBytes } from "./hashes.js";
-import { decodeManifest, isWholeManifest } from "./manifests.js";
+import { decodeManifest, hasValidChecksum } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
 import { REPLY_SECONDS } from "./sockets.js";
 import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
@@ -67,7 +67,7 @@ export async function loadBundle(
   const read = makeReader(source, options);
   const content = await read(MANIFEST, MAX_MANIFEST);
   const manifest = decodeManifest(content, MANIFEST);
-  if (!(await isWholeManifest(content))) throw new BundleError(MANIFEST, ALTERED);
+  if (!(await hasValidChecksum(content))) throw new BundleError(MANIFEST, ALTERED);
   if (manifest.party !== "client") {
     throw new BundleError(MANIFEST, `this is the part of '${manifest.party}', not the client's`);
   }

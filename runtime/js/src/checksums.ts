@@ -1,42 +1,42 @@
 /**
- * Seals: a tensor file that carries a CRC-32 of all of itself, so that no flipped bit goes
+ * Checksums: a tensor file that carries a CRC-32 of all of itself, so that no flipped bit goes
  * unnoticed.
  *
  * The sum stands in the header's metadata under `crc32` and is taken over every byte of the file,
- * with zeros in the sum's own place.  Nobody is kept from altering a file and its sum: a seal tells
- * accidents, not attacks.  Where JavaScript is interpreted, on phones, a SHA-256 would take some
- * ten times as long.
+ * with zeros in the sum's own place.  Nobody is kept from altering a file and its sum: a checksum
+ * tells accidents, not attacks.  Where JavaScript is interpreted, on phones, a SHA-256 would take
+ * some ten times as long.
  */
 
 import { encodeTensors } from "./codecs.js";
 import type { NdArrays } from "./tensors.js";
 
-export const SEAL = "crc32";
+export const CHECKSUM = "crc32";
 
 const BLANK = "0".repeat(8);
-const MARK = new TextEncoder().encode(`"${SEAL}":"`);
+const MARK = new TextEncoder().encode(`"${CHECKSUM}":"`);
 
-/** Write tensors and metadata as one sealed file. */
-export function encodeSealed(
+/** Write tensors and metadata as one file with its checksum. */
+export function encodeWithChecksum(
   tensors: NdArrays,
   metadata: Readonly<Record<string, string>>,
 ): Uint8Array<ArrayBuffer> {
-  const content = encodeTensors(tensors, { [SEAL]: BLANK, ...metadata });
-  content.set(new TextEncoder().encode(sumBytes(content)), findSeal(content));
+  const content = encodeTensors(tensors, { [CHECKSUM]: BLANK, ...metadata });
+  content.set(new TextEncoder().encode(sumBytes(content)), findChecksum(content));
   return content;
 }
 
-/** Say whether a well-formed file is as it was sealed; `seal` is what its metadata hold. */
-export function isWhole(content: Uint8Array, seal: string): boolean {
-  const place = findSeal(content);
-  if (place < 0) return false;
+/** Return whether a well-formed file is as it was written; `checksum` is what its metadata hold. */
+export function hasValidChecksum(content: Uint8Array, checksum: string): boolean {
+  const start = findChecksum(content);
+  if (start < 0) return false;
   const blank = content.slice();
-  blank.set(new TextEncoder().encode(BLANK), place);
-  return sumBytes(blank) === seal;
+  blank.set(new TextEncoder().encode(BLANK), start);
+  return sumBytes(blank) === checksum;
 }
 
 /** Find where the sum stands: it is the first of what the header holds. */
-function findSeal(content: Uint8Array): number {
+function findChecksum(content: Uint8Array): number {
   for (let start = 0; start < 64; start++) {
     if (MARK.every((byte, index) => content[start + index] === byte)) return start + MARK.length;
   }

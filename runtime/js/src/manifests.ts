@@ -136,7 +136,7 @@ const BLANK = encoder.encode("0".repeat(64));
  * Check whether a manifest's file is as it was written: its last key is its SHA-256, taken with zeros
  * in the sum's place.  Files of earlier versions have none, and always are.
  */
-export async function isWholeManifest(content: Uint8Array): Promise<boolean> {
+export async function hasValidChecksum(content: Uint8Array): Promise<boolean> {
   let place = content.length - MARK.length;
   while (place >= 0 && !MARK.every((byte, index) => content[place + index] === byte)) place--;
   if (place < 0) return true;

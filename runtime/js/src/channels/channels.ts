@@ -1,9 +1,9 @@
 /**
- * A client's conversation with its server, which breaks and is taken up again.
+ * A client's channel to its server: one logical connection that reconnects where it breaks.
  *
- * It reconnects, greets, and sends the messages of an open task once more, byte for byte, so that
- * whoever uses it sees tensors go and come, each once.  Which step the two sides are to go on from
- * comes out of the greeting; going back there is the client's business.
+ * It reconnects, greets, and sends the messages of an open task again, byte for byte, so that its
+ * user sees tensors go and come, each exactly once.  Which step both sides continue from comes out
+ * of the greeting; going back there is the client's business.
  */
 
 import {
@@ -34,22 +34,22 @@ export const GREETINGS = 10;
 /** Makes a new connection; it throws ConnectionLost where none can be had now. */
 export type Dial = () => Promise<Transport>;
 
-/** Where the client stands, as its greeting tells. */
-export interface Standing {
+/** Where the client is, as its greeting tells: what a session resumes from. */
+export interface ResumePoint {
   readonly origin: string;
   readonly start: number;
   readonly step: number;
   readonly kept: readonly number[];
 }
 
-export interface LinkOptions {
+export interface ChannelOptions {
   readonly dial: Dial;
   readonly manifest: PartyManifest;
   readonly session: string;
   /** Shown before the greeting. */
   readonly token?: string | undefined;
   /** Tells where the client stands whenever it greets. */
-  readonly stand: () => Standing;
+  readonly stand: () => ResumePoint;
   /** Seconds without anything new after which the client gives up; never by default. */
   readonly giveUpAfter?: number | undefined;
   /** Whether the first connection is worth waiting for, as every later one is. */
@@ -59,15 +59,15 @@ export interface LinkOptions {
 }
 
 /**
- * The connection of one session; made by {@link Link.open}.
+ * The connection of one session; made by {@link Channel.open}.
  *
  * `step` is where both sides went on after the last greeting: the client's own step, or an earlier
  * one that it kept.  `reconnects` counts the connections after the first.
  */
-export class Link {
+export class Channel {
   step = 0;
   reconnects = 0;
-  readonly #options: LinkOptions;
+  readonly #options: ChannelOptions;
   readonly #ended = new AbortController();
   #generation = 0;
   #transport: Transport | undefined;
@@ -79,7 +79,7 @@ export class Link {
   #lostAt: number | undefined; // seconds; since then nothing new has come
   #past: readonly [number, number] = [0, 0];
 
-  private constructor(options: LinkOptions) {
+  private constructor(options: ChannelOptions) {
     this.#options = options;
     this.#protocol = new Protocol(options.manifest);
   }
@@ -90,11 +90,11 @@ export class Link {
    * @throws ConnectionLost, ServerBusy: no server is there, or it is full.
    * @throws BundleMismatch, Unauthorized, RemoteFault: it refuses.
    */
-  static async open(options: LinkOptions): Promise<Link> {
-    const link = new Link(options);
-    link.step = await (options.isPatient ? link.#findServer() : link.#greet());
-    link.#lostAt = undefined;
-    return link;
+  static async open(options: ChannelOptions): Promise<Channel> {
+    const channel = new Channel(options);
+    channel.step = await (options.isPatient ? channel.#findServer() : channel.#greet());
+    channel.#lostAt = undefined;
+    return channel;
   }
 
   /** Bytes sent and received so far. */
@@ -279,7 +279,7 @@ export class Link {
     }
   }
 
-  /** Wait; closing the link ends it at once. */
+  /** Wait; closing the channel ends it at once. */
   async #sleep(seconds: number): Promise<void> {
     const { signal } = this.#ended;
     if (!seconds || signal.aborted) return;

@@ -6,25 +6,26 @@
  */
 
 import { loadBundle } from "../bundles.js";
-import { Link } from "../channels/channels.js";
+import { Channel } from "../channels/channels.js";
 import { connect } from "../channels/websockets.js";
 import { Engine, giveTensor } from "../engine/engines.js";
 import type { TensorLike } from "../engine/engines.js";
-import { Executor, LOSS } from "../engine/executors.js";
-import { SessionLost, StepsLost, UsageError } from "../errors.js";
+import { Executor } from "../engine/executors.js";
+import { SessionLost, UsageError } from "../errors.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import type { PartyManifest, Phase } from "../manifests.js";
-import type { Position } from "../storage/checkpoints.js";
+import type { DataPosition } from "../storage/checkpoints.js";
 import { defaultStorage } from "../storage/storages.js";
 import { concatenate } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
-import { checkBatch, checkFinite, countSamples, openDataset, takeBatch } from "./datasets.js";
-import type { Batch, DataSource, Dataset } from "./datasets.js";
-import { History } from "./histories.js";
-import type { StepRecord } from "./histories.js";
-import type { ConnectOptions, FitOptions, FitPlan, LearningRate, Outputs } from "./options.js";
-import { Half } from "./runners.js";
-import { Journal } from "./training_runs.js";
+import { checkBatch, checkFinite, dealInOrder, openDataset, takeBatch } from "./datasets.js";
+import type { Batch, DataSource } from "./datasets.js";
+import type { History } from "./histories.js";
+import { requirePositive } from "./options.js";
+import type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./options.js";
+import { TaskRunner } from "./runners.js";
+import { TrainingLoop } from "./training_loops.js";
+import { TrainingRun } from "./training_runs.js";
 
 /**
  * Trains and runs a bundle's client part against a server; made by {@link SplitClient.connect}.
@@ -34,14 +35,15 @@ import { Journal } from "./training_runs.js";
  * Several things may be asked for at a time: a prediction is made between two steps.
  */
 export class SplitClient {
-  readonly #half: Half;
-  readonly #link: Link;
+  readonly #runner: TaskRunner;
+  readonly #channel: Channel;
+  readonly #loop: TrainingLoop;
   readonly #seed: number;
-  #expected = 0; // where a fit that runs left the state
 
-  private constructor(half: Half, link: Link, seed: number) {
-    this.#half = half;
-    this.#link = link;
+  private constructor(runner: TaskRunner, channel: Channel, seed: number) {
+    this.#runner = runner;
+    this.#channel = channel;
+    this.#loop = new TrainingLoop(runner);
     this.#seed = seed;
   }
 
@@ -65,70 +67,70 @@ export class SplitClient {
     const engine = new Engine(options.ort, options.sessionOptions, { trusted });
     const executor = new Executor(party, engine);
     const storage = options.storage ?? defaultStorage();
-    const open = async (): Promise<[Journal, Link]> => {
-      const journal = await Journal.open(executor, storage, { resume });
-      const link = await Link.open({
+    const open = async (): Promise<[TrainingRun, Channel]> => {
+      const run = await TrainingRun.open(executor, storage, { resume });
+      const channel = await Channel.open({
         dial: () => connect(url, options),
         manifest: party.manifest,
-        session: journal.session,
+        session: run.session,
         token,
-        stand: () => journal.stand(executor.step),
+        stand: () => run.stand(executor.step),
         giveUpAfter,
         isPatient: resume || giveUpAfter !== undefined,
         onReconnect,
       });
-      await journal.takeOver().catch((error: unknown) => {
-        link.close({ forGood: false });
+      await run.takeOver().catch((error: unknown) => {
+        channel.close({ forGood: false });
         throw error;
       });
-      return [journal, link];
+      return [run, channel];
     };
-    const [journal, link] = await open().catch((error: unknown) => {
+    const [run, channel] = await open().catch((error: unknown) => {
       // Another tab may have trained until this one's greeting ended that, and written meanwhile.
       if (error instanceof SessionLost && resume) return open();
       throw error;
     });
-    if (link.step !== executor.step) journal.position = await journal.goBack(executor, link.step);
-    const half = new Half({
+    if (channel.step !== executor.step) run.position = await run.goBack(executor, channel.step);
+    const runner = new TaskRunner({
       executor,
-      journal,
-      link,
+      run,
+      channel,
       seed,
       onWires: onWires && ((way, phase, wires) => onWires(way, phase, giveAll(wires))),
     });
-    return new SplitClient(half, link, seed);
+    return new SplitClient(runner, channel, seed);
   }
 
   /** Updates that this part has seen in its life. */
   get steps(): number {
-    return this.#half.executor.step;
+    return this.#runner.executor.step;
   }
 
   /** The name of this client's session, the same at the server. */
   get session(): string {
-    return this.#half.journal.session;
+    return this.#runner.run.session;
   }
 
   /** The steps of this run that can be gone back to, newest first. */
   get checkpoints(): readonly number[] {
-    return this.#half.journal.stand(this.steps).kept;
+    return this.#runner.run.stand(this.steps).kept;
   }
 
   /** Connections made after the first. */
   get reconnects(): number {
-    return this.#link.reconnects;
+    return this.#channel.reconnects;
   }
 
   /** What the bundle declares: its phases, their data, the model's outputs. */
   get manifest(): PartyManifest {
-    return this.#half.executor.manifest;
+    return this.#runner.executor.manifest;
   }
 
   /**
    * Train for some epochs and return what happened.
    *
-   * A client that resumes begins at the place in the data where its run was broken off, and makes
-   * the rest of `epochs`.  Where the server lost steps, both sides go back to the newest
+   * A client that resumes begins at the position in the data where its run was interrupted, and
+   * makes the rest of `epochs`.  Where the server lost steps, both sides go back to the newest
    * checkpoint, or to where this fit began, and make them again, as they were.
    *
    * @throws DataError: the data do not fit, or hold NaN; a loss is not finite.
@@ -148,14 +150,14 @@ export class SplitClient {
     training.check(this.#phase(TRAIN).data);
     const heldOut = evalData && openDataset(evalData);
     heldOut?.check(this.#evaluationData());
-    const { executor, journal } = this.#half;
-    if (options.save) await journal.hold(); // now rather than after the work
+    const { executor, run } = this.#runner;
+    if (options.save) await run.hold(); // now rather than after the work
     if (checkpointEvery !== undefined) {
       requirePositive({ checkpointEvery });
-      await journal.beginRun({ restart: options.restart ?? false });
+      await run.beginRun({ restart: options.restart ?? false });
     }
     await executor.prepare(TRAIN);
-    const start: Position = {
+    const start: DataPosition = {
       epoch: 0,
       batch: 0,
       batchSize,
@@ -163,8 +165,8 @@ export class SplitClient {
       shuffle,
       samples: training.size,
     };
-    const plan = { ...options, epochs, training, heldOut };
-    return this.#carryOut(plan, journal.takePosition(start));
+    const resolved = { ...options, epochs, training, heldOut };
+    return this.#loop.fit(resolved, run.takePosition(start));
   }
 
   /**
@@ -179,7 +181,8 @@ export class SplitClient {
     const arrays = takeBatch(batch);
     checkBatch(arrays, this.#phase(TRAIN).data);
     checkFinite(arrays, "");
-    return giveAll(await this.#train(arrays, learningRate));
+    const expected = this.steps;
+    return giveAll(await this.#loop.perform(TRAIN, arrays, { rate: learningRate, expected }));
   }
 
   /**
@@ -195,7 +198,7 @@ export class SplitClient {
     requirePositive({ batchSize });
     const dataset = openDataset(data);
     dataset.check(this.#evaluationData());
-    return this.#evaluate(dataset, batchSize);
+    return this.#loop.evaluate(dataset, batchSize);
   }
 
   /**
@@ -214,8 +217,8 @@ export class SplitClient {
     const dataset = openDataset(isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data);
     dataset.check(inputs);
     const parts = new Map<string, NdArray[]>();
-    for await (const batch of dataset.batches(this.#inOrder(batchSize))) {
-      for (const [name, array] of await this.#run(PREDICT, batch)) {
+    for await (const batch of dataset.batches(dealInOrder(batchSize))) {
+      for (const [name, array] of await this.#loop.perform(PREDICT, batch)) {
         parts.set(name, [...(parts.get(name) ?? []), array]);
       }
     }
@@ -224,7 +227,7 @@ export class SplitClient {
 
   /** Return this part's state, the optimizer's included; it is not to be written to. */
   state(): Outputs {
-    return giveAll(this.#half.executor.state());
+    return giveAll(this.#runner.executor.state());
   }
 
   /**
@@ -236,14 +239,14 @@ export class SplitClient {
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async save(): Promise<void> {
-    await this.#half.publish();
+    await this.#runner.publish();
   }
 
   /** Say good-bye to the server and let go of what ONNX Runtime holds; may be called twice. */
   async close(): Promise<void> {
-    this.#half.close();
-    await this.#half.settle();
-    await this.#half.executor.release();
+    this.#runner.close();
+    await this.#runner.settle();
+    await this.#runner.executor.release();
   }
 
   #phase(name: string): Phase {
@@ -258,126 +261,6 @@ export class SplitClient {
     const predicted = this.#phase(PREDICT);
     const measured = this.#phase(EVALUATE).data.filter((s) => !predicted.results.includes(s.name));
     return [...predicted.data, ...measured];
-  }
-
-  async #carryOut(plan: FitPlan, start: Position): Promise<History> {
-    const history = new History();
-    const first = this.steps;
-    const returns = new Returns(first);
-    let place = start;
-    for (;;) {
-      this.#expected = this.steps;
-      try {
-        while (place.epoch < plan.epochs && !plan.signal?.aborted) {
-          place = await this.#trainEpoch(plan, place, history);
-        }
-        this.#checkCourse();
-        this.#half.place = place;
-        if (plan.save) await this.#half.publish();
-        return history;
-      } catch (error) {
-        if (!(error instanceof StepsLost)) throw error;
-        returns.count(error, history.steps.at(-1)?.step ?? first);
-        const kept = this.#half.place;
-        if (error.step < first || (error.step > first && !kept)) throw error;
-        place = kept ?? start;
-        history.forget(error.step, place.epoch);
-      }
-    }
-  }
-
-  /** Train from a place to the end of its epoch and evaluate; return the next place. */
-  async #trainEpoch(plan: FitPlan, place: Position, history: History): Promise<Position> {
-    const { data } = this.#phase(TRAIN);
-    const dropLast = data.some((spec) => typeof spec.shape[0] === "number");
-    let [number, skipped] = [0, place.batch];
-    for await (const batch of plan.training.batches({ ...place, dropLast })) {
-      if (number++ < skipped) continue;
-      place = { ...place, batch: place.batch + 1 };
-      const record = await this.#recordStep(plan, batch, place);
-      history.steps.push(record);
-      await plan.onStep?.(record);
-      this.#checkCourse();
-      if (plan.checkpointEvery && record.step % plan.checkpointEvery === 0) {
-        await this.#half.checkpoint(place, plan.whenUnsaved ?? "stop");
-      }
-      if (plan.signal?.aborted) return place;
-    }
-    if (plan.heldOut) await this.#recordEvaluation(plan, plan.heldOut, place, history);
-    return { ...place, epoch: place.epoch + 1, batch: 0 };
-  }
-
-  async #recordStep(plan: FitPlan, batch: NdArrays, place: Position): Promise<StepRecord> {
-    const [up, down] = this.#half.traffic;
-    const begun = performance.now();
-    const results = await this.#train(batch, plan.learningRate, this.#expected);
-    this.#expected = this.steps;
-    const seconds = (performance.now() - begun) / 1000;
-    const [sent, received] = this.#half.traffic;
-    const scalars = [...results].filter(([, array]) => !array.shape.length);
-    const numbers = scalars.map(([name, { data }]) => [name, Number(data[0])]);
-    const { [LOSS]: loss = NaN, ...metrics } = Object.fromEntries(numbers);
-    return {
-      step: this.steps,
-      epoch: place.epoch,
-      batch: place.batch,
-      loss,
-      metrics,
-      samples: countSamples(batch, this.#phase(TRAIN).data),
-      seconds,
-      bytesUp: sent - up,
-      bytesDown: received - down,
-    };
-  }
-
-  async #recordEvaluation(
-    plan: FitPlan,
-    dataset: Dataset,
-    { epoch, batchSize }: Position,
-    history: History,
-  ): Promise<void> {
-    const begun = performance.now();
-    const metrics = await this.#evaluate(dataset, batchSize);
-    const evaluation = { epoch, metrics, seconds: (performance.now() - begun) / 1000 };
-    history.evaluations.push(evaluation);
-    await plan.onEpoch?.(evaluation);
-  }
-
-  async #evaluate(dataset: Dataset, batchSize: number): Promise<Record<string, number>> {
-    const totals = new Map<string, number>();
-    let samples = 0;
-    for await (const batch of dataset.batches(this.#inOrder(batchSize))) {
-      const outputs = await this.#run(PREDICT, batch);
-      const size = countSamples(batch, this.#phase(PREDICT).data);
-      for (const [name, { data }] of await this.#run(EVALUATE, new Map([...batch, ...outputs]))) {
-        totals.set(name, (totals.get(name) ?? 0) + Number(data[0]) * size);
-      }
-      samples += size;
-    }
-    return Object.fromEntries([...totals].map(([name, total]) => [name, total / samples]));
-  }
-
-  #inOrder(batchSize: number) {
-    return { batchSize, seed: this.#seed, epoch: 0, shuffle: false, dropLast: false };
-  }
-
-  /** Another task, made between two steps of a fit, may have found that steps are lost. */
-  #checkCourse(): void {
-    if (this.steps !== this.#expected) throw new StepsLost(this.steps);
-  }
-
-  async #train(
-    batch: NdArrays,
-    rate?: LearningRate,
-    expected = this.steps,
-  ): Promise<NdArrays> {
-    const chosen = typeof rate === "function" ? rate(expected) : rate;
-    const learningRate = chosen ?? this.manifest.learningRate;
-    return this.#half.perform(TRAIN, batch, { learningRate, expected });
-  }
-
-  async #run(phase: string, data: NdArrays): Promise<NdArrays> {
-    return this.#half.perform(phase, data, { learningRate: this.manifest.learningRate });
   }
 }
 

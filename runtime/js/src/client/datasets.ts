@@ -31,6 +31,11 @@ export interface Dealing {
   readonly dropLast: boolean;
 }
 
+/** Deal in the data's own order, to the last row. */
+export function dealInOrder(batchSize: number): Dealing {
+  return { batchSize, seed: 0, epoch: 0, shuffle: false, dropLast: false };
+}
+
 /** Arrays by name that come in batches; made by {@link openDataset}. */
 export interface Dataset {
   /** Number of samples, or `null` where it is not known beforehand. */

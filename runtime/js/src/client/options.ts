@@ -1,10 +1,11 @@
-/** What a connection and a fit are to be like; `clients` says what becomes of it. */
+/** How to connect and how to train, as values; the client carries it out. */
 
 import type { InferenceSession } from "onnxruntime-common";
 
 import type { BundleSource } from "../bundles.js";
 import type { SocketOptions } from "../channels/websockets.js";
 import type { Ort, OutputTensor } from "../engine/engines.js";
+import { UsageError } from "../errors.js";
 import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
@@ -77,17 +78,17 @@ export interface FitOptions {
   readonly onEpoch?: ((evaluation: Evaluation) => void | Promise<void>) | undefined;
 }
 
-/** What a fit is to do, its data opened. */
-export interface FitPlan extends FitOptions {
+/** The options of a fit with their defaults filled in, and its data opened. */
+export interface ResolvedFitOptions extends FitOptions {
   readonly training: Dataset;
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
 }
 
 /**
- * Check counts, by the names of their options.
+ * Raise unless each of the numbers is an integer of at least 1.
  *
- * @throws UsageError: one of them is no whole number of at least 1.
+ * @throws UsageError: it names the one that is not.
  */
 export function requirePositive(counts: Readonly<Record<string, number>>): void {
   for (const [name, count] of Object.entries(counts)) {

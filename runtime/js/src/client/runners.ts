@@ -1,18 +1,18 @@
 /**
- * The client's half of a split model: its part, its journal and its link to the server, as one.
+ * Runs tasks with the client's part of a split model: its executor, training run and channel.
  *
- * It carries out one task after the other, lets both sides write their checkpoints, and goes back
- * with the server where that one lost steps.  Data, epochs and records are the client's business.
+ * It runs one task after the other, lets both sides write their checkpoints, and goes back with
+ * the server where that one lost steps.  Data, epochs and records belong to the training loop.
  */
 
-import type { Link } from "../channels/channels.js";
+import type { Channel } from "../channels/channels.js";
 import type { Executor } from "../engine/executors.js";
 import { LocalProtocolError, NotSaved, StepsLost } from "../errors.js";
 import { TRAIN } from "../manifests.js";
 import type { TaskKey } from "../messages.js";
-import type { Position } from "../storage/checkpoints.js";
+import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArrays } from "../tensors.js";
-import type { Journal } from "./training_runs.js";
+import type { TrainingRun } from "./training_runs.js";
 
 /** What training does where a checkpoint cannot be written. */
 export type WhenUnsaved = "stop" | "continue";
@@ -20,24 +20,26 @@ export type WhenUnsaved = "stop" | "continue";
 /** Told of all that leaves the device and comes to it. */
 export type OnWires = (direction: "sent" | "received", phase: string, wires: NdArrays) => void;
 
-export interface HalfOptions {
+export interface TaskRunnerOptions {
   readonly executor: Executor;
-  readonly journal: Journal;
-  readonly link: Link;
+  readonly run: TrainingRun;
+  readonly channel: Channel;
   /** Keys the random masks. */
   readonly seed: number;
   readonly onWires?: OnWires | undefined;
 }
 
 /**
- * `place` is where in its data the state stands, as far as that is known: the caller sets it, and
+ * Runs one task after the other, in the order in which they are asked for.
+ *
+ * `position` is where in its data the state is, as far as that is known: the caller sets it, and
  * it changes where steps are lost.
  */
-export class Half {
-  place: Position | null = null;
+export class TaskRunner {
+  position: DataPosition | null = null;
   readonly executor: Executor;
-  readonly journal: Journal;
-  readonly #link: Link;
+  readonly run: TrainingRun;
+  readonly #channel: Channel;
   readonly #seed: number;
   readonly #onWires: OnWires | undefined;
   #closed = false;
@@ -46,17 +48,17 @@ export class Half {
   #others = 0; // numbers the tasks that are no training step
   #last: Promise<unknown> = Promise.resolve();
 
-  constructor({ executor, journal, link, seed, onWires }: HalfOptions) {
+  constructor({ executor, run, channel, seed, onWires }: TaskRunnerOptions) {
     this.executor = executor;
-    this.journal = journal;
-    this.#link = link;
+    this.run = run;
+    this.#channel = channel;
     this.#seed = seed;
     this.#onWires = onWires;
   }
 
   /** Bytes sent and received so far. */
   get traffic(): readonly [sent: number, received: number] {
-    return this.#link.traffic;
+    return this.#channel.traffic;
   }
 
   /**
@@ -65,12 +67,12 @@ export class Half {
    * `expected` is the step that a training step is to be made at.
    *
    * @throws StepsLost: the server lost steps; both sides stand at an earlier one, and can go on.
-   * @throws DataError, StageFailed, ProtocolError: the task is given up, and the half is closed.
+   * @throws DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
    */
   async perform(
     phase: string,
     data: NdArrays,
-    { learningRate, expected }: { learningRate: number; expected?: number },
+    { learningRate, expected }: { learningRate: number; expected?: number | undefined },
   ): Promise<NdArrays> {
     return this.#inTurn(async () => {
       // Another task that ran meanwhile may have found that steps are lost.
@@ -78,7 +80,7 @@ export class Half {
         throw new StepsLost(this.executor.step);
       }
       const step = phase === TRAIN ? this.executor.step : this.#others++;
-      const key = { session: this.journal.session, phase, step, microBatch: 0 };
+      const key = { session: this.run.session, phase, step, microBatch: 0 };
       await this.executor.begin(key, { data, seed: this.#seed, learningRate });
       try {
         return await this.#goingBack(() => this.#exchange(key, learningRate));
@@ -87,7 +89,7 @@ export class Half {
         throw error;
       } finally {
         this.executor.abandon(key);
-        this.#link.end();
+        this.#channel.end();
       }
     });
   }
@@ -101,15 +103,15 @@ export class Half {
    * @throws NotSaved: one could not, and `whenUnsaved` says to stop.
    * @throws StepsLost, ProtocolError: as {@link perform}.
    */
-  async checkpoint(place: Position, whenUnsaved: WhenUnsaved): Promise<void> {
+  async checkpoint(position: DataPosition, whenUnsaved: WhenUnsaved): Promise<void> {
     return this.#inTurn(async () => {
       try {
-        if (this.journal.isBehind) {
-          await this.journal.write(this.executor, place);
+        if (this.run.isBehind) {
+          await this.run.write(this.executor, position);
           await this.#saveRemotely(false);
         } else {
           await this.#saveRemotely(false);
-          await this.journal.write(this.executor, place);
+          await this.run.write(this.executor, position);
         }
       } catch (error) {
         if (!(error instanceof NotSaved) || whenUnsaved === "stop") throw error;
@@ -125,11 +127,11 @@ export class Half {
    */
   async publish(): Promise<void> {
     return this.#inTurn(async () => {
-      this.journal.checkOutcome(this.executor);
-      await this.journal.hold();
+      this.run.checkOutcome(this.executor);
+      await this.run.hold();
       await this.#saveRemotely(true);
       this.#isHalfPublished = true;
-      await this.journal.publish(this.executor, this.place);
+      await this.run.publish(this.executor, this.position);
       this.#isHalfPublished = false;
     });
   }
@@ -141,11 +143,11 @@ export class Half {
    * side did not, it only hangs up: the server would forget what a resumed run begins from.
    */
   close(): void {
-    const { kept } = this.journal.stand(this.executor.step);
+    const { kept } = this.run.stand(this.executor.step);
     const isUnfinished = this.#isHalfPublished || kept.length > 0;
-    if (!this.#closed) this.#link.close({ forGood: !isUnfinished });
+    if (!this.#closed) this.#channel.close({ forGood: !isUnfinished });
     this.#closed = true;
-    this.#released = this.journal.release();
+    this.#released = this.run.release();
     this.#released.catch(() => {}); // settle tells
   }
 
@@ -167,14 +169,14 @@ export class Half {
 
   async #exchange(key: TaskKey, learningRate: number): Promise<NdArrays> {
     const { executor } = this;
-    this.#link.begin(key);
+    this.#channel.begin(key);
     for (;;) {
       for await (const wires of executor.advance(key)) {
         this.#onWires?.("sent", key.phase, wires);
-        await this.#link.sendWires(wires, this.#seed, learningRate);
+        await this.#channel.sendWires(wires, this.#seed, learningRate);
       }
       if (executor.isFinished(key)) return executor.finish(key);
-      const wires = await this.#link.receiveWires();
+      const wires = await this.#channel.receiveWires();
       this.#onWires?.("received", key.phase, wires);
       executor.deliver(key, wires);
     }
@@ -182,17 +184,17 @@ export class Half {
 
   async #saveRemotely(publish: boolean): Promise<void> {
     const { step } = this.executor;
-    const reason = await this.#goingBack(() => this.#link.save(step, { publish }));
+    const reason = await this.#goingBack(() => this.#channel.save(step, { publish }));
     if (reason) throw new NotSaved("the server's folder", reason);
   }
 
-  /** Take this part back to where the server lost steps, and note the place in the data. */
+  /** Take this part back to where the server lost steps, and note the position in the data. */
   async #goingBack<T>(act: () => Promise<T>): Promise<T> {
     try {
       return await act();
     } catch (error) {
       if (error instanceof StepsLost) {
-        this.place = await this.journal.goBack(this.executor, error.step);
+        this.position = await this.run.goBack(this.executor, error.step);
       }
       throw error;
     }

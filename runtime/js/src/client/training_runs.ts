@@ -5,23 +5,23 @@
  * outcome.  This module knows names and states; it runs nothing and knows no server.
  */
 
-import type { Standing } from "../channels/channels.js";
+import type { ResumePoint } from "../channels/channels.js";
 import type { Executor } from "../engine/executors.js";
 import { BundleError, StorageInUse, UnfinishedRun, UsageError } from "../errors.js";
 import { CheckpointStore } from "../storage/checkpoints.js";
-import type { Checkpoint, Position } from "../storage/checkpoints.js";
+import type { Checkpoint, DataPosition } from "../storage/checkpoints.js";
 import type { StateStorage, StorageLock } from "../storage/storages.js";
 import type { NdArrays } from "../tensors.js";
 
 /**
- * The record of one client's session; made by {@link Journal.open}.
+ * The record of one client's session; made by {@link TrainingRun.open}.
  *
  * `position` is where in its data a resumed run goes on, `null` for one that begins.  `isBehind`
  * says that the last checkpoint could not be written.
  */
-export class Journal {
+export class TrainingRun {
   readonly session: string;
-  position: Position | null;
+  position: DataPosition | null;
   isBehind = false;
   readonly #store: CheckpointStore;
   readonly #storage: StateStorage;
@@ -33,7 +33,7 @@ export class Journal {
 
   private constructor(
     [store, storage]: [CheckpointStore, StateStorage],
-    begun: { session: string; position: Position | null; kept: readonly number[] },
+    begun: { session: string; position: DataPosition | null; kept: readonly number[] },
     origin: { session: string; step: number; tensors: NdArrays },
   ) {
     this.session = begun.session;
@@ -57,7 +57,7 @@ export class Journal {
     executor: Executor,
     storage: StateStorage,
     { resume }: { resume: boolean },
-  ): Promise<Journal> {
+  ): Promise<TrainingRun> {
     const store = new CheckpointStore(storage, executor.manifest);
     const outcome = await store.readOutcome();
     const origin = outcome ?? { session: "", step: 0, tensors: executor.party.state, position: null };
@@ -67,11 +67,11 @@ export class Journal {
     const session = found?.session ?? drawSession();
     const kept = found ? await store.steps(session) : [];
     const position = resume ? current.position : null;
-    return new Journal([store, storage], { session, position, kept }, origin);
+    return new TrainingRun([store, storage], { session, position, kept }, origin);
   }
 
   /**
-   * Take the storage's lock, if this journal has it not: what is written now is one client's.
+   * Take the storage's lock, if this run does not have it: what is written now is one client's.
    *
    * A run that is resumed is taken over from whoever trains it.
    *
@@ -100,7 +100,7 @@ export class Journal {
   }
 
   /** Say where the client stands that is at `step` now. */
-  stand(step: number): Standing {
+  stand(step: number): ResumePoint {
     return { origin: this.#origin, start: this.#start, step, kept: this.#kept };
   }
 
@@ -110,7 +110,7 @@ export class Journal {
    * @throws NotSaved: it cannot be written; those before it stand.
    * @throws StorageInUse: another client took the training over.
    */
-  async write(executor: Executor, position: Position | null): Promise<void> {
+  async write(executor: Executor, position: DataPosition | null): Promise<void> {
     await this.hold();
     this.isBehind = true;
     this.#kept = await this.#store.write(this.#describe(executor, position));
@@ -131,7 +131,7 @@ export class Journal {
    *
    * @throws NotSaved: it cannot be written.
    */
-  async publish(executor: Executor, position: Position | null): Promise<void> {
+  async publish(executor: Executor, position: DataPosition | null): Promise<void> {
     await this.hold();
     await this.#store.publish(this.#describe(executor, position));
     this.#origin = this.session;
@@ -147,7 +147,7 @@ export class Journal {
    *
    * @throws BundleError: there is no such state.
    */
-  async goBack(executor: Executor, step: number): Promise<Position | null> {
+  async goBack(executor: Executor, step: number): Promise<DataPosition | null> {
     this.#kept = await this.#store.rewind(this.session, step);
     if (this.#kept.includes(step)) {
       const { tensors, position } = await this.#store.read(this.session, step);
@@ -166,7 +166,7 @@ export class Journal {
    *
    * @throws UsageError: it would go on with other data, batches or seed than it began with.
    */
-  takePosition(start: Position): Position {
+  takePosition(start: DataPosition): DataPosition {
     const kept = this.position;
     this.position = null;
     if (!kept) return start;
@@ -197,7 +197,7 @@ export class Journal {
     }
   }
 
-  #describe(executor: Executor, position: Position | null): Checkpoint {
+  #describe(executor: Executor, position: DataPosition | null): Checkpoint {
     const { step } = executor;
     const tensors = executor.state();
     return { session: this.session, step, tensors, position, written: Date.now() };

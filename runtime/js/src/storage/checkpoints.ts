@@ -7,7 +7,7 @@
  */
 
 import { decodeState } from "../bundles.js";
-import { SEAL, encodeSealed, isWhole } from "../checksums.js";
+import { CHECKSUM, encodeWithChecksum, hasValidChecksum } from "../checksums.js";
 import {
   parseJson,
   readCount,
@@ -30,7 +30,7 @@ export const KEPT = 2;
 
 const FACTS = "splitonnx";
 
-const readPosition = readRecord({
+const readDataPosition = readRecord({
   epoch: readCount,
   batch: readCount,
   batchSize: readCount,
@@ -44,14 +44,14 @@ const readPosition = readRecord({
  * `epoch` is counted from 0; `batch` is the number of batches of it trained already.  The others
  * say how the data were dealt, and must be the same where training goes on.
  */
-export type Position = Decoded<typeof readPosition>;
+export type DataPosition = Decoded<typeof readDataPosition>;
 
 const readFacts = readRecord({
   digest: readText,
   session: readText,
   step: readCount,
   written: readCount,
-  position: readOptional(readNullable(readPosition), null),
+  position: readOptional(readNullable(readDataPosition), null),
 });
 
 /** A state, with all that is needed to go on from it. */
@@ -60,7 +60,7 @@ export interface Checkpoint {
   readonly session: string;
   readonly step: number;
   readonly tensors: NdArrays;
-  readonly position: Position | null;
+  readonly position: DataPosition | null;
   /** Milliseconds since 1970. */
   readonly written: number;
 }
@@ -196,7 +196,8 @@ export class CheckpointStore {
       },
     };
     try {
-      await this.#storage.put(name, encodeSealed(tensors, { [FACTS]: JSON.stringify(facts) }));
+      const content = encodeWithChecksum(tensors, { [FACTS]: JSON.stringify(facts) });
+      await this.#storage.put(name, content);
     } catch (error) {
       // A storage is the app's or the browser's, and its errors are of any kind.
       throw new NotSaved(`'${name}'`, error instanceof Error ? error.message : String(error));
@@ -208,9 +209,9 @@ export class CheckpointStore {
     if (!content) return undefined;
     try {
       const { tensors, metadata } = decodeState(name, content, this.#manifest.state);
-      const seal = metadata.get(SEAL);
-      // A checkpoint of before there were seals has its facts alone.
-      if (seal === undefined ? metadata.size !== 1 : !isWhole(content, seal)) {
+      const checksum = metadata.get(CHECKSUM);
+      // A checkpoint of before there were checksums has its facts alone.
+      if (checksum === undefined ? metadata.size !== 1 : !hasValidChecksum(content, checksum)) {
         throw new BundleError(name, "it was altered since it was written; delete it");
       }
       const { digest, ...facts } = readFacts(parseJson(metadata.get(FACTS) ?? ""), "");
