@@ -1,137 +1,35 @@
-/** Servers that lie, and bundles that are not what they say: clear errors, and nothing is stored. */
+/** Servers that lie: clear errors, and nothing is stored. */
 
 import assert from "node:assert/strict";
-import { once } from "node:events";
-import { readFileSync, readdirSync } from "node:fs";
-import { createServer } from "node:http";
-import type { Server } from "node:http";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import type { TestContext } from "node:test";
-
-import { WebSocketServer } from "ws";
-import type { WebSocket } from "ws";
 
 import { loadBundle } from "../src/bundles.js";
 import { translateFault } from "../src/channels/faults.js";
 import { connect } from "../src/channels/websockets.js";
-import { encodeTensors } from "../src/codecs.js";
-import { hashBytes } from "../src/hashes.js";
 import * as client from "../src/index.js";
-import { decodeManifest } from "../src/manifests.js";
-import { decodeMessage, encodeMessage } from "../src/messages.js";
-import type { Message, MessageOf, TensorsMessage } from "../src/messages.js";
+import { encodeMessage } from "../src/messages.js";
+import type { TensorsMessage } from "../src/messages.js";
 import { FolderStorage } from "../src/node.js";
-import type { NdArrays } from "../src/tensors.js";
 import { listWires } from "../src/wire/protocols.js";
-import { ORT, SESSION_OPTIONS, VECTORS, makeArray } from "./fixtures.js";
+import { ORT, SESSION_OPTIONS, makeArray } from "./fixtures.js";
+import {
+  DATA,
+  FILES,
+  HANG_UP,
+  Liar,
+  MANIFEST,
+  ONE,
+  connectTo,
+  gradients,
+  reply,
+  startLiar,
+  welcome,
+} from "./liars.js";
+import type { Lies } from "./liars.js";
 import { openSocket } from "./peers.js";
-
-const TINY = join(VECTORS, "tiny");
-const FILES: Record<string, Uint8Array> = Object.fromEntries(
-  readdirSync(TINY).map((name) => [name, new Uint8Array(readFileSync(join(TINY, name)))]),
-);
-/** Flip a bit of the last value. */
-function flip(content: Uint8Array): Uint8Array {
-  const flipped = content.slice();
-  flipped[flipped.length - 2]! ^= 1;
-  return flipped;
-}
-
-const MANIFEST = decodeManifest(FILES["manifest.json"]!, "manifest.json");
-const DATA = {
-  x: { dims: [6, 3], data: new Float32Array(18).fill(0.5) },
-  labels: { dims: [6, 2], data: new Float32Array(12) },
-};
-
-type Answer = { message: Message; tensors?: NdArrays } | string | Uint8Array;
-/** In place of a message: the connection ends. */
-const HANG_UP = "";
-interface Lies {
-  welcome?: (hello: MessageOf<"Hello">) => Answer;
-  reply?: (asked: TensorsMessage, say: (answer: Answer) => void) => Answer;
-  saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved">;
-}
-
-function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
-  const { session, digest, step } = hello;
-  const wires = listWires(MANIFEST);
-  return {
-    message: { type: "Welcome", session, digest, step, wantsRepeat: false, wires, ...changes },
-  };
-}
-
-function reply(asked: TensorsMessage, changes = {}, tensors = gradients(6, 4)): Answer {
-  return { message: { ...asked, turn: 0, ...changes }, tensors };
-}
-
-/** The half of an answer. */
-const ONE: NdArrays = new Map([["loss", makeArray("F32", [], [1])]]);
-
-function gradients(rows: number, columns: number, value = 0.1): NdArrays {
-  const values = Array<number>(rows * columns).fill(value);
-  return new Map([
-    ["h.grad", makeArray("F32", [rows, columns], values)],
-    ["loss", makeArray("F32", [], [1])],
-  ]);
-}
-
-/** A server that says what it is told to. */
-class Liar {
-  url = "";
-  lies: Lies = {};
-  /** The messages' types. */
-  heard: string[] = [];
-  readonly #server = new WebSocketServer({ port: 0, host: "127.0.0.1" });
-
-  async start(): Promise<void> {
-    if (!this.#server.address()) await once(this.#server, "listening");
-    this.url = `ws://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
-    this.#server.on("connection", (socket) => {
-      socket.on("message", (content: Buffer) => this.#answer(socket, new Uint8Array(content)));
-    });
-  }
-
-  async end(): Promise<void> {
-    for (const socket of this.#server.clients) socket.terminate();
-    this.#server.close();
-    await once(this.#server, "close");
-  }
-
-  /** Wait until every connection has ended, and all that came over it is heard. */
-  async quiet(): Promise<void> {
-    await Promise.all([...this.#server.clients].map((socket) => once(socket, "close")));
-  }
-
-  /** Say something to everybody. */
-  shout(answer: Answer): void {
-    for (const socket of this.#server.clients) this.#say(socket, answer);
-  }
-
-  #answer(socket: WebSocket, content: Uint8Array): void {
-    const { message } = decodeMessage(content);
-    this.heard.push(message.type);
-    if (message.type === "Save") {
-      const { session, step } = message;
-      const answer = { type: "Saved", session, step } as const;
-      this.#say(socket, { message: this.lies.saved?.(answer) ?? answer });
-    }
-    if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
-    if (message.type === "Tensors") {
-      const { lies } = this;
-      const say = (answer: Answer) => this.#say(socket, answer);
-      say(lies.reply ? lies.reply(message, say) : reply(message));
-    }
-  }
-
-  #say(socket: WebSocket, answer: Answer): void {
-    if (answer === HANG_UP) socket.terminate();
-    else if (typeof answer === "string" || answer instanceof Uint8Array) socket.send(answer);
-    else socket.send(encodeMessage(answer.message, answer.tensors));
-  }
-}
 
 const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
   ["text", { welcome: () => "hello" }, client.RemoteProtocolError],
@@ -302,27 +200,6 @@ test("nor are messages that hold nothing", async (t) => {
   assert.ok(read <= 64, `${read}`);
 });
 
-async function startLiar(t: TestContext): Promise<Liar> {
-  const liar = new Liar();
-  await liar.start();
-  t.after(() => liar.end());
-  return liar;
-}
-
-function connectTo(
-  { url }: Liar,
-  options: Partial<client.ConnectOptions> = {},
-): Promise<client.SplitClient> {
-  return client.SplitClient.connect(url, {
-    ort: ORT,
-    openSocket,
-    bundle: FILES,
-    storage: new client.MemoryStorage(),
-    sessionOptions: SESSION_OPTIONS,
-    ...options,
-  });
-}
-
 test("a server that greets and hangs up without end is given up", async (t) => {
   const liar = await startLiar(t);
   liar.lies = { reply: () => HANG_UP };
@@ -483,142 +360,4 @@ describe("a server that lies in the middle of a training", () => {
       assert.equal((await storage.list("")).length > 0, !heard);
     });
   }
-});
-
-describe("a bundle", () => {
-  const text = new TextDecoder().decode(FILES["manifest.json"]);
-  const change = (before: string, after: string) => {
-    assert.ok(text.includes(before));
-    const changed = text.replace(before, after).replace('"sha256": ', '"no sum": ');
-    return { ...FILES, "manifest.json": new TextEncoder().encode(changed) };
-  };
-  const without = (name: string) =>
-    Object.fromEntries(Object.entries(FILES).filter(([file]) => file !== name));
-  const { BundleError, FormatError } = client;
-  const state = (name: string) =>
-    JSON.stringify({ tensor: { name, dtype: "F32", shape: [3, 4] }, role: "optimizer" });
-  const zeros = `"state": [${Array.from({ length: 4 }, (_, number) => `${state(`m${number}`)},`).join("")}`;
-
-  const old = change(MANIFEST.weights, "");
-  const rate = text.replace('"learning_rate": 0.', '"learning_rate": 1.');
-  const altered = { ...FILES, "manifest.json": new TextEncoder().encode(rate) };
-
-  const broken: [string, Record<string, Uint8Array>, new (...facts: never[]) => Error][] = [
-    ["without a graph", without("head.forward.onnx"), BundleError],
-    ["without weights", without("weights.safetensors"), BundleError],
-    ["with an altered graph", { ...FILES, "head.forward.onnx": Uint8Array.of(8) }, BundleError],
-    ["whose manifest was altered", altered, BundleError],
-    ["that names a file elsewhere", change('"head.forward.onnx": "', '"../x": "'), BundleError],
-    ["of the server", change('"party": "client"', '"party": "server"'), BundleError],
-    ["for the training wheel", change('"target": "portable"', '"target": "training"'), BundleError],
-    ["whose digest is a path", change('"digest": "d1', '"digest": "..'), FormatError],
-    ["of a later format", change("bundle/1", "bundle/2"), FormatError],
-    ["with a state twice", change('"state": [', `"state": [${state("W1")},`), FormatError],
-    ["with more zeros than an optimizer has", change('"state": [', zeros), FormatError],
-    ["with other weights", { ...old, "weights.safetensors": encodeTensors(new Map()) }, BundleError],
-    [
-      "with weights in which a bit flipped",
-      { ...FILES, "weights.safetensors": flip(FILES["weights.safetensors"]!) },
-      BundleError,
-    ],
-    ["with broken weights", { ...old, "weights.safetensors": Uint8Array.of(1) }, FormatError],
-  ];
-  for (const [what, files, error] of broken) {
-    test(`${what} is refused`, async () => {
-      await assert.rejects(loadBundle(files), error);
-    });
-  }
-
-  test("of before there were checksums of weights is taken, with whatever weights", async () => {
-    await loadBundle({ ...old, "weights.safetensors": flip(FILES["weights.safetensors"]!) });
-  });
-
-  test("with a graph that the gate knows not is refused before ONNX Runtime sees it", async () => {
-    const evil = new TextEncoder().encode("\b\n:\u0004evil");
-    const name = "head.forward.onnx";
-    const old = MANIFEST.files.get(name)!;
-    const files = { ...change(old, await hashBytes(evil)), [name]: evil };
-    const seen: unknown[] = [];
-    const InferenceSession = { create: (...given: unknown[]) => seen.push(given) };
-    const liar = new Liar();
-    await liar.start();
-    const trained = await client.SplitClient.connect(liar.url, {
-      ort: { ...ORT, InferenceSession } as never,
-      openSocket,
-      bundle: files,
-      storage: new client.MemoryStorage(),
-    });
-    await assert.rejects(trained.fit(DATA, { batchSize: 6 }), client.ForbiddenGraph);
-    await trained.close();
-    await liar.end();
-    assert.deepEqual(seen, []);
-  });
-});
-
-describe("an address that gives", () => {
-  let server: Server;
-  let url: string;
-  const asked: (string | undefined)[] = [];
-
-  before(async () => {
-    server = createServer((request, response) => {
-      const [, folder = "", name = ""] = /^\/(.*)\/([^/]*)$/.exec(request.url!) ?? [];
-      asked.push(request.headers.authorization);
-      if (folder === "locked") response.writeHead(401).end();
-      else if (folder === "moved") {
-        response.writeHead(302, { Location: `/whole/${name}` }).end();
-      } else if (folder === "endless" && name === "weights.safetensors") {
-        response.on("error", () => {});
-        const pour = () => void (response.writable && response.write(Buffer.alloc(1 << 20), pour));
-        pour();
-      } else if (folder === "trickling") {
-        const drip = setInterval(() => response.write("{"), 10);
-        response.on("close", () => clearInterval(drip));
-      } else if (folder === "silent") {
-        return; // the request is taken, and nothing is said
-      } else if (name in FILES && folder !== "empty") response.end(FILES[name]);
-      else response.writeHead(404).end();
-    });
-    server.listen(0, "127.0.0.1");
-    await once(server, "listening");
-    url = `http://127.0.0.1:${(server.address() as { port: number }).port}`;
-  });
-
-  after(() => {
-    server.closeAllConnections();
-    server.close();
-  });
-
-  test("the files is read, and shown the token", async () => {
-    const { manifest, graphs } = await loadBundle(`${url}/whole`, { token: "secret" });
-    assert.equal(manifest.digest, MANIFEST.digest);
-    assert.equal(graphs.size, MANIFEST.files.size);
-    assert.ok(asked.every((token) => token === "Bearer secret"));
-  });
-
-  test("weights without end is left off", async () => {
-    await assert.rejects(loadBundle(`${url}/endless/`), /more bytes than the limit/);
-  });
-
-  for (const how of ["trickling", "silent"]) {
-    test(`a ${how} file is given up`, async () => {
-      await assert.rejects(loadBundle(`${url}/${how}`, { blockSeconds: 0.2 }), (error: Error) => {
-        assert.ok(error instanceof client.ConnectionLost, `${error}`);
-        assert.match(error.message, /gives less than a MiB within 0.2 s/);
-        return true;
-      });
-    });
-  }
-
-  test("another address is not followed there", async () => {
-    asked.length = 0;
-    await assert.rejects(loadBundle(`${url}/moved`, { token: "secret" }), client.ConnectionLost);
-    assert.equal(asked.length, 1);
-  });
-
-  test("nothing is named", async () => {
-    await assert.rejects(loadBundle(`${url}/empty`), client.BundleError);
-    await assert.rejects(loadBundle(`${url}/locked`), client.Unauthorized);
-    await assert.rejects(loadBundle("http://127.0.0.1:9/x"), client.ConnectionLost);
-  });
 });
