@@ -6,11 +6,11 @@
  */
 
 import { decodeTensors } from "./codecs.js";
+import { REPLY_SECONDS } from "./channels/websockets.js";
 import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
 import { hashBytes } from "./hashes.js";
 import { decodeManifest, hasValidChecksum } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
-import { REPLY_SECONDS } from "./sockets.js";
 import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
 import type { Dtype, NdArrays } from "./tensors.js";
 

@@ -107,6 +107,11 @@ describe("an address that gives", () => {
         response.on("error", () => {});
         const pour = () => void (response.writable && response.write(Buffer.alloc(1 << 20), pour));
         pour();
+      } else if (folder === "trickling") {
+        const drip = setInterval(() => response.write("{"), 10);
+        response.on("close", () => clearInterval(drip));
+      } else if (folder === "silent") {
+        return; // the request is taken, and nothing is said
       } else if (name in FILES && folder !== "empty") response.end(FILES[name]);
       else response.writeHead(404).end();
     });
@@ -121,7 +126,7 @@ describe("an address that gives", () => {
   });
 
   test("the files is read, and shown the token", async () => {
-    const { manifest, graphs } = await loadBundle(`${url}/whole`, "secret");
+    const { manifest, graphs } = await loadBundle(`${url}/whole`, { token: "secret" });
     assert.equal(manifest.digest, MANIFEST.digest);
     assert.equal(graphs.size, MANIFEST.files.size);
     assert.ok(asked.every((token) => token === "Bearer secret"));
@@ -131,9 +136,19 @@ describe("an address that gives", () => {
     await assert.rejects(loadBundle(`${url}/endless/`), /more bytes than the limit/);
   });
 
+  for (const how of ["trickling", "silent"]) {
+    test(`a ${how} file is given up`, async () => {
+      await assert.rejects(loadBundle(`${url}/${how}`, { blockSeconds: 0.2 }), (error: Error) => {
+        assert.ok(error instanceof client.ConnectionLost, `${error}`);
+        assert.match(error.message, /gives less than a MiB within 0.2 s/);
+        return true;
+      });
+    });
+  }
+
   test("another address is not followed there", async () => {
     asked.length = 0;
-    await assert.rejects(loadBundle(`${url}/moved`, "secret"), client.ConnectionLost);
+    await assert.rejects(loadBundle(`${url}/moved`, { token: "secret" }), client.ConnectionLost);
     assert.equal(asked.length, 1);
   });
 

@@ -9,6 +9,7 @@ import { after, before, describe, test } from "node:test";
 import { loadBundle } from "../src/bundles.js";
 import { translateFault } from "../src/channels/faults.js";
 import { connect } from "../src/channels/websockets.js";
+import { MOST_RETURNS } from "../src/client/training_loops.js";
 import * as client from "../src/index.js";
 import { encodeMessage } from "../src/messages.js";
 import type { TensorsMessage } from "../src/messages.js";

@@ -16,6 +16,9 @@ import type { StepRecord } from "./histories.js";
 import type { LearningRate, ResolvedFitOptions } from "./options.js";
 import type { TaskRunner } from "./runners.js";
 
+/** Times that a server may lose steps before one comes that was not made before. */
+export const MOST_RETURNS = 100;
+
 /** Trains and evaluates, one task of its runner after the other. */
 export class TrainingLoop {
   readonly #runner: TaskRunner;
@@ -30,13 +33,14 @@ export class TrainingLoop {
    *
    * Where the server lost steps, both sides go back and make them again.
    *
-   * @throws StepsLost: they were made before this call.
+   * @throws StepsLost: they were made before this call, or are lost again and again.
    * @throws SplitonnxError: see `SplitClient.fit`.
    */
   async fit(options: ResolvedFitOptions, start: DataPosition): Promise<History> {
     const history = new History();
     const first = this.#step;
     let position = start;
+    let [farthest, returns] = [first, 0];
     for (;;) {
       this.#expected = this.#step;
       try {
@@ -48,8 +52,12 @@ export class TrainingLoop {
         if (options.save) await this.#runner.publish();
         return history;
       } catch (error) {
-        const kept = this.#runner.position;
         if (!(error instanceof StepsLost)) throw error;
+        const reached = history.steps.at(-1)?.step ?? first;
+        returns = reached > farthest ? 0 : returns + 1;
+        farthest = Math.max(farthest, reached);
+        if (returns === MOST_RETURNS) throw error;
+        const kept = this.#runner.position;
         if (error.step < first || (error.step > first && !kept)) throw error;
         position = kept ?? start;
         history.forget(error.step, position.epoch);
