@@ -6,7 +6,6 @@
  */
 
 import { decodeTensors } from "./codecs.js";
-import { REPLY_SECONDS } from "./channels/websockets.js";
 import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
 import { hashBytes } from "./hashes.js";
 import { decodeManifest, hasValidChecksum } from "./manifests.js";
@@ -24,8 +23,9 @@ export const MAX_GRAPH = 256 << 20;
 /** Bytes of a tensor file's header; some hundred for each tensor. */
 export const MAX_FILE_HEADER = 64 << 20;
 
-/** Bytes of a fetched file, or the rest of it, that must come within so long as a reply may take. */
+/** Bytes of a fetched file, or the rest of it, that must come within {@link BLOCK_SECONDS}. */
 const BLOCK = 1 << 20;
+const BLOCK_SECONDS = 300;
 
 const ALTERED = "it was altered since the bundle was written";
 
@@ -49,7 +49,7 @@ export interface PartyBundle {
 export interface FetchOptions {
   /** Shown to whoever has the files. */
   readonly token?: string | undefined;
-  /** Seconds to wait for each MiB; as long as a reply may take by default. */
+  /** Seconds to wait for each MiB; 300 by default. */
   readonly blockSeconds?: number | undefined;
 }
 
@@ -184,7 +184,7 @@ function chooseReader(source: BundleSource, options: FetchOptions): ReadFile {
 
 /** Fetch a file, and stop as soon as it is larger than it may be, or comes too slowly. */
 async function fetchFile(url: string, limit: number, options: FetchOptions): Promise<Uint8Array> {
-  const { token, blockSeconds = REPLY_SECONDS } = options;
+  const { token, blockSeconds = BLOCK_SECONDS } = options;
   const ended = new AbortController();
   const late = () => ended.abort(`it gives less than a MiB within ${blockSeconds} s`);
   let timer = setTimeout(late, blockSeconds * 1000);

@@ -8,7 +8,7 @@
  */
 
 import { ForbiddenGraph } from "../errors.js";
-import * as operators from "./operators.js";
+import * as operators from "../operators.js";
 import { Malformed, Reader } from "./protobufs.js";
 import type { Found, Place } from "./protobufs.js";
 import * as schemas from "./schemas.js";
