@@ -11,7 +11,6 @@ import pytest
 
 from splitonnx.commands.services import serve
 from splitonnx.errors import UsageError
-from splitonnx.runtime.edge.rate_limits import TokenBucket
 from splitonnx.runtime.limits import Limits, measure_memory
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
@@ -54,12 +53,3 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
 def test_memory_is_half_of_the_machine_s_unless_said() -> None:
     assert Limits().memory == measure_memory() // 2 > 0
     assert Limits(memory_bytes=10).memory == 10
-
-
-def test_a_pace_lets_a_second_s_worth_through_and_then_makes_wait() -> None:
-    pace = TokenBucket(100, now=0.0)
-    assert pace.count(100, now=0.0) == 0
-    assert pace.count(50, now=0.0) == pytest.approx(0.5)
-    assert pace.count(0, now=0.5) == 0
-    assert pace.count(10, now=0.6) == pytest.approx(0.0, abs=1e-9)
-    assert pace.count(150, now=1000.0) == pytest.approx(0.5)

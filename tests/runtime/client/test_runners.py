@@ -84,7 +84,6 @@ def runner(party: PartyBundle, server: Server) -> TaskRunner:
     return open_runner(party, server)
 
 
-
 def test_a_whole_model_s_step_is_numpy_s() -> None:
     runner = open_runner(tiny.local_bundle().client, None)
     reference = tiny.reference_state()

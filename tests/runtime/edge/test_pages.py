@@ -18,7 +18,6 @@ from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.edge import connections, pages
 from splitonnx.runtime.edge.http import HttpRequest
-from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
@@ -235,26 +234,6 @@ def test_a_websocket_is_opened_where_a_page_lies(web: Path) -> None:
     found = read_pages(web)
     assert found.answer(HttpRequest(path="/", token=None)) is not None
     assert found.answer(HttpRequest(path="/", token=None, is_upgrade=True)) is None
-
-
-def test_pages_of_this_server_may_connect_and_others_may_not() -> None:
-    own = Origins(frozenset({"https://lab.example"}), has_pages=True, is_locked=False)
-    assert own.allow("http://127.0.0.1:8765", "127.0.0.1:8765")
-    assert own.allow("https://[::1]:8765", "[::1]:8765")
-    assert own.allow("http://localhost", "localhost")
-    assert own.allow("https://lab.example", "127.0.0.1:8765")
-    assert not own.allow("http://127.0.0.1:8766", "127.0.0.1:8765")
-    assert not own.allow("http://evil.example", "127.0.0.1")
-    assert not own.allow("null", "")
-    assert not own.allow("null", None)
-    assert not own.allow("http://127.0.0.1@evil.example", "127.0.0.1@evil.example")
-
-
-def test_a_name_may_be_a_stranger_s_unless_tokens_or_tls_keep_it_out() -> None:
-    rebound = "http://rebound.example:8765", "rebound.example:8765"
-    assert not Origins(frozenset(), has_pages=True, is_locked=False).allow(*rebound)
-    assert Origins(frozenset(), has_pages=True, is_locked=True).allow(*rebound)
-    assert not Origins(frozenset(), has_pages=False, is_locked=True).allow(*rebound)
 
 
 def test_a_page_s_own_websocket_is_let_in(bundle: Path, web: Path) -> None:

@@ -20,7 +20,6 @@ from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.edge.identities import Identity, Role
-from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY
@@ -222,14 +221,6 @@ def test_a_program_may_open_a_websocket_by_any_name() -> None:
         ]  # fmt: skip
         connection.sendall("\r\n".join(lines).encode())
         assert connection.recv(12) == b"HTTP/1.1 101"
-
-
-def test_the_name_that_a_server_listens_on_is_its_own() -> None:
-    own = Origins(frozenset(), has_pages=False, is_locked=False, host="gpu-box.lan")
-    assert own.answers_to("gpu-box.lan:8765")
-    assert own.answers_to("GPU-box.lan")
-    assert own.answers_to(None)  # no browser
-    assert not own.answers_to("gpu-box.lan.evil.example")
 
 
 # --- methods and targets ------------------------------------------------------------------------

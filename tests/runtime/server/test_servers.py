@@ -13,7 +13,7 @@ from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, ServerBusy, UsageError
+from splitonnx.errors import ConnectionLost, ServerBusy
 from splitonnx.messages import (
     Bye,
     Fault,
@@ -200,11 +200,6 @@ def test_closing_the_server_ends_its_threads(bundle: Bundle) -> None:
     assert set(threading.enumerate()) <= before
     with pytest.raises(ConnectionLost):
         connect(url)
-
-
-def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="no websocket address"):
-        connect("http://127.0.0.1:1")
 
 
 # --- sessions -------------------------------------------------------------------------------
