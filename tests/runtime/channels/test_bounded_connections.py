@@ -78,3 +78,36 @@ def test_a_message_larger_than_what_is_read_ahead_arrives_while_it_is_waited_for
         transport.send([bytes(5000)])
         transport.send([bytes(5000)])
         transport.close()  # in the middle of what waits
+
+
+@pytest.mark.alone
+def test_a_few_large_messages_count_by_their_bytes_and_not_as_few() -> None:
+    size, stalled = 8 << 20, threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        accept(connection)
+        connection.settimeout(1)
+        try:
+            for _ in range(10):
+                connection.sendall(b"\x82\x7f" + size.to_bytes(8, "big") + bytes(size))
+        except TimeoutError:
+            stalled.set()
+
+    with pretending(flood) as url:
+        transport = connect(url)
+        assert stalled.wait(PATIENCE)
+        assert transport._socket.waiting_bytes <= bounded_connections.READ_AHEAD + size
+        assert len(transport.receive()) == size
+        transport.close()
+
+
+def test_what_was_taken_makes_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_connections, "READ_AHEAD", 10_000)
+    with Echo() as echo:
+        transport = connect(echo.url)
+        for _ in range(8):
+            transport.send([bytes(9_000)])
+        for _ in range(8):
+            assert len(transport.receive()) == 9_000
+        assert transport._socket.waiting_bytes == 0
+        transport.close()

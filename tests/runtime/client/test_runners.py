@@ -115,6 +115,9 @@ def test_after_an_error_the_state_is_as_before_and_the_runner_is_closed(
     assert server.calls == ["begin train 0", "bye", "end"]
     for name, array in runner.executor.state().items():
         np.testing.assert_array_equal(array, before[name])
+    key = TaskKey(session=runner.run.session, phase="train", step=0, micro_batch=0)
+    with pytest.raises(LocalProtocolError, match="not open"):
+        runner.executor.is_finished(key)
     with pytest.raises(LocalProtocolError, match="closed"):
         runner.perform("train", tiny.batch(0), tiny.RATE)
 

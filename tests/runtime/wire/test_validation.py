@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from splitonnx.errors import NormTooLarge, NotFinite
 from splitonnx.runtime.wire.validation import check_values
+from tests.support.arenas import MIB
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -40,3 +43,14 @@ def test_the_norm_is_that_of_the_whole_tensor() -> None:
 def test_integers_and_empty_arrays_have_nothing_to_be_looked_at() -> None:
     check_values("x", np.array([2**62]), "step 1", 1.0)
     check_values("x", np.zeros((0, 3), np.float32), "step 1", 1.0)
+
+
+def test_looking_at_a_message_s_values_takes_no_memory_of_its_size() -> None:
+    array = np.ones(64 * MIB // 4, np.float32)
+    tracemalloc.start()
+    try:
+        check_values("x", array, "step 1", limit=1e9)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * MIB
