@@ -1,10 +1,9 @@
-"""The server over real websockets, and its sessions without."""
+"""The server over real websockets."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,20 +11,8 @@ import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.bundles import Bundle
-from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.messages import (
-    Bye,
-    Fault,
-    Hello,
-    Message,
-    Save,
-    Saved,
-    Tensors,
-    Unsaved,
-    Welcome,
-    decode_message,
-)
+from splitonnx.errors import ConnectionLost
+from splitonnx.messages import Fault, Hello, Welcome, decode_message
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.client.clients import Client
@@ -33,15 +20,13 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.memory import connect_in_memory
-from splitonnx.runtime.server.dispatchers import Dispatcher
-from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.wire.fragments import FRAGMENT
 from splitonnx.runtime.wire.protocols import CLIENT, Protocol, State, list_wires
+from tests.support.callers import SESSION, make_task
 from tests.support.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)
-SESSION = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="module")
@@ -200,212 +185,3 @@ def test_closing_the_server_ends_its_threads(bundle: Bundle) -> None:
     assert set(threading.enumerate()) <= before
     with pytest.raises(ConnectionLost):
         connect(url)
-
-
-# --- sessions -------------------------------------------------------------------------------
-
-
-class Caller:
-    """A client by hand: it says what it is told to and hears every reply."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        registry: Registry | None = None,
-        *,
-        session: str = SESSION,
-        generation: int = 1,
-        owner: str = "",
-        norm: float | None = None,
-    ) -> None:
-        assert bundle.server is not None
-        self.manifest = bundle.client.manifest
-        registry = registry or Registry(Executor(bundle.server, Engine(threads=1)))
-        self.dispatcher = Dispatcher(registry, owner, norm=norm)
-        self._protocol = Protocol(self.manifest, CLIENT)
-        (self.greeting,) = self.say(
-            Hello(
-                digest=self.manifest.digest,
-                session=session,
-                generation=generation,
-                step=0,
-                wires=list_wires(self.manifest),
-            )
-        )
-
-    def say(self, message: Message, wires: dict[str, np.ndarray] | None = None) -> list[Message]:
-        content = b"".join(self._protocol.send(message, wires))
-        return [self._hear(reply) for reply in self.dispatcher.handle(content)]
-
-    def _hear(self, reply: list[Chunk]) -> Message:
-        message, self.tensors = self._protocol.receive(b"".join(reply))
-        return message
-
-    @property
-    def step(self) -> int:
-        assert self.dispatcher.session is not None
-        return self.dispatcher.session.executor.step
-
-
-ACTIVATION = {"act1@server": np.ones((2, 7), np.float32)}
-GRADIENT = {"act3@client_grad": np.ones((2, 6), np.float32)}
-
-
-def make_task(session: str = SESSION, step: int = 0, turn: int = 0) -> Tensors:
-    return Tensors(
-        session=session,
-        phase="train",
-        step=step,
-        micro_batch=0,
-        turn=turn,
-        seed=0,
-        learning_rate=1e-3,
-    )
-
-
-def expect_fault(replies: list[Message], code: str, reason: str) -> None:
-    (fault,) = replies
-    assert isinstance(fault, Fault)
-    assert fault.code == code
-    assert reason in fault.reason
-
-
-@pytest.mark.parametrize(
-    ("task", "reason"),
-    [
-        (make_task("f" * 32), "session"),
-        (make_task(step=1), "step 1"),
-        (make_task(turn=1), "message 1 of step 0"),
-    ],
-)
-def test_a_task_of_another_session_step_or_turn_is_refused(
-    bundle: Bundle, task: Tensors, reason: str
-) -> None:
-    caller = Caller(bundle)
-    expect_fault(caller.say(task, ACTIVATION), "RemoteProtocolError", reason)
-    assert caller.dispatcher.is_closed
-    assert caller.step == 0
-
-
-def test_a_repeated_message_gets_the_same_reply_and_is_not_acted_on_again(bundle: Bundle) -> None:
-    caller = Caller(bundle)
-    (first,) = caller.say(make_task(), ACTIVATION)
-    computed = caller.tensors
-    assert caller.say(make_task(), ACTIVATION) == [first]
-    assert all(caller.tensors[name] is not computed[name] for name in computed)
-    for name, array in computed.items():
-        np.testing.assert_array_equal(caller.tensors[name], array)
-    (last,) = caller.say(make_task(turn=1), GRADIENT)
-    assert caller.step == 1
-    assert caller.say(make_task(turn=1), GRADIENT) == [last]
-    assert caller.say(make_task(), ACTIVATION) == [first]
-    assert caller.step == 1
-
-
-def test_a_step_that_was_made_is_not_made_again_with_other_inputs(bundle: Bundle) -> None:
-    caller = Caller(bundle)
-    caller.say(make_task(), ACTIVATION)
-    caller.say(make_task(turn=1), GRADIENT)
-    other = {"act1@server": np.zeros((2, 7), np.float32)}
-    expect_fault(caller.say(make_task(), other), "StepConflict", "step 0 was made already")
-    assert caller.step == 1
-
-
-def test_a_step_that_began_may_begin_again_on_another_connection_with_other_inputs(
-    bundle: Bundle,
-) -> None:
-    assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
-    Caller(bundle, registry).say(make_task(), ACTIVATION)
-    again = Caller(bundle, registry, generation=2)
-    (reply,) = again.say(make_task(), {"act1@server": np.zeros((3, 7), np.float32)})
-    assert isinstance(reply, Tensors)
-    assert {array.shape for array in again.tensors.values()} == {(3, 6)}
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused_before_the_step(
-    bundle: Bundle, value: float
-) -> None:
-    caller = Caller(bundle)
-    wrong = np.ones((2, 7), np.float32)
-    wrong[1, 3] = value
-    (fault,) = caller.say(make_task(), {"act1@server": wrong})
-    assert isinstance(fault, Fault)
-    assert (fault.code, fault.subject, fault.reason) == ("NotFinite", "act1@server", "step 1")
-    assert caller.step == 0
-
-
-def test_a_gradient_over_the_norm_limit_is_refused_before_the_step(bundle: Bundle) -> None:
-    caller = Caller(bundle, norm=3.5)
-    caller.say(make_task(), {"act1@server": np.full((2, 7), 100, np.float32)})
-    assert len(caller.say(make_task(turn=1), GRADIENT)) == 1  # its norm is the root of 12
-    caller.say(make_task(step=1), ACTIVATION)
-    large = {"act3@client_grad": np.full((2, 6), 2, np.float32)}
-    expect_fault(caller.say(make_task(step=1, turn=1), large), "NormTooLarge", "limit of 3.5")
-    assert caller.step == 1
-
-
-def test_an_older_connection_of_a_session_can_do_nothing(bundle: Bundle) -> None:
-    assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
-    old = Caller(bundle, registry)
-    new = Caller(bundle, registry, generation=2)
-    expect_fault(old.say(make_task(), ACTIVATION), "StaleConnection", "replaced by connection 2")
-    late = Caller(bundle, registry, generation=2)
-    assert isinstance(late.greeting, Fault)
-    assert (late.greeting.code, late.greeting.newest) == ("StaleConnection", 2)
-    (reply,) = new.say(make_task(), ACTIVATION)
-    assert isinstance(reply, Tensors)
-
-
-def test_a_session_of_another_owner_is_refused(bundle: Bundle) -> None:
-    assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
-    Caller(bundle, registry, owner="ann")
-    other = Caller(bundle, registry, owner="bob", generation=2)
-    expect_fault([other.greeting], "ForeignSession", "another token")
-
-
-@pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 32, "0" * 33, "0" * 31 + "/"])
-def test_a_session_is_named_by_hex_digits_and_nothing_else(bundle: Bundle, name: str) -> None:
-    expect_fault([Caller(bundle, session=name).greeting], "RemoteProtocolError", "32 hexadecimal")
-
-
-def test_a_full_server_says_so_and_takes_the_next_when_one_leaves(bundle: Bundle) -> None:
-    assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)), sessions=1)
-    first = Caller(bundle, registry)
-    expect_fault([Caller(bundle, registry, session="a" * 32).greeting], "ServerBusy", "1 sessions")
-    assert first.say(Bye()) == []
-    assert isinstance(Caller(bundle, registry, session="b" * 32).greeting, Welcome)
-
-
-def test_saving_in_memory_is_refused_and_saving_to_disk_is_answered(
-    bundle: Bundle, tmp_path: Path
-) -> None:
-    (answer,) = Caller(bundle).say(Save(session=SESSION, step=0))
-    assert isinstance(answer, Unsaved)
-    assert "no folder" in answer.reason
-    bundle.save(tmp_path / "bundle")
-    caller = Caller(Bundle.load(tmp_path / "bundle"))
-    assert caller.say(Save(session=SESSION, step=0)) == [Saved(session=SESSION, step=0)]
-    assert not (tmp_path / "bundle" / "server" / "state.safetensors").exists()
-    caller.say(Save(session=SESSION, step=0, publish=True))
-    assert (tmp_path / "bundle" / "server" / "state.safetensors").exists()
-
-
-def test_a_session_for_which_there_is_no_room_just_now_is_interrupted_and_not_refused(
-    bundle: Bundle,
-) -> None:
-    """Told so, its client would end its training."""
-    dispatcher = Caller(bundle).dispatcher
-    assert [*dispatcher.refuse(ServerBusy("memory"))] == []
-    assert dispatcher.is_interrupted
-    assert dispatcher.is_closed
-
-
-def test_good_bye_ends_a_conversation_without_a_word(bundle: Bundle) -> None:
-    caller = Caller(bundle)
-    assert caller.say(Bye()) == []
-    assert caller.dispatcher.is_closed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,62 +11,23 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import (
-    BundleMismatch,
-    ForeignSession,
-    NotSaved,
-    ServerBusy,
-    SplitonnxError,
-    UsageError,
-)
-from splitonnx.messages import Hello, Save, Saved, Unsaved
+from splitonnx.errors import BundleMismatch, ForeignSession, NotSaved, SplitonnxError, UsageError
+from splitonnx.messages import Save, Saved, Unsaved
 from splitonnx.runtime.client.clients import Client
-from splitonnx.runtime.engine.engines import Engine
-from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore, list_folders
-from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.states import State, list_outcomes, read_state, write_state
 from tests.support import tiny
-
-ANN, BOB = "a" * 32, "b" * 32
-WAIT = 60.0
-"""Seconds that nothing here takes, unless it hangs."""
+from tests.support.registries import ANN, BOB, advance, greet, open_registry
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tiny.split_bundle().save(tmp_path / "bundle")
     return tmp_path / "bundle" / "server"
-
-
-def open_registry(folder: Path, **settings: object) -> Registry:
-    party = PartyBundle.load(folder)
-    return Registry(Executor(party, Engine(threads=1)), **settings)  # type: ignore[arg-type]
-
-
-def greet(session: str, *, origin: str = "", start: int = 0, generation: int = 1) -> Hello:
-    manifest = tiny.split_bundle().client.manifest
-    return Hello(
-        digest=manifest.digest,
-        session=session,
-        generation=generation,
-        step=start,
-        start=start,
-        origin=origin,
-        wires=list_wires(manifest),
-    )
-
-
-def advance(session: Session, step: int, value: float = 1.0) -> None:
-    """Bring a session to a step without the work of training."""
-    tensors = {name: np.full_like(a, value) for name, a in session.executor.state().items()}
-    session.executor.restore(tensors, step)
-    session.ledger.step = step
 
 
 def save(session: Session, *, publish: bool = False) -> Saved | Unsaved:
@@ -333,90 +293,3 @@ def test_a_client_s_folder_that_is_gone_is_not_made_again(folder: Path) -> None:
         with pytest.raises(NotSaved, match="manifest is gone"):
             client.fit(tiny.batch(0), checkpoint_every=1)
     assert not place.exists()
-
-
-# --- a slow disk ----------------------------------------------------------------------------
-
-
-class SlowDisk:
-    """Stops every write of a parked session until it may go on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.writes, self.goes_on = threading.Event(), threading.Event()
-        write = CheckpointStore.write_stopped
-
-        def wait(store: CheckpointStore, checkpoint: Checkpoint) -> None:
-            self.writes.set()
-            assert self.goes_on.wait(WAIT)
-            write(store, checkpoint)
-
-        monkeypatch.setattr(CheckpointStore, "write_stopped", wait)
-
-
-def test_while_a_session_is_parked_on_a_slow_disk_others_are_greeted_and_only_it_waits(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = SlowDisk(monkeypatch)
-    registry = open_registry(folder, sessions=2)
-    parked = registry.find(greet(ANN), "ann")
-    advance(parked, 6)
-    registry.release(parked)
-    attended = registry.find(greet(BOB), "bob")
-    tried: set[str] = set()
-    room = registry.seek(greet("c" * 32), "cleo", tried)  # makes room, and waits for nothing
-    assert not isinstance(room, Session)
-    assert disk.writes.wait(WAIT)
-    assert registry.find(greet(BOB, generation=2), "bob") is attended
-    registry.release(attended)
-    again = registry.seek(greet(ANN, generation=2), "ann", set())
-    assert not isinstance(again, Session)
-    assert not again.done()
-    assert not again.cancel()
-    disk.goes_on.set()
-    again.result(WAIT)
-    room.result(WAIT)
-    assert isinstance(registry.seek(greet("c" * 32), "cleo", tried), Session)
-    with pytest.raises(ServerBusy):
-        registry.find(greet("d" * 32), "dan")
-    registry.release(attended)
-    returned = registry.find(greet(ANN, generation=2), "ann")
-    assert returned is not parked
-    assert returned.executor.step == 6
-
-
-def test_a_server_greets_others_while_a_disk_is_slow(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = SlowDisk(monkeypatch)
-    place = folder.parent / "client"
-    party = PartyBundle.load(place)
-    memory = PartyBundle(manifest=party.manifest, graphs=party.graphs, weights=party.weights)
-    with Server(folder, port=0, threads=1, limits=Limits(sessions=2)) as server:
-        first = Client(memory, server.url, threads=1)
-        first.step(tiny.batch(0))
-        first._runner._channel.close(for_good=False)  # type: ignore[union-attr]  # it hangs up
-        with Client(memory, server.url, threads=1) as second:
-            late: list[Client] = []
-            thread = threading.Thread(
-                target=lambda: late.append(
-                    Client(memory, server.url, threads=1, give_up_after=WAIT)
-                )
-            )
-            thread.start()
-            assert disk.writes.wait(WAIT)
-            for number in range(3):
-                second.step(tiny.batch(number))
-            assert not late
-            disk.goes_on.set()
-            thread.join(WAIT)
-            assert len(late) == 1
-            late[0].step(tiny.batch(0))
-            late[0].close()
-
-
-def test_a_greeting_that_fails_leaves_the_name_free(folder: Path) -> None:
-    registry = open_registry(folder)
-    for _ in range(2):
-        with pytest.raises(BundleMismatch):
-            registry.find(greet(ANN, origin=BOB, start=3), "ann")
-    assert registry.find(greet(ANN), "ann").id == ANN
