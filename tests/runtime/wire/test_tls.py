@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import ssl
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-import trustme
 
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
 from splitonnx.runtime.channels.credentials import Credentials
@@ -17,35 +15,9 @@ from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.edge import listeners
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.wire.exposure import check_exposure
 from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
+from tests.support.certificates import Files
 from tests.support.echoes import Echo, dial, know_sesame, read_to_end
-
-
-class Files:
-    """Certificates in files: an authority, a server, a client, and their doubles by a stranger."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        ours, theirs = trustme.CA(), trustme.CA()
-        self.authority = self._write("ca", ours.cert_pem)
-        self.other_authority = self._write("other-ca", theirs.cert_pem)
-        past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-        self.server = self._issue("server", ours.issue_cert("127.0.0.1"))
-        self.elsewhere = self._issue("elsewhere", ours.issue_cert("other.example"))
-        self.expired = self._issue("expired", ours.issue_cert("127.0.0.1", not_after=past))
-        self.client = self._issue("client", ours.issue_cert("ana@x.example", common_name="ana"))
-        self.stranger = self._issue("stranger", theirs.issue_cert("eve@x.example"))
-
-    def _write(self, name: str, blob: trustme.Blob) -> Path:
-        path = self.folder / f"{name}.pem"
-        blob.write_to_path(str(path))
-        return path
-
-    def _issue(self, name: str, leaf: trustme.LeafCert) -> tuple[Path, Path]:
-        chain = self.folder / f"{name}.pem"
-        chain.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
-        return chain, self._write(f"{name}-key", leaf.private_key_pem)
 
 
 @pytest.fixture(scope="module")
@@ -177,27 +149,3 @@ def test_a_key_with_a_password_is_told_rather_than_asked_for(files: Files, tmp_p
     locked.write_bytes(loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
     with pytest.raises(UnusableFile, match="password"):
         make_server_tls(certificate, locked)
-
-
-# --- what must hold before a port is opened ---------------------------------------------------
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "lab.example"])
-def test_beyond_this_machine_a_server_wants_locks(files: Files, host: str) -> None:
-    with pytest.raises(UsageError, match=r"--token-file.*--insecure"):
-        check_exposure(host, None, None)
-    with pytest.raises(UsageError, match="anyone"):
-        check_exposure(host, None, make_server_tls(*files.server))
-    check_exposure(host, object(), None)
-    check_exposure(host, None, None, insecure=True)
-    check_exposure(host, None, make_server_tls(*files.server, client_authority=files.authority))
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_on_this_machine_it_wants_none(host: str) -> None:
-    check_exposure(host, None, None)
-
-
-def test_tokens_without_tls_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    check_exposure("0.0.0.0", object(), None)
-    assert "no TLS" in caplog.text

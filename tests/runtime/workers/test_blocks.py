@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.errors import FormatError, NotFinite, StageTooSlow
+from splitonnx.errors import FormatError
 from splitonnx.runtime.workers.blocks import (
     SharedTensors,
     Slot,
@@ -22,7 +22,6 @@ from splitonnx.runtime.workers.blocks import (
     put,
     take,
 )
-from splitonnx.runtime.workers.messages import Failed, describe_error, make_error
 
 TENSORS: dict[str, np.ndarray] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
@@ -129,29 +128,6 @@ def test_the_other_side_cannot_shrink_a_block_under_the_servers_hands() -> None:
             os.ftruncate(block.number, 0)  # type: ignore[union-attr]
     finally:
         block.close()
-
-
-def test_an_error_comes_back_as_the_same_one() -> None:
-    for error in (NotFinite("loss", "nan at step 3"), StageTooSlow("body.step", 0.5)):
-        made = make_error(describe_error(error))
-        assert type(made) is type(error)
-        assert str(made) == str(error)
-
-
-@pytest.mark.parametrize(
-    ("code", "facts"),
-    [
-        ("Unauthorized", ["a", 1, "b"]),
-        ("StageFailed", ["a"]),
-        ("StageFailed", ["a", "b" * 1001]),
-        ("StageTooSlow", ["a", "no number"]),
-        ("SystemExit", []),
-        ("quote", ["a"]),
-    ],
-)
-def test_an_error_that_no_executor_raises_is_refused(code: str, facts: list[object]) -> None:
-    with pytest.raises(FormatError, match="a worker's answer"):
-        make_error(Failed(code=code, facts=facts))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sealed files are Linux's")
