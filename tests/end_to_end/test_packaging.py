@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 import splitonnx
-from splitonnx import extras
-from splitonnx.errors import MissingExtra
 from tests.conftest import ROOT, make_environment, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -92,14 +90,3 @@ def test_without_onnx_the_client_works_and_cut_names_its_extra(
     assert done.returncode == 2
     assert done.stderr.startswith("splitonnx: inspect needs 'onnx")
     assert done.stderr.endswith("run: pip install 'splitonnx[cpu]'\n")
-
-
-def test_a_module_that_no_extra_brings_is_python_s_own_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "wants_onnx.py").write_text("raise ModuleNotFoundError(name='onnx.helper')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingExtra, match=r"splitonnx\[cpu\]"):
-        extras.load("wants_onnx", "this")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        extras.load("no_such_module", "this")
