@@ -15,9 +15,7 @@ import pytest
 import trustme
 
 from splitonnx.bundles import Bundle
-from tests.commands.test_command_line import MODEL, Command, bundle, command, cut_once, data, start
-
-__all__ = ["bundle", "command", "cut_once", "data"]
+from tests.support.commands import MODEL, Command, start
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.engine.exports import OPERATORS, OPERATORS_AND_TYPES, export
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.server.servers import Server
-from tests.commands.test_command_line import AT, MODEL, TAIL_AT, Command
 from tests.support import portable_training, tiny
+from tests.support.commands import AT, MODEL, TAIL_AT, Command
 from tests.support.zoo import ZOO
 
 RTOL = 1e-6
