@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
@@ -50,9 +51,9 @@ class Clocked:
 
 
 @pytest.fixture
-def clocked() -> Clocked:
+def clocked() -> Iterator[Clocked]:
     made = Clocked()
-    yield made  # type: ignore[misc]
+    yield made
     made.loop.close()
 
 

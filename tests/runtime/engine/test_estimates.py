@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -158,29 +157,33 @@ def test_every_task_takes_something(estimates: Estimates) -> None:
     assert estimates.measure("train", {"N": 0}) >= FIXED
 
 
-def test_what_is_sent_is_kept_beside_the_next_stage() -> None:
-    """The reply may still be on its way while the update runs."""
-    first = tiny.make_stage("first", {"x": Source.DATA}, ("a",))
-    second = tiny.make_stage("second", {"x": Source.DATA}, ("y",))
-    shape = ("N", 3, 8, 8)
-    x, a = (TensorSpec(name=name, dtype="F32", shape=shape) for name in "xa")
-    sent = Wire(tensor=a, sender="client", receiver="server", kind=WireKind.ACTIVATION)
-    phase = Phase(name="predict", data=(x,), stages=(first, second), results=("y",))
-    nodes = {name: [helper.make_node("Relu", ["x"], [made])] for name, made in PAIRS.items()}
-    graphs = {f"{name}.onnx": write(nodes[name], made) for name, made in PAIRS.items()}
-    for wires, values in (((), 2), ((sent,), 3)):
-        told = msgspec.structs.replace(phase, wires=wires)
-        manifest = tiny.make_party("client", (told,), nodes, {}).manifest
-        found = Estimates(manifest, graphs).measure("predict", {"N": 5})
-        assert found - FIXED == scaled(values * IMAGE * 5)
+STAGES = {"first": ("x", "a"), "second": ("a", "b"), "third": ("x", "y")}
+"""What each takes and makes; ``b`` is one number a sample."""
 
 
-PAIRS = {"first": "a", "second": "y"}
-"""Stages, and what each makes of ``x``."""
-
-
-def write(nodes: list[NodeProto], made: str) -> bytes:
-    values = [shaped(name, "N", 3, 8, 8) for name in ("x", made)]
-    graph = helper.make_graph(nodes, "s", values[:1], values[1:])
+def write(taken: str, made: str) -> bytes:
+    node = helper.make_node("ReduceSum" if made == "b" else "Relu", [taken], [made])
+    values = [shaped(n, *(("N",) if n == "b" else ("N", 3, 8, 8))) for n in (taken, made)]
+    graph = helper.make_graph([node], "s", values[:1], values[1:])
     content: bytes = helper.make_model(graph).SerializeToString()
     return content
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_what_is_sent_is_kept_beside_the_stages_after_it(is_sent: bool) -> None:
+    """The reply may still be on its way while the update runs."""
+    sources = {"x": Source.DATA, "a": Source.STASH}
+    stages = tuple(
+        tiny.make_stage(name, {taken: sources[taken]}, (made,))
+        for name, (taken, made) in STAGES.items()
+    )
+    x, a = (TensorSpec(name=name, dtype="F32", shape=("N", 3, 8, 8)) for name in "xa")
+    sent = Wire(tensor=a, sender="client", receiver="server", kind=WireKind.ACTIVATION)
+    phase = Phase(
+        name="predict", data=(x,), stages=stages, wires=(sent,) if is_sent else (), results=("y",)
+    )
+    nodes: dict[str, list[NodeProto]] = {name: [] for name in STAGES}
+    manifest = tiny.make_party("client", (phase,), nodes, {}).manifest
+    graphs = {f"{name}.onnx": write(*values) for name, values in STAGES.items()}
+    found = Estimates(manifest, graphs).measure("predict", {"N": 5})
+    assert found - FIXED == scaled(5 * (3 * IMAGE if is_sent else 2 * IMAGE + 4))

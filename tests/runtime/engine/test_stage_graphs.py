@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from tests.support.zoo import ZOO
 FLOAT = TensorProto.FLOAT
 
 
-def write(nodes: list[NodeProto], **fields: object) -> bytes:
+def write(nodes: list[NodeProto], **fields: Any) -> bytes:
     graph = helper.make_graph(
         nodes,
         "stage",
