@@ -70,3 +70,12 @@ def test_saving_in_memory_is_refused_and_saving_to_disk_is_answered(
     assert not (tmp_path / "bundle" / "server" / "state.safetensors").exists()
     caller.say(Save(session=SESSION, step=0, publish=True))
     assert (tmp_path / "bundle" / "server" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_step_at_which_the_server_is_not_is_not_saved(bundle: Bundle, step: int) -> None:
+    expect_fault(
+        Caller(bundle).say(Save(session=SESSION, step=step)),
+        "RemoteProtocolError",
+        f"save step {step}",
+    )
