@@ -1,0 +1,82 @@
+"""Faults in a model become one sentence that names the node, or the pass, and the first cause."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from splitonnx.errors import InternalModelError, NotAModel, UnsupportedModel
+from splitonnx.partitioner.graphs.builders import MissingOutput
+from splitonnx.partitioner.graphs.faults import (
+    FAULTS,
+    attribute_errors_to,
+    attribute_errors_to_pass,
+    explain,
+)
+
+
+def make_node() -> ir.Node:
+    return ir.node("Gemm", [ir.Value(name="x")], name="layer")
+
+
+@pytest.mark.parametrize("kind", [KeyError, IndexError, ZeroDivisionError, TypeError, ValueError])
+def test_one_of_pythons_own_errors_names_the_node(kind: type[Exception]) -> None:
+    raised = pytest.raises(UnsupportedModel, match=r"node 'layer' \(Gemm\)")
+    with raised as caught, attribute_errors_to(make_node()):
+        raise kind("the divisor")
+    assert "the divisor" in str(caught.value)
+    assert isinstance(caught.value.__cause__, kind)
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_a_fault_without_a_node_names_the_pass(kind: type[Exception]) -> None:
+    with pytest.raises(InternalModelError) as caught, attribute_errors_to_pass("written down"):
+        raise kind("a wrong rank")
+    assert "written down" in str(caught.value)
+    assert "a wrong rank" in str(caught.value)
+
+
+def test_an_output_that_nothing_makes_is_told_as_the_caller_says() -> None:
+    blame = attribute_errors_to(make_node(), "cannot be differentiated", "cut before it")
+    with pytest.raises(UnsupportedModel) as caught, blame:
+        raise MissingOutput("mask")
+    assert "its output 'mask' cannot be differentiated" in str(caught.value)
+    assert str(caught.value).endswith("cut before it")
+
+
+@pytest.mark.parametrize("error", [UnsupportedModel("it", "is odd"), NotAModel("it", "is odd")])
+def test_a_refusal_on_purpose_passes_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, attribute_errors_to(make_node()):
+        raise error
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught, attribute_errors_to_pass("read"):
+        raise error
+    assert caught.value is error
+
+
+def test_an_interruption_is_no_fault_of_the_model() -> None:
+    with pytest.raises(KeyboardInterrupt), attribute_errors_to(make_node()):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), attribute_errors_to_pass("read"):
+        raise KeyboardInterrupt
+
+
+def test_work_that_succeeds_is_left_alone() -> None:
+    with attribute_errors_to(make_node()), attribute_errors_to_pass("read"):
+        done = True
+    assert done
+
+
+def test_the_first_cause_is_explained() -> None:
+    first = ValueError("a dimension is negative")
+    second, last = RuntimeError("the node failed"), RuntimeError("the model failed")
+    second.__cause__, last.__cause__ = first, second
+    assert explain(last) == "a dimension is negative"
+
+
+def test_an_explanation_is_one_short_line_of_printable_text() -> None:
+    told = explain(ValueError("first\n  second\tthird\x1b[31m" + "x" * 1000))
+    assert told.startswith("first second third?[31mxxx")
+    assert told.isprintable()
+    assert len(told) <= 160
+    assert explain(AssertionError()) == "a type or shape that is not known"
