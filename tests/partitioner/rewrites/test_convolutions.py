@@ -1,4 +1,4 @@
-"""Convolutions, transposed ones, and what trades channels for pixels."""
+"""Convolutions, transposed ones, and columns put back into an image."""
 
 from __future__ import annotations
 
@@ -53,18 +53,6 @@ def test_a_transposed_convolution_of_volumes_that_hits_a_given_shape() -> None:
     hold(case, oracle="kernel")
 
 
-@pytest.mark.parametrize("mode", ["DCR", "CRD"])
-@pytest.mark.parametrize("dynamic", [(0,), (0, 1), (0, 1, 2, 3)])
-def test_depth_to_space(mode: str, dynamic: Sequence[int]) -> None:
-    attributes = {"blocksize": 2, "mode": mode}
-    hold(Case(kind="DepthToSpace", x=(2, 8, 2, 3), attributes=attributes, dynamic=dynamic))
-
-
-@pytest.mark.parametrize("dynamic", [(0,), (0, 1, 2, 3)])
-def test_space_to_depth(dynamic: Sequence[int]) -> None:
-    hold(Case(kind="SpaceToDepth", x=(2, 2, 4, 6), attributes={"blocksize": 2}, dynamic=dynamic))
-
-
 @pytest.mark.parametrize("x", [(2, 3, 40), (2, 3, 5, 4, 6)])
 def test_convolutions_in_groups_along_lines_and_volumes(x: tuple[int, ...]) -> None:
     """The fused gradient of these writes beyond its output, and breaks the process."""
@@ -73,19 +61,6 @@ def test_convolutions_in_groups_along_lines_and_volumes(x: tuple[int, ...]) -> N
     attributes = {"group": 3, "strides": kernel}
     case = Case(kind="Conv", x=x, others=others, trained=("x", "w"), attributes=attributes)
     hold(case)
-
-
-@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
-@pytest.mark.parametrize("x", [(1, 2, 7, 8), (1, 2, 6, 9)])
-@pytest.mark.parametrize("kind", ["Conv", "MaxPool"])
-def test_automatic_padding_of_any_image_size(kind: str, x: tuple[int, ...], mode: str) -> None:
-    attributes: dict[str, Any] = {"auto_pad": mode, "strides": [2, 3], "kernel_shape": [3, 4]}
-    others = {"w": weights(3, 2, 3, 4)} if kind == "Conv" else {}
-    case = Case(
-        kind=kind, x=x, others=others, trained=("x", *others), attributes=attributes,
-        dynamic=(0, 2, 3),
-    )  # fmt: skip
-    hold(case, oracle="kernel")  # onnx.reference rounds SAME_LOWER down
 
 
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 2)])

@@ -1,4 +1,4 @@
-"""Images sampled at places and regions: GridSample, AffineGrid, RoiAlign, MaxRoiPool."""
+"""Images sampled at places that the graph computes: GridSample and AffineGrid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tests.support.images import Case, hold, weights, whole
+from tests.support.images import Case, hold, whole
 
 
 def draw_grid(image: Sequence[int], places: Sequence[int], *, corners: bool) -> np.ndarray:
@@ -54,53 +54,3 @@ def test_affine_grid(sizes: tuple[int, ...], corners: int) -> None:
         attributes={"align_corners": corners},
     )  # fmt: skip
     hold(case, oracle="kernel")
-
-
-@pytest.mark.parametrize("mode", ["avg", "max"])
-@pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("coordinates", ["half_pixel", "output_half_pixel"])
-@pytest.mark.parametrize("dynamic", [(0,), (0, 2, 3)])
-def test_roi_align(mode: str, ratio: int, coordinates: str, dynamic: Sequence[int]) -> None:
-    rois = np.array([[1, 0, 9, 7], [-3, 2, 4, 20], [0.3, 0.2, 2.1, 1.9]], np.float32)
-    attributes = {
-        "mode": mode, "sampling_ratio": ratio, "coordinate_transformation_mode": coordinates,
-        "output_height": 2, "output_width": 3, "spatial_scale": 0.6,
-    }  # fmt: skip
-    case = Case(
-        kind="RoiAlign", x=(2, 2, 5, 6), others={"rois": rois, "images": whole(1, 0, 1)},
-        attributes=attributes, dynamic=dynamic,
-    )  # fmt: skip
-    hold(case, oracle="kernel")
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.4])
-@pytest.mark.parametrize("dynamic", [(0,), (0, 2, 3)])
-def test_max_roi_pool(scale: float, dynamic: Sequence[int]) -> None:
-    rois = np.array(
-        [[1, 0, 1, 4, 3], [0, 2, 2, 5, 4], [1, 1, 1, 1, 1], [0, 3, 3, 9, 8]], np.float32
-    )
-    attributes = {"pooled_shape": [2, 3], "spatial_scale": scale}
-    case = Case(
-        kind="MaxRoiPool", x=(2, 2, 5, 6), others={"rois": rois}, attributes=attributes,
-        dynamic=dynamic,
-    )  # fmt: skip
-    hold(case, oracle="kernel")
-
-
-@pytest.mark.parametrize("dynamic", [(0,), (0, 2, 3)])
-def test_a_convolution_of_moved_pixels(dynamic: Sequence[int]) -> None:
-    random = np.random.default_rng(9)
-    shift = random.integers(-2, 3, (2, 2 * 6 * 2, 3, 4)) + random.uniform(0.2, 0.8, (2, 24, 3, 4))
-    others = {
-        "w": weights(4, 2, 3, 2), "offset": shift.astype(np.float32), "b": weights(4),
-        "mask": weights(2, 12, 3, 4),
-    }  # fmt: skip
-    attributes = {
-        "group": 2, "offset_group": 2, "strides": [2, 1], "pads": [1, 0, 1, 1],
-        "dilations": [1, 2], "kernel_shape": [3, 2],
-    }  # fmt: skip
-    case = Case(
-        kind="DeformConv", x=(2, 4, 5, 5), others=others, trained=("x", *others),
-        attributes=attributes, dynamic=dynamic,
-    )  # fmt: skip
-    hold(case, oracle="reference")  # ONNX Runtime 1.19.2 has no kernel for it

@@ -11,7 +11,7 @@ from onnx import helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.partitions import cut
-from tests.partitioner.lowerings.test_lowerings import run
+from tests.partitioner.lowerings.fused_kernels import run
 from tests.support.derivatives import assert_differentiable, close_net
 from tests.support.zoo import Net
 
