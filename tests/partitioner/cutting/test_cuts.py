@@ -14,6 +14,8 @@ from splitonnx.partitioner.cutting.cuts import (
     resolve_names,
     survey,
 )
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.traversals import find_data, map_values
 from tests.support.zoo import FLOAT, ZOO, Net
 
@@ -162,7 +164,10 @@ def test_a_survey_of_the_graph_serves_every_division() -> None:
 
 def test_shapes_are_read_from_the_cut_itself() -> None:
     """Both parties know the batch; the far one has it from what it receives."""
-    graph, partition = cut("shape_paths", ["mean"])
+    prepared = prepare(open_model(ZOO["shape_paths"].build()))
+    graph = prepared.inference.graph
+    at, state = resolve_names(graph, ["mean"]), prepared.state
+    partition = divide(graph, at, state=state, trainable=prepared.trainable)
     readers = {node.op_type for node in partition.remote_shapes["server"]}
     assert readers == {"Shape"}
     held = {value for values in partition.remote_shapes["server"].values() for value in values}
