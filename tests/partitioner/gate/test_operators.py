@@ -10,6 +10,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.errors import ModelError, NotAModel, UnsupportedModel
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.gate.operators import MAX_DEPTH, MAX_NODES, check_operators, check_opsets
 from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
 from tests.support.zoo import FLOAT, Net
 
@@ -91,3 +92,99 @@ def test_a_node_has_a_bounded_number_of_inputs(operator: str) -> None:
     open_model(build(4096))
     with pytest.raises(UnsupportedModel, match=rf"'y_node' \({operator}\): it has 4097 inputs; at"):
         open_model(build(4097))
+
+
+def imports(**versions: int) -> list[onnx.OperatorSetIdProto]:
+    return [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+
+
+def test_the_opset_is_that_of_onnxs_own_operators() -> None:
+    own = [helper.make_opsetid("ai.onnx", 18), helper.make_opsetid("mine", 3)]
+    assert check_opsets(own, "the model") == 18
+    assert check_opsets(imports(mine=3), "a function", 17) == 17
+    newest = onnx.defs.onnx_opset_version()
+    assert check_opsets([helper.make_opsetid("", newest)], "the model") == newest
+    with pytest.raises(UnsupportedModel, match=f"opset {newest + 1} is not known"):
+        check_opsets([helper.make_opsetid("", newest + 1)], "the model")
+    with pytest.raises(UnsupportedModel, match="opset 0"):
+        check_opsets([helper.make_opsetid("", 0)], "the model")
+    twice = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx", 17)]
+    with pytest.raises(NotAModel, match="two opsets"):
+        check_opsets(twice, "the model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "reason"),
+    [
+        ("MaxPool", {"kernel_shape": [2, 0]}, "kernel_shape below 1"),
+        ("MaxPool", {"kernel_shape": [2], "strides": [0]}, "strides below 1"),
+        ("Softmax", {"axis": 33}, "an axis that no tensor has"),
+        ("Softmax", {"axis": -(2**40)}, "an axis that no tensor has"),
+        ("Cast", {"to": 999}, "an unknown data type"),
+        ("GatherND", {"batch_dims": -1}, "-1 batch dimensions"),
+        ("Einsum", {"equation": "ab->(a"}, "no equation of letters"),
+        ("Constant", {}, "exactly one value"),
+        ("Pad", {"mode": b"\xff"}, "is no text"),
+    ],
+)
+def test_attributes_that_native_code_would_trip_over_are_refused(
+    kind: str, attributes: dict[str, object], reason: str
+) -> None:
+    model = make_model()
+    inputs = [] if kind == "Constant" else ["x", "x"][: 2 if kind == "GatherND" else 1]
+    model.graph.node.append(helper.make_node(kind, inputs, ["odd"], name="odd", **attributes))  # type: ignore[arg-type]
+    with pytest.raises(NotAModel, match=reason):
+        check_operators(model, 18, "the model")
+
+
+@pytest.mark.parametrize("equation", ["ab,bc->ac", "...ij, ...jk -> ...ik", "ii", "a,b"])
+def test_equations_of_letters_are_taken(equation: str) -> None:
+    model = make_model()
+    node = helper.make_node("Einsum", ["x", "x"], ["odd"], equation=equation)
+    model.graph.node.append(node)
+    check_operators(model, 18, "the model")
+
+
+def call_functions(model: ModelProto, count: int, fan: int) -> ModelProto:
+    """Functions in a row, each of which calls the next one so many times."""
+    own = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    for index in range(count):
+        last = index == count - 1
+        kind, domain = ("Neg", "") if last else (f"F{index + 1}", "mine")
+        nodes = [helper.make_node(kind, ["a"], [f"b{i}"], domain=domain) for i in range(fan)]
+        function = helper.make_function("mine", f"F{index}", ["a"], ["b0"], nodes, own)
+        model.functions.append(function)
+    model.graph.node.append(helper.make_node("F0", ["x"], ["odd"], domain="mine"))
+    return model
+
+
+def test_functions_may_call_one_another_up_to_a_depth() -> None:
+    check_operators(call_functions(make_model(), 20, 1), 18, "the model")
+    with pytest.raises(UnsupportedModel, match=f"over {MAX_DEPTH} deep"):
+        check_operators(call_functions(make_model(), MAX_DEPTH + 2, 1), 18, "the model")
+
+
+def test_functions_that_expand_without_end_are_counted_before_they_do() -> None:
+    with pytest.raises(UnsupportedModel, match=f"at most {MAX_NODES} are taken"):
+        check_operators(call_functions(make_model(), 30, 10), 18, "the model")  # 10 ** 30 nodes
+
+
+def test_a_call_gives_no_more_than_the_function_takes() -> None:
+    model = call_functions(make_model(), 1, 1)
+    model.graph.node[-1].input.append("x")
+    with pytest.raises(NotAModel, match="gives or asks more than its function has"):
+        check_operators(model, 18, "the model")
+
+
+def test_a_function_is_declared_once() -> None:
+    model = call_functions(make_model(), 1, 1)
+    model.functions.append(model.functions[0])
+    with pytest.raises(NotAModel, match="declares the function 'F0' twice"):
+        check_operators(model, 18, "the model")
+
+
+def test_an_operator_that_its_opset_has_no_longer_is_refused() -> None:
+    model = make_model()
+    model.graph.node.append(helper.make_node("Upsample", ["x", "x"], ["odd"], name="odd"))
+    with pytest.raises(UnsupportedModel, match="opset 18 no longer has it"):
+        check_operators(model, 18, "the model")
