@@ -37,7 +37,7 @@ def test_the_inference_form_computes_what_the_model_does(name: str) -> None:
     used = {value.name for value in prepared.inference.graph.inputs}
     feeds |= {key: array for key, array in weights.items() if key in used}
     (found,) = ReferenceEvaluator(ir.to_proto(prepared.inference)).run(None, feeds)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_weights_leave_the_graph_and_become_inputs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ FLOAT, INT64, DOUBLE = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE
 
 
 def build(
-    kind: str, inputs: dict[str, tuple[int, tuple[int, ...]]], **attributes: Any
+    kind: str, inputs: Mapping[str, tuple[int, tuple[int, ...]]], **attributes: Any
 ) -> onnx.ModelProto:
     node = helper.make_node(kind, [*inputs], ["y"], name="node", domain=DOMAIN, **attributes)
     graph = helper.make_graph(

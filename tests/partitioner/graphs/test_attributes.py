@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import onnx_ir as ir
 import pytest
@@ -23,7 +25,7 @@ def make_graph(node: onnx.NodeProto) -> ir.Graph:
 
 def refer(node: onnx.NodeProto, name: str, kind: int) -> onnx.NodeProto:
     """Have an attribute refer to a function's, as onnx's checker lets pass in bodies."""
-    node.attribute.add(name=name, type=kind, ref_attr_name="outer")  # type: ignore[arg-type]
+    node.attribute.add(name=name, type=kind, ref_attr_name="outer")
     return node
 
 
@@ -38,7 +40,7 @@ def wrap(node: onnx.NodeProto) -> onnx.NodeProto:
     return helper.make_node("If", ["x"], ["chosen"], name="choice", **bodies)
 
 
-def make_softmax(**attributes: object) -> onnx.NodeProto:
+def make_softmax(**attributes: Any) -> onnx.NodeProto:
     return helper.make_node("Softmax", ["x"], ["y"], name="soft", **attributes)
 
 

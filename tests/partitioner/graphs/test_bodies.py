@@ -102,8 +102,8 @@ def test_every_node_and_value_of_a_copy_bears_its_prefix() -> None:
 
 
 def _names_of(nodes: Sequence[ir.Node]) -> list[str]:
-    named = [*nodes, *(value for node in nodes for value in node.outputs)]
-    return [item.name or "" for item in named]
+    values = [value.name or "" for node in nodes for value in node.outputs]
+    return [*(node.name or "" for node in nodes), *values]
 
 
 def test_an_input_that_is_handed_through_becomes_what_it_is_bound_to() -> None:

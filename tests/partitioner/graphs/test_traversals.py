@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
@@ -32,8 +35,8 @@ def make_graph() -> ir.Graph:
     """
     info = helper.make_tensor_value_info
 
-    def branch(kind: str, nodes: list[object], output: str) -> dict[str, object]:
-        return {kind: helper.make_graph(nodes, kind, [], [info(output, FLOAT, None)])}  # type: ignore[arg-type]
+    def branch(kind: str, nodes: list[onnx.NodeProto], output: str) -> dict[str, Any]:
+        return {kind: helper.make_graph(nodes, kind, [], [info(output, FLOAT, None)])}
 
     inner = helper.make_node(
         "If", ["go"], ["deep"], name="inner",

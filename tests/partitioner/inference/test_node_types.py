@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference import node_types
 from splitonnx.partitioner.inference.node_types import list_types
+from splitonnx.partitioner.native import workers
 from splitonnx.partitioner.native.workers import Refused
 
 FLOAT = TensorProto.FLOAT
@@ -68,7 +69,7 @@ def test_types_are_the_same_asked_whole_or_by_kinds(
 
 def test_a_large_graph_is_asked_for_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = node_types.call
+    original = workers.call
 
     def count(function: Any, subject: str, content: bytes) -> Any:
         asked.append(len(onnx.ModelProto.FromString(content).graph.node))

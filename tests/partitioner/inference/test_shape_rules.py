@@ -116,7 +116,7 @@ def test_a_range_of_symbols_is_their_difference_where_that_is_no_less_than_zero(
 
 
 def test_a_concatenation_adds_along_its_axis_and_learns_along_the_others() -> None:
-    shapes = {"x": [N, T, 6], "y": [N, 2, 6]}
+    shapes: dict[str, list[Amount]] = {"x": [N, T, 6], "y": [N, 2, 6]}
     assert apply("Concat", "x", "y", shapes=shapes, axis=1) == [N, T + 2, 6]
     assert apply("Concat", "x", "y", shapes=shapes, axis=-2) == [N, T + 2, 6]
     assert apply("Concat", "x", "y", shapes={"x": [N, 2], "y": [5, 3]}, axis=1) == [5, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 from collections.abc import Sequence
 
@@ -53,8 +54,8 @@ def read_shape(content: bytes) -> list[int]:
 def ask(requests: Sequence[bytes], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Let ``serve`` answer requests, without the limits that are for a process of its own."""
     monkeypatch.setattr(natives, "_limit_memory", lambda size: None)
-    monkeypatch.setattr(natives.faulthandler, "dump_traceback_later", lambda *_, **__: None)
-    monkeypatch.setattr(natives.faulthandler, "cancel_dump_traceback_later", lambda: None)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: None)
     source, sink = io.BytesIO(), io.BytesIO()
     for request in requests:
         write_frame(source, request)

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites import interpolations
-from splitonnx.partitioner.rewrites.extents import Extent
+from splitonnx.partitioner.rewrites.extents import Extent, to_vector
 from splitonnx.partitioner.rewrites.interpolations import Kernel, Sampling
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
 
@@ -100,7 +100,9 @@ def test_weights_are_those_of_fixed_sizes(
 @pytest.mark.parametrize(("before", "scale"), [(5, 2.0), (5, 0.5), (7, 1.5), (3, 1 / 3)])
 def test_a_scaled_size_is_rounded_down(before: int, scale: float) -> None:
     expected = [int(np.floor(np.float32(before) * np.float32(scale)))]
-    found = run(lambda draft, b, a, s: find_after(draft, b, s), before, 0, scale)
+    found = run(lambda draft, b, a, s: to_vector(draft, find_after(draft, b, s)), before, 0, scale)
     assert found.tolist() == expected
-    found = run(lambda draft, b, a, s: find_after(draft, before, scale), before, 0, scale)
+    found = run(
+        lambda draft, b, a, s: to_vector(draft, find_after(draft, before, scale)), before, 0, scale
+    )
     assert found.tolist() == expected
