@@ -94,6 +94,13 @@ def test_a_sparse_tensor_of_an_attribute_is_refused_by_name() -> None:
         list(list_tensors(model))
 
 
+def test_bodies_in_a_list_are_found_too() -> None:
+    bodies = [body for _, body in zip(range(2), list_bodies(nest(0)), strict=False)]
+    node = helper.make_node("Case", ["go"], ["y"], domain="mine", cases=bodies)
+    assert [body.name for body in list_bodies(node)] == [body.name for body in bodies]
+    assert len(list(list_nodes([node]))) == 3
+
+
 def test_a_node_without_a_name_is_told_by_its_output() -> None:
     assert label_node(helper.make_node("Relu", ["a"], ["b"], name="act")) == "node 'act' (Relu)"
     assert label_node(helper.make_node("Split", ["a"], ["", "c"])) == "node 'c' (Split)"

@@ -156,6 +156,8 @@ def test_a_slice_of_a_known_size_is_pythons(size: int, start: int, end: int, ste
         (0, N, 1, N),
         (-1, -LARGE, -1, N + 4),
         (2, 2, 1, 0),
+        (N + 2, N + 1, 1, 0),
+        (N + 1, N + 3, 1, 2),
         (0, 9, 1, None),  # N + 4 or 9, whichever is less
         (0, LARGE, 2, None),
     ],

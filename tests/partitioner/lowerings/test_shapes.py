@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from tests.partitioner.lowerings.fused_kernels import SHAPE, compare
+from splitonnx.partitioner.lowerings import is_standard, lower
+from tests.partitioner.lowerings.fused_kernels import SHAPE, compare, run
 from tests.support.zoo import Net
 
 
@@ -63,3 +65,22 @@ def test_matrix_products_with_transposes() -> None:
     product = net.op("MatMul", turned, "x", out="product_xx")
     net.op("MatMul", product, net.weight("w", 6, 5), out="y")
     assert "FusedMatMul" in compare(net, "y", SHAPE)
+
+
+@pytest.mark.parametrize("down", [0, 1])
+def test_scaling_up_and_down(down: int) -> None:
+    """Against the training runtime's own kernel, and numpy."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=kind, shape=ir.Shape(["N", 3]))
+    scale = ir.Value(name="scale", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    node = ir.node("Scale", [x, scale], {"scale_down": down}, domain="com.microsoft", name="s")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", kind, x.shape
+    graph = ir.Graph([x, scale], node.outputs, nodes=[node],
+                     opset_imports={"": 18, "com.microsoft": 1}, name="g")  # fmt: skip
+    feeds = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": np.array(4)}
+    model = ir.Model(graph, ir_version=9)
+    fused = run(model, feeds)["y"]
+    lower(graph)
+    assert all(is_standard(left, 18) for left in graph)
+    np.testing.assert_array_equal(run(model, feeds)["y"], fused)
+    np.testing.assert_array_equal(fused, feeds["x"] / 4 if down else feeds["x"] * 4)

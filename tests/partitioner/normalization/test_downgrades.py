@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.partitioner.normalization.opset_models import adapt, run
+from splitonnx.partitioner.normalization.downgrades import DOWNGRADES
+from tests.partitioner.normalization.opset_models import Writer, adapt, run
 from tests.support.node_cases import list_node_cases
 
 NEW = [
@@ -37,3 +38,39 @@ def test_newer_operators_come_down_in_all_their_cases(operator: str) -> None:
             )
         checked += 1
     assert checked or operator == "CumProd"
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_running_products_along_axes_of_known_and_unknown_length(
+    axis: int, reverse: int, exclusive: int, dynamic: bool
+) -> None:
+    net = Writer(26)
+    place = net.constant("axis", np.array(axis))
+    net.op("CumProd", "x", place, out="y", reverse=reverse, exclusive=exclusive)
+    x = np.random.default_rng(0).uniform(-1.5, 1.5, (3, 4, 5)).astype(np.float32)
+    x[1, 2, 3] = 0.0
+    model = net.finish({"x": ["A", "B", "C"] if dynamic else x.shape}, "y", 3)
+    turned = np.flip(x, axis) if reverse else x
+    expected = np.cumprod(turned, axis)
+    if exclusive:
+        first = np.ones_like(np.take(expected, [0], axis))
+        rest = np.take(expected, range(x.shape[axis] - 1), axis)
+        expected = np.concatenate([first, rest], axis)
+    expected = np.flip(expected, axis) if reverse else expected
+    (found,) = run(adapt(model), {"x": x})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_remainder_of_floats_has_the_sign_of_the_divisor() -> None:
+    net = Writer(28)
+    net.op("Mod", "x", net.constant("by", np.array([2.0, -2.0, 0.75], np.float32)), out="y")
+    x = np.array([[5.5, 5.5, 1.0], [-5.5, -5.5, -1.0]], np.float32)
+    (found,) = run(adapt(net.finish({"x": x.shape}, "y", 2)), {"x": x})
+    np.testing.assert_allclose(found, np.mod(x, np.array([2.0, -2.0, 0.75])), rtol=1e-6)
+
+
+def test_the_table_is_in_order() -> None:
+    assert list(DOWNGRADES) == sorted(DOWNGRADES)

@@ -130,6 +130,21 @@ def test_rounding_up_pads_further_than_what_counts() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [(6, 6), (7, 9), (8, 5)])
+def test_rounding_up_for_any_image_size_makes_as_many_windows(size: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 2, *size)).astype(np.float32)
+    sums = []
+    for dims in (x.shape, ("N", 2, "H", "W")):
+        node = make_pool(dims, strides=[2, 2], ceil_mode=1)
+
+        def write(draft: NodeBuilder, value: ir.Value, node: ir.Node = node) -> ir.Value:
+            return sum_windows(draft, node, value, read_windows(node))
+
+        sums.append(compute(node, write, x))
+    fixed, computed = sums
+    np.testing.assert_allclose(computed, fixed, rtol=1e-5, atol=1e-5)
+
+
 def test_what_depends_on_a_size_that_is_not_known_is_refused_by_name() -> None:
     dims = ("N", 3, "H", "W")
     with pytest.raises(UnsupportedModel, match=r"'pool' \(AveragePool\): its automatic padding"):
