@@ -100,6 +100,8 @@ class SessionMaker:
             return self._base
         if not origin and step == 0:
             return self._untrained
+        if origin == published.session and owner and not published.owner:
+            return None  # that session is anyone's, but only at the step that was published
         if self._archive is None or not is_session(origin):
             return None
         tensors = self._archive.find_tensors(origin, step, owner)

@@ -97,6 +97,21 @@ def test_what_has_no_owner_is_a_server_s_without_tokens_and_a_published_state_an
     assert registry.find(greet(ANN), "").owner == ""
 
 
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_client_at_another_step_than_a_state_that_is_anyone_s_is_told_the_step(
+    start: int, folder: Path
+) -> None:
+    finish(open_registry(folder), ANN, "", step=2)
+    registry = open_registry(folder)
+    for owner in ("bob", ""):
+        with pytest.raises(BundleMismatch) as caught:
+            registry.find(greet(BOB, origin=ANN, start=start), owner)
+        error = caught.value
+        assert (error.subject, error.local, error.remote) == (
+            "the number of steps trained", "2", str(start),
+        )  # fmt: skip
+
+
 def test_the_answer_to_a_wrong_start_names_no_session_of_another_owner(folder: Path) -> None:
     finish(open_registry(folder), ANN, "ann")
     registry = open_registry(folder)
