@@ -69,8 +69,8 @@ class Client:
     Raises:
         BundleError, FormatError: the folder cannot be used.
         FolderInUse: with ``resume``, another client trains in the folder.
-        UsageError: a server is missing, or given where there is nothing for it to do; the seed is
-            negative.
+        UsageError: a server is missing, or given where there is nothing for it to do; the seed or
+            ``give_up_after`` is negative.
         ConnectionLost: the server cannot be reached.
         BundleMismatch, ServerBusy, RemoteFault: the server refuses.
     """
@@ -283,7 +283,7 @@ class Client:
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
-            NotSaved: the server could not save.
+            NotSaved: the server could not save, or the state here is not finite.
             FolderInUse: another client trains in the folder.
             StepsLost: the server was lost, and steps with it, and both sides went back;
                 :meth:`fit` with ``save`` makes them again.

@@ -104,12 +104,13 @@ class TaskRunner:
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
-            NotSaved: the server could not.
+            NotSaved: the server could not, or the state here is not finite.
             StepsLost, ProtocolError: as :meth:`perform`.
         """
         if self._channel is not None:
             self._require_open()
-        self.run.hold()  # before the server publishes its half
+        self.executor.check_outcome()  # before the server publishes its half
+        self.run.hold()
         if self._channel is not None:
             self._is_half_published = True
             self._save_remotely(publish=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -256,6 +257,14 @@ class Executor:
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
         self.step = step
 
+    def check_outcome(self) -> None:
+        """Check that the state can be published, as far as that can be known without writing it.
+
+        Raises:
+            BundleError, StateNotFinite, NotSaved: as :meth:`publish`.
+        """
+        _check_outcome(self.party, self.state())
+
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state into the party's folder as its outcome, whole or not at all.
 
@@ -349,12 +358,18 @@ def publish_state(
         StateNotFinite: the state holds NaN or infinity.
         NotSaved: the folder was deleted or replaced since it was loaded.
     """
+    folder = _check_outcome(party, tensors)
+    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
+    write_state(folder, state, party.manifest.digest)
+
+
+def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Return the folder that a state may be written to."""
     if party.path is None:
         raise BundleError("bundle in memory", "it has no folder to save the state in")
     check_home(party.path, party.manifest.digest)
     check_finite_state(party.path, tensors, party.manifest.state)
-    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
-    write_state(party.path, state, party.manifest.digest)
+    return party.path
 
 
 def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:

@@ -16,9 +16,15 @@ import type { Dtype, NdArrays } from "./tensors.js";
 export const MANIFEST = "manifest.json";
 export const WEIGHTS = "weights.safetensors";
 
-/** Bytes of a manifest; a large model's has some hundred thousand. */
+/**
+ * Bytes of a manifest; a large model's has some hundred thousand.  Python takes 64 MiB: read as
+ * JSON it comes to many times its size, which a server has room for and a phone's tab has not.
+ */
 export const MAX_MANIFEST = 16 << 20;
-/** Bytes of one stage's graph, which holds no weights. */
+/**
+ * Bytes of one stage's graph, which holds no weights.  Python takes 2 GiB, where Protocol Buffers
+ * end, and more than a phone's tab could hold twice, as bytes and in ONNX Runtime.
+ */
 export const MAX_GRAPH = 256 << 20;
 /** Bytes of a tensor file's header; some hundred for each tensor. */
 export const MAX_FILE_HEADER = 64 << 20;

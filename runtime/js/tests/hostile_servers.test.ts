@@ -211,6 +211,18 @@ test("a server that greets and hangs up without end is given up", async (t) => {
   await trained.close();
 });
 
+test("a time to give up after that is none is refused before anybody is asked", async (t) => {
+  const liar = await startLiar(t);
+  for (const giveUpAfter of [-1, NaN]) {
+    await assert.rejects(connectTo(liar, { giveUpAfter }), (error: Error) => {
+      assert.ok(error instanceof client.UsageError, `${error}`);
+      assert.match(error.message, new RegExp(`0 seconds or more, not ${giveUpAfter}`));
+      return true;
+    });
+  }
+  assert.deepEqual(liar.heard, []);
+});
+
 /** Lose all steps, each time when so many were made; then no more. */
 function loseAfter(made: number[]): Lies {
   return {
@@ -329,6 +341,55 @@ test("infinite weights are nobody's outcome", async (t) => {
   await trained.close();
   assert.ok(!liar.heard.includes("Save")); // the server's outcome stays what it was as well
   assert.deepEqual(await storage.list(""), []);
+});
+
+describe("a server that may have published", () => {
+  // tests/runtime/client/test_half_published.py holds the client in Python to the same
+  const answers: [string, Lies["saved"], new (...facts: never[]) => Error][] = [
+    ["and loses its answer", () => HANG_UP, client.ConnectionLost],
+    ["and lies of it", (answer) => ({ ...answer, step: 7 }), client.RemoteProtocolError],
+    ["and refuses", (a) => ({ ...a, type: "Unsaved", reason: "no room" }), client.NotSaved],
+  ];
+  for (const [what, saved, error] of answers) {
+    test(`${what} is not told good-bye`, async (t) => {
+      const liar = await startLiar(t);
+      liar.lies = { saved: saved! };
+      const trained = await connectTo(liar, { giveUpAfter: 0 });
+      await trained.step(DATA);
+      await assert.rejects(trained.save(), error);
+      await trained.close();
+      await liar.quiet();
+      assert.ok(liar.heard.includes("Save"));
+      assert.ok(!liar.heard.includes("Bye"));
+    });
+  }
+
+  test("is not told good-bye by a client that closes meanwhile", async (t) => {
+    const liar = await startLiar(t);
+    const trained = await connectTo(liar);
+    await trained.step(DATA);
+    let closed: Promise<void> | undefined;
+    liar.lies = {
+      saved: (answer) => {
+        closed = trained.close();
+        return answer;
+      },
+    };
+    await assert.rejects(trained.save(), client.ConnectionLost);
+    await closed;
+    await liar.quiet();
+    assert.deepEqual(liar.heard, ["Hello", "Tensors", "Save"]);
+  });
+
+  test("is told good-bye once the client has too", async (t) => {
+    const liar = await startLiar(t);
+    const trained = await connectTo(liar);
+    await trained.step(DATA);
+    await trained.save();
+    await trained.close();
+    await liar.quiet();
+    assert.equal(liar.heard.at(-1), "Bye");
+  });
 });
 
 describe("a server that lies in the middle of a training", () => {

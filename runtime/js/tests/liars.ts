@@ -34,7 +34,7 @@ export const HANG_UP = "";
 export interface Lies {
   welcome?: (hello: MessageOf<"Hello">) => Answer;
   reply?: (asked: TensorsMessage, say: (answer: Answer) => void) => Answer;
-  saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved">;
+  saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved" | "Unsaved"> | typeof HANG_UP;
 }
 
 export function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
@@ -98,7 +98,8 @@ export class Liar {
     if (message.type === "Save") {
       const { session, step } = message;
       const answer = { type: "Saved", session, step } as const;
-      this.#say(socket, { message: this.lies.saved?.(answer) ?? answer });
+      const said = this.lies.saved?.(answer) ?? answer;
+      this.#say(socket, said === HANG_UP ? HANG_UP : { message: said });
     }
     if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
     if (message.type === "Tensors") {

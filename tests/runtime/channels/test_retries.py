@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import random
 from itertools import islice
+from math import inf, nan
 
 import pytest
 
+from splitonnx.errors import UsageError
 from splitonnx.runtime.channels.retries import FIRST_DELAY, LONGEST_DELAY, Backoff
+from splitonnx.runtime.client.clients import Client
+from tests.support import tiny
+from tests.support.tiny_servers import TinyServer
 
 
 def pick_longest(low: float, high: float) -> float:
@@ -56,3 +61,33 @@ def test_each_count_of_waits_begins_anew() -> None:
 
 def test_a_client_never_gives_up_unless_told() -> None:
     assert Backoff().give_up_after is None
+
+
+@pytest.mark.parametrize(("first", "longest"), [(0.0, 0.0), (2.0, 2.0), (0.05, inf)])
+def test_a_first_wait_up_to_the_longest_is_taken(first: float, longest: float) -> None:
+    assert all(
+        wait <= longest for wait in islice(Backoff(first=first, longest=longest).delays(), 9)
+    )
+
+
+def test_a_first_wait_beyond_the_longest_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"not be longer than the longest \(5 s\), not 20 s"):
+        Backoff(first=20.0, longest=5.0)
+    with pytest.raises(UsageError, match="longer than the longest"):
+        Backoff(first=20.0)  # with the default of the other
+
+
+@pytest.mark.parametrize("name", ["first", "longest", "give_up_after"])
+@pytest.mark.parametrize("seconds", [-1.0, -inf, nan])
+def test_a_time_that_is_none_is_refused_by_its_name(name: str, seconds: float) -> None:
+    times = {"first": 0.0} | {name: seconds}
+    with pytest.raises(UsageError, match=f"{name} must be 0 seconds or more, not {seconds:g}"):
+        Backoff(**times)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, nan])
+def test_a_client_refuses_it_before_it_asks_a_server(seconds: float) -> None:
+    server = TinyServer(bundle=tiny.split_bundle())
+    with pytest.raises(UsageError, match="give_up_after must be 0 seconds or more"):
+        Client(server.bundle.client, server.dial, give_up_after=seconds)
+    assert server.heard == []

@@ -17,7 +17,7 @@ import type { Transport } from "../wire/transports.js";
 /** Seconds to connect. */
 export const OPEN_SECONDS = 10;
 /** Seconds that a client waits for a reply, the server's computing included. */
-export const REPLY_SECONDS = 300;
+export const REPLY_SECONDS = 600;
 /** Bytes of messages that wait to be read, over which a client ends the connection. */
 export const MAX_REPLY = 1 << 28;
 /** Messages that wait to be read, over which a client ends the connection. */

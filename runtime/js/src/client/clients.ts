@@ -21,7 +21,7 @@ import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
 import { checkBatch, checkFinite, dealInOrder, openDataset, takeBatch } from "./datasets.js";
 import type { Batch, DataSource } from "./datasets.js";
 import type { History } from "./histories.js";
-import { requirePositive } from "./options.js";
+import { checkNumbers, requirePositive } from "./options.js";
 import type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./options.js";
 import { TaskRunner } from "./runners.js";
 import { TrainingLoop } from "./training_loops.js";
@@ -56,9 +56,7 @@ export class SplitClient {
    */
   static async connect(url: string, options: ConnectOptions): Promise<SplitClient> {
     const { seed = 0, resume = false, token, giveUpAfter, onReconnect, onWires } = options;
-    if (!Number.isSafeInteger(seed) || seed < 0) {
-      throw new UsageError(`the seed must be an integer from 0 to 2^53, not ${seed}`);
-    }
+    checkNumbers(options);
     const party = await loadBundle(options.bundle ?? locateBundle(url), { token });
     if (!party.manifest.phases.some((phase) => phase.wires.length)) {
       throw new UsageError("this model was left whole and has no part for a server");

@@ -86,6 +86,21 @@ export interface ResolvedFitOptions extends FitOptions {
 }
 
 /**
+ * Check the numbers of what a connection is to be like.
+ *
+ * @throws UsageError: one of them is out of its range.
+ */
+export function checkNumbers({ seed = 0, giveUpAfter = 0 }: ConnectOptions): void {
+  if (!Number.isSafeInteger(seed) || seed < 0) {
+    throw new UsageError(`the seed must be an integer from 0 to 2^53, not ${seed}`);
+  }
+  // NaN is not either: no number is below it
+  if (!(giveUpAfter >= 0)) {
+    throw new UsageError(`giveUpAfter must be 0 seconds or more, not ${giveUpAfter}`);
+  }
+}
+
+/**
  * Raise unless each of the numbers is an integer of at least 1.
  *
  * @throws UsageError: it names the one that is not.

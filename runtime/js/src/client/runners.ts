@@ -129,8 +129,8 @@ export class TaskRunner {
     return this.#inTurn(async () => {
       this.run.checkOutcome(this.executor);
       await this.run.hold();
+      this.#isHalfPublished = true; // from now on nobody knows, unless the server tells
       await this.#saveRemotely(true);
-      this.#isHalfPublished = true;
       await this.run.publish(this.executor, this.position);
       this.#isHalfPublished = false;
     });
