@@ -39,7 +39,11 @@ MODEL = "model.onnx"
 _ALTERED = "it was altered since the bundle was written"
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 MAX_GRAPH = 2**31 - 1
-"""Bytes of a graph's file, at which Protocol Buffers end."""
+"""Bytes of a graph's file, at which Protocol Buffers end.
+
+The client in JavaScript takes 256 MiB, as a phone must hold a graph twice, as bytes and in ONNX
+Runtime.
+"""
 WEIGHTS = "weights.safetensors"
 
 

@@ -34,7 +34,11 @@ _BLANK = "0" * 64
 MANIFEST = "manifest.json"
 """The manifest's file, in a bundle's folder and in each party's."""
 MAX_MANIFEST = 64 << 20
-"""Bytes of a manifest; a large model's has some hundred thousand."""
+"""Bytes of a manifest; a large model's has some hundred thousand.
+
+The client in JavaScript takes 16 MiB, as it runs on phones: read as JSON, a manifest comes to many
+times its size.
+"""
 MAX_SLOTS = 4
 """Tensors that an optimizer keeps for each parameter, at the most."""
 

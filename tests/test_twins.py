@@ -1,0 +1,84 @@
+"""The two clients' numbers: the same in Python and in TypeScript, or different and meant so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from splitonnx import bundles, codecs, manifests, messages, operators, states, tensors
+from splitonnx.runtime import accesses, backoffs, checkpoints, gates, links, sockets, training_loops
+
+SOURCES = Path(__file__).parents[1] / "runtime" / "js" / "src"
+
+SAME: dict[str, float] = {
+    "backoffs.FIRST_DELAY": backoffs.FIRST_DELAY,
+    "backoffs.LONGEST_DELAY": backoffs.LONGEST_DELAY,
+    "bundles.MAX_FILE_HEADER": states.MAX_HEADER,
+    "checkpoints.KEPT": checkpoints.KEPT,
+    "codecs.ALIGNMENT": codecs.ALIGNMENT,
+    "codecs.MAX_RANK": codecs.MAX_RANK,
+    "dimensions.LARGEST": tensors.LARGEST,
+    "gates.MAX_ATTRIBUTES": gates.MAX_ATTRIBUTES,
+    "gates.MAX_DEPTH": gates.MAX_DEPTH,
+    "gates.MAX_ELEMENTS": gates.MAX_ELEMENTS,
+    "gates.MAX_FIELDS": gates.MAX_FIELDS,
+    "gates.MAX_NAME": gates.MAX_NAME,
+    "gates.MAX_NAMES": gates.MAX_NAMES,
+    "gates.MAX_NODES": gates.MAX_NODES,
+    "gates.MAX_RANK": gates.MAX_RANK,
+    "gates.MAX_TEXT": operators.MAX_TEXT,
+    "gates.MAX_TYPE_DEPTH": gates.MAX_TYPE_DEPTH,
+    "links.GREETINGS": links.GREETINGS,
+    "manifests.MAX_SLOTS": manifests.MAX_SLOTS,
+    "messages.MAX_HEADER": messages.MAX_HEADER,
+    "messages.PROTOCOL": messages.PROTOCOL,
+    "operators.HIGHEST_IR_VERSION": operators.HIGHEST_IR_VERSION,
+    "operators.HIGHEST_OPSET": operators.HIGHEST_OPSET,
+    "operators.HIGHEST_TRAINING_OPSET": operators.HIGHEST_TRAINING_OPSET,
+    "returns.MOST_RETURNS": training_loops.MOST_RETURNS,
+    "sockets.MAX_REPLY": accesses.MESSAGE_BYTES,
+    "sockets.OPEN_SECONDS": sockets.OPEN_SECONDS,
+    "sockets.REPLACED": messages.REPLACED,
+    "sockets.REPLY_SECONDS": sockets.REPLY_SECONDS,
+}
+LESS_ON_A_PHONE: dict[str, tuple[int, int]] = {
+    "bundles.MAX_MANIFEST": (16 << 20, manifests.MAX_MANIFEST),
+    "bundles.MAX_GRAPH": (256 << 20, bundles.MAX_GRAPH),
+}
+"""TypeScript's and Python's; the comments beside them say why."""
+ALONE = {"sockets.MAX_WAITING", "protobufs.NUMBER", "protobufs.BYTES", "schemas.STRINGS"}
+"""What Python has not under a name: its websockets wait themselves, and its formats are enums."""
+
+_CONSTANT = re.compile(r"^export const ([A-Z_]+) = ([0-9._]+)(?: (<<|\*\*) (\d+))?( - 1)?;", re.M)
+
+
+def read_constants() -> dict[str, float]:
+    """Read the numbers that TypeScript's modules export by a name in capitals."""
+    found: dict[str, float] = {}
+    for source in SOURCES.glob("*.ts"):
+        for name, number, sign, power, less in _CONSTANT.findall(source.read_text()):
+            value = float(number.replace("_", ""))
+            if sign:
+                value = value * 2 ** int(power) if sign == "<<" else value ** int(power)
+            found[f"{source.stem}.{name}"] = value - 1 if less else value
+    return found
+
+
+FOUND = read_constants()
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_number_is_the_same_in_both(name: str) -> None:
+    assert FOUND[name] == SAME[name]
+
+
+@pytest.mark.parametrize("name", LESS_ON_A_PHONE)
+def test_a_limit_that_is_meant_to_be_less_on_a_phone_is(name: str) -> None:
+    expected, python = LESS_ON_A_PHONE[name]
+    assert FOUND[name] == expected < python
+
+
+def test_no_number_of_typescript_is_left_out_of_these_tables() -> None:
+    assert FOUND.keys() == SAME.keys() | LESS_ON_A_PHONE.keys() | ALONE
