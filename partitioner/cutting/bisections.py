@@ -4,8 +4,8 @@ To divide a graph at a tensor takes a walk through all of it, so to try each ten
 But tensors that alone divide a graph depend on one another in a row: what the client needs for
 one is part of what it needs for the next, and what the server needs for the next is part of what
 it needs for the one before.  So both grow, and each visits every node once.
-:func:`cuts.divide` is the definition.  What does not fit into the row is
-put to it, up to a bound.
+:func:`cuts.divide` is the definition.  What does not fit into the row is put to it, up to a bound;
+where raw inputs may cross beside a tensor, so are the candidates of :mod:`bottlenecks`.
 
 This module knows graphs and names; it knows no loss, no gradient and no runtime.
 """
@@ -20,7 +20,15 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, TooManyTries
-from splitonnx.partitioner.cutting.cuts import Partition, Surroundings, divide, find_opened, survey
+from splitonnx.partitioner.cutting.bottlenecks import find_bottlenecks
+from splitonnx.partitioner.cutting.cuts import (
+    Partition,
+    Surroundings,
+    divide,
+    find_opened,
+    list_server_outputs,
+    survey,
+)
 from splitonnx.partitioner.cutting.sizes import SizeWatch, find_underived
 from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, reads_size, walk_back
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
@@ -66,7 +74,7 @@ def find_bisections(
     server = _Server(graph, around, trainable, client, row)
     judged = {row[place]: server.judge(place) for place in reversed(range(len(row)))}
     visits, found = 0, []
-    for value in candidates:
+    for value in _add_beside(graph, candidates, around, sent, trainable):
         made = judged.get(value)
         if made is None or (made is _REFUSED and sent):
             visits += len(graph)
@@ -114,6 +122,27 @@ def _list_candidates(
     return found
 
 
+def _add_beside(
+    graph: ir.Graph,
+    candidates: list[ir.Value],
+    around: Surroundings,
+    sent: Sequence[ir.Value],
+    trainable: Collection[str],
+) -> list[ir.Value]:
+    """Add tensors that may divide the graph together with ``sent``.
+
+    What the server computes from ``sent`` may be alive beside such a tensor.
+    """
+    if not sent:
+        return candidates
+    needed, _ = walk_back(graph.outputs, ends=around.readers)
+    data = around.data - {value for node in around.sizes for value in node.outputs}
+    nodes = [n for n in graph if n in needed and n not in around.sizes and set(n.outputs) & data]
+    free = find_opened(graph, sent, around.data, trainable)
+    chosen = {*candidates, *find_bottlenecks(nodes, data, free)}
+    return [value for node in graph for value in node.outputs if value in chosen]
+
+
 def _try(
     graph: ir.Graph,
     value: ir.Value,
@@ -151,10 +180,24 @@ def _divide_at(
     try:
         return divide(graph, [only], state=state, trainable=trainable, around=around)
     except NotACut as reason:
-        more = [value for value in sent if value.name in reason.raw]
-        if not more:
+        missing = [value for value in sent if value.name in reason.raw]
+        read = _list_read(graph, only, sent, around)
+        if not missing and not read:
             raise
-    return divide(graph, [only, *more], state=state, trainable=trainable, around=around)
+    if missing and missing != read:
+        with suppress(NotACut, SharedParameter):
+            at = [only, *missing]
+            return divide(graph, at, state=state, trainable=trainable, around=around)
+    return divide(graph, [only, *read], state=state, trainable=trainable, around=around)
+
+
+def _list_read(
+    graph: ir.Graph, only: ir.Value, sent: Sequence[ir.Value], around: Surroundings
+) -> list[ir.Value]:
+    """List those of ``sent`` that the server reads if all of them cross beside a tensor."""
+    ends = list_server_outputs(graph, [only], around.sizes)
+    _, sources = walk_back(ends, {only, *sent}, around.sizes)
+    return [value for value in sent if value in sources]
 
 
 class _Client:

@@ -151,7 +151,7 @@ def divide(
     names = [value.name or "" for value in (*at, *tail_at)]
     _refuse_constants(names, (*at, *tail_at), data)
 
-    ends = tail_at or _server_outputs(graph, at, sizes)
+    ends = tail_at or list_server_outputs(graph, at, sizes)
     head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
     server = _walk_side(ends, at, lambda _: at, sizes, known)
     client = _walk_side(
@@ -275,7 +275,7 @@ def _walk_side(
         targets += more  # it may be that the party can compute the tensor itself
 
 
-def _server_outputs(
+def list_server_outputs(
     graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
 ) -> list[ir.Value]:
     """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
