@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from splitonnx.partitioner.lowerings import LOWERINGS
 from splitonnx.operators import (
     AXES,
     DOMAINS,
@@ -20,6 +19,7 @@ from splitonnx.operators import (
     TRAINING_OPERATORS,
     WINDOWS,
 )
+from splitonnx.partitioner.lowerings import LOWERINGS
 
 
 def test_the_operators_are_those_of_onnx_and_of_the_partitioners_lowerings() -> None:

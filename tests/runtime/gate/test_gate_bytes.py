@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import ForbiddenGraph
-from splitonnx.runtime.gate.gates import check_graph
 from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
+from splitonnx.runtime.gate.gates import check_graph
 from tests.support.spoiled_graphs import EXTERNAL, FLOAT, hold, nest, refuse, spoil, write
 
 
