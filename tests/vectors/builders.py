@@ -23,8 +23,8 @@ from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages
-from tests.runtime.gate import test_gates
-from tests.support import tiny
+from tests.runtime.gate import test_gate_bytes, test_gates
+from tests.support import spoiled_graphs, tiny
 from tests.support.zoo import ZOO
 
 LONGEST = 4096
@@ -87,20 +87,23 @@ def build_refusals() -> dict[str, list[dict[str, str]]]:
     gates = test_gates
     graphs = [
         *list_cases(gates.test_a_graph_that_is_none_of_a_bundle_is_refused),
-        *list_cases(gates.test_bytes_that_are_no_message_are_refused),
+        *list_cases(test_gate_bytes.test_bytes_that_are_no_message_are_refused),
         *(
-            (gates.hold(tensor), reason)
+            (spoiled_graphs.hold(tensor), reason)
             for tensor, reason in list_cases(
                 gates.test_a_tensor_that_is_not_what_it_claims_is_refused
             )
         ),
         *(
-            (gates.spoil(partial(_change_input, change)), reason)
+            (spoiled_graphs.spoil(partial(_change_input, change)), reason)
             for change, reason in list_cases(
                 gates.test_a_declared_type_that_no_bundle_has_is_refused
             )
         ),
-        *((gates.hold(tensor), "outside") for tensor in (gates.EXTERNAL, gates.outside())),
+        *(
+            (spoiled_graphs.hold(tensor), "outside")
+            for tensor in (spoiled_graphs.EXTERNAL, test_gates.outside())
+        ),
     ]
     return {
         "tensors": describe_cases(list_cases(test_codecs.test_bytes_that_lie_are_refused)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from google.protobuf.message import EncodeError
 
 from splitonnx.errors import InternalModelError, NotAModel, UnsupportedModel
 from splitonnx.partitioner.graphs.builders import MissingOutput
@@ -19,25 +20,42 @@ def make_node() -> ir.Node:
     return ir.node("Gemm", [ir.Value(name="x")], name="layer")
 
 
-@pytest.mark.parametrize("kind", [KeyError, IndexError, ZeroDivisionError, TypeError, ValueError])
-def test_one_of_pythons_own_errors_names_the_node(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [*FAULTS, KeyError, IndexError, ZeroDivisionError])
+def test_values_that_an_operator_does_not_take_are_the_models_fault(kind: type[Exception]) -> None:
     raised = pytest.raises(UnsupportedModel, match=r"node 'layer' \(Gemm\)")
-    with raised as caught, attribute_errors_to(make_node()):
+    with raised as caught, attribute_errors_to(make_node(), "rewritten"):
         raise kind("the divisor")
     assert "the divisor" in str(caught.value)
     assert isinstance(caught.value.__cause__, kind)
 
 
-@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
-def test_a_fault_without_a_node_names_the_pass(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [AssertionError, AttributeError, NameError, TypeError])
+def test_any_other_error_is_ours_and_names_the_work_and_the_node(kind: type[Exception]) -> None:
+    with pytest.raises(InternalModelError) as caught, attribute_errors_to(make_node(), "rewritten"):
+        raise kind("no such thing")
+    for part in ("node 'layer' (Gemm)", "rewritten", kind.__name__, "no such thing"):
+        assert part in str(caught.value)
+    assert "export" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, TypeError, ValueError])
+def test_an_error_of_a_pass_is_ours_and_names_the_pass(kind: type[Exception]) -> None:
     with pytest.raises(InternalModelError) as caught, attribute_errors_to_pass("written down"):
         raise kind("a wrong rank")
     assert "written down" in str(caught.value)
     assert "a wrong rank" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [EncodeError, MemoryError])
+def test_a_model_that_is_too_large_for_a_pass_is_told_so(kind: type[Exception]) -> None:
+    with pytest.raises(UnsupportedModel, match="too large"), attribute_errors_to_pass("written"):
+        raise kind("2 GiB")
+
+
 def test_an_output_that_nothing_makes_is_told_as_the_caller_says() -> None:
-    blame = attribute_errors_to(make_node(), "cannot be differentiated", "cut before it")
+    blame = attribute_errors_to(
+        make_node(), "rewritten", "cannot be differentiated", "cut before it"
+    )
     with pytest.raises(UnsupportedModel) as caught, blame:
         raise MissingOutput("mask")
     assert "its output 'mask' cannot be differentiated" in str(caught.value)
@@ -46,7 +64,7 @@ def test_an_output_that_nothing_makes_is_told_as_the_caller_says() -> None:
 
 @pytest.mark.parametrize("error", [UnsupportedModel("it", "is odd"), NotAModel("it", "is odd")])
 def test_a_refusal_on_purpose_passes_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, attribute_errors_to(make_node()):
+    with pytest.raises(type(error)) as caught, attribute_errors_to(make_node(), "rewritten"):
         raise error
     assert caught.value is error
     with pytest.raises(type(error)) as caught, attribute_errors_to_pass("read"):
@@ -55,14 +73,14 @@ def test_a_refusal_on_purpose_passes_unchanged(error: Exception) -> None:
 
 
 def test_an_interruption_is_no_fault_of_the_model() -> None:
-    with pytest.raises(KeyboardInterrupt), attribute_errors_to(make_node()):
+    with pytest.raises(KeyboardInterrupt), attribute_errors_to(make_node(), "rewritten"):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt), attribute_errors_to_pass("read"):
         raise KeyboardInterrupt
 
 
 def test_work_that_succeeds_is_left_alone() -> None:
-    with attribute_errors_to(make_node()), attribute_errors_to_pass("read"):
+    with attribute_errors_to(make_node(), "rewritten"), attribute_errors_to_pass("read"):
         done = True
     assert done
 

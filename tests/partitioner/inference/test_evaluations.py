@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.inference import evaluations
-from splitonnx.partitioner.inference.evaluations import evaluate, infer_types
+from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
 
 FLOAT = TensorProto.FLOAT
 
@@ -25,8 +26,17 @@ def make_node(kind: str, count: int, outputs: int = 1, **attributes: Any) -> ir.
     return node
 
 
-def make_type(*dims: int | str) -> onnx.TypeProto:
-    return helper.make_tensor_type_proto(FLOAT, dims)
+def make_type(*dims: int | str) -> tuple[int, tuple[int | str, ...]]:
+    return FLOAT, dims
+
+
+def infer_types(
+    node: ir.Node,
+    types: Mapping[str, tuple[int, tuple[int | str, ...] | None]],
+    data: Mapping[str, onnx.TensorProto],
+    opset: int,
+) -> Sequence[onnx.TypeProto | None]:
+    return Schemas(opset).infer(node, types, data)
 
 
 def read_dims(kind: onnx.TypeProto | None) -> list[int | str]:
@@ -46,7 +56,7 @@ def test_a_nodes_types_follow_from_those_of_its_inputs() -> None:
 
 
 def test_contents_that_are_known_tell_more() -> None:
-    types = {"i0": make_type(2, 6), "i1": helper.make_tensor_type_proto(TensorProto.INT64, [2])}
+    types = {"i0": make_type(2, 6), "i1": (TensorProto.INT64, (2,))}
     shape = numpy_helper.from_array(np.array([3, -1]), "i1")
     (made,) = infer_types(make_node("Reshape", 2), types, {"i1": shape}, 18)
     assert read_dims(made) == [3, 4]
@@ -62,7 +72,7 @@ def test_every_output_has_its_type_and_an_unknown_one_none() -> None:
 
 def test_a_node_of_many_contents_is_inferred_too() -> None:
     count = 3000
-    types = {"i0": make_type(count), "i1": helper.make_tensor_type_proto(TensorProto.INT64, [1])}
+    types = {"i0": make_type(count), "i1": (TensorProto.INT64, (1,))}
     values = numpy_helper.from_array(np.arange(count, dtype=np.float32), "i0")
     shape = numpy_helper.from_array(np.array([count]), "i1")
     (made,) = infer_types(make_node("Reshape", 2), types, {"i0": values, "i1": shape}, 18)
