@@ -32,6 +32,7 @@ from splitonnx.manifests import (
     encode_manifest,
     has_valid_checksum,
 )
+from splitonnx.outputs import check_place
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
@@ -316,12 +317,13 @@ def _write_whole(
     overwrite: bool,
 ) -> None:
     """Let ``write`` fill a folder, which then takes ``target``'s place, or that of its ``kind``."""
-    recover(target)
-    if target.exists() and not overwrite:
-        raise BundleError(str(target), "it exists already; choose another place or overwrite")
-    if target.exists():
-        _expect(target, kind)
     try:
+        check_place(target)
+        recover(target)
+        if target.exists() and not overwrite:
+            raise BundleError(str(target), "it exists already; choose another place or overwrite")
+        if target.exists():
+            _expect(target, kind)
         write_folder(target, write, MANIFEST)
     except OSError as error:
         raise BundleError(str(target), f"it cannot be written: {error.strerror}") from error

@@ -61,12 +61,6 @@ ALONE = {
     "schemas.STRINGS",
     "websockets.MAX_WAITING",
 }
-    "close_codes.NORMAL",
-    "websockets.MAX_WAITING",
-    "protobufs.NUMBER",
-    "protobufs.BYTES",
-    "schemas.STRINGS",
-}
 """What Python has not under a name: its websockets wait themselves, and its formats are enums."""
 
 _CONSTANT = re.compile(r"^export const ([A-Z_]+) = ([0-9._]+)(?: (<<|\*\*) (\d+))?( - 1)?;", re.M)

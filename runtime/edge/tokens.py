@@ -20,10 +20,12 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular, read_regular
+from splitonnx.outputs import check_place
 from splitonnx.runtime.edge.identities import ALL_ROLES, Identity, Role
 
 TOKEN_BYTES = 32
@@ -93,18 +95,38 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     words = [name, f"sha256:{_hash(token).hex()}", ",".join(dict.fromkeys(roles))]
     line = " ".join(words).rstrip() + "\n"
     try:
+        check_place(Path(path))
+        is_new = not os.path.lexists(path)
         if os.path.exists(path):
             os.close(open_regular(path, MAX_FILE))
-        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
-        with open(handle, "r+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
+        try:
+            _append(Path(path), line.encode())
+        except OSError:
+            if is_new:
+                with suppress(OSError):  # the reason why it failed is told, not this
+                    os.unlink(path)
+            raise
     except OSError as error:
         raise UnusableFile(str(path), error.strerror or str(error)) from error
     return token
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line to a file, all of it or nothing, and wait until it is on disk."""
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
+    with open(handle, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        try:
+            left = memoryview(line)
+            while left:  # a disk that becomes full takes a part
+                left = left[file.write(left) :]
+            os.fsync(handle)
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_token(path: str | Path | None) -> str | None:

@@ -22,6 +22,7 @@ from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import BundleError, FormatError, NotExportable
 from splitonnx.manifests import EVALUATE, PREDICT, PartyManifest
 from splitonnx.operators import TRAINING_ONLY
+from splitonnx.outputs import check_place
 from splitonnx.runtime.engine.engines import Engine, Kernel, installed_runtime, list_kernels
 from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.gates import MAX_FIELDS, MAX_NAME, check_graph
@@ -93,8 +94,7 @@ def export(
         MissingExtra: no ONNX Runtime is installed.
     """
     place = choose_place(source) if target is None else Path(target)
-    if place.exists():  # before the work rather than after it
-        _check_place(place, overwrite=overwrite)
+    _check_place(place, overwrite=overwrite)  # before the work rather than after it
     party = PartyBundle.load(source)
     if _is_export(party.manifest):
         raise BundleError(str(source), "its graphs are in ORT format already")
@@ -129,11 +129,22 @@ def export(
 
 def choose_place(source: str | Path) -> Path:
     """Choose where an export goes that was told no place: beside its source."""
-    folder = Path(source).resolve()
+    try:
+        folder = Path(source).resolve()
+    except (OSError, ValueError) as error:  # a null byte in the name, say
+        raise BundleError(str(source), f"it cannot be read: {error}") from error
+    if not folder.name:
+        raise BundleError(str(source), "it is no party's folder")
     return folder.with_name(f"{folder.name}-mobile")
 
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
+    try:
+        check_place(place)
+    except OSError as error:
+        raise BundleError(str(place), f"it cannot be written: {error.strerror}") from error
+    if not place.exists():
+        return
     if not overwrite:
         raise BundleError(str(place), "it exists already; choose another place or overwrite")
     try:

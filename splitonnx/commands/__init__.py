@@ -7,6 +7,7 @@ splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -62,10 +63,17 @@ def main() -> None:
     logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # it has no say on stderr
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
+        sys.stdout.flush()
     except SplitonnxError as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename:
+            raise
+        # what is left of it would be written, and fail, when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"what a command prints cannot be written: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001

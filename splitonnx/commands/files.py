@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from splitonnx.errors import UnwritableFile
+from splitonnx.files import replacing
+from splitonnx.outputs import check_file_place, check_place
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise before the work rather than after it where something stands in the output's place.
+def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None:
+    """Raise before the work rather than after it where an output cannot be written.
 
     Raises:
-        UnwritableFile: ``path`` exists and ``force`` is not set.
+        UnwritableFile: ``path`` exists and ``force`` is not set, or nothing can be written there.
     """
-    if path.exists() and not force:
-        raise UnwritableFile(str(path), "it exists already; overwrite it with --force")
+    with _translating(path):
+        if os.path.lexists(path) and path.name and not force:
+            raise UnwritableFile(str(path), "it exists already; overwrite it with --force")
+        (check_place if is_folder else check_file_place)(path)
 
 
 @contextmanager
@@ -28,15 +32,20 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UnwritableFile: it cannot be written.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _translating(path):
+        check_file_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        with replacing(path) as fresh:
+            with fresh.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+
+
+@contextmanager
+def _translating(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UnwritableFile(str(path), error.strerror or str(error)) from error
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -132,7 +132,7 @@ def cut(
 ) -> None:
     """Cut a model into a client's and a server's part, ready to be trained."""
     refuse_both("--json", "--quiet", as_json, quiet)
-    refuse_existing(bundle, force=force)
+    refuse_existing(bundle, force=force, is_folder=True)
     pause_to_the_end()
     made = splitonnx.cut(
         model,
@@ -234,7 +234,7 @@ def export(
     from splitonnx.runtime.engine.exports import choose_place
 
     place = choose_place(source) if folder is None else folder
-    refuse_existing(place, force=force)
+    refuse_existing(place, force=force, is_folder=True)
     written = splitonnx.export(source, place, overwrite=force)
     if as_json:
         printing.print_json(printing.summarize_export(written))

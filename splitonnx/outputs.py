@@ -1,0 +1,75 @@
+"""Where an output may be written: looked at before the work that makes it, not after.
+
+What is found here can change until the output is written, so that whoever writes it still has to
+expect every error.  This module makes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from splitonnx.files import open_regular
+
+_LONGEST_NAME = 255
+"""Bytes of one name on the usual file systems; some take fewer, and say so when it is written."""
+
+
+def check_file_place(path: Path) -> None:
+    """Raise where no file can be written to ``path``, as far as that is known in advance.
+
+    Raises:
+        OSError: ``strerror`` says why; a folder or device that is there is not replaced.
+    """
+    check_place(path)
+    if path.exists():
+        os.close(open_regular(path))
+
+
+def check_place(path: Path) -> None:
+    """Raise where neither a file nor a folder can come to be at ``path``, as far as is known.
+
+    Raises:
+        OSError: ``strerror`` says why: the name is none, or the folder above is no folder, or may
+            not be written to.
+    """
+    name = _encode(path.name, path)
+    if not path.name.strip():
+        raise _refuse(errno.EINVAL, "it has no name", path)
+    if len(name) > _LONGEST_NAME:
+        raise _refuse(errno.ENAMETOOLONG, "its name is too long", path)
+    for folder in path.absolute().parents:
+        try:
+            found = os.stat(folder)
+        except FileNotFoundError:
+            if len(_encode(folder.name, path)) > _LONGEST_NAME:
+                reason = "the name of a folder above it is too long"
+                raise _refuse(errno.ENAMETOOLONG, reason, path) from None
+        except NotADirectoryError:
+            continue  # what is no folder is above this one
+        else:
+            _check_folder(folder, found.st_mode, path)
+            return
+
+
+def _check_folder(folder: Path, mode: int, path: Path) -> None:
+    if not stat.S_ISDIR(mode):
+        raise _refuse(errno.ENOTDIR, f"'{folder}' is not a folder", path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _refuse(errno.EACCES, f"'{folder}' may not be written to", path)
+
+
+def _encode(name: str, path: Path) -> bytes:
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise _refuse(errno.EINVAL, "its name is no text", path) from error
+    if b"\0" in encoded:
+        raise _refuse(errno.EINVAL, "a null byte is in its name", path)
+    return encoded
+
+
+def _refuse(code: int, reason: str, path: Path) -> OSError:
+    return OSError(code, reason, str(path))
