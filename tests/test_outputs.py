@@ -20,9 +20,10 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import SplitonnxError
 from splitonnx.outputs import check_file_place, check_place
 from splitonnx.partitioner.merges import write_merged
-from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.edge.tokens import add_token
-from tests.test_commands import AT, MODEL, Command, command  # noqa: F401
+from splitonnx.runtime.server.servers import Server
+from tests.commands.conftest import command  # noqa: F401
+from tests.support.commands import AT, MODEL, Command
 
 SAMPLES = 4
 DISK_BYTES = 196
