@@ -143,6 +143,7 @@ container-steps: $(VENV)/.test
 
 bench: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
 	$(BIN)/python benchmarks/resnet_step.py
+	$(BIN)/python -m benchmarks.metrics_cost
 	$(if $(NODE_20),cd runtime/js && npm run build --silent && npm run build:tests --silent && npm run overhead --silent)
 
 # What a step costs the client while the server's body grows, three minutes; CLIENT=node measures the

@@ -682,7 +682,6 @@ def test_it_is_refused_in_one_line(
     outcome = outcomes[name, command]
     assert outcome["code"] == 2 or (command == "inspect" and outcome["code"] == 0), outcome
     assert not outcome["written"]
-    assert outcome["seconds"] < 30, outcome
     assert outcome["megabytes"] < 1500, outcome
     if outcome["code"] == 0:
         assert not outcome["errors"]

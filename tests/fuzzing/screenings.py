@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 
 from splitonnx.commands import main
@@ -19,6 +18,8 @@ from splitonnx.partitioner import partitions
 from splitonnx.partitioner.reports import inspections
 
 _SECONDS = 60
+_PROCESSOR_SECONDS = 30
+"""Beyond either, the system ends the process, and its exit code says so."""
 _MEMORY = 2 << 30
 
 
@@ -26,7 +27,6 @@ def screen(folder: Path, command: str, *options: str) -> dict[str, object]:
     """Run a command on ``folder``'s model in a process of its own and say what came of it."""
     errors, printed = folder.parent / "errors", folder.parent / "printed"
     before = sorted(os.listdir(folder))
-    started = time.monotonic()
     child = os.fork()
     if child == 0:
         _run(folder, errors, printed, [command, str(folder / "model.onnx"), *options])
@@ -38,7 +38,6 @@ def screen(folder: Path, command: str, *options: str) -> dict[str, object]:
         "errors": errors.read_text(errors="replace"),
         "printed": printed.read_text(errors="replace"),
         "written": sorted(set(os.listdir(folder)) - set(before)),
-        "seconds": time.monotonic() - started,
         "megabytes": usage.ru_maxrss / 1024,
     }
 
@@ -52,6 +51,7 @@ def _run(folder: Path, errors: Path, printed: Path, arguments: list[str]) -> Non
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_SECONDS, _PROCESSOR_SECONDS))
         signal.alarm(_SECONDS)
         os.chdir(folder)
         sys.argv = ["splitonnx", *arguments]
