@@ -15,13 +15,13 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
-from splitonnx.partitioner.graphs.traversals import find_dependents
+from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Give every convolution and pooling explicit ``pads``, in place.
+    """Give every convolution and pooling explicit ``pads``, in place, in bodies as well.
 
     One whose padding depends on a size that is not known stays as it is.  Return whether shapes
     are to be inferred anew: onnx counts a window too many as well, and what follows from it is
@@ -29,6 +29,9 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     """
     wrong: list[ir.Value] = []
     for node in list(graph):
+        for body in list_bodies(node):
+            if make_paddings_explicit(body):
+                wrong.extend(node.outputs)
         if node.op_type not in _WINDOWED or node.domain:
             continue
         with attribute_errors_to(node, "given explicit padding"):

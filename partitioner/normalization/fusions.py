@@ -1,8 +1,9 @@
-"""Pads and poolings kept apart, which ONNX Runtime's optimizer would merge wrongly.
+"""Pads kept apart from poolings, with which ONNX Runtime's optimizer would merge them wrongly.
 
 Its rule PadFusion adds a Pad's widths to the ``pads`` of the pooling behind it.  What a Pad puts
 there counts in an average and can be the largest of a window, what ``pads`` put there does not:
-ONNX Runtime 1.19.2 is wrong for AveragePool and MaxPool, 1.30 for MaxPool, without a word.  A Pad
+ONNX Runtime 1.19.2 is wrong for AveragePool and MaxPool, 1.30 for MaxPool, without a word.  Other
+rules bring the two together first: they take out what does nothing, and move transposes.  A Pad
 that names its axes is not merged, and means the same.  It knows no other rule of the optimizer.
 """
 
@@ -13,19 +14,18 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import list_bodies
 
-_POOLINGS = frozenset({"AveragePool", "MaxPool"})
-_PASSING = frozenset({"Dropout", "Identity"})
-"""Operators that the optimizer takes out before it looks."""
-
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Let each Pad before a pooling name all of its axes, in bodies as well, in place."""
+    """Let each Pad name all of its axes, in bodies as well, in place.
+
+    One that only convolutions read stays as it is: there the rule is right, and saves a copy.
+    """
     for node in list(graph):
         for body in list_bodies(node):
             separate_pads(body)
         if node.op_type == "Pad" and not node.domain and _names_no_axes(node):
             widths = known_array(node.inputs[1])
-            if widths is not None and _feeds_pooling(node):
+            if widths is not None and not _feeds_convolutions_alone(node):
                 _name_axes(node, len(widths) // 2)
 
 
@@ -33,16 +33,9 @@ def _names_no_axes(node: ir.Node) -> bool:
     return len(node.inputs) < 4 or node.inputs[3] is None
 
 
-def _feeds_pooling(node: ir.Node) -> bool:
-    pending, seen = [node], {node}
-    while pending:
-        for reader in pending.pop().outputs[0].consumers():
-            if reader.op_type in _POOLINGS and not reader.domain:
-                return True
-            if reader.op_type in _PASSING and not reader.domain and reader not in seen:
-                seen.add(reader)
-                pending.append(reader)
-    return False
+def _feeds_convolutions_alone(node: ir.Node) -> bool:
+    readers = node.outputs[0].consumers()
+    return all(reader.op_type == "Conv" and not reader.domain for reader in readers)
 
 
 def _name_axes(node: ir.Node, rank: int) -> None:

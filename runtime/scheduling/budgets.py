@@ -41,6 +41,7 @@ class _Reservation:
     owner: Hashable
     kind: Kind
     size: int
+    needed: int  # what its messages asked for so far
     is_reserve: bool = False
     idle_since: float | None = None
 
@@ -102,7 +103,7 @@ class Budget:
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
         """Reserve memory for a task that begins; the future is done once it is there.
 
-        Where the user's tasks that began with as much grew, it is what they grew to that is
+        Where the user's tasks that began with as much grew lately, it is what they grew to that is
         reserved.  A task that has as much already keeps it.  What it has beside is free from now
         on, so an open task that has less is to be given up before (:meth:`lacks`).  Cancelling the
         future before it is done withdraws the request.
@@ -116,7 +117,8 @@ class Budget:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         held = self._held.get(task)
         if held is not None and held.size >= size:
-            held.idle_since = None
+            self._growths.end(held.kind, held.needed)
+            held.kind, held.needed, held.idle_since = kind, kind[2], None
             future.set_result(None)
             return future
         self.release(task)
@@ -149,14 +151,16 @@ class Budget:
         held = self._held.get(task)
         before = 0 if held is None else held.size
         growth = max(size - before, 0)
+        if held is not None:
+            held.needed = max(held.needed, size)
+            self._growths.note(held.kind, size)
         if growth or held is None:
             kind = _find_kind(task, owner, size) if held is None else held.kind
-            self._growths.note(kind, size)
             moved = before if held is not None and held.is_reserve else 0
             request = _Request(task=task, owner=owner, kind=kind, size=growth)
             if self.used + moved + growth > self.total or self._is_over_share(request):
                 raise ServerBusy("memory for tasks that grow after their first message")
-            held = _Reservation(owner=owner, kind=kind, size=before + growth)
+            held = _Reservation(owner=owner, kind=kind, size=before + growth, needed=size)
             self._held[task] = held
         held.idle_since = None
 
@@ -167,7 +171,9 @@ class Budget:
 
     def release(self, task: Task) -> None:
         """Give back what a task has, if it has any."""
-        if self._held.pop(task, None) is not None:
+        held = self._held.pop(task, None)
+        if held is not None:
+            self._growths.end(held.kind, held.needed)
             self._give()
 
     def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
@@ -203,7 +209,11 @@ class Budget:
             self._level = max(self._level, self._shares[request.owner])
             self._shares[request.owner] += 1
             self._held[request.task] = _Reservation(
-                owner=request.owner, kind=request.kind, size=request.size, is_reserve=is_reserve
+                owner=request.owner,
+                kind=request.kind,
+                size=request.size,
+                needed=request.kind[2],
+                is_reserve=is_reserve,
             )
             assert request.future is not None
             request.future.set_result(None)

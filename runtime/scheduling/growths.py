@@ -13,13 +13,15 @@ from collections.abc import Hashable
 
 _MOST_REMEMBERED = 1024
 """Kinds of tasks that are remembered; those that were longest without one are forgotten."""
+_DECAY = 16
+"""What part of what it did not need a task leaves to be forgotten."""
 
 Kind = tuple[Hashable, str, int]
 """Tasks that are taken to be alike: the user, the phase, the bytes that the first message shows."""
 
 
 class Growths:
-    """The most bytes that tasks of a kind were seen to need, by the kind.
+    """The most bytes that tasks of a kind were seen to need lately, by the kind.
 
     A kind holds the tasks of one user alone: nobody makes another's tasks wait for more.
     """
@@ -29,11 +31,28 @@ class Growths:
 
     def foresee(self, kind: Kind) -> int:
         """Return what a task of a kind will need: what its first message shows, or more."""
-        return max(self._most.get(kind, 0), kind[2])
+        if kind not in self._most:
+            return kind[2]
+        self._most.move_to_end(kind)
+        return self._most[kind]
 
     def note(self, kind: Kind, size: int) -> None:
-        """Remember that a task of a kind needed so many bytes, granted or not."""
-        self._most[kind] = max(size, self.foresee(kind))
+        """Remember that an open task of a kind needs so many bytes, granted or not."""
+        if size <= self.foresee(kind):
+            return
+        self._most[kind] = size
         self._most.move_to_end(kind)
         if len(self._most) > _MOST_REMEMBERED:
             self._most.popitem(last=False)
+
+    def end(self, kind: Kind, size: int) -> None:
+        """Note that a task of a kind is over, which needed so many bytes.
+
+        One that needed less takes some of what is remembered with it: a large one, once, does not
+        let all that follow wait for as much.
+        """
+        if kind not in self._most:
+            return
+        self._most[kind] -= -(-(self._most[kind] - size) // _DECAY)
+        if self._most[kind] <= kind[2]:
+            del self._most[kind]

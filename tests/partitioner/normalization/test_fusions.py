@@ -7,6 +7,7 @@ ONNX Runtime 1.19.2 is wrong for both poolings, 1.30 for MaxPool.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tests.support.zoo import FLOAT
 
 X = np.random.default_rng(3).standard_normal((2, 2, 7, 8)).astype(np.float32) - 1
 """Mostly below zero: a zero beside it is often the largest of its window."""
+ONE = np.array([1.0], np.float32)
 WIDTHS = np.array([0, 0, 1, 1, 0, 0, 1, 1])
 POOLS: list[tuple[str, dict[str, Any]]] = [
     ("MaxPool", {"pads": [1, 1, 1, 1]}),
@@ -55,13 +57,16 @@ def test_training_through_a_pad_and_a_pooling_is_what_onnx_defines(
     hold_gradients(write_nodes(kind, attributes), arrays, ["y"], constants=["widths"])
 
 
-def build(nodes: list[onnx.NodeProto], image: tuple[int, int] = (7, 8)) -> onnx.ModelProto:
+def build(
+    nodes: list[onnx.NodeProto], constants: Mapping[str, np.ndarray] | None = None
+) -> onnx.ModelProto:
     """Make ``x [N, 2, H, W] -> h -> nodes -> y -> scores``, with a weight on either side."""
     random = np.random.default_rng(5)
     weights = {
         "first": random.standard_normal((2, 2, 1, 1)).astype(np.float32),
         "last": random.standard_normal((1, 2, 1, 1)).astype(np.float32),
         "widths": WIDTHS,
+        **(constants or {}),
     }
     graph = helper.make_graph(
         [
@@ -70,7 +75,7 @@ def build(nodes: list[onnx.NodeProto], image: tuple[int, int] = (7, 8)) -> onnx.
             helper.make_node("Mul", ["y", "last"], ["scores"], name="leave"),
         ],
         "pooled",
-        [helper.make_tensor_value_info("x", FLOAT, ["N", 2, *image])],
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 2, 7, 8])],
         [helper.make_tensor_value_info("scores", FLOAT, ["N", 2, None, None])],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
@@ -95,9 +100,18 @@ def split_off(model: onnx.ModelProto) -> tuple[np.ndarray, np.ndarray]:
     return np.einsum("nchw,kc->nkhw", X, stored[0][:, :, 0, 0]), stored[1]
 
 
-def hold_predictions(model: onnx.ModelProto, expected: np.ndarray, target: Target) -> None:
+def hold_predictions(
+    model: onnx.ModelProto,
+    expected: np.ndarray,
+    target: Target,
+    *,
+    at: str = "h",
+    freeze: Sequence[str] = (),
+) -> None:
     """Hold the client's prediction and the merged model, both optimized, against ``expected``."""
-    bundle = cut(model, at="h", loss="mse", client_target=target, server_target=target)
+    bundle = cut(
+        model, at=at, loss="mse", freeze=freeze, client_target=target, server_target=target
+    )
     merged = onnxruntime.InferenceSession(merge(bundle))
     np.testing.assert_allclose(merged.run(None, {"x": X})[0], expected, rtol=1e-5, atol=1e-6)
     assert bundle.server is not None
@@ -170,15 +184,52 @@ def average_padded(x: np.ndarray, strides: list[int]) -> np.ndarray:
     return np.moveaxis(np.array(rows), (0, 1), (2, 3))
 
 
+NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
+BETWEEN: dict[str, Callable[[], list[onnx.NodeProto]]] = {
+    "an Identity": lambda: [helper.make_node("Identity", ["p"], ["wide"], name="n")],
+    "times one": lambda: [helper.make_node("Mul", ["p", "one"], ["wide"], name="n")],
+    "plus zero": lambda: [helper.make_node("Add", ["p", "zero"], ["wide"], name="n")],
+    "by one": lambda: [helper.make_node("Div", ["p", "one"], ["wide"], name="n")],
+    "a Cast": lambda: [helper.make_node("Cast", ["p"], ["wide"], name="n", to=FLOAT)],
+    "an Expand": lambda: [helper.make_node("Expand", ["p", "ones"], ["wide"], name="n")],
+    "transposes": lambda: [
+        helper.make_node("Transpose", ["p"], ["q"], name="n", perm=NHWC),
+        helper.make_node("Transpose", ["q"], ["wide"], name="m", perm=NCHW),
+    ],
+}
+"""What the optimizer takes out, so that a Pad and a pooling meet."""
+
+
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["AveragePool", "MaxPool"])
+@pytest.mark.parametrize("between", BETWEEN)
 def test_what_the_optimizer_takes_out_between_the_two_does_not_let_them_meet(
-    target: Target,
+    between: str, kind: str, target: Target
 ) -> None:
-    pad, pool = rename(write_nodes("MaxPool", {"pads": [1, 1, 1, 1]}), {"x": "h"})
-    pad.output[0], passing = "padded", helper.make_node("Identity", ["padded"], ["wide"], name="id")
-    model = build([pad, passing, pool])
-    expected = evaluate(model, {"x": X})
-    hold_predictions(model, expected, target)
+    pad, pool = rename(write_nodes(kind, {"pads": [1, 1, 1, 1]}), {"x": "h"})
+    pad.output[0] = "p"
+    constants: dict[str, np.ndarray] = {"one": ONE, "zero": ONE - 1, "ones": np.ones(4, np.int64)}
+    model = build([pad, *BETWEEN[between](), pool], constants)
+    hold_predictions(model, evaluate(model, {"x": X}), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["AveragePool", "MaxPool"])
+def test_a_pad_of_channels_last_between_transposes_is_padding_of_the_image(
+    kind: str, target: Target
+) -> None:
+    """As exporters of Keras write it."""
+    settings: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 0, 0]}
+    model = build(
+        [
+            helper.make_node("Transpose", ["h"], ["hwc"], name="to_last", perm=NHWC),
+            helper.make_node("Pad", ["hwc", "around"], ["padded"], name="pad"),
+            helper.make_node("Transpose", ["padded"], ["wide"], name="to_first", perm=NCHW),
+            helper.make_node(kind, ["wide"], ["y"], name="pool", **settings),
+        ],
+        {"around": np.array([0, 1, 1, 0, 0, 1, 1, 0])},
+    )
+    hold_predictions(model, evaluate(model, {"x": X}), target)
 
 
 def test_the_two_are_kept_apart_in_bodies_too() -> None:
@@ -206,6 +257,44 @@ def test_the_two_are_kept_apart_in_bodies_too() -> None:
     content = ir.to_proto(separated).SerializeToString()
     found = np.asarray(onnxruntime.InferenceSession(content).run(None, feeds)[0])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["AveragePool", "MaxPool"])
+def test_a_pooling_in_a_branch_that_rounds_up_has_no_window_too_many(
+    kind: str, target: Target
+) -> None:
+    """The branch stays an If: nothing in it is trained."""
+    settings: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 1, 1]}
+    then = [helper.make_node(kind, ["g"], ["t"], name="pool", ceil_mode=1, **settings)]
+    other = [helper.make_node("Identity", ["g"], ["e"], name="same")]
+    branches = {
+        "then_branch": helper.make_graph(
+            then, "then", [], [helper.make_tensor_value_info("t", FLOAT, None)]
+        ),
+        "else_branch": helper.make_graph(
+            other, "else", [], [helper.make_tensor_value_info("e", FLOAT, None)]
+        ),
+    }
+    model = build(
+        [
+            helper.make_node("Neg", ["h"], ["g"], name="negative"),
+            helper.make_node("ReduceMax", ["g"], ["most"], name="most", keepdims=0),
+            helper.make_node("Less", ["most", "bound"], ["small"], name="small"),
+            helper.make_node("If", ["small"], ["y"], name="choose", **branches),
+        ],
+        {"bound": np.array(1e9, np.float32)},
+    )
+    hidden, last = split_off(model)
+    fill = -np.inf if kind == "MaxPool" else np.nan
+    wide = np.pad(-hidden, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=fill)
+    reduce = np.max if kind == "MaxPool" else np.nanmean
+    rows = [
+        [reduce(wide[:, :, i : i + 3, j : j + 3], axis=(2, 3)) for j in (0, 3, 6)]
+        for i in (0, 3, 6)
+    ]
+    expected = np.moveaxis(np.array(rows), (0, 1), (2, 3)) * last
+    hold_predictions(model, expected, target, at="y", freeze=["first"])
 
 
 def test_a_pad_before_a_convolution_stays_as_it_is() -> None:

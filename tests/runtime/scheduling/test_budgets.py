@@ -270,6 +270,31 @@ def test_tasks_of_other_users_phases_or_first_sizes_are_not_given_what_one_grew_
     run(test)
 
 
+def test_one_large_task_does_not_let_all_that_follow_reserve_as_much() -> None:
+    async def test() -> None:
+        budget = Budget(1000)
+        budget.ask(task("a"), "ana", 40)
+        budget.extend(task("a"), "ana", 900)
+        for _ in range(200):
+            budget.release(task("a"))
+            budget.ask(task("a"), "ana", 40)
+            budget.extend(task("a"), "ana", 60)
+        assert budget.used == 60
+
+    run(test)
+
+
+def test_a_message_of_a_task_that_is_not_open_is_remembered_by_nobody() -> None:
+    async def test() -> None:
+        budget = Budget(1000)
+        for size in range(1, 100):
+            budget.extend(task("e"), "eve", size)
+            budget.release(task("e"))
+        assert not budget._growths._most
+
+    run(test)
+
+
 def test_an_open_task_that_begins_anew_is_given_up_where_its_kind_grew_beyond_it() -> None:
     async def test() -> None:
         budget = Budget(100)

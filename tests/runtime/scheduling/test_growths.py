@@ -16,20 +16,44 @@ def test_a_kind_is_foreseen_to_need_the_most_that_one_of_it_needed() -> None:
     assert remembered.foresee(("ben", "train", 40)) == 40
 
 
-def test_kinds_that_nobody_begins_are_forgotten_and_never_more_than_a_bound_remembered() -> None:
+def test_a_large_task_once_is_forgotten_by_those_that_need_less() -> None:
+    remembered = Growths()
+    kind = ("ana", "train", 40)
+    remembered.note(kind, 900)
+    foreseen = []
+    for _ in range(200):
+        remembered.note(kind, 60)
+        foreseen.append(remembered.foresee(kind))
+        remembered.end(kind, 60)
+    assert foreseen == sorted(foreseen, reverse=True)
+    assert (foreseen[0], foreseen[-1]) == (900, 60)
+
+
+def test_tasks_that_need_it_each_time_lose_nothing_of_it() -> None:
+    remembered = Growths()
+    kind = ("ana", "train", 40)
+    for _ in range(100):
+        remembered.note(kind, 60)
+        remembered.end(kind, 60)
+        assert remembered.foresee(kind) == 60
+
+
+def test_a_kind_that_grows_no_more_is_forgotten() -> None:
+    remembered = Growths()
+    kind = ("ana", "train", 40)
+    remembered.note(kind, 60)
+    for _ in range(100):
+        remembered.end(kind, 40)
+    assert not remembered._most
+
+
+def test_what_is_begun_again_and_again_is_kept_and_what_is_not_makes_room() -> None:
     remembered = Growths()
     kept, forgotten = ("ana", "train", 1), ("ben", "train", 1)
     remembered.note(kept, 9)
     remembered.note(forgotten, 9)
-    for number in range(growths._MOST_REMEMBERED - 1):
-        remembered.note(kept, 9)
+    for number in range(3 * growths._MOST_REMEMBERED):
+        assert remembered.foresee(kept) == 9
         remembered.note(("eve", "train", number), number + 1)
-    assert remembered.foresee(kept) == 9
     assert remembered.foresee(forgotten) == 1
-
-
-def test_memory_for_a_hundred_thousand_kinds_is_that_of_a_thousand() -> None:
-    remembered = Growths()
-    for number in range(10 * growths._MOST_REMEMBERED):
-        remembered.note(("eve", "train", number), number + 1)
     assert len(remembered._most) == growths._MOST_REMEMBERED
