@@ -150,7 +150,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     code: str
     reason: str
-    newest: Count = 0
+    newest: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 2)] = 0  # the client's next is one more
     subject: str = ""
     needed: Count = 0
     limit: Count = 0

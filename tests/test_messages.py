@@ -97,6 +97,8 @@ def test_only_tensors_carry_tensors() -> None:
         {"splitonnx": f'{{"type":"Save","session":"s","step":{2**63}}}'},
         {"splitonnx": f'{{"type":"Save","session":"s","step":{"9" * 4300}}}'},
         {"splitonnx": '{"type":"Save","session":"s","step":1.5}'},
+        # after this generation there is no next one, with which the client would greet
+        {"splitonnx": f'{{"type":"Fault","code":"c","reason":"r","newest":{2**63 - 1}}}'},
         {"splitonnx": '{"type":"Bye"}', "other": ""},
     ],
 )

@@ -250,6 +250,21 @@ test("a server that loses the same step again and again is given up", async (t) 
   await trained.close();
 });
 
+test("a client that gives up lets others train with its storage before it closes", async (t) => {
+  const liar = await startLiar(t);
+  liar.lies = loseAfter(Array<number>(2 * MOST_RETURNS).fill(1));
+  const folder = await mkdtemp(join(tmpdir(), "splitonnx-"));
+  t.after(() => rm(folder, { recursive: true }));
+  const run = { batchSize: 6, epochs: 3, checkpointEvery: 100 };
+  const trained = await connectTo(liar, { storage: new FolderStorage(folder) });
+  await assert.rejects(trained.fit(DATA, run), client.StepsLost);
+  liar.lies = {};
+  const other = await connectTo(liar, { storage: new FolderStorage(folder) });
+  assert.equal((await other.fit(DATA, { ...run, restart: true })).steps.length, 3);
+  await other.close();
+  await trained.close();
+});
+
 test("a server that loses each step often is trained with as long as new ones come", async (t) => {
   const liar = await startLiar(t);
   const losses = [1, 2].flatMap((made) => Array<number>(MOST_RETURNS).fill(made));

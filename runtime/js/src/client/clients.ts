@@ -164,7 +164,12 @@ export class SplitClient {
       samples: training.size,
     };
     const resolved = { ...options, epochs, training, heldOut };
-    return this.#loop.fit(resolved, run.takePosition(start));
+    try {
+      return await this.#loop.fit(resolved, run.takePosition(start));
+    } catch (error) {
+      await run.release(); // whoever resumes the run need not wait for close
+      throw error;
+    }
   }
 
   /**
