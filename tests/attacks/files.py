@@ -126,6 +126,7 @@ def two_trainings(ground: Ground) -> Outcome:
         first = subprocess.Popen(
             ground.checkout.command("train", *words, "--epochs", 200, "--checkpoint-every", 1),
             env=ground.checkout.environment,
+            cwd="/",  # where a checkout lies, its code would come first
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -202,6 +203,7 @@ def _expect_refusals(ground: Ground, folder: Path) -> Outcome:
         stderr=subprocess.STDOUT,
         text=True,
         env=ground.checkout.environment,
+        cwd="/",
     ) as process:
         try:
             printed, _ = process.communicate(timeout=SECONDS)
