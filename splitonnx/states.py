@@ -196,8 +196,11 @@ def map_file(path: Path) -> memoryview:
     try:
         return map_regular(path)
     except OSError as error:
-        reason = f"'{path.name}' cannot be read: {error.strerror}"
-        raise BundleError(str(path.parent), reason) from error
+        raise _refuse_file(path, error) from error
+
+
+def _refuse_file(path: Path, error: OSError) -> BundleError:
+    return BundleError(str(path.parent), f"'{path.name}' cannot be read: {error.strerror}")
 
 
 def decode_state(
@@ -292,7 +295,13 @@ def _identify(path: Path) -> tuple[int, int, int] | None:
 
 
 def _map_present(path: Path) -> memoryview | None:
-    return map_file(path) if path.exists() else None
+    """Map a file if it is there; who asks first and opens then may find it moved in between."""
+    try:
+        return map_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _refuse_file(path, error) from error
 
 
 def _read_metadata(content: memoryview | None) -> dict[str, str]:

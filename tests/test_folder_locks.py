@@ -18,6 +18,7 @@ import pytest
 from splitonnx import bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import FolderInUse
+from splitonnx.files import map_regular
 from splitonnx.folder_locks import NAME, FolderLock
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.server.servers import Server
@@ -31,6 +32,7 @@ FIRST, SECOND = "a" * 32, "b" * 32
 HOLD = """
 import sys
 from pathlib import Path
+from splitonnx.files import map_regular
 from splitonnx.folder_locks import FolderLock
 lock = FolderLock.acquire(Path(sys.argv[1]))
 print("held", flush=True)
@@ -170,16 +172,17 @@ def test_a_session_s_outcome_is_found_while_another_replaces_it(
 
     publish(FIRST, 1)
     publish(SECOND, 2)
-    whole = Path.exists
 
-    def publish_between(path: Path, **options: bool) -> bool:
-        """Between the looks at the two places, the session publishes again."""
+    def publish_between(path: Path) -> memoryview:
+        """Between the looks at the two places, the session publishes again: its file is gone."""
         if path.parent.name == "outcomes" and path.stem == FIRST:
-            monkeypatch.setattr(Path, "exists", whole)
+            monkeypatch.setattr("splitonnx.states.map_regular", map_regular)
+            assert path.exists()
             publish(FIRST, 3)
-        return whole(path, **options)
+            assert not path.exists()
+        return map_regular(path)
 
-    monkeypatch.setattr(Path, "exists", publish_between)
+    monkeypatch.setattr("splitonnx.states.map_regular", publish_between)
     state = read_state(folder, party.manifest, FIRST)
     assert state is not None
     assert (state.session, state.step) == (FIRST, 3)
