@@ -24,8 +24,8 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     """Give every convolution and pooling explicit ``pads``, in place, in bodies as well.
 
     One whose padding depends on a size that is not known stays as it is.  Return whether shapes
-    are to be inferred anew: onnx counts a window too many as well, and what follows from it is
-    forgotten.
+    must be inferred again: onnx, too, can count one window too many, and the shapes that depend on
+    it are removed.
     """
     wrong: list[ir.Value] = []
     for node in list(graph):

@@ -53,7 +53,7 @@ class TrainingLoop:
         """
         try:
             return self._fit(options, start)
-        except BaseException:  # whoever resumes the run need not wait for close
+        except BaseException:  # another client can resume before close
             self._run.release()
             raise
 

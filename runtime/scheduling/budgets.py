@@ -118,7 +118,7 @@ class Budget:
         held = self._held.get(task)
         if held is not None and held.size >= size:
             self._growths.end(held.kind, held.needed)
-            held.kind, held.needed, held.idle_since = kind, kind[2], None
+            held.kind, held.needed, held.idle_since = kind, kind.first, None
             future.set_result(None)
             return future
         self.release(task)
@@ -212,7 +212,7 @@ class Budget:
                 owner=request.owner,
                 kind=request.kind,
                 size=request.size,
-                needed=request.kind[2],
+                needed=request.kind.first,
                 is_reserve=is_reserve,
             )
             assert request.future is not None
@@ -264,7 +264,7 @@ class Budget:
 
 
 def _find_kind(task: Task, owner: Hashable, size: int) -> Kind:
-    return _name_user(task, owner), task[1], size
+    return Kind(user=_name_user(task, owner), phase=task[1], first=size)
 
 
 def _name_user(task: Task, owner: Hashable) -> Hashable:

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import NamedTuple
 
 _MOST_REMEMBERED = 1024
 """Kinds of tasks that are remembered; those that were longest without one are forgotten."""
 _DECAY = 16
 """What part of what it did not need a task leaves to be forgotten."""
 
-Kind = tuple[Hashable, str, int]
-"""Tasks that are taken to be alike: the user, the phase, the bytes that the first message shows."""
+
+class Kind(NamedTuple):
+    """Tasks that are taken to be alike; ``first`` are the bytes that the first message shows."""
+
+    user: Hashable
+    phase: str
+    first: int
 
 
 class Growths:
@@ -32,7 +38,7 @@ class Growths:
     def foresee(self, kind: Kind) -> int:
         """Return what a task of a kind will need: what its first message shows, or more."""
         if kind not in self._most:
-            return kind[2]
+            return kind.first
         self._most.move_to_end(kind)
         return self._most[kind]
 
@@ -41,7 +47,6 @@ class Growths:
         if size <= self.foresee(kind):
             return
         self._most[kind] = size
-        self._most.move_to_end(kind)
         if len(self._most) > _MOST_REMEMBERED:
             self._most.popitem(last=False)
 
@@ -54,5 +59,5 @@ class Growths:
         if kind not in self._most:
             return
         self._most[kind] -= -(-(self._most[kind] - size) // _DECAY)
-        if self._most[kind] <= kind[2]:
+        if self._most[kind] <= kind.first:
             del self._most[kind]

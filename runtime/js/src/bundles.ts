@@ -53,7 +53,7 @@ export interface PartyBundle {
 
 /** How a part is fetched. */
 export interface FetchOptions {
-  /** Shown to whoever has the files. */
+  /** Sent to the server that has the files. */
   readonly token?: string | undefined;
   /** Seconds to wait for each MiB; 300 by default. */
   readonly blockSeconds?: number | undefined;

@@ -232,15 +232,20 @@ def test_a_pad_of_channels_last_between_transposes_is_padding_of_the_image(
     hold_predictions(model, evaluate(model, {"x": X}), target)
 
 
+def choose(condition: str, then: list[onnx.NodeProto], other: str) -> onnx.NodeProto:
+    """Make an If that gives ``z`` of ``then``, or else the tensor ``other``, as ``y``."""
+    value = helper.make_tensor_value_info("z", FLOAT, None)
+    same = [helper.make_node("Identity", [other], ["z"], name="same")]
+    return helper.make_node(
+        "If", [condition], ["y"], name="choose",
+        then_branch=helper.make_graph(then, "then", [], [value]),
+        else_branch=helper.make_graph(same, "else", [], [value]),
+    )  # fmt: skip
+
+
 def test_the_two_are_kept_apart_in_bodies_too() -> None:
     body = rename(write_nodes("MaxPool", {"pads": [1, 1, 1, 1]}), {"y": "z"})
-    value = helper.make_tensor_value_info("z", FLOAT, None)
-    other = [helper.make_node("Identity", ["x"], ["z"])]
-    choice = helper.make_node(
-        "If", ["yes"], ["y"], name="choose",
-        then_branch=helper.make_graph(body, "then", [], [value]),
-        else_branch=helper.make_graph(other, "else", [], [value]),
-    )  # fmt: skip
+    choice = choose("yes", body, "x")
     yes = helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, [])
     graph = helper.make_graph(
         [choice],
@@ -266,22 +271,13 @@ def test_a_pooling_in_a_branch_that_rounds_up_has_no_window_too_many(
 ) -> None:
     """The branch stays an If: nothing in it is trained."""
     settings: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 1, 1]}
-    then = [helper.make_node(kind, ["g"], ["t"], name="pool", ceil_mode=1, **settings)]
-    other = [helper.make_node("Identity", ["g"], ["e"], name="same")]
-    branches = {
-        "then_branch": helper.make_graph(
-            then, "then", [], [helper.make_tensor_value_info("t", FLOAT, None)]
-        ),
-        "else_branch": helper.make_graph(
-            other, "else", [], [helper.make_tensor_value_info("e", FLOAT, None)]
-        ),
-    }
+    then = [helper.make_node(kind, ["g"], ["z"], name="pool", ceil_mode=1, **settings)]
     model = build(
         [
             helper.make_node("Neg", ["h"], ["g"], name="negative"),
             helper.make_node("ReduceMax", ["g"], ["most"], name="most", keepdims=0),
             helper.make_node("Less", ["most", "bound"], ["small"], name="small"),
-            helper.make_node("If", ["small"], ["y"], name="choose", **branches),
+            choose("small", then, "g"),
         ],
         {"bound": np.array(1e9, np.float32)},
     )

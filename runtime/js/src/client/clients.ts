@@ -167,7 +167,7 @@ export class SplitClient {
     try {
       return await this.#loop.fit(resolved, run.takePosition(start));
     } catch (error) {
-      await run.release(); // whoever resumes the run need not wait for close
+      await run.release(); // another client can resume before close
       throw error;
     }
   }
