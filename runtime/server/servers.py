@@ -51,7 +51,7 @@ from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.wire.exposure import check_exposure, is_loopback
 from splitonnx.runtime.wire.protocols import SERVER
 from splitonnx.runtime.workers.blocks import SharedTensors
-from splitonnx.runtime.workers.heaps import keep_buffers
+from splitonnx.runtime.workers.heaps import exempt_loaded, keep_buffers
 from splitonnx.runtime.workers.pools import WorkerPool
 from splitonnx.runtime.workers.processes import WorkerOptions
 
@@ -219,6 +219,7 @@ class Server:
         """
         raise_limit(self._limits.clients + 2 * self._limits.unauthenticated + FILES)
         keep_buffers()
+        exempt_loaded()
         try:
             asyncio.run(self._run(handle_signals=True))
         finally:

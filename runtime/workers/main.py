@@ -24,7 +24,7 @@ from splitonnx.messages import TaskKey
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.workers.blocks import Block, Place, look_up, measure, open_block, put, take
-from splitonnx.runtime.workers.heaps import Heap
+from splitonnx.runtime.workers.heaps import Heap, exempt_loaded
 from splitonnx.runtime.workers.messages import (
     Action,
     Continue,
@@ -236,6 +236,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is a stage to end
     if sys.platform == "linux":
         threading.Thread(target=_end_with_server, args=(inlet.fileno(),), daemon=True).start()
+    exempt_loaded()
     try:
         Host(inlet, outlet).serve()
     except (BrokenPipeError, KeyboardInterrupt):  # the server is gone, or is about to be

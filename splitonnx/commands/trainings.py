@@ -176,6 +176,7 @@ def train(
             client_target=(client_target or Target.TRAINING).value,
         )
     from splitonnx.runtime.client.datasets import open_dataset
+    from splitonnx.runtime.workers.heaps import exempt_loaded
 
     credentials = security.make_access(
         server,
@@ -200,6 +201,7 @@ def train(
         dataset = open_dataset(data)
         has_checkpoints = not local and checkpoint_every > 0
         steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
+        exempt_loaded()
         with display.showing(steps), _telling_how_to_resume(client, has_checkpoints):
             history = client.fit(
                 dataset,
