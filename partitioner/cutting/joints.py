@@ -28,7 +28,7 @@ from splitonnx.partitioner.graphs.traversals import find_movers, map_values, pru
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.normalization.fusions import separate_pads
+from splitonnx.partitioner.lowerings.fusions import separate_pads
 from splitonnx.tensors import DTYPES, TensorSpec
 
 _DTYPE_NAMES = {

@@ -26,6 +26,7 @@ from splitonnx.partitioner.graphs.traversals import find_dependents
 from splitonnx.partitioner.inference.folds import fold, note_shapes
 from splitonnx.partitioner.inference.sequences import flatten_sequences
 from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
+from splitonnx.partitioner.lowerings.fusions import separate_pads
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
     list_batchnorms,
@@ -35,7 +36,6 @@ from splitonnx.partitioner.normalization.batchnorms import (
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
 from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
 from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
-from splitonnx.partitioner.normalization.fusions import separate_pads
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
 from splitonnx.partitioner.normalization.quantizations import (

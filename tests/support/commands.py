@@ -35,6 +35,7 @@ class Command:
             code = end.code
         finally:
             gc.enable()  # this process does not end with the command
+            gc.unfreeze()
         captured = self._capture.readouterr()
         assert code is None or isinstance(code, int)
         return code or 0, captured.out, captured.err

@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
+from splitonnx.partitioner.lowerings.fusions import separate_pads
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.normalization.fusions import separate_pads
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
