@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import google.protobuf.message
@@ -27,7 +28,7 @@ from splitonnx.partitioner.gate.tensors import DataFiles
 from splitonnx.partitioner.gate.walks import list_tensors
 from splitonnx.partitioner.graphs.faults import (
     FAULTS,
-    UNREADABLE,
+    attribute_errors_to_bytes,
     attribute_errors_to_pass,
     explain,
 )
@@ -74,10 +75,8 @@ def open_model(source: ModelSource) -> ir.Model:
 
 
 def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
-    try:
+    with attribute_errors_to_bytes(partial(NotAModel, label)):
         return read_model(proto)
-    except UNREADABLE as error:
-        raise NotAModel(label, explain(error)) from error
 
 
 def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:

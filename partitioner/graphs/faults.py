@@ -1,31 +1,31 @@
-"""Faults: whose an error is that breaks off the work on a model, the model's or ours.
+"""Faults: whose an error is that interrupts the work on a model, the model's or ours.
 
 The work trusts what an operator's definition promises of its inputs and attributes: ranks that fit,
 a divisor that is not 0, a mode that exists.  A model may break that where no checker looks, and
 the breach then shows as one of Python's errors of values (:data:`FAULTS`): it is told of the node.
-Any other error is a mistake of this package, and says so, with the pass and the node.
+Any other error is a mistake of this package, and says so, with the pass and the node; its
+traceback is logged, and it gives no advice on the model.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from splitonnx.errors import InternalModelError, SplitonnxError, UnsupportedModel
+from splitonnx.faults import log_mistake
 from splitonnx.partitioner.graphs.builders import MissingOutput
 
 FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
 """As what a model shows whose values or ranks are not what an operator takes."""
-UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
+_UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
 """As what bytes show that are no model, when onnx-ir reads them."""
 
 _MOST_CHARACTERS = 160
-
-_logger = logging.getLogger("splitonnx.partitioner")
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def attribute_errors_to(
         UnsupportedModel: the node's inputs or attributes are not what its operator takes.
         InternalModelError: the work itself is wrong.
     """
-    subject = f"node '{node.name}' ({node.op_type})"
+    subject = _describe(node)
     try:
         yield
     except SplitonnxError:
@@ -59,7 +59,9 @@ def attribute_errors_to(
 
 @contextmanager
 def attribute_errors_to_pass(work: str) -> Iterator[None]:
-    """Name a pass over the whole model where it fails; ``work`` completes "while it was ...".
+    """Name a pass over the whole model, and the node it was at, where it fails.
+
+    ``work`` completes "while it was ...".
 
     Raises:
         UnsupportedModel: the model is too large to be written down.
@@ -73,12 +75,48 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
         reason = f"it is too large ({explain(error)})"
         raise UnsupportedModel("the model", reason, "save its weights beside it") from error
     except Exception as error:
-        raise _report("the model", work, error) from error
+        node = _find_node(error)
+        subject = "the model" if node is None else f"the model at {_describe(node)}"
+        raise _report(subject, work, error) from error
+
+
+@contextmanager
+def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterator[None]:
+    """Refuse bytes that cannot be read; ``refuse`` makes the error from the reason.
+
+    onnx-ir and protobuf raise any sort of error over such bytes.  One that says that our own code
+    is wrong, and is raised in it, passes unchanged to the pass around this.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        if not isinstance(error, FAULTS) and _is_raised_here(error):
+            raise
+        raise refuse(explain(error)) from error
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Check whether it is this package's code, and not one that it calls, which raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(find_cause(error).__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("splitonnx.")
+
+
+def _find_node(error: BaseException) -> ir.Node | None:
+    """Find the node that a pass was at when it failed: the innermost function's ``node``."""
+    found = None
+    for frame, _ in traceback.walk_tb(find_cause(error).__traceback__):
+        local = frame.f_locals.get("node")
+        found = local if isinstance(local, ir.Node) else found
+    return found
+
+
+def _describe(node: ir.Node) -> str:
+    return f"node '{node.name}' ({node.op_type})"
 
 
 def _report(subject: str, work: str, error: Exception) -> InternalModelError:
     """Log where our work failed, and make the error that asks for a report."""
-    _logger.debug("%s, while it was %s", subject, work, exc_info=error)
+    log_mistake(f"{subject}, while it was {work}", error)
     cause = find_cause(error)
     return InternalModelError(subject, work, f"{type(cause).__name__}: {explain(error)}")
 

@@ -14,10 +14,9 @@ import onnx_ir as ir
 from splitonnx.errors import NotAModel
 from splitonnx.partitioner.graphs.builders import known_dims, known_rank, take_input
 from splitonnx.partitioner.graphs.faults import (
-    UNREADABLE,
     attribute_errors_to,
+    attribute_errors_to_bytes,
     attribute_errors_to_pass,
-    explain,
 )
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives
@@ -50,16 +49,19 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
     except Refused:
         return  # what contradicts itself stays as it is
     graphs = list(model.graphs())
-    try:
+    reading = attribute_errors_to_bytes(_refuse_types)
+    with attribute_errors_to_pass("given the types that onnx infers"), reading:
         proto = onnx.ModelProto.FromString(inferred)
         if len(graphs) == 1:
             _note_entries(model.graph, proto.graph)
             return
         found = ir.serde.deserialize_model(proto)
-    except UNREADABLE as error:
-        raise NotAModel("the model", f"its types cannot be inferred ({explain(error)})") from error
     for graph, typed in zip(graphs, found.graphs(), strict=False):
         _note_types(graph, typed)
+
+
+def _refuse_types(reason: str) -> NotAModel:
+    return NotAModel("the model", f"its types cannot be inferred ({reason})")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -26,6 +27,9 @@ BASE_BYTES = 4 << 30
 """Address space that a request may take beyond what the process has, whatever its size."""
 BYTES_PER_BYTE = 64
 """And for each byte of the request: graphs of nodes and shapes are larger than their text."""
+
+MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalError"})
+"""Kinds of exceptions that say that the call is wrong, not what it was given."""
 
 _LENGTH = struct.Struct("<Q")
 """Before each request and each answer: its length in bytes."""
@@ -184,13 +188,19 @@ def _limit_memory(size: int) -> None:
 
 
 def _answer(request: bytes) -> bytes:
-    """Compute what was asked: what it gives, or the exception that it raises, in words."""
+    """Compute what was asked, or describe the exception that it raises.
+
+    One that is a mistake of ours is told with its traceback.
+    """
     try:
         name, arguments = msgspec.msgpack.decode(request)
         return msgspec.msgpack.encode([NATIVES[name][0](*arguments)])
     except Exception as error:  # noqa: BLE001
-        text = str(error).encode(errors="replace").decode()
-        return msgspec.msgpack.encode([type(error).__name__, text])
+        kind, told = type(error).__name__, [str(error)]
+        if kind in MISTAKES:
+            told.append("".join(traceback.format_exception(error)))
+        texts = (text.encode(errors="replace").decode() for text in told)
+        return msgspec.msgpack.encode([kind, *texts])
 
 
 def main() -> None:

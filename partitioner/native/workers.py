@@ -20,7 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from splitonnx.errors import NativeCrash, ProcessFailed
+from splitonnx.errors import InternalModelError, NativeCrash, ProcessFailed
+from splitonnx.faults import log_mistake
 from splitonnx.partitioner.native import natives
 
 _MOST_KEPT = 1 << 26
@@ -127,6 +128,7 @@ class Isolation:
 
         Raises:
             Refused: the function raised an exception.
+            InternalModelError: one that says that the function itself is wrong.
             NativeCrash: it ended the process, took too long or needs more memory than it may
                 have; where the process ended, the next call starts another one.
             ProcessFailed: no such process can be started.
@@ -141,7 +143,9 @@ class Isolation:
             reason = f"{code} needs more memory than it may take for a model of this size"
             raise NativeCrash(subject, reason, _ADVICE)
         if len(result) > 1:
-            raise Refused(*result)
+            kind, text, *trace = result
+            refused = Refused(kind, text)
+            raise _own_up(subject, name, refused, *trace) if trace else refused
         made: R = result[0]
         return made
 
@@ -176,6 +180,16 @@ class Isolation:
         self._lock = threading.Lock()
         if worker is not None:
             worker.forget()
+
+
+def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalModelError:
+    """Log where a function failed over there, and make the error that asks for a report."""
+    error.add_note(trace)
+    log_mistake(f"{subject}, in {name}", error)
+    work = f"given to {natives.NATIVES[name][1]}"
+    made = InternalModelError(subject, work, f"{error.kind}: {' '.join(str(error).split())[:160]}")
+    made.__cause__ = error
+    return made
 
 
 _HERE = Isolation()

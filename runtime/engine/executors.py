@@ -25,6 +25,7 @@ from splitonnx.errors import (
     UsageError,
     quote,
 )
+from splitonnx.faults import attribute_errors_to_us
 from splitonnx.manifests import (
     EVALUATE,
     KEY,
@@ -203,11 +204,13 @@ class Executor:
 
         Raises:
             StageFailed: an operator failed.
+            InternalRuntimeError: what runs the stages is wrong.
             NotFinite: the training loss is NaN or infinite; nothing that follows from it is sent.
         """
         task = self._task(key)
         while stage := task.progress.next_stage():
-            self._run(task, stage)
+            with attribute_errors_to_us(f"stage '{stage.name}'"):
+                self._run(task, stage)
             if wires := task.progress.next_wires():
                 yield self._hand_out(task, wires)
         if wires := task.progress.next_wires():  # data alone: no stage was ready

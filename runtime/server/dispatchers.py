@@ -16,6 +16,7 @@ import numpy as np
 from splitonnx.codecs import Chunk
 from splitonnx.errors import (
     BatchTooLarge,
+    InternalRuntimeError,
     NotFinite,
     NotPermitted,
     RemoteProtocolError,
@@ -26,6 +27,7 @@ from splitonnx.errors import (
     TaskTooLarge,
     WorkerLost,
 )
+from splitonnx.faults import attribute_errors_to_us
 from splitonnx.messages import (
     Bye,
     Fault,
@@ -138,7 +140,8 @@ class Dispatcher:
             SplitonnxError: it is to be answered with :meth:`refuse`.
         """
         if isinstance(received.message, Hello):
-            found = self._registry.seek(received.message, self._owner, self._tried)
+            with attribute_errors_to_us("a greeting"):
+                found = self._registry.seek(received.message, self._owner, self._tried)
             if not isinstance(found, Session):
                 return found
             self.session = found
@@ -150,7 +153,8 @@ class Dispatcher:
         Raises:
             SplitonnxError: it is to be answered with :meth:`refuse`.
         """
-        message, tensors = self._protocol.receive(content)
+        with attribute_errors_to_us("the reading of a message"):
+            message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello) and Role.TRAIN not in self._roles:
             raise NotPermitted(Role.TRAIN, "open a session")
         return ReceivedMessage(
@@ -174,7 +178,8 @@ class Dispatcher:
         It must be gone through to its end, whether or not the replies can still be sent.
         """
         try:
-            yield from self._act(received)
+            with attribute_errors_to_us(f"a message '{type(received.message).__name__}'"):
+                yield from self._act(received)
         except SplitonnxError as error:
             yield from self.refuse(error)
 
@@ -274,6 +279,12 @@ def _describe(error: SplitonnxError) -> Fault:
     match error:
         case StaleConnection():
             return Fault(code=code, reason=str(error), newest=error.newest)
+        case InternalRuntimeError():  # what an exception says may name what is the server's own
+            return Fault(
+                code=code,
+                reason=f"a mistake in splitonnx, at the server: {error.subject} failed; please "
+                "report it, with the traceback in the server's log",
+            )
         case ServerBusy():
             return Fault(code=code, reason=error.limit)
         case NotFinite():

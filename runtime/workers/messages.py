@@ -26,6 +26,7 @@ RAISED = frozenset(
     {
         "ArrayMismatch",
         "BatchTooLarge",
+        "InternalRuntimeError",
         "LocalProtocolError",
         "MissingArray",
         "NormTooLarge",

@@ -19,6 +19,7 @@ import typer
 from splitonnx.commands import partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.errors import SplitonnxError
+from splitonnx.faults import LOGGER
 
 TRACEBACK = "SPLITONNX_TRACEBACK"
 """The environment variable that, where it is set, shows where an error came from."""
@@ -60,7 +61,8 @@ def show_options(
 
 def main() -> None:
     """Run the command line; the entry point of ``splitonnx``."""
-    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # it has no say on stderr
+    for logger in ("onnx_ir", LOGGER):  # they have no say on stderr, but in the log of serve
+        logging.getLogger(logger).addHandler(logging.NullHandler())
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
         sys.stdout.flush()
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def _own_up(error: Exception) -> NoReturn:
-    """Tell of a mistake of ours in one line, and how to see more of it."""
+    """Write in one line that the mistake is ours, and how to see more of it."""
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     _fail(

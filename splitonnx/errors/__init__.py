@@ -30,6 +30,7 @@ from splitonnx.errors.connections import (
     WorkerLost,
 )
 from splitonnx.errors.environments import (
+    InternalRuntimeError,
     MissingExtra,
     ProcessFailed,
     StageFailed,
@@ -98,6 +99,7 @@ __all__ = [
     "FormatError",
     "IntegerCut",
     "InternalModelError",
+    "InternalRuntimeError",
     "LocalProtocolError",
     "MessageTooLarge",
     "MissingArray",

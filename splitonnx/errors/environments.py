@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitonnx.errors.roots import SplitonnxError
+from splitonnx.errors.roots import SplitonnxError, flatten
 
 
 @dataclass(eq=False)
@@ -74,6 +74,21 @@ class StageFailed(SplitonnxError):
 
     def __str__(self) -> str:
         return f"stage '{self.stage}' failed: {self.reason}"
+
+
+@dataclass(eq=False)
+class InternalRuntimeError(SplitonnxError):
+    """The work of a client or a server failed by a mistake of ours."""
+
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            "a mistake in splitonnx, not in the model or the data: "
+            f"{flatten(self.subject)} failed ({flatten(self.reason)}); please report it, with the "
+            "traceback that a server logs, or that SPLITONNX_TRACEBACK=1 shows"
+        )
 
 
 @dataclass(eq=False)

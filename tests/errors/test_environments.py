@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from splitonnx.errors import (
+    InternalRuntimeError,
     MissingExtra,
     ProcessFailed,
     SplitonnxError,
@@ -25,6 +26,10 @@ from tests.support.sentences import check_sentence
         (ProcessFailed("a.worker", "no memory"), ("no memory", "python -m a.worker")),
         (UsageError("say one or the other"), ("say one or the other",)),
         (StageFailed("body.step", "no memory"), ("'body.step'", "no memory")),
+        (
+            InternalRuntimeError("stage 'body.step'", "KeyError: 'h'"),
+            ("mistake in splitonnx", "stage 'body.step'", "KeyError: 'h'", "report"),
+        ),
         (StageTooSlow("body.step", 0.5), ("'body.step'", "0.5 s", "--max-stage-seconds")),
         (StageStopped("body.step"), ("'body.step'",)),
     ],

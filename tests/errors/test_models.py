@@ -54,13 +54,20 @@ def test_without_advice_the_sentence_ends_with_the_reason(error: SplitonnxError)
     assert "did you mean" not in str(error)
 
 
-@pytest.mark.parametrize("kind", [NativeCrash, TooManyTries, InternalModelError])
+@pytest.mark.parametrize("kind", [NativeCrash, TooManyTries])
 def test_what_no_node_is_known_to_be_at_fault_for_is_an_unsupported_model_too(
     kind: type[UnsupportedModel],
 ) -> None:
     error = kind("the model", "it took too long")
     assert isinstance(error, UnsupportedModel)
     check_sentence(error, "the model", "it took too long")
+
+
+def test_a_mistake_of_ours_is_no_fault_of_the_model_and_asks_for_a_report() -> None:
+    error = InternalModelError("node 'a' (Elu)", "rewritten", "TypeError: no such thing")
+    assert not isinstance(error, ModelError)
+    check_sentence(error, "a mistake in splitonnx, not in the model", "node 'a' (Elu)")
+    check_sentence(error, "while it was rewritten", "TypeError: no such thing", "report")
 
 
 def test_a_model_and_the_place_of_its_cut_are_told_apart() -> None:

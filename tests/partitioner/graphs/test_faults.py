@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 from google.protobuf.message import EncodeError
 
 from splitonnx.errors import InternalModelError, NotAModel, UnsupportedModel
+from splitonnx.faults import LOGGER
 from splitonnx.partitioner.graphs.builders import MissingOutput
 from splitonnx.partitioner.graphs.faults import (
     FAULTS,
     attribute_errors_to,
+    attribute_errors_to_bytes,
     attribute_errors_to_pass,
     explain,
 )
@@ -83,6 +88,54 @@ def test_work_that_succeeds_is_left_alone() -> None:
     with attribute_errors_to(make_node(), "rewritten"), attribute_errors_to_pass("read"):
         done = True
     assert done
+
+
+def refuse(reason: str) -> NotAModel:
+    return NotAModel("the model", reason)
+
+
+@pytest.mark.parametrize("kind", [*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError])
+def test_any_error_that_is_raised_over_bytes_elsewhere_refuses_them(kind: type[Exception]) -> None:
+    with pytest.raises(NotAModel, match="odd bytes") as caught, attribute_errors_to_bytes(refuse):
+        raise kind("odd bytes")
+    assert isinstance(caught.value.__cause__, kind)
+
+
+def test_an_error_of_our_own_reader_of_bytes_is_not_their_fault() -> None:
+    wrong: Any = explain
+    with pytest.raises(NotAModel), attribute_errors_to_bytes(refuse):
+        wrong(None, None)  # the call fails, here in a test
+    with pytest.raises(AttributeError), attribute_errors_to_bytes(refuse):
+        wrong(None)
+
+
+def test_the_node_that_a_pass_was_at_is_named() -> None:
+    def go_through() -> None:
+        for node in (make_node(), ir.node("Relu", [], name="next")):
+            if node.op_type == "Relu":
+                raise TypeError("no such thing")
+
+    with pytest.raises(InternalModelError) as caught, attribute_errors_to_pass("sorted"):
+        go_through()
+    assert caught.value.subject == "the model at node 'next' (Relu)"
+
+
+def test_a_mistake_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InternalModelError), attribute_errors_to(make_node(), "rewritten"):
+        raise AttributeError("no such thing")
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == (LOGGER, logging.ERROR)
+    assert "node 'layer' (Gemm), while it was rewritten" in record.getMessage()
+    assert "in test_a_mistake_is_logged_with_its_traceback" in caplog.text
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_of_the_model_is_not_logged(
+    kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UnsupportedModel), attribute_errors_to(make_node(), "rewritten"):
+        raise kind("the divisor")
+    assert not caplog.records
 
 
 def test_the_first_cause_is_explained() -> None:

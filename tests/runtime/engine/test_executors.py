@@ -11,6 +11,7 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import (
     ArrayMismatch,
     BundleError,
+    InternalRuntimeError,
     LocalProtocolError,
     MissingArray,
     RemoteProtocolError,
@@ -262,6 +263,16 @@ def test_a_failing_stage_is_named_and_the_state_stays() -> None:
         list(executor.advance(key()))
     executor.abandon(key())
     assert executor.step == 0
+
+
+def test_a_mistake_in_the_running_of_a_stage_is_ours_and_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = Executor(tiny.local_bundle().client, ENGINE)
+    begin(executor, key(), tiny.batch(0))
+    monkeypatch.setattr(ENGINE, "run", None)
+    with pytest.raises(InternalRuntimeError, match=r"stage 'model\.step' failed \(TypeError: "):
+        list(executor.advance(key()))
 
 
 def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: Path) -> None:

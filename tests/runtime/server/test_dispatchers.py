@@ -39,7 +39,8 @@ from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
-from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.wire.protocols import Protocol, list_wires
 from tests.support.callers import ACTIVATION, GRADIENT, SESSION, Caller, expect_fault, make_task
 from tests.support.zoo import ZOO
 
@@ -248,6 +249,25 @@ def test_an_error_is_told_with_the_facts_that_make_it_again(
     assert isinstance(fault, Fault)
     assert fault.code == type(error).__name__
     assert {name: getattr(fault, name) for name in facts} == facts
+
+
+@pytest.mark.parametrize("step", ["receive", "seek", "greet"])
+def test_a_mistake_of_ours_is_told_without_what_it_says_and_logged(
+    step: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise AttributeError("/home/server/secret")
+
+    places = {"receive": Protocol, "seek": Registry, "greet": Session}
+    monkeypatch.setattr(places[step], step, fail)
+    dispatcher = Dispatcher(open_registry(bundle))
+    (fault,) = say(dispatcher, hello(bundle))
+    assert isinstance(fault, Fault)
+    assert fault.code == "InternalRuntimeError"
+    assert "a mistake in splitonnx, at the server" in fault.reason
+    assert "secret" not in fault.reason
+    assert dispatcher.is_closed
+    assert "AttributeError: /home/server/secret" in caplog.text
 
 
 def test_an_older_connection_gives_nothing_up_when_it_ends(bundle: Bundle) -> None:
