@@ -87,8 +87,6 @@ UNTESTED: tuple[str, ...] = (
 )
 """Modules without a test file of their own, until they have one."""
 LONG: tuple[str, ...] = (
-    "runtime/edge/connections.py",
-    "runtime/gate/gates.py",
     "runtime/js/tests/hostile.test.ts",
     "tests/end_to_end/test_attacks.py",
     "tests/end_to_end/test_bad_input.py",

@@ -1,7 +1,7 @@
-"""What watches over each connection of a server: who may enter, how much may come, how slowly.
+"""A server's connection that is held to the limits: how much may come, how fast and how slowly.
 
-Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  What
-the messages say is not known here.
+Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  Who
+may come in is decided by :mod:`admissions`; what the messages say is not known here.
 """
 
 from __future__ import annotations
@@ -13,26 +13,13 @@ from http import HTTPStatus
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.exceptions import PayloadTooBig, ProtocolError
 from websockets.frames import CloseCode, Frame, Opcode
-from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
-from splitonnx.runtime.edge.http import (
-    STATUSES,
-    Authorize,
-    OnRefusal,
-    Refusal,
-    Respond,
-    deny,
-    deny_busy,
-    make_response,
-)
+from splitonnx.runtime.edge.admissions import Admission
+from splitonnx.runtime.edge.http import STATUSES, Refusal, deny
 from splitonnx.runtime.edge.identities import Identity
-from splitonnx.runtime.edge.listeners import BACKLOG, HandshakeQuota
-from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
-from splitonnx.runtime.edge.request_policies import RequestPolicy
-from splitonnx.runtime.limits import Limits
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""
@@ -46,125 +33,16 @@ CLOSE_SECONDS = 5.0
 """Seconds that the other side has to close a connection that was ended here."""
 DISMISS_SECONDS = 1.0
 """Seconds that it has where another connection waits for its place."""
-SHORT_ANSWER = 64 << 10
-"""Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
 ANSWER_SECONDS = 300.0
-"""Seconds in which a longer one has to be taken, which is kept in memory until then."""
+"""Seconds in which a long HTTP answer has to be taken, which is kept in memory until then."""
 ANSWER_CHECKS = 10
 """Times in between at which as large a share of it must have been taken as of the time."""
-ANSWERS_BYTES = 256 << 20
-"""Bytes of all longer answers that are kept at a time."""
 
 _TLS_HELLO = b"\x16\x03"
 
 
-class Admission:
-    """Who is in, and who may enter; ``host`` is what the server listens on."""
-
-    def __init__(
-        self,
-        limits: Limits,
-        *,
-        authorize: Authorize | None,
-        respond: Respond | None,
-        origins: frozenset[str],
-        on_refusal: OnRefusal,
-        has_tls: bool,
-        has_pages: bool,
-        host: str = "",
-    ) -> None:
-        self.limits = limits
-        # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
-        # one after the other reach the hall some turns of the event loop later.
-        self.quota = HandshakeQuota(
-            limits.unauthenticated if has_tls else limits.unauthenticated + 4 * BACKLOG,
-            partial(on_refusal, Refusal.TOO_MANY_UNAUTHENTICATED, "somebody"),
-            self._relieve,
-        )
-        self._has_tls = has_tls
-        self.on_refusal = on_refusal
-        is_locked = has_tls or authorize is not None
-        allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
-        self._policy = RequestPolicy(authorize=authorize, respond=respond, origins=allowed)
-        self._strangers: dict[LimitedConnection, None] = {}  # in the order of their coming
-        self._clients: set[LimitedConnection] = set()
-        self._answers: dict[LimitedConnection, int] = {}  # bytes of the longer ones
-
-    def enter(self, connection: LimitedConnection) -> None:
-        """Take in a stranger, and send away the one that has waited longest if there are many."""
-        if len(self._strangers) >= self.limits.unauthenticated:
-            self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)
-        self._strangers[connection] = None
-
-    def _relieve(self) -> None:
-        """Make room where no file descriptor is left for a connection, by one for the next."""
-        self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
-        if self._strangers:
-            self._send_away(Refusal.TOO_MANY_FILES)
-
-    def _send_away(self, refusal: Refusal) -> None:
-        """Send away the stranger that has waited longest."""
-        oldest = next(iter(self._strangers))
-        del self._strangers[oldest]
-        oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
-        if self._has_tls:
-            self.quota.sweep()
-
-    def admit(self, connection: LimitedConnection, identity: Identity) -> Refusal | None:
-        """Make a stranger a client; return why not where there is no room, for all or its owner."""
-        if connection.owner is not None:
-            return None
-        refusal = None
-        if len(self._clients) >= self.limits.clients:
-            refusal = Refusal.TOO_MANY_CLIENTS
-        elif identity.owner and self._count(identity.owner) >= self.limits.clients_per_token:
-            refusal = Refusal.TOO_MANY_CLIENTS_OF_TOKEN
-        if refusal is not None:
-            self.on_refusal(refusal, connection.name)
-            return refusal
-        self._strangers.pop(connection, None)
-        self._clients.add(connection)
-        connection.become_client(identity)
-        return None
-
-    def _count(self, owner: str) -> int:
-        return sum(client.owner == owner for client in self._clients)
-
-    def leave(self, connection: LimitedConnection) -> None:
-        """Forget somebody."""
-        self._strangers.pop(connection, None)
-        self._clients.discard(connection)
-        self._answers.pop(connection, None)
-
-    def answer(self, socket: ServerConnection, request: Request) -> Response | None:
-        """Decide on a handshake: an HTTP answer, or ``None`` to go on."""
-        assert isinstance(socket, LimitedConnection)
-        decision = self._policy.decide(request, socket.transport)
-        if decision.refusal is not None:
-            self.on_refusal(decision.refusal, socket.name)
-        if decision.answer is None:
-            refusal = None if decision.identity is None else self.admit(socket, decision.identity)
-            return None if refusal is None else deny_busy(refusal)
-        response = make_response(*decision.answer)
-        if request.method == "HEAD":
-            response.body = b""
-        elif not self._keep(socket, len(response.body)):
-            self.on_refusal(Refusal.TOO_MANY_ANSWERS, socket.name)
-            return deny_busy(Refusal.TOO_MANY_ANSWERS)
-        return response
-
-    def _keep(self, connection: LimitedConnection, size: int) -> bool:
-        """Give a guest the time to take a long answer, if there is room to keep it so long."""
-        if size > SHORT_ANSWER:
-            if sum(self._answers.values()) + size > ANSWERS_BYTES:
-                return False
-            self._answers[connection] = size
-            connection.wait_for_answer(size)
-        return True
-
-
 class LimitedConnection(ServerConnection):
-    """One connection, held to the limits; ``identity`` is ``None`` while it is a stranger."""
+    """One connection, held to the limits; ``identity`` is ``None`` until a token was shown."""
 
     def __init__(
         self,
@@ -192,18 +70,18 @@ class LimitedConnection(ServerConnection):
         self.name = "somebody"
         self._admission = admission
         self._limits = admission.limits
-        self._pace = TokenBucket(admission.limits.messages_per_second, self.loop.time())
+        self._bucket = TokenBucket(admission.limits.messages_per_second, self.loop.time())
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in all
         self.kept = 0  # bytes of messages that nobody has taken yet
-        self._frames = 0  # since the pace was last looked at
+        self._frames = 0  # since the bucket was last looked at
         self._fragments = 0  # of the message under way
         self.is_underway = False  # whether part of a message has come
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin: a stranger has come in."""
+        """Begin, with the limits that hold until a token was shown."""
         super().connection_made(transport)
         self.recv_messages.pause = partial(self._pause, "queue")
         self.recv_messages.resume = partial(self._resume, "queue")
@@ -220,13 +98,13 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End: give the seat back, and tell why where this side ended it."""
+        """End, and make room for another."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read, within what a stranger may send, and at the pace that is allowed."""
+        """Read, within what may come before a token, and as fast as is allowed."""
         if not self._bytes and data.startswith(_TLS_HELLO):
             # an answer in HTTP makes TLS on the other side say what is wrong
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
@@ -253,7 +131,7 @@ class LimitedConnection(ServerConnection):
             or bool(protocol.reader.buffer)
         )
         self._watch()
-        wait = self._pace.count(self._frames, self._heard)
+        wait = self._bucket.count(self._frames, self._heard)
         self._frames = 0
         if wait:
             self._pause("pace")
@@ -279,11 +157,11 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Whose connection it is; ``None`` while it is a stranger."""
+        """Whose connection it is; ``None`` until a token was shown."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that hold for strangers."""
+        """Lift the limits that hold before a token was shown."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")
@@ -295,7 +173,7 @@ class LimitedConnection(ServerConnection):
             self._resume("kept")
 
     def open(self) -> None:
-        """Note that the handshake is done; give a stranger the time for its token."""
+        """Note that the handshake is done, and wait for a token unless one was shown."""
         self._timers.stop("handshake")
         self._listen()
         if self.owner is not None:
@@ -308,7 +186,7 @@ class LimitedConnection(ServerConnection):
         )
 
     def wait_for_answer(self, size: int) -> None:
-        """Give a stranger the time to take a long answer, as long as it takes it steadily."""
+        """Leave the time to take a long HTTP answer, as long as it is taken steadily."""
         self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
         self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)

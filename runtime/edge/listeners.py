@@ -114,7 +114,7 @@ class AcceptedSocket(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket whose guests are counted."""
+    """A listening socket that counts what it accepts."""
 
     quota: HandshakeQuota
     _failed = -math.inf
@@ -201,7 +201,7 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle what the event loop could not: a door has told of its want of descriptors already."""
+    """Handle what the event loop could not; a listener has told already that descriptors are short."""
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):
         loop.default_exception_handler(context)

@@ -19,8 +19,9 @@ class Origins:
     """The origins that are let in.
 
     With ``has_pages`` the server gives out pages of its own, whose origin is the host that they ask
-    for.  So is that of a stranger's page whose name the DNS turned to this machine's address
-    meanwhile: unless ``is_locked``, by what such a page has not, a name is not enough.
+    for.  So is that of a page elsewhere whose name was pointed at this machine meanwhile (DNS
+    rebinding): a name is not enough, unless the server ``is_locked`` by tokens or TLS, which such
+    a page does not have.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a request in HTTP is answered, and as whom its sender comes in.
 
 Methods, hosts, origins and tokens are looked at here.  It counts nobody and holds no connection;
-how many may come is for :mod:`connections`.
+how many may come is for :mod:`admissions`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from splitonnx.runtime.edge.origins import Origins
 class Decision:
     """What becomes of a request: ``answer`` if there is one, else a websocket.
 
-    ``identity`` is ``None`` for a stranger, who may still log in, and ``refusal`` says why the
-    answer is none that was asked for.
+    ``identity`` is ``None`` if no token was shown, which may still come as a message, and
+    ``refusal`` says why the answer is not the one that was asked for.
     """
 
     identity: Identity | None = None

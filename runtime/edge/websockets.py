@@ -17,15 +17,12 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import WebSocketException
 from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, ServerBusy
-from splitonnx.runtime.edge.connections import (
-    ANSWER_SECONDS,
-    CLOSE_SECONDS,
-    Admission,
-    LimitedConnection,
-)
+from splitonnx.runtime.edge.admissions import Admission
+from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, LimitedConnection
 from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
 from splitonnx.runtime.edge.identities import Identity, Role
 from splitonnx.runtime.edge.listeners import ignore_scarcity, open_listeners
@@ -51,8 +48,8 @@ class Peer:
 
     @property
     def owner(self) -> str | None:
-        """Whom the token or certificate belongs to, ``""`` where none is needed, ``None`` for a
-        stranger."""
+        """Whom the token or certificate belongs to: ``""`` where none is needed, ``None`` until one
+        was shown."""
         return self._connection.owner
 
     @property
@@ -62,7 +59,7 @@ class Peer:
 
     @property
     def roles(self) -> frozenset[Role]:
-        """What whoever connected may do; nothing for a stranger."""
+        """What whoever connected may do: nothing until a token was shown."""
         identity = self._connection.identity
         return frozenset() if identity is None else identity.roles
 
@@ -105,7 +102,7 @@ class Peer:
         try:
             async with asyncio.timeout(idle_seconds) as idle:
                 async for part in fragments:
-                    idle.reschedule(None)  # the guard looks at what has begun
+                    idle.reschedule(None)  # the connection times what has begun
                     content.add(part)
                     self._connection.take(len(part))
         except TimeoutError as error:
@@ -157,8 +154,8 @@ async def serve(
 
     ``handle`` is called for each client that is through its handshake, and the connection ends
     when it returns.  A token in the request's header is shown to ``authorize``, which tells whom it
-    stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in as a
-    stranger, whom ``handle`` may admit.  Without ``authorize`` everybody is admitted, as the common
+    stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in
+    unauthenticated, and ``handle`` may admit it.  Without ``authorize`` everybody is admitted, as the common
     name in the certificate that ``tls`` asked for, else as ``""``.
 
     ``respond`` answers HTTP requests on the same port, before anything else becomes of them.
@@ -181,6 +178,10 @@ async def serve(
         host=host.lower(),
     )
 
+    def answer(socket: ServerConnection, request: Request) -> Response | None:
+        assert isinstance(socket, LimitedConnection)
+        return admission.answer(socket, request)
+
     async def welcome(socket: ServerConnection) -> None:
         assert isinstance(socket, LimitedConnection)
         socket.open()
@@ -194,13 +195,13 @@ async def serve(
                 welcome,
                 sock=listener,
                 ssl=tls,
-                process_request=admission.answer,
+                process_request=answer,
                 compression=None,
                 max_size=admission.limits.unauthenticated_bytes,
-                open_timeout=ANSWER_SECONDS,  # the guard looks at the handshake
+                open_timeout=ANSWER_SECONDS,  # the connection times the handshake
                 ssl_handshake_timeout=admission.limits.handshake_seconds if tls else None,
                 ping_interval=PING_SECONDS,
-                ping_timeout=None,  # the guard listens for more than pongs
+                ping_timeout=None,  # the connection listens for more than pongs
                 close_timeout=CLOSE_SECONDS,
                 server_header=None,
                 create_connection=cast(

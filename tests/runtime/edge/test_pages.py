@@ -16,7 +16,7 @@ import pytest
 from splitonnx import Server
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.edge import connections, pages
+from splitonnx.runtime.edge import admissions, pages
 from splitonnx.runtime.edge.http import HttpRequest
 from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Tokens, add_token
@@ -95,7 +95,7 @@ def test_a_long_answer_may_take_longer_than_a_handshake(bundle: Path, web: Path)
 def test_no_more_long_answers_wait_than_there_is_room_for(
     bundle: Path, web: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "ANSWERS_BYTES", 2 * LONG)
+    monkeypatch.setattr(admissions, "ANSWERS_BYTES", 2 * LONG)
     with Server(bundle / "server", port=0, web=web) as server, ExitStack() as waiting:
         for _ in range(2):
             client = waiting.enter_context(dial(server.port))
