@@ -213,7 +213,7 @@ def main() -> int:
                 samples = watch(process, crowd.tally, options.minutes * 60)
             metrics = read_metrics(url)
             after = read_memory(process)
-        return judge(samples, after, crowd.tally, metrics, log.read_text())
+        return assess(samples, after, crowd.tally, metrics, log.read_text())
 
 
 def watch(process: int, tally: Tally, seconds: float) -> list[tuple[float, int]]:
@@ -233,7 +233,7 @@ def watch(process: int, tally: Tally, seconds: float) -> list[tuple[float, int]]
     return samples
 
 
-def judge(
+def assess(
     samples: list[tuple[float, int]],
     after: int,
     tally: Tally,

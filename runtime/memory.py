@@ -16,7 +16,7 @@ from splitonnx.runtime.server.registries import Registry
 
 
 class MemoryTransport:
-    """A client's connection to a conversation in the same thread.
+    """A client's connection to a dispatcher in the same thread.
 
     The server's work is done when the client waits for a reply, and what is left of it before
     the client's next message, at :meth:`drain` and at :meth:`close`.
@@ -40,7 +40,7 @@ class MemoryTransport:
         return executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Hand the conversation one message."""
+        """Hand the dispatcher one message."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()

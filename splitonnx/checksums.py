@@ -1,8 +1,8 @@
-"""Seals: a tensor file that carries a SHA-256 over all of itself, so that no change goes unnoticed.
+"""Checksums: a tensor file carries a SHA-256 over all of itself, so that no change goes unnoticed.
 
 The sum stands in the header's metadata under ``sha256`` and is taken over every byte of the file,
-with 64 zeros in the sum's own place.  Nobody is kept from altering a file and its sum: a seal tells
-accidents, not attacks.  This module knows bytes and no file system.
+with 64 zeros in the sum's own place.  Nobody is kept from altering a file and its sum: this
+finds accidents, not attacks.  This module knows bytes and no file system.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLANK = "0" * 64
 def encode_with_checksum(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> list[Chunk]:
-    """Write tensors and metadata as chunks of one sealed file; no tensor is copied.
+    """Write tensors and metadata as chunks of one file with its checksum; no tensor is copied.
 
     Raises:
         FormatError: an element type that cannot be written.
@@ -37,7 +37,7 @@ def encode_with_checksum(
 
 
 def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
-    """Whether a well-formed file is as it was sealed; ``metadata`` is what was read from it."""
+    """Whether a well-formed file is as it was written; ``metadata`` is what was read from it."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = bytes(content[:end])
     start = header.find(_MARK) + len(_MARK)

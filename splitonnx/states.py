@@ -130,8 +130,8 @@ def read_state(
         return None
     path, content = found[0], hold(found[1]) if is_held else found[1]
     tensors, metadata = decode_state(path, content, manifest.state)
-    is_sealed = CHECKSUM in metadata or "format" in metadata  # earlier versions sealed none
-    if is_sealed and not has_valid_checksum(content, metadata):
+    has_checksum = CHECKSUM in metadata or "format" in metadata  # earlier versions wrote none
+    if has_checksum and not has_valid_checksum(content, metadata):
         raise BundleError(str(path), "it was altered since it was written")
     step, digest = metadata.get("step", ""), metadata.get("digest")
     if digest != manifest.digest or not step.isdecimal():

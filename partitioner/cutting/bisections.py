@@ -72,10 +72,10 @@ def find_bisections(
     client = _Client(around, trainable)
     row = [value for value in candidates if client.advance(value)]
     server = _Server(graph, around, trainable, client, row)
-    judged = {row[place]: server.judge(place) for place in reversed(range(len(row)))}
+    classified = {row[place]: server.classify(place) for place in reversed(range(len(row)))}
     visits, found = 0, []
     for value in _add_beside(graph, candidates, around, sent, trainable):
-        made = judged.get(value)
+        made = classified.get(value)
         if made is None or (made is _REFUSED and sent):
             visits += len(graph)
             if visits > MOST_VISITS:
@@ -287,7 +287,7 @@ class _Server:
         self._read: set[str] = set()
         self._elements = 0
 
-    def judge(self, place: int) -> Bisection | None:
+    def classify(self, place: int) -> Bisection | None:
         """Tell whether the tensor at a place divides the graph; ``None`` where that is not seen.
 
         Places are asked for in falling order.
@@ -302,7 +302,7 @@ class _Server:
         if self._leaks or earlier or self._shared:
             return _REFUSED
         held = self._row[place]
-        kept = [self._judge_size(node, place) for node in self._list_underived(held)]
+        kept = [self._classify_size(node, place) for node in self._list_underived(held)]
         if False in kept:
             return _REFUSED
         if None in kept or not self._client.regular[place]:
@@ -366,7 +366,7 @@ class _Server:
                 found += nodes
         return found
 
-    def _judge_size(self, node: ir.Node, place: int) -> bool | None:
+    def _classify_size(self, node: ir.Node, place: int) -> bool | None:
         """Tell whether the cut tensor alone has the sizes; if not, one before it forbids the cut.
 
         ``None`` where the server might compute the tensors that have them.

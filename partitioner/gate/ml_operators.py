@@ -16,7 +16,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
 
 DOMAIN = "ai.onnx.ml"
 
-_Settle = Callable[[NodeBuilder, ir.Node], ir.Value]
+_Rewrite = Callable[[NodeBuilder, ir.Node], ir.Value]
 
 
 def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -52,7 +52,7 @@ def normalize_ml_operators(graph: ir.Graph) -> None:
             draft.replace(node, [ESTIMATORS[node.op_type](draft, node)])
 
 
-def _settle_extractor(draft: NodeBuilder, node: ir.Node) -> ir.Value:
+def _rewrite_extractor(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     """Columns of the last axis; a vector counts as one row."""
     source, picks = node.inputs
     assert source is not None
@@ -63,7 +63,7 @@ def _settle_extractor(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     return draft.op("Gather", source, flat, axis=-1)
 
 
-def _settle_scaler(draft: NodeBuilder, node: ir.Node) -> ir.Value:
+def _rewrite_scaler(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     """(x - offset) * scale, as F32."""
     value = node.inputs[0]
     assert value is not None
@@ -76,8 +76,8 @@ def _settle_scaler(draft: NodeBuilder, node: ir.Node) -> ir.Value:
     return value
 
 
-ESTIMATORS: Mapping[str, _Settle] = {
-    "ArrayFeatureExtractor": _settle_extractor,
-    "Scaler": _settle_scaler,
+ESTIMATORS: Mapping[str, _Rewrite] = {
+    "ArrayFeatureExtractor": _rewrite_extractor,
+    "Scaler": _rewrite_scaler,
 }
 """Operator of the domain -> how it is written in standard ones; the gate lets no other pass."""

@@ -35,7 +35,7 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
         if node.op_type not in _WINDOWED or node.domain:
             continue
         with attribute_errors_to(node, "given explicit padding"):
-            counts = _settle_node(node)
+            counts = _make_padding_explicit(node)
         found = known_dims(node.outputs[0])
         if counts and found is not None and found[2:] != counts:
             wrong.extend(node.outputs)
@@ -44,8 +44,8 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     return bool(wrong)
 
 
-def _settle_node(node: ir.Node) -> list[int]:
-    """Settle one; give how many windows there are along each axis where onnx may be wrong."""
+def _make_padding_explicit(node: ir.Node) -> list[int]:
+    """Write the padding of one node out; return its windows per axis where onnx may be wrong."""
     kernel = read_kernel(node)
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     if kernel is not None and mode != "NOTSET":
@@ -54,7 +54,7 @@ def _settle_node(node: ir.Node) -> list[int]:
             del node.attributes["auto_pad"]
             node.attributes["pads"] = ir.AttrInt64s("pads", pads)
     elif kernel is not None and node.attributes.get_int("ceil_mode", False):
-        return _settle_ceiling(node, kernel)
+        return _make_ceiling_explicit(node, kernel)
     return []
 
 
@@ -92,7 +92,7 @@ def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | N
     return [*small, *large] if mode == "SAME_UPPER" else [*large, *small]
 
 
-def _settle_ceiling(node: ir.Node, kernel: Sequence[int]) -> list[int]:
+def _make_ceiling_explicit(node: ir.Node, kernel: Sequence[int]) -> list[int]:
     """Pad as much as the last windows need; what ``ceil_mode`` adds never counts.  Count them."""
     rank = len(kernel)
     dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None

@@ -46,7 +46,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
     """
     _hoist(graph)
     stored = dict(_list_stored(graph))
-    verdicts = {name: _judge(value, tensor) for name, (value, tensor) in stored.items()}
+    verdicts = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
     lifted = {
         n for n, v in verdicts.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
     }
@@ -146,7 +146,7 @@ def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.Tens
                 yield value.name, (value, tensor)
 
 
-def _judge(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
     if tensor.dtype not in _FLOATS:
         return Verdict(
             kind=TensorKind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient"
@@ -196,7 +196,7 @@ def _hoist(graph: ir.Graph) -> None:
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
     for holder, body in bodies:
         for name, (value, tensor) in list(_list_stored(body)):
-            if value.is_graph_output() or _judge(value, tensor).kind is not TensorKind.PARAMETER:
+            if value.is_graph_output() or _classify(value, tensor).kind is not TensorKind.PARAMETER:
                 continue
             own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
             taken.add(own)

@@ -1,8 +1,8 @@
-"""A client's conversation with its server, which breaks and is taken up again.
+"""A client's channel to its server: a logical connection that reconnects.
 
 It reconnects, greets, and sends the messages of an open task once more, so that whoever uses it
-sees tensors go and come, each once.  Which step the two sides are to go on from comes out of the
-greeting; going back there is the client's business.
+sees tensors go and come, each once.  The greeting settles from which step the two sides continue;
+going back there is the client's business.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _logger = logging.getLogger("splitonnx.client")
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where the client stands, as its greeting tells; see :class:`~splitonnx.messages.Hello`."""
+    """From where a client can resume; see :class:`~splitonnx.messages.Hello`."""
 
     origin: str
     start: int
@@ -75,15 +75,15 @@ class ResumePoint:
 class Channel:
     """The connection of one session.
 
-    ``step`` is where both sides went on after the last greeting: the client's own step, or an
-    earlier one that it kept.
+    ``step`` is from where both sides continued after the last greeting: the client's own step, or
+    an earlier one that it kept.
 
     Args:
         dial: makes a connection; ``None`` with ``transport`` where there is but that one.
         transport: a connection that is there already.
         manifest: the client's.
         session: the session's name.
-        stand: tells where the client stands whenever it greets.
+        find_resume_point: returns from where the client can resume; called for each greeting.
         backoff: how to reconnect.
         patient: whether the first connection is worth waiting for, as every later one is.
 
@@ -99,7 +99,7 @@ class Channel:
         *,
         manifest: PartyManifest,
         session: str,
-        stand: Callable[[], ResumePoint],
+        find_resume_point: Callable[[], ResumePoint],
         backoff: Backoff,
         patient: bool = False,
     ) -> None:
@@ -107,11 +107,11 @@ class Channel:
         self._dial = dial
         self._given = transport
         self._manifest = manifest
-        self._stand = stand
+        self._find_resume_point = find_resume_point
         self._backoff = backoff
         self._generation = 0
         self._wants_repeat = False
-        self._delays: Iterator[float] | None = None  # they go on until something comes of it
+        self._delays: Iterator[float] | None = None  # the same until something comes of it
         self._lost_at: float | None = None  # likewise: when the connection was lost first
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
@@ -215,7 +215,7 @@ class Channel:
         self._hang_up()
 
     def _note_progress(self) -> None:
-        """Begin to wait anew when a connection is lost: something came that had not come before."""
+        """Note that something new came: the next reconnect begins with the shortest delay."""
         self._delays = self._lost_at = None
 
     def _require_task(self) -> OpenTask:
@@ -235,7 +235,7 @@ class Channel:
             _logger.warning("%s; reconnecting", cause)
             self.step = self._find_server(cause)
             _logger.info("reconnected at step %d", self.step)
-            if self.step != self._stand().step:
+            if self.step != self._find_resume_point().step:
                 raise StepsLost(self.step)
             try:
                 self._repeat()
@@ -262,8 +262,8 @@ class Channel:
             self._send(message, wires)
 
     def _find_last(self) -> OpenTask | None:
-        """Give the last step, if it was made here and is the one before where the client stands."""
-        if self._last is not None and self._last.key.step == self._stand().step - 1:
+        """Return the last step, if it was made here and is the one before the client's own."""
+        if self._last is not None and self._last.key.step == self._find_resume_point().step - 1:
             return self._last
         return None
 
@@ -288,7 +288,7 @@ class Channel:
         raise AssertionError("the delays have no end")
 
     def _greet(self) -> int:
-        """Connect, greet, and return the step at which both sides go on."""
+        """Connect, greet, and return the step at which both sides continue."""
         for attempt in itertools.count(1):
             self._hang_up()
             self._transport = self._connect()
@@ -320,26 +320,28 @@ class Channel:
         return self._dial()
 
     def _make_hello(self) -> Hello:
-        standing = self._stand()
+        point = self._find_resume_point()
         return Hello(
             digest=self._manifest.digest,
             session=self.session,
-            origin=standing.origin,
-            start=standing.start,
+            origin=point.origin,
+            start=point.start,
             generation=self._generation,
-            step=standing.step,
-            kept=standing.kept,
+            step=point.step,
+            kept=point.kept,
             is_open=self._task is not None and bool(self._task.sent),
             can_repeat=self._find_last() is not None,
             wires=list_wires(self._manifest),
         )
 
     def _check_welcome(self, welcome: Welcome) -> None:
-        standing = self._stand()
+        point = self._find_resume_point()
         if welcome.session != self.session:
             raise RemoteProtocolError(f"it welcomed session '{welcome.session[:40]}'")
-        if welcome.step not in (standing.step, *(standing.kept or (standing.start,))):
-            raise RemoteProtocolError(f"it would go on at step {welcome.step}, of which none kept")
+        if welcome.step not in (point.step, *(point.kept or (point.start,))):
+            raise RemoteProtocolError(
+                f"it would continue at step {welcome.step}, of which no state was kept"
+            )
 
     def _hang_up(self) -> None:
         if self._transport is not None:

@@ -13,7 +13,7 @@ from splitonnx.runtime.wire.exposure import is_loopback
 MESSAGE_BYTES = 256 << 20
 """Bytes of one message from a server, unless another limit is given."""
 
-_logger = logging.getLogger("splitonnx.accesses")
+_logger = logging.getLogger("splitonnx.credentials")
 
 
 @dataclass(frozen=True, kw_only=True)

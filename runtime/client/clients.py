@@ -125,7 +125,7 @@ class Client:
             transport,
             manifest=self._manifest,
             session=self._run.session,
-            stand=lambda: self._run.stand(self._executor.step),
+            find_resume_point=lambda: self._run.find_resume_point(self._executor.step),
             backoff=Backoff(give_up_after=give_up_after),
             patient=is_patient or give_up_after is not None,
         )
@@ -154,7 +154,7 @@ class Client:
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """The steps of this run that can be gone back to, newest first."""
-        return self._run.stand(self.steps).kept
+        return self._run.find_resume_point(self.steps).kept
 
     def fit(
         self,

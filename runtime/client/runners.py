@@ -1,7 +1,8 @@
-"""The client's half of a split model: its part, its journal and its link to the server, as one.
+"""The client's side of a split model: carry out its tasks, with the server where there is one.
 
-It carries out one task after the other, lets both sides write their checkpoints, and goes back
-with the server where that one lost steps.  Data, epochs and records are the client's business.
+It joins the executor of the client's part, the run and the channel: it has both sides write their
+checkpoints, and goes back with the server where that one lost steps.  Data, epochs and records are
+the client's business.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _logger = logging.getLogger("splitonnx.client")
 
 
 class TaskRunner:
-    """``channel`` is ``None`` for a model left whole; ``seed`` keys the random masks.
+    """Carries out one task after the other.
+
+    ``channel`` is ``None`` for a model left whole; ``seed`` keys the random masks.
 
     ``position`` is where in its data the state stands, as far as that is known: the caller sets it,
     and it changes where steps are lost.
@@ -57,8 +60,8 @@ class TaskRunner:
         """Carry one task through, from its data to its commit, and return the phase's results.
 
         Raises:
-            StepsLost: the server lost steps; both sides stand at an earlier one, and can go on.
-            DataError, StageFailed, ProtocolError: the task is given up, and the half is closed.
+            StepsLost: the server lost steps; both sides stand at an earlier one, and can continue.
+            DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
         """
         self._require_open()
         number = self.executor.step if phase == TRAIN else next(self._others)
@@ -69,7 +72,7 @@ class TaskRunner:
                 return self._exchange(key, learning_rate)
         except StepsLost:
             raise
-        except BaseException:  # Ctrl-C too: the server is told, and it goes on up
+        except BaseException:  # Ctrl-C too: the server is told before it is raised further
             self.close()
             raise
         finally:

@@ -28,7 +28,7 @@ MOST_RETURNS = 100
 
 
 class TrainingLoop:
-    """Trains and evaluates by one party's half of tasks.
+    """Trains and evaluates by the tasks of one party.
 
     ``seed`` decides the order of what is evaluated; a fit has its own in its place in the data.
     """
@@ -43,7 +43,7 @@ class TrainingLoop:
         self._seed = seed
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
-        """Train from a place in the data until the plan is carried out, and return what happened.
+        """Train from a place in the data to the end of the last epoch, and return the history.
 
         Where the server lost steps, both sides go back and make them again.
 

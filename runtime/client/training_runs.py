@@ -1,4 +1,4 @@
-"""What a client keeps so that its training can go on: its session's name, checkpoints, position.
+"""What a client keeps so that its training can be resumed: its session, checkpoints, position.
 
 A run is unfinished while its checkpoints are newer than the state that the folder has as its
 outcome.  This module knows files and names; it runs nothing and knows no server.
@@ -33,7 +33,7 @@ _POSITION = msgspec.json.Decoder(DataPosition)
 class TrainingRun:
     """The record of one client's session; made by :meth:`open`.
 
-    ``position`` is where in its data a resumed run goes on, ``None`` for one that begins.
+    ``position`` is where in its data a resumed run continues, ``None`` for one that begins.
     ``is_behind`` says that the last checkpoint could not be written.
     """
 
@@ -54,7 +54,7 @@ class TrainingRun:
 
     @classmethod
     def open(cls, executor: Executor, *, resume: bool) -> Self:
-        """Begin a session, or go on with the unfinished one whose state ``executor`` then takes.
+        """Begin a session, or resume the unfinished one, whose state ``executor`` then takes.
 
         With ``resume`` and nothing unfinished, training begins where the folder's state stands.
         The folder is held then until :meth:`release`.
@@ -90,14 +90,14 @@ class TrainingRun:
             self._lock.release()
         self._lock = None
 
-    def stand(self, step: int) -> ResumePoint:
-        """Say where the client stands that is at ``step`` now."""
+    def find_resume_point(self, step: int) -> ResumePoint:
+        """Return from where a client at ``step`` can resume."""
         kept = () if self._store is None else self._store.steps()
         return ResumePoint(origin=self._origin, start=self._start, step=step, kept=kept)
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether the session can be gone on with: it goes once its run is finished."""
+        """Whether the session can be resumed: they are deleted once its run is finished."""
         try:
             return self._store is not None and bool(self._store.steps())
         except BundleError:  # they may be there, where they cannot be looked at
@@ -160,10 +160,10 @@ class TrainingRun:
         return None
 
     def take_position(self, start: DataPosition) -> DataPosition:
-        """Return where in its data a run begins: at ``start``, or where it was broken off.
+        """Return where in its data a run begins: at ``start``, or where it was interrupted.
 
         Raises:
-            UsageError: it would go on with other data, batches or seed than it began with.
+            UsageError: it would continue with other data, batches or seed than it began with.
         """
         kept, self.position = self.position, None
         if kept is None:

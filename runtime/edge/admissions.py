@@ -22,10 +22,10 @@ from splitonnx.runtime.edge.http import (
     deny_busy,
     make_response,
 )
-from splitonnx.runtime.edge.identities import Identity
 from splitonnx.runtime.edge.listeners import BACKLOG, HandshakeQuota
 from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.request_policies import RequestPolicy
+from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 
 SHORT_ANSWER = 64 << 10

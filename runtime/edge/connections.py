@@ -18,8 +18,8 @@ from websockets.server import ServerProtocol
 
 from splitonnx.runtime.edge.admissions import Admission
 from splitonnx.runtime.edge.http import STATUSES, Refusal, deny
-from splitonnx.runtime.edge.identities import Identity
 from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
+from splitonnx.runtime.edge.tokens import Identity
 
 REQUEST_BYTES = 16 << 10
 """Bytes of a handshake's HTTP request."""

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from splitonnx.runtime.edge.identities import ALL_ROLES, Identity, Role
+from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
 
 
 class Refusal(StrEnum):

@@ -201,7 +201,7 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle what the event loop could not; a listener has told already that descriptors are short."""
+    """Handle what the event loop could not; a listener has reported scarce descriptors already."""
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):
         loop.default_exception_handler(context)

@@ -77,16 +77,16 @@ class Pages:
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
 
-    def answer(self, visit: HttpRequest) -> HttpResponse | None:
+    def answer(self, request: HttpRequest) -> HttpResponse | None:
         """Answer who asks for one of the files; ``None`` where it is none."""
-        path = unquote(visit.path.partition("?")[0])
+        path = unquote(request.path.partition("?")[0])
         page = self._pages.get(f"/{INDEX}" if path == "/" else path)
-        if page is None or visit.is_upgrade:
+        if page is None or request.is_upgrade:
             return None
         headers = {**HEADERS, "ETag": page.tag}
-        if page.tag in (tag.strip() for tag in visit.known_tags.split(",")):
+        if page.tag in (tag.strip() for tag in request.known_tags.split(",")):
             return HttpResponse(HTTPStatus.NOT_MODIFIED, page.content_type, b"", headers)
-        if page.packed is not None and _takes_gzip(visit.encodings):
+        if page.packed is not None and _takes_gzip(request.encodings):
             headers["Content-Encoding"] = "gzip"
             return HttpResponse(HTTPStatus.OK, page.content_type, page.packed, headers)
         return HttpResponse(HTTPStatus.OK, page.content_type, page.body, headers)

@@ -21,8 +21,8 @@ from splitonnx.runtime.edge.http import (
     Respond,
     read_request,
 )
-from splitonnx.runtime.edge.identities import Identity, Role
 from splitonnx.runtime.edge.origins import Origins
+from splitonnx.runtime.edge.tokens import Identity, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may come in, and as whom.
+"""Bearer tokens: who may come in, as whom, and what they may do.
 
 A token is made here, 256 random bits, and shown once.  The server's file keeps its SHA-256 alone,
 so that whoever reads the file cannot come in; a slow hash, which passwords need, gains nothing
@@ -21,12 +21,13 @@ import secrets
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular, read_regular
 from splitonnx.outputs import check_place
-from splitonnx.runtime.edge.identities import ALL_ROLES, Identity, Role
 
 TOKEN_BYTES = 32
 """Random bytes of a token."""
@@ -40,6 +41,28 @@ _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 
 _logger = logging.getLogger("splitonnx.tokens")
+
+
+class Role(StrEnum):
+    """What an owner may do with a server."""
+
+    TRAIN = "train"
+    """Open sessions: train, predict, and read the client's part."""
+    PUBLISH = "publish"
+    """Replace the folder's newest state, from which later sessions begin."""
+    OPERATE = "operate"
+    """Read the metrics."""
+
+
+ALL_ROLES = frozenset(Role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """An owner of sessions, ``""`` where nothing says whom a connection belongs to."""
+
+    owner: str
+    roles: frozenset[Role] = ALL_ROLES
 
 
 class Tokens:

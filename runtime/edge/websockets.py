@@ -24,9 +24,9 @@ from splitonnx.errors import ConnectionLost, ServerBusy
 from splitonnx.runtime.edge.admissions import Admission
 from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, LimitedConnection
 from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
-from splitonnx.runtime.edge.identities import Identity, Role
 from splitonnx.runtime.edge.listeners import ignore_scarcity, open_listeners
 from splitonnx.runtime.edge.origins import check_origins
+from splitonnx.runtime.edge.tokens import Identity, Role
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import RESTART, describe_loss
 from splitonnx.runtime.wire.fragments import JoinedFragments, split_message
@@ -155,8 +155,8 @@ async def serve(
     ``handle`` is called for each client that is through its handshake, and the connection ends
     when it returns.  A token in the request's header is shown to ``authorize``, which tells whom it
     stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in
-    unauthenticated, and ``handle`` may admit it.  Without ``authorize`` everybody is admitted, as the common
-    name in the certificate that ``tls`` asked for, else as ``""``.
+    unauthenticated, and ``handle`` may admit it.  Without ``authorize`` everybody is admitted, as
+    the common name in the certificate that ``tls`` asked for, else as ``""``.
 
     ``respond`` answers HTTP requests on the same port, before anything else becomes of them.
     Requests that name an origin come from web pages: they are refused (403) unless ``origins`` has

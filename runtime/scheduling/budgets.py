@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 from splitonnx.errors import ServerBusy, TaskTooLarge
-from splitonnx.runtime.scheduling.growths import Growths, Kind
+from splitonnx.runtime.scheduling.growths import Growths, TaskKind
 from splitonnx.runtime.scheduling.places import Places
 
 IDLE_SECONDS = 10.0
@@ -39,7 +39,7 @@ Task = tuple[str, str]
 @dataclass(kw_only=True, eq=False)
 class _Reservation:
     owner: Hashable
-    kind: Kind
+    kind: TaskKind
     size: int
     needed: int  # what its messages asked for so far
     is_reserve: bool = False
@@ -50,7 +50,7 @@ class _Reservation:
 class _Request:
     task: Task
     owner: Hashable
-    kind: Kind
+    kind: TaskKind
     size: int
     future: asyncio.Future[None] | None = None
 
@@ -263,8 +263,8 @@ class Budget:
         return others_wait and own > 0 and own + request.size > self.total // 2
 
 
-def _find_kind(task: Task, owner: Hashable, size: int) -> Kind:
-    return Kind(user=_name_user(task, owner), phase=task[1], first=size)
+def _find_kind(task: Task, owner: Hashable, size: int) -> TaskKind:
+    return TaskKind(user=_name_user(task, owner), phase=task[1], first=size)
 
 
 def _name_user(task: Task, owner: Hashable) -> Hashable:

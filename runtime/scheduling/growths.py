@@ -18,7 +18,7 @@ _DECAY = 16
 """What part of what it did not need a task leaves to be forgotten."""
 
 
-class Kind(NamedTuple):
+class TaskKind(NamedTuple):
     """Tasks that are taken to be alike; ``first`` are the bytes that the first message shows."""
 
     user: Hashable
@@ -33,16 +33,16 @@ class Growths:
     """
 
     def __init__(self) -> None:
-        self._most: OrderedDict[Kind, int] = OrderedDict()
+        self._most: OrderedDict[TaskKind, int] = OrderedDict()
 
-    def foresee(self, kind: Kind) -> int:
+    def foresee(self, kind: TaskKind) -> int:
         """Return what a task of a kind will need: what its first message shows, or more."""
         if kind not in self._most:
             return kind.first
         self._most.move_to_end(kind)
         return self._most[kind]
 
-    def note(self, kind: Kind, size: int) -> None:
+    def note(self, kind: TaskKind, size: int) -> None:
         """Remember that an open task of a kind needs so many bytes, granted or not."""
         if size <= self.foresee(kind):
             return
@@ -50,7 +50,7 @@ class Growths:
         if len(self._most) > _MOST_REMEMBERED:
             self._most.popitem(last=False)
 
-    def end(self, kind: Kind, size: int) -> None:
+    def end(self, kind: TaskKind, size: int) -> None:
         """Note that a task of a kind is over, which needed so many bytes.
 
         One that needed less takes some of what is remembered with it: a large one, once, does not

@@ -1,6 +1,6 @@
-"""A conversation: one connection's side at the server, bytes in and bytes out, without a network.
+"""Dispatch one connection's messages to its session, bytes in and bytes out, without a network.
 
-It joins the protocol, which knows what may be said, with the session that the greeting asks for.
+It joins the protocol, which knows what may be sent, with the session that the greeting asks for.
 Threads, sockets and the order among several connections of a session are the server's business.
 """
 
@@ -40,7 +40,7 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
-from splitonnx.runtime.edge.identities import ALL_ROLES, Role
+from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
 from splitonnx.runtime.server.registries import Registry
@@ -62,7 +62,7 @@ class ReceivedMessage:
 
 
 class Dispatcher:
-    """The server's half of one connection, of a client that ``owner`` answers for.
+    """The server's side of one connection, of a client that belongs to ``owner``.
 
     ``roles`` are what that client may do.  ``estimates`` say what a task takes, which may be
     ``task_bytes`` at the most; without them nothing is estimated.
@@ -118,7 +118,7 @@ class Dispatcher:
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
         """Read one message, act on it and yield the replies; each is to be sent as one message.
 
-        An error becomes a Fault as the last reply and ends the conversation; an unfinished task
+        An error becomes a Fault as the last reply and ends the connection; an unfinished task
         is given up, and the state is as it was before it.
         """
         try:
@@ -184,7 +184,7 @@ class Dispatcher:
             yield from self.refuse(error)
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
-        """End the conversation, and tell the client why if that can be told.
+        """End the connection, and tell the client why if that can be told.
 
         What only interrupted the session is not told: the client is to come back to it.
         """
@@ -197,7 +197,7 @@ class Dispatcher:
             yield self._protocol.send(_describe(error))
 
     def end(self) -> None:
-        """Let go of the session, which stays for the client's next connection; call it once."""
+        """Release the session, which stays for the client's next connection; call it once."""
         if self.session is not None:
             self._registry.release(self.session)
 
@@ -262,7 +262,7 @@ class Dispatcher:
         """Return the session that a message names.
 
         Raises:
-            RemoteProtocolError: it is not this conversation's.
+            RemoteProtocolError: it is not this connection's.
             StaleConnection: a newer connection has taken it over.
         """
         session = self.session

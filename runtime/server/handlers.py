@@ -1,7 +1,7 @@
-"""The server's side of its connections: from the socket to the conversation and back.
+"""The server's side of its connections: from the socket to the dispatcher and back.
 
-One attendance serves one connection, on the event loop; what takes time runs in threads when it
-is its owner's turn, and a session has one of them at a time.  A reply that cannot be sent any more
+One handler serves one connection, on the event loop; what takes time runs in threads when it is
+its owner's turn, and a session has one of them at a time.  A reply that cannot be sent any more
 does not end the work that follows it.
 """
 
@@ -83,7 +83,7 @@ class ConnectionHandler:
             self._context, self._peer, gone=self._gone, stopping=self._stopping
         )
         try:
-            await self._converse(stopping)
+            await self._serve(stopping)
             self._log(logging.INFO, "left")
         except ConnectionLost as error:
             self._log(logging.WARNING, "lost", error)
@@ -97,7 +97,7 @@ class ConnectionHandler:
             self._gone.cancel()
             self._metrics.close_connection()
             if self._dispatcher is not None:
-                self._let_go(self._dispatcher)
+                self._release(self._dispatcher)
 
     @property
     def is_sending(self) -> bool:
@@ -108,13 +108,13 @@ class ConnectionHandler:
         """End the connection without waiting; the other side is told why, if it reads."""
         self._peer.dismiss(code, reason)
 
-    def _let_go(self, dispatcher: Dispatcher) -> None:
+    def _release(self, dispatcher: Dispatcher) -> None:
         dispatcher.end()
         session = dispatcher.session
         if session is not None and self._context.holders.get(session.id) is self:
             del self._context.holders[session.id]
 
-    async def _converse(self, stopping: asyncio.Task[Literal[True]]) -> None:
+    async def _serve(self, stopping: asyncio.Task[Literal[True]]) -> None:
         owner = self._peer.owner
         if owner is None:
             content = await self._next_message(stopping)
@@ -141,7 +141,7 @@ class ConnectionHandler:
             await self._handle(dispatcher, content)
 
     async def _log_in(self, content: Chunk | bytearray) -> str:
-        """Find whose token a stranger's first message shows.
+        """Find whose token the first message of an unauthenticated client shows.
 
         Raises:
             Unauthorized: it shows none that is known.
@@ -222,7 +222,7 @@ class ConnectionHandler:
             await self._peer.close(RESTART, str(dispatcher.refused))
 
     async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
-        """Tell the client of an error, which ends the conversation."""
+        """Tell the client of an error, which ends the connection."""
         await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
         self._note_refusal(dispatcher)
 
@@ -270,7 +270,7 @@ class ConnectionHandler:
 
     @asynccontextmanager
     async def _own(self, dispatcher: Dispatcher) -> AsyncIterator[None]:
-        """Have the conversation's session for oneself."""
+        """Have the connection's session for oneself."""
         if dispatcher.session is None:
             self._has_message = False
             yield

@@ -99,7 +99,7 @@ class Ledger:
         self._made = []
         self._running = [_Turn(fingerprint=fingerprint)]
 
-    def go_on(self, fingerprint: Fingerprint) -> None:
+    def continue_step(self, fingerprint: Fingerprint) -> None:
         """Note the next message of the running step, before it is acted on."""
         self._running.append(_Turn(fingerprint=fingerprint))
 

@@ -1,7 +1,7 @@
 """The sessions that a server has in memory: who may have which, how many, and where they begin.
 
-It finds a session for a greeting, makes a new one, or takes one up from disk, within its limits.
-What a session does is its own business, and when to look for those that nobody attends is the
+It finds a session for a greeting, makes a new one, or loads one from disk, within its limits.
+What a session does is its own business, and when to look for those without a connection is the
 caller's.
 """
 
@@ -32,7 +32,7 @@ from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session
 
-_PARKERS = 4
+_WRITERS = 4
 """Sessions that are written to disk at a time as they leave the memory."""
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Registry:
         sessions_per_owner: the most of one owner; of ``""``, who may be many, as many as of all.
         memory_bytes: the most that their states may take together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
-        resume: also take up sessions that an earlier server left in the folder.
+        resume: also load sessions that an earlier server left in the folder.
         workers: who runs the sessions' stages; this process where there are none.
         disk_per_owner: bytes of one owner's checkpoints and outcomes; ``None`` for no limit.
         keep_seconds: how long those are kept that nobody comes back to; ``None`` for ever.
@@ -79,11 +79,11 @@ class Registry:
         self._sessions: dict[str, Session] = {}
         self._users: Counter[str] = Counter()
         self._left: dict[str, float] = {}
-        self._parked: set[str] = set()
-        self._busy: dict[str, Future[None]] = {}  # being parked, opened or deleted
+        self._unloaded: set[str] = set()
+        self._busy: dict[str, Future[None]] = {}  # being unloaded, opened or deleted
         self._opening: dict[str, str] = {}  # with their owners
         self._threads: set[threading.Thread] = set()
-        self._slots = threading.BoundedSemaphore(_PARKERS)
+        self._slots = threading.BoundedSemaphore(_WRITERS)
         self._archive: Archive | None = None
         if self._folder is not None:
             self._archive = Archive(
@@ -111,7 +111,7 @@ class Registry:
             RemoteProtocolError: its name is none.
             ForeignSession: it is another owner's, or what it began from is.
             ServerBusy: it would be one too many.
-            SessionLost: it cannot be gone on with at any of the client's steps.
+            SessionLost: it cannot be resumed at any of the client's steps.
             BundleMismatch: the client's trained state and the server's do not belong together.
         """
         tried: set[str] = set()
@@ -120,7 +120,7 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """As :meth:`find`, but return what has to be waited for where a session is being parked.
+        """As :meth:`find`, but return what has to be waited for while a session is being unloaded.
 
         Nothing is waited for here, so that a slow disk holds back nobody else.  ``tried`` is the
         caller's to keep from one call to the next.
@@ -136,7 +136,7 @@ class Registry:
             if (session := self._find_whole(hello.session)) is not None:
                 if session.owner != owner:
                     raise ForeignSession(hello.session)
-                return self._attend(session)
+                return self._note_connection(session)
             if (pending := self._find_room(owner, tried)) is not None:
                 return pending
             done = self._busy[hello.session] = _promise()
@@ -148,28 +148,28 @@ class Registry:
             with self._lock:
                 if session is not None:
                     self._sessions[session.id] = session
-                    self._attend(session)
+                    self._note_connection(session)
                 del self._opening[hello.session], self._busy[hello.session]
             done.set_result(None)
         return session
 
-    def _attend(self, session: Session) -> Session:
+    def _note_connection(self, session: Session) -> Session:
         self._users[session.id] += 1
         self._left.pop(session.id, None)
-        self._parked.discard(session.id)
+        self._unloaded.discard(session.id)
         return session
 
     def _open(self, hello: Hello, owner: str) -> Session:
-        """Make a session of what is on disk, or anew; the owner is checked in either case."""
+        """Load a session from disk, or make a new one; the owner is checked in either case."""
         if self._archive is not None:
             self._archive.require_owner(hello.session, owner)
         session = None
-        if self._resume or hello.session in self._parked:
-            session = self._maker.take_up(hello, owner)
+        if self._resume or hello.session in self._unloaded:
+            session = self._maker.load(hello, owner)
         return session or self._maker.make(hello, owner)
 
     def release(self, session: Session) -> None:
-        """Note that one connection less attends the session."""
+        """Note that the session has one connection less."""
         with self._lock:
             self._users[session.id] -= 1
             if not self._users[session.id]:
@@ -185,7 +185,7 @@ class Registry:
             session.close()
 
     def unload_idle(self) -> None:
-        """Move sessions from memory to disk that nobody has attended for too long.
+        """Move sessions from memory to disk that have had no connection for too long.
 
         What nobody came back to for longer than the archive keeps it is deleted.
         """
@@ -196,8 +196,8 @@ class Registry:
                 if name not in self._busy and self._clock() - left > self._unattended_seconds
             ]
             pending = [self._start_unloading(session) for session in overdue]
-        for parked in pending:
-            parked.result()
+        for unloaded in pending:
+            unloaded.result()
         self.expire()
 
     def unload_all(self) -> None:
@@ -268,7 +268,7 @@ class Registry:
         """Write a session to disk in a thread of its own; a greeting for it waits until then."""
         done = self._busy[session.id] = _promise()
         thread = threading.Thread(
-            target=self._unload, args=(session, done), name="splitonnx-park", daemon=True
+            target=self._unload, args=(session, done), name="splitonnx-unload", daemon=True
         )
         self._threads.add(thread)
         thread.start()
@@ -288,10 +288,10 @@ class Registry:
             done.set_result(None)
 
     def _forget(self, session: Session) -> None:
-        """Let a session leave the memory; it can be taken up again from disk."""
+        """Let a session leave the memory; it can be loaded from disk again."""
         self._sessions.pop(session.id, None)
         self._left.pop(session.id, None)
-        self._parked.add(session.id)
+        self._unloaded.add(session.id)
         session.close()
 
 
@@ -309,7 +309,7 @@ def _leave_memory(session: Session) -> bool:
     except WorkerLost:  # it was logged; what is on disk is all there is
         pass
     except (DiskQuotaUsed, StateNotFinite) as error:
-        _logger.error("session %s goes on from its last checkpoint: %s", session.id, error)
+        _logger.error("session %s continues from its last checkpoint: %s", session.id, error)
     except SplitonnxError as error:
         _logger.error("session %s stays in memory: %s", session.id, error)
         return False

@@ -2,7 +2,7 @@
 
 The event loop moves messages and answers pings; ONNX Runtime works in threads beside it, for each
 session one message after the other.  While a reply is on its way, the work that follows it has
-begun, and it goes on to its end whether or not the reply arrives.
+begun, and it continues to its end whether or not the reply arrives.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from splitonnx.folder_locks import FolderLock
 from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
-from splitonnx.runtime.edge.identities import Role
 from splitonnx.runtime.edge.pages import read_pages
-from splitonnx.runtime.edge.tokens import Tokens
+from splitonnx.runtime.edge.tokens import Role, Tokens
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.estimates import Estimates
@@ -89,12 +88,12 @@ class Server:
         host: the address to listen on.
         port: the port; 0 takes any free one.
         threads: threads of one operator; all cores by default.
-        resume: go on with the sessions that an earlier server left in the folder.
+        resume: resume the sessions that an earlier server left in the folder.
         limits: how much and how many it takes on.
         tokens: who may come in; everybody without.
         tls: certificates, as :func:`~splitonnx.runtime.wire.tls.make_server_tls` makes them.
         origins: web pages that may connect, such as ``https://example.org``.
-        insecure: listen beyond this machine although nothing keeps strangers out.
+        insecure: listen beyond this machine although everybody could come in.
         client: the client's folder, or the loaded part, to give to browsers.
         web: a folder of web pages to give out, which may then connect from any address that this
             server is reached by; ``/`` is its ``index.html``.
@@ -173,10 +172,10 @@ class Server:
                 keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
             )
             self._estimates = Estimates(party.manifest, party.graphs)
-            self._handout = None if client is None else ClientFiles(client, party.manifest)
+            self._client_files = None if client is None else ClientFiles(client, party.manifest)
             self._compute = Turns(name="splitonnx-compute")
             self._storage = Turns(name="splitonnx-storage")
-            self._attending: set[asyncio.Task[None]] = set()
+            self._connections: set[asyncio.Task[None]] = set()
             self._scarcity = Rarely(time.monotonic)
             self._loop: asyncio.AbstractEventLoop | None = None
             self._stop: asyncio.Event | None = None
@@ -291,7 +290,7 @@ class Server:
         if handle_signals:
             self._handle_signals(self._loop, context)
         async with serve(
-            partial(self._attend, context),
+            partial(self._serve_connection, context),
             self.host,
             self.port,
             limits=self._limits,
@@ -309,8 +308,8 @@ class Server:
             if started is not None:
                 started.set_result(None)
             await self._wait_for_stop(context)
-            if self._attending:
-                await asyncio.wait(self._attending)
+            if self._connections:
+                await asyncio.wait(self._connections)
         await context.storage.run(self, self._registry.unload_all)
         if self._workers is not None:
             await context.storage.run(self, self._workers.close)
@@ -343,7 +342,7 @@ class Server:
                 self._workers.interrupt()
 
     async def _wait_for_stop(self, context: ServerContext) -> None:
-        """Look after what nobody attends until it is time to end."""
+        """Unload what has no connection, again and again, until it is time to end."""
         interval = min(60.0, self._limits.unattended_seconds / 2)
         while not context.stop.is_set():
             with suppress(TimeoutError):
@@ -354,28 +353,29 @@ class Server:
                 await context.storage.run(self, retire)
         _logger.info("stopping: steps that run are finished first")
 
-    async def _attend(self, context: ServerContext, peer: Peer) -> None:
+    async def _serve_connection(self, context: ServerContext, peer: Peer) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._attending.add(task)
-        task.add_done_callback(self._attending.discard)
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
         await ConnectionHandler(context, peer).run()
 
-    def _respond(self, visit: HttpRequest) -> HttpResponse | None:
+    def _respond(self, request: HttpRequest) -> HttpResponse | None:
         """Answer an HTTP request on the server's port, if it is for one of its pages."""
         sessions = len(self._registry.sessions)
-        if visit.path == "/health":
+        if request.path == "/health":
             stopping = self._stop is None or self._stop.is_set()
             health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
             return HttpResponse(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
-        if visit.path == "/metrics":
-            if Role.OPERATE not in visit.roles:
-                return _ask_for(Role.OPERATE, visit)
+        if request.path == "/metrics":
+            if Role.OPERATE not in request.roles:
+                return _ask_for(Role.OPERATE, request)
             self._metrics.set_sessions(sessions)
             return HttpResponse(HTTPStatus.OK, *self._metrics.render())
-        if self._handout is not None and (part := self._handout.answer(visit.path)) is not None:
-            return part if Role.TRAIN in visit.roles else _ask_for(Role.TRAIN, visit)
-        return None if self._pages is None else self._pages.answer(visit)
+        files = self._client_files
+        if files is not None and (part := files.answer(request.path)) is not None:
+            return part if Role.TRAIN in request.roles else _ask_for(Role.TRAIN, request)
+        return None if self._pages is None else self._pages.answer(request)
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
         self._metrics.count_refusal(refusal)
@@ -388,9 +388,9 @@ class Server:
         )
 
 
-def _ask_for(role: Role, visit: HttpRequest) -> HttpResponse:
+def _ask_for(role: Role, request: HttpRequest) -> HttpResponse:
     """Refuse what takes a token with a role: without a token, or with one that lacks it."""
-    status = HTTPStatus.UNAUTHORIZED if visit.token is None else HTTPStatus.FORBIDDEN
+    status = HTTPStatus.UNAUTHORIZED if request.token is None else HTTPStatus.FORBIDDEN
     return HttpResponse(
         status, "text/plain", f"this takes a token with the role '{role}'\n".encode()
     )

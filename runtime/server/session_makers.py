@@ -36,8 +36,8 @@ class SessionMaker:
         self._archive = archive
         self._workers = workers
 
-    def take_up(self, hello: Hello, owner: str) -> Session | None:
-        """Make the session of its newest checkpoint on disk; ``None`` where it has none.
+    def load(self, hello: Hello, owner: str) -> Session | None:
+        """Load the session from its newest checkpoint on disk; ``None`` where it has none.
 
         Raises:
             ForeignSession: it began from another owner's state.

@@ -2,7 +2,7 @@
 
 It outlives the connections that it is reached by.  Messages in, replies out, one by one as soon
 as each is ready, so that a gradient leaves before the server's own update runs.  Who may have the
-session, and how many there are, is the registry's business; bytes are the conversation's.
+session, and how many there are, is the registry's business; bytes are the dispatcher's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Session:
-    """The server's half of one training; one message at a time is the caller's business.
+    """The server's side of one training; one message at a time is the caller's business.
 
     ``executor`` holds its state and ``store`` its checkpoints in ``archive``, ``None`` where there
     is no folder.
@@ -64,7 +64,7 @@ class Session:
         self._published = -1
         self._running: TaskKey | None = None
         self._query: TaskKey | None = None
-        self._asked_turns = self._asked_replies = 0
+        self._query_turns = self._query_replies = 0
 
     @property
     def is_saved(self) -> bool:
@@ -77,14 +77,14 @@ class Session:
         return frozenset(key.phase for key in (self._running, self._query) if key is not None)
 
     def greet(self, hello: Hello) -> int:
-        """Give the session to a new connection; return the step at which both sides go on.
+        """Give the session to a new connection; return the step at which both sides continue.
 
         That is the step after the server's own where the client can send the messages of that one
         again.
 
         Raises:
             StaleConnection: a connection of that generation or a newer one was there before.
-            SessionLost: there is no step at which both could go on.
+            SessionLost: there is no step at which both could continue.
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
@@ -135,8 +135,8 @@ class Session:
                 self.ledger.begin(fingerprint)
             case Verdict.CONTINUE:
                 if message.key != self._running:
-                    raise RemoteProtocolError(f"it goes on with {message.key}, which is not open")
-                self.ledger.go_on(fingerprint)
+                    raise RemoteProtocolError(f"it continues {message.key}, which is not open")
+                self.ledger.continue_step(fingerprint)
         self.executor.deliver(message.key, tensors)
         for wires in self.executor.advance(message.key):
             reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
@@ -198,7 +198,7 @@ class Session:
         return self.executor.is_lost
 
     def close(self) -> None:
-        """Let go of the state: the session has left the memory."""
+        """Release the state: the session has left the memory."""
         self.executor.close()
 
     def abandon(self) -> None:
@@ -231,14 +231,14 @@ class Session:
             if self._query is not None:
                 self.executor.abandon(self._query)
             self._begin(message)
-            self._query, self._asked_turns, self._asked_replies = key, 0, 0
-        elif key != self._query or message.turn != self._asked_turns:
+            self._query, self._query_turns, self._query_replies = key, 0, 0
+        elif key != self._query or message.turn != self._query_turns:
             raise RemoteProtocolError(f"message {message.turn} of {key} is not due now")
-        self._asked_turns += 1
+        self._query_turns += 1
         self.executor.deliver(key, tensors)
         for wires in self.executor.advance(key):
-            yield encode(msgspec.structs.replace(message, turn=self._asked_replies), wires)
-            self._asked_replies += 1
+            yield encode(msgspec.structs.replace(message, turn=self._query_replies), wires)
+            self._query_replies += 1
         if self.executor.is_finished(key):
             self.executor.finish(key)
             self.tasks_done += 1

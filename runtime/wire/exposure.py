@@ -26,11 +26,11 @@ def check_exposure(
 ) -> None:
     """Refuse to be open to the network to anyone; warn where tokens would travel in the clear.
 
-    ``tokens`` is anything that keeps strangers out, ``None`` where nothing does.  A TLS context
-    that asks clients for a certificate keeps them out, too.
+    ``tokens`` is anything that clients have to show, ``None`` where they need nothing.  A TLS
+    context that asks clients for a certificate keeps them out, too.
 
     Raises:
-        UsageError: ``host`` can be reached from elsewhere, nothing keeps strangers out, and
+        UsageError: ``host`` can be reached from elsewhere, everybody could come in, and
             ``insecure`` was not said.
     """
     if is_loopback(host):

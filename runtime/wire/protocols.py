@@ -1,8 +1,9 @@
 """The protocol, pure: bytes in, checked messages out; it neither waits nor sends.
 
-A conversation is a row of states, and :data:`MOVES` says which message may come from whom in
-which state and where it leads; the table is the same for both sides.  Before anything is done
-with a message its tensors are held against the manifest: their names, dtypes, shapes and ranges.
+An exchange of messages is a row of states, and :data:`MOVES` says which message may come from
+whom in which state and where it leads; the table is the same for both sides.  Before anything is
+done with a message its tensors are held against the manifest: their names, dtypes, shapes and
+ranges.
 This module knows no network, and nothing of what the tensors mean.
 """
 
@@ -39,14 +40,14 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.wire.validation import check_values
+from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
 
 CLIENT, SERVER = "client", "server"
 
 
 class State(StrEnum):
-    """Where a conversation stands."""
+    """How far an exchange of messages is."""
 
     START = "start"
     GREETING = "greeting"  # the client said hello
@@ -78,9 +79,9 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
 
 
 class Protocol:
-    """One side of a conversation; ``role`` is this side's party, ``client`` or ``server``.
+    """One side of an exchange of messages; ``role`` is this side's party, ``client`` or ``server``.
 
-    ``state`` is where the conversation stands.  ``norm`` is the largest L2 norm that a gradient
+    ``state`` is how far it is.  ``norm`` is the largest L2 norm that a gradient
     from the other side may have, ``batch`` the most rows that its tensors may have.
     """
 
@@ -123,7 +124,7 @@ class Protocol:
         return self._sizes
 
     def close(self) -> None:
-        """End the conversation without a message."""
+        """End the exchange without a message."""
         self.state = State.CLOSED
 
     def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
@@ -180,8 +181,9 @@ class Protocol:
             is_output = kind is WireKind.OUTPUT
             check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
             if message.phase == TRAIN and sender == self._peer:
-                limit = self._norm if kind is WireKind.GRADIENT else None
-                check_values(name, array, f"step {message.step + 1}", limit)
+                check_finite(name, array, f"step {message.step + 1}")
+                if self._norm is not None and kind is WireKind.GRADIENT:
+                    check_norm(name, array, self._norm)
 
 
 def list_wires(manifest: PartyManifest) -> Wires:

@@ -1,6 +1,6 @@
-"""What no training survives is refused before the step: NaN, infinity, gradients out of bounds.
+"""Check received tensors before a step uses them: for NaN, infinity and gradients out of bounds.
 
-It knows arrays and numbers; which tensors are guarded is the protocol's business.
+It knows arrays and numbers; which tensors are checked is the protocol's business.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ _CHUNK = 1 << 18
 """Elements that are looked at together: no check takes memory in proportion to a message."""
 
 
-def check_values(name: str, array: np.ndarray, where: str, limit: float | None = None) -> None:
-    """Raise where a floating-point array holds NaN or infinity, or its L2 norm is over ``limit``.
+def check_finite(name: str, array: np.ndarray, where: str) -> None:
+    """Check that a floating-point array holds neither NaN nor infinity.
 
     Raises:
-        NotFinite: it names the array and ``where``.
-        NormTooLarge: it names the norm and the limit.
+        NotFinite: it does; it names the array and ``where``.
     """
-    if array.dtype.kind != "f" or not array.size:
-        return
-    if not all(np.isfinite(chunk).all() for chunk in _split(array)):
+    if array.dtype.kind == "f" and not all(np.isfinite(chunk).all() for chunk in _split(array)):
         raise NotFinite(name, where)
-    if limit is not None and (norm := math.sqrt(_sum_squares(array))) > limit:
+
+
+def check_norm(name: str, array: np.ndarray, limit: float) -> None:
+    """Check that the L2 norm of a floating-point array is at most ``limit``.
+
+    Raises:
+        NormTooLarge: it is not; it names the norm and the limit.
+    """
+    if array.dtype.kind == "f" and (norm := math.sqrt(_sum_squares(array))) > limit:
         raise NormTooLarge(name, norm, limit)
 
 

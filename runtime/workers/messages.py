@@ -2,7 +2,7 @@
 
 Messages are msgspec structs in MessagePack, behind their length; tensors travel beside them, in
 shared memory.  Nothing is unpickled.  A worker may have been taken over by what it computed with,
-so its answers are read as strictly as a stranger's.
+so its answers are read as strictly as those of an unknown client.
 """
 
 from __future__ import annotations

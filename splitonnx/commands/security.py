@@ -317,8 +317,7 @@ def token(
 
     An owner may have several; to take one back, delete its line and start the server again.
     """
-    from splitonnx.runtime.edge.identities import Role
-    from splitonnx.runtime.edge.tokens import add_token
+    from splitonnx.runtime.edge.tokens import Role, add_token
 
     try:
         roles = [Role(text) for text in role or ()]

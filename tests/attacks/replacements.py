@@ -57,7 +57,7 @@ def killed_replacement(ground: Ground) -> Outcome:
 
 
 def slow_disk(ground: Ground) -> Outcome:
-    """Hold the disk while a session is parked for a newcomer; another one, in memory, comes back.
+    """Hold the disk while a session is unloaded for a newcomer; another one, in memory, comes back.
 
     A disk is held by a file beside the folder: syncing waits until it is gone.
     """
@@ -87,7 +87,7 @@ def slow_disk(ground: Ground) -> Outcome:
                     held.unlink()
                 late = describe(newcomer.receive()[0])
     return Outcome(
-        seen=f"one in memory, while another is parked: {told}; the newcomer, afterwards: {late}",
+        seen=f"one in memory, while another is unloaded: {told}; the newcomer, afterwards: {late}",
         held=told == late == "Welcome",
     )
 

@@ -88,7 +88,7 @@ def try_message(content: bytes) -> None:
 
 
 def try_protocol(content: bytes) -> None:
-    """A conversation: the first byte tells the role and the state."""
+    """An exchange of messages: the first byte tells the role and the state."""
     flags = content[0] if content else 0
     role = "server" if flags & 1 else "client"
     protocol = Protocol(read_manifest(role), role, norm=1e6)

@@ -275,7 +275,7 @@ def test_a_slow_loris_by_fragments_is_cut_off_in_spite_of_its_pings(arena: Arena
         arena.expect_refusal("MessageTooSlow", 2)
 
 
-def test_a_stranger_who_keeps_the_token_back_is_shown_out(arena: Arena) -> None:
+def test_who_keeps_the_token_back_is_shown_out(arena: Arena) -> None:
     with dial(arena.port) as connection:
         shake(connection)
         begun = time.monotonic()
@@ -320,14 +320,14 @@ def test_a_thousand_connections_without_a_token_are_bounded(arena: Arena) -> Non
     before, shown_out = arena.resident_mib, arena.count_refusals(*SHOWN_OUT)
     crowded = arena.count_refusals("TooManyStrangers")
     with many_files(2 * CROWD), ExitStack() as crowd:
-        guests = [crowd.enter_context(dial(arena.port)) for _ in range(CROWD)]
-        for number, guest in enumerate(guests):
+        waiting = [crowd.enter_context(dial(arena.port)) for _ in range(CROWD)]
+        for number, client in enumerate(waiting):
             with suppress(BrokenPipeError, ConnectionResetError):  # it was shown out already
-                guest.sendall([b"", b"GET / HTTP/1.1\r\nX: ", upgrade()][number % 3])
+                client.sendall([b"", b"GET / HTTP/1.1\r\nX: ", upgrade()][number % 3])
         with Attacker(arena, "ana") as honest:
             honest.greet()
-        for guest in guests:
-            read_to_end(guest)  # every one is shown out, by the crowd or by the clock
+        for client in waiting:
+            read_to_end(client)  # every one is shown out, by the crowd or by the clock
     grown = arena.peak_mib - before
     crowded = arena.count_refusals("TooManyStrangers") - crowded
     print(
@@ -376,7 +376,7 @@ def test_random_bytes_break_nothing(arena: Arena) -> None:
 
 
 def expect_shut_out(arena: Arena, message: Message) -> None:
-    """A stranger says it, is told of one fault, and that there is nothing more."""
+    """It is said without a token, is answered by one fault, and there is nothing more."""
     transport = connect(arena.url)
     transport.send(encode_message(message))
     fault, _ = decode_message(transport.receive())
@@ -406,7 +406,7 @@ def test_a_right_token_as_a_message_lets_in_as_browsers_come(arena: Arena) -> No
     transport.close()
 
 
-def test_a_stranger_s_greeting_is_not_heard(arena: Arena) -> None:
+def test_a_greeting_before_a_token_is_not_heard(arena: Arena) -> None:
     with Attacker(arena) as attacker:
         hello = attacker.make_hello()
     expect_shut_out(arena, hello)

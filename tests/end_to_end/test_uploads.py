@@ -19,7 +19,7 @@ from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from tests.runtime.server.test_handlers import LimitedConnection
 from tests.support.echoes import PATIENCE
-from tests.support.server_contexts import open_premises
+from tests.support.server_contexts import open_context
 from tests.support.zoo import ZOO
 
 TASK = ("a" * 32, "train")
@@ -32,7 +32,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def context(bundle: Bundle) -> Iterator[ServerContext]:
-    with open_premises(bundle) as context:
+    with open_context(bundle) as context:
         yield context
 
 
@@ -76,20 +76,20 @@ def test_a_message_that_waits_for_its_turn_to_be_read_counts_as_sent_still(
         is_sending = False
 
     async def check() -> None:
-        attendance = ConnectionHandler(context, cast("Peer", Silent(bundle, hears=3)))
+        handler = ConnectionHandler(context, cast("Peer", Silent(bundle, hears=3)))
         free = threading.Event()
         working = context.compute.run("somebody else", free.wait)
-        serving = asyncio.create_task(attendance.run())
-        while not attendance.is_sending or attendance._dispatcher is None:
+        serving = asyncio.create_task(handler.run())
+        while not handler.is_sending or handler._dispatcher is None:
             await asyncio.sleep(0)
-        while attendance._dispatcher.session is None:  # its greeting, on another queue
+        while handler._dispatcher.session is None:  # its greeting, on another queue
             await asyncio.sleep(0)
-        while not attendance.is_sending:
+        while not handler.is_sending:
             await asyncio.sleep(0)
         free.set()
         await asyncio.wait_for(serving, PATIENCE)
         await working
-        assert not attendance.is_sending
+        assert not handler.is_sending
 
     asyncio.run(check())
 

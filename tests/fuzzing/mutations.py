@@ -406,19 +406,19 @@ def _change_opset(random: Random, model: ModelProto) -> None:
 
 def _splice(random: Random, model: ModelProto, other: bytes) -> None:
     """Append another model's graph, fed with a value of this one."""
-    guest = ModelProto.FromString(other)
+    donor = ModelProto.FromString(other)
     source = random.choice(_list_names(model.graph))
-    inputs = {value.name for value in guest.graph.input}
-    for node in guest.graph.node:
+    inputs = {value.name for value in donor.graph.input}
+    for node in donor.graph.node:
         for names in (node.input, node.output):
             for place, name in enumerate(names):
-                names[place] = source if name in inputs else name and f"guest.{name}"
-    for tensor in guest.graph.initializer:
-        tensor.name = f"guest.{tensor.name}"
-    model.graph.node.extend(guest.graph.node)
-    model.graph.initializer.extend(guest.graph.initializer)
-    for value in guest.graph.output:
-        value.name = f"guest.{value.name}"
+                names[place] = source if name in inputs else name and f"donor.{name}"
+    for tensor in donor.graph.initializer:
+        tensor.name = f"donor.{tensor.name}"
+    model.graph.node.extend(donor.graph.node)
+    model.graph.initializer.extend(donor.graph.initializer)
+    for value in donor.graph.output:
+        value.name = f"donor.{value.name}"
         model.graph.output.insert(0, value)
 
 

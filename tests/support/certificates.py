@@ -1,4 +1,4 @@
-"""Certificates in files: an authority's, a server's, a client's, and a stranger's."""
+"""Certificates in files: an authority's, a server's, a client's, and another authority's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trustme
 
 
 class Files:
-    """Certificates in files: an authority, a server, a client, and their doubles by a stranger."""
+    """Certificates in files: an authority's, a server's, a client's, and another authority's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,7 +21,7 @@ class Files:
         self.elsewhere = self._issue("elsewhere", ours.issue_cert("other.example"))
         self.expired = self._issue("expired", ours.issue_cert("127.0.0.1", not_after=past))
         self.client = self._issue("client", ours.issue_cert("ana@x.example", common_name="ana"))
-        self.stranger = self._issue("stranger", theirs.issue_cert("eve@x.example"))
+        self.foreign = self._issue("foreign", theirs.issue_cert("eve@x.example"))
 
     def _write(self, name: str, blob: trustme.Blob) -> Path:
         path = self.folder / f"{name}.pem"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost, ServerBusy
 from splitonnx.runtime.edge.http import Authorize, HttpRequest, HttpResponse, Refusal
-from splitonnx.runtime.edge.identities import Identity
+from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY, POLICY
@@ -28,7 +28,7 @@ FIN = 0x80
 
 
 class Echo:
-    """Serves while the context lasts; a stranger's first message is its token."""
+    """Serves while the context lasts; a first message is a token, unless the header had one."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Echo:
         limits, tls, origins, authorize = self._settings
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         serving = serve(
-            self._attend,
+            self._serve,
             "127.0.0.1",
             0,
             limits=limits,
@@ -95,7 +95,7 @@ class Echo:
             started.set_result(None)
             await self._stop.wait()
 
-    async def _attend(self, peer: Peer) -> None:
+    async def _serve(self, peer: Peer) -> None:
         self.owners.put(peer.owner)
         try:
             if peer.owner is None and not await self._log_in(peer):
@@ -120,9 +120,9 @@ class Echo:
         return True
 
 
-def _respond(visit: HttpRequest) -> HttpResponse | None:
-    if visit.path == "/health":
-        return HttpResponse(200, "text/plain", f"well, {visit.token}".encode())
+def _respond(request: HttpRequest) -> HttpResponse | None:
+    if request.path == "/health":
+        return HttpResponse(200, "text/plain", f"well, {request.token}".encode())
     return None
 
 

@@ -147,7 +147,7 @@ class Network:
 
 
 class Line:
-    """One connection: a transport to the client, with the server's conversation at its end."""
+    """One connection: a transport to the client, with the server's dispatcher at its end."""
 
     def __init__(self, network: Network, dispatcher: Dispatcher) -> None:
         self.bytes_sent = self.bytes_received = 0

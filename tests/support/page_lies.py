@@ -254,7 +254,7 @@ GREETINGS: dict[str, tuple[Greet, Complaint]] = {
     ),
     "a step that was never made": (
         lambda welcome: another(welcome, step=7),
-        Complaint(title=RULES, text="go on at step 7"),
+        Complaint(title=RULES, text="continue at step 7"),
     ),
     "another bundle": (
         lambda welcome: another(welcome, digest="0" * 64),
@@ -355,7 +355,7 @@ LATER: dict[str, tuple[Tell, Complaint]] = {
     ),
     "that it goes on where nobody can": (
         after_a_cut(lambda welcome: another(welcome, step=1)),
-        Complaint(title=RULES, text="go on at step 1"),
+        Complaint(title=RULES, text="continue at step 1"),
     ),
     "that it has forgotten all": (
         after_a_cut(lambda _: [write(Fault(code="SessionLost", reason="never heard of it"))]),

@@ -16,7 +16,7 @@ from splitonnx.runtime.server.registries import Registry
 
 
 @contextmanager
-def open_premises(bundle: Bundle) -> Iterator[ServerContext]:
+def open_context(bundle: Bundle) -> Iterator[ServerContext]:
     """Share a registry and turns of one thread each, while the context lasts."""
     assert bundle.server is not None
     compute, storage = Turns(1), Turns(1)

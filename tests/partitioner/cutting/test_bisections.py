@@ -75,7 +75,7 @@ def test_the_list_is_what_dividing_at_each_tensor_gives(
     trained = {name: 3 for name in sorted(state) if choice.random() < 0.8}
     beside = data if sent else []
     found = find_bisections(graph, state=state, trainable=trained, sent=beside)
-    monkeypatch.setattr(bisections._Server, "judge", lambda server, place: None)  # divide judges
+    monkeypatch.setattr(bisections._Server, "classify", lambda server, place: None)  # divide judges
     assert found == find_bisections(graph, state=state, trainable=trained, sent=beside)
 
 
@@ -97,7 +97,7 @@ def test_a_list_that_would_take_too_many_walks_is_refused(monkeypatch: pytest.Mo
 def test_a_model_whose_cuts_are_too_many_to_be_tried_is_checked_without_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bisections._Server, "judge", lambda server, place: None)
+    monkeypatch.setattr(bisections._Server, "classify", lambda server, place: None)
     monkeypatch.setattr(bisections, "MOST_VISITS", 1)
     found = check(build_chain(9))
     assert found.trainable

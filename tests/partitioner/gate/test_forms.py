@@ -65,7 +65,7 @@ def test_a_large_weight_of_the_wrong_type_is_refused_all_the_same() -> None:
         check_form(grow(make_model(), np.int32), "the model")
 
 
-def test_a_crash_is_blamed_on_the_node_that_brings_it_about(
+def test_a_crash_is_attributed_to_the_node_that_brings_it_about(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model()

@@ -58,10 +58,10 @@ def test_a_model_that_is_too_large_for_a_pass_is_told_so(kind: type[Exception]) 
 
 
 def test_an_output_that_nothing_makes_is_told_as_the_caller_says() -> None:
-    blame = attribute_errors_to(
+    attributing = attribute_errors_to(
         make_node(), "rewritten", "cannot be differentiated", "cut before it"
     )
-    with pytest.raises(UnsupportedModel) as caught, blame:
+    with pytest.raises(UnsupportedModel) as caught, attributing:
         raise MissingOutput("mask")
     assert "its output 'mask' cannot be differentiated" in str(caught.value)
     assert str(caught.value).endswith("cut before it")

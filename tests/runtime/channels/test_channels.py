@@ -57,7 +57,7 @@ def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() 
             lambda: Fleeting(bundle, next(takes)),
             manifest=bundle.client.manifest,
             session=SESSION,
-            stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+            find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0),
         )
         channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
@@ -104,7 +104,7 @@ def open_link(bundle: Bundle, *servers: Sequence[int]) -> Channel:
         lambda: Repeating(bundle, next(answers)),
         manifest=bundle.client.manifest,
         session=SESSION,
-        stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+        find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
         backoff=Backoff(first=0.0, longest=0.0),
     )
     channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
@@ -146,7 +146,7 @@ def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(an
             lambda: Repeating(bundle, [0]) if answers else Fleeting(bundle, 0),
             manifest=bundle.client.manifest,
             session=SESSION,
-            stand=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+            find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
         )
         channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))

@@ -316,7 +316,7 @@ def test_saving_a_split_model_saves_both_parts(tmp_path: Path) -> None:
         (Fault(code="ServerBusy", reason="9 sessions"), ServerBusy, "full .9 sessions"),
         (Fault(code="BundleMismatch", reason="not mine"), RemoteFault, "BundleMismatch: not mine"),
         (msgspec.structs.replace(WELCOME, digest="e5"), BundleMismatch, "digest is d1.*e5 there"),
-        (msgspec.structs.replace(WELCOME, step=4), RemoteProtocolError, "go on at step 4"),
+        (msgspec.structs.replace(WELCOME, step=4), RemoteProtocolError, "continue at step 4"),
         (answer(), RemoteProtocolError, "Tensors while greeting"),
         (ConnectionLost("the server", "refused"), ConnectionLost, "refused"),
     ],

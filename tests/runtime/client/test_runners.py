@@ -149,7 +149,7 @@ def test_the_server_saves_first_and_then_this_half(
     assert not runner.run.has_checkpoints
     server.why_unsaved = ""
     runner.checkpoint(POSITION, "stop")
-    assert runner.run.stand(1).kept == (1,)
+    assert runner.run.find_resume_point(1).kept == (1,)
 
 
 def test_this_half_writes_first_where_its_last_checkpoint_failed(
@@ -161,7 +161,7 @@ def test_this_half_writes_first_where_its_last_checkpoint_failed(
     server.why_unsaved = "the disk is full"
     with pytest.raises(NotSaved):
         runner.checkpoint(POSITION, "stop")
-    assert runner.run.stand(1).kept == (1,)
+    assert runner.run.find_resume_point(1).kept == (1,)
 
 
 def test_training_continues_unsaved_where_it_is_told_to(

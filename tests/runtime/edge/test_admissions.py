@@ -15,7 +15,7 @@ from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.edge import admissions
 from splitonnx.runtime.edge.admissions import SHORT_ANSWER, Admission
 from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
-from splitonnx.runtime.edge.identities import Identity
+from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY
 from tests.support.echoes import Echo, dial, know_sesame, read_close, read_to_end, shake
@@ -33,6 +33,7 @@ class Recorded:
         self.refused: list[Refusal] = []
         self.answers: list[int] = []
         self.transport = Mock(asyncio.BaseTransport)
+        self.transport.get_extra_info.return_value = None  # no certificate
 
     @property
     def owner(self) -> str | None:

@@ -17,8 +17,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.runtime.edge.client_files import ClientFiles
-from splitonnx.runtime.edge.identities import Identity
-from splitonnx.runtime.edge.tokens import Tokens
+from splitonnx.runtime.edge.tokens import Identity, Tokens
 from splitonnx.runtime.server.servers import Server
 from tests.support import tiny
 

@@ -18,7 +18,7 @@ from splitonnx.runtime.edge.http import (
     make_response,
     read_request,
 )
-from splitonnx.runtime.edge.identities import ALL_ROLES, Role
+from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
 
 TRAIN = frozenset({Role.TRAIN})
 

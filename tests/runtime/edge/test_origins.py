@@ -22,7 +22,7 @@ def test_pages_of_this_server_may_connect_and_others_may_not() -> None:
     assert not own.allow("http://127.0.0.1@evil.example", "127.0.0.1@evil.example")
 
 
-def test_a_name_may_be_a_stranger_s_unless_tokens_or_tls_keep_it_out() -> None:
+def test_a_name_may_be_anybody_s_unless_tokens_or_tls_keep_it_out() -> None:
     rebound = "http://rebound.example:8765", "rebound.example:8765"
     assert not Origins(frozenset(), has_pages=True, is_locked=False).allow(*rebound)
     assert Origins(frozenset(), has_pages=True, is_locked=True).allow(*rebound)

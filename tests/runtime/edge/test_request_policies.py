@@ -19,8 +19,7 @@ from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.http import Refusal
-from splitonnx.runtime.edge.identities import Identity, Role
-from splitonnx.runtime.edge.tokens import Tokens, add_token
+from splitonnx.runtime.edge.tokens import Identity, Role, Tokens, add_token
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY
 from tests.support.echoes import PING, Echo, dial, frame, know_sesame, read_to_end, shake

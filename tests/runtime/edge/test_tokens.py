@@ -5,13 +5,21 @@ from __future__ import annotations
 import hmac
 import logging
 import stat
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 
 from splitonnx.errors import UnusableFile, UsageError
-from splitonnx.runtime.edge.identities import Role
-from splitonnx.runtime.edge.tokens import ENVIRONMENT, Tokens, add_token, read_token
+from splitonnx.runtime.edge.tokens import (
+    ALL_ROLES,
+    ENVIRONMENT,
+    Identity,
+    Role,
+    Tokens,
+    add_token,
+    read_token,
+)
 
 
 @pytest.fixture
@@ -155,3 +163,24 @@ def test_a_role_that_is_none_is_refused_with_its_line(file: Path, roles: str) ->
     file.write_text(f"ana sha256:{'0' * 64} {roles}\n")
     with pytest.raises(UnusableFile, match="line 1"):
         Tokens.read(file)
+
+
+def test_an_owner_may_do_everything_unless_its_roles_are_said() -> None:
+    assert Identity(owner="ann").roles == ALL_ROLES == frozenset(Role)
+    assert Identity(owner="ann", roles=frozenset({Role.TRAIN})).roles == {Role.TRAIN}
+
+
+@pytest.mark.parametrize("word", ["train", "publish", "operate"])
+def test_a_role_is_the_word_that_stands_in_a_file_of_tokens(word: str) -> None:
+    assert Role(word) == word
+
+
+def test_what_is_no_role_is_none() -> None:
+    with pytest.raises(ValueError, match="admin"):
+        Role("admin")
+
+
+def test_what_an_owner_may_do_does_not_change() -> None:
+    identity = Identity(owner="ann", roles=frozenset({Role.TRAIN}))
+    with pytest.raises(FrozenInstanceError):
+        identity.roles = ALL_ROLES  # type: ignore[misc]

@@ -34,7 +34,7 @@ def test_a_message_of_any_size_arrives_whole(size: int) -> None:
 def test_a_token_in_the_header_lets_in() -> None:
     with Echo(authorize=know_sesame) as echo:
         transport = connect(echo.url, credentials=SESAME)
-        assert ask(transport, bytes(20 << 10)) == bytes(20 << 10)  # more than a stranger may
+        assert ask(transport, bytes(20 << 10)) == bytes(20 << 10)  # more than comes before a token
         transport.close()
 
 

@@ -127,8 +127,8 @@ def _take_owner(queue: FairQueue[str]) -> str:
 def test_owners_who_left_are_forgotten() -> None:
     queue: FairQueue[str] = FairQueue(1)
     for number in range(5000):
-        fill(queue, f"guest {number}", 1)
-        serve(queue, {f"guest {number}": 1.0}, 1)
+        fill(queue, f"user {number}", 1)
+        serve(queue, {f"user {number}": 1.0}, 1)
     assert len(queue._lines) < 2000
 
 

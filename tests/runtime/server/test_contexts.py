@@ -13,7 +13,7 @@ from splitonnx.runtime.scheduling.budgets import UPLOAD_SECONDS, Budget
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.wire.close_codes import RESTART
 from tests.support.callers import ACTIVATION, SESSION, Caller, make_task
-from tests.support.server_contexts import open_premises
+from tests.support.server_contexts import open_context
 from tests.support.zoo import ZOO
 
 TASK, OTHER = (SESSION, "train"), ("2" * 32, "train")
@@ -60,7 +60,7 @@ Play = Callable[[Callable[[Scene], Coroutine[None, None, None]]], None]
 
 @pytest.fixture
 def play(bundle: Bundle) -> Iterator[Play]:
-    with open_premises(bundle) as context:
+    with open_context(bundle) as context:
 
         def run(test: Callable[[Scene], Coroutine[None, None, None]]) -> None:
             async def begin() -> None:

@@ -33,7 +33,7 @@ from splitonnx.messages import (
     encode_message,
 )
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.edge.identities import Role
+from splitonnx.runtime.edge.tokens import Role
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
@@ -113,7 +113,7 @@ def test_a_session_for_which_there_is_no_room_just_now_is_interrupted_and_not_re
     assert dispatcher.is_closed
 
 
-def test_good_bye_ends_a_conversation_without_a_word(bundle: Bundle) -> None:
+def test_good_bye_ends_a_connection_without_a_word(bundle: Bundle) -> None:
     caller = Caller(bundle)
     assert caller.say(Bye()) == []
     assert caller.dispatcher.is_closed

@@ -17,7 +17,7 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Hello, Message, Tensors
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.edge.identities import ALL_ROLES
+from splitonnx.runtime.edge.tokens import ALL_ROLES
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.scheduling.budgets import Budget
@@ -26,7 +26,7 @@ from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
 from splitonnx.runtime.wire.protocols import CLIENT, Protocol, list_wires
 from tests.support.echoes import PATIENCE
-from tests.support.server_contexts import open_premises
+from tests.support.server_contexts import open_context
 from tests.support.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -39,7 +39,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def context(bundle: Bundle) -> Iterator[ServerContext]:
-    with open_premises(bundle) as context:
+    with open_context(bundle) as context:
         yield context
 
 
@@ -119,10 +119,10 @@ def test_a_step_that_was_made_is_counted_whether_or_not_the_client_heard_of_it(
 def test_nothing_of_a_connection_is_kept_once_it_is_gone(
     bundle: Bundle, context: ServerContext
 ) -> None:
-    attendance = ConnectionHandler(context, cast("Peer", LimitedConnection(bundle, hears=3)))
-    gone = weakref.ref(attendance)
-    asyncio.run(attendance.run())
-    del attendance
+    handler = ConnectionHandler(context, cast("Peer", LimitedConnection(bundle, hears=3)))
+    gone = weakref.ref(handler)
+    asyncio.run(handler.run())
+    del handler
     gc.collect()
     assert gone() is None
 

@@ -63,28 +63,28 @@ def folder(tmp_path: Path) -> Path:
 
 
 class SlowDisk:
-    """Stops every write of a parked session until it may go on."""
+    """Stops every write of a session that is unloaded until it may continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.writes, self.goes_on = threading.Event(), threading.Event()
+        self.writes, self.continues = threading.Event(), threading.Event()
         write = CheckpointStore.write_stopped
 
         def wait(store: CheckpointStore, checkpoint: Checkpoint) -> None:
             self.writes.set()
-            assert self.goes_on.wait(WAIT)
+            assert self.continues.wait(WAIT)
             write(store, checkpoint)
 
         monkeypatch.setattr(CheckpointStore, "write_stopped", wait)
 
 
-def test_while_a_session_is_parked_on_a_slow_disk_others_are_greeted_and_only_it_waits(
+def test_while_a_session_is_unloaded_to_a_slow_disk_others_are_greeted_and_only_it_waits(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = SlowDisk(monkeypatch)
     registry = open_registry(folder, sessions=2)
-    parked = registry.find(greet(ANN), "ann")
-    advance(parked, 6)
-    registry.release(parked)
+    unloaded = registry.find(greet(ANN), "ann")
+    advance(unloaded, 6)
+    registry.release(unloaded)
     attended = registry.find(greet(BOB), "bob")
     tried: set[str] = set()
     room = registry.seek(greet("c" * 32), "cleo", tried)  # makes room, and waits for nothing
@@ -96,7 +96,7 @@ def test_while_a_session_is_parked_on_a_slow_disk_others_are_greeted_and_only_it
     assert not isinstance(again, Session)
     assert not again.done()
     assert not again.cancel()
-    disk.goes_on.set()
+    disk.continues.set()
     again.result(WAIT)
     room.result(WAIT)
     assert isinstance(registry.seek(greet("c" * 32), "cleo", tried), Session)
@@ -104,7 +104,7 @@ def test_while_a_session_is_parked_on_a_slow_disk_others_are_greeted_and_only_it
         registry.find(greet("d" * 32), "dan")
     registry.release(attended)
     returned = registry.find(greet(ANN, generation=2), "ann")
-    assert returned is not parked
+    assert returned is not unloaded
     assert returned.executor.step == 6
 
 
@@ -131,7 +131,7 @@ def test_a_server_greets_others_while_a_disk_is_slow(
             for number in range(3):
                 second.step(tiny.batch(number))
             assert not late
-            disk.goes_on.set()
+            disk.continues.set()
             thread.join(WAIT)
             assert len(late) == 1
             late[0].step(tiny.batch(0))

@@ -113,18 +113,18 @@ def test_a_session_that_is_known_to_be_older_is_not_begun_again(folder: Path) ->
 def test_a_session_is_taken_up_from_its_newest_checkpoint(folder: Path) -> None:
     keep(folder, session=ANN, owner="ann", step=2, value=2.0)
     keep(folder, session=ANN, owner="ann", step=4, value=4.0)
-    session = open_maker(folder).take_up(greet(ANN), "ann")
+    session = open_maker(folder).load(greet(ANN), "ann")
     assert session is not None
     assert (session.owner, session.executor.step, session.is_saved) == ("ann", 4, True)
     assert (session.executor.state()["W2"] == 4.0).all()
 
 
 def test_without_a_checkpoint_or_a_folder_there_is_nothing_to_take_up(folder: Path) -> None:
-    assert open_maker(folder).take_up(greet(ANN), "ann") is None
+    assert open_maker(folder).load(greet(ANN), "ann") is None
     server = tiny.split_bundle().server
     assert server is not None
     maker = SessionMaker(Executor(server, Engine(threads=1)), None, None)
-    assert maker.take_up(greet(ANN), "ann") is None
+    assert maker.load(greet(ANN), "ann") is None
     assert maker.make(greet(ANN), "ann").executor.step == 0
 
 

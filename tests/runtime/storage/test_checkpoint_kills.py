@@ -212,9 +212,9 @@ def lose_power(sweep: Sweep) -> list[list[Files]]:
     if not NAMES:
         pytest.skip("NOT TESTED: a loss of power, as the numbers of system calls are not known")
     folder = sweep.left[-1]
-    standing = [(folder / path.relative_to(sweep.before), path) for path in sweep.before.rglob("*")]
-    own = [place for place, path in standing if path.is_dir()]
-    files = [str(place) for place, path in standing if path.is_file()]
+    before = [(folder / path.relative_to(sweep.before), path) for path in sweep.before.rglob("*")]
+    own = [place for place, path in before if path.is_dir()]
+    files = [str(place) for place, path in before if path.is_file()]
     disk = Disk([str(path) for path in [folder, *folder.parents, *own]], files)
     found = []
     for stop in sweep.stops:

@@ -320,7 +320,7 @@ def test_something_in_the_way_is_named_and_nothing_is_left_behind(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["sessions"]
 
 
-def test_a_sealed_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_a_checksum_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     write_steps(tmp_path, 10)
     path = place(tmp_path, "10.safetensors")
     content = path.read_bytes()

@@ -62,7 +62,7 @@ def test_a_server_of_another_name_or_out_of_date_is_not(files: Files) -> None:
 def test_with_mutual_tls_a_client_needs_a_certificate_of_the_authority(files: Files) -> None:
     tls = make_server_tls(*files.server, client_authority=files.authority)
     with Echo(tls=tls) as echo:
-        for own in (None, files.stranger):
+        for own in (None, files.foreign):
             certificate, key = own or (None, None)
             context = make_client_tls(authority=files.authority, certificate=certificate, key=key)
             with pytest.raises(ProtocolError, match="certificate of this side"):

@@ -48,8 +48,8 @@ export interface ChannelOptions {
   readonly session: string;
   /** Shown before the greeting. */
   readonly token?: string | undefined;
-  /** Tells where the client stands whenever it greets. */
-  readonly stand: () => ResumePoint;
+  /** Returns from where the client can resume; called for each greeting. */
+  readonly findResumePoint: () => ResumePoint;
   /** Seconds without anything new after which the client gives up; never by default. */
   readonly giveUpAfter?: number | undefined;
   /** Whether the first connection is worth waiting for, as every later one is. */
@@ -215,7 +215,7 @@ export class Channel {
       this.#options.onReconnect?.(cause);
       this.step = await this.#findServer(cause);
       this.reconnects += 1;
-      if (this.step !== this.#options.stand().step) throw new StepsLost(this.step);
+      if (this.step !== this.#options.findResumePoint().step) throw new StepsLost(this.step);
       try {
         await this.#repeat();
         return;
@@ -254,9 +254,10 @@ export class Channel {
     }
   }
 
-  /** Give the last step, if it was made here and is the one before where the client stands. */
+  /** Return the last step, if it was made here and is the one before the client's own. */
   #findLast(): OpenTask | undefined {
-    return this.#last?.key.step === this.#options.stand().step - 1 ? this.#last : undefined;
+    const { step } = this.#options.findResumePoint();
+    return this.#last?.key.step === step - 1 ? this.#last : undefined;
   }
 
   /** Greet until somebody answers. */
@@ -322,14 +323,14 @@ export class Channel {
   }
 
   #makeHello(): MessageOf<"Hello"> {
-    const { manifest, session, stand } = this.#options;
+    const { manifest, session, findResumePoint } = this.#options;
     return {
       type: "Hello",
       protocol: PROTOCOL,
       digest: manifest.digest,
       session,
       generation: this.#generation,
-      ...stand(),
+      ...findResumePoint(),
       isOpen: !!this.#task?.sent.length,
       canRepeat: !!this.#findLast(),
       wires: listWires(manifest),
@@ -337,12 +338,12 @@ export class Channel {
   }
 
   #checkWelcome(welcome: MessageOf<"Welcome">): void {
-    const { step, kept, start } = this.#options.stand();
+    const { step, kept, start } = this.#options.findResumePoint();
     if (welcome.session !== this.#options.session) {
       throw new RemoteProtocolError(`it welcomed session '${welcome.session.slice(0, 40)}'`);
     }
     if (![step, ...(kept.length ? kept : [start])].includes(welcome.step)) {
-      throw new RemoteProtocolError(`it would go on at step ${welcome.step}, of which none kept`);
+      throw new RemoteProtocolError(`it would continue at step ${welcome.step}, of which no state was kept`);
     }
   }
 

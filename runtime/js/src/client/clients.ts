@@ -72,7 +72,7 @@ export class SplitClient {
         manifest: party.manifest,
         session: run.session,
         token,
-        stand: () => run.stand(executor.step),
+        findResumePoint: () => run.findResumePoint(executor.step),
         giveUpAfter,
         isPatient: resume || giveUpAfter !== undefined,
         onReconnect,
@@ -111,7 +111,7 @@ export class SplitClient {
 
   /** The steps of this run that can be gone back to, newest first. */
   get checkpoints(): readonly number[] {
-    return this.#runner.run.stand(this.steps).kept;
+    return this.#runner.run.findResumePoint(this.steps).kept;
   }
 
   /** Connections made after the first. */

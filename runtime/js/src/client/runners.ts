@@ -143,7 +143,7 @@ export class TaskRunner {
    * side did not, it only hangs up: the server would forget what a resumed run begins from.
    */
   close(): void {
-    const { kept } = this.run.stand(this.executor.step);
+    const { kept } = this.run.findResumePoint(this.executor.step);
     const isUnfinished = this.#isHalfPublished || kept.length > 0;
     if (!this.#closed) this.#channel.close({ forGood: !isUnfinished });
     this.#closed = true;

@@ -99,8 +99,8 @@ export class TrainingRun {
     if (this.#kept.length) await this.hold({ takeOver: true });
   }
 
-  /** Say where the client stands that is at `step` now. */
-  stand(step: number): ResumePoint {
+  /** Return from where a client at `step` can resume. */
+  findResumePoint(step: number): ResumePoint {
     return { origin: this.#origin, start: this.#start, step, kept: this.#kept };
   }
 

@@ -2,8 +2,8 @@
  * The client's side of the protocol, pure: bytes in, checked messages out; it neither waits nor
  * sends.
  *
- * A conversation is a row of states, and {@link MOVES} says which message may come from whom in
- * which state and where it leads.  Before anything is done with a message its tensors are held
+ * An exchange of messages is a row of states, and {@link MOVES} says which message may come from
+ * whom in which state and where it leads.  Before anything is done with a message its tensors are held
  * against the manifest: their names, element types, shapes and ranges.  This module knows no
  * network, and nothing of what the tensors mean.
  */
@@ -22,12 +22,12 @@ import { decodeMessage, encodeMessage, isSameTask } from "../messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "../messages.js";
 import { checkArray } from "../tensors.js";
 import type { NdArrays } from "../tensors.js";
-import { checkValues } from "./validation.js";
+import { checkFinite } from "./validation.js";
 
 export const CLIENT = "client";
 export const SERVER = "server";
 
-/** Where a conversation stands. */
+/** How far an exchange of messages is. */
 export type State = "start" | "greeting" | "open" | "saving" | "closed";
 
 /** "state sender message" -> next state; what is not in the table is not allowed. */
@@ -51,7 +51,7 @@ export const MOVES: Readonly<Record<string, State>> = {
   "saving client Bye": "closed",
 };
 
-/** The client's side of a conversation; `state` is where it stands. */
+/** The client's side of an exchange of messages; `state` is how far it is. */
 export class Protocol {
   state: State = "start";
   readonly #manifest: PartyManifest;
@@ -128,7 +128,7 @@ export class Protocol {
       const { tensor, kind } = wires.get(name)!;
       checkArray(array, tensor, this.#sizes, kind === "output");
       if (message.phase === TRAIN && sender === SERVER) {
-        checkValues(name, array, `step ${message.step + 1}`);
+        checkFinite(name, array, `step ${message.step + 1}`);
       }
     }
   }
