@@ -97,7 +97,8 @@ EARLIER = "the earlier name of an option, which still works"
 LABEL = "the label of a metric, by which dashboards know it"
 LINUX = "Linux seals files"
 EXCEPTIONS = {
-    ("strangers?", "splitonnx/commands/security.py"): EARLIER,
+    ("strangers?", "runtime/limits.py"): EARLIER,
+    ("strangers?", "tests/commands/test_limits.py"): EARLIER,
     ("strangers?", "docs/security.md"): EARLIER,
     ("strangers?", "runtime/edge/http.py"): LABEL,
     ("strangers?", "tests/end_to_end/test_attacks.py"): LABEL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -131,7 +132,7 @@ ServerOption = Annotated[
     str | None, typer.Option(metavar="URL", help="The server, such as ws://127.0.0.1:8765.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of shuffling and Dropout.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of shuffling and dropout.")]
 TrustedOption = Annotated[
     bool,
     typer.Option(
@@ -142,15 +143,33 @@ TrustedOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what stands there.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 LogFormatOption = Annotated[
     LogFormat, typer.Option(help="Lines for people, or one JSON object a line.")
 ]
 LogLevelOption = Annotated[
-    LogLevel | None, typer.Option(help="What is logged, and all that is graver; info by default.")
+    LogLevel | None, typer.Option(help="Log messages of this level and above; info by default.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What a command logs, and how."""
+
+    quiet: QuietOption = False
+    log_format: LogFormatOption = LogFormat.TEXT
+    log_level: LogLevelOption = None
+
+    def choose_level(self) -> LogLevel:
+        """Choose from which level on messages are logged.
+
+        Raises:
+            UsageError: the options contradict each other.
+        """
+        refuse_both("--quiet", "--log-level", self.quiet, self.log_level)
+        return LogLevel.ERROR if self.quiet else self.log_level or LogLevel.INFO
 
 
 def make_optimizer(

@@ -7,11 +7,13 @@ machine can read.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from splitonnx.commands.groups import list_given
 from splitonnx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,22 +22,8 @@ if TYPE_CHECKING:
     from splitonnx.runtime.channels.credentials import Credentials
     from splitonnx.runtime.edge.tokens import Tokens
 
-_SECURITY = "Who may come in"
-_LIMITS = "Limits"
-_ACCESS = "How the server lets us in"
-
-
-def _limit(
-    field: str, text: str, *, show_default: bool = True, before: str | None = None
-) -> object:
-    """Make the option of a limit; ``before`` is a name that it had in 0.1.0."""
-    names = (field,) if before is None else (field, before)
-    return typer.Option(
-        *(f"--max-{name.replace('_', '-')}" for name in names),
-        help=text,
-        rich_help_panel=_LIMITS,
-        show_default=show_default,
-    )
+_SECURITY = "Server access control"
+_ACCESS = "Access to the server"
 
 
 # --- serve ----------------------------------------------------------------------------------
@@ -100,113 +88,50 @@ IsolateOption = Annotated[
         rich_help_panel=_SECURITY,
     ),
 ]
-MaxClientsOption = Annotated[int, _limit("clients", "Connections at once.")]
-MaxUnauthenticatedOption = Annotated[
-    int,
-    _limit(
-        "unauthenticated",
-        "Connections at once that have shown no token yet.",
-        before="strangers",
-    ),
-]
-MaxSessionsOption = Annotated[int, _limit("sessions", "Sessions at once in memory.")]
-MaxSessionsPerTokenOption = Annotated[
-    int, _limit("sessions_per_token", "Sessions at once in memory of one owner of tokens.")
-]
-MaxMemoryBytesOption = Annotated[
-    int | None,
-    _limit(
-        "memory_bytes",
-        "Bytes of all sessions' states; half of the machine's memory by default.",
-        show_default=False,
-    ),
-]
-MaxMessageBytesOption = Annotated[int, _limit("message_bytes", "Bytes of one message.")]
-MaxUnauthBytesOption = Annotated[
-    int,
-    _limit(
-        "unauthenticated_bytes",
-        "Bytes of all messages before a token was shown.",
-        before="stranger_bytes",
-    ),
-]
-MaxMessagesPerSecondOption = Annotated[
-    int,
-    _limit("messages_per_second", "Frames a second of one connection, beyond which it is slowed."),
-]
-MaxIdleSecondsOption = Annotated[
-    float, _limit("idle_seconds", "Seconds that a connection may be silent.")
-]
-MaxMessageSecondsOption = Annotated[
-    float, _limit("message_seconds", "Seconds from a message's first byte to its last.")
-]
-MaxHandshakeSecondsOption = Annotated[
-    float, _limit("handshake_seconds", "Seconds for the handshake of TLS, and again of HTTP.")
-]
-MaxLoginSecondsOption = Annotated[
-    float, _limit("login_seconds", "Seconds for the token where it comes as a message.")
-]
-MaxUnattendedSecondsOption = Annotated[
-    float, _limit("unattended_seconds", "Seconds that a session without a connection stays.")
-]
-MaxClientsPerTokenOption = Annotated[
-    int, _limit("clients_per_token", "Connections at once of one owner of tokens.")
-]
-MaxBatchOption = Annotated[int, _limit("batch", "Rows of one message's tensors.")]
-MaxTaskBytesOption = Annotated[
-    int | None,
-    _limit(
-        "task_bytes",
-        "Bytes that tasks which run at a time need; a quarter of the machine's memory by default.",
-        show_default=False,
-    ),
-]
-MaxStageSecondsOption = Annotated[float, _limit("stage_seconds", "Seconds that one stage may run.")]
-MaxWorkersOption = Annotated[
-    int, _limit("workers", "Processes that run the stages of isolated sessions.")
-]
-MaxDiskPerOwnerOption = Annotated[
-    int | None,
-    _limit("disk_per_owner", "Bytes on disk of one owner's sessions; no limit by default."),
-]
-MaxNormOption = Annotated[
-    float | None, _limit("norm", "Largest L2 norm of a gradient that arrives; none by default.")
-]
 
 
-def make_tls(
-    certificate: Path | None, key: Path | None, *, client_authority: Path | None
-) -> ssl.SSLContext | None:
-    """Read a server's certificates, if any are named.
+@dataclass(frozen=True, kw_only=True)
+class ServerSecurity:
+    """What a server asks of its clients, and what it shows them."""
 
-    Raises:
-        UsageError: one is named without another that it needs.
-        UnusableFile: a file is not what it should be.
-    """
-    if (certificate is None) != (key is None):
-        raise UsageError(
-            "a certificate and its key go together; give both --tls-cert and --tls-key"
-        )
-    if certificate is None or key is None:
-        if client_authority is not None:
-            raise UsageError("--client-ca needs TLS; give --tls-cert and --tls-key, too")
-        return None
-    from splitonnx.runtime.wire.tls import make_server_tls
+    token_file: ServerTokensOption = None
+    tls_cert: ServerCertificateOption = None
+    tls_key: ServerKeyOption = None
+    client_ca: ClientAuthorityOption = None
+    origin: OriginOption = None
+    insecure: InsecureOption = False
+    isolate: IsolateOption = None
 
-    return make_server_tls(certificate, key, client_authority=client_authority)
+    def make_tls(self) -> ssl.SSLContext | None:
+        """Read the server's certificates, if any are named.
 
+        Raises:
+            UsageError: one is named without another that it needs.
+            UnusableFile: a file is not what it should be.
+        """
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError(
+                "a certificate and its key go together; give both --tls-cert and --tls-key"
+            )
+        if self.tls_cert is None or self.tls_key is None:
+            if self.client_ca is not None:
+                raise UsageError("--client-ca needs TLS; give --tls-cert and --tls-key, too")
+            return None
+        from splitonnx.runtime.wire.tls import make_server_tls
 
-def read_tokens(path: Path | None) -> Tokens | None:
-    """Read a server's tokens, if a file is named.
+        return make_server_tls(self.tls_cert, self.tls_key, client_authority=self.client_ca)
 
-    Raises:
-        UnusableFile: it is no file of tokens.
-    """
-    if path is None:
-        return None
-    from splitonnx.runtime.edge.tokens import Tokens
+    def read_tokens(self) -> Tokens | None:
+        """Read the server's tokens, if a file is named.
 
-    return Tokens.read(path)
+        Raises:
+            UnusableFile: it is not a file of tokens.
+        """
+        if self.token_file is None:
+            return None
+        from splitonnx.runtime.edge.tokens import Tokens
+
+        return Tokens.read(self.token_file)
 
 
 # --- train and predict ----------------------------------------------------------------------
@@ -254,42 +179,37 @@ ReplyBytesOption = Annotated[
 ]
 
 
-def make_access(
-    server: str | None,
-    *,
-    token_file: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    max_message_bytes: int | None,
-) -> Credentials | None:
-    """Read a client's token and certificates; ``None`` where there is no server.
+@dataclass(frozen=True, kw_only=True)
+class ClientSecurity:
+    """How a client shows a server who it is, and whom it trusts."""
 
-    Raises:
-        UsageError: options are missing, or there is no server, or none with TLS, to use them on.
-        UnusableFile: a file is not what it should be.
-    """
-    given = {
-        "--token-file": token_file,
-        "--ca": ca,
-        "--cert": cert,
-        "--key": key,
-        "--max-message-bytes": max_message_bytes,
-    }
-    if server is None:
-        names = [name for name, value in given.items() if value is not None]
-        if names:
-            raise UsageError(f"{', '.join(names)}: for a server, and none is named")
-        return None
-    from splitonnx.runtime.channels.credentials import MESSAGE_BYTES, Credentials
-    from splitonnx.runtime.edge.tokens import read_token
-    from splitonnx.runtime.wire.tls import make_client_tls
+    token_file: ClientTokenOption = None
+    ca: AuthorityOption = None
+    cert: CertificateOption = None
+    key: KeyOption = None
+    max_message_bytes: ReplyBytesOption = None
 
-    tls = None
-    if ca is not None or cert is not None or key is not None:
-        tls = make_client_tls(authority=ca, certificate=cert, key=key)
-    size = MESSAGE_BYTES if max_message_bytes is None else max_message_bytes
-    return Credentials(token=read_token(token_file), tls=tls, message_bytes=size)
+    def make_credentials(self, server: str | None) -> Credentials | None:
+        """Read the client's token and certificates; ``None`` where there is no server.
+
+        Raises:
+            UsageError: options are missing, or there is no server, or none with TLS, to use them
+                on.
+            UnusableFile: a file is not what it should be.
+        """
+        if server is None:
+            if names := list_given(self):
+                raise UsageError(f"{', '.join(names)}: for a server, and none is named")
+            return None
+        from splitonnx.runtime.channels.credentials import MESSAGE_BYTES, Credentials
+        from splitonnx.runtime.edge.tokens import read_token
+        from splitonnx.runtime.wire.tls import make_client_tls
+
+        tls = None
+        if self.ca is not None or self.cert is not None or self.key is not None:
+            tls = make_client_tls(authority=self.ca, certificate=self.cert, key=self.key)
+        size = MESSAGE_BYTES if self.max_message_bytes is None else self.max_message_bytes
+        return Credentials(token=read_token(self.token_file), tls=tls, message_bytes=size)
 
 
 # --- token ----------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ PLACES = {
     "a rewrite": (rewrites, "REWRITES", "Elu", "node 'elu_node' (Elu)", "rewritten"),
     "a lowering": (lowerings, "LOWERINGS", "ReluGrad", "(ReluGrad)", "lowered"),
     "a normalization pass": (
-        explicit_padding, "_settle_node", None, "node 'h_node' (Conv)", "given explicit padding",
+        explicit_padding, "_make_padding_explicit", None, "node 'h_node' (Conv)",
+        "given explicit padding",
     ),
     "a pass without nodes": (
         preparations, "seed_random_operators", None, "the model", "prepared for training",

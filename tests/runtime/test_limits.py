@@ -5,24 +5,35 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 from splitonnx.commands.services import serve
 from splitonnx.errors import UsageError
-from splitonnx.runtime.limits import Limits, measure_memory
-
-PAGE = Path(__file__).parents[2] / "docs" / "security.md"
-UNSET = {"half of the machine's": None, "a quarter of the machine's memory": None, "none": None}
+from splitonnx.runtime.limits import Limits, list_limits, measure_memory
+from tests.support.limits_page import PAGE, render_table, replace_table
 
 
-def test_the_page_lists_every_limit_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| (\w+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE))
-    for field in fields(Limits):
-        default = field.default
-        told = UNSET.get(rows[field.name], rows[field.name])
-        assert told == (default if default is None else f"{default:.0f}"), field.name
+def test_the_page_has_the_table_of_all_limits() -> None:
+    page = PAGE.read_text()
+    assert page == replace_table(page), "write it: python -m tests.support.limits_page"
+    rows = re.findall(r"^\| (\w+) \| [^|]+ \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE)
+    assert [field.name for field in fields(Limits)] == [row for row in rows if row != "limit"]
+
+
+def test_a_table_that_is_out_of_date_is_replaced_and_nothing_around_it() -> None:
+    table = render_table()
+    old = table.replace("| 128 |", "| 127 |")
+    assert old != table
+    assert replace_table(f"before\n\n{old}\nafter\n") == f"before\n\n{table}\nafter\n"
+
+
+def test_what_users_are_told_of_a_limit_is_a_phrase_for_the_option_and_the_page() -> None:
+    for limit in list_limits():
+        assert limit.text[0].isupper(), limit
+        assert limit.text[-1].isalnum(), limit
+        assert limit.beyond, limit
+        assert (limit.default is None) == bool(limit.unset), limit
 
 
 def test_every_limit_is_an_option_with_the_same_default() -> None:

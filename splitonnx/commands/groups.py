@@ -1,0 +1,88 @@
+"""Groups of options: a command takes one value for a group, the command line an option a field.
+
+What an option is called and what its help says is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The options that ``make`` turns into one value; :func:`make_parameter` makes each."""
+
+    parameters: Sequence[Parameter]
+    make: Callable[..., Any]
+
+
+def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    """Make the parameter of one option, with what typer is told of it in the annotation."""
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def group_fields(group: Any) -> Group:
+    """Make the group of a dataclass, whose fields say what their options are."""
+    hints = get_type_hints(group, include_extras=True)
+    parameters = [
+        make_parameter(
+            field.name,
+            hints[field.name],
+            Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in fields(group)
+    ]
+    return Group(parameters=parameters, make=group)
+
+
+def list_given(group: Any) -> list[str]:
+    """List the options of a dataclass's value that are not at their defaults, by their names."""
+    return [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(group)
+        if getattr(group, field.name) not in (field.default, [])
+    ]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command be called with an option for each field of its groups.
+
+    Its groups are the parameters that are annotated with a dataclass, or with a :class:`Group`
+    beside the type.  Options come in the order of the parameters.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: group for name, hint in hints.items() if (group := _find_group(hint))}
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        name = parameter.name
+        if name in groups:
+            parameters.extend(groups[name].parameters)
+        else:
+            parameters.append(make_parameter(name, hints[name], parameter.default))
+
+    @wraps(command)
+    def call(**given: Any) -> None:
+        command(**_gather(given, groups))
+
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _find_group(hint: Any) -> Group | None:
+    if get_origin(hint) is Annotated:
+        return next((extra for extra in get_args(hint) if isinstance(extra, Group)), None)
+    return group_fields(hint) if is_dataclass(hint) else None
+
+
+def _gather(given: Mapping[str, Any], groups: Mapping[str, Group]) -> dict[str, Any]:
+    """Put the values of each group together, under the group's name."""
+    gathered = dict(given)
+    for name, group in groups.items():
+        values = {parameter.name: gathered.pop(parameter.name) for parameter in group.parameters}
+        gathered[name] = group.make(**values)
+    return gathered
