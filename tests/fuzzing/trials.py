@@ -1,7 +1,8 @@
 """Trials: one mutant each, cut in a forked process whose time and memory are limited.
 
-Whatever comes out but a bundle or an error that splitonnx raises on purpose is a finding: another
-exception, an abort, a mutant that takes too long or too much memory.
+Whatever comes out but a bundle or an error that blames the model is a finding: another exception,
+one that owns up to a mistake of splitonnx, an abort, a mutant that takes too long or too much
+memory.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ MEMORY = 3 << 30
 _BATCH = 200
 _LOSSES = ("mse",) * 8 + ("l1", "cross-entropy", "bce-with-logits", "from-model")
 
-Outcome = Literal["cut", "refused", "vague", "finding"]
-"""``vague`` is a refusal that names no node: none is at fault, or a check is missing."""
+Outcome = Literal["cut", "refused", "finding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def try_mutant(content: bytes, seed: int) -> tuple[Outcome, str]:
         if "\n" in sentence or len(sentence) > 2000 or not sentence.isprintable():
             return "finding", f"an unprintable sentence: {sentence[:3000]!r}"
         if isinstance(error, InternalModelError):
-            return "vague", traceback.format_exc()
+            return "finding", traceback.format_exc()
         return "refused", f"{type(error).__name__}: {sentence}"
     except Exception:  # noqa: BLE001
         return "finding", traceback.format_exc()

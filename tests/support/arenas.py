@@ -262,3 +262,19 @@ def many_files(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def expect_undisturbed(arena: Arena) -> None:
+    """End the honest client's training; its weights are those of a run that nobody disturbed."""
+    arena.expect_progress()
+    arena.finish()
+    assert arena.connections == 1
+    assert "Traceback" not in arena.log
+    for token in arena.tokens.values():
+        assert token not in arena.log
+    print(
+        f"honest steps meanwhile: {arena.steps}, the slowest {arena.slowest:.2f} s; server's "
+        f"memory in the end {arena.resident_mib:.0f} MiB"
+    )
+    for name, array in arena.train_undisturbed().items():
+        np.testing.assert_array_equal(arena.weights[name], array)
