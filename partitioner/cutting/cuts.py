@@ -1,10 +1,10 @@
-"""Where a model can be cut: names to tensors, and tensors to a division.
+"""Where a model can be cut: names to tensors, and tensors to a partition.
 
-A *division* gives the server the nodes between the cut tensors ``at`` and the cut tensors
+A *partition* gives the server the nodes between the cut tensors ``at`` and the cut tensors
 ``tail_at`` (or the model's outputs), and the client everything else.  The client may therefore
 lead a skip connection from head to tail, or tie weights between them, without anything crossing.
-Legal is a division in which nothing crosses but the named tensors: no other activation, no raw
-input unless it is named, no trainable tensor used on both sides.
+It is legal where nothing crosses but the named tensors: no other activation, no raw input unless
+it is named, no trainable tensor used on both sides.
 
 This module knows graphs and names; it knows no loss, no gradient and no runtime.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -34,7 +34,7 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A legal division of a graph, in nodes and values of that graph.
+    """A legal partition of a graph, in nodes and values of that graph.
 
     ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
     on their shape alone, may be needed by both: ``client`` holds all that the client needs.
@@ -49,6 +49,30 @@ class Partition:
     client: frozenset[ir.Node] = frozenset()
     remote_shapes: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
     duplicated: frozenset[ir.Node] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What a party must have: its nodes, the values they end in, and sizes it has from elsewhere.
+
+    ``remote_shapes`` is that party's of :class:`Partition`; ``underived`` says why a size that it
+    needs cannot be had, if one cannot.
+    """
+
+    nodes: set[ir.Node]
+    sources: set[ir.Value]
+    remote_shapes: Mapping[ir.Node, Sequence[ir.Value]]
+    underived: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """What both parties must have where a graph is cut at ``at`` and ``tail_at``, legal or not."""
+
+    at: tuple[ir.Value, ...]
+    tail_at: tuple[ir.Value, ...]
+    server: Side
+    client: Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +156,7 @@ def divide(
     trainable: Collection[str] = frozenset(),
     around: Surroundings | None = None,
 ) -> Partition:
-    """Divide ``graph`` at the given tensors, or say why it cannot be.
+    """Divide ``graph`` at the given tensors, in three steps.
 
     ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
     them that are trained.  Without ``at`` everything belongs to the client.  ``around`` is what
@@ -147,10 +171,36 @@ def divide(
             raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
         return Partition(at=(), tail_at=(), server=frozenset())
     around = around or survey(graph, state=state, trainable=trainable)
-    raw, data, sizes, known = list(around.raw), around.data, around.sizes, around.known
-    names = [value.name or "" for value in (*at, *tail_at)]
-    _refuse_constants(names, (*at, *tail_at), data)
+    sides = trace_sides(graph, at, tail_at, around)
+    check_use(sides, around.data)
+    duplicated = find_duplicated(graph, sides, around, trainable)
+    server, client = sides.server, sides.client
+    _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
+    return Partition(
+        at=sides.at,
+        tail_at=sides.tail_at,
+        server=frozenset(server.nodes),
+        client=frozenset(client.nodes),
+        remote_shapes={"client": client.remote_shapes, "server": server.remote_shapes},
+        duplicated=duplicated,
+    )
 
+
+def trace_sides(
+    graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
+) -> Sides:
+    """Trace what each party must have to compute what is asked of it: step one of three.
+
+    A node may be on both sides, and a side may end in more than it receives.
+
+    Raises:
+        NotACut: a named tensor depends on none of the model's inputs.
+    """
+    raw, sizes, known = list(around.raw), around.sizes, around.known
+    for value in (*at, *tail_at):
+        if value not in around.data:
+            reason = f"'{value.name}' does not depend on the model's inputs"
+            raise NotACut(_list_names(at, tail_at), reason=reason)
     ends = tail_at or list_server_outputs(graph, at, sizes)
     head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
     server = _walk_side(ends, at, lambda _: at, sizes, known)
@@ -161,33 +211,53 @@ def divide(
         sizes,
         known,
     )
-    if not any(node.inputs and set(node.outputs) & data for node in server.nodes):
+    return Sides(at=tuple(at), tail_at=tuple(tail_at), server=server, client=client)
+
+
+def check_use(sides: Sides, data: Set[ir.Value]) -> None:
+    """Check that each party has work, and uses what it receives: step two.
+
+    Raises:
+        NotACut: nothing would be left to the server, or a party does not use a named tensor.
+    """
+    names = _list_names(sides.at, sides.tail_at)
+    if not any(node.inputs and set(node.outputs) & data for node in sides.server.nodes):
         raise NotACut(names, reason="nothing would be left for the server")
-    _refuse_unused(set(at) - server.sources, names, "server")
-    _refuse_unused(set(tail_at) - client.sources, names, "client")
+    received = (("server", sides.server, sides.at), ("client", sides.client, sides.tail_at))
+    for party, side, values in received:
+        for value in values:
+            if value not in side.sources:
+                raise NotACut(names, reason=f"the {party}'s part does not use '{value.name}'")
+
+
+def find_duplicated(
+    graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
+) -> frozenset[ir.Node]:
+    """Find the nodes of data that both parties compute, and check that they may: step three.
+
+    They may where all that such a node reads is made of raw inputs that cross anyway.
+
+    Raises:
+        NotACut: more than the named tensors would cross; ``missing`` names what.
+    """
+    at, server, client, data = sides.at, sides.server, sides.client, around.data
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
-    private = around.private
-    opened = find_opened(graph, set(at) & private, data, trainable)
+    opened = find_opened(graph, set(at) & around.private, data, trainable)
     shared = {node for node in both if not set(node.outputs) <= opened}
-    leaks = server.sources & set(raw) - set(at)
-    if shared or leaks:
-        if reason := server.underived or client.underived:
-            raise NotACut(names, reason=reason)
-        missing = _find_missing(
-            graph, at, tail_at, server.nodes, client.nodes, (data - opened) | set(at)
-        )
-        _, sources = walk_back([v for v in private if v.name in missing], ends=sizes)
-        bare = [value.name or "" for value in raw if value in sources]
-        raise NotACut(names, missing=missing, raw=bare)
-    _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
-    return Partition(
-        at=tuple(at),
-        tail_at=tuple(tail_at),
-        server=frozenset(server.nodes),
-        client=frozenset(client.nodes),
-        remote_shapes={"client": client.remote_shapes, "server": server.remote_shapes},
-        duplicated=frozenset(both),
-    )
+    leaks = server.sources & set(around.raw) - set(at)
+    if not shared and not leaks:
+        return frozenset(both)
+    names = _list_names(at, sides.tail_at)
+    if reason := server.underived or client.underived:
+        raise NotACut(names, reason=reason)
+    missing = _find_missing(graph, sides, (data - opened) | set(at))
+    _, sources = walk_back([v for v in around.private if v.name in missing], ends=around.sizes)
+    bare = [value.name or "" for value in around.raw if value in sources]
+    raise NotACut(names, missing=missing, raw=bare)
+
+
+def _list_names(at: Sequence[ir.Value], tail_at: Sequence[ir.Value]) -> list[str]:
+    return [value.name or "" for value in (*at, *tail_at)]
 
 
 def find_lost(
@@ -223,23 +293,13 @@ def find_opened(
     return opened
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Side:
-    """What a party must have: its nodes, where they end, and sizes that it has from elsewhere."""
-
-    nodes: set[ir.Node]
-    sources: set[ir.Value]
-    remote_shapes: Mapping[ir.Node, Sequence[ir.Value]]
-    underived: str = ""
-
-
 def _walk_side(
     ends: Iterable[ir.Value],
     stop: Collection[ir.Value],
     hold: Callable[[ir.Node], Sequence[ir.Value]],
     sizes: Mapping[ir.Node, frozenset[ir.Value]],
     known: Inference,
-) -> _Side:
+) -> Side:
     """Walk back from what a party computes, but not through shapes that it can tell otherwise."""
     targets, reason = list(ends), ""
     readers = {node for node in sizes if reads_size(node)}
@@ -269,7 +329,7 @@ def _walk_side(
                     "the cut has; cut elsewhere, or export the model with that size fixed"
                 )
         if not more:
-            return _Side(
+            return Side(
                 nodes=nodes | near, sources=sources, remote_shapes=remote_shapes, underived=reason
             )
         targets += more  # it may be that the party can compute the tensor itself
@@ -283,32 +343,14 @@ def list_server_outputs(
     return [value for value in graph.outputs if value.producer() not in head]
 
 
-def _refuse_constants(
-    names: Sequence[str], tensors: Iterable[ir.Value], data: Collection[ir.Value]
-) -> None:
-    for value in tensors:
-        if value not in data:
-            raise NotACut(names, reason=f"'{value.name}' does not depend on the model's inputs")
-
-
-def _refuse_unused(unused: Collection[ir.Value], names: Sequence[str], party: str) -> None:
-    for value in unused:
-        raise NotACut(names, reason=f"the {party}'s part does not use '{value.name}'")
-
-
-def _find_missing(
-    graph: ir.Graph,
-    at: Sequence[ir.Value],
-    tail_at: Sequence[ir.Value],
-    server: Collection[ir.Node],
-    client: Collection[ir.Node],
-    data: Collection[ir.Value],
-) -> list[str]:
-    """Name the tensors that would have to cross as well to make the division legal."""
+def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> list[str]:
+    """Name the tensors that would have to cross as well to make the partition legal."""
+    at, tail_at = sides.at, sides.tail_at
+    server, client = sides.server.nodes, sides.client.nodes
     beyond = find_dependents(graph, at)
     if tail_at:
         tail, _ = walk_back(graph.outputs, stop=set(tail_at))
-        overlap = {v for n in tail & set(server) for v in n.outputs}
+        overlap = {v for n in tail & server for v in n.outputs}
         leaving = [
             v.name or ""
             for n in graph

@@ -2,7 +2,7 @@
 
 A tensor ``t`` that crosses becomes ``t@server`` or ``t@client``, after who receives it.  Since
 only the receiving side reads the port's output, its gradient is a tensor of its own that holds
-the contribution of that side alone.  This module knows a division; it knows no gradient.
+the contribution of that side alone.  This module knows a partition; it knows no gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def insert_ports(
 ) -> list[Port]:
     """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
-    ``server`` holds the server's nodes: the division's, and the loss's where it is the server's.
+    ``server`` holds the server's nodes: the partition's, and the loss's where it is the server's.
     """
     ports = []
     for value in partition.at:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import pytest
 
 from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
 from splitonnx.partitioner.cutting.cuts import (
     Partition,
+    Sides,
+    Surroundings,
+    check_use,
     divide,
+    find_duplicated,
     find_lost,
     find_opened,
     resolve_names,
     survey,
+    trace_sides,
 )
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
@@ -151,7 +158,7 @@ def test_a_tied_weight_may_stay_with_the_client_on_both_ends() -> None:
         divide(graph, first, state=weights, trainable=weights)
 
 
-def test_a_survey_of_the_graph_serves_every_division() -> None:
+def test_a_survey_of_the_graph_serves_every_partition() -> None:
     graph, weights = lift(ZOO["residual"].build())
     around = survey(graph, state=weights, trainable=weights)
     assert [value.name for value in around.raw] == ["x"]
@@ -160,6 +167,75 @@ def test_a_survey_of_the_graph_serves_every_division() -> None:
         assert divide(graph, values, state=weights, trainable=weights) == divide(
             graph, values, state=weights, trainable=weights, around=around
         )
+
+
+# --- the three steps of a partition -----------------------------------------------------------
+
+
+def trace(
+    name: str, at: list[str], tail_at: list[str] | None = None
+) -> tuple[ir.Graph, Sides, Surroundings, list[str]]:
+    graph, weights = lift(ZOO[name].build())
+    around = survey(graph, state=weights, trainable=weights)
+    first, last = resolve_names(graph, at), resolve_names(graph, tail_at or [])
+    return graph, trace_sides(graph, first, last, around), around, weights
+
+
+def test_a_side_ends_in_what_it_receives_and_in_weights() -> None:
+    _, sides, *_ = trace("chain", ["act0"], ["act1"])
+    assert names(sides.server.nodes) == ["act1", "linear1"]
+    assert {value.name for value in sides.server.sources} == {"act0", "w1", "b1"}
+    assert names(sides.client.nodes) == [
+        "act0", "act2", "act3", "linear0", "linear2", "linear3", "linear4",
+    ]  # fmt: skip
+    assert {"x", "act1", "w0", "w4"} <= {value.name for value in sides.client.sources}
+
+
+def test_sides_are_traced_where_the_cut_is_none_too() -> None:
+    graph, sides, around, weights = trace("residual", ["m2"])
+    assert names(sides.server.nodes & sides.client.nodes) == ["m1", "r1"]
+    assert {value.name for value in sides.server.sources} & {"x"}
+    check_use(sides, around.data)  # each has work
+    with pytest.raises(NotACut) as caught:
+        find_duplicated(graph, sides, around, weights)
+    assert (list(caught.value.missing), list(caught.value.raw)) == (["r1"], [])
+
+
+def test_sides_cannot_be_traced_from_a_tensor_of_no_data() -> None:
+    with pytest.raises(NotACut, match="'w0' does not depend on the model's inputs"):
+        trace("chain", ["w0"])
+
+
+def test_a_party_without_work_or_with_what_it_does_not_use_is_refused() -> None:
+    _, sides, around, _ = trace("chain", ["act0", "act1"])
+    with pytest.raises(NotACut, match="the server's part does not use 'act0'") as caught:
+        check_use(sides, around.data)
+    assert caught.value.tensors == ["act0", "act1"]
+    nobody = replace(sides, server=replace(sides.server, nodes=set()))
+    with pytest.raises(NotACut, match="nothing would be left for the server"):
+        check_use(nobody, around.data)
+    _, sides, around, _ = trace("chain", ["act0"], ["act1"])
+    check_use(sides, around.data)
+
+
+def test_a_node_of_data_is_on_both_sides_only_where_its_data_cross_anyway() -> None:
+    net = Net()
+    doubled = net.op("Add", "mask", "mask", out="doubled")
+    hidden = net.op(
+        "Mul", net.op("MatMul", "x", net.weight("w1", 6, 5), out="m1"), doubled, out="h"
+    )
+    last = net.op(
+        "Mul", net.op("MatMul", hidden, net.weight("w2", 5, 5), out="m2"), doubled, out="l"
+    )
+    net.op("MatMul", last, net.weight("w3", 5, 3), out="y")
+    graph, weights = lift(net.finish({"x": (FLOAT, ["N", 6]), "mask": (FLOAT, ["N", 5])}, "y", 3))
+    around = survey(graph, state=weights, trainable=weights)
+    sides = trace_sides(graph, resolve_names(graph, ["h", "mask"]), (), around)
+    assert names(find_duplicated(graph, sides, around, weights)) == ["doubled"]
+    sides = trace_sides(graph, resolve_names(graph, ["h"]), (), around)
+    with pytest.raises(NotACut) as caught:
+        find_duplicated(graph, sides, around, weights)
+    assert (list(caught.value.missing), list(caught.value.raw)) == (["doubled"], ["mask"])
 
 
 def test_shapes_are_read_from_the_cut_itself() -> None:
