@@ -147,7 +147,7 @@ def _walk(message: Any) -> Iterator[Any]:
                 yield from _walk(inner)
 
 
-class _PassedError(Exception):
+class _PassedError(SplitonnxError):
     """All of our own screens were passed; what comes now is native code."""
 
 

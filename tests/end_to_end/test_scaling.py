@@ -119,7 +119,7 @@ def test_the_collector_is_off_while_a_model_is_worked_on_and_on_again_behind_it(
         seen.append(gc.isenabled())
         return opened(source)
 
-    for module in ("checks", "inspections", "partitions"):
+    for module in ("reports.checks", "reports.inspections", "partitions"):
         monkeypatch.setattr(f"splitonnx.partitioner.{module}.open_model", spy)
     model = ZOO["chain"].build()
     for verb in (check, inspect, partial(cut, at=None)):

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import InternalModelError, UnsupportedModel
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, make_atom
 from splitonnx.partitioner.inference.inferences import MOST_ELEMENTS, Inference
@@ -192,8 +192,17 @@ def test_of_a_value_without_notes_nothing_is_known() -> None:
     assert known.content(None) is None
 
 
-def test_inputs_that_the_operator_does_not_take_name_the_node() -> None:
+@pytest.mark.parametrize(
+    ("raised", "told"), [(IndexError, UnsupportedModel), (TypeError, InternalModelError)]
+)
+def test_what_fails_names_the_node_and_whose_mistake_it_is(
+    raised: type[Exception], told: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised("of a rule")
+
+    monkeypatch.setattr(Inference, "_infer", fail)
     path = Path()
-    path.op("Concat", "x", "x")
-    with pytest.raises(UnsupportedModel, match=r"'v0' \(Concat\)"):
+    path.op("Relu", "x")
+    with pytest.raises(told, match=r"'v0' \(Relu\)"):
         path.infer()

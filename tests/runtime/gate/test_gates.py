@@ -272,5 +272,6 @@ def test_what_is_too_large_is_refused(
 
 def test_the_gate_needs_no_onnx() -> None:
     folder = ROOT / "runtime" / "gate"
-    sources = [folder / f"{name}.py" for name in ("gates", "protobufs", "schemas", "operators")]
+    sources = [*folder.glob("*.py"), ROOT / "splitonnx" / "operators.py"]
+    assert len(sources) > 3
     assert all("import onnx" not in source.read_text() for source in sources)
