@@ -6,9 +6,10 @@ of what the stages compute.  A model left whole is trained by the same loop with
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -107,7 +108,8 @@ class Client:
                 self._run.position = self._run.go_back(self._executor, channel.step)
             undo.pop_all()
         self._runner = TaskRunner(self._executor, self._run, channel, seed=seed)
-        self._loop = TrainingLoop(self._executor, self._runner, self._run, seed=seed)
+        self._loop = TrainingLoop(self._executor, self._runner, seed=seed)
+        self._is_training = threading.Lock()  # held while a fit runs
 
     def _connect(
         self,
@@ -198,13 +200,14 @@ class Client:
             StageFailed: a stage cannot be loaded or run.
             UnfinishedRun: a run was broken off in the folder; resume it, or ``restart``.
             FolderInUse: another client trains in the folder.
-            UsageError: a run would be resumed with other data, batches or seed.
+            UsageError: a number is out of its range; another fit of this client runs; a run would
+                be resumed with other data, batches or seed.
             NotSaved: a checkpoint cannot be written.
             StepsLost: the server lost steps that were made before this fit began, or the same
                 ones again and again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
-        require_positive(epochs=epochs, batch_size=batch_size)
+        require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         training = open_dataset(data)
         training.check(self._phase(TRAIN).data)
         held_out = None if eval_data is None else open_dataset(eval_data)
@@ -221,12 +224,6 @@ class Client:
             on_step=on_step,
             on_epoch=on_epoch,
         )
-        if save:
-            self._run.hold()  # now rather than after the work
-        if checkpoint_every is not None:
-            require_positive(checkpoint_every=checkpoint_every)
-            self._run.begin_run(restart=restart)
-        self._executor.prepare(TRAIN)
         start = DataPosition(
             epoch=0,
             batch=0,
@@ -235,7 +232,26 @@ class Client:
             shuffle=shuffle,
             samples=training.size,
         )
-        return self._loop.fit(options, self._run.take_position(start))
+        with self._training():
+            if save:
+                self._run.hold()  # now rather than after the work
+            if checkpoint_every is not None:
+                self._run.begin_run(restart=restart)
+            self._executor.prepare(TRAIN)
+            return self._loop.fit(options, self._run.take_position(start))
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Refuse a second fit while one runs, and release the folder where the fit fails."""
+        if not self._is_training.acquire(blocking=False):
+            raise UsageError("this client is already training")
+        try:
+            yield
+        except BaseException:  # another client can resume before close
+            self._run.release()
+            raise
+        finally:
+            self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
         """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
@@ -289,7 +305,12 @@ class Client:
                 :meth:`fit` with ``save`` makes them again.
             ConnectionLost, RemoteFault: the server went, or reported an error of its own.
         """
-        self._runner.publish()
+        try:
+            self._runner.publish()
+        except BaseException:
+            if not self._is_training.locked():  # the fit that runs holds the folder
+                self._run.release()
+            raise
 
     def close(self) -> None:
         """Say good-bye to the server; may be called twice."""

@@ -30,12 +30,12 @@ class FitOptions:
     on_epoch: Callable[[Evaluation], None] | None
 
 
-def require_positive(**counts: int) -> None:
-    """Raise unless each of the arguments is at least 1.
+def require_positive(**counts: int | None) -> None:
+    """Raise unless each of the arguments that is given is at least 1.
 
     Raises:
         UsageError: it names the one that is not.
     """
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise UsageError(f"{name} must be at least 1, not {count}")

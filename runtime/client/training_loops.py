@@ -19,7 +19,6 @@ from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.options import FitOptions, LearningRate
 from splitonnx.runtime.client.runners import TaskRunner
-from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import LOSS, Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
@@ -33,13 +32,10 @@ class TrainingLoop:
     ``seed`` decides the order of what is evaluated; a fit has its own in its place in the data.
     """
 
-    def __init__(
-        self, executor: Executor, runner: TaskRunner, run: TrainingRun, *, seed: int
-    ) -> None:
+    def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:
         self._executor = executor
         self._manifest = executor.manifest
         self._runner = runner
-        self._run = run
         self._seed = seed
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
@@ -51,13 +47,6 @@ class TrainingLoop:
             StepsLost: they were made before this call, or are lost again and again.
             SplitonnxError: see :meth:`Client.fit`.
         """
-        try:
-            return self._fit(options, start)
-        except BaseException:  # another client can resume before close
-            self._run.release()
-            raise
-
-    def _fit(self, options: FitOptions, start: DataPosition) -> History:
         history = History()
         first, position = self._executor.step, start
         farthest, returns = first, 0

@@ -165,7 +165,7 @@ class TrainingRun:
         Raises:
             UsageError: it would continue with other data, batches or seed than it began with.
         """
-        kept, self.position = self.position, None
+        kept = self.position
         if kept is None:
             return start
         for field in ("batch_size", "seed", "shuffle", "samples"):
@@ -175,6 +175,7 @@ class TrainingRun:
                     f"the run was begun with {field.replace('_', ' ')} {before}, not {now}; "
                     "resume it with the same"
                 )
+        self.position = None
         return kept
 
     def begin_run(self, *, restart: bool) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.errors import NotFinite, StepsLost
+from splitonnx.errors import StepsLost
 from splitonnx.manifests import EVALUATE, TRAIN
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
@@ -71,21 +71,13 @@ class Runner:
         raise StepsLost(step)
 
 
-class Run:
-    def __init__(self) -> None:
-        self.is_released = False
-
-    def release(self) -> None:
-        self.is_released = True
-
-
 class Loop:
     """A loop over a runner that computes nothing."""
 
     def __init__(self) -> None:
         self.executor = Executor(tiny.local_bundle().client, Engine(threads=1))
-        self.runner, self.run = Runner(self.executor), Run()
-        self.loop = TrainingLoop(self.executor, self.runner, self.run, seed=0)  # type: ignore[arg-type]
+        self.runner = Runner(self.executor)
+        self.loop = TrainingLoop(self.executor, self.runner, seed=0)  # type: ignore[arg-type]
         self.options = FitOptions(
             training=open_dataset(DATA),
             held_out=None,
@@ -212,16 +204,6 @@ def test_a_server_that_loses_every_step_is_given_up_in_the_end(loop: Loop) -> No
     with pytest.raises(StepsLost):
         loop.fit()
     assert asked == MOST_RETURNS
-
-
-def test_whoever_resumes_after_an_error_finds_the_folder_free(loop: Loop) -> None:
-    def fail(step: int) -> None:
-        raise NotFinite("loss", "nan at step 1")
-
-    loop.runner.fails = fail
-    with pytest.raises(NotFinite):
-        loop.fit()
-    assert loop.run.is_released
 
 
 def test_a_smaller_last_batch_is_left_out_where_the_model_fixes_the_batch(loop: Loop) -> None:
