@@ -135,7 +135,7 @@ def test_a_second_fit_beside_one_that_runs_is_refused_and_harms_nothing(folder: 
     def fit_again(record: StepRecord) -> None:
         for options in ({}, {"save": True}, {"checkpoint_every": 1, "restart": True}):
             with ThreadPoolExecutor(1) as threads:
-                second = threads.submit(client.fit, DATA, batch_size=2, **options)  # type: ignore[arg-type]
+                second = threads.submit(client.fit, DATA, batch_size=2, **options)
                 refused.append(second.exception())  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="already training"):
             client.fit(DATA)

@@ -22,7 +22,13 @@ import { checkBatch, checkFinite, dealInOrder, openDataset, takeBatch } from "./
 import type { Batch, DataSource } from "./datasets.js";
 import type { History } from "./histories.js";
 import { checkNumbers, requirePositive } from "./options.js";
-import type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./options.js";
+import type {
+  ConnectOptions,
+  FitOptions,
+  LearningRate,
+  Outputs,
+  ResolvedFitOptions,
+} from "./options.js";
 import { TaskRunner } from "./runners.js";
 import { TrainingLoop } from "./training_loops.js";
 import { TrainingRun } from "./training_runs.js";
@@ -39,6 +45,7 @@ export class SplitClient {
   readonly #channel: Channel;
   readonly #loop: TrainingLoop;
   readonly #seed: number;
+  #isTraining = false;
 
   private constructor(runner: TaskRunner, channel: Channel, seed: number) {
     this.#runner = runner;
@@ -88,7 +95,13 @@ export class SplitClient {
       if (error instanceof SessionLost && resume) return open();
       throw error;
     });
-    if (channel.step !== executor.step) run.position = await run.goBack(executor, channel.step);
+    if (channel.step !== executor.step) {
+      run.position = await run.goBack(executor, channel.step).catch(async (error: unknown) => {
+        channel.close({ forGood: false });
+        await run.release();
+        throw error;
+      });
+    }
     const runner = new TaskRunner({
       executor,
       run,
@@ -135,24 +148,39 @@ export class SplitClient {
    * @throws StageFailed: a stage cannot be loaded or run.
    * @throws UnfinishedRun: a run was broken off; resume it, or `restart`.
    * @throws StorageInUse: another client trains with the storage.
-   * @throws UsageError: a run would be resumed with other data, batches or seed.
+   * @throws UsageError: a number is out of its range; another fit of this client runs; a run would
+   *   be resumed with other data, batches or seed.
    * @throws NotSaved: a checkpoint cannot be written.
    * @throws StepsLost: the server lost steps that were made before this fit began, or the same
    *   ones again and again.
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
-    const { epochs = 1, batchSize = 32, shuffle = true, evalData, checkpointEvery } = options;
-    requirePositive({ epochs, batchSize });
+    const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
+    requirePositive({ epochs, batchSize, checkpointEvery });
     const training = openDataset(data);
     training.check(this.#phase(TRAIN).data);
     const heldOut = evalData && openDataset(evalData);
     heldOut?.check(this.#evaluationData());
+    if (this.#isTraining) throw new UsageError("this client is already training");
+    this.#isTraining = true;
+    try {
+      const history = await this.#train({ ...options, epochs, training, heldOut }, batchSize);
+      if (options.save) await this.#runner.run.release();
+      return history;
+    } catch (error) {
+      await this.#runner.run.release(); // another client can resume before close
+      throw error;
+    } finally {
+      this.#isTraining = false;
+    }
+  }
+
+  async #train(options: ResolvedFitOptions, batchSize: number): Promise<History> {
     const { executor, run } = this.#runner;
-    if (options.save) await run.hold(); // now rather than after the work
-    if (checkpointEvery !== undefined) {
-      requirePositive({ checkpointEvery });
-      await run.beginRun({ restart: options.restart ?? false });
+    const checkpoints = options.checkpointEvery !== undefined;
+    if (options.save || checkpoints) { // now rather than after the work
+      await this.#runner.beginRun({ checkpoints, restart: options.restart ?? false });
     }
     await executor.prepare(TRAIN);
     const start: DataPosition = {
@@ -160,16 +188,10 @@ export class SplitClient {
       batch: 0,
       batchSize,
       seed: this.#seed,
-      shuffle,
-      samples: training.size,
+      shuffle: options.shuffle ?? true,
+      samples: options.training.size,
     };
-    const resolved = { ...options, epochs, training, heldOut };
-    try {
-      return await this.#loop.fit(resolved, run.takePosition(start));
-    } catch (error) {
-      await run.release(); // another client can resume before close
-      throw error;
-    }
+    return this.#loop.fit(options, run.takePosition(start));
   }
 
   /**
@@ -242,7 +264,11 @@ export class SplitClient {
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async save(): Promise<void> {
-    await this.#runner.publish();
+    try {
+      await this.#runner.publish();
+    } finally {
+      if (!this.#isTraining) await this.#runner.run.release(); // the fit that runs holds it
+    }
   }
 
   /** Say good-bye to the server and let go of what ONNX Runtime holds; may be called twice. */

@@ -101,12 +101,13 @@ export function checkNumbers({ seed = 0, giveUpAfter = 0 }: ConnectOptions): voi
 }
 
 /**
- * Raise unless each of the numbers is an integer of at least 1.
+ * Raise unless each of the numbers that is given is an integer of at least 1.
  *
  * @throws UsageError: it names the one that is not.
  */
-export function requirePositive(counts: Readonly<Record<string, number>>): void {
+export function requirePositive(counts: Readonly<Record<string, number | undefined>>): void {
   for (const [name, count] of Object.entries(counts)) {
+    if (count === undefined) continue;
     if (!Number.isSafeInteger(count) || count < 1) {
       throw new UsageError(`${name} must be at least 1, not ${count}`);
     }

@@ -95,6 +95,17 @@ export class TaskRunner {
   }
 
   /**
+   * Hold the storage for a training that begins, and with `checkpoints` look for another run.
+   *
+   * @throws UnfinishedRun, StorageInUse: see {@link TrainingRun.beginRun}.
+   */
+  async beginRun(options: { checkpoints: boolean; restart: boolean }): Promise<void> {
+    return this.#inTurn(async () => {
+      await (options.checkpoints ? this.run.beginRun(options) : this.run.hold());
+    });
+  }
+
+  /**
    * Let both sides write a checkpoint, one after the other.
    *
    * Each side keeps two, so there is one that both have as long as neither is two ahead: the one

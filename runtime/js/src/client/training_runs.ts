@@ -26,6 +26,7 @@ export class TrainingRun {
   readonly #store: CheckpointStore;
   readonly #storage: StateStorage;
   #lock: StorageLock | undefined;
+  #locking: Promise<unknown> = Promise.resolve(); // the last that took or released the lock
   #kept: readonly number[];
   #origin: string;
   #start: number;
@@ -78,20 +79,25 @@ export class TrainingRun {
    * @throws StorageInUse: another client has it, or took it over.
    */
   async hold({ takeOver = false }: { takeOver?: boolean } = {}): Promise<void> {
-    if (this.#lock) {
-      if (await this.#lock.isHeld()) return;
-      throw new StorageInUse("another client, which took this one's place,");
-    }
-    if (!this.#storage.lock) return;
-    this.#lock = await this.#storage.lock(this.#store.lockName, { takeOver });
-    if (!this.#lock) throw new StorageInUse("another tab or process");
+    return this.#inOrder(async () => {
+      if (this.#lock) {
+        if (await this.#lock.isHeld()) return;
+        throw new StorageInUse("another client, which took this one's place,");
+      }
+      if (!this.#storage.lock) return;
+      const lock = await this.#storage.lock(this.#store.lockName, { takeOver });
+      if (!lock) throw new StorageInUse("another tab or process");
+      this.#lock = lock;
+    });
   }
 
-  /** Let go of the storage; may be called twice. */
+  /** Let go of the storage, also where it is being taken; may be called twice. */
   async release(): Promise<void> {
-    const lock = this.#lock;
-    this.#lock = undefined;
-    await lock?.release();
+    return this.#inOrder(async () => {
+      const lock = this.#lock;
+      this.#lock = undefined;
+      await lock?.release();
+    });
   }
 
   /** Take the storage over if a run goes on that was broken off, or is another client's. */
@@ -139,7 +145,6 @@ export class TrainingRun {
     this.#state = executor.state();
     await this.#store.remove(this.session);
     this.#kept = [];
-    await this.release();
   }
 
   /**
@@ -168,7 +173,6 @@ export class TrainingRun {
    */
   takePosition(start: DataPosition): DataPosition {
     const kept = this.position;
-    this.position = null;
     if (!kept) return start;
     for (const field of ["batchSize", "seed", "shuffle", "samples"] as const) {
       if (kept[field] !== start[field]) {
@@ -178,6 +182,7 @@ export class TrainingRun {
         );
       }
     }
+    this.position = null;
     return kept;
   }
 
@@ -195,6 +200,13 @@ export class TrainingRun {
     for (const session of await this.#store.sessions()) {
       if (session !== this.session) await this.#store.remove(session);
     }
+  }
+
+  /** Take and release the lock one after the other, in the order of asking. */
+  #inOrder(act: () => Promise<void>): Promise<void> {
+    const mine = this.#locking.then(act);
+    this.#locking = mine.catch(() => {}); // whoever asked hears of it
+    return mine;
   }
 
   #describe(executor: Executor, position: DataPosition | null): Checkpoint {
