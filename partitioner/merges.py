@@ -120,10 +120,10 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
-    """Put the parties' weights back into the bundle's skeleton: the model as it was prepared.
+    """Insert the parties' weights into the bundle's skeleton: the model as it was prepared.
 
     Raises:
-        ModelError: the skeleton is no model that could have been cut.
+        ModelError: the skeleton is not a model that could have been cut.
     """
     model = open_model(bundle.skeleton)
     restore_weights(model.graph, collect_weights(bundle, trained=trained))

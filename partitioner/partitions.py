@@ -110,7 +110,7 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def choose_output(prepared: PreparedModel, output: str | None) -> str:
-    """Give the output that a loss is taken of: the one named, or else the model's first.
+    """Return the output that a loss is taken of: the one named, or else the model's first.
 
     Raises:
         UsageError: the model has no such output, or none that depends on its inputs.

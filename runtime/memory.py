@@ -40,7 +40,7 @@ class MemoryTransport:
         return executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Hand the dispatcher one message."""
+        """Deliver one message to the dispatcher."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()
@@ -49,7 +49,7 @@ class MemoryTransport:
         self._replies = self._dispatcher.handle(content)
 
     def receive(self) -> bytes:
-        """Let the server work until its next reply."""
+        """Run the server until its next reply."""
         content = self._waiting.pop(0) if self._waiting else self._next_reply()
         if content is None:
             raise ConnectionLost("the server", "it has nothing to say")
@@ -57,7 +57,7 @@ class MemoryTransport:
         return content
 
     def drain(self) -> None:
-        """Let the server finish what it was told; its replies are kept."""
+        """Run the server until every message is handled; its replies are kept."""
         while (content := self._next_reply()) is not None:
             self._waiting.append(content)
 

@@ -316,7 +316,7 @@ def _write_whole(
     *,
     overwrite: bool,
 ) -> None:
-    """Let ``write`` fill a folder, which then takes ``target``'s place, or that of its ``kind``."""
+    """Create a folder, or replace one of its ``kind``, with what ``write`` puts into it."""
     try:
         check_place(target)
         recover(target)
@@ -337,4 +337,4 @@ def _expect(folder: Path, kind: type[PartyManifest] | type[BundleManifest]) -> N
         else:
             decode_manifest(content, BundleManifest, str(folder))
     except (BundleError, FormatError) as error:
-        raise BundleError(str(folder), "it is no bundle, so it is not overwritten") from error
+        raise BundleError(str(folder), "it is not a bundle, so it is not overwritten") from error

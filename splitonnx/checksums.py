@@ -37,7 +37,7 @@ def encode_with_checksum(
 
 
 def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
-    """Whether a well-formed file is as it was written; ``metadata`` is what was read from it."""
+    """Return whether a well-formed file with this ``metadata`` is as it was written."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = bytes(content[:end])
     start = header.find(_MARK) + len(_MARK)

@@ -20,13 +20,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from splitonnx.errors import FormatError
+from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
 """Bytes; the raw data start at a multiple of it, so that views of them are aligned."""
-MAX_RANK = 32
+MAX_RANK = STAGE.rank
 MAX_SIZE = 2**63 - 1
-"""Of a dimension or an offset.  A larger number is no memory's, and may be too long to print."""
+"""Of a dimension or an offset.  A larger number is not memory's, and may be too long to print."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -97,7 +98,7 @@ def _malformed(reason: str) -> FormatError:
 
 def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], int]:
     if len(view) < _LENGTH.size:
-        raise _malformed(f"{len(view)} bytes are no header")
+        raise _malformed(f"{len(view)} bytes are not a header")
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > max_header:
         raise _malformed(f"its header of {length} bytes is over the limit of {max_header}")
@@ -106,7 +107,7 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
     start = _LENGTH.size + length
     text = bytes(view[_LENGTH.size : start])
     if not text.startswith(b"{"):
-        raise _malformed("its header is no JSON object")
+        raise _malformed("its header is not a JSON object")
     try:
         header = json.loads(
             text.decode(),
@@ -114,9 +115,9 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
             parse_constant=_refuse_constant,
         )
         if b"\\u" in text:
-            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
+            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is not text
     except (ValueError, RecursionError) as error:
-        raise _malformed(f"its header is no JSON ({error})") from error
+        raise _malformed(f"its header is not JSON ({error})") from error
     assert isinstance(header, dict)  # it starts with a brace
     return header, start
 
@@ -124,12 +125,12 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs in it twice")
     return found
 
 
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -143,7 +144,7 @@ def _is_size(value: object) -> bool:
 
 
 def _read_start(name: str, entry: object) -> tuple[int, int]:
-    """Give a tensor's offsets to sort by; empty tensors come before what starts where they do."""
+    """Return a tensor's offsets to sort by; empty tensors come before what starts where they do."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _malformed(f"tensor '{name}' has no valid offsets")

@@ -38,6 +38,6 @@ def miss(package: str, extra: str, purpose: str) -> MissingExtra:
 
 
 def has_training_wheel() -> bool:
-    """Whether onnxruntime-training 1.19.2, its last, has a wheel for this Python and machine."""
+    """Return whether onnxruntime-training 1.19.2 has a wheel for this Python and machine."""
     is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
     return is_common and sys.version_info < (3, 13)

@@ -30,7 +30,7 @@ def log_mistake(subject: str, error: BaseException) -> None:
 def attribute_errors_to_us(subject: str) -> Iterator[None]:
     """Own up to whatever fails in the work on ``subject`` and is not raised on purpose.
 
-    Running out of memory is no mistake and passes unchanged.
+    Running out of memory is not a mistake and passes unchanged.
 
     Raises:
         InternalRuntimeError: the work itself is wrong.

@@ -133,7 +133,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def is_other_alive(process: int) -> bool:
-    """Whether a process of that number runs that is not this one."""
+    """Return whether a process with that number runs, other than this one."""
     if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps an open file from going
         return False
     try:

@@ -32,7 +32,7 @@ _Found = TypeVar("_Found")
 
 
 def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> None:
-    """Let ``write`` fill a folder that then is at ``target``, in place of what may be there.
+    """Create or replace the folder ``target`` in one go, with what ``write`` puts into it.
 
     Of what is replaced, each folder with a file ``marker`` is locked meanwhile.
 
@@ -83,7 +83,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Put back what a killed process moved aside and did not replace."""
+    """Restore what a killed process moved aside and did not replace."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):

@@ -177,7 +177,7 @@ def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.nd
     """Read a message and its tensors, which are views of ``content``.
 
     Raises:
-        FormatError: the bytes are no message.
+        FormatError: the bytes are not a message.
     """
     tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
     if metadata.keys() != {_FIELD}:

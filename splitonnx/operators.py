@@ -83,5 +83,3 @@ KINDS = frozenset(
 EINSUM = "Einsum"
 EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 """Of another one, onnx's inference may look for the end for ever."""
-MAX_TEXT = 1 << 20
-"""Bytes of a comment, or of one text in an attribute or tensor."""

@@ -32,8 +32,8 @@ def check_place(path: Path) -> None:
     """Raise where neither a file nor a folder can come to be at ``path``, as far as is known.
 
     Raises:
-        OSError: ``strerror`` says why: the name is none, or the folder above is no folder, or may
-            not be written to.
+        OSError: ``strerror`` is the reason: the name is not valid, or the folder above is not a
+            folder or not writable.
     """
     name = _encode(path.name, path)
     if not path.name.strip():
@@ -48,7 +48,7 @@ def check_place(path: Path) -> None:
                 reason = "the name of a folder above it is too long"
                 raise _refuse(errno.ENAMETOOLONG, reason, path) from None
         except NotADirectoryError:
-            continue  # what is no folder is above this one
+            continue  # what is not a folder is above this one
         else:
             _check_folder(folder, found.st_mode, path)
             return
@@ -65,7 +65,7 @@ def _encode(name: str, path: Path) -> bytes:
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError as error:
-        raise _refuse(errno.EINVAL, "its name is no text", path) from error
+        raise _refuse(errno.EINVAL, "its name is not text", path) from error
     if b"\0" in encoded:
         raise _refuse(errno.EINVAL, "a null byte is in its name", path)
     return encoded

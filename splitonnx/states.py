@@ -79,7 +79,7 @@ class State:
 
 
 def is_session(name: str) -> bool:
-    """Whether a name is that of a session, 32 hexadecimal digits, and so safe in a path."""
+    """Return whether a name is a session's, 32 hexadecimal digits, and so safe in a path."""
     return _SESSION.fullmatch(name) is not None
 
 
@@ -326,7 +326,7 @@ def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> Non
 
 
 def _keep_outcome(target: Path, session: str) -> None:
-    """Give the outcome that is about to be replaced a name of its own, if it is of another session.
+    """Rename the outcome that is about to be replaced, if it is of another session.
 
     It is on disk under that name before it is replaced.
     """

@@ -45,7 +45,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Give the safetensors name of a numpy dtype, or numpy's own name where there is none."""
+    """Return the safetensors name of a numpy dtype, or numpy's own name where there is none."""
     return _NAMES.get(dtype, str(dtype))
 
 

@@ -61,7 +61,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether split training equalled unsplit training within ``rtol``."""
+        """Return whether split training equalled unsplit training within ``rtol``."""
         return self.largest_difference <= self.rtol
 
 

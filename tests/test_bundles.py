@@ -205,7 +205,7 @@ def test_nothing_is_overwritten_unless_asked_and_then_only_a_bundle(
     assert not (saved / "server").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_text("{}")
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         tiny.local_bundle().save(tmp_path / "photos", overwrite=True)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["manifest.json"]
 

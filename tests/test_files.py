@@ -93,7 +93,7 @@ def test_a_pipe_or_a_device_is_refused_in_one_line_and_not_waited_for(
         read(path)
     assert "\n" not in str(caught.value)
     assert f"it is a {kind}, not a regular file" in str(caught.value) or (
-        reader == "a model" and "it is no file" in str(caught.value)
+        reader == "a model" and "it is not a file" in str(caught.value)
     )
 
 

@@ -25,7 +25,7 @@ HOMES = {"runtime": "tests/runtime", "partitioner": "tests/partitioner", "splito
 TABLES = frozenset({"partitioner/rewrites"})
 """Flat tables of operators, which have as many modules as there are families of those."""
 
-LONG: tuple[str, ...] = ("runtime/js/tests/hostile.test.ts",)
+LONG: tuple[str, ...] = ()
 """Files that are longer, until they are split."""
 
 

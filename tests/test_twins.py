@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx import bundles, codecs, manifests, messages, operators, states, tensors
+from splitonnx import (
+    bundles,
+    codecs,
+    graph_limits,
+    manifests,
+    messages,
+    operators,
+    states,
+    tensors,
+)
 from splitonnx.runtime.channels import channels, credentials, retries, websockets
 from splitonnx.runtime.client import training_loops
-from splitonnx.runtime.gate import gates
 from splitonnx.runtime.storage import checkpoints
 from splitonnx.runtime.wire import close_codes
 
@@ -24,18 +32,17 @@ SAME: dict[str, float] = {
     "close_codes.POLICY": close_codes.POLICY,
     "close_codes.TOO_BIG": close_codes.TOO_BIG,
     "codecs.ALIGNMENT": codecs.ALIGNMENT,
-    "codecs.MAX_RANK": codecs.MAX_RANK,
     "expressions.LARGEST": tensors.LARGEST,
-    "gates.MAX_ATTRIBUTES": gates.MAX_ATTRIBUTES,
-    "gates.MAX_DEPTH": gates.MAX_DEPTH,
-    "gates.MAX_ELEMENTS": gates.MAX_ELEMENTS,
-    "gates.MAX_FIELDS": gates.MAX_FIELDS,
-    "gates.MAX_NAME": gates.MAX_NAME,
-    "gates.MAX_NAMES": gates.MAX_NAMES,
-    "gates.MAX_NODES": gates.MAX_NODES,
-    "gates.MAX_RANK": gates.MAX_RANK,
-    "gates.MAX_TEXT": operators.MAX_TEXT,
-    "gates.MAX_TYPE_DEPTH": gates.MAX_TYPE_DEPTH,
+    "graph_limits.MAX_ATTRIBUTES": graph_limits.STAGE.attributes,
+    "graph_limits.MAX_DEPTH": graph_limits.STAGE.depth,
+    "graph_limits.MAX_ELEMENTS": graph_limits.STAGE.elements,
+    "graph_limits.MAX_FIELDS": graph_limits.STAGE.fields,
+    "graph_limits.MAX_NAMES": graph_limits.STAGE.names,
+    "graph_limits.MAX_NAME_BYTES": graph_limits.STAGE.name_bytes,
+    "graph_limits.MAX_NODES": graph_limits.STAGE.nodes,
+    "graph_limits.MAX_RANK": graph_limits.STAGE.rank,
+    "graph_limits.MAX_TEXT_BYTES": graph_limits.STAGE.text_bytes,
+    "graph_limits.MAX_TYPE_DEPTH": graph_limits.STAGE.type_depth,
     "channels.GREETINGS": channels.GREETINGS,
     "manifests.MAX_SLOTS": manifests.MAX_SLOTS,
     "messages.MAX_HEADER": messages.MAX_HEADER,

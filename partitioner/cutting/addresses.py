@@ -45,7 +45,7 @@ def check_places(draft: NodeBuilder, node: ir.Node) -> Checked:
     """Bring places near the image, and let none be reflected in a single pixel (GridSample).
 
     Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
-    which is p itself within 4 half lengths.  A place that is no number has none.
+    which is p itself within 4 half lengths.  A place that is not a number has none.
     """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
@@ -93,7 +93,7 @@ def check_boxes(draft: NodeBuilder, node: ir.Node) -> Checked:
     )
     distance = note(draft.op("Abs", boxes), boxes.dtype)
     is_near = note(draft.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
-    remote_shapes = draft.op("Not", is_near)  # also what is no number
+    remote_shapes = draft.op("Not", is_near)  # also what is not a number
     return {
         1: pass_if(draft, boxes, refuse_where(draft, remote_shapes)),
         2: note(looked_up, I64, numbers.shape),
@@ -224,7 +224,7 @@ def check_matrices(draft: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(draft: NodeBuilder, node: ir.Node) -> Checked:
-    """Let no axis be that of real and imaginary parts (DFT)."""
+    """Fail where an axis is that of real and imaginary parts (DFT)."""
     x = node.inputs[0]
     assert x is not None
     axis = node.inputs[2] if len(node.inputs) > 2 else None
@@ -293,7 +293,7 @@ def check_bias(draft: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_frames(draft: NodeBuilder, node: ir.Node) -> Checked:
-    """Let no frame have no length (STFT)."""
+    """Fail where a frame has no length (STFT)."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):

@@ -302,7 +302,7 @@ def _name_norms(party: str) -> str:
 
 
 def _order_norms(joint: JointGraph, own: Mapping[str, Sequence[TensorSpec]]) -> Norms:
-    """Say where in the parties' joined vectors each of the model's parameters stands."""
+    """Return the position of each of the model's parameters in the parties' joined vectors."""
     places: dict[str, int] = {}
     for place, spec in enumerate(spec for specs in own.values() for spec in specs):
         places.setdefault(spec.name, place)

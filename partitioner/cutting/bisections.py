@@ -151,7 +151,7 @@ def _try(
     trainable: Mapping[str, int],
     around: Surroundings,
 ) -> Bisection:
-    """Put one tensor to :func:`divide`, and those of ``sent`` that must cross beside it."""
+    """Try :func:`divide` with one tensor, and those of ``sent`` that must cross beside it."""
     with suppress(NotACut, SharedParameter):
         partition = _divide_at(graph, value, sent, state, trainable, around)
         before = {source.name for source in walk_back([value])[1]} & set(trainable)
@@ -222,7 +222,7 @@ class _Client:
         self.regular: list[bool] = []
 
     def advance(self, value: ir.Value) -> bool:
-        """Put a tensor behind the row, if it depends on the last one of it."""
+        """Append a tensor to the row, if it depends on the row's last one."""
         every, sources, met = self._all.explore([value], {})
         new, _, met_head = self._head.explore([value], {})
         if self._last is not None and not (self._last in met and self._last in met_head):
@@ -288,7 +288,7 @@ class _Server:
         self._elements = 0
 
     def classify(self, place: int) -> Bisection | None:
-        """Tell whether the tensor at a place divides the graph; ``None`` where that is not seen.
+        """Return whether the tensor at a place divides the graph; ``None`` where that is not seen.
 
         Places are asked for in falling order.
         """
@@ -367,7 +367,7 @@ class _Server:
         return found
 
     def _classify_size(self, node: ir.Node, place: int) -> bool | None:
-        """Tell whether the cut tensor alone has the sizes; if not, one before it forbids the cut.
+        """Return whether the cut tensor alone has the sizes; if not, one before it forbids the cut.
 
         ``None`` where the server might compute the tensors that have them.
         """

@@ -150,7 +150,7 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Put ports into the inference form; the model's outputs end up with the client."""
+    """Insert ports into the inference form; the model's outputs end up with the client."""
     graph = copy_model(prepared.inference).graph
     partition = _divide(prepared, graph, at, tail_at)
     ports = insert_ports(graph, partition, partition.server)
@@ -196,7 +196,7 @@ def _divide(
 
 
 def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
-    """Let each party compute the sizes that it needs from the tensors that it holds, in place."""
+    """Make each party compute the sizes that it needs from its own tensors, in place."""
     if not partition.at:
         return partition
     remote_shapes, client = partition.remote_shapes, partition.client

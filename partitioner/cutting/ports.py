@@ -60,7 +60,7 @@ def _insert(
     kind: WireKind,
     server: Collection[ir.Node],
 ) -> Port:
-    """Put the Identity behind ``value`` and lead the receiving side's uses through it."""
+    """Insert an Identity after ``value`` and redirect the receiving side's uses to it."""
     receiver = SERVER if sender == CLIENT else CLIENT
     name = f"{name}@{receiver}"
     port = ir.node("Identity", [value], name=f"{name}/port")
@@ -87,7 +87,7 @@ def _insert(
 
 
 def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Give a cut tensor that is also a model output a second value, made by the client."""
+    """Make a second value, at the client, of a cut tensor that is also a model output."""
     name = value.name
     value.name = f"{name}.body"
     identity = ir.node("Identity", [value], name=f"{name}/tail")

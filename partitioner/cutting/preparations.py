@@ -71,7 +71,7 @@ class PreparedModel:
 
     @cached_property
     def state(self) -> frozenset[str]:
-        """Names of the graph inputs that are no data: the weights, and Dropout's key."""
+        """Names of the graph inputs that are not data: the weights, and Dropout's key."""
         return frozenset({*self.weights, KEY})
 
     @cached_property
@@ -99,7 +99,7 @@ def prepare(
     Raises:
         UnsupportedModel: its operators cannot be brought to opset 18 to 21, or a pattern fits
             nothing.
-        UsageError: a pattern is no regular expression or has no effect.
+        UsageError: a pattern is not a regular expression or has no effect.
     """
     weights = _normalize(model, train)
     skeleton, training, inference = model, copy_model(model), copy_model(model)
@@ -212,7 +212,7 @@ def _keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Give every node a name of its own: errors, cuts and Dropout's keys go by it."""
+    """Name every node uniquely, for errors, cuts and Dropout's keys."""
     taken: set[str] = set()
     for index, node in enumerate(graph):
         if not node.name or node.name in taken:

@@ -1,7 +1,7 @@
 """Safeguards: what kernels of ONNX Runtime 1.19 take on trust, checked by operators before them.
 
 Some kernels end the process, or read beyond a tensor, where a dimension is empty, where two
-dimensions that the operator ties differ, or where a label is no class.  Sizes that the parties
+dimensions that the operator ties differ, or where a label is not a class.  Sizes that the parties
 bind (:mod:`splitonnx.tensors`) are at least 1 and equal where their names are; for the rest the
 graph itself checks.  Gather fails with an error on an index out of range, and Reshape on another
 number of elements: both are on the way to the kernel.
@@ -71,7 +71,7 @@ def is_bound(amount: Amount) -> bool:
 
 
 def _check_gather(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Give indices the data's dimensions over which both run in parallel."""
+    """Extend indices by the data's dimensions over which both run in parallel."""
     count = node.attributes.get_int("batch_dims", 0)
     data, indices = node.inputs[:2]
     if not count or data is None or indices is None:

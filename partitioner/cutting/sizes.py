@@ -82,7 +82,7 @@ class SizeWatch:
     def enter(
         self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node]]:
-        """Give the size nodes that are new and away, and those that the party can compute now."""
+        """Return the size nodes that are new and away, and those that the party can compute now."""
         away, near = [], []
         for node in new:
             if node not in self._sizes:
@@ -114,7 +114,7 @@ def derive_sizes(
     known: Inference,
     duplicated: Collection[ir.Node] = frozenset(),
 ) -> set[ir.Node]:
-    """Let ``party`` compute its sizes by itself, in place, and return the nodes that it then has.
+    """Make ``party`` compute its sizes itself, in place; return the nodes that it then has.
 
     ``nodes`` are the party's, ``others`` the other party's.  Each node in ``remote_shapes`` gives
     sizes of a tensor that the party does not hold, and has them from those that it is mapped to.

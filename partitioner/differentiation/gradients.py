@@ -229,7 +229,7 @@ def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
 
 
 def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
-    """Give a node that reads a parameter twice a copy to read, as in ``w * w``.
+    """Insert a copy where a node reads a parameter twice, as in ``w * w``.
 
     The builder of 1.19.2 would write the gradient of such a graph input twice, under one name.
     """
@@ -291,7 +291,7 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
 
 
 def _annotate(model: ir.Model) -> None:
-    """Give every value the type that ONNX Runtime infers, and each gradient its value's shape."""
+    """Set each value's type as ONNX Runtime infers it, and each gradient's shape to its value's."""
     values = map_values(model.graph)
     types = list_types(model)
     for name, kind in types.items():
@@ -312,7 +312,7 @@ def _annotate(model: ir.Model) -> None:
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
-    """Give the shape of what a node keeps for its gradient, which no inference knows."""
+    """Return the shape of what a node keeps for its gradient, which no inference knows."""
     if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
         return node.inputs[1].shape  # the batch's statistics, one a channel like the scale
     if node.op_type == "MaxPool":

@@ -66,7 +66,7 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
 
 
 def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
-    """Give the labels that ``loss`` on ``output`` reads; none where the output is the loss.
+    """Return the labels that ``loss`` on ``output`` reads; none where the output is the loss.
 
     Raises:
         UsageError, UnsupportedModel: as :func:`attach_loss` does.

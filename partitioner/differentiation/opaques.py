@@ -52,7 +52,7 @@ def is_opaque(node: ir.Node) -> bool:
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:
-    """Take every opaque node out of a graph; a gradient may pass none of them."""
+    """Remove every opaque node from a graph; no gradient may pass one."""
     nodes = dict.fromkeys(node for node in graph if is_opaque(node))
     if not nodes:
         return Opaques(constants={}, results={})
@@ -82,7 +82,7 @@ def take_out_opaques(graph: ir.Graph) -> Opaques:
 
 
 def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
-    """Put the nodes back into what became of their graph; it has to be sorted afterwards."""
+    """Insert the nodes again into what became of their graph, which must then be sorted."""
     _drop(graph.input, taken.results)
     _drop(graph.output, taken.exposed)
     known = {name for node in graph.node for name in node.output}

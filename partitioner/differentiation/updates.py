@@ -153,7 +153,7 @@ class _SharedTerms:
             }
 
     def get(self, name: str, dtype: ir.DataType) -> ir.Value:
-        """Give a scalar in ``dtype``, cast once."""
+        """Return a scalar in ``dtype``, cast once."""
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
         return self._terms[name, dtype]

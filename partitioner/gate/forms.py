@@ -79,7 +79,7 @@ def _strip(model: ModelProto) -> ModelProto:
 
 
 def _find_held(node: NodeProto) -> TensorProto | None:
-    """Give the large tensor that a Constant node holds."""
+    """Return the large tensor that a Constant node holds."""
     if node.op_type != "Constant" or len(node.output) != 1 or len(node.attribute) != 1:
         return None
     tensor = node.attribute[0].t

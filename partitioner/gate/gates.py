@@ -20,10 +20,11 @@ import onnx_ir as ir
 
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.files import read_regular
+from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.forms import check_form
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
 from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
-from splitonnx.partitioner.gate.operators import MAX_NODES, check_operators, check_opsets
+from splitonnx.partitioner.gate.operators import check_operators, check_opsets
 from splitonnx.partitioner.gate.tensors import DataFiles
 from splitonnx.partitioner.gate.walks import list_tensors
 from splitonnx.partitioner.graphs.faults import (
@@ -47,7 +48,7 @@ def open_model(source: ModelSource) -> ir.Model:
     loaded one may have none.  ``source`` itself is not changed.
 
     Raises:
-        NotAModel: the bytes are no ONNX model, or not a well-formed one.
+        NotAModel: the bytes are not an ONNX model, or not a well-formed one.
         UnsupportedModel: it uses a domain, operator or opset that is not known here.
         ForbiddenExternalData: a tensor's data lie outside the model's folder.
     """
@@ -90,7 +91,7 @@ def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise NotAModel(label, "it is no file")  # a pipe or a device need never end
+            raise NotAModel(label, "it is not a file")  # a pipe or a device need never end
         if found.st_size > MAX_PROTO_BYTES:
             raise NotAModel(label, "it is larger than 2 GiB; save its weights as external data")
         content = read_regular(path, MAX_PROTO_BYTES)
@@ -114,8 +115,8 @@ def _parse(content: bytes, label: str) -> onnx.ModelProto:
 def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
     if not proto.HasField("graph") or not proto.graph.node:
         raise NotAModel(label, "it holds no graph")
-    if (count := len(proto.graph.node)) > MAX_NODES:
-        raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
+    if (count := len(proto.graph.node)) > MODEL.nodes:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MODEL.nodes} are taken")
 
 
 def _map_external(model: ir.Model, files: DataFiles) -> None:
@@ -135,7 +136,7 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
 
 
 def _forget_negative_dims(graph: ir.Graph) -> None:
-    """Take a dimension of -1, which some exporters write for a dynamic one, as unknown."""
+    """Make a dimension of -1, which some exporters write for a dynamic one, unknown."""
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
         if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
             dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]

@@ -20,7 +20,7 @@ _Rewrite = Callable[[NodeBuilder, ir.Node], ir.Value]
 
 
 def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Give the model without ZipMap: its output becomes the tensor of probabilities itself.
+    """Return the model without ZipMap: its output becomes the tensor of probabilities itself.
 
     onnx-ir has no type for dictionaries.  ``proto`` is returned where it has no ZipMap, else a
     copy.

@@ -17,7 +17,7 @@ from onnx import (
 )
 
 from splitonnx.errors import NotAModel, UnsupportedModel
-from splitonnx.operators import MAX_TEXT
+from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.walks import (
     label_node,
     list_all_nodes,
@@ -27,9 +27,6 @@ from splitonnx.partitioner.gate.walks import (
 )
 from splitonnx.partitioner.inference.shapes import MOST_ALONG
 
-MAX_NAME = 4096
-"""Characters."""
-MAX_RANK = 32
 _Described = NodeProto | GraphProto | ValueInfoProto | TensorProto | FunctionProto | ModelProto
 
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
@@ -74,7 +71,7 @@ def _check_text(names: Iterable[str], label: str) -> None:
     for name in names:
         if not isinstance(name, str):  # what is not UTF-8 comes as bytes
             raise NotAModel(label, f"the name {name[:80]!r} in it is not UTF-8")
-        if len(name) > MAX_NAME:
+        if len(name) > MODEL.name_characters:
             raise NotAModel(label, f"a name of {len(name)} characters, '{name[:40]}...', is in it")
         if not name.isprintable():
             raise NotAModel(label, f"the name {name[:80]!a} in it holds control characters")
@@ -93,15 +90,15 @@ def refuse_long(text: str | bytes, label: str) -> None:
     """Refuse a text that is too long to be in a bundle's graph.
 
     Raises:
-        UnsupportedModel: it takes more than ``MAX_TEXT`` bytes.
+        UnsupportedModel: it takes more than ``MODEL.text_bytes`` bytes.
     """
-    if len(text) * 4 <= MAX_TEXT:  # no character takes more
+    if len(text) * 4 <= MODEL.text_bytes:  # no character takes more
         return
     size = len(text.encode() if isinstance(text, str) else text)
-    if size > MAX_TEXT:
+    if size > MODEL.text_bytes:
         raise UnsupportedModel(
             label,
-            f"it holds a text of {size} bytes; at most {MAX_TEXT} are taken",
+            f"it holds a text of {size} bytes; at most {MODEL.text_bytes} are taken",
             "export the model without notes for debugging",
         )
 
@@ -130,7 +127,7 @@ def _check_type(declared: TypeProto, value: ValueInfoProto, label: str) -> None:
         tensor = declared.tensor_type
         if tensor.elem_type not in _DTYPES:
             raise NotAModel(label, f"'{value.name}' has no known data type")
-        if len(tensor.shape.dim) > MAX_RANK:
+        if len(tensor.shape.dim) > MODEL.rank:
             raise NotAModel(label, f"'{value.name}' has {len(tensor.shape.dim)} dimensions")
         if any(dim.dim_value > MOST_ALONG for dim in tensor.shape.dim):
             raise NotAModel(label, f"'{value.name}' has a dimension beyond all memory")

@@ -9,17 +9,11 @@ import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto
 
 from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.graph_limits import MODEL
 from splitonnx.operators import AXES, EINSUM, EQUATION, KINDS, STANDARD_DOMAINS, WINDOWS
 from splitonnx.partitioner.gate.ml_operators import DOMAIN, ESTIMATORS
-from splitonnx.partitioner.gate.names import MAX_RANK, refuse_long
+from splitonnx.partitioner.gate.names import refuse_long
 from splitonnx.partitioner.gate.walks import label_node, list_bodies, list_nodes
-
-MAX_NODES = 250_000
-"""Of the graph with every call of a function replaced by the function's nodes."""
-MAX_INPUTS = 4096
-"""Of a node: the time that onnx-ir takes to change one of them grows with their number."""
-MAX_DEPTH = 64
-"""Of bodies and function calls inside one another."""
 
 Key = tuple[str, str, str]
 
@@ -76,8 +70,8 @@ def check_operators(model: ModelProto, version: int, label: str) -> None:
     _check_nodes(model.graph.node, functions, version, label)
     for node in list_nodes(model.graph.node):
         _refuse_references(node, label)
-    if count > MAX_NODES:
-        raise UnsupportedModel(label, f"it has {count} nodes; at most {MAX_NODES} are taken")
+    if count > MODEL.nodes:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MODEL.nodes} are taken")
 
 
 def _check_function(function: FunctionProto, label: str) -> None:
@@ -89,8 +83,8 @@ def _check_nodes(
     nodes: Iterable[NodeProto], functions: Mapping[Key, FunctionProto], version: int, label: str
 ) -> None:
     for node in list_nodes(nodes):
-        if (count := len(node.input)) > MAX_INPUTS:
-            reason = f"it has {count} inputs; at most {MAX_INPUTS} are taken"
+        if (count := len(node.input)) > MODEL.inputs:
+            reason = f"it has {count} inputs; at most {MODEL.inputs} are taken"
             raise UnsupportedModel(label_node(node), reason, "join some of them in nodes before it")
         called = functions.get(_find_key(node))
         if called is None:
@@ -115,7 +109,7 @@ def _find_key(node: NodeProto) -> Key:
 
 
 def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
-    """Give the operator's schema, or refuse it; those of scikit-learn's estimators have none."""
+    """Return the operator's schema, or refuse it; those of scikit-learn's estimators have none."""
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
         return None
     if node.domain not in STANDARD_DOMAINS:
@@ -142,7 +136,9 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
         if schema is not None and attribute.name not in schema.attributes:
             raise NotAModel(label, f"{label_node(node)} takes no attribute '{attribute.name}'")
         if not _is_text([attribute.s, *attribute.strings]):
-            raise NotAModel(label, f"attribute '{attribute.name}' of {label_node(node)} is no text")
+            raise NotAModel(
+                label, f"attribute '{attribute.name}' of {label_node(node)} is not text"
+            )
         for text in (attribute.s, *attribute.strings):
             refuse_long(text, label_node(node))
         if node.op_type == EINSUM and not EQUATION.fullmatch(attribute.s):
@@ -154,7 +150,7 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
             # onnxruntime-training 1.19.2 divides by a stride of 0, and ends the process
             raise NotAModel(label, f"{label_node(node)} has {attribute.name} below 1")
         axes = (*attribute.ints, attribute.i) if attribute.name in AXES else ()
-        if any(abs(axis) > MAX_RANK for axis in axes):
+        if any(abs(axis) > MODEL.rank for axis in axes):
             # the kernel and the inference of LayerNormalization read beyond their dimensions
             raise NotAModel(label, f"{label_node(node)} names an axis that no tensor has")
         if attribute.name == "batch_dims" and attribute.i < 0:
@@ -189,8 +185,8 @@ def _measure(
     path: tuple[Key, ...],
 ) -> tuple[int, int]:
     """Count nodes and the depth of their nesting, calls of functions expanded."""
-    if len(path) > MAX_DEPTH:
-        raise UnsupportedModel(f"function '{path[0][1]}'", f"calls nest over {MAX_DEPTH} deep")
+    if len(path) > MODEL.depth:
+        raise UnsupportedModel(f"function '{path[0][1]}'", f"calls nest over {MODEL.depth} deep")
     count, depth = 0, 0
     for node in nodes:
         count += 1
@@ -200,6 +196,6 @@ def _measure(
         if inner:
             count += sum(size for size, _ in inner)
             depth = max(depth, 1 + max(deep for _, deep in inner))
-        if depth > MAX_DEPTH:
-            raise UnsupportedModel(label_node(node), f"it nests over {MAX_DEPTH} deep")
+        if depth > MODEL.depth:
+            raise UnsupportedModel(label_node(node), f"it nests over {MODEL.depth} deep")
     return count, depth

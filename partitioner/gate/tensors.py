@@ -19,7 +19,8 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from splitonnx.errors import ForbiddenExternalData, NotAModel
-from splitonnx.partitioner.gate.names import MAX_RANK, refuse_long
+from splitonnx.graph_limits import MODEL
+from splitonnx.partitioner.gate.names import refuse_long
 
 
 @dataclass(kw_only=True)
@@ -43,8 +44,8 @@ class DataFiles:
         """
         subject = f"tensor '{tensor.name}'"
         dims = list(tensor.dims)
-        if len(dims) > MAX_RANK or any(dim < 0 for dim in dims):
-            raise NotAModel(self.label, f"{subject} has the shape {dims[:MAX_RANK]}")
+        if len(dims) > MODEL.rank or any(dim < 0 for dim in dims):
+            raise NotAModel(self.label, f"{subject} has the shape {dims[: MODEL.rank]}")
         external = tensor.data_location == TensorProto.EXTERNAL
         if tensor.data_type == TensorProto.STRING:
             if external or len(tensor.string_data) != math.prod(dims):
@@ -66,7 +67,7 @@ class DataFiles:
             self._refuse_size(subject, size, f"{_count_values(tensor)} elements")
 
     def read(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Give a checked external tensor as one whose bytes are mapped."""
+        """Return a checked external tensor as one whose bytes are mapped."""
         mapping = self._mapped[str(tensor.location)]
         shape = tensor.shape.numpy()
         start = tensor.offset or 0
@@ -124,7 +125,7 @@ class DataFiles:
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or not found.st_size:
-                reason = f"'{location}', where tensor '{tensor}' lies, is no file with content"
+                reason = f"'{location}', where tensor '{tensor}' lies, is not a file with content"
                 raise NotAModel(self.label, reason)
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -146,7 +147,7 @@ def _count_values(tensor: TensorProto) -> int:
 
 
 def _expect_values(tensor: TensorProto, elements: int, bits: int) -> int:
-    """Say how many typed values a tensor of so many elements has."""
+    """Return how many typed values a tensor of so many elements has."""
     if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
         return 2 * elements
     return -(-elements * bits // 8) if bits < 8 else elements

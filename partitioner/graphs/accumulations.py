@@ -27,7 +27,7 @@ class Line:
 def accumulate(
     draft: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
 ) -> ir.Value:
-    """Give at each place the sum or product up to it, itself included unless ``exclusive``."""
+    """Compute the running sum or product, with each element itself unless ``exclusive``."""
     dtype = x.dtype
     neutral = draft.number(0.0 if kind == "Add" else 1.0, dtype)
     if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils

@@ -16,14 +16,14 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
 def refuse_where(draft: NodeBuilder, bad: ir.Value) -> ir.Value:
-    """Give a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
+    """Return a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
     numbers = draft.cast(note(bad, BOOL), I64)
     count = draft.op("ReduceSum", numbers, keepdims=0)  # there may be none: ReduceMax refuses that
     return note(draft.op("Gather", draft.integers([0]), note(count, I64), axis=0), I64)
 
 
 def pass_if(draft: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
-    """Give a value as it is, once ``zero`` was computed: its shape is added to it."""
+    """Return a value as it is, once ``zero`` was computed: its shape is added to it."""
     shape = note(draft.op("Shape", value), I64)
     return reshape(draft, value, note(draft.op("Add", shape, zero), I64))
 

@@ -37,7 +37,7 @@ def check_attributes(graph: ir.Graph, opset: int) -> None:
             wanted = kind.value
             if attribute.type.value != wanted:
                 kinds = onnx.AttributeProto.AttributeType
-                _refuse(node, f"its attribute '{name}' is no {kinds.Name(wanted)}")
+                _refuse(node, f"its attribute '{name}' is not {kinds.Name(wanted)}")
         for name, expected in (declared or {}).items():
             if expected.required and name not in node.attributes:
                 _refuse(node, f"it has no attribute '{name}'")
@@ -47,7 +47,7 @@ _Attributes = Mapping[str, onnx.defs.OpSchema.Attribute]
 
 
 def _find_attributes(node: ir.Node, version: int) -> _Attributes | None:
-    """Give the attributes of the operator, where ONNX itself has it."""
+    """Return the attributes of the operator, where ONNX itself has it."""
     return _list_attributes(node.op_type, version) if node.domain in ("", "ai.onnx") else None
 
 

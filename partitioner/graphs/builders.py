@@ -53,25 +53,25 @@ class NodeBuilder:
         return made
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
-        """Give a scalar constant; ``dtype`` is as a rule that of a neighbour."""
+        """Return a scalar constant; ``dtype`` is as a rule that of a neighbour."""
         known = self._require(dtype)
         return self._constant((value, known), _make_tensor(value, known))
 
     def integers(self, values: Sequence[int]) -> ir.Value:
-        """Give a constant vector of I64."""
+        """Return a constant vector of I64."""
         key = (*values, "I64")
         return self._constant(key, _make_tensor(list(values), ir.DataType.INT64))
 
     def integer(self, value: int) -> ir.Value:
-        """Give a constant scalar of I64."""
+        """Return a constant scalar of I64."""
         return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
 
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Give a constant tensor."""
+        """Return a constant tensor."""
         return self._constant((id(tensor), "tensor"), tensor)
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
-        """Give a constant tensor with what an array holds, as ``dtype``."""
+        """Return a constant tensor with what an array holds, as ``dtype``."""
         known = self._require(dtype)
         return self.tensor(ir.tensor(array.astype(known.numpy()), dtype=known))
 
@@ -85,7 +85,7 @@ class NodeBuilder:
         return result
 
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
-        """Give (a piece of) a value's shape as I64 vector: a constant where it is known."""
+        """Return (a piece of) a value's shape as I64 vector: a constant where it is known."""
         dims = known_dims(value)
         piece = None if dims is None else dims[start:end]
         if piece is not None and all(dim is not None for dim in piece):
@@ -95,7 +95,7 @@ class NodeBuilder:
         return self.op("Shape", value, start=start, end=end)
 
     def detach(self, value: ir.Value) -> ir.Value:
-        """Give a value through which no gradient passes: a constant to differentiation."""
+        """Return a value through which no gradient passes: a constant to differentiation."""
         result = self.op("Identity", value)
         result.type, result.shape = value.type, value.shape
         node = result.producer()
@@ -104,7 +104,7 @@ class NodeBuilder:
         return result
 
     def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
-        """Put what was written in the place of ``node``; ``made`` takes over its outputs.
+        """Replace ``node`` by what was written; ``made`` becomes its outputs.
 
         Outputs keep their names, types and shapes; one that nobody reads needs no replacement.
 
@@ -165,12 +165,12 @@ def known_dims(value: ir.Value) -> list[int | None] | None:
 
 
 def known_rank(value: ir.Value) -> int | None:
-    """Give a value's number of dimensions, if it is known."""
+    """Return a value's number of dimensions, if it is known."""
     return None if value.shape is None else len(value.shape)
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
-    """Give the number of dimensions of what ``node`` reads or makes.
+    """Return the number of dimensions of what ``node`` reads or makes.
 
     Raises:
         UnsupportedModel: it is not known.
@@ -186,25 +186,25 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def take_input(node: ir.Node, index: int = 0) -> ir.Value:
-    """Give an input that the operator always has."""
+    """Return an input that the operator always has."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """Give the first inputs, which the operator always has."""
+    """Return the first inputs, which the operator always has."""
     return [take_input(node, index) for index in range(count)]
 
 
 def known_array(value: ir.Value | None) -> np.ndarray | None:
-    """Give what a value holds, if the model says it: an initializer, or a Constant's output."""
+    """Return what a value holds, if the model says it: an initializer, or a Constant's output."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def release_bodies(node: ir.Node) -> None:
-    """Take what the bodies of a removed node read from them: they use it no longer."""
+    """Detach the bodies of a removed node from the values that they read."""
     for attribute in node.attributes.values():
         bodies: Sequence[ir.Graph] = ()
         if attribute.type == ir.AttributeType.GRAPH:

@@ -23,7 +23,7 @@ from splitonnx.partitioner.graphs.builders import MissingOutput
 FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
 """As what a model shows whose values or ranks are not what an operator takes."""
 _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
-"""As what bytes show that are no model, when onnx-ir reads them."""
+"""As what bytes show that are not a model, when onnx-ir reads them."""
 
 _MOST_CHARACTERS = 160
 

@@ -31,7 +31,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def find_key(graph: ir.Graph) -> ir.Value:
-    """Give the graph's input for the key, which is made where it is missing."""
+    """Return the graph's input for the key, which is made where it is missing."""
     for value in graph.inputs:
         if value.name == KEY:
             return value
@@ -107,13 +107,13 @@ class _Source:
         return value
 
     def shape(self) -> ir.Value:
-        """Give the shape of what is drawn."""
+        """Return the shape of what is drawn."""
         if self.node.inputs:
             return self.draft.shape(self.x)
         return self.draft.integers(self.node.attributes.get_ints("shape"))
 
     def number(self, name: str, default: float) -> ir.Value:
-        """Give a float attribute as a scalar."""
+        """Return a float attribute as a scalar."""
         return self.draft.number(self.node.attributes.get_float(name, default), _FLOAT)
 
     def uniform(self, shape: ir.Value, *, label: str = "", above_zero: bool = False) -> ir.Value:

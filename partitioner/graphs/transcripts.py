@@ -1,6 +1,6 @@
 """Graphs written down as onnx's messages: what onnx-ir writes, to the byte, at a third of the cost.
 
-What is common is written here; what is rare (notes, functions, a type that is no tensor) is left
+What is common is written here; what is rare (notes, functions, a type that is not a tensor) is left
 to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This module
 knows how a graph is written, not what for.
 """
@@ -52,7 +52,7 @@ def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProt
 
 
 def _copy_head(graph: _Graph) -> ir.Graph:
-    """Give a graph of the same name and notes, without nodes."""
+    """Return a graph of the same name and notes, without nodes."""
     return ir.Graph(
         [],
         [],
@@ -144,7 +144,7 @@ def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
 
 
 def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
-    """Tell whether there is anything to be written of a value that has an entry nowhere else."""
+    """Return whether there is anything to be written of a value that has an entry nowhere else."""
     if not value.name or value.name in known:
         return False
     noted = value.type is not None or value.shape is not None

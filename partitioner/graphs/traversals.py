@@ -68,7 +68,7 @@ class ResumedWalk:
     def explore(
         self, targets: Iterable[ir.Value], stops: Mapping[ir.Value, int], most: int = -1
     ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Node]]:
-        """Give the nodes that are new, the sources reached, and the known nodes that were met.
+        """Return the nodes that are new, the sources reached, and the known nodes that were met.
 
         A value in ``stops`` is a source too where its place is at most ``most``.
         """
@@ -119,14 +119,14 @@ def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
 
 
 def reads_size(node: ir.Node) -> bool:
-    """Tell whether a node reads nothing but the shape of its input."""
+    """Return whether a node reads nothing but the shape of its input."""
     return node.op_type in ("Shape", "Size") and not node.domain
 
 
 def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
     """Collect ``roots`` and every value that a gradient could lead back from to one of them.
 
-    None passes a detached Identity, nor a value that is no float.
+    None passes a detached Identity, nor a value that is not a float.
     """
     moving = set(roots)
     for node in graph:
@@ -156,7 +156,7 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Tell whether a value may carry a gradient; one of unknown type may."""
+    """Return whether a value may carry a gradient; one of unknown type may."""
     return value.dtype is None or value.dtype.is_floating_point()
 
 
@@ -206,6 +206,6 @@ def list_inner(node: ir.Node) -> list[ir.Node]:
 
 
 def disconnect(nodes: Iterable[ir.Node]) -> None:
-    """Take dead nodes off the values that they read, which would seem used otherwise."""
+    """Detach dead nodes from the values that they read, which would seem used otherwise."""
     for node in nodes:
         node.resize_inputs(0)

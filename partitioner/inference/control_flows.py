@@ -105,7 +105,7 @@ def _unroll_loop(
 
 
 def _is_endless(body: ir.Graph) -> bool:
-    """Tell whether a loop's body hands its condition on as it is."""
+    """Return whether a loop's body hands its condition on as it is."""
     again = body.outputs[0]
     node = again.producer()
     passed = again if node is None or node.op_type != "Identity" else node.inputs[0]
@@ -185,7 +185,7 @@ def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
 def _take_apart(
     draft: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
 ) -> list[ir.Value]:
-    """Give the slices of a sequence along ``axis``, without it.
+    """Return the slices of a sequence along ``axis``, without it.
 
     Split, since its gradient is one Concat; that of a Gather a step would be a tensor a step.
     """

@@ -85,7 +85,7 @@ Place = TypeVar("Place")
 
 
 def make_atom(name: str) -> Dim:
-    """Give the dimension that is one unknown size."""
+    """Return the dimension that is one unknown size."""
     return Dim((((name,), 1),))
 
 
@@ -154,12 +154,12 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def is_positive(amount: Amount) -> bool:
-    """Tell whether an amount is at least 1 whatever its atoms are."""
+    """Return whether an amount is at least 1 whatever its atoms are."""
     return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
 def is_natural(amount: Amount) -> bool:
-    """Tell whether an amount is at least 0 whatever its atoms are."""
+    """Return whether an amount is at least 0 whatever its atoms are."""
     return all(factor >= 0 for _, factor in list_terms(amount))
 
 
@@ -178,7 +178,7 @@ def is_equal(left: Amount, right: Amount) -> bool:
 
 
 def is_less(left: Amount, right: Amount) -> bool:
-    """Tell whether ``left`` is smaller.
+    """Return whether ``left`` is smaller.
 
     Raises:
         Undecided: it depends on the sizes.
@@ -226,7 +226,7 @@ def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
 
 
 def take_remainder(amount: Amount, divisor: Amount) -> Amount:
-    """Give the remainder of a division of amounts that are at least 0.
+    """Return the remainder of a division of amounts that are at least 0.
 
     Raises:
         Undecided: it depends on the sizes.
@@ -247,7 +247,7 @@ def _compose(sign: str, left: Amount, right: Amount) -> Dim:
 
 
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
-    """Say how every atom of ``wanted`` follows from one of the ``known`` dimensions.
+    """Find how every atom of ``wanted`` follows from one of the ``known`` dimensions.
 
     Returns for each atom (key of the known dimension, factor, offset): the dimension is
     ``factor * atom + offset``.
@@ -278,7 +278,7 @@ def name_unknown(value: str, axis: int) -> Dim:
 
 
 def is_unknown(amount: Amount) -> bool:
-    """Tell whether nothing is known of an amount or of a part of it."""
+    """Return whether nothing is known of an amount or of a part of it."""
     return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
 
 

@@ -24,7 +24,7 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 
 def fold(model: ir.Model, weights: Collection[str]) -> None:
-    """Fold a model, in place; ``weights`` names the graph inputs that are no data.
+    """Fold a model, in place; ``weights`` names the graph inputs that are not data.
 
     Values keep their names, and each that is computed has its dimensions noted on it, those
     that are sums and products of unknown ones too (``2*N``).
@@ -76,7 +76,7 @@ def note_shapes(graph: ir.Graph) -> None:
 
 
 def _is_noted(value: ir.Value) -> bool:
-    """Tell whether nothing can be learnt of a value; integers may be sizes that others need."""
+    """Return whether nothing can be learnt of a value; integers may be sizes that others need."""
     if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
@@ -111,7 +111,7 @@ def _name_type(node: ir.Node) -> None:
 
 
 def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
-    """Put constants in the place of a node whose outputs are all known."""
+    """Replace a node whose outputs are all known by constants."""
     outputs = [value for value in node.outputs if value.uses()]
     if node.op_type == "Constant" or any(value.is_graph_output() for value in node.outputs):
         return False
@@ -124,7 +124,7 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
 
 
 def _is_plain(content: np.ndarray | None, value: ir.Value) -> bool:
-    """Tell whether a value's content is known, and of the element type that it should be."""
+    """Return whether a value's content is known, and of the element type that it should be."""
     if content is None or content.dtype.kind not in "biuf":
         return False
     return value.dtype is None or value.dtype.numpy() == content.dtype

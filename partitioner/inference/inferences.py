@@ -109,7 +109,7 @@ class Inference:
         self._computed = 0
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Give a value's dimensions; ``None`` where not even their number is known."""
+        """Return a value's dimensions; ``None`` where not even their number is known."""
         if value in self._shapes:
             return self._shapes[value]
         if value.shape is not None:
@@ -122,7 +122,7 @@ class Inference:
         return self._shapes.get(value)
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Give the elements of a constant as an array, or numbers and Dims as one of objects."""
+        """Return the elements of a constant as an array, or numbers and Dims as one of objects."""
         if value is None:
             return None
         if value not in self._contents:
@@ -130,7 +130,7 @@ class Inference:
         return self._contents[value]
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
-        """Give the elements of a constant, if all of them are known."""
+        """Return the elements of a constant, if all of them are known."""
         content = self.content(value)
         return None if content is None or content.dtype == object else content
 
@@ -166,7 +166,7 @@ class Inference:
             value.shape = self._noted[written]
 
     def write(self, dim: Amount) -> int | str:
-        """Give a dimension as onnx notes it, to be read back by its name."""
+        """Return a dimension as onnx notes it, to be read back by its name."""
         if isinstance(dim, Dim):
             self._written[str(dim)] = dim
             return str(dim)
@@ -218,12 +218,12 @@ class Inference:
         return self._ask_schema(node)
 
     def _name_types(self, node: ir.Node, found: _Shapes) -> _Shapes:
-        """Let onnx say the element types of outputs whose shapes are known better here."""
+        """Infer with onnx the element types of outputs whose shapes are known better here."""
         self._ask_schema(node)
         return found
 
     def _ask_schema(self, node: ir.Node) -> _Shapes:
-        """Let onnx infer one node, with symbols for names and constants for contents."""
+        """Infer one node with onnx, with symbols for names and constants for contents."""
         types, data = {}, {}
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -284,7 +284,7 @@ class Inference:
             return ()
 
     def _is_small(self, node: ir.Node, most: int) -> bool:
-        """Tell whether no output is larger, nor would be on the way to an empty one."""
+        """Return whether no output is larger, nor would be on the way to an empty one."""
         if node.op_type == "Range" and not self._is_short(node, most):
             return False
         for value in node.outputs:
@@ -294,13 +294,13 @@ class Inference:
         return True
 
     def _is_short(self, node: ir.Node, most: int) -> bool:
-        """Tell whether a Range of numbers, of floats too, has at most so many."""
+        """Return whether a Range of numbers, of floats too, has at most so many."""
         start, limit, delta = (self.constant(value) for value in node.inputs)
         if start is None or limit is None or delta is None:
             return True  # of symbols
         with np.errstate(all="ignore"):
             steps = (float(limit.flat[0]) - float(start.flat[0])) / np.float64(delta.flat[0])
-        return bool(steps <= most)  # false where it is no number
+        return bool(steps <= most)  # false where it is not a number
 
     def _read_size(self, value: ir.Value) -> np.ndarray | None:
         dims = self.shape(value)
@@ -385,7 +385,7 @@ def _take(symbols: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _settle(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndarray:
-    """Give an array of numbers, where all elements are known, else one of objects."""
+    """Return an array of numbers, where all elements are known, else one of objects."""
     array = np.asarray(content, object)
     if _has_symbols(array):
         return array

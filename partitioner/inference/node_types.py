@@ -30,7 +30,7 @@ _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def list_types(model: ir.Model) -> Mapping[str, str]:
-    """Give types by names of values, as ONNX Runtime writes them: at least where none is noted.
+    """Return types by names of values, as ONNX Runtime writes them: at least where none is noted.
 
     Raises:
         Refused: ONNX Runtime does not take the graph; it has no kernel for a node, for one.
@@ -52,7 +52,7 @@ def _ask_graph(model: ir.Model) -> Mapping[str, str]:
 
 
 class _WithoutKind(Exception):
-    """A node is not like others: it holds a graph, or reads what is no tensor."""
+    """A node is not like others: it holds a graph, or reads what is not a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class _Kinds:
         return self.inputs.setdefault(declared, f"i{len(self.inputs)}")
 
     def add(self, node: ir.Node, inputs: list[str]) -> list[str]:
-        """Give the names of a node's outputs in that graph."""
+        """Return the names of a node's outputs in that graph."""
         attributes = [(a.name, a.type, _freeze(a)) for a in node.attributes.values()]
         types = tuple(_read_type(value) for value in node.outputs)
         named = tuple(bool(value.name) for value in node.outputs)

@@ -67,7 +67,7 @@ class _Rows:
         return value in self._known
 
     def read(self, value: ir.Value | None) -> list[ir.Value]:
-        """Give the tensors of a sequence."""
+        """Return the tensors of a sequence."""
         if value is None or value not in self._known:
             raise _Unknown
         return list(self._known[value])
@@ -162,7 +162,7 @@ def _split(rows: _Rows, node: ir.Node) -> None:
 
 
 def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[list[int], bool]:
-    """Give the extent of each piece, and whether they are one each because none was given."""
+    """Return the extent of each piece, and whether they are one each because none was given."""
     tensor = None if given is None else ir.convenience.get_const_tensor(given)
     if given is not None and tensor is None:
         raise _Unknown
@@ -196,7 +196,7 @@ def _concat(rows: _Rows, node: ir.Node) -> None:
 
 
 def _map(rows: _Rows, node: ir.Node) -> None:
-    """SequenceMap as its body once an element; what is no sequence is the same for each."""
+    """SequenceMap as its body once an element; what is not a sequence is the same for each."""
     body = node.attributes["body"].as_graph()
     first, *others = node.inputs
     length = len(rows.read(first))
@@ -252,7 +252,7 @@ def _makes_sequence(value: ir.Value) -> bool:
 
 
 def _ask(rows: _Rows, node: ir.Node) -> None:
-    """Whether an optional holds something; a tensor always does."""
+    """Return whether an optional holds something; a tensor always does."""
     inputs = _list_inputs(node)
     if inputs and inputs[0] not in rows and not isinstance(inputs[0].type, ir.TensorType):
         raise _Unknown

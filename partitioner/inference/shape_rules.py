@@ -33,10 +33,10 @@ class Known(Protocol):
     """Who can be asked for shapes and contents; see :mod:`inferences`."""
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Give a value's dimensions, if their number is known."""
+        """Return a value's dimensions, if their number is known."""
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Give a value's elements, as far as they are known."""
+        """Return a value's elements, as far as they are known."""
 
 
 def _reshape(known: Known, node: ir.Node) -> list[Dims] | None:
@@ -155,7 +155,7 @@ def _slice(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:
 
 
 def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
-    """Give the extent of a slice of a dimension, if it is certain."""
+    """Return the extent of a slice of a dimension, if it is certain."""
     if all(not isinstance(a, Dim) for a in (dim, start, end, step)):
         return len(range(*slice(int(start), int(end), int(step)).indices(int(str(dim)))))
     try:
@@ -192,7 +192,7 @@ Rule = Callable[[Known, ir.Node], Sequence[Sequence[Amount | None]] | None]
 
 
 def _keep(known: Known, node: ir.Node) -> list[Dims] | None:
-    """Give the shape of the first input, of which onnx's own inference knows nothing."""
+    """Return the shape of the first input, of which onnx's own inference knows nothing."""
     source = known.shape(_first(node))
     return None if source is None else [source]
 

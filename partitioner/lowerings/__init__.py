@@ -107,7 +107,7 @@ def _find_lowering(node: ir.Node) -> Lowering:
 
 @contextmanager
 def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
-    """Let nodes read the graph's outputs, in their place, while others are replaced.
+    """Redirect the graph's outputs to copies while nodes are replaced.
 
     onnx-ir goes through all outputs of a graph for each node that it takes out, and there are as
     many as gradients; and through all that a node reads, for each.
@@ -128,7 +128,7 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 
 
 def is_defective(node: ir.Node) -> bool:
-    """Tell whether a node's kernel in onnxruntime-training 1.19.2 fails.
+    """Return whether a node's kernel in onnxruntime-training 1.19.2 fails.
 
     AveragePoolGrad does with a dynamic batch.  ConvGrad in groups writes beyond its output in
     all but two spatial dimensions (Col2imNd is told the extent of all groups), which corrupts the
@@ -142,7 +142,7 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Tell whether any ONNX Runtime, mobile builds included, runs a node at ``opset``."""
+    """Return whether any ONNX Runtime, mobile builds included, runs a node at ``opset``."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
     return _has_schema(node.op_type, opset)

@@ -16,7 +16,7 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Let each Pad name all of its axes, in bodies as well, in place.
+    """Make each Pad name all of its axes, in bodies as well, in place.
 
     One that only convolutions read stays as it is: there the rule is right, and saves a copy.
     """

@@ -73,7 +73,7 @@ def _read_labels(
     weights: ir.Value | None,
     dtype: ir.DataType | None,
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Give labels that can be looked up, and each one's weight (``None``: all count 1)."""
+    """Return labels that can be looked up, and each one's weight (``None``: all count 1)."""
     index = draft.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     factor = None

@@ -44,7 +44,7 @@ def lower_split(draft: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_slice_grad(draft: NodeBuilder, node: ir.Node) -> Values:
-    """Put each gradient back to where its element came from; any starts, ends and steps."""
+    """Write each gradient to where its element came from; any starts, ends and steps."""
     dy, shape, *selection = node.inputs
     assert dy is not None
     assert shape is not None

@@ -40,13 +40,13 @@ class StockRuntime(Exception):
 
 
 def check_form(content: bytes) -> None:
-    """Let onnx check a model and infer its types, strictly where they contradict each other."""
+    """Check a model and infer its types with onnx, strictly where they contradict each other."""
     onnx.checker.check_model(content)
     onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=False)
 
 
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
-    """Give the model with the types and shapes that onnx infers, without propagating data."""
+    """Return the model with the types and shapes that onnx infers, without propagating data."""
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
     return made
@@ -55,7 +55,7 @@ def infer_shapes(content: bytes, check_type: bool) -> bytes:
 def infer_node(
     node: bytes, types: Mapping[str, bytes], data: Mapping[str, bytes], opset: int
 ) -> dict[str, bytes]:
-    """Give the types that onnx infers of a node's outputs from those of its inputs."""
+    """Return the types that onnx infers of a node's outputs from those of its inputs."""
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
         onnx.defs.get_schema(proto.op_type, opset, ""),
@@ -68,7 +68,7 @@ def infer_node(
 
 
 def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
-    """Give the function in operators of opset ``defined`` that means what a node means.
+    """Return the function in operators of opset ``defined`` that means what a node means.
 
     The node is one of opset ``version``, and its inputs of these types.
     """
@@ -87,7 +87,7 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Give the model with the gradient of ``loss`` to each parameter."""
+    """Return the model with the gradient of ``loss`` to each parameter."""
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -96,7 +96,7 @@ def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> byt
 
 
 def list_types(content: bytes) -> dict[str, str]:
-    """Give the type of each of a model's outputs, as ONNX Runtime writes it."""
+    """Return the type of each of a model's outputs, as ONNX Runtime writes it."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -211,7 +211,7 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a model that ends it leaves no file
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever native code prints is no answer
+    os.dup2(2, 1)  # whatever native code prints is not an answer
     serve(source, sink)
 
 

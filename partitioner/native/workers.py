@@ -51,7 +51,7 @@ class _Worker:
                 [sys.executable, "-P", "-m", natives.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # what code says that breaks down is no sentence
+                stderr=subprocess.DEVNULL,  # what code says that breaks down is not a sentence
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(paths),
@@ -80,7 +80,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, request: bytes) -> bytes:
-        """Give the answer to a request; ``EOFError`` or ``OSError`` where there is none."""
+        """Return the answer to a request; ``EOFError`` or ``OSError`` where there is none."""
         natives.write_frame(self._requests, request)  # type: ignore[arg-type]
         return natives.read_frame(self._answers)  # type: ignore[arg-type]
 

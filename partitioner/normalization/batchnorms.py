@@ -21,12 +21,12 @@ def list_batchnorms(graph: ir.Graph) -> list[ir.Node]:
 
 
 def is_training(node: ir.Node) -> bool:
-    """Tell whether a BatchNormalization normalises by the statistics of the batch."""
+    """Return whether a BatchNormalization normalises by the statistics of the batch."""
     return node.attributes.get_int("training_mode", 0) == 1
 
 
 def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
-    """Put BatchNormalization into the wanted mode; map each running statistic to its successor.
+    """Set the wanted mode of BatchNormalization; map each running statistic to its successor.
 
     ``mode`` is ``"train"``, ``"frozen"`` or ``None`` for what each node says itself.
     """
@@ -94,7 +94,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def use_running_statistics(graph: ir.Graph) -> None:
-    """Put every BatchNormalization into inference mode.
+    """Set every BatchNormalization to inference mode.
 
     A model output that was a running statistic's next value becomes the statistic itself.
     """

@@ -2,7 +2,7 @@
 
 :data:`DOWNGRADES` maps an operator to a function from a node to the values that replace its
 outputs, or ``None`` where the node can stay as it is.  Operators that onnx defines by a function
-body are no part of it: :mod:`opsets` expands them.  Source: onnx.defs.
+body are not part of it: :mod:`opsets` expands them.  Source: onnx.defs.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Give every convolution and pooling explicit ``pads``, in place, in bodies as well.
+    """Write the ``pads`` of every convolution and pooling, in place, in bodies as well.
 
     One whose padding depends on a size that is not known stays as it is.  Return whether shapes
     must be inferred again: onnx, too, can count one window too many, and the shapes that depend on
@@ -59,7 +59,7 @@ def _make_padding_explicit(node: ir.Node) -> list[int]:
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
-    """Give the extents of a window, if they are known."""
+    """Return the extents of a window, if they are known."""
     shape = node.attributes.get_ints("kernel_shape", [])
     if shape:
         return list(shape)
@@ -120,7 +120,7 @@ def _make_ceiling_explicit(node: ir.Node, kernel: Sequence[int]) -> list[int]:
 
 
 def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
-    """Put zeros around a node's input, so that they count as elements of it."""
+    """Add zeros around a node's input, so that they count as elements of it."""
     graph, x = node.graph, node.inputs[0]
     assert graph is not None
     draft, rank = NodeBuilder(f"{node.outputs[0].name}/padded"), len(pads) // 2

@@ -40,7 +40,7 @@ _MOST_ROUNDS = 4
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the bodies of the model's functions where they are called, in place.
+    """Inline the model's functions, in place.
 
     A function may import another opset than the model: its nodes keep theirs until
     :func:`adapt_opset` brings all to one.
@@ -135,7 +135,7 @@ def _adapt(node: ir.Node, target: int) -> None:
 
 
 def _apply(adapter: Adapter, node: ir.Node, label: str) -> bool:
-    """Let an adapter work on a node; tell whether other nodes took the node's place."""
+    """Apply an adapter to a node; return whether other nodes replaced it."""
     draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
     made = adapter(draft, node)
     if made is not None:
@@ -209,7 +209,7 @@ def _list_types(formal: onnx.defs.OpSchema.FormalParameter) -> Collection[str]:
 
 
 def _expand_newer(model: ir.Model, target: int) -> bool:
-    """Put function bodies in the place of operators that ``target`` does not have."""
+    """Replace operators that ``target`` does not have by their function bodies."""
     count = 0
     for node in model.graph.all_nodes():
         if node.domain or node.version is None or node.op_type in DOWNGRADES:
@@ -243,7 +243,7 @@ def _define(node: ir.Node, opset: int, name: str) -> ir.Function:
 
 
 def _lighten(node: ir.Node) -> None:
-    """Take Attention's softmax in float64 in float32: no runtime has its gradient in float64.
+    """Compute Attention's float64 softmax in float32: no runtime has its gradient in float64.
 
     Its result is rounded to the type of the inputs anyway.
     """
@@ -269,7 +269,7 @@ def _name_body(function: ir.Function, node: ir.Node, version: int) -> None:
 
 
 def _match_outputs(body: onnx.FunctionProto, count: int) -> None:
-    """Give the body ``count`` outputs; one that the node does not ask for may have no value."""
+    """Set the number of the body's outputs; one that the node does not need may have no value."""
     del body.output[count:]
     made = {name for node in body.node for name in node.output}
     for name in body.output:
@@ -287,7 +287,7 @@ def _fill_defaults(node: ir.Node) -> None:
 
 
 def _read_body(node: ir.Node) -> tuple[onnx.FunctionProto, int]:
-    """Give the operator's definition in other operators, and their opset."""
+    """Return the operator's definition in other operators, and their opset."""
     schema: Any = _find_schema(node.op_type, node.version or 1)  # onnx's stubs lack its bodies
     if schema is not None and schema.has_function:
         versions = [v for v in schema.function_opset_versions if v <= (node.version or v)]

@@ -11,8 +11,8 @@ The rule, for a tensor of rank 1 and up (a scalar is a constant):
 - of other places, initializers are parameters, and Constant nodes, which exporters write for
   literals, are not.
 
-``--train`` makes a parameter of whatever is no setting.  This module knows operators; it knows no
-training.
+``--train`` makes a parameter of all that is not a setting.  This module knows operators, and
+nothing of training.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _PLACES: Mapping[str, Collection[int]] = {
     "RMSNormalization": {1},
     "RNN": {1, 2, 3},
 }
-"""Operator -> places for weights, where a Constant node is no literal but a parameter."""
+"""Operator -> places for weights, where a Constant node is not a literal but a parameter."""
 
 _ELEMENTWISE = frozenset({"Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum", "Where"})
 _LEARNT = frozenset({"Add", "Mul"})
@@ -133,7 +133,7 @@ class Verdict:
 
 
 def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
-    """Tell what the stored float ``tensor`` that ``value`` stands for is."""
+    """Classify the stored float ``tensor`` of ``value``."""
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:
@@ -165,14 +165,14 @@ def _is_parameter(
 
 
 def _is_bias(node: ir.Node, index: int) -> bool:
-    """Whether it is added to what a linear layer gave: the bias of one with a single output."""
+    """Return whether it is added to a linear layer's result, as the bias of a single output is."""
     other = node.inputs[1 - index] if index < 2 and len(node.inputs) == 2 else None
     source = other.producer() if other is not None else None
     return node.op_type == "Add" and source is not None and source.op_type in _LINEAR
 
 
 def _is_table(tensor: ir.TensorProtocol) -> bool:
-    """Whether it looks like a mask or a grid: infinities, or whole numbers that differ."""
+    """Return whether it looks like a mask or a grid: infinities, or whole numbers that differ."""
     values = tensor.numpy().reshape(-1)[:_LOOKED_AT].astype(np.float64)
     if not np.isfinite(values).all():
         return True

@@ -143,7 +143,7 @@ def _retype(kind: ir.TypeProtocol, replaced: Collection[ir.DataType]) -> ir.Type
 
 
 def _convert(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Give a tensor in float32; what is beyond its range but finite becomes its largest."""
+    """Return a tensor in float32; what is beyond its range but finite becomes its largest."""
     array = tensor.numpy()
     if tensor.dtype is ir.DataType.DOUBLE:
         most = np.finfo(np.float32).max

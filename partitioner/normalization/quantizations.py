@@ -138,7 +138,7 @@ def fold_quantized(graph: ir.Graph) -> None:
 
 
 def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
-    """Give every pair that a trained parameter reaches its straight-through gradient, in place.
+    """Add the straight-through gradient to every pair that a trained parameter reaches, in place.
 
     Every QuantizeLinear becomes its formula: of one followed by DequantizeLinear the optimizer of
     onnxruntime-training 1.19.2 makes FakeQuant, which takes no scales by channel and is no
@@ -148,7 +148,7 @@ def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
 
     Raises:
         UnsupportedModel: integers that come from a parameter are computed with before they are
-            dequantised, or the scale of a pair is no constant.
+            dequantised, or the scale of a pair is not a constant.
     """
     roots = [value for value in graph.inputs if value.name in trained]
     reached = find_dependents(graph, roots)
@@ -220,7 +220,7 @@ def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
     if one is None or other is None:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})",
-            "its scale or zero point is no constant",
+            "its scale or zero point is not a constant",
             "export the model with the scales that calibration found",
         )
     if not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)):
@@ -233,7 +233,7 @@ def _quantize(draft: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool
     if settings is None:
         raise UnsupportedModel(
             f"node '{quantize.name}' ({quantize.op_type})",
-            "its scale or zero point is no constant",
+            "its scale or zero point is not a constant",
             "export the model with the scales that calibration found",
         )
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
@@ -280,13 +280,13 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
 
 
 def _find_inside(draft: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
-    """Tell which elements lie between the least and the largest that the integers represent."""
+    """Return which elements lie between the least and the largest that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     if settings is None:
         raise UnsupportedModel(
             f"node '{quantize.name}' (QuantizeLinear)",
-            "its scale or zero point is no constant",
+            "its scale or zero point is not a constant",
             "export the model with the scales that calibration found",
         )
     low, high = _limit(_find_dtype(quantize))

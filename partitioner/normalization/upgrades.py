@@ -179,7 +179,7 @@ def _name_cast(draft: NodeBuilder, node: ir.Node) -> None:
     try:
         _set(node, "to", ir.DataType[name.upper()].value)
     except KeyError as error:
-        raise refuse(node, f"it casts to '{name}', which is no type") from error
+        raise refuse(node, f"it casts to '{name}', which is not a type") from error
 
 
 def _feed_clip(draft: NodeBuilder, node: ir.Node) -> None:

@@ -42,7 +42,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
     Raises:
         UnsupportedModel: a pattern finds nothing, or nothing that can be trained.
-        UsageError: a pattern is no regular expression.
+        UsageError: a pattern is not a regular expression.
     """
     _hoist(graph)
     stored = dict(_list_stored(graph))
@@ -92,13 +92,13 @@ def assign_roles(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> dict[str, Role]:
-    """Say what each weight is: a parameter to train, a frozen one, or a running statistic.
+    """Classify each weight: a parameter to train, a frozen one, or a running statistic.
 
     What a pattern of ``train`` finds is trained, also where one of ``freeze`` finds it.
 
     Raises:
         UnsupportedModel: a pattern of ``freeze`` finds no weight.
-        UsageError: it freezes nothing that ``train`` does not train, or is no regular expression.
+        UsageError: a pattern is not a regular expression, or ``freeze`` has no effect.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     frozen: set[str] = set()
@@ -123,12 +123,12 @@ def assign_roles(
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
-    """Give patterns that find exactly these names."""
+    """Return patterns that find exactly these names."""
     return tuple(f"^{re.escape(name)}$" for name in names)
 
 
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Give a weight as a contiguous little-endian array (mapped where the file was mapped)."""
+    """Return a weight as a contiguous little-endian array (mapped where the file was mapped)."""
     array = tensor.numpy()
     return np.ascontiguousarray(array).reshape(array.shape)  # which would make a scalar a vector
 
@@ -216,7 +216,7 @@ def _search(pattern: str, names: Collection[str], option: str) -> set[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"{option} {pattern} is no regular expression: {error}") from error
+        raise UsageError(f"{option} {pattern} is not a regular expression: {error}") from error
     return {name for name in names if compiled.search(name)}
 
 

@@ -76,7 +76,7 @@ class Check:
 
     @property
     def trainable(self) -> bool:
-        """Whether the model can be trained as it is, on either target."""
+        """Return whether the model can be trained as it is, on either target."""
         return not self.obstacles
 
 
@@ -87,7 +87,7 @@ def check(
     loss: str | None = None,
     output: str | None = None,
 ) -> Check:
-    """Say whether and how a model can be trained.
+    """Check whether and how a model can be trained.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded one.

@@ -102,7 +102,7 @@ def _find_idle_dropouts(model: ir.Model) -> Iterator[Remark]:
 
 
 def _is_on(node: ir.Node) -> bool:
-    """Whether the third input is there and not known to be false."""
+    """Return whether the third input is there and not known to be false."""
     mode = node.inputs[2] if len(node.inputs) > 2 else None
     if mode is None:
         return False

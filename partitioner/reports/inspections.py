@@ -57,7 +57,7 @@ def inspect(
 
     Raises:
         ModelError: the model cannot be read or prepared.
-        UnknownTensor, UsageError: a name in ``sent`` is no input of the model.
+        UnknownTensor, UsageError: a name in ``sent`` is not an input of the model.
     """
     return list_cuts(prepare(open_model(model)), batch, sent)
 
@@ -73,7 +73,7 @@ def list_cuts(
     open_inputs = resolve_names(form.graph, sent)
     for value in open_inputs:
         if value not in form.graph.inputs or value.name in prepared.state:
-            raise UsageError(f"'{value.name}' is no input of the model that could be sent")
+            raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
     elements = {name: prepared.weights[name].size for name in prepared.trainable}
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
     makers = map_values(prepared.skeleton.graph)
@@ -81,7 +81,7 @@ def list_cuts(
 
 
 def _loses_gradient(bisection: Bisection) -> bool:
-    """Tell whether trained parameters lie before a tensor that is no float."""
+    """Return whether trained parameters lie before a tensor that is not a float."""
     dtype = bisection.at[0].dtype
     return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 
@@ -120,7 +120,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
 
 
 def _declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
-    """Give a value's shape as it would be declared, and the bytes of an element."""
+    """Return a value's shape as it would be declared, and the bytes of an element."""
     try:
         spec = declare(value)
     except SplitonnxError:

@@ -184,7 +184,7 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
 
 
 def _is_due(node: ir.Node, moving: Collection[ir.Value]) -> bool:
-    """Tell whether a gradient passes a node, and there is a way to rewrite it."""
+    """Return whether a gradient passes a node, and there is a way to rewrite it."""
     if node.op_type not in REWRITES or node.domain not in ("", "ai.onnx"):
         return False
     passed = any(value in moving for value in list_inputs(node))

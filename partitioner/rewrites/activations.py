@@ -151,7 +151,7 @@ def rewrite_shrink(draft: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_clip(draft: NodeBuilder, node: ir.Node) -> Values | None:
-    """min(max(x, low), high) where a bound is no constant: the builder gives bounds no gradient."""
+    """min(max(x, low), high) whose bounds vary: the builder has no gradient for them."""
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
         return None

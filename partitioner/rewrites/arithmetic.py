@@ -56,7 +56,7 @@ def rewrite_mod(draft: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_pow(draft: NodeBuilder, node: ir.Node) -> Values | None:
     """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
 
-    The builder of 1.19.2 takes a float exponent that is no parameter.  It is right where that is
+    The builder of 1.19.2 takes a float exponent that is not a parameter.  It is right where that is
     one number other than 0; it does not sum the gradient of a base that a wider exponent stretches.
     The slope to the exponent is 0 where x is not positive, as x ** y is not a function of a real y
     there.

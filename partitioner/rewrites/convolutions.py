@@ -162,7 +162,7 @@ def _split_phases(
 def _dilate_weights(
     draft: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
-    """Put zeros between the kernel's elements."""
+    """Insert zeros between the kernel's elements."""
     for axis, (k, d) in enumerate(zip(window.kernel, window.dilations, strict=True)):
         if d == 1 or k == 1:
             continue

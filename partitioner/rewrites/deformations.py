@@ -75,7 +75,7 @@ def rewrite_deform_conv(draft: NodeBuilder, node: ir.Node) -> Values:
 def _place_windows(
     draft: NodeBuilder, node: ir.Node, x: ir.Value, wanted: Sequence[Extent], kernel: Sequence[int]
 ) -> list[ir.Value]:
-    """Give, per axis, where each element of each window would stand without offset  # (1, k, L)."""
+    """Return each window's positions along each axis, without offset  # (1, k, L)."""
     dtype = x.dtype or ir.DataType.FLOAT
     strides = node.attributes.get_ints("strides", [1, 1])
     dilations = node.attributes.get_ints("dilations", [1, 1])

@@ -79,7 +79,7 @@ class _Sum:
     def _group(
         self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
     ) -> ir.Value:
-        """Give a stack of matrices: batch axes, then one axis a group."""
+        """Return a stack of matrices: batch axes, then one axis a group."""
         value = self.transpose(operand, batch + sum(groups, ())).value
         if all(len(group) == 1 for group in groups):
             return value
@@ -102,7 +102,7 @@ class _Sum:
         return _Operand(value=value, labels=labels)
 
     def diagonal(self, operand: _Operand) -> _Operand:
-        """Take the diagonal of axes of the same label, until each label is there once."""
+        """Reduce axes of the same label to their diagonal, until each label is there once."""
         labels = operand.labels
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is None:
@@ -116,7 +116,7 @@ class _Sum:
         return self.diagonal(_Operand(value=value, labels=(twice, *others)))
 
     def _place_diagonal(self, size: Size) -> ir.Value:
-        """Give where the diagonal's elements stand in a square matrix laid out in a row."""
+        """Return the positions of the diagonal's elements in a flattened square matrix."""
         if isinstance(size, int):
             return self.draft.integers([index * (size + 1) for index in range(size)])
         size = self.draft.op("Squeeze", size, self.draft.integers([0]))
@@ -173,7 +173,7 @@ def rewrite_einsum(draft: NodeBuilder, node: ir.Node) -> Values:
 def _read_equation(
     node: ir.Node, values: Sequence[ir.Value]
 ) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Give the labels of each operand's axes, and of the result's."""
+    """Return the labels of each operand's axes, and of the result's."""
     equation = (node.attributes.get_string("equation") or "").replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = []

@@ -19,7 +19,7 @@ Extent = int | ir.Value
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
-    """Give a value's number of dimensions.
+    """Return a value's number of dimensions.
 
     Raises:
         UnsupportedModel: it is not known.
@@ -31,7 +31,7 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Give a value's dimensions from ``start``, all numbers.
+    """Return a value's dimensions from ``start``, all numbers.
 
     Raises:
         UnsupportedModel: one is not known.
@@ -48,7 +48,7 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Give what an input holds.
+    """Return what an input holds.
 
     Raises:
         UnsupportedModel: it is computed in the graph.
@@ -78,12 +78,12 @@ def read_extents(draft: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Ext
 
 
 def to_vector(draft: NodeBuilder, extent: Extent) -> ir.Value:
-    """Give an extent as I64 vector of one element."""
+    """Return an extent as I64 vector of one element."""
     return draft.integers([extent]) if isinstance(extent, int) else extent
 
 
 def multiply(draft: NodeBuilder, extents: Sequence[Extent]) -> Extent:
-    """Give the product of extents."""
+    """Return the product of extents."""
     known, result = 1, None
     for extent in extents:
         if isinstance(extent, int):
@@ -96,21 +96,21 @@ def multiply(draft: NodeBuilder, extents: Sequence[Extent]) -> Extent:
 
 
 def divide(draft: NodeBuilder, extent: Extent, by: int) -> Extent:
-    """Give an extent's whole number of ``by``."""
+    """Return an extent's whole number of ``by``."""
     if isinstance(extent, int):
         return extent // by
     return extent if by == 1 else draft.op("Div", extent, draft.integers([by]))
 
 
 def add(draft: NodeBuilder, extent: Extent, number: int) -> Extent:
-    """Give an extent raised by a number."""
+    """Return an extent raised by a number."""
     if isinstance(extent, int):
         return extent + number
     return extent if number == 0 else draft.op("Add", extent, draft.integers([number]))
 
 
 def join(draft: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Give extents as one shape vector."""
+    """Return extents as one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -135,7 +135,7 @@ def reshape(draft: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> i
 
 
 def count_up(draft: NodeBuilder, extent: Extent) -> ir.Value:
-    """Give 0, 1, ... extent - 1 as I64 vector."""
+    """Return 0, 1, ... extent - 1 as I64 vector."""
     if isinstance(extent, int):
         return draft.integers(range(extent))
     end = draft.op("Squeeze", extent, draft.integers([0]))
@@ -143,7 +143,7 @@ def count_up(draft: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def to_number(draft: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Give an extent in another dtype, to calculate with."""
+    """Return an extent in another dtype, to calculate with."""
     if isinstance(extent, int):
         return draft.number(extent, dtype)
     return draft.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

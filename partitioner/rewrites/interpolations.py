@@ -28,7 +28,7 @@ class Sampling:
 
     @property
     def identical(self) -> bool:
-        """Whether the axis stays as it is."""
+        """Return whether the axis stays as it is."""
         whole = (self.start, self.end) == (0.0, 1.0)
         return self.before == self.after and np.isclose(self.scale, 1.0).item() and whole
 
@@ -44,7 +44,7 @@ class Kernel:
 
 
 def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Give the place, in the input's coordinates, of each output."""
+    """Return the position, in the input's coordinates, of each output."""
     y: np.ndarray = np.arange(sampling.after).astype(dtype)
     n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
     x: np.ndarray = (y + half) / scale - half
@@ -65,7 +65,7 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 
 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
-    """Give the element that each output copies.
+    """Return the element that each output copies.
 
     In float32, as ONNX Runtime has it: rounding decides which of two neighbours is the nearer.
     """
@@ -84,7 +84,7 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Tell which outputs lie outside of the input and take the extrapolation's value."""
+    """Return which outputs lie outside of the input and take the extrapolation's value."""
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
     x = find_coordinates(sampling)
@@ -93,7 +93,7 @@ def find_outside(sampling: Sampling) -> np.ndarray:
 
 
 def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
-    """Give the matrix of the interpolation  # (after, before)."""
+    """Return the matrix of the interpolation  # (after, before)."""
     x = find_coordinates(sampling)
     n = sampling.before
     shrink = min(sampling.scale, 1.0) if kernel.antialias else 1.0

@@ -40,7 +40,7 @@ def _pick(
     labels: ir.Value,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """Take each label's element along axis 1, weigh and reduce."""
+    """Select each label's element along axis 1, weigh and reduce."""
     weights = node.inputs[2] if len(node.inputs) > 2 else None
     index = draft.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")

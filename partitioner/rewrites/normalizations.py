@@ -125,7 +125,7 @@ def _replace_zeros(draft: NodeBuilder, value: ir.Value, dtype: ir.DataType | Non
 def _normalize_rows(
     draft: NodeBuilder, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
 ) -> ir.Value:
-    """Give (x - mean) / sqrt(variance + epsilon) over the last axes.
+    """Return (x - mean) / sqrt(variance + epsilon) over the last axes.
 
     Where their size is known it is a LayerNormalization of flat rows, whose gradient is one
     fused kernel; else the formula.
@@ -149,7 +149,7 @@ def _normalize_rows(
 def _invert_root(
     draft: NodeBuilder, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
 ) -> ir.Value:
-    """Give 1 / sqrt(mean(value**2) + epsilon)."""
+    """Return 1 / sqrt(mean(value**2) + epsilon)."""
     epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), dtype)
     square = draft.op("Mul", value, value)
     mean = draft.op("ReduceMean", square, draft.integers(axes), keepdims=1)

@@ -57,7 +57,7 @@ def rewrite_pad(draft: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def _find_places(draft: NodeBuilder, size: Extent, begin: int, end: int, mode: str) -> ir.Value:
-    """Give the element that each place of a padded axis copies, as I64 vector."""
+    """Return the element that each place of a padded axis copies, as I64 vector."""
     cut, kept = max(0, -begin), add(draft, size, min(0, begin) + min(0, end))
     begin, end = max(0, begin), max(0, end)
     if isinstance(kept, int):
@@ -98,7 +98,7 @@ def _pad_constantly(draft: NodeBuilder, node: ir.Node, x: ir.Value) -> Values:
 
 
 def _widen(draft: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -> ir.Value:
-    """Give the widths along all axes."""
+    """Return the widths along all axes."""
     rank = require_rank(node, x)
     begins = [axis % rank for axis in require_array(node, 3, "axes").tolist()]
     places = [*begins, *(rank + axis for axis in begins)]

@@ -133,7 +133,7 @@ def _take_root(
 
 
 def rewrite_max_unpool(draft: NodeBuilder, node: ir.Node) -> Values:
-    """Put every element to its place in an image of zeros; a wanted shape adds more of them."""
+    """Write each element to its position in an image of zeros; a wanted shape adds more zeros."""
     x, indices, *further = node.inputs
     assert x is not None
     assert indices is not None

@@ -194,7 +194,7 @@ def _project(
     bias: ir.Value | None,
     groups: Sequence[int],
 ) -> list[Sequence[ir.Value]]:
-    """Give X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
+    """Return X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
     rows = draft.op("Reshape", layer.x, draft.integers([-1, layer.size]))  # (TN, I)
     count = layer.directions * sum(groups) * layer.hidden
     weights = draft.op("Reshape", weights, draft.integers([count, layer.size]))
@@ -306,7 +306,7 @@ def _unroll(
 def _stack_sequences(
     draft: NodeBuilder, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
 ) -> ir.Value | None:
-    """Give Y of shape (T, D, N, H), where it is used."""
+    """Return Y of shape (T, D, N, H), where it is used."""
     output = layer.node.outputs[0]
     if not output.uses() and not output.is_graph_output():
         return None
@@ -319,7 +319,7 @@ def _stack_sequences(
 
 
 def _read_states(draft: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
-    """Give the initial states of each direction, (N, H), zero where none is given."""
+    """Return the initial states of each direction, (N, H), zero where none is given."""
     zero: ir.Value | None = None
     found: list[Sequence[ir.Value]] = []
     for value in layer.states:
@@ -336,7 +336,7 @@ def _read_states(draft: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
 
 
 def _make_masks(draft: NodeBuilder, layer: _Layer) -> list[ir.Value | None]:
-    """Tell of each step which sequences have not ended, (N, 1); ``None`` where none has."""
+    """Return, for each step, which sequences have not ended, (N, 1); ``None`` where none has."""
     masks: list[ir.Value | None] = [None] * layer.steps
     if layer.lengths is None:
         return masks

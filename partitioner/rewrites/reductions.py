@@ -29,7 +29,7 @@ def _axes(node: ir.Node) -> ir.Value | None:
 
 
 def _is_empty(x: ir.Value) -> bool:
-    """Tell of a value that has no elements; the gradient of a product stumbles over it."""
+    """Return whether a value has no elements, for which the gradient of a product fails."""
     return 0 in (known_dims(x) or ())
 
 

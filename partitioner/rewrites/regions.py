@@ -64,19 +64,19 @@ class _Axis:
         return self.draft.op("Div", self.extent, self.number(self.bins))
 
     def count_bins(self, start: int = 0) -> ir.Value:
-        """Give the bins' numbers  # (1, P)."""
+        """Return the bins' numbers  # (1, P)."""
         row = np.arange(start, start + self.bins).reshape(1, -1)
         return self.draft.tensor(ir.tensor(row.astype(self.dtype.numpy())))
 
     def count_up(self, most: ir.Value) -> ir.Value:
-        """Give 0, 1, ... as numbers, as many as the largest count says."""
+        """Return 0, 1, ... as numbers, as many as the largest count says."""
         draft = self.draft
         end = draft.op("ReduceMax", draft.op("Cast", most, to=ir.DataType.INT64.value), keepdims=0)
         row = draft.op("Range", draft.integer(0), end, draft.integer(1))
         return draft.op("Cast", row, to=self.dtype.value)
 
     def widen(self, value: ir.Value) -> ir.Value:
-        """Give a value an axis more, at the end."""
+        """Append an axis to a value."""
         return self.draft.op("Unsqueeze", value, self.draft.integers([-1]))
 
 
@@ -123,7 +123,7 @@ def rewrite_roi_align(draft: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
-    """Give the two pixels around each sample of each bin."""
+    """Return the two pixels around each sample of each bin."""
     draft, one, zero = axis.draft, axis.number(1.0), axis.number(0.0)
     ones = draft.op("Add", draft.op("Mul", axis.extent, zero), one)
     count = draft.op("Mul", ones, axis.number(ratio)) if ratio > 0 else draft.op("Ceil", axis.step)
@@ -196,7 +196,7 @@ def rewrite_max_roi_pool(draft: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _cover_bins(axis: _Axis) -> _Bins:
-    """Give all pixels of each bin."""
+    """Return all pixels of each bin."""
     draft, zero = axis.draft, axis.number(0.0)
 
     def bound(edge: ir.Value) -> ir.Value:
@@ -221,7 +221,7 @@ def _gather_bins(
     images: ir.Value,
     bins: Sequence[_Bins],
 ) -> tuple[ir.Value, ir.Value]:
-    """Give the pixels of each bin  # (R, P, K, Q, L, C), and their weights with C = 1."""
+    """Return the pixels of each bin  # (R, P, K, Q, L, C), and their weights with C = 1."""
     _, _, height, width = extents
     tall, wide = draft.integers([3, 4]), draft.integers([1, 2])
     first = draft.op("Mul", images, to_vector(draft, multiply(draft, [height, width])))

@@ -121,13 +121,13 @@ def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
 
 
 def _get_scales(node: ir.Node) -> ir.Value | None:
-    """Give the scales that the graph computes."""
+    """Return the scales that the graph computes."""
     given = node.inputs[2] if len(node.inputs) > 2 else None
     return given if given is not None and known_array(given) is None else None
 
 
 def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
-    """Give each axis's factor, ``None`` where sizes are given instead, or it is computed."""
+    """Return each axis's factor, ``None`` where sizes are given instead, or it is computed."""
     axes = _read_axes(node, x)
     scales = known_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if scales is not None and scales.size:
@@ -136,7 +136,7 @@ def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
 
 
 def _repeats(node: ir.Node, scale: float) -> bool:
-    """Tell whether an axis repeats each of its elements, whatever its size."""
+    """Return whether an axis repeats each of its elements, whatever its size."""
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if scale == 1.0:
         return coordinates != "tf_crop_and_resize"
@@ -167,7 +167,7 @@ def _repeat_elements(
 def _read_samplings(
     node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
 ) -> dict[int, Sampling]:
-    """Settle, for each axis of ``factors``, how it is sampled.
+    """Decide, for each axis of ``factors``, how it is sampled.
 
     Raises:
         UnsupportedModel: the size before or after is not known, or runtimes disagree.
@@ -267,7 +267,7 @@ def _extrapolate(
     made: ir.Value,
     samplings: Mapping[int, Sampling],
 ) -> ir.Value:
-    """Put the extrapolation's value where a region reaches beyond the input."""
+    """Write the extrapolation's value where a region reaches beyond the input."""
     outside = {axis: find_outside(sampling) for axis, sampling in samplings.items()}
     if not any(places.any() for places in outside.values()):
         return made

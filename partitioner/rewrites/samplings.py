@@ -54,7 +54,7 @@ class ImageAxis:
     corners: bool
 
     def number(self, value: float) -> ir.Value:
-        """Give a constant of the image's dtype."""
+        """Return a constant of the image's dtype."""
         return self.draft.number(value, self.dtype)
 
     @property
@@ -78,7 +78,7 @@ class ImageAxis:
         return self.last if self.corners else self.draft.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
-        """Give the nearest coordinate of a pixel's centre."""
+        """Return the nearest coordinate of a pixel's centre."""
         draft = self.draft
         return draft.op("Min", draft.op("Max", x, self.number(0.0)), self.last)
 
@@ -110,7 +110,7 @@ class ImageAxis:
         return x
 
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
-        """Give the pixels around each place ``x`` (N, P), and their weights."""
+        """Return the pixels around each place ``x`` (N, P), and their weights."""
         draft = self.draft
         if mode == "nearest":
             base, offsets, weights = (

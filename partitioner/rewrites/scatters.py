@@ -26,13 +26,13 @@ class _Places:
     axis: int | None
 
     def gather(self, source: ir.Value) -> ir.Value:
-        """Give what stands at the updates' places, in the shape of the updates."""
+        """Return the elements at the updates' positions, in the shape of the updates."""
         if self.axis is None:
             return self.draft.op("GatherND", source, self.indices)
         return self.draft.op("GatherElements", source, self.indices, axis=self.axis)
 
     def scatter(self, base: ir.Value, updates: ir.Value, reduction: str) -> ir.Value:
-        """Let the updates meet what stands at their places in ``base``."""
+        """Combine the updates with the elements at their positions in ``base``."""
         if self.axis is None:
             return self.draft.op("ScatterND", base, self.indices, updates, reduction=reduction)
         return self.draft.op(
@@ -44,7 +44,7 @@ class _Places:
         return self.scatter(self.fill(like, 0.0), updates, "add")
 
     def fill(self, like: ir.Value, number: float) -> ir.Value:
-        """Give a constant in the shape of ``like``."""
+        """Return a constant in the shape of ``like``."""
         assert like.dtype is not None
         value = ir.tensor([number], dtype=like.dtype)
         return self.draft.op(

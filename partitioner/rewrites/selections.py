@@ -137,7 +137,7 @@ def rewrite_transpose(draft: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_concat(draft: NodeBuilder, node: ir.Node) -> Values | None:
-    """Give every input a name of its own: one that stands twice gets two gradients of one name."""
+    """Make the inputs' names distinct: one that occurs twice gets two gradients of one name."""
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
         return None
@@ -171,7 +171,7 @@ def rewrite_reshape(draft: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Take out of each Split, in place, its ``needed`` outputs if others are not; tell if any.
+    """Replace each Split of which only the ``needed`` outputs are used, in place; return if any.
 
     ``needed`` are the values that get a gradient.  The gradient of Split in onnxruntime-training
     1.19.2 is the Concat of those gradients that exist: where one does not, its shape is wrong.

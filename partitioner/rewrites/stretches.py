@@ -31,7 +31,7 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """Give the place, in the input's coordinates, of each output  # (after,)."""
+        """Return the position, in the input's coordinates, of each output  # (after,)."""
         draft = self.draft
         y = draft.op("Cast", count_up(draft, self.after), to=_FLOAT.value)
         one, half = draft.number(1.0, _FLOAT), draft.number(0.5, _FLOAT)
@@ -51,7 +51,7 @@ class Stretch:
         return draft.op("Where", several, x, draft.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """Give the element that each output copies, as I64."""
+        """Return the element that each output copies, as I64."""
         draft, x = self.draft, self.find_coordinates()
         half = draft.number(0.5, _FLOAT)
         if mode == "round_prefer_floor":
@@ -63,7 +63,7 @@ class Stretch:
         return draft.op("Cast", places, to=ir.DataType.INT64.value)
 
     def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
-        """Give the matrix of the interpolation, in F32  # (after, before)."""
+        """Return the matrix of the interpolation, in F32  # (after, before)."""
         return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
 
     def _weigh_linear(self) -> ir.Value:
@@ -113,7 +113,7 @@ class Stretch:
 
 
 def find_after(draft: NodeBuilder, before: Extent, scale: float | ir.Value) -> Extent:
-    """Give the size after scaling, rounded down."""
+    """Return the size after scaling, rounded down."""
     if not isinstance(scale, ir.Value):
         scale = draft.number(scale, _FLOAT)
     scaled = draft.op("Floor", draft.op("Mul", to_number(draft, before, _FLOAT), scale))

@@ -29,7 +29,7 @@ class Tangent:
 
 
 def follow_tangents(draft: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Give ``value`` (computed from points) the derivatives that ``tangents`` say.
+    """Attach the derivatives in ``tangents`` to ``value``, which is computed from points.
 
     Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
     :func:`bound_slope`.
@@ -41,6 +41,6 @@ def follow_tangents(draft: NodeBuilder, value: ir.Value, tangents: Sequence[Tang
 
 
 def bound_slope(draft: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Take the largest number of ``dtype`` for infinity; NaN stays what it is."""
+    """Replace infinity by the largest number of ``dtype``; NaN stays NaN."""
     edge = float((dtype or ir.DataType.FLOAT).max)
     return draft.op("Clip", slope, draft.number(-edge, dtype), draft.number(edge, dtype))

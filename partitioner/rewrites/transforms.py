@@ -109,7 +109,7 @@ def _constant(draft: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None) 
 
 
 def _read_axis(node: ir.Node) -> int:
-    """Give the axis: an attribute until opset 19, an input since."""
+    """Return the axis: an attribute until opset 19, an input since."""
     stated = node.attributes.get("axis")
     if stated is not None:
         return stated.as_int()
@@ -121,7 +121,7 @@ def _read_axis(node: ir.Node) -> int:
 
 
 def _read_integer(node: ir.Node, index: int) -> int | None:
-    """Give a constant scalar input, ``None`` where there is none.
+    """Return a constant scalar input, ``None`` where there is none.
 
     Raises:
         UnsupportedModel: it is not constant.

@@ -80,7 +80,7 @@ def read_windows(node: ir.Node) -> Windows:
 def _find_surplus(
     node: ir.Node, size: int | None, reach: int, stride: int, before: int, after: int
 ) -> int:
-    """Give the padding that ``ceil_mode`` adds."""
+    """Return the padding that ``ceil_mode`` adds."""
     if size is not None:
         count = count_windows(size, reach, stride, before, after)
         return (count - 1) * stride + reach - size - before - after
@@ -188,7 +188,7 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Tell whether a node's padding is left to depend on the image's size."""
+    """Return whether a node's padding is left to depend on the image's size."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 

@@ -187,7 +187,7 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Let the server write its state; return why it could not, or nothing.
+        """Ask the server to write its state; return the reason where it could not, or nothing.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: as :meth:`receive_wires`.
@@ -205,7 +205,7 @@ class Channel:
             return answer.reason if isinstance(answer, Unsaved) else ""
 
     def close(self, *, for_good: bool = True) -> None:
-        """Say good-bye: the session is over.  May be called twice.
+        """End the session with a Bye message.  May be called twice.
 
         Without ``for_good`` only the connection is, and the server keeps the session.
         """

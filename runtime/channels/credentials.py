@@ -41,13 +41,13 @@ def check_url(url: str, credentials: Credentials) -> None:
     """Check a server's address against how it is to be reached; warn of a token in the clear.
 
     Raises:
-        UsageError: it is no address, holds a password, or has no TLS where certificates are given.
+        UsageError: it is not an address, holds a password, or certificates are given without TLS.
     """
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
     except ValueError as error:
-        raise UsageError(f"'{url}' is no websocket address: {error}") from error
+        raise UsageError(f"'{url}' is not a websocket address: {error}") from error
     if "@" in parts.netloc:
         raise UsageError("leave names and passwords out of the server's address; use a token")
     if credentials.tls is not None and parts.scheme != "wss":

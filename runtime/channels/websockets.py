@@ -60,7 +60,7 @@ class WebSocketTransport:
         Unauthorized: the server wants a token, or another one, or no page of this origin.
         UntrustedPeer: TLS found the server to be somebody else, or the server found us so.
         Redirected: the server names another address.
-        UsageError: ``url`` is no websocket address.
+        UsageError: ``url`` is not a websocket address.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class WebSocketTransport:
             self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
         except InvalidURI as error:
             raise UsageError(
-                f"'{self._url}' is no websocket address such as ws://host:8765"
+                f"'{self._url}' is not a websocket address such as ws://host:8765"
             ) from error
         except InvalidStatus as error:
             raise _translate_status(self._url, error) from error
@@ -142,7 +142,7 @@ class WebSocketTransport:
         self._opened.close()
 
     def _is_underway(self) -> bool:
-        """Whether part of a message has come; read beside the thread that writes it."""
+        """Return whether part of a message has come; read beside the thread that writes it."""
         protocol = self._socket.protocol
         return protocol.current_size is not None or bool(protocol.reader.buffer)
 
@@ -164,7 +164,7 @@ class WebSocketTransport:
             mine, reason = error.rcvd is not None, close.reason
             return MessageTooLarge(self._url, is_outgoing=mine, reason=reason)
         if close.code == POLICY and error.rcvd is not None:
-            return Unauthorized(self._url, POLICY, close.reason or "it does not say why")
+            return Unauthorized(self._url, POLICY, close.reason or "no reason given")
         return lost
 
 

@@ -59,7 +59,7 @@ class Client:
         access: how this client shows a URL's server who it is, and whom it trusts.
         threads: threads of one operator; all cores by default.
         seed: decides shuffling and Dropout.
-        resume: go on with the run that was broken off in the folder, if there is one: with its
+        resume: continue the run that was interrupted in the folder, if there is one: with its
             state, and in :meth:`fit` at its place in the data.
         give_up_after: seconds without a connection after which the client gives up, the first
             connection included.  ``None``: that one is tried once (as long as it takes with
@@ -176,7 +176,7 @@ class Client:
     ) -> History:
         """Train for some epochs and return what happened.
 
-        A client that resumes begins at the place in the data where its run was broken off, and
+        A client that resumes begins at the position in the data where its run was interrupted, and
         makes the rest of ``epochs``.  Where the server lost steps, both sides go back to the
         newest checkpoint, or to where this fit began, and make them again, as they were.
 
@@ -190,7 +190,7 @@ class Client:
             shuffle: deal each epoch anew.
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
             when_unsaved: whether training stops or continues where one cannot be written.
-            restart: give up a run that was broken off in the folder.
+            restart: discard a run that was interrupted in the folder.
             save: :meth:`save` when all is trained, and train on where the server was lost before.
             on_step: called with each step's record.
             on_epoch: called with each evaluation.
@@ -198,7 +198,7 @@ class Client:
         Raises:
             DataError: the data do not fit, or hold NaN; a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
-            UnfinishedRun: a run was broken off in the folder; resume it, or ``restart``.
+            UnfinishedRun: a run was interrupted in the folder; resume it, or ``restart``.
             FolderInUse: another client trains in the folder.
             UsageError: a number is out of its range; another fit of this client runs; a run would
                 be resumed with other data, batches or seed.
@@ -254,7 +254,7 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Take one optimizer step on one batch and return the phase's results, ``loss`` first.
+        """Train on one batch, one optimizer step, and return the phase's results, ``loss`` first.
 
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
@@ -313,7 +313,7 @@ class Client:
             raise
 
     def close(self) -> None:
-        """Say good-bye to the server; may be called twice."""
+        """End the session and close the connection; may be called twice."""
         self._runner.close()
 
     def _phase(self, name: str) -> Phase:

@@ -55,7 +55,7 @@ class Dataset(ABC):
 
         Raises:
             NotFinite: a floating-point array of the next batch holds NaN or infinity.
-            UnusableData: there is no next epoch, or the next batch is no dictionary of arrays.
+            UnusableData: there is no next epoch, or the next batch is not a dictionary of arrays.
         """
 
 
@@ -129,7 +129,9 @@ class BatchDataset(Dataset):
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yield the iterable's batches; all arguments are the iterable's business."""
         if self._spent:
-            raise UnusableData("the data", "an iterator serves one epoch; pass a list or a dataset")
+            raise UnusableData(
+                "the data", "an iterator lasts for one epoch; pass a list or a dataset"
+            )
         self._spent = isinstance(self._source, Iterator)
         for number, batch in enumerate(self._source):
             if not isinstance(batch, Mapping):

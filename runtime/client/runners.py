@@ -47,7 +47,7 @@ class TaskRunner:
         self._channel = channel
         self._seed = seed
         self._closed = self._is_half_published = False
-        self._others = itertools.count()  # numbers the tasks that are no training step
+        self._others = itertools.count()  # numbers the tasks that are not training step
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class TaskRunner:
                 self._channel.end()
 
     def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
-        """Let both sides write a checkpoint, one after the other.
+        """Make both sides write a checkpoint, one after the other.
 
         Each side keeps two, so there is one that both have as long as neither is two ahead: the
         one whose last was not written goes first.
@@ -103,7 +103,7 @@ class TaskRunner:
             _logger.warning("%s; training goes on", error)
 
     def publish(self) -> None:
-        """Let both sides write their state as the outcome of the training, the server first.
+        """Make both sides write their state as the outcome of the training, the server first.
 
         Raises:
             BundleError: the bundle is in memory only, or the folder cannot be written.
@@ -121,7 +121,7 @@ class TaskRunner:
         self._is_half_published = False
 
     def close(self) -> None:
-        """Say good-bye to the server; may be called twice.
+        """End the session and close the connection; may be called twice.
 
         Where the run has checkpoints and is not finished, or the server published its state and
         this side did not, it only hangs up: the server would forget what a resumed run begins from.
@@ -158,7 +158,7 @@ class TaskRunner:
 
     @contextmanager
     def _going_back(self) -> Iterator[None]:
-        """Take this part back to where the server lost steps, and note the place in the data."""
+        """Restore the step to which the server fell back, and the position in the data there."""
         try:
             yield
         except StepsLost as lost:

@@ -85,7 +85,7 @@ class TrainingRun:
             self._lock = FolderLock.acquire(self._party.path)
 
     def release(self) -> None:
-        """Let others train in the folder; may be called twice."""
+        """Release the folder's lock, so that others can train in it; may be called twice."""
         if self._lock is not None:
             self._lock.release()
         self._lock = None
@@ -97,7 +97,7 @@ class TrainingRun:
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether the session can be resumed: they are deleted once its run is finished."""
+        """Return whether the session can be resumed: they are deleted once its run is finished."""
         try:
             return self._store is not None and bool(self._store.steps())
         except BundleError:  # they may be there, where they cannot be looked at
@@ -143,7 +143,7 @@ class TrainingRun:
             self._store.remove()
 
     def go_back(self, executor: Executor, step: int) -> DataPosition | None:
-        """Take the state back to a step that was kept, and return the position there.
+        """Restore the state of a step that was kept, and return the position in the data there.
 
         Raises:
             BundleError: there is no such state.
@@ -179,7 +179,7 @@ class TrainingRun:
         return kept
 
     def begin_run(self, *, restart: bool) -> None:
-        """See to it that no other run stands unfinished in the folder; ``restart`` deletes it.
+        """Check that the folder holds no unfinished run; ``restart`` deletes it.
 
         Raises:
             UnfinishedRun: one does.

@@ -90,7 +90,7 @@ class Admission:
         self._answers: dict[Connection, int] = {}  # bytes of the longer ones
 
     def enter(self, connection: Connection) -> None:
-        """Take in a connection that has shown no token.
+        """Admit a connection that has shown no token.
 
         If there are many of those, the one that has waited longest is sent away.
         """

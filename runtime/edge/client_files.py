@@ -42,7 +42,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Give the file at a path such as ``/client/manifest.json``; ``None`` for other paths."""
+        """Return the file at a path such as ``/client/manifest.json``; ``None`` for other paths."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

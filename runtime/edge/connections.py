@@ -252,7 +252,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("listen", LOST_SECONDS - silence, self._listen)
 
     def _note_fault(self) -> None:
-        """Tell why the parser gave up, if it did."""
+        """Return why the parser gave up, if it did."""
         reason = self.protocol.parser_exc
         if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
             big = isinstance(reason, PayloadTooBig)

@@ -72,7 +72,7 @@ class HttpRequest:
     roles: frozenset[Role] = ALL_ROLES
     """What whoever asks may do: everything where no tokens are used."""
     is_upgrade: bool = False
-    """Whether it asks for a websocket."""
+    """Return whether it asks for a websocket."""
     encodings: str = ""
     """``Accept-Encoding``."""
     known_tags: str = ""

@@ -73,7 +73,7 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Give back the memory of connections that were ended early, every ``SWEEP`` of them.
+        """Free the memory of connections that were ended early, after every ``SWEEP`` of them.
 
         What asyncio keeps for one is a cycle of few objects and 256 KiB, and the collector, which
         counts objects, would let hundreds of them pile up.
@@ -99,7 +99,7 @@ class AcceptedSocket(socket.socket):
     came = 0.0
 
     def shut_down(self) -> None:
-        """Let the event loop find the connection at its end; only the loop may close it."""
+        """Shut the connection down; the event loop, which alone may close it, then sees its end."""
         try:
             self.shutdown(socket.SHUT_RDWR)
         except OSError:  # the other side was quicker

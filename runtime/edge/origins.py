@@ -33,7 +33,7 @@ class Origins:
         self._is_locked = is_locked
 
     def allow(self, origin: str, host: str | None) -> bool:
-        """Say whether a page of ``origin`` may connect, which asked for ``host``."""
+        """Return whether a page of ``origin`` may connect to the server by the name ``host``."""
         if origin in self._listed:
             return True
         if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):
@@ -41,11 +41,11 @@ class Origins:
         return self._is_locked or is_fixed(host)
 
     def answers_to(self, host: str | None) -> bool:
-        """Whether a plain request for ``host`` is answered.
+        """Return whether a plain request for ``host`` is answered.
 
         A page of a name that the DNS turned to this machine could read the answer, so unless the
         server is locked, the host must be an address, ``localhost``, the one that the server
-        listens on by name, or that of an origin that is listed.  Without one it is no browser.
+        listens on by name, or that of an origin that is listed.  Without one it is not a browser.
         """
         return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
 
@@ -56,7 +56,7 @@ def strip_port(host: str) -> str:
 
 
 def is_fixed(host: str) -> bool:
-    """Say whether a request's ``Host`` is an address, which no name server has a say in."""
+    """Return whether a request's ``Host`` is an address, which DNS rebinding cannot change."""
     name = strip_port(host)
     if name == "localhost":
         return True
@@ -71,13 +71,13 @@ def check_origins(origins: Sequence[str]) -> frozenset[str]:
     """Check the origins of web pages that may connect, such as ``https://lab.example``.
 
     Raises:
-        UsageError: one is no origin.
+        UsageError: one is not an origin.
     """
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
             raise UsageError(
-                f"'{origin}' is no origin; an origin is a scheme, a host and perhaps a port, in "
-                "lower case and without a path, such as https://lab.example or "
+                f"'{origin}' is not an origin; an origin is a scheme, a host and perhaps a port, "
+                "in lower case and without a path, such as https://lab.example or "
                 "http://localhost:3000"
             )
     return frozenset(origins)

@@ -165,7 +165,7 @@ def _make_page(name: str, content: bytes, packed: bytes | None) -> Page:
 
 
 def _takes_gzip(encodings: str) -> bool:
-    """Say whether an ``Accept-Encoding`` names gzip, unless with the weight of nothing."""
+    """Return whether an ``Accept-Encoding`` names gzip, unless with the weight of nothing."""
     for encoding in encodings.split(","):
         name, _, weight = encoding.partition(";")
         if name.strip().lower() == "gzip":

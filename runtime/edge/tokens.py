@@ -107,12 +107,13 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     Without ``roles`` it has all of them.
 
     Raises:
-        UsageError: ``name`` is no name.
+        UsageError: ``name`` is not a name.
         UnusableFile: the file cannot be written.
     """
     if _NAME.fullmatch(name) is None:
         raise UsageError(
-            f"'{name}' is no name for a token's owner; take up to 64 letters, digits, '.', '_', '-'"
+            f"'{name}' is not a name for a token's owner; use up to 64 letters, digits, "
+            "'.', '_' and '-'"
         )
     token = secrets.token_urlsafe(TOKEN_BYTES)
     words = [name, f"sha256:{_hash(token).hex()}", ",".join(dict.fromkeys(roles))]
@@ -207,4 +208,4 @@ def _read_lines(path: Path) -> list[str]:
     except OSError as error:
         raise UnusableFile(str(path), error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
-        raise UnusableFile(str(path), "it is no text") from error
+        raise UnusableFile(str(path), "it is not text") from error

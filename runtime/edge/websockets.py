@@ -54,7 +54,7 @@ class Peer:
 
     @property
     def is_sending(self) -> bool:
-        """Whether part of a message has come that was not received yet."""
+        """Return whether part of a message has come that was not received yet."""
         return self._connection.is_underway or self._connection.kept > 0
 
     @property

@@ -34,7 +34,7 @@ class Dataflow:
         """How many stages and outgoing wires take a value."""
 
     def wants(self, name: str) -> bool:
-        """Whether anything takes this value, so that it is worth keeping."""
+        """Return whether anything needs this value, so that it must be kept."""
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:
@@ -54,7 +54,7 @@ class Progress:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every stage ran, every wire arrived and every wire was sent."""
+        """Return whether every stage ran, every wire arrived and every wire was sent."""
         return not self._waiting and not self._unsent and not self.missing
 
     @property
@@ -67,14 +67,14 @@ class Progress:
         self._present.update(names)
 
     def next_stage(self) -> Stage | None:
-        """Take the first stage whose inputs are all there, or ``None``; it counts as running."""
+        """Return the first stage whose inputs are all there, or ``None``; count it as running."""
         for index, stage in enumerate(self._waiting):
             if self._flow.needs[stage.name] <= self._present:
                 return self._waiting.pop(index)
         return None
 
     def next_wires(self) -> tuple[str, ...]:
-        """Take the outgoing wires that are there and were not taken before."""
+        """Return the outgoing wires that are there and were not returned before."""
         ready = tuple(name for name in self._unsent if name in self._present)
         self._unsent = [name for name in self._unsent if name not in self._present]
         return ready

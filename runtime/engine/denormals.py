@@ -106,7 +106,7 @@ def _find() -> _SetFlush | None:
 
 
 def _acts(set_flush: _SetFlush) -> bool:
-    """Whether it flushes, and leaves the thread as it was."""
+    """Return whether it flushes, and leaves the thread as it was."""
     before = _halve_denormals()
     restore = set_flush()
     flushed = _halve_denormals()

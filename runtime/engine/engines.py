@@ -58,7 +58,7 @@ class InstalledRuntime:
 
 
 def installed_runtime() -> InstalledRuntime:
-    """Say which ONNX Runtime is installed.
+    """Return which ONNX Runtime is installed.
 
     Raises:
         MissingExtra: none is.
@@ -209,7 +209,7 @@ class Engine:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
-        """Hand an array to ONNX Runtime, without a copy if it is contiguous and aligned.
+        """Pass an array to ONNX Runtime, without a copy if it is contiguous and aligned.
 
         The array must not be written to afterwards.
         """
@@ -307,7 +307,7 @@ def _bindings() -> Any:
 
 
 def _detach(value: Any) -> Any:
-    """Take one output out of its run's list, of which each item keeps all the others alive."""
+    """Remove one output from its run's list, of which each item keeps all the others alive."""
     alone = _bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
     return type(value)(alone[0])

@@ -59,7 +59,7 @@ class SessionExecutor(Protocol):
 
     @property
     def is_lost(self) -> bool:
-        """Whether the state is gone, with the worker that had it."""
+        """Return whether the state was lost with its worker."""
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
@@ -67,13 +67,13 @@ class SessionExecutor(Protocol):
         """Open a task."""
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hand wires from the other party to an open task."""
+        """Pass wires from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
         """Run every stage that can run; after each, yield the wires that can be sent now."""
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Whether every stage of the task ran."""
+        """Return whether every stage of the task ran."""
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
         """Close a finished task: commit its state all at once."""
@@ -91,7 +91,7 @@ class SessionExecutor(Protocol):
         """Write the state into the party's folder as its outcome."""
 
     def close(self) -> None:
-        """Let go of the state."""
+        """Release the state."""
 
 
 @dataclass(kw_only=True)
@@ -184,10 +184,10 @@ class Executor:
         self._tasks[key] = task
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hand wires from the other party to an open task.
+        """Pass wires from the other party to an open task.
 
         Raises:
-            RemoteProtocolError: a tensor is no wire towards this party, or came before.
+            RemoteProtocolError: a tensor is not a wire towards this party, or came before.
             ArrayMismatch, ValueOutOfRange: a tensor is not as its wire declares.
         """
         task = self._task(key)
@@ -212,12 +212,12 @@ class Executor:
             with attribute_errors_to_us(f"stage '{stage.name}'"):
                 self._run(task, stage)
             if wires := task.progress.next_wires():
-                yield self._hand_out(task, wires)
+                yield self._collect_wires(task, wires)
         if wires := task.progress.next_wires():  # data alone: no stage was ready
-            yield self._hand_out(task, wires)
+            yield self._collect_wires(task, wires)
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Whether every stage of the task ran and every wire was received and handed out."""
+        """Return whether every stage of the task ran and every wire was received and handed out."""
         return self._task(key).progress.is_finished
 
     def results(self, key: TaskKey) -> dict[str, np.ndarray]:
@@ -290,11 +290,11 @@ class Executor:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the state is gone; never, in this process."""
+        """Return whether the state is lost, which never happens in this process."""
         return False
 
     def close(self) -> None:
-        """Let go of the state; nothing is to be done for it in this process."""
+        """Release the state; in this process there is nothing to do."""
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:
@@ -333,8 +333,8 @@ class Executor:
         self._keep(task, outputs)
         self._drop(task, task.flow.needs[stage.name])
 
-    def _hand_out(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Take outgoing wires; the sizes that they bind hold for what comes back."""
+    def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Collect outgoing wires; the sizes that they bind hold for what comes back."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
         self._check_wires(task, arrays)
         self._drop(task, wires)

@@ -20,12 +20,13 @@ import msgspec
 
 from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import BundleError, FormatError, NotExportable
+from splitonnx.graph_limits import STAGE
 from splitonnx.manifests import EVALUATE, PREDICT, PartyManifest
 from splitonnx.operators import TRAINING_ONLY
 from splitonnx.outputs import check_place
 from splitonnx.runtime.engine.engines import Engine, Kernel, installed_runtime, list_kernels
 from splitonnx.runtime.gate import schemas
-from splitonnx.runtime.gate.gates import MAX_FIELDS, MAX_NAME, check_graph
+from splitonnx.runtime.gate.gates import check_graph
 from splitonnx.runtime.gate.protobufs import Place, Reader
 from splitonnx.states import STATE
 
@@ -81,7 +82,7 @@ def export(
     """Write a party's folder for mobile apps, whole or not at all; ``source`` stays as it is.
 
     ``target`` is by default beside ``source``, with ``-mobile`` behind its name.  Weights and the
-    outcome of training come along, checkpoints of runs that were broken off do not.  With
+    outcome of training are included, checkpoints of interrupted runs are not.  With
     ``overwrite`` an earlier export is replaced, and nothing else.
 
     That every operator is there, in its opset and for its element types, is tried by loading each
@@ -134,7 +135,7 @@ def choose_place(source: str | Path) -> Path:
     except (OSError, ValueError) as error:  # a null byte in the name, say
         raise BundleError(str(source), f"it cannot be read: {error}") from error
     if not folder.name:
-        raise BundleError(str(source), "it is no party's folder")
+        raise BundleError(str(source), "it is not a party's folder")
     return folder.with_name(f"{folder.name}-mobile")
 
 
@@ -152,7 +153,7 @@ def _check_place(place: Path, *, overwrite: bool) -> None:
     except (BundleError, FormatError):
         stands = False
     if not stands:
-        raise BundleError(str(place), "it is no export, so it is not overwritten")
+        raise BundleError(str(place), "it is not an export, so it is not overwritten")
 
 
 def _convert(party: PartyBundle) -> PartyBundle:
@@ -205,7 +206,7 @@ def count_operators(name: str, graph: bytes) -> Counter[str]:
         ForbiddenGraph: it is not a graph as bundles have them.
     """
     check_graph(name.removesuffix(_ONNX), graph)
-    reader = Reader(graph, max_fields=MAX_FIELDS)
+    reader = Reader(graph, max_fields=STAGE.fields)
     places = [(start, stop) for field, start, stop in _read_model(reader) if field == "graph"]
     found: Counter[str] = Counter()
     while places:
@@ -225,7 +226,7 @@ def _read_node(reader: Reader, place: Place) -> tuple[str, list[Place]]:
     operator, bodies = "", []
     for field, start, stop in reader.read(place, schemas.NODE):
         if field == "operator":
-            operator = reader.read_text((start, stop), MAX_NAME)
+            operator = reader.read_text((start, stop), STAGE.name_bytes)
         elif field == "attribute":
             inner = reader.read((start, stop), schemas.ATTRIBUTE)
             bodies += [(start, stop) for field, start, stop in inner if field == "graph"]

@@ -99,7 +99,7 @@ class Runs:
         return run
 
     def finish(self, run: Run) -> None:
-        """Let go of a run that is over."""
+        """Release a run that is over."""
         if run is _INTERRUPTS.run:
             _INTERRUPTS.disarm()
         with self._changed:
@@ -116,7 +116,7 @@ class Runs:
             self._watchdog.join()
 
     def _watch(self) -> None:
-        """See to it that somebody looks at the deadlines."""
+        """Start the thread that watches the deadlines, if it does not run."""
         if self.seconds is None:
             return
         if self._watchdog is None:

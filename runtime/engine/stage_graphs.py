@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from splitonnx.graph_limits import STAGE
 from splitonnx.runtime.gate import schemas
-from splitonnx.runtime.gate.gates import MAX_BYTES, MAX_FIELDS, MAX_NAME
 from splitonnx.runtime.gate.protobufs import Place, Reader
 
 _UNTYPED = 32
@@ -57,7 +57,7 @@ class StageGraph:
 
 
 def order_nodes(nodes: Sequence[Node]) -> list[Node]:
-    """Put nodes in the order in which ONNX Runtime runs them: depth first, from the last leaf.
+    """Sort nodes into the order in which ONNX Runtime runs them: depth first, from the last leaf.
 
     A leaf is a node whose results no other takes; of several inputs the one of the latest node in
     the graph comes first.  (Source: GraphViewer and Graph::ReverseDFSFrom, 1.19.2.)
@@ -93,8 +93,8 @@ def read_stage(graph: bytes) -> StageGraph:
 
 class _GraphReader:
     def __init__(self, content: bytes) -> None:
-        self._content = content[:MAX_BYTES]
-        self._reader = Reader(self._content, max_fields=MAX_FIELDS)
+        self._content = content[: STAGE.total_bytes]
+        self._reader = Reader(self._content, max_fields=STAGE.fields)
         self._values: dict[str, Extent] = {}
         self._constants: set[str] = set()
 
@@ -215,7 +215,7 @@ class _GraphReader:
         return ""
 
     def _read_name(self, place: Place) -> str:
-        return self._reader.read_text(place, MAX_NAME)
+        return self._reader.read_text(place, STAGE.name_bytes)
 
 
 def _count_bits(dtype: int) -> int:

@@ -19,30 +19,9 @@ from typing import NoReturn
 
 from splitonnx import operators
 from splitonnx.errors import ForbiddenGraph
+from splitonnx.graph_limits import STAGE
 from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader, to_signed
-
-MAX_BYTES = (1 << 31) - 1
-"""Of a graph; Protocol Buffers end there."""
-MAX_FIELDS = 1 << 24
-"""Of a graph, over all its messages; a training step of ResNet-18 in standard operators has 26,000.
-It bounds the time that the gate takes, to some ten seconds."""
-MAX_NODES = 1 << 20
-"""Nodes and bodies of a graph; the partitioner takes models of 250,000."""
-MAX_NAMES = 1 << 21
-"""Names that a graph gives to values; they are kept while it is checked."""
-MAX_DEPTH = 32
-"""Of bodies of If, Loop and Scan inside one another; Protocol Buffers' own parsers end there."""
-MAX_TYPE_DEPTH = 8
-"""Of sequences and optionals inside one another."""
-MAX_ATTRIBUTES = 256
-"""Of a node; ONNX's own have at most a dozen."""
-MAX_RANK = 32
-"""Dimensions of a tensor."""
-MAX_ELEMENTS = 1 << 40
-"""Of a tensor, zeros not counted: an empty one may claim more than fits an integer elsewhere."""
-MAX_NAME = 1 << 14
-"""Bytes of a name."""
 
 _LONGEST_KEPT = 256
 """Bytes of a name, type or attribute that is remembered, so that it need be read but once."""
@@ -53,13 +32,13 @@ _MOST_KEPT = 1 << 14
 def check_graph(stage: str, content: bytes) -> None:
     """Check the bytes of a stage's graph; ``stage`` is its name for the error.
 
-    It takes time in proportion to the number of fields, at most ``MAX_FIELDS``, and little memory.
+    Its time grows with the number of fields, at most ``STAGE.fields``; it needs little memory.
 
     Raises:
         ForbiddenGraph: the graph is not one that ``splitonnx cut`` writes.
     """
     gate = _Gate(stage, content)
-    if len(content) > MAX_BYTES:
+    if len(content) > STAGE.total_bytes:
         gate.refuse(f"it takes {len(content)} bytes")
     if is_ort_format(content):
         reason = "it is in ONNX Runtime's own format, which is run for who trusts its maker only"
@@ -71,7 +50,7 @@ def check_graph(stage: str, content: bytes) -> None:
 
 
 def is_ort_format(content: bytes) -> bool:
-    """Whether ONNX Runtime would take these bytes for its own format; no graph is such."""
+    """Return whether ONNX Runtime would read these bytes as a graph in its own format."""
     return content[4:8] == b"ORTM"
 
 
@@ -81,7 +60,7 @@ class _Gate:
     def __init__(self, stage: str, content: bytes) -> None:
         self._stage = stage
         self._content = content
-        self._reader = Reader(content, max_fields=MAX_FIELDS)
+        self._reader = Reader(content, max_fields=STAGE.fields)
         self._subject = "the graph"
         self._imported: frozenset[str] = frozenset()  # domains
         self._count = 0  # nodes and bodies so far
@@ -149,13 +128,13 @@ class _Gate:
         if name:  # an optional result that is left out has none
             given.add(name)
             self._given += 1
-        if self._given > MAX_NAMES:
-            self.refuse(f"the graph gives more than {MAX_NAMES} names")
+        if self._given > STAGE.names:
+            self.refuse(f"the graph defines more than {STAGE.names} names")
 
     def _count_up(self) -> None:
         self._count += 1
-        if self._count > MAX_NODES:
-            self.refuse(f"the graph has more than {MAX_NODES} nodes")
+        if self._count > STAGE.nodes:
+            self.refuse(f"the graph has more than {STAGE.nodes} nodes")
 
     def _check_node(self, place: Place, depth: int, given: set[str]) -> None:
         self._count_up()
@@ -175,8 +154,8 @@ class _Gate:
                 domain = self._read_name((start, stop))
             elif name == "attribute":
                 attributes.append((start, stop))
-                if len(attributes) > MAX_ATTRIBUTES:
-                    self.refuse(f"it has more than {MAX_ATTRIBUTES} attributes")
+                if len(attributes) > STAGE.attributes:
+                    self.refuse(f"it has more than {STAGE.attributes} attributes")
             else:
                 self._check_other(name, (start, stop))
         self._check_operator(operator, domain)
@@ -187,7 +166,9 @@ class _Gate:
         if domain not in self._imported:
             self.refuse(f"its domain '{domain[:80]}' is not imported")
         if not operators.is_known(operator, domain):
-            self.refuse(f"'{operator[:80]}' of the domain '{domain}' is no operator of a bundle")
+            self.refuse(
+                f"'{operator[:80]}' of the domain '{domain}' is not an operator of a bundle"
+            )
 
     def _check_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:
         content = self._copy_short(place)
@@ -216,8 +197,8 @@ class _Gate:
                 self._check_tensor(here)
             elif name == "graph":
                 self._count_up()
-                if depth >= MAX_DEPTH:
-                    self.refuse(f"bodies nest over {MAX_DEPTH} deep")
+                if depth >= STAGE.depth:
+                    self.refuse(f"bodies nest over {STAGE.depth} deep")
                 self._pending.append((here, depth + 1))
             elif name == "type":
                 self._check_type(here)
@@ -231,7 +212,7 @@ class _Gate:
             value = to_signed(number)
             if label in operators.WINDOWS and value < 1:
                 self.refuse(f"it has {label} below 1")
-            if label in operators.AXES and abs(value) > MAX_RANK:
+            if label in operators.AXES and abs(value) > STAGE.rank:
                 self.refuse(f"its {label} names a dimension that no tensor has")
             if label in operators.KINDS and value and value not in schemas.DTYPES:
                 self.refuse(f"its {label} names an unknown element type")
@@ -269,22 +250,22 @@ class _Gate:
             else:
                 self._check_other(name, here)
         if outside:
-            self.refuse("its data lie outside the graph")
+            self.refuse("its data are outside the graph")
         self._check_size(dims, dtype, raw, counts)
         return label
 
     def _extend(self, dims: list[int], place: Place) -> None:
         for number in self._list_numbers(place):
             dims.append(number)
-            if len(dims) > MAX_RANK:
-                self.refuse(f"it has more than {MAX_RANK} dimensions")
+            if len(dims) > STAGE.rank:
+                self.refuse(f"it has more than {STAGE.rank} dimensions")
 
     def _check_size(
         self, dims: list[int], dtype: int, raw: int | None, counts: Counter[str]
     ) -> None:
         """Hold what a tensor claims against the bytes, or the typed values, that it has."""
         self._check_dtype(dtype)
-        if math.prod(max(dim, 1) for dim in dims) > MAX_ELEMENTS:
+        if math.prod(max(dim, 1) for dim in dims) > STAGE.elements:
             self.refuse(f"its shape is {dims}")
         elements = math.prod(dims)
         bits, field = schemas.DTYPES[dtype]
@@ -319,8 +300,8 @@ class _Gate:
             _keep(self._types, content)
 
     def _read_type(self, place: Place, depth: int) -> None:
-        if depth > MAX_TYPE_DEPTH:
-            self.refuse(f"its type nests over {MAX_TYPE_DEPTH} deep")
+        if depth > STAGE.type_depth:
+            self.refuse(f"its type nests over {STAGE.type_depth} deep")
         for name, start, stop in self._reader.read(place, schemas.TYPE):
             if name == "tensor":
                 self._check_tensor_type((start, stop))
@@ -344,13 +325,13 @@ class _Gate:
     def _check_shape(self, place: Place) -> None:
         dimensions = self._reader.read(place, schemas.SHAPE)
         for rank, (_, *dimension) in enumerate(dimensions, 1):
-            if rank > MAX_RANK:
-                self.refuse(f"it has more than {MAX_RANK} dimensions")
+            if rank > STAGE.rank:
+                self.refuse(f"it has more than {STAGE.rank} dimensions")
             here = (dimension[0], dimension[1])
             for name, start, stop in self._reader.read(here, schemas.DIMENSION):
                 if name != "size":
                     self._read_name((start, stop))
-                elif start > MAX_ELEMENTS:
+                elif start > STAGE.elements:
                     self.refuse(f"it has a dimension of {to_signed(start)}")
 
     def _check_other(self, name: str, place: Place) -> None:
@@ -364,26 +345,26 @@ class _Gate:
             self._read_name(place)
 
     def _check_text(self, place: Place) -> None:
-        if place[1] - place[0] > operators.MAX_TEXT:
+        if place[1] - place[0] > STAGE.text_bytes:
             self.refuse(f"it has a text of {place[1] - place[0]} bytes")
 
     def _read_name(self, place: Place) -> str:
         start, stop = place
-        content = self._content[start : min(stop, start + MAX_NAME)]
+        content = self._content[start : min(stop, start + STAGE.name_bytes)]
         name = self._names.get(content)
         if name is None:
-            name = self._reader.read_text(place, MAX_NAME)
+            name = self._reader.read_text(place, STAGE.name_bytes)
             if len(content) <= _LONGEST_KEPT and len(self._names) < _MOST_KEPT:
                 self._names[content] = name
         return name
 
     def _copy_short(self, place: Place) -> bytes:
-        """Give bytes to remember them by, or none where they are too many."""
+        """Return the bytes as a key to remember, or none where they are too many."""
         start, stop = place
         return self._content[start:stop] if stop - start <= _LONGEST_KEPT else b""
 
     def _list_numbers(self, place: Place) -> Iterator[int]:
-        """Give one number, or those of a packed list of them."""
+        """Return one number, or those of a packed list of them."""
         return self._reader.read_numbers(place) if place[1] else iter(place[:1])
 
     def _count_fixed(self, place: Place, width: int) -> int:

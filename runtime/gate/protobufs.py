@@ -26,7 +26,7 @@ _UNKNOWN = "field {} of {} (wire type {}) is not one that a bundle's graphs have
 
 
 class Malformed(ValueError):
-    """The bytes are no message of the expected kind; the text says why, in half a sentence."""
+    """The bytes are not a message of the expected kind; the text says why, in half a sentence."""
 
 
 class Wire(IntEnum):
@@ -195,5 +195,5 @@ class Reader:
 
 
 def to_signed(value: int) -> int:
-    """Take a 64-bit number as a signed one."""
+    """Convert an unsigned 64-bit number to a signed one."""
     return value - (1 << 64) if value >> 63 else value

@@ -131,7 +131,7 @@ class Budget:
         return future
 
     def lacks(self, task: Task, owner: Hashable, size: int) -> bool:
-        """Whether a task has memory, but not as much as :meth:`ask` would reserve."""
+        """Return whether a task has memory, but not as much as :meth:`ask` would reserve."""
         held = self._held.get(task)
         needed = self._growths.foresee(_find_kind(task, owner, size))
         return held is not None and held.size < needed
@@ -170,7 +170,7 @@ class Budget:
             self._held[task].idle_since = self._clock()
 
     def release(self, task: Task) -> None:
-        """Give back what a task has, if it has any."""
+        """Free the memory that is reserved for a task, if any is."""
         held = self._held.pop(task, None)
         if held is not None:
             self._growths.end(held.kind, held.needed)
@@ -194,12 +194,12 @@ class Budget:
         return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
 
     def _note_end(self, future: asyncio.Future[None]) -> None:
-        """Let those behind a request that was withdrawn have what it waited for."""
+        """Serve the requests behind one that was withdrawn."""
         if future.cancelled():
             self._give()
 
     def _give(self) -> None:
-        """Give memory to whoever is next, as long as there is enough."""
+        """Serve waiting requests in order, as long as there is enough memory."""
         if not self._waiting:
             return
         self._waiting = [request for request in self._waiting if not request.is_over]

@@ -46,7 +46,7 @@ class Places:
         return next((user for user in old if user not in at_work), next(iter(old), None))
 
     def take(self, user: Hashable, at_work: Collection[Hashable]) -> bool:
-        """Give somebody a place, whoever has to leave for it; return whether there is one."""
+        """Assign a place, evicting its holder where needed; return whether there was one."""
         if user in self._since:
             return True
         if not self._find_room(at_work):
@@ -58,7 +58,7 @@ class Places:
         return True
 
     def _find_room(self, at_work: Collection[Hashable]) -> bool:
-        """Say whether a place is free, once those who are gone have none."""
+        """Return whether a place is free, once those who are gone have none."""
         if len(self._since) >= self._most:
             gone = [u for u in self._since if u not in at_work and not self._is_there(u)]
             for user in gone:

@@ -63,7 +63,7 @@ class FairQueue(Generic[_Piece]):
         self._numbers = itertools.count()
 
     def add(self, owner: Hashable, piece: _Piece) -> None:
-        """Let a piece wait for its turn."""
+        """Add a piece of work to the queue."""
         line = self._lines.get(owner)
         if line is None:
             line = self._lines[owner] = _Line(start=self._now)
@@ -73,7 +73,7 @@ class FairQueue(Generic[_Piece]):
         self._waiting += 1
 
     def take(self) -> tuple[Hashable, _Piece] | None:
-        """Take the piece that is to run now, if one may; :meth:`finish` is due after it."""
+        """Remove and return the next piece that may run, if any; call :meth:`finish` after it."""
         if not self._waiting:
             return None
         ready = [
@@ -111,7 +111,7 @@ class FairQueue(Generic[_Piece]):
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
 
     def remove(self, owner: Hashable, piece: _Piece) -> bool:
-        """Take a piece out that nobody waits for any more; ``False`` where it has begun."""
+        """Remove a piece that nobody waits for any more; return ``False`` where it has begun."""
         line = self._lines.get(owner)
         number = next((n for n, own in line.pieces if own is piece), None) if line else None
         if line is None or number is None:
@@ -169,7 +169,7 @@ class Turns:
         return future
 
     def withdraw(self, future: asyncio.Future[Any]) -> bool:
-        """Take a piece out of the queue; ``False`` where it has begun, and so goes on."""
+        """Remove a piece from the queue; return ``False`` where it has begun, and so continues."""
         if future not in self._waiting:
             return False
         future.cancel()

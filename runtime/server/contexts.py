@@ -25,7 +25,7 @@ class Holder(Protocol):
 
     @property
     def is_sending(self) -> bool:
-        """Whether part of a message has come from its client, or all of one that nobody read."""
+        """Return whether a message, or part of one, has come from its client and is not read."""
 
     def dismiss(self, code: int, reason: str) -> None:
         """End the connection without waiting; the other side is told why, if it reads."""
@@ -58,7 +58,7 @@ class ServerContext:
     waiting: set[str] = field(default_factory=set)
 
     def give_up_idle(self) -> None:
-        """Give up open tasks whose clients let others wait for memory; those can begin again."""
+        """Abort open tasks whose clients keep others waiting for memory; they can begin again."""
         assert self.budget is not None
         sessions = {session.id: session for session in self.registry.sessions}
         for task in self.budget.list_idle(self._is_sending):

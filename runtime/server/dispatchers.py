@@ -97,12 +97,12 @@ class Dispatcher:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the connection's work has ended."""
         return self._protocol.state is State.CLOSED
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether what ended it says nothing against the session: it can be resumed."""
+        """Return whether the session can be resumed after what ended the connection."""
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
@@ -112,7 +112,7 @@ class Dispatcher:
 
     @property
     def is_mid_step(self) -> bool:
-        """Whether a training step of its session was begun and waits for the client."""
+        """Return whether a training step of its session was begun and waits for the client."""
         return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
@@ -274,7 +274,7 @@ class Dispatcher:
 
 
 def _describe(error: SplitonnxError) -> Fault:
-    """Tell an error so that the client can raise the same."""
+    """Write an error as a message, from which the client can raise the same."""
     code = type(error).__name__
     match error:
         case StaleConnection():

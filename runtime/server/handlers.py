@@ -101,7 +101,7 @@ class ConnectionHandler:
 
     @property
     def is_sending(self) -> bool:
-        """Whether part of a message has come from the client, or all of one that nobody read."""
+        """Return whether a message, or part of one, has come from the client and is not read."""
         return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:

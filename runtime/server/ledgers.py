@@ -61,11 +61,11 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """Whether a step was begun and is not yet made."""
+        """Return whether a step was begun and is not yet made."""
         return bool(self._running)
 
     def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
-        """Whether a client at ``step`` can go on as if its connection had never broken.
+        """Return whether a client at ``step`` can continue without going back.
 
         ``is_open``: it is in the middle of that step, and will send its messages again.  Then the
         server may be one step ahead, if it has the answers that were lost.  ``can_repeat``: it
@@ -76,7 +76,7 @@ class Ledger:
         return step == self.step or (can_repeat and step == self.step + 1)
 
     def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
-        """Say what is to be done with message ``turn`` of ``step``; nothing changes.
+        """Return what is to be done with message ``turn`` of ``step``; change nothing.
 
         Raises:
             RemoteProtocolError: it belongs to another step, or a message before it is missing.

@@ -240,7 +240,7 @@ class Registry:
         return None
 
     def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
-        """See to it that one more session has room; return what has to be waited for first."""
+        """Make room for one more session; return what has to be waited for first."""
         kept = self.sessions
         own = [session for session in kept if session.owner == owner]
         opening = list(self._opening.values())

@@ -316,7 +316,7 @@ class Server:
         _logger.info("stopped")
 
     def _has_session(self, user: Hashable) -> bool:
-        """Whether an owner has a session in memory, or a session is there by itself."""
+        """Return whether an owner has a session in memory, or a session is there by itself."""
         return any(user in (session.owner, session.id) for session in self._registry.sessions)
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop, context: ServerContext) -> None:

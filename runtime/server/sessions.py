@@ -37,7 +37,7 @@ class Session:
     """The server's side of one training; one message at a time is the caller's business.
 
     ``executor`` holds its state and ``store`` its checkpoints in ``archive``, ``None`` where there
-    is no folder.
+    is not a folder.
     ``start`` is an executor at the state that the session began from, if that is known.
     ``generation`` is the newest connection's; ``tasks_done`` counts steps and predictions.
     """
@@ -68,7 +68,7 @@ class Session:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the state is one that can be had again: on disk, or where it began."""
+        """Return whether the state can be restored: it is on disk, or as it began."""
         return self._saved == self.executor.step
 
     @property
@@ -77,7 +77,7 @@ class Session:
         return frozenset(key.phase for key in (self._running, self._query) if key is not None)
 
     def greet(self, hello: Hello) -> int:
-        """Give the session to a new connection; return the step at which both sides continue.
+        """Return the session to a new connection; return the step at which both sides continue.
 
         That is the step after the server's own where the client can send the messages of that one
         again.
@@ -194,7 +194,7 @@ class Session:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its state is gone, with the worker that had it."""
+        """Return whether its state was lost with its worker."""
         return self.executor.is_lost
 
     def close(self) -> None:
@@ -202,13 +202,13 @@ class Session:
         self.executor.close()
 
     def abandon(self) -> None:
-        """Give up every unfinished task; the state is as it was before them."""
+        """Abort every unfinished task; the state is as it was before them."""
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()
 
     def give_up(self, phase: str) -> None:
-        """Give up the unfinished task of a phase, if there is one."""
+        """Abort the unfinished task of a phase, if there is one."""
         if self._running is not None and self._running.phase == phase:
             self.executor.abandon(self._running)
             self._running = None

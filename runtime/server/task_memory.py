@@ -76,7 +76,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Give back the memory of a session's tasks that are over."""
+        """Free the memory of a session's tasks that are over."""
         budget = self._context.budget
         if budget is None or session is None:
             return
@@ -89,7 +89,7 @@ class TaskMemory:
 
     @contextmanager
     def letting_go(self, session: Session | None) -> Iterator[None]:
-        """Let the session's open tasks be given up, although its lock is held: nothing runs."""
+        """Abort the session's open tasks, although its lock is held: nothing runs."""
         if session is None:
             yield
             return

@@ -294,7 +294,7 @@ class CheckpointStore:
         except FormatError as error:
             raise BundleError(str(path), error.reason) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BundleError(str(path), f"it is no checkpoint: {error}") from error
+            raise BundleError(str(path), f"it is not a checkpoint: {error}") from error
         if not has_valid_checksum(content, metadata):
             raise BundleError(str(path), "it was altered since it was written")
         self._check_facts(path, facts)
@@ -319,7 +319,7 @@ class CheckpointStore:
             raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
 
     def _check(self, path: Path) -> int | None:
-        """Give the step of a whole checkpoint; a broken one is logged, and is none."""
+        """Return the step of a valid checkpoint; log a broken one, and return ``None``."""
         try:
             key = path.name, _stamp(path)
         except OSError:

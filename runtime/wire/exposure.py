@@ -12,7 +12,7 @@ _logger = logging.getLogger("splitonnx.exposure")
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether an address to listen on can be reached from this machine alone."""
+    """Return whether an address to listen on can be reached from this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -35,7 +35,7 @@ class JoinedFragments:
         self._size = 0
 
     def add(self, part: bytes) -> None:
-        """Take the next fragment."""
+        """Add the next fragment."""
         self._size += len(part)
         if self._grown is None and self._size > JOINED_BYTES:
             self._grown = bytearray().join(self._parts)

@@ -171,7 +171,7 @@ class Protocol:
         }
         if unknown := tensors.keys() - wires.keys():
             error = RemoteProtocolError if sender == self._peer else LocalProtocolError
-            raise error(f"{quote(sorted(unknown))} is no wire of phase '{message.phase}'")
+            raise error(f"{quote(sorted(unknown))} is not a wire of phase '{message.phase}'")
         if message.key != self._task:
             self._task, self._sizes = message.key, {}
         for name, array in tensors.items():

@@ -27,7 +27,7 @@ def make_server_tls(
     ``client_authority``, a PEM file, clients must show a certificate that it has signed.
 
     Raises:
-        UnusableFile: a file is missing, is no PEM, or the key is not the certificate's.
+        UnusableFile: a file is missing, is not PEM, or the key is not the certificate's.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -52,7 +52,7 @@ def make_client_tls(
 
     Raises:
         UsageError: a certificate without its key, or a key without its certificate.
-        UnusableFile: a file is missing, is no PEM, or the key is not the certificate's.
+        UnusableFile: a file is missing, is not PEM, or the key is not the certificate's.
     """
     if (certificate is None) != (key is None):
         raise UsageError("a certificate and its key go together; name both --cert and --key")
@@ -68,7 +68,7 @@ def make_client_tls(
 
 
 def describe_failure(error: ssl.SSLError) -> str | None:
-    """Say why TLS does not trust the other side; ``None`` where the failure is none of trust."""
+    """Return why TLS does not trust the other side; ``None`` if it failed otherwise."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     reason = (error.reason or "").lower().replace("_", " ")

@@ -22,13 +22,14 @@ import msgspec
 import numpy as np
 
 from splitonnx.errors import FormatError
+from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple of it."""
 SMALLEST = 1 << 20
 """Bytes of the smallest block."""
-MAX_RANK = 32
+MAX_RANK = STAGE.rank
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -62,13 +63,13 @@ class Block(Protocol):
         """Make it at least ``size`` bytes large; its owner's alone.  What is in it is lost."""
 
     def empty(self) -> None:
-        """Give its memory back until it is used again; its owner's alone.
+        """Free its memory until it is used again; only its owner may.
 
         What is in it is lost.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release it."""
 
 
 class FileBlock:
@@ -124,12 +125,12 @@ class FileBlock:
         self._memory = None
 
     def empty(self) -> None:
-        """Give its memory back until it is used again."""
+        """Free its memory until it is used again."""
         assert self._memory is not None
         self._memory.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release it."""
         self._memory = None
         os.close(self.number)
 
@@ -167,12 +168,12 @@ class NamedBlock:
             self._memory = shared_memory.SharedMemory(create=True, size=size)
 
     def empty(self) -> None:
-        """Give its memory back until it is used again."""
+        """Free its memory until it is used again."""
         self.close()
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
     def close(self) -> None:
-        """Let go of it; its owner's end is the memory's."""
+        """Release it; its owner's end is the memory's."""
         if self._is_owner:
             self._memory.unlink()
         with suppress(BufferError):  # an array looks at it still, and keeps the mapping

@@ -29,7 +29,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Give back what is free, where that may be over ``most`` bytes."""
+        """Return free memory to the system, where it may be over ``most`` bytes."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:
@@ -39,7 +39,7 @@ class Heap:
             self._needed = min(self._needed, measure_private())
 
     def _keep_freed(self) -> None:
-        """Let the heap keep large blocks that are freed, too, which it would unmap at once."""
+        """Make the heap keep large blocks that are freed, too, which it would unmap at once."""
         assert self._library is not None
         largest = (1 << 31) - 1
         if not self._library.mallopt(_MMAP_THRESHOLD, largest):  # older ones take no more than this
@@ -49,7 +49,7 @@ class Heap:
 
 
 def keep_buffers() -> None:
-    """Let the heap keep what messages of a few MiB free; each thread's may keep ``_KEPT_BUFFERS``.
+    """Make the heap keep the memory of messages of a few MiB, ``_KEPT_BUFFERS`` of them a thread.
 
     Else whether their pages are given back and faulted in again at each message is a matter of the
     order in which blocks are freed: up to a twentieth of a step that moves 1 MiB each way.

@@ -102,7 +102,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Give the session's state."""
+    """Return the session's state."""
 
     session: int
 
@@ -219,7 +219,7 @@ def _read(pipe: Pipe, size: int) -> bytes:
 
 
 def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
-    """Put an error into a message."""
+    """Convert an error to a message."""
     facts: list[Fact] = []
     for field in dataclasses.fields(error):  # type: ignore[arg-type]  # all are dataclasses
         value = getattr(error, field.name)

@@ -68,7 +68,7 @@ class _Lease:
             return self._worker
 
     def tidy(self) -> None:
-        """Let the worker give back soon what it may not keep any more."""
+        """Ask the worker to free soon what it may not keep any more."""
         if self._worker is not None:
             self._worker.tidy()
 
@@ -226,7 +226,7 @@ class WorkerPool:
         return self._options.kept_bytes // max(1, len(self._leases))
 
     def _take_over(self, executor: RemoteExecutor) -> _Lease:
-        """Take the worker's place from who has had one for the longest and has no open task."""
+        """Free a place by ending the oldest worker that has no open task."""
         with self._lock:
             by_age = sorted(self._leases.items(), key=lambda entry: entry[1].since)
         for waits in (False, True):

@@ -179,7 +179,7 @@ class Worker:
     def ask(
         self, action: Action, tensors: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray] | Done:
-        """Let the worker act, and return what it answers; tensors are copies.
+        """Send the worker a request, and return its answer; tensors are copies.
 
         ``tensors`` go along with an action whose slots are to be filled.
 

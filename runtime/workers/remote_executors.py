@@ -101,12 +101,12 @@ class RemoteExecutor:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the worker that had the state is gone."""
+        """Return whether the worker that had the state has ended."""
         return self._worker is not None and not self._worker.is_alive
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the state is in a worker, or about to be."""
+        """Return whether the state is in a worker, or about to be."""
         return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
 
     def begin(
@@ -125,7 +125,7 @@ class RemoteExecutor:
             self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hand wires to an open task; they go with :meth:`advance`, which raises what is wrong."""
+        """Pass wires to an open task; they are sent, and checked, with :meth:`advance`."""
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
@@ -146,7 +146,7 @@ class RemoteExecutor:
         task.is_finished = given.is_finished
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Whether every stage of the task ran and every wire was received and handed out."""
+        """Return whether every stage of the task ran and every wire was received and handed out."""
         return self._task(key).is_finished
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
@@ -233,7 +233,7 @@ class RemoteExecutor:
         )
 
     def close(self) -> None:
-        """Let go of the state in the worker."""
+        """Release the state in the worker."""
         if self._worker is not None:
             self._worker.forget(self._number)
         self._pool.close_executor(self)

@@ -49,7 +49,7 @@ def list_given(group: Any) -> list[str]:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command be called with an option for each field of its groups.
+    """Add an option to a command for each field of its groups.
 
     Its groups are the parameters that are annotated with a dataclass, or with a :class:`Group`
     beside the type.  Options come in the order of the parameters.

@@ -84,7 +84,7 @@ class Brake(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is to be written."""
+        """Return whether a record is to be written."""
         now = time.monotonic()
         if record.levelno < logging.ERROR and self._pace.count(0, now):
             self._left_out += 1

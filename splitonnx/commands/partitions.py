@@ -52,7 +52,7 @@ def check(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether a model can be trained, what would be rewritten, and what stands in the way.
+    """Check whether a model can be trained, what would be rewritten, and what prevents training.
 
     Exit code 1 where it cannot be trained.
     """

@@ -144,7 +144,7 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
 
 
 def print_written(path: Path, size: int) -> None:
-    """Say that a file was written; ``size`` in bytes."""
+    """Print that a file was written; ``size`` in bytes."""
     _print(f"{path}: {format_bytes(size)}")
 
 
@@ -179,7 +179,7 @@ def print_export(export: Export) -> None:
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
-    """Say which arrays were written where."""
+    """Print which arrays were written where."""
     from splitonnx.tensors import describe
 
     arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())

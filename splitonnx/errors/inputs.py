@@ -237,13 +237,13 @@ class UnwritableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class UnfinishedRun(SplitonnxError):
-    """Training in this folder was broken off, and another run is about to begin."""
+    """Training in this folder was interrupted, and another run is about to begin."""
 
     path: str
     step: int
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: training was broken off at step {self.step}; go on with --resume, or "
-            "give that run up with --restart"
+            f"{self.path}: training was interrupted at step {self.step}; continue with --resume, "
+            "or give that run up with --restart"
         )

@@ -14,7 +14,7 @@ class ModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotAModel(ModelError):
-    """The bytes are no ONNX model, or one that no checker accepts."""
+    """The bytes are not an ONNX model, or one that no checker accepts."""
 
     source: str
     reason: str

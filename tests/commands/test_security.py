@@ -48,7 +48,7 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(command: Command, tmp_path: Pa
     assert re.fullmatch(r"[\w-]{43}\n", out)
     assert "added ana" in err
     assert re.fullmatch(r"ana sha256:[0-9a-f]{64}\n", (tmp_path / "tokens").read_text())
-    assert "no name" in command.fail("token", "a b", "--token-file", tmp_path / "tokens")
+    assert "not a name" in command.fail("token", "a b", "--token-file", tmp_path / "tokens")
 
 
 def test_with_the_token_one_trains_and_predicts_and_without_one_does_not(
@@ -113,7 +113,7 @@ def test_with_tls_both_sides_know_each_other(
         (["--client-ca", "x.pem"], "needs TLS"),
         (["--tls-cert", "missing.pem", "--tls-key", "missing.pem"], "missing.pem"),
         (["--token-file", "missing"], "missing"),
-        (["--origin", "lab.example"], "no origin"),
+        (["--origin", "lab.example"], "not an origin"),
         (["--max-clients", "0"], "clients must be positive"),
         (["--max-idle-seconds", "1"], "message_seconds"),
         (["--quiet", "--log-level", "debug"], "exclude each other"),

@@ -140,7 +140,7 @@ def test_a_bundle_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     bundle.save(tmp_path / "bundle", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         bundle.save(tmp_path / "mine", overwrite=True)
 
 

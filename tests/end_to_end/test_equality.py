@@ -39,7 +39,7 @@ SEVERAL = [name for name, entry in ZOO.items() if entry.several]
 
 
 def count_kernels(bundle: Bundle) -> Counter[str]:
-    """Count the operators of all training stages; ports are no kernels."""
+    """Count the operators of all training stages; ports are not kernels."""
     counts: Counter[str] = Counter()
     for party in bundle.parties.values():
         for stage in party.manifest.phase("train").stages:

@@ -46,7 +46,7 @@ def mutate(random: Random, content: bytes, others: Sequence[bytes]) -> bytes:
             model.ParseFromString(content)
         except DecodeError:
             return content
-        with suppress(AttributeError, TypeError, ValueError):  # text of the last one is no UTF-8
+        with suppress(AttributeError, TypeError, ValueError):  # text of the last one is not UTF-8
             if random.random() < 0.05:
                 _splice(random, model, random.choice(others))
             else:

@@ -153,7 +153,7 @@ KERNELS: Mapping[str, Kernel] = {
     "a place far beyond what is reflected": _grid(1e18),
     "a place far beyond the corners": _grid(-1e30, align_corners=1),
     "a nearest place far away": _grid(1e18, mode="nearest"),
-    "a place that is no number": _grid(float("inf")),
+    "a place that is not a number": _grid(float("inf")),
     "an image of one pixel reflected at its corners": kernel(
         "GridSample", {"image": _OPEN, "grid": _PLACES},
         {"image": floats(1, 1, 4, 4), "grid": floats(1, 2, 2, 2)},

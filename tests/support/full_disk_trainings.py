@@ -42,7 +42,7 @@ def _train(
     full: tuple[int, int] | None = None,
     when_unsaved: Literal["stop", "continue"] = "stop",
 ) -> Course:
-    """Train, resuming what was broken off; fill the disk from one step to another, if it is so."""
+    """Train, resuming what was interrupted; fill the disk from one step to another, if asked."""
     made: list[int] = []
 
     def note(record: StepRecord) -> None:

@@ -34,8 +34,8 @@ _FUNCTIONS_WITHOUT_WEIGHTS = """
 UNTRAINED: Mapping[str, str] = {
     **{f"test_{name}": "holds no weights" for name in _LAYERS_WITHOUT_WEIGHTS.split()},
     **{f"test_operator_{name}": "holds no weights" for name in _FUNCTIONS_WITHOUT_WEIGHTS.split()},
-    "test_operator_addconstant": "adds a single literal, which is no parameter",
-    "test_operator_mm": "adds a single literal, which is no parameter",
+    "test_operator_addconstant": "adds a single literal, which is not a parameter",
+    "test_operator_mm": "adds a single literal, which is not a parameter",
     "test_operator_non_float_params": "adds integers, which have no gradient",
 }
 """Case of ``pytorch-converted`` or ``pytorch-operator`` -> why there is nothing in it to train.
@@ -74,7 +74,7 @@ def load_light(name: str, *, image: int | None = None, seed: int = 1) -> onnx.Mo
 
 
 def draw_inputs(model: onnx.ModelProto, samples: int = 1, seed: int = 7) -> dict[str, np.ndarray]:
-    """Draw data for the inputs of a model that are no initializers, ``samples`` times a batch."""
+    """Draw data for the inputs of a model that are not initializers, ``samples`` times a batch."""
     random = np.random.default_rng(seed)
     given = {tensor.name for tensor in model.graph.initializer}
     data = {}

@@ -42,7 +42,7 @@ within 1e-3 of the largest entry. {differentiable} operators are differentiable.
 | native | {native} | differentiated as it is |
 | rewritten | {rewritten} | written in other operators before differentiation |
 | passed through | {passed} | runs forward; integers, truth values and shapes have no gradient |
-| not differentiable | {undifferentiable} | may stand where no gradient must pass |
+| not differentiable | {undifferentiable} | allowed where no gradient must pass |
 | not supported | {unsupported} | refused by name |
 | no case | {untested} | the onnx package has no case of tensors for it |
 

@@ -92,7 +92,7 @@ GRAPHS: dict[str, tuple[Callable[[PartyBundle], dict[str, Body]], Complaint]] = 
     ),
     "data that lie elsewhere": (
         with_data_elsewhere,
-        Complaint(title=REFUSED, text="'w': its data lie outside the graph"),
+        Complaint(title=REFUSED, text="'w': its data are outside the graph"),
     ),
     "a graph cut short": (
         cut_short,
@@ -240,7 +240,7 @@ GREETINGS: dict[str, tuple[Greet, Complaint]] = {
         lambda _: ["welcome"],
         Complaint(title=RULES, text="it sent text"),
     ),
-    "bytes that are no message": (
+    "bytes that are not a message": (
         lambda _: [bytes(100)],
         Complaint(title=RULES, text="not a well-formed tensor message"),
     ),
@@ -281,7 +281,7 @@ ANSWERS: dict[str, tuple[HttpResponse, Complaint]] = {
     ),
     "a tensor more": (
         lambda message, arrays: another(message, {**arrays, "more": np.zeros(1, "f4")}),
-        Complaint(title=RULES, text="'more' is no wire of phase 'train'"),
+        Complaint(title=RULES, text="'more' is not a wire of phase 'train'"),
     ),
     "bytes after the last tensor": (
         lambda message, arrays: [write(message, arrays) + b"\0"],

@@ -2,9 +2,9 @@
  * Checksums: a tensor file that carries a CRC-32 of all of itself, so that no flipped bit goes
  * unnoticed.
  *
- * The sum stands in the header's metadata under `crc32` and is taken over every byte of the file,
+ * The sum is in the header's metadata under `crc32` and covers every byte of the file,
  * with zeros in the sum's own place.  Nobody is kept from altering a file and its sum: a checksum
- * tells accidents, not attacks.  Where JavaScript is interpreted, on phones, a SHA-256 would take
+ * detects accidents, not attacks.  Where JavaScript is interpreted, on phones, a SHA-256 would take
  * some ten times as long.
  */
 
@@ -35,7 +35,7 @@ export function hasValidChecksum(content: Uint8Array, checksum: string): boolean
   return sumBytes(blank) === checksum;
 }
 
-/** Find where the sum stands: it is the first of what the header holds. */
+/** Find the position of the sum, which is the first entry of the header. */
 function findChecksum(content: Uint8Array): number {
   for (let start = 0; start < 64; start++) {
     if (MARK.every((byte, index) => content[start + index] === byte)) return start + MARK.length;

@@ -2,7 +2,7 @@
  * Dimensions as text, `4*N + 1` or `(H + -1)//(2)`: read, computed, and held against sizes.
  *
  * A text is a sum of products of integers and *atoms*.  An atom is a name, or the quotient of two
- * sums, rounded down; it has one size throughout a task.  A text that is no such sum is one atom.
+ * sums, rounded down; it has one size throughout a task.  A text of another form is one atom.
  * `splitonnx/expressions.py` is the twin.  This module knows no tensor.
  */
 
@@ -79,7 +79,7 @@ function measureDepth(text: string): number {
   return deepest;
 }
 
-/** Split a text at a sign that stands outside of all parentheses. */
+/** Split a text at a sign outside all parentheses. */
 function split(text: string, sign: string): string[] {
   const parts: string[] = [];
   let [depth, start] = [0, 0];
@@ -94,7 +94,7 @@ function split(text: string, sign: string): string[] {
   return [...parts, text.slice(start)];
 }
 
-/** Compute a sum; `undefined` where an atom has no size, NaN where it is no exact integer. */
+/** Compute a sum; `undefined` where an atom has no size, NaN where it is not an exact integer. */
 function compute(terms: Terms, sizes: ReadonlySizes): number | undefined {
   let sum = 0;
   for (const { factor, atoms } of terms) {
@@ -135,7 +135,7 @@ export function listKeys(dim: string): string[] {
 }
 
 /**
- * Say whether a shape is as declared where `sizes` hold, which are extended where it is.
+ * Check whether a shape is as declared; if it is, add the sizes that it binds to `sizes`.
  *
  * A declared `null` is any size.  What is declared as no number is from 1 to {@link LARGEST}; of a
  * model's output, a dimension that nothing bound before may be 0.
@@ -184,7 +184,7 @@ function bind(dim: string, size: number, sizes: Sizes, isOutput: boolean): boole
   return solution >= least && solution <= LARGEST;
 }
 
-/** Say whether a dimension is an atom that is computed from no others. */
+/** Check whether a dimension is an atom that is not computed from others. */
 function isName(dim: string): boolean {
   const [term, ...more] = parse(dim);
   const [atom] = term!.atoms;

@@ -65,7 +65,7 @@ export interface TensorSpec {
   readonly bounds: readonly number[] | null;
 }
 
-/** Say whether text names an element type. */
+/** Check whether text names an element type. */
 export function isDtype(name: string): name is Dtype {
   return Object.hasOwn(DTYPES, name);
 }
@@ -99,7 +99,7 @@ export function describe(tensor: { dtype: string; shape: TensorSpec["shape"] }):
   return `${tensor.dtype}[${tensor.shape.map((dim) => dim ?? "?").join(", ")}]`;
 }
 
-/** Take rows along the first dimension, in the order given. */
+/** Select rows along the first dimension, in the order given. */
 export function takeRows(array: NdArray, rows: ArrayLike<number>): NdArray {
   const width = countElements(array.shape.slice(1));
   const kind: ElementsConstructor = DTYPES[array.dtype];
@@ -150,7 +150,7 @@ export function findNotFinite({ dtype, data }: NdArray): number {
  * of a model's output, a dimension that nothing bound before may be 0.
  *
  * @throws ArrayMismatch: element type or shape differ.
- * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
+ * @throws ValueOutOfRange: an integer is outside `spec.bounds`.
  */
 export function checkArray(
   array: NdArray,

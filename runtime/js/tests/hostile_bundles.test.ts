@@ -140,7 +140,7 @@ describe("an address that gives", () => {
     test(`a ${how} file is given up`, async () => {
       await assert.rejects(loadBundle(`${url}/${how}`, { blockSeconds: 0.2 }), (error: Error) => {
         assert.ok(error instanceof client.ConnectionLost, `${error}`);
-        assert.match(error.message, /gives less than a MiB within 0.2 s/);
+        assert.match(error.message, /sends less than a MiB within 0.2 s/);
         return true;
       });
     });

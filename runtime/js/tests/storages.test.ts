@@ -138,7 +138,7 @@ test("a file that cannot be put leaves nothing", async () => {
   assert.deepEqual(await readdir(join(folder, "taken")), ["x.safetensors"]);
 });
 
-test("what is no regular file is not waited for, nor read without end", async () => {
+test("what is not a regular file is not waited for, nor read without end", async () => {
   const fifo = join(folder, "fifo");
   execFileSync("mkfifo", [fifo]);
   await symlink("/dev/zero", join(folder, "zero"));

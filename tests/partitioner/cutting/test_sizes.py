@@ -137,7 +137,7 @@ def test_cuts_beside_which_a_mask_crosses_are_listed_on_demand() -> None:
         assert cut(model, at=[tensor, *sent]).server is not None
     assert cuts["mean"].bytes_up == 4 * 6 * 4
     assert cuts["layer0"].bytes_up is None  # the length is not known
-    with pytest.raises(UsageError, match="'bias' is no input"):
+    with pytest.raises(UsageError, match="'bias' is not an input"):
         inspect(model, sent=["bias"])
 
 

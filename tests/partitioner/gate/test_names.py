@@ -8,10 +8,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.errors import ModelError, NotAModel, UnsupportedModel
+from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.gate.names import (
-    MAX_NAME,
-    MAX_RANK,
     check_function,
     check_names,
     check_texts,
@@ -77,7 +76,7 @@ def rename(model: ModelProto, name: str) -> ModelProto:
     [
         ("two\nlines", "control characters"),
         ("\x1b[31mred", "control characters"),
-        ("x" * (MAX_NAME + 1), f"a name of {MAX_NAME + 1} characters"),
+        ("x" * (MODEL.name_characters + 1), f"a name of {MODEL.name_characters + 1} characters"),
     ],
 )
 def test_a_name_that_no_line_can_hold_is_refused(name: str, reason: str) -> None:
@@ -86,7 +85,7 @@ def test_a_name_that_no_line_can_hold_is_refused(name: str, reason: str) -> None
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["x" * MAX_NAME, "größe/Ünit:0", "a b", "日本"])
+@pytest.mark.parametrize("name", ["x" * MODEL.name_characters, "größe/Ünit:0", "a b", "日本"])
 def test_a_name_of_letters_of_any_language_is_taken(name: str) -> None:
     check_texts(rename(make_model(), name), "the model")
 
@@ -110,9 +109,9 @@ def declare(model: ModelProto, *dims: int | str) -> ModelProto:
 
 
 def test_types_that_no_tensor_has_are_refused() -> None:
-    check_types(declare(make_model(), *[1] * MAX_RANK), "the model")
+    check_types(declare(make_model(), *[1] * MODEL.rank), "the model")
     with pytest.raises(NotAModel, match="33 dimensions"):
-        check_types(declare(make_model(), *[1] * (MAX_RANK + 1)), "the model")
+        check_types(declare(make_model(), *[1] * (MODEL.rank + 1)), "the model")
     with pytest.raises(NotAModel, match="beyond all memory"):
         check_types(declare(make_model(), 2**40), "the model")
     model = declare(make_model(), 3)

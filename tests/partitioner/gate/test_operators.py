@@ -9,8 +9,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.errors import ModelError, NotAModel, UnsupportedModel
+from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.gate.operators import MAX_DEPTH, MAX_NODES, check_operators, check_opsets
+from splitonnx.partitioner.gate.operators import check_operators, check_opsets
 from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
 from tests.support.zoo import FLOAT, Net
 
@@ -124,7 +125,7 @@ def test_the_opset_is_that_of_onnxs_own_operators() -> None:
         ("GatherND", {"batch_dims": -1}, "-1 batch dimensions"),
         ("Einsum", {"equation": "ab->(a"}, "no equation of letters"),
         ("Constant", {}, "exactly one value"),
-        ("Pad", {"mode": b"\xff"}, "is no text"),
+        ("Pad", {"mode": b"\xff"}, "is not text"),
     ],
 )
 def test_attributes_that_native_code_would_trip_over_are_refused(
@@ -160,12 +161,12 @@ def call_functions(model: ModelProto, count: int, fan: int) -> ModelProto:
 
 def test_functions_may_call_one_another_up_to_a_depth() -> None:
     check_operators(call_functions(make_model(), 20, 1), 18, "the model")
-    with pytest.raises(UnsupportedModel, match=f"over {MAX_DEPTH} deep"):
-        check_operators(call_functions(make_model(), MAX_DEPTH + 2, 1), 18, "the model")
+    with pytest.raises(UnsupportedModel, match=f"over {MODEL.depth} deep"):
+        check_operators(call_functions(make_model(), MODEL.depth + 2, 1), 18, "the model")
 
 
 def test_functions_that_expand_without_end_are_counted_before_they_do() -> None:
-    with pytest.raises(UnsupportedModel, match=f"at most {MAX_NODES} are taken"):
+    with pytest.raises(UnsupportedModel, match=f"at most {MODEL.nodes} are taken"):
         check_operators(call_functions(make_model(), 30, 10), 18, "the model")  # 10 ** 30 nodes
 
 

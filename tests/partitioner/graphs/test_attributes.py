@@ -51,7 +51,7 @@ def test_attributes_of_their_operators_types_pass() -> None:
 
 
 def test_an_attribute_of_another_type_is_refused_by_name() -> None:
-    with pytest.raises(NotAModel, match=r"'soft' \(Softmax\).*'axis' is no INT\b"):
+    with pytest.raises(NotAModel, match=r"'soft' \(Softmax\).*'axis' is not INT\b"):
         check_attributes(make_graph(make_softmax(axis=1.0)), OPSET)
 
 
@@ -81,7 +81,7 @@ def test_the_version_of_the_node_counts_where_it_has_one() -> None:
     graph[0].version = 11
     check_attributes(graph, OPSET)
     graph[0].attributes["split"] = ir.AttrInt64("split", 2)
-    with pytest.raises(NotAModel, match="'split' is no INTS"):
+    with pytest.raises(NotAModel, match="'split' is not INTS"):
         check_attributes(graph, OPSET)
 
 

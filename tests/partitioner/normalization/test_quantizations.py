@@ -278,5 +278,5 @@ def test_a_scale_that_is_computed_is_refused() -> None:
     zero = net.constant("z", np.array(0, np.int8))
     net.op("QuantizeLinear", h, "s", zero, out="q")
     net.op("DequantizeLinear", "q", "s", zero, out="y")
-    with pytest.raises(UnsupportedModel, match=r"its scale or zero point is no constant"):
+    with pytest.raises(UnsupportedModel, match=r"its scale or zero point is not a constant"):
         cut(close_net(net, {"x": X}), at=None, loss="mse")

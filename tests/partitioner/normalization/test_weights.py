@@ -186,7 +186,7 @@ def test_train_means_parameters_before_constants() -> None:
         ([r"n1\.bn\.mean"], [], "'n1.bn.mean': it is a running statistic"),
         (["tail.x"], [], r"--train tail\.x: no parameter's name .* did you mean 'tail\.w'"),
         ([], ["haed.w"], r"--freeze haed\.w: no parameter's name .* did you mean 'head\.w'"),
-        (["("], [], r"--train \( is no regular expression"),
+        (["("], [], r"--train \( is not a regular expression"),
         (["head"], [r"head\.w"], r"--freeze head\\\.w freezes nothing: --train trains all"),
     ],
 )

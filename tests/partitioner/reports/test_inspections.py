@@ -86,9 +86,9 @@ def test_a_raw_input_may_cross_beside_the_tensor_if_it_is_named() -> None:
 
 def test_what_is_no_input_cannot_be_sent() -> None:
     model = ZOO["two_inputs"].build()
-    with pytest.raises(UsageError, match="'both' is no input"):
+    with pytest.raises(UsageError, match="'both' is not an input"):
         inspect(model, sent=["both"])
-    with pytest.raises(UsageError, match="'wa' is no input"):
+    with pytest.raises(UsageError, match="'wa' is not an input"):
         inspect(model, sent=["wa"])
     with pytest.raises(UnknownTensor, match="'nowhere'"):
         inspect(model, sent=["nowhere"])

@@ -157,5 +157,5 @@ def test_a_reply_over_the_client_s_limit_is_not_waited_for_again() -> None:
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="no websocket address"):
+    with pytest.raises(UsageError, match="not a websocket address"):
         connect("http://127.0.0.1:1")

@@ -343,7 +343,7 @@ GRADIENT = {"h.grad": np.zeros((6, 4), np.float32)}
         ([answer(turn=1)], RemoteProtocolError, "message 1 where 0 was due"),
         ([GRADIENT, GRADIENT], RemoteProtocolError, "not expected now"),
         ([{"h.grad": np.zeros((5, 4), np.float32)}], ArrayMismatch, r"where N = 6"),
-        ([{"h": np.zeros((6, 4), np.float32)}], RemoteProtocolError, "'h' is no wire"),
+        ([{"h": np.zeros((6, 4), np.float32)}], RemoteProtocolError, "'h' is not a wire"),
     ],
 )
 def test_a_step_that_breaks_off_leaves_the_state_and_closes_the_client(

@@ -1,4 +1,4 @@
-"""Training that is broken off goes on where it was, and ends as if nothing had happened."""
+"""Training that is interrupted resumes where it was, and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_run_that_was_broken_off_is_not_begun_again_unasked(folder: Path) -> N
         with pytest.raises(KeyboardInterrupt):
             fit(Client(folder / "client", server.url, threads=1), stop_after=5)
         with open_client(folder, server) as client:
-            with pytest.raises(UnfinishedRun, match="step 4; go on with --resume"):
+            with pytest.raises(UnfinishedRun, match="step 4; continue with --resume"):
                 fit(client)
             history = client.fit(DATA, batch_size=BATCH, checkpoint_every=EVERY, restart=True)
     assert [record.step for record in history.steps] == [1, 2, 3, 4, 5]

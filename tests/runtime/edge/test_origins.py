@@ -39,7 +39,7 @@ def test_the_name_that_a_server_listens_on_is_its_own() -> None:
 
 @pytest.mark.parametrize("origin", ["lab.example", "https://lab.example/page", "*", ""])
 def test_what_is_no_origin_cannot_be_allowed(origin: str) -> None:
-    with pytest.raises(UsageError, match="no origin"), Echo(origins=[origin]):
+    with pytest.raises(UsageError, match="not an origin"), Echo(origins=[origin]):
         pass
 
 

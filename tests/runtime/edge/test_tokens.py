@@ -104,7 +104,7 @@ def test_files_that_are_missing_or_empty_are_refused(file: Path, tmp_path: Path)
     with pytest.raises(UnusableFile, match="holds no token"):
         Tokens.read(file)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UnusableFile, match="no text"):
+    with pytest.raises(UnusableFile, match="not text"):
         Tokens.read(file)
     with pytest.raises(UnusableFile, match="directory"):
         add_token(tmp_path, "ana")
@@ -112,7 +112,7 @@ def test_files_that_are_missing_or_empty_are_refused(file: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a\nb", "-x", "x" * 65])
 def test_what_is_no_name_gets_no_token(file: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="no name"):
+    with pytest.raises(UsageError, match="not a name"):
         add_token(file, name)
     assert not file.exists()
 

@@ -320,7 +320,7 @@ def test_what_stands_in_the_way_is_replaced_with_force_and_only_an_export(bundle
     (bundle / "notes").mkdir()
     for place in ("client", "server", "notes"):
         before = sorted(path.name for path in (bundle / place).iterdir())
-        with pytest.raises(BundleError, match="it is no export, so it is not overwritten"):
+        with pytest.raises(BundleError, match="it is not an export, so it is not overwritten"):
             export(bundle / "client", bundle / place, overwrite=True)
         assert sorted(path.name for path in (bundle / place).iterdir()) == before
     with pytest.raises(BundleError, match="in ORT format already"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from splitonnx.errors import ForbiddenGraph
+from splitonnx.graph_limits import STAGE
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.engine.engines import Engine
@@ -64,7 +66,7 @@ def test_tensors_of_half_bytes_pass(dims: list[int], size: int) -> None:
 def test_strings_bodies_sequences_and_comments_pass() -> None:
     text = TensorProto(data_type=TensorProto.STRING, dims=[2], string_data=[b"a", b"\xff"])
     check_graph("s", hold(text))
-    check_graph("s", write(nest(gates.MAX_DEPTH)))
+    check_graph("s", write(nest(STAGE.depth)))
 
     def describe(model: ModelProto) -> None:
         model.doc_string = "two\nlines"
@@ -135,7 +137,7 @@ def test_data_outside_the_graph_are_refused_wherever_they_are_named(
         "attributes": lambda: spoil(lambda m: add_attribute(m, name="v", tensors=[tensor])),
         "body": lambda: inside(node),
     }[spot]()
-    refuse(content, "tensor 't': its data lie outside the graph")
+    refuse(content, "tensor 't': its data are outside the graph")
 
 
 def test_onnx_runtime_never_sees_what_is_refused(
@@ -184,7 +186,7 @@ def test_onnx_runtime_never_sees_what_is_refused(
         (repeat("output"), "'y' is given twice"),
         (repeat("initializer"), "'w' is given twice"),
         (repeat("value_info"), "'a' is given twice"),
-        (write(nest(gates.MAX_DEPTH + 1)), "nest over 32 deep"),
+        (write(nest(STAGE.depth + 1)), "nest over 32 deep"),
         (write(helper.make_node("MaxPool", ["x"], ["p"], strides=[1, 0])), "strides below 1"),
         (write(helper.make_node("Conv", ["x"], ["p"], kernel_shape=[-1])), "kernel_shape below 1"),
         (write(helper.make_node("Softmax", ["x"], ["p"], axis=99)), "axis names"),
@@ -257,16 +259,17 @@ def nest_type(depth: int) -> onnx.TypeProto:
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        ("MAX_NODES", "more than 2 nodes"),
-        ("MAX_NAMES", "more than 2 names"),
-        ("MAX_BYTES", r"it takes \d+ bytes"),
-        ("MAX_FIELDS", "more fields"),
+        ("nodes", "more than 2 nodes"),
+        ("names", "more than 2 names"),
+        ("total_bytes", r"it takes \d+ bytes"),
+        ("fields", "more fields"),
     ],
 )
 def test_what_is_too_large_is_refused(
     limit: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, limit, 2)
+    changed: dict[str, Any] = {limit: 2}
+    monkeypatch.setattr(gates, "STAGE", replace(STAGE, **changed))
     refuse(spoil(lambda _: None), reason)
 
 

@@ -338,7 +338,7 @@ def test_a_file_with_a_checksum_that_is_no_checkpoint_is_refused(tmp_path: Path)
         with pytest.raises(BundleError, match=r"10\.safetensors: it"):
             open_store(tmp_path).read(10)
     path.write_bytes(b"".join(encode_with_checksum(state(10), {})))
-    with pytest.raises(BundleError, match="it is no checkpoint"):
+    with pytest.raises(BundleError, match="it is not a checkpoint"):
         open_store(tmp_path).read(10)
 
 

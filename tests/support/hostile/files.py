@@ -1,4 +1,4 @@
-"""External data outside the model's folder, or that are no data."""
+"""External data outside the model's folder, or that are not data."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ _EXTERNAL: Mapping[str, tuple[str, Callable[[Path], object], dict[str, str]]] = 
         {"location": "zero"},
     ),
     "pipe": (
-        "no file with content",
+        "not a file with content",
         lambda folder: os.mkfifo(folder / "pipe"),
         {"location": "pipe"},
     ),
-    "folder": ("no file with content", lambda folder: (folder / "d").mkdir(), {"location": "d"}),
-    "the_folder_itself": ("no file with content", make_secret, {"location": "."}),
+    "folder": ("not a file with content", lambda folder: (folder / "d").mkdir(), {"location": "d"}),
+    "the_folder_itself": ("not a file with content", make_secret, {"location": "."}),
     "nothing": ("outside", make_secret, {}),
     "null_byte": ("control characters", make_secret, {"location": "weights\0.bin"}),
     "endless_location": ("a name of", make_secret, {"location": "w/" * 10**5}),

@@ -1,4 +1,4 @@
-"""Bytes that are no model, and names that are none, twice there, or not there at all."""
+"""Bytes that are not a model, and names that are none, twice there, or not there at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def empty_file(folder: Path) -> bytes:
 
 @raw("not in ONNX format")
 def text(folder: Path) -> bytes:
-    return b"this is no model\n" * 100
+    return b"this is not a model\n" * 100
 
 
 @hostile("holds no graph")

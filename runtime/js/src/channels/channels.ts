@@ -34,7 +34,7 @@ export const GREETINGS = 10;
 /** Makes a new connection; it throws ConnectionLost where none can be had now. */
 export type Dial = () => Promise<Transport>;
 
-/** Where the client is, as its greeting tells: what a session resumes from. */
+/** What a session resumes from: the client's step, and the checkpoints that it has. */
 export interface ResumePoint {
   readonly origin: string;
   readonly start: number;
@@ -54,14 +54,14 @@ export interface ChannelOptions {
   readonly giveUpAfter?: number | undefined;
   /** Whether the first connection is worth waiting for, as every later one is. */
   readonly isPatient: boolean;
-  /** Told why, whenever the connection was lost. */
+  /** Called with the cause whenever the connection is lost. */
   readonly onReconnect?: ((cause: Error) => void) | undefined;
 }
 
 /**
  * The connection of one session; made by {@link Channel.open}.
  *
- * `step` is where both sides went on after the last greeting: the client's own step, or an earlier
+ * `step` is where both sides are since the last greeting: the client's own step, or an earlier
  * one that it kept.  `reconnects` counts the connections after the first.
  */
 export class Channel {
@@ -75,7 +75,7 @@ export class Channel {
   #task: OpenTask | undefined;
   #last: OpenTask | undefined; // the last step, which the server may not have made
   #wantsRepeat = false;
-  #delays: Generator<number, never> | undefined; // they go on until something new comes
+  #delays: Generator<number, never> | undefined; // they grow until something new comes
   #lostAt: number | undefined; // seconds; since then nothing new has come
   #past: readonly [number, number] = [0, 0];
 
@@ -109,7 +109,7 @@ export class Channel {
     this.#task = { key, sent: [], received: 0, due: 0 };
   }
 
-  /** Close the task: the client has all of it, or gives it up. */
+  /** Close the task: it is complete, or the client gives it up. */
   end(): void {
     if (this.#task?.key.phase === TRAIN) this.#last = this.#task;
     this.#task = undefined;
@@ -118,7 +118,7 @@ export class Channel {
   /**
    * Send wires of the open task.
    *
-   * @throws StepsLost: the server lost steps; both sides go on from that step.
+   * @throws StepsLost: the server lost steps; both sides continue from that step.
    * @throws ConnectionLost: none came within the time.
    */
   async sendWires(wires: NdArrays, seed: number, learningRate: number): Promise<void> {
@@ -157,7 +157,7 @@ export class Channel {
   }
 
   /**
-   * Let the server write its state; return why it could not, or nothing.
+   * Ask the server to write its state; return the reason where it could not, or nothing.
    *
    * @throws StepsLost, ConnectionLost, RemoteFault: as {@link receiveWires}.
    */
@@ -171,11 +171,11 @@ export class Channel {
       throw new RemoteProtocolError(`it saved step ${message.step}, not ${step}`);
     }
     this.#noteProgress();
-    return message.type === "Unsaved" ? message.reason || "it does not say why" : "";
+    return message.type === "Unsaved" ? message.reason || "no reason given" : "";
   }
 
   /**
-   * Say good-bye: the session is over.  May be called twice.
+   * End the session with a Bye message.  May be called twice.
    *
    * Where it is not `forGood` only the connection is over, and the server keeps the session.
    */
@@ -295,7 +295,7 @@ export class Channel {
     });
   }
 
-  /** Connect, greet, and return the step at which both sides go on. */
+  /** Connect, greet, and return the step at which both sides continue. */
   async #greet(): Promise<number> {
     for (let attempt = 1; ; attempt++) {
       this.#hangUp();
@@ -380,7 +380,7 @@ export class Channel {
   }
 }
 
-/** Errors other than a lost connection go on as they are. */
+/** Return the error if the connection is lost; rethrow any other. */
 function asLost(error: unknown): ConnectionLost {
   if (error instanceof ConnectionLost) return error;
   throw error;

@@ -15,7 +15,7 @@ import {
 import type { SplitonnxError } from "../errors.js";
 import type { MessageOf } from "../messages.js";
 
-/** Give the error that a fault stands for, on the connection of this generation. */
+/** Return the error that a fault reports, on the connection of this generation. */
 export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
   switch (fault.code) {
     case "StaleConnection":

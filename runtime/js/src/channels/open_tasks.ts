@@ -18,7 +18,7 @@ export interface OpenTask {
 }
 
 /**
- * Take a reply of a task.
+ * Receive a reply of a task.
  *
  * @throws RemoteProtocolError: it belongs to another task, came before, or comes too early.
  */

@@ -51,7 +51,7 @@ export interface SocketOptions {
  * Connect to a server, such as `ws://127.0.0.1:8765`.
  *
  * @throws ConnectionLost: nobody answers there: try again.
- * @throws UsageError: `url` is no websocket address, or there are no websockets here.
+ * @throws UsageError: `url` is not a websocket address, or the platform has no WebSocket.
  */
 export async function connect(url: string, options: SocketOptions = {}): Promise<Transport> {
   const transport = new WebSocketTransport(url, makeSocket(url, options.openSocket), options);
@@ -62,14 +62,14 @@ export async function connect(url: string, options: SocketOptions = {}): Promise
 function makeSocket(url: string, open: SocketOptions["openSocket"]): WebSocketLike {
   const parts = URL.canParse(url) ? new URL(url) : undefined;
   if (!parts || !["ws:", "wss:"].includes(parts.protocol)) {
-    throw new UsageError(`'${url}' is no websocket address such as ws://host:8765`);
+    throw new UsageError(`'${url}' is not a websocket address such as ws://host:8765`);
   }
   if (parts.username || parts.password) {
     throw new UsageError("leave names and passwords out of the server's address; use a token");
   }
   if (open) return open(url);
   if (typeof WebSocket === "undefined") {
-    throw new UsageError("there is no WebSocket here; give connect one with openSocket");
+    throw new UsageError("this platform has no WebSocket; pass connect one as openSocket");
   }
   return new WebSocket(url) as WebSocketLike;
 }
@@ -90,7 +90,7 @@ class WebSocketTransport implements Transport {
   #waiting: Uint8Array[] = [];
   #waiter: Waiter | undefined;
   #ended: Error | undefined;
-  #said = ""; // what an error event told, where it tells anything
+  #said = ""; // the reason in an error event, if it has one
 
   constructor(url: string, socket: WebSocketLike, options: SocketOptions) {
     this.#url = url;
@@ -185,7 +185,7 @@ class WebSocketTransport implements Transport {
 
   #refuse(error: Error, code: number): void {
     this.#end(error);
-    // Browsers let a page close with codes from 3000 on alone.
+    // Browsers allow a page only closing codes from 3000 on.
     this.#socket.close(3000 + code, error.message.slice(0, 80));
   }
 
@@ -197,7 +197,7 @@ class WebSocketTransport implements Transport {
 
   #explain({ code, reason }: { code: number; reason: string }): Error {
     if (code === POLICY) {
-      return new Unauthorized(this.#url, code, reason || "it does not say why");
+      return new Unauthorized(this.#url, code, reason || "no reason given");
     }
     if (code === TOO_BIG) return new MessageTooLarge(this.#url, true, reason);
     const told = reason || this.#said || "it closed, or there is none that lets this page in";

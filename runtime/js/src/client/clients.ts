@@ -36,7 +36,7 @@ import { TrainingRun } from "./training_runs.js";
 /**
  * Trains and runs a bundle's client part against a server; made by {@link SplitClient.connect}.
  *
- * A connection that breaks is made again, and training goes on as if it had not.  After an error in
+ * A lost connection is made again, and training continues unharmed.  After an error in
  * the middle of a task the client closes, and its own state is what it was before the task.
  * Several things may be asked for at a time: a prediction is made between two steps.
  */
@@ -55,7 +55,7 @@ export class SplitClient {
   }
 
   /**
-   * Load the client's part, take up its state, and connect to the server at `url`.
+   * Load the client's part and its saved state, and connect to the server at `url`.
    *
    * @throws BundleError, FormatError, ForbiddenGraph: the part or the state cannot be used.
    * @throws ConnectionLost: the server cannot be reached.
@@ -146,7 +146,7 @@ export class SplitClient {
    *
    * @throws DataError: the data do not fit, or hold NaN; a loss is not finite.
    * @throws StageFailed: a stage cannot be loaded or run.
-   * @throws UnfinishedRun: a run was broken off; resume it, or `restart`.
+   * @throws UnfinishedRun: a run was interrupted; resume it, or `restart`.
    * @throws StorageInUse: another client trains with the storage.
    * @throws UsageError: a number is out of its range; another fit of this client runs; a run would
    *   be resumed with other data, batches or seed.
@@ -195,7 +195,7 @@ export class SplitClient {
   }
 
   /**
-   * Take one optimizer step on one batch and return the phase's results, `loss` among them.
+   * Train on one batch, one optimizer step, and return the phase's results, `loss` among them.
    *
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
@@ -271,10 +271,10 @@ export class SplitClient {
     }
   }
 
-  /** Say good-bye to the server and let go of what ONNX Runtime holds; may be called twice. */
+  /** End the session and release what ONNX Runtime holds; may be called twice. */
   async close(): Promise<void> {
     this.#runner.close();
-    await this.#runner.settle();
+    await this.#runner.waitUntilIdle();
     await this.#runner.executor.release();
   }
 
@@ -293,7 +293,7 @@ export class SplitClient {
   }
 }
 
-/** The server gives its clients' part away at its own address. */
+/** Return the address under which a server serves its clients' part. */
 function locateBundle(url: string): string {
   return new URL("client/", url.replace(/^ws/, "http").replace(/\/?$/, "/")).href;
 }

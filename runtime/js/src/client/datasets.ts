@@ -38,11 +38,11 @@ export function dealInOrder(batchSize: number): Dealing {
 
 /** Arrays by name that come in batches; made by {@link openDataset}. */
 export interface Dataset {
-  /** Number of samples, or `null` where it is not known beforehand. */
+  /** Number of samples, or `null` where it is not known in advance. */
   readonly size: number | null;
 
   /**
-   * Raise unless the arrays are as declared, as far as can be told beforehand.
+   * Throw unless the arrays are as declared, as far as is known in advance.
    *
    * @throws MissingArray, ArrayMismatch, ValueOutOfRange: see {@link checkBatch}.
    */
@@ -52,7 +52,7 @@ export interface Dataset {
    * Yield one epoch's batches, the same for the same arguments.
    *
    * @throws NotFinite: a floating-point array of the next batch holds NaN or infinity.
-   * @throws UnusableData: there is no next epoch, or the next batch is none.
+   * @throws UnusableData: there is no next epoch, or the next item is not a batch.
    */
   batches(dealing: Dealing): AsyncIterable<NdArrays>;
 }
@@ -68,7 +68,7 @@ export function openDataset(source: DataSource): Dataset {
   return new ArrayDataset(takeBatch(source));
 }
 
-/** Take a batch of the app's. */
+/** Convert a batch of the app. */
 export function takeBatch(batch: Batch): NdArrays {
   const arrays = Object.entries(batch).map(([name, one]) => [name, takeTensor(name, one)] as const);
   return new Map(arrays);
@@ -111,7 +111,7 @@ class ArrayDataset implements Dataset {
   }
 }
 
-/** Batches as an iterable gives them: their size and order are its own. */
+/** Batches that an iterable yields; it decides on their size and order. */
 class BatchDataset implements Dataset {
   readonly size = null;
   readonly #source: Iterable<Batch> | AsyncIterable<Batch>;
@@ -129,7 +129,7 @@ class BatchDataset implements Dataset {
 
   async *batches(): AsyncGenerator<NdArrays, void> {
     if (this.#spent) {
-      throw new UnusableData("an iterator serves one epoch; pass a list, or what can begin anew");
+      throw new UnusableData("an iterator lasts for one epoch; pass a list");
     }
     this.#spent = "next" in this.#source;
     let number = 0;
@@ -149,7 +149,7 @@ class BatchDataset implements Dataset {
  *
  * @throws MissingArray: an array is not there.
  * @throws ArrayMismatch: element type or shape differ.
- * @throws ValueOutOfRange: an integer, a label as a rule, lies outside its bounds.
+ * @throws ValueOutOfRange: an integer, usually a label, is outside its bounds.
  */
 export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void {
   const sizes: Sizes = new Map();
@@ -157,7 +157,7 @@ export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void 
     const array = batch.get(spec.name);
     if (!array) throw new MissingArray(spec.name, [...batch.keys()]);
     if (array.dtype !== spec.dtype) {
-      const advice = array.dtype === "U8" && spec.dtype === "BOOL" ? "; give it type: 'bool'" : "";
+      const advice = array.dtype === "U8" && spec.dtype === "BOOL" ? "; set its type: 'bool'" : "";
       throw new ArrayMismatch(spec.name, describe(spec), describe(array) + advice);
     }
     checkArray(array, spec, sizes);

@@ -24,7 +24,7 @@ export interface ConnectOptions extends SocketOptions {
   readonly sessionOptions?: InferenceSession.SessionOptions | undefined;
   /** What the server knows this client by. */
   readonly token?: string | undefined;
-  /** Where the client's part lies; at the server's own address under `/client/` by default. */
+  /** Where the client's part is; at the server's own address under `/client/` by default. */
   readonly bundle?: BundleSource | undefined;
   /**
    * The part's maker is trusted as the app's own code is, so that its graphs may be in ORT format,
@@ -35,7 +35,7 @@ export interface ConnectOptions extends SocketOptions {
   readonly storage?: StateStorage | undefined;
   /** Decides shuffling and Dropout; 0 by default. */
   readonly seed?: number | undefined;
-  /** Go on with the run that was broken off, if there is one. */
+  /** Continue the run that was interrupted, if there is one. */
   readonly resume?: boolean | undefined;
   /**
    * Seconds after which the client gives up that has no connection, the first included, or only
@@ -43,7 +43,7 @@ export interface ConnectOptions extends SocketOptions {
    * takes with `resume`), later ones as long as it takes.
    */
   readonly giveUpAfter?: number | undefined;
-  /** Told why, whenever the connection was lost and is made again. */
+  /** Called with the cause whenever the connection was lost and is made again. */
   readonly onReconnect?: ((cause: Error) => void) | undefined;
   /** Shown all that leaves the device and comes to it. */
   readonly onWires?:
@@ -57,7 +57,7 @@ export interface FitOptions {
   readonly epochs?: number | undefined;
   /** Samples a step, 32 by default; a smaller last batch is left out where the model's is fixed. */
   readonly batchSize?: number | undefined;
-  /** Deal each epoch anew; so by default. */
+  /** Shuffle the samples in each epoch; true by default. */
   readonly shuffle?: boolean | undefined;
   /** Evaluated after each epoch. */
   readonly evalData?: DataSource | undefined;
@@ -68,7 +68,7 @@ export interface FitOptions {
   readonly whenUnsaved?: WhenUnsaved | undefined;
   /** Save when all is trained, and train on where the server was lost before; not by default. */
   readonly save?: boolean | undefined;
-  /** Give up a run that was broken off. */
+  /** Discard a run that was interrupted. */
   readonly restart?: boolean | undefined;
   /** Ends the training after the step that runs. */
   readonly signal?: AbortSignal | undefined;

@@ -1,7 +1,7 @@
 /**
  * Runs tasks with the client's part of a split model: its executor, training run and channel.
  *
- * It runs one task after the other, lets both sides write their checkpoints, and goes back with
+ * It runs one task after the other, makes both sides write their checkpoints, and goes back with
  * the server where that one lost steps.  Data, epochs and records belong to the training loop.
  */
 
@@ -17,7 +17,7 @@ import type { TrainingRun } from "./training_runs.js";
 /** What training does where a checkpoint cannot be written. */
 export type WhenUnsaved = "stop" | "continue";
 
-/** Told of all that leaves the device and comes to it. */
+/** Called with all tensors that leave the device and come to it. */
 export type OnWires = (direction: "sent" | "received", phase: string, wires: NdArrays) => void;
 
 export interface TaskRunnerOptions {
@@ -45,7 +45,7 @@ export class TaskRunner {
   #closed = false;
   #isHalfPublished = false;
   #released: Promise<void> | undefined;
-  #others = 0; // numbers the tasks that are no training step
+  #others = 0; // numbers the tasks other than training steps
   #last: Promise<unknown> = Promise.resolve();
 
   constructor({ executor, run, channel, seed, onWires }: TaskRunnerOptions) {
@@ -66,7 +66,7 @@ export class TaskRunner {
    *
    * `expected` is the step that a training step is to be made at.
    *
-   * @throws StepsLost: the server lost steps; both sides stand at an earlier one, and can go on.
+   * @throws StepsLost: the server lost steps; both sides are at an earlier one, and can continue.
    * @throws DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
    */
   async perform(
@@ -111,7 +111,7 @@ export class TaskRunner {
    * Each side keeps two, so there is one that both have as long as neither is two ahead: the one
    * whose last was not written goes first.
    *
-   * @throws NotSaved: one could not, and `whenUnsaved` says to stop.
+   * @throws NotSaved: one could not, and `whenUnsaved` is to stop.
    * @throws StepsLost, ProtocolError: as {@link perform}.
    */
   async checkpoint(position: DataPosition, whenUnsaved: WhenUnsaved): Promise<void> {
@@ -131,7 +131,7 @@ export class TaskRunner {
   }
 
   /**
-   * Let both sides write their state as the outcome of the training, the server first.
+   * Make both sides write their state as the outcome of the training, the server first.
    *
    * @throws NotSaved: one could not, or is not finite.
    * @throws StepsLost, ProtocolError: as {@link perform}.
@@ -140,7 +140,7 @@ export class TaskRunner {
     return this.#inTurn(async () => {
       this.run.checkOutcome(this.executor);
       await this.run.hold();
-      this.#isHalfPublished = true; // from now on nobody knows, unless the server tells
+      this.#isHalfPublished = true; // unknown from now on, until the server answers
       await this.#saveRemotely(true);
       await this.run.publish(this.executor, this.position);
       this.#isHalfPublished = false;
@@ -148,7 +148,7 @@ export class TaskRunner {
   }
 
   /**
-   * Say good-bye to the server; may be called twice.
+   * End the session; may be called twice.
    *
    * Where the run has checkpoints and is not finished, or the server published its state and this
    * side did not, it only hangs up: the server would forget what a resumed run begins from.
@@ -159,11 +159,11 @@ export class TaskRunner {
     if (!this.#closed) this.#channel.close({ forGood: !isUnfinished });
     this.#closed = true;
     this.#released = this.run.release();
-    this.#released.catch(() => {}); // settle tells
+    this.#released.catch(() => {}); // waitUntilIdle throws it
   }
 
   /** Wait until nothing is under way. */
-  async settle(): Promise<void> {
+  async waitUntilIdle(): Promise<void> {
     await this.#last;
     await this.#released;
   }
@@ -199,7 +199,7 @@ export class TaskRunner {
     if (reason) throw new NotSaved("the server's folder", reason);
   }
 
-  /** Take this part back to where the server lost steps, and note the position in the data. */
+  /** Restore this part to the step to which the server fell back, and the position in the data. */
   async #goingBack<T>(act: () => Promise<T>): Promise<T> {
     try {
       return await act();

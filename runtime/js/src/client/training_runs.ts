@@ -52,7 +52,7 @@ export class TrainingRun {
    *
    * With `resume` and nothing unfinished, training begins where the outcome stands.
    *
-   * @throws BundleError: what is in the storage is no state of this bundle.
+   * @throws BundleError: what is in the storage is not a state of this bundle.
    */
   static async open(
     executor: Executor,
@@ -100,7 +100,7 @@ export class TrainingRun {
     });
   }
 
-  /** Take the storage over if a run goes on that was broken off, or is another client's. */
+  /** Take over the storage if the client resumes a run, its own or another client's. */
   async takeOver(): Promise<void> {
     if (this.#kept.length) await this.hold({ takeOver: true });
   }
@@ -113,7 +113,7 @@ export class TrainingRun {
   /**
    * Keep the state as a checkpoint.
    *
-   * @throws NotSaved: it cannot be written; those before it stand.
+   * @throws NotSaved: it cannot be written; earlier checkpoints are kept.
    * @throws StorageInUse: another client took the training over.
    */
   async write(executor: Executor, position: DataPosition | null): Promise<void> {
@@ -148,9 +148,9 @@ export class TrainingRun {
   }
 
   /**
-   * Take the state back to a step that was kept, and return the position there.
+   * Restore the state of a step that was kept, and return the position in the data there.
    *
-   * @throws BundleError: there is no such state.
+   * @throws BundleError: there is no such checkpoint.
    */
   async goBack(executor: Executor, step: number): Promise<DataPosition | null> {
     this.#kept = await this.#store.rewind(this.session, step);
@@ -167,9 +167,9 @@ export class TrainingRun {
   }
 
   /**
-   * Return where in its data a run begins: at `start`, or where it was broken off.
+   * Return where in its data a run begins: at `start`, or where it was interrupted.
    *
-   * @throws UsageError: it would go on with other data, batches or seed than it began with.
+   * @throws UsageError: it would continue with other data, batches or seed than it began with.
    */
   takePosition(start: DataPosition): DataPosition {
     const kept = this.position;
@@ -187,7 +187,7 @@ export class TrainingRun {
   }
 
   /**
-   * See to it that no other run stands unfinished in the storage; `restart` deletes it.
+   * Check that the storage holds no unfinished run; `restart` deletes it.
    *
    * @throws UnfinishedRun: one does.
    * @throws StorageInUse: another client trains.

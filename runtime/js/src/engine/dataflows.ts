@@ -8,7 +8,7 @@
 import type { Phase, Stage } from "../manifests.js";
 
 /**
- * What one party's phase needs and gives: worked out once, valid for every task.
+ * What one party's phase needs and provides: computed once, valid for every task.
  *
  * `receives` and `sends` name the wires towards this party and away from it.  `stages` are in the
  * manifest's order, which decides among several that are ready.
@@ -17,11 +17,11 @@ export class Dataflow {
   readonly stages: readonly Stage[];
   readonly receives: ReadonlySet<string>;
   readonly sends: readonly string[];
-  /** Stage name to the values that it takes, its state left out. */
+  /** Stage name to the values that it needs, without its state. */
   readonly needs: ReadonlyMap<string, readonly string[]>;
   /** Values that outlive the stages: results and the state's replacements. */
   readonly kept: ReadonlySet<string>;
-  /** How many stages and outgoing wires take a value. */
+  /** How many stages and outgoing wires need a value. */
   readonly uses: ReadonlyMap<string, number>;
 
   constructor(phase: Phase, party: string) {
@@ -33,7 +33,7 @@ export class Dataflow {
     this.uses = count([...[...this.needs.values()].flat(), ...this.sends]);
   }
 
-  /** Say whether anything takes this value, so that it is worth keeping. */
+  /** Check whether anything needs this value, so that it must be kept. */
   wants(name: string): boolean {
     return this.uses.has(name) || this.kept.has(name);
   }
@@ -74,7 +74,7 @@ export class Progress {
     for (const name of names) this.#present.add(name);
   }
 
-  /** Take the first stage whose inputs are all there, if there is one; it counts as running. */
+  /** Return the first stage whose inputs are all there, if any, and count it as running. */
   nextStage(): Stage | undefined {
     const index = this.#waiting.findIndex((stage) =>
       this.#flow.needs.get(stage.name)!.every((name) => this.#present.has(name)),
@@ -82,7 +82,7 @@ export class Progress {
     return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
   }
 
-  /** Take the outgoing wires that are there and were not taken before. */
+  /** Return the outgoing wires that are there and were not returned before. */
   nextWires(): readonly string[] {
     const ready = this.#unsent.filter((name) => this.#present.has(name));
     this.#unsent = this.#unsent.filter((name) => !this.#present.has(name));

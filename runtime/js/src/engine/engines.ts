@@ -29,7 +29,7 @@ interface Gpu {
 /**
  * A tensor in the words of ONNX Runtime, as data are given to and taken from this package.
  *
- * `Tensor`s of ONNX Runtime are such.  Without a `type` it is what the elements say: `float32` for
+ * `Tensor`s of ONNX Runtime are such.  Without a `type` the elements decide: `float32` for
  * a Float32Array, `int64` for a BigInt64Array, and so on.
  */
 export interface TensorLike {
@@ -38,7 +38,7 @@ export interface TensorLike {
   readonly data: unknown;
 }
 
-/** A tensor that this package gives out. */
+/** A tensor that this package returns. */
 export interface OutputTensor extends TensorLike {
   readonly type: Tensor.Type;
   readonly data: Elements;
@@ -81,9 +81,9 @@ const INFERRED: Readonly<Record<string, Dtype>> = {
 };
 
 /**
- * Take a tensor of the app's; `name` is for the error.
+ * Convert a tensor of the app; `name` is for the error.
  *
- * @throws UnusableData: it is none, or its elements are not as many or not of the kind that it says.
+ * @throws UnusableData: it is not a tensor, or its elements are not as declared.
  */
 export function takeTensor(name: string, tensor: TensorLike): NdArray {
   const { type, dims, data } = tensor;
@@ -104,7 +104,7 @@ export function takeTensor(name: string, tensor: TensorLike): NdArray {
   return { dtype, shape: dims as readonly number[], data: elements };
 }
 
-/** Give a tensor to the app. */
+/** Convert an array to a tensor for the app. */
 export function giveTensor({ dtype, shape, data }: NdArray): OutputTensor {
   return { type: TYPES[dtype], dims: shape, data };
 }
@@ -118,7 +118,7 @@ function bitsOf(data: Elements, dtype: Dtype): Elements {
 /**
  * Loads stage graphs and runs them; `options` go to ONNX Runtime as they are.
  *
- * `trusted` says that the graphs come from a maker whom the app trusts: only then are they taken in
+ * `trusted` means that the app trusts whoever made the graphs: only then are they loaded in
  * ORT format, which no gate reads.
  */
 export class Engine {
@@ -127,7 +127,7 @@ export class Engine {
   readonly #trusted: boolean;
   readonly #sessions: InferenceSession[] = [];
 
-  /** @throws UsageError: ONNX Runtime is set to take every tensor away that it is given. */
+  /** @throws UsageError: ONNX Runtime is set to detach every tensor that it receives. */
   constructor(
     ort: Ort,
     options: InferenceSession.SessionOptions = {},
@@ -145,7 +145,7 @@ export class Engine {
   }
 
   /**
-   * Load a stage graph, which the gate has to let pass first.
+   * Load a stage graph after the gate has checked it.
    *
    * @throws ForbiddenGraph: it is not a graph as bundles have them; ONNX Runtime has not seen it.
    * @throws StageFailed: ONNX Runtime refuses it for another reason.
@@ -175,14 +175,14 @@ export class Engine {
   /**
    * Run a stage and return all its outputs by name, in this side's memory.
    *
-   * @throws StageFailed: an operator failed, or the feeds are not what the graph takes.
+   * @throws StageFailed: an operator failed, or the feeds are not the graph's inputs.
    */
   async run(stage: LoadedStage, feeds: ReadonlyMap<string, Tensor>): Promise<Map<string, Tensor>> {
     try {
       const gpu = await this.#findGpu();
       gpu?.pushErrorScope("validation");
       const running = stage.session.run(Object.fromEntries(feeds));
-      // ONNX Runtime goes on where a GPU refuses a kernel, with whatever its memory held.
+      // ONNX Runtime continues where a GPU refuses a kernel, with whatever its memory held.
       const outputs = await running.finally(async () => {
         const refusal = await gpu?.popErrorScope();
         if (refusal) throw new Error(`the GPU refuses a kernel: ${refusal.message}`);
@@ -197,7 +197,7 @@ export class Engine {
     }
   }
 
-  /** Let go of what ONNX Runtime holds for the loaded stages. */
+  /** Release what ONNX Runtime holds for the loaded stages. */
   async release(): Promise<void> {
     await Promise.all(this.#sessions.splice(0).map((session) => session.release()));
   }

@@ -96,7 +96,7 @@ export class Executor {
    *
    * @throws MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
    * @throws LocalProtocolError: the task is open already, or trains at another step than the next.
-   * @throws UsageError: seed or learning rate lie outside what their tensors hold.
+   * @throws UsageError: seed or learning rate are out of the range of their tensors.
    */
   async begin(key: TaskKey, { data, seed, learningRate }: Beginning): Promise<void> {
     const name = nameTask(key);
@@ -125,7 +125,7 @@ export class Executor {
   /**
    * Hand wires from the other party to an open task.
    *
-   * @throws RemoteProtocolError: a tensor is no wire towards this party, or came before.
+   * @throws RemoteProtocolError: a tensor is not a wire towards this party, or came before.
    * @throws ArrayMismatch, ValueOutOfRange: a tensor is not as its wire declares.
    */
   deliver(key: TaskKey, tensors: NdArrays): void {
@@ -153,10 +153,10 @@ export class Executor {
     for (let stage = task.progress.nextStage(); stage; stage = task.progress.nextStage()) {
       await this.#run(task, stage);
       const wires = task.progress.nextWires();
-      if (wires.length) yield this.#handOut(task, wires);
+      if (wires.length) yield this.#collectWires(task, wires);
     }
     const wires = task.progress.nextWires();
-    if (wires.length) yield this.#handOut(task, wires); // data alone: no stage was ready
+    if (wires.length) yield this.#collectWires(task, wires); // data alone: no stage was ready
   }
 
   /** Whether every stage of the task ran and every wire was received and handed out. */
@@ -202,7 +202,7 @@ export class Executor {
     this.step = step;
   }
 
-  /** Let go of what ONNX Runtime holds. */
+  /** Release what ONNX Runtime holds. */
   async release(): Promise<void> {
     await this.#engine.release();
   }
@@ -229,7 +229,7 @@ export class Executor {
     const feeds = new Map(
       stage.inputs.map(({ name, source }) => {
         const value = (source === "state" ? this.#state : task.values).get(name);
-        if (!value) throw new BundleError(`stage '${stage.name}'`, `nothing gives its '${name}'`);
+        if (!value) throw new BundleError(`stage '${stage.name}'`, `nothing provides its '${name}'`);
         return [name, value];
       }),
     );
@@ -243,14 +243,14 @@ export class Executor {
     this.#drop(task, task.flow.needs.get(stage.name)!);
   }
 
-  #handOut(task: Task, wires: readonly string[]): NdArrays {
+  #collectWires(task: Task, wires: readonly string[]): NdArrays {
     const arrays = wires.map(
       (name) => [name, this.#engine.toArray(task.values.get(name)!)] as const,
     );
-    const handed = new Map(arrays);
-    this.#checkWires(task, handed);
+    const collected = new Map(arrays);
+    this.#checkWires(task, collected);
     this.#drop(task, wires);
-    return handed;
+    return collected;
   }
 
   /** What one wire binds holds for every later one: a gradient has its activation's shape. */

@@ -8,33 +8,24 @@
  */
 
 import { ForbiddenGraph } from "../errors.js";
+import {
+  MAX_ATTRIBUTES,
+  MAX_DEPTH,
+  MAX_ELEMENTS,
+  MAX_FIELDS,
+  MAX_NAMES,
+  MAX_NAME_BYTES,
+  MAX_NODES,
+  MAX_RANK,
+  MAX_TEXT_BYTES,
+  MAX_TYPE_DEPTH,
+} from "../graph_limits.js";
 import * as operators from "../operators.js";
 import { Malformed, Reader } from "./protobufs.js";
 import type { Found, Place } from "./protobufs.js";
 import * as schemas from "./schemas.js";
 
-/** Of a graph, over all its messages; it bounds the time that the gate takes. */
-export const MAX_FIELDS = 1 << 24;
-/** Nodes and bodies of a graph. */
-export const MAX_NODES = 1 << 20;
-/** Names that a graph gives to values. */
-export const MAX_NAMES = 1 << 21;
-/** Of bodies of If, Loop and Scan inside one another. */
-export const MAX_DEPTH = 32;
-/** Of sequences and optionals inside one another. */
-export const MAX_TYPE_DEPTH = 8;
-/** Of a node. */
-export const MAX_ATTRIBUTES = 256;
-/** Dimensions of a tensor. */
-export const MAX_RANK = 32;
-/** Of a tensor, zeros not counted. */
-export const MAX_ELEMENTS = 2 ** 40;
-/** Bytes of a name. */
-export const MAX_NAME = 1 << 14;
-/** Bytes of a comment, or of one text in an attribute or tensor. */
-export const MAX_TEXT = 1 << 20;
-
-const FLATBUFFER = "ORTM"; // stands at byte 4 of ONNX Runtime's own format
+const FLATBUFFER = "ORTM"; // at byte 4 of ONNX Runtime's own format
 
 /**
  * Check the bytes of a stage's graph; `stage` is its name for the error.
@@ -54,7 +45,7 @@ export function checkGraph(stage: string, content: Uint8Array): void {
   }
 }
 
-/** Whether ONNX Runtime would take these bytes for its own format; no graph is such. */
+/** Check whether ONNX Runtime would read these bytes as its own format; no ONNX graph has them. */
 export function isOrtFormat(content: Uint8Array): boolean {
   return String.fromCharCode(...content.subarray(4, 8)) === FLATBUFFER;
 }
@@ -64,7 +55,7 @@ class Gate {
   readonly #stage: string;
   readonly #reader: Reader;
   readonly #imported = new Set<string>(); // domains
-  readonly #pending: (readonly [Place, number])[] = []; // bodies, and how deep they lie
+  readonly #pending: (readonly [Place, number])[] = []; // bodies, and how deeply they are nested
   #subject = "the graph";
   #count = 0; // nodes and bodies so far
   #given = 0; // names
@@ -132,7 +123,7 @@ class Gate {
     if (given.has(name)) this.refuse(`the name '${name}' is given twice`);
     if (!name) return; // an optional result that is left out has none
     given.add(name);
-    if (++this.#given > MAX_NAMES) this.refuse(`the graph gives more than ${MAX_NAMES} names`);
+    if (++this.#given > MAX_NAMES) this.refuse(`the graph defines more than ${MAX_NAMES} names`);
   }
 
   #countUp(): void {
@@ -165,7 +156,7 @@ class Gate {
     if (!this.#imported.has(domain)) this.refuse(`its domain '${home}' is not imported`);
     if (operators.TRAINING_OPERATORS.has(operator)) return;
     if (domain === operators.TRAINING_DOMAIN || !operators.STANDARD_OPERATORS.has(operator)) {
-      this.refuse(`'${name}' of the domain '${home}' is no operator of a bundle`);
+      this.refuse(`'${name}' of the domain '${home}' is not an operator of a bundle`);
     }
   }
 
@@ -235,7 +226,7 @@ class Gate {
         counts.set(found.name, (counts.get(found.name) ?? 0) + this.#countValues(found));
       } else this.#checkOther(found);
     }
-    if (outside) this.refuse("its data lie outside the graph");
+    if (outside) this.refuse("its data are outside the graph");
     this.#checkSize(dims, dtype, raw, counts);
     return label;
   }
@@ -337,14 +328,14 @@ class Gate {
   }
 
   #checkText([start, stop]: Place): void {
-    if (stop - start > MAX_TEXT) this.refuse(`it has a text of ${stop - start} bytes`);
+    if (stop - start > MAX_TEXT_BYTES) this.refuse(`it has a text of ${stop - start} bytes`);
   }
 
   #readName(place: Place): string {
-    return this.#reader.readText(place, MAX_NAME);
+    return this.#reader.readText(place, MAX_NAME_BYTES);
   }
 
-  /** Give one number, or those of a packed list of them. */
+  /** Yield one number, or those of a packed list. */
   #listNumbers(found: Found): Iterable<number> {
     return found.value === null ? this.#reader.readNumbers(found.place) : [found.value];
   }

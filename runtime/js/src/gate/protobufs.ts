@@ -2,7 +2,7 @@
  * Reading Protocol Buffers by hand: the fields of a message, one after the other.
  *
  * It reads as much of the wire format as serializers write, and refuses the rest: fields and wire
- * types that its table does not name, groups, a second value where only one may stand (parsers
+ * types that its table does not name, groups, a second value where only one may occur (parsers
  * merge those, each in its own way), numbers beyond 64 bits, lengths beyond the message.  Nothing
  * is copied.  This module knows no ONNX.
  */
@@ -10,7 +10,7 @@
 /** Where bytes start and stop. */
 export type Place = readonly [start: number, stop: number];
 
-/** The bytes are no message of the expected kind; the text says why, in half a sentence. */
+/** The bytes are not a message of the expected kind; the text says why, in half a sentence. */
 export class Malformed extends Error {}
 
 export const NUMBER = 0;
@@ -20,7 +20,7 @@ export const FIXED32 = 5;
 
 const WIDTHS: Readonly<Record<number, number>> = { [FIXED64]: 8, [FIXED32]: 4 };
 
-/** A field of a message; a `refusal` says why it must not stand there at all. */
+/** A field of a message; a `refusal` is the reason why it must not occur at all. */
 export interface Field {
   readonly name: string;
   readonly number: number;
@@ -117,7 +117,7 @@ export class Reader {
    * @throws Malformed: one is cut short, or longer than 64 bits.
    */
   countNumbers([start, stop]: Place): number {
-    let [count, open] = [0, 0]; // bytes of a number that goes on
+    let [count, open] = [0, 0]; // bytes of a number that continues
     for (let at = start; at < stop && open < 10; at++) {
       if (this.content[at]! > 127) open++;
       else [count, open] = [count + 1, 0];
@@ -161,7 +161,7 @@ export class Reader {
     return known;
   }
 
-  /** Read a base-128 number as a signed one of 64 bits, and go on behind it. */
+  /** Read a base-128 number as a signed one of 64 bits, and move behind it. */
   #readNumber(stop: number): number {
     let [low, high] = [0, 0]; // 35 bits, and the 29 above them
     for (let index = 0; index < 10; index++) {

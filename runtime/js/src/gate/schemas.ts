@@ -1,7 +1,7 @@
 /**
  * The messages of ONNX as far as a bundle's graphs have them, for `protobufs` to read.
  *
- * What stands in no table, or with a refusal, is refused: fields that came later, and all that lets
+ * What is in no table, or has a refusal, is refused: fields that came later, and all that lets
  * a graph bring code, structure or data of its own.  Fields that the gate treats alike bear one
  * name.  (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
  */
@@ -160,5 +160,5 @@ export const TYPES: ReadonlyMap<number, { bits: number; field: string }> = new M
     dtypes.map((dtype) => [dtype, { bits, field: held }] as const),
   ),
 );
-/** They take two values each. */
+/** Each of their elements is two values. */
 export const COMPLEX: readonly number[] = [14, 15];

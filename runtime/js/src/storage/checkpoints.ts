@@ -1,9 +1,9 @@
 /**
- * Checkpoints: a session's whole state in the storage, so that training can go on after any fault.
+ * Checkpoints: a session's whole state in the storage, so that training can resume after any fault.
  *
  * Names in the storage are `<bundle's digest>/sessions/<session>/<step>`, and
  * `<bundle's digest>/state` for the outcome of a training.  When to write one, and which step both
- * parties go on from, is not known here.
+ * parties continue from, is not known here.
  */
 
 import { decodeState } from "../bundles.js";
@@ -42,7 +42,7 @@ const readDataPosition = readRecord({
  * Where the next step begins in the data.
  *
  * `epoch` is counted from 0; `batch` is the number of batches of it trained already.  The others
- * say how the data were dealt, and must be the same where training goes on.
+ * say how the data were dealt, and must be the same where training continues.
  */
 export type DataPosition = Decoded<typeof readDataPosition>;
 
@@ -54,7 +54,7 @@ const readFacts = readRecord({
   position: readOptional(readNullable(readDataPosition), null),
 });
 
-/** A state, with all that is needed to go on from it. */
+/** A state, with all that is needed to continue from it. */
 export interface Checkpoint {
   /** The session that it belongs to, or came out of. */
   readonly session: string;
@@ -79,7 +79,7 @@ export class CheckpointStore {
    * Keep a checkpoint, and forget its session's others but the newest and those of later steps,
    * which are of a course that training has left.
    *
-   * @throws NotSaved: it cannot be kept; those before it stand.
+   * @throws NotSaved: it cannot be written; earlier checkpoints are kept.
    */
   async write(checkpoint: Checkpoint): Promise<readonly number[]> {
     await this.#put(this.#nameStep(checkpoint.session, checkpoint.step), checkpoint);
@@ -143,7 +143,7 @@ export class CheckpointStore {
   /**
    * Keep a state as the outcome of a training.
    *
-   * @throws NotSaved: it cannot be kept, or is not finite; the one before it stands.
+   * @throws NotSaved: it cannot be written, or is not finite; the earlier one is kept.
    */
   async publish(checkpoint: Checkpoint): Promise<void> {
     this.checkFinite(checkpoint.tensors);
@@ -219,7 +219,7 @@ export class CheckpointStore {
       return { ...facts, tensors };
     } catch (error) {
       if (!(error instanceof SyntaxError || error instanceof SplitonnxError)) throw error;
-      throw new BundleError(name, `it is no checkpoint: ${error.message}`);
+      throw new BundleError(name, `it is not a checkpoint: ${error.message}`);
     }
   }
 }

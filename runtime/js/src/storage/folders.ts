@@ -27,14 +27,14 @@ export function openFolder(folder: string): ReadFile {
  * Read a file of at most `limit` bytes; opening it never waits for another process, and a device,
  * which may have no end, is not read.
  *
- * @throws BundleError: it is no regular file, or a larger one.
+ * @throws BundleError: it is not a regular file, or a larger one.
  */
 async function readRegular(path: string, limit: number): Promise<Uint8Array> {
   // A FIFO would be waited for at once without O_NONBLOCK, which Windows has not.
   const file = await open(path, constants.O_RDONLY | (constants.O_NONBLOCK ?? 0));
   try {
     const facts = await file.stat();
-    if (!facts.isFile()) throw new BundleError(path, "it is no regular file; give one");
+    if (!facts.isFile()) throw new BundleError(path, "it is not a regular file; pass one");
     if (facts.size > limit) {
       throw new BundleError(path, `it takes ${facts.size} bytes, over the limit of ${limit}`);
     }
@@ -191,7 +191,7 @@ async function readHolder(path: string): Promise<Holder | undefined> {
   }
 }
 
-/** Remove a lock whose process has ended; say whether there is none now. */
+/** Remove a lock if its process has ended; return whether it is free now. */
 async function removeStale(path: string, own: string): Promise<boolean> {
   const holder = await readHolder(path);
   if (holder && (await isAlive(holder))) return false;

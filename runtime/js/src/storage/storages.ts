@@ -15,7 +15,7 @@ export interface StateStorage {
   /** List the names that begin so. */
   list(prefix: string): Promise<readonly string[]>;
   /**
-   * Take a lock, for one client at a time; `undefined` where another has it.  With `takeOver` it is
+   * Acquire a lock; return `undefined` where another client holds it.  With `takeOver` it is
    * taken from whoever has it.  What only one client can reach needs none.
    */
   lock?(name: string, options: { takeOver: boolean }): Promise<StorageLock | undefined>;
@@ -81,7 +81,7 @@ export class IndexedDbStorage implements StateStorage {
     return this.#act("readonly", (files) => files.getAllKeys(range) as IDBRequest<string[]>);
   }
 
-  /** A Web Lock; pages over plain HTTP have none, and are let go on. */
+  /** Acquire a Web Lock; pages over plain HTTP have none, and continue without. */
   async lock(
     name: string,
     { takeOver }: { takeOver: boolean },

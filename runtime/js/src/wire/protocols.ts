@@ -65,7 +65,7 @@ export class Protocol {
   /**
    * Write a message, and move on.
    *
-   * @throws LocalProtocolError: this side may not say this now.
+   * @throws LocalProtocolError: this side may not send this message now.
    */
   send(message: Message, tensors: NdArrays = new Map()): Uint8Array<ArrayBuffer> {
     if (message.type === "Tensors") this.#checkTensors(message, tensors, CLIENT);
@@ -76,7 +76,7 @@ export class Protocol {
   /**
    * Move on as a message is sent that was written before.
    *
-   * @throws LocalProtocolError: this side may not say this now.
+   * @throws LocalProtocolError: this side may not send this message now.
    */
   note(message: Message): void {
     const following = MOVES[`${this.state} ${CLIENT} ${message.type}`];
@@ -121,7 +121,7 @@ export class Protocol {
     const unknown = [...tensors.keys()].filter((name) => !wires.has(name));
     if (unknown.length) {
       const kind = sender === SERVER ? RemoteProtocolError : LocalProtocolError;
-      throw new kind(`${quote(unknown)} is no wire of phase '${message.phase}'`);
+      throw new kind(`${quote(unknown)} is not a wire of phase '${message.phase}'`);
     }
     this.#open(message);
     for (const [name, array] of tensors) {
@@ -133,7 +133,7 @@ export class Protocol {
     }
   }
 
-  /** What names of dimensions stand for holds for one task. */
+  /** Forget the sizes of named dimensions, which hold for one task. */
   #open(message: TensorsMessage): void {
     if (this.#task && isSameTask(this.#task, message)) return;
     this.#task = message;
@@ -141,7 +141,7 @@ export class Protocol {
   }
 }
 
-/** List what travels in each phase in which anything does, as a greeting tells it. */
+/** List what travels in each phase, for a greeting. */
 export function listWires(manifest: PartyManifest): Wires {
   const used = manifest.phases.filter((phase) => phase.wires.length);
   return new Map(used.map((phase) => [phase.name, phase.wires]));
