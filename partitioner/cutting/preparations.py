@@ -134,6 +134,10 @@ def prepare(
     )
 
 
+_MOST_CORRECTIONS = 32
+"""How many times shapes are inferred again after a window too many."""
+
+
 def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProtocol]:
     """Bring a model to one way of writing it, whatever its opset and exporter; give its weights.
 
@@ -164,8 +168,21 @@ def _normalize(model: ir.Model, train: Sequence[str]) -> dict[str, ir.TensorProt
 
 
 def _make_paddings_explicit(model: ir.Model) -> None:
-    if make_paddings_explicit(model.graph):
+    """Make paddings explicit, one after the other where a size follows from another's windows.
+
+    Raises:
+        UnsupportedModel: more than ``_MOST_CORRECTIONS`` stand behind one another.
+    """
+    for _ in range(_MOST_CORRECTIONS):
+        if not make_paddings_explicit(model.graph):
+            return
         infer_shapes(model)
+    raise UnsupportedModel(
+        "the model",
+        f"more than {_MOST_CORRECTIONS} poolings that round up stand behind one another, each with "
+        "a last window that would begin behind the image",
+        "export them with explicit padding",
+    )
 
 
 def _make_differentiable(training: ir.Model, trained: Collection[str]) -> None:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
-from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
@@ -25,37 +26,74 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
 
     One whose padding depends on a size that is not known stays as it is.  Return whether shapes
     must be inferred again: onnx, too, can count one window too many, and the shapes that depend on
-    it are removed.
+    it are removed.  What stands behind such a window waits for the right ones, in the next call.
     """
-    wrong: list[ir.Value] = []
+    return _make_paddings_explicit(graph, set())
+
+
+def _make_paddings_explicit(graph: ir.Graph, wrong: set[ir.Value]) -> bool:
+    """Do so in one graph; add to ``wrong`` what has a wrong shape or depends on one that has."""
+    found = False
     for node in list(graph):
+        is_behind = any(value in wrong for value in list_inputs(node))
         for body in list_bodies(node):
-            if make_paddings_explicit(body):
-                wrong.extend(node.outputs)
-        if node.op_type not in _WINDOWED or node.domain:
-            continue
-        with attribute_errors_to(node, "given explicit padding"):
-            counts = _make_padding_explicit(node)
-        found = known_dims(node.outputs[0])
-        if counts and found is not None and found[2:] != counts:
-            wrong.extend(node.outputs)
-    for value in find_dependents(graph, wrong) if wrong else ():
+            if is_behind:
+                _forget_shapes(body.inputs, wrong)
+            if _make_paddings_explicit(body, wrong):
+                found = is_behind = True
+        if not is_behind and node.op_type in _WINDOWED and not node.domain:
+            is_behind = _correct(node)
+            found = found or is_behind
+        if is_behind:
+            _forget_shapes(node.outputs, wrong)
+    return found
+
+
+def _correct(node: ir.Node) -> bool:
+    """Make the padding of one node explicit; return whether its output has another shape."""
+    with attribute_errors_to(node, "given explicit padding"):
+        counts = _make_padding_explicit(node)
+    found = known_dims(node.outputs[0])
+    return bool(counts) and found is not None and found[2:] != counts
+
+
+def _forget_shapes(values: Sequence[ir.Value], wrong: set[ir.Value]) -> None:
+    wrong.update(values)
+    for value in values:
         value.shape = None
-    return bool(wrong)
 
 
 def _make_padding_explicit(node: ir.Node) -> list[int]:
     """Write the padding of one node out; return its windows per axis where onnx may be wrong."""
     kernel = read_kernel(node)
+    if kernel is None:
+        return []
+    counts: list[int] = []
     mode = node.attributes.get_string("auto_pad", "NOTSET")
-    if kernel is not None and mode != "NOTSET":
+    if mode != "NOTSET":
         pads = [0] * (2 * len(kernel)) if mode == "VALID" else _find_pads(node, mode, kernel)
         if pads is not None:
             del node.attributes["auto_pad"]
             node.attributes["pads"] = ir.AttrInt64s("pads", pads)
-    elif kernel is not None and node.attributes.get_int("ceil_mode", False):
-        return _make_ceiling_explicit(node, kernel)
-    return []
+    elif node.attributes.get_int("ceil_mode", False):
+        counts = _make_ceiling_explicit(node, kernel)
+    _check_pads(node, kernel)
+    return counts
+
+
+def _check_pads(node: ir.Node, kernel: Sequence[int]) -> None:
+    """Raise where ONNX Runtime takes no pooling so padded; a dilated window can need as much."""
+    pads = node.attributes.get_ints("pads", [])
+    if node.op_type == "Conv" or all(
+        pad < k for pad, k in zip(pads, (*kernel, *kernel), strict=False)
+    ):
+        return
+    raise UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        f"its windows need a padding of {list(pads)}, and ONNX Runtime takes none as large as its "
+        f"kernel, {list(kernel)}",
+        "put a Pad before it, or take a window without dilations",
+    )
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
