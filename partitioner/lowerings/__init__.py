@@ -2,7 +2,8 @@
 
 A portable part runs on any ONNX Runtime, so nothing may be left in it that only
 onnxruntime-training knows.  :data:`LOWERINGS` shows the whole coverage; each entry is a small
-function from a node to the values that replace its outputs.  The formulas are the textbook
+function from a node to the values that replace its outputs, such as the gradient of AveragePool in
+``pools.py``.  The formulas are the textbook
 derivatives of the forward operators as onnx.ai/onnx/operators defines them.
 """
 
