@@ -16,7 +16,7 @@ from splitonnx.chunks import iter_chunks
 from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_file_place
-from splitonnx.partitioner.cutting.preparations import make_inference_form
+from splitonnx.partitioner.cutting.passes.forms import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights

@@ -16,12 +16,8 @@ from splitonnx.manifests import Recipe
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.joints import build_predict, build_training
-from splitonnx.partitioner.cutting.preparations import (
-    BatchNormMode,
-    DropoutMode,
-    PreparedModel,
-    prepare,
-)
+from splitonnx.partitioner.cutting.passes.passes import BatchNormMode, DropoutMode
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float

@@ -17,13 +17,13 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
 from splitonnx.faults import LOGGER
 from splitonnx.partitioner import lowerings, rewrites
-from splitonnx.partitioner.cutting import joints, preparations
+from splitonnx.partitioner.cutting import joints
 from splitonnx.partitioner.differentiation import gradients
 from splitonnx.partitioner.gate import gates
 from splitonnx.partitioner.inference import shapes
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import call
-from splitonnx.partitioner.normalization import explicit_padding
+from splitonnx.partitioner.normalization import explicit_padding, opsets
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.runtime.client.clients import Client
@@ -56,7 +56,7 @@ PLACES = {
         "given explicit padding",
     ),
     "a pass without nodes": (
-        preparations, "seed_random_operators", None, "the model", "prepared for training",
+        opsets, "_choose_target", None, "the model", "brought to opset 18 to 21",
     ),
     "the gradients' reading": (
         gradients, "_read_derived", None, "the model", "read from the gradient builder",
@@ -76,7 +76,7 @@ def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     module, name, key, where, work = PLACES[request.param]
     if key is not None:
         monkeypatch.setitem(getattr(module, name), key, fail)
-    elif name in ("read_model", "_note_entries", "_match_gradients", "seed_random_operators"):
+    elif name in ("read_model", "_note_entries", "_match_gradients", "_choose_target"):
         monkeypatch.setattr(module, name, None)  # TypeError: it cannot be called
     else:
         monkeypatch.setattr(module, name, fail)

@@ -18,7 +18,7 @@ import onnx
 from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role
 from splitonnx.optimizers import SGD, Optimizer
-from splitonnx.partitioner.cutting.preparations import BatchNormMode
+from splitonnx.partitioner.cutting.passes.passes import BatchNormMode
 from splitonnx.partitioner.partitions import Target, cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.client.clients import Client

@@ -1,0 +1,387 @@
+"""The passes of a preparation, in a table: what each requires, ensures and spoils.
+
+Both forms share every tensor name, so that one cut fits both.  Weights leave the graph and
+become graph inputs: what is differentiated stays small, whatever the model weighs.  The passes
+know operators' modes in training and inference; they know no cut, no loss and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import Literal
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.passes.forms import (
+    declare_statistics,
+    keep_data_outputs,
+    make_inference_form,
+    name_nodes,
+    refuse_unkept_statistics,
+)
+from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
+from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
+from splitonnx.partitioner.graphs.readings import copy_model
+from splitonnx.partitioner.graphs.tables import refuse_tables
+from splitonnx.partitioner.inference.folds import fold, note_shapes
+from splitonnx.partitioner.inference.sequences import flatten_sequences
+from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
+from splitonnx.partitioner.lowerings.fusions import separate_pads
+from splitonnx.partitioner.normalization.batchnorms import (
+    freeze_batchnorms,
+    train_batchnorms,
+)
+from splitonnx.partitioner.normalization.dropouts import seed_dropouts
+from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
+from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
+from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
+from splitonnx.partitioner.normalization.precisions import widen
+from splitonnx.partitioner.normalization.quantizations import (
+    lift_quantized,
+    pass_gradients,
+    refuse_integer_model,
+)
+from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
+from splitonnx.partitioner.normalization.weights import assign_roles, lift_weights, return_weights
+from splitonnx.partitioner.rewrites import rewrite
+
+BatchNormMode = Literal["train", "frozen"]
+DropoutMode = Literal["keep", "off"]
+
+
+class Fact(Flag):
+    """What holds of a model between two passes."""
+
+    INLINED = auto()  # no node calls a function of the model
+    STORED = auto()  # what has a stored value is no input of the graph
+    NAMED = auto()  # every node has a name of its own
+    QUANTIZED = auto()  # integer weights are quantised in the graph
+    LIFTED = auto()  # weights are inputs of the graph
+    ADAPTED = auto()  # operators are of opset 18 to 21
+    USUAL = auto()  # recurrences and operators of ai.onnx.ml are written as others are
+    TYPED = auto()  # types and shapes are noted where they can be inferred
+    PADDED = auto()  # paddings are written out where the shapes allow it
+    FLAT = auto()  # sequences whose lengths are known are gone
+    FOLDED = auto()  # what depends on no input is a constant
+    CHECKED = auto()  # ranks are those that operators take
+    REDUCED = auto()  # axes of reductions are written out
+    FORMS = auto()  # the training and the inference form are apart
+    WIDE = auto()  # both forms compute in float32
+    MODES = auto()  # BatchNormalization and Dropout are as each form has them
+    SEEDED = auto()  # what is random is drawn by a key
+    OUTPUTS = auto()  # optional outputs that gradients read are declared
+    ROLES = auto()  # every weight has its role
+    SMOOTH = auto()  # every operator behind a trained weight has a gradient
+    SHAPED = auto()  # shapes that follow from dimensions are noted too
+
+
+_NOTHING = Fact(0)
+
+
+@dataclass(kw_only=True)
+class Work:
+    """A model on its way through the passes, which change it in place, and what they found."""
+
+    model: ir.Model
+    batchnorm: BatchNormMode | None = None
+    dropout: DropoutMode | None = None
+    train: Sequence[str] = ()
+    freeze: Sequence[str] = ()
+    weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    frozen_statistics: Collection[str] = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    forms: tuple[ir.Model, ...] = ()
+
+    @property
+    def training(self) -> ir.Model:
+        """The form to train."""
+        return self.forms[0]
+
+    @property
+    def inference(self) -> ir.Model:
+        """The form to predict with."""
+        return self.forms[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of the preparation; ``work`` completes "while the model was ...".
+
+    It needs what it ``requires``; afterwards what it ``ensures`` holds, and what it ``spoils`` no
+    longer does.
+    """
+
+    work: str
+    run: Callable[[Work], None]
+    requires: Fact = _NOTHING
+    ensures: Fact = _NOTHING
+    spoils: Fact = _NOTHING
+
+
+def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], None]:
+    def run(work: Work) -> None:
+        change(work.model.graph)
+
+    return run
+
+
+def _lift_weights(work: Work) -> None:
+    work.weights = lift_weights(work.model.graph, work.train)
+
+
+_MOST_CORRECTIONS = 32
+"""How many times shapes are inferred again after a window too many."""
+
+
+def _make_paddings_explicit(work: Work) -> None:
+    """Make paddings explicit, one after the other where a size follows from another's windows.
+
+    Raises:
+        UnsupportedModel: more than ``_MOST_CORRECTIONS`` stand behind one another.
+    """
+    for _ in range(_MOST_CORRECTIONS):
+        if not make_paddings_explicit(work.model.graph):
+            return
+        infer_shapes(work.model)
+    raise UnsupportedModel(
+        "the model",
+        f"more than {_MOST_CORRECTIONS} poolings that round up stand behind one another, each with "
+        "a last window that would begin behind the image",
+        "export them with explicit padding",
+    )
+
+
+def _flatten_sequences(work: Work) -> None:
+    if flatten_sequences(work.model.graph):
+        infer_shapes(work.model)
+
+
+def _fold(work: Work) -> None:
+    fold(work.model, work.weights)
+
+
+def _flatten_sequences_of_loops(work: Work) -> None:
+    if flatten_sequences(work.model.graph):
+        infer_shapes(work.model)
+        fold(work.model, work.weights)
+
+
+def _part_forms(work: Work) -> None:
+    work.forms = (copy_model(work.model), copy_model(work.model))
+
+
+def _widen(work: Work) -> None:
+    work.masters = widen(work.forms, work.weights)
+
+
+def _fold_forms(work: Work) -> None:
+    """Fold constants in bfloat16, which can only be folded now."""
+    for form in work.forms if work.masters is not work.weights else ():
+        fold(form, work.weights)
+
+
+def _set_modes(work: Work) -> None:
+    work.buffers = train_batchnorms(work.training.graph, mode=work.batchnorm)
+    work.frozen_statistics = freeze_batchnorms(work.training.graph)
+    seed_dropouts(work.training.graph, mode=work.dropout)
+    make_inference_form(work.inference.graph)
+
+
+def _assign_roles(work: Work) -> None:
+    refuse_unkept_statistics(work.buffers, work.weights)
+    statistics, trained = {*work.buffers, *work.frozen_statistics}, set(work.buffers)
+    work.roles = assign_roles(
+        work.weights, statistics, trained, train=work.train, freeze=work.freeze
+    )
+
+
+def _make_differentiable(work: Work) -> None:
+    """Write the training form in operators that have a gradient, behind the trained weights."""
+    training = work.training
+    trained = {name for name, role in work.roles.items() if role is Role.PARAMETER}
+    if not trained:
+        refuse_integer_model(training.graph)
+    if pass_gradients(training.graph, trained):
+        infer_shapes(training)
+    rewrite(training, trained)
+
+
+def _infer_forms(work: Work) -> None:
+    for form in work.forms:
+        infer_shapes(form)
+
+
+def _finish_forms(work: Work) -> None:
+    for form in work.forms:
+        note_shapes(form.graph)
+        refuse_tables(form.graph)
+        keep_data_outputs(form.graph, work.weights)
+
+
+def _drop_inputs_of_weights(work: Work) -> None:
+    RemoveInitializersFromInputsPass()(work.model)
+
+
+_F = Fact
+PASSES: Sequence[Pass] = (
+    Pass(
+        work="written without functions",
+        run=lambda work: inline_functions(work.model),
+        ensures=_F.INLINED,
+    ),
+    Pass(
+        work="relieved of inputs with stored values", run=_drop_inputs_of_weights, ensures=_F.STORED
+    ),
+    Pass(
+        work="given names of nodes",
+        run=_on_graph(name_nodes),
+        requires=_F.INLINED,
+        ensures=_F.NAMED,
+    ),
+    Pass(
+        work="given float weights for integers",
+        run=_on_graph(lift_quantized),
+        requires=_F.INLINED | _F.STORED | _F.NAMED,
+        ensures=_F.QUANTIZED,
+    ),
+    Pass(
+        work="relieved of its weights",
+        run=_lift_weights,
+        requires=_F.INLINED | _F.STORED | _F.QUANTIZED,
+        ensures=_F.LIFTED,
+    ),
+    Pass(
+        work="brought to opset 18 to 21",
+        run=lambda work: adapt_opset(work.model),
+        requires=_F.INLINED | _F.NAMED,
+        ensures=_F.ADAPTED,
+    ),
+    Pass(
+        work="given the usual layout of recurrences",
+        run=_on_graph(normalize_layouts),
+        requires=_F.ADAPTED,
+    ),
+    Pass(
+        work="relieved of operators of ai.onnx.ml",
+        run=_on_graph(normalize_ml_operators),
+        requires=_F.ADAPTED,
+        ensures=_F.USUAL,
+    ),
+    Pass(
+        work="typed",
+        run=lambda work: infer_shapes(work.model),
+        requires=_F.ADAPTED | _F.USUAL,
+        ensures=_F.TYPED,
+    ),
+    Pass(
+        work="given explicit padding",  # before a shape that it corrects becomes a constant
+        run=_make_paddings_explicit,
+        requires=_F.TYPED,
+        ensures=_F.PADDED,
+    ),
+    Pass(work="relieved of sequences", run=_flatten_sequences, requires=_F.TYPED, ensures=_F.FLAT),
+    Pass(
+        work="folded",
+        run=_fold,
+        requires=_F.LIFTED | _F.TYPED | _F.PADDED | _F.FLAT,
+        ensures=_F.FOLDED,
+        spoils=_F.FLAT | _F.PADDED,  # unrolled loops, and what has a shape now
+    ),
+    Pass(
+        work="relieved of the sequences of loops",
+        run=_flatten_sequences_of_loops,
+        requires=_F.FOLDED,
+        ensures=_F.FLAT,
+    ),
+    Pass(
+        work="given back the weights of bodies that still stand",
+        run=lambda work: return_weights(work.model.graph, work.weights),
+        requires=_F.LIFTED | _F.FOLDED | _F.FLAT,
+    ),
+    Pass(
+        work="checked for its ranks",
+        run=_on_graph(check_ranks),
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.CHECKED,
+    ),
+    Pass(
+        work="given explicit padding where shapes were folded",
+        run=_make_paddings_explicit,
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.PADDED,
+    ),
+    Pass(work="given pads apart from poolings", run=_on_graph(separate_pads), requires=_F.PADDED),
+    Pass(
+        work="given explicit axes of reductions",
+        run=_on_graph(make_reductions_explicit),
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.REDUCED,
+    ),
+    Pass(
+        work="parted into two forms",
+        run=_part_forms,
+        requires=_F.NAMED | _F.LIFTED | _F.FLAT | _F.CHECKED | _F.PADDED | _F.REDUCED,
+        ensures=_F.FORMS,
+    ),
+    Pass(
+        work="brought to float32",
+        run=_widen,
+        requires=_F.FORMS | _F.TYPED,
+        ensures=_F.WIDE,
+        spoils=_F.FOLDED,
+    ),
+    Pass(work="folded in float32", run=_fold_forms, requires=_F.WIDE, ensures=_F.FOLDED),
+    Pass(
+        work="given the modes of its forms",
+        run=_set_modes,
+        requires=_F.FORMS | _F.WIDE | _F.FOLDED | _F.NAMED,
+        ensures=_F.MODES,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="given seeds",
+        run=lambda work: seed_random_operators(work.training.graph),
+        requires=_F.MODES | _F.NAMED,
+        ensures=_F.SEEDED,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="given the outputs that gradients read",
+        run=lambda work: declare_statistics(work.training.graph),
+        requires=_F.FORMS,
+        ensures=_F.OUTPUTS,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="typed in both forms",
+        run=_infer_forms,
+        requires=_F.MODES | _F.SEEDED | _F.OUTPUTS,
+        ensures=_F.TYPED,
+    ),
+    Pass(
+        work="given the roles of its weights",
+        run=_assign_roles,
+        requires=_F.LIFTED | _F.MODES,
+        ensures=_F.ROLES,
+    ),
+    Pass(
+        work="written in operators that have a gradient",
+        run=_make_differentiable,
+        requires=_F.TYPED | _F.FOLDED | _F.ROLES | _F.SEEDED | _F.OUTPUTS,
+        ensures=_F.SMOOTH,
+    ),
+    Pass(
+        work="finished in both forms",
+        run=_finish_forms,
+        requires=_F.TYPED | _F.SMOOTH,
+        ensures=_F.SHAPED,
+    ),
+)
+"""The preparation, in order; what each step requires, an earlier one ensures."""
