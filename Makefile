@@ -25,17 +25,26 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# What measures time or memory has the machine to itself; the rest runs in two processes.  pytest's
-# closing line is to be the last, that of the larger part.
+# The linters take one core, and beside them the clients in JavaScript are tried, one after another.
+# Then what measures time or memory has the machine to itself; the rest runs in three processes, since
+# each often waits for others that it started.  pytest's closing line is to be the last, that of the
+# larger part.
 HERE := not sweep and not browser
-test: lint test-js test-mobile test-browser
-	$(BIN)/python -m pytest -m "alone and $(HERE)"
-	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 2 --dist worksteal
+ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs 2 lint test-clients
+	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
+	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
+
+test-clients: $(VENV)/.test
+	$(MAKE) --no-print-directory test-js
+	$(MAKE) --no-print-directory test-mobile
+	$(MAKE) --no-print-directory test-browser
 
 # The client in JavaScript, against servers of this environment.
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
@@ -89,7 +98,7 @@ PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
 
 test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
 ifeq ($(strip $(PAGE_MISSES)),)
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser tests/browser
 else
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
