@@ -27,7 +27,7 @@ MAX_INSIDE = 2**31 - 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class _Join:
-    """A joined model's bytes, and the weights that stand in a file beside it, in their order."""
+    """A joined model's bytes, and the weights that are in a file beside it, in their order."""
 
     content: bytes
     beside: Sequence[np.ndarray] = ()
@@ -51,7 +51,7 @@ def merge(bundle: Bundle | str | Path) -> bytes:
 
     Raises:
         BundleError, FormatError: the folder cannot be read.
-        BundleMismatch: the parties stand at different steps.
+        BundleMismatch: the parties are at different steps.
         UsageError: the model is too large for one file; :func:`write_merged` writes two.
     """
     model = _join_parts(bundle)
@@ -75,7 +75,7 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
         The bytes written.
 
     Raises:
-        UnwritableFile: something stands in the place of a file, or it cannot be written.
+        UnwritableFile: something is in the place of a file, or it cannot be written.
         BundleError, FormatError, BundleMismatch: as :func:`merge` raises them.
     """
     target = Path(path)

@@ -49,7 +49,7 @@ def cut(
         at: the tensors (by tensor, node or glob pattern) that go from client to server.  The
             model's part up to them is the client's head.  ``None`` leaves the model whole, for
             training without a server.
-        tail_at: the tensors that come back to the client for a U-shaped cut: what lies behind
+        tail_at: the tensors that come back to the client for a U-shaped cut: what is behind
             them, the loss and the labels are the client's too.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` where
             ``output`` is the loss; see :func:`losses.attach_loss`.

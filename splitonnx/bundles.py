@@ -1,6 +1,6 @@
 """Bundles: the folders that a cut model lives in, one complete folder a party; load and save.
 
-What is written appears whole or not at all, and what is read is checked against the manifest and
+Files are written completely or not at all, and what is read is checked against the manifest and
 its checksums before anything uses it.  This module knows files, hashes and tensors; it runs no
 graph and cannot read one.
 """
@@ -55,7 +55,7 @@ class PartyBundle:
     ``graphs`` maps the graph files' names to ONNX models.  ``weights`` are what training starts
     from: parameters, frozen weights and buffers.  ``trained`` is the state after ``step`` updates,
     optimizer included, or ``None`` before the first; ``session`` is the one that trained it, and
-    ``position`` where it stood in its data, as the runtime wrote it.  ``path`` is the folder, or
+    ``position`` where it was in its data, as the runtime wrote it.  ``path`` is the folder, or
     ``None`` for a bundle in memory.  ``owner`` is whose session it was, at a server with tokens.
     Arrays are read-only.
     """
@@ -105,12 +105,12 @@ class PartyBundle:
         overwrite: bool = False,
         beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the party's folder, and files ``beside`` the bundle's own; whole or not at all.
+        """Write the party's folder, and files ``beside`` the bundle's own, all or nothing.
 
-        With ``overwrite``, a party's folder that stands there is replaced; nothing else ever is.
+        With ``overwrite``, a party's folder at that place is replaced; nothing else ever is.
 
         Raises:
-            BundleError: something stands at ``path``, or it cannot be written there.
+            BundleError: something is at ``path``, or it cannot be written there.
             FolderInUse: what is to be replaced is served or trained.
         """
 
@@ -156,7 +156,7 @@ class PartyBundle:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the state to go on from: the trained one, else the weights and zeros.
+        """Return the state to continue from: the trained one, else the weights and zeros.
 
         Every tensor of the manifest's state is in it, in that order, of that dtype and shape.
         """
@@ -219,12 +219,12 @@ class Bundle:
         return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the bundle as a folder, which appears whole or not at all.
+        """Write the bundle as a folder, which appears completely or not at all.
 
-        With ``overwrite``, a bundle that stands there is replaced; nothing else ever is.
+        With ``overwrite``, a bundle at that place is replaced; nothing else ever is.
 
         Raises:
-            BundleError: something stands at ``path``, or it cannot be written there.
+            BundleError: something is at ``path``, or it cannot be written there.
             FolderInUse: what is to be replaced is served or trained.
         """
         _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)

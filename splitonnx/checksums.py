@@ -1,6 +1,6 @@
 """Checksums: a tensor file carries a SHA-256 over all of itself, so that no change goes unnoticed.
 
-The sum stands in the header's metadata under ``sha256`` and is taken over every byte of the file,
+The sum is in the header's metadata under ``sha256`` and is taken over every byte of the file,
 with 64 zeros in the sum's own place.  Nobody is kept from altering a file and its sum: this
 finds accidents, not attacks.  This module knows bytes and no file system.
 """

@@ -126,7 +126,7 @@ def _split_quotient(text: str) -> tuple[str, str] | None:
 
 
 def _measure_depth(text: str) -> int:
-    """Count how deep parentheses lie inside one another."""
+    """Count how deep parentheses are inside one another."""
     depth = deepest = 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -135,7 +135,7 @@ def _measure_depth(text: str) -> int:
 
 
 def _split(text: str, sign: str) -> Iterator[str]:
-    """Split a text at a sign that stands outside of all parentheses."""
+    """Split a text at a sign that is outside of all parentheses."""
     depth = start = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""Files: opened only where they are regular, and written whole or not at all.
+"""Files: opened only where they are regular, and written completely or not at all.
 
 A pipe without a writer would be waited for without end, and a device such as ``/dev/zero`` never
 ends: whatever a user or a bundle names is opened here.  What is being written has a name of its own

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and take another's place in one step.
+"""Folders that appear completely or not at all, and take another's place in one step.
 
 Where the system can exchange two names at once (Linux, macOS), a folder that is replaced is at its
 place at every moment.  Elsewhere there are two renames, and what was moved aside comes back by

@@ -11,8 +11,8 @@ A bundle's folder::
         state.safetensors   the state after training, once there was any
 
 A *phase* is what a party does for one task (``train``, ``predict``, ``evaluate``): a set of
-stages that each run as soon as their inputs are there.  Values have names; where a name's value
-comes from is written at the stage's input (:class:`Source`).  The manifest is the whole contract
+stages that each run as soon as their inputs are there.  Values have names whose
+source is written at the stage's input (:class:`Source`).  The manifest is the whole contract
 between partitioner and runtime, also between the Python runtime and one in another language.
 """
 
@@ -142,7 +142,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
     ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex, written with the folder; bundles of earlier versions
-    have none.  ``sha256`` is the file's own (:func:`has_valid_checksum`); it stands in files alone.
+    have none.  ``sha256`` is the file's own (:func:`has_valid_checksum`); it is in files alone.
     """
 
     format: str
@@ -227,7 +227,7 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
 
     Raises:
         FormatError: not JSON, a field missing or of the wrong type, another format version, a
-            state that no party can hold, or a wire with a dimension that nothing is said of.
+            state that no party can hold, or a wire with a dimension that is not declared.
     """
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)

@@ -1,6 +1,6 @@
 """What client and server say to each other, and how a message is written.
 
-A message is one safetensors message: its own fields stand as JSON in the metadata under
+A message is one safetensors message: its own fields are JSON in the metadata under
 ``splitonnx``, its tensors are the message's tensors.  So any safetensors reader can look into a
 recorded message.  This module knows what can be said; when it may be said is the protocol's
 business.
@@ -44,15 +44,15 @@ class TaskKey(msgspec.Struct, frozen=True):
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: this is my token.  For browsers, which cannot set a header."""
+    """A client's token, as a message: browsers cannot send it in a header."""
 
     token: str
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: I have this bundle and stand at this step of this session.
+    """Client: I have this bundle and am at this step of this session.
 
-    ``session`` is 32 hex digits of the client's choice, new or one to go on with.  It began at
+    ``session`` is 32 hex digits of the client's choice, new or one to continue with.  It began at
     step ``start``, from a state that came out of session ``origin``, empty for an untrained
     bundle.  ``generation`` counts the session's connections: it must be larger than that of any
     before.  ``kept`` are the steps that the client has checkpoints of; without any it can go back
@@ -75,12 +75,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """The steps at which the client could go on, the newest first."""
+        """The steps at which the client could continue, the newest first."""
         return tuple(sorted({self.step, *(self.kept or (self.start,))}, reverse=True))
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: so have I; we go on at ``step``, the client's own or one that it kept.
+    """Server: so have I; we continue at ``step``, the client's own or one that it kept.
 
     ``wants_repeat``: I have not made the step before that yet; send its messages again.
     """
@@ -132,7 +132,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: it could not be written; what was saved before stands, and training may go on."""
+    """Server: it could not be written; what was saved before is kept, and training may continue."""
 
     session: str
     step: Count

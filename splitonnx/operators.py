@@ -53,7 +53,7 @@ _TRAINING = """
     SplitTraining TanhGrad Trilu
 """
 TRAINING_OPERATORS = frozenset(_TRAINING.split())
-"""What the gradient builder of onnxruntime-training makes; some of it stands in ONNX's domain."""
+"""What the gradient builder of onnxruntime-training makes; some of it is in ONNX's domain."""
 
 _CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization Trilu"
 TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())

@@ -2,7 +2,7 @@
 
 A party's folder holds the newest outcome in ``state.safetensors``.  An older one of another session
 moves to ``outcomes/<session>.safetensors`` when it is replaced, so that a server that trains with
-many clients keeps the half that belongs to each.  What is written appears whole or not at all, and
+many clients keeps the half that belongs to each.  Files are written completely or not at all, and
 carries a SHA-256 over all of itself, which is checked when it is read.  This module knows files and
 tensors, and neither graphs nor checkpoints.
 """
@@ -84,7 +84,7 @@ def is_session(name: str) -> bool:
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write a party's state into its folder ``path`` as the newest outcome, whole or not at all.
+    """Write a party's state into its folder ``path`` as the newest outcome, all or nothing.
 
     ``digest`` is the bundle's.
 

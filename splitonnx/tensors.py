@@ -52,7 +52,7 @@ def name_dtype(dtype: np.dtype[np.generic]) -> str:
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor as it is declared.
 
-    ``bounds`` is a half-open range that an integer tensor's values must lie in.
+    ``bounds`` is a half-open range that an integer tensor's values must be in.
     """
 
     name: str
@@ -85,7 +85,7 @@ def check_array(
 
     Raises:
         ArrayMismatch: dtype or shape differ.
-        ValueOutOfRange: an integer lies outside ``spec.bounds``.
+        ValueOutOfRange: an integer is outside ``spec.bounds``.
     """
     if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(
         array.shape, spec, sizes, is_output=is_output

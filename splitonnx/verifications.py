@@ -2,7 +2,7 @@
 
 A bundle's two parts train in one process, linked by the in-memory transport, beside the same
 model left whole; after every step the losses and all parameters are compared.  This module
-stands above partitioner and runtime and needs both.
+is above partitioner and runtime and needs both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Find where a graph can be divided if some inputs may cross beside the tensor of the cut.
 
-Such a tensor lies on every path to the outputs from all that it is made of, apart from what may
+Such a tensor is on every path to the outputs from all that it is made of, apart from what may
 cross.  In the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance
 Algorithm") each tensor is above those whose paths all pass through it, so one walk over the tree
 answers for all tensors.  This module knows no weights and no sizes: what it lists is a candidate.

@@ -146,10 +146,10 @@ _TYPES = {
 _SUBJECT = "the model to differentiate"
 
 _SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
-"""What stands before the reason in what ONNX Runtime says: the place in its own source."""
+"""What is before the reason in what ONNX Runtime says: the place in its own source."""
 
 _ADVICE = (
-    "cut so that it lies before every trained parameter, freeze the parameters before it, or "
+    "cut so that it is before every trained parameter, freeze the parameters before it, or "
     "export the model without it"
 )
 

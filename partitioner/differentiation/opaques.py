@@ -1,4 +1,4 @@
-"""Nodes that onnxruntime-training does not get to see, taken out before it differentiates.
+"""Nodes hidden from onnxruntime-training: they are removed before it differentiates.
 
 Its optimizer (1.19.2) prepares for training all that it sees, whether a gradient passes it or not:
 of LSTM and GRU it makes LSTMTraining and GRUTraining, which no other runtime has; and within the

@@ -50,7 +50,7 @@ def open_model(source: ModelSource) -> ir.Model:
     Raises:
         NotAModel: the bytes are not an ONNX model, or not a well-formed one.
         UnsupportedModel: it uses a domain, operator or opset that is not known here.
-        ForbiddenExternalData: a tensor's data lie outside the model's folder.
+        ForbiddenExternalData: a tensor's data are outside the model's folder.
     """
     proto, label, folder = _read(source)
     files = DataFiles(label=label, folder=folder)

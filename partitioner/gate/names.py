@@ -33,7 +33,7 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 
 
 def check_texts(model: ModelProto, label: str) -> None:
-    """Check that every name can stand in one line of text, and that other text is text.
+    """Check that every name fits into one line of text, and that other text is text.
 
     Raises:
         NotAModel: a name holds a line break or another control character, or is endless; text is

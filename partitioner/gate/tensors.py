@@ -40,7 +40,7 @@ class DataFiles:
         Raises:
             NotAModel: it has no known data type, no valid shape, or not the bytes for it.
             UnsupportedModel: it holds a text that is too long.
-            ForbiddenExternalData: its data lie outside the model's folder.
+            ForbiddenExternalData: its data are outside the model's folder.
         """
         subject = f"tensor '{tensor.name}'"
         dims = list(tensor.dims)

@@ -1,6 +1,6 @@
 """Attributes: what the work on a model relies on when it reads them, checked once.
 
-onnx's checker lets pass what stands in bodies and functions, references above all, which mean
+onnx's checker lets pass what is in bodies and functions, references above all, which mean
 something only where a function is called.  Behind this, each attribute is of its operator's type
 and the required ones are there.  Their values are judged where they are used.
 """

@@ -53,7 +53,7 @@ class NodeBuilder:
         return made
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
-        """Return a scalar constant; ``dtype`` is as a rule that of a neighbour."""
+        """Return a scalar constant; ``dtype`` is usually that of a neighbour."""
         known = self._require(dtype)
         return self._constant((value, known), _make_tensor(value, known))
 

@@ -1,4 +1,4 @@
-"""Control flow that is settled beforehand: branches inlined, loops unrolled.
+"""Control flow that is settled in advance: branches inlined, loops unrolled.
 
 The gradient builder takes no If, Loop or Scan.  One whose condition or trip count is known before
 any data come is written out as the nodes that it runs; any other one stays as it is, with the
@@ -17,7 +17,7 @@ from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list
 from splitonnx.partitioner.inference.inferences import Inference
 
 KEPT = "splitonnx.kept"
-"""Key of a node's metadata that says why its control flow could not be settled beforehand."""
+"""Key of a node's metadata that says why its control flow could not be settled in advance."""
 
 MOST_NODES = 20_000
 """Loops that would become more nodes, those of one model together, stay loops."""
@@ -230,7 +230,7 @@ def _write_truth(draft: NodeBuilder) -> ir.Value:
 
 
 def _hoist_constants(body: ir.Graph, node: ir.Node) -> None:
-    """Move a body's initializers into the graph that the node stands in."""
+    """Move a body's initializers into the graph that the node is in."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     taken = _list_names(graph)

@@ -1,4 +1,4 @@
-"""Folding: what of a model is known before any data come is computed beforehand.
+"""Folding: what of a model is known before any data come is computed in advance.
 
 Constants take the place of what is computed from constants and fixed dimensions alone; a
 Reshape's target becomes one where at most one dimension is open; branches and loops that are

@@ -1,7 +1,7 @@
 """What is known of a model's tensors before any data come: shapes, and small contents.
 
 onnx's own inference gives up on a dimension as soon as it is computed with.  This one keeps it
-as a :class:`dimensions.Dim`, also where it stands as an element of an
+as a :class:`dimensions.Dim`, also as an element of an
 integer tensor, so that a Shape, Gather, Concat, Reshape path loses nothing.  It knows what nodes
 give; it changes none.
 """
@@ -37,7 +37,7 @@ from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
 from splitonnx.partitioner.inference.shape_rules import RULES, Dims
 
 MOST_ELEMENTS = 1 << 16
-"""Constants of more elements are not computed beforehand: they would weigh on every stage."""
+"""Constants of more elements are not computed in advance: they would weigh on every stage."""
 _MOST_SYMBOLS = 1 << 10
 _MOST_COMPUTED = 1 << 17
 """Symbolic elements computed in one graph; what comes after them is unknown."""
@@ -56,7 +56,7 @@ _COMPUTING = frozenset(
      "Xor"]
 )  # fmt: skip
 FOLDABLE = _MOVING | _COMPUTING
-"""Operators that are computed beforehand where all of their inputs are constants."""
+"""Operators that are computed in advance where all of their inputs are constants."""
 
 
 def _unless(rule: Callable[[Amount, Amount], bool]) -> Callable[[Amount, Amount], bool]:

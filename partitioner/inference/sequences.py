@@ -1,4 +1,4 @@
-"""Sequences and optionals that are known beforehand, folded away to the tensors in them.
+"""Sequences and optionals that are known in advance, folded away to the tensors in them.
 
 No gradient passes a sequence.  But a list that an exporter writes (the outputs of a loop, the
 pieces of a split) has a length and positions that are fixed, so every tensor that goes in can be
@@ -27,7 +27,7 @@ Row = Sequence[ir.Value]
 
 
 class _Unknown(Exception):
-    """A length or a position is not known beforehand."""
+    """A length or a position is not known in advance."""
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:

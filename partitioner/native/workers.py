@@ -1,8 +1,8 @@
 """Isolation: native code in a process of its own, so that no model ends this one.
 
-One process is started at the first call, serves all later ones, and is started anew where a model
+One process is started at the first call, serves all later ones, and is started again where a model
 ended it.  It ends with this one.  This module knows processes and pipes; what is computed there
-stands in :mod:`natives`.
+is in :mod:`natives`.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Isolation:
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Start anew in a forked process: two must not read from one pipe."""
+        """Start again in a forked process: two must not read from one pipe."""
         worker, self._worker = self._worker, None
         self._lock = threading.Lock()
         if worker is not None:

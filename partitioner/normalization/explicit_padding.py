@@ -26,7 +26,7 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
 
     One whose padding depends on a size that is not known stays as it is.  Return whether shapes
     must be inferred again: onnx, too, can count one window too many, and the shapes that depend on
-    it are removed.  What stands behind such a window waits for the right ones, in the next call.
+    it are removed.  What is behind such a window waits for the right ones, in the next call.
     """
     return _make_paddings_explicit(graph, set())
 

@@ -257,7 +257,7 @@ def _lighten(node: ir.Node) -> None:
 
 
 def _name_body(function: ir.Function, node: ir.Node, version: int) -> None:
-    """Name what stands in the body after the node that it replaces."""
+    """Name what is in the body after the node that it replaces."""
     prefix = node.outputs[0].name or node.name
     for inner in function.all_nodes():
         inner.version = version

@@ -2,10 +2,10 @@
 
 Integers carry no gradient, so QuantizeLinear followed by DequantizeLinear is written, in the
 training form, as its own value plus a difference that is zero and has the gradient: it passes
-unchanged where x lies inside the range that the integers represent, and is zero outside.  Scales
+unchanged where x is inside the range that the integers represent, and is zero outside.  Scales
 and zero points are settings and stay as they are.
 
-A weight that stands as integers behind a DequantizeLinear is lifted: its float value becomes the
+A weight stored as integers before a DequantizeLinear is lifted: its float value becomes the
 parameter, under the integers' name, and is quantised by a QuantizeLinear with the same scale, so
 that the model's values stay what they were; merging folds it into integers again.  Integers of
 32 bits (biases) have no QuantizeLinear; they become plain floats, in the merged model as well.
@@ -280,7 +280,7 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
 
 
 def _find_inside(draft: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
-    """Return which elements lie between the least and the largest that the integers represent."""
+    """Return which elements are between the least and the largest that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     if settings is None:

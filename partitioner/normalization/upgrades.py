@@ -102,7 +102,7 @@ def _spread_legacy(draft: NodeBuilder, node: ir.Node) -> None:
 
 
 def _align(draft: NodeBuilder, node: ir.Node, axis: int) -> None:
-    """Unsqueeze the second operand until its first dimension stands at ``axis`` of the first."""
+    """Unsqueeze the second operand until its first dimension is at ``axis`` of the first."""
     x, other = node.inputs[:2]
     ranks = [known_rank(value) if value is not None else None for value in (x, other)]
     if ranks[0] is None or ranks[1] is None:

@@ -35,7 +35,7 @@ INNER = "splitonnx.inner"
 def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
     """Turn parameters and running statistics into graph inputs and return their tensors.
 
-    They stand as initializers or as Constant nodes, as Paddle's exporter writes all weights.
+    They are initializers or Constant nodes, as Paddle's exporter writes all weights.
     Those of the bodies of If, Loop and Scan come along (:func:`return_weights` undoes it).
     ``train`` holds regular expressions: each means the parameters that it finds, and where it
     finds none, the constants that it finds, which become parameters.
@@ -167,7 +167,7 @@ def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph
         if re.search(pattern, name):
             raise UnsupportedModel(
                 f"--train {pattern}",
-                f"'{name}' stands in a body of node '{holder.name}' ({holder.op_type}), whose "
+                f"'{name}' is in a body of node '{holder.name}' ({holder.op_type}), whose "
                 "weights are not trained",
                 "export the model without control flow",
             )

@@ -1,4 +1,4 @@
-"""Can this model be trained: what stands in the way, what would be rewritten, where it cuts.
+"""Can this model be trained: what prevents it, what would be rewritten, where it cuts.
 
 It takes the very steps that a cut takes, and keeps what they say.  It writes nothing.
 """

@@ -45,7 +45,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """One thing to know of a model, in a plain sentence with what to do."""
+    """A remark on a model: one sentence, and what to do."""
 
     kind: Kind
     sentence: str

@@ -81,7 +81,7 @@ def list_cuts(
 
 
 def _loses_gradient(bisection: Bisection) -> bool:
-    """Return whether trained parameters lie before a tensor that is not a float."""
+    """Return whether trained parameters are before a tensor that is not a float."""
     dtype = bisection.at[0].dtype
     return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 

@@ -1,6 +1,6 @@
 """Rewrites: operators without a gradient in onnxruntime-training, written as ones that have one.
 
-They come before differentiation and touch only what lies behind a trained parameter.
+They come before differentiation and touch only what is behind a trained parameter.
 :data:`REWRITES` shows the whole coverage; each entry is a small function from a node to the
 values that replace its outputs, or ``None`` where the node can stay as it is.  The formulas are
 the definitions of the operators at onnx.ai/onnx/operators.
@@ -147,13 +147,13 @@ _MOST_ROUNDS = 8
 """A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
 
 
-_ADVICE = "cut so that it lies before every trained parameter"
+_ADVICE = "cut so that it is before every trained parameter"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """Replace, in place, every operator without a gradient that a trained parameter reaches.
 
-    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred anew
+    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred again
     after each round, so that a rewrite may use what another one made.
 
     Raises:

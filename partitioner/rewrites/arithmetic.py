@@ -92,7 +92,7 @@ def _slope_to_exponent(draft: NodeBuilder, base: ir.Value, value: ir.Value) -> i
 
 
 def rewrite_where(draft: NodeBuilder, node: ir.Node) -> Values | None:
-    """Where on branches that are stretched beforehand.
+    """Where on branches that are stretched in advance.
 
     The builder of 1.19.2 forgets to sum the gradient of a branch over the axes along which Where
     stretches it.

@@ -84,7 +84,7 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return which outputs lie outside of the input and take the extrapolation's value."""
+    """Return which outputs are outside of the input and take the extrapolation's value."""
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
     x = find_coordinates(sampling)

@@ -1,4 +1,4 @@
-"""Losses that stand in a model itself: the negative log-likelihood, and cross-entropy by it."""
+"""Losses that are in a model itself: the negative log-likelihood, and cross-entropy by it."""
 
 from __future__ import annotations
 

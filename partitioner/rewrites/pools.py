@@ -167,7 +167,7 @@ def rewrite_max_unpool(draft: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lrn(draft: NodeBuilder, node: ir.Node) -> Values:
     """x / (bias + alpha / size * the squares of the neighbouring channels) ** beta.
 
-    The sum over neighbours is a convolution along the channels, which stand as an image's rows.
+    The sum over neighbours is a convolution along the channels, which become an image's rows.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

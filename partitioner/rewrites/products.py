@@ -57,7 +57,7 @@ def rewrite_determinant(draft: NodeBuilder, node: ir.Node) -> Values:
         raise UnsupportedModel(
             f"node '{node.name}' (Det)",
             f"matrices are to be square and of a known size up to {_LARGEST_DETERMINANT}",
-            "cut so that it lies before every trained parameter",
+            "cut so that it is before every trained parameter",
         )
     still = draft.detach(x)
     still.type, still.shape = x.type, x.shape

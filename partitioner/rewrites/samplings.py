@@ -42,7 +42,7 @@ class Taps:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAxis:
-    """One axis of an image: how many pixels it has, and how it goes on beyond its borders.
+    """One axis of an image: how many pixels it has, and how it continues beyond its borders.
 
     ``corners`` puts the borders at the outermost pixels' centres instead of their edges.
     """
@@ -98,7 +98,7 @@ class ImageAxis:
         return draft.op("Add", draft.op("Mul", draft.detach(sign), x), draft.detach(shift))
 
     def settle(self, x: ir.Value) -> ir.Value:
-        """Bring a coordinate that lies beyond the borders inside."""
+        """Bring a coordinate that is beyond the borders inside."""
         draft = self.draft
         if self.padding == "reflection":
             return self.fold(x)

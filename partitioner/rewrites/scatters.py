@@ -2,7 +2,7 @@
 
 Its builder treats every reduction as "none".  Here what meets at a place is told apart: the
 winners of max and min share the gradient evenly, as they do in Max and Min; the factors of mul
-get the product of the others, also where one of them is zero.  Indices may stand several times.
+get the product of the others, also where one of them is zero.  Indices may occur several times.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def rewrite_compress(draft: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_unique(draft: NodeBuilder, node: ir.Node) -> Values:
-    """Gather where each value stands first; the places themselves are constants.
+    """Gather where each value occurs first; the places themselves are constants.
 
-    Where a value stands several times, its whole gradient goes to the first.
+    Where a value occurs several times, its whole gradient goes to the first.
     """
     x = take_input(node, 0)
     made = draft.ops("Unique", [draft.detach(x)], 4, dict(node.attributes))

@@ -138,6 +138,6 @@ def _read_integer(node: ir.Node, index: int) -> int | None:
 def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
-        f"{what} is not known beforehand",
+        f"{what} is not known in advance",
         "export the model with fixed lengths",
     )

@@ -145,7 +145,7 @@ class Channel:
         The arrays must not be written to until the task is over.
 
         Raises:
-            StepsLost: the server stands at an earlier step; the task is to be given up.
+            StepsLost: the server is at an earlier step; the task is to be given up.
             ConnectionLost: there is no connection, and none came within the time.
         """
         task = self._require_task()

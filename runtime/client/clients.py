@@ -49,7 +49,7 @@ class Client:
     ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
     ``ws://127.0.0.1:8765``, a function that opens a transport, or an open one; ``None`` for a
     model left whole.  A connection that breaks is made again, unless an open transport was given,
-    and training goes on as if it had not.  Use it as a context manager, or call :meth:`close`.
+    and training continues as if it had not.  Use it as a context manager, or call :meth:`close`.
     After an error in the middle of a task the client closes, and its own state is what it was
     before the task.
 
@@ -187,7 +187,7 @@ class Client:
                 size is fixed.
             eval_data: evaluated after each epoch.
             learning_rate: a constant, or a function of the updates so far.
-            shuffle: deal each epoch anew.
+            shuffle: deal each epoch again.
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
             when_unsaved: whether training stops or continues where one cannot be written.
             restart: discard a run that was interrupted in the folder.

@@ -29,11 +29,11 @@ class Dataset(ABC):
     """Arrays by name that come in batches; made by :func:`open_dataset`."""
 
     size: int | None
-    """Number of samples, or ``None`` where it is not known beforehand."""
+    """Number of samples, or ``None`` where it is not known in advance."""
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise unless the arrays are as ``specs`` declare, as far as can be told beforehand.
+        """Raise unless the arrays are as ``specs`` declare, as far as can be told in advance.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
@@ -177,7 +177,7 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
     Raises:
         MissingArray: an array is not there.
         ArrayMismatch: dtype or shape differ.
-        ValueOutOfRange: an integer, a label as a rule, lies outside its bounds.
+        ValueOutOfRange: an integer, usually a label, is outside its bounds.
     """
     sizes: dict[str, int] = {}
     for spec in specs:

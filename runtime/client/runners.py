@@ -60,7 +60,7 @@ class TaskRunner:
         """Carry one task through, from its data to its commit, and return the phase's results.
 
         Raises:
-            StepsLost: the server lost steps; both sides stand at an earlier one, and can continue.
+            StepsLost: the server lost steps; both sides are at an earlier one, and can continue.
             DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
         """
         self._require_open()
@@ -100,7 +100,7 @@ class TaskRunner:
         except NotSaved as error:
             if when_unsaved == "stop":
                 raise
-            _logger.warning("%s; training goes on", error)
+            _logger.warning("%s; training continues", error)
 
     def publish(self) -> None:
         """Make both sides write their state as the outcome of the training, the server first.

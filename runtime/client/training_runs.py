@@ -107,7 +107,7 @@ class TrainingRun:
         """Keep the state as a checkpoint, durably.
 
         Raises:
-            NotSaved: it cannot be written; those before it stand.
+            NotSaved: it cannot be written; earlier ones are kept.
             BundleError: the bundle is in memory only.
             FolderInUse: another client trains in the folder.
         """

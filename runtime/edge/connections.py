@@ -1,4 +1,4 @@
-"""A server's connection that is held to the limits: how much may come, how fast and how slowly.
+"""A server's connection within limits: how much may arrive, how fast and how slowly.
 
 Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  Who
 may come in is decided by :mod:`admissions`; what the messages say is not known here.

@@ -80,7 +80,7 @@ class HttpRequest:
 
 
 class HttpResponse(NamedTuple):
-    """An HTTP answer; ``headers`` stand beside, or in place of, those that every answer has."""
+    """An HTTP answer; ``headers`` are sent beside, or in place of, those that every answer has."""
 
     status: int
     content_type: str
@@ -91,7 +91,7 @@ class HttpResponse(NamedTuple):
 Authorize: TypeAlias = Callable[[str], Identity | None]
 """From a token to whom it stands for, if it is known."""
 Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | None]
-"""From an HTTP request to an answer; ``None`` goes on to the websocket."""
+"""From an HTTP request to an answer; ``None`` leads to the websocket handshake."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]
 """Told why and whom."""
 

@@ -1,4 +1,4 @@
-"""Listening sockets that keep count of who has come in, before TLS or HTTP says a word.
+"""Listening sockets that count accepted connections, before TLS or HTTP begins.
 
 A connection in the middle of its TLS handshake is known to no one but the event loop, which keeps
 some 300 KiB for it; so the count begins at ``accept`` and ends when the socket is closed.  This
@@ -35,7 +35,7 @@ _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 class HandshakeQuota:
-    """Counts the sockets of one server that stand between ``accept`` and their handshake's end.
+    """Counts the sockets of one server that are between ``accept`` and their handshake's end.
 
     ``capacity`` is how many may.  With one more the oldest is shut down if it has had
     ``GRACE_SECONDS``, and else the newest: so a crowd can neither keep others out for long nor
@@ -152,7 +152,7 @@ def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener
 
     Raises:
         PortInUse: another program has the port.
-        UsageError: the address is none of this machine's.
+        UsageError: the address is not one of this machine's.
     """
     listeners: list[Listener] = []
     fault: OSError | None = None

@@ -20,7 +20,7 @@ from splitonnx.runtime.edge.http import HttpRequest, HttpResponse
 
 INDEX = "index.html"
 PACKED = ".gz"
-"""The ending of a file's form in gzip, which stands beside it."""
+"""The ending of a file's form in gzip, which is beside it."""
 MAX_FILES = 256
 """Files of one folder."""
 MAX_FILE_BYTES = 64 << 20

@@ -41,7 +41,7 @@ class Decision:
 class RequestPolicy:
     """Decides on requests.
 
-    Without ``authorize`` everybody comes in, under the name that stands in the certificate that
+    Without ``authorize`` everybody comes in, under the name that is in the certificate that
     TLS asked for, else as owner ``""``.
     """
 
@@ -62,7 +62,7 @@ class RequestPolicy:
             authorization = request.headers.get("Authorization")
             host = request.headers.get("Host")
         except MultipleValuesError:
-            return _deny(HTTPStatus.BAD_REQUEST, "a header stands twice")
+            return _deny(HTTPStatus.BAD_REQUEST, "a header occurs twice")
         if origin is not None and not self._origins.allow(origin, host):
             reason = "pages of this origin may not connect"
             return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_ORIGIN)

@@ -165,7 +165,7 @@ async def serve(
 
     Raises:
         PortInUse: another program has the port.
-        UsageError: the address is none of this machine's, or an origin is none.
+        UsageError: the address is not one of this machine's, or an origin is none.
     """
     admission = Admission(
         limits or Limits(),

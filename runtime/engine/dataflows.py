@@ -13,7 +13,7 @@ from splitonnx.manifests import Phase, Source, Stage
 
 
 class Dataflow:
-    """What one party's phase needs and gives: worked out once, valid for every task.
+    """What one party's phase needs and provides: computed once, valid for every task.
 
     ``receives`` and ``sends`` name the wires towards this party and away from it.  ``stages`` are
     in the manifest's order, which decides among several that are ready.

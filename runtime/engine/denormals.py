@@ -52,7 +52,7 @@ _REGISTERS = {
 
 
 def _make_posix(register: _Register) -> _SetFlush:
-    library = ctypes.PyDLL(None)  # a call is too short to let go of the interpreter's lock
+    library = ctypes.PyDLL(None)  # a call is too short to release the interpreter's lock
     read, write = library.fegetenv, library.fesetenv
     at, bits = register.offset, register.bits
     new = ctypes.c_char * _SIZE

@@ -69,7 +69,7 @@ def installed_runtime() -> InstalledRuntime:
 
 
 class Tensor:
-    """A tensor in ONNX Runtime's hands; opaque, made by :class:`Engine`."""
+    """A tensor of ONNX Runtime; opaque, made by :class:`Engine`."""
 
     __slots__ = ("_session", "_value")
 
@@ -141,11 +141,11 @@ class Engine:
         self._running = Runs(stage_seconds, on_stuck)
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
-        """Load a stage graph from bytes, which the gate has to let pass first.
+        """Load a stage graph from bytes, after the gate has checked it.
 
-        With ``training`` its nodes run exactly as they stand, unoptimized: the graph was optimized
+        With ``training`` its nodes run exactly as they are, unoptimized: the graph was optimized
         before it was differentiated, and a split and an unsplit run must use the same kernels.
-        A graph in ORT format runs as it stands in any case, and passes where it is ``trusted``.
+        A graph in ORT format runs as it is in any case, and passes where it is ``trusted``.
 
         Raises:
             ForbiddenGraph: it is not a graph as bundles have them; ONNX Runtime has not seen it.
@@ -211,7 +211,7 @@ class Engine:
     def from_array(self, array: np.ndarray) -> Tensor:
         """Pass an array to ONNX Runtime, without a copy if it is contiguous and aligned.
 
-        The array must not be written to afterwards.
+        The array must not be changed afterwards.
         """
         contiguous = np.require(array, requirements=["C", "A"])
         return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))

@@ -24,7 +24,7 @@ from splitonnx.tensors import DTYPES, TensorSpec
 FIXED = 1 << 20
 """Bytes that any task takes: its bookkeeping, small tensors, buffers of the kernels."""
 FRAGMENTATION = 1.35
-"""How much more ONNX Runtime's arenas take than what lies in them, as measured."""
+"""How much more ONNX Runtime's arenas take than what is in them, as measured."""
 
 _ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is their first input's memory."""

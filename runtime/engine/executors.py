@@ -164,7 +164,7 @@ class Executor:
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
             LocalProtocolError: the task is open already, or trains at another step than the next.
-            UsageError: seed or learning rate lie outside what their tensors hold.
+            UsageError: seed or learning rate are outside what their tensors hold.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
@@ -252,9 +252,9 @@ class Executor:
         return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state by another, as the manifest declares it; open tasks are given up.
+        """Replace the state by another, as the manifest declares it; open tasks are aborted.
 
-        The arrays must not be written to afterwards.
+        The arrays must not be changed afterwards.
         """
         self._tasks.clear()
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
@@ -269,7 +269,7 @@ class Executor:
         _check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state into the party's folder as its outcome, whole or not at all.
+        """Write the state into the party's folder as its outcome, completely or not at all.
 
         ``session`` is whose outcome it is, ``position`` where in its data it stands, and ``owner``
         whom the session belongs to.
@@ -354,7 +354,7 @@ def publish_state(
     position: str,
     owner: str,
 ) -> None:
-    """Write a state into the party's folder as its outcome, whole or not at all.
+    """Write a state into the party's folder as its outcome, completely or not at all.
 
     Raises:
         BundleError: the bundle is in memory only, or the folder cannot be written.

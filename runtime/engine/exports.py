@@ -79,7 +79,7 @@ class Export:
 def export(
     source: str | Path, target: str | Path | None = None, *, overwrite: bool = False
 ) -> Export:
-    """Write a party's folder for mobile apps, whole or not at all; ``source`` stays as it is.
+    """Write a party's folder for mobile apps, completely or not at all; ``source`` stays as it is.
 
     ``target`` is by default beside ``source``, with ``-mobile`` behind its name.  Weights and the
     outcome of training are included, checkpoints of interrupted runs are not.  With
@@ -186,7 +186,7 @@ def _is_export(manifest: PartyManifest) -> bool:
 
 
 def _list_exact(manifest: PartyManifest) -> set[str]:
-    """List the graphs whose nodes must run exactly as they stand."""
+    """List the graphs whose nodes must run exactly as they are."""
     if manifest.target != "training":
         return set()
     trained = (phase for phase in manifest.phases if phase.name not in (PREDICT, EVALUATE))

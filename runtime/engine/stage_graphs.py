@@ -31,7 +31,7 @@ class Extent:
 class Node:
     """A node: its operator, and the names of what it takes and makes; ``""`` where left out.
 
-    What the bodies of an If, Loop or Scan take stands in ``captured``; ``has_body`` says that there
+    What the bodies of an If, Loop or Scan take is in ``captured``; ``has_body`` says that there
     are some.
     """
 
@@ -46,7 +46,7 @@ class Node:
 class StageGraph:
     """A graph's values by name, its nodes in the order of running, its inputs and outputs.
 
-    ``constants`` are values that lie in the graph itself.
+    ``constants`` are values that are in the graph itself.
     """
 
     values: Mapping[str, Extent]

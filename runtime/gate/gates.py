@@ -65,7 +65,7 @@ class _Gate:
         self._imported: frozenset[str] = frozenset()  # domains
         self._count = 0  # nodes and bodies so far
         self._given = 0  # names
-        self._names: dict[bytes, str] = {}  # that were read; most stand there several times
+        self._names: dict[bytes, str] = {}  # that were read; most occur several times
         self._attributes: set[bytes] = set()  # likewise, those that passed
         self._types: set[bytes] = set()
         self._pending: list[tuple[Place, int]] = []  # bodies to be checked, and how deep they lie

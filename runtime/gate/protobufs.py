@@ -6,7 +6,7 @@ those, each in its own way), numbers beyond 64 bits, lengths beyond the message.
 and nothing is kept: a field is given as its number, or as the place of its bytes.
 (Format: protobuf.dev/programming-guides/encoding.)
 
-This module knows no ONNX; which messages lie in which fields is the caller's business.
+This module knows no ONNX; which messages are in which fields is the caller's business.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Wire(IntEnum):
 
 
 _WIDTHS: Mapping[Wire, int] = {Wire.FIXED64: 8, Wire.FIXED32: 4}
-"""Bytes that a field takes where that is known beforehand."""
+"""Bytes that a field takes where that is known in advance."""
 
 
 class Field(NamedTuple):
-    """A field of a message: its name, how it is written, and whether it may stand repeatedly.
+    """A field of a message: its name, how it is written, and whether it may occur repeatedly.
 
-    A ``refusal`` says why the field must not stand there at all.
+    A ``refusal`` says why the field must not be there at all.
     """
 
     name: str

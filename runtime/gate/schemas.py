@@ -1,6 +1,6 @@
 """The messages of ONNX as far as a bundle's graphs have them, for :mod:`protobufs` to read.
 
-What stands in no table, or with a refusal, is refused: fields that came later, and all that lets a
+What is in no table, or with a refusal, is refused: fields that came later, and all that lets a
 graph bring code, structure or data of its own.  Names are shortened to what the gate tells apart;
 fields that it treats alike bear one name.
 (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)

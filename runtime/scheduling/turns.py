@@ -158,7 +158,7 @@ class Turns:
     def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
         """Run a function in a thread once it is its owner's turn.
 
-        Cancelling the future withdraws a piece that waits; one that runs goes on to its end.
+        Cancelling the future withdraws a piece that waits; one that runs continues to its end.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         work = _Work(function=function, future=future)

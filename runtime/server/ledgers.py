@@ -38,7 +38,7 @@ class Fingerprint:
         self._digest = b""
 
     def take(self) -> bytes:
-        """Return the digest, and let go of the bytes."""
+        """Return the digest, and release the bytes."""
         if self._content is not None:
             self._digest = hashlib.sha256(self._content).digest()
             self._content = None
@@ -86,7 +86,7 @@ class Ledger:
             self._compare(self._made, step, turn, fingerprint)
             return Verdict.REPEAT
         if step != self.step:
-            raise RemoteProtocolError(f"it stands at step {step}, the server at {self.step}")
+            raise RemoteProtocolError(f"it is at step {step}, the server at {self.step}")
         if turn == 0 and not (self._running and _are_same(self._running[0], fingerprint)):
             return Verdict.BEGIN
         if turn == len(self._running):
@@ -119,7 +119,7 @@ class Ledger:
         yield from turns[turn].replies
 
     def commit(self) -> None:
-        """The running step is made."""
+        """Mark the running step as made."""
         self.step += 1
         self._made, self._running = self._running, []
 

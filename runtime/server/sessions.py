@@ -152,11 +152,11 @@ class Session:
         """Write the state to disk, durably, as a checkpoint or as the outcome as well.
 
         Raises:
-            RemoteProtocolError: the client stands at another step.
+            RemoteProtocolError: the client is at another step.
         """
         if message.step != self.executor.step or self.ledger.is_open:
             raise RemoteProtocolError(
-                f"it would save step {message.step}, the server stands at {self.executor.step}"
+                f"it would save step {message.step}, the server is at {self.executor.step}"
             )
         try:
             if self._store is None:

@@ -55,7 +55,7 @@ class TaskMemory:
             return
         if budget.lacks(
             task, owner, needed
-        ):  # its own, which begins anew: what is open is not kept
+        ):  # its own, which begins again: what is open is not kept
             session.give_up(message.phase)
         granted = budget.ask(task, owner, needed)
         try:

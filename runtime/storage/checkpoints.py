@@ -1,4 +1,4 @@
-"""Checkpoints: a session's whole state on disk, so that training can go on after any fault.
+"""Checkpoints: a session's whole state on disk, so that training can continue after any fault.
 
 A session's checkpoints are safetensors files in a folder of their own::
 
@@ -9,7 +9,7 @@ A session's checkpoints are safetensors files in a folder of their own::
 Each carries a SHA-256 over all of itself.  A file appears under its name whole and on disk, or
 not at all, and what was cut short, altered, renamed, or belongs to another session or bundle is
 never read as a checkpoint.  This module knows files; when to write one, and which step both
-parties go on from, is not its business.
+parties continue from, is not its business.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where the next step begins in the data; the client's alone.
 
     ``epoch`` is counted from 0; ``batch`` is the number of batches of it trained already.  The
-    others say how the data were dealt, and must be the same where training goes on; ``samples``
-    is their number, ``None`` where it is not known beforehand.
+    others say how the data were dealt, and must be the same where training continues; ``samples``
+    is their number, ``None`` where it is not known in advance.
     """
 
     epoch: _Count
@@ -76,7 +76,7 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """All that a party needs to go on with a session after ``step`` updates.
+    """All that a party needs to continue with a session after ``step`` updates.
 
     ``tensors`` is everything that the manifest's state lists, optimizer and buffers included.
     ``owner`` is whom the session belongs to, as a server with tokens knows them.
@@ -131,7 +131,7 @@ class CheckpointStore:
         self._broken: set[tuple[str, _Stamp]] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, whole or not at all, then forget all but the newest ``kept``.
+        """Write a checkpoint, completely or not at all, then forget all but the newest ``kept``.
 
         On return it is on disk and survives a loss of power.  It takes the place of a stopped
         state.

@@ -1,8 +1,8 @@
 """The protocol, pure: bytes in, checked messages out; it neither waits nor sends.
 
-An exchange of messages is a row of states, and :data:`MOVES` says which message may come from
-whom in which state and where it leads; the table is the same for both sides.  Before anything is
-done with a message its tensors are held against the manifest: their names, dtypes, shapes and
+A connection goes through states, and :data:`MOVES` lists which message may come from whom in
+which state and which state follows; the table is the same for both sides.  Before anything is
+done with a message its tensors are compared with the manifest: their names, dtypes, shapes and
 ranges.
 This module knows no network, and nothing of what the tensors mean.
 """

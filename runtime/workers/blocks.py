@@ -283,7 +283,7 @@ def _look(view: memoryview, slot: Slot) -> np.ndarray:
         raise FormatError(f"tensor '{slot.name[:80]}'", "it has no such dtype or shape")
     size = math.prod(slot.shape) * dtype.itemsize
     if slot.start < 0 or slot.start % ALIGNMENT or slot.start + size > len(view):
-        raise FormatError(f"tensor '{slot.name[:80]}'", "it lies outside its block")
+        raise FormatError(f"tensor '{slot.name[:80]}'", "it is outside its block")
     if not size:
         return np.empty(slot.shape, dtype)
     return np.frombuffer(view, np.uint8, size, slot.start).view(dtype).reshape(slot.shape)

@@ -108,7 +108,7 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Do nothing but forget what the request names, and give back its memory."""
+    """Forget what the request names, and free its memory."""
 
 
 Action = Start | Open | Work | Continue | Finish | Fetch | Tidy

@@ -1,6 +1,6 @@
 """A worker as its server sees it: a process, two blocks of shared memory, one request at a time.
 
-This module knows processes and pipes; what is asked stands in :mod:`messages`, and who asks
+This module knows processes and pipes; what is asked is in :mod:`messages`, and who asks
 in :mod:`isolation`.
 """
 
@@ -79,7 +79,7 @@ KEPT_VARIABLES = (
     "TMP",
     "TMPDIR",
 )
-"""Of the server's environment, what a worker gets; secrets may stand in the rest."""
+"""Of the server's environment, what a worker gets; secrets may be in the rest."""
 
 _T = TypeVar("_T")
 
@@ -185,7 +185,7 @@ class Worker:
 
         Raises:
             WorkerEnded: it ended over it, or had ended before.
-            SplitonnxError: the action failed over there; the worker can go on.
+            SplitonnxError: the action failed over there; the worker can continue.
         """
         with self._lock:
             if not self.is_alive:

@@ -55,7 +55,7 @@ class Owner(Protocol):
         """Note that a worker ended, over a task if over one, and make the error that tells it."""
 
     def note_success(self, key: TaskKey) -> None:
-        """Note that a task was carried out."""
+        """Record that a task succeeded."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
         """Note that none can be started, and make the error that tells it."""
@@ -210,7 +210,7 @@ class RemoteExecutor:
             self._lock.release()
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state by another; open tasks are given up.
+        """Replace the state by another; open tasks are aborted.
 
         The arrays must not be written to until the next task.
         """

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all."""
+"""Output files that appear completely or not at all."""
 
 from __future__ import annotations
 

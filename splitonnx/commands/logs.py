@@ -1,7 +1,7 @@
 """How a command's log looks: lines for people, or one JSON object a line for machines.
 
 Both take the fields of an event from ``extra={...}`` of standard logging.  What peers sent may
-stand in a log, so control characters are escaped: no one else can begin a line of it, or colour it.
+be in a log, so control characters are escaped: no one else can begin a line of it, or colour it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class RemoteProtocolError(ProtocolError):
 
 @dataclass(eq=False)
 class BundleMismatch(ProtocolError):
-    """The two sides were not cut together, or stand at different steps."""
+    """The two sides were not cut together, or are at different steps."""
 
     subject: str
     local: str
@@ -74,7 +74,7 @@ class StaleConnection(ProtocolError):
 
 @dataclass(eq=False)
 class SessionLost(ProtocolError):
-    """The server cannot go on with a session at any step at which the client could."""
+    """The server cannot continue with a session at any step at which the client could."""
 
     session: str
     wanted: Sequence[int]
@@ -82,9 +82,9 @@ class SessionLost(ProtocolError):
 
     def __str__(self) -> str:
         return (
-            f"the server cannot go on with session {self.session}: the client could at step "
+            f"the server cannot continue with session {self.session}: the client could at step "
             f"{_list_steps(self.wanted)}, the server at {_list_steps(self.present)}; serve with "
-            "--resume the folder that it was trained with, or train anew with --restart"
+            "--resume the folder that it was trained with, or train again with --restart"
         )
 
 
@@ -125,7 +125,9 @@ class ForeignSession(ProtocolError):
     session: str
 
     def __str__(self) -> str:
-        return f"session {self.session} was begun with another token; only that one goes on with it"
+        return (
+            f"session {self.session} was begun with another token; only that one continues with it"
+        )
 
 
 @dataclass(eq=False)
@@ -137,13 +139,13 @@ class StepConflict(ProtocolError):
     def __str__(self) -> str:
         return (
             f"step {self.step} was made already, with other inputs; train with the same data, "
-            "batches and seed, or anew with --restart"
+            "batches and seed, or again with --restart"
         )
 
 
 @dataclass(eq=False)
 class StepsLost(ProtocolError):
-    """The server lost steps, and both sides went back to ``step``: go on from there."""
+    """The server lost steps, and both sides went back to ``step``: continue from there."""
 
     step: int
 
@@ -169,7 +171,7 @@ class RemoteFault(ProtocolError):
 class ConnectionLost(ProtocolError):
     """The connection could not be made, broke, or fell silent for too long: worth trying again.
 
-    ``code`` is the websocket's closing code (1012: the server starts anew, 1013: it is full, 4001:
+    ``code`` is the websocket's closing code (1012: the server starts again, 1013: it is full, 4001:
     another client has the session now), or the HTTP status with which a handshake was refused
     (503: it is full); ``None`` where there was neither.
     """
@@ -213,7 +215,7 @@ class NotPermitted(ProtocolError):
 
 @dataclass(eq=False)
 class UntrustedPeer(ProtocolError):
-    """TLS could not make sure who the other side is: trying again does not help."""
+    """TLS cannot verify who the other side is; trying again does not help."""
 
     peer: str
     reason: str

@@ -1,4 +1,4 @@
-"""Errors of what a run stands on: packages, processes, options, stages."""
+"""Errors of the environment of a run: packages, processes, options, stages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ProcessFailed(SplitonnxError):
 
 @dataclass(eq=False)
 class UsageError(SplitonnxError):
-    """Options or arguments that contradict each other or lie outside their range."""
+    """Options or arguments that contradict each other or are outside their range."""
 
     reason: str
 

@@ -156,13 +156,13 @@ class NotSaved(SplitonnxError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} cannot be written: {self.reason}; what was saved before it stands, but "
+            f"{self.path} cannot be written: {self.reason}; what was saved before it is kept, but "
             "training since then is not saved"
         )
 
 
 class StateNotFinite(NotSaved):
-    """A state holds NaN or infinity, so that going on from it is of no use."""
+    """A state holds NaN or infinity, so that training cannot continue from it."""
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(
@@ -226,7 +226,7 @@ class NotExportable(SplitonnxError):
 
 @dataclass(eq=False)
 class UnwritableFile(SplitonnxError):
-    """An output file cannot be written, or something stands in its place."""
+    """An output file cannot be written, or something is in its place."""
 
     path: str
     reason: str

@@ -45,7 +45,7 @@ class TooManyTries(UnsupportedModel):
 
 @dataclass(eq=False)
 class InternalModelError(SplitonnxError):
-    """The work on a model failed by a mistake of ours; ``work`` says at what."""
+    """A mistake of ours made the work on a model fail; ``work`` is that work."""
 
     subject: str
     work: str
@@ -61,7 +61,7 @@ class InternalModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
-    """A tensor's external data lies outside the folder of the model."""
+    """A tensor's external data is outside the folder of the model."""
 
     tensor: str
     location: str
@@ -84,7 +84,7 @@ class NotDifferentiable(ModelError):
     def __str__(self) -> str:
         tail = f"; {self.advice}" if self.advice else ""
         return (
-            f"node '{self.node}' ({self.operator}) lies between a trainable parameter and the "
+            f"node '{self.node}' ({self.operator}) is between a trainable parameter and the "
             f"loss, and {self.operator} has no gradient{tail}"
         )
 
@@ -151,7 +151,7 @@ class NotACut(CutError):
 
 @dataclass(eq=False)
 class IntegerCut(CutError):
-    """A cut tensor carries no gradient although trainable parameters lie before it."""
+    """A cut tensor carries no gradient although trainable parameters are before it."""
 
     tensor: str
     dtype: str
@@ -160,7 +160,7 @@ class IntegerCut(CutError):
     def __str__(self) -> str:
         return (
             f"the cut tensor '{self.tensor}' is {self.dtype} and carries no gradient, but the "
-            f"trainable {quote(self.parameters)} lie before it; cut elsewhere or freeze them"
+            f"trainable {quote(self.parameters)} are before it; cut elsewhere or freeze them"
         )
 
 

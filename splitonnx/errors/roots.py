@@ -11,7 +11,7 @@ def quote(names: Iterable[str]) -> str:
 
 
 def flatten(text: str, most: int = 300) -> str:
-    """Make text that others wrote fit a sentence: one line, printable, of ``most`` characters."""
+    """Convert text from elsewhere to one printable line of at most ``most`` characters."""
     line = "".join(char if char.isprintable() else "?" for char in text[:most])
     return f"{line}..." if len(text) > most else line
 

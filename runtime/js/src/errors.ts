@@ -7,7 +7,7 @@
 
 const LONGEST = 300; // characters of what others wrote
 
-/** Make text that others wrote fit a sentence: one printable line of 300 characters. */
+/** Convert text from elsewhere so that it fits a sentence: one printable line of 300 characters. */
 export function flatten(text: string): string {
   const line = text.slice(0, LONGEST).replace(/(?! )[\p{C}\p{Z}]/gu, "?");
   return text.length > LONGEST ? `${line}...` : line;
@@ -122,7 +122,7 @@ export class NotSaved extends SplitonnxError {
   override name = "NotSaved";
   constructor(readonly place: string, readonly reason: string) {
     super(
-      `${place} cannot be written: ${flatten(reason)}; what was saved before it stands, but ` +
+      `${place} cannot be written: ${flatten(reason)}; what was saved before it is kept, but ` +
         "training since then is not saved",
     );
   }

@@ -42,7 +42,7 @@ const readWires = readMap(readList(readWire));
 
 /** Every message's fields; `docs/protocol.md` says what they mean. */
 const FIELDS = {
-  /** Client: this is my token.  For browsers, which cannot set a header. */
+  /** A client's token, as a message: browsers cannot send it in a header. */
   Login: readRecord({ token: readText }),
   /** Client: I have this bundle and am at this step of this session. */
   Hello: readRecord({

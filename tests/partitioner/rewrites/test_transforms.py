@@ -97,5 +97,5 @@ def test_a_transform_of_unknown_length_is_refused() -> None:
     scaled = net.op("Mul", "x", net.weight("scale", 2), out="scaled")
     net.op("DFT", scaled, out="y", axis=1)
     model = net.finish({"x": (FLOAT, ["N", "T", 2])}, "y", "T", 2)
-    with pytest.raises(UnsupportedModel, match="is not known beforehand"):
+    with pytest.raises(UnsupportedModel, match="is not known in advance"):
         cut(model, at=None, loss="mse")

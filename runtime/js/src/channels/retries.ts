@@ -1,4 +1,4 @@
-/** How long a client waits before it tries its server again; it waits for nothing itself. */
+/** How long a client waits before it tries its server again; the waiting is done elsewhere. */
 
 /** Seconds before the second attempt to reconnect; the first is made at once. */
 export const FIRST_DELAY = 0.05;

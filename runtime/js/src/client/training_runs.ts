@@ -1,5 +1,5 @@
 /**
- * What a client keeps so that its training can go on: its session's name, checkpoints, position.
+ * What a client keeps so that its training can continue: its session's name, checkpoints, position.
  *
  * A run is unfinished while its checkpoints are newer than the state that the storage has as its
  * outcome.  This module knows names and states; it runs nothing and knows no server.
@@ -16,7 +16,7 @@ import type { NdArrays } from "../tensors.js";
 /**
  * The record of one client's session; made by {@link TrainingRun.open}.
  *
- * `position` is where in its data a resumed run goes on, `null` for one that begins.  `isBehind`
+ * `position` is where in its data a resumed run continues, `null` for one that begins.  `isBehind`
  * says that the last checkpoint could not be written.
  */
 export class TrainingRun {
@@ -48,7 +48,7 @@ export class TrainingRun {
   }
 
   /**
-   * Begin a session, or go on with the unfinished one; `executor` then has its state.
+   * Begin a session, or continue with the unfinished one; `executor` then has its state.
    *
    * With `resume` and nothing unfinished, training begins where the outcome stands.
    *

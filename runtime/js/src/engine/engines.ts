@@ -162,7 +162,7 @@ export class Engine {
     }
   }
 
-  /** Hand an array to ONNX Runtime; it must not be written to afterwards. */
+  /** Hand an array to ONNX Runtime; it must not be changed afterwards. */
   fromArray({ dtype, shape, data }: NdArray): Tensor {
     return new this.#ort.Tensor(TYPES[dtype], data as Tensor.DataType, shape);
   }

@@ -193,7 +193,7 @@ export class Executor {
     return new Map([...this.#state].map(([name, value]) => [name, this.#engine.toArray(value)]));
   }
 
-  /** Replace the state by another, as the manifest declares it; open tasks are given up. */
+  /** Replace the state by another, as the manifest declares it; open tasks are aborted. */
   restore(tensors: NdArrays, step: number): void {
     this.#tasks.clear();
     for (const { tensor } of this.manifest.state) {

@@ -5,7 +5,7 @@
  */
 
 /**
- * Bytes by name.  What is put is kept whole or not at all, and is kept for good once the promise is
+ * Bytes by name.  What is put is kept completely or not at all, and is kept for good once the promise is
  * fulfilled; what cannot be kept rejects it with any error.
  */
 export interface StateStorage {

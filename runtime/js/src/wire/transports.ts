@@ -5,7 +5,7 @@ export interface Transport {
   readonly bytesSent: number;
   readonly bytesReceived: number;
 
-  /** Send one message; it must not be written to afterwards.
+  /** Send one message; it must not be changed afterwards.
    *
    * @throws ConnectionLost: it cannot be sent.
    */
