@@ -101,7 +101,7 @@ EXCEPTIONS = {
     ("strangers?", "tests/commands/test_limits.py"): EARLIER,
     ("strangers?", "docs/security.md"): EARLIER,
     ("strangers?", "runtime/edge/http.py"): LABEL,
-    ("strangers?", "tests/end_to_end/test_attacks.py"): LABEL,
+    ("strangers?", "tests/end_to_end/test_floods.py"): LABEL,
     ("seals?|sealed", "runtime/workers/blocks.py"): LINUX,
     ("seals?|sealed", "tests/runtime/workers/test_blocks.py"): LINUX,
 }

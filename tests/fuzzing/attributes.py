@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
 
-from tests.fuzzing.draws import (
+from tests.fuzzing.random_parts import (
     FLOATS,
     INTEGERS,
     STRINGS,

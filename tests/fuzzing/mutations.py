@@ -14,14 +14,6 @@ from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, numpy_helper
 
 from tests.fuzzing.attributes import add_attributes
-from tests.fuzzing.draws import (
-    FLOATS,
-    INTEGERS,
-    draw_scalar,
-    draw_tensor,
-    list_names,
-    pick_node,
-)
 from tests.fuzzing.node_mutations import (
     bypass_node,
     change_operator,
@@ -30,6 +22,14 @@ from tests.fuzzing.node_mutations import (
     nest,
     rewire,
     swap_nodes,
+)
+from tests.fuzzing.random_parts import (
+    FLOATS,
+    INTEGERS,
+    draw_scalar,
+    draw_tensor,
+    list_names,
+    pick_node,
 )
 
 Mutation = Callable[[Random, ModelProto], None]

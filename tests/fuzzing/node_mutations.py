@@ -8,7 +8,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from tests.fuzzing.attributes import add_attributes, pick_operator
-from tests.fuzzing.draws import (
+from tests.fuzzing.random_parts import (
     pick_node,
 )
 
