@@ -1,8 +1,8 @@
 """Trials: one mutant each, cut in a forked process whose time and memory are limited.
 
-Whatever comes out but a bundle or an error that finds the fault in the model is a finding: another exception,
-one that owns up to a mistake of splitonnx, an abort, a mutant that takes too long or too much
-memory.
+Whatever comes out but a bundle or an error that finds the fault in the model is a finding: another
+exception, one that owns up to a mistake of splitonnx, an abort, a mutant that takes too long or too
+much memory.
 """
 
 from __future__ import annotations
