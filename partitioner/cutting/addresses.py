@@ -41,7 +41,7 @@ _FIXED_REACH = 1 << 20
 """The same where a bin has a fixed number of samples."""
 
 
-def check_places(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Bring places near the image, and let none be reflected in a single pixel (GridSample).
 
     Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
@@ -52,15 +52,15 @@ def check_places(draft: NodeBuilder, node: ir.Node) -> Checked:
         return {}
     assert image is not None
     assert places is not None
-    near = draft.op("Mod", places, draft.number(_PERIOD, places.dtype), fmod=1)
+    near = builder.op("Mod", places, builder.number(_PERIOD, places.dtype), fmod=1)
     near = note(near, places.dtype, places.shape)
-    checked = {1: pass_if(draft, near, refuse_where(draft, draft.op("IsNaN", near)))}
+    checked = {1: pass_if(builder, near, refuse_where(builder, builder.op("IsNaN", near)))}
     if not node.attributes.get_int("align_corners", 0):
         return checked
     sizes = known_sizes(image, 2)
     if sizes is None:
-        small = draft.op("Less", draft.op("Shape", image, start=2), draft.integer(2))
-        checked[0] = pass_if(draft, image, refuse_where(draft, small))
+        small = builder.op("Less", builder.op("Shape", image, start=2), builder.integer(2))
+        checked[0] = pass_if(builder, image, refuse_where(builder, small))
     elif min(sizes, default=2) < 2:
         raise UnsupportedModel(
             f"GridSample '{node.name}'",
@@ -70,7 +70,7 @@ def check_places(draft: NodeBuilder, node: ir.Node) -> Checked:
     return checked
 
 
-def check_boxes(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Look up which image each box is of, and refuse boxes far beyond the image (RoiAlign).
 
     Where a bin has as many samples as its box has pixels, they are all listed at once, so a box
@@ -81,47 +81,47 @@ def check_boxes(draft: NodeBuilder, node: ir.Node) -> Checked:
     assert boxes is not None
     assert numbers is not None
     scale = node.attributes.get_float("spatial_scale", 1.0)
-    count = draft.op("Squeeze", draft.shape(image, 0, 1))
-    images = draft.op("Range", draft.integer(0), count, draft.integer(1))
-    looked_up = draft.op("Gather", note(images, I64), numbers, axis=0)
+    count = builder.op("Squeeze", builder.shape(image, 0, 1))
+    images = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    looked_up = builder.op("Gather", note(images, I64), numbers, axis=0)
     lengths = _FIXED_REACH if node.attributes.get_int("sampling_ratio", 0) > 0 else _REACH
-    length = draft.op("ReduceMax", draft.shape(image, 2), keepdims=0)
-    reach = draft.op(
+    length = builder.op("ReduceMax", builder.shape(image, 2), keepdims=0)
+    reach = builder.op(
         "Mul",
-        draft.cast(note(length, I64), boxes.dtype),
-        draft.number(lengths / max(abs(scale), 1e-6), boxes.dtype),
+        builder.cast(note(length, I64), boxes.dtype),
+        builder.number(lengths / max(abs(scale), 1e-6), boxes.dtype),
     )
-    distance = note(draft.op("Abs", boxes), boxes.dtype)
-    is_near = note(draft.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
-    remote_shapes = draft.op("Not", is_near)  # also what is not a number
+    distance = note(builder.op("Abs", boxes), boxes.dtype)
+    is_near = note(builder.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
+    is_far = builder.op("Not", is_near)  # also what is not a number
     return {
-        1: pass_if(draft, boxes, refuse_where(draft, remote_shapes)),
+        1: pass_if(builder, boxes, refuse_where(builder, is_far)),
         2: note(looked_up, I64, numbers.shape),
     }
 
 
-def check_unpooled(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Look up the place of each element among those that there are (MaxUnpool)."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
     if wanted is not None:
-        total = draft.op("ReduceProd", wanted, keepdims=0)
+        total = builder.op("ReduceProd", wanted, keepdims=0)
     else:
         kernel = np.array(node.attributes.get_ints("kernel_shape"))
         strides = np.array(node.attributes.get_ints("strides", [1] * len(kernel)))
         pads = np.array(node.attributes.get_ints("pads", [0] * (2 * len(kernel))))
         rest = kernel - strides - pads.reshape(2, -1).sum(axis=0)
-        sizes = draft.op("Mul", draft.shape(x, 2), draft.integers(strides.tolist()))
-        sizes = draft.op("Add", sizes, draft.integers(rest.tolist()))
-        area = draft.op("ReduceProd", note(sizes, I64), keepdims=0)
-        rows = draft.op("ReduceProd", draft.shape(x, 0, 2), keepdims=0)
-        total = draft.op("Mul", note(rows, I64), note(area, I64))
-    every = draft.op("Range", draft.integer(0), note(total, I64), draft.integer(1))
-    return {1: note(draft.op("Gather", note(every, I64), places, axis=0), I64, places.shape)}
+        sizes = builder.op("Mul", builder.shape(x, 2), builder.integers(strides.tolist()))
+        sizes = builder.op("Add", sizes, builder.integers(rest.tolist()))
+        area = builder.op("ReduceProd", note(sizes, I64), keepdims=0)
+        rows = builder.op("ReduceProd", builder.shape(x, 0, 2), keepdims=0)
+        total = builder.op("Mul", note(rows, I64), note(area, I64))
+    every = builder.op("Range", builder.integer(0), note(total, I64), builder.integer(1))
+    return {1: note(builder.op("Gather", note(every, I64), places, axis=0), I64, places.shape)}
 
 
-def check_widths(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that what is left of each axis has what is repeated of it (Pad)."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
@@ -135,24 +135,25 @@ def check_widths(draft: NodeBuilder, node: ir.Node) -> Checked:
         sizes = known_sizes(x)
         if sizes is not None and (np.array(sizes) >= least).all():
             return {}
-        small = draft.op("Less", draft.op("Shape", x), draft.integers(least.tolist()))
-        return {0: pass_if(draft, x, refuse_where(draft, small))}
-    shape = note(draft.op("Shape", x), I64)
+        small = builder.op("Less", builder.op("Shape", x), builder.integers(least.tolist()))
+        return {0: pass_if(builder, x, refuse_where(builder, small))}
+    shape = note(builder.op("Shape", x), I64)
     if axes is not None:
-        shape = note(draft.op("Gather", shape, axes, axis=0), I64)
-    halves = draft.op("Reshape", widths, draft.integers([2, -1]))
-    zero = draft.integer(0)
-    cut = draft.op("ReduceSum", note(draft.op("Min", halves, zero), I64), draft.integers([0]),
-                   keepdims=0)  # fmt: skip
-    kept = note(draft.op("Add", shape, note(cut, I64)), I64)
-    most = note(draft.op("ReduceMax", halves, draft.integers([0]), keepdims=0), I64)
-    grows = draft.op("Greater", most, zero)
-    needed = draft.cast(note(grows, ir.DataType.BOOL), I64)
-    bad = [draft.op("Less", kept, needed)]
+        shape = note(builder.op("Gather", shape, axes, axis=0), I64)
+    halves = builder.op("Reshape", widths, builder.integers([2, -1]))
+    zero = builder.integer(0)
+    cut = builder.op(
+        "ReduceSum", note(builder.op("Min", halves, zero), I64), builder.integers([0]), keepdims=0
+    )
+    kept = note(builder.op("Add", shape, note(cut, I64)), I64)
+    most = note(builder.op("ReduceMax", halves, builder.integers([0]), keepdims=0), I64)
+    grows = builder.op("Greater", most, zero)
+    needed = builder.cast(note(grows, ir.DataType.BOOL), I64)
+    bad = [builder.op("Less", kept, needed)]
     if mode in ("reflect", "wrap"):
-        lent = most if mode == "wrap" else draft.op("Add", most, needed)
-        bad.append(draft.op("Less", kept, note(lent, I64)))
-    return {0: pass_if(draft, x, refuse_where(draft, either(draft, *bad)))}
+        lent = most if mode == "wrap" else builder.op("Add", most, needed)
+        bad.append(builder.op("Less", kept, note(lent, I64)))
+    return {0: pass_if(builder, x, refuse_where(builder, either(builder, *bad)))}
 
 
 def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
@@ -163,7 +164,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
     return np.asarray(lent - np.minimum(widths, 0).sum(axis=0))
 
 
-def check_columns(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a column for each place of the block (Col2Im)."""
     x, image, block = node.inputs[:3]
     assert x is not None
@@ -176,36 +177,43 @@ def check_columns(draft: NodeBuilder, node: ir.Node) -> Checked:
             f"Col2Im '{node.name}'", "the rank of its image is not known", "export it with shapes"
         )
     strides, dilations = (
-        draft.integers(_list(node, name) or [1] * rank) for name in ("strides", "dilations")
+        builder.integers(_list(node, name) or [1] * rank) for name in ("strides", "dilations")
     )
     pads = np.array(_list(node, "pads") or [0] * (2 * rank)).reshape(2, -1).sum(axis=0)
-    one, same = draft.integer(1), draft.integers([rank])
-    image, block = (note(draft.op("Reshape", given, same), I64) for given in (image, block))
-    reach = draft.op("Mul", note(draft.op("Sub", block, one), I64), dilations)
-    room = draft.op("Sub", note(draft.op("Add", image, draft.integers((pads - 1).tolist())), I64),
-                    note(reach, I64))  # fmt: skip
-    steps = note(draft.op("Div", note(room, I64), strides), I64)
-    count = draft.op("ReduceProd", note(draft.op("Add", steps, one), I64), keepdims=0)
-    size = note(draft.op("ReduceProd", block, keepdims=0), I64)
-    over = draft.op("Mod", draft.op("Squeeze", draft.shape(x, 1, 2)),
-                    note(draft.op("Max", size, one), I64))  # fmt: skip
-    columns = draft.op("Squeeze", draft.shape(x, 2, 3))
-    low = draft.op("Less", draft.op("Min", block, image, note(draft.op("Add", room, one), I64)),
-                   one)  # fmt: skip
-    bad = either(
-        draft,
-        low,
-        draft.op("Not", draft.op("Equal", columns, note(count, I64))),
-        draft.op("Not", draft.op("Equal", note(over, I64), draft.integer(0))),
+    one, same = builder.integer(1), builder.integers([rank])
+    image, block = (note(builder.op("Reshape", given, same), I64) for given in (image, block))
+    reach = builder.op("Mul", note(builder.op("Sub", block, one), I64), dilations)
+    room = builder.op(
+        "Sub",
+        note(builder.op("Add", image, builder.integers((pads - 1).tolist())), I64),
+        note(reach, I64),
     )
-    return {0: pass_if(draft, x, refuse_where(draft, bad))}
+    steps = note(builder.op("Div", note(room, I64), strides), I64)
+    count = builder.op("ReduceProd", note(builder.op("Add", steps, one), I64), keepdims=0)
+    size = note(builder.op("ReduceProd", block, keepdims=0), I64)
+    over = builder.op(
+        "Mod",
+        builder.op("Squeeze", builder.shape(x, 1, 2)),
+        note(builder.op("Max", size, one), I64),
+    )
+    columns = builder.op("Squeeze", builder.shape(x, 2, 3))
+    low = builder.op(
+        "Less", builder.op("Min", block, image, note(builder.op("Add", room, one), I64)), one
+    )
+    bad = either(
+        builder,
+        low,
+        builder.op("Not", builder.op("Equal", columns, note(count, I64))),
+        builder.op("Not", builder.op("Equal", note(over, I64), builder.integer(0))),
+    )
+    return {0: pass_if(builder, x, refuse_where(builder, bad))}
 
 
 def _list(node: ir.Node, name: str) -> list[int]:
     return list(node.attributes.get_ints(name, []))
 
 
-def check_matrices(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a matrix for each image, of as many dimensions (AffineGrid)."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
@@ -213,17 +221,17 @@ def check_matrices(draft: NodeBuilder, node: ir.Node) -> Checked:
     known = known_array(size)
     if known is not None and known_sizes(matrices) == [known[0], len(known) - 2, len(known) - 1]:
         return {}
-    axes = draft.op("Squeeze", draft.op("Shape", size))
-    first = draft.op("Slice", size, *(draft.integers([number]) for number in (0, 1)))
-    places = draft.integers([0, 1, 2])
-    rest = draft.op("Sub", draft.op("Add", note(axes, I64), places), draft.integer(3))
-    is_first = draft.array(np.array([True, False, False]), ir.DataType.BOOL)
-    shape = draft.op("Where", is_first, note(first, I64), note(rest, I64))
-    fits = draft.op("Equal", draft.op("Shape", matrices), note(shape, I64))
-    return {0: pass_if(draft, matrices, refuse_where(draft, draft.op("Not", fits)))}
+    axes = builder.op("Squeeze", builder.op("Shape", size))
+    first = builder.op("Slice", size, *(builder.integers([number]) for number in (0, 1)))
+    places = builder.integers([0, 1, 2])
+    rest = builder.op("Sub", builder.op("Add", note(axes, I64), places), builder.integer(3))
+    is_first = builder.array(np.array([True, False, False]), ir.DataType.BOOL)
+    shape = builder.op("Where", is_first, note(first, I64), note(rest, I64))
+    fits = builder.op("Equal", builder.op("Shape", matrices), note(shape, I64))
+    return {0: pass_if(builder, matrices, refuse_where(builder, builder.op("Not", fits)))}
 
 
-def check_axis(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Fail where an axis is that of real and imaginary parts (DFT)."""
     x = node.inputs[0]
     assert x is not None
@@ -232,9 +240,9 @@ def check_axis(draft: NodeBuilder, node: ir.Node) -> Checked:
     known = known_array(axis)
     if axis is not None and known is None:
         rank = require_rank(x)
-        table = draft.integers([*range(rank - 1), rank, *range(rank - 1), rank])
-        place = note(draft.op("Add", axis, draft.integer(rank)), I64)
-        found = note(draft.op("Gather", table, place, axis=0), I64)
+        table = builder.integers([*range(rank - 1), rank, *range(rank - 1), rank])
+        place = note(builder.op("Add", axis, builder.integer(rank)), I64)
+        found = note(builder.op("Gather", table, place, axis=0), I64)
         return {2: note(found, I64, axis.shape)}
     number = int(known) if known is not None else stated.as_int() if stated is not None else -2
     if number == -1 or (x.shape is not None and number == len(x.shape) - 1):
@@ -244,7 +252,7 @@ def check_axis(draft: NodeBuilder, node: ir.Node) -> Checked:
     return {}
 
 
-def check_features(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that the weights are as many, and as wide as what they meet (LSTM, GRU, RNN)."""
     x, weights, own = node.inputs[:3]
     assert x is not None
@@ -257,25 +265,25 @@ def check_features(draft: NodeBuilder, node: ir.Node) -> Checked:
     features = known_sizes(x, 2, 3)
     if features is None or known_sizes(weights) != [*rows, *features]:
         bad = either(
-            draft,
-            _differs(draft, draft.shape(weights, 0, 2), draft.integers(rows)),
-            _differs(draft, draft.shape(weights, 2, 3), draft.shape(x, 2, 3)),
+            builder,
+            _differs(builder, builder.shape(weights, 0, 2), builder.integers(rows)),
+            _differs(builder, builder.shape(weights, 2, 3), builder.shape(x, 2, 3)),
         )
-        checked[1] = pass_if(draft, weights, refuse_where(draft, bad))
+        checked[1] = pass_if(builder, weights, refuse_where(builder, bad))
     if known_sizes(own) != [*rows, width]:
-        bad = _differs(draft, draft.op("Shape", own), draft.integers([*rows, width]))
-        checked[2] = pass_if(draft, own, refuse_where(draft, bad))
+        bad = _differs(builder, builder.op("Shape", own), builder.integers([*rows, width]))
+        checked[2] = pass_if(builder, own, refuse_where(builder, bad))
     return checked
 
 
-def _differs(draft: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Value:
+def _differs(builder: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Value:
     """Check whether two stretches of sizes differ anywhere (BOOL, scalar)."""
-    distance = draft.op("Abs", note(draft.op("Sub", note(found, I64), note(wanted, I64)), I64))
-    total = draft.op("ReduceSum", note(distance, I64), keepdims=0)
-    return note(draft.op("Greater", note(total, I64), draft.integer(0)), BOOL)
+    distance = builder.op("Abs", note(builder.op("Sub", note(found, I64), note(wanted, I64)), I64))
+    total = builder.op("ReduceSum", note(distance, I64), keepdims=0)
+    return note(builder.op("Greater", note(total, I64), builder.integer(0)), BOOL)
 
 
-def check_bias(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that there is a bias for each filter (Conv, ConvTranspose, QLinearConv)."""
     at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
     bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
@@ -286,20 +294,20 @@ def check_bias(draft: NodeBuilder, node: ir.Node) -> Checked:
     filters = known_sizes(weights, axis, axis + 1)
     if filters is not None and known_sizes(bias) == [filters[0] * groups]:
         return {}
-    shape = draft.shape(weights, axis, axis + 1)
+    shape = builder.shape(weights, axis, axis + 1)
     if groups != 1:
-        shape = note(draft.op("Mul", shape, draft.integer(groups)), I64)
-    return {at: reshape(draft, bias, shape)}
+        shape = note(builder.op("Mul", shape, builder.integer(groups)), I64)
+    return {at: reshape(builder, bias, shape)}
 
 
-def check_frames(draft: NodeBuilder, node: ir.Node) -> Checked:
+def check_frames(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Fail where a frame has no length (STFT)."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):
         return {}
-    bad = draft.op("Less", draft.cast(length, I64), draft.integer(1))
-    return {3: pass_if(draft, length, refuse_where(draft, bad))}
+    bad = builder.op("Less", builder.cast(length, I64), builder.integer(1))
+    return {3: pass_if(builder, length, refuse_where(builder, bad))}
 
 
 ADDRESS_CHECKS = {

@@ -52,11 +52,11 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
             add_safeguards(body, set(body), is_training=False)
         if node.domain not in ("", "ai.onnx"):
             continue
-        draft = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
         for check in [table[node.op_type] for table in tables if node.op_type in table]:
-            for index, value in check(draft, node).items():
+            for index, value in check(builder, node).items():
                 node.replace_input_with(index, value)
-        graph.insert_before(node, draft.nodes)
+        graph.insert_before(node, builder.nodes)
 
 
 def is_bound(amount: Amount) -> bool:
@@ -70,7 +70,7 @@ def is_bound(amount: Amount) -> bool:
     )
 
 
-def _check_gather(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_gather(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Extend indices by the data's dimensions over which both run in parallel."""
     count = node.attributes.get_int("batch_dims", 0)
     data, indices = node.inputs[:2]
@@ -80,29 +80,29 @@ def _check_gather(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     if tied == own and all(dim is not None and is_bound(dim) for dim in tied):
         return {}
     rank = require_rank(indices)
-    sizes = _check_sizes(draft, data, count)
-    sizes = draft.op("Gather", sizes, draft.integers([min(i, count - 1) for i in range(rank)]))
-    tied_axes = draft.array(np.arange(rank) < count, ir.DataType.BOOL)
-    shape = draft.op("Where", tied_axes, sizes, draft.op("Shape", indices))
-    return {1: reshape(draft, indices, shape)}
+    sizes = _check_sizes(builder, data, count)
+    sizes = builder.op("Gather", sizes, builder.integers([min(i, count - 1) for i in range(rank)]))
+    tied_axes = builder.array(np.arange(rank) < count, ir.DataType.BOOL)
+    shape = builder.op("Where", tied_axes, sizes, builder.op("Shape", indices))
+    return {1: reshape(builder, indices, shape)}
 
 
-def _check_rows(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_rows(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check the number of images: the gradient of a convolution divides by it."""
-    return _check_filled(draft, node, [0], 1)
+    return _check_filled(builder, node, [0], 1)
 
 
-def _check_operands(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_operands(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check every dimension of every operand: Einsum looks for elements where there are none."""
-    return _check_filled(draft, node, range(len(node.inputs)), None)
+    return _check_filled(builder, node, range(len(node.inputs)), None)
 
 
-def _check_source(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_source(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check every dimension of what is averaged: the gradient divides by the result's size."""
-    return _check_filled(draft, node, [0], None)
+    return _check_filled(builder, node, [0], None)
 
 
-def _check_divisor(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that no integer is divided by 0, and the smallest one not by -1: both end the process.
 
     d' = d + [0][d = 0 or (d = -1 and n = smallest)]
@@ -122,38 +122,40 @@ def _check_divisor(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
         values = constant.numpy()
         if values.all() and (smallest is None or not (values == -1).any()):
             return {}
-    wide = draft.cast(divisor, ir.DataType.INT64)
-    bad = draft.op("Equal", wide, draft.integer(0))
+    wide = builder.cast(divisor, ir.DataType.INT64)
+    bad = builder.op("Equal", wide, builder.integer(0))
     shape = divisor.shape
     if smallest is not None:
-        overflows = draft.op(
+        overflows = builder.op(
             "And",
-            draft.op("Equal", wide, draft.integer(-1)),
-            draft.op("Equal", draft.cast(number, ir.DataType.INT64), draft.integer(smallest)),
+            builder.op("Equal", wide, builder.integer(-1)),
+            builder.op("Equal", builder.cast(number, ir.DataType.INT64), builder.integer(smallest)),
         )
-        bad, shape = draft.op("Or", bad, overflows), None
-    index = draft.cast(note(bad, ir.DataType.BOOL), ir.DataType.INT64)
-    zeros = note(draft.op("Gather", draft.integers([0]), index, axis=0), ir.DataType.INT64)
+        bad, shape = builder.op("Or", bad, overflows), None
+    index = builder.cast(note(bad, ir.DataType.BOOL), ir.DataType.INT64)
+    zeros = note(builder.op("Gather", builder.integers([0]), index, axis=0), ir.DataType.INT64)
     if divisor.dtype in _SMALLEST:
-        checked = draft.op("Add", divisor, draft.cast(zeros, divisor.dtype))
+        checked = builder.op("Add", divisor, builder.cast(zeros, divisor.dtype))
     else:  # Add has no kernel for the small ones
-        checked = draft.cast(note(draft.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype)
+        checked = builder.cast(
+            note(builder.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype
+        )
     return {1: note(checked, divisor.dtype, shape)}
 
 
-def _check_diagonal(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Bring a diagonal's number to what an address can be computed from: no tensor is larger."""
     diagonal = node.inputs[1] if len(node.inputs) > 1 else None
     if diagonal is None or diagonal.is_initializer():
         return {}
     bound = 1 << 31
-    lowered = draft.op("Min", diagonal, draft.integer(bound))
-    bounded = draft.op("Max", note(lowered, ir.DataType.INT64), draft.integer(-bound))
+    lowered = builder.op("Min", diagonal, builder.integer(bound))
+    bounded = builder.op("Max", note(lowered, ir.DataType.INT64), builder.integer(-bound))
     return {1: note(bounded, ir.DataType.INT64, diagonal.shape)}
 
 
 def _check_filled(
-    draft: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
+    builder: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
 ) -> dict[int, ir.Value]:
     """Check that the first ``count`` dimensions of operands, which might be, are not empty."""
     checked = {}
@@ -164,11 +166,11 @@ def _check_filled(
         dims = _list_dims(value, count)
         if dims and all(dim is not None and is_bound(dim) for dim in dims):
             continue
-        checked[index] = reshape(draft, value, _check_sizes(draft, value, count))
+        checked[index] = reshape(builder, value, _check_sizes(builder, value, count))
     return checked
 
 
-def _check_labels(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that there are labels, each a class or the one to be ignored, and all weights.
 
     labels' = range(C)[labels < 0 ? C : labels]
@@ -176,44 +178,44 @@ def _check_labels(draft: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     scores, labels = node.inputs[:2]
     if scores is None or labels is None or labels.dtype is None:
         return {}
-    index = draft.cast(labels, ir.DataType.INT64)
+    index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     skipped = None
     if ignored is not None:
-        skipped = draft.op("Equal", index, draft.integer(ignored.as_int()))
-        index = draft.op("Where", skipped, draft.integer(0), index)
-    count = draft.op("Squeeze", draft.shape(scores, 1, 2))
-    negative = draft.op("Less", index, draft.integer(0))
-    classes = draft.op("Range", draft.integer(0), count, draft.integer(1))
-    checked = draft.op("Gather", classes, draft.op("Where", negative, count, index), axis=0)
+        skipped = builder.op("Equal", index, builder.integer(ignored.as_int()))
+        index = builder.op("Where", skipped, builder.integer(0), index)
+    count = builder.op("Squeeze", builder.shape(scores, 1, 2))
+    negative = builder.op("Less", index, builder.integer(0))
+    classes = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    checked = builder.op("Gather", classes, builder.op("Where", negative, count, index), axis=0)
     if skipped is not None and ignored is not None:
-        checked = draft.op("Where", skipped, draft.integer(ignored.as_int()), checked)
-    checked = draft.cast(note(checked, ir.DataType.INT64, labels.shape), labels.dtype)
+        checked = builder.op("Where", skipped, builder.integer(ignored.as_int()), checked)
+    checked = builder.cast(note(checked, ir.DataType.INT64, labels.shape), labels.dtype)
     dims = _list_dims(labels, None)
     if not dims or not all(dim is not None and is_bound(dim) for dim in dims):
-        checked = reshape(draft, note(checked, labels.dtype), _check_sizes(draft, labels, None))
+        checked = reshape(builder, note(checked, labels.dtype), _check_sizes(builder, labels, None))
     weights = node.inputs[2] if len(node.inputs) > 2 else None
     labelled = {1: note(checked, labels.dtype, labels.shape)}
     if weights is None or known_sizes(weights) == (known_sizes(scores, 1, 2) or []):
         return labelled
-    return {**labelled, 2: reshape(draft, weights, draft.shape(scores, 1, 2))}
+    return {**labelled, 2: reshape(builder, weights, builder.shape(scores, 1, 2))}
 
 
-def _check_sizes(draft: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
+def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
     """Write a value's shape so that an empty one of its first ``count`` dimensions is an error.
 
     Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without
     Concat: from a Concat before a Reshape ONNX Runtime makes a constant with a -1, which fits all.
     """
-    shape = note(draft.op("Shape", value), ir.DataType.INT64)
-    length, zero, one = draft.op("Size", shape), draft.integer(0), draft.integer(1)
-    places = draft.op("Range", zero, length, one)
-    empty = draft.op("Sub", one, draft.op("Min", shape, one))
+    shape = note(builder.op("Shape", value), ir.DataType.INT64)
+    length, zero, one = builder.op("Size", shape), builder.integer(0), builder.integer(1)
+    places = builder.op("Range", zero, length, one)
+    empty = builder.op("Sub", one, builder.op("Min", shape, one))
     if count is not None:
-        first = draft.op("Less", places, draft.integer(count))
-        empty = draft.op("Where", first, empty, zero)
-    index = draft.op("Add", places, draft.op("Mul", empty, length))
-    return note(draft.op("Gather", shape, index, axis=0), ir.DataType.INT64)
+        first = builder.op("Less", places, builder.integer(count))
+        empty = builder.op("Where", first, empty, zero)
+    index = builder.op("Add", places, builder.op("Mul", empty, length))
+    return note(builder.op("Gather", shape, index, axis=0), ir.DataType.INT64)
 
 
 def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:

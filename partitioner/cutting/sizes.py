@@ -126,10 +126,10 @@ def derive_sizes(
     for node in [node for node in graph if node in own]:
         name = f"{node.name}/{party}"
         if node in remote_shapes:
-            draft = NodeBuilder(name)
-            replaced[node.outputs[0]] = _write_size(draft, node, remote_shapes[node], known)
-            graph.insert_after(node, draft.nodes)
-            own = (own - {node}) | set(draft.nodes)
+            builder = NodeBuilder(name)
+            replaced[node.outputs[0]] = _write_size(builder, node, remote_shapes[node], known)
+            graph.insert_after(node, builder.nodes)
+            own = (own - {node}) | set(builder.nodes)
         elif node in duplicated or (
             node in others and (reads_size(node) or any(v in sized for v in list_inputs(node)))
         ):
@@ -175,54 +175,54 @@ def _list_places(held: Sequence[ir.Value], known: Inference) -> Places:
 
 
 def _write_size(
-    draft: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
+    builder: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
 ) -> ir.Value:
     """Write a node's sizes, in the shape and type of its output."""
     content, output = known.content(size.outputs[0]), size.outputs[0]
     assert content is not None
     places = _list_places(held, known)
     elements = [a if isinstance(a, Dim) else int(a) for a in content.reshape(-1)]
-    parts = [_write_amount(draft, amount, places) for amount in elements]
-    result = parts[0] if len(parts) == 1 else _join(draft, parts)
+    parts = [_write_amount(builder, amount, places) for amount in elements]
+    result = parts[0] if len(parts) == 1 else _join(builder, parts)
     if content.ndim != 1:
-        result = draft.op("Reshape", result, draft.integers(content.shape))
+        result = builder.op("Reshape", result, builder.integers(content.shape))
     if output.dtype not in (None, ir.DataType.INT64):
-        result = draft.op("Cast", result, to=output.dtype)
-    for node in draft.nodes:
+        result = builder.op("Cast", result, to=output.dtype)
+    for node in builder.nodes:
         known.visit(node)
         for value in node.outputs:
             known.note(value)
     return result
 
 
-def _join(draft: NodeBuilder, parts: Sequence[ir.Value]) -> ir.Value:
-    return draft.op("Concat", *parts, axis=0) if parts else draft.integers([])
+def _join(builder: NodeBuilder, parts: Sequence[ir.Value]) -> ir.Value:
+    return builder.op("Concat", *parts, axis=0) if parts else builder.integers([])
 
 
-def _write_amount(draft: NodeBuilder, amount: Amount, places: Places) -> ir.Value:
+def _write_amount(builder: NodeBuilder, amount: Amount, places: Places) -> ir.Value:
     """Write a sum of products of sizes, as a vector of one element."""
     for (value, axis), dim in places.items():
         if dim == amount:
-            return _write_atom(draft, (value, axis), 1, 0)
+            return _write_atom(builder, (value, axis), 1, 0)
     ways = solve(amount, places)
     total: ir.Value | None = None
     for atoms, factor in list_terms(amount):
         product: ir.Value | None = None
-        factors = [_write_atom(draft, *ways[atom]) for atom in atoms]
+        factors = [_write_atom(builder, *ways[atom]) for atom in atoms]
         if factor != 1 or not atoms:
-            factors.append(draft.integers([factor]))
+            factors.append(builder.integers([factor]))
         for value in factors:
-            product = value if product is None else draft.op("Mul", product, value)
+            product = value if product is None else builder.op("Mul", product, value)
         assert product is not None
-        total = product if total is None else draft.op("Add", total, product)
-    return draft.integers([0]) if total is None else total
+        total = product if total is None else builder.op("Add", total, product)
+    return builder.integers([0]) if total is None else total
 
 
 def _write_atom(
-    draft: NodeBuilder, place: tuple[ir.Value, int], factor: int, offset: int
+    builder: NodeBuilder, place: tuple[ir.Value, int], factor: int, offset: int
 ) -> ir.Value:
     value, axis = place
-    size = draft.op("Shape", value, start=axis, end=axis + 1)
+    size = builder.op("Shape", value, start=axis, end=axis + 1)
     if offset:
-        size = draft.op("Sub", size, draft.integers([offset]))
-    return size if factor == 1 else draft.op("Div", size, draft.integers([factor]))
+        size = builder.op("Sub", size, builder.integers([offset]))
+    return size if factor == 1 else builder.op("Div", size, builder.integers([factor]))

@@ -55,9 +55,9 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     _, build = _LOSSES[loss]
     source = _make_input(labels)
     graph.inputs.append(source)
-    draft = NodeBuilder("splitonnx.loss")
-    results = build(draft, value, source)
-    graph.extend(draft.nodes)
+    builder = NodeBuilder("splitonnx.loss")
+    results = build(builder, value, source)
+    graph.extend(builder.nodes)
     for name, result in results.items():
         result.name = name
         result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
@@ -181,50 +181,50 @@ def _float_labels(output: ir.Value) -> TensorSpec:
     return TensorSpec(name=LABELS, dtype="F32", shape=_dims(output))
 
 
-def _number(draft: NodeBuilder, number: float) -> ir.Value:
-    return draft.number(number, ir.DataType.FLOAT)
+def _number(builder: NodeBuilder, number: float) -> ir.Value:
+    return builder.number(number, ir.DataType.FLOAT)
 
 
-def _mean(draft: NodeBuilder, value: ir.Value) -> ir.Value:
-    return draft.op("ReduceMean", value, keepdims=0)
+def _mean(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+    return builder.op("ReduceMean", value, keepdims=0)
 
 
-def _match_rate(draft: NodeBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
-    return _mean(draft, draft.cast(draft.op("Equal", left, right), ir.DataType.FLOAT))
+def _match_rate(builder: NodeBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    return _mean(builder, builder.cast(builder.op("Equal", left, right), ir.DataType.FLOAT))
 
 
 def _cross_entropy(
-    draft: NodeBuilder, scores: ir.Value, labels: ir.Value
+    builder: NodeBuilder, scores: ir.Value, labels: ir.Value
 ) -> Mapping[str, ir.Value]:
     # the gradient builder wants the second output, log_prob, declared
-    loss, _ = draft.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
-    guess = draft.op("ArgMax", scores, axis=1, keepdims=0)
-    return {LOSS: loss, ACCURACY: _match_rate(draft, guess, labels)}
+    loss, _ = builder.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
+    guess = builder.op("ArgMax", scores, axis=1, keepdims=0)
+    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, labels)}
 
 
-def _mse(draft: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    difference = draft.op("Sub", output, labels)
-    return {LOSS: _mean(draft, draft.op("Mul", difference, difference))}
+def _mse(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    difference = builder.op("Sub", output, labels)
+    return {LOSS: _mean(builder, builder.op("Mul", difference, difference))}
 
 
-def _l1(draft: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    return {LOSS: _mean(draft, draft.op("Abs", draft.op("Sub", output, labels)))}
+def _l1(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    return {LOSS: _mean(builder, builder.op("Abs", builder.op("Sub", output, labels)))}
 
 
-def _bce(draft: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
 
     So written its derivative at x = 0 is 1/2 - y, as it should be, where Abs has derivative 0.
     """
-    size = draft.op("Abs", scores)
-    positive = draft.op("Mul", draft.op("Add", scores, size), _number(draft, 0.5))
-    decay = draft.op("Exp", draft.op("Neg", size))
-    rest = draft.op("Log", draft.op("Add", decay, _number(draft, 1.0)))
-    linear = draft.op("Sub", positive, draft.op("Mul", scores, labels))
-    loss = _mean(draft, draft.op("Add", linear, rest))
-    guess = draft.op("Greater", scores, _number(draft, 0.0))
-    truth = draft.op("Greater", labels, _number(draft, 0.5))
-    return {LOSS: loss, ACCURACY: _match_rate(draft, guess, truth)}
+    size = builder.op("Abs", scores)
+    positive = builder.op("Mul", builder.op("Add", scores, size), _number(builder, 0.5))
+    decay = builder.op("Exp", builder.op("Neg", size))
+    rest = builder.op("Log", builder.op("Add", decay, _number(builder, 1.0)))
+    linear = builder.op("Sub", positive, builder.op("Mul", scores, labels))
+    loss = _mean(builder, builder.op("Add", linear, rest))
+    guess = builder.op("Greater", scores, _number(builder, 0.0))
+    truth = builder.op("Greater", labels, _number(builder, 0.5))
+    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, truth)}
 
 
 _ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
@@ -248,15 +248,15 @@ def build_evaluation(
     undone first.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
-    draft = NodeBuilder("splitonnx.scores")
+    builder = NodeBuilder("splitonnx.scores")
     scores = source
     if activation is not None:
-        floor = _number(draft, 1e-30)
-        scores = draft.op("Log", draft.op("Max", source, floor))  # softmax(log p) is p
+        floor = _number(builder, 1e-30)
+        scores = builder.op("Log", builder.op("Max", source, floor))  # softmax(log p) is p
         if activation == "Sigmoid":
-            rest = draft.op("Sub", _number(draft, 1.0), source)
-            scores = draft.op("Sub", scores, draft.op("Log", draft.op("Max", rest, floor)))
+            rest = builder.op("Sub", _number(builder, 1.0), source)
+            scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
         scores.type, scores.shape = output.type, output.shape
-    graph = ir.Graph([source], [], nodes=draft.nodes, name="evaluate", opset_imports={"": 18})
+    graph = ir.Graph([source], [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18})
     attached = attach_loss(graph, loss, scores.name or "")
     return ir.Model(graph, ir_version=10), attached

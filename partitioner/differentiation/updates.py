@@ -63,16 +63,16 @@ def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
     """Build the graph that yields F32[n], each parameter's squared gradient norm, in order."""
-    draft = _Graph("norms")
+    builder = _Graph("norms")
     squares = []
     for spec in parameters:
-        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
-        square = draft.op("ReduceSumSquare", gradient, keepdims=0)
-        squares.append(draft.op("Reshape", draft.cast(square, _SINGLE), draft.integers([1])))
-    joined = draft.op("Concat", *squares, axis=0)
+        gradient = builder.input(gradients[spec.name], spec.dtype, spec.shape)
+        square = builder.op("ReduceSumSquare", gradient, keepdims=0)
+        squares.append(builder.op("Reshape", builder.cast(square, _SINGLE), builder.integers([1])))
+    joined = builder.op("Concat", *squares, axis=0)
     joined.type = ir.TensorType(ir.DataType.FLOAT)
     joined.shape = ir.Shape([len(squares)])
-    return draft.finish({output: joined})
+    return builder.finish({output: joined})
 
 
 def build_update(
@@ -90,83 +90,83 @@ def build_update(
     double precision where no parameter has it: ONNX Runtime's builds for GPUs in browsers have no
     kernels for that.
     """
-    draft = _Graph("update")
-    rate = draft.input(LEARNING_RATE, "F32", ())
-    clip = _clip_factor(draft, optimizer, norms)
+    builder = _Graph("update")
+    rate = builder.input(LEARNING_RATE, "F32", ())
+    clip = _clip_factor(builder, optimizer, norms)
     is_single = portable and all(spec.dtype != "F64" for spec in parameters)
-    shared = _SharedTerms(draft, optimizer, rate, _SINGLE if is_single else _DOUBLE)
+    shared = _SharedTerms(builder, optimizer, rate, _SINGLE if is_single else _DOUBLE)
     state: list[StateSpec] = []
     outputs: dict[str, ir.Value] = {}
     for spec in parameters:
-        parameter = draft.input(spec.name, spec.dtype, spec.shape)
-        gradient = draft.input(gradients[spec.name], spec.dtype, spec.shape)
+        parameter = builder.input(spec.name, spec.dtype, spec.shape)
+        gradient = builder.input(gradients[spec.name], spec.dtype, spec.shape)
         if clip is not None:
-            gradient = draft.op("Mul", gradient, draft.cast(clip, _DTYPES[spec.dtype]))
+            gradient = builder.op("Mul", gradient, builder.cast(clip, _DTYPES[spec.dtype]))
         step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
-        for name, value in step(draft, spec, parameter, gradient, optimizer, shared).items():
+        for name, value in step(builder, spec, parameter, gradient, optimizer, shared).items():
             value.type, value.shape = parameter.type, parameter.shape
             outputs[name + NEXT] = value
             if name != spec.name:
                 tensor = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
                 state.append(StateSpec(tensor=tensor, role=Role.OPTIMIZER))
     return Update(
-        graph=draft.finish(outputs),
+        graph=builder.finish(outputs),
         state=tuple(state),
         commits={name.removesuffix(NEXT): name for name in outputs},
     )
 
 
-def _clip_factor(draft: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
+def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
     """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
     if optimizer.clip_norm is None:
         return None
     assert norms is not None
-    vectors = [draft.input(name, "F32", (size,)) for name, size in norms.sizes.items()]
-    joined = draft.op("Concat", *vectors, axis=0)
-    ordered = draft.op("Gather", joined, draft.integers(list(norms.order)), axis=0)
-    norm = draft.op("Sqrt", draft.op("ReduceSum", ordered, keepdims=0))
-    padded = draft.op("Add", norm, draft.number(1e-6, _SINGLE))
-    factor = draft.op("Div", draft.number(optimizer.clip_norm, _SINGLE), padded)
-    return draft.op("Min", factor, draft.number(1.0, _SINGLE))
+    vectors = [builder.input(name, "F32", (size,)) for name, size in norms.sizes.items()]
+    joined = builder.op("Concat", *vectors, axis=0)
+    ordered = builder.op("Gather", joined, builder.integers(list(norms.order)), axis=0)
+    norm = builder.op("Sqrt", builder.op("ReduceSum", ordered, keepdims=0))
+    padded = builder.op("Add", norm, builder.number(1e-6, _SINGLE))
+    factor = builder.op("Div", builder.number(optimizer.clip_norm, _SINGLE), padded)
+    return builder.op("Min", factor, builder.number(1.0, _SINGLE))
 
 
 class _SharedTerms:
     """Scalars that every parameter of an update needs, in the dtype asked for."""
 
     def __init__(
-        self, draft: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+        self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
     ) -> None:
-        self._draft = draft
+        self._builder = builder
         self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
         self._scalars = {"rate": rate}
         if isinstance(optimizer, Adam):
             betas = (optimizer.beta1, optimizer.beta2)
-            step = draft.cast(draft.input(STEP, "I64", ()), _SINGLE)
+            step = builder.cast(builder.input(STEP, "I64", ()), _SINGLE)
             correct = _correct_single if exact is _SINGLE else _correct_double
-            first, second = correct(draft, betas, step)
-            wide = draft.cast(rate, exact)
-            decay = draft.op("Mul", wide, draft.number(optimizer.weight_decay, exact))
+            first, second = correct(builder, betas, step)
+            wide = builder.cast(rate, exact)
+            decay = builder.op("Mul", wide, builder.number(optimizer.weight_decay, exact))
             self._scalars |= {
-                "step_size": draft.op("Div", wide, first),
-                "spread": draft.op("Sqrt", second),
-                "keep": draft.op("Sub", draft.number(1.0, exact), decay),
+                "step_size": builder.op("Div", wide, first),
+                "spread": builder.op("Sqrt", second),
+                "keep": builder.op("Sub", builder.number(1.0, exact), decay),
             }
 
     def get(self, name: str, dtype: ir.DataType) -> ir.Value:
         """Return a scalar in ``dtype``, cast once."""
         if (name, dtype) not in self._terms:
-            self._terms[name, dtype] = self._draft.cast(self._scalars[name], dtype)
+            self._terms[name, dtype] = self._builder.cast(self._scalars[name], dtype)
         return self._terms[name, dtype]
 
 
-def _correct_double(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
     """Build the corrections ``1 - beta**step``; in single they would cancel at beta 0.999."""
-    exponent = draft.cast(step, _DOUBLE)
-    powers = [draft.op("Pow", draft.number(beta, _DOUBLE), exponent) for beta in betas]
-    return [draft.op("Sub", draft.number(1.0, _DOUBLE), power) for power in powers]
+    exponent = builder.cast(step, _DOUBLE)
+    powers = [builder.op("Pow", builder.number(beta, _DOUBLE), exponent) for beta in betas]
+    return [builder.op("Sub", builder.number(1.0, _DOUBLE), power) for power in powers]
 
 
-def _correct_single(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
     """Build the same in single precision, to some units in the last place.
 
     With ``q(y) = 1 - exp(-y)`` a correction is ``q(-log(beta) * step)``, and nothing cancels: a
@@ -174,31 +174,31 @@ def _correct_single(draft: _Graph, betas: Sequence[float], step: ir.Value) -> Se
     There is no operator in it but sums and products, which all runtimes round alike.
     """
     rates = [min(-math.log(beta), _SATURATED) if beta else _SATURATED for beta in betas]
-    one, two = draft.number(1.0, _SINGLE), draft.number(2.0, _SINGLE)
-    y = draft.op("Mul", draft.array(np.array(rates), _SINGLE), step)
-    y = draft.op("Min", y, draft.number(_SATURATED, _SINGLE))
-    y = draft.op("Mul", y, draft.number(0.5**_DOUBLINGS, _SINGLE))
+    one, two = builder.number(1.0, _SINGLE), builder.number(2.0, _SINGLE)
+    y = builder.op("Mul", builder.array(np.array(rates), _SINGLE), step)
+    y = builder.op("Min", y, builder.number(_SATURATED, _SINGLE))
+    y = builder.op("Mul", y, builder.number(0.5**_DOUBLINGS, _SINGLE))
     series = one
     for term in range(_TERMS, 1, -1):
-        share = draft.op("Mul", y, draft.number(1 / term, _SINGLE))
-        series = draft.op("Sub", one, draft.op("Mul", share, series))
-    made = draft.op("Mul", y, series)
+        share = builder.op("Mul", y, builder.number(1 / term, _SINGLE))
+        series = builder.op("Sub", one, builder.op("Mul", share, series))
+    made = builder.op("Mul", y, series)
     for _ in range(_DOUBLINGS):
-        made = draft.op("Mul", made, draft.op("Sub", two, made))
-    return [draft.op("Gather", made, draft.integer(index)) for index in range(len(betas))]
+        made = builder.op("Mul", made, builder.op("Sub", two, made))
+    return [builder.op("Gather", made, builder.integer(index)) for index in range(len(betas))]
 
 
 def _decay_gradient(
-    draft: _Graph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
+    builder: _Graph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
 ) -> ir.Value:
     if not decay:
         return gradient
-    penalty = draft.op("Mul", parameter, draft.number(decay, _DTYPES[spec.dtype]))
-    return draft.op("Add", gradient, penalty)
+    penalty = builder.op("Mul", parameter, builder.number(decay, _DTYPES[spec.dtype]))
+    return builder.op("Add", gradient, penalty)
 
 
 def _update_sgd(
-    draft: _Graph,
+    builder: _Graph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -207,18 +207,18 @@ def _update_sgd(
 ) -> dict[str, ir.Value]:
     assert isinstance(optimizer, SGD)
     outputs = {}
-    direction = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+    direction = _decay_gradient(builder, spec, parameter, gradient, optimizer.weight_decay)
     if optimizer.momentum:
         name = f"{spec.name}#momentum"
-        velocity = draft.input(name, spec.dtype, spec.shape)
-        kept = draft.op("Mul", velocity, draft.number(optimizer.momentum, _DTYPES[spec.dtype]))
-        direction = outputs[name] = draft.op("Add", kept, direction)
-    change = draft.op("Mul", direction, shared.get("rate", _DTYPES[spec.dtype]))
-    return {spec.name: draft.op("Sub", parameter, change), **outputs}
+        velocity = builder.input(name, spec.dtype, spec.shape)
+        kept = builder.op("Mul", velocity, builder.number(optimizer.momentum, _DTYPES[spec.dtype]))
+        direction = outputs[name] = builder.op("Add", kept, direction)
+    change = builder.op("Mul", direction, shared.get("rate", _DTYPES[spec.dtype]))
+    return {spec.name: builder.op("Sub", parameter, change), **outputs}
 
 
 def _update_adam(
-    draft: _Graph,
+    builder: _Graph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -230,22 +230,22 @@ def _update_adam(
     dtype = _DTYPES[spec.dtype]
     if isinstance(optimizer, AdamW):
         if optimizer.weight_decay:
-            parameter = draft.op("Mul", parameter, shared.get("keep", dtype))
+            parameter = builder.op("Mul", parameter, shared.get("keep", dtype))
     else:
-        gradient = _decay_gradient(draft, spec, parameter, gradient, optimizer.weight_decay)
+        gradient = _decay_gradient(builder, spec, parameter, gradient, optimizer.weight_decay)
 
     def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
-        old = draft.input(name, spec.dtype, spec.shape)
-        kept = draft.op("Mul", old, draft.number(beta, dtype))
-        return draft.op("Add", kept, draft.op("Mul", value, draft.number(1.0 - beta, dtype)))
+        old = builder.input(name, spec.dtype, spec.shape)
+        kept = builder.op("Mul", old, builder.number(beta, dtype))
+        return builder.op("Add", kept, builder.op("Mul", value, builder.number(1.0 - beta, dtype)))
 
     first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
     mean = blend(first, optimizer.beta1, gradient)
-    square = blend(second, optimizer.beta2, draft.op("Mul", gradient, gradient))
-    spread = draft.op("Div", draft.op("Sqrt", square), shared.get("spread", dtype))
-    ratio = draft.op("Div", mean, draft.op("Add", spread, draft.number(optimizer.eps, dtype)))
-    change = draft.op("Mul", ratio, shared.get("step_size", dtype))
-    return {spec.name: draft.op("Sub", parameter, change), first: mean, second: square}
+    square = blend(second, optimizer.beta2, builder.op("Mul", gradient, gradient))
+    spread = builder.op("Div", builder.op("Sqrt", square), shared.get("spread", dtype))
+    ratio = builder.op("Div", mean, builder.op("Add", spread, builder.number(optimizer.eps, dtype)))
+    change = builder.op("Mul", ratio, shared.get("step_size", dtype))
+    return {spec.name: builder.op("Sub", parameter, change), first: mean, second: square}
 
 
 class _Graph(NodeBuilder):

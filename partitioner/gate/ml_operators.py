@@ -48,31 +48,31 @@ def normalize_ml_operators(graph: ir.Graph) -> None:
     """Write the nodes of the domain in standard operators, in place."""
     for node in list(graph):
         if node.domain == DOMAIN:
-            draft = NodeBuilder(f"{node.outputs[0].name or node.name}/settled")
-            draft.replace(node, [ESTIMATORS[node.op_type](draft, node)])
+            builder = NodeBuilder(f"{node.outputs[0].name or node.name}/normalized")
+            builder.replace(node, [ESTIMATORS[node.op_type](builder, node)])
 
 
-def _rewrite_extractor(draft: NodeBuilder, node: ir.Node) -> ir.Value:
+def _rewrite_extractor(builder: NodeBuilder, node: ir.Node) -> ir.Value:
     """Columns of the last axis; a vector counts as one row."""
     source, picks = node.inputs
     assert source is not None
     assert picks is not None
     if known_rank(source) == 1:
-        source = draft.op("Unsqueeze", source, draft.integers([0]))
-    flat = draft.op("Reshape", picks, draft.integers([-1]))
-    return draft.op("Gather", source, flat, axis=-1)
+        source = builder.op("Unsqueeze", source, builder.integers([0]))
+    flat = builder.op("Reshape", picks, builder.integers([-1]))
+    return builder.op("Gather", source, flat, axis=-1)
 
 
-def _rewrite_scaler(draft: NodeBuilder, node: ir.Node) -> ir.Value:
+def _rewrite_scaler(builder: NodeBuilder, node: ir.Node) -> ir.Value:
     """(x - offset) * scale, as F32."""
     value = node.inputs[0]
     assert value is not None
-    value = draft.cast(value, ir.DataType.FLOAT)
+    value = builder.cast(value, ir.DataType.FLOAT)
     for kind, name in (("Sub", "offset"), ("Mul", "scale")):
         if name in node.attributes:
             numbers = node.attributes[name].as_floats()
-            constant = draft.tensor(ir.tensor(list(numbers), dtype=ir.DataType.FLOAT))
-            value = draft.op(kind, value, constant)
+            constant = builder.tensor(ir.tensor(list(numbers), dtype=ir.DataType.FLOAT))
+            value = builder.op(kind, value, constant)
     return value
 
 

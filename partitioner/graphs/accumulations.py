@@ -25,24 +25,26 @@ class Line:
 
 
 def accumulate(
-    draft: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
+    builder: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
 ) -> ir.Value:
     """Compute the running sum or product, with each element itself unless ``exclusive``."""
     dtype = x.dtype
-    neutral = draft.number(0.0 if kind == "Add" else 1.0, dtype)
+    neutral = builder.number(0.0 if kind == "Add" else 1.0, dtype)
     if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils
-        return draft.op("Expand", neutral, draft.shape(x))
+        return builder.op("Expand", neutral, builder.shape(x))
     if exclusive:
-        x = _shift(draft, x, line, 1, neutral)
+        x = _shift(builder, x, line, 1, neutral)
     distance = 1
     while distance < line.length:
-        x = draft.op(kind, x, _shift(draft, x, line, distance, neutral))
+        x = builder.op(kind, x, _shift(builder, x, line, distance, neutral))
         distance *= 2
     return x
 
 
-def _shift(draft: NodeBuilder, x: ir.Value, line: Line, distance: int, fill: ir.Value) -> ir.Value:
+def _shift(
+    builder: NodeBuilder, x: ir.Value, line: Line, distance: int, fill: ir.Value
+) -> ir.Value:
     pads = [0] * (2 * line.rank)
     forward = -distance if line.reverse else distance
     pads[line.axis], pads[line.axis + line.rank] = forward, -forward
-    return draft.op("Pad", x, draft.integers(pads), fill)
+    return builder.op("Pad", x, builder.integers(pads), fill)

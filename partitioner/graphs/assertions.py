@@ -15,29 +15,31 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
-def refuse_where(draft: NodeBuilder, bad: ir.Value) -> ir.Value:
+def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Return a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
-    numbers = draft.cast(note(bad, BOOL), I64)
-    count = draft.op("ReduceSum", numbers, keepdims=0)  # there may be none: ReduceMax refuses that
-    return note(draft.op("Gather", draft.integers([0]), note(count, I64), axis=0), I64)
+    numbers = builder.cast(note(bad, BOOL), I64)
+    count = builder.op(
+        "ReduceSum", numbers, keepdims=0
+    )  # there may be none: ReduceMax refuses that
+    return note(builder.op("Gather", builder.integers([0]), note(count, I64), axis=0), I64)
 
 
-def pass_if(draft: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
+def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
     """Return a value as it is, once ``zero`` was computed: its shape is added to it."""
-    shape = note(draft.op("Shape", value), I64)
-    return reshape(draft, value, note(draft.op("Add", shape, zero), I64))
+    shape = note(builder.op("Shape", value), I64)
+    return reshape(builder, value, note(builder.op("Add", shape, zero), I64))
 
 
-def reshape(draft: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
+def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
     """Reshape, to what is noted as the shape it has; an error if the elements are more or fewer."""
-    return note(draft.op("Reshape", value, shape), value.dtype, value.shape)
+    return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 
 
-def either(draft: NodeBuilder, *conditions: ir.Value) -> ir.Value:
+def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
     """Join conditions by Or."""
     joined, *others = conditions
     for condition in others:
-        joined = note(draft.op("Or", joined, condition), BOOL)
+        joined = note(builder.op("Or", joined, condition), BOOL)
     return joined
 
 

@@ -2,7 +2,7 @@
 
 onnx's checker lets pass what is in bodies and functions, references above all, which mean
 something only where a function is called.  Behind this, each attribute is of its operator's type
-and the required ones are there.  Their values are judged where they are used.
+and the required ones are there.  Their values are checked where they are used.
 """
 
 from __future__ import annotations

@@ -40,24 +40,24 @@ def find_key(graph: ir.Graph) -> ir.Value:
     return key
 
 
-def draw_words(draft: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
+def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
     """Draw whole numbers below 2**32, as I64 in the given shape, for the node of that name."""
 
     def word(value: ir.Value) -> ir.Value:
-        return draft.cast(value, ir.DataType.UINT32)
+        return builder.cast(value, ir.DataType.UINT32)
 
     def long(value: ir.Value) -> ir.Value:
-        return draft.cast(value, ir.DataType.INT64)
+        return builder.cast(value, ir.DataType.INT64)
 
     def xor(one: ir.Value, other: ir.Value) -> ir.Value:
-        return _typed(draft.op("BitwiseXor", one, other), ir.DataType.UINT32)
+        return _typed(builder.op("BitwiseXor", one, other), ir.DataType.UINT32)
 
     def fold(value: ir.Value, shift: int) -> ir.Value:
-        places = draft.number(shift, ir.DataType.UINT32)
-        return xor(value, draft.op("BitShift", value, places, direction="RIGHT"))
+        places = builder.number(shift, ir.DataType.UINT32)
+        return xor(value, builder.op("BitShift", value, places, direction="RIGHT"))
 
     def multiply(value: ir.Value, factor: int) -> ir.Value:
-        product = draft.op("Mul", long(value), draft.integer(factor))
+        product = builder.op("Mul", long(value), builder.integer(factor))
         return word(_typed(product, ir.DataType.INT64))
 
     def scramble(value: ir.Value, *, within: ir.Value | None = None) -> ir.Value:
@@ -66,15 +66,17 @@ def draw_words(draft: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) ->
             value = xor(value, within)
         return fold(multiply(fold(value, 15), _MULTIPLIERS[1]), 16)
 
-    spread = draft.op("Mul", draft.op("Mod", key, draft.integer(2**31)), draft.integers(_SPREAD))
-    total = draft.op("ReduceSum", spread, keepdims=0)
-    named = draft.op("Add", total, draft.integer(zlib.crc32(name.encode())))
+    spread = builder.op(
+        "Mul", builder.op("Mod", key, builder.integer(2**31)), builder.integers(_SPREAD)
+    )
+    total = builder.op("ReduceSum", spread, keepdims=0)
+    named = builder.op("Add", total, builder.integer(zlib.crc32(name.encode())))
     first = scramble(word(named))
-    second = scramble(xor(first, draft.number(0x5BD1E995, ir.DataType.UINT32)))
-    count = draft.op("ReduceProd", shape, keepdims=0)
-    index = draft.op("Range", draft.integer(0), count, draft.integer(1))
-    mixed = scramble(word(draft.op("Add", index, long(first))), within=second)
-    return _typed(draft.op("Reshape", long(mixed), shape), ir.DataType.INT64)
+    second = scramble(xor(first, builder.number(0x5BD1E995, ir.DataType.UINT32)))
+    count = builder.op("ReduceProd", shape, keepdims=0)
+    index = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    mixed = scramble(word(builder.op("Add", index, long(first))), within=second)
+    return _typed(builder.op("Reshape", long(mixed), shape), ir.DataType.INT64)
 
 
 def seed_random_operators(graph: ir.Graph) -> None:
@@ -86,16 +88,16 @@ def seed_random_operators(graph: ir.Graph) -> None:
         UnsupportedModel: the rank of a Multinomial's input is not known.
     """
     for node in [node for node in graph if node.op_type in _DRAWS and not node.domain]:
-        draft = NodeBuilder(f"{node.outputs[0].name}/drawn")
-        draw = _Source(draft=draft, key=find_key(graph), node=node)
-        draft.replace(node, [_DRAWS[node.op_type](draw)])
+        builder = NodeBuilder(f"{node.outputs[0].name}/drawn")
+        draw = _Source(builder=builder, key=find_key(graph), node=node)
+        builder.replace(node, [_DRAWS[node.op_type](draw)])
 
 
 class _Source:
     """The numbers of one node."""
 
-    def __init__(self, draft: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
-        self.draft, self.node, self._key = draft, node, key
+    def __init__(self, builder: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
+        self.builder, self.node, self._key = builder, node, key
         seed = node.attributes.get_float("seed", None)
         self._name = (node.name or "") + ("" if seed is None else f"/{seed}")
 
@@ -109,81 +111,85 @@ class _Source:
     def shape(self) -> ir.Value:
         """Return the shape of what is drawn."""
         if self.node.inputs:
-            return self.draft.shape(self.x)
-        return self.draft.integers(self.node.attributes.get_ints("shape"))
+            return self.builder.shape(self.x)
+        return self.builder.integers(self.node.attributes.get_ints("shape"))
 
     def number(self, name: str, default: float) -> ir.Value:
         """Return a float attribute as a scalar."""
-        return self.draft.number(self.node.attributes.get_float(name, default), _FLOAT)
+        return self.builder.number(self.node.attributes.get_float(name, default), _FLOAT)
 
     def uniform(self, shape: ir.Value, *, label: str = "", above_zero: bool = False) -> ir.Value:
         """Draw multiples of 2**-24 from [0, 1), or with ``above_zero`` from (0, 1]."""
-        draft = self.draft
-        words = draw_words(draft, self._key, f"{self._name}{label}", shape)
-        steps = draft.op("Div", words, draft.integer(2**8))
+        builder = self.builder
+        words = draw_words(builder, self._key, f"{self._name}{label}", shape)
+        steps = builder.op("Div", words, builder.integer(2**8))
         if above_zero:
-            steps = draft.op("Add", steps, draft.integer(1))
-        steps = draft.op("Cast", steps, to=_FLOAT.value)
-        return draft.op("Mul", steps, draft.number(2.0**-24, _FLOAT))
+            steps = builder.op("Add", steps, builder.integer(1))
+        steps = builder.op("Cast", steps, to=_FLOAT.value)
+        return builder.op("Mul", steps, builder.number(2.0**-24, _FLOAT))
 
     def finish(self, value: ir.Value) -> ir.Value:
         """Cast to the dtype that the node declares, by default that of its input."""
         declared = self.node.attributes.get_int("dtype", 0)
         dtype = self.x.dtype if not declared and self.node.inputs else None
-        return self.draft.op("Cast", value, to=declared or (dtype or _FLOAT).value)
+        return self.builder.op("Cast", value, to=declared or (dtype or _FLOAT).value)
 
 
 def _draw_uniform(source: _Source) -> ir.Value:
     """low + u * (high - low)."""
-    draft = source.draft
+    builder = source.builder
     low, high = source.number("low", 0.0), source.number("high", 1.0)
-    scaled = draft.op("Mul", source.uniform(source.shape()), draft.op("Sub", high, low))
-    return source.finish(draft.op("Add", low, scaled))
+    scaled = builder.op("Mul", source.uniform(source.shape()), builder.op("Sub", high, low))
+    return source.finish(builder.op("Add", low, scaled))
 
 
 def _draw_normal(source: _Source) -> ir.Value:
     """mean + scale * sqrt(-2 ln u) * cos(2 pi v): the transform of Box and Muller."""
-    draft, shape = source.draft, source.shape()
+    builder, shape = source.builder, source.shape()
     u = source.uniform(shape, label="/u", above_zero=True)
     v = source.uniform(shape, label="/v")
-    radius = draft.op("Sqrt", draft.op("Mul", draft.op("Log", u), draft.number(-2.0, _FLOAT)))
-    angle = draft.op("Cos", draft.op("Mul", v, draft.number(2 * math.pi, _FLOAT)))
-    scaled = draft.op("Mul", draft.op("Mul", radius, angle), source.number("scale", 1.0))
-    return source.finish(draft.op("Add", scaled, source.number("mean", 0.0)))
+    radius = builder.op(
+        "Sqrt", builder.op("Mul", builder.op("Log", u), builder.number(-2.0, _FLOAT))
+    )
+    angle = builder.op("Cos", builder.op("Mul", v, builder.number(2 * math.pi, _FLOAT)))
+    scaled = builder.op("Mul", builder.op("Mul", radius, angle), source.number("scale", 1.0))
+    return source.finish(builder.op("Add", scaled, source.number("mean", 0.0)))
 
 
 def _draw_bernoulli(source: _Source) -> ir.Value:
     """1 where u < p; a step function of p, so without a gradient."""
-    draft, p = source.draft, source.x
+    builder, p = source.builder, source.x
     u = source.uniform(source.shape())
-    chance = draft.op("Cast", draft.detach(p), to=_FLOAT.value)
-    return source.finish(draft.op("Less", u, chance))
+    chance = builder.op("Cast", builder.detach(p), to=_FLOAT.value)
+    return source.finish(builder.op("Less", u, chance))
 
 
 def _draw_multinomial(source: _Source) -> ir.Value:
     """Count the classes whose cumulated probability is at most u."""
-    draft, scores, node = source.draft, source.x, source.node
+    builder, scores, node = source.builder, source.x, source.node
     samples = node.attributes.get_int("sample_size", 1)
     if scores.shape is None or len(scores.shape) != 2:
         raise UnsupportedModel(
             f"node '{node.name}' (Multinomial)", "its input is not known to be [batch, classes]"
         )
-    scores = draft.op("Cast", draft.detach(scores), to=_FLOAT.value)
-    chance = draft.op("Softmax", scores, axis=-1)
-    cumulated = draft.op("CumSum", chance, draft.integer(1))  # (N, classes)
-    shape = draft.op("Concat", draft.shape(source.x, 0, 1), draft.integers([samples]), axis=0)
+    scores = builder.op("Cast", builder.detach(scores), to=_FLOAT.value)
+    chance = builder.op("Softmax", scores, axis=-1)
+    cumulated = builder.op("CumSum", chance, builder.integer(1))  # (N, classes)
+    shape = builder.op("Concat", builder.shape(source.x, 0, 1), builder.integers([samples]), axis=0)
     u = source.uniform(shape)  # (N, samples)
-    last = draft.op("Unsqueeze", u, draft.integers([2]))
-    passed = draft.op(
-        "LessOrEqual", draft.op("Unsqueeze", cumulated, draft.integers([1])), last
+    last = builder.op("Unsqueeze", u, builder.integers([2]))
+    passed = builder.op(
+        "LessOrEqual", builder.op("Unsqueeze", cumulated, builder.integers([1])), last
     )  # (N, samples, classes)
-    count = draft.op(
-        "ReduceSum", draft.op("Cast", passed, to=ir.DataType.INT64.value),
-        draft.integers([2]), keepdims=0,
+    count = builder.op(
+        "ReduceSum", builder.op("Cast", passed, to=ir.DataType.INT64.value),
+        builder.integers([2]), keepdims=0,
     )  # fmt: skip
-    most = draft.op("Sub", draft.op("Squeeze", draft.shape(source.x, 1, 2)), draft.integer(1))
+    most = builder.op(
+        "Sub", builder.op("Squeeze", builder.shape(source.x, 1, 2)), builder.integer(1)
+    )
     declared = node.attributes.get_int("dtype", ir.DataType.INT32.value)
-    return draft.op("Cast", draft.op("Min", count, most), to=declared)
+    return builder.op("Cast", builder.op("Min", count, most), to=declared)
 
 
 _DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {

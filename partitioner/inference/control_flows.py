@@ -1,4 +1,4 @@
-"""Control flow that is settled in advance: branches inlined, loops unrolled.
+"""Control flow that is known in advance: branches inlined, loops unrolled.
 
 The gradient builder takes no If, Loop or Scan.  One whose condition or trip count is known before
 any data come is written out as the nodes that it runs; any other one stays as it is, with the
@@ -17,13 +17,13 @@ from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list
 from splitonnx.partitioner.inference.inferences import Inference
 
 KEPT = "splitonnx.kept"
-"""Key of a node's metadata that says why its control flow could not be settled in advance."""
+"""Key of a node's metadata that says why its control flow could not be resolved in advance."""
 
 MOST_NODES = 20_000
 """Loops that would become more nodes, those of one model together, stay loops."""
 
 
-class Unsettled(Exception):
+class Unresolved(Exception):
     """The control flow depends on the data, or is too long to be written out."""
 
 
@@ -34,29 +34,29 @@ def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequenc
     written, in order.
 
     Raises:
-        Unsettled: it cannot be; the node is unchanged.
+        Unresolved: it cannot be; the node is unchanged.
     """
-    draft = NodeBuilder(node.name or node.op_type)
+    builder = NodeBuilder(node.name or node.op_type)
     try:
         if node.op_type == "If":
-            made = _inline_branch(draft, node, known)
+            made = _inline_branch(builder, node, known)
         elif node.op_type == "Loop":
-            made = _unroll_loop(draft, node, known, spent)
+            made = _unroll_loop(builder, node, known, spent)
         else:
-            made = _unroll_scan(draft, node, known, spent)
-    except Unsettled:
-        for written in draft.nodes:
+            made = _unroll_scan(builder, node, known, spent)
+    except Unresolved:
+        for written in builder.nodes:
             disconnect([written, *list_inner(written)])
         raise
-    draft.replace(node, made)
+    builder.replace(node, made)
     disconnect(list_inner(node))  # the branch not taken, the body that was copied
-    return draft.nodes
+    return builder.nodes
 
 
-def _inline_branch(draft: NodeBuilder, node: ir.Node, known: Inference) -> list[ir.Value | None]:
+def _inline_branch(builder: NodeBuilder, node: ir.Node, known: Inference) -> list[ir.Value | None]:
     condition = known.constant(node.inputs[0])
     if condition is None:
-        raise Unsettled("its condition depends on the data")
+        raise Unresolved("its condition depends on the data")
     body = node.attributes["then_branch" if condition.all() else "else_branch"].as_graph()
     _hoist_constants(body, node)
     taken = _list_names(node.graph)
@@ -70,19 +70,19 @@ def _inline_branch(draft: NodeBuilder, node: ir.Node, known: Inference) -> list[
     outputs = list(body.outputs)
     body.outputs.clear()
     body.remove(nodes)
-    draft.nodes.extend(nodes)
+    builder.nodes.extend(nodes)
     return [*outputs]
 
 
 def _unroll_loop(
-    draft: NodeBuilder, node: ir.Node, known: Inference, spent: int
+    builder: NodeBuilder, node: ir.Node, known: Inference, spent: int
 ) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     size = _measure_body(body)
     trips, condition = node.inputs[0], node.inputs[1]
     most = known.constant(trips)
     if trips is not None and most is None:
-        raise Unsettled("its trip count depends on the data")
+        raise Unresolved("its trip count depends on the data")
     limit = None if most is None else int(most.reshape(-1)[0])
     going = condition is None or _decide(condition, known)
     carried = list(node.inputs[2:])
@@ -93,15 +93,15 @@ def _unroll_loop(
     step = 0
     while going and (limit is None or step < limit):
         _refuse_excess(size, step + 1, spent)
-        bound = [draft.integer(step), condition, *carried]
-        again, *results = _write_body(draft, body, f"{node.name}/{step}", bound, known)
+        bound = [builder.integer(step), condition, *carried]
+        again, *results = _write_body(builder, body, f"{node.name}/{step}", bound, known)
         step += 1
         if limit is None or step < limit:
             going = _decide(again, known)
         carried = [*results[: len(carried)]]
         for row, value in zip(scanned, results[len(carried) :], strict=True):
             row.append(value)
-    return [*carried, *(_stack(draft, row, 0) for row in scanned)]
+    return [*carried, *(_stack(builder, row, 0) for row in scanned)]
 
 
 def _is_endless(body: ir.Graph) -> bool:
@@ -120,7 +120,7 @@ def _measure_body(body: ir.Graph) -> int:
 def _refuse_excess(size: int, runs: int, spent: int) -> None:
     if spent + runs * size > MOST_NODES:
         before = f" after the {spent} of others before it" if spent else ""
-        raise Unsettled(
+        raise Unresolved(
             f"{runs} runs of {size} nodes{before} would be more than {MOST_NODES} nodes in place "
             "of loops; export it with fewer runs"
         )
@@ -129,12 +129,12 @@ def _refuse_excess(size: int, runs: int, spent: int) -> None:
 def _decide(condition: ir.Value, known: Inference) -> bool:
     content = known.constant(condition)
     if content is None:
-        raise Unsettled("its condition depends on the data")
+        raise Unresolved("its condition depends on the data")
     return bool(content.all())
 
 
 def _unroll_scan(
-    draft: NodeBuilder, node: ir.Node, known: Inference, spent: int
+    builder: NodeBuilder, node: ir.Node, known: Inference, spent: int
 ) -> list[ir.Value | None]:
     body = node.attributes["body"].as_graph()
     count = node.attributes.get_int("num_scan_inputs")
@@ -147,21 +147,21 @@ def _unroll_scan(
     length = _measure_scan(node, sources, axes, known)
     _refuse_excess(_measure_body(body), length, spent)
     rows = [
-        _take_apart(draft, source, length, axis, known)[:: -1 if turn else 1]
+        _take_apart(builder, source, length, axis, known)[:: -1 if turn else 1]
         for source, axis, turn in zip(sources, axes, turned, strict=True)
     ]
     _hoist_constants(body, node)
     scanned: list[list[ir.Value]] = [[] for _ in range(results)]
     for step in range(length):
         bound = [*carried, *(row[step] for row in rows)]
-        made = _write_body(draft, body, f"{node.name}/{step}", bound, known)
+        made = _write_body(builder, body, f"{node.name}/{step}", bound, known)
         carried = [*made[:split]]
         for row, value in zip(scanned, made[split:], strict=True):
             row.append(value)
     out_axes = _list_integers(node, "scan_output_axes", results)
     out_turned = _list_integers(node, "scan_output_directions", results)
     stacked = [
-        _stack(draft, row[::-1] if turn else row, axis)
+        _stack(builder, row[::-1] if turn else row, axis)
         for row, axis, turn in zip(scanned, out_axes, out_turned, strict=True)
     ]
     return [*carried, *stacked]
@@ -174,7 +174,7 @@ def _measure_scan(
         dims = known.shape(source)
         if dims is not None and isinstance(length := dims[axis], int) and length:
             return length
-    raise Unsettled("the length of its sequence is not a fixed number")
+    raise Unresolved("the length of its sequence is not a fixed number")
 
 
 def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
@@ -183,7 +183,7 @@ def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
 
 
 def _take_apart(
-    draft: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
+    builder: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
 ) -> list[ir.Value]:
     """Return the slices of a sequence along ``axis``, without it.
 
@@ -191,23 +191,23 @@ def _take_apart(
     """
     pieces: Sequence[ir.Value] = [source]
     if length > 1:
-        sizes = draft.integers([1] * length)
-        pieces = draft.ops("Split", [source, sizes], length, {"axis": axis})
-    slices = [draft.op("Squeeze", piece, draft.integers([axis])) for piece in pieces]
-    for node in draft.nodes:
+        sizes = builder.integers([1] * length)
+        pieces = builder.ops("Split", [source, sizes], length, {"axis": axis})
+    slices = [builder.op("Squeeze", piece, builder.integers([axis])) for piece in pieces]
+    for node in builder.nodes:
         known.visit(node)
     return slices
 
 
-def _stack(draft: NodeBuilder, row: Sequence[ir.Value], axis: int) -> ir.Value | None:
+def _stack(builder: NodeBuilder, row: Sequence[ir.Value], axis: int) -> ir.Value | None:
     if not row:
         return None
-    raised = [draft.op("Unsqueeze", value, draft.integers([axis])) for value in row]
-    return draft.op("Concat", *raised, axis=axis) if len(raised) > 1 else raised[0]
+    raised = [builder.op("Unsqueeze", value, builder.integers([axis])) for value in row]
+    return builder.op("Concat", *raised, axis=axis) if len(raised) > 1 else raised[0]
 
 
 def _write_body(
-    draft: NodeBuilder,
+    builder: NodeBuilder,
     body: ir.Graph,
     prefix: str,
     bound: Sequence[ir.Value | None],
@@ -217,16 +217,16 @@ def _write_body(
 
     An input bound to nothing is a loop's condition, which holds while the loop runs.
     """
-    given = [_write_truth(draft) if value is None else value for value in bound]
+    given = [_write_truth(builder) if value is None else value for value in bound]
     nodes, outputs = copy_body(body, prefix, given)
     for node in nodes:
         known.visit(node)
-    draft.nodes.extend(nodes)
+    builder.nodes.extend(nodes)
     return outputs
 
 
-def _write_truth(draft: NodeBuilder) -> ir.Value:
-    return draft.tensor(ir.tensor(True, dtype=ir.DataType.BOOL))
+def _write_truth(builder: NodeBuilder) -> ir.Value:
+    return builder.tensor(ir.tensor(True, dtype=ir.DataType.BOOL))
 
 
 def _hoist_constants(body: ir.Graph, node: ir.Node) -> None:

@@ -1,9 +1,9 @@
 """Folding: what of a model is known before any data come is computed in advance.
 
 Constants take the place of what is computed from constants and fixed dimensions alone; a
-Reshape's target becomes one where at most one dimension is open; branches and loops that are
-settled are written out.  A dynamic batch stays dynamic.  Weights are graph inputs here, so none
-is ever folded.  This module knows no cut and no gradient.
+Reshape's target becomes one where at most one dimension is open; branches and loops whose
+conditions and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are
+graph inputs here, so none is ever folded.  This module knows no cut and no gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from splitonnx.expressions import UNKNOWN
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
-from splitonnx.partitioner.inference.control_flows import KEPT, Unsettled, resolve_control_flow
+from splitonnx.partitioner.inference.control_flows import KEPT, Unresolved, resolve_control_flow
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 from splitonnx.partitioner.inference.inferences import Inference
 
@@ -49,7 +49,7 @@ def _fold_node(
     trained = any(value in reached for value in list_inputs(node))
     if trained:
         reached.update(node.outputs)
-    written = _settle(node, known, trained, spent)
+    written = _resolve(node, known, trained, spent)
     if written is not None:
         return written
     _name_type(node)
@@ -83,14 +83,16 @@ def _is_noted(value: ir.Value) -> bool:
     return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
 
 
-def _settle(node: ir.Node, known: Inference, trained: bool, spent: int) -> Sequence[ir.Node] | None:
-    """Write out control flow that is settled; a loop only where a gradient may pass it."""
+def _resolve(
+    node: ir.Node, known: Inference, trained: bool, spent: int
+) -> Sequence[ir.Node] | None:
+    """Write out control flow that is known; a loop only where a gradient may pass it."""
     loop = node.op_type in ("Loop", "Scan")
     if node.domain or not (node.op_type == "If" or (loop and trained)):
         return None
     try:
         return resolve_control_flow(node, known, spent)
-    except Unsettled as reason:
+    except Unresolved as reason:
         node.metadata_props[KEPT] = str(reason)
         return None
 
@@ -118,8 +120,8 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
     contents = [known.constant(value) for value in node.outputs]
     if not outputs or any(not _is_plain(c, v) for c, v in zip(contents, node.outputs, strict=True)):
         return False
-    draft = NodeBuilder(f"{node.name}/folded")
-    draft.replace(node, [draft.tensor(ir.tensor(np.asarray(content))) for content in contents])
+    builder = NodeBuilder(f"{node.name}/folded")
+    builder.replace(node, [builder.tensor(ir.tensor(np.asarray(content))) for content in contents])
     return True
 
 
@@ -144,9 +146,9 @@ def _fix_target(
     fixed = fix(node, dims, wanted)
     graph = node.graph
     if fixed is not None and graph is not None:
-        draft = NodeBuilder(f"{node.name}/target")
-        constant = draft.integers(fixed)
-        graph.insert_before(node, draft.nodes)
+        builder = NodeBuilder(f"{node.name}/target")
+        constant = builder.integers(fixed)
+        graph.insert_before(node, builder.nodes)
         node.replace_input_with(1, constant)
 
 

@@ -305,7 +305,7 @@ class Inference:
     def _read_size(self, value: ir.Value) -> np.ndarray | None:
         dims = self.shape(value)
         try:
-            return None if dims is None else _settle(np.array(prod_of(dims), object))
+            return None if dims is None else _as_array(np.array(prod_of(dims), object))
         except Undecided:
             return None
 
@@ -316,7 +316,7 @@ class Inference:
             return None
         start, end = node.attributes.get_int("start", 0), node.attributes.get("end")
         piece = dims[start:] if end is None else dims[start : end.as_int()]
-        return _settle(_hold(piece))
+        return _as_array(_hold(piece))
 
     def _compute_symbols(
         self, node: ir.Node, contents: Sequence[np.ndarray | None]
@@ -332,7 +332,7 @@ class Inference:
             count, function = _ARITHMETIC[node.op_type]
             if len(given) != count:
                 return ()
-            return [_settle(np.frompyfunc(function, count, 1)(*given), dtype)]
+            return [_as_array(np.frompyfunc(function, count, 1)(*given), dtype)]
         if node.op_type in ("ReduceProd", "ReduceSum"):
             return self._reduce(node, given)
         return self._move(node, contents) if node.op_type in _MOVING else ()
@@ -342,7 +342,7 @@ class Inference:
             return ()
         total = (prod_of if node.op_type == "ReduceProd" else sum_of)(given[0])
         keep = node.attributes.get_int("keepdims", 1)
-        return [_settle(_hold([total]) if keep else np.array(total, object), node.inputs[0])]
+        return [_as_array(_hold([total]) if keep else np.array(total, object), node.inputs[0])]
 
     def _move(
         self, node: ir.Node, contents: Sequence[np.ndarray | None]
@@ -362,7 +362,7 @@ class Inference:
             stand_ins.append(places)
         moved = evaluate(node, stand_ins, self._opset)
         symbols = _hold(table)
-        return [None if m is None else _settle(_take(symbols, m), node.inputs[0]) for m in moved]
+        return [None if m is None else _as_array(_take(symbols, m), node.inputs[0]) for m in moved]
 
 
 _INTEGERS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
@@ -384,7 +384,7 @@ def _take(symbols: np.ndarray, places: np.ndarray) -> np.ndarray:
     return taken
 
 
-def _settle(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndarray:
+def _as_array(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndarray:
     """Return an array of numbers, where all elements are known, else one of objects."""
     array = np.asarray(content, object)
     if _has_symbols(array):

@@ -36,7 +36,7 @@ def flatten_sequences(graph: ir.Graph) -> bool:
     Outputs keep their names.  Returns whether there was something to replace.
     """
     rows = _Rows()
-    settled = []
+    replaced = []
     for node in list(graph):
         rule = _RULES.get(node.op_type)
         if rule is None or node.domain:
@@ -46,12 +46,12 @@ def flatten_sequences(graph: ir.Graph) -> bool:
                 rule(rows, node)
             except _Unknown:
                 continue
-        settled.append(node)
-    for node in reversed(settled):
+        replaced.append(node)
+    for node in reversed(replaced):
         unused = not any(value.uses() or value.is_graph_output() for value in node.outputs)
         if node.graph is not None and unused:
             graph.remove(node, safe=True)
-    return bool(settled)
+    return bool(replaced)
 
 
 class _Rows:
@@ -97,8 +97,8 @@ def _read_position(node: ir.Node, index: int, length: int) -> int:
 
 
 def _replace(node: ir.Node, write: Callable[[NodeBuilder], ir.Value]) -> None:
-    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
-    draft.replace(node, [write(draft)])
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
+    builder.replace(node, [write(builder)])
 
 
 def _construct(rows: _Rows, node: ir.Node) -> None:
@@ -127,12 +127,12 @@ def _take(rows: _Rows, node: ir.Node) -> None:
     place = _read_position(node, 1, len(row))
     if place >= len(row):
         raise _Unknown
-    _replace(node, lambda draft: row[place])
+    _replace(node, lambda builder: row[place])
 
 
 def _measure(rows: _Rows, node: ir.Node) -> None:
     row = rows.read(node.inputs[0])
-    _replace(node, lambda draft: draft.integer(len(row)))
+    _replace(node, lambda builder: builder.integer(len(row)))
 
 
 def _copy(rows: _Rows, node: ir.Node) -> None:
@@ -145,19 +145,19 @@ def _split(rows: _Rows, node: ir.Node) -> None:
     assert x is not None
     given = node.inputs[1] if len(node.inputs) > 1 else None
     extents, one_each = _measure_pieces(x, axis, given)
-    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/flat")
     if len(extents) == 1:
-        pieces: Row = [draft.op("Identity", x)]
+        pieces: Row = [builder.op("Identity", x)]
     else:
-        settings = [x, draft.integers(extents)]
-        pieces = draft.ops("Split", settings, len(extents), {"axis": axis})
+        settings = [x, builder.integers(extents)]
+        pieces = builder.ops("Split", settings, len(extents), {"axis": axis})
     if one_each and not node.attributes.get_int("keepdims", 1):
-        pieces = [draft.op("Squeeze", piece, draft.integers([axis])) for piece in pieces]
+        pieces = [builder.op("Squeeze", piece, builder.integers([axis])) for piece in pieces]
     graph = node.graph
     assert graph is not None
     for piece in pieces:
         piece.type = ir.TensorType(x.dtype) if x.dtype is not None else None
-    graph.insert_before(node, draft.nodes)
+    graph.insert_before(node, builder.nodes)
     rows.note(node.outputs[0], pieces)
 
 
@@ -186,11 +186,11 @@ def _concat(rows: _Rows, node: ir.Node) -> None:
     if not row:
         raise _Unknown
 
-    def write(draft: NodeBuilder) -> ir.Value:
+    def write(builder: NodeBuilder) -> ir.Value:
         parts = row
         if node.attributes.get_int("new_axis", 0):
-            parts = [draft.op("Unsqueeze", value, draft.integers([axis])) for value in row]
-        return draft.op("Concat", *parts, axis=axis)
+            parts = [builder.op("Unsqueeze", value, builder.integers([axis])) for value in row]
+        return builder.op("Concat", *parts, axis=axis)
 
     _replace(node, write)
 
@@ -239,9 +239,9 @@ def _unwrap(rows: _Rows, node: ir.Node) -> None:
         row = rows.read(value)
         if len(row) != 1 or _makes_sequence(value):
             raise _Unknown
-        _replace(node, lambda draft: row[0])
+        _replace(node, lambda builder: row[0])
     elif isinstance(value.type, ir.TensorType):
-        _replace(node, lambda draft: value)
+        _replace(node, lambda builder: value)
     else:
         raise _Unknown
 
@@ -257,7 +257,7 @@ def _ask(rows: _Rows, node: ir.Node) -> None:
     if inputs and inputs[0] not in rows and not isinstance(inputs[0].type, ir.TensorType):
         raise _Unknown
     full = bool(inputs) and (inputs[0] not in rows or bool(rows.read(inputs[0])))
-    _replace(node, lambda draft: draft.number(full, ir.DataType.BOOL))
+    _replace(node, lambda builder: builder.number(full, ir.DataType.BOOL))
 
 
 _RULES: Mapping[str, Callable[[_Rows, ir.Node], None]] = {

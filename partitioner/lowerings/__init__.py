@@ -159,7 +159,7 @@ def _has_schema(kind: str, opset: int) -> bool:
 
 
 def _replace(node: ir.Node, lowering: Lowering) -> None:
-    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
     advice = "choose the target training for the party that runs it"
     with attribute_errors_to(node, "lowered", "cannot be written in standard operators", advice):
-        draft.replace(node, lowering(draft, node))
+        builder.replace(node, lowering(builder, node))

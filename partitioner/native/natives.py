@@ -4,7 +4,7 @@ That code takes a model for well-formed where no checker looks, and on one that 
 the process, or corrupt it.  So it runs in a process of its own, which is this module run by
 ``python -m``; :mod:`workers` starts it and asks.  The only module of the partitioner that
 imports onnxruntime-training, of which it uses the pybind layer of 1.19.2 (it needs no torch).  It
-knows no cut, and does not judge what it is given.
+knows no cut, and does not check what it is given.
 """
 
 from __future__ import annotations

@@ -75,21 +75,23 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
             "export the model with shapes",
         )
     rank = len(x.shape)
-    draft = NodeBuilder(node.name or "")
+    builder = NodeBuilder(node.name or "")
 
     def spread(value: ir.Value | None) -> ir.Value | None:
         """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
         return (
-            draft.op("Unsqueeze", value, draft.integers(range(1, rank - 1))) if rank > 2 else value
+            builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
+            if rank > 2
+            else value
         )
 
-    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
-    deviation = draft.op("Sqrt", draft.op("Add", variance, epsilon))
-    factor = draft.op("Div", scale, deviation)
-    scaled = draft.op("Mul", draft.op("Sub", x, spread(mean)), spread(factor))
-    output = draft.op("Add", scaled, spread(bias))
+    epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
+    deviation = builder.op("Sqrt", builder.op("Add", variance, epsilon))
+    factor = builder.op("Div", scale, deviation)
+    scaled = builder.op("Mul", builder.op("Sub", x, spread(mean)), spread(factor))
+    output = builder.op("Add", scaled, spread(bias))
     ir.convenience.replace_nodes_and_values(
-        graph, node, [node], draft.nodes, [node.outputs[0]], [output]
+        graph, node, [node], builder.nodes, [node.outputs[0]], [output]
     )
 
 

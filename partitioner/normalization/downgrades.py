@@ -20,7 +20,7 @@ Adapter = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None] | None]
 _ADVICE = "export the model without it"
 
 
-def _multiply_up(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
+def _multiply_up(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """CumProd by shifts; for an unknown length the product over j of x[j] where j <= i, else 1."""
     x, axis = node.inputs
     assert x is not None
@@ -34,19 +34,19 @@ def _multiply_up(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     length = (known_dims(x) or [None] * rank)[along]
     if length is not None:
         line = Line(axis=along, rank=rank, length=length, reverse=reverse)
-        return [accumulate(draft, "Mul", x, line, exclusive=exclusive)]
-    size = draft.op("Squeeze", draft.op("Shape", x, start=along, end=along + 1))
-    steps = draft.op("Range", draft.integer(0), size, draft.integer(1))
+        return [accumulate(builder, "Mul", x, line, exclusive=exclusive)]
+    size = builder.op("Squeeze", builder.op("Shape", x, start=along, end=along + 1))
+    steps = builder.op("Range", builder.integer(0), size, builder.integer(1))
     behind = list(range(1, rank - along))
-    to = draft.op("Unsqueeze", steps, draft.integers([1, *[1 + axis for axis in behind]]))
-    each = draft.op("Unsqueeze", steps, draft.integers([0, *[1 + axis for axis in behind]]))
+    to = builder.op("Unsqueeze", steps, builder.integers([1, *[1 + axis for axis in behind]]))
+    each = builder.op("Unsqueeze", steps, builder.integers([0, *[1 + axis for axis in behind]]))
     kind = ("Greater" if reverse else "Less") + ("" if exclusive else "OrEqual")
-    table = draft.op("Unsqueeze", x, draft.integers([along]))  # (..., 1, n, ...)
-    kept = draft.op("Where", draft.op(kind, each, to), table, draft.number(1, x.dtype))
-    return [draft.op("ReduceProd", kept, draft.integers([along + 1]), keepdims=0)]
+    table = builder.op("Unsqueeze", x, builder.integers([along]))  # (..., 1, n, ...)
+    kept = builder.op("Where", builder.op(kind, each, to), table, builder.number(1, x.dtype))
+    return [builder.op("ReduceProd", kept, builder.integers([along + 1]), keepdims=0)]
 
 
-def _scatter_rows(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
+def _scatter_rows(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """TensorScatter: ``update`` written into the cache from each sample's own index on."""
     cache, update = node.inputs[:2]
     starts = node.inputs[2] if len(node.inputs) > 2 else None
@@ -56,59 +56,59 @@ def _scatter_rows(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     if rank is None:
         raise refuse(node, "the rank of its cache is not known", _ADVICE)
     axis = node.attributes.get_int("axis", -2) % rank
-    size = draft.op("Squeeze", draft.op("Shape", update, start=axis, end=axis + 1))
-    places = draft.op("Range", draft.integer(0), size, draft.integer(1))
+    size = builder.op("Squeeze", builder.op("Shape", update, start=axis, end=axis + 1))
+    places = builder.op("Range", builder.integer(0), size, builder.integer(1))
     behind = list(range(1, rank - axis))
     if behind:
-        places = draft.op("Unsqueeze", places, draft.integers(behind))
+        places = builder.op("Unsqueeze", places, builder.integers(behind))
     if starts is not None:
-        first = draft.op("Unsqueeze", starts, draft.integers(range(1, rank)))  # (B, 1, ...)
-        places = draft.op("Add", places, first)
+        first = builder.op("Unsqueeze", starts, builder.integers(range(1, rank)))  # (B, 1, ...)
+        places = builder.op("Add", places, first)
     if node.attributes.get_string("mode", "linear") == "circular":
-        places = draft.op("Mod", places, draft.op("Shape", cache, start=axis, end=axis + 1))
-    places = draft.op("Expand", places, draft.op("Shape", update))
-    return [draft.op("ScatterElements", cache, places, update, axis=axis)]
+        places = builder.op("Mod", places, builder.op("Shape", cache, start=axis, end=axis + 1))
+    places = builder.op("Expand", places, builder.op("Shape", update))
+    return [builder.op("ScatterElements", cache, places, update, axis=axis)]
 
 
-def _divide_rest(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _divide_rest(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """Mod with fmod=0 takes floats since opset 28: A - floor(A / B) * B."""
     a, b = node.inputs
     assert a is not None
     if node.attributes.get_int("fmod", 0) or a.dtype is None or not a.dtype.is_floating_point():
         return None
-    quotient = draft.op("Floor", draft.op("Div", a, b))
-    return [draft.op("Sub", a, draft.op("Mul", quotient, b))]
+    quotient = builder.op("Floor", builder.op("Div", a, b))
+    return [builder.op("Sub", a, builder.op("Mul", quotient, b))]
 
 
-def _unfold_space(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _unfold_space(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """SpaceToDepth in the order column, row, depth."""
     x, size = node.inputs[0], node.attributes["blocksize"].as_int()
     mode = node.attributes.pop("mode", None)
     if mode is None or mode.as_string() == "DCR":
         return None
-    n, c = (draft.op("Shape", x, start=i, end=i + 1) for i in (0, 1))
+    n, c = (builder.op("Shape", x, start=i, end=i + 1) for i in (0, 1))
     h, w = (
-        draft.op("Div", draft.op("Shape", x, start=i, end=i + 1), draft.integers([size]))
+        builder.op("Div", builder.op("Shape", x, start=i, end=i + 1), builder.integers([size]))
         for i in (2, 3)
     )
-    block = draft.integers([size])
-    blocks = draft.op("Reshape", x, draft.op("Concat", n, c, h, block, w, block, axis=0))
-    turned = draft.op("Transpose", blocks, perm=[0, 1, 3, 5, 2, 4])
-    depth = draft.op("Mul", c, draft.integers([size * size]))
-    return [draft.op("Reshape", turned, draft.op("Concat", n, depth, h, w, axis=0))]
+    block = builder.integers([size])
+    blocks = builder.op("Reshape", x, builder.op("Concat", n, c, h, block, w, block, axis=0))
+    turned = builder.op("Transpose", blocks, perm=[0, 1, 3, 5, 2, 4])
+    depth = builder.op("Mul", c, builder.integers([size * size]))
+    return [builder.op("Reshape", turned, builder.op("Concat", n, depth, h, w, axis=0))]
 
 
-def _drop_rounding(draft: NodeBuilder, node: ir.Node) -> None:
+def _drop_rounding(builder: NodeBuilder, node: ir.Node) -> None:
     """The rounding mode concerns float8e8m0 alone, a type that opset 21 has not."""
     node.attributes.pop("round_mode", None)
 
 
-def _drop_stash(draft: NodeBuilder, node: ir.Node) -> None:
+def _drop_stash(builder: NodeBuilder, node: ir.Node) -> None:
     """Range in 16 bits is computed in float32 either way (opset 21 has none in 16 bits)."""
     node.attributes.pop("stash_type", None)
 
 
-def _cast_dequantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _cast_dequantized(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """The type of the result may differ from the scale's since opset 23."""
     wanted = node.attributes.pop("output_dtype", None)
     scale = node.inputs[1]
@@ -116,11 +116,11 @@ def _cast_dequantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] |
     if wanted is None or not wanted.as_int() or scale.dtype == ir.DataType(wanted.as_int()):
         return None
     dtype = ir.DataType(wanted.as_int())
-    inputs = [node.inputs[0], draft.cast(scale, dtype), *node.inputs[2:]]
-    return draft.ops("DequantizeLinear", inputs, 1, dict(node.attributes))
+    inputs = [node.inputs[0], builder.cast(scale, dtype), *node.inputs[2:]]
+    return builder.ops("DequantizeLinear", inputs, 1, dict(node.attributes))
 
 
-def _cast_quantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _cast_quantized(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """The division may be more precise than input and scale since opset 23, which may differ."""
     x, scale = node.inputs[:2]
     assert x is not None
@@ -129,11 +129,11 @@ def _cast_quantized(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | N
     dtype = ir.DataType(wanted.as_int()) if wanted is not None and wanted.as_int() else scale.dtype
     if dtype is None or (x.dtype == dtype and scale.dtype == dtype):
         return None
-    inputs = [draft.cast(x, dtype), draft.cast(scale, dtype), *node.inputs[2:]]
-    return draft.ops("QuantizeLinear", inputs, 1, dict(node.attributes))
+    inputs = [builder.cast(x, dtype), builder.cast(scale, dtype), *node.inputs[2:]]
+    return builder.ops("QuantizeLinear", inputs, 1, dict(node.attributes))
 
 
-def _refuse_signed_shift(draft: NodeBuilder, node: ir.Node) -> None:
+def _refuse_signed_shift(builder: NodeBuilder, node: ir.Node) -> None:
     value = node.inputs[0]
     if value is not None and value.dtype is not None and value.dtype.is_signed():
         raise refuse(node, "it shifts signed integers, which opset 21 does not", _ADVICE)

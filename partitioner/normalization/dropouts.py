@@ -70,13 +70,13 @@ def _is_on(node: ir.Node) -> bool:
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
     identity = ir.node("Identity", [node.inputs[0]], name=node.name)
-    draft = NodeBuilder(f"{node.name}/mask")
+    builder = NodeBuilder(f"{node.name}/mask")
     mask = None
     if _uses_mask(node):
         assert node.inputs[0] is not None
-        everything = draft.number(1, ir.DataType.BOOL)
-        mask = draft.op("Expand", everything, draft.shape(node.inputs[0]))
-    _take_over(graph, node, [identity, *draft.nodes], identity.outputs[0], mask)
+        everything = builder.number(1, ir.DataType.BOOL)
+        mask = builder.op("Expand", everything, builder.shape(node.inputs[0]))
+    _take_over(graph, node, [identity, *builder.nodes], identity.outputs[0], mask)
 
 
 def _uses_mask(node: ir.Node) -> bool:
@@ -87,19 +87,21 @@ def _uses_mask(node: ir.Node) -> bool:
 def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> None:
     x = node.inputs[0]
     assert x is not None
-    draft = NodeBuilder(node.name or "")
-    mask = _draw_mask(draft, x, key, node.name or "", 1.0 - ratio)
-    scale = draft.number(1.0 / (1.0 - ratio), x.dtype)
-    factor = draft.op("Mul", draft.cast(mask, x.dtype), scale)
+    builder = NodeBuilder(node.name or "")
+    mask = _draw_mask(builder, x, key, node.name or "", 1.0 - ratio)
+    scale = builder.number(1.0 / (1.0 - ratio), x.dtype)
+    factor = builder.op("Mul", builder.cast(mask, x.dtype), scale)
     factor.type, factor.shape = x.type, x.shape  # spares the gradient its broadcast analysis
-    output = draft.op("Mul", x, factor)
-    _take_over(graph, node, draft.nodes, output, mask)
+    output = builder.op("Mul", x, factor)
+    _take_over(graph, node, builder.nodes, output, mask)
 
 
-def _draw_mask(draft: NodeBuilder, x: ir.Value, key: ir.Value, name: str, keep: float) -> ir.Value:
+def _draw_mask(
+    builder: NodeBuilder, x: ir.Value, key: ir.Value, name: str, keep: float
+) -> ir.Value:
     """Compute the boolean mask in the shape of ``x``."""
-    words = draw_words(draft, key, name, draft.op("Shape", x))
-    return draft.op("Less", words, draft.integer(round(keep * 2**32)))
+    words = draw_words(builder, key, name, builder.op("Shape", x))
+    return builder.op("Less", words, builder.integer(round(keep * 2**32)))
 
 
 def _take_over(

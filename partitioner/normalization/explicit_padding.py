@@ -161,10 +161,10 @@ def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
     """Add zeros around a node's input, so that they count as elements of it."""
     graph, x = node.graph, node.inputs[0]
     assert graph is not None
-    draft, rank = NodeBuilder(f"{node.outputs[0].name}/padded"), len(pads) // 2
-    widths = draft.integers([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
-    padded = draft.op("Pad", x, widths, mode="constant")
-    graph.insert_before(node, draft.nodes)
+    builder, rank = NodeBuilder(f"{node.outputs[0].name}/padded"), len(pads) // 2
+    widths = builder.integers([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
+    padded = builder.op("Pad", x, widths, mode="constant")
+    graph.insert_before(node, builder.nodes)
     node.replace_input_with(0, padded)
 
 

@@ -33,8 +33,8 @@ def make_reductions_explicit(graph: ir.Graph) -> None:
         x = node.inputs[0] if kind else None
         if kind is None or x is None or not _reduces_nothing(node):
             continue
-        draft = NodeBuilder(f"{node.outputs[0].name}/settled")
-        draft.replace(node, [draft.op(kind, x, *([x] if kind == "Mul" else []))])
+        builder = NodeBuilder(f"{node.outputs[0].name}/explicit")
+        builder.replace(node, [builder.op(kind, x, *([x] if kind == "Mul" else []))])
 
 
 def _reduces_nothing(node: ir.Node) -> bool:

@@ -136,13 +136,13 @@ def _adapt(node: ir.Node, target: int) -> None:
 
 def _apply(adapter: Adapter, node: ir.Node, label: str) -> bool:
     """Apply an adapter to a node; return whether other nodes replaced it."""
-    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
-    made = adapter(draft, node)
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
+    made = adapter(builder, node)
     if made is not None:
-        draft.replace(node, made)
+        builder.replace(node, made)
         return True
     assert node.graph is not None
-    node.graph.insert_before(node, draft.nodes)
+    node.graph.insert_before(node, builder.nodes)
     return False
 
 
@@ -180,15 +180,15 @@ def _widen(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
         raise refuse(node, f"opset {schema.since_version}, its newest known here, takes no {names}")
     (dtype,) = dtypes
     assert dtype is not None
-    draft = NodeBuilder(f"{node.outputs[0].name or node.name}/wide")
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/wide")
     inputs = list(node.inputs)
     for index in narrow:
-        inputs[index] = draft.cast(_required(inputs[index]), ir.DataType.FLOAT)
-    made = draft.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
-    draft.replace(
+        inputs[index] = builder.cast(_required(inputs[index]), ir.DataType.FLOAT)
+    made = builder.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
+    builder.replace(
         node,
         [
-            draft.op("Cast", new, to=dtype.value) if old in outputs else new
+            builder.op("Cast", new, to=dtype.value) if old in outputs else new
             for old, new in zip(node.outputs, list(made), strict=True)
         ],
     )

@@ -74,9 +74,9 @@ def _refuse_inputs(graph: ir.Graph) -> None:
 
 
 def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
-    draft = NodeBuilder(f"{value.name}/wide")
+    builder = NodeBuilder(f"{value.name}/wide")
     used = value.uses()
-    cast = draft.op("Cast", value, to=ir.DataType.FLOAT.value)
+    cast = builder.op("Cast", value, to=ir.DataType.FLOAT.value)
     cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
     for use in used:
         use.node.replace_input_with(use.idx, cast)
@@ -85,9 +85,9 @@ def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
             graph.outputs[index] = cast
     first = next(iter(graph), None)
     if first is None:  # the outputs are inputs and constants
-        graph.extend(draft.nodes)
+        graph.extend(builder.nodes)
     else:
-        graph.insert_before(first, draft.nodes)
+        graph.insert_before(first, builder.nodes)
 
 
 def _retype_graph(

@@ -160,8 +160,8 @@ def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     for node in makers:
         x = node.inputs[0]
         assert x is not None
-        draft = NodeBuilder(f"{node.outputs[0].name}/formula")
-        draft.replace(node, [_quantize(draft, node, draft.detach(x), whole=True)])
+        builder = NodeBuilder(f"{node.outputs[0].name}/formula")
+        builder.replace(node, [_quantize(builder, node, builder.detach(x), whole=True)])
     return bool(pairs or makers)
 
 
@@ -195,24 +195,24 @@ def _straighten(node: ir.Node) -> None:
     x = quantize.inputs[0]
     if x is None or not x.dtype or not x.dtype.is_floating_point():
         raise _refuse(node, "what they were made of is not known to be a float tensor")
-    draft = NodeBuilder(f"{node.outputs[0].name}/straight")
-    fixed = draft.detach(x)
-    moved = draft.op("Sub", x, fixed)
+    builder = NodeBuilder(f"{node.outputs[0].name}/straight")
+    fixed = builder.detach(x)
+    moved = builder.op("Sub", x, fixed)
     moved.type, moved.shape = x.type, x.shape
     if quantize.op_type == "DynamicQuantizeLinear":
-        value = draft.op("DequantizeLinear", *draft.ops(quantize.op_type, [fixed], 3, {}))
+        value = builder.op("DequantizeLinear", *builder.ops(quantize.op_type, [fixed], 3, {}))
     else:
         _refuse_other_settings(node, quantize)
-        value = _quantize(draft, quantize, fixed, whole=False)
-        zero = draft.number(0.0, x.dtype)
-        moved = draft.op("Where", _find_inside(draft, quantize, fixed), moved, zero)
+        value = _quantize(builder, quantize, fixed, whole=False)
+        zero = builder.number(0.0, x.dtype)
+        moved = builder.op("Where", _find_inside(builder, quantize, fixed), moved, zero)
         moved.type, moved.shape = x.type, x.shape
-    y = draft.op("Add", value, moved)
+    y = builder.op("Add", value, moved)
     for between in reversed(chain[1:-1]):
-        y = draft.ops(between.op_type, [y, *between.inputs[1:]], 1, dict(between.attributes))[0]
+        y = builder.ops(between.op_type, [y, *between.inputs[1:]], 1, dict(between.attributes))[0]
     if node.outputs[0].dtype not in (None, x.dtype):
-        y = draft.op("Cast", y, to=node.outputs[0].dtype.value)
-    draft.replace(node, [y])
+        y = builder.op("Cast", y, to=node.outputs[0].dtype.value)
+    builder.replace(node, [y])
 
 
 def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
@@ -227,7 +227,7 @@ def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
         raise _refuse(node, f"node '{quantize.name}' made them with another scale or zero point")
 
 
-def _quantize(draft: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
+def _quantize(builder: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
     """Round x to what the integers represent; give those with ``whole``, else the floats."""
     settings, dtype = _read_settings(quantize), _find_dtype(quantize)
     if settings is None:
@@ -238,22 +238,22 @@ def _quantize(draft: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool
         )
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     spread = [_spread_for(quantize, array, dims) for array in settings]
-    scale = draft.cast(draft.tensor(ir.tensor(spread[0])), x.dtype)
-    steps = draft.op("Div", x, scale)
+    scale = builder.cast(builder.tensor(ir.tensor(spread[0])), x.dtype)
+    steps = builder.op("Div", x, scale)
     if dtype.is_floating_point():
-        steps = draft.op("Cast", steps, to=dtype.value)
+        steps = builder.op("Cast", steps, to=dtype.value)
         if whole:
             return steps
         assert x.dtype is not None
-        return draft.op("Mul", draft.op("Cast", steps, to=x.dtype.value), scale)
+        return builder.op("Mul", builder.op("Cast", steps, to=x.dtype.value), scale)
     zero = spread[1].astype(settings[0].dtype)
-    low, high = (draft.tensor(ir.tensor(limit - zero)) for limit in _limit(dtype))
-    least, most = (draft.cast(limit, x.dtype) for limit in (low, high))
-    steps = draft.op("Round", draft.op("Min", draft.op("Max", steps, least), most))
+    low, high = (builder.tensor(ir.tensor(limit - zero)) for limit in _limit(dtype))
+    least, most = (builder.cast(limit, x.dtype) for limit in (low, high))
+    steps = builder.op("Round", builder.op("Min", builder.op("Max", steps, least), most))
     if not whole:
-        return draft.op("Mul", steps, scale)
-    steps = draft.op("Add", steps, draft.cast(draft.tensor(ir.tensor(zero)), x.dtype))
-    return draft.op("Cast", steps, to=dtype.value)
+        return builder.op("Mul", steps, scale)
+    steps = builder.op("Add", steps, builder.cast(builder.tensor(ir.tensor(zero)), x.dtype))
+    return builder.op("Cast", steps, to=dtype.value)
 
 
 def _trace(node: ir.Node) -> Iterator[ir.Node]:
@@ -279,7 +279,7 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
     )
 
 
-def _find_inside(draft: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
+def _find_inside(builder: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
     """Return which elements are between the least and the largest that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
@@ -295,9 +295,9 @@ def _find_inside(draft: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value
     for limit in (low, high):
         bound = np.asarray((np.float64(limit) - zero.astype(np.float64)) * scale)
         bound = _spread_for(quantize, bound.astype(scale.dtype), dims)
-        bounds.append(draft.cast(draft.tensor(ir.tensor(bound)), x.dtype))
-    above = draft.op("GreaterOrEqual", x, bounds[0])
-    return draft.op("And", above, draft.op("LessOrEqual", x, bounds[1]))
+        bounds.append(builder.cast(builder.tensor(ir.tensor(bound)), x.dtype))
+    above = builder.op("GreaterOrEqual", x, bounds[0])
+    return builder.op("And", above, builder.op("LessOrEqual", x, bounds[1]))
 
 
 def _find_dtype(quantize: ir.Node) -> ir.DataType:

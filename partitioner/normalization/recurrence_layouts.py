@@ -23,14 +23,14 @@ def normalize_layouts(graph: ir.Graph) -> None:
 
 
 def _transpose(node: ir.Node) -> None:
-    draft = NodeBuilder(f"{node.name}/layout")
+    builder = NodeBuilder(f"{node.name}/layout")
     inputs = list(node.inputs)
     for index in (0, *_STATES[node.op_type]):
         if index < len(inputs) and inputs[index] is not None:
-            inputs[index] = draft.op("Transpose", inputs[index], perm=[1, 0, 2])
+            inputs[index] = builder.op("Transpose", inputs[index], perm=[1, 0, 2])
     attributes = {name: value for name, value in node.attributes.items() if name != "layout"}
-    made = draft.ops(node.op_type, inputs, len(node.outputs), attributes)
+    made = builder.ops(node.op_type, inputs, len(node.outputs), attributes)
     perms = [[2, 0, 1, 3], [1, 0, 2], [1, 0, 2]]
-    draft.replace(
-        node, [draft.op("Transpose", v, perm=p) for v, p in zip(made, perms, strict=False)]
+    builder.replace(
+        node, [builder.op("Transpose", v, perm=p) for v, p in zip(made, perms, strict=False)]
     )

@@ -51,7 +51,7 @@ def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
 def _drop(*names: str) -> Adapter:
     """Attributes that had no meaning beside speed, or that the next version implies."""
 
-    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
+    def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         for name in names:
             node.attributes.pop(name, None)
 
@@ -59,7 +59,7 @@ def _drop(*names: str) -> Adapter:
 
 
 def _rename(kind: str) -> Adapter:
-    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
+    def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         node.op_type = kind
 
     return adapt
@@ -68,7 +68,7 @@ def _rename(kind: str) -> Adapter:
 def _default(**values: int | float | str) -> Adapter:
     """Write out defaults that are others, or none, in the next version."""
 
-    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
+    def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         for name, value in values.items():
             if name not in node.attributes:
                 _set(node, name, value)
@@ -79,29 +79,29 @@ def _default(**values: int | float | str) -> Adapter:
 def _round(name: str) -> Adapter:
     """An attribute that was a float and became an integer."""
 
-    def adapt(draft: NodeBuilder, node: ir.Node) -> None:
+    def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         if name in node.attributes:
             _set(node, name, round(node.attributes[name].as_float()))
 
     return adapt
 
 
-def _axes_to_input(draft: NodeBuilder, node: ir.Node) -> None:
+def _axes_to_input(builder: NodeBuilder, node: ir.Node) -> None:
     """Squeeze, Unsqueeze and ReduceX: axes became an input; none, or an empty list, means all."""
     axes = _pop_ints(node, "axes")
-    _append_inputs(node, draft.integers(axes) if axes else None)
+    _append_inputs(node, builder.integers(axes) if axes else None)
 
 
-def _spread_legacy(draft: NodeBuilder, node: ir.Node) -> None:
+def _spread_legacy(builder: NodeBuilder, node: ir.Node) -> None:
     """Before opset 7 the second operand's dimensions lay along the first's from ``axis`` on."""
     broadcast = node.attributes.pop("broadcast", None)
     axis = node.attributes.pop("axis", None)
     if broadcast is None or axis is None or not broadcast.as_int() or axis.as_int() < 0:
         return
-    _align(draft, node, axis.as_int())
+    _align(builder, node, axis.as_int())
 
 
-def _align(draft: NodeBuilder, node: ir.Node, axis: int) -> None:
+def _align(builder: NodeBuilder, node: ir.Node, axis: int) -> None:
     """Unsqueeze the second operand until its first dimension is at ``axis`` of the first."""
     x, other = node.inputs[:2]
     ranks = [known_rank(value) if value is not None else None for value in (x, other)]
@@ -109,25 +109,25 @@ def _align(draft: NodeBuilder, node: ir.Node, axis: int) -> None:
         raise refuse(node, "it broadcasts along an axis, and the rank of an input is not known")
     missing = ranks[0] - axis - ranks[1]
     if missing > 0:
-        axes = draft.integers(range(ranks[1], ranks[1] + missing))
-        node.replace_input_with(1, draft.op("Unsqueeze", other, axes))
+        axes = builder.integers(range(ranks[1], ranks[1] + missing))
+        node.replace_input_with(1, builder.op("Unsqueeze", other, axes))
 
 
-def _spread_slope(draft: NodeBuilder, node: ir.Node) -> None:
+def _spread_slope(builder: NodeBuilder, node: ir.Node) -> None:
     """PRelu's slope, one a channel, broadcasts from the right since opset 7."""
     dims = known_dims(node.inputs[1]) if node.inputs[1] is not None else None
     if dims is not None and len(dims) == 1 and dims[0] != 1:
-        _align(draft, node, 1)
+        _align(builder, node, 1)
 
 
-def _mode_batchnorm(draft: NodeBuilder, node: ir.Node) -> None:
+def _mode_batchnorm(builder: NodeBuilder, node: ir.Node) -> None:
     """Up to opset 6 ``is_test`` said whether the batch's statistics are used."""
     testing = node.attributes.pop("is_test", None)
     if (testing is None or not testing.as_int()) and len(node.outputs) == 1:
         node.resize_outputs(3)  # opset 7 to 13: who declares the statistics trains
 
 
-def _unfold_batchnorm(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _unfold_batchnorm(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """``spatial=0`` had statistics for each feature, not for each channel."""
     spatial = node.attributes.pop("spatial", None)
     x = node.inputs[0]
@@ -137,13 +137,15 @@ def _unfold_batchnorm(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] |
         raise refuse(node, "it trains with spatial=0, which newer opsets do not have")
     _, scale, bias, mean, variance = node.inputs
     assert x is not None
-    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype or ir.DataType.FLOAT)
-    deviation = draft.op("Sqrt", draft.op("Add", variance, epsilon))
-    scaled = draft.op("Mul", draft.op("Sub", x, mean), draft.op("Div", scale, deviation))
-    return [draft.op("Add", scaled, bias)]
+    epsilon = builder.number(
+        node.attributes.get_float("epsilon", 1e-5), x.dtype or ir.DataType.FLOAT
+    )
+    deviation = builder.op("Sqrt", builder.op("Add", variance, epsilon))
+    scaled = builder.op("Mul", builder.op("Sub", x, mean), builder.op("Div", scale, deviation))
+    return [builder.op("Add", scaled, bias)]
 
 
-def _declare_batchnorm(draft: NodeBuilder, node: ir.Node) -> None:
+def _declare_batchnorm(builder: NodeBuilder, node: ir.Node) -> None:
     """From opset 14 an attribute says whether it trains, and saved statistics are gone."""
     if len(node.outputs) > 1:
         _set(node, "training_mode", 1)
@@ -152,7 +154,7 @@ def _declare_batchnorm(draft: NodeBuilder, node: ir.Node) -> None:
         node.resize_outputs(3)
 
 
-def _mode_dropout(draft: NodeBuilder, node: ir.Node) -> None:
+def _mode_dropout(builder: NodeBuilder, node: ir.Node) -> None:
     """Up to opset 6 Dropout was on unless ``is_test`` said otherwise."""
     testing = node.attributes.pop("is_test", None)
     if testing is None or not testing.as_int():
@@ -162,18 +164,18 @@ def _mode_dropout(draft: NodeBuilder, node: ir.Node) -> None:
 _WAS_ON = "splitonnx.on"
 
 
-def _feed_dropout(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_dropout(builder: NodeBuilder, node: ir.Node) -> None:
     ratio = node.attributes.pop("ratio", None)
     rate = 0.5 if ratio is None else ratio.as_float()
     on = node.metadata_props.pop(_WAS_ON, None)
     _append_inputs(
         node,
-        draft.number(rate, ir.DataType.FLOAT),
-        draft.tensor(ir.tensor(True)) if on else None,
+        builder.number(rate, ir.DataType.FLOAT),
+        builder.tensor(ir.tensor(True)) if on else None,
     )
 
 
-def _name_cast(draft: NodeBuilder, node: ir.Node) -> None:
+def _name_cast(builder: NodeBuilder, node: ir.Node) -> None:
     """``to`` was the type's name."""
     name = node.attributes["to"].as_string()
     try:
@@ -182,80 +184,80 @@ def _name_cast(draft: NodeBuilder, node: ir.Node) -> None:
         raise refuse(node, f"it casts to '{name}', which is not a type") from error
 
 
-def _feed_clip(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_clip(builder: NodeBuilder, node: ir.Node) -> None:
     x = node.inputs[0]
     assert x is not None
     bounds = [node.attributes.pop(name, None) for name in ("min", "max")]
     dtype = x.dtype or ir.DataType.FLOAT
-    _append_inputs(node, *(draft.number(b.as_float(), dtype) if b else None for b in bounds))
+    _append_inputs(node, *(builder.number(b.as_float(), dtype) if b else None for b in bounds))
 
 
-def _feed_pad(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_pad(builder: NodeBuilder, node: ir.Node) -> None:
     pads = _pop_ints(node, "pads") or []
     value = node.attributes.pop("value", None)
     x = node.inputs[0]
     assert x is not None
     number = None
     if value is not None and value.as_float() != 0.0:
-        number = draft.number(value.as_float(), x.dtype or ir.DataType.FLOAT)
-    _append_inputs(node, draft.integers(pads), number)
+        number = builder.number(value.as_float(), x.dtype or ir.DataType.FLOAT)
+    _append_inputs(node, builder.integers(pads), number)
 
 
-def _name_pads(draft: NodeBuilder, node: ir.Node) -> None:
+def _name_pads(builder: NodeBuilder, node: ir.Node) -> None:
     node.attributes["pads"] = ir.AttrInt64s("pads", _pop_ints(node, "paddings") or [])
 
 
-def _feed_reshape(draft: NodeBuilder, node: ir.Node) -> None:
-    _append_inputs(node, draft.integers(_pop_ints(node, "shape") or []))
+def _feed_reshape(builder: NodeBuilder, node: ir.Node) -> None:
+    _append_inputs(node, builder.integers(_pop_ints(node, "shape") or []))
 
 
-def _feed_slice(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_slice(builder: NodeBuilder, node: ir.Node) -> None:
     starts, ends, axes = (_pop_ints(node, name) for name in ("starts", "ends", "axes"))
-    indices = [draft.integers(starts or []), draft.integers(ends or [])]
-    _append_inputs(node, *indices, draft.integers(axes) if axes else None)
+    indices = [builder.integers(starts or []), builder.integers(ends or [])]
+    _append_inputs(node, *indices, builder.integers(axes) if axes else None)
 
 
-def _feed_split(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_split(builder: NodeBuilder, node: ir.Node) -> None:
     sizes = _pop_ints(node, "split")
     if sizes:
-        _append_inputs(node, draft.integers(sizes))
+        _append_inputs(node, builder.integers(sizes))
 
 
-def _count_split(draft: NodeBuilder, node: ir.Node) -> None:
+def _count_split(builder: NodeBuilder, node: ir.Node) -> None:
     if len(node.inputs) < 2 or node.inputs[1] is None:
         _set(node, "num_outputs", len(node.outputs))
 
 
-def _feed_topk(draft: NodeBuilder, node: ir.Node) -> None:
-    _append_inputs(node, draft.integers([node.attributes.pop("k").as_int()]))
+def _feed_topk(builder: NodeBuilder, node: ir.Node) -> None:
+    _append_inputs(node, builder.integers([node.attributes.pop("k").as_int()]))
 
 
-def _feed_dft(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_dft(builder: NodeBuilder, node: ir.Node) -> None:
     axis = node.attributes.pop("axis", None)
     length = node.inputs[1] if len(node.inputs) > 1 else None
-    _append_inputs(node, length, draft.integer(1 if axis is None else axis.as_int()))
+    _append_inputs(node, length, builder.integer(1 if axis is None else axis.as_int()))
 
 
-def _rename_sampling(draft: NodeBuilder, node: ir.Node) -> None:
+def _rename_sampling(builder: NodeBuilder, node: ir.Node) -> None:
     mode = node.attributes.get_string("mode", "bilinear")
     _set(node, "mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 
-def _spread_groups(draft: NodeBuilder, node: ir.Node) -> None:
+def _spread_groups(builder: NodeBuilder, node: ir.Node) -> None:
     """GroupNormalization's scale and bias came one a group, since opset 21 one a channel."""
     x = node.inputs[0]
     dims = known_dims(x) if x is not None else None
     groups = node.attributes["num_groups"].as_int()
     if dims is None or len(dims) < 2 or dims[1] is None:
         raise refuse(node, "the number of its channels is not known")
-    each = draft.integers([1, dims[1] // groups])
+    each = builder.integers([1, dims[1] // groups])
     for index in (1, 2):
-        column = draft.op("Unsqueeze", node.inputs[index], draft.integers([1]))
-        spread = draft.op("Expand", column, each)
-        node.replace_input_with(index, draft.op("Reshape", spread, draft.integers([-1])))
+        column = builder.op("Unsqueeze", node.inputs[index], builder.integers([1]))
+        spread = builder.op("Expand", column, each)
+        node.replace_input_with(index, builder.op("Reshape", spread, builder.integers([-1])))
 
 
-def _soften(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
+def _soften(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
     """Softmax and its kin ran over all dimensions from ``axis`` on, flattened."""
     x = node.inputs[0]
     assert x is not None
@@ -267,30 +269,30 @@ def _soften(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
             chosen = wide[0] if wide else len(dims) - 1
             _set(node, "axis", -1 if chosen == len(dims) - 1 else chosen)
             return None
-    flat = draft.op(node.op_type, draft.op("Flatten", x, axis=axis), axis=-1)
-    return [draft.op("Reshape", flat, draft.shape(x))]
+    flat = builder.op(node.op_type, builder.op("Flatten", x, axis=axis), axis=-1)
+    return [builder.op("Reshape", flat, builder.shape(x))]
 
 
-def _scale_upsample(draft: NodeBuilder, node: ir.Node) -> None:
+def _scale_upsample(builder: NodeBuilder, node: ir.Node) -> None:
     height, width = (node.attributes.pop(f"{d}_scale").as_float() for d in ("height", "width"))
     node.attributes["scales"] = ir.AttrFloat32s("scales", [1.0, 1.0, height, width])
     if node.attributes.get_string("mode", "nearest") == "bilinear":
         _set(node, "mode", "linear")
 
 
-def _feed_upsample(draft: NodeBuilder, node: ir.Node) -> None:
+def _feed_upsample(builder: NodeBuilder, node: ir.Node) -> None:
     scales = np.array(node.attributes.pop("scales").as_floats(), np.float32)
-    _append_inputs(node, draft.tensor(ir.tensor(scales)))
+    _append_inputs(node, builder.tensor(ir.tensor(scales)))
 
 
-def _resize(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
+def _resize(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """Upsample, and Resize of opset 10, which upsamples by flooring, downsamples by ceiling."""
     x, scales = node.inputs[:2]
     assert x is not None
     assert scales is not None
     mode = node.attributes.get_string("mode", "nearest")
     if mode != "nearest" or node.op_type == "Upsample":
-        return [_write_resize(draft, x, scales, mode, "floor")]
+        return [_write_resize(builder, x, scales, mode, "floor")]
     tensor = ir.convenience.get_const_tensor(scales)
     if tensor is None:
         raise refuse(
@@ -300,20 +302,20 @@ def _resize(draft: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     result = x
     for rounding, part in (("floor", np.maximum(numbers, 1)), ("ceil", np.minimum(numbers, 1))):
         if (part != 1).any():
-            result = _write_resize(draft, result, draft.tensor(ir.tensor(part)), mode, rounding)
+            result = _write_resize(builder, result, builder.tensor(ir.tensor(part)), mode, rounding)
     return [result]
 
 
 def _write_resize(
-    draft: NodeBuilder, x: ir.Value, scales: ir.Value, mode: str, rounding: str
+    builder: NodeBuilder, x: ir.Value, scales: ir.Value, mode: str, rounding: str
 ) -> ir.Value:
-    return draft.op(
+    return builder.op(
         "Resize", x, None, scales, mode=mode, nearest_mode=rounding,
         coordinate_transformation_mode="asymmetric",
     )  # fmt: skip
 
 
-def _clear_resize(draft: NodeBuilder, node: ir.Node) -> None:
+def _clear_resize(builder: NodeBuilder, node: ir.Node) -> None:
     """Opset 11 wanted every input; an empty tensor stood for one that is not given."""
     for index, value in enumerate(node.inputs):
         if index and value is not None:
@@ -322,7 +324,7 @@ def _clear_resize(draft: NodeBuilder, node: ir.Node) -> None:
                 node.replace_input_with(index, None)
 
 
-def _refuse_change(draft: NodeBuilder, node: ir.Node) -> None:
+def _refuse_change(builder: NodeBuilder, node: ir.Node) -> None:
     raise refuse(node, "its meaning changed, and no newer operator has the old one")
 
 

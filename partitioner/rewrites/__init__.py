@@ -174,11 +174,11 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not _is_due(node, moving):  # nor what reads what was just rewritten
             continue
         rule = REWRITES[node.op_type]
-        draft = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
         with attribute_errors_to(node, "rewritten", "cannot be differentiated", _ADVICE):
-            made = rule(draft, node)
+            made = rule(builder, node)
             if made is not None:
-                draft.replace(node, made)
+                builder.replace(node, made)
                 changed = True
     return changed
 

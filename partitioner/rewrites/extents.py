@@ -64,7 +64,7 @@ def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
-def read_extents(draft: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
+def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
     """List a value's extents.
 
     Raises:
@@ -72,44 +72,44 @@ def read_extents(draft: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Ext
     """
     require_rank(node, value)
     return [
-        draft.shape(value, axis, axis + 1) if dim is None else dim
+        builder.shape(value, axis, axis + 1) if dim is None else dim
         for axis, dim in enumerate(known_dims(value) or [])
     ]
 
 
-def to_vector(draft: NodeBuilder, extent: Extent) -> ir.Value:
+def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
     """Return an extent as I64 vector of one element."""
-    return draft.integers([extent]) if isinstance(extent, int) else extent
+    return builder.integers([extent]) if isinstance(extent, int) else extent
 
 
-def multiply(draft: NodeBuilder, extents: Sequence[Extent]) -> Extent:
+def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
     """Return the product of extents."""
     known, result = 1, None
     for extent in extents:
         if isinstance(extent, int):
             known *= extent
         else:
-            result = extent if result is None else draft.op("Mul", result, extent)
+            result = extent if result is None else builder.op("Mul", result, extent)
     if result is None:
         return known
-    return result if known == 1 else draft.op("Mul", result, draft.integers([known]))
+    return result if known == 1 else builder.op("Mul", result, builder.integers([known]))
 
 
-def divide(draft: NodeBuilder, extent: Extent, by: int) -> Extent:
+def divide(builder: NodeBuilder, extent: Extent, by: int) -> Extent:
     """Return an extent's whole number of ``by``."""
     if isinstance(extent, int):
         return extent // by
-    return extent if by == 1 else draft.op("Div", extent, draft.integers([by]))
+    return extent if by == 1 else builder.op("Div", extent, builder.integers([by]))
 
 
-def add(draft: NodeBuilder, extent: Extent, number: int) -> Extent:
+def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
     """Return an extent raised by a number."""
     if isinstance(extent, int):
         return extent + number
-    return extent if number == 0 else draft.op("Add", extent, draft.integers([number]))
+    return extent if number == 0 else builder.op("Add", extent, builder.integers([number]))
 
 
-def join(draft: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
+def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
     """Return extents as one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
@@ -118,32 +118,32 @@ def join(draft: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
             row.append(extent)
             continue
         if row:
-            parts.append(draft.integers(row))
+            parts.append(builder.integers(row))
             row = []
         parts.append(extent)
     if row:
-        parts.append(draft.integers(row))
-    return parts[0] if len(parts) == 1 else draft.op("Concat", *parts, axis=0)
+        parts.append(builder.integers(row))
+    return parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=0)
 
 
-def reshape(draft: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
     """Bring a value into another shape; the one extent that is not known is left to Reshape."""
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
         extents = [extent if isinstance(extent, int) else -1 for extent in extents]
-    return draft.op("Reshape", value, join(draft, extents))
+    return builder.op("Reshape", value, join(builder, extents))
 
 
-def count_up(draft: NodeBuilder, extent: Extent) -> ir.Value:
+def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
     """Return 0, 1, ... extent - 1 as I64 vector."""
     if isinstance(extent, int):
-        return draft.integers(range(extent))
-    end = draft.op("Squeeze", extent, draft.integers([0]))
-    return draft.op("Range", draft.integer(0), end, draft.integer(1))
+        return builder.integers(range(extent))
+    end = builder.op("Squeeze", extent, builder.integers([0]))
+    return builder.op("Range", builder.integer(0), end, builder.integer(1))
 
 
-def to_number(draft: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
+def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
     """Return an extent in another dtype, to calculate with."""
     if isinstance(extent, int):
-        return draft.number(extent, dtype)
-    return draft.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)
+        return builder.number(extent, dtype)
+    return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

@@ -11,15 +11,15 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_nll_loss(draft: NodeBuilder, node: ir.Node) -> Values:
+def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
     """-w[label] * x[label], reduced, with a label to ignore."""
     x, labels = node.inputs[:2]
     assert x is not None
     assert labels is not None
-    return [_pick(draft, node, x, labels)]
+    return [_pick(builder, node, x, labels)]
 
 
-def rewrite_cross_entropy(draft: NodeBuilder, node: ir.Node) -> Values | None:
+def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """LogSoftmax and the above, where the log-probabilities are used as well.
 
     The gradient of SoftmaxCrossEntropyLoss leads through its first output alone.
@@ -29,12 +29,12 @@ def rewrite_cross_entropy(draft: NodeBuilder, node: ir.Node) -> Values | None:
     assert labels is not None
     if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return None
-    log_prob = draft.op("LogSoftmax", scores, axis=1)
-    return [_pick(draft, node, log_prob, labels, scores.dtype), log_prob]
+    log_prob = builder.op("LogSoftmax", scores, axis=1)
+    return [_pick(builder, node, log_prob, labels, scores.dtype), log_prob]
 
 
 def _pick(
-    draft: NodeBuilder,
+    builder: NodeBuilder,
     node: ir.Node,
     x: ir.Value,
     labels: ir.Value,
@@ -42,27 +42,27 @@ def _pick(
 ) -> ir.Value:
     """Select each label's element along axis 1, weigh and reduce."""
     weights = node.inputs[2] if len(node.inputs) > 2 else None
-    index = draft.cast(labels, ir.DataType.INT64)
+    index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     factor = None
     if ignored is not None:
-        skip = draft.op("Equal", index, draft.integer(ignored.as_int()))
-        index = draft.op("Where", skip, draft.integer(0), index)
-        factor = draft.cast(draft.op("Not", skip), dtype or x.dtype)
+        skip = builder.op("Equal", index, builder.integer(ignored.as_int()))
+        index = builder.op("Where", skip, builder.integer(0), index)
+        factor = builder.cast(builder.op("Not", skip), dtype or x.dtype)
     if weights is not None:
-        each = draft.op("Gather", weights, index, axis=0)
-        factor = each if factor is None else draft.op("Mul", each, factor)
-    axis = draft.integers([1])
-    picked = draft.op("GatherElements", x, draft.op("Unsqueeze", index, axis), axis=1)
-    loss = draft.op("Neg", draft.op("Squeeze", picked, axis))
+        each = builder.op("Gather", weights, index, axis=0)
+        factor = each if factor is None else builder.op("Mul", each, factor)
+    axis = builder.integers([1])
+    picked = builder.op("GatherElements", x, builder.op("Unsqueeze", index, axis), axis=1)
+    loss = builder.op("Neg", builder.op("Squeeze", picked, axis))
     if factor is not None:
-        loss = draft.op("Mul", loss, factor)
+        loss = builder.op("Mul", loss, factor)
     reduction = node.attributes.get_string("reduction", "mean")
     if reduction == "none":
         return loss
     if reduction == "mean" and factor is None:
-        return draft.op("ReduceMean", loss, keepdims=0)
-    total = draft.op("ReduceSum", loss, keepdims=0)
+        return builder.op("ReduceMean", loss, keepdims=0)
+    total = builder.op("ReduceSum", loss, keepdims=0)
     if reduction == "sum":
         return total
-    return draft.op("Div", total, draft.op("ReduceSum", factor, keepdims=0))
+    return builder.op("Div", total, builder.op("ReduceSum", factor, keepdims=0))

@@ -36,17 +36,17 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 """Coordinates that follow from the scale alone, whatever the image's size."""
 
 
-def rewrite_resize(draft: NodeBuilder, node: ir.Node) -> Values:
+def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
     """Sample each axis that changes; where its size is not known the graph finds the weights."""
     x = node.inputs[0]
     assert x is not None
     mode = node.attributes.get_string("mode", "nearest")
     made, left = x, dict(_read_factors(node, x))
-    extents = read_extents(draft, node, x)
+    extents = read_extents(builder, node, x)
     if mode == "nearest":
         repeats = {axis: int(s) for axis, s in left.items() if s and _repeats(node, s)}
         if any(times > 1 for times in repeats.values()):
-            made, extents = _repeat_elements(draft, x, extents, repeats)
+            made, extents = _repeat_elements(builder, x, extents, repeats)
         left = {axis: s for axis, s in left.items() if axis not in repeats}
     samplings = _read_samplings(node, x, left)
     for axis, sampling in samplings.items():
@@ -55,22 +55,22 @@ def rewrite_resize(draft: NodeBuilder, node: ir.Node) -> Values:
         if mode == "nearest":
             nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
             places = find_nearest(sampling, nearest)
-            made = draft.op("Gather", made, draft.integers(places.tolist()), axis=axis)
+            made = builder.op("Gather", made, builder.integers(places.tolist()), axis=axis)
         else:
             matrix = weigh_neighbours(sampling, _read_kernel(node))
             assert x.dtype is not None
-            weights = draft.tensor(ir.tensor(matrix.astype(x.dtype.numpy())))
-            made = _multiply_axis(draft, made, extents, axis, weights, sampling.after)
+            weights = builder.tensor(ir.tensor(matrix.astype(x.dtype.numpy())))
+            made = _multiply_axis(builder, made, extents, axis, weights, sampling.after)
         extents[axis] = sampling.after
-    made = _extrapolate(draft, node, x, made, samplings)
+    made = _extrapolate(builder, node, x, made, samplings)
     for axis, scale in left.items():
         if axis not in samplings and (axis > 1 or scale not in (None, 1.0)):
-            made = _stretch_axis(draft, node, made, extents, axis, scale)
+            made = _stretch_axis(builder, node, made, extents, axis, scale)
     return [made]
 
 
 def _stretch_axis(
-    draft: NodeBuilder,
+    builder: NodeBuilder,
     node: ir.Node,
     made: ir.Value,
     extents: list[Extent],
@@ -89,28 +89,30 @@ def _stretch_axis(
             f"the size of '{x.name}' along axis {axis}, before or after, is not known",
             "export it with a fixed image size, or without antialias and cropped regions",
         )
-    before, place = extents[axis], draft.integers([_read_axes(node, x).index(axis)])
+    before, place = extents[axis], builder.integers([_read_axes(node, x).index(axis)])
     factor: float | ir.Value | None = scale
     if factor is None and (given := _get_scales(node)) is not None:
-        factor = draft.op("Gather", given, place, axis=0)
+        factor = builder.op("Gather", given, place, axis=0)
     if factor is None:
         sizes = known_array(node.inputs[3])
-        after: Extent = draft.op("Gather", node.inputs[3], place, axis=0)
+        after: Extent = builder.op("Gather", node.inputs[3], place, axis=0)
         if sizes is not None:
             after = int(sizes[_read_axes(node, x).index(axis)])
-        ratio = (to_number(draft, size, ir.DataType.FLOAT) for size in (after, before))
-        factor = draft.op("Div", *ratio)
+        ratio = (to_number(builder, size, ir.DataType.FLOAT) for size in (after, before))
+        factor = builder.op("Div", *ratio)
     else:
-        after = find_after(draft, before, factor)
+        after = find_after(builder, before, factor)
     stretch = Stretch(
-        draft=draft, before=before, after=after, scale=factor, coordinates=coordinates
+        builder=builder, before=before, after=after, scale=factor, coordinates=coordinates
     )
     if mode == "nearest":
         nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
-        made = draft.op("Gather", made, draft.detach(stretch.find_nearest(nearest)), axis=axis)
+        made = builder.op("Gather", made, builder.detach(stretch.find_nearest(nearest)), axis=axis)
     else:
-        weights = draft.detach(draft.cast(stretch.weigh_neighbours(_read_kernel(node)), x.dtype))
-        made = _multiply_axis(draft, made, extents, axis, weights, after)
+        weights = builder.detach(
+            builder.cast(stretch.weigh_neighbours(_read_kernel(node)), x.dtype)
+        )
+        made = _multiply_axis(builder, made, extents, axis, weights, after)
     extents[axis] = after
     return made
 
@@ -150,18 +152,18 @@ def _repeats(node: ir.Node, scale: float) -> bool:
 
 
 def _repeat_elements(
-    draft: NodeBuilder, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
+    builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
 ) -> tuple[ir.Value, list[Extent]]:
     """(N, C, H, W) to (N, C, H, 1, W, 1) to (N, C, H, h, W, w) to (N, C, H * h, W * w)."""
     axes = sorted(axis for axis, times in repeats.items() if times > 1)
     places = [axis + 1 + count for count, axis in enumerate(axes)]
-    spread = draft.op("Unsqueeze", x, draft.integers(places))
+    spread = builder.op("Unsqueeze", x, builder.integers(places))
     shape = [1] * (len(extents) + len(axes))
     for axis, place in zip(axes, places, strict=True):
         shape[place] = repeats[axis]
-    spread = draft.op("Expand", spread, draft.integers(shape))
-    grown = [multiply(draft, [n, repeats.get(axis, 1)]) for axis, n in enumerate(extents)]
-    return reshape(draft, spread, grown), grown
+    spread = builder.op("Expand", spread, builder.integers(shape))
+    grown = [multiply(builder, [n, repeats.get(axis, 1)]) for axis, n in enumerate(extents)]
+    return reshape(builder, spread, grown), grown
 
 
 def _read_samplings(
@@ -243,7 +245,7 @@ def _read_kernel(node: ir.Node) -> Kernel:
 
 
 def _multiply_axis(
-    draft: NodeBuilder,
+    builder: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     axis: int,
@@ -252,16 +254,16 @@ def _multiply_axis(
 ) -> ir.Value:
     """Multiply one axis by a matrix (after, before); the axes behind it are columns."""
     if axis == len(extents) - 1:
-        return draft.op("MatMul", x, draft.op("Transpose", matrix, perm=[1, 0]))
+        return builder.op("MatMul", x, builder.op("Transpose", matrix, perm=[1, 0]))
     if axis == len(extents) - 2:
-        return draft.op("MatMul", matrix, x)
+        return builder.op("MatMul", matrix, x)
     front, behind = extents[:axis], extents[axis + 1 :]
-    columns = reshape(draft, x, [*front, extents[axis], multiply(draft, behind)])
-    return reshape(draft, draft.op("MatMul", matrix, columns), [*front, after, *behind])
+    columns = reshape(builder, x, [*front, extents[axis], multiply(builder, behind)])
+    return reshape(builder, builder.op("MatMul", matrix, columns), [*front, after, *behind])
 
 
 def _extrapolate(
-    draft: NodeBuilder,
+    builder: NodeBuilder,
     node: ir.Node,
     x: ir.Value,
     made: ir.Value,
@@ -281,5 +283,5 @@ def _extrapolate(
     dtype = x.dtype.numpy()
     value = node.attributes.get_float("extrapolation_value", 0.0)
     if node.attributes.get_string("mode", "nearest") == "nearest":
-        made = draft.op("Mul", made, draft.tensor(ir.tensor(inside.astype(dtype))))
-    return draft.op("Add", made, draft.tensor(ir.tensor(((1 - inside) * value).astype(dtype))))
+        made = builder.op("Mul", made, builder.tensor(ir.tensor(inside.astype(dtype))))
+    return builder.op("Add", made, builder.tensor(ir.tensor(((1 - inside) * value).astype(dtype))))

@@ -28,19 +28,19 @@ class Tangent:
     slope: ir.Value
 
 
-def follow_tangents(draft: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
+def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
     """Attach the derivatives in ``tangents`` to ``value``, which is computed from points.
 
     Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
     :func:`bound_slope`.
     """
     for tangent in tangents:
-        step = draft.op("Sub", tangent.source, tangent.point)
-        value = draft.op("Add", value, draft.op("Mul", tangent.slope, step))
+        step = builder.op("Sub", tangent.source, tangent.point)
+        value = builder.op("Add", value, builder.op("Mul", tangent.slope, step))
     return value
 
 
-def bound_slope(draft: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+def bound_slope(builder: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     """Replace infinity by the largest number of ``dtype``; NaN stays NaN."""
     edge = float((dtype or ir.DataType.FLOAT).max)
-    return draft.op("Clip", slope, draft.number(-edge, dtype), draft.number(edge, dtype))
+    return builder.op("Clip", slope, builder.number(-edge, dtype), builder.number(edge, dtype))

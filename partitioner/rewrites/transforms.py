@@ -18,7 +18,7 @@ from splitonnx.partitioner.graphs.tables import limit
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_dft(draft: NodeBuilder, node: ir.Node) -> Values:
+def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
     """Multiply by the transform's matrix along the axis; real and imaginary parts go together."""
     x = node.inputs[0]
     assert x is not None
@@ -39,17 +39,17 @@ def rewrite_dft(draft: NodeBuilder, node: ir.Node) -> Values:
     matrix = _make_matrix(length, parts, size, inverse=inverse, onesided=onesided)
     # (n, parts, m, parts') is applied to (..., n, parts)
     order = [a for a in range(rank - 1) if a != axis] + [axis, rank - 1]
-    value = x if order == list(range(rank)) else draft.op("Transpose", x, perm=order)
+    value = x if order == list(range(rank)) else builder.op("Transpose", x, perm=order)
     lead = [0] * (rank - 2)
-    value = draft.op("Reshape", value, draft.integers([*lead, length * parts]))
+    value = builder.op("Reshape", value, builder.integers([*lead, length * parts]))
     flat = matrix.reshape(length * parts, -1)
-    value = draft.op("MatMul", value, _constant(draft, flat, x.dtype))
-    value = draft.op("Reshape", value, draft.integers([*lead, *matrix.shape[2:]]))
+    value = builder.op("MatMul", value, _constant(builder, flat, x.dtype))
+    value = builder.op("Reshape", value, builder.integers([*lead, *matrix.shape[2:]]))
     back = [int(place) for place in np.argsort(order)]
-    return [value if back == list(range(rank)) else draft.op("Transpose", value, perm=back)]
+    return [value if back == list(range(rank)) else builder.op("Transpose", value, perm=back)]
 
 
-def rewrite_stft(draft: NodeBuilder, node: ir.Node) -> Values:
+def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
     """Convolve with the transform of a frame, times the window: a stride is a frame's step."""
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]
@@ -69,16 +69,16 @@ def rewrite_stft(draft: NodeBuilder, node: ir.Node) -> Values:
     matrix = _make_matrix(size, parts, size, inverse=False, onesided=onesided)
     bins = matrix.shape[2]
     # (F, parts, K, 2) to kernels (2K, parts, F)
-    kernels = _constant(draft, matrix.reshape(size, parts, 2 * bins).transpose(2, 1, 0), x.dtype)
+    kernels = _constant(builder, matrix.reshape(size, parts, 2 * bins).transpose(2, 1, 0), x.dtype)
     if window is not None:
-        kernels = draft.op("Mul", kernels, window)
+        kernels = builder.op("Mul", kernels, window)
     if known_rank(x) == 2:
-        signal = draft.op("Unsqueeze", x, draft.integers([1]))
+        signal = builder.op("Unsqueeze", x, builder.integers([1]))
     else:
-        signal = draft.op("Transpose", x, perm=[0, 2, 1])
-    found = draft.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
-    frames = draft.op("Transpose", found, perm=[0, 2, 1])
-    return [draft.op("Reshape", frames, draft.integers([0, -1, bins, 2]))]
+        signal = builder.op("Transpose", x, perm=[0, 2, 1])
+    found = builder.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
+    frames = builder.op("Transpose", found, perm=[0, 2, 1])
+    return [builder.op("Reshape", frames, builder.integers([0, -1, bins, 2]))]
 
 
 def _limit_matrix(node: ir.Node, length: int, parts: int, size: int) -> None:
@@ -103,9 +103,9 @@ def _make_matrix(
     return np.asarray(found.reshape(length, parts, *found.shape[1:]))
 
 
-def _constant(draft: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+def _constant(builder: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
     assert dtype is not None
-    return draft.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
+    return builder.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
 
 
 def _read_axis(node: ir.Node) -> int:

@@ -93,7 +93,7 @@ def _find_surplus(
     return stride - 1
 
 
-def sum_windows(draft: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
+def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
     """Sum each window, channel by channel, by a depthwise convolution with ones.
 
     Raises:
@@ -104,17 +104,17 @@ def sum_windows(draft: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")
     limit(node, channels * math.prod(windows.kernel))
     ones = np.ones((channels, 1, *windows.kernel), x.dtype.numpy())
-    return _convolve(draft, x, ones, windows)
+    return _convolve(builder, x, ones, windows)
 
 
-def _convolve(draft: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
-    weights = draft.tensor(ir.tensor(kernel))
+def _convolve(builder: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
+    weights = builder.tensor(ir.tensor(kernel))
     pads = (*windows.before, *windows.after)
     if min(pads) < 0:
         full = [0, 0, *windows.before, 0, 0, *windows.after]
-        x = draft.op("Pad", x, draft.integers(full), mode="constant")
+        x = builder.op("Pad", x, builder.integers(full), mode="constant")
         pads = (0,) * len(pads)
-    return draft.op(
+    return builder.op(
         "Conv",
         x,
         weights,
@@ -126,7 +126,7 @@ def _convolve(draft: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Wind
 
 
 def count_elements(
-    draft: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
+    builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
     """Count the elements of each window, those of the padding too with ``include_padding``.
 
@@ -137,12 +137,12 @@ def count_elements(
     numbers = [size for size in windows.sizes if size is not None]
     if len(numbers) == len(windows.sizes):
         counts = _count_elements(windows, numbers, include_padding=include_padding)
-        return draft.tensor(ir.tensor(counts.astype(x.dtype.numpy())))
-    shape = draft.op("Concat", draft.integers([1, 1]), draft.shape(x, 2), axis=0)
-    image = draft.op("Expand", draft.number(1.0, x.dtype), shape)
+        return builder.tensor(ir.tensor(counts.astype(x.dtype.numpy())))
+    shape = builder.op("Concat", builder.integers([1, 1]), builder.shape(x, 2), axis=0)
+    image = builder.op("Expand", builder.number(1.0, x.dtype), shape)
     if include_padding:
-        widths = draft.integers([0, 0, *windows.before, 0, 0, *windows.counted])
-        image = draft.op("Pad", image, widths, draft.number(1.0, x.dtype), mode="constant")
+        widths = builder.integers([0, 0, *windows.before, 0, 0, *windows.counted])
+        image = builder.op("Pad", image, widths, builder.number(1.0, x.dtype), mode="constant")
         pairs = zip(windows.after, windows.counted, strict=True)
         rest = tuple(whole - counted for whole, counted in pairs)
         windows = Windows(
@@ -155,7 +155,7 @@ def count_elements(
             sizes=windows.sizes,
         )
     ones = np.ones((1, 1, *windows.kernel), x.dtype.numpy())
-    return draft.detach(_convolve(draft, image, ones, windows))
+    return builder.detach(_convolve(builder, image, ones, windows))
 
 
 def _estimate_counts(windows: Windows) -> float:
@@ -192,7 +192,7 @@ def pads_by_size(node: ir.Node) -> bool:
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
-def pad_by_size(draft: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
+def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
     """Pad a node's input with ``number`` as its ``auto_pad`` says, once the size is known.
 
     Raises:
@@ -203,22 +203,22 @@ def pad_by_size(draft: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
     if kernel is None:
         raise refuse(node, "the shape of its kernel is not known", "export it with explicit pads")
     rank = require_rank(node, x) - 2
-    strides = draft.integers(node.attributes.get_ints("strides", [1] * rank))
+    strides = builder.integers(node.attributes.get_ints("strides", [1] * rank))
     dilations = node.attributes.get_ints("dilations", [1] * rank)
-    reach = draft.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
-    zero, one, two = (draft.integers([n]) for n in (0, 1, 2))
-    size = draft.shape(x, 2)
+    reach = builder.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
+    zero, one, two = (builder.integers([n]) for n in (0, 1, 2))
+    size = builder.shape(x, 2)
     # the last window starts at the last multiple of the stride inside of the image
-    last = draft.op("Sub", size, one)
-    start = draft.op("Mul", draft.op("Div", last, strides), strides)
-    total = draft.op("Max", draft.op("Sub", draft.op("Add", start, reach), last), zero)
-    small = draft.op("Div", total, two)
-    large = draft.op("Sub", total, small)
+    last = builder.op("Sub", size, one)
+    start = builder.op("Mul", builder.op("Div", last, strides), strides)
+    total = builder.op("Max", builder.op("Sub", builder.op("Add", start, reach), last), zero)
+    small = builder.op("Div", total, two)
+    large = builder.op("Sub", total, small)
     if node.attributes.get_string("auto_pad", "") == "SAME_LOWER":
         small, large = large, small
-    none = draft.integers([0, 0])
-    widths = draft.op("Concat", none, small, none, large, axis=0)
-    return draft.op("Pad", x, widths, draft.number(number, x.dtype), mode="constant")
+    none = builder.integers([0, 0])
+    widths = builder.op("Concat", none, small, none, large, axis=0)
+    return builder.op("Pad", x, widths, builder.number(number, x.dtype), mode="constant")
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:

@@ -137,7 +137,7 @@ def test_a_mistake_beside_native_code_comes_back_as_one(caplog: pytest.LogCaptur
 
 PLANTING = """
 from splitonnx.partitioner import rewrites
-rewrites.REWRITES["Elu"] = lambda draft, node: node.no_such_attribute
+rewrites.REWRITES["Elu"] = lambda builder, node: node.no_such_attribute
 from splitonnx.commands import main
 main()
 """

@@ -61,17 +61,17 @@ def run_check(
     """Return each input as the kernel would get it, once the check has passed."""
     values = make_inputs(arrays, known=known)
     node = ir.node(kind, list(values.values()), attributes, name="node")
-    draft = NodeBuilder("check")
-    checked = {list(values)[place]: made for place, made in check(draft, node).items()}
+    builder = NodeBuilder("check")
+    checked = {list(values)[place]: made for place, made in check(builder, node).items()}
     outputs = []
     for name, made in checked.items():
-        output = draft.op("Identity", made)
+        output = builder.op("Identity", made)
         output.name, output.type = f"{name}.checked", made.type or values[name].type
         outputs.append(output)
     if not outputs:
         return dict(arrays)
     graph = ir.Graph(
-        list(values.values()), outputs, nodes=draft.nodes, opset_imports={"": 20}, name="check"
+        list(values.values()), outputs, nodes=builder.nodes, opset_imports={"": 20}, name="check"
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

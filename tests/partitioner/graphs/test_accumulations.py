@@ -18,21 +18,21 @@ def run_accumulate(
 ) -> tuple[np.ndarray, list[str]]:
     """Return what the nodes compute and the operators among them."""
     source = ir.Value(name="x", type=DOUBLE, shape=ir.Shape(x.shape))
-    draft = NodeBuilder("sum")
+    builder = NodeBuilder("sum")
     line = Line(axis=axis, rank=x.ndim, length=x.shape[axis], reverse=reverse)
     made = accumulate(
-        draft,
+        builder,
         "Add" if kind == "Add" else "Mul",
         source,
         line,
         exclusive=exclusive,
     )
-    result = draft.op("Identity", made)
+    result = builder.op("Identity", made)
     result.type = DOUBLE
-    graph = ir.Graph([source], [result], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    graph = ir.Graph([source], [result], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
-    return np.asarray(found), [node.op_type for node in draft.nodes]
+    return np.asarray(found), [node.op_type for node in builder.nodes]
 
 
 def refer(

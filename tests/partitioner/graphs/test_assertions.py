@@ -28,10 +28,10 @@ def make_session(
     write: Callable[[NodeBuilder, list[ir.Value]], ir.Value], *inputs: ir.Value
 ) -> onnxruntime.InferenceSession:
     """Make a session of ONNX Runtime, whose errors are what ends a stage."""
-    draft = NodeBuilder("check")
-    made = write(draft, list(inputs))
-    result = note(draft.op("Identity", made), made.dtype, made.shape)
-    graph = ir.Graph(list(inputs), [result], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    builder = NodeBuilder("check")
+    made = write(builder, list(inputs))
+    result = note(builder.op("Identity", made), made.dtype, made.shape)
+    graph = ir.Graph(list(inputs), [result], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     content = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
@@ -45,7 +45,7 @@ def make_value(name: str, dtype: ir.DataType, *dims: int | str) -> ir.Value:
 def guard() -> onnxruntime.InferenceSession:
     """``x`` behind the assertion that nothing in ``bad`` is true."""
     return make_session(
-        lambda draft, values: pass_if(draft, values[0], refuse_where(draft, values[1])),
+        lambda builder, values: pass_if(builder, values[0], refuse_where(builder, values[1])),
         make_value("x", FLOAT, "N", 3),
         make_value("bad", BOOL, "M"),
     )
@@ -72,7 +72,7 @@ def test_even_an_empty_value_is_refused_where_something_is_wrong() -> None:
 
 def test_conditions_are_joined_by_or() -> None:
     values = [make_value(name, BOOL, 2, 2, 2) for name in "abc"]
-    session = make_session(lambda draft, given: either(draft, *given), *values)
+    session = make_session(lambda builder, given: either(builder, *given), *values)
     feeds = dict(zip("abc", np.indices((2, 2, 2)).astype(bool), strict=True))
     (found,) = session.run(None, feeds)
     np.testing.assert_array_equal(found, np.logical_or.reduce(list(feeds.values())))
@@ -80,7 +80,7 @@ def test_conditions_are_joined_by_or() -> None:
 
 def test_a_reshape_to_another_number_of_elements_ends_the_stage() -> None:
     session = make_session(
-        lambda draft, values: reshape(draft, *values),
+        lambda builder, values: reshape(builder, *values),
         make_value("x", FLOAT, "N"),
         make_value("shape", I64, 2),
     )
@@ -92,9 +92,9 @@ def test_a_reshape_to_another_number_of_elements_ends_the_stage() -> None:
 
 
 def test_type_and_shape_of_what_passes_are_noted() -> None:
-    draft = NodeBuilder("check")
+    builder = NodeBuilder("check")
     x = make_value("x", FLOAT, "N", 3)
-    passed = pass_if(draft, x, refuse_where(draft, make_value("bad", BOOL, 2)))
+    passed = pass_if(builder, x, refuse_where(builder, make_value("bad", BOOL, 2)))
     assert passed.dtype == FLOAT
     assert passed.shape == ir.Shape(["N", 3])
 

@@ -42,32 +42,32 @@ def make_model(kind: str = "Softplus") -> ir.Model:
 
 
 def test_every_node_and_value_bears_the_prefix_and_a_number_of_its_own() -> None:
-    draft = NodeBuilder("part")
+    builder = NodeBuilder("part")
     x = make_value(4)
-    first = draft.op("Relu", x)
-    halves = draft.ops("Split", [first], 2, {"num_outputs": 2})
-    draft.op("Concat", *halves, axis=0)
-    values = [value.name for node in draft.nodes for value in node.outputs]
+    first = builder.op("Relu", x)
+    halves = builder.ops("Split", [first], 2, {"num_outputs": 2})
+    builder.op("Concat", *halves, axis=0)
+    values = [value.name for node in builder.nodes for value in node.outputs]
     assert values == ["part/0", "part/1", "part/1_1", "part/2"]
-    assert [node.name for node in draft.nodes] == ["part/0_Relu", "part/1_Split", "part/2_Concat"]
+    assert [node.name for node in builder.nodes] == ["part/0_Relu", "part/1_Split", "part/2_Concat"]
 
 
 def test_a_constant_is_written_once() -> None:
-    draft = NodeBuilder("part")
-    assert draft.number(0.5, FLOAT) is draft.number(0.5, FLOAT)
-    assert draft.integers([1, 2]) is draft.integers([1, 2])
-    assert draft.integer(3) is draft.integer(3)
-    assert len(draft.nodes) == 3
+    builder = NodeBuilder("part")
+    assert builder.number(0.5, FLOAT) is builder.number(0.5, FLOAT)
+    assert builder.integers([1, 2]) is builder.integers([1, 2])
+    assert builder.integer(3) is builder.integer(3)
+    assert len(builder.nodes) == 3
 
 
 def test_constants_of_other_types_or_ranks_are_kept_apart() -> None:
-    draft = NodeBuilder("part")
+    builder = NodeBuilder("part")
     made = [
-        draft.number(1.0, FLOAT),
-        draft.number(1.0, ir.DataType.DOUBLE),
-        draft.number(1, INT64),
-        draft.integer(1),
-        draft.integers([1]),
+        builder.number(1.0, FLOAT),
+        builder.number(1.0, ir.DataType.DOUBLE),
+        builder.number(1, INT64),
+        builder.integer(1),
+        builder.integers([1]),
     ]
     arrays = [known_array(value) for value in made]
     types = [(a.dtype.name, a.shape) for a in arrays if a is not None]
@@ -78,28 +78,28 @@ def test_constants_of_other_types_or_ranks_are_kept_apart() -> None:
 
 
 def test_an_element_type_that_is_not_known_is_refused_with_the_prefix() -> None:
-    draft = NodeBuilder("layer/rewritten")
+    builder = NodeBuilder("layer/rewritten")
     with pytest.raises(UnsupportedModel, match="'layer/rewritten'"):
-        draft.number(1.0, None)
+        builder.number(1.0, None)
     with pytest.raises(UnsupportedModel):
-        draft.cast(make_value(3), None)
+        builder.cast(make_value(3), None)
 
 
 def test_an_array_is_stored_in_the_type_asked_for() -> None:
-    draft = NodeBuilder("part")
-    found = known_array(draft.array(np.array([0.5, -2.0]), ir.DataType.FLOAT16))
+    builder = NodeBuilder("part")
+    found = known_array(builder.array(np.array([0.5, -2.0]), ir.DataType.FLOAT16))
     assert found is not None
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, [0.5, -2.0])
 
 
 def test_a_cast_to_the_type_that_is_there_is_none() -> None:
-    draft = NodeBuilder("part")
+    builder = NodeBuilder("part")
     x = make_value(3)
-    assert draft.cast(x, FLOAT) is x
-    assert draft.nodes == []
-    assert draft.cast(x, INT64).dtype == INT64
-    assert [node.op_type for node in draft.nodes] == ["Cast"]
+    assert builder.cast(x, FLOAT) is x
+    assert builder.nodes == []
+    assert builder.cast(x, INT64).dtype == INT64
+    assert [node.op_type for node in builder.nodes] == ["Cast"]
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ def test_a_known_shape_is_a_constant(
 
 @pytest.mark.parametrize(("start", "end"), [(0, None), (0, 2), (1, None), (-2, None)])
 def test_a_shape_that_is_not_known_is_read_from_the_data(start: int, end: int | None) -> None:
-    draft = NodeBuilder("part")
+    builder = NodeBuilder("part")
     x = make_value("N", "M", 4)
-    made = draft.shape(x, start, end)
+    made = builder.shape(x, start, end)
     made.type = ir.TensorType(INT64)
-    graph = ir.Graph([x], [made], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    graph = ir.Graph([x], [made], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     (found,) = ReferenceEvaluator(model).run(None, {"x": np.zeros((2, 3, 4), np.float32)})
     assert np.asarray(found).tolist() == [2, 3, 4][start:end]
@@ -141,9 +141,11 @@ def test_what_is_written_takes_over_name_type_and_place() -> None:
     x = np.array([-2.0, 0.0, 3.0], np.float32)
     expected = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
     node = model.graph[0]
-    draft = NodeBuilder("y/rewritten")
-    one = draft.number(1.0, FLOAT)
-    draft.replace(node, [draft.op("Log", draft.op("Add", draft.op("Exp", node.inputs[0]), one))])
+    builder = NodeBuilder("y/rewritten")
+    one = builder.number(1.0, FLOAT)
+    builder.replace(
+        node, [builder.op("Log", builder.op("Add", builder.op("Exp", node.inputs[0]), one))]
+    )
     assert "Softplus" not in {left.op_type for left in model.graph}
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
     assert model.graph.outputs[0].shape == ir.Shape([3])
@@ -174,8 +176,8 @@ def test_an_output_that_nobody_reads_needs_no_replacement() -> None:
     node = model.graph[0]
     node.resize_outputs(2)
     node.outputs[1].name = "mask"
-    draft = NodeBuilder("y/plain")
-    draft.replace(node, [draft.op("Identity", node.inputs[0])])
+    builder = NodeBuilder("y/plain")
+    builder.replace(node, [builder.op("Identity", node.inputs[0])])
     assert "mask" not in {v.name for left in model.graph for v in left.outputs}
 
 

@@ -171,11 +171,11 @@ def test_gradients_move_through_floats_only() -> None:
 
 def test_no_gradient_passes_a_detached_value() -> None:
     graph = make_graph()
-    draft = NodeBuilder("stop")
+    builder = NodeBuilder("stop")
     t, w, v = pick(graph, "t", "w", "v")
     tanh = find_node(graph, "tanh")
-    stopped = draft.detach(t)
-    graph.insert_after(tanh, draft.nodes)
+    stopped = builder.detach(t)
+    graph.insert_after(tanh, builder.nodes)
     find_node(graph, "add").replace_input_with(0, stopped)
     assert "y" not in names(find_moving(graph, [w]))
     assert find_movers(pick(graph, "y")) == {v}

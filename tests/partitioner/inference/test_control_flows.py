@@ -1,4 +1,4 @@
-"""Control flow that is settled beforehand trains; any other one is refused or left alone."""
+"""Control flow that is known in advance trains; any other one is refused or left alone."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_a_pattern_without_effect_is_refused(
 
 
 def build_branch(condition: str) -> onnx.ModelProto:
-    """A layer in a branch: of a settled condition, or of one that depends on the data."""
+    """A layer in a branch: of a known condition, or of one that depends on the data."""
     branches = {}
     for name, seed in (("then", 1), ("else", 2)):
         weight = np.random.default_rng(seed).standard_normal((4, 4), np.float32)

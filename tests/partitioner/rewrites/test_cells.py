@@ -44,10 +44,10 @@ def run(
         n: ir.Value(name=n, type=ir.TensorType(DOUBLE), shape=ir.Shape(a.shape))
         for n, a in arrays.items()
     }
-    draft = NodeBuilder("cell")
-    made = [draft.op("Identity", value) for value in write(draft, values)]
+    builder = NodeBuilder("cell")
+    made = [builder.op("Identity", value) for value in write(builder, values)]
     graph = ir.Graph(
-        [*values.values()], made, nodes=draft.nodes, opset_imports={"": 18}, name="cell"
+        [*values.values()], made, nodes=builder.nodes, opset_imports={"": 18}, name="cell"
     )
     found = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=9))).run(None, dict(arrays))
     return [np.asarray(array) for array in found]
@@ -61,9 +61,9 @@ def hold(found: np.ndarray, expected: np.ndarray) -> None:
 def test_a_step_of_an_rnn(clip: float | None) -> None:
     arrays = draw(x=(BATCH, HIDDEN), h=(BATCH, HIDDEN), r=(HIDDEN, HIDDEN))
 
-    def write(draft: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
+    def write(builder: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
         cell = Cell(hidden=HIDDEN, functions=[TANH], recurrent=v["r"], dtype=DOUBLE, clip=clip)
-        return step_rnn(draft, cell, [v["x"]], (v["h"],))
+        return step_rnn(builder, cell, [v["x"]], (v["h"],))
 
     pre = arrays["x"] + arrays["h"] @ arrays["r"].T
     pre = pre if clip is None else np.clip(pre, -clip, clip)
@@ -74,10 +74,10 @@ def test_a_step_of_a_gru_resets_before_the_linear_map() -> None:
     arrays = draw(gates=(BATCH, 2 * HIDDEN), x=(BATCH, HIDDEN), h=(BATCH, HIDDEN),
                   rg=(2 * HIDDEN, HIDDEN), rh=(HIDDEN, HIDDEN))  # fmt: skip
 
-    def write(draft: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
+    def write(builder: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
         cell = Cell(hidden=HIDDEN, functions=[SIGMOID, TANH], recurrent=v["rh"], dtype=DOUBLE,
                     parts=[v["rg"], v["rh"]])  # fmt: skip
-        return step_gru(draft, cell, [v["gates"], v["x"]], (v["h"],))
+        return step_gru(builder, cell, [v["gates"], v["x"]], (v["h"],))
 
     h = arrays["h"]
     z, r = np.split(sigmoid(arrays["gates"] + h @ arrays["rg"].T), 2, axis=1)
@@ -89,10 +89,10 @@ def test_a_step_of_a_linear_gru_resets_behind_it() -> None:
     arrays = draw(gates=(BATCH, 2 * HIDDEN), x=(BATCH, HIDDEN), h=(BATCH, HIDDEN),
                   r=(3 * HIDDEN, HIDDEN), b=(3 * HIDDEN,))  # fmt: skip
 
-    def write(draft: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
+    def write(builder: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
         cell = Cell(hidden=HIDDEN, functions=[SIGMOID, TANH], recurrent=v["r"], dtype=DOUBLE,
                     bias=v["b"])  # fmt: skip
-        return step_linear_gru(draft, cell, [v["gates"], v["x"]], (v["h"],))
+        return step_linear_gru(builder, cell, [v["gates"], v["x"]], (v["h"],))
 
     h = arrays["h"]
     mapped = h @ arrays["r"].T + arrays["b"]
@@ -109,12 +109,12 @@ def test_a_step_of_an_lstm(coupled: bool, peepholes: bool) -> None:
     if peepholes:
         arrays |= draw(pi=(HIDDEN,), po=(HIDDEN,), pf=(HIDDEN,))
 
-    def write(draft: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
+    def write(builder: NodeBuilder, v: Values) -> tuple[ir.Value, ...]:
         cell = Cell(
             hidden=HIDDEN, functions=[SIGMOID, TANH, TANH], recurrent=v["r"], dtype=DOUBLE,
             coupled=coupled, peepholes=[v[p] for p in ("pi", "po", "pf")] if peepholes else (),
         )  # fmt: skip
-        return step_lstm(draft, cell, [v["x"]], (v["h"], v["c"]))
+        return step_lstm(builder, cell, [v["x"]], (v["h"], v["c"]))
 
     c = arrays["c"]
     gates = np.split(arrays["x"] + arrays["h"] @ arrays["r"].T, rows // HIDDEN, axis=1)
@@ -150,7 +150,7 @@ def test_a_function_is_its_formula(
 ) -> None:
     arrays = draw(x=(4, 5))
     function = Function(kind=kind, settings=settings)
-    (found,) = run(lambda draft, v: (function.apply(draft, v["x"], DOUBLE),), arrays)
+    (found,) = run(lambda builder, v: (function.apply(builder, v["x"], DOUBLE),), arrays)
     hold(found, expected(arrays["x"]))
 
 

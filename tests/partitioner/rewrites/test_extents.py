@@ -43,10 +43,10 @@ def compute(
 ) -> np.ndarray:
     """Evaluate what is written of the extents of ``x`` where ``x`` has a shape."""
     x = make_value(*dims)
-    draft = NodeBuilder("size")
-    made = write(draft, read_extents(draft, make_node(x), x))
-    result = draft.op("Identity", made)
-    graph = ir.Graph([x], [result], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    builder = NodeBuilder("size")
+    made = write(builder, read_extents(builder, make_node(x), x))
+    result = builder.op("Identity", made)
+    graph = ir.Graph([x], [result], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     (found,) = ReferenceEvaluator(model).run(None, {"x": values})
@@ -54,52 +54,55 @@ def compute(
 
 
 def test_extents_are_numbers_where_they_are_known() -> None:
-    draft = NodeBuilder("size")
-    first, *rest = read_extents(draft, make_node(), make_value("N", 3, 4))
+    builder = NodeBuilder("size")
+    first, *rest = read_extents(builder, make_node(), make_value("N", 3, 4))
     assert isinstance(first, ir.Value)
     assert rest == [3, 4]
 
 
 def test_arithmetic_on_numbers_writes_no_node() -> None:
-    draft = NodeBuilder("size")
-    assert (multiply(draft, [2, 3, 4]), multiply(draft, [])) == (24, 1)
-    assert (divide(draft, 7, 2), add(draft, 7, -2)) == (3, 5)
-    assert draft.nodes == []
+    builder = NodeBuilder("size")
+    assert (multiply(builder, [2, 3, 4]), multiply(builder, [])) == (24, 1)
+    assert (divide(builder, 7, 2), add(builder, 7, -2)) == (3, 5)
+    assert builder.nodes == []
 
 
 @pytest.mark.parametrize("dims", [["N", 3, "M"], ["N", 3, 5], [7, 3, 5]])
 def test_arithmetic_on_what_only_the_data_know(dims: list[int | str]) -> None:
-    def write(draft: NodeBuilder, extents: list[Extent]) -> ir.Value:
-        product = multiply(draft, [*extents, 2])
+    def write(builder: NodeBuilder, extents: list[Extent]) -> ir.Value:
+        product = multiply(builder, [*extents, 2])
         parts: list[Extent] = [
-            product, divide(draft, product, 4), add(draft, product, -9), add(draft, extents[0], 0),
-            divide(draft, extents[2], 1),
-        ]  # fmt: skip
-        return join(draft, parts)
+            product,
+            divide(builder, product, 4),
+            add(builder, product, -9),
+            add(builder, extents[0], 0),
+            divide(builder, extents[2], 1),
+        ]
+        return join(builder, parts)
 
     assert compute(write, dims, 7, 3, 5).tolist() == [210, 52, 201, 7, 5]
 
 
 def test_known_sizes_are_joined_to_one_constant() -> None:
-    draft = NodeBuilder("size")
-    found = known_array(join(draft, [2, 3, 4]))
+    builder = NodeBuilder("size")
+    found = known_array(join(builder, [2, 3, 4]))
     assert found is not None
     assert found.tolist() == [2, 3, 4]
-    assert len(draft.nodes) == 1
+    assert len(builder.nodes) == 1
 
 
 @pytest.mark.parametrize("dims", [["N", "M"], ["N", 6], [2, 6]])
 def test_a_value_is_reshaped_to_extents(dims: list[int | str]) -> None:
     x = make_value(*dims)
 
-    def write(draft: NodeBuilder, extents: list[Extent]) -> ir.Value:
-        source = draft.op("Identity", x)
-        return reshape(draft, source, [divide(draft, extents[1], 2), extents[0], 2])
+    def write(builder: NodeBuilder, extents: list[Extent]) -> ir.Value:
+        source = builder.op("Identity", x)
+        return reshape(builder, source, [divide(builder, extents[1], 2), extents[0], 2])
 
-    draft = NodeBuilder("size")
-    made = write(draft, read_extents(draft, make_node(x), x))
-    result = draft.op("Identity", made)
-    graph = ir.Graph([x], [result], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    builder = NodeBuilder("size")
+    made = write(builder, read_extents(builder, make_node(x), x))
+    result = builder.op("Identity", made)
+    graph = ir.Graph([x], [result], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     values = np.arange(12, dtype=np.float32).reshape(2, 6)
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     (found,) = ReferenceEvaluator(model).run(None, {"x": values})
@@ -108,12 +111,12 @@ def test_a_value_is_reshaped_to_extents(dims: list[int | str]) -> None:
 
 @pytest.mark.parametrize("dims", [["N"], [5]])
 def test_counting_up_to_an_extent_and_calculating_with_it(dims: list[int | str]) -> None:
-    found = compute(lambda draft, extents: count_up(draft, extents[0]), dims, 5)
+    found = compute(lambda builder, extents: count_up(builder, extents[0]), dims, 5)
     assert (found.dtype.name, found.tolist()) == ("int64", [0, 1, 2, 3, 4])
-    found = compute(lambda draft, extents: to_number(draft, extents[0], FLOAT), dims, 5)
+    found = compute(lambda builder, extents: to_number(builder, extents[0], FLOAT), dims, 5)
     assert found.dtype == np.float32
     assert float(found.reshape(())) == 5.0
-    assert compute(lambda draft, e: to_vector(draft, e[0]), dims, 5).tolist() == [5]
+    assert compute(lambda builder, e: to_vector(builder, e[0]), dims, 5).tolist() == [5]
 
 
 def test_what_is_required_and_not_known_is_refused_by_name() -> None:
@@ -130,6 +133,6 @@ def test_what_is_required_and_not_known_is_refused_by_name() -> None:
         require_array(make_node(make_value(4)), 0, "scales")
     assert require_sizes(node, make_value("N", 4, 3), 1) == [4, 3]
     assert require_rank(node, make_value("N", 4)) == 2
-    draft = NodeBuilder("constant")
-    found = require_array(make_node(draft.integers([4, 2])), 0, "sizes")
+    builder = NodeBuilder("constant")
+    found = require_array(make_node(builder.integers([4, 2])), 0, "sizes")
     assert found.tolist() == [4, 2]

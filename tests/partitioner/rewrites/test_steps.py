@@ -27,11 +27,11 @@ def test_a_step_function_stops_gradients_but_not_values(kind: str) -> None:
 def test_a_step_is_the_operator_itself_on_inputs_that_no_gradient_leaves(kind: str) -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([3, 4]))
     node = ir.node(kind, [x], {"axis": 0} if kind == "Hardmax" else {}, name="step")
-    draft = NodeBuilder("step/rewritten")
-    (made,) = rewrite_step(draft, node)
-    assert [written.op_type for written in draft.nodes] == ["Identity", kind]
-    assert made not in find_moving(ir.Graph([x], [made], nodes=draft.nodes), [x])
-    assert set(draft.nodes[1].attributes) == set(node.attributes)
+    builder = NodeBuilder("step/rewritten")
+    (made,) = rewrite_step(builder, node)
+    assert [written.op_type for written in builder.nodes] == ["Identity", kind]
+    assert made not in find_moving(ir.Graph([x], [made], nodes=builder.nodes), [x])
+    assert set(builder.nodes[1].attributes) == set(node.attributes)
 
 
 def test_the_scale_of_dynamic_quantization_has_a_gradient() -> None:

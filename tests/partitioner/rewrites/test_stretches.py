@@ -31,9 +31,9 @@ def run(
         ir.Value(name="after", type=i64, shape=ir.Shape([1])),
         ir.Value(name="scale", type=f32, shape=ir.Shape([])),
     ]
-    draft = NodeBuilder("axis")
-    result = draft.op("Identity", write(draft, *inputs))
-    graph = ir.Graph(inputs, [result], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    builder = NodeBuilder("axis")
+    result = builder.op("Identity", write(builder, *inputs))
+    graph = ir.Graph(inputs, [result], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     feeds = {"before": np.array([before]), "after": np.array([after]), "scale": np.float32(scale)}
     model = ir.to_proto(ir.Model(graph, ir_version=9))
     (found,) = ReferenceEvaluator(model).run(None, {n: np.asarray(a) for n, a in feeds.items()})
@@ -41,9 +41,11 @@ def run(
 
 
 def stretch(
-    draft: NodeBuilder, before: Extent, after: Extent, scale: float | ir.Value, coordinates: str
+    builder: NodeBuilder, before: Extent, after: Extent, scale: float | ir.Value, coordinates: str
 ) -> Stretch:
-    return Stretch(draft=draft, before=before, after=after, scale=scale, coordinates=coordinates)
+    return Stretch(
+        builder=builder, before=before, after=after, scale=scale, coordinates=coordinates
+    )
 
 
 def sample(before: int, after: int, coordinates: str) -> Sampling:
@@ -54,7 +56,7 @@ def sample(before: int, after: int, coordinates: str) -> Sampling:
 @pytest.mark.parametrize(("before", "after"), SIZES)
 def test_coordinates_are_those_of_fixed_sizes(coordinates: str, before: int, after: int) -> None:
     found = run(
-        lambda draft, b, a, s: stretch(draft, b, a, s, coordinates).find_coordinates(),
+        lambda builder, b, a, s: stretch(builder, b, a, s, coordinates).find_coordinates(),
         before, after, after / before,
     )  # fmt: skip
     expected = interpolations.find_coordinates(sample(before, after, coordinates))
@@ -68,7 +70,7 @@ def test_the_nearest_element_is_that_of_fixed_sizes(
     coordinates: str, mode: str, before: int, after: int
 ) -> None:
     found = run(
-        lambda draft, b, a, s: stretch(draft, b, a, s, coordinates).find_nearest(mode),
+        lambda builder, b, a, s: stretch(builder, b, a, s, coordinates).find_nearest(mode),
         before, after, after / before,
     )  # fmt: skip
     expected = interpolations.find_nearest(sample(before, after, coordinates), mode)
@@ -89,7 +91,7 @@ def test_weights_are_those_of_fixed_sizes(
     coordinates: str, kernel: Kernel, before: int, after: int
 ) -> None:
     found = run(
-        lambda draft, b, a, s: stretch(draft, b, a, s, coordinates).weigh_neighbours(kernel),
+        lambda builder, b, a, s: stretch(builder, b, a, s, coordinates).weigh_neighbours(kernel),
         before, after, after / before,
     )  # fmt: skip
     expected = interpolations.weigh_neighbours(sample(before, after, coordinates), kernel)
@@ -100,9 +102,14 @@ def test_weights_are_those_of_fixed_sizes(
 @pytest.mark.parametrize(("before", "scale"), [(5, 2.0), (5, 0.5), (7, 1.5), (3, 1 / 3)])
 def test_a_scaled_size_is_rounded_down(before: int, scale: float) -> None:
     expected = [int(np.floor(np.float32(before) * np.float32(scale)))]
-    found = run(lambda draft, b, a, s: to_vector(draft, find_after(draft, b, s)), before, 0, scale)
+    found = run(
+        lambda builder, b, a, s: to_vector(builder, find_after(builder, b, s)), before, 0, scale
+    )
     assert found.tolist() == expected
     found = run(
-        lambda draft, b, a, s: to_vector(draft, find_after(draft, before, scale)), before, 0, scale
+        lambda builder, b, a, s: to_vector(builder, find_after(builder, before, scale)),
+        before,
+        0,
+        scale,
     )
     assert found.tolist() == expected

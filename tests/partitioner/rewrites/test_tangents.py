@@ -29,20 +29,20 @@ def run(graph: ir.Graph | ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, n
 
 def build(slopes: dict[str, float], *shapes: tuple[int, ...]) -> ir.Graph:
     """Build sign(x) (which has no gradient), and for each of ``slopes`` a tangent of that slope."""
-    draft = NodeBuilder("value")
+    builder = NodeBuilder("value")
     inputs = [make_input(name, *shape) for name, shape in zip(slopes, shapes, strict=True)]
-    points = [draft.detach(value) for value in inputs]
-    value = draft.op("Sign", points[0])
+    points = [builder.detach(value) for value in inputs]
+    value = builder.op("Sign", points[0])
     tangents = [
-        Tangent(source=source, point=point, slope=draft.number(slope, FLOAT))
+        Tangent(source=source, point=point, slope=builder.number(slope, FLOAT))
         for source, point, slope in zip(inputs, points, slopes.values(), strict=True)
     ]
-    made = follow_tangents(draft, value, tangents)
+    made = follow_tangents(builder, value, tangents)
     made.type, made.shape = ir.TensorType(FLOAT), ir.Shape(shapes[0])
-    loss = draft.op("ReduceSum", made, keepdims=0)
+    loss = builder.op("ReduceSum", made, keepdims=0)
     loss.name, loss.type, loss.shape = "loss", ir.TensorType(FLOAT), ir.Shape([])
     made.name = "y"
-    return ir.Graph(inputs, [loss, made], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    return ir.Graph(inputs, [loss, made], nodes=builder.nodes, opset_imports={"": 18}, name="g")
 
 
 def test_the_value_is_the_operators_own() -> None:
@@ -69,10 +69,10 @@ def test_an_infinite_point_gives_no_number() -> None:
 @pytest.mark.parametrize("dtype", [FLOAT, ir.DataType.DOUBLE])
 def test_an_infinite_slope_becomes_the_largest_number(dtype: ir.DataType) -> None:
     slope = ir.Value(name="slope", type=ir.TensorType(dtype), shape=ir.Shape([4]))
-    draft = NodeBuilder("bound")
-    made = draft.op("Identity", bound_slope(draft, slope, dtype))
+    builder = NodeBuilder("bound")
+    made = builder.op("Identity", bound_slope(builder, slope, dtype))
     made.name, made.type = "y", ir.TensorType(dtype)
-    graph = ir.Graph([slope], [made], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    graph = ir.Graph([slope], [made], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     values = np.array([np.inf, -np.inf, 2.5, np.nan], dtype.numpy())
     most = np.finfo(dtype.numpy()).max
     np.testing.assert_array_equal(run(graph, {"slope": values})["y"], [most, -most, 2.5, np.nan])

@@ -47,10 +47,10 @@ def compute(
 ) -> np.ndarray:
     (source,) = node.inputs
     assert source is not None
-    draft = NodeBuilder("windows")
-    made = draft.op("Identity", write(draft, source))
+    builder = NodeBuilder("windows")
+    made = builder.op("Identity", write(builder, source))
     made.type = source.type
-    graph = ir.Graph([source], [made], nodes=draft.nodes, opset_imports={"": 18}, name="g")
+    graph = ir.Graph([source], [made], nodes=builder.nodes, opset_imports={"": 18}, name="g")
     content = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
     return np.asarray(onnxruntime.InferenceSession(content).run(None, {"x": x})[0])
 
@@ -88,12 +88,14 @@ def test_sums_and_counts_are_those_of_loops(attributes: dict[str, Any]) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 7, 8)).astype(np.float32)
     node = make_pool(x.shape, **attributes)
     windows = read_windows(node)
-    found = compute(node, lambda draft, value: sum_windows(draft, node, value, windows), x)
+    found = compute(node, lambda builder, value: sum_windows(builder, node, value, windows), x)
     np.testing.assert_allclose(found, slide(x, windows), rtol=1e-4, atol=1e-4)
     again = make_pool(x.shape, **attributes)
     found = compute(
         again,
-        lambda draft, value: count_elements(draft, again, value, windows, include_padding=False),
+        lambda builder, value: count_elements(
+            builder, again, value, windows, include_padding=False
+        ),
         x,
     )
     assert found.shape[:2] == (1, 1)
@@ -112,9 +114,9 @@ def test_counts_of_any_image_size_are_those_of_fixed_ones(
         windows = read_windows(node)
 
         def write(
-            draft: NodeBuilder, value: ir.Value, node: ir.Node = node, windows: Windows = windows
+            builder: NodeBuilder, value: ir.Value, node: ir.Node = node, windows: Windows = windows
         ) -> ir.Value:
-            return count_elements(draft, node, value, windows, include_padding=include)
+            return count_elements(builder, node, value, windows, include_padding=include)
 
         counts.append(compute(node, write, x))
     fixed, computed = counts
@@ -137,8 +139,8 @@ def test_rounding_up_for_any_image_size_makes_as_many_windows(size: tuple[int, i
     for dims in (x.shape, ("N", 2, "H", "W")):
         node = make_pool(dims, strides=[2, 2], ceil_mode=1)
 
-        def write(draft: NodeBuilder, value: ir.Value, node: ir.Node = node) -> ir.Value:
-            return sum_windows(draft, node, value, read_windows(node))
+        def write(builder: NodeBuilder, value: ir.Value, node: ir.Node = node) -> ir.Value:
+            return sum_windows(builder, node, value, read_windows(node))
 
         sums.append(compute(node, write, x))
     fixed, computed = sums
@@ -165,7 +167,7 @@ def test_padding_by_size_is_what_the_definition_says(mode: str, size: tuple[int,
     node = make_pool(("N", 2, "H", "W"), auto_pad=mode, strides=[2, 3])
     assert pads_by_size(node)
     x = np.random.default_rng(0).standard_normal((1, 2, *size)).astype(np.float32)
-    found = compute(node, lambda draft, value: pad_by_size(draft, node, -1.0), x)
+    found = compute(node, lambda builder, value: pad_by_size(builder, node, -1.0), x)
     widths = []
     for n, kernel, stride in zip(size, (3, 2), (2, 3), strict=True):
         total = max(0, (-(-n // stride) - 1) * stride + kernel - n)
