@@ -79,7 +79,7 @@ class Budget:
         self._places = None
         if workers is not None:
             self._places = Places(workers, is_there=is_there, clock=clock)
-        self._growths = Growths()
+        self._growths = Growths(is_there)
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival

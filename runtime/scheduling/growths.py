@@ -9,11 +9,13 @@ and be interrupted again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-_MOST_REMEMBERED = 1024
-"""Kinds of tasks that are remembered; those that were longest without one are forgotten."""
+_MOST_KINDS = 256
+"""Kinds of one user's tasks that are remembered; the one longest without a task is forgotten."""
+_MOST_USERS = 256
+"""Users of whom something is remembered; one who is gone is forgotten first."""
 _DECAY = 16
 """What part of what it did not need a task leaves to be forgotten."""
 
@@ -29,26 +31,35 @@ class TaskKind(NamedTuple):
 class Growths:
     """The most bytes that tasks of a kind were seen to need lately, by the kind.
 
-    A kind holds the tasks of one user alone: nobody makes another's tasks wait for more.
+    A kind holds the tasks of one user alone: nobody makes another's tasks wait for more.  Nor does
+    anybody have another's kinds forgotten: each user has room for as many, and where users are too
+    many, those go first for whom ``is_there`` is false, and then those longest without a task.
     """
 
-    def __init__(self) -> None:
-        self._most: OrderedDict[TaskKind, int] = OrderedDict()
+    def __init__(self, is_there: Callable[[Hashable], bool] = lambda _: True) -> None:
+        self._is_there = is_there
+        self._most: OrderedDict[Hashable, OrderedDict[TaskKind, int]] = OrderedDict()
 
     def foresee(self, kind: TaskKind) -> int:
         """Return what a task of a kind will need: what its first message shows, or more."""
-        if kind not in self._most:
+        kinds = self._most.get(kind.user)
+        if kinds is None or kind not in kinds:
             return kind.first
-        self._most.move_to_end(kind)
-        return self._most[kind]
+        self._most.move_to_end(kind.user)
+        kinds.move_to_end(kind)
+        return kinds[kind]
 
     def note(self, kind: TaskKind, size: int) -> None:
         """Remember that an open task of a kind needs so many bytes, granted or not."""
         if size <= self.foresee(kind):
             return
-        self._most[kind] = size
-        if len(self._most) > _MOST_REMEMBERED:
-            self._most.popitem(last=False)
+        if kind.user not in self._most and len(self._most) >= _MOST_USERS:
+            del self._most[self._choose_forgotten()]
+        kinds = self._most.setdefault(kind.user, OrderedDict())
+        self._most.move_to_end(kind.user)
+        kinds[kind] = size
+        if len(kinds) > _MOST_KINDS:
+            kinds.popitem(last=False)
 
     def end(self, kind: TaskKind, size: int) -> None:
         """Note that a task of a kind is over, which needed so many bytes.
@@ -56,8 +67,16 @@ class Growths:
         One that needed less takes some of what is remembered with it: a large one, once, does not
         let all that follow wait for as much.
         """
-        if kind not in self._most:
+        kinds = self._most.get(kind.user)
+        if kinds is None or kind not in kinds:
             return
-        self._most[kind] -= -(-(self._most[kind] - size) // _DECAY)
-        if self._most[kind] <= kind.first:
-            del self._most[kind]
+        kinds[kind] -= -(-(kinds[kind] - size) // _DECAY)
+        if kinds[kind] <= kind.first:
+            del kinds[kind]
+        if not kinds:
+            del self._most[kind.user]
+
+    def _choose_forgotten(self) -> Hashable:
+        """Choose a user who is gone, or whoever was longest without a task."""
+        gone = (user for user in self._most if not self._is_there(user))
+        return next(gone, next(iter(self._most)))

@@ -96,6 +96,24 @@ def test_one_large_task_does_not_let_all_that_follow_reserve_as_much() -> None:
     run(test)
 
 
+def test_another_s_many_sizes_and_visitors_who_have_left_leave_what_one_grew_to_known() -> None:
+    async def test() -> None:
+        budget = Budget(100_000, is_there=lambda user: user == "ana")
+        grow(budget, "a", "ana", 40, 900)
+        for number in range(2000):
+            grow(budget, "e", "eve", 1000 + number, 5000)
+            grow(budget, "v", f"visitor {number}", 40, 5000)
+        budget.ask(task("a"), "ana", 40)
+        assert budget.used == 900
+
+    def grow(budget: Budget, name: str, owner: str, first: int, size: int) -> None:
+        budget.ask(task(name), owner, first)
+        budget.extend(task(name), owner, size)
+        budget.release(task(name))
+
+    run(test)
+
+
 def test_a_message_of_a_task_that_is_not_open_is_remembered_by_nobody() -> None:
     async def test() -> None:
         budget = Budget(1000)

@@ -1,4 +1,4 @@
-"""What tasks grew to is remembered by user, phase and first size, and in bounded number."""
+"""What tasks grew to is remembered by user, phase and first size, in a bounded number a user."""
 
 from __future__ import annotations
 
@@ -49,11 +49,61 @@ def test_a_kind_that_grows_no_more_is_forgotten() -> None:
 
 def test_what_is_begun_again_and_again_is_kept_and_what_is_not_makes_room() -> None:
     remembered = Growths()
+    kept, forgotten = TaskKind("ana", "train", 10_001), TaskKind("ana", "train", 10_002)
+    remembered.note(kept, 20_000)
+    remembered.note(forgotten, 20_000)
+    for number in range(3 * growths._MOST_KINDS):
+        assert remembered.foresee(kept) == 20_000
+        remembered.note(TaskKind("ana", "train", number), number + 1)
+    assert remembered.foresee(forgotten) == 10_002
+    assert count_kinds(remembered) == growths._MOST_KINDS
+
+
+def test_nobody_has_what_is_known_of_another_forgotten() -> None:
+    remembered = Growths()
+    kind = TaskKind("ana", "train", 1)
+    remembered.note(kind, 9)
+    for number in range(3 * growths._MOST_KINDS):
+        remembered.note(TaskKind("eve", "train", number), number + 1)
+    assert remembered.foresee(kind) == 9
+    assert count_kinds(remembered) == 1 + growths._MOST_KINDS
+
+
+def test_where_users_are_too_many_one_who_is_gone_is_forgotten_first() -> None:
+    there = {"ana"}
+    remembered = Growths(is_there=there.__contains__)
+    kind = TaskKind("ana", "train", 1)
+    remembered.note(kind, 9)
+    for number in range(3 * growths._MOST_USERS):
+        user = f"visitor {number}"
+        there.add(user)
+        remembered.note(TaskKind(user, "train", 1), 9)
+        there.remove(user)
+    assert remembered.foresee(kind) == 9
+    assert remembered.foresee(TaskKind("visitor 0", "train", 1)) == 1
+    assert remembered.foresee(TaskKind(user, "train", 1)) == 9
+    assert len(remembered._most) == growths._MOST_USERS
+
+
+def test_where_all_users_are_there_the_one_longest_without_a_task_is_forgotten() -> None:
+    remembered = Growths()
     kept, forgotten = TaskKind("ana", "train", 1), TaskKind("ben", "train", 1)
     remembered.note(kept, 9)
     remembered.note(forgotten, 9)
-    for number in range(3 * growths._MOST_REMEMBERED):
+    for number in range(3 * growths._MOST_USERS):
         assert remembered.foresee(kept) == 9
-        remembered.note(TaskKind("eve", "train", number), number + 1)
+        remembered.note(TaskKind(number, "train", 1), 9)
     assert remembered.foresee(forgotten) == 1
-    assert len(remembered._most) == growths._MOST_REMEMBERED
+    assert len(remembered._most) == growths._MOST_USERS
+
+
+def test_all_that_is_remembered_is_bounded() -> None:
+    remembered = Growths()
+    for user in range(2 * growths._MOST_USERS):
+        for first in range(growths._MOST_KINDS + 8):
+            remembered.note(TaskKind(user, "train", first), first + 1)
+    assert count_kinds(remembered) == growths._MOST_USERS * growths._MOST_KINDS
+
+
+def count_kinds(remembered: Growths) -> int:
+    return sum(len(kinds) for kinds in remembered._most.values())
