@@ -7,7 +7,6 @@ splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -18,6 +17,11 @@ import typer
 
 from splitonnx.commands import partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
+from splitonnx.commands.streams import (
+    discard_unprinted,
+    explain_failed_print,
+    replace_closed_streams,
+)
 from splitonnx.errors import SplitonnxError
 from splitonnx.faults import LOGGER
 
@@ -61,6 +65,7 @@ def show_options(
 
 def main() -> None:
     """Run the command line; the entry point of ``splitonnx``."""
+    replace_closed_streams()
     for logger in ("onnx_ir", LOGGER):  # they have no say on stderr, but in the log of serve
         logging.getLogger(logger).addHandler(logging.NullHandler())
     try:
@@ -71,11 +76,11 @@ def main() -> None:
             traceback.print_exc()
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename:
+        reason = explain_failed_print(error)
+        if reason is None:
             raise
-        # what is left of it would be written, and fail, when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(f"what a command prints cannot be written: {error.strerror}")
+        discard_unprinted(sys.stdout)
+        _fail(f"what a command prints cannot be written: {reason}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001
@@ -103,5 +108,8 @@ def _own_up(error: Exception) -> NoReturn:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr)
+    try:
+        print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told more than the exit code
+        discard_unprinted(sys.stderr)
     sys.exit(2)
