@@ -42,6 +42,8 @@ from splitonnx.runtime.storage.checkpoints import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.tensors import TensorSpec
 
+_ALREADY_TRAINING = "this client is already training"
+
 
 class Client:
     """Trains and runs a bundle's client part against a server, or a model left whole without one.
@@ -242,9 +244,9 @@ class Client:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Refuse a second fit while one runs, and release the folder where the fit fails."""
+        """Refuse what else would train meanwhile, and release the folder where the fit fails."""
         if not self._is_training.acquire(blocking=False):
-            raise UsageError("this client is already training")
+            raise UsageError(_ALREADY_TRAINING)
         try:
             yield
         except BaseException:  # another client can resume before close
@@ -257,10 +259,13 @@ class Client:
         """Train on one batch, one optimizer step, and return the phase's results, ``loss`` first.
 
         Raises:
+            UsageError: a fit of this client runs.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         check_batch(batch, self._phase(TRAIN).data)
         check_finite(batch, "")
+        if self._is_training.locked():
+            raise UsageError(_ALREADY_TRAINING)
         return self._loop.perform(TRAIN, batch, learning_rate)
 
     def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:

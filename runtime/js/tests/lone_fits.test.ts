@@ -180,13 +180,15 @@ describe("a second fit", () => {
     });
   }
 
-  test("from within the first is refused, and the storage stays the first one's", async () => {
+  test("or a step from within the first is refused, and the storage stays the first one's", async () => {
     const client = await open();
     const onStep = async () => {
       await assert.rejects(client.fit(DATA, { ...PLAN, checkpointEvery: 1 }), UsageError);
+      await assert.rejects(client.step(DATA), UsageError);
       assert.equal(await takeLock(), undefined);
     };
-    await client.fit(DATA, { ...PLAN, save: true, onStep });
+    const { steps } = await client.fit(DATA, { ...PLAN, save: true, onStep });
+    assert.deepEqual(steps.map(({ step }) => step), [1, 2, 3, 4]);
     await client.close();
   });
 });

@@ -126,7 +126,9 @@ def test_an_outcome_that_cannot_be_saved_leaves_the_folder_free(tmp_path: Path) 
         expect_free(tmp_path / "client")
 
 
-def test_a_second_fit_beside_one_that_runs_is_refused_and_harms_nothing(folder: Path) -> None:
+def test_a_second_fit_or_step_beside_a_fit_is_refused_and_harms_nothing(
+    folder: Path,
+) -> None:
     with open_client(folder) as alone:
         expected = alone.fit(DATA, batch_size=2, epochs=2)
         state = alone.state()
@@ -139,6 +141,8 @@ def test_a_second_fit_beside_one_that_runs_is_refused_and_harms_nothing(folder: 
                 refused.append(second.exception())  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="already training"):
             client.fit(DATA)
+        with pytest.raises(UsageError, match="already training"):
+            client.step(DATA)
         with pytest.raises(FolderInUse):
             FolderLock.acquire(folder)
 

@@ -162,7 +162,7 @@ export class SplitClient {
     training.check(this.#phase(TRAIN).data);
     const heldOut = evalData && openDataset(evalData);
     heldOut?.check(this.#evaluationData());
-    if (this.#isTraining) throw new UsageError("this client is already training");
+    this.#requireIdle();
     this.#isTraining = true;
     try {
       const history = await this.#train({ ...options, epochs, training, heldOut }, batchSize);
@@ -197,6 +197,7 @@ export class SplitClient {
   /**
    * Train on one batch, one optimizer step, and return the phase's results, `loss` among them.
    *
+   * @throws UsageError: a fit of this client runs.
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
   async step(
@@ -206,6 +207,7 @@ export class SplitClient {
     const arrays = takeBatch(batch);
     checkBatch(arrays, this.#phase(TRAIN).data);
     checkFinite(arrays, "");
+    this.#requireIdle();
     const expected = this.steps;
     return giveAll(await this.#loop.perform(TRAIN, arrays, { rate: learningRate, expected }));
   }
@@ -276,6 +278,10 @@ export class SplitClient {
     this.#runner.close();
     await this.#runner.waitUntilIdle();
     await this.#runner.executor.release();
+  }
+
+  #requireIdle(): void {
+    if (this.#isTraining) throw new UsageError("this client is already training");
   }
 
   #phase(name: string): Phase {
