@@ -32,12 +32,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, Tensors, decode_message, encode_message
+from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import add_token
-from splitonnx.runtime.wire.protocols import CLIENT, list_wires
+from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.tensors import DTYPES
 

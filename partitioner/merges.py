@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.atomic import replace_file, replacing, write_file
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.chunks import iter_chunks
 from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_file_place
@@ -88,13 +86,10 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
         _check_place(beside, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        with replacing(target) as fresh:
+            write_file(fresh, [joined.content])
             if large:
-                _write(Path(scratch, "data"), joined.beside)
-            _write(Path(scratch, "model"), [joined.content])
-            if large:
-                os.replace(Path(scratch, "data"), beside)
-            os.replace(Path(scratch, "model"), target)
+                replace_file(beside, joined.beside)
     except OSError as error:
         raise UnwritableFile(str(target), error.strerror or str(error)) from error
     return joined.size
@@ -169,15 +164,6 @@ def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
             offset += tensor.nbytes
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return _Join(content=content, beside=arrays)
-
-
-def _write(path: Path, buffers: Sequence[bytes | np.ndarray]) -> None:
-    with path.open("wb") as file:
-        for buffer in buffers:
-            for piece in iter_chunks(buffer):
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_steps(bundle: Bundle) -> None:

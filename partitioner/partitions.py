@@ -6,23 +6,20 @@ This is the partitioner's table of contents; each step is a module of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
+from splitonnx.names import TARGETS, TRAINING, BatchNormMode, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.joints import build_predict, build_training
-from splitonnx.partitioner.cutting.passes.passes import BatchNormMode, DropoutMode
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float
-
-Target = Literal["portable", "training"]
 
 
 @pause_collection()
@@ -38,8 +35,8 @@ def cut(
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    client_target: Target = "training",
-    server_target: Target = "training",
+    client_target: Target = TRAINING,
+    server_target: Target = TRAINING,
 ) -> Bundle:
     """Cut a model into a client's and a server's part, ready to be trained.
 
@@ -75,7 +72,7 @@ def cut(
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     for target in (client_target, server_target):
-        if target not in ("portable", "training"):
+        if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
     opened = model if isinstance(model, ir.Model) else open_model(model)
     prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)

@@ -16,11 +16,11 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from splitonnx.atomic import read_steadily, recover, write_file, write_folder
 from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, flatten, quote
-from splitonnx.files import read_regular, write_file
-from splitonnx.folders import read_steadily, recover, write_folder
+from splitonnx.files import read_regular
 from splitonnx.manifests import (
     MANIFEST,
     MAX_MANIFEST,
@@ -32,6 +32,7 @@ from splitonnx.manifests import (
     encode_manifest,
     has_valid_checksum,
 )
+from splitonnx.names import CLIENT, SERVER
 from splitonnx.outputs import check_place
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
@@ -183,12 +184,12 @@ class Bundle:
     @property
     def client(self) -> PartyBundle:
         """The client's part."""
-        return self.parties["client"]
+        return self.parties[CLIENT]
 
     @property
     def server(self) -> PartyBundle | None:
         """The server's part; ``None`` where the model was left whole."""
-        return self.parties.get("server")
+        return self.parties.get(SERVER)
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
@@ -205,7 +206,7 @@ class Bundle:
     def _load(cls, folder: Path) -> Bundle:
         manifest = _read_manifest(folder, BundleManifest)
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
-        trained_in = parties["client"].session if "client" in parties else ""
+        trained_in = parties[CLIENT].session if CLIENT in parties else ""
         for name, party in parties.items():
             if party.session != trained_in:  # another client's training ended later
                 state = read_state(folder / name, party.manifest, trained_in)

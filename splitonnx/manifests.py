@@ -21,11 +21,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from splitonnx.errors import FormatError
+from splitonnx.names import TRAINING, BatchNormMode, DropoutMode, Target
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
@@ -42,7 +43,6 @@ times its size.
 MAX_SLOTS = 4
 """Tensors that an optimizer keeps for each parameter, at the most."""
 
-TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 """The names of the phases."""
 
 KEY = "splitonnx.key"
@@ -170,12 +170,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     loss: str
     output: str
     optimizer: dict[str, float | str | None]
-    batchnorm: Literal["train", "frozen"] | None = None
-    dropout: Literal["keep", "off"] | None = None
+    batchnorm: BatchNormMode | None = None
+    dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
-    client_target: Literal["portable", "training"] = "training"
-    server_target: Literal["portable", "training"] = "training"
+    client_target: Target = TRAINING
+    server_target: Target = TRAINING
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from splitonnx.atomic import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.checksums import CHECKSUM, encode_with_checksum, has_valid_checksum
 from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, decode_tensors
@@ -30,14 +31,7 @@ from splitonnx.errors import (
     StateNotFinite,
     quote,
 )
-from splitonnx.files import (
-    clear_unfinished,
-    map_regular,
-    read_regular,
-    replacing,
-    sync_folder,
-    write_file,
-)
+from splitonnx.files import map_regular, read_regular
 from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
 from splitonnx.tensors import check_array
 
@@ -319,8 +313,6 @@ def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> Non
     with replacing(target) as fresh:
         write_file(fresh, chunks)
         _keep_outcome(target, session)
-        os.replace(fresh, target)
-    sync_folder(target.parent)
     if session:  # its older one has no use any more
         _name_outcome(target.parent, session).unlink(missing_ok=True)
 
@@ -340,8 +332,6 @@ def _keep_outcome(target: Path, session: str) -> None:
             os.link(target, fresh)
         except OSError:  # a file system without links
             write_file(fresh, [map_file(target)])
-        os.replace(fresh, kept)  # leaves both where they were of one file already
-    sync_folder(kept.parent)
     sync_folder(target.parent)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 from splitonnx.expressions import (
     evaluate,
@@ -25,21 +26,8 @@ from splitonnx.expressions import (
     solve_for,
 )
 
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "BOOL": np.dtype("?"),
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "F16": np.dtype("<f2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-}
-"""Element types that may travel or be stored, by their safetensors name; little-endian."""
+DTYPES: Mapping[str, np.dtype[np.generic]] = {kind.name: kind.dtype for kind in ELEMENT_TYPES}
+"""Element types that may travel or be stored, by their safetensors name."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -17,6 +17,7 @@ import numpy as np
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
+from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
 from splitonnx.partitioner.normalization.weights import pin_names
@@ -106,21 +107,21 @@ def compare_steps(
     """Yield the comparison of one step after the other."""
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
-    server = Executor(parties["server"], Engine(threads=1)) if "server" in parties else None
+    server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None
     link = None if server is None else connect_in_memory(server)
     batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
     with (
-        Client(parties["client"], link, threads=1, seed=seed) as split,
+        Client(parties[CLIENT], link, threads=1, seed=seed) as split,
         Client(_rewind(whole.client), None, threads=1, seed=seed) as unsplit,
     ):
         for step, batch in enumerate(islice(batches, steps)):
-            split_loss = float(split.step(batch)["loss"])
-            whole_loss = float(unsplit.step(batch)["loss"])
+            split_loss = float(split.step(batch)[LOSS])
+            whole_loss = float(unsplit.step(batch)[LOSS])
             state = dict(split.state())
             if link is not None:
                 link.drain()
                 state |= link.executor.state()
-            differences = {"loss": _compare(np.float64(split_loss), np.float64(whole_loss))}
+            differences = {LOSS: _compare(np.float64(split_loss), np.float64(whole_loss))}
             wanted = {
                 s.tensor.name
                 for s in whole.client.manifest.state

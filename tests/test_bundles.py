@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx import bundles, files, folders
+from splitonnx import atomic, bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, FormatError
 from splitonnx.manifests import Role, StateSpec
@@ -223,7 +223,7 @@ def test_a_save_that_fails_midway_leaves_everything_as_it_was(
     if overwrite:
         tiny.split_bundle().save(tmp_path / "bundle")
     before = contents(tmp_path)
-    write = files.write_file
+    write = atomic.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: list[bytes]) -> None:
@@ -248,7 +248,7 @@ def test_the_old_bundle_returns_if_the_new_one_cannot_take_its_place(
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_for_the_new)
     with pytest.raises(BundleError, match="Input/output error"):
         tiny.local_bundle().save(saved, overwrite=True)

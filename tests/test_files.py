@@ -14,7 +14,7 @@ import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
-from splitonnx.files import clear_unfinished, open_regular, read_regular, replacing
+from splitonnx.files import open_regular, read_regular
 from splitonnx.manifests import PartyManifest
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.runtime.client import datasets
@@ -144,19 +144,3 @@ def test_an_archive_whose_arrays_do_not_fit_into_memory_is_refused(
         open_dataset(path)
     monkeypatch.setattr(datasets, "measure_memory", lambda: 65 << 20)
     assert open_dataset(path).size == 1 << 20
-
-
-def test_what_a_living_process_writes_is_never_cleared_away(tmp_path: Path) -> None:
-    ended = os.spawnlp(os.P_NOWAIT, "true", "true")
-    os.waitpid(ended, 0)
-    mine = tmp_path / "state.safetensors"
-    left = [".fresh.state.safetensors", f".7.safetensors.{ended}", f".7.safetensors.{ended}-1"]
-    stays = [f".7.safetensors.{os.getppid()}-1", ".notes.2024", "7.safetensors"]
-    for name in (*left, *stays, f".8.safetensors.{os.getpid()}-1"):
-        (tmp_path / name).touch()
-    with replacing(mine) as fresh:
-        fresh.touch()
-        clear_unfinished(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {fresh.name, *stays}
-        fresh.replace(mine)
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, *stays}

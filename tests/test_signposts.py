@@ -9,7 +9,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "runtime/js/README.md")
+PAGES: tuple[str, ...] = (
+    "README.md", "CONTRIBUTING.md", "SECURITY.md", "runtime/js/README.md",
+)  # fmt: skip
 PAGES += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 GUIDES = ("docs/architecture.md", "CONTRIBUTING.md")
 SOURCES = ("splitonnx/", "runtime/", "partitioner/", "tests/", "examples/", "benchmarks/", "docs/")

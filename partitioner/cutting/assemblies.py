@@ -34,9 +34,9 @@ from splitonnx.manifests import (
     WireKind,
     encode_manifest,
 )
+from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner.cutting.joints import JointGraph, declare
-from splitonnx.partitioner.cutting.ports import CLIENT, SERVER
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
@@ -49,8 +49,6 @@ from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.opsets import IR_VERSION
 from splitonnx.partitioner.normalization.weights import read_array, restore_weights
 from splitonnx.tensors import TensorSpec, name_dtype
-
-TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ def assemble(
     stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
     parties = {}
     for party, target in targets.items():
-        portable = target == "portable"
+        portable = target == PORTABLE
         shares = [
             _share_training(training, stages[TRAIN], party, portable, optimizer),
             _share_phase(PREDICT, predict, stages[PREDICT], party, portable),

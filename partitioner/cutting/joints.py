@@ -12,16 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import IntegerCut, UsageError
 from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, resolve_names, survey
-from splitonnx.partitioner.cutting.ports import CLIENT, SERVER, Port, insert_ports
+from splitonnx.partitioner.cutting.ports import Port, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.sizes import derive_sizes
 from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
-from splitonnx.partitioner.differentiation.losses import LOSS, attach_loss, skip_activation
+from splitonnx.partitioner.differentiation.losses import attach_loss, skip_activation
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
@@ -31,20 +33,7 @@ from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.lowerings.fusions import separate_pads
 from splitonnx.tensors import DTYPES, TensorSpec
 
-_DTYPE_NAMES = {
-    ir.DataType.BOOL: "BOOL",
-    ir.DataType.UINT8: "U8",
-    ir.DataType.INT8: "I8",
-    ir.DataType.UINT16: "U16",
-    ir.DataType.INT16: "I16",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.UINT32: "U32",
-    ir.DataType.INT32: "I32",
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.UINT64: "U64",
-    ir.DataType.INT64: "I64",
-    ir.DataType.DOUBLE: "F64",
-}
+_DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
 
 
 @dataclass(frozen=True, kw_only=True)

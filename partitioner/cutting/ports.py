@@ -14,9 +14,8 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition
-
-CLIENT, SERVER = "client", "server"
 
 
 @dataclass(frozen=True, kw_only=True)

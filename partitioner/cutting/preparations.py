@@ -12,7 +12,8 @@ from functools import cached_property
 import onnx_ir as ir
 
 from splitonnx.manifests import KEY, Role
-from splitonnx.partitioner.cutting.passes.passes import PASSES, BatchNormMode, DropoutMode, Work
+from splitonnx.names import BatchNormMode, DropoutMode
+from splitonnx.partitioner.cutting.passes.passes import PASSES, Work
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 

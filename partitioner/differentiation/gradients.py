@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import (
     NotDifferentiable,
     SplitonnxError,
@@ -130,18 +131,7 @@ WITHOUT_GRADIENT = frozenset(
 )
 """Operators that 1.19.2 cannot differentiate, or whose gradient has no kernel; ``If`` aborts."""
 
-_TYPES = {
-    "tensor(bool)": ir.DataType.BOOL,
-    "tensor(double)": ir.DataType.DOUBLE,
-    "tensor(float)": ir.DataType.FLOAT,
-    "tensor(float16)": ir.DataType.FLOAT16,
-    "tensor(int32)": ir.DataType.INT32,
-    "tensor(int64)": ir.DataType.INT64,
-    "tensor(int8)": ir.DataType.INT8,
-    "tensor(uint32)": ir.DataType.UINT32,
-    "tensor(uint64)": ir.DataType.UINT64,
-    "tensor(uint8)": ir.DataType.UINT8,
-}
+_TYPES = {kind.runtime: ir.DataType(kind.code) for kind in ELEMENT_TYPES}
 
 _SUBJECT = "the model to differentiate"
 

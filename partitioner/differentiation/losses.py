@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.names import LOSS
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.tensors import TensorSpec
 
 LABELS = "labels"
-LOSS = "loss"
 ACCURACY = "accuracy"
 
 

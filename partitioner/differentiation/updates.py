@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
 from splitonnx.partitioner.graphs.builders import NodeBuilder
@@ -22,12 +23,7 @@ from splitonnx.tensors import TensorSpec
 OPSET = 18
 NEXT = "#next"
 
-_DTYPES = {
-    "F16": ir.DataType.FLOAT16,
-    "F32": ir.DataType.FLOAT,
-    "F64": ir.DataType.DOUBLE,
-    "I64": ir.DataType.INT64,
-}
+_DTYPES = {kind.name: ir.DataType(kind.code) for kind in ELEMENT_TYPES}
 _SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 _DOUBLINGS = 6

@@ -32,7 +32,7 @@ from splitonnx.errors import (
     StepsLost,
     TaskTooLarge,
 )
-from splitonnx.manifests import TRAIN, PartyManifest
+from splitonnx.manifests import PartyManifest
 from splitonnx.messages import (
     REPLACED,
     Bye,
@@ -46,6 +46,7 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
+from splitonnx.names import TRAIN
 from splitonnx.runtime.channels.open_tasks import OpenTask
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import Protocol, list_wires

@@ -19,7 +19,8 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
-from splitonnx.manifests import EVALUATE, PREDICT, TRAIN, Phase
+from splitonnx.manifests import Phase
+from splitonnx.names import EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Channel, Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.retries import Backoff

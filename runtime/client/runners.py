@@ -16,8 +16,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
-from splitonnx.manifests import TRAIN
 from splitonnx.messages import TaskKey
+from splitonnx.names import TRAIN
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor

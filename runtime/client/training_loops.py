@@ -14,12 +14,12 @@ import msgspec
 import numpy as np
 
 from splitonnx.errors import StepsLost
-from splitonnx.manifests import EVALUATE, PREDICT, TRAIN
+from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.options import FitOptions, LearningRate
 from splitonnx.runtime.client.runners import TaskRunner
-from splitonnx.runtime.engine.executors import LOSS, Executor
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
 MOST_RETURNS = 100

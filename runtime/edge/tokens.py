@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from splitonnx.atomic import append_line
 from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular, read_regular
 from splitonnx.outputs import check_place
@@ -124,7 +125,7 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
         if os.path.exists(path):
             os.close(open_regular(path, MAX_FILE))
         try:
-            _append(Path(path), line.encode())
+            append_line(Path(path), line.encode())
         except OSError:
             if is_new:
                 with suppress(OSError):  # the reason why it failed is told, not this
@@ -133,24 +134,6 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     except OSError as error:
         raise UnusableFile(str(path), error.strerror or str(error)) from error
     return token
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a line to a file, all of it or nothing, and wait until it is on disk."""
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
-    with open(handle, "r+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        try:
-            left = memoryview(line)
-            while left:  # a disk that becomes full takes a part
-                left = left[file.write(left) :]
-            os.fsync(handle)
-        except OSError:
-            file.truncate(size)
-            raise
 
 
 def read_token(path: str | Path | None) -> str | None:

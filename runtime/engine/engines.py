@@ -18,24 +18,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.engine.runs import Runs
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 
 _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
-    "tensor(bool)": np.dtype("?"),
-    "tensor(uint8)": np.dtype("u1"),
-    "tensor(int8)": np.dtype("i1"),
-    "tensor(uint16)": np.dtype("<u2"),
-    "tensor(int16)": np.dtype("<i2"),
-    "tensor(float16)": np.dtype("<f2"),
-    "tensor(uint32)": np.dtype("<u4"),
-    "tensor(int32)": np.dtype("<i4"),
-    "tensor(float)": np.dtype("<f4"),
-    "tensor(uint64)": np.dtype("<u8"),
-    "tensor(int64)": np.dtype("<i8"),
-    "tensor(double)": np.dtype("<f8"),
+    kind.runtime: kind.dtype for kind in ELEMENT_TYPES
 }
 _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"

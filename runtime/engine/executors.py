@@ -26,25 +26,13 @@ from splitonnx.errors import (
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
-from splitonnx.manifests import (
-    EVALUATE,
-    KEY,
-    LEARNING_RATE,
-    PREDICT,
-    STEP,
-    TRAIN,
-    Phase,
-    Source,
-    Stage,
-    WireKind,
-)
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage, WireKind
 from splitonnx.messages import TaskKey
+from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.states import State, check_finite_state, check_home, write_state
 from splitonnx.tensors import check_array
-
-LOSS = "loss"
 
 
 class SessionExecutor(Protocol):
@@ -146,7 +134,7 @@ class Executor:
         if phase in self._flows:
             return
         declared = self.manifest.phase(phase)
-        training = self.manifest.target == "training" and phase not in (PREDICT, EVALUATE)
+        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE)
         for stage in declared.stages:
             graph = self.party.graphs[stage.graph]
             loaded = self._engine.load(stage.name, graph, training=training)

@@ -21,7 +21,8 @@ import msgspec
 from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import BundleError, FormatError, NotExportable
 from splitonnx.graph_limits import STAGE
-from splitonnx.manifests import EVALUATE, PREDICT, PartyManifest
+from splitonnx.manifests import PartyManifest
+from splitonnx.names import EVALUATE, PREDICT, TRAINING
 from splitonnx.operators import TRAINING_ONLY
 from splitonnx.outputs import check_place
 from splitonnx.runtime.engine.engines import Engine, Kernel, installed_runtime, list_kernels
@@ -187,7 +188,7 @@ def _is_export(manifest: PartyManifest) -> bool:
 
 def _list_exact(manifest: PartyManifest) -> set[str]:
     """List the graphs whose nodes must run exactly as they are."""
-    if manifest.target != "training":
+    if manifest.target != TRAINING:
         return set()
     trained = (phase for phase in manifest.phases if phase.name not in (PREDICT, EVALUATE))
     return {stage.graph for phase in trained for stage in phase.stages}

@@ -40,12 +40,13 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
+from splitonnx.names import SERVER
 from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.sessions import Session
-from splitonnx.runtime.wire.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from splitonnx.names import PREDICT, TRAIN
+
 Part = Literal["receive", "compute", "send", "checkpoint"]
 """What a server's time of a step is spent on."""
 Direction = Literal["up", "down"]
@@ -36,7 +38,7 @@ class Metrics:
     once, so that counting costs a lookup in a dictionary and an addition under a lock.
     """
 
-    def __init__(self, phases: Iterable[str] = ("train", "predict")) -> None:
+    def __init__(self, phases: Iterable[str] = (TRAIN, PREDICT)) -> None:
         self._registry = registry = CollectorRegistry()
         self._sessions = Gauge("splitonnx_sessions", "Sessions in memory", registry=registry)
         self._connections = Gauge(

@@ -30,6 +30,7 @@ import msgspec
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
+from splitonnx.names import SERVER
 from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
@@ -48,7 +49,6 @@ from splitonnx.runtime.server.metrics import Metrics
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.wire.exposure import check_exposure, is_loopback
-from splitonnx.runtime.wire.protocols import SERVER
 from splitonnx.runtime.workers.blocks import SharedTensors
 from splitonnx.runtime.workers.heaps import exempt_loaded, keep_buffers
 from splitonnx.runtime.workers.pools import WorkerPool

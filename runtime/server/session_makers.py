@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
-from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Hello
+from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive

@@ -16,13 +16,14 @@ import numpy as np
 
 from splitonnx.errors import (
     BundleError,
+    ForeignSession,
     NotSaved,
     RemoteProtocolError,
     SessionLost,
     StaleConnection,
 )
-from splitonnx.manifests import TRAIN
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
+from splitonnx.names import TRAIN
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
 from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Reply, Verdict
 from splitonnx.runtime.storage.archives import Archive
@@ -75,6 +76,15 @@ class Session:
     def open_phases(self) -> frozenset[str]:
         """The phases in which a task was begun and is not finished."""
         return frozenset(key.phase for key in (self._running, self._query) if key is not None)
+
+    def require_owner(self, owner: str) -> None:
+        """Check that the session belongs to an owner.
+
+        Raises:
+            ForeignSession: it is another's.
+        """
+        if self.owner != owner:
+            raise ForeignSession(self.id)
 
     def greet(self, hello: Hello) -> int:
         """Return the session to a new connection; return the step at which both sides continue.

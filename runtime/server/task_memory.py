@@ -10,8 +10,8 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost
-from splitonnx.manifests import PREDICT, TRAIN
 from splitonnx.messages import Tensors
+from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
 from splitonnx.runtime.server.contexts import ServerContext

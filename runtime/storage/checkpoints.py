@@ -26,11 +26,11 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from splitonnx.atomic import clear_unfinished, replace_file, sync_folder
 from splitonnx.checksums import encode_with_checksum, has_valid_checksum
 from splitonnx.chunks import hold
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
-from splitonnx.files import clear_unfinished, replacing, sync_folder, write_file
 from splitonnx.manifests import PartyManifest
 from splitonnx.states import (
     MAX_HEADER,
@@ -256,10 +256,7 @@ class CheckpointStore:
         chunks = encode_with_checksum(checkpoint.tensors, self._describe(checkpoint))
         try:
             self._settle()
-            with replacing(path) as fresh:
-                write_file(fresh, chunks)
-                os.replace(fresh, path)
-            sync_folder(self.folder)
+            replace_file(path, chunks)
         except OSError as error:
             raise NotSaved(str(path), error.strerror or str(error)) from error
         self._whole[name, _stamp(path)] = checkpoint.step

@@ -22,7 +22,7 @@ from splitonnx.errors import (
     RemoteProtocolError,
     quote,
 )
-from splitonnx.manifests import TRAIN, PartyManifest, Wire, WireKind
+from splitonnx.manifests import PartyManifest, Wire, WireKind
 from splitonnx.messages import (
     PROTOCOL,
     Bye,
@@ -40,10 +40,9 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.names import CLIENT, SERVER, TRAIN
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
-
-CLIENT, SERVER = "client", "server"
 
 
 class State(StrEnum):

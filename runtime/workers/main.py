@@ -19,8 +19,9 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import SplitonnxError, StageFailed, StageStopped, StageTooSlow
-from splitonnx.manifests import PREDICT, TRAIN, PartyManifest, decode_manifest
+from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import TaskKey
+from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.workers.blocks import Block, Place, look_up, measure, open_block, put, take

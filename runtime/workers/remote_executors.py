@@ -22,8 +22,9 @@ from splitonnx.errors import (
     StageTooSlow,
     WorkerLost,
 )
-from splitonnx.manifests import TRAIN, PartyManifest
+from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
+from splitonnx.names import TRAIN
 from splitonnx.runtime.engine.executors import publish_state
 from splitonnx.runtime.workers.messages import (
     Action,

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from splitonnx.atomic import replacing
 from splitonnx.errors import UnwritableFile
+from splitonnx.outputs import check_file_place, check_place
 
 
 def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None:
@@ -17,8 +19,6 @@ def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None
     Raises:
         UnwritableFile: ``path`` exists and ``force`` is not set, or nothing can be written there.
     """
-    from splitonnx.outputs import check_file_place, check_place
-
     with _translating(path):
         if os.path.lexists(path) and path.name and not force:
             raise UnwritableFile(str(path), "it exists already; overwrite it with --force")
@@ -32,18 +32,13 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UnwritableFile: it cannot be written.
     """
-    from splitonnx.files import replacing
-    from splitonnx.outputs import check_file_place
-
     with _translating(path):
         check_file_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as fresh:
-            with fresh.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
+        with replacing(path) as fresh, fresh.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from splitonnx import names
 from splitonnx.commands.logs import LogFormat, LogLevel
 from splitonnx.errors import UsageError
 from splitonnx.optimizers import Optimizer, read_optimizer
@@ -31,8 +32,8 @@ class Dropout(StrEnum):
 class Target(StrEnum):
     """Choices of ``--client-target`` and ``--server-target``."""
 
-    PORTABLE = "portable"
-    TRAINING = "training"
+    PORTABLE = names.PORTABLE
+    TRAINING = names.TRAINING
 
 
 _RECIPE = "What is trained, and how"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from splitonnx.commands.rows import FEW_ROWS, format_bytes, format_rows, list_cells
+from splitonnx.names import TRAIN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,10 +109,10 @@ def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
                 "target": party.manifest.target,
                 "parameters": count(name, Role.PARAMETER),
                 "frozen": count(name, Role.FROZEN),
-                "stages": [stage.name for stage in party.manifest.phase("train").stages],
+                "stages": [stage.name for stage in party.manifest.phase(TRAIN).stages],
                 "sends": [
                     {"tensor": w.tensor.name, "kind": w.kind, "declared": str(w.tensor)}
-                    for w in party.manifest.phase("train").wires
+                    for w in party.manifest.phase(TRAIN).wires
                     if w.sender == name
                 ],
             }

@@ -44,6 +44,7 @@ from splitonnx.commands.options import (
 )
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.errors import UsageError
+from splitonnx.names import CLIENT
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
@@ -157,7 +158,7 @@ class LocalOptions:
         if self.merged is None:
             return
         trained = replace(bundle.client, trained=client.state(), step=client.steps)
-        whole = replace(bundle, parties={"client": trained})
+        whole = replace(bundle, parties={CLIENT: trained})
         splitonnx.write_merged(whole, self.merged, overwrite=self.force)
 
 

@@ -24,7 +24,8 @@ def killed_replacement(ground: Ground) -> Outcome:
     The manifest tells which of the two it is: the new one is cut at one place, the old one at two.
     """
     seen, kills, went = [], 0, 0
-    exchanges = (ground.checkout.root / "splitonnx" / "folders.py").exists()
+    modules = (ground.checkout.root / "splitonnx" / f"{name}.py" for name in ("atomic", "folders"))
+    exchanges = any(module.exists() for module in modules)
     for way in WAYS if exchanges else WAYS[:1]:
         for number in itertools.count(1):
             folder = ground.room()

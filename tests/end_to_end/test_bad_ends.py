@@ -113,10 +113,10 @@ def list_files(folder: Path) -> list[str]:
 def test_a_bundle_appears_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from splitonnx import bundles, files
+    from splitonnx import atomic, bundles
 
     bundle = make_bundle()
-    whole_write: Callable[..., None] = files.write_file
+    whole_write: Callable[..., None] = atomic.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: object) -> None:

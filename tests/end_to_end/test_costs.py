@@ -14,6 +14,7 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import BatchTooLarge, ConnectionLost, TaskTooLarge
 from splitonnx.messages import Hello, Message, Tensors, Welcome, decode_message, encode_message
+from splitonnx.names import SERVER
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.client.clients import Client
@@ -21,7 +22,7 @@ from splitonnx.runtime.engine.estimates import FIXED, Estimates
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.scheduling import budgets
 from splitonnx.runtime.server.servers import Server
-from splitonnx.runtime.wire.protocols import SERVER, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from splitonnx.runtime.wire.transports import Transport
 from tests.support.arenas import FORWARD, MIB, Arena, Attacker
 from tests.support.echoes import PATIENCE

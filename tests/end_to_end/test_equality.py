@@ -13,9 +13,10 @@ import onnxruntime
 import pytest
 
 from splitonnx.bundles import Bundle
+from splitonnx.names import Target
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine

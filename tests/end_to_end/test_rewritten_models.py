@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.support.zoo import FLOAT, Net

@@ -17,9 +17,10 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import ForbiddenGraph, FormatError, SplitonnxError
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import Hello, decode_message
+from splitonnx.names import CLIENT
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.gate.gates import check_graph
-from splitonnx.runtime.wire.protocols import CLIENT, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.conftest import ROOT
 from tests.support import tiny
 from tests.vectors import builders

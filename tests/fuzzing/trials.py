@@ -25,7 +25,8 @@ from typing import Literal
 import onnx
 
 from splitonnx.errors import InternalModelError, SplitonnxError
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from tests.fuzzing.corpora import list_models, list_networks
 from tests.fuzzing.mutations import mutate

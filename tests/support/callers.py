@@ -7,11 +7,12 @@ import numpy as np
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.messages import Fault, Hello, Message, Tensors
+from splitonnx.names import CLIENT
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
-from splitonnx.runtime.wire.protocols import CLIENT, Protocol, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, list_wires
 
 SESSION = "0123456789abcdef" * 2
 

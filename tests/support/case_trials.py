@@ -22,10 +22,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
+from splitonnx.names import Target
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.parameters import TensorKind, classify_tensor
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from tests.support.case_oracles import Arrays, Slopes, draw_data, expect
 from tests.support.node_cases import (

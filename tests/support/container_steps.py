@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from splitonnx import Client
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.edge.tokens import add_token
 from tests.conftest import ROOT

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from splitonnx.errors import SplitonnxError
 from splitonnx.messages import TaskKey
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from tests.support.address_cases import KERNELS

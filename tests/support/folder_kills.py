@@ -14,9 +14,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from splitonnx import folders
-from splitonnx.files import write_file
-from splitonnx.folders import write_folder
+from splitonnx import atomic
+from splitonnx.atomic import write_file, write_folder
 from tests.support.tracing import trace
 
 MARKER = "manifest.json"
@@ -34,7 +33,7 @@ def replace(folder: Path, content: str) -> None:
 
 def run(folder: Path, way: str) -> None:
     if way == "renames":
-        folders.exchange = lambda one, other: False
+        atomic.exchange = lambda one, other: False
     for number in itertools.count(1):
         place = folder / str(number)
         place.mkdir()
@@ -53,7 +52,7 @@ def find_content(folder: Path) -> str:
     """Read the folder as after a fault: all of it must be of one of the two."""
     target = folder / "target"
     read = [(target / name).read_text for name in (MARKER, "content")]
-    one, other = folders.read_steadily(target, lambda: [text() for text in read], OSError)
+    one, other = atomic.read_steadily(target, lambda: [text() for text in read], OSError)
     assert one == other
     return one
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
-from splitonnx.manifests import TRAIN
 from splitonnx.messages import TaskKey, Tensors, decode_message
+from splitonnx.names import TRAIN
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher

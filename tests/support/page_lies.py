@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.manifests import TRAIN, Role, StateSpec, encode_manifest
+from splitonnx.manifests import Role, StateSpec, encode_manifest
 from splitonnx.messages import Fault, Message, Saved, Tensors, Unsaved, Welcome, encode_message
+from splitonnx.names import TRAIN
 from tests.support.lying_servers import HANG_UP, Arrays, Body, Raw, Tell, Word, whole
 
 MIB = 1 << 20

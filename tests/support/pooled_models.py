@@ -10,8 +10,9 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
+from splitonnx.names import Target
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor

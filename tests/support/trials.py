@@ -17,9 +17,9 @@ import onnx
 
 from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role
+from splitonnx.names import BatchNormMode, Target
 from splitonnx.optimizers import SGD, Optimizer
-from splitonnx.partitioner.cutting.passes.passes import BatchNormMode
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine

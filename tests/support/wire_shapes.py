@@ -27,7 +27,8 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import SplitonnxError
 from splitonnx.expressions import UNKNOWN
 from splitonnx.messages import Fault, Hello, Tensors, decode_message, encode_message
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.client import clients
 from splitonnx.runtime.client.clients import Client

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import Role
+from splitonnx.names import BatchNormMode, DropoutMode
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
     keep_data_outputs,
@@ -49,9 +49,6 @@ from splitonnx.partitioner.normalization.quantizations import (
 from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
 from splitonnx.partitioner.normalization.weights import assign_roles, lift_weights, return_weights
 from splitonnx.partitioner.rewrites import rewrite
-
-BatchNormMode = Literal["train", "frozen"]
-DropoutMode = Literal["keep", "off"]
 
 
 class Fact(Flag):

@@ -7,8 +7,9 @@ import pytest
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import divide, resolve_names
-from splitonnx.partitioner.cutting.ports import CLIENT, SERVER, Port, insert_ports
+from splitonnx.partitioner.cutting.ports import Port, insert_ports
 from splitonnx.partitioner.graphs.traversals import map_values, walk_back
 from tests.support.zoo import ZOO
 

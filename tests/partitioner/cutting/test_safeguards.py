@@ -15,9 +15,10 @@ import pytest
 from numpy.testing import assert_allclose
 from onnx.reference import ReferenceEvaluator
 
+from splitonnx.names import Target
 from splitonnx.partitioner.cutting.safeguards import is_bound
 from splitonnx.partitioner.inference.dimensions import make_atom, parse_dim
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.executors import Executor
 from tests.support.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform

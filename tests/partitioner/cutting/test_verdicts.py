@@ -13,10 +13,11 @@ from onnx import TensorProto, helper
 
 from splitonnx.commands import main
 from splitonnx.errors import ForbiddenOperator, UnsupportedModel
+from splitonnx.names import Target
 from splitonnx.partitioner.cutting import assemblies
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.stages import StageCut
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.gate.gates import check_graph
 from tests.support.zoo import FLOAT, Net
 

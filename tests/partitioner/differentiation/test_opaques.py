@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.bundles import Bundle
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
 from tests.partitioner.rewrites.test_recurrences import GATES, evaluate
 from tests.support.case_trials import STEP, TARGETS, run_step

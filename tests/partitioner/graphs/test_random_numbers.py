@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
+from splitonnx.names import Target
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
 from tests.support.derivatives import close_net
 from tests.support.zoo import Net

@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
+from splitonnx.names import Target
 from splitonnx.partitioner.lowerings.fusions import separate_pads
-from splitonnx.partitioner.partitions import Target
 from tests.support.case_trials import TARGETS
 from tests.support.differentiations import hold_gradients
 from tests.support.pooled_models import (

@@ -14,7 +14,8 @@ import pytest
 from onnx import NodeProto, helper
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from tests.support.case_trials import TARGETS
 from tests.support.pooled_models import build, choose, hold_predictions, split_off
 

@@ -15,9 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import IntegerCut, UnsupportedModel
+from splitonnx.names import Target
 from splitonnx.optimizers import SGD
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.support.derivatives import close_net, draw_labels, take_step

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from splitonnx.errors import StepsLost
-from splitonnx.manifests import EVALUATE, TRAIN
+from splitonnx.names import EVALUATE, TRAIN
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.options import FitOptions

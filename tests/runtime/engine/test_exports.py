@@ -17,7 +17,7 @@ import pytest
 from onnxruntime.tools.reduced_build_config_parser import parse_config
 
 import splitonnx
-from splitonnx import bundles, files
+from splitonnx import atomic, bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, ForbiddenGraph, NotExportable, StageFailed
 from splitonnx.runtime.client.clients import Client
@@ -337,7 +337,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
             raise OSError(28, "No space left on device")
         whole(path, chunks)
 
-    whole = files.write_file
+    whole = atomic.write_file
     monkeypatch.setattr(bundles, "write_file", write)
     with pytest.raises(BundleError, match="cannot be written: No space left"):
         export(bundle / "client")

@@ -14,7 +14,8 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from splitonnx.errors import ForbiddenGraph
 from splitonnx.graph_limits import STAGE
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.gate import gates

@@ -16,6 +16,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Hello, Message, Tensors
+from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.edge.tokens import ALL_ROLES
 from splitonnx.runtime.edge.websockets import Peer
@@ -24,7 +25,7 @@ from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
-from splitonnx.runtime.wire.protocols import CLIENT, Protocol, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, list_wires
 from tests.support.echoes import PATIENCE
 from tests.support.server_contexts import open_context
 from tests.support.zoo import ZOO

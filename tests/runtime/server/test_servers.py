@@ -13,6 +13,7 @@ from websockets.sync.client import connect as connect_websocket
 from splitonnx.bundles import Bundle
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Fault, Hello, Welcome, decode_message
+from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.client.clients import Client
@@ -22,7 +23,7 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.wire.fragments import FRAGMENT
-from splitonnx.runtime.wire.protocols import CLIENT, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.support.callers import SESSION, make_task
 from tests.support.zoo import ZOO
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
+from splitonnx.errors import ForeignSession
 from splitonnx.messages import Save, Saved, Tensors, Unsaved
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
@@ -79,3 +80,12 @@ def test_a_step_at_which_the_server_is_not_is_not_saved(bundle: Bundle, step: in
         "RemoteProtocolError",
         f"save step {step}",
     )
+
+
+def test_a_session_is_its_owner_s_alone(bundle: Bundle) -> None:
+    session = Caller(bundle, owner="ann").dispatcher.session
+    assert session is not None
+    session.require_owner("ann")
+    for other in ("bob", ""):
+        with pytest.raises(ForeignSession):
+            session.require_owner(other)

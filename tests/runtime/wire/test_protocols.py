@@ -29,8 +29,9 @@ from splitonnx.messages import (
     Welcome,
     encode_message,
 )
+from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.wire.protocols import CLIENT, MOVES, SERVER, Protocol, State, list_wires
+from splitonnx.runtime.wire.protocols import MOVES, Protocol, State, list_wires
 from tests.support.zoo import ZOO
 
 BUNDLE = cut(ZOO["chain"].build(), at="act1")
