@@ -1,6 +1,7 @@
-"""The sessions that a server has in memory: who may have which, how many, and where they begin.
+"""The sessions that a server has in memory: found for a greeting, unloaded when nobody needs them.
 
-It finds a session for a greeting, makes a new one, or loads one from disk, within its limits.
+How many there may be is decided by :mod:`capacities`, where a session begins by
+:mod:`session_makers`, and whose it is by the session or the archive.
 What a session does is its own business, and when to look for those without a connection is the
 caller's.
 """
@@ -11,22 +12,21 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from splitonnx.errors import (
     BundleError,
     DiskQuotaUsed,
-    ForeignSession,
     RemoteProtocolError,
-    ServerBusy,
     SplitonnxError,
     StateNotFinite,
     WorkerLost,
 )
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.capacities import Capacity, Occupant
 from splitonnx.runtime.server.session_makers import SessionMaker
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive
@@ -91,10 +91,13 @@ class Registry:
             )
             self.expire()
         self._maker = SessionMaker(executor, self._archive, workers)
-        self._most = sessions
         if memory_bytes is not None:
-            self._most = min(sessions, memory_bytes // max(1, executor.nbytes))
-        self._most_per_owner = sessions_per_owner
+            sessions = min(sessions, memory_bytes // max(1, executor.nbytes))
+        self._capacity = Capacity(
+            sessions=sessions,
+            sessions_per_owner=sessions_per_owner,
+            can_unload=self._folder is not None,
+        )
         self._unattended_seconds = unattended_seconds
 
     @property
@@ -134,8 +137,7 @@ class Registry:
             if (pending := self._busy.get(hello.session)) is not None:
                 return pending
             if (session := self._find_whole(hello.session)) is not None:
-                if session.owner != owner:
-                    raise ForeignSession(hello.session)
+                session.require_owner(owner)
                 return self._note_connection(session)
             if (pending := self._find_room(owner, tried)) is not None:
                 return pending
@@ -241,28 +243,23 @@ class Registry:
 
     def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
         """Make room for one more session; return what has to be waited for first."""
-        kept = self.sessions
-        own = [session for session in kept if session.owner == owner]
+        occupants = [
+            Occupant(
+                name=session.id,
+                owner=session.owner,
+                left=self._left.get(session.id),
+                is_busy=session.id in self._busy,
+            )
+            for session in self.sessions
+        ]
         opening = list(self._opening.values())
-        if owner and len(own) + opening.count(owner) >= self._most_per_owner:
-            return self._evict(own, tried, f"{self._most_per_owner} sessions of one token")
-        if len(kept) + len(opening) >= self._most:
-            return self._evict(kept, tried, f"{self._most} sessions")
-        return None
-
-    def _evict(self, sessions: Sequence[Session], tried: set[str], limit: str) -> Future[None]:
-        """Begin to move the session to disk that was left the longest ago, if any was left."""
-        left = [session for session in sessions if session.id in self._left]
-        for session in sorted(left, key=lambda session: self._left[session.id]):
-            if self._folder is None or session.id in tried or session.id in self._busy:
-                continue
-            tried.add(session.id)
-            return self._start_unloading(session)
-        for session in sessions:
-            if session.id in self._busy and session.id not in tried:
-                tried.add(session.id)
-                return self._busy[session.id]
-        raise ServerBusy(limit)
+        leaving = self._capacity.find_leaving(owner, occupants, opening, tried)
+        if leaving is None:
+            return None
+        tried.add(leaving.name)
+        if leaving.is_busy:
+            return self._busy[leaving.name]
+        return self._start_unloading(self._sessions[leaving.name])
 
     def _start_unloading(self, session: Session) -> Future[None]:
         """Write a session to disk in a thread of its own; a greeting for it waits until then."""
