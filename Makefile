@@ -76,7 +76,7 @@ $(RN_MODULES): $(RN)/package-lock.json
 	@touch $@
 
 runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
-	cd runtime/js && npm ci --silent
+	cd runtime/js && npm ci --silent --ignore-scripts
 	@touch $@
 
 # The page, ready to be served:  splitonnx serve WEB/bundle/server --web examples/browser/dist

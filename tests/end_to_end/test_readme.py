@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,27 @@ def list_commands(program: str) -> list[str]:
     ]
 
 
-def test_the_quickstart_trains_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
+def make_quickstart_folder(clone: Path) -> Path:
+    """Make the folder of the quickstart by the command of the README, but for the installation."""
+    (clone / "examples").symlink_to(ROOT / "examples")
+    (line,) = [line for line in list_commands("mkdir") if "quickstart" in line]
+    subprocess.run(["sh", "-c", line], cwd=clone, check=True)
+    return clone / "quickstart"
+
+
+def test_the_quickstart_trains_a_model_twice_in_a_row_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_quickstart_folder(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["digits.onnx"]
+    monkeypatch.chdir(folder)
     (block,) = list_blocks(ROOT / "README.md", "python")
+    first: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), first)
     names: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), names)
 
+    assert first["history"].steps[0].loss > 2
     assert names["history"].steps[0].loss > 2
     session = onnxruntime.InferenceSession("trained.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"image": names["data"]["image"]})
