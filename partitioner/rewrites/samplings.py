@@ -104,8 +104,9 @@ class ImageAxis:
             return self.fold(x)
         if self.padding == "border":
             point = builder.detach(x)
-            outside = builder.op("Or", builder.op("Less", point, self.low),
-                               builder.op("Greater", point, self.high))  # fmt: skip
+            outside = builder.op(
+                "Or", builder.op("Less", point, self.low), builder.op("Greater", point, self.high)
+            )
             return builder.op("Where", outside, builder.detach(self.clamp(point)), x)
         return x
 
@@ -131,8 +132,11 @@ class ImageAxis:
         if self.padding == "reflection":
             places = builder.op("Round", self.fold(places))
         elif self.padding == "zeros":
-            inside = builder.op("And", builder.op("GreaterOrEqual", places, self.number(0.0)),
-                              builder.op("LessOrEqual", places, self.last))  # fmt: skip
+            inside = builder.op(
+                "And",
+                builder.op("GreaterOrEqual", places, self.number(0.0)),
+                builder.op("LessOrEqual", places, self.last),
+            )
             inside = builder.detach(builder.op("Cast", inside, to=self.dtype.value))
             weights = builder.op("Mul", weights, inside)
         places = builder.op("Cast", self.clamp(places), to=ir.DataType.INT64.value)

@@ -183,7 +183,7 @@ def serve(bundle: Bundle) -> Server:
 
 
 def plant_stage(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the engine fail by a mistake of ours in one stage."""
+    """Plant a mistake of ours in the engine, for one stage."""
     run = Engine.run
 
     def run_wrongly(engine: Engine, stage: Any, feeds: Any) -> Any:

@@ -20,7 +20,7 @@ def delete_node(random: Random, model: ModelProto) -> None:
 
 
 def bypass_node(random: Random, model: ModelProto) -> None:
-    """Take a node out and lead its users to its input."""
+    """Remove a node and lead its users to its input."""
     nodes = model.graph.node
     if nodes:
         node = nodes.pop(random.randrange(len(nodes)))
@@ -46,7 +46,7 @@ def swap_nodes(random: Random, model: ModelProto) -> None:
 
 
 def rewire(random: Random, model: ModelProto) -> None:
-    """Let a node read another value, as a rule one that stands before it."""
+    """Make a node read another value, as a rule one that stands before it."""
     graph = model.graph
     if not graph.node:
         return

@@ -153,7 +153,7 @@ def _wait(file: FileIO, child: int) -> None:
 
 
 def _measure(process: int) -> float:
-    """Give the seconds that a process and those that it started have computed."""
+    """Return the seconds that a process and those that it started have computed."""
     folder = Path(f"/proc/{process}")
     try:
         fields = (folder / "stat").read_text().rpartition(")")[2].split()

@@ -150,11 +150,11 @@ class Screen:
         mouse.up()
 
     def losses(self) -> dict[int, float]:
-        """Give the loss of each step, as the page keeps its curve."""
+        """Return the loss of each step, as the page keeps its curve."""
         return {step: mark["loss"] for step, mark in self._read_store("splitonnx-page", "marks")}
 
     def read_storage(self) -> dict[str, bytes]:
-        """Give what the client keeps in IndexedDB, by name."""
+        """Return what the client keeps in IndexedDB, by name."""
         files = self._read_store("splitonnx", "files")
         return {name: base64.b64decode(content) for name, content in files}
 
@@ -163,7 +163,7 @@ class Screen:
         return found
 
     def read_state(self) -> dict[str, np.ndarray]:
-        """Give the weights that training left in the browser."""
+        """Return the weights that training left in the browser."""
         (name,) = self.read_storage()
         assert name.endswith("/state")
         return decode_tensors(self.read_storage()[name], max_header=1 << 20)[0]

@@ -183,7 +183,7 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
 
 
 def _compare_losses(found: float, expected: float, data: Mapping[str, np.ndarray]) -> float:
-    """Give the loss's error, relative to the sum of what it is made of."""
+    """Return the loss's error, relative to the sum of what it is made of."""
     if not np.isfinite(expected):
         return 0.0
     size = sum(float(np.abs(weight).sum(dtype=np.float64)) for weight in data.values())
@@ -191,7 +191,7 @@ def _compare_losses(found: float, expected: float, data: Mapping[str, np.ndarray
 
 
 def _compare(gradient: np.ndarray, slopes: Slopes) -> tuple[float, tuple[int, ...]]:
-    """Give the relative error of the worst entry that was looked at, and where it is."""
+    """Return the relative error of the worst entry that was looked at, and where it is."""
     scale, errors = float(np.abs(gradient).max(initial=0.0)), []
     for index, expected in slopes:
         scale = max(scale, abs(expected))
@@ -201,7 +201,7 @@ def _compare(gradient: np.ndarray, slopes: Slopes) -> tuple[float, tuple[int, ..
 
 
 def _list_trained(problem: ModelProto) -> list[str]:
-    """Give patterns for all that could be trained, also what is a constant as a rule."""
+    """Return patterns for all that could be trained, also what is a constant as a rule."""
     model = open_model(problem)
     return [
         f"^{re.escape(name)}$"

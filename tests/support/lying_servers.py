@@ -39,7 +39,7 @@ Word = str | bytes | Iterable[bytes] | Raw
 HANG_UP = ""
 """In place of a message: the connection ends."""
 Tell = Callable[[Message, Arrays], Sequence[Word] | None]
-"""Give what is said in place of a message; ``None`` lets it pass."""
+"""Return what is said in place of a message; ``None`` lets it pass."""
 
 _OWN = ("connection", "date", "server", "transfer-encoding")
 

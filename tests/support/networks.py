@@ -184,7 +184,7 @@ class Line:
         self.bytes_sent += len(content)
 
     def receive(self) -> bytes:
-        """Give the next reply."""
+        """Return the next reply."""
         self._require()
         event = self._network.next_event()
         self._network.act(event)

@@ -85,7 +85,7 @@ def _read_case(case: TestCase) -> NodeCase:
 
 
 def _read_array(value: object) -> np.ndarray:
-    """Give a tensor as an array; what is none (a sequence, nothing) becomes one of objects."""
+    """Return a tensor as an array; what is none (a sequence, nothing) becomes one of objects."""
     if isinstance(value, TensorProto):
         return numpy_helper.to_array(value)
     if isinstance(value, np.ndarray | np.generic):
@@ -171,7 +171,7 @@ def list_results(case: NodeCase) -> list[tuple[int, str]]:
 
 
 def categorize_inputs(case: NodeCase) -> dict[str, str]:
-    """Tell of each input whether the operator's schema declares it not differentiable."""
+    """Check of each input whether the operator's schema declares it not differentiable."""
     schema = find_schema(case)
     constant = onnx.defs.OpSchema.DifferentiationCategory.NonDifferentiable
     linear = case.operator in _PIECEWISE_LINEAR

@@ -97,7 +97,7 @@ def _case(
 
 
 def evaluate_own(model: ModelProto, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Give the case's output, for its shape."""
+    """Return the case's output, for its shape."""
     results = make_evaluator(model).run(None, dict(inputs))
     assert isinstance(results, list)
     return np.asarray(results[0])

@@ -117,7 +117,7 @@ class Finger:
         self._count += 1
 
     def durations(self) -> list[float]:
-        """Give the milliseconds from each tap to the picture with its answer, in steps of eight."""
+        """Return the milliseconds from each tap to the picture of its answer, in eights."""
         reported: list[float] = self._page.evaluate("window.taps")
         return reported + [QUICK] * (self._count - len(reported))
 

@@ -183,7 +183,7 @@ def _list_kept(bundle: Bundle) -> set[str]:
 
 
 def compare(split: Trained, whole: Trained) -> float:
-    """Give the largest difference of any tensor, relative to its largest value.
+    """Return the largest difference of any tensor, relative to its largest value.
 
     The scale is at least 1e-3: a parameter may start at 0 and have no gradient but rounding, as
     the bias of an attention's keys, which Softmax cancels.

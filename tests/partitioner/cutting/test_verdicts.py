@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[Callable[[ir.Graph], None], str]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, spoil: Callable[[ir.Graph], None]) -> None:
-    """Let a mistake be made in every graph for prediction, on the way to the bundle."""
+    """Make a mistake in every graph for prediction, on the way to the bundle."""
     cut_stages = assemblies._cut_phase
 
     def cut_phase(joint: JointGraph) -> list[StageCut]:

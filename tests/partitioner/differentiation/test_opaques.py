@@ -31,7 +31,7 @@ LABELS = RANDOM.standard_normal((6, 3)).astype(np.float32)
 
 
 def recur(kind: str, **attributes: Any) -> Callable[[Net], None]:
-    """Give the last state of a recurrence over three steps, which start from other states."""
+    """Return the last state of a recurrence over three steps, which start from other states."""
 
     def write(net: Net) -> None:
         gates = GATES[kind] * 4
@@ -57,7 +57,7 @@ def branch(*nodes: onnx.NodeProto) -> onnx.GraphProto:
 
 
 def choose(make: Callable[[str], onnx.GraphProto]) -> Callable[[Net], None]:
-    """Give what one of two equal branches gives; which, the data say."""
+    """Return what one of two equal branches gives; which, the data say."""
 
     def write(net: Net) -> None:
         for name, low, high in [("scale", 0.5, 2), ("bias", -1, 1), ("mean", -2, 3), ("var", 1, 4)]:
@@ -156,7 +156,7 @@ def divide(model: onnx.ModelProto, at: str | None, target: Target) -> Bundle:
 
 
 def evaluate_onnx(model: onnx.ModelProto, output: str) -> np.ndarray:
-    """Give what onnx's own evaluator does."""
+    """Return what onnx's own evaluator does."""
     results = ReferenceEvaluator(model).run([output], {"x": X})
     assert isinstance(results, list)
     return np.asarray(results[0])

@@ -66,7 +66,7 @@ def test_a_broken_model_is_refused_in_one_line(
 
 
 def rename(model: ModelProto, name: str) -> ModelProto:
-    """Give another name to what the first node makes and the second one reads."""
+    """Rename what the first node makes and the second one reads."""
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = name
     return model
 

@@ -37,7 +37,7 @@ def build_split(parts: int) -> bytes:
 
 
 def infer(content: bytes) -> list[int]:
-    """Give the shape that native code infers of ``b``."""
+    """Return the shape that native code infers of ``b``."""
     made = onnx.ModelProto.FromString(call(natives.infer_shapes, "the split", content, True))
     return [dim.dim_value for dim in made.graph.output[1].type.tensor_type.shape.dim]
 

@@ -134,7 +134,7 @@ def test_the_gradient_passes_inside_the_range_and_not_outside() -> None:
 
 
 def evaluate(model: onnx.ModelProto, *names: str) -> list[np.ndarray]:
-    """Give a model's output, and further values of it, by onnx's own evaluator."""
+    """Return a model's output, and further values of it, by onnx's own evaluator."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)

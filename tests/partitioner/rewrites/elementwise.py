@@ -25,7 +25,7 @@ def weigh(net: Net, *shape: int) -> str:
 def find_slopes(
     kind: str, values: list[float], *inputs: np.ndarray, **attributes: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Give value and slope of a function of one parameter at each value, on both targets."""
+    """Return value and slope of a function of one parameter at each value, on both targets."""
     net = Net(opset=20)
     parameter = net.constant("p", np.array(values, np.float32))
     others = [net.constant(f"o{i}", array) for i, array in enumerate(inputs)]

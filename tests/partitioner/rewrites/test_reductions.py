@@ -63,7 +63,7 @@ def test_reductions_before_their_axes_became_inputs(kind: str) -> None:
 
 
 def find_gradients(net: Net, parameter: np.ndarray, output: str, x: np.ndarray) -> list[np.ndarray]:
-    """Give the gradient of sum(x * output) to the parameter ``p``, on both targets."""
+    """Return the gradient of sum(x * output) to the parameter ``p``, on both targets."""
     net.constant("p", parameter)
     product = net.op("Mul", output, "x", out="product")
     net.op("ReduceSum", product, out="total", keepdims=0)
