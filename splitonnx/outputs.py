@@ -1,4 +1,4 @@
-"""Where an output may be written: looked at before the work that makes it, not after.
+"""Where an output may be written: checked before the work that makes it, not after.
 
 What is found here can change until the output is written, so that whoever writes it still has to
 expect every error.  This module makes nothing.

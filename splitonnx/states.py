@@ -1,4 +1,4 @@
-"""The state of a party's tensors on disk: what training came to.
+"""The state of a party's tensors on disk: the result of training.
 
 A party's folder holds the newest outcome in ``state.safetensors``.  An older one of another session
 moves to ``outcomes/<session>.safetensors`` when it is replaced, so that a server that trains with

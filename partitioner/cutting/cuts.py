@@ -282,7 +282,7 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Collect what is made of the data in ``named`` alone, without any trained parameter."""
+    """Collect what is computed from the data in ``named`` alone, without any trained parameter."""
     trained = set(trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     opened = set(named)

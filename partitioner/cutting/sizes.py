@@ -30,7 +30,7 @@ _MOST_SIZES = 64
 def find_sizes(
     graph: ir.Graph, data: Collection[ir.Value], known: Inference
 ) -> dict[ir.Node, frozenset[ir.Value]]:
-    """Map each node that gives sizes of data to the tensors whose shapes it has them from.
+    """Map each node that computes sizes of data to the tensors whose shapes it reads.
 
     A node gives sizes where all of its elements are known as sums and products of dimensions.
     What is computed from sizes, but not known so (a mask, a Range), is not listed.

@@ -23,7 +23,7 @@ _Graph = ir.Graph | ir.GraphView
 
 
 def write_model(model: ir.Model) -> onnx.ModelProto:
-    """Write a model down, as ``ir.to_proto`` does."""
+    """Convert a model to bytes, as ``ir.to_proto`` does."""
     if model.functions or model.device_configurations:
         proto: onnx.ModelProto = ir.to_proto(model)
         return proto

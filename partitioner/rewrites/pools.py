@@ -42,7 +42,7 @@ def _has_fixed_image(x: ir.Value) -> bool:
 
 
 def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """The sum of each window through its count, where AveragePool's gradient is not to be had."""
+    """The sum of each window over its count, where AveragePool's own gradient cannot be used."""
     x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
     spread = any(step != 1 for step in node.attributes.get_ints("dilations", []))

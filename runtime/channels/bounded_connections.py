@@ -89,7 +89,7 @@ class BoundedConnection(ClientConnection):
             super().close(code, reason)
 
     def close_socket(self) -> None:
-        """Close the socket, and let the thread that reads it come to its end."""
+        """Close the socket, and release the thread that reads it, so that it ends."""
         with self._flow_mutex:
             self._is_over = True
             for reason in tuple(self._pauses):

@@ -229,7 +229,7 @@ class LimitedConnection(ServerConnection):
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """End the connection with a word, or at once where the other side does not read."""
+        """Close the connection with a reason, or at once where the other side does not read."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()

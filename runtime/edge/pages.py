@@ -78,7 +78,7 @@ class Pages:
         self._pages = dict(pages)
 
     def answer(self, request: HttpRequest) -> HttpResponse | None:
-        """Answer who asks for one of the files; ``None`` where it is none."""
+        """Return the response to a request for one of the files; ``None`` for other paths."""
         path = unquote(request.path.partition("?")[0])
         page = self._pages.get(f"/{INDEX}" if path == "/" else path)
         if page is None or request.is_upgrade:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Lets ``rate`` events a second through, and one second's worth of them at once.
+    """A token bucket: ``rate`` events a second pass, and one second's worth of them at once.
 
     It has no clock of its own.
     """

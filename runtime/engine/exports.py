@@ -130,7 +130,7 @@ def export(
 
 
 def choose_place(source: str | Path) -> Path:
-    """Choose where an export goes that was told no place: beside its source."""
+    """Choose where an export goes by default: beside its source."""
     try:
         folder = Path(source).resolve()
     except (OSError, ValueError) as error:  # a null byte in the name, say

@@ -106,7 +106,7 @@ _DECODER = msgspec.json.Decoder(_Facts)
 
 
 class CheckpointStore:
-    """The checkpoints of one session in one party's folder; not safe for two threads at a time.
+    """The checkpoints of one session in one party's folder; not for two threads at a time.
 
     A checkpoint of a later step than the one being written is of a course that training has left,
     and goes: the session went back and came another way.

@@ -53,7 +53,7 @@ class Block(Protocol):
 
     @property
     def place(self) -> Place:
-        """Where the other process finds it."""
+        """The name by which the other process finds it."""
 
     @property
     def view(self) -> memoryview:
@@ -97,7 +97,7 @@ class FileBlock:
 
     @property
     def place(self) -> Place:
-        """Where the other process finds it."""
+        """The name by which the other process finds it."""
         return Place(f"file:{self.number}", self._size)
 
     @property
@@ -150,7 +150,7 @@ class NamedBlock:
 
     @property
     def place(self) -> Place:
-        """Where the other process finds it."""
+        """The name by which the other process finds it."""
         return Place(f"name:{self._memory.name}", self._memory.size)
 
     @property

@@ -59,7 +59,7 @@ class Owner(Protocol):
         """Record that a task succeeded."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Note that none can be started, and make the error that tells it."""
+        """Record that none can be started, and make the error that reports it."""
 
 
 class _Task:

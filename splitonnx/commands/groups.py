@@ -21,7 +21,7 @@ class Group:
 
 
 def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
-    """Make the parameter of one option, with what typer is told of it in the annotation."""
+    """Make the parameter of one option; its annotation holds typer's settings."""
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 

@@ -261,7 +261,7 @@ class MessageTooLarge(ProtocolError):
 
 @dataclass(eq=False)
 class UnusableFile(SplitonnxError):
-    """A file of tokens, a certificate or a key cannot be read as what it should be."""
+    """A file of tokens, a certificate or a key has another form than it should have."""
 
     path: str
     reason: str

@@ -211,7 +211,7 @@ class FormatError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotExportable(SplitonnxError):
-    """A stage needs what the ONNX Runtime of a phone lacks; ``party`` is whose stage it is."""
+    """A stage of ``party`` needs operators that the ONNX Runtime of a phone lacks."""
 
     graph: str
     operators: Sequence[str]

@@ -1,4 +1,4 @@
-"""Windows over images: how they lie, what they sum, and padding that is found at run time."""
+"""Windows over images: their positions, what they sum, and padding that is found at run time."""
 
 from __future__ import annotations
 
