@@ -9,6 +9,7 @@ traceback is logged, and it gives no advice on the model.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
 _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
 """As what bytes show that are not a model, when onnx-ir reads them."""
 
+_NO_NUMBER = re.compile(r"only .* arrays can be converted to .*")
 _MOST_CHARACTERS = 160
 
 
@@ -48,7 +50,7 @@ def attribute_errors_to(
     except MissingOutput as error:
         raise UnsupportedModel(subject, f"its output '{error}' {lost}", advice) from error
     except Exception as error:
-        if isinstance(find_cause(error), FAULTS):
+        if _shows_values(find_cause(error)):
             raise UnsupportedModel(
                 subject,
                 f"its inputs or attributes are not what the operator takes ({explain(error)})",
@@ -93,6 +95,13 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
         if not isinstance(error, FAULTS) and _is_raised_here(error):
             raise
         raise refuse(explain(error)) from error
+
+
+def _shows_values(cause: BaseException) -> bool:
+    """Check whether an error is of values; numpy's for an array in place of a number is, too."""
+    if isinstance(cause, TypeError):
+        return _NO_NUMBER.fullmatch(str(cause)) is not None
+    return isinstance(cause, FAULTS)
 
 
 def _is_raised_here(error: BaseException) -> bool:

@@ -174,7 +174,7 @@ def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[lis
     total = None if dims is None else dims[axis]
     if not total:
         raise _Unknown
-    size = 1 if tensor is None else int(tensor.numpy())
+    size = 1 if tensor is None else int(tensor.numpy().item())
     if size < 1 or total > size * MOST_PIECES:
         raise _Unknown
     pieces = [min(size, total - start) for start in range(0, total, size)]

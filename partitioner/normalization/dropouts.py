@@ -46,7 +46,7 @@ def _read_ratio(node: ir.Node) -> float:
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
         raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its ratio is not a constant")
-    ratio = float(tensor.numpy())
+    ratio = float(tensor.numpy().item())
     if not 0.0 <= ratio < 1.0:
         raise UnsupportedModel(
             f"node '{node.name}' (Dropout)", f"its ratio {ratio} is not in [0, 1)"
@@ -65,7 +65,7 @@ def _is_on(node: ir.Node) -> bool:
             "its training_mode is not a constant",
             "choose with --dropout keep|off",
         )
-    return bool(tensor.numpy())
+    return bool(tensor.numpy().item())
 
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:

@@ -172,7 +172,7 @@ def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
         grid = builder.detach(grid)
     batch, channels, *image = read_extents(builder, node, x)
     wanted = read_extents(builder, node, grid)[1:-1]
-    rank = len(image)
+    rank = _count_axes(node, image)
     points = builder.op("Reshape", grid, builder.integers([0, -1, rank]))
     axes = [
         ImageAxis(
@@ -244,6 +244,12 @@ def weigh_taps(
     return builder.op("ReduceSum", weighed, builder.integers(range(2, 2 + rank)), keepdims=0)
 
 
+def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
+    if not image:
+        raise refuse(node, "its image has no axis beside batch and channels", "give it one")
+    return len(image)
+
+
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     """The product of the base grid's homogeneous coordinates with each matrix."""
     theta = node.inputs[0]
@@ -253,7 +259,7 @@ def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     if sizes is None:
         raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
     image = [int(n) for n in sizes[2:]]
-    rank, corners = len(image), node.attributes.get_int("align_corners", 0)
+    rank, corners = _count_axes(node, image), node.attributes.get_int("align_corners", 0)
     limit(node, math.prod(image) * (rank + 1))
     lines = []
     for n in image:

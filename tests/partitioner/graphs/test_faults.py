@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from google.protobuf.message import EncodeError
@@ -32,6 +34,13 @@ def test_values_that_an_operator_does_not_take_are_the_models_fault(kind: type[E
         raise kind("the divisor")
     assert "the divisor" in str(caught.value)
     assert isinstance(caught.value.__cause__, kind)
+
+
+@pytest.mark.parametrize("use", [float, int, range])
+def test_an_array_in_place_of_a_number_is_the_models_fault(use: Callable[[Any], object]) -> None:
+    raised = pytest.raises(UnsupportedModel, match=r"node 'layer' \(Gemm\)")
+    with raised, attribute_errors_to(make_node(), "rewritten"):
+        use(np.array([1, 2]))
 
 
 @pytest.mark.parametrize("kind", [AssertionError, AttributeError, NameError, TypeError])
