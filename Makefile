@@ -79,13 +79,13 @@ runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
 	cd runtime/js && npm ci --silent --ignore-scripts
 	@touch $@
 
-# The page, ready to be served:  splitonnx serve WEB/bundle/server --web examples/browser/dist
-#                                                --client WEB/bundle/client
+# The page, ready to be served:  .venv/bin/splitonnx serve WEB/bundle/server
+#                                    --web examples/browser/dist --client WEB/bundle/client
 WEB ?= web-output
 PAGE := examples/browser
 
 web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
-	@echo "splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
+	@echo "$(BIN)/splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
 
 $(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* $(addprefix runtime/js/src/,*.ts */*.ts)) $(PAGE)/index.html \
 		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
