@@ -3,8 +3,9 @@
 A portable part runs on any ONNX Runtime, so nothing may be left in it that only
 onnxruntime-training knows.  :data:`LOWERINGS` shows the whole coverage; each entry is a small
 function from a node to the values that replace its outputs, such as the gradient of AveragePool in
-``pools.py``.  The formulas are the textbook
-derivatives of the forward operators as onnx.ai/onnx/operators defines them.
+``pools.py``.  The formulas are the textbook derivatives of the forward operators as
+onnx.ai/onnx/operators defines them.  ``fusions.py`` also belongs here: it keeps ONNX Runtime's
+optimizer from merging a Pad with a pooling, which it does wrongly.  It may use graphs.
 """
 
 from __future__ import annotations
