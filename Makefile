@@ -1,6 +1,6 @@
-# make demo: the main job end to end on real data.  make test: every check and test.  make web: the
-# page that trains.
-# Each sets up .venv with what it needs; both work alone on a fresh clone.
+# make demo: the main job end to end on real data.  make test: linters, types and tests;
+# chaos, attack, fuzz, fuzz-bytes and sweep take longer.  make web: the page that trains.
+# Each first installs what it needs into .venv, and works alone on a fresh clone.
 
 VENV := .venv
 BIN := $(VENV)/bin
