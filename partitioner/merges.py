@@ -1,4 +1,4 @@
-"""Parts joined again: the trained weights of all parties in one plain ONNX model for inference."""
+"""Join the trained weights of all parties into one plain ONNX model for inference."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
 MAX_INSIDE = 2**31 - 2**26
-"""Bytes of weights that fit into one ONNX file, which Protocol Buffers end at 2 GiB."""
+"""Most bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Join:
-    """A joined model's bytes, and the weights that are in a file beside it, in their order."""
+    """A joined model's bytes, and the weights stored in its external data file, in file order."""
 
     content: bytes
     beside: Sequence[np.ndarray] = ()
@@ -36,13 +36,13 @@ class _Join:
 
 
 def merge(bundle: Bundle | str | Path) -> bytes:
-    """Join the parts of a bundle into one ONNX model, with the weights as they are trained now.
+    """Join the parts of a bundle into one ONNX model with the weights as currently trained.
 
     The model has the inputs and outputs of the original and is in inference form:
-    BatchNormalization uses its running statistics, Dropout is gone.
+    BatchNormalization uses its running statistics, and Dropout is removed.
 
     Args:
-        bundle: a bundle, or the folder of one.
+        bundle: a bundle, or the path of a bundle folder.
 
     Returns:
         The model's bytes (opset 18 to 21, IR version 10), weights included.
@@ -63,18 +63,18 @@ def merge(bundle: Bundle | str | Path) -> bytes:
 
 
 def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bool = False) -> int:
-    """Join the parts as :func:`merge` does, and write the model to ``path``.
+    """Join the parts of a bundle like :func:`merge`, and write the model to ``path``.
 
-    A model whose weights are too large for one ONNX file gets them in a second one, ``path`` with
-    ``.data`` behind its name, as external data; they are streamed, so they need not fit into
-    memory.  The files appear when they are complete, the model last.
+    If the weights are too large for one ONNX file, they are written as external data to a second
+    file, whose name is ``path`` with ``.data`` appended.  They are streamed, so they need not fit
+    into memory.  The files appear only once they are complete, the model last.
 
     Returns:
-        The bytes written.
+        The number of bytes written.
 
     Raises:
-        UnwritableFile: something is in the place of a file, or it cannot be written.
-        BundleError, FormatError, BundleMismatch: as :func:`merge` raises them.
+        UnwritableFile: an output file already exists, or it cannot be written.
+        BundleError, FormatError, BundleMismatch: as raised by :func:`merge`.
     """
     target = Path(path)
     _check_place(target, overwrite=overwrite)
@@ -105,7 +105,7 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
-    """Gather every party's weights: as trained, or as training started from them."""
+    """Return the weights of all parties: trained values, or initial values if not ``trained``."""
     weights: dict[str, np.ndarray] = {}
     for party in bundle.parties.values():
         source = party.state() if trained else party.weights
@@ -115,7 +115,7 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
-    """Insert the parties' weights into the bundle's skeleton: the model as it was prepared.
+    """Return the prepared model: the bundle's skeleton with the parties' weights inserted.
 
     Raises:
         ModelError: the skeleton is not a model that could have been cut.
@@ -144,7 +144,7 @@ def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
 
 
 def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
-    """Write a model as bytes; with ``beside`` it refers to a file of that name for its weights."""
+    """Serialize a model; with ``beside``, store its weights in an external file of that name."""
     arrays: list[np.ndarray] = []
     if beside is not None:
         offset = 0
