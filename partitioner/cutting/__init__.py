@@ -1,4 +1,4 @@
-"""From a model to parties: where it can be cut, what crosses, and each party's stages.
+"""Divide a model between parties: find legal cuts and wires, and build each party's stages.
 
-It may use every room but the reports.
+This package may import every other package except the reports.
 """

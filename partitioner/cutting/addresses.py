@@ -1,12 +1,19 @@
-"""Checks before kernels that compute addresses from values, which a peer may choose.
+"""Checks before kernels that compute memory addresses from values that a peer may choose.
 
-Tried on onnxruntime-training 1.19.2, each kernel in a process of its own over memory with planted
-bytes: GridSample reflects a place far away, or in a single pixel, to where no image is; RoiAlign
-takes any number for an image's and any size for a box; MaxUnpool ends the process over an index
-beyond its output; Pad reflects and wraps beyond an axis and leaves memory as it was where an axis
-is cut to nothing; Col2Im, AffineGrid, LSTM, GRU, RNN and convolutions with a bias believe that
-sizes fit; DFT along the axis of the imaginary parts leaves memory as it was; STFT divides by the
-length of its frames.  Compress and MaxRoiPool check what they get.
+The kernels were tested on onnxruntime-training 1.19.2, each in its own process, with known bytes
+planted in memory:
+
+- GridSample reads outside the image when it reflects a distant coordinate, or reflects in an
+  image of a single pixel.
+- RoiAlign accepts any image number and any box size.
+- MaxUnpool crashes the process on an index beyond its output.
+- Pad reflects and wraps beyond the end of an axis, and leaves memory uninitialized if an axis is
+  cropped to length zero.
+- Col2Im, AffineGrid, LSTM, GRU, RNN and convolutions with a bias do not check that sizes match.
+- DFT along the axis of the imaginary parts leaves memory uninitialized.
+- STFT divides by the frame length.
+
+Compress and MaxRoiPool check their inputs themselves and need no check here.
 """
 
 from __future__ import annotations
@@ -34,18 +41,19 @@ Checked = Mapping[int, ir.Value]
 
 _GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 _PERIOD = 4.0
-"""Of reflection, in half lengths of an image."""
+"""Period of reflection, in half lengths of an image."""
 _REACH = 4
-"""Lengths of an image to where RoiAlign's boxes may reach whose samples grow with them."""
+"""How far RoiAlign boxes may extend, in image lengths, if the sample count grows with the box."""
 _FIXED_REACH = 1 << 20
-"""The same where a bin has a fixed number of samples."""
+"""How far RoiAlign boxes may extend, in image lengths, if each bin has a fixed sample count."""
 
 
 def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Bring places near the image, and let none be reflected in a single pixel (GridSample).
+    """Check the sampling coordinates of a GridSample that reflects at the image border.
 
-    Reflection repeats itself, so a place's remainder is reflected to the same pixel: p' = p mod 4,
-    which is p itself within 4 half lengths.  A place that is not a number has none.
+    Reflection is periodic, so each coordinate p is replaced by p mod 4, which reflects to the same
+    pixel and equals p within 4 half lengths.  Fail on a coordinate that is not a number, and on
+    reflection in an image that is one pixel wide.
     """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
@@ -71,10 +79,11 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Look up which image each box is of, and refuse boxes far beyond the image (RoiAlign).
+    """Check the image number of each RoiAlign box, and fail on boxes far outside the image.
 
-    Where a bin has as many samples as its box has pixels, they are all listed at once, so a box
-    has to end near the image; else it only has to be numbers that can be subtracted.
+    If the number of samples per bin depends on the box size, RoiAlign lists all samples at once, so
+    a box must end near the image.  With a fixed number of samples, box coordinates may be much
+    larger, but must still be finite numbers.
     """
     image, boxes, numbers = node.inputs[:3]
     assert image is not None
@@ -101,7 +110,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Look up the place of each element among those that there are (MaxUnpool)."""
+    """Check that each index of a MaxUnpool lies within its output."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
@@ -122,7 +131,7 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that what is left of each axis has what is repeated of it (Pad)."""
+    """Check that each cropped axis of a Pad is long enough for the values that it repeats."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None
@@ -157,7 +166,7 @@ def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
-    """Compute how long each axis must be, by the widths before and after it."""
+    """Compute the least length of each axis from the widths of padding before and after it."""
     most = np.maximum(widths.max(axis=0), 0)
     needed = (most > 0).astype(np.int64)
     lent = {"reflect": most + needed, "wrap": np.maximum(most, needed)}.get(mode, needed)
@@ -165,7 +174,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that there is a column for each place of the block (Col2Im)."""
+    """Check that the column count of a Col2Im matches the positions of its block in the image."""
     x, image, block = node.inputs[:3]
     assert x is not None
     assert image is not None
@@ -214,7 +223,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
 
 
 def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that there is a matrix for each image, of as many dimensions (AffineGrid)."""
+    """Check that AffineGrid has one matrix per image, of a shape that matches the image's rank."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
     assert size is not None
@@ -232,7 +241,7 @@ def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Fail where an axis is that of real and imaginary parts (DFT)."""
+    """Fail if the axis of a DFT is the last one, which holds the real and imaginary parts."""
     x = node.inputs[0]
     assert x is not None
     axis = node.inputs[2] if len(node.inputs) > 2 else None
@@ -253,7 +262,7 @@ def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the weights are as many, and as wide as what they meet (LSTM, GRU, RNN)."""
+    """Check that the weight shapes of an LSTM, GRU or RNN match its input and its hidden size."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None
@@ -277,14 +286,14 @@ def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def _differs(builder: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Value:
-    """Check whether two stretches of sizes differ anywhere (BOOL, scalar)."""
+    """Check whether two vectors of sizes differ in any element (BOOL, scalar)."""
     distance = builder.op("Abs", note(builder.op("Sub", note(found, I64), note(wanted, I64)), I64))
     total = builder.op("ReduceSum", note(distance, I64), keepdims=0)
     return note(builder.op("Greater", note(total, I64), builder.integer(0)), BOOL)
 
 
 def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that there is a bias for each filter (Conv, ConvTranspose, QLinearConv)."""
+    """Check that the bias of a Conv, ConvTranspose or QLinearConv has one element per filter."""
     at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
     bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
     if bias is None or weights is None:
@@ -301,7 +310,7 @@ def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_frames(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Fail where a frame has no length (STFT)."""
+    """Fail if the frame length of an STFT is zero or negative."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):

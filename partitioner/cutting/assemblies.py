@@ -1,7 +1,7 @@
-"""Joint graphs to a bundle: stages for each party, lowered to its target, with their manifest.
+"""Build a bundle from joint graphs: each party's stages, lowered to its target, and its manifest.
 
-The last ring of the partitioner: it knows the manifest's terms and calls on the modules that do
-the work.
+This is the partitioner's outermost layer: it knows the terms of the manifest and calls the modules
+that do the work.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from splitonnx.tensors import TensorSpec, name_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """One party's share of a phase: what the manifest says of it, and its stages' graphs."""
+    """One party's share of a phase: its entry in the manifest, and the graphs of its stages."""
 
     phase: Phase
     graphs: Mapping[str, bytes]
@@ -68,7 +68,7 @@ def assemble(
     recipe: Recipe,
     optimizer: Optimizer,
 ) -> Bundle:
-    """Make the bundle of a prepared model and its two joint graphs."""
+    """Build the bundle of a prepared model from its joint graphs for training and prediction."""
     targets = {CLIENT: recipe.client_target}
     if recipe.at:
         targets[SERVER] = recipe.server_target
@@ -102,7 +102,7 @@ def assemble(
 
 
 def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
-    """Leave weights that no party runs (behind an output that reads no input) in the skeleton."""
+    """Store in the skeleton the weights that no party uses: those of outputs that read no input."""
     owned = {name for party in parties.values() for name in party.weights}
     orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
     restore_weights(prepared.skeleton.graph, orphans)
@@ -144,7 +144,7 @@ def _build_party(
 
 
 def _find_role(prepared: PreparedModel, training: JointGraph, name: str) -> Role:
-    """A parameter that the loss does not reach keeps its value, whatever the user wished."""
+    """Return a parameter's role; a parameter that the loss does not depend on is frozen."""
     role = prepared.roles[name]
     kept = {Role.PARAMETER: training.gradients, Role.BUFFER: training.commits}.get(role)
     return role if kept is None or name in kept else Role.FROZEN
@@ -220,7 +220,7 @@ def _describe_stage(label: str, cut: StageCut, joint: JointGraph, party: str) ->
 def _name_stage(
     phase: str, joint: JointGraph, party: str, cuts: Sequence[StageCut], index: int
 ) -> str:
-    """Name a stage as the design does: head.forward, body.step, tail.predict, ..."""
+    """Name a stage by its part and direction: head.forward, body.step, tail.predict, ..."""
     reporting = bool(set(cuts[index].outputs) & set(joint.results))
     if party == SERVER:
         part = "body"
@@ -242,7 +242,7 @@ def _share_training(
     portable: bool,
     optimizer: Optimizer,
 ) -> _Share:
-    """The stages that lead to the gradients, and behind them the party's update."""
+    """Build the stages that compute a party's gradients, followed by its update."""
     share = _share_phase(TRAIN, joint, every, party, portable)
     inputs = map_values(joint.graph)
     own = {
@@ -282,7 +282,7 @@ def _append(
     graph: ir.Graph,
     sources: Mapping[str, Source],
 ) -> None:
-    """Add a stage whose inputs are stash where ``sources`` does not say otherwise."""
+    """Add a stage; inputs that ``sources`` does not list are read from the stash."""
     names = [value.name or "" for value in graph.inputs]
     stages.append(
         Stage(
@@ -318,7 +318,7 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
 
 
 def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
-    """The client's stage that takes loss and metric of a prediction and its labels."""
+    """Build the client's stage that computes loss and metric from a prediction and its labels."""
     output = next(v for v in prepared.inference.graph.outputs if v.name == recipe.output)
     model, attached = build_evaluation(recipe.loss, output, find_activation(output, recipe.loss))
     lower(model.graph)
@@ -336,12 +336,12 @@ def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedMod
 
 
 def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
-    """Write a stage's graph, whose operators the runtime has to know."""
+    """Serialize a stage's graph after checking that the runtime knows its operators."""
     return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
 
 
 def _serialize(graph: ir.Graph | ir.GraphView, used: Collection[str]) -> bytes:
-    """Write a graph as ONNX bytes that are the same for the same graph; it uses these domains."""
+    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes."""
     for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
         del graph.opset_imports[domain]
     proto = write_graph(graph, IR_VERSION, "splitonnx")

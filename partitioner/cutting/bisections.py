@@ -1,13 +1,16 @@
-"""Every tensor that alone divides a graph, found in one walk forward and one backward.
+"""Find every single tensor that divides a graph, in one walk forward and one backward.
 
-To divide a graph at a tensor takes a walk through all of it, so to try each tensor is quadratic.
-But tensors that alone divide a graph depend on one another in a row: what the client needs for
-one is part of what it needs for the next, and what the server needs for the next is part of what
-it needs for the one before.  So both grow, and each visits every node once.
-:func:`cuts.divide` is the definition.  What does not fit into the row is put to it, up to a bound;
-where raw inputs may cross beside a tensor, so are the candidates of :mod:`bottlenecks`.
+Dividing a graph at one tensor takes a walk through the whole graph, so trying each tensor
+separately would be quadratic.  But the tensors that alone divide a graph form a chain in which each
+depends on the one before.  The nodes that the client needs for one tensor are among those that it
+needs for the next, and the reverse holds for the server.  So one growing set per party is enough,
+and each walk visits every node once.
 
-This module knows graphs and names; it knows no loss, no gradient and no runtime.
+:func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are tried
+with it, up to a bound.  If raw inputs may cross beside a tensor, the candidates of
+:mod:`bottlenecks` are tried too.
+
+This module deals with graphs and names only, not with losses, gradients or runtimes.
 """
 
 from __future__ import annotations
@@ -34,15 +37,17 @@ from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, re
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 
 MOST_VISITS = 4_000_000
-"""Nodes visited for tensors that are put to :func:`divide`, each of which takes a whole walk."""
+"""Most nodes visited by calls of :func:`divide`, each of which walks through the whole graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """A tensor that alone divides a graph, and behind it in ``at`` what must be sent beside it.
+    """A tensor that alone divides a graph.
 
-    ``client`` counts the elements of the trained parameters that the tensor depends on,
-    ``server`` of those that the server reads; ``trained`` tells whether it depends on any.
+    ``at`` holds the tensor, followed by the raw inputs that must be sent beside it.  ``client`` is
+    the number of elements in the trained parameters that the tensor depends on, ``server`` that of
+    the trained parameters that the server reads.  ``trained`` is true if the tensor depends on a
+    trained parameter.
     """
 
     at: tuple[ir.Value, ...]
@@ -60,12 +65,12 @@ def find_bisections(
 ) -> list[Bisection]:
     """Find every tensor that alone divides the graph in two, in the graph's order.
 
-    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
-    them that are trained, with their elements.  The raw inputs ``sent`` may cross beside a tensor
-    where they must.
+    ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps the
+    trained ones to their number of elements.  The raw inputs ``sent`` may cross beside a tensor if
+    the cut requires it.
 
     Raises:
-        TooManyTries: too many tensors would each take a walk through the whole graph.
+        TooManyTries: too many tensors would each need a walk through the whole graph.
     """
     around = survey(graph, state=state, trainable=trainable)
     candidates = _list_candidates(graph, around, sent, trainable)
@@ -96,9 +101,9 @@ def _list_candidates(
     sent: Sequence[ir.Value],
     trainable: Collection[str],
 ) -> list[ir.Value]:
-    """List what is the only data-dependent tensor alive right after it was computed.
+    """List the tensors that are the only live data-dependent tensor just after they are computed.
 
-    That holds for a single-tensor cut in whatever topological order.
+    Every single-tensor cut has this property, whatever the topological order.
     """
     lone = around.data - find_opened(graph, sent, around.data, trainable)
     needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
@@ -131,7 +136,7 @@ def _add_beside(
 ) -> list[ir.Value]:
     """Add tensors that may divide the graph together with ``sent``.
 
-    What the server computes from ``sent`` may be alive beside such a tensor.
+    Values that the server computes from ``sent`` may be live beside such a tensor.
     """
     if not sent:
         return candidates
@@ -151,7 +156,7 @@ def _try(
     trainable: Mapping[str, int],
     around: Surroundings,
 ) -> Bisection:
-    """Try :func:`divide` with one tensor, and those of ``sent`` that must cross beside it."""
+    """Try :func:`divide` with one tensor and the inputs in ``sent`` that must cross beside it."""
     with suppress(NotACut, SharedParameter):
         partition = _divide_at(graph, value, sent, state, trainable, around)
         before = {source.name for source in walk_back([value])[1]} & set(trainable)
@@ -166,7 +171,7 @@ def _try(
 
 
 _REFUSED = Bisection(at=(), client=0, server=0, trained=False)
-"""Stands for a tensor that does not divide the graph."""
+"""Placeholder for a tensor that does not divide the graph."""
 
 
 def _divide_at(
@@ -194,14 +199,14 @@ def _divide_at(
 def _list_read(
     graph: ir.Graph, only: ir.Value, sent: Sequence[ir.Value], around: Surroundings
 ) -> list[ir.Value]:
-    """List those of ``sent`` that the server reads if all of them cross beside a tensor."""
+    """List the inputs in ``sent`` that the server reads if all of them cross beside the tensor."""
     ends = list_server_outputs(graph, [only], around.sizes)
     _, sources = walk_back(ends, {only, *sent}, around.sizes)
     return [value for value in sent if value in sources]
 
 
 class _Client:
-    """What the client must have for each tensor of the row: each needs all of the one before."""
+    """The nodes and weights that the client needs for each tensor of the chain."""
 
     def __init__(self, around: Surroundings, trainable: Mapping[str, int]) -> None:
         self._around, self._trainable = around, trainable
@@ -222,7 +227,7 @@ class _Client:
         self.regular: list[bool] = []
 
     def advance(self, value: ir.Value) -> bool:
-        """Append a tensor to the row, if it depends on the row's last one."""
+        """Append a tensor to the chain if it depends on the last tensor in it."""
         every, sources, met = self._all.explore([value], {})
         new, _, met_head = self._head.explore([value], {})
         if self._last is not None and not (self._last in met and self._last in met_head):
@@ -255,11 +260,11 @@ class _Client:
 
 
 _Sizes = tuple[Amount, ...] | None
-"""The unknown sizes that a node gives, ``None`` where their number is not known."""
+"""The unknown sizes that a node computes; ``None`` if their number is not known."""
 
 
 class _Server:
-    """What the server must have behind each tensor of the row, from the last one to the first."""
+    """The nodes and weights that the server needs after each tensor of the chain, in reverse."""
 
     def __init__(
         self,
@@ -288,9 +293,9 @@ class _Server:
         self._elements = 0
 
     def classify(self, place: int) -> Bisection | None:
-        """Return whether the tensor at a place divides the graph; ``None`` where that is not seen.
+        """Return the bisection at the tensor at ``place``, or ``None`` if this walk cannot decide.
 
-        Places are asked for in falling order.
+        Must be called with descending values of ``place``.
         """
         self._shared -= self._until.pop(place + 1, 0)
         targets = self._ends.pop(place, [])
@@ -349,13 +354,13 @@ class _Server:
                     self._share(self._client.first_read.get(value.name or ""), place)
 
     def _share(self, since: int | None, place: int) -> None:
-        """Note what the client has too, from its place ``since`` on."""
+        """Record the nodes that the client has too, from position ``since`` in the chain on."""
         if since is not None and since <= place:
             self._shared += 1
             self._until[since] += 1
 
     def _list_underived(self, held: ir.Value) -> list[ir.Node]:
-        """List the nodes whose sizes the server neither computes nor has from the tensor."""
+        """List the nodes whose sizes the server can neither compute nor read from the tensor."""
         own = tuple(d for d in self._around.known.shape(held) or () if isinstance(d, Dim))
         found: list[ir.Node] = []
         for wanted, nodes in self._away.items():
@@ -367,9 +372,9 @@ class _Server:
         return found
 
     def _classify_size(self, node: ir.Node, place: int) -> bool | None:
-        """Return whether the cut tensor alone has the sizes; if not, one before it forbids the cut.
+        """Return whether the cut tensor alone has the sizes; if not, the cut is not legal.
 
-        ``None`` where the server might compute the tensors that have them.
+        Return ``None`` if the server might compute the tensors that have the sizes.
         """
         makers = [v.producer() for v in self._around.sizes[node] if v is not self._row[place]]
         away = [maker for maker in makers if maker not in self._walk.nodes]

@@ -1,9 +1,10 @@
-"""Find where a graph can be divided if some inputs may cross beside the tensor of the cut.
+"""Find the tensors that divide a graph if some inputs may cross beside the tensor of the cut.
 
-Such a tensor is on every path to the outputs from all that it is made of, apart from what may
-cross.  In the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance
-Algorithm") each tensor is above those whose paths all pass through it, so one walk over the tree
-answers for all tensors.  This module knows no weights and no sizes: what it lists is a candidate.
+Such a tensor is on every path from its own inputs to the graph's outputs, apart from paths through
+values that may cross.  In the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast
+Dominance Algorithm") a tensor is the ancestor of all tensors whose paths pass through it, so one
+walk over the tree checks all tensors.  This module ignores weights and sizes, so its results are
+only candidates.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ def find_bottlenecks(
     data: Collection[ir.Value],
     free: Collection[ir.Value],
 ) -> list[ir.Value]:
-    """List the tensors on every path from what they are made of, ``free`` aside, to the outputs.
+    """List the tensors that are on every path from their inputs to the graph's outputs.
 
-    ``nodes`` are the nodes that count, in the graph's order, and ``data`` the tensors that do.
+    Paths through the tensors in ``free`` are ignored.  Only ``nodes``, given in the graph's order,
+    and the tensors ``data`` count.
     """
     tree = _Tree(nodes, data)
     excess = [0] * len(tree.parents)
@@ -46,9 +48,9 @@ def _is_free(place: _Place, free: Collection[ir.Value]) -> bool:
 
 
 class _Tree:
-    """The tree: nodes and values by number, counted from the outputs, whose common end is 0.
+    """The tree of post-dominators; nodes and values are numbered from the outputs, whose root is 0.
 
-    ``parents`` has, for each number, the nearest place that all paths from there pass.
+    ``parents`` holds, for each number, the nearest place that all paths from there pass.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:
@@ -69,7 +71,7 @@ class _Tree:
             self._depths.append(self._depths[meeting or 0] + 1)
 
     def after(self, place: _Place) -> list[int]:
-        """List the numbers of what comes right after a place."""
+        """List the numbers of the direct successors of a node or value."""
         if isinstance(place, ir.Node):
             return [self.numbers[value] for value in place.outputs if value in self.numbers]
         return [self.numbers[node] for node in self._readers.get(place, [])] or [0]
@@ -87,7 +89,7 @@ def _list_backwards(
     readers: Collection[ir.Value],
     data: Collection[ir.Value],
 ) -> Iterator[_Place]:
-    """List nodes and values so that all behind a place come before it."""
+    """List nodes and values so that each comes after everything that depends on it."""
     made = set[ir.Value]()
     for node in reversed(nodes):
         outputs = [v for v in node.outputs if v in data and (v in readers or v.is_graph_output())]

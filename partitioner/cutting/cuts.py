@@ -1,12 +1,12 @@
-"""Where a model can be cut: names to tensors, and tensors to a partition.
+"""Define where a model can be cut: find tensors by name, and partition the graph at them.
 
-A *partition* gives the server the nodes between the cut tensors ``at`` and the cut tensors
-``tail_at`` (or the model's outputs), and the client everything else.  The client may therefore
-lead a skip connection from head to tail, or tie weights between them, without anything crossing.
-It is legal where nothing crosses but the named tensors: no other activation, no raw input unless
-it is named, no trainable tensor used on both sides.
+A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
+``tail_at`` (or the model's outputs), and everything else to the client.  The client may therefore
+have a skip connection from head to tail, or weights shared between them, without sending anything.
+A partition is legal if only the named tensors cross: no other activation, no raw input that is not
+named, and no trainable tensor used on both sides.
 
-This module knows graphs and names; it knows no loss, no gradient and no runtime.
+This module deals with graphs and names only, not with losses, gradients or runtimes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from splitonnx.partitioner.inference.inferences import Inference
 class Partition:
     """A legal partition of a graph, in nodes and values of that graph.
 
-    ``server`` holds the server's nodes; all others are the client's.  What depends on no data, or
-    on their shape alone, may be needed by both: ``client`` holds all that the client needs.
-    ``remote_shapes`` maps each party to its nodes that read the shape of a tensor which it does not
-    hold, each with the tensors from whose shapes it can be had instead.  ``duplicated`` nodes carry
-    data of raw inputs that cross anyway, and each party computes them by itself.
+    ``server`` holds the server's nodes; all other nodes are the client's.  Nodes that do not depend
+    on data, or only on its shape, may be needed by both parties: ``client`` holds all nodes that
+    the client needs.  ``remote_shapes`` maps each party to its nodes that read the shape of a
+    tensor which the party does not hold; each node is mapped to tensors that have the same sizes.
+    ``duplicated`` nodes depend on raw inputs that cross anyway, so each party computes them itself.
     """
 
     at: tuple[ir.Value, ...]
@@ -53,10 +53,10 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What a party must have: its nodes, the values they end in, and sizes it has from elsewhere.
+    """One party's side of a cut: its nodes, the source values it starts from, and its remote sizes.
 
-    ``remote_shapes`` is that party's of :class:`Partition`; ``underived`` says why a size that it
-    needs cannot be had, if one cannot.
+    ``remote_shapes`` is that party's entry in :attr:`Partition.remote_shapes`.  ``underived`` is
+    the reason if a size that the party needs cannot be derived, else ``None``.
     """
 
     nodes: set[ir.Node]
@@ -67,7 +67,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """What both parties must have where a graph is cut at ``at`` and ``tail_at``, legal or not."""
+    """What both parties need if a graph is cut at ``at`` and ``tail_at``, whether legal or not."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]
@@ -77,11 +77,12 @@ class Sides:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a graph is wherever it is divided.
+    """Facts about a graph that hold wherever it is divided.
 
-    ``raw`` are its inputs, in order, ``data`` what carries theirs, and ``private`` what is made
-    of them without a trained parameter.  ``sizes`` maps each node that gives sizes of data to the
-    tensors that it has them from; ``readers`` are those that read a shape.
+    ``raw`` holds the graph's inputs, in order, ``data`` the values that depend on them, and
+    ``private`` the values computed from them without a trained parameter.  ``sizes`` maps each node
+    that computes sizes of data to the tensors whose shapes it reads; ``readers`` are the nodes that
+    read a shape.
     """
 
     raw: Mapping[ir.Value, None]
@@ -99,9 +100,10 @@ def survey(
     trainable: Collection[str] = frozenset(),
     known: Inference | None = None,
 ) -> Surroundings:
-    """Collect what :func:`divide` needs to know of a graph before it divides it anywhere.
+    """Collect the facts about a graph that :func:`divide` needs, whatever the cut is.
 
-    ``known`` is what is known of the graph's dimensions, where more than their notes.
+    ``known`` holds what is known of the graph's dimensions, if that is more than the graph itself
+    declares.
     """
     known = known or Inference(graph.opset_imports[""])
     raw = {value: None for value in graph.inputs if value.name not in state}
@@ -118,10 +120,10 @@ def survey(
 
 
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
-    """Find the tensors that ``names`` mean: a tensor, a node (its outputs) or a glob pattern.
+    """Find the tensors for ``names``: each is a tensor, a node (all its outputs) or a glob pattern.
 
     Raises:
-        UnknownTensor: a name or pattern fits nothing; the nearest names are offered.
+        UnknownTensor: a name or pattern matches nothing; the error suggests similar names.
     """
     values = map_values(graph)
     nodes = {node.name: node for node in graph if node.name}
@@ -158,9 +160,9 @@ def divide(
 ) -> Partition:
     """Divide ``graph`` at the given tensors, in three steps.
 
-    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of
-    them that are trained.  Without ``at`` everything belongs to the client.  ``around`` is what
-    :func:`survey` found of the graph, if it was asked already.
+    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of them
+    that are trained.  Without ``at`` everything belongs to the client.  ``around`` is the result of
+    :func:`survey` for the graph, if already computed.
 
     Raises:
         NotACut: more than the named tensors would cross, or nothing would be left to the server.
@@ -189,9 +191,9 @@ def divide(
 def trace_sides(
     graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
 ) -> Sides:
-    """Trace what each party must have to compute what is asked of it: step one of three.
+    """Find the nodes and values that each party needs for its own outputs (step one of three).
 
-    A node may be on both sides, and a side may end in more than it receives.
+    A node may be on both sides, and a side may start from values that it does not receive.
 
     Raises:
         NotACut: a named tensor depends on none of the model's inputs.
@@ -215,7 +217,7 @@ def trace_sides(
 
 
 def check_use(sides: Sides, data: Set[ir.Value]) -> None:
-    """Check that each party has work, and uses what it receives: step two.
+    """Check that each party has nodes to run and uses the tensors that it receives (step two).
 
     Raises:
         NotACut: nothing would be left to the server, or a party does not use a named tensor.
@@ -233,12 +235,12 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
 def find_duplicated(
     graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
 ) -> frozenset[ir.Node]:
-    """Find the nodes of data that both parties compute, and check that they may: step three.
+    """Find the data-dependent nodes that both parties compute, and check them (step three).
 
-    They may where all that such a node reads is made of raw inputs that cross anyway.
+    Both parties may compute a node if its data comes only from raw inputs that cross anyway.
 
     Raises:
-        NotACut: more than the named tensors would cross; ``missing`` names what.
+        NotACut: more than the named tensors would cross; ``missing`` names them.
     """
     at, server, client, data = sides.at, sides.server, sides.client, around.data
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
@@ -263,9 +265,10 @@ def _list_names(at: Sequence[ir.Value], tail_at: Sequence[ir.Value]) -> list[str
 def find_lost(
     tensors: Sequence[ir.Value], trainable: Collection[str]
 ) -> tuple[ir.Value, list[str]] | None:
-    """Find a cut tensor that is an integer, and the parameters whose gradient it would hold back.
+    """Find an integer tensor in the cut that would block the gradients of parameters before it.
 
-    Those that another of ``tensors`` serves as well are not lost.
+    Return the tensor and the names of these parameters.  Parameters that get a gradient through
+    another tensor of ``tensors`` are not listed.
     """
     floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
     served = {value.name for value in walk_back(floats)[1]}
@@ -282,7 +285,7 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Collect what is computed from the data in ``named`` alone, without any trained parameter."""
+    """Find the values computed from the data in ``named`` alone, without any trained parameter."""
     trained = set(trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     opened = set(named)
@@ -300,7 +303,7 @@ def _walk_side(
     sizes: Mapping[ir.Node, frozenset[ir.Value]],
     known: Inference,
 ) -> Side:
-    """Walk back from what a party computes, but not through shapes that it can tell otherwise."""
+    """Walk back from a party's outputs, except through shapes that it can read elsewhere."""
     targets, reason = list(ends), ""
     readers = {node for node in sizes if reads_size(node)}
     while True:
@@ -338,13 +341,16 @@ def _walk_side(
 def list_server_outputs(
     graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
 ) -> list[ir.Value]:
-    """List the model outputs beyond a vanilla cut; one that the head makes stays with it."""
+    """List the model outputs on the server's side of a cut without ``tail_at``.
+
+    Outputs that the client's head computes stay with the client.
+    """
     head, _ = walk_back(at, ends=sizes)
     return [value for value in graph.outputs if value.producer() not in head]
 
 
 def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> list[str]:
-    """Name the tensors that would have to cross as well to make the partition legal."""
+    """Name the further tensors that would have to cross to make the partition legal."""
     at, tail_at = sides.at, sides.tail_at
     server, client = sides.server.nodes, sides.client.nodes
     beyond = find_dependents(graph, at)

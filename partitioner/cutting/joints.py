@@ -1,8 +1,8 @@
-"""The graphs of a phase, whole: what crosses in them, and what each party must compute.
+"""Build the joint graph of a phase: both parties' nodes, the wires, and each party's targets.
 
-``build_training`` yields the joint forward and backward graph, ``build_predict`` the forward
-graph of the inference form.  Both come apart the same way (:mod:`stages`).  This module knows
-which gradient is whose; it knows no files and no targets.
+``build_training`` builds the joint forward and backward graph, ``build_predict`` the forward
+graph of the inference form.  Both are split into stages in the same way (:mod:`stages`).  This
+module knows which party owns each gradient; it does not deal with files or targets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
 
 @dataclass(frozen=True, kw_only=True)
 class WireSpec:
-    """A crossing of a joint graph with what the manifest says of it."""
+    """A crossing of a joint graph, and its description in the manifest."""
 
     crossing: Crossing
     tensor: TensorSpec
@@ -47,12 +47,12 @@ class WireSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class JointGraph:
-    """A whole phase: its graph, what crosses, and each party's targets.
+    """The joint graph of a phase, with its crossings and each party's targets.
 
-    ``results`` are handed to the client's caller.  ``gradients`` maps a trained parameter to the
-    name of its gradient, in the model's order; ``owners`` each weight that the phase uses to the
-    parties that use it, ``commits`` a running statistic to the value that replaces it.  ``data``
-    declares the arrays that the caller must supply.
+    ``results`` are returned to the client's caller.  ``gradients`` maps each trained parameter to
+    the name of its gradient, in the model's order.  ``owners`` maps each weight that the phase uses
+    to the parties that use it.  ``commits`` maps a running statistic to the value that replaces it.
+    ``data`` declares the arrays that the caller must supply.
     """
 
     graph: ir.Graph
@@ -66,9 +66,10 @@ class JointGraph:
 
 
 def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Declare a graph's value as the manifest does; a dimension without a name gets one.
+    """Declare a graph's value in the manifest's form; unnamed dimensions are given names.
 
-    A gradient is declared as what it is the gradient of, so that both are bound to one size.
+    A gradient is declared with the dimensions of its forward value, so that both have the same
+    size.
     """
     if value.dtype not in _DTYPE_NAMES or value.shape is None:
         raise UsageError(
@@ -86,7 +87,7 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
-    """Attach loss and ports to the training form and differentiate it, once and whole."""
+    """Add the loss and the ports to the training form, then differentiate the whole graph once."""
     model = copy_model(prepared.training)
     graph = model.graph
     partition = _divide(prepared, graph, at, tail_at)
@@ -139,7 +140,7 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Insert ports into the inference form; the model's outputs end up with the client."""
+    """Add the ports to the inference form; the client receives the model's outputs."""
     graph = copy_model(prepared.inference).graph
     partition = _divide(prepared, graph, at, tail_at)
     ports = insert_ports(graph, partition, partition.server)
@@ -185,7 +186,7 @@ def _divide(
 
 
 def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
-    """Make each party compute the sizes that it needs from its own tensors, in place."""
+    """Rewrite the graph, in place, so that each party computes sizes from its own tensors."""
     if not partition.at:
         return partition
     remote_shapes, client = partition.remote_shapes, partition.client
@@ -207,7 +208,7 @@ def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:
 
 
 def _keep_statistics(prepared: PreparedModel, graph: ir.Graph) -> dict[str, str]:
-    """Make outputs of the running statistics whose BatchNormalization the loss depends on."""
+    """Add outputs for the running statistics of BatchNormalizations that the loss depends on."""
     needed, _ = walk_back(graph.outputs)
     values = map_values(graph)
     kept = {n: v for n, v in prepared.next_buffers.items() if values[v].producer() in needed}
@@ -244,7 +245,7 @@ def _list_port_wires(
 
 
 def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -> list[WireSpec]:
-    """Find the gradient of each port's wire; one that is not needed does not exist."""
+    """Find the gradient of each port's wire; a wire whose gradient is not needed has none."""
     values = map_values(graph)
     wires = []
     for port, tensor in ports:
@@ -267,7 +268,7 @@ def _trace_owners(
     wires: Sequence[WireSpec],
     targets: Mapping[str, Sequence[ir.Value]],
 ) -> dict[str, frozenset[str]]:
-    """Map each weight to the parties whose forward part uses it: theirs it is to keep."""
+    """Map each weight to its owners: the parties whose forward part uses it."""
     owners: dict[str, frozenset[str]] = {}
     for party, values in targets.items():
         stop = {w.crossing.value for w in wires if w.crossing.receiver == party}

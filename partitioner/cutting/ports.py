@@ -1,8 +1,9 @@
-"""Ports: an Identity on every edge that crosses a cut, before differentiation.
+"""Insert a port, an Identity node, on every edge that crosses a cut, before differentiation.
 
-A tensor ``t`` that crosses becomes ``t@server`` or ``t@client``, after who receives it.  Since
-only the receiving side reads the port's output, its gradient is a tensor of its own that holds
-the contribution of that side alone.  This module knows a partition; it knows no gradient.
+When a tensor ``t`` crosses, the port's output is ``t@server`` or ``t@client``, named after the
+receiver.  Only the receiving side reads the port's output, so the gradient of the port's output is
+a separate tensor that holds the contribution of that side alone.  This module handles partitions,
+not gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from splitonnx.partitioner.cutting.cuts import Partition
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """A crossing: the port's output (the wire), who sends it and who reads it, and why."""
+    """A crossing: the port's output (the wire), its sender, its readers and its kind."""
 
     value: ir.Value
     sender: str
@@ -33,7 +34,8 @@ def insert_ports(
 ) -> list[Port]:
     """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
-    ``server`` holds the server's nodes: the partition's, and the loss's where it is the server's.
+    ``server`` holds the server's nodes: those of the partition, and those of the loss if the server
+    computes it.
     """
     ports = []
     for value in partition.at:
@@ -59,7 +61,7 @@ def _insert(
     kind: WireKind,
     server: Collection[ir.Node],
 ) -> Port:
-    """Insert an Identity after ``value`` and redirect the receiving side's uses to it."""
+    """Insert an Identity after ``value``, and make the receiving side's nodes read its output."""
     receiver = SERVER if sender == CLIENT else CLIENT
     name = f"{name}@{receiver}"
     port = ir.node("Identity", [value], name=f"{name}/port")
@@ -86,7 +88,7 @@ def _insert(
 
 
 def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Make a second value, at the client, of a cut tensor that is also a model output."""
+    """Add a copy on the client's side for a cut tensor that is also a model output."""
     name = value.name
     value.name = f"{name}.body"
     identity = ir.node("Identity", [value], name=f"{name}/tail")

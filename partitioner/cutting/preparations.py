@@ -1,6 +1,6 @@
-"""Bring a model into the two forms that the rest works on: one to train, one to predict.
+"""Prepare a model for cutting: build its training form and its inference form.
 
-The forms are made by the table in :mod:`passes`, whose order this module follows.
+The table in :mod:`passes` defines the steps and their order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model in its two forms.
+    """A model in two forms, one for training and one for prediction.
 
-    ``skeleton`` is what both were made from: the model itself, its weights as inputs, with all
-    of its outputs; ``training`` and ``inference`` keep those that depend on the model's inputs.
-    ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles``
-    what each is.  ``next_buffers`` maps a running statistic to the value in ``training`` that
-    replaces it after a step.
+    Both forms were made from ``skeleton``: the model itself with its weights as inputs and with all
+    of its outputs.  ``training`` and ``inference`` keep only the outputs that depend on the model's
+    inputs.  ``weights`` holds the tensors that became graph inputs, in the model's order, and
+    ``roles`` the role of each.  ``next_buffers`` maps a running statistic to the value in
+    ``training`` that replaces it after a step.
     """
 
     training: ir.Model
@@ -37,7 +37,7 @@ class PreparedModel:
 
     @cached_property
     def state(self) -> frozenset[str]:
-        """Names of the graph inputs that are not data: the weights, and Dropout's key."""
+        """Names of the graph inputs that are not data: the weights and the key for Dropout."""
         return frozenset({*self.weights, KEY})
 
     @cached_property
@@ -54,16 +54,16 @@ def prepare(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> PreparedModel:
-    """Prepare a gated model by :data:`PASSES`, in their order; ``model`` itself is consumed.
+    """Prepare a checked model by running :data:`PASSES` in order; ``model`` itself is consumed.
 
-    ``batchnorm`` and ``dropout`` overrule what the model says.  ``train`` and ``freeze`` hold
-    regular expressions (``re.search``): what one of ``train`` finds is trained
-    (:func:`weights.lift_weights`), what one of ``freeze`` finds keeps its
-    value; ``train`` overrules ``freeze``.
+    ``batchnorm`` and ``dropout`` override the modes set in the model.  ``train`` and ``freeze``
+    hold regular expressions (``re.search``).  Parameters that match ``train`` are trained
+    (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
+    takes precedence.
 
     Raises:
-        UnsupportedModel: its operators cannot be brought to opset 18 to 21, or a pattern fits
-            nothing.
+        UnsupportedModel: its operators cannot be converted to opset 18 to 21, or a pattern
+            matches nothing.
         UsageError: a pattern is not a regular expression or has no effect.
     """
     work = Work(model=model, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)

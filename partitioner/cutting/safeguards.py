@@ -1,14 +1,15 @@
-"""Safeguards: what kernels of ONNX Runtime 1.19 take on trust, checked by operators before them.
+"""Add checks, made of operators, before kernels of ONNX Runtime 1.19 that trust their inputs.
 
-Some kernels end the process, or read beyond a tensor, where a dimension is empty, where two
-dimensions that the operator ties differ, or where a label is not a class.  Sizes that the parties
-bind (:mod:`splitonnx.tensors`) are at least 1 and equal where their names are; for the rest the
-graph itself checks.  Gather fails with an error on an index out of range, and Reshape on another
-number of elements: both are on the way to the kernel.
+Some kernels crash the process, or read beyond a tensor, if a dimension is empty, if two dimensions
+that should be equal differ, or if a label is not a class.  Sizes that the parties agree on
+(:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal; all other sizes are
+checked by the graph itself.  The checks rely on Gather, which raises an error if an index is out of
+range, and on Reshape, which raises one if the number of elements differs; both run before the
+kernel.
 
-It comes after the ports, so that a check belongs to the party of its node and crosses nothing, and
-before differentiation; bodies of control flow are checked as the rest.  Kernels that compute
-addresses from values are in :mod:`addresses`.
+Checks are added after the ports, so that each check belongs to the party that runs the node and
+sends nothing, and before differentiation.  Bodies of control flow are checked too.  Kernels that
+compute addresses from values are handled in :mod:`addresses`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
-"""Integers that processors divide in their own size; smaller ones are widened first."""
+"""Smallest integers of the types that processors divide natively; other types are widened first."""
 _INTEGERS = {
     *_SMALLEST,
     ir.DataType.INT8,
@@ -42,9 +43,9 @@ Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 
 
 def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
-    """Add checks before those of ``nodes`` that need them, in place.
+    """Add checks, in place, before those nodes in ``nodes`` that need them.
 
-    ``is_training``: the graph will be differentiated, so that kernels of gradients run too.
+    ``is_training`` means that the graph will be differentiated, so that gradient kernels run too.
     """
     tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:
@@ -60,9 +61,9 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 
 
 def is_bound(amount: Amount) -> bool:
-    """Check whether a dimension is at least 1 in every task that the parties let begin.
+    """Return whether a dimension is known to be at least 1 in every task that the parties start.
 
-    It is where it is a sum of products of names that they bind.
+    This holds for sums of products of dimension names that the parties agree on.
     """
     return amount != 0 and all(
         factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
@@ -71,7 +72,7 @@ def is_bound(amount: Amount) -> bool:
 
 
 def _check_gather(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Extend indices by the data's dimensions over which both run in parallel."""
+    """Check that the batch dimensions of a Gather's data and indices are equal and not empty."""
     count = node.attributes.get_int("batch_dims", 0)
     data, indices = node.inputs[:2]
     if not count or data is None or indices is None:
@@ -93,17 +94,17 @@ def _check_rows(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_operands(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check every dimension of every operand: Einsum looks for elements where there are none."""
+    """Check every dimension of every operand: Einsum would read elements of empty tensors."""
     return _check_filled(builder, node, range(len(node.inputs)), None)
 
 
 def _check_source(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check every dimension of what is averaged: the gradient divides by the result's size."""
+    """Check every dimension of the averaged input: the gradient divides by the result's size."""
     return _check_filled(builder, node, [0], None)
 
 
 def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that no integer is divided by 0, and the smallest one not by -1: both end the process.
+    """Check that no integer is divided by 0, nor the smallest one by -1: both crash the process.
 
     d' = d + [0][d = 0 or (d = -1 and n = smallest)]
     """
@@ -144,7 +145,7 @@ def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Bring a diagonal's number to what an address can be computed from: no tensor is larger."""
+    """Limit a diagonal's offset to a range for which addresses can be computed."""
     diagonal = node.inputs[1] if len(node.inputs) > 1 else None
     if diagonal is None or diagonal.is_initializer():
         return {}
@@ -157,7 +158,7 @@ def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 def _check_filled(
     builder: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
 ) -> dict[int, ir.Value]:
-    """Check that the first ``count`` dimensions of operands, which might be, are not empty."""
+    """Check that the first ``count`` dimensions of the operands are not empty, if unknown."""
     checked = {}
     for index in operands:
         value = node.inputs[index]
@@ -171,7 +172,7 @@ def _check_filled(
 
 
 def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that there are labels, each a class or the one to be ignored, and all weights.
+    """Check that each label is a class or the ignored label, and that each class has a weight.
 
     labels' = range(C)[labels < 0 ? C : labels]
     """
@@ -202,10 +203,11 @@ def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
-    """Write a value's shape so that an empty one of its first ``count`` dimensions is an error.
+    """Return a value's shape, computed so that an empty dimension among the first ``count`` fails.
 
-    Each size s_i is looked up at i, but at i + k, where there is none, if it is 0.  Without
-    Concat: from a Concat before a Reshape ONNX Runtime makes a constant with a -1, which fits all.
+    Each size s_i is looked up at i, or at i + k, which is out of range, if the size is 0.  Concat
+    is not used: ONNX Runtime turns a Concat before a Reshape into a constant with a -1, which
+    matches any size.
     """
     shape = note(builder.op("Shape", value), ir.DataType.INT64)
     length, zero, one = builder.op("Size", shape), builder.integer(0), builder.integer(1)
@@ -219,7 +221,7 @@ def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir
 
 
 def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
-    """List a value's first dimensions; ``None`` for one that nothing is noted of."""
+    """List a value's first dimensions; ``None`` for a dimension that is not known."""
     if value.shape is None:
         return [None]
     return [

@@ -1,11 +1,11 @@
-"""Sizes beyond a cut: where a party reads the shape of a tensor that it does not hold.
+"""Find and replace sizes that a party reads from the shape of a tensor that it does not hold.
 
-Exporters write ``x.view(x.size(0), -1)`` as a Shape of whatever tensor bears the size, often one
-far before the cut.  Rather than send integers, the reading party takes each size from the shape
-of a tensor that it does hold: two dimensions noted by the same symbols are the same size.  What
-is computed from sizes alone is computed by each party that needs it.
+Exporters write ``x.view(x.size(0), -1)`` as a Shape of any tensor that has the size, often one
+far before the cut.  Instead of sending integers, the reading party takes each size from the shape
+of a tensor that it does hold: two dimensions with the same symbols are the same size.  Each party
+computes for itself the values that depend on sizes alone.
 
-This module knows parties and shapes; it knows no loss and no gradient.
+This module knows parties and shapes, but not losses and gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from splitonnx.partitioner.inference.dimensions import Amount, Dim, Undecided, l
 from splitonnx.partitioner.inference.inferences import Inference
 
 Places = Mapping[tuple[ir.Value, int], Amount]
-"""The dimensions that a party can read: (tensor, axis) to what it is."""
+"""The dimensions that a party can read: maps (tensor, axis) to the size of that dimension."""
 
 _MOST_SIZES = 64
-"""A node that gives more sizes than that is computed, not read off."""
+"""A node with more sizes than this is computed as usual, not derived from other shapes."""
 
 
 def find_sizes(
@@ -32,8 +32,8 @@ def find_sizes(
 ) -> dict[ir.Node, frozenset[ir.Value]]:
     """Map each node that computes sizes of data to the tensors whose shapes it reads.
 
-    A node gives sizes where all of its elements are known as sums and products of dimensions.
-    What is computed from sizes, but not known so (a mask, a Range), is not listed.
+    A node computes sizes if all of its elements are known sums and products of dimensions.  Values
+    that are computed from sizes in another way (a mask, a Range) are not listed.
     """
     sizes: dict[ir.Node, frozenset[ir.Value]] = {}
     origins: dict[ir.Value, frozenset[ir.Value]] = {}
@@ -57,7 +57,7 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Name what a node's sizes need and no tensor in ``held`` has, if anything."""
+    """Return a dimension that a node needs and no tensor in ``held`` has, or ``None``."""
     content = known.content(size.outputs[0])
     if content is None:
         return "its rank"
@@ -72,7 +72,7 @@ def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) ->
 
 
 class SizeWatch:
-    """Which nodes that give sizes have them from tensors that a party holds or makes."""
+    """Tracks which size nodes can read their sizes from tensors that a party holds or computes."""
 
     def __init__(self, sizes: Mapping[ir.Node, frozenset[ir.Value]]) -> None:
         self._sizes = sizes
@@ -82,7 +82,11 @@ class SizeWatch:
     def enter(
         self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node]]:
-        """Return the size nodes that are new and away, and those that the party can compute now."""
+        """Add nodes; return the size nodes that must wait, and those that are now computable.
+
+        A size node waits until ``nodes`` contains the producers of all tensors whose shapes it
+        reads; the tensors in ``held`` have no producer to wait for.
+        """
         away, near = [], []
         for node in new:
             if node not in self._sizes:
@@ -116,10 +120,10 @@ def derive_sizes(
 ) -> set[ir.Node]:
     """Make ``party`` compute its sizes itself, in place; return the nodes that it then has.
 
-    ``nodes`` are the party's, ``others`` the other party's.  Each node in ``remote_shapes`` gives
-    sizes of a tensor that the party does not hold, and has them from those that it is mapped to.
-    Nodes that both parties have and that read sizes are duplicated, and so are those in
-    ``duplicated``.  The graph may be out of order afterwards.
+    ``nodes`` are the party's nodes, ``others`` those of the other party.  ``remote_shapes`` maps
+    each node that reads the size of a tensor which the party does not hold to the tensors that
+    provide the size instead.  Nodes that both parties have and that read sizes are duplicated, like
+    the nodes in ``duplicated``.  Afterwards the graph's nodes may be out of topological order.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}
@@ -177,7 +181,7 @@ def _list_places(held: Sequence[ir.Value], known: Inference) -> Places:
 def _write_size(
     builder: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
 ) -> ir.Value:
-    """Write a node's sizes, in the shape and type of its output."""
+    """Build a node's sizes, in the shape and type of its output."""
     content, output = known.content(size.outputs[0]), size.outputs[0]
     assert content is not None
     places = _list_places(held, known)
@@ -200,7 +204,7 @@ def _join(builder: NodeBuilder, parts: Sequence[ir.Value]) -> ir.Value:
 
 
 def _write_amount(builder: NodeBuilder, amount: Amount, places: Places) -> ir.Value:
-    """Write a sum of products of sizes, as a vector of one element."""
+    """Build a sum of products of sizes, as a vector of one element."""
     for (value, axis), dim in places.items():
         if dim == amount:
             return _write_atom(builder, (value, axis), 1, 0)

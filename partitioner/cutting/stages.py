@@ -1,14 +1,13 @@
-"""Stages: a joint graph comes apart into the graphs that each party runs in one go.
+"""Split a joint graph into stages: the graphs that each party runs without interruption.
 
-Every party has targets: the wires that it sends, its gradients, its results.  Walking back from
-them to the wires that the party receives gives its nodes.  A value's *level* is the number of
-wires on the longest way to it, so a target's level says after how many messages it can be
-computed, and all that a party computes between two messages is one stage.  A node belongs to the
-first stage that needs it; what a later stage of the same party needs again becomes stash.
-Nothing is computed twice but what depends on constants alone, and nothing but wires crosses:
-the stages are a partition of one graph.
+Every party has targets: the wires that it sends, its gradients and its results.  Walking back from
+them to the wires that the party receives yields its nodes.  A value's *level* is the number of
+wires on the longest path to it, that is, how many messages must arrive before it can be computed.
+Everything that a party computes between two messages is one stage.  A node belongs to the first
+stage that needs it; a value that a later stage of the same party needs again is stashed.  Nothing
+is computed twice except values that depend on constants alone, and nothing but wires crosses.
 
-This module knows parties and wires; forward and backward are the same to it.
+This module knows parties and wires; it treats forward and backward in the same way.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class StageCut:
     view: ir.GraphView
 
     def extract(self) -> ir.Graph:
-        """Clone the stage's graph out of the joint graph."""
+        """Return the stage's graph as a copy, independent of the joint graph."""
         return self.view.clone()
 
     @property
@@ -58,7 +57,7 @@ def cut_stages(
 ) -> list[StageCut]:
     """Cut ``graph`` into stages, in the order in which they can run.
 
-    ``targets`` maps each party to the values it must compute for its own sake; the wires that it
+    ``targets`` maps each party to the values that it must compute for itself; the wires that it
     sends are added.
     """
     received = {party: {c.value for c in crossings if c.receiver == party} for party in targets}
@@ -80,7 +79,7 @@ def _find_levels(
     nodes: Mapping[str, Collection[ir.Node]],
     received: Mapping[str, Collection[ir.Value]],
 ) -> dict[tuple[str, ir.Value], int]:
-    """Count, for each party, the wires on the longest way to each value that it computes."""
+    """Count, for each party, the wires on the longest path to each value that it computes."""
     senders = {crossing.value: crossing.sender for crossing in crossings}
     levels: dict[tuple[str, ir.Value], int] = {}
 

@@ -1,8 +1,7 @@
-"""The last look at a graph before it is written: would the runtime's gate let its operators pass?
+"""Check, before a graph is written, that the runtime's gate will accept its operators.
 
-What the steps before make of a model is theirs; here only names, domains and versions of operators
-are held against the table that the gate has, so that a mistake shows when a model is cut and not
-when its bundle is run.
+Only names, domains and versions of operators are compared with the gate's table.  A mistake in an
+earlier step is thus found when a model is cut, not when its bundle is run.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ _HIGHEST = {"": HIGHEST_OPSET, TRAINING_DOMAIN: HIGHEST_TRAINING_OPSET}
 def check_operators(
     stage: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool
 ) -> frozenset[str]:
-    """Check every operator of a stage's graph, those in bodies too; return the domains in use.
+    """Check every operator of a stage's graph and of its bodies; return the domains in use.
 
-    A portable graph has standard operators alone.
+    A portable graph may use standard operators only.
 
     Raises:
-        ForbiddenOperator: the party's runtime would refuse one.
+        ForbiddenOperator: the party's runtime would refuse an operator.
     """
     passed: set[tuple[str, str]] = set()
     pending: list[ir.Graph | ir.GraphView] = [graph]

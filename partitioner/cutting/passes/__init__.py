@@ -1,4 +1,5 @@
-"""The passes that prepare a model for its cut: what each requires, and what it ensures.
+"""The passes that prepare a model for cutting, and what each of them requires and ensures.
 
-What a pass does in detail is in normalization, inference and the rewrites.  It knows no cut.
+The passes are implemented in the packages normalization, inference and rewrites.  They do not
+depend on where the model is cut.
 """

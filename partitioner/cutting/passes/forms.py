@@ -1,4 +1,4 @@
-"""What makes a form of a model one to train or one to predict with: names, modes, outputs."""
+"""Make the training form and the inference form of a model: names, modes and outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT_OUTPUTS = {
 
 
 def declare_statistics(graph: ir.Graph) -> None:
-    """Declare the optional outputs that gradients need."""
+    """Add the optional node outputs that gradients need."""
     for node in graph:
         kinds = _KEPT_OUTPUTS.get(node.op_type, ())
         if node.domain or len(node.outputs) > len(kinds) or not kinds:
@@ -39,7 +39,7 @@ def make_inference_form(graph: ir.Graph) -> None:
 
 
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Drop outputs that no input reaches, running statistics among them, and those of text."""
+    """Remove the outputs that depend on no input (running statistics too) and outputs of text."""
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
     lost = {value for value in graph.outputs if value.dtype == ir.DataType.STRING} | statistics
@@ -49,7 +49,7 @@ def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Name every node uniquely, for errors, cuts and Dropout's keys."""
+    """Assign a unique name to every node; errors, cuts and the keys of Dropout refer to it."""
     taken: set[str] = set()
     for index, node in enumerate(graph):
         if not node.name or node.name in taken:
@@ -60,10 +60,10 @@ def name_nodes(graph: ir.Graph) -> None:
 
 
 def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
-    """Refuse running statistics that are no weights.
+    """Refuse a model whose running statistics are not weights.
 
     Raises:
-        UnsupportedModel: the graph computes one.
+        UnsupportedModel: the graph computes a running statistic.
     """
     for name in statistics:
         if name not in weights:

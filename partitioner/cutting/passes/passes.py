@@ -1,8 +1,9 @@
-"""The passes of a preparation, in a table: what each requires, ensures and spoils.
+"""The table of preparation passes: what each one requires, ensures and invalidates.
 
-Both forms share every tensor name, so that one cut fits both.  Weights leave the graph and
-become graph inputs: what is differentiated stays small, whatever the model weighs.  The passes
-know operators' modes in training and inference; they know no cut, no loss and no gradient.
+Both forms share all tensor names, so that one cut fits both.  Weights are moved out of the graph
+and become graph inputs, so that the graph to differentiate stays small, however large the weights
+are.  The passes know how operators behave in training and in inference; they do not depend on the
+cut, the loss or the gradients.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from splitonnx.partitioner.rewrites import rewrite
 
 
 class Fact(Flag):
-    """What holds of a model between two passes."""
+    """A property of the model that a pass requires, ensures or invalidates."""
 
     INLINED = auto()  # no node calls a function of the model
     STORED = auto()  # what has a stored value is no input of the graph
@@ -82,7 +83,7 @@ _NOTHING = Fact(0)
 
 @dataclass(kw_only=True)
 class Work:
-    """A model on its way through the passes, which change it in place, and what they found."""
+    """The state of a preparation: the model, changed in place by the passes, and their findings."""
 
     model: ir.Model
     batchnorm: BatchNormMode | None = None
@@ -98,21 +99,21 @@ class Work:
 
     @property
     def training(self) -> ir.Model:
-        """The form to train."""
+        """The training form."""
         return self.forms[0]
 
     @property
     def inference(self) -> ir.Model:
-        """The form to predict with."""
+        """The inference form."""
         return self.forms[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One step of the preparation; ``work`` completes "while the model was ...".
+    """One step of the preparation; ``work`` completes the phrase "while the model was ...".
 
-    It needs what it ``requires``; afterwards what it ``ensures`` holds, and what it ``spoils`` no
-    longer does.
+    The pass may run when the facts in ``requires`` hold.  Afterwards the facts in ``ensures`` hold,
+    and those in ``spoils`` no longer do.
     """
 
     work: str
@@ -134,14 +135,14 @@ def _lift_weights(work: Work) -> None:
 
 
 _MOST_CORRECTIONS = 32
-"""How many times shapes are inferred again after a window too many."""
+"""How often shapes are inferred again after a padding was corrected."""
 
 
 def _make_paddings_explicit(work: Work) -> None:
-    """Make paddings explicit, one after the other where a size follows from another's windows.
+    """Make paddings explicit, one after the other if a size depends on an earlier padding.
 
     Raises:
-        UnsupportedModel: more than ``_MOST_CORRECTIONS`` stand behind one another.
+        UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another.
     """
     for _ in range(_MOST_CORRECTIONS):
         if not make_paddings_explicit(work.model.graph):
@@ -179,7 +180,7 @@ def _widen(work: Work) -> None:
 
 
 def _fold_forms(work: Work) -> None:
-    """Fold constants in bfloat16, which can only be folded now."""
+    """Fold bfloat16 constants, which was not possible in earlier passes."""
     for form in work.forms if work.masters is not work.weights else ():
         fold(form, work.weights)
 
@@ -200,7 +201,7 @@ def _assign_roles(work: Work) -> None:
 
 
 def _make_differentiable(work: Work) -> None:
-    """Write the training form in operators that have a gradient, behind the trained weights."""
+    """Rewrite the nodes that depend on trained weights into operators that have gradients."""
     training = work.training
     trained = {name for name, role in work.roles.items() if role is Role.PARAMETER}
     if not trained:
@@ -381,4 +382,4 @@ PASSES: Sequence[Pass] = (
         ensures=_F.SHAPED,
     ),
 )
-"""The preparation, in order; what each step requires, an earlier one ensures."""
+"""The preparation passes, in order; an earlier pass ensures what a later pass requires."""
