@@ -1,5 +1,5 @@
-"""Losses, gradients of the whole model, and the optimizers' updates, as graphs.
+"""Losses, gradients of the whole model, and optimizer updates, built as graphs.
 
-A model is differentiated once and whole, before it is cut.  It may use rewrites, normalization and
-what is below them; where the cut is, it does not know.
+A model is differentiated once, as a whole, before it is cut.  This package may import rewrites,
+normalization and the packages that these import.  It does not know where the cut is.
 """

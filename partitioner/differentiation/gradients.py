@@ -1,6 +1,6 @@
-"""One differentiation of a whole model, by onnxruntime-training, whose code runs in :mod:`natives`.
+"""Differentiate a whole model with onnxruntime-training, whose code runs in :mod:`natives`.
 
-It knows nothing of cuts: a port is to it an Identity like any other.
+This module knows nothing of cuts: a port is an Identity like any other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from splitonnx.partitioner.native.workers import Refused, call
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
-"""The builder names the gradient of a value ``x`` so: ``x_grad``."""
+"""Suffix of gradients: the builder names the gradient of a value ``x`` ``x_grad``."""
 
 WITHOUT_GRADIENT = frozenset(
     [
@@ -129,14 +129,17 @@ WITHOUT_GRADIENT = frozenset(
         "Upsample",
     ]
 )
-"""Operators that 1.19.2 cannot differentiate, or whose gradient has no kernel; ``If`` aborts."""
+"""Operators for which onnxruntime-training 1.19.2 has no gradient or no gradient kernel.
+
+On an ``If`` its gradient builder aborts the process.
+"""
 
 _TYPES = {kind.runtime: ir.DataType(kind.code) for kind in ELEMENT_TYPES}
 
 _SUBJECT = "the model to differentiate"
 
 _SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
-"""What is before the reason in what ONNX Runtime says: the place in its own source."""
+"""What precedes the reason in error messages of ONNX Runtime: the position in its source code."""
 
 _ADVICE = (
     "cut so that it is before every trained parameter, freeze the parameters before it, or "
@@ -149,7 +152,7 @@ def list_undifferentiable(
 ) -> Iterator[NotDifferentiable]:
     """Yield an error for each node between a parameter and the loss that has no gradient.
 
-    It is asked before the builder, which aborts the process on some operators.
+    Call this before the gradient builder, which aborts the process on some operators.
     """
     trained = set(parameters)
     moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
@@ -165,11 +168,12 @@ def list_undifferentiable(
 
 
 def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
-    """Return the joint graph: ``model`` with the gradient of ``loss`` to every parameter.
+    """Return the joint graph: ``model`` with the gradients of ``loss`` for all parameters.
 
-    Parameters are graph inputs; the gradient of each is a graph output ``<name>_grad``, and so
-    are all outputs of ``model``.  Training-mode BatchNormalization comes back as ORT's
-    BatchNormInternal, and some patterns (GELU, LayerNormalization) fused.
+    The parameters must be graph inputs.  All outputs of ``model`` stay graph outputs, and the
+    gradient of each parameter is added as an output named ``<name>_grad``.  Training-mode
+    BatchNormalization is returned as ONNX Runtime's BatchNormInternal, and some patterns (GELU,
+    LayerNormalization) are returned fused.
 
     Raises:
         NotDifferentiable: an operator has no gradient.
@@ -219,9 +223,9 @@ def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
 
 
 def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
-    """Insert a copy where a node reads a parameter twice, as in ``w * w``.
+    """Insert a copy if a node reads a parameter twice, as in ``w * w``.
 
-    The builder of 1.19.2 would write the gradient of such a graph input twice, under one name.
+    The builder of 1.19.2 would write two gradients of the same name for such a graph input.
     """
     trained = set(parameters)
     for value in [value for value in graph.inputs if value.name in trained]:
@@ -238,9 +242,10 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
 
 
 def _take_out_detached(graph: ir.Graph) -> dict[str, str]:
-    """Make every detached value a graph input, so that the builder takes it for data.
+    """Replace each detached value by a graph input, so that the builder treats it as data.
 
-    Returns the name of each and of the value that it stands for, which becomes a graph output.
+    Return a mapping from the name of each input to the name of the replaced value, which becomes a
+    graph output.
     """
     detached: dict[str, str] = {}
     for node in [node for node in graph if DETACHED in node.metadata_props]:
@@ -256,7 +261,7 @@ def _take_out_detached(graph: ir.Graph) -> dict[str, str]:
 
 
 def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
-    """Lead the uses of every stand-in back to the value that it stands for."""
+    """Replace each graph input that stands for a detached value by the value itself."""
     values = map_values(graph)
     for name, source in detached.items():
         stand_in, value = values[name], values[source]
@@ -269,7 +274,7 @@ def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
 
 
 def _separate_splits(content: bytes, loss: str) -> bytes:
-    """Make the gradient of every Split right; slices side by side are a Split by now, too."""
+    """Correct the gradient of every Split; the optimizer has made Splits of adjacent slices too."""
     if b"Split" not in content:
         return content
     model = read_model(onnx.load_from_string(content))
@@ -302,7 +307,7 @@ def _annotate(model: ir.Model) -> None:
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
-    """Return the shape of what a node keeps for its gradient, which no inference knows."""
+    """Return the shape of a value that a node saves for its gradient; shape inference lacks it."""
     if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
         return node.inputs[1].shape  # the batch's statistics, one a channel like the scale
     if node.op_type == "MaxPool":

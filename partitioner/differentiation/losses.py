@@ -1,7 +1,7 @@
-"""Losses and their metrics, attached to a graph as standard ONNX operators.
+"""Attach losses and their metrics to a graph, in standard ONNX operators.
 
-A loss is the mean over the batch.  ``labels`` is the name of the array that the caller's data
-must hold.  This module knows outputs and labels; it knows no cut and no gradient.
+A loss is the mean over the batch.  ``labels`` is the name of the array of labels in the caller's
+data.  This module knows outputs and labels; it does not deal with cuts or gradients.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ ACCURACY = "accuracy"
 
 @dataclass(frozen=True, kw_only=True)
 class AttachedLoss:
-    """What a loss added to a graph: the labels it reads (none if the model had them already)."""
+    """The labels that an attached loss reads (``None`` if the model already has the labels)."""
 
     labels: TensorSpec | None
     results: tuple[str, ...]
 
 
 def list_losses() -> list[str]:
-    """List the names that ``--loss`` takes."""
+    """List the names of losses that ``--loss`` accepts."""
     return [*_LOSSES, "from-model"]
 
 
 def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
-    """Add ``loss`` on ``output`` to ``graph`` and make it and its metric graph outputs.
+    """Add ``loss`` on ``output`` to ``graph``, and make the loss and its metric graph outputs.
 
     - ``cross-entropy``: output (N, C, ...) of raw scores, labels I64 (N, ...) in [0, C); metric
       accuracy.
@@ -44,7 +44,7 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     - ``from-model``: ``output`` is the loss itself, a scalar.
 
     Raises:
-        UsageError: no such loss.
+        UsageError: there is no loss of this name.
         UnsupportedModel: the output does not fit the loss.
     """
     value = map_values(graph)[output]
@@ -66,10 +66,10 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
 
 
 def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
-    """Return the labels that ``loss`` on ``output`` reads; none where the output is the loss.
+    """Return the labels that ``loss`` on ``output`` reads, or ``None`` if the output is the loss.
 
     Raises:
-        UsageError, UnsupportedModel: as :func:`attach_loss` does.
+        UsageError, UnsupportedModel: as raised by :func:`attach_loss`.
     """
     value = map_values(graph)[output]
     if loss != "from-model" and loss not in _LOSSES:
@@ -85,10 +85,11 @@ def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
 
 
 def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
-    """Name the raw scores behind ``output`` where the model ends in the activation of its loss.
+    """Return the name of the raw scores if the model ends in the activation that its loss contains.
 
-    ``cross-entropy`` and ``bce-with-logits`` contain Softmax and Sigmoid; a model that ends in
-    one would be squashed twice.  An output that is itself a cut tensor is left as it is.
+    ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid, so a model that ends in
+    the same activation would apply it twice.  An output that is itself a cut tensor is returned
+    unchanged.
     """
     value = map_values(graph)[output]
     node = value.producer()
@@ -99,7 +100,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 
 
 def find_activation(output: ir.Value, loss: str) -> str | None:
-    """Name the activation that makes ``output`` if ``loss`` contains it, else ``None``."""
+    """Return the operator that computes ``output`` if ``loss`` contains it too, else ``None``."""
     node = output.producer()
     if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:
         return None
@@ -131,20 +132,20 @@ def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
 
 
 def _list_names(loss: str, output: ir.Value) -> Sequence[str]:
-    """List the names that a loss needs."""
+    """List the value names that a loss needs."""
     if loss == "from-model":
         return () if output.name == LOSS else (LOSS,)
     return (LABELS, LOSS, ACCURACY)
 
 
 def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Rename the model's own inner values that bear a name which the loss needs."""
+    """Rename the model's inner values whose name the loss needs."""
     for value in _find_hidden(graph, names):
         value.name = f"{value.name}.model"
 
 
 def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
-    """Find the model's own inner values that bear one of the names; no other may."""
+    """Find the model's inner values with one of the names; no other value may have such a name."""
     values = map_values(graph) if names else {}
     found = [(name, values[name]) for name in names if name in values]
     for name, value in found:
@@ -214,7 +215,7 @@ def _l1(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str
 def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
     """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
 
-    So written its derivative at x = 0 is 1/2 - y, as it should be, where Abs has derivative 0.
+    In this form the derivative at x = 0 is 1/2 - y, as it should be, because Abs has derivative 0.
     """
     size = builder.op("Abs", scores)
     positive = builder.op("Mul", builder.op("Add", scores, size), _number(builder, 0.5))
@@ -244,8 +245,8 @@ def build_evaluation(
 ) -> tuple[ir.Model, AttachedLoss]:
     """Build the model that computes loss and metric from a prediction and its labels.
 
-    ``activation`` is what made the prediction of the scores that the loss is taken of; it is
-    undone first.
+    ``activation`` is the operator that turned the raw scores into the prediction.  It is undone
+    first, because the loss is computed from raw scores.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
     builder = NodeBuilder("splitonnx.scores")

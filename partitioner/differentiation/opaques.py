@@ -1,13 +1,14 @@
-"""Nodes hidden from onnxruntime-training: they are removed before it differentiates.
+"""Hide nodes from onnxruntime-training: remove them before it differentiates the graph.
 
-Its optimizer (1.19.2) prepares for training all that it sees, whether a gradient passes it or not:
-of LSTM and GRU it makes LSTMTraining and GRUTraining, which no other runtime has; and within the
-bodies of If, Loop and Scan it turns a BatchNormalization of inference into one of training, whose
-values are others, and refuses quantization.  Where no gradient passes such a node, nothing is lost
-by taking its results for data: so each becomes an input of the graph, and what the node reads
-becomes an output.  Afterwards the nodes are put back as they were.
+The optimizer of version 1.19.2 prepares every node that it sees for training, whether a gradient
+passes through it or not.  It turns LSTM and GRU into LSTMTraining and GRUTraining, which no other
+runtime has.  In the bodies of If, Loop and Scan it turns an inference-mode BatchNormalization into
+a training-mode one, which computes other values, and it refuses quantized operators there.  If no
+gradient passes through such a node, its results can be treated as data: each result becomes a graph
+input, and each value that the node reads becomes a graph output.  After differentiation the nodes
+are inserted again unchanged.
 
-This module knows names and messages; where gradients pass was decided before.
+This module handles names and messages; its caller has already decided where gradients pass.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _RECURRENCES = frozenset({"GRU", "LSTM"})
 
 @dataclass(frozen=True, kw_only=True)
 class Opaques:
-    """What was taken out of a graph, as messages; all else goes by name.
+    """The nodes and values removed from a graph, as protobuf messages or by name.
 
-    ``constants`` are what the nodes read and the optimizer may drop or rename.  ``exposed`` names
-    the outputs that the graph has for the nodes' sake alone; ``results`` are what the nodes make,
-    and ``outputs`` the names of those that the graph gives.
+    ``constants`` are constants that the nodes read and that the optimizer may drop or rename.
+    ``exposed`` holds the names of outputs added only for these nodes.  ``results`` are the values
+    that the nodes compute, and ``outputs`` the names of those that are graph outputs.
     """
 
     nodes: Sequence[onnx.NodeProto] = ()
@@ -47,12 +48,12 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node that no gradient passes is to be kept from onnxruntime-training."""
+    """Return whether a node without gradient must be hidden from onnxruntime-training."""
     return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:
-    """Remove every opaque node from a graph; no gradient may pass one."""
+    """Remove every opaque node from a graph; no gradient may pass through one."""
     nodes = dict.fromkeys(node for node in graph if is_opaque(node))
     if not nodes:
         return Opaques(constants={}, results={})
@@ -82,7 +83,7 @@ def take_out_opaques(graph: ir.Graph) -> Opaques:
 
 
 def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
-    """Insert the nodes again into what became of their graph, which must then be sorted."""
+    """Insert the removed nodes into the differentiated graph, which the caller must then sort."""
     _drop(graph.input, taken.results)
     _drop(graph.output, taken.exposed)
     known = {name for node in graph.node for name in node.output}

@@ -1,8 +1,9 @@
-"""Optimizer updates as graphs of standard ONNX operators.
+"""Build optimizer updates as graphs of standard ONNX operators.
 
-Parameters, gradients and optimizer state in; parameters and state out.  The learning rate and
-the number of the update are scalar inputs, so the runtime may change them from step to step.
-This module knows the formulas of torch.optim; it knows no cut beyond whose norms it needs.
+An update graph reads parameters, gradients and optimizer state, and returns new parameters and
+state.  The learning rate and the number of the update are scalar inputs, so the runtime may change
+them from step to step.  This module implements the formulas of torch.optim.  All that it knows of
+the cut is which parties' gradient norms it needs.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ _SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 _DOUBLINGS = 6
 _TERMS = 7
-"""Of a series whose argument is below 0.3: what it leaves out is below the rounding."""
+"""Terms of a series whose argument is below 0.3; the omitted rest is smaller than the rounding."""
 _SATURATED = 18.0
 """1 - exp(-18) rounds to 1 in single precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norms:
-    """The vectors of squared gradient norms that all parties together yield, for clipping.
+    """The vectors of squared gradient norms that all parties together compute, for clipping.
 
-    ``sizes`` maps each vector's name to its length.  Element ``order[i]`` of the vectors, joined
-    in that order, belongs to the whole model's ``i``-th parameter: summed so, the norm is bit
-    for bit that of the model left whole.
+    ``sizes`` maps each vector's name to its length.  Element ``order[i]`` of the vectors,
+    concatenated in the order of ``sizes``, belongs to the whole model's ``i``-th parameter.  Summed
+    in this order, the norm is bit for bit that of the uncut model.
     """
 
     sizes: Mapping[str, int]
@@ -48,7 +49,7 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update graph, the optimizer state it keeps, and which output replaces which state."""
+    """An update graph, its optimizer state, and which output replaces which state."""
 
     graph: ir.Graph
     state: tuple[StateSpec, ...]
@@ -58,7 +59,7 @@ class Update:
 def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
-    """Build the graph that yields F32[n], each parameter's squared gradient norm, in order."""
+    """Build the graph that computes each parameter's squared gradient norm, in order, as F32[n]."""
     builder = _Graph("norms")
     squares = []
     for spec in parameters:
@@ -81,10 +82,10 @@ def build_update(
 ) -> Update:
     """Build the graph that updates ``parameters``.
 
-    ``gradients`` maps a parameter to the name of its gradient.  With ``optimizer.clip_norm``,
-    ``norms`` names the vectors of squared norms that become inputs too.  ``portable`` does without
-    double precision where no parameter has it: ONNX Runtime's builds for GPUs in browsers have no
-    kernels for that.
+    ``gradients`` maps a parameter to the name of its gradient.  If ``optimizer.clip_norm`` is set,
+    the vectors of squared norms in ``norms`` become inputs too.  With ``portable``, the graph uses
+    double precision only if a parameter has it: ONNX Runtime's builds for GPUs in browsers have no
+    kernels for it.
     """
     builder = _Graph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())
@@ -127,7 +128,7 @@ def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> 
 
 
 class _SharedTerms:
-    """Scalars that every parameter of an update needs, in the dtype asked for."""
+    """Scalars that every parameter's update needs, cast to the requested dtype."""
 
     def __init__(
         self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
@@ -156,18 +157,18 @@ class _SharedTerms:
 
 
 def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
-    """Build the corrections ``1 - beta**step``; in single they would cancel at beta 0.999."""
+    """Build the corrections ``1 - beta**step`` in double precision; beta 0.999 needs the digits."""
     exponent = builder.cast(step, _DOUBLE)
     powers = [builder.op("Pow", builder.number(beta, _DOUBLE), exponent) for beta in betas]
     return [builder.op("Sub", builder.number(1.0, _DOUBLE), power) for power in powers]
 
 
 def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
-    """Build the same in single precision, to some units in the last place.
+    """Build the same corrections in single precision, accurate to some units in the last place.
 
     With ``q(y) = 1 - exp(-y)`` a correction is ``q(-log(beta) * step)``, and nothing cancels: a
     small y has the series ``y * (1 - y/2 * (1 - y/3 * ...))``, and ``q(2 * y) = q * (2 - q)``.
-    There is no operator in it but sums and products, which all runtimes round alike.
+    Only sums and products are used, which all runtimes round alike.
     """
     rates = [min(-math.log(beta), _SATURATED) if beta else _SATURATED for beta in betas]
     one, two = builder.number(1.0, _SINGLE), builder.number(2.0, _SINGLE)
@@ -245,7 +246,7 @@ def _update_adam(
 
 
 class _Graph(NodeBuilder):
-    """A graph under construction: nodes, and the inputs that they read."""
+    """A graph under construction: nodes and their graph inputs."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -253,7 +254,7 @@ class _Graph(NodeBuilder):
         self._inputs: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
-        """Declare a graph input, once."""
+        """Declare a graph input, or return it if already declared."""
         if name not in self._inputs:
             self._inputs[name] = ir.Value(
                 name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape))
@@ -261,7 +262,7 @@ class _Graph(NodeBuilder):
         return self._inputs[name]
 
     def finish(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
-        """Close the graph; an output takes the name that it is given here."""
+        """Return the finished graph; each output is renamed to its key in ``outputs``."""
         for output, value in outputs.items():
             value.name = output
         inputs = [value for value in self._inputs.values() if value.uses()]
