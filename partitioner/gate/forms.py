@@ -1,4 +1,4 @@
-"""Form: onnx's own checker and type inference look at the model, without its weights' data."""
+"""Check a model's form with onnx's own checker and type inference, without its weights' data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 _MOST_ELEMENTS = 1024
-"""Larger tensors hold weights, whose values no type depends on."""
+"""Tensors with more elements hold weights, whose values do not affect any type."""
 
 
 def check_form(model: ModelProto, label: str) -> None:
-    """Check what onnx's schemas say of operators, attributes and types.
+    """Check operators, attributes and types against onnx's schemas.
 
     Raises:
-        NotAModel: onnx's checker or its inference refuses the model.
-        NativeCrash: they break down over it.
+        NotAModel: onnx's checker or its type inference refuses the model.
+        NativeCrash: the checker or the inference crashes on the model.
     """
     light = _strip(model)
     try:
@@ -34,7 +34,7 @@ def check_form(model: ModelProto, label: str) -> None:
 
 
 def _find_culprit(light: ModelProto) -> NodeProto:
-    """Find the node with which native code breaks down, by halves: each try costs a process."""
+    """Find the node on which native code crashes, by bisection: each attempt costs a process."""
     safe, broken = 0, len(light.graph.node)
     part = ModelProto()
     while broken - safe > 1:
@@ -54,7 +54,7 @@ def _find_culprit(light: ModelProto) -> NodeProto:
 
 
 def _strip(model: ModelProto) -> ModelProto:
-    """Copy a model with its large weights as inputs, so that checking copies no weight."""
+    """Copy a model with its large weights replaced by inputs, so that checking copies none."""
     light = ModelProto()
     light.ir_version = max(model.ir_version, 4)
     light.opset_import.extend(model.opset_import)
@@ -79,7 +79,7 @@ def _strip(model: ModelProto) -> ModelProto:
 
 
 def _find_held(node: NodeProto) -> TensorProto | None:
-    """Return the large tensor that a Constant node holds."""
+    """Return the tensor that a Constant node holds, if it is large."""
     if node.op_type != "Constant" or len(node.output) != 1 or len(node.attribute) != 1:
         return None
     tensor = node.attribute[0].t

@@ -1,10 +1,10 @@
-"""The gate: every model passes it before anything else sees it.
+"""The gate: read a model and check it before any other code uses it.
 
-ONNX Runtime 1.19.2 reads any file, and memory, that a model's external data names; so what comes
-in is checked by our own code first: known domains and operators only, external data only from
-the model's own folder, sizes that agree with the bytes, names that are unique and defined before
-they are used.  Weights are mapped, not copied.  This module knows what is well-formed; whether a
-model can be trained is decided later.
+ONNX Runtime 1.19.2 reads any file, and memory, that a model's external data refers to.  So every
+model is first checked by our own code: only known domains and operators, external data only from
+the model's own folder, sizes that match the bytes, and names that are unique and defined before
+use.  Weights are memory-mapped, not copied.  This module checks that a model is well-formed;
+whether it can be trained is decided later.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from splitonnx.partitioner.graphs.faults import (
 from splitonnx.partitioner.graphs.readings import read_model
 
 MAX_PROTO_BYTES = 2**31 - 1
-"""Protocol Buffers end at 2 GiB; what is larger has its weights outside."""
+"""Size limit of a Protocol Buffers message (2 GiB); larger models store weights externally."""
 
 ModelSource = str | Path | bytes | onnx.ModelProto
 
 
 def open_model(source: ModelSource) -> ir.Model:
-    """Read a model, check it, and return it ready to be worked on.
+    """Read a model, check it, and return it ready for preparation.
 
-    External data is mapped from files inside the model's folder; a model given as bytes or as a
-    loaded one may have none.  ``source`` itself is not changed.
+    External data is memory-mapped from files in the model's folder; a model given as bytes or as a
+    loaded object may have no external data.  ``source`` itself is not changed.
 
     Raises:
-        NotAModel: the bytes are not an ONNX model, or not a well-formed one.
-        UnsupportedModel: it uses a domain, operator or opset that is not known here.
-        ForbiddenExternalData: a tensor's data are outside the model's folder.
+        NotAModel: the bytes are not an ONNX model, or the model is not well-formed.
+        UnsupportedModel: it uses an unknown domain, operator or opset.
+        ForbiddenExternalData: a tensor's data is outside the model's folder.
     """
     proto, label, folder = _read(source)
     files = DataFiles(label=label, folder=folder)
@@ -120,7 +120,7 @@ def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
 
 
 def _map_external(model: ir.Model, files: DataFiles) -> None:
-    """Replace every external tensor by one whose file is mapped already."""
+    """Replace every external tensor by a tensor whose file is already memory-mapped."""
     graphs: list[ir.Graph] = [*model.graphs()]
     for function in model.functions.values():
         graphs += [function.graph, *function.subgraphs()]
@@ -136,7 +136,7 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
 
 
 def _forget_negative_dims(graph: ir.Graph) -> None:
-    """Make a dimension of -1, which some exporters write for a dynamic one, unknown."""
+    """Mark dimensions of -1, which some exporters write for dynamic dimensions, as unknown."""
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
         if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
             dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]

@@ -1,8 +1,9 @@
-"""Operators of the domain ``ai.onnx.ml`` that exporters write around a network, in standard ones.
+"""Rewrite operators of the domain ``ai.onnx.ml`` that exporters add around a network.
 
-skl2onnx scales before a perceptron (Scaler), picks the label behind it (ArrayFeatureExtractor)
-and wraps its probabilities into dictionaries (ZipMap).  This module knows these three; whatever
-else the domain holds, trees above all, has no gradient and is refused at the gate.
+skl2onnx scales the inputs of a perceptron (Scaler), selects the predicted label
+(ArrayFeatureExtractor) and wraps the probabilities in dictionaries (ZipMap).  Only these three
+operators are supported.  The other operators of the domain, mainly trees, have no gradient and are
+refused at the gate.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _Rewrite = Callable[[NodeBuilder, ir.Node], ir.Value]
 def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model without ZipMap: its output becomes the tensor of probabilities itself.
 
-    onnx-ir has no type for dictionaries.  ``proto`` is returned where it has no ZipMap, else a
-    copy.
+    onnx-ir has no type for dictionaries.  If the model has no ZipMap, ``proto`` itself is returned,
+    else a changed copy.
     """
     if not any(node.domain == DOMAIN and node.op_type == "ZipMap" for node in proto.graph.node):
         return proto
@@ -45,7 +46,7 @@ def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def normalize_ml_operators(graph: ir.Graph) -> None:
-    """Write the nodes of the domain in standard operators, in place."""
+    """Rewrite the nodes of the domain in standard operators, in place."""
     for node in list(graph):
         if node.domain == DOMAIN:
             builder = NodeBuilder(f"{node.outputs[0].name or node.name}/normalized")
@@ -53,7 +54,7 @@ def normalize_ml_operators(graph: ir.Graph) -> None:
 
 
 def _rewrite_extractor(builder: NodeBuilder, node: ir.Node) -> ir.Value:
-    """Columns of the last axis; a vector counts as one row."""
+    """Select columns of the last axis; a vector counts as one row."""
     source, picks = node.inputs
     assert source is not None
     assert picks is not None
@@ -80,4 +81,4 @@ ESTIMATORS: Mapping[str, _Rewrite] = {
     "ArrayFeatureExtractor": _rewrite_extractor,
     "Scaler": _rewrite_scaler,
 }
-"""Operator of the domain -> how it is written in standard ones; the gate lets no other pass."""
+"""Map each supported operator of the domain to its rewrite; the gate refuses all others."""

@@ -1,4 +1,4 @@
-"""Names and declared types: each name given once, used after it was given, and readable."""
+"""Check names and declared types: names are unique, defined before use, and readable."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 
 
 def check_texts(model: ModelProto, label: str) -> None:
-    """Check that every name fits into one line of text, and that other text is text.
+    """Check that every name fits into one line of text, and that other text is valid UTF-8.
 
     Raises:
-        NotAModel: a name holds a line break or another control character, or is endless; text is
-            not UTF-8.
-        UnsupportedModel: text is too long.
+        NotAModel: a name contains a line break or another control character, or is too long; a
+            text is not UTF-8.
+        UnsupportedModel: a text is too long.
     """
     check = partial(_check_text, label=label)
     free = partial(_check_free_text, label=label)
@@ -78,7 +78,7 @@ def _check_text(names: Iterable[str], label: str) -> None:
 
 
 def _check_free_text(message: _Described, label: str) -> None:
-    """Check the text that may be anything, over several lines too."""
+    """Check text that may have any content, including several lines."""
     notes = [text for entry in message.metadata_props for text in (entry.key, entry.value)]
     if not all(isinstance(text, str) for text in (message.doc_string, *notes)):
         raise NotAModel(label, "it holds text that is not UTF-8")
@@ -87,7 +87,7 @@ def _check_free_text(message: _Described, label: str) -> None:
 
 
 def refuse_long(text: str | bytes, label: str) -> None:
-    """Refuse a text that is too long to be in a bundle's graph.
+    """Refuse a text that is too long for a graph in a bundle.
 
     Raises:
         UnsupportedModel: it takes more than ``MODEL.text_bytes`` bytes.
@@ -104,10 +104,10 @@ def refuse_long(text: str | bytes, label: str) -> None:
 
 
 def check_types(model: ModelProto, label: str) -> None:
-    """Check the types that values are declared with; inputs and outputs must be tensors.
+    """Check the declared types of values; inputs and outputs must be tensors.
 
     Raises:
-        NotAModel: an element type that does not exist, or an absurd rank.
+        NotAModel: an element type does not exist, or a rank is far too large.
         UnsupportedModel: an input or output is a sequence, a map or the like.
     """
     for value in (*model.graph.input, *model.graph.output):
@@ -140,10 +140,10 @@ def _check_type(declared: TypeProto, value: ValueInfoProto, label: str) -> None:
 
 
 def check_names(model: ModelProto, label: str) -> None:
-    """Check that every name is given once and used after it was given.
+    """Check that every name is defined once, before it is used.
 
     Raises:
-        NotAModel: two values bear a name, or none does that is read.
+        NotAModel: two values have the same name, or a name is used but not defined.
     """
     _check_graph(model.graph, (), label)
     for function in model.functions:
@@ -151,7 +151,7 @@ def check_names(model: ModelProto, label: str) -> None:
 
 
 def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) -> None:
-    """``scopes`` holds the names that the graphs around this one have given so far."""
+    """Check a graph; ``scopes`` holds the names that the graphs around it have defined so far."""
     inputs = [value.name for value in graph.input]
     weights = [tensor.name for tensor in graph.initializer]
     for names in (inputs, weights, [value.name for value in graph.output]):
@@ -166,10 +166,10 @@ def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) ->
 
 
 def check_function(function: FunctionProto, label: str) -> None:
-    """Check that every name of a function is given once and used after it was given.
+    """Check that every name in a function is defined once, before it is used.
 
     Raises:
-        NotAModel: two values bear a name, or none does that is read.
+        NotAModel: two values have the same name, or a name is used but not defined.
     """
     known = set(function.input)
     _check_nodes(function.node, known, (), label)

@@ -1,4 +1,4 @@
-"""Opsets, operators and functions: all known, none calling itself, none expanding without end."""
+"""Check opsets, operators and functions: all known, with no recursion and bounded expansion."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_opsets(
 ) -> int:
     """Return the version of ONNX's own operators among the imported opsets.
 
-    ``default`` is the version where none is named.
+    ``default`` is the version if none is imported.
 
     Raises:
-        NotAModel: none is given, or two are for one domain.
-        UnsupportedModel: it is not one that the installed onnx knows.
+        NotAModel: no version is given, or a domain has two.
+        UnsupportedModel: the installed onnx does not know the version.
     """
     newest = onnx.defs.onnx_opset_version()
     found: dict[str, int] = {}
@@ -47,12 +47,12 @@ def check_opsets(
 
 
 def check_operators(model: ModelProto, version: int, label: str) -> None:
-    """Check every node's operator, and that the functions of the model can be inlined.
+    """Check every node's operator, and that the model's functions can be inlined.
 
     Raises:
-        NotAModel: a function is declared twice, or called with more than it takes.
-        UnsupportedModel: an operator is not ONNX's own; functions call themselves, are nested too
-            deep or expand to too many nodes; a function's opset is not known.
+        NotAModel: a function is declared twice, or called with too many arguments.
+        UnsupportedModel: an operator is not in ONNX's own domain; functions call themselves, are
+            nested too deep or expand to too many nodes; a function's opset is not known.
     """
     functions: dict[Key, FunctionProto] = {}
     for function in model.functions:
@@ -109,7 +109,7 @@ def _find_key(node: NodeProto) -> Key:
 
 
 def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
-    """Return the operator's schema, or refuse it; those of scikit-learn's estimators have none."""
+    """Return the operator's schema, or refuse it; operators of ``ai.onnx.ml`` have none here."""
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
         return None
     if node.domain not in STANDARD_DOMAINS:
@@ -184,7 +184,7 @@ def _measure(
     sizes: dict[Key, tuple[int, int]],
     path: tuple[Key, ...],
 ) -> tuple[int, int]:
-    """Count nodes and the depth of their nesting, calls of functions expanded."""
+    """Count the nodes after expanding function calls, and the depth of their nesting."""
     if len(path) > MODEL.depth:
         raise UnsupportedModel(f"function '{path[0][1]}'", f"calls nest over {MODEL.depth} deep")
     count, depth = 0, 0

@@ -1,7 +1,8 @@
-"""Tensors: sizes that agree with the bytes, and data outside the model only beside it.
+"""Check tensors: sizes match the bytes, and external data is in the model's folder.
 
-External data is opened once, checked as the open file that it is, and mapped: what was checked is
-what will be read.  ONNX Runtime 1.19.2 would read any file, and memory, that a model names.
+Each external file is opened once, checked through the open file, and memory-mapped from it, so the
+data that is read later is the data that was checked.  ONNX Runtime 1.19.2 itself would read any
+file, and memory, that a model names.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from splitonnx.partitioner.gate.names import refuse_long
 
 @dataclass(kw_only=True)
 class DataFiles:
-    """The files in a model's folder that hold weights, each mapped once.
+    """The files in a model's folder that hold weights, each memory-mapped once.
 
-    Without a ``folder`` the model is in memory and may read no file.
+    If ``folder`` is ``None``, the model is in memory and may not read any file.
     """
 
     label: str
@@ -35,12 +36,12 @@ class DataFiles:
     _mapped: dict[str, mmap.mmap] = field(default_factory=dict)
 
     def check(self, tensor: TensorProto) -> None:
-        """Check a tensor's size and place by arithmetic, before anything of it is read.
+        """Check a tensor's size and location by arithmetic, before any of its data is read.
 
         Raises:
-            NotAModel: it has no known data type, no valid shape, or not the bytes for it.
+            NotAModel: its data type or shape is invalid, or its size in bytes does not match them.
             UnsupportedModel: it holds a text that is too long.
-            ForbiddenExternalData: its data are outside the model's folder.
+            ForbiddenExternalData: its data is outside the model's folder.
         """
         subject = f"tensor '{tensor.name}'"
         dims = list(tensor.dims)
@@ -67,7 +68,7 @@ class DataFiles:
             self._refuse_size(subject, size, f"{_count_values(tensor)} elements")
 
     def read(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Return a checked external tensor as one whose bytes are mapped."""
+        """Return a checked external tensor with its bytes memory-mapped."""
         mapping = self._mapped[str(tensor.location)]
         shape = tensor.shape.numpy()
         start = tensor.offset or 0
@@ -147,7 +148,7 @@ def _count_values(tensor: TensorProto) -> int:
 
 
 def _expect_values(tensor: TensorProto, elements: int, bits: int) -> int:
-    """Return how many typed values a tensor of so many elements has."""
+    """Return how many typed values a tensor with this many elements has."""
     if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
         return 2 * elements
     return -(-elements * bits // 8) if bits < 8 else elements

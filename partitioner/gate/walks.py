@@ -1,6 +1,6 @@
-"""Walks over a model's messages: its nodes, the bodies inside them, its tensors.
+"""Walk over a model's protobuf messages: its nodes, the bodies inside them, and its tensors.
 
-They descend into bodies of control flow, whose nesting Protocol Buffers themselves end at 100.
+The walks descend into bodies of control flow; Protocol Buffers limit their nesting to 100.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from splitonnx.errors import UnsupportedModel
 
 
 def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Yield nodes and, behind each, those of its bodies."""
+    """Yield all nodes, each followed by the nodes of its bodies."""
     for node in nodes:
         yield node
         for body in list_bodies(node):
@@ -29,24 +29,24 @@ def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def list_all_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Yield the nodes of the graph, its bodies and the model's functions."""
+    """Yield the nodes of the graph, of its bodies and of the model's functions."""
     yield from list_nodes(model.graph.node)
     for function in model.functions:
         yield from list_nodes(function.node)
 
 
 def list_graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """Yield the model's graph and every body, those in functions included."""
+    """Yield the model's graph and every body, including bodies in functions."""
     yield model.graph
     for node in list_all_nodes(model):
         yield from list_bodies(node)
 
 
 def list_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Yield every tensor: initializers and what attributes hold.
+    """Yield every tensor: initializers and tensors in attributes.
 
     Raises:
-        UnsupportedModel: there is a sparse one.
+        UnsupportedModel: a tensor is sparse.
     """
     for graph in list_graphs(model):
         yield from graph.initializer
@@ -66,6 +66,6 @@ def _refuse_sparse(name: str) -> None:
 
 
 def label_node(node: NodeProto) -> str:
-    """Name a node for a sentence, by its first output where it has no name."""
+    """Return a node's label for error messages: its name, or else its first output's name."""
     name = node.name or next((output for output in node.output if output), "")
     return f"node '{name}' ({node.op_type})"
