@@ -1,5 +1,5 @@
-"""Building and walking graphs: nodes, names, bodies, what depends on what, how they are written.
+"""Build, read, write and walk graphs: nodes, names, bodies and dependencies.
 
-What a model means, whether it can be trained and where it is cut is not known here.  It uses no
-other room.
+This package does not know what a model means, whether it can be trained or where it is cut.  It
+imports no other package of the partitioner.
 """

@@ -1,7 +1,8 @@
-"""Running sums and products along an axis, as shifts that double.
+"""Compute running sums and products along an axis, with shifts whose distance doubles.
 
-With ``n`` elements it takes ``log2(n)`` steps of a Pad and an Add or Mul, each of which has a
-gradient; nothing is divided, so that zeros do no harm.  It knows no node that it stands for.
+For ``n`` elements this takes ``log2(n)`` steps of a Pad and an Add or Mul, each of which has a
+gradient.  Nothing is divided, so zeros cause no errors.  This module does not know which operator
+the sums and products replace.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """An axis of a tensor of ``rank`` dimensions, ``length`` elements long, and its direction."""
+    """An axis of a tensor: the tensor's ``rank``, the axis's ``length``, and the direction."""
 
     axis: int
     rank: int
@@ -27,7 +28,7 @@ class Line:
 def accumulate(
     builder: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
 ) -> ir.Value:
-    """Compute the running sum or product, with each element itself unless ``exclusive``."""
+    """Compute the running sum or product; it includes each element itself unless ``exclusive``."""
     dtype = x.dtype
     neutral = builder.number(0.0 if kind == "Add" else 1.0, dtype)
     if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils

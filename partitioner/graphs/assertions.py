@@ -1,8 +1,8 @@
-"""Assertions in graphs: values that are there only where a condition holds, by standard operators.
+"""Build assertions in graphs from standard operators: values that exist only if a condition holds.
 
-Gather fails with an error on an index out of range, so a lookup that goes astray where something is
-wrong ends the stage before the kernel that would trust it.  This module knows conditions and
-shapes; which kernel needs them is :mod:`safeguards`' and :mod:`addresses`' business.
+Gather raises an error if an index is out of range.  So a lookup that is made to fail on a bad value
+ends the stage before the kernel that would trust the value.  This module knows conditions and
+shapes; :mod:`safeguards` and :mod:`addresses` decide which kernels need them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
-    """Return a zero (I64, scalar), or an error where any element of ``bad`` (BOOL) is true."""
+    """Return a zero (I64, scalar), or an error if any element of ``bad`` (BOOL) is true."""
     numbers = builder.cast(note(bad, BOOL), I64)
     count = builder.op(
         "ReduceSum", numbers, keepdims=0
@@ -25,18 +25,18 @@ def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
 
 
 def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
-    """Return a value as it is, once ``zero`` was computed: its shape is added to it."""
+    """Return a copy of ``value`` that depends on ``zero``, by adding ``zero`` to its shape."""
     shape = note(builder.op("Shape", value), I64)
     return reshape(builder, value, note(builder.op("Add", shape, zero), I64))
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
-    """Reshape, to what is noted as the shape it has; an error if the elements are more or fewer."""
+    """Reshape to a shape known to equal the value's; fail if the number of elements differs."""
     return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 
 
 def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
-    """Join conditions by Or."""
+    """Combine conditions with Or."""
     joined, *others = conditions
     for condition in others:
         joined = note(builder.op("Or", joined, condition), BOOL)
@@ -44,7 +44,7 @@ def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
 
 
 def note(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None = None) -> ir.Value:
-    """Note a value's type and shape."""
+    """Set a value's type and shape, and return the value."""
     value.type = None if dtype is None else ir.TensorType(dtype)
     value.shape = shape
     return value
@@ -54,7 +54,7 @@ def require_rank(value: ir.Value) -> int:
     """Return the number of a value's dimensions.
 
     Raises:
-        UnsupportedModel: it is not known.
+        UnsupportedModel: the number is not known.
     """
     if value.shape is None:
         raise UnsupportedModel(
@@ -64,7 +64,7 @@ def require_rank(value: ir.Value) -> int:
 
 
 def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list[int] | None:
-    """Return dimensions that are numbers, all of a stretch, or ``None``."""
+    """Return the dimensions from ``start`` to ``end`` if all of them are numbers, else ``None``."""
     if value.shape is None:
         return None
     dims = list(value.shape)[start:end]

@@ -1,8 +1,8 @@
-"""Attributes: what the work on a model relies on when it reads them, checked once.
+"""Check attributes once, so that later steps can rely on their presence and type.
 
-onnx's checker lets pass what is in bodies and functions, references above all, which mean
-something only where a function is called.  Behind this, each attribute is of its operator's type
-and the required ones are there.  Their values are checked where they are used.
+onnx's checker does not check everything in bodies and functions, in particular not references to
+attributes, which are valid only in a function.  After this check, each attribute has its operator's
+type and the required ones are present.  Attribute values are checked by the code that uses them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from splitonnx.errors import NotAModel
 
 
 def check_attributes(graph: ir.Graph, opset: int) -> None:
-    """Check the attributes of every node, those in bodies included, against its schema.
+    """Check the attributes of every node, including nodes in bodies, against its schema.
 
-    Functions are inlined.  A node without a version of its own is of ``opset``.
+    Functions must be inlined already.  A node without its own version belongs to ``opset``.
 
     Raises:
-        NotAModel: an attribute refers to that of no function, is of another type than its
-            operator's, or is missing.
+        NotAModel: an attribute refers to an attribute of a function although there is none, has
+            another type than its operator requires, or is missing.
     """
     for node in graph.all_nodes():
         declared = _find_attributes(node, node.version or opset)
@@ -47,7 +47,7 @@ _Attributes = Mapping[str, onnx.defs.OpSchema.Attribute]
 
 
 def _find_attributes(node: ir.Node, version: int) -> _Attributes | None:
-    """Return the attributes of the operator, where ONNX itself has it."""
+    """Return the attributes of the operator if it is in ONNX's own domain."""
     return _list_attributes(node.op_type, version) if node.domain in ("", "ai.onnx") else None
 
 

@@ -1,6 +1,7 @@
-"""Bodies of control flow, copied into the graph around them: one run of a loop, one branch.
+"""Copy a body of control flow into the graph around it: one iteration of a loop, or one branch.
 
-It binds a body's inputs and gives everything a name of its own; it knows no operator.
+The body's inputs are bound to outer values and everything gets a new name.  This module knows no
+operators.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def copy_body(
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     """Copy a body's nodes with its inputs bound to values of the outer graph.
 
-    Returns the nodes, in order and of no graph, and what the body's outputs have become.
+    Return the new nodes, in order and not yet in any graph, and the values that correspond to the
+    body's outputs.
     """
     copy = body.clone(allow_outer_scope_values=True)
     outputs = list(copy.outputs)

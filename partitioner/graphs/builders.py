@@ -1,7 +1,7 @@
-"""Drafts: nodes under construction, with names of their own and constants that are shared.
+"""Build nodes, with automatic names and shared constants.
 
-Losses, updates and lowerings write their formulas with it.  It knows how to write nodes, not
-which.
+Losses, updates and lowerings write their formulas with it.  This module knows how to build nodes,
+not which nodes are needed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 
 DETACHED = "splitonnx.detached"
-"""Key of a node's metadata that marks an Identity which lets no gradient pass."""
+"""Metadata key that marks an Identity node through which no gradient passes."""
 
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
 
 
 class MissingOutput(Exception):
-    """A node was to be replaced, but nothing was written for an output of it that is used."""
+    """Raised if a node is replaced, but the replacement lacks an output that is used."""
 
 
 class NodeBuilder:
-    """A row of nodes; every node and value is named ``<prefix>/<number>``.
+    """Builds a sequence of nodes; every node and value is named ``<prefix>/<number>``.
 
-    ``nodes`` is what was written so far, in order.
+    ``nodes`` holds the nodes built so far, in order.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -35,7 +35,7 @@ class NodeBuilder:
         self._constants: dict[tuple[object, ...], ir.Value] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
-        """Append a node with one output and return that."""
+        """Append a node with one output and return the output."""
         return self.ops(kind, list(inputs), 1, attributes)[0]
 
     def ops(
@@ -45,7 +45,7 @@ class NodeBuilder:
         outputs: int,
         attributes: Mapping[str, Attribute],
     ) -> Sequence[ir.Value]:
-        """Append a node with several outputs and return them."""
+        """Append a node with several outputs and return the outputs."""
         name = f"{self._prefix}/{len(self.nodes)}"
         held = ir.convenience.convert_attributes(attributes) if attributes else ()
         made = [ir.Value(name=f"{name}_{i}" if i else name) for i in range(outputs)]
@@ -53,7 +53,7 @@ class NodeBuilder:
         return made
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
-        """Return a scalar constant; ``dtype`` is usually that of a neighbour."""
+        """Return a scalar constant; ``dtype`` is usually that of the other operand."""
         known = self._require(dtype)
         return self._constant((value, known), _make_tensor(value, known))
 
@@ -71,12 +71,12 @@ class NodeBuilder:
         return self._constant((id(tensor), "tensor"), tensor)
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
-        """Return a constant tensor with what an array holds, as ``dtype``."""
+        """Return a constant tensor with the contents of an array, converted to ``dtype``."""
         known = self._require(dtype)
         return self.tensor(ir.tensor(array.astype(known.numpy()), dtype=known))
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Cast to ``dtype``, where the value is not known to be of it already."""
+        """Cast to ``dtype``, unless the value is known to have this type already."""
         known = self._require(dtype)
         if value.dtype == known:
             return value
@@ -85,7 +85,7 @@ class NodeBuilder:
         return result
 
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
-        """Return (a piece of) a value's shape as I64 vector: a constant where it is known."""
+        """Return a value's shape, or a slice of it, as an I64 vector; it is a constant if known."""
         dims = known_dims(value)
         piece = None if dims is None else dims[start:end]
         if piece is not None and all(dim is not None for dim in piece):
@@ -95,7 +95,7 @@ class NodeBuilder:
         return self.op("Shape", value, start=start, end=end)
 
     def detach(self, value: ir.Value) -> ir.Value:
-        """Return a value through which no gradient passes: a constant to differentiation."""
+        """Return a copy of a value through which no gradient passes."""
         result = self.op("Identity", value)
         result.type, result.shape = value.type, value.shape
         node = result.producer()
@@ -104,12 +104,12 @@ class NodeBuilder:
         return result
 
     def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
-        """Replace ``node`` by what was written; ``made`` becomes its outputs.
+        """Replace ``node`` by the nodes built so far; ``made`` replaces its outputs.
 
-        Outputs keep their names, types and shapes; one that nobody reads needs no replacement.
+        Outputs keep their names, types and shapes; an output that is not used needs no replacement.
 
         Raises:
-            MissingOutput: ``made`` has nothing for an output that is used.
+            MissingOutput: ``made`` has no value for an output that is used.
         """
         graph = node.graph
         assert graph is not None
@@ -150,7 +150,7 @@ class NodeBuilder:
 
 
 def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProtocol:
-    """Make a tensor as ``ir.tensor`` does, without asking all that a value may be."""
+    """Make a tensor like ``ir.tensor``, without its checks of many possible argument types."""
     if type(value) not in (bool, float, int, list):
         return ir.tensor(value, dtype=dtype)
     array = np.array(value, dtype.numpy())
@@ -158,22 +158,25 @@ def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProto
 
 
 def known_dims(value: ir.Value) -> list[int | None] | None:
-    """List a value's dimensions, ``None`` for one that is not a number; ``None`` without rank."""
+    """List a value's dimensions, or return ``None`` if the rank is unknown.
+
+    A dimension that is not a number is listed as ``None``.
+    """
     if value.shape is None:
         return None
     return [dim if isinstance(dim, int) else None for dim in value.shape]
 
 
 def known_rank(value: ir.Value) -> int | None:
-    """Return a value's number of dimensions, if it is known."""
+    """Return a value's number of dimensions, or ``None`` if it is not known."""
     return None if value.shape is None else len(value.shape)
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
-    """Return the number of dimensions of what ``node`` reads or makes.
+    """Return the number of dimensions of a value that ``node`` reads or computes.
 
     Raises:
-        UnsupportedModel: it is not known.
+        UnsupportedModel: the number is not known.
     """
     rank = known_rank(value)
     if rank is None:
@@ -186,25 +189,25 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def take_input(node: ir.Node, index: int = 0) -> ir.Value:
-    """Return an input that the operator always has."""
+    """Return an input of a node that is always present for its operator."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """Return the first inputs, which the operator always has."""
+    """Return the first ``count`` inputs of a node, which are always present for its operator."""
     return [take_input(node, index) for index in range(count)]
 
 
 def known_array(value: ir.Value | None) -> np.ndarray | None:
-    """Return what a value holds, if the model says it: an initializer, or a Constant's output."""
+    """Return a value's contents if it is an initializer or a Constant's output, else ``None``."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def release_bodies(node: ir.Node) -> None:
-    """Detach the bodies of a removed node from the values that they read."""
+    """Disconnect the bodies of a removed node from the outer values that they read."""
     for attribute in node.attributes.values():
         bodies: Sequence[ir.Graph] = ()
         if attribute.type == ir.AttributeType.GRAPH:

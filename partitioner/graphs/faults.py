@@ -1,10 +1,11 @@
-"""Faults: whose an error is that interrupts the work on a model, the model's or ours.
+"""Decide whether an error during the work on a model is caused by the model or by this package.
 
-The work trusts what an operator's definition promises of its inputs and attributes: ranks that fit,
-a divisor that is not 0, a mode that exists.  A model may break that where no checker looks, and
-the breach then shows as one of Python's errors of values (:data:`FAULTS`): it is told of the node.
-Any other error is a mistake of this package, and says so, with the pass and the node; its
-traceback is logged, and it gives no advice on the model.
+The code relies on what an operator's definition guarantees of its inputs and attributes: ranks that
+match, a divisor that is not 0, a mode that exists.  A model may violate this in places that no
+checker covers.  The violation then raises one of Python's errors of values (:data:`FAULTS`), which
+is reported as an error in the model, with the node's name.  Any other error is a bug in this
+package.  It is reported as such, with the pass and the node, its traceback is logged, and no advice
+on the model is given.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from splitonnx.faults import log_mistake
 from splitonnx.partitioner.graphs.builders import MissingOutput
 
 FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
-"""As what a model shows whose values or ranks are not what an operator takes."""
+"""Exceptions raised for a model whose values or ranks are not valid for an operator."""
 _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
-"""As what bytes show that are not a model, when onnx-ir reads them."""
+"""Exceptions that onnx-ir raises when it reads bytes that are not a model."""
 
 _NO_NUMBER = re.compile(r"only .* arrays can be converted to .*")
 _MOST_CHARACTERS = 160
@@ -34,13 +35,13 @@ _MOST_CHARACTERS = 160
 def attribute_errors_to(
     node: ir.Node, work: str, lost: str = "is read, but nothing makes it", advice: str = ""
 ) -> Iterator[None]:
-    """Name ``node`` where the work on it fails; ``work`` completes "while it was ...".
+    """Report errors in the block as errors of ``node``; ``work`` completes "while it was ...".
 
-    ``lost`` and ``advice`` say what it means that nothing was written for an output of it.
+    ``lost`` and ``advice`` are the message for a replacement that lacks a used output of the node.
 
     Raises:
-        UnsupportedModel: the node's inputs or attributes are not what its operator takes.
-        InternalModelError: the work itself is wrong.
+        UnsupportedModel: the node's inputs or attributes are not valid for its operator.
+        InternalModelError: the code in the block has a bug.
     """
     subject = _describe(node)
     try:
@@ -61,13 +62,13 @@ def attribute_errors_to(
 
 @contextmanager
 def attribute_errors_to_pass(work: str) -> Iterator[None]:
-    """Name a pass over the whole model, and the node it was at, where it fails.
+    """Report errors in a pass over the whole model with the pass and the node it was working on.
 
     ``work`` completes "while it was ...".
 
     Raises:
-        UnsupportedModel: the model is too large to be written down.
-        InternalModelError: the pass itself is wrong, since the gate has let the model in.
+        UnsupportedModel: the model is too large to be serialized.
+        InternalModelError: the pass has a bug, because the gate accepted the model.
     """
     try:
         yield
@@ -84,10 +85,10 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
 
 @contextmanager
 def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterator[None]:
-    """Refuse bytes that cannot be read; ``refuse`` makes the error from the reason.
+    """Report errors while reading bytes; ``refuse`` makes the error to raise from the reason.
 
-    onnx-ir and protobuf raise any sort of error over such bytes.  One that says that our own code
-    is wrong, and is raised in it, passes unchanged to the pass around this.
+    onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  An exception that is
+    typical of a bug and is raised in our own code passes unchanged to the surrounding pass.
     """
     try:
         yield
@@ -98,20 +99,20 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
 
 
 def _shows_values(cause: BaseException) -> bool:
-    """Check whether an error is of values; numpy's for an array in place of a number is, too."""
+    """Return whether values cause an error; numpy's error for an array as a number counts too."""
     if isinstance(cause, TypeError):
         return _NO_NUMBER.fullmatch(str(cause)) is not None
     return isinstance(cause, FAULTS)
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Check whether it is this package's code, and not one that it calls, which raised an error."""
+    """Return whether an error was raised by this package's own code, not by a library it calls."""
     frames = [frame for frame, _ in traceback.walk_tb(find_cause(error).__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("splitonnx.")
 
 
 def _find_node(error: BaseException) -> ir.Node | None:
-    """Find the node that a pass was at when it failed: the innermost function's ``node``."""
+    """Find the node that a pass was working on when it failed: the innermost variable ``node``."""
     found = None
     for frame, _ in traceback.walk_tb(find_cause(error).__traceback__):
         local = frame.f_locals.get("node")
@@ -124,21 +125,21 @@ def _describe(node: ir.Node) -> str:
 
 
 def _report(subject: str, work: str, error: Exception) -> InternalModelError:
-    """Log where our work failed, and make the error that asks for a report."""
+    """Log an internal failure, and return the error that asks the user for a report."""
     log_mistake(f"{subject}, while it was {work}", error)
     cause = find_cause(error)
     return InternalModelError(subject, work, f"{type(cause).__name__}: {explain(error)}")
 
 
 def find_cause(error: BaseException) -> BaseException:
-    """Find the first cause of an error."""
+    """Return the first cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def explain(error: BaseException) -> str:
-    """Return the sentence of the first cause: onnx-ir repeats whole messages on the way up."""
+    """Return the message of an error's first cause; onnx-ir repeats it in each outer error."""
     text = " ".join(str(find_cause(error)).split())
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return printable[:_MOST_CHARACTERS] or "a type or shape that is not known"

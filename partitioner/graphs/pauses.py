@@ -1,8 +1,8 @@
-"""Garbage collection, paused for as long as a model is worked on.
+"""Pause garbage collection while a model is processed.
 
-A graph's nodes and values refer to one another, so Python's collector of cycles goes through all
-of them again and again while graphs grow, and finds nothing: it took nearly half of the time on a
-model of 10,000 nodes.  This module knows no graphs.
+A graph's nodes and values refer to one another, so Python's cyclic garbage collector scans all of
+them again and again while graphs grow, and finds nothing: it took nearly half of the time on a
+model of 10,000 nodes.  This module does not know graphs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 
 _LOCK = threading.Lock()
 _COUNT = [0, False]
-"""How many pauses there are, in whatever thread, and whether the collector was on before them."""
+"""The number of active pauses in all threads, and whether the collector was enabled before them."""
 
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Keep the collector off; behind the last pause it is as it was before the first one."""
+    """Disable the garbage collector during the block; the last pause to end restores its state."""
     with _LOCK:
         if not _COUNT[0]:
             _COUNT[1] = gc.isenabled()
@@ -36,10 +36,10 @@ def pause_collection() -> Iterator[None]:
 
 
 def pause_to_the_end() -> None:
-    """Keep the collector off for the rest of the process, its end included.
+    """Disable the garbage collector for the rest of the process, including its exit.
 
-    For a process that ends with the model it works on: the system takes all memory back at once,
-    where the collector goes through millions of objects only to free them one by one.
+    For a process that exits once its model is done: the operating system frees all memory at once,
+    but the collector would free millions of objects one by one.
     """
     gc.disable()
     atexit.register(gc.freeze)  # the interpreter's last collection leaves out what is frozen

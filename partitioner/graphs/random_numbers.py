@@ -1,14 +1,15 @@
-"""Random numbers that are a function of seed, step, micro-batch and node alone.
+"""Compute random numbers that depend only on the seed, step, micro-batch and node.
 
-onnxruntime draws from a generator inside the session that can be neither read nor set: split and
-unsplit training would see other numbers.  Here they are computed in the graph from the input
-``splitonnx.key`` by integer operators, so that a step can be repeated exactly, on any runtime.
-Element ``i`` gets the word ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
-"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31), its multiplications
-done in 64 bits and cut back, as ONNX Runtime does not multiply uint32; the two halves of the key
-enter before and within the mixing.
+onnxruntime draws from a generator inside the session that can be neither read nor set, so split
+and unsplit training would draw different numbers.  Here they are computed in the graph from the
+input ``splitonnx.key`` by integer operators, so that a step can be repeated exactly, on any
+runtime.  Element ``i`` gets the word ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
+"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  Its multiplications
+are done in 64 bits and truncated, because ONNX Runtime does not multiply uint32; the two halves of
+the key enter before and within the mixing.
 
-It knows the random operators of the training form.  When predicting, they are what they were.
+This module handles the random operators of the training form.  In the inference form they stay
+unchanged.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from splitonnx.manifests import KEY
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
-"""Of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
+"""Multipliers of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
 _SPREAD = (0x3243F6A9, 0x2B7E1517, 0x1B873593)
 """Odd constants below 2**30 that spread seed, step and micro-batch over the key."""
 _FLOAT = ir.DataType.FLOAT
 
 
 def find_key(graph: ir.Graph) -> ir.Value:
-    """Return the graph's input for the key, which is made where it is missing."""
+    """Return the graph's input for the random key; add it if it is missing."""
     for value in graph.inputs:
         if value.name == KEY:
             return value
@@ -41,7 +42,7 @@ def find_key(graph: ir.Graph) -> ir.Value:
 
 
 def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
-    """Draw whole numbers below 2**32, as I64 in the given shape, for the node of that name."""
+    """Draw integers below 2**32, as I64 in the given shape, for the node called ``name``."""
 
     def word(value: ir.Value) -> ir.Value:
         return builder.cast(value, ir.DataType.UINT32)
@@ -80,9 +81,9 @@ def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) 
 
 
 def seed_random_operators(graph: ir.Graph) -> None:
-    """Write every random operator, in place, with numbers from the key.
+    """Rewrite every random operator, in place, to draw its numbers from the key.
 
-    A ``seed`` of the node's own takes part like its name.
+    If the node has a ``seed`` attribute, its value is mixed in together with the node's name.
 
     Raises:
         UnsupportedModel: the rank of a Multinomial's input is not known.
@@ -94,7 +95,7 @@ def seed_random_operators(graph: ir.Graph) -> None:
 
 
 class _Source:
-    """The numbers of one node."""
+    """The random numbers of one node."""
 
     def __init__(self, builder: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
         self.builder, self.node, self._key = builder, node, key
@@ -109,7 +110,7 @@ class _Source:
         return value
 
     def shape(self) -> ir.Value:
-        """Return the shape of what is drawn."""
+        """Return the shape of the random numbers."""
         if self.node.inputs:
             return self.builder.shape(self.x)
         return self.builder.integers(self.node.attributes.get_ints("shape"))
@@ -157,7 +158,7 @@ def _draw_normal(source: _Source) -> ir.Value:
 
 
 def _draw_bernoulli(source: _Source) -> ir.Value:
-    """1 where u < p; a step function of p, so without a gradient."""
+    """1 if u < p, else 0; a step function of p, so it has no gradient."""
     builder, p = source.builder, source.x
     u = source.uniform(source.shape())
     chance = builder.op("Cast", builder.detach(p), to=_FLOAT.value)
@@ -165,7 +166,7 @@ def _draw_bernoulli(source: _Source) -> ir.Value:
 
 
 def _draw_multinomial(source: _Source) -> ir.Value:
-    """Count the classes whose cumulated probability is at most u."""
+    """Count the classes whose cumulative probability is at most u."""
     builder, scores, node = source.builder, source.x, source.node
     samples = node.attributes.get_int("sample_size", 1)
     if scores.shape is None or len(scores.shape) != 2:
@@ -200,10 +201,10 @@ _DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
     "RandomUniform": _draw_uniform,
     "RandomUniformLike": _draw_uniform,
 }
-"""Operator -> how its numbers come from the key."""
+"""Map each random operator to the function that computes its numbers from the key."""
 
 
 def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Note a value's type, so that it is not cast to what it is already."""
+    """Set a value's type, so that it is not cast to the type it already has."""
     value.type = ir.TensorType(dtype)
     return value

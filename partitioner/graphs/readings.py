@@ -1,8 +1,8 @@
-"""Graphs read from onnx's messages, and graphs copied: what onnx-ir makes, at half the cost.
+"""Read and copy graphs with the same results as onnx-ir, at half the cost.
 
-What is common is made here; what is rare (bodies, functions, quantizations, notes on values) is
-left to onnx-ir.  Values that are alike share a shape, which nothing here changes in place.  This
-module knows how a graph is made, not what for.
+Common content is read here; rare content (bodies, functions, quantizations, metadata on values) is
+left to onnx-ir.  Values of equal shape share one shape object, which no code changes in place.
+This module knows how to build a graph, not what it is used for.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _BODY_KINDS = frozenset([onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS])
 
 
 class _Rare(Exception):
-    """There is something that is left to onnx-ir."""
+    """Raised if a graph has rare content that is left to onnx-ir."""
 
 
 def read_model(proto: onnx.ModelProto) -> ir.Model:
-    """Read a model, as ``ir.from_proto`` does."""
+    """Read a model from its protobuf message, like ``ir.from_proto``."""
     try:
         if proto.functions or proto.configuration:
             raise _Rare
@@ -45,7 +45,7 @@ def read_model(proto: onnx.ModelProto) -> ir.Model:
 
 
 def copy_model(model: ir.Model) -> ir.Model:
-    """Copy a model, as its ``clone`` does."""
+    """Copy a model, like its ``clone`` method."""
     try:
         if model.functions:
             raise _Rare
@@ -59,7 +59,7 @@ def _get(proto: Any, field: str) -> Any:
 
 
 class _GraphReader:
-    """Reads one graph; shapes that occur again are read once."""
+    """Reads one graph; equal shapes are read once."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
         if proto.quantization_annotation:
@@ -98,7 +98,7 @@ class _GraphReader:
         return value
 
     def _note(self, value: ir.Value, info: onnx.ValueInfoProto) -> ir.Value:
-        """Note the type that is declared of a value."""
+        """Set a value's declared type."""
         if info.metadata_props:
             raise _Rare
         key = info.type.SerializeToString()

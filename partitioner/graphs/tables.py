@@ -1,6 +1,6 @@
-"""Tables: constants of a size that a model's numbers say, bounded before they are made.
+"""Limit constants whose size depends on numbers in a model, before the constants are created.
 
-A model of a hundred bytes may ask for the interpolation weights of a picture of a terabyte, or
+A model of a hundred bytes may ask for the interpolation weights of an image of a terabyte, or
 for a diagonal of a million rows.
 """
 
@@ -17,16 +17,16 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import known_dims
 
 MOST_CONSTANTS = 2**26
-"""Elements of the constants that a model's rewrites make, those on the way among them.
+"""Limit of elements in the constants that rewriting a model creates, intermediate ones included.
 
-A model that asks for more is no honest one.
+A model that needs more is assumed to be malicious.
 """
 _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at hand")
 
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Count what :func:`limit` is asked for as one model's."""
+    """Start a new count for :func:`limit`: all constants created in the block are one model's."""
     token = _SPENT.set([0.0])
     try:
         yield
@@ -35,12 +35,12 @@ def count_constants() -> Iterator[None]:
 
 
 def limit(node: ir.Node, count: float) -> None:
-    """Refuse a node for which constants of ``count`` elements would have to be made.
+    """Count the elements of a node's constants, or refuse the node if the limit is exceeded.
 
-    It is asked before any is.
+    ``count`` is the number of elements.  Call this before creating the constants.
 
     Raises:
-        UnsupportedModel: with those of the nodes before it there would be more than 2**26.
+        UnsupportedModel: the model's constants would have more than 2**26 elements in total.
     """
     spent = _SPENT.get([0.0])
     if spent[0] + count > MOST_CONSTANTS:
@@ -55,10 +55,10 @@ def limit(node: ir.Node, count: float) -> None:
 
 
 def refuse_tables(graph: ir.Graph) -> None:
-    """Refuse a node that makes too large a constant of constants, which native code would fold.
+    """Refuse nodes that compute a constant which is too large, because native code would fold it.
 
     Raises:
-        UnsupportedModel: it would have more than 2**26 elements.
+        UnsupportedModel: the constant would have more than 2**26 elements.
     """
     constant = set(graph.initializers.values())
     for node in graph:

@@ -1,8 +1,8 @@
-"""Graphs written down as onnx's messages: what onnx-ir writes, to the byte, at a third of the cost.
+"""Write graphs as onnx's protobuf messages: the same bytes as onnx-ir, at a third of the cost.
 
-What is common is written here; what is rare (notes, functions, a type that is not a tensor) is left
-to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This module
-knows how a graph is written, not what for.
+Common content is written here; rare content (metadata, functions, types other than tensors) is
+left to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This
+module knows how to write a graph, not what it is used for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 _QUANTIZED = "quant_parameter_tensor_names"
-"""Where onnx-ir keeps a value's quantization."""
+"""Metadata key under which onnx-ir keeps a value's quantization."""
 _Dims = tuple[int | str | None, ...]
 _Type = tuple[ir.DataType, _Dims | None]
 
@@ -23,7 +23,7 @@ _Graph = ir.Graph | ir.GraphView
 
 
 def write_model(model: ir.Model) -> onnx.ModelProto:
-    """Convert a model to bytes, as ``ir.to_proto`` does."""
+    """Convert a model to its protobuf message, like ``ir.to_proto``."""
     if model.functions or model.device_configurations:
         proto: onnx.ModelProto = ir.to_proto(model)
         return proto
@@ -31,7 +31,7 @@ def write_model(model: ir.Model) -> onnx.ModelProto:
 
 
 def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
-    """Return a model with another graph and all else of ``model`` but its functions."""
+    """Return a copy of ``model`` with another graph and without functions."""
     return ir.Model(
         graph,
         ir_version=model.ir_version,
@@ -46,13 +46,13 @@ def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
 
 
 def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProto:
-    """Write down a model of a graph, or of a view of some of its nodes."""
+    """Convert a graph, or a view of some of its nodes, to the protobuf message of a model."""
     head = ir.Model(_copy_head(graph), ir_version=ir_version, producer_name=producer)
     return _write(head, graph)
 
 
 def _copy_head(graph: _Graph) -> ir.Graph:
-    """Return a graph of the same name and notes, without nodes."""
+    """Return a graph with the same name and metadata, but without nodes."""
     return ir.Graph(
         [],
         [],
@@ -71,7 +71,7 @@ def _write(head: ir.Model, graph: _Graph) -> onnx.ModelProto:
 
 
 class _GraphWriter:
-    """Writes one graph; types that occur again are written once and copied."""
+    """Writes one graph; equal types are written once and copied."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
         self._proto = proto
@@ -117,7 +117,7 @@ class _GraphWriter:
             entries.add(name=value.name, type=self._types[kind])
 
     def _read_type(self, value: ir.Value) -> _Type | None:
-        """Return what is common to values that are written alike but for their name."""
+        """Return the part of a value that determines how it is written, apart from its name."""
         kind, shape = value.type, value.shape
         if not isinstance(kind, ir.TensorType) or kind.denotation:
             return None
@@ -132,19 +132,19 @@ class _GraphWriter:
 
 
 def _read_dims(shape: ir.Shape) -> _Dims | None:
-    """Return a shape's dimensions, ``None`` where one of them has a note."""
+    """Return a shape's dimensions, or ``None`` if one of them has a denotation."""
     if any(shape.get_denotation(axis) for axis in range(len(shape))):
         return None
     return tuple(d if isinstance(d, int) else d.value for d in shape)
 
 
 def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
-    """Return whether ``meta`` holds anything; to ask for ``meta`` itself would make one."""
+    """Return whether ``meta`` has entries, without creating it by accessing the property."""
     return getattr(noted, "_metadata", noted) is not None and bool(noted.meta)
 
 
 def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
-    """Return whether there is anything to be written of a value that has an entry nowhere else."""
+    """Return whether a value without an entry elsewhere has anything to be written."""
     if not value.name or value.name in known:
         return False
     noted = value.type is not None or value.shape is not None
@@ -165,7 +165,7 @@ def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:
 
 
 def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
-    """Write down what a node does, between other values than its own."""
+    """Convert a node to its protobuf message, with other names for its inputs and outputs."""
     proto = onnx.NodeProto()
     _fill_node(proto, node, inputs, outputs)
     if node.overload:
@@ -176,7 +176,7 @@ def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> 
 def _fill_node(
     proto: onnx.NodeProto, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
-    """Write what a node does, between values of these names."""
+    """Write a node into ``proto``, with the given names of inputs and outputs."""
     proto.op_type = node.op_type
     proto.input.extend(inputs)
     proto.output.extend(outputs)

@@ -1,7 +1,7 @@
-"""Walks over a graph: what a node reads, what a value depends on.  Knows nothing of cuts.
+"""Walk over a graph: find what a node reads and what a value depends on.
 
-Values captured by the bodies of ``If``, ``Loop`` and ``Scan`` count as read by the node that
-holds the body, so no dependency is overlooked.
+Outer values that the bodies of ``If``, ``Loop`` and ``Scan`` read count as read by the node that
+holds the body, so no dependency is missed.  This module knows nothing of cuts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from splitonnx.partitioner.graphs.builders import DETACHED
 
 
 def list_inputs(node: ir.Node) -> list[ir.Value]:
-    """List every value that ``node`` reads, those captured by its bodies included."""
+    """List every value that ``node`` reads, including outer values that its bodies read."""
     values = [value for value in node.inputs if value is not None]
     for body in list_bodies(node):
         values.extend(_list_captures(body))
@@ -38,10 +38,10 @@ def walk_back(
     stop: Collection[ir.Value] = frozenset(),
     ends: Collection[ir.Node] = frozenset(),
 ) -> tuple[set[ir.Node], set[ir.Value]]:
-    """Collect the nodes that ``targets`` depend on, and the sources where the walk ended.
+    """Collect the nodes that ``targets`` depend on, and the sources at which the walk ended.
 
-    The walk does not go beyond a value in ``stop``, nor through a node in ``ends``, which is
-    collected itself.  A source is a stop value, a graph input or an initializer that was reached.
+    The walk does not go beyond a value in ``stop``, nor beyond a node in ``ends``, which is itself
+    collected.  A source is a stop value, a graph input or an initializer that was reached.
     """
     nodes: set[ir.Node] = set()
     sources: set[ir.Value] = set()
@@ -59,7 +59,7 @@ def walk_back(
 
 
 class ResumedWalk:
-    """A walk back that is resumed from target to target and visits each node once."""
+    """A backward walk that continues from one target to the next and visits each node once."""
 
     def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:
         self.nodes: set[ir.Node] = set()
@@ -68,9 +68,9 @@ class ResumedWalk:
     def explore(
         self, targets: Iterable[ir.Value], stops: Mapping[ir.Value, int], most: int = -1
     ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Node]]:
-        """Return the nodes that are new, the sources reached, and the known nodes that were met.
+        """Return the newly found nodes, the sources reached, and the known nodes that were met.
 
-        A value in ``stops`` is a source too where its place is at most ``most``.
+        A value in ``stops`` is also a source if the number it maps to is at most ``most``.
         """
         new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
         pending = list(targets)
@@ -104,11 +104,11 @@ _RANDOM = frozenset(
 
 
 def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
-    """Collect what carries data: ``roots`` and all that is computed from their elements.
+    """Collect the values that carry data: ``roots`` and all values computed from their elements.
 
-    What depends on data only through their shape (position ids, masks by position, the target of
-    a Reshape) carries none and can be had anywhere.  What is drawn at random carries data: drawn
-    twice it would differ.
+    Values that depend on data only through its shape (position ids, masks by position, the target
+    of a Reshape) do not carry data, and either party can compute them.  Randomly drawn values carry
+    data, because a second draw would differ.
     """
     data = set(roots)
     for node in graph:  # in topological order
@@ -124,9 +124,9 @@ def reads_size(node: ir.Node) -> bool:
 
 
 def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
-    """Collect ``roots`` and every value that a gradient could lead back from to one of them.
+    """Collect ``roots`` and every value from which a gradient could lead back to one of them.
 
-    None passes a detached Identity, nor a value that is not a float.
+    A gradient does not pass a detached Identity or a value that is not a float.
     """
     moving = set(roots)
     for node in graph:
@@ -136,12 +136,12 @@ def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
 
 
 def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
-    """Collect the graph inputs and initializers that a gradient of ``targets`` leads back to."""
+    """Collect the graph inputs and initializers to which a gradient of ``targets`` leads back."""
     return {value for value in trace_gradients(targets) if value.producer() is None}
 
 
 def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
-    """Collect every value that a gradient of ``targets`` leads back to, themselves included."""
+    """Collect ``targets`` and every value to which a gradient of ``targets`` leads back."""
     seen: set[ir.Value] = set()
     pending = list(targets)
     while pending:
@@ -156,7 +156,7 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Return whether a value may carry a gradient; one of unknown type may."""
+    """Return whether a value may carry a gradient; a value of unknown type may."""
     return value.dtype is None or value.dtype.is_floating_point()
 
 
@@ -192,7 +192,7 @@ def list_bodies(node: ir.Node) -> list[ir.Graph]:
 
 
 def list_nodes(graph: ir.Graph) -> list[ir.Node]:
-    """List a graph's nodes and, behind each, those in its bodies."""
+    """List a graph's nodes, each followed by the nodes in its bodies."""
     nodes = []
     for node in graph:
         nodes.append(node)
@@ -201,11 +201,11 @@ def list_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def list_inner(node: ir.Node) -> list[ir.Node]:
-    """List the nodes in the bodies of a node, and in those of these."""
+    """List the nodes in the bodies of a node, nested bodies included."""
     return [inner for body in list_bodies(node) for inner in list_nodes(body)]
 
 
 def disconnect(nodes: Iterable[ir.Node]) -> None:
-    """Detach dead nodes from the values that they read, which would seem used otherwise."""
+    """Disconnect removed nodes from the values that they read, so that these do not seem used."""
     for node in nodes:
         node.resize_inputs(0)
