@@ -1,5 +1,5 @@
-"""What is known of a model before any data come: shapes, types, constants, control flow.
+"""Infer what is known of a model before any data arrives: shapes, types, constants, control flow.
 
-One machine: rules that give shapes, values that are folded, branches and loops that are known in
-advance.  It may use graphs and the native room.
+The parts work together: rules compute shapes, constants are folded, and branches and loops that are
+known in advance are written out.  This package may import graphs and native.
 """

@@ -1,8 +1,9 @@
-"""Control flow that is known in advance: branches inlined, loops unrolled.
+"""Resolve control flow that is known in advance: inline branches and unroll loops.
 
-The gradient builder takes no If, Loop or Scan.  One whose condition or trip count is known before
-any data come is written out as the nodes that it runs; any other one stays as it is, with the
-reason noted on it.  This module knows bodies and their bindings; it knows no gradient.
+The gradient builder does not support If, Loop or Scan.  If the condition or trip count is known
+before any data arrives, the node is replaced by the nodes that it would run.  Otherwise it stays,
+with the reason recorded in its metadata.  This module knows bodies and their bindings, not
+gradients.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list
 from splitonnx.partitioner.inference.inferences import Inference
 
 KEPT = "splitonnx.kept"
-"""Key of a node's metadata that says why its control flow could not be resolved in advance."""
+"""Metadata key for the reason why a node's control flow could not be resolved in advance."""
 
 MOST_NODES = 20_000
-"""Loops that would become more nodes, those of one model together, stay loops."""
+"""Limit of nodes that one model's control flow may be unrolled into; larger loops stay loops."""
 
 
 class Unresolved(Exception):
-    """The control flow depends on the data, or is too long to be written out."""
+    """Raised if control flow depends on the data, or is too long to be written out."""
 
 
 def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
-    """Replace an If, Loop or Scan by the nodes that it runs; outputs keep their names.
+    """Replace an If, Loop or Scan by the nodes that it would run; outputs keep their names.
 
-    ``spent`` is how many nodes were written for a model's control flow before.  Returns the nodes
+    ``spent`` is the number of nodes already written for the model's control flow.  Return the nodes
     written, in order.
 
     Raises:
-        Unresolved: it cannot be; the node is unchanged.
+        Unresolved: the control flow cannot be resolved; the node is unchanged.
     """
     builder = NodeBuilder(node.name or node.op_type)
     try:
@@ -105,7 +106,7 @@ def _unroll_loop(
 
 
 def _is_endless(body: ir.Graph) -> bool:
-    """Return whether a loop's body hands its condition on as it is."""
+    """Return whether a loop's body returns its condition unchanged."""
     again = body.outputs[0]
     node = again.producer()
     passed = again if node is None or node.op_type != "Identity" else node.inputs[0]
@@ -113,7 +114,7 @@ def _is_endless(body: ir.Graph) -> bool:
 
 
 def _measure_body(body: ir.Graph) -> int:
-    """Count the nodes that one run writes, those of bodies within it included."""
+    """Count the nodes that one iteration or branch writes, including nested bodies."""
     return max(len(list_nodes(body)), 1)
 
 
@@ -185,9 +186,10 @@ def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
 def _take_apart(
     builder: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
 ) -> list[ir.Value]:
-    """Return the slices of a sequence along ``axis``, without it.
+    """Return the slices of a sequence along ``axis``, with this axis removed.
 
-    Split, since its gradient is one Concat; that of a Gather a step would be a tensor a step.
+    This uses Split, because its gradient is a single Concat; a Gather for each step would have a
+    gradient the size of the whole tensor for each step.
     """
     pieces: Sequence[ir.Value] = [source]
     if length > 1:
@@ -213,9 +215,9 @@ def _write_body(
     bound: Sequence[ir.Value | None],
     known: Inference,
 ) -> list[ir.Value]:
-    """Write one run of ``body`` with its inputs bound to values of the outer graph.
+    """Write one iteration of ``body`` with its inputs bound to values of the outer graph.
 
-    An input bound to nothing is a loop's condition, which holds while the loop runs.
+    An input bound to ``None`` is a loop's condition, which is true while the loop runs.
     """
     given = [_write_truth(builder) if value is None else value for value in bound]
     nodes, outputs = copy_body(body, prefix, given)
@@ -230,7 +232,7 @@ def _write_truth(builder: NodeBuilder) -> ir.Value:
 
 
 def _hoist_constants(body: ir.Graph, node: ir.Node) -> None:
-    """Move a body's initializers into the graph that the node is in."""
+    """Move a body's initializers into the graph that contains the node."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     taken = _list_names(graph)

@@ -1,10 +1,10 @@
-"""Dimensions as symbols: sums of products of unknown sizes, compared only where it is provable.
+"""Represent dimensions as symbols: sums of products of unknown sizes, compared if provable.
 
-A size that is not known is an *atom*, such as the batch ``N``; ``4*N + 1`` is computed with like
-a number.  Two dimensions are equal exactly where their sums are: the same atom is the same size
-within one run of a model.  An atom is at least 0.  An amount is bounded in terms, factors and
-text: what would be larger raises :class:`TooLarge`, since products of sums grow exponentially.
-This module knows no graph and no operator.
+An unknown size is an *atom*, such as the batch ``N``; ``4*N + 1`` can be used in arithmetic like
+a number.  Two dimensions are equal exactly if their sums are: the same atom is the same size
+within one run of a model.  An atom is at least 0.  The number of terms and factors and the length
+of the text are limited, since products of sums grow exponentially; a larger amount raises
+:class:`TooLarge`.  This module does not know graphs or operators.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import TypeVar
 from splitonnx.expressions import UNKNOWN, parse_terms
 
 MOST_TERMS = 32
-"""Products in one sum."""
+"""Limit of products in one sum."""
 MOST_FACTORS = 16
-"""Atoms in one product."""
+"""Limit of atoms in one product."""
 MOST_CHARACTERS = 2000
-"""Of an amount's text, as long as it can be read back: an atom may bear another amount's text."""
+"""Limit of characters in an amount's text, which may become the name of an atom when read back."""
 _MOST_PAIRS = 256
-"""Products of terms that one multiplication may take."""
+"""Limit of products of terms in one multiplication."""
 _LARGEST, _LARGEST_FACTOR = 2**63, 10**15
 
 
 class Undecided(Exception):
-    """A comparison or division that holds for some sizes and not for others."""
+    """Raised if a comparison or division holds for some sizes and not for others."""
 
 
 class TooLarge(Undecided):
-    """An amount beyond the bounds of this module; nothing is known of it."""
+    """Raised if an amount exceeds this module's limits; nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Dim:
 
     @property
     def atoms(self) -> frozenset[str]:
-        """The atoms that occur in it."""
+        """The atoms in this sum."""
         return frozenset(atom for atoms, _ in self.terms for atom in atoms)
 
     def __add__(self, other: Amount) -> Amount:
@@ -78,21 +78,22 @@ class Dim:
 
 
 Amount = int | Dim
-"""A known number, or a dimension."""
+"""A known number or a symbolic dimension."""
 
 
 Place = TypeVar("Place")
 
 
 def make_atom(name: str) -> Dim:
-    """Return the dimension that is one unknown size."""
+    """Return a dimension that is a single unknown size."""
     return Dim((((name,), 1),))
 
 
 def parse_dim(text: str) -> Dim | int:
-    """Read a symbolic dimension as exporters write it: ``N``, ``2*s77``, ``s0 + 1``.
+    """Parse a symbolic dimension as exporters write it: ``N``, ``2*s77``, ``s0 + 1``.
 
-    What is no such sum of products, or too large a one, is one atom, name and all.
+    Text that is not such a sum of products, or exceeds the limits, becomes the name of a single
+    atom.
     """
     try:
         return _collect(list(parse_terms(text)))
@@ -101,25 +102,25 @@ def parse_dim(text: str) -> Dim | int:
 
 
 def add(left: Amount, right: Amount) -> Amount:
-    """Add amounts.
+    """Add two amounts.
 
     Raises:
-        TooLarge: their sum is beyond the bounds.
+        TooLarge: the sum exceeds the limits.
     """
     return bound(left + right)
 
 
 def multiply(left: Amount, right: Amount) -> Amount:
-    """Multiply amounts.
+    """Multiply two amounts.
 
     Raises:
-        TooLarge: their product is beyond the bounds.
+        TooLarge: the product exceeds the limits.
     """
     return bound(left * right)
 
 
 def bound(amount: Amount) -> Amount:
-    """Return an amount that is within the bounds; those that are a sum of atoms always are.
+    """Return an amount unchanged, after checking that it fits in 64 bits if it is a number.
 
     Raises:
         TooLarge: it is a number that takes more than 64 bits.
@@ -130,10 +131,10 @@ def bound(amount: Amount) -> Amount:
 
 
 def sum_of(amounts: Iterable[Amount]) -> Amount:
-    """Add up amounts.
+    """Return the sum of all amounts.
 
     Raises:
-        TooLarge: a sum is beyond the bounds.
+        TooLarge: a sum exceeds the limits.
     """
     total: Amount = 0
     for amount in amounts:
@@ -142,10 +143,10 @@ def sum_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def prod_of(amounts: Iterable[Amount]) -> Amount:
-    """Multiply amounts.
+    """Return the product of all amounts.
 
     Raises:
-        TooLarge: a product is beyond the bounds.
+        TooLarge: a product exceeds the limits.
     """
     result: Amount = 1
     for amount in amounts:
@@ -154,17 +155,17 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def is_positive(amount: Amount) -> bool:
-    """Return whether an amount is at least 1 whatever its atoms are."""
+    """Return whether an amount is at least 1 for all values of its atoms."""
     return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
 def is_natural(amount: Amount) -> bool:
-    """Return whether an amount is at least 0 whatever its atoms are."""
+    """Return whether an amount is at least 0 for all values of its atoms."""
     return all(factor >= 0 for _, factor in list_terms(amount))
 
 
 def is_equal(left: Amount, right: Amount) -> bool:
-    """Compare two amounts.
+    """Return whether two amounts are equal.
 
     Raises:
         Undecided: they are equal for some sizes only.
@@ -178,7 +179,7 @@ def is_equal(left: Amount, right: Amount) -> bool:
 
 
 def is_less(left: Amount, right: Amount) -> bool:
-    """Return whether ``left`` is smaller.
+    """Return whether ``left`` is less than ``right``.
 
     Raises:
         Undecided: it depends on the sizes.
@@ -191,10 +192,10 @@ def is_less(left: Amount, right: Amount) -> bool:
 
 
 def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
-    """Divide where no remainder is left whatever the sizes are.
+    """Divide amounts if there is no remainder for any sizes.
 
     Raises:
-        Undecided: a remainder may be left.
+        Undecided: there may be a remainder.
     """
     parts = list_terms(divisor)
     if len(parts) != 1 or parts[0][1] == 0:
@@ -213,7 +214,7 @@ def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
 
 
 def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
-    """Divide as integers are in ONNX; what does not come out even is an atom of its own."""
+    """Divide like ONNX divides integers; an inexact quotient becomes an atom of its own."""
     if not isinstance(amount, Dim) and not isinstance(divisor, Dim):
         if divisor == 0:
             raise Undecided
@@ -247,13 +248,13 @@ def _compose(sign: str, left: Amount, right: Amount) -> Dim:
 
 
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
-    """Find how every atom of ``wanted`` follows from one of the ``known`` dimensions.
+    """Find how to compute every atom of ``wanted`` from one of the ``known`` dimensions.
 
-    Returns for each atom (key of the known dimension, factor, offset): the dimension is
+    Return for each atom (key of the known dimension, factor, offset), such that the dimension is
     ``factor * atom + offset``.
 
     Raises:
-        Undecided: an atom follows from none; the exception bears its name.
+        Undecided: no known dimension yields an atom; the message is the atom's name.
     """
     atoms = wanted.atoms if isinstance(wanted, Dim) else frozenset[str]()
     return {atom: _solve_atom(atom, known) for atom in sorted(atoms)}
@@ -272,13 +273,13 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Make the atom of a dimension of which nothing is known."""
+    """Return a new atom for a dimension that is not known at all."""
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 
 
 def is_unknown(amount: Amount) -> bool:
-    """Return whether nothing is known of an amount or of a part of it."""
+    """Return whether an amount contains an atom of an unknown dimension."""
     return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
 
 

@@ -1,7 +1,7 @@
-"""One node at a time, by onnx: the types of what it gives, and from known inputs its contents.
+"""Use onnx to infer a single node's output types, and to compute its outputs from known inputs.
 
-This module knows how to put a node and what is known of its inputs before onnx; what follows for
-a graph it does not know.
+This module passes one node and the facts about its inputs to onnx; it does not know the rest of the
+graph.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from splitonnx.partitioner.native.workers import Refused, call
 _Pairs = tuple[tuple[str, bytes], ...]
 
 _MOST_REMEMBERED = 1 << 12
-"""Bytes; what onnx infers of a node that takes more, contents of inputs included, is forgotten."""
+"""Limit in bytes of requests whose results are cached, including the contents of inputs."""
 
 
 _Declared = tuple[int, tuple[int | str, ...] | None]
-"""An element type, and the dimensions where their number is known."""
+"""An element type, and the dimensions if their number is known."""
 
 
 class Schemas:
-    """Types of what nodes of an opset give; plain nodes that are alike are written down once."""
+    """Infers the types of node outputs for one opset.
+
+    Results are cached for nodes that have no attributes and no inputs of known content.
+    """
 
     def __init__(self, opset: int) -> None:
         self._opset = opset
@@ -42,10 +45,11 @@ class Schemas:
     ) -> Sequence[onnx.TypeProto | None]:
         """Return the type of each output, as onnx infers it from the types of the inputs.
 
-        Inputs go by their place, ``i0`` and so on; ``data`` holds those whose contents are known.
+        ``types`` and ``data`` name inputs by position: ``i0``, ``i1`` and so on.  ``data`` holds
+        the inputs whose contents are known.
 
         Raises:
-            NativeCrash: onnx's inference breaks down over it.
+            NativeCrash: onnx's inference crashes on the node.
         """
         plain = not node.attributes and not data
         key = (node.op_type, len(node.inputs), len(node.outputs), *types.items())
@@ -82,7 +86,7 @@ def _infer_types(
 
 @lru_cache(maxsize=1 << 12)
 def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[str, bytes]:
-    """Ask once for nodes that are alike, of which deep networks have many."""
+    """Infer the output types of a node; results are cached because deep networks repeat nodes."""
     try:
         return call(natives.infer_node, "a node", node, dict(kinds), dict(tensors), opset)
     except Refused:
@@ -92,7 +96,10 @@ def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[s
 def evaluate(
     node: ir.Node, contents: Sequence[np.ndarray | None], opset: int
 ) -> Sequence[np.ndarray | None]:
-    """Compute a node by onnx's reference implementation; nothing where that cannot."""
+    """Compute a node's outputs with onnx's reference implementation.
+
+    Return ``None`` for each output if the reference implementation fails.
+    """
     proto = _write_node(node)
     feeds = {f"i{index}": c for index, c in enumerate(contents) if c is not None}
     graph = onnx.helper.make_graph(
@@ -112,7 +119,7 @@ def evaluate(
 
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:
-    """Write a node with plain names, so that no name of the model matters."""
+    """Serialize a node with generic names, so that the model's own names do not matter."""
     return write_node(
         node,
         [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)],

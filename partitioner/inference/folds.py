@@ -1,9 +1,9 @@
-"""Folding: what of a model is known before any data come is computed in advance.
+"""Fold constants: compute in advance the parts of a model that do not depend on data.
 
-Constants take the place of what is computed from constants and fixed dimensions alone; a
-Reshape's target becomes one where at most one dimension is open; branches and loops whose
-conditions and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are
-graph inputs here, so none is ever folded.  This module knows no cut and no gradient.
+Values that depend only on constants and fixed dimensions become constants.  The target shape of a
+Reshape becomes constant if at most one dimension is unknown.  Branches and loops whose conditions
+and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are graph inputs
+here, so they are never folded.  This module does not know cuts or gradients.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 
 def fold(model: ir.Model, weights: Collection[str]) -> None:
-    """Fold a model, in place; ``weights`` names the graph inputs that are not data.
+    """Fold a model's constants, in place; ``weights`` names the graph inputs that are not data.
 
-    Values keep their names, and each that is computed has its dimensions noted on it, those
-    that are sums and products of unknown ones too (``2*N``).
+    Values keep their names.  The dimensions of every computed value are set on it, including sums
+    and products of unknown dimensions (``2*N``).
     """
     graph = model.graph
     known = Inference(graph.opset_imports[""])
@@ -45,7 +45,7 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
 def _fold_node(
     node: ir.Node, known: Inference, reached: set[ir.Value], spent: int
 ) -> Sequence[ir.Node]:
-    """Fold one node; give the nodes that were written in its place and are to be folded next."""
+    """Fold one node; return the nodes that replace it and must be folded next."""
     trained = any(value in reached for value in list_inputs(node))
     if trained:
         reached.update(node.outputs)
@@ -65,7 +65,7 @@ def _fold_node(
 
 
 def note_shapes(graph: ir.Graph) -> None:
-    """Note on the values of a graph what is known of dimensions that are not noted yet."""
+    """Set the dimensions that can be inferred on a graph's values, if they are not set yet."""
     known = Inference(graph.opset_imports[""])
     for node in graph:
         if all(_is_noted(value) for value in node.outputs):
@@ -76,7 +76,7 @@ def note_shapes(graph: ir.Graph) -> None:
 
 
 def _is_noted(value: ir.Value) -> bool:
-    """Return whether nothing can be learnt of a value; integers may be sizes that others need."""
+    """Return whether inference adds nothing to a value; integers may be sizes, so they need it."""
     if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
@@ -86,7 +86,7 @@ def _is_noted(value: ir.Value) -> bool:
 def _resolve(
     node: ir.Node, known: Inference, trained: bool, spent: int
 ) -> Sequence[ir.Node] | None:
-    """Write out control flow that is known; a loop only where a gradient may pass it."""
+    """Write out control flow known in advance; loops only if a gradient may pass through them."""
     loop = node.op_type in ("Loop", "Scan")
     if node.domain or not (node.op_type == "If" or (loop and trained)):
         return None
@@ -98,9 +98,9 @@ def _resolve(
 
 
 def _name_type(node: ir.Node) -> None:
-    """Make a CastLike a Cast: it reads no data of its second input.
+    """Turn a CastLike into a Cast, which does not read the data of a second input.
 
-    onnx's inference does not say the type of a GroupNormalization.
+    onnx's inference does not infer the type of a GroupNormalization.
     """
     if node.op_type == "GroupNormalization" and node.inputs[0] is not None:
         node.outputs[0].type = node.inputs[0].type
@@ -126,7 +126,7 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
 
 
 def _is_plain(content: np.ndarray | None, value: ir.Value) -> bool:
-    """Return whether a value's content is known, and of the element type that it should be."""
+    """Return whether a value's content is known and has the value's element type."""
     if content is None or content.dtype.kind not in "biuf":
         return False
     return value.dtype is None or value.dtype.numpy() == content.dtype
@@ -137,7 +137,7 @@ def _fix_target(
     known: Inference,
     fix: Callable[[ir.Node, list[Amount], list[Amount]], list[int] | None],
 ) -> None:
-    """Make the target shape of a node a constant, where one says the same for every batch."""
+    """Make the target shape of a node a constant if one constant is right for every batch size."""
     source, target = node.inputs[0], known.content(node.inputs[1])
     dims = None if source is None else known.shape(source)
     if target is None or target.dtype != object or dims is None:
@@ -153,7 +153,7 @@ def _fix_target(
 
 
 def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
-    """Write 0 for a dimension that stays, and -1 for the one that is open."""
+    """Return the target with 0 for a dimension that stays, and -1 for the unknown dimension."""
     copying = not node.attributes.get_int("allowzero", 0)
     if 0 in wanted and not copying:
         return None
@@ -169,7 +169,7 @@ def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> lis
 
 
 def _fix_expand(_: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
-    """Write 1 for a dimension that the input has already."""
+    """Return the target with 1 for a dimension that the input has already."""
     own = [*[1] * (len(wanted) - len(dims)), *dims][-len(wanted) :] if wanted else []
     fixed = [1 if isinstance(d, Dim) and d == o else d for d, o in zip(wanted, own, strict=True)]
     return [d for d in fixed if isinstance(d, int)] if not any(

@@ -1,9 +1,8 @@
-"""What is known of a model's tensors before any data come: shapes, and small contents.
+"""Infer what is known of a model's tensors before any data arrives: shapes and small contents.
 
-onnx's own inference gives up on a dimension as soon as it is computed with.  This one keeps it
-as a :class:`dimensions.Dim`, also as an element of an
-integer tensor, so that a Shape, Gather, Concat, Reshape path loses nothing.  It knows what nodes
-give; it changes none.
+onnx's own inference loses a dimension as soon as it is used in arithmetic.  This module keeps it as
+a :class:`dimensions.Dim`, also as an element of an integer tensor, so that a chain of Shape,
+Gather, Concat and Reshape loses nothing.  It infers the outputs of nodes and changes no node.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
 from splitonnx.partitioner.inference.shape_rules import RULES, Dims
 
 MOST_ELEMENTS = 1 << 16
-"""Constants of more elements are not computed in advance: they would weigh on every stage."""
+"""Larger constants are not computed in advance, because every stage would have to store them."""
 _MOST_SYMBOLS = 1 << 10
 _MOST_COMPUTED = 1 << 17
-"""Symbolic elements computed in one graph; what comes after them is unknown."""
+"""Limit of symbolic elements computed in one graph; values beyond this limit are unknown."""
 
 _MOVING = frozenset(
     ["Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
      "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"]
 )  # fmt: skip
-"""Operators that only move elements, whatever these are."""
+"""Operators that only move elements, whatever the elements are."""
 
 _COMPUTING = frozenset(
     ["Abs", "Add", "And", "Cast", "Ceil", "Clip", "ConstantOfShape", "Div", "Equal", "Exp", "Floor",
@@ -56,7 +55,7 @@ _COMPUTING = frozenset(
      "Xor"]
 )  # fmt: skip
 FOLDABLE = _MOVING | _COMPUTING
-"""Operators that are computed in advance where all of their inputs are constants."""
+"""Operators that are computed in advance if all of their inputs are constants."""
 
 
 def _unless(rule: Callable[[Amount, Amount], bool]) -> Callable[[Amount, Amount], bool]:
@@ -93,10 +92,10 @@ _Shapes = Sequence[Sequence[Amount | None] | None]
 
 
 class Inference:
-    """What is known of the values of one graph; nodes are visited in topological order.
+    """Infers and stores the shapes and contents of one graph's values.
 
-    A value that no visited node made is known by its noted shape, and by its content where it is
-    a small constant.
+    Nodes must be visited in topological order.  If no visited node computes a value, its shape is
+    the declared one, and its content is known only if it is a small constant.
     """
 
     def __init__(self, opset: int) -> None:
@@ -109,7 +108,7 @@ class Inference:
         self._computed = 0
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Return a value's dimensions; ``None`` where not even their number is known."""
+        """Return a value's dimensions; ``None`` if not even their number is known."""
         if value in self._shapes:
             return self._shapes[value]
         if value.shape is not None:
@@ -122,7 +121,7 @@ class Inference:
         return self._shapes.get(value)
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return the elements of a constant as an array, or numbers and Dims as one of objects."""
+        """Return a value's elements if known: an array of numbers, or of objects if some are Dims."""
         if value is None:
             return None
         if value not in self._contents:
@@ -130,15 +129,15 @@ class Inference:
         return self._contents[value]
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return the elements of a constant, if all of them are known."""
+        """Return a value's elements if all of them are known numbers, else ``None``."""
         content = self.content(value)
         return None if content is None or content.dtype == object else content
 
     def visit(self, node: ir.Node) -> None:
-        """Learn what ``node`` gives from what is known of its inputs.
+        """Infer and record the outputs of ``node`` from what is known of its inputs.
 
         Raises:
-            UnsupportedModel: its inputs or attributes are not what the operator takes.
+            UnsupportedModel: its inputs or attributes are not valid for the operator.
         """
         if node.op_type == "Constant" or node.domain not in ("", "ai.onnx"):
             return
@@ -157,7 +156,7 @@ class Inference:
                 self._shapes[value] = list(content.shape)
 
     def note(self, value: ir.Value) -> None:
-        """Write what is known of a value's shape on the value itself."""
+        """Set the known shape of a value on the value itself."""
         dims = self._shapes.get(value)
         if dims is not None:
             written = tuple(d if isinstance(d, int) else str(d) for d in dims)
@@ -166,7 +165,7 @@ class Inference:
             value.shape = self._noted[written]
 
     def write(self, dim: Amount) -> int | str:
-        """Return a dimension as onnx notes it, to be read back by its name."""
+        """Return a dimension in onnx's form, a number or a name that can be parsed again."""
         if isinstance(dim, Dim):
             self._written[str(dim)] = dim
             return str(dim)
@@ -178,7 +177,7 @@ class Inference:
         return self._written.get(text) or parse_dim(text)
 
     def _complete(self, value: ir.Value, dims: Sequence[Amount | None]) -> Dims:
-        """Fill in what was noted before, and give the rest atoms of their own."""
+        """Fill in the dimensions declared before, and create atoms for the rest."""
         noted: list[Any] = list(value.shape) if value.shape is not None else []
         if len(noted) != len(dims):
             noted = [None] * len(dims)
@@ -218,12 +217,12 @@ class Inference:
         return self._ask_schema(node)
 
     def _name_types(self, node: ir.Node, found: _Shapes) -> _Shapes:
-        """Infer with onnx the element types of outputs whose shapes are known better here."""
+        """Infer element types of outputs with onnx; their shapes are known better already."""
         self._ask_schema(node)
         return found
 
     def _ask_schema(self, node: ir.Node) -> _Shapes:
-        """Infer one node with onnx, with symbols for names and constants for contents."""
+        """Infer one node with onnx, passing symbols as names and constants as contents."""
         types, data = {}, {}
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -284,7 +283,7 @@ class Inference:
             return ()
 
     def _is_small(self, node: ir.Node, most: int) -> bool:
-        """Return whether no output is larger, nor would be on the way to an empty one."""
+        """Return whether no output or intermediate result has more than ``most`` elements."""
         if node.op_type == "Range" and not self._is_short(node, most):
             return False
         for value in node.outputs:
@@ -294,7 +293,7 @@ class Inference:
         return True
 
     def _is_short(self, node: ir.Node, most: int) -> bool:
-        """Return whether a Range of numbers, of floats too, has at most so many."""
+        """Return whether a Range of numbers, including floats, has at most ``most`` elements."""
         start, limit, delta = (self.constant(value) for value in node.inputs)
         if start is None or limit is None or delta is None:
             return True  # of symbols
@@ -347,7 +346,7 @@ class Inference:
     def _move(
         self, node: ir.Node, contents: Sequence[np.ndarray | None]
     ) -> Sequence[np.ndarray | None]:
-        """Move numbers that stand for the symbols, by the operator itself."""
+        """Move numbers that represent the symbols, with the operator itself."""
         count = len(contents) if node.op_type == "Concat" else 1
         if any(_has_symbols(content) for content in contents[count:]):
             return ()
@@ -385,7 +384,7 @@ def _take(symbols: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _as_array(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndarray:
-    """Return an array of numbers, where all elements are known, else one of objects."""
+    """Return an array of numbers if all elements are known, else an array of objects."""
     array = np.asarray(content, object)
     if _has_symbols(array):
         return array

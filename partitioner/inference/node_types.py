@@ -1,9 +1,10 @@
-"""Element types of a joint graph's values, as ONNX Runtime infers them.
+"""Infer the element types of a joint graph's values like ONNX Runtime.
 
-onnx's own inference stops at the training-only operators, which it does not know.  A session of
-the whole graph says all types, and takes time that grows with the square of its nodes: so a large
-graph is asked for by *kinds* of node instead.  Nodes with the same operator, attributes, types and
-noted shapes give outputs of the same types, and have the same kernel or none.
+onnx's own inference stops at the training-only operators, which it does not know.  An ONNX Runtime
+session of the whole graph yields all types, but takes time quadratic in the number of nodes.  A
+large graph is therefore reduced to one node of each *kind*.  Nodes with the same operator,
+attributes, types and declared shapes have outputs of the same types, and use the same kernel or
+have none.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 FEW_NODES = 2000
-"""A graph of as many is put to ONNX Runtime whole."""
+"""Graphs of up to this many nodes are passed to ONNX Runtime as a whole."""
 
 _SUBJECT = "the joint graph"
 _Type = tuple[int, tuple[int | str | None, ...] | None]
-"""Element type and dimensions."""
+"""An element type, and the dimensions if their number is known."""
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def list_types(model: ir.Model) -> Mapping[str, str]:
-    """Return types by names of values, as ONNX Runtime writes them: at least where none is noted.
+    """Map the names of values to their types, in ONNX Runtime's notation.
+
+    The result has at least the values whose type is not declared.
 
     Raises:
-        Refused: ONNX Runtime does not take the graph; it has no kernel for a node, for one.
+        Refused: ONNX Runtime rejects the graph, for example because a node has no kernel.
     """
     if len(model.graph) > FEW_NODES:
         try:
@@ -52,12 +55,12 @@ def _ask_graph(model: ir.Model) -> Mapping[str, str]:
 
 
 class _WithoutKind(Exception):
-    """A node is not like others: it holds a graph, or reads what is not a tensor."""
+    """Raised if a node has no kind: it holds a graph, or reads something other than a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kinds:
-    """One node of each kind, in a graph that has their inputs by type."""
+    """A graph with one node of each kind, whose inputs are shared by type."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     outputs: dict[Hashable, list[str]] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class _Kinds:
         return self.inputs.setdefault(declared, f"i{len(self.inputs)}")
 
     def add(self, node: ir.Node, inputs: list[str]) -> list[str]:
-        """Return the names of a node's outputs in that graph."""
+        """Add a node, unless its kind is present; return the names of its outputs in this graph."""
         attributes = [(a.name, a.type, _freeze(a)) for a in node.attributes.values()]
         types = tuple(_read_type(value) for value in node.outputs)
         named = tuple(bool(value.name) for value in node.outputs)
@@ -107,9 +110,9 @@ def _freeze(attribute: ir.Attr) -> Hashable:
 
 
 def _ask_kinds(model: ir.Model) -> Mapping[str, str]:
-    """Ask for a graph of one node of each kind.
+    """Infer types with a graph that has one node of each kind.
 
-    An input whose type is not noted is, in that graph too, what the node makes that makes it.
+    An input without a declared type is connected to the node of this graph that computes it.
     """
     kinds = _Kinds()
     stand_ins: dict[ir.Value, str] = {}

@@ -1,8 +1,9 @@
-"""Sequences and optionals that are known in advance, folded away to the tensors in them.
+"""Replace sequences and optionals that are known in advance by the tensors in them.
 
-No gradient passes a sequence.  But a list that an exporter writes (the outputs of a loop, the
-pieces of a split) has a length and positions that are fixed, so every tensor that goes in can be
-named where it comes out.  What is not known so stays as it is.  It knows no gradient and no cut.
+A gradient cannot pass through a sequence.  But a list that an exporter writes (the outputs of a
+loop, the pieces of a split) has fixed length and positions, so every tensor taken from it can be
+traced to the tensor put into it.  Sequences that are not known in advance stay unchanged.  This
+module does not know gradients or cuts.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.inference.control_flows import KEPT, MOST_NODES
 
 MOST_PIECES = 1 << 12
-"""Tensors that one sequence is split into."""
+"""Limit of tensors that one sequence is split into."""
 MOST_HELD = 1 << 20
-"""Tensors in all sequences of a model together: one is copied for each that enters it."""
+"""Limit of tensors in all sequences of a model together; each insertion copies one sequence."""
 
 Row = Sequence[ir.Value]
-"""The tensors of a sequence; of an optional, its one or none."""
+"""The tensors in a sequence, or the at most one tensor in an optional."""
 
 
 class _Unknown(Exception):
-    """A length or a position is not known in advance."""
+    """Raised if a length or a position is not known in advance."""
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:
-    """Replace, in place, what reads sequences by nodes that read the tensors in them.
+    """Replace nodes that read sequences, in place, by nodes that read the tensors in them.
 
-    Outputs keep their names.  Returns whether there was something to replace.
+    Outputs keep their names.  Return whether any node was replaced.
     """
     rows = _Rows()
     replaced = []
@@ -61,7 +62,7 @@ class _Rows:
         self._known: dict[ir.Value, Row] = {}
         self._held = 0
         self.written = 0
-        """Nodes written for bodies."""
+        """The number of nodes written for bodies."""
 
     def __contains__(self, value: ir.Value | None) -> bool:
         return value in self._known
@@ -73,7 +74,7 @@ class _Rows:
         return list(self._known[value])
 
     def note(self, value: ir.Value, row: Row) -> None:
-        """Remember the tensors of a sequence."""
+        """Record the tensors in a sequence."""
         self._held += len(row)
         if self._held > MOST_HELD:
             raise _Unknown
@@ -85,7 +86,7 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def _read_position(node: ir.Node, index: int, length: int) -> int:
-    """Read a constant position in a sequence, counted from the end where it is negative."""
+    """Read a constant position in a sequence; a negative position counts from the end."""
     value = node.inputs[index]
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None:
@@ -140,7 +141,7 @@ def _copy(rows: _Rows, node: ir.Node) -> None:
 
 
 def _split(rows: _Rows, node: ir.Node) -> None:
-    """SplitToSequence as Split; pieces of one lose the axis where ``keepdims`` is 0."""
+    """Replace SplitToSequence by Split; pieces of length one lose the axis if ``keepdims`` is 0."""
     x, axis = node.inputs[0], node.attributes.get_int("axis", 0)
     assert x is not None
     given = node.inputs[1] if len(node.inputs) > 1 else None
@@ -162,7 +163,7 @@ def _split(rows: _Rows, node: ir.Node) -> None:
 
 
 def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[list[int], bool]:
-    """Return the extent of each piece, and whether they are one each because none was given."""
+    """Return each piece's length, and whether all are 1 because no lengths were given."""
     tensor = None if given is None else ir.convenience.get_const_tensor(given)
     if given is not None and tensor is None:
         raise _Unknown
@@ -196,7 +197,7 @@ def _concat(rows: _Rows, node: ir.Node) -> None:
 
 
 def _map(rows: _Rows, node: ir.Node) -> None:
-    """SequenceMap as its body once an element; what is not a sequence is the same for each."""
+    """Replace SequenceMap by one copy of its body per element; inputs of tensors are shared."""
     body = node.attributes["body"].as_graph()
     first, *others = node.inputs
     length = len(rows.read(first))
@@ -226,7 +227,7 @@ def _map(rows: _Rows, node: ir.Node) -> None:
 
 
 def _wrap(rows: _Rows, node: ir.Node) -> None:
-    """An Optional of a tensor holds it; one of a sequence is that sequence."""
+    """Handle Optional: an optional of a tensor holds the tensor; skip optionals of sequences."""
     inputs = _list_inputs(node)
     if inputs and inputs[0] in rows:
         raise _Unknown
@@ -252,7 +253,7 @@ def _makes_sequence(value: ir.Value) -> bool:
 
 
 def _ask(rows: _Rows, node: ir.Node) -> None:
-    """Return whether an optional holds something; a tensor always does."""
+    """Replace OptionalHasElement by a constant; a tensor always counts as an element."""
     inputs = _list_inputs(node)
     if inputs and inputs[0] not in rows and not isinstance(inputs[0].type, ir.TensorType):
         raise _Unknown
@@ -275,4 +276,4 @@ _RULES: Mapping[str, Callable[[_Rows, ir.Node], None]] = {
     "SequenceMap": _map,
     "SplitToSequence": _split,
 }
-"""Operator -> what it does to sequences that are known."""
+"""Map each operator to the function that handles its known sequences."""

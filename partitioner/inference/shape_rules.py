@@ -1,8 +1,8 @@
-"""Extents: the shapes of operators that take them from the contents of their inputs.
+"""Rules for the shapes of operators whose output shape depends on the contents of their inputs.
 
-Each rule is a small function from a node and what is known of its inputs to the shapes of its
-outputs: a number, a :class:`dimensions.Dim`, or ``None`` for a dimension
-that is not certain.  A rule gives ``None`` where it cannot say anything.
+Each rule is a small function that takes a node and what is known of its inputs, and returns the
+shapes of its outputs.  A dimension is a number, a :class:`dimensions.Dim`, or ``None`` if it is not
+certain.  A rule returns ``None`` if it cannot infer anything.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Dims = list[Amount]
 
 
 class Known(Protocol):
-    """Who can be asked for shapes and contents; see :mod:`inferences`."""
+    """An object that returns known shapes and contents of values; see :mod:`inferences`."""
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Return a value's dimensions, if their number is known."""
+        """Return a value's dimensions if their number is known, else ``None``."""
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return a value's elements, as far as they are known."""
+        """Return a value's elements as far as they are known."""
 
 
 def _reshape(known: Known, node: ir.Node) -> list[Dims] | None:
@@ -155,7 +155,7 @@ def _slice(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:
 
 
 def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
-    """Return the extent of a slice of a dimension, if it is certain."""
+    """Return the length of a slice of a dimension if it is certain, else ``None``."""
     if all(not isinstance(a, Dim) for a in (dim, start, end, step)):
         return len(range(*slice(int(start), int(end), int(step)).indices(int(str(dim)))))
     try:
@@ -174,7 +174,7 @@ def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
 
 
 def _clamp(dim: Amount, place: Any) -> Amount:
-    """Bring a slice's bound into 0 to ``dim``."""
+    """Limit a slice's bound to the range 0 to ``dim``."""
     place = place if isinstance(place, Dim) else int(place)
     if isinstance(place, int) and place >= 2**31 - 1:
         return dim
@@ -192,7 +192,7 @@ Rule = Callable[[Known, ir.Node], Sequence[Sequence[Amount | None]] | None]
 
 
 def _keep(known: Known, node: ir.Node) -> list[Dims] | None:
-    """Return the shape of the first input, of which onnx's own inference knows nothing."""
+    """Return the shape of the first input, because onnx's inference does not know this operator."""
     source = known.shape(_first(node))
     return None if source is None else [source]
 

@@ -1,6 +1,7 @@
-"""Shapes as onnx's own inference gives them, and those that no runtime may be given.
+"""Infer shapes with onnx's own inference, and refuse shapes that crash ONNX Runtime.
 
-:mod:`inferences` knows more of them; this one types every value that the schemas know.
+:mod:`inferences` infers more shapes; this module sets the type of every value that onnx's schemas
+cover.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
-"""Operators with windows, and which of their inputs is the kernel."""
+"""Map each operator with windows to the index of the input that is its kernel."""
 MOST_ALONG = 1 << 32
-"""Elements along one dimension: onnxruntime-training 1.19.2 counts up to that of an image."""
+"""Limit of elements along a dimension; onnxruntime-training 1.19.2 counts up to image sizes."""
 _MOST_BYTES = 1 << 10
-"""Initializers of more hold weights, whose contents no type depends on."""
+"""Initializers with more bytes hold weights, whose contents do not affect any type."""
 _MOST_DIMENSIONS = 32
 _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
 
 
 def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
-    """Note types and shapes on a model's values, in place, as far as onnx infers them.
+    """Set types and shapes on a model's values, in place, as far as onnx infers them.
 
-    Without onnx's propagation of data: that one writes down each element of a vector, so a vector
-    of a billion elements takes all memory.  Constants are folded by :mod:`folds` instead.
+    onnx's data propagation is disabled, because it writes out each element of a vector, so a vector
+    of a billion elements would take all memory.  Constants are folded by :mod:`folds` instead.
 
     Raises:
         NotAModel: onnx infers a type that does not exist.
-        NativeCrash: onnx's inference breaks down over it.
+        NativeCrash: onnx's inference crashes on the model.
     """
     with attribute_errors_to_pass("written down"), _lighten(model.graph):
         content = write_model(model).SerializeToString()
@@ -66,7 +67,7 @@ def _refuse_types(reason: str) -> NotAModel:
 
 @contextmanager
 def _lighten(graph: ir.Graph) -> Iterator[None]:
-    """Make inputs of a graph's initializers for a while, all but small ones without contents."""
+    """Turn a graph's initializers into inputs during the block; only small ones keep contents."""
     stored = list(graph.initializers.values())
     tensors = [value.const_value for value in stored]
     inputs = list(graph.inputs)
@@ -89,7 +90,7 @@ def _lighten(graph: ir.Graph) -> Iterator[None]:
 
 
 def _note_entries(graph: ir.Graph, typed: onnx.GraphProto) -> None:
-    """Note the types of a graph without bodies, without reading its nodes."""
+    """Set the types of a graph without bodies, without reading its nodes."""
     entries = {info.name: info.type for info in (*typed.value_info, *typed.input, *typed.output)}
     read: dict[bytes, tuple[ir.Shape | None, ir.DataType | None]] = {}
     made = (value for node in graph for value in node.outputs)
@@ -121,14 +122,14 @@ def _note_type(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | Non
 
 
 def check_ranks(graph: ir.Graph) -> None:
-    """Check that images and kernels have as many dimensions as each other, none absurd.
+    """Check that images and kernels have the same number of dimensions, and that it is reasonable.
 
-    So it does that a normalization's axis is one of its input's.  onnx's checker does neither;
-    the inference of onnxruntime-training 1.19.2 reads beyond its vectors there, and ends the
-    process.
+    Also check that a normalization's axis is an axis of its input.  onnx's checker checks neither.
+    On other models the inference of onnxruntime-training 1.19.2 reads beyond its vectors and
+    crashes the process.
 
     Raises:
-        NotAModel: they differ at a node.
+        NotAModel: a node's dimensions or axis are invalid.
     """
     for node in graph.all_nodes():
         for value in node.outputs:
