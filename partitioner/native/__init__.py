@@ -1,4 +1,5 @@
-"""Native code of onnx and ONNX Runtime, behind functions of bytes, in a process of its own.
+"""Run native code of onnx and ONNX Runtime in a separate process, behind functions of bytes.
 
-No model, however it was made, can end the caller's process.  It uses no other room.
+So no model, however it was made, can crash the caller's process.  This package imports no other
+package of the partitioner.
 """

@@ -1,10 +1,10 @@
-"""Native code: what onnx and onnxruntime-training compute, behind functions of bytes.
+"""Functions of bytes that call native code of onnx and onnxruntime-training.
 
-That code takes a model for well-formed where no checker looks, and on one that is not it may end
-the process, or corrupt it.  So it runs in a process of its own, which is this module run by
-``python -m``; :mod:`workers` starts it and asks.  The only module of the partitioner that
-imports onnxruntime-training, of which it uses the pybind layer of 1.19.2 (it needs no torch).  It
-knows no cut, and does not check what it is given.
+This native code relies on a model being well-formed in places that no checker covers; on a
+malformed model it may crash or corrupt the process.  So it runs in a separate process, which runs
+this module with ``python -m``; :mod:`workers` starts the process and sends it requests.  This is
+the only module of the partitioner that imports onnxruntime-training, and it uses only the pybind
+layer of version 1.19.2 (no torch needed).  It does not know cuts, and does not check its arguments.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import msgspec
 import onnx
 
 SECONDS = 300
-"""What one request may take; the process ends with the one that takes more."""
+"""Time limit of one request; the process exits if a request takes longer."""
 BASE_BYTES = 4 << 30
-"""Address space that a request may take beyond what the process has, whatever its size."""
+"""Address space that a request of any size may use beyond what the process uses already."""
 BYTES_PER_BYTE = 64
-"""And for each byte of the request: graphs of nodes and shapes are larger than their text."""
+"""Extra address space per byte of the request: graphs need more memory than their bytes."""
 
 MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalError"})
-"""Kinds of exceptions that say that the call is wrong, not what it was given."""
+"""Kinds of exceptions that indicate a bug in the call, not an invalid model."""
 
 _LENGTH = struct.Struct("<Q")
-"""Before each request and each answer: its length in bytes."""
+"""The prefix of each request and response: its length in bytes."""
 
 
 class StockRuntime(Exception):
-    """The installed ONNX Runtime is not onnxruntime-training."""
+    """Raised if the installed ONNX Runtime is not onnxruntime-training."""
 
 
 def check_form(content: bytes) -> None:
-    """Check a model and infer its types with onnx, strictly where they contradict each other."""
+    """Check a model and infer its types with onnx; contradictory types raise an error."""
     onnx.checker.check_model(content)
     onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=False)
 
 
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
-    """Return the model with the types and shapes that onnx infers, without propagating data."""
+    """Return the model with the types and shapes that onnx infers, without data propagation."""
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
     return made
@@ -55,7 +55,7 @@ def infer_shapes(content: bytes, check_type: bool) -> bytes:
 def infer_node(
     node: bytes, types: Mapping[str, bytes], data: Mapping[str, bytes], opset: int
 ) -> dict[str, bytes]:
-    """Return the types that onnx infers of a node's outputs from those of its inputs."""
+    """Return the types of a node's outputs, inferred by onnx from the types of its inputs."""
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
         onnx.defs.get_schema(proto.op_type, opset, ""),
@@ -68,9 +68,9 @@ def infer_node(
 
 
 def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
-    """Return the function in operators of opset ``defined`` that means what a node means.
+    """Return onnx's definition of a node as a function in operators of opset ``defined``.
 
-    The node is one of opset ``version``, and its inputs of these types.
+    The node belongs to opset ``version``; ``types`` are the types of its inputs.
     """
     kind = onnx.NodeProto.FromString(node).op_type
     schema: Any = onnx.defs.get_schema(kind, version, "")  # onnx's stubs lack its bodies
@@ -79,7 +79,7 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Bring a model to the form that the gradient builder takes."""
+    """Convert a model to the form that the gradient builder accepts."""
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
     )
@@ -87,7 +87,7 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Return the model with the gradient of ``loss`` to each parameter."""
+    """Return the model with the gradients of ``loss`` for all parameters."""
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -96,7 +96,7 @@ def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> byt
 
 
 def list_types(content: bytes) -> dict[str, str]:
-    """Return the type of each of a model's outputs, as ONNX Runtime writes it."""
+    """Return the type of each of a model's outputs, in ONNX Runtime's notation."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -131,21 +131,21 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
     "list_types": (list_types, "ONNX Runtime"),
     "optimize": (optimize, "onnxruntime-training's optimizer"),
 }
-"""What may be asked, by name, and whose code it is."""
+"""Map the name of each callable function to the function and the name of the code that it runs."""
 
 
 def write_frame(sink: BinaryIO, content: bytes) -> None:
-    """Write a request or an answer."""
+    """Write a request or response, prefixed with its length."""
     sink.write(_LENGTH.pack(len(content)))
     sink.write(content)
     sink.flush()
 
 
 def read_frame(source: BinaryIO) -> bytes:
-    """Read a request or an answer.
+    """Read a request or response.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the other side has closed the pipe.
     """
     head = source.read(_LENGTH.size)
     content = source.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
@@ -155,7 +155,7 @@ def read_frame(source: BinaryIO) -> bytes:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer requests, one after the other, until the other side is gone."""
+    """Process requests, one after the other, until the other side closes the pipe."""
     write_frame(sink, b"")  # ready
     while True:
         try:
@@ -170,9 +170,9 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Bound what a request of ``size`` bytes may take, where the system can (Linux).
+    """Limit the memory for a request of ``size`` bytes, if the system supports it (Linux).
 
-    macOS knows the limit and does not keep it; Windows has none.
+    macOS accepts the limit but does not enforce it; Windows has no such limit.
     """
     try:
         import resource
@@ -188,9 +188,9 @@ def _limit_memory(size: int) -> None:
 
 
 def _answer(request: bytes) -> bytes:
-    """Compute what was asked, or describe the exception that it raises.
+    """Call the requested function; return its result, or a description of the exception it raises.
 
-    One that is a mistake of ours is told with its traceback.
+    An exception that indicates a bug is described with its traceback.
     """
     try:
         name, arguments = msgspec.msgpack.decode(request)
@@ -204,7 +204,7 @@ def _answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    """Serve whoever started this process over its standard input and output."""
+    """Process requests from the parent process on standard input and output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     if sys.platform != "win32":
         import resource

@@ -1,8 +1,8 @@
-"""Isolation: native code in a process of its own, so that no model ends this one.
+"""Run native code in a separate process, so that no model can crash the caller's process.
 
-One process is started at the first call, serves all later ones, and is started again where a model
-ended it.  It ends with this one.  This module knows processes and pipes; what is computed there
-is in :mod:`natives`.
+The process is started at the first call and serves all later calls.  If a model crashes it, the
+next call starts another.  It exits together with the caller's process.  This module handles
+processes and pipes; the functions that run in the process are in :mod:`natives`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from splitonnx.faults import log_mistake
 from splitonnx.partitioner.native import natives
 
 _MOST_KEPT = 1 << 26
-"""Bytes; after a larger request or answer the process ends, so that it keeps no such memory."""
+"""After a request or response with more bytes the process is ended, to free its memory."""
 
 _ADVICE = "check how the model was exported"
 
@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 
 class Refused(RuntimeError):
-    """Native code raised an exception; ``kind`` is its class's name."""
+    """Raised if native code raised an exception; ``kind`` is the name of the exception's class."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -42,7 +42,7 @@ class Refused(RuntimeError):
 
 
 class _Worker:
-    """The other process; it is ready when this returns."""
+    """A running process for native code; the constructor returns when the process is ready."""
 
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
@@ -80,12 +80,12 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, request: bytes) -> bytes:
-        """Return the answer to a request; ``EOFError`` or ``OSError`` where there is none."""
+        """Send a request and return the response; raise ``EOFError`` or ``OSError`` on failure."""
         natives.write_frame(self._requests, request)  # type: ignore[arg-type]
         return natives.read_frame(self._answers)  # type: ignore[arg-type]
 
     def end(self) -> str:
-        """End the process and say how it ended, if it had by itself."""
+        """End the process; return its exit code or signal, which shows whether it had crashed."""
         self.release()
         try:
             code = self._process.wait(timeout=1)
@@ -98,19 +98,22 @@ class _Worker:
             return f"exit code {code}"
 
     def release(self) -> None:
-        """Close the pipes; the process, if this is its only parent, ends for it."""
+        """Close the pipes; the process then exits unless another process has them open."""
         for pipe in (self._requests, self._answers):
             with suppress(OSError):  # what was not sent can no longer be
                 pipe.close()
 
     def forget(self) -> None:
-        """Leave the process to another one, of which this one is a fork."""
+        """Close a forked process's copies of the pipes, and leave the worker to the parent."""
         self.release()
         self._process.returncode = 0  # it is not ours to wait for
 
 
 class Isolation:
-    """A process for native code that calls share, one after the other; it starts at the first."""
+    """Manages the process for native code, shared by all calls, which run one after the other.
+
+    The process starts at the first call.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -118,20 +121,22 @@ class Isolation:
 
     @property
     def pid(self) -> int | None:
-        """Number of the process, while there is one."""
+        """The process id, or ``None`` if the process is not running."""
         return None if self._worker is None else self._worker.pid
 
     def call(
         self, function: Callable[P, R], subject: str, *arguments: P.args, **named: P.kwargs
     ) -> R:
-        """Call a function of :mod:`natives` over there; ``subject`` is what it works on.
+        """Call a function of :mod:`natives` in the process for native code.
+
+        ``subject`` names the model or node in error messages.
 
         Raises:
             Refused: the function raised an exception.
-            InternalModelError: one that says that the function itself is wrong.
-            NativeCrash: it ended the process, took too long or needs more memory than it may
-                have; where the process ended, the next call starts another one.
-            ProcessFailed: no such process can be started.
+            InternalModelError: the exception indicates a bug in the function itself.
+            NativeCrash: the function crashed the process, took too long or needed more memory than
+                allowed; if the process has ended, the next call starts another.
+            ProcessFailed: the process cannot be started.
         """
         assert not named, "arguments go by their place"
         name = function.__name__
@@ -170,12 +175,12 @@ class Isolation:
         return answer
 
     def end(self) -> str:
-        """End the process, if there is one, and say how it ended."""
+        """End the process, if it is running, and return its exit code or signal."""
         worker, self._worker = self._worker, None
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Start again in a forked process: two must not read from one pipe."""
+        """Start over after a fork: two processes must not read from the same pipe."""
         worker, self._worker = self._worker, None
         self._lock = threading.Lock()
         if worker is not None:
@@ -183,7 +188,7 @@ class Isolation:
 
 
 def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalModelError:
-    """Log where a function failed over there, and make the error that asks for a report."""
+    """Log where a function failed in the process, and return the error that asks for a report."""
     error.add_note(trace)
     log_mistake(f"{subject}, in {name}", error)
     work = f"given to {natives.NATIVES[name][1]}"
