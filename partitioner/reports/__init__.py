@@ -1,4 +1,4 @@
-"""What a user is told about a model before a cut: whether it trains, where it cuts, why not.
+"""Report on a model before it is cut: whether it can be trained, where it can be cut, why not.
 
-It changes nothing.  It may use every other room.
+The reports do not change the model.  This package may import every other package.
 """

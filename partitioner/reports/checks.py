@@ -1,6 +1,6 @@
-"""Can this model be trained: what prevents it, what would be rewritten, where it cuts.
+"""Check a model before it is cut: what prevents training, what is rewritten, where it can be cut.
 
-It takes the very steps that a cut takes, and keeps what they say.  It writes nothing.
+The check runs the same steps as a cut and collects their findings.  It writes no files.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 
 
 class Handling(StrEnum):
-    """What becomes of an operator in training.
+    """How an operator is handled in training.
 
-    ``native`` is differentiated as it is, ``rewritten`` in other operators; ``forward only`` lies
-    before every trained parameter or deals with integers; ``in the way`` has no gradient.
+    ``native`` operators are differentiated directly, ``rewritten`` ones are replaced by other
+    operators.  ``forward only`` operators come before every trained parameter or compute integers.
+    Operators that are ``in the way`` have no gradient.
     """
 
     NATIVE = "native"
@@ -43,7 +44,7 @@ class Handling(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorUse:
-    """How many nodes of a model are of an operator and are handled alike."""
+    """The number of nodes with the same operator and the same handling."""
 
     operator: str
     handling: Handling
@@ -52,13 +53,14 @@ class OperatorUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is known of a model before it is cut.
+    """The result of :func:`check`: what is known of a model before it is cut.
 
-    ``losses`` are those that fit the output, ``obstacles`` says in a sentence each why the model
-    cannot be trained; without one it can.  Parameters are counted in elements: ``parameters``
-    those that would be trained, ``frozen`` the others, ``statistics`` running ones, ``conditional``
-    those that cannot be, in branches and loops that depend on the data.  ``remarks`` say what the
-    export left out, and whether the cuts are too many to be tried: then none is listed.
+    ``losses`` are those that fit the output.  Each sentence in ``obstacles`` is a reason why the
+    model cannot be trained; if there are none, it can.  Parameters are counted in elements:
+    ``parameters`` are trained, ``frozen`` are not, ``statistics`` are running statistics, and
+    ``conditional`` ones cannot be trained, because they are in branches and loops that depend on
+    the data.  ``remarks`` report what the export left out, and whether there are too many cuts to
+    try; in that case no cuts are listed.
     """
 
     opset: int
@@ -90,13 +92,13 @@ def check(
     """Check whether and how a model can be trained.
 
     Args:
-        model: a path, the bytes of an ONNX model, or a loaded one.
+        model: a path, the bytes of an ONNX model, or a loaded model.
         loss: the loss to try; by default the first that fits.
-        output: the output that the loss is taken of; the first one by default.
+        output: the output from which the loss is computed; by default the first output.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
-        UnsupportedModel: it cannot be prepared; the sentence names the node.
+        UnsupportedModel: it cannot be prepared; the message names the node.
         UsageError: there is no such loss or output.
     """
     if loss is not None and loss not in list_losses():
@@ -129,7 +131,7 @@ def check(
 
 
 def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
-    """List the cuts; where that is too much work the model can be trained all the same."""
+    """List the cuts; if that takes too much work, list none, and add a remark."""
     try:
         return tuple(list_cuts(prepared, None)), ()
     except TooManyTries as error:
@@ -139,7 +141,7 @@ def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple
 def _fit_losses(
     prepared: PreparedModel, output: str, losses: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split the losses into those that can be taken of the output and what the others say."""
+    """Return the losses that fit the output, and the error messages of the rest."""
     fitting, reasons = [], []
     for loss in losses:
         try:
@@ -153,7 +155,7 @@ def _fit_losses(
 def _try_training(
     prepared: PreparedModel, loss: str, output: str
 ) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
-    """Differentiate and lower the whole model; return what was in the way."""
+    """Differentiate and lower the whole model; return the obstacles found."""
     faults = list(_list_faults(prepared, output))
     if faults:
         return faults, ()
@@ -170,7 +172,7 @@ def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferenti
 
 
 def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, ...]:
-    """Follow each node of the model into the training form."""
+    """Count the model's operators by how each node is handled in the training form."""
     graph = prepared.training.graph
     trained = set(prepared.trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])

@@ -1,7 +1,8 @@
-"""What an exporter did to a model before it came here, as far as the model shows it.
+"""Diagnose what an exporter did to a model, as far as the model shows it.
 
-A folded BatchNormalization leaves no trace of its own, so a remark says what is seen (which
-nodes, whose export) and what that means for training.  It knows exporters; it refuses nothing.
+A folded BatchNormalization leaves no trace of its own, so a remark describes what can be seen
+(which nodes, which exporter) and what that means for training.  This module knows exporters; it
+refuses no model.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ _CALLS = {
     "tf2onnx": "Keras has no export that keeps it; train without, or export from the torch backend",
     "jax2onnx": "jax2onnx keeps BatchNorm where the module has one",
 }
-"""Producer -> what to do where something was folded."""
+"""Map each exporter to advice for a model that it has folded."""
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _FEWEST_CONVOLUTIONS = 8
-"""A convolutional network this deep is hardly trained without a normalization."""
+"""A convolutional network with this many layers is rarely trained without normalization."""
 _NORMALIZATIONS = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 )
 
 
 class Kind(StrEnum):
-    """What a remark is about."""
+    """The topic of a remark."""
 
     NO_BATCHNORM = "no batchnorm"
     FROZEN_BATCHNORM = "frozen batchnorm"
@@ -45,7 +46,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """A remark on a model: one sentence, and what to do."""
+    """A remark on a model: one sentence, and advice on what to do."""
 
     kind: Kind
     sentence: str
@@ -53,7 +54,10 @@ class Remark:
 
 @attribute_errors_to_pass("searched for what its export left out")
 def diagnose(model: ir.Model) -> list[Remark]:
-    """List what the export of a model means for its training; ``model`` is as the file has it."""
+    """List remarks on what a model's export means for training.
+
+    ``model`` must be as read from the file, before any preparation.
+    """
     return [remark for look in _LOOKS for remark in look(model)]
 
 
@@ -102,7 +106,7 @@ def _find_idle_dropouts(model: ir.Model) -> Iterator[Remark]:
 
 
 def _is_on(node: ir.Node) -> bool:
-    """Return whether the third input is there and not known to be false."""
+    """Return whether the third input exists and is not known to be false."""
     mode = node.inputs[2] if len(node.inputs) > 2 else None
     if mode is None:
         return False

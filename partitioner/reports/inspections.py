@@ -1,4 +1,4 @@
-"""What a user wants to know before cutting: the tensors that alone divide a model."""
+"""Inspect a model before cutting it: list the single tensors that divide it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from splitonnx.tensors import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class CutCandidate:
-    """A tensor that alone divides the model in two.
+    """A single tensor at which the model can be cut in two.
 
-    ``op`` is the operator that makes it.  ``shape`` has a number where the dimension is known,
-    else its symbol or ``None``.  ``bytes_up`` and ``bytes_down`` are what travels in one training
-    step: the activation up, its gradient down (0 where nothing before it is trained); ``None``
-    where the size is not known.  Parameters are counted in elements.  ``sent`` are the raw inputs
-    that must be named beside the tensor; they count among the bytes.
+    ``op`` is the operator that computes the tensor.  Each element of ``shape`` is a number if the
+    dimension is known, else its symbol or ``None``.  ``bytes_up`` and ``bytes_down`` are the bytes
+    sent in one training step: the activation to the server, and its gradient back (0 if nothing
+    before the tensor is trained); they are ``None`` if the size is not known.  Parameters are
+    counted in elements.  ``sent`` are the raw inputs that must be named beside the tensor;
+    ``bytes_up`` includes them.
     """
 
     tensor: str
@@ -50,9 +51,9 @@ def inspect(
     """List the legal single-tensor cuts of a model, from its input to its output.
 
     Args:
-        model: a path, the bytes of an ONNX model, or a loaded one.
-        batch: the size of the first dimension of the model's inputs where it is not fixed;
-            without it sizes in bytes are not known for a model with a dynamic batch.
+        model: a path, the bytes of an ONNX model, or a loaded model.
+        batch: the size of the first dimension of the model's inputs if it is not fixed; without
+            it, sizes in bytes are not known for a model with a dynamic batch.
         sent: raw inputs, such as an attention mask, that may cross beside the tensor.
 
     Raises:
@@ -66,7 +67,7 @@ def inspect(
 def list_cuts(
     prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()
 ) -> list[CutCandidate]:
-    """List the legal single-tensor cuts of a prepared model; its inference form may change."""
+    """List the legal single-tensor cuts of a prepared model; this may change its inference form."""
     form = prepared.inference
     if batch is not None:
         _fix_batch(form, prepared, batch)
@@ -81,7 +82,7 @@ def list_cuts(
 
 
 def _loses_gradient(bisection: Bisection) -> bool:
-    """Return whether trained parameters are before a tensor that is not a float."""
+    """Return whether the tensor is not a float although it depends on trained parameters."""
     dtype = bisection.at[0].dtype
     return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 
@@ -100,7 +101,7 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
 
 
 def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandidate:
-    """``makers`` are the values of the model itself, whose operators the user knows."""
+    """Describe a cut; ``makers`` maps names to values of the original model, known to the user."""
     value, *sent = bisection.at
     producer = value.producer()
     assert producer is not None
@@ -120,7 +121,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
 
 
 def _declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
-    """Return a value's shape as it would be declared, and the bytes of an element."""
+    """Return a value's shape as the manifest would declare it, and the bytes per element."""
     try:
         spec = declare(value)
     except SplitonnxError:
