@@ -82,8 +82,8 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check the image number of each RoiAlign box, and fail on boxes far outside the image.
 
     If the number of samples per bin depends on the box size, RoiAlign lists all samples at once, so
-    a box must end near the image.  With a fixed number of samples, box coordinates may be much
-    larger, but must still be finite numbers.
+    a box must end near the image.  With a fixed number of samples, a box may extend up to
+    2**20 image lengths.
     """
     image, boxes, numbers = node.inputs[:3]
     assert image is not None
@@ -102,7 +102,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
     )
     distance = note(builder.op("Abs", boxes), boxes.dtype)
     is_near = note(builder.op("LessOrEqual", distance, note(reach, boxes.dtype)), BOOL)
-    is_far = builder.op("Not", is_near)  # also what is not a number
+    is_far = builder.op("Not", is_near)  # NaN too
     return {
         1: pass_if(builder, boxes, refuse_where(builder, is_far)),
         2: note(looked_up, I64, numbers.shape),

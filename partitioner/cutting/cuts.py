@@ -204,7 +204,7 @@ def trace_sides(
             reason = f"'{value.name}' does not depend on the model's inputs"
             raise NotACut(_list_names(at, tail_at), reason=reason)
     ends = tail_at or list_server_outputs(graph, at, sizes)
-    head, _ = walk_back(at, ends=sizes)  # what leads to the cut cannot read its shape
+    head, _ = walk_back(at, ends=sizes)  # nodes before the cut cannot read its shape
     server = _walk_side(ends, at, lambda _: at, sizes, known)
     client = _walk_side(
         (*at, *graph.outputs) if tail_at else at,

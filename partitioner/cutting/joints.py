@@ -107,7 +107,7 @@ def build_training(
     port_wires = [(port, declare(port.value)) for port in ports]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
-    separate_pads(derived)  # those whose axes had to go for their gradient
+    separate_pads(derived)  # Pads whose axes were removed for their gradient
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

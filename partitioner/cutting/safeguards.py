@@ -137,7 +137,7 @@ def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     zeros = note(builder.op("Gather", builder.integers([0]), index, axis=0), ir.DataType.INT64)
     if divisor.dtype in _SMALLEST:
         checked = builder.op("Add", divisor, builder.cast(zeros, divisor.dtype))
-    else:  # Add has no kernel for the small ones
+    else:  # Add has no kernel for small integers
         checked = builder.cast(
             note(builder.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype
         )

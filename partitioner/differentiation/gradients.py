@@ -184,7 +184,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         raise fault
     _part_twins(model.graph, parameters)
     detached = _take_out_detached(model.graph)
-    opaques = take_out_opaques(model.graph)  # where a gradient passes, it was refused above
+    opaques = take_out_opaques(model.graph)  # opaque nodes with a gradient were refused above
     wanted = sorted(parameters)
     with attribute_errors_to_pass("written down for the gradient builder"):
         content = _serialize(model)
@@ -303,17 +303,17 @@ def _annotate(model: ir.Model) -> None:
         for value in node.outputs[1:]:
             if value.shape is None:
                 value.shape = _find_shape(node)
-    note_shapes(model.graph)  # ONNX Runtime's optimizer makes nodes and notes no shapes of them
+    note_shapes(model.graph)  # ONNX Runtime's optimizer adds nodes without shapes
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
     """Return the shape of a value that a node saves for its gradient; shape inference lacks it."""
     if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
-        return node.inputs[1].shape  # the batch's statistics, one a channel like the scale
+        return node.inputs[1].shape  # the batch's statistics, per channel like the scale
     if node.op_type == "MaxPool":
-        return node.outputs[0].shape  # where each maximum stood
+        return node.outputs[0].shape  # the index of each maximum
     if node.op_type == "ConcatTraining":
-        return ir.Shape([len(node.inputs)])  # how long each input was
+        return ir.Shape([len(node.inputs)])  # the length of each input
     return None
 
 

@@ -91,7 +91,7 @@ def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise NotAModel(label, "it is not a file")  # a pipe or a device need never end
+            raise NotAModel(label, "it is not a file")  # a pipe or a device may be endless
         if found.st_size > MAX_PROTO_BYTES:
             raise NotAModel(label, "it is larger than 2 GiB; save its weights as external data")
         content = read_regular(path, MAX_PROTO_BYTES)

@@ -69,7 +69,7 @@ def check_texts(model: ModelProto, label: str) -> None:
 
 def _check_text(names: Iterable[str], label: str) -> None:
     for name in names:
-        if not isinstance(name, str):  # what is not UTF-8 comes as bytes
+        if not isinstance(name, str):  # protobuf returns invalid UTF-8 as bytes
             raise NotAModel(label, f"the name {name[:80]!r} in it is not UTF-8")
         if len(name) > MODEL.name_characters:
             raise NotAModel(label, f"a name of {len(name)} characters, '{name[:40]}...', is in it")

@@ -118,7 +118,7 @@ class DataFiles:
             path = (self.folder / location).resolve()
             if not path.is_relative_to(self.folder):
                 raise ForbiddenExternalData(tensor, location)
-            # O_NONBLOCK: a pipe without a writer would be waited for
+            # O_NONBLOCK: opening a pipe without a writer would block
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             reason = f"the file '{location}' of tensor '{tensor}' is missing or cannot be read"

@@ -18,9 +18,7 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Return a zero (I64, scalar), or an error if any element of ``bad`` (BOOL) is true."""
     numbers = builder.cast(note(bad, BOOL), I64)
-    count = builder.op(
-        "ReduceSum", numbers, keepdims=0
-    )  # there may be none: ReduceMax refuses that
+    count = builder.op("ReduceSum", numbers, keepdims=0)  # may be empty, which ReduceMax refuses
     return note(builder.op("Gather", builder.integers([0]), note(count, I64), axis=0), I64)
 
 

@@ -121,7 +121,7 @@ class Inference:
         return self._shapes.get(value)
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return a value's elements if known: an array of numbers, or of objects if some are Dims."""
+        """Return a value's known elements: an array of numbers, or of objects if some are Dims."""
         if value is None:
             return None
         if value not in self._contents:
@@ -296,10 +296,10 @@ class Inference:
         """Return whether a Range of numbers, including floats, has at most ``most`` elements."""
         start, limit, delta = (self.constant(value) for value in node.inputs)
         if start is None or limit is None or delta is None:
-            return True  # of symbols
+            return True  # a Range of symbols
         with np.errstate(all="ignore"):
             steps = (float(limit.flat[0]) - float(start.flat[0])) / np.float64(delta.flat[0])
-        return bool(steps <= most)  # false where it is not a number
+        return bool(steps <= most)  # false if NaN
 
     def _read_size(self, value: ir.Value) -> np.ndarray | None:
         dims = self.shape(value)

@@ -26,7 +26,10 @@ from splitonnx.partitioner.native.workers import Refused, call
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
 """Map each operator with windows to the index of the input that is its kernel."""
 MOST_ALONG = 1 << 32
-"""Limit of elements along a dimension; onnxruntime-training 1.19.2 counts up to image sizes."""
+"""Limit of elements along a dimension.
+
+onnxruntime-training 1.19.2 counts up to the length of an image's dimensions.
+"""
 _MOST_BYTES = 1 << 10
 """Initializers with more bytes hold weights, whose contents do not affect any type."""
 _MOST_DIMENSIONS = 32
@@ -48,7 +51,7 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
     try:
         inferred = call(natives.infer_shapes, "the model", content, check_type)
     except Refused:
-        return  # what contradicts itself stays as it is
+        return  # a contradictory graph stays unchanged
     graphs = list(model.graphs())
     reading = attribute_errors_to_bytes(_refuse_types)
     with attribute_errors_to_pass("given the types that onnx infers"), reading:

@@ -205,13 +205,13 @@ def _answer(request: bytes) -> bytes:
 
 def main() -> None:
     """Process requests from the parent process on standard input and output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a model that ends it leaves no file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever native code prints is not an answer
+    os.dup2(2, 1)  # native code's prints must not reach the pipe
     serve(source, sink)
 
 

@@ -51,13 +51,13 @@ class _Worker:
                 [sys.executable, "-P", "-m", natives.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # what code says that breaks down is not a sentence
+                stderr=subprocess.DEVNULL,  # crash output is not fit for users
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(paths),
                     "ORT_DISABLE_TELEMETRY": "1",  # of ONNX Runtime from 1.29 on
                 },
-                cwd=sys.prefix,  # which is there to stay
+                cwd=sys.prefix,  # a folder that will not be deleted
             )
         except (OSError, ValueError) as error:
             raise ProcessFailed(natives.__name__, str(error)) from error
@@ -100,13 +100,13 @@ class _Worker:
     def release(self) -> None:
         """Close the pipes; the process then exits unless another process has them open."""
         for pipe in (self._requests, self._answers):
-            with suppress(OSError):  # what was not sent can no longer be
+            with suppress(OSError):  # unsent data cannot be sent any more
                 pipe.close()
 
     def forget(self) -> None:
         """Close a forked process's copies of the pipes, and leave the worker to the parent."""
         self.release()
-        self._process.returncode = 0  # it is not ours to wait for
+        self._process.returncode = 0  # only the parent may wait for it
 
 
 class Isolation:
@@ -167,7 +167,7 @@ class Isolation:
             reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
             code = natives.NATIVES[name][1]
             raise NativeCrash(subject, f"{code} {reason}", _ADVICE) from error
-        except BaseException:  # the answer to come would be taken for that to the next one
+        except BaseException:  # the next call would read this call's late response
             self.end()
             raise
         if max(len(request), len(answer)) > _MOST_KEPT:

@@ -56,26 +56,26 @@ class Fact(Flag):
     """A property of the model that a pass requires, ensures or invalidates."""
 
     INLINED = auto()  # no node calls a function of the model
-    STORED = auto()  # what has a stored value is no input of the graph
-    NAMED = auto()  # every node has a name of its own
-    QUANTIZED = auto()  # integer weights are quantised in the graph
+    STORED = auto()  # no initializer is also an input of the graph
+    NAMED = auto()  # every node has a unique name
+    QUANTIZED = auto()  # integer weights are quantized in the graph
     LIFTED = auto()  # weights are inputs of the graph
-    ADAPTED = auto()  # operators are of opset 18 to 21
-    USUAL = auto()  # recurrences and operators of ai.onnx.ml are written as others are
-    TYPED = auto()  # types and shapes are noted where they can be inferred
-    PADDED = auto()  # paddings are written out where the shapes allow it
-    FLAT = auto()  # sequences whose lengths are known are gone
-    FOLDED = auto()  # what depends on no input is a constant
-    CHECKED = auto()  # ranks are those that operators take
-    REDUCED = auto()  # axes of reductions are written out
-    FORMS = auto()  # the training and the inference form are apart
+    ADAPTED = auto()  # operators belong to opset 18 to 21
+    USUAL = auto()  # recurrences and ai.onnx.ml operators are in standard form
+    TYPED = auto()  # types and shapes are set if they can be inferred
+    PADDED = auto()  # paddings are explicit if the shapes allow it
+    FLAT = auto()  # sequences of known length are replaced by tensors
+    FOLDED = auto()  # values that depend on no input are constants
+    CHECKED = auto()  # ranks are valid for their operators
+    REDUCED = auto()  # axes of reductions are explicit
+    FORMS = auto()  # the training and inference forms are separate models
     WIDE = auto()  # both forms compute in float32
-    MODES = auto()  # BatchNormalization and Dropout are as each form has them
-    SEEDED = auto()  # what is random is drawn by a key
+    MODES = auto()  # BatchNormalization and Dropout have each form's mode
+    SEEDED = auto()  # random numbers are drawn from a key
     OUTPUTS = auto()  # optional outputs that gradients read are declared
-    ROLES = auto()  # every weight has its role
-    SMOOTH = auto()  # every operator behind a trained weight has a gradient
-    SHAPED = auto()  # shapes that follow from dimensions are noted too
+    ROLES = auto()  # every weight has a role
+    SMOOTH = auto()  # operators that depend on trained weights have gradients
+    SHAPED = auto()  # shapes that follow from symbolic dimensions are set too
 
 
 _NOTHING = Fact(0)
