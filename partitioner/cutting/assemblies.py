@@ -1,7 +1,7 @@
 """Build a bundle from joint graphs: each party's stages, lowered to its target, and its manifest.
 
-This is the partitioner's outermost layer: it knows the terms of the manifest and calls the modules
-that do the work.
+This is the partitioner's outermost layer: it writes the manifest and calls the modules that do the
+work.
 """
 
 from __future__ import annotations

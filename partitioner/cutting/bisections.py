@@ -10,7 +10,7 @@ and each walk visits every node once.
 with it, up to a bound.  If raw inputs may cross beside a tensor, the candidates of
 :mod:`bottlenecks` are tried too.
 
-This module deals with graphs and names only, not with losses, gradients or runtimes.
+This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ have a skip connection from head to tail, or weights shared between them, withou
 A partition is legal if only the named tensors cross: no other activation, no raw input that is not
 named, and no trainable tensor used on both sides.
 
-This module deals with graphs and names only, not with losses, gradients or runtimes.
+This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
 
 from __future__ import annotations

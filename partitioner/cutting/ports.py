@@ -2,8 +2,8 @@
 
 When a tensor ``t`` crosses, the port's output is ``t@server`` or ``t@client``, named after the
 receiver.  Only the receiving side reads the port's output, so the gradient of the port's output is
-a separate tensor that holds the contribution of that side alone.  This module handles partitions,
-not gradients.
+a separate tensor that holds the contribution of that side alone.  This module does not compute
+gradients.
 """
 
 from __future__ import annotations

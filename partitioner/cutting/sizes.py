@@ -5,7 +5,7 @@ far before the cut.  Instead of sending integers, the reading party takes each s
 of a tensor that it does hold: two dimensions with the same symbols are the same size.  Each party
 computes for itself the values that depend on sizes alone.
 
-This module knows parties and shapes, but not losses and gradients.
+This module does not depend on losses or gradients.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Everything that a party computes between two messages is one stage.  A node belo
 stage that needs it; a value that a later stage of the same party needs again is stashed.  Nothing
 is computed twice except values that depend on constants alone, and nothing but wires crosses.
 
-This module knows parties and wires; it treats forward and backward in the same way.
+Forward and backward graphs are treated in the same way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Differentiate a whole model with onnxruntime-training, whose code runs in :mod:`natives`.
 
-This module knows nothing of cuts: a port is an Identity like any other.
+This module does not depend on cuts: it treats a port like any other Identity node.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attach losses and their metrics to a graph, in standard ONNX operators.
 
 A loss is the mean over the batch.  ``labels`` is the name of the array of labels in the caller's
-data.  This module knows outputs and labels; it does not deal with cuts or gradients.
+data.  This module does not depend on cuts or gradients.
 """
 
 from __future__ import annotations

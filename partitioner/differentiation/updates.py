@@ -2,8 +2,8 @@
 
 An update graph reads parameters, gradients and optimizer state, and returns new parameters and
 state.  The learning rate and the number of the update are scalar inputs, so the runtime may change
-them from step to step.  This module implements the formulas of torch.optim.  All that it knows of
-the cut is which parties' gradient norms it needs.
+them from step to step.  This module implements the formulas of torch.optim.  It depends on the
+cut only through the gradient norms that the parties exchange.
 """
 
 from __future__ import annotations

@@ -142,12 +142,12 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
         for text in (attribute.s, *attribute.strings):
             refuse_long(text, label_node(node))
         if node.op_type == EINSUM and not EQUATION.fullmatch(attribute.s):
-            # onnx's inference may look for the end of such a one for ever
+            # onnx's inference may search such an equation forever
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
         if attribute.name in KINDS and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")
         if attribute.name in WINDOWS and any(extent < 1 for extent in attribute.ints):
-            # onnxruntime-training 1.19.2 divides by a stride of 0, and ends the process
+            # onnxruntime-training 1.19.2 divides by a stride of 0, which crashes the process
             raise NotAModel(label, f"{label_node(node)} has {attribute.name} below 1")
         axes = (*attribute.ints, attribute.i) if attribute.name in AXES else ()
         if any(abs(axis) > MODEL.rank for axis in axes):

@@ -1,8 +1,8 @@
 """Compute running sums and products along an axis, with shifts whose distance doubles.
 
 For ``n`` elements this takes ``log2(n)`` steps of a Pad and an Add or Mul, each of which has a
-gradient.  Nothing is divided, so zeros cause no errors.  This module does not know which operator
-the sums and products replace.
+gradient.  Nothing is divided, so zeros cause no errors.  This module does not depend on
+which operator the sums and products replace.
 """
 
 from __future__ import annotations

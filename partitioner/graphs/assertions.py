@@ -1,8 +1,8 @@
 """Build assertions in graphs from standard operators: values that exist only if a condition holds.
 
 Gather raises an error if an index is out of range.  So a lookup that is made to fail on a bad value
-ends the stage before the kernel that would trust the value.  This module knows conditions and
-shapes; :mod:`safeguards` and :mod:`addresses` decide which kernels need them.
+ends the stage before the kernel that would trust the value.  The modules
+:mod:`safeguards` and :mod:`addresses` decide which kernels need assertions.
 """
 
 from __future__ import annotations

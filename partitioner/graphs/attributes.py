@@ -23,8 +23,8 @@ def check_attributes(graph: ir.Graph, opset: int) -> None:
     Functions must be inlined already.  A node without its own version belongs to ``opset``.
 
     Raises:
-        NotAModel: an attribute refers to an attribute of a function although there is none, has
-            another type than its operator requires, or is missing.
+        NotAModel: an attribute refers to a function's attribute outside a function, has another
+            type than its operator requires, or is missing.
     """
     for node in graph.all_nodes():
         declared = _find_attributes(node, node.version or opset)

@@ -1,7 +1,7 @@
 """Copy a body of control flow into the graph around it: one iteration of a loop, or one branch.
 
-The body's inputs are bound to outer values and everything gets a new name.  This module knows no
-operators.
+The body's inputs are bound to outer values and everything gets a new name.  This module works for
+the body of any operator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Build nodes, with automatic names and shared constants.
 
-Losses, updates and lowerings write their formulas with it.  This module knows how to build nodes,
-not which nodes are needed.
+Losses, updates and lowerings use this module to write their formulas as nodes.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def attribute_errors_to(
 ) -> Iterator[None]:
     """Report errors in the block as errors of ``node``; ``work`` completes "while it was ...".
 
-    ``lost`` and ``advice`` are the message for a replacement that lacks a used output of the node.
+    ``lost`` and ``advice`` go into the error message if no replacement was built for an output.
 
     Raises:
         UnsupportedModel: the node's inputs or attributes are not valid for its operator.

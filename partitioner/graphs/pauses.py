@@ -2,7 +2,7 @@
 
 A graph's nodes and values refer to one another, so Python's cyclic garbage collector scans all of
 them again and again while graphs grow, and finds nothing: it took nearly half of the time on a
-model of 10,000 nodes.  This module does not know graphs.
+model of 10,000 nodes.
 """
 
 from __future__ import annotations

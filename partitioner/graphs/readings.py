@@ -2,7 +2,7 @@
 
 Common content is read here; rare content (bodies, functions, quantizations, metadata on values) is
 left to onnx-ir.  Values of equal shape share one shape object, which no code changes in place.
-This module knows how to build a graph, not what it is used for.
+This module does not depend on what a graph is used for.
 """
 
 from __future__ import annotations

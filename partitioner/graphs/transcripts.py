@@ -2,7 +2,7 @@
 
 Common content is written here; rare content (metadata, functions, types other than tensors) is
 left to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This
-module knows how to write a graph, not what it is used for.
+module does not depend on what a graph is used for.
 """
 
 from __future__ import annotations

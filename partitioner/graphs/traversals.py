@@ -1,7 +1,7 @@
 """Walk over a graph: find what a node reads and what a value depends on.
 
 Outer values that the bodies of ``If``, ``Loop`` and ``Scan`` read count as read by the node that
-holds the body, so no dependency is missed.  This module knows nothing of cuts.
+holds the body, so no dependency is missed.  This module does not depend on cuts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The gradient builder does not support If, Loop or Scan.  If the condition or trip count is known
 before any data arrives, the node is replaced by the nodes that it would run.  Otherwise it stays,
-with the reason recorded in its metadata.  This module knows bodies and their bindings, not
-gradients.
+with the reason recorded in its metadata.  This module does not depend on gradients.
 """
 
 from __future__ import annotations

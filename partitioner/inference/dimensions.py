@@ -4,7 +4,7 @@ An unknown size is an *atom*, such as the batch ``N``; ``4*N + 1`` can be used i
 a number.  Two dimensions are equal exactly if their sums are: the same atom is the same size
 within one run of a model.  An atom is at least 0.  The number of terms and factors and the length
 of the text are limited, since products of sums grow exponentially; a larger amount raises
-:class:`TooLarge`.  This module does not know graphs or operators.
+:class:`TooLarge`.  This module does not depend on graphs or operators.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Use onnx to infer a single node's output types, and to compute its outputs from known inputs.
 
-This module passes one node and the facts about its inputs to onnx; it does not know the rest of the
+This module passes one node and what is known of its inputs to onnx; it does not use the rest of the
 graph.
 """
 

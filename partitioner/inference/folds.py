@@ -3,7 +3,7 @@
 Values that depend only on constants and fixed dimensions become constants.  The target shape of a
 Reshape becomes constant if at most one dimension is unknown.  Branches and loops whose conditions
 and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are graph inputs
-here, so they are never folded.  This module does not know cuts or gradients.
+here, so they are never folded.  This module does not depend on cuts or gradients.
 """
 
 from __future__ import annotations

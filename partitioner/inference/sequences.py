@@ -3,7 +3,7 @@
 A gradient cannot pass through a sequence.  But a list that an exporter writes (the outputs of a
 loop, the pieces of a split) has fixed length and positions, so every tensor taken from it can be
 traced to the tensor put into it.  Sequences that are not known in advance stay unchanged.  This
-module does not know gradients or cuts.
+module does not depend on gradients or cuts.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ This native code relies on a model being well-formed in places that no checker c
 malformed model it may crash or corrupt the process.  So it runs in a separate process, which runs
 this module with ``python -m``; :mod:`workers` starts the process and sends it requests.  This is
 the only module of the partitioner that imports onnxruntime-training, and it uses only the pybind
-layer of version 1.19.2 (no torch needed).  It does not know cuts, and does not check its arguments.
+layer of version 1.19.2 (no torch needed).  It does not check its arguments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Diagnose what an exporter did to a model, as far as the model shows it.
 
 A folded BatchNormalization leaves no trace of its own, so a remark describes what can be seen
-(which nodes, which exporter) and what that means for training.  This module knows exporters; it
-refuses no model.
+(which nodes, which exporter) and what that means for training.  This module never refuses
+a model.
 """
 
 from __future__ import annotations
