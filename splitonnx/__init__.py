@@ -1,7 +1,7 @@
-"""Split learning on ONNX: cut any model, train its parts apart, exactly as the whole.
+"""Split learning on ONNX: cut any model and train its parts separately, with identical results.
 
-The names below are found when they are first used, so that ``import splitonnx`` stays light and
-a device that trains needs no ``onnx``::
+The names below are imported when they are first used, so that ``import splitonnx`` stays fast and a
+device that only trains does not need ``onnx``::
 
     from splitonnx import AdamW, Client, Server, cut, merge, verify
 """

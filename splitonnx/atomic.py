@@ -1,10 +1,10 @@
-"""Files and folders that are written completely or not at all, in one step at their place.
+"""Write files and folders atomically: completely or not at all.
 
-What is being written has a name of its own for each process and thread, by which the next writer
-knows what a killed one left.  Where the system can exchange two names at once (Linux, macOS), a
-folder that is replaced is at its place at every moment.  Elsewhere there are two renames, and what
-was moved aside comes back by itself if the process is killed between them.  This module knows names
-and no content.
+Each process and thread writes under a temporary name of its own, so that the next writer can find
+and remove what a killed process left behind.  If the system can exchange two names in one step
+(Linux, macOS), a folder that is being replaced exists at every moment.  Otherwise the replacement
+takes two renames, and if the process is killed between them, the old folder is restored later. This
+module deals with names and does not interpret the content of files.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _Found = TypeVar("_Found")
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write chunks to a file and wait until they are on disk; large ones are not copied.
+    """Write chunks to a file and wait until they are on disk, without copying large chunks.
 
     Raises:
-        OSError: it cannot be written; what was written of it stays.
+        OSError: the file cannot be written; a partly written file remains.
     """
     from splitonnx.chunks import iter_chunks  # numpy, which `--help` needs not
 
@@ -62,13 +62,14 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) ->
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write a file to, which takes the place of ``path`` if the block ends well.
+    """Yield a temporary name to write a file to; the file replaces ``path`` if the block succeeds.
 
-    It is on disk under its new name then; after an error it is gone, and ``path`` is as it was.
-    The block waits until the content is on disk, as :func:`write_file` does.
+    After the block, the file is on disk under the name ``path``.  If the block raises, the
+    temporary file is deleted and ``path`` is unchanged.  The block must wait until the content is
+    on disk, like :func:`write_file` does.
 
     Raises:
-        OSError: it cannot take its place.
+        OSError: the file cannot be moved to ``path``.
     """
     fresh = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     _writing.add(fresh)
@@ -83,22 +84,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write a file whole, in the place of what may be there, or not at all.
+    """Write a complete file, replacing an existing one, or leave everything unchanged.
 
     Raises:
-        OSError: it cannot be written; all is as it was.
+        OSError: the file cannot be written; nothing has changed.
     """
     with replacing(path) as fresh:
         write_file(fresh, chunks)
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file, all of it or nothing, and wait until it is on disk.
+    """Append a whole line to a file and wait until it is on disk; on failure append nothing.
 
-    A file that is not there yet is made for its owner alone.
+    If the file does not exist, it is created with access for its owner only.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: the line cannot be written; the file is unchanged.
     """
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
     with open(handle, "r+b", buffering=0) as file:
@@ -117,7 +118,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in a folder; what a living process writes stays.
+    """Remove unfinished files of killed writers from a folder, but not those of running processes.
 
     Raises:
         OSError: the folder cannot be read.
@@ -133,7 +134,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk; Windows cannot be asked to.
+    """Wait until the names in a folder are on disk; on Windows this does nothing.
 
     Raises:
         OSError: the folder cannot be opened, or the disk fails.
@@ -150,13 +151,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> None:
-    """Create or replace the folder ``target`` in one go, with what ``write`` puts into it.
+    """Create the folder ``target``, or replace it in one step; ``write`` creates its content.
 
-    Of what is replaced, each folder with a file ``marker`` is locked meanwhile.
+    During the replacement, every replaced folder that contains a file ``marker`` is locked.
 
     Raises:
-        FolderInUse: one of them is served or trained.
-        OSError: it cannot be written; all is as it was.
+        FolderInUse: one of these folders is being served or trained.
+        OSError: the folder cannot be written; nothing has changed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
@@ -181,9 +182,9 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
 
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
-    """Read a folder's files; again where another folder took its place meanwhile.
+    """Read the files of a folder, and read them again if the folder was replaced meanwhile.
 
-    ``errors`` are those that a mixture of two folders may raise.
+    ``errors`` are the exceptions that reading a mixture of the old and the new folder may raise.
     """
     for _ in range(_MOST_READS):
         recover(folder)
@@ -201,7 +202,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Restore what a killed process moved aside and did not replace."""
+    """Restore a folder that a killed process moved aside and did not replace."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):
@@ -211,10 +212,10 @@ def recover(target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; false where the system cannot.
+    """Exchange the names of two folders in one step; return False if the system cannot do that.
 
     Raises:
-        OSError: it can, and failed.
+        OSError: the system supports it, but the exchange failed.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -234,7 +235,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def is_other_alive(process: int) -> bool:
-    """Return whether a process with that number runs, other than this one."""
+    """Return whether another process with this number is running."""
     if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps an open file from going
         return False
     try:

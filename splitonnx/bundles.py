@@ -1,8 +1,8 @@
-"""Bundles: the folders that a cut model lives in, one complete folder a party; load and save.
+"""Load and save bundles: the folders of a cut model, with one complete folder per party.
 
-Files are written completely or not at all, and what is read is checked against the manifest and
-its checksums before anything uses it.  This module knows files, hashes and tensors; it runs no
-graph and cannot read one.
+Files are written completely or not at all.  Everything that is read is checked against the manifest
+and its checksums before it is used.  This module handles files, hashes and tensors; it neither
+reads nor runs graphs.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ MODEL = "model.onnx"
 _ALTERED = "it was altered since the bundle was written"
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 MAX_GRAPH = 2**31 - 1
-"""Bytes of a graph's file, at which Protocol Buffers end.
+"""The largest graph file in bytes, which is the limit of Protocol Buffers.
 
-The client in JavaScript takes 256 MiB, as a phone must hold a graph twice, as bytes and in ONNX
+The JavaScript client accepts 256 MiB, because a phone must hold a graph twice: as bytes and in ONNX
 Runtime.
 """
 WEIGHTS = "weights.safetensors"
@@ -51,14 +51,14 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PartyBundle:
-    """All that one party needs: its manifest, stage graphs and weights.
+    """Everything that one party needs: its manifest, stage graphs and weights.
 
-    ``graphs`` maps the graph files' names to ONNX models.  ``weights`` are what training starts
-    from: parameters, frozen weights and buffers.  ``trained`` is the state after ``step`` updates,
-    optimizer included, or ``None`` before the first; ``session`` is the one that trained it, and
-    ``position`` where it was in its data, as the runtime wrote it.  ``path`` is the folder, or
-    ``None`` for a bundle in memory.  ``owner`` is whose session it was, at a server with tokens.
-    Arrays are read-only.
+    ``graphs`` maps the names of graph files to ONNX models.  ``weights`` are the tensors that
+    training starts from: parameters, frozen weights and buffers.  ``trained`` is the state after
+    ``step`` updates, including the optimizer's, or ``None`` before the first update.  ``session``
+    is the session that trained it, and ``position`` is its position in the training data, in the
+    runtime's notation.  ``path`` is the folder, or ``None`` for a bundle in memory.  ``owner`` is
+    the owner of the session on a server with tokens.  The arrays are read-only.
     """
 
     manifest: PartyManifest
@@ -73,12 +73,12 @@ class PartyBundle:
 
     @classmethod
     def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
-        """Read a party's folder; weights are mapped from the file, not read, unless ``is_held``.
+        """Read a party's folder; weights are memory-mapped, or read into memory with ``is_held``.
 
-        A process that reads a mapped file ends by SIGBUS where somebody has truncated the file.
+        If somebody truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        ``session`` asks for the state that came out of it, if the folder still has that; the
-        newest outcome otherwise.
+        If ``session`` is given, read the state that this session produced, if the folder still has
+        it; otherwise read the newest state.
 
         Raises:
             BundleError: the folder is missing or incomplete, a graph, the weights or the state
@@ -106,13 +106,14 @@ class PartyBundle:
         overwrite: bool = False,
         beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the party's folder, and files ``beside`` the bundle's own, all or nothing.
+        """Write the party's folder, and the files in ``beside``, completely or not at all.
 
-        With ``overwrite``, a party's folder at that place is replaced; nothing else ever is.
+        With ``overwrite``, an existing folder of a party is replaced.  Anything else is never
+        replaced.
 
         Raises:
-            BundleError: something is at ``path``, or it cannot be written there.
-            FolderInUse: what is to be replaced is served or trained.
+            BundleError: ``path`` exists already, or the folder cannot be written there.
+            FolderInUse: the folder to replace is being served or trained.
         """
 
         def write(folder: Path) -> None:
@@ -123,7 +124,7 @@ class PartyBundle:
         _write_whole(Path(path), write, PartyManifest, overwrite=overwrite)
 
     def encode(self) -> tuple[bytes, list[Chunk]]:
-        """Write the manifest, with the checksum of the weights, and the weights' file."""
+        """Encode the manifest, including the checksum of the weights, and the weights' file."""
         chunks = encode_tensors(self.weights)
         manifest = msgspec.structs.replace(self.manifest, weights=_sum(chunks))
         return encode_manifest(manifest), chunks
@@ -146,7 +147,7 @@ class PartyBundle:
             write_state(folder, state, self.manifest.digest)
 
     def with_state(self, state: State) -> PartyBundle:
-        """Return the same party with another state."""
+        """Return a copy of this party with another state."""
         return replace(
             self,
             trained=state.tensors,
@@ -157,9 +158,10 @@ class PartyBundle:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the state to continue from: the trained one, else the weights and zeros.
+        """Return the state to continue from: the trained state, or the weights and zeros.
 
-        Every tensor of the manifest's state is in it, in that order, of that dtype and shape.
+        It contains every tensor of the manifest's state, in the same order and with the declared
+        dtype and shape.
         """
         if self.trained is not None:
             return {
@@ -183,21 +185,21 @@ class Bundle:
 
     @property
     def client(self) -> PartyBundle:
-        """The client's part."""
+        """Return the client's part."""
         return self.parties[CLIENT]
 
     @property
     def server(self) -> PartyBundle | None:
-        """The server's part; ``None`` where the model was left whole."""
+        """Return the server's part, or ``None`` if the model was not cut."""
         return self.parties.get(SERVER)
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Read a whole bundle: the folder with ``model.onnx`` and a folder for each party.
+        """Read a complete bundle: the folder with ``model.onnx`` and one folder per party.
 
         Raises:
-            BundleError: as :meth:`PartyBundle.load`, or the parties are not of one cut.
-            FormatError: a manifest or a tensor file cannot be read as such.
+            BundleError: see :meth:`PartyBundle.load`; or the parties come from different cuts.
+            FormatError: a manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
         return read_steadily(folder, lambda: cls._load(folder), BundleError, FormatError)
@@ -220,13 +222,13 @@ class Bundle:
         return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the bundle as a folder, which appears completely or not at all.
+        """Write the bundle as a folder, completely or not at all.
 
-        With ``overwrite``, a bundle at that place is replaced; nothing else ever is.
+        With ``overwrite``, an existing bundle is replaced.  Anything else is never replaced.
 
         Raises:
-            BundleError: something is at ``path``, or it cannot be written there.
-            FolderInUse: what is to be replaced is served or trained.
+            BundleError: ``path`` exists already, or the bundle cannot be written there.
+            FolderInUse: the bundle to replace is being served or trained.
         """
         _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)
 

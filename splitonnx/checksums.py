@@ -1,8 +1,9 @@
-"""Checksums: a tensor file carries a SHA-256 over all of itself, so that no change goes unnoticed.
+"""Checksums: a tensor file contains a SHA-256 of its own bytes, so that changes are detected.
 
-The sum is in the header's metadata under ``sha256`` and is taken over every byte of the file,
-with 64 zeros in the sum's own place.  Nobody is kept from altering a file and its sum: this
-finds accidents, not attacks.  This module knows bytes and no file system.
+The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
+file, with 64 zeros in place of the checksum itself.  Anyone can change a file together with its
+checksum, so this detects accidents and not attacks.  This module works on bytes and does not access
+the file system.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _BLANK = "0" * 64
 def encode_with_checksum(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> list[Chunk]:
-    """Write tensors and metadata as chunks of one file with its checksum; no tensor is copied.
+    """Encode tensors and metadata as chunks of a file with its checksum, without copying tensors.
 
     Raises:
-        FormatError: an element type that cannot be written.
+        FormatError: a tensor has an element type that cannot be written.
     """
     header, *data = encode_tensors(tensors, {CHECKSUM: _BLANK, **metadata})
     header = bytes(header)
@@ -37,7 +38,7 @@ def encode_with_checksum(
 
 
 def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
-    """Return whether a well-formed file with this ``metadata`` is as it was written."""
+    """Return whether a well-formed file with this ``metadata`` has its original content."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = bytes(content[:end])
     start = header.find(_MARK) + len(_MARK)

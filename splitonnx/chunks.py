@@ -1,8 +1,8 @@
-"""Large tensors piece by piece: what is hashed or written need not be in memory at once.
+"""Process large tensors in chunks, so that they need not fit into memory to be hashed or written.
 
-A tensor that is mapped from a file costs no memory until it is read; so each piece that was used
-is given back before the next one is read.  This module knows buffers and mappings; it knows no
-format and no file.
+A tensor that is mapped from a file uses no memory until it is read.  Each chunk's memory is
+released before the next chunk is read.  This module deals with buffers and memory mappings; it does
+not depend on a format or a file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import numpy as np
 
 PIECE = 8 << 20
-"""Bytes of a piece, a multiple of every page size."""
+"""The size of a chunk in bytes, a multiple of every page size."""
 
 
 def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview]:
-    """Yield the bytes of a contiguous buffer in order, ``PIECE`` at a time.
+    """Yield the bytes of a contiguous buffer in order, ``PIECE`` bytes at a time.
 
-    Pages of a mapped file leave this process's memory once the next piece is asked for; they are
-    read from the file again where they are used again.
+    If the buffer is mapped from a file, the pages of a chunk are released when the next chunk is
+    requested.  They are read from the file again if they are used again.
     """
     flat = _flatten(content)
     mapping = _find_mapping(content)
@@ -32,7 +32,7 @@ def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview
 
 
 def hold(content: memoryview) -> memoryview:
-    """Copy bytes into memory of this process's own, which a change of their file does not reach."""
+    """Copy bytes into this process's own memory, where changes of their file have no effect."""
     memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
     start = 0
     for piece in iter_chunks(content):

@@ -1,7 +1,7 @@
-"""Element types of tensors, under each of the names that they go by.
+"""The element types of tensors, with their names in each format and library.
 
-Files and messages use the names of the safetensors format, ONNX has numbers, ONNX Runtime has
-words, and numpy has dtypes.  Tables from one to another are made of these rows.
+Files and messages use the names of the safetensors format, ONNX uses numbers, ONNX Runtime uses
+words, and numpy uses dtypes.  The tables that translate between them are built from these rows.
 """
 
 from __future__ import annotations
@@ -34,4 +34,4 @@ ELEMENT_TYPES = (
     ElementType("I64", 7, "tensor(int64)", np.dtype("<i8")),
     ElementType("F64", 11, "tensor(double)", np.dtype("<f8")),
 )
-"""Those that may travel or be stored; little-endian."""
+"""All element types that may be sent or stored; they are little-endian."""

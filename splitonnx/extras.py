@@ -1,6 +1,6 @@
-"""The extras: importing what the base install does not bring, and saying which extra would.
+"""Import optional packages, and name the extra that installs a missing one.
 
-It knows which package comes with which extra, and nothing of what they are used for.
+This module knows which package belongs to which extra; it does not use the packages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _EXTRAS = {"onnx": "cpu", "onnx_ir": "cpu", "onnxruntime": "portable"}
 
 
 def load(module: str, purpose: str) -> ModuleType:
-    """Import ``module``; ``purpose`` is what wants it.
+    """Import ``module``; ``purpose`` is the feature that needs it, for the error message.
 
     Raises:
-        MissingExtra: it needs a package that only an extra installs.
+        MissingExtra: the module needs a package that only an extra installs.
     """
     try:
         return import_module(module)
@@ -32,7 +32,7 @@ def load(module: str, purpose: str) -> ModuleType:
 
 
 def miss(package: str, extra: str, purpose: str) -> MissingExtra:
-    """Make the error of a package that is not installed and that ``extra`` brings."""
+    """Return the error for a package that is not installed and that ``extra`` installs."""
     is_available = extra != "cpu" or has_training_wheel()
     return MissingExtra(package, extra, purpose, is_available=is_available)
 

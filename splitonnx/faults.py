@@ -1,6 +1,6 @@
-"""Mistakes of this package: each is logged with its traceback, wherever it is caught.
+"""Internal errors: bugs in this package are logged with their traceback when they are caught.
 
-Whoever catches one makes an error of it that says what was at work and asks for a report.
+The code that catches such a bug raises an error which names the failed work and asks for a report.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from splitonnx.errors import InternalRuntimeError, SplitonnxError
 
 LOGGER = "splitonnx.faults"
-"""The logger that has the tracebacks."""
+"""The logger that tracebacks are written to."""
 
 
 def log_mistake(subject: str, error: BaseException) -> None:
-    """Log a mistake of ours in the work on ``subject``, with its traceback."""
+    """Log a bug in this package that occurred while working on ``subject``, with its traceback."""
     logging.getLogger(LOGGER).error(
         "a mistake in splitonnx: %s (%s: %s)",
         subject,
@@ -28,12 +28,12 @@ def log_mistake(subject: str, error: BaseException) -> None:
 
 @contextmanager
 def attribute_errors_to_us(subject: str) -> Iterator[None]:
-    """Own up to whatever fails in the work on ``subject`` and is not raised on purpose.
+    """Turn unexpected exceptions of the work on ``subject`` into an internal error of this package.
 
-    Running out of memory is not a mistake and passes unchanged.
+    Errors that are raised on purpose pass unchanged, and so does running out of memory.
 
     Raises:
-        InternalRuntimeError: the work itself is wrong.
+        InternalRuntimeError: an unexpected exception was raised.
     """
     try:
         yield

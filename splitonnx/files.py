@@ -1,7 +1,8 @@
-"""Files that are opened only where they are regular.
+"""Open only regular files.
 
-A pipe without a writer would be waited for without end, and a device such as ``/dev/zero`` never
-ends: whatever a user or a bundle names is opened here.  This module knows no format.
+Reading a pipe without a writer would wait forever, and a device such as ``/dev/zero`` never ends.
+So every file that a user or a bundle names is opened with this module.  It does not depend on a
+file format.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _KINDS = {
 
 
 def open_regular(path: str | Path, most: int | None = None) -> int:
-    """Open a regular file for reading, links to one included, and return its descriptor.
+    """Open a regular file for reading, following links, and return its file descriptor.
 
     Raises:
-        OSError: it is missing, is a pipe, a device or a folder, or has more than ``most`` bytes;
-            ``strerror`` says so.
+        OSError: the file is missing, is a pipe, a device or a folder, or has more than ``most``
+            bytes; ``strerror`` is the reason.
     """
     try:
         _check(path, os.stat(path), most)  # some devices act on being opened
@@ -47,7 +48,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
     """Read a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: as :func:`open_regular`.
+        OSError: see :func:`open_regular`.
     """
     with open(open_regular(path, most), "rb") as file:
         size = os.fstat(file.fileno()).st_size  # as much as is asked for is taken at once
@@ -58,10 +59,10 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def map_regular(path: str | Path) -> memoryview:
-    """Map a regular file, read-only; its bytes are read from disk where they are looked at.
+    """Memory-map a regular file, read-only; its bytes are read from disk when they are accessed.
 
     Raises:
-        OSError: as :func:`open_regular`, or it is empty.
+        OSError: see :func:`open_regular`; or the file is empty.
     """
     handle = open_regular(path)
     try:

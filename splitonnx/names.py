@@ -1,4 +1,4 @@
-"""Names that bundles, messages and the command line share: phases, parties, targets, modes."""
+"""Names that bundles, messages and the command line share: phases, parties, targets and modes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 CLIENT, SERVER = "client", "server"
 """Names of parties."""
 LOSS = "loss"
-"""Name of the loss among a phase's results."""
+"""The name of the loss among the results of a phase."""
 
 Target: TypeAlias = Literal["portable", "training"]
-"""What a party's graphs are made of: standard operators, or ORT's fused gradient kernels."""
+"""The operators of a party's graphs: standard ones only, or also ORT's fused gradient kernels."""
 BatchNormMode: TypeAlias = Literal["train", "frozen"]
-"""What BatchNormalization normalizes with: the batch's statistics, or the running ones."""
+"""The statistics that BatchNormalization uses: those of the batch, or the running statistics."""
 DropoutMode: TypeAlias = Literal["keep", "off"]
-"""Whether Dropout drops anything."""
+"""Whether Dropout is active."""
 PORTABLE: Final = "portable"
 TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)

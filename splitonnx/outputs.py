@@ -1,7 +1,7 @@
-"""Where an output may be written: checked before the work that makes it, not after.
+"""Check whether an output can be written, before the work that produces it.
 
-What is found here can change until the output is written, so that whoever writes it still has to
-expect every error.  This module makes nothing.
+The answer can become wrong before the output is written, so the code that writes it must still
+handle errors.  This module does not create anything.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _LONGEST_NAME = 255
 
 
 def check_file_place(path: Path) -> None:
-    """Raise where no file can be written to ``path``, as far as that is known in advance.
+    """Raise if a file cannot be written to ``path``, as far as that is known in advance.
 
     Raises:
-        OSError: ``strerror`` says why; a folder or device that is there is not replaced.
+        OSError: ``strerror`` is the reason; an existing folder or device is never replaced.
     """
     check_place(path)
     if path.exists():
@@ -29,7 +29,7 @@ def check_file_place(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise where neither a file nor a folder can come to be at ``path``, as far as is known.
+    """Raise if neither a file nor a folder can be created at ``path``, as far as that is known.
 
     Raises:
         OSError: ``strerror`` is the reason: the name is not valid, or the folder above is not a
