@@ -1,4 +1,4 @@
-"""Split learning on ONNX: cut any model and train its parts separately, with identical results.
+"""Split learning on ONNX: cut any model and train its parts separately, exactly like the whole.
 
 The names below are imported when they are first used, so that ``import splitonnx`` stays fast and a
 device that only trains does not need ``onnx``::

@@ -1,8 +1,9 @@
 """The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
 
-Each command is a thin shell around a call of the library; what it imports, it imports when it
-runs, so that ``--help`` is quick and a device's commands need no ``onnx``.  An error of
-splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130.
+Each command is a thin wrapper around a function of the library.  A command imports what it needs
+only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  An
+error of splitonnx is printed as one line on stderr, with exit code 2; an interrupt has exit code
+130.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from splitonnx.errors import SplitonnxError
 from splitonnx.faults import LOGGER
 
 TRACEBACK = "SPLITONNX_TRACEBACK"
-"""The environment variable that, where it is set, shows where an error came from."""
+"""If this environment variable is set, errors are shown with their traceback."""
 
 app = typer.Typer(
     name="splitonnx",
@@ -64,7 +65,7 @@ def show_options(
 
 
 def main() -> None:
-    """Run the command line; the entry point of ``splitonnx``."""
+    """Run the command line: the entry point of ``splitonnx``."""
     replace_closed_streams()
     for logger in ("onnx_ir", LOGGER):  # they have no say on stderr, but in the log of serve
         logging.getLogger(logger).addHandler(logging.NullHandler())

@@ -1,6 +1,6 @@
-"""Groups of options: a command takes one value for a group, the command line an option a field.
+"""Option groups: the command line has an option per field, a command gets a value per group.
 
-What an option is called and what its help says is not known here.
+This module does not define the names and help texts of options.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The options that ``make`` turns into one value; :func:`make_parameter` makes each."""
+    """A group of options that ``make`` combines into one value; see :func:`make_parameter`."""
 
     parameters: Sequence[Parameter]
     make: Callable[..., Any]
 
 
 def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
-    """Make the parameter of one option; its annotation holds typer's settings."""
+    """Return the parameter for one option; its annotation holds typer's settings."""
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def group_fields(group: Any) -> Group:
-    """Make the group of a dataclass, whose fields say what their options are."""
+    """Return the group of options for the fields of a dataclass."""
     hints = get_type_hints(group, include_extras=True)
     parameters = [
         make_parameter(
@@ -40,7 +40,7 @@ def group_fields(group: Any) -> Group:
 
 
 def list_given(group: Any) -> list[str]:
-    """List the options of a dataclass's value that are not at their defaults, by their names."""
+    """List the names of the options whose values in a dataclass differ from their defaults."""
     return [
         f"--{field.name.replace('_', '-')}"
         for field in fields(group)
@@ -51,8 +51,8 @@ def list_given(group: Any) -> list[str]:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option to a command for each field of its groups.
 
-    Its groups are the parameters that are annotated with a dataclass, or with a :class:`Group`
-    beside the type.  Options come in the order of the parameters.
+    A parameter of the command is a group if it is annotated with a dataclass, or with ``Annotated``
+    and a :class:`Group`.  The options are in the order of the parameters.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: group for name, hint in hints.items() if (group := _find_group(hint))}

@@ -1,4 +1,4 @@
-"""How ``--help`` looks: an example below each command, and no type beside what is a switch."""
+"""The appearance of ``--help``: an example for each command, and no type for switches."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "export": "splitonnx export bundle/client --for mobile",
     }
 )
-"""A line for each command that works with names of the user's own."""
+"""An example per command, with the user's own names."""
 
 
 class Command(TyperCommand):
     """A command whose switches are shown without the type of their value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters, ``--help`` among them."""
+        """Return the parameters, including ``--help``."""
         return _hide_types(super().get_params(ctx))
 
 
 class Group(TyperGroup):
-    """All commands; its own switches are shown in the same way."""
+    """The group of all commands; its own switches are shown without a type as well."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters, ``--help`` among them."""
+        """Return the parameters, including ``--help``."""
         return _hide_types(super().get_params(ctx))
 
 
@@ -55,7 +55,7 @@ def _hide_types(parameters: list[Any]) -> list[Any]:
 
 
 def show_version(is_asked: bool) -> None:
-    """Print the installed version, and end."""
+    """Print the installed version and exit."""
     if is_asked:
         print(f"splitonnx {version('splitonnx')}")
         raise typer.Exit

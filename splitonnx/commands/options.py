@@ -1,4 +1,4 @@
-"""Options that several commands share, spelled once; what they mean together, too."""
+"""Options that several commands share, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from splitonnx.optimizers import Optimizer, read_optimizer
 
 
 class BatchNorm(StrEnum):
-    """Choices of ``--batchnorm``."""
+    """The choices of ``--batchnorm``."""
 
     TRAIN = "train"
     FROZEN = "frozen"
 
 
 class Dropout(StrEnum):
-    """Choices of ``--dropout``."""
+    """The choices of ``--dropout``."""
 
     KEEP = "keep"
     OFF = "off"
 
 
 class Target(StrEnum):
-    """Choices of ``--client-target`` and ``--server-target``."""
+    """The choices of ``--client-target`` and ``--server-target``."""
 
     PORTABLE = names.PORTABLE
     TRAINING = names.TRAINING
@@ -157,14 +157,14 @@ LogLevelOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """What a command logs, and how."""
+    """The options that control what a command logs, and in which format."""
 
     quiet: QuietOption = False
     log_format: LogFormatOption = LogFormat.TEXT
     log_level: LogLevelOption = None
 
     def choose_level(self) -> LogLevel:
-        """Choose from which level on messages are logged.
+        """Return the lowest level of messages that are logged.
 
         Raises:
             UsageError: the options contradict each other.
@@ -181,10 +181,10 @@ def make_optimizer(
     weight_decay: float | None,
     clip_norm: float | None,
 ) -> Optimizer:
-    """Make the optimizer of these options; what was not given takes the optimizer's default.
+    """Build the optimizer from its options; options that were not given have their defaults.
 
     Raises:
-        UsageError: no such optimizer, an option that it does not have, or one out of range.
+        UsageError: the optimizer does not exist or lacks an option, or an option is out of range.
     """
     settings = {
         "lr": lr,
@@ -197,10 +197,10 @@ def make_optimizer(
 
 
 def refuse_both(first: str, second: str, *given: object) -> None:
-    """Raise where two options that exclude each other were both given.
+    """Raise if two options that exclude each other were both given.
 
     Raises:
-        UsageError: it names the two.
+        UsageError: both options were given; the error names them.
     """
     if all(given):
         raise UsageError(f"{first} and {second} exclude each other")

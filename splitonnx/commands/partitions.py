@@ -41,7 +41,7 @@ from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
 class Purpose(StrEnum):
-    """Choices of ``export --for``."""
+    """The choices of ``export --for``."""
 
     MOBILE = "mobile"
 
@@ -54,7 +54,7 @@ def check(
 ) -> None:
     """Check whether a model can be trained, what would be rewritten, and what prevents training.
 
-    Exit code 1 where it cannot be trained.
+    The exit code is 1 if it cannot be trained.
     """
     pause_to_the_end()
     found = splitonnx.check(model, loss=loss, output=output)
@@ -81,7 +81,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tensors that alone divide a model: where it may be cut, and what would travel."""
+    """List the tensors at which a model can be cut, and the data that would be sent for each."""
     pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
@@ -130,7 +130,7 @@ def cut(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Cut a model into a client's and a server's part, ready to be trained."""
+    """Cut a model into a client part and a server part, ready to be trained."""
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_existing(bundle, force=force, is_folder=True)
     pause_to_the_end()
@@ -170,7 +170,7 @@ def merge(
 ) -> None:
     """Join a bundle's parts into one plain ONNX model for inference, with trained weights.
 
-    Weights that are too large for one ONNX file (2 GiB) go into FILE.data beside it.
+    Weights that are too large for one ONNX file (2 GiB) are written to FILE.data beside it.
     """
     refuse_existing(output, force=force)
     size = splitonnx.write_merged(bundle, output, overwrite=force)
@@ -190,9 +190,9 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train split and unsplit side by side and compare the loss and every parameter, each step.
+    """Train split and unsplit side by side; compare the loss and every parameter after each step.
 
-    Nothing is written.  Exit code 1 where they differ by more than --rtol.
+    Nothing is written.  The exit code is 1 if they differ by more than --rtol.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     verification = splitonnx.verify(
@@ -225,9 +225,9 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a party's folder for mobile apps: its graphs in ORT format, and what they need.
+    """Write a party's folder for mobile apps: its graphs in ORT format and the files they need.
 
-    It trains with the same server.  A part with training operators is refused.
+    The exported party trains with the same server.  A part with training operators is refused.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     assert purpose is Purpose.MOBILE

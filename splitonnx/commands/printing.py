@@ -1,6 +1,6 @@
-"""What the commands print: tables, a progress bar, or JSON; it computes nothing.
+"""Print the output of commands as tables, progress bars or JSON; nothing is computed here.
 
-Results go to stdout, progress to stderr, so that either can be piped.
+Results go to stdout and progress to stderr, so that either can be redirected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def print_json(value: object) -> None:
 
 
 def print_json_lines(values: Iterable[object]) -> None:
-    """Print one line of JSON a value, at once."""
+    """Print one JSON line per value and flush it."""
     import msgspec
 
     for value in values:
@@ -45,7 +45,7 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 
 def print_check(check: Check, path: Path) -> None:
-    """Print what becomes of each operator, what could be trained where, and the verdict."""
+    """Print how each operator is handled, what could be trained where, and the verdict."""
     from splitonnx.partitioner.reports.checks import Handling
     from splitonnx.partitioner.reports.diagnoses import Kind
 
@@ -76,7 +76,7 @@ def print_check(check: Check, path: Path) -> None:
 
 
 def print_cuts(cuts: Iterable[CutCandidate]) -> None:
-    """Print the legal single-tensor cuts as a table."""
+    """Print the valid single-tensor cuts as a table."""
     names = ("tensor", "operator", "shape")
     sizes = ("up / step", "down / step", "client params", "server params")
     rows = [list_cells(cut) for cut in cuts]
@@ -92,7 +92,7 @@ def print_cuts(cuts: Iterable[CutCandidate]) -> None:
 
 
 def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Gather what ``cut`` reports: the recipe, and for each party what it holds and sends."""
+    """Return what ``cut`` reports: the recipe, and what each party holds and sends."""
     from splitonnx.manifests import Role
 
     def count(name: str, role: Role) -> int:
@@ -145,19 +145,19 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
 
 
 def print_written(path: Path, size: int) -> None:
-    """Print that a file was written; ``size`` in bytes."""
+    """Print that a file of ``size`` bytes was written."""
     _print(f"{path}: {format_bytes(size)}")
 
 
 def summarize_export(export: Export) -> dict[str, Any]:
-    """Gather what ``export`` reports: all that the export says of itself, and its sum."""
+    """Return what ``export`` reports: the fields of the export and the total size."""
     import msgspec
 
     return {**msgspec.to_builtins(export), "total_bytes": export.total_bytes}
 
 
 def print_export(export: Export) -> None:
-    """Print what each graph takes, what an app ships altogether, and what runs it."""
+    """Print the size of each graph, the total size for an app, and the runtime that runs them."""
     table = _make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
@@ -180,7 +180,7 @@ def print_export(export: Export) -> None:
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
-    """Print which arrays were written where."""
+    """Print which array was written to which file."""
     from splitonnx.tensors import describe
 
     arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())
@@ -188,7 +188,7 @@ def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
 
 
 def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
-    """Yield one record a step and then the verdict."""
+    """Yield one record per step, followed by the verdict."""
     for step in verification.steps:
         yield {
             "step": step.step + 1,
@@ -204,7 +204,7 @@ def summarize_verification(verification: Verification) -> Iterator[dict[str, Any
 
 
 def print_verification(verification: Verification) -> None:
-    """Print each step's comparison and the verdict."""
+    """Print the comparison of each step and the verdict."""
     table = _make_table()
     for heading in ("step", "loss split", "loss whole", "largest difference"):
         table.add_column(heading, justify="right")
@@ -225,11 +225,11 @@ def print_verification(verification: Verification) -> None:
 
 
 class TrainingDisplay(ABC):
-    """Shows training as it goes: :class:`Bar`, :class:`Lines` or :class:`Silence`."""
+    """Base class of training displays: :class:`Bar`, :class:`Lines` and :class:`Silence`."""
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show while the context lasts; ``steps`` is how many there will be, if known."""
+        """Show progress inside the context; ``steps`` is the expected number of steps, if known."""
         yield
 
     @abstractmethod
@@ -238,22 +238,22 @@ class TrainingDisplay(ABC):
 
     @abstractmethod
     def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Show the evaluation at an epoch's end."""
+        """Show the evaluation at the end of an epoch."""
 
     @abstractmethod
     def summarize(self, history: History, saved: str) -> None:
-        """Show what came of it; ``saved`` says where it went."""
+        """Show the result of the training; ``saved`` describes where it was saved."""
 
 
 def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDisplay:
-    """Choose how training is shown."""
+    """Return the training display that the options ask for."""
     if quiet:
         return Silence()
     return Lines() if as_json else Bar(epochs)
 
 
 class Silence(TrainingDisplay):
-    """Nothing."""
+    """A display that prints nothing."""
 
     def show_step(self, record: StepRecord) -> None:
         """Show nothing."""
@@ -266,22 +266,22 @@ class Silence(TrainingDisplay):
 
 
 class Lines(TrainingDisplay):
-    """One line of JSON a step, and one an evaluation, on stdout."""
+    """A display that prints one JSON line per step and per evaluation on stdout."""
 
     def show_step(self, record: StepRecord) -> None:
-        """Print the record."""
+        """Print the step's record."""
         print_json_lines([record])
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Print the record."""
+        """Print the evaluation's record."""
         print_json_lines([evaluation])
 
     def summarize(self, history: History, saved: str) -> None:
-        """Print nothing more: the lines say it all."""
+        """Print nothing, because the lines already contain everything."""
 
 
 class Bar(TrainingDisplay):
-    """A progress bar on stderr, a line an evaluation, and a summary on stdout."""
+    """A display with a progress bar on stderr, a line per evaluation, and a summary on stdout."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -291,7 +291,7 @@ class Bar(TrainingDisplay):
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show the bar while the context lasts."""
+        """Show the bar inside the context."""
         self._steps = steps
         from rich.progress import (
             BarColumn,
@@ -315,7 +315,7 @@ class Bar(TrainingDisplay):
             yield
 
     def show_step(self, record: StepRecord) -> None:
-        """Move the bar to where the step stands: a run that resumes does not begin at 0."""
+        """Move the bar to the current step, which is not 0 at first if a run is resumed."""
         assert self._progress is not None
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}
@@ -342,7 +342,7 @@ class Bar(TrainingDisplay):
         self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
 
     def summarize(self, history: History, saved: str) -> None:
-        """Print the totals."""
+        """Print the totals of the training."""
         steps = history.steps
         up = sum(record.bytes_up for record in steps)
         down = sum(record.bytes_down for record in steps)

@@ -1,7 +1,7 @@
-"""Options that lock a server or open one to a client, and the command that makes tokens.
+"""Options for authentication and TLS of servers and clients, and the command that creates tokens.
 
-Secrets come from files or the environment, never from the command line, which other users of a
-machine can read.
+Secrets are read from files or the environment, never from the command line, because other users of
+the machine can see command lines.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ IsolateOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSecurity:
-    """What a server asks of its clients, and what it shows them."""
+    """The options for a server's access control and its certificates."""
 
     token_file: ServerTokensOption = None
     tls_cert: ServerCertificateOption = None
@@ -103,11 +103,11 @@ class ServerSecurity:
     isolate: IsolateOption = None
 
     def make_tls(self) -> ssl.SSLContext | None:
-        """Read the server's certificates, if any are named.
+        """Read the server's certificates, if any are given.
 
         Raises:
-            UsageError: one is named without another that it needs.
-            UnusableFile: a file is not what it should be.
+            UsageError: an option is given without another one that it needs.
+            UnusableFile: a file does not have the required form.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError(
@@ -122,10 +122,10 @@ class ServerSecurity:
         return make_server_tls(self.tls_cert, self.tls_key, client_authority=self.client_ca)
 
     def read_tokens(self) -> Tokens | None:
-        """Read the server's tokens, if a file is named.
+        """Read the server's tokens, if a file is given.
 
         Raises:
-            UnusableFile: it is not a file of tokens.
+            UnusableFile: the file is not a token file.
         """
         if self.token_file is None:
             return None
@@ -181,7 +181,7 @@ ReplyBytesOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSecurity:
-    """How a client shows a server who it is, and whom it trusts."""
+    """The options for a client's identity and for the servers that it trusts."""
 
     token_file: ClientTokenOption = None
     ca: AuthorityOption = None
@@ -190,12 +190,12 @@ class ClientSecurity:
     max_message_bytes: ReplyBytesOption = None
 
     def make_credentials(self, server: str | None) -> Credentials | None:
-        """Read the client's token and certificates; ``None`` where there is no server.
+        """Read the client's token and certificates; return ``None`` if there is no server.
 
         Raises:
-            UsageError: options are missing, or there is no server, or none with TLS, to use them
-                on.
-            UnusableFile: a file is not what it should be.
+            UsageError: options are missing, or they need a server, or a server with TLS, and there
+                is none.
+            UnusableFile: a file does not have the required form.
         """
         if server is None:
             if names := list_given(self):
@@ -233,9 +233,9 @@ def token(
         ),
     ] = None,
 ) -> None:
-    """Make a token, print it once, and add its hash to the server's file.
+    """Create a token, print it once, and add its hash to the server's token file.
 
-    An owner may have several; to take one back, delete its line and start the server again.
+    An owner may have several tokens.  To revoke one, delete its line and restart the server.
     """
     from splitonnx.runtime.edge.tokens import Role, add_token
 

@@ -1,4 +1,4 @@
-"""The commands that run a bundle's parts as they are: serve, predict."""
+"""The commands that run a bundle's parts without changing them: serve, predict."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def serve(
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
-    It ends in good order: running steps are finished, sessions written to disk, clients told to
-    come again.
+    The server shuts down gracefully: it finishes running steps, writes sessions to disk, and asks
+    clients to reconnect later.
     """
     with logging_to_stderr(logs.choose_level(), logs.log_format):
         splitonnx.Server(
@@ -105,7 +105,7 @@ def predict(
     *,
     security: ClientSecurity,
 ) -> None:
-    """Run the model split, and write its outputs by name into an .npz file."""
+    """Run the split model, and write its outputs by name to an .npz file."""
     refuse_existing(output, force=force)
     with splitonnx.Client(
         bundle,

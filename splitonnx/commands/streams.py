@@ -1,7 +1,7 @@
-"""What stands in for a standard stream that was closed before the process began (``>&-``).
+"""Replace standard streams that were closed before the process started (``>&-``).
 
-Python has ``None`` in its place, and its number goes to the next file that is opened, so that what
-native code prints would end up in that file.
+Python represents such a stream by ``None``, and its file descriptor is reused for the next file
+that is opened, so that output of native code would be written into that file.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def replace_closed_streams() -> None:
-    """Open what each closed standard stream is replaced by.
+    """Open a replacement for each closed standard stream.
 
-    Writing to a closed stdout fails, as it does on a full disk; what goes to a closed stderr is
-    lost.
+    Writing to a closed stdout raises an error, like a full disk does.  Output to a closed stderr is
+    discarded.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -44,7 +44,7 @@ def _occupy(number: int) -> None:
 
 
 def explain_failed_print(error: OSError) -> str | None:
-    """Return why a write to stdout failed, or ``None`` where the error is about something else."""
+    """Return why a write to stdout failed, or ``None`` if the error has another cause."""
     if error.filename:
         return None
     if error.errno == errno.EBADF and not _can_write(sys.stdout.fileno()):
@@ -61,5 +61,5 @@ def _can_write(descriptor: int) -> bool:
 
 
 def discard_unprinted(stream: TextIO) -> None:
-    """Drop what a stream has left to print: it would be written, and fail, when Python ends."""
+    """Discard a stream's buffered output, so that writing it does not fail when Python exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

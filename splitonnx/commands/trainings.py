@@ -1,4 +1,4 @@
-"""The command that trains: split against a server, or the whole model as the baseline."""
+"""The command that trains: split against a server, or the complete model as a baseline."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 
 
 CHECKPOINT_EVERY = 100
-"""Steps between two checkpoints, unless said otherwise."""
+"""The default number of steps between two checkpoints."""
 
 
 class WhenUnsaved(StrEnum):
-    """Choices of ``--when-unsaved``."""
+    """The choices of ``--when-unsaved``."""
 
     STOP = "stop"
     CONTINUE = "continue"
@@ -63,7 +63,7 @@ class WhenUnsaved(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How long to train, and what becomes of a run that is interrupted."""
+    """Options for the length of the training, and for resuming an interrupted run."""
 
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1
     batch_size: BatchSizeOption = 32
@@ -88,13 +88,13 @@ class RunOptions:
     ] = WhenUnsaved.STOP
 
     def count_steps(self, samples: int | None) -> int | None:
-        """Count the steps of the run; ``None`` where the number of samples is not known."""
+        """Return the number of steps of the run; ``None`` if the number of samples is unknown."""
         return None if samples is None else self.epochs * math.ceil(samples / self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """What goes with ``--local``: how a model left whole is trained, and where it is written."""
+    """Options of ``--local``: how a model without a cut is trained, and its output file."""
 
     merged: Annotated[
         Path | None,
@@ -120,15 +120,15 @@ class LocalOptions:
     client_target: ClientTargetOption = None
 
     def list_given(self) -> list[str]:
-        """List the options that were given, by their names."""
+        """List the names of the options that were given."""
         return ["-o" if name == "--merged" else name for name in list_given(self)]
 
     def prepare(self, model: Path, lr: float | None) -> Bundle:
-        """Make the bundle of a model without a cut.
+        """Build a bundle from a model without cutting it.
 
         Raises:
             UsageError: the options contradict each other, or the output exists.
-            UnsupportedModel: it cannot be trained.
+            UnsupportedModel: the model cannot be trained.
         """
         if self.force and self.merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
@@ -154,7 +154,7 @@ class LocalOptions:
         )
 
     def write(self, bundle: Bundle, client: splitonnx.Client) -> None:
-        """Write the trained model, if a file was named for it."""
+        """Write the trained model, if an output file was given."""
         if self.merged is None:
             return
         trained = replace(bundle.client, trained=client.state(), step=client.steps)
@@ -186,9 +186,9 @@ def train(
     whole: LocalOptions,
     security: ClientSecurity,
 ) -> None:
-    """Train a bundle against its server and save both halves, or with --local a whole model.
+    """Train a bundle against its server and save both halves, or with --local a complete model.
 
-    The options under "What is trained, and how" go with --local; a bundle has its own from cut.
+    The options under "What is trained, and how" require --local; for a bundle, cut has fixed them.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_both("--resume", "--restart", run.resume, run.restart)

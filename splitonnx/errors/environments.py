@@ -1,4 +1,4 @@
-"""Errors of the environment of a run: packages, processes, options, stages."""
+"""Errors of the environment: packages, processes, options and stages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 
 @dataclass(eq=False)
 class MissingExtra(SplitonnxError):
-    """A package is missing that an extra of splitonnx installs, where it has a wheel.
+    """A package that an extra of splitonnx installs is missing.
 
-    ``is_available`` tells whether the extra has all of its wheels for this Python and machine.
+    ``is_available`` is true if all packages of the extra have wheels for this Python and machine.
     """
 
     module: str
@@ -32,7 +32,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime is not the one that the work needs."""
+    """The installed ONNX Runtime is not the one that this work needs."""
 
     installed: str
     needed: str
@@ -57,7 +57,7 @@ class ProcessFailed(SplitonnxError):
 
 @dataclass(eq=False)
 class UsageError(SplitonnxError):
-    """Options or arguments that contradict each other or are outside their range."""
+    """Options or arguments contradict each other or are out of range."""
 
     reason: str
 
@@ -78,7 +78,7 @@ class StageFailed(SplitonnxError):
 
 @dataclass(eq=False)
 class InternalRuntimeError(SplitonnxError):
-    """The work of a client or a server failed by a mistake of ours."""
+    """The work of a client or a server failed because of a bug in splitonnx."""
 
     subject: str
     reason: str
@@ -93,7 +93,7 @@ class InternalRuntimeError(SplitonnxError):
 
 @dataclass(eq=False)
 class StageTooSlow(SplitonnxError):
-    """A stage ran longer than it may, and was ended; the state is as it was before its task."""
+    """A stage exceeded its time limit and was stopped; the state is the same as before its task."""
 
     stage: str
     seconds: float
@@ -107,7 +107,7 @@ class StageTooSlow(SplitonnxError):
 
 @dataclass(eq=False)
 class StageStopped(SplitonnxError):
-    """A stage was ended because its process is about to end."""
+    """A stage was stopped because its process is about to end."""
 
     stage: str
 
