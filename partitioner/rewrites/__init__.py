@@ -1,9 +1,9 @@
-"""Rewrites: operators without a gradient in onnxruntime-training, written as ones that have one.
+"""Rewrites: replace operators that have no gradient in onnxruntime-training by ones that have.
 
-They come before differentiation and touch only what is behind a trained parameter.
-:data:`REWRITES` shows the whole coverage; each entry is a small function from a node to the
-values that replace its outputs, or ``None`` where the node can stay as it is.  The formulas are
-the definitions of the operators at onnx.ai/onnx/operators.
+Rewriting comes before differentiation and changes only nodes that depend on a trained parameter.
+:data:`REWRITES` lists all supported operators.  Each entry is a small function that takes a node
+and returns the values that replace its outputs, or ``None`` if the node can stay unchanged.  The
+formulas are the definitions of the operators at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "Unique": selections.rewrite_unique,
     "Where": arithmetic.rewrite_where,
 }
-"""Operator -> how to write it in operators that have a gradient."""
+"""Maps an operator to the function that rewrites it with operators that have a gradient."""
 
 _MOST_ROUNDS = 8
 """A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
@@ -154,10 +154,10 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """Replace, in place, every operator without a gradient that a trained parameter reaches.
 
     ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred again
-    after each round, so that a rewrite may use what another one made.
+    after each round, so that a rewrite can use the results of an earlier one.
 
     Raises:
-        UnsupportedModel: a rewrite lacks a shape or a constant that it needs.
+        UnsupportedModel: a shape or a constant that a rewrite needs is unknown.
     """
     with count_constants():
         for index in range(_MOST_ROUNDS):

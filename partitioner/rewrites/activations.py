@@ -1,4 +1,4 @@
-"""Activation functions, by operators that are exact for large inputs and have a gradient at 0."""
+"""Activation functions, in operators that are exact for large inputs and have a gradient at 0."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_softplus(builder: NodeBuilder, node: ir.Node) -> Values:
     """log(1 + exp(x)) as m + log(exp(-m) + exp(x - m)), m = max(x, 0).
 
-    One of the two powers is 1, neither can overflow, and the slope at 0 is 1/2 whichever slope
-    Relu has there.  The operator's own kernel with a tangent takes 1.7 times as long.
+    One of the two powers is 1 and neither can overflow.  The slope at 0 is 1/2, whatever slope Relu
+    has there.  Using Softplus's own kernel and attaching the derivative takes 1.7 times as long.
     """
     x = take_input(node)
     positive = builder.op("Relu", x)
@@ -88,21 +88,22 @@ def _clip_line(builder: NodeBuilder, x: ir.Value, alpha: float, beta: float) -> 
 
 
 def rewrite_hard_sigmoid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """alpha * x + beta, between 0 and 1."""
+    """alpha * x + beta, clipped to the range from 0 to 1."""
     alpha = node.attributes.get_float("alpha", 0.2)
     return [_clip_line(builder, take_input(node), alpha, node.attributes.get_float("beta", 0.5))]
 
 
 def rewrite_hard_swish(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * (x / 6 + 1 / 2, between 0 and 1)."""
+    """x * (x / 6 + 1 / 2, clipped to the range from 0 to 1)."""
     x = take_input(node)
     return [builder.op("Mul", x, _clip_line(builder, x, 1 / 6, 0.5))]
 
 
 def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """x / 2 * (1 + tanh(a * (x + b * x**3))) (arXiv 1606.08415).
+    """Expand the tanh approximation of GELU: x / 2 * (1 + tanh(a * (x + b * x**3))).
 
-    The exact one stays; for this one the builder would write the exact one's gradient.
+    Exact GELU is left unchanged.  For the approximation, onnxruntime-training would build the
+    gradient of exact GELU.  Formula: arXiv 1606.08415.
     """
     if node.attributes.get_string("approximate", "none") != "tanh":
         return None
@@ -115,7 +116,10 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """x for x >= 0, else alpha * x; LeakyReluGrad tells x's sign from y's, so alpha must be > 0."""
+    """x for x >= 0, else alpha * x.
+
+    alpha must be > 0, because LeakyReluGrad derives the sign of x from the sign of y.
+    """
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
         return None
@@ -155,7 +159,10 @@ def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """min(max(x, low), high) whose bounds vary: the builder has no gradient for them."""
+    """Rewrite Clip with variable bounds as min(max(x, low), high).
+
+    The gradient builder has no gradient for the bounds of Clip.
+    """
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
         return None
@@ -166,9 +173,10 @@ def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_softmax(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Softmax or LogSoftmax in float64, for whose gradient onnxruntime-training has no kernel.
+    """Compute Softmax or LogSoftmax of float64 by its formula.
 
-    The largest element is taken off as a constant: the result does not depend on it.
+    onnxruntime-training has no kernel for its gradient in float64.  The largest element is
+    subtracted as a constant, because the result does not depend on it.
     """
     x = node.inputs[0]
     if x is None or x.dtype != ir.DataType.DOUBLE:

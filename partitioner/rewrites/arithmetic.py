@@ -1,4 +1,4 @@
-"""Arithmetic between tensors whose shapes broadcast, choice between them, and changes of dtype."""
+"""Arithmetic on tensors with broadcasting, the choice between tensors (Where), and casts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def rewrite_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """One Add after the other."""
+    """Rewrite Sum as a chain of Adds."""
     return [_add_up(builder, node)]
 
 
 def rewrite_mean(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The sum through the number of inputs."""
+    """Rewrite Mean as the sum divided by the number of inputs."""
     total, count = _add_up(builder, node), len(node.inputs)
     first = _list_inputs(node)[0]
     return [total if count == 1 else builder.op("Div", total, builder.number(count, first.dtype))]
@@ -39,7 +39,7 @@ def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 
 
 def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x - y * q, where q, the whole part of x / y, lets no gradient pass."""
+    """x - y * q, where the integer quotient q of x and y is treated as a constant."""
     x, y = _list_inputs(node)
     points = [builder.detach(value) for value in (x, y)]
     value = builder.ops("Mod", points, 1, dict(node.attributes))[0]
@@ -56,10 +56,10 @@ def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
 
-    The builder of 1.19.2 takes a float exponent that is not a parameter.  It is right where that is
-    one number other than 0; it does not sum the gradient of a base that a wider exponent stretches.
-    The slope to the exponent is 0 where x is not positive, as x ** y is not a function of a real y
-    there.
+    The gradient builder of 1.19.2 accepts a float exponent that is not a parameter.  Its gradient
+    is right if the exponent is a single number other than 0; but if an exponent of larger shape
+    broadcasts the base, the base's gradient is not summed.  The slope with respect to the exponent
+    is 0 where x is not positive, because x ** y is not a function of a real y there.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
@@ -92,10 +92,10 @@ def _slope_to_exponent(builder: NodeBuilder, base: ir.Value, value: ir.Value) ->
 
 
 def rewrite_where(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Where on branches that are stretched in advance.
+    """Rewrite Where so that its branches are broadcast to the full shape in advance.
 
-    The builder of 1.19.2 forgets to sum the gradient of a branch over the axes along which Where
-    stretches it.
+    The gradient builder of 1.19.2 does not sum the gradient of a branch over the axes along which
+    Where broadcasts it.
     """
     condition, *branches = _list_inputs(node)
     result = node.outputs[0].shape
@@ -126,14 +126,17 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
 
 
 def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """A Cast to the dtype that is there already, on which the optimizer of 1.19.2 can stumble."""
+    """Remove a Cast to the dtype that its input already has.
+
+    The graph optimizer of onnxruntime-training 1.19.2 can fail on such a Cast.
+    """
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
     return [x] if x.dtype == to else None
 
 
 def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
-    """A Cast to the other's dtype."""
+    """Rewrite CastLike as a Cast to the dtype of its second input."""
     x, like = _list_inputs(node)
     if like.dtype is None:
         raise UnsupportedModel(

@@ -1,9 +1,9 @@
-"""The cells of LSTM, GRU and RNN: one step in time, in operators that have a gradient.
+"""The cells of LSTM, GRU and RNN: one time step, in operators that have a gradient.
 
-Formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where they leave
-something open it is done as ONNX Runtime's own kernels do it: ``clip`` bounds what goes into the
-gates and not the cell state, a coupled forget gate is 1 less the input gate, and ``alpha`` and
-``beta`` are handed out in order to those functions that take them.
+Formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  What they leave open is
+done like in ONNX Runtime's own kernels: ``clip`` bounds the inputs of the gates and not the cell
+state, a coupled forget gate is 1 minus the input gate, and ``alpha`` and ``beta`` are assigned, in
+order, to the functions that use them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _DEFAULTS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """An activation with its settings, as one of a recurrence's ``activations``."""
+    """An activation function with its settings, from the ``activations`` of a recurrence."""
 
     kind: str
     settings: tuple[float, ...] = ()
 
     def apply(self, builder: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Write the activation of ``x``."""
+        """Build the nodes that apply the function to ``x``."""
         if self.kind in _PLAIN:
             return builder.op(_PLAIN[self.kind], x)
         alpha, beta = (*self.settings, 0.0)[:2]
@@ -60,7 +60,7 @@ class Function:
 
 
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
-    """List a recurrence's activations, those of the forward direction first."""
+    """List the activation functions of a recurrence, those of the forward direction first."""
     names = list(node.attributes.get_strings("activations", [])) or [*defaults] * directions
     alphas = iter(node.attributes.get_floats("activation_alpha", []))
     betas = iter(node.attributes.get_floats("activation_beta", []))
@@ -84,10 +84,11 @@ def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one direction of a recurrence needs for a step; ``dtype`` is that of its values.
+    """The weights and settings for one step of one direction; ``dtype`` is the type of its values.
 
-    ``recurrent`` is R of shape (gates * hidden, hidden); ``bias`` its own bias, where that does
-    not go with the input's; ``peepholes`` those of input, output and forget gate, each (hidden).
+    ``recurrent`` is R of shape (gates * hidden, hidden).  ``bias`` is the recurrent bias, if it is
+    not already added to the input's bias.  ``peepholes`` are those of the input, output and forget
+    gate, each of shape (hidden).
     """
 
     hidden: int
@@ -101,7 +102,7 @@ class Cell:
     parts: Sequence[ir.Value] = field(default_factory=tuple)
 
     def activate(self, builder: NodeBuilder, index: int, x: ir.Value) -> ir.Value:
-        """Apply the function of this number to what goes into a gate, bounded by ``clip``."""
+        """Clip a gate's input to ``clip`` and apply the activation function with this index."""
         if self.clip is not None:
             bounds = [builder.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
             x = builder.op("Clip", x, *bounds)
@@ -112,13 +113,13 @@ State = tuple[ir.Value, ...]
 
 
 def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = f(x + H R^T), where x holds the input's part and all biases."""
+    """H = f(x + H R^T), where x already contains the input's part and all biases."""
     pre = builder.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
     return (cell.activate(builder, 0, pre),)
 
 
 def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = (1 - z) * h + z * H, with the reset gate before the linear map."""
+    """H = (1 - z) * h + z * H, with the reset gate applied before the linear map."""
     (before,) = state
     for_gates, for_hidden = inputs
     pre = builder.op("Gemm", before, cell.parts[0], for_gates, transB=1)
@@ -131,7 +132,10 @@ def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
 def step_linear_gru(
     builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State
 ) -> State:
-    """The same with ``linear_before_reset``, as torch has it."""
+    """H = (1 - z) * h + z * H, with the reset gate applied after the linear map.
+
+    This is the form with ``linear_before_reset``, which torch uses.
+    """
     (before,) = state
     for_gates, for_hidden = inputs
     mapped = builder.op("Gemm", before, cell.recurrent, cell.bias, transB=1)

@@ -1,10 +1,11 @@
-"""Convolutions: ConvTranspose and Col2Im, and Conv where its padding depends on the image.
+"""Convolutions: ConvTranspose and Col2Im, and Conv if its padding depends on the image size.
 
-A ConvTranspose of stride s puts its windows s pixels apart, so each pixel of its output belongs
+A ConvTranspose of stride s places its windows s pixels apart, so each pixel of its output belongs
 to one of s phases per axis, and each phase is an ordinary convolution with every s-th element of
-the kernel.  All phases at once are one Conv with s times the output channels, whose channels are
-then spread over the image: as many multiplications as the operator itself needs, and no zeros
-stuffed into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
+the kernel.  One Conv with s times the output channels computes all phases at once; its channels are
+then rearranged into the image.  This needs as many multiplications as the operator itself, and no
+zeros are inserted into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class _Transposed:
 
 
 def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Padding of its own, where it depends on an image size that the model leaves open."""
+    """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size."""
     if not pads_by_size(node):
         return None
     padded = pad_by_size(builder, node, 0.0)
@@ -69,7 +70,7 @@ def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_conv_transpose(builder: NodeBuilder, node: ir.Node) -> Values:
-    """One Conv for all phases, then its channels spread over the image, cropped or padded."""
+    """Compute all phases with one Conv, rearrange its channels into the image, crop or pad it."""
     x, w = node.inputs[:2]
     assert x is not None
     assert w is not None
@@ -180,7 +181,7 @@ def _dilate_weights(
 
 
 def rewrite_col2im(builder: NodeBuilder, node: ir.Node) -> Values:
-    """A ConvTranspose that puts each element of a block to its place in the window."""
+    """Rewrite Col2Im as a ConvTranspose that moves each element of a block into its window."""
     x = node.inputs[0]
     assert x is not None
     image = [int(n) for n in require_array(node, 1, "image's sizes")]

@@ -1,8 +1,9 @@
-"""DeformConv: a convolution whose windows take their pixels from places that the graph computes.
+"""DeformConv: a convolution that reads its pixels at positions which the graph computes.
 
-The pixels are sampled as GridSample does it, beyond the image as zeros, and multiplied with the
-weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).
-ONNX Runtime 1.19.2 has no kernel of the operator itself, so it trains there but does not predict.
+The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied with the
+weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168). ONNX
+Runtime 1.19.2 has no kernel for the operator itself, so a model with it can be trained but not used
+for prediction there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_deform_conv(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Sample the windows' pixels, times their mask, and multiply them with the weights."""
+    """Sample the windows' pixels, and multiply them by the mask and then by the weights."""
     x, w, offset, bias, mask = [*node.inputs, None, None][:5]
     assert x is not None
     assert w is not None

@@ -1,7 +1,8 @@
-"""Einsum as diagonals, sums, products and transpositions, contracted from left to right.
+"""Rewrite Einsum as diagonals, sums, products and transpositions, contracted from left to right.
 
-An axis is known by its label; the axes of an ellipsis get labels of their own, ``...0`` the last
-of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+Each axis is identified by its label.  The axes of an ellipsis get labels of their own; ``...0`` is
+the last of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of
+numpy.einsum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 Size = int | ir.Value
-"""How long an axis is: a number, or a vector of one I64 where only the data know."""
+"""The length of an axis: a number, or an I64 vector of one element that the graph computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ class _Sum:
 
 
 def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Contract the operands one after the other, then order the axes."""
+    """Contract the operands from left to right, then transpose the result."""
     values = [value for value in node.inputs if value is not None]
     terms, result = _read_equation(node, values)
     operands = [_Operand(value=v, labels=t) for v, t in zip(values, terms, strict=True)]

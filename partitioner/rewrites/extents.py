@@ -1,7 +1,7 @@
-"""Extents: sizes of tensors as rewrites need them, a number where it is known, else computed.
+"""Extents: sizes of tensors for rewrites, as numbers if they are known, else computed in the graph.
 
-A rewrite that is written with extents keeps every dimension dynamic that the model leaves so.
-It knows shapes and arithmetic on them, and no operator.
+A rewrite that uses extents keeps every dynamic dimension of the model dynamic.  This module deals
+with shapes and arithmetic on them, and does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Extent = int | ir.Value
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
-    """Return a value's number of dimensions.
+    """Return the number of dimensions of a value.
 
     Raises:
-        UnsupportedModel: it is not known.
+        UnsupportedModel: the number of dimensions is not known.
     """
     rank = known_rank(value)
     if rank is None:
@@ -31,10 +31,10 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Return a value's dimensions from ``start``, all numbers.
+    """Return the dimensions of a value from ``start`` on, all as numbers.
 
     Raises:
-        UnsupportedModel: one is not known.
+        UnsupportedModel: a dimension is not known.
     """
     dims = known_dims(value)
     sizes = [] if dims is None else [dim for dim in dims[start:] if dim is not None]
@@ -48,10 +48,10 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return what an input holds.
+    """Return the content of a constant input as an array.
 
     Raises:
-        UnsupportedModel: it is computed in the graph.
+        UnsupportedModel: the input is computed in the graph.
     """
     array = known_array(node.inputs[index])
     if array is None:
@@ -60,15 +60,15 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
-    """Make the error that names a node."""
+    """Return the error that names a node and the reason why it cannot be rewritten."""
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
 def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
-    """List a value's extents.
+    """List the extents of a value.
 
     Raises:
-        UnsupportedModel: its rank is not known.
+        UnsupportedModel: the value's rank is not known.
     """
     require_rank(node, value)
     return [
@@ -78,7 +78,7 @@ def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[E
 
 
 def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return an extent as I64 vector of one element."""
+    """Return an extent as an I64 vector of one element."""
     return builder.integers([extent]) if isinstance(extent, int) else extent
 
 
@@ -96,21 +96,21 @@ def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
 
 
 def divide(builder: NodeBuilder, extent: Extent, by: int) -> Extent:
-    """Return an extent's whole number of ``by``."""
+    """Return an extent divided by ``by``, rounded down."""
     if isinstance(extent, int):
         return extent // by
     return extent if by == 1 else builder.op("Div", extent, builder.integers([by]))
 
 
 def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
-    """Return an extent raised by a number."""
+    """Return the sum of an extent and a number."""
     if isinstance(extent, int):
         return extent + number
     return extent if number == 0 else builder.op("Add", extent, builder.integers([number]))
 
 
 def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Return extents as one shape vector."""
+    """Join extents into one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -127,7 +127,7 @@ def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Bring a value into another shape; the one extent that is not known is left to Reshape."""
+    """Reshape a value; if exactly one extent is unknown, Reshape computes it."""
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
         extents = [extent if isinstance(extent, int) else -1 for extent in extents]
@@ -135,7 +135,7 @@ def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) ->
 
 
 def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return 0, 1, ... extent - 1 as I64 vector."""
+    """Return 0, 1, ... extent - 1 as an I64 vector."""
     if isinstance(extent, int):
         return builder.integers(range(extent))
     end = builder.op("Squeeze", extent, builder.integers([0]))
@@ -143,7 +143,7 @@ def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Return an extent in another dtype, to calculate with."""
+    """Cast an extent to another dtype for calculations."""
     if isinstance(extent, int):
         return builder.number(extent, dtype)
     return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

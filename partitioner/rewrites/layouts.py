@@ -1,4 +1,7 @@
-"""Operators that trade channels for pixels: DepthToSpace, SpaceToDepth, and their general form."""
+"""Operators that move data between channels and pixels: DepthToSpace and SpaceToDepth.
+
+:func:`spread_channels` is their general form.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Spread blocks of channels over the image; DCR has the block before the channels."""
+    """Rearrange blocks of channels into pixels; in mode DCR, the block precedes the channels."""
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
@@ -23,7 +26,7 @@ def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_space_to_depth(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Gather blocks of pixels into channels; DCR, and no mode, have the block before them."""
+    """Rearrange blocks of pixels into channels; in mode DCR, the default, the block is first."""
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
@@ -47,8 +50,8 @@ def spread_channels(
 ) -> ir.Value:
     """(N, C * b..., L...) to (N, C, L * b...), for any number of spatial dimensions.
 
-    ``extents`` are those of ``x``.  The channels' axis holds C outside of the blocks, or, with
-    ``block_first``, inside.
+    ``extents`` are those of ``x``.  On the channel axis, C is the outer and the blocks are the
+    inner part; with ``block_first`` it is the other way round.
     """
     batch, channels, *spatial = extents
     rank, size = len(spatial), 1

@@ -1,4 +1,4 @@
-"""Losses that are in a model itself: the negative log-likelihood, and cross-entropy by it."""
+"""Loss operators inside a model: negative log-likelihood and cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
-    """-w[label] * x[label], reduced, with a label to ignore."""
+    """-w[label] * x[label], reduced, with support for an ignored label."""
     x, labels = node.inputs[:2]
     assert x is not None
     assert labels is not None
@@ -20,9 +20,9 @@ def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """LogSoftmax and the above, where the log-probabilities are used as well.
+    """Rewrite cross-entropy as LogSoftmax and negative log-likelihood if both outputs are used.
 
-    The gradient of SoftmaxCrossEntropyLoss leads through its first output alone.
+    The gradient of SoftmaxCrossEntropyLoss covers only its first output, not the log-probabilities.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None

@@ -1,8 +1,9 @@
-"""Normalizations over an instance, a group, chosen axes or the last ones, by their formulas.
+"""Normalizations over an instance, a group, chosen axes or the last axes, by their formulas.
 
-The gradient builder differentiates LayerNormalization alone, and of that only the first output
-with a scale in the shape of what is normalized.  Statistics are taken from the centred values,
-never as the mean of squares less the square of the mean, which cancels.
+The gradient builder differentiates only LayerNormalization, and of that only the first output and
+only if the scale has the shape of the normalized axes.  The variance is computed from the centred
+values, never as the mean of squares minus the square of the mean, which loses precision by
+cancellation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Normalize each channel of each sample over its space; scale and bias are per channel."""
+    """Normalize each channel of each sample over its spatial axes; scale, bias are per channel."""
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
     normal = _normalize_rows(builder, node, x, list(range(2, rank)), 1e-5)
@@ -29,8 +30,8 @@ def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Normalize each group of channels of each sample.
 
-    Scale and bias are per channel, as of opset 21; onnx's checker refuses the operator of opset
-    18, whose scale was per group, as deprecated.
+    Scale and bias are per channel, as of opset 21.  In opset 18 the scale was per group, and onnx's
+    checker rejects that version as deprecated.
     """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -56,9 +57,9 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """The formula, where the statistics are used or the scale is spread over the input.
+    """Write out LayerNormalization if its statistics are used or its scale is broadcast.
 
-    A missing bias becomes zero, as LayerNormalization's gradient wants one.
+    A missing bias becomes zero, because the gradient of LayerNormalization requires one.
     """
     x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -93,7 +94,7 @@ def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """(x - mean) / (deviation + 1e-9).
 
-    1e-18 under the root keeps the gradient finite where all values of a slice are equal.
+    Adding 1e-18 under the root keeps the gradient finite if all values of a slice are equal.
     """
     (x,) = take_inputs(node, 1)
     axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
@@ -105,7 +106,7 @@ def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / norm along an axis, and zero where the norm is."""
+    """x / norm along an axis, or zero if the norm is zero."""
     (x,) = take_inputs(node, 1)
     axis = builder.integers([node.attributes.get_int("axis", -1)])
     if node.attributes.get_int("p", 2) == 1:

@@ -1,10 +1,10 @@
 """Pad in the modes that repeat elements, and CenterCropPad.
 
-A gradient passes through Pad's constant mode, negative widths included, where it names no axes:
-onnxruntime-training's gradient forgets them.  The other modes copy elements, and where each comes
-from is a function of its place.  Formulas: Pad-21 and
-CenterCropPad-18 at onnx.ai/onnx/operators; negative widths are cut off before the rest is padded,
-as ONNX Runtime does it.
+In constant mode, a gradient passes through Pad, also with negative widths, but not if Pad names its
+axes, which onnxruntime-training's gradient ignores.  The other modes copy elements, and the source
+of each element is a function of its position.  Formulas: Pad-21 and CenterCropPad-18 at
+onnx.ai/onnx/operators.  Like in ONNX Runtime, negative widths are cropped before the rest is
+padded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_pad(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Gather along each axis that is padded; constant mode only names its axes no more."""
+    """Rewrite Pad as a Gather along each padded axis; constant mode becomes a Pad without axes."""
     x, *settings = node.inputs
     assert x is not None
     mode = node.attributes.get_string("mode", "constant")
@@ -114,7 +114,7 @@ def _widen(builder: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -
 
 
 def rewrite_center_crop_pad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """A Pad whose widths are negative where it crops; what is odd goes to the end."""
+    """Rewrite CenterCropPad as Pad, with negative widths for cropping; odd rests go to the end."""
     x, wanted = node.inputs[:2]
     assert x is not None
     assert wanted is not None

@@ -1,7 +1,7 @@
-"""Poolings that have no gradient, or a wrong one, in onnxruntime-training 1.19.2.
+"""Poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
-Its MaxPoolGrad and AveragePoolGrad need a fixed image size; the first takes indices for row-major,
-the second knows no dilations.  Formulas: the poolings and LRN-13 at onnx.ai/onnx/operators.
+Its MaxPoolGrad and AveragePoolGrad need a fixed image size; MaxPoolGrad requires row-major indices,
+and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _has_fixed_image(x: ir.Value) -> bool:
 
 
 def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """The sum of each window over its count, where AveragePool's own gradient cannot be used."""
+    """Divide each window's sum by its count, if AveragePool's own gradient cannot be used."""
     x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
     spread = any(step != 1 for step in node.attributes.get_ints("dilations", []))
@@ -55,7 +55,7 @@ def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Row-major indices for the gradient; with any image size, the elements gathered by them."""
+    """Use row-major indices for the gradient; with unknown image sizes, gather elements by them."""
     x = take_input(node)
     if pads_by_size(node) and len(node.outputs) == 1:
         lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
@@ -76,7 +76,7 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The largest element of each channel, the first of equals."""
+    """Select the largest element of each channel, the first of equal ones."""
     x = take_input(node)
     rank = require_rank(node, x)
     flat = builder.op("Reshape", x, builder.integers([0, 0, -1]))
@@ -88,7 +88,7 @@ def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The p-norm of each window."""
+    """Compute the p-norm of each window."""
     windows = read_windows(node)
     power = node.attributes.get_int("p", 2)
     total = sum_windows(builder, node, _raise(builder, take_input(node), power), windows)
@@ -96,7 +96,7 @@ def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_global_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The p-norm of each channel."""
+    """Compute the p-norm of each channel."""
     x = take_input(node)
     power = node.attributes.get_int("p", 2)
     axes = builder.integers(range(2, require_rank(node, x)))
@@ -133,7 +133,7 @@ def _take_root(
 
 
 def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Write each element to its position in an image of zeros; a wanted shape adds more zeros."""
+    """Write each element to its position in an image of zeros, and pad it to a requested shape."""
     x, indices, *further = node.inputs
     assert x is not None
     assert indices is not None
@@ -165,9 +165,9 @@ def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lrn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / (bias + alpha / size * the squares of the neighbouring channels) ** beta.
+    """x / (bias + alpha / size * the sum of squares of the neighbouring channels) ** beta.
 
-    The sum over neighbours is a convolution along the channels, which become an image's rows.
+    The sum over neighbours is a convolution along the channels, which become the rows of an image.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

@@ -17,7 +17,7 @@ _LARGEST_DETERMINANT = 24
 
 
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """A Gemm whose beta is 0 without what beta takes away: the builder has no gradient for it."""
+    """Remove the bias of a Gemm with beta 0, for which the gradient builder has no gradient."""
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
     kept = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
@@ -26,7 +26,7 @@ def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Make a vector a row or a column: the gradient builder refuses it beside a stack."""
+    """Reshape a vector to a matrix; the gradient builder rejects a vector beside a stack."""
     a, b = node.inputs
     assert a is not None
     assert b is not None
@@ -46,8 +46,8 @@ def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
     """The determinant as a constant, plus its first-order change: <cofactors, x - constant x>.
 
-    The cofactors are determinants of minors, so that no inverse is needed and a singular matrix
-    has its gradient, too.
+    The cofactors are determinants of minors, so that no inverse is needed and singular matrices
+    have a gradient, too.
     """
     (x,) = node.inputs
     assert x is not None

@@ -1,9 +1,10 @@
 """LSTM, GRU and RNN unrolled in time.
 
-The input's part of all steps is one matrix product, for both directions together; a step then
-takes one more, of the hidden state.  The length of the sequence has to be known, the batch not.
-Sequences of unequal length are masked: past its end a sequence keeps its state and puts out zero.
-Layout 1 never comes here (:mod:`recurrence_layouts`).
+One matrix product computes the input's part of all steps, for both directions together; each step
+then needs one more product, with the hidden state.  The sequence length must be known; the batch
+size need not be.  If sequences have different lengths, they are masked: after its end, a sequence
+keeps its state and its outputs are zero.  Layout 1 is converted earlier
+(:mod:`recurrence_layouts`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from splitonnx.partitioner.rewrites.cells import (
 )
 
 MOST_STEPS = 2_000
-"""Steps of all recurrences of a model together; each is written out, as some 20 nodes."""
+"""The largest number of steps of all recurrences in a model; each step becomes some 20 nodes."""
 
 Values = Sequence[ir.Value | None]
 Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
@@ -51,7 +52,7 @@ class _Layer:
 
 
 def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """H = f(X W^T + H R^T + b)."""
+    """Unroll an RNN: H = f(X W^T + H R^T + b)."""
     layer = _read_layer(node, states=1)
     bias = _add_biases(builder, layer, 1)
     inputs = [[x] for x in _project(builder, layer, layer.weights, bias, [1])]
@@ -60,7 +61,7 @@ def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
-    """A gated recurrence; with ``linear_before_reset`` the recurrent bias stays by itself."""
+    """Unroll a GRU; with ``linear_before_reset``, the recurrent bias is kept separate."""
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
     if node.attributes.get_int("linear_before_reset", 0):
@@ -77,7 +78,7 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """A recurrence with a memory; with ``input_forget`` the forget gate's rows are left out."""
+    """Unroll an LSTM; with ``input_forget``, the rows of the forget gate are dropped."""
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))
     weights, recurrent = layer.weights, layer.recurrent
@@ -91,10 +92,10 @@ def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Check, before any is unrolled, how many steps the recurrences among ``nodes`` have.
+    """Raise if the recurrences among ``nodes`` have too many steps to be unrolled.
 
     Raises:
-        UnsupportedModel: together they have too many; the longest one is named.
+        UnsupportedModel: their total is too large; the error names the longest recurrence.
     """
     steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
     total = sum(steps.values())

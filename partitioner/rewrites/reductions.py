@@ -1,6 +1,6 @@
 """Reductions along axes, and running sums and products.
 
-The axes of a reduction are its second input and stay that; only a product needs to know them.
+A reduction keeps its axes as its second input; only a product needs to know their values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _reduce(
 
 
 def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The mean of the elements that equal the extreme: they share its gradient."""
+    """The mean of the elements that equal the extreme, so that they share its gradient."""
     x = take_input(node)
     if _is_empty(x) and node.op_type == "ReduceMax":
         raise UnsupportedModel(
@@ -88,10 +88,10 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """ReduceL2 and ReduceLogSumExp to a scalar, by way of keeping the dimensions.
+    """Rewrite ReduceL2 and ReduceLogSumExp to a scalar: keep the dimensions, then reshape.
 
-    Without axes the builder of 1.19.2 cannot type their gradient; with all axes it gives that of
-    ReduceL2 a dimension too many.
+    Without axes, the gradient builder of 1.19.2 cannot infer the type of their gradient; with all
+    axes, the gradient of ReduceL2 has one dimension too many.
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
@@ -100,7 +100,7 @@ def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Products of halves, axis after axis; nothing is divided, so that zeros do no harm."""
+    """Multiply the halves of each axis until one element is left, so that zeros do no harm."""
     x = take_input(node)
     rank = require_rank(node, x)
     axes = _find_axes(node, rank)
@@ -157,7 +157,7 @@ def _multiply_unknown(
 
 
 def rewrite_running_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """CumSum by shifts; along an axis of unknown length by a product with a triangle of ones."""
+    """Compute CumSum by shifts, or, if the length is unknown, by a triangular matrix of ones."""
     x = take_input(node)
     line = _find_line(node, x)
     exclusive = bool(node.attributes.get_int("exclusive", 0))

@@ -1,9 +1,9 @@
 """Regions of images pooled to a fixed size: RoiAlign and MaxRoiPool.
 
 Both read a number of pixels for each bin of each region, gathered as rows of all channels, and
-sum or maximise over them; no gradient leads to the regions.  How many pixels a bin has may depend
-on its region: each is given as many as the largest needs, and those too many count for nothing.
-Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
+compute their sum or maximum.  The regions get no gradient.  The number of pixels per bin may depend
+on its region; each bin is allotted as many as the largest needs, and the surplus pixels do not
+count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Axis:
 
 
 def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Average bilinear samples, or take the largest of all their pixels' weighted values."""
+    """Average bilinear samples, or take the largest weighted pixel of all samples."""
     x, rois, images = node.inputs[:3]
     assert x is not None
     assert rois is not None
@@ -162,7 +162,7 @@ def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
 
 
 def rewrite_max_roi_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The largest pixel of each bin, 0 where it has none; regions are rounded to whole pixels."""
+    """Select the largest pixel of each bin, or 0 if it is empty; regions are rounded to pixels."""
     x, rois = node.inputs[:2]
     assert x is not None
     assert rois is not None

@@ -1,4 +1,4 @@
-"""Resize: a copy of elements or a product with a constant matrix, along one axis after the other.
+"""Rewrite Resize, axis by axis, as a copy of elements or a product with a constant matrix.
 
 Formulas: Resize-19 at onnx.ai/onnx/operators.
 """
@@ -37,7 +37,7 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 
 
 def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Sample each axis that changes; where its size is not known the graph finds the weights."""
+    """Resample each axis that changes; if its size is unknown, the graph computes the weights."""
     x = node.inputs[0]
     assert x is not None
     mode = node.attributes.get_string("mode", "nearest")

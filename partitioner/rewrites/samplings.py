@@ -1,9 +1,10 @@
-"""Images sampled at places that a graph computes: GridSample and AffineGrid.
+"""Sample images at positions that a graph computes: GridSample and AffineGrid.
 
-A sample is the weighted sum of the pixels around its place.  The pixels are gathered as rows, all
-channels at once; weights are polynomials of the place, so a gradient leads to image and places.
-Which pixels are read, and on which stretch of a reflection a place lies, lets no gradient pass.
-Formulas: GridSample-20 and AffineGrid-20 at onnx.ai/onnx/operators.
+A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows,
+all channels at once.  The weights are polynomials of the position, so both image and positions get
+a gradient.  No gradient passes through the choice of the pixels that are read, or of the section of
+a reflection that a position is in.  Formulas: GridSample-20 and AffineGrid-20 at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Values = Sequence[ir.Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Taps:
-    """The pixels around each place along one axis: indices as I64, and weights  # (N, P, K)."""
+    """The pixels around each position along one axis: I64 indices, and weights  # (N, P, K)."""
 
     places: ir.Value
     weights: ir.Value
@@ -42,9 +43,9 @@ class Taps:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAxis:
-    """One axis of an image: how many pixels it has, and how it continues beyond its borders.
+    """One axis of an image: its number of pixels, and how it continues beyond its borders.
 
-    ``corners`` puts the borders at the outermost pixels' centres instead of their edges.
+    With ``corners``, the borders are at the centres of the outermost pixels instead of their edges.
     """
 
     builder: NodeBuilder
@@ -59,31 +60,31 @@ class ImageAxis:
 
     @property
     def length(self) -> ir.Value:
-        """How many pixels there are."""
+        """The number of pixels."""
         return to_number(self.builder, self.size, self.dtype)
 
     @property
     def last(self) -> ir.Value:
-        """The last pixel's coordinate."""
+        """The coordinate of the last pixel."""
         return self.builder.op("Sub", self.length, self.number(1.0))
 
     @property
     def low(self) -> ir.Value:
-        """The lower border's coordinate."""
+        """The coordinate of the lower border."""
         return self.number(0.0 if self.corners else -0.5)
 
     @property
     def high(self) -> ir.Value:
-        """The upper border's coordinate."""
+        """The coordinate of the upper border."""
         return self.last if self.corners else self.builder.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
-        """Return the nearest coordinate of a pixel's centre."""
+        """Clamp a coordinate to the range of pixel centres."""
         builder = self.builder
         return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
     def fold(self, x: ir.Value) -> ir.Value:
-        """Reflect at the borders, as often as it takes."""
+        """Reflect a coordinate at the borders until it is inside."""
         builder = self.builder
         if self.corners and self.size == 1:
             return self.clamp(x)
@@ -98,7 +99,7 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Bring a coordinate that is beyond the borders inside."""
+        """Move coordinates that are beyond the borders inside."""
         builder = self.builder
         if self.padding == "reflection":
             return self.fold(x)
@@ -111,7 +112,7 @@ class ImageAxis:
         return x
 
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
-        """Return the pixels around each place ``x`` (N, P), and their weights."""
+        """Return the pixels around each position ``x`` (N, P), and their weights."""
         builder = self.builder
         if mode == "nearest":
             base, offsets, weights = (
@@ -162,7 +163,7 @@ class ImageAxis:
 
 
 def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Weigh the pixels around each place of the grid, whose last axis counts x before y."""
+    """Sum the weighted pixels around each position of the grid, whose last axis has x before y."""
     x, grid = node.inputs[:2]
     assert x is not None
     assert grid is not None
@@ -210,7 +211,7 @@ def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
 
 
 def to_rows(builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """(N, C, L...) to (N * L, C): a row a pixel."""
+    """(N, C, L...) to (N * L, C): one row per pixel."""
     rank = len(extents)
     turned = builder.op("Transpose", x, perm=[0, *range(2, rank), 1])
     if isinstance(extents[1], int):
@@ -225,7 +226,7 @@ def weigh_taps(
     image: Sequence[Extent],
     taps: Sequence[Taps],
 ) -> ir.Value:
-    """Sum the pixels that meet along all axes, each times its weights  # (N, P, C)."""
+    """Sum the pixels around each position, times their weights along all axes  # (N, P, C)."""
     rank = len(taps)
     size = to_vector(builder, multiply(builder, image))
     first = builder.op("Mul", count_up(builder, batch), size)
@@ -251,7 +252,7 @@ def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
 
 
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The product of the base grid's homogeneous coordinates with each matrix."""
+    """Multiply the homogeneous coordinates of the base grid by each matrix."""
     theta = node.inputs[0]
     assert theta is not None
     assert theta.dtype is not None

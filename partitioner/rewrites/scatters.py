@@ -1,8 +1,8 @@
 """ScatterElements and ScatterND with a reduction, whose gradient onnxruntime-training gets wrong.
 
-Its builder treats every reduction as "none".  Here what meets at a place is told apart: the
-winners of max and min share the gradient evenly, as they do in Max and Min; the factors of mul
-get the product of the others, also where one of them is zero.  Indices may occur several times.
+Its gradient builder treats every reduction like "none".  Here each reduction has its own gradient:
+the winners of max and min share the gradient evenly, like in Max and Min; each factor of mul gets
+the product of the other factors, even if one of them is zero.  Indices may occur several times.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Places:
 
 
 def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Write what the node's reduction does to data and updates as sums and products of them."""
+    """Rewrite the reduction of data and updates as sums and products."""
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]
     assert data is not None

@@ -1,7 +1,7 @@
-"""Operators that select and move elements, written with Gather, GatherND and Slice.
+"""Operators that select and move elements, rewritten with Gather, GatherND and Slice.
 
-Selection is linear, so each rewrite yields the operator's own values and a gradient that adds
-every element's share to where it came from.  Formulas: the definitions at onnx.ai/onnx/operators.
+Selection is linear, so each rewrite has exactly the operator's values, and a gradient that is added
+to the element that was selected.  Formulas: the definitions at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _count(builder: NodeBuilder, value: ir.Value, axis: int | None = None) -> ir
 
 
 def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Gather at the places where the condition holds."""
+    """Gather the elements at the positions where the condition is true."""
     x, condition = take_input(node, 0), take_input(node, 1)
     places = _flatten(builder, builder.op("NonZero", condition))
     axis = node.attributes.get_int("axis", None)
@@ -50,9 +50,9 @@ def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Gather where each value occurs first; the places themselves are constants.
+    """Gather the first occurrence of each value; the positions themselves are constants.
 
-    Where a value occurs several times, its whole gradient goes to the first.
+    If a value occurs several times, its complete gradient goes to the first occurrence.
     """
     x = take_input(node, 0)
     made = builder.ops("Unique", [builder.detach(x)], 4, dict(node.attributes))
@@ -65,7 +65,7 @@ def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
-    """GatherND at (length - 1 - t, b) within each sequence, at (t, b) behind it."""
+    """GatherND at (length - 1 - t, b) within each sequence, and at (t, b) after its end."""
     x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
     batch = node.attributes.get_int("batch_axis", 1)
@@ -83,7 +83,7 @@ def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Gather where a step is negative or not known: SliceGrad's kernel takes positive ones only."""
+    """Rewrite Slice as Gather if a step may be negative, which SliceGrad does not support."""
     x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
     if steps is not None and all(step > 0 for step in steps):
@@ -112,7 +112,7 @@ def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
-    """start + delta * (0, 1, 2, ...); how many there are is a constant."""
+    """start + delta * (0, 1, 2, ...), whose length is treated as a constant."""
     start, delta = take_input(node, 0), take_input(node, 2)
     detached = [builder.detach(value) for value in node.inputs if value is not None]
     places = builder.cast(_count(builder, builder.op("Range", *detached)), start.dtype)
@@ -120,7 +120,7 @@ def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
-    """off + hot * (on - off) as a choice between the two, which are scalars to a gradient."""
+    """off + hot * (on - off), as a choice between two scalars which get a gradient."""
     indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
     truth = builder.tensor(ir.tensor(np.array([0, 1], np.int64)))
@@ -130,7 +130,7 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Name the order of the axes, which onnxruntime-training's gradient reads unasked."""
+    """Set the ``perm`` attribute, because onnxruntime-training's gradient requires it."""
     if "perm" in node.attributes:
         return None
     x = take_input(node, 0)
@@ -139,7 +139,7 @@ def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Make the inputs' names distinct: one that occurs twice gets two gradients of one name."""
+    """Make the inputs distinct; a repeated input would get two gradients of the same name."""
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
         return None
@@ -152,9 +152,9 @@ def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Without ``allowzero``, which the Reshape of its gradient would lack.
+    """Remove ``allowzero`` from Reshape, because the Reshape in its gradient would not have it.
 
-    A shape with a zero in it makes a tensor without elements, from which no gradient comes.
+    A shape that contains a zero belongs to a tensor without elements, which has no gradient.
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
@@ -173,11 +173,12 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Replace each Split of which only the ``needed`` outputs are used, in place; return if any.
+    """Replace each Split with unused outputs by Slices, in place; return whether there was any.
 
-    ``needed`` are the values that get a gradient.  The gradient of Split in onnxruntime-training
-    1.19.2 is the Concat of those gradients that exist: where one does not, its shape is wrong.
-    This comes after ``get_optimized_model``, which makes one Split of slices side by side.
+    ``needed`` are the values that get a gradient.  In onnxruntime-training 1.19.2, the gradient of
+    Split is the Concat of the gradients of its outputs; if one is missing, the result has a wrong
+    shape.  This must run after ``get_optimized_model``, which merges adjacent Slices into one
+    Split.
     """
     changed = False
     for node in [node for node in graph if node.op_type == "Split" and not node.domain]:

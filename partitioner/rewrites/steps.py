@@ -10,13 +10,13 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def rewrite_step(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """The operator itself on inputs that no gradient leaves: Ceil, Floor, Round, Sign, ..."""
+    """Apply Ceil, Floor, Round, Sign, ... to detached inputs, so that no gradient passes."""
     inputs = [value if value is None else builder.detach(value) for value in node.inputs]
     return builder.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
 
 
 def rewrite_dynamic_quantize(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """The integers as they are; their scale is (max(x, 0) - min(x, 0)) / 255 and has a gradient."""
+    """Keep the integers, but compute the scale as (max(x, 0) - min(x, 0)) / 255 with a gradient."""
     x = node.inputs[0]
     assert x is not None
     made = builder.ops(node.op_type, [builder.detach(x)], 3, {})

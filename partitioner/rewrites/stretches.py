@@ -1,6 +1,6 @@
-"""Interpolation along an axis whose size is known at run time only: the graph finds the weights.
+"""Interpolation along an axis whose size is known only at run time: the graph computes the weights.
 
-The same formulas as :mod:`interpolations`, in float32 as ONNX Runtime has them.
+The formulas are those of :mod:`interpolations`, in float32 like in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from splitonnx.partitioner.rewrites.interpolations import Kernel
 
 _FLOAT = ir.DataType.FLOAT
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
-"""What is written here; the rest needs fixed sizes."""
+"""The coordinate modes that are supported here; the others need fixed sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """An axis of ``before`` elements sampled to ``after``; ``scale`` is a F32 value or a number."""
+    """An axis resampled from ``before`` to ``after`` elements; ``scale`` may be an F32 value."""
 
     builder: NodeBuilder
     before: Extent
@@ -31,7 +31,7 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """Return the position, in the input's coordinates, of each output  # (after,)."""
+        """Return the position of each output in the input's coordinates  # (after,)."""
         builder = self.builder
         y = builder.op("Cast", count_up(builder, self.after), to=_FLOAT.value)
         one, half = builder.number(1.0, _FLOAT), builder.number(0.5, _FLOAT)
@@ -51,7 +51,7 @@ class Stretch:
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """Return the element that each output copies, as I64."""
+        """Return the index of the element that each output copies, as I64."""
         builder, x = self.builder, self.find_coordinates()
         half = builder.number(0.5, _FLOAT)
         if mode == "round_prefer_floor":
@@ -63,7 +63,7 @@ class Stretch:
         return builder.op("Cast", places, to=ir.DataType.INT64.value)
 
     def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
-        """Return the matrix of the interpolation, in F32  # (after, before)."""
+        """Return the interpolation as a matrix in F32  # (after, before)."""
         return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
 
     def _weigh_linear(self) -> ir.Value:

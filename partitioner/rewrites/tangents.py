@@ -1,9 +1,9 @@
-"""Values with a derivative of their own: for operators that no formula of others expresses well.
+"""Attach explicit derivatives to values, for operators that no formula expresses well.
 
-``value + slope * (x - detach(x))`` has the value of the operator itself, to the last bit, and the
-slope that is written down for it.  It costs three elementwise operators forward and one backward,
-and nothing can overflow on a branch that is not taken.  The one thing it cannot take is an
-infinite ``x``, for which it gives NaN.  It knows no operator.
+``value + slope * (x - detach(x))`` has exactly the value of the operator itself, and the given
+slope.  It costs three elementwise operators in the forward pass and one in the backward pass, and
+nothing can overflow in a branch that is not used.  Its only limitation is an infinite ``x``, for
+which the result is NaN.  This module does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent:
-    """How a value moves with one of its inputs.
+    """The derivative of a value with respect to one of its inputs.
 
-    ``point`` is the detached ``source``, ``slope`` the derivative there, computed from points.
+    ``point`` is the detached ``source``; ``slope`` is the derivative, computed from detached
+    values.
     """
 
     source: ir.Value
@@ -29,10 +30,10 @@ class Tangent:
 
 
 def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Attach the derivatives in ``tangents`` to ``value``, which is computed from points.
+    """Attach the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
 
-    Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
-    :func:`bound_slope`.
+    Shapes broadcast.  Every slope must be finite, because zero times infinity would make the value
+    NaN; see :func:`bound_slope`.
     """
     for tangent in tangents:
         step = builder.op("Sub", tangent.source, tangent.point)

@@ -1,7 +1,7 @@
-"""Fourier transforms: linear maps, so a product with a constant matrix or a convolution.
+"""Fourier transforms are linear, so they become products with a constant matrix or convolutions.
 
-The matrices are what numpy.fft makes of unit vectors; cutting short, padding with zeros and
-halves of spectra are in them.
+The matrices are the results of numpy.fft for unit vectors.  They include truncation, zero padding
+and one-sided spectra.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Multiply by the transform's matrix along the axis; real and imaginary parts go together."""
+    """Multiply by the transform's matrix along the axis, with real and imaginary parts combined."""
     x = node.inputs[0]
     assert x is not None
     dims = known_dims(x)
@@ -50,7 +50,7 @@ def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Convolve with the transform of a frame, times the window: a stride is a frame's step."""
+    """Convolve with the windowed transform of one frame; the stride is the step between frames."""
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]
     assert x is not None

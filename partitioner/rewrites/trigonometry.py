@@ -10,11 +10,11 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
 Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
-"""From x (detached) and the function's value there to its derivative there."""
+"""Computes the derivative at x, given detached x and the function's value there."""
 
 
 def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """The operator itself, with its derivative from :data:`SLOPES`."""
+    """Keep the operator and attach its derivative from :data:`SLOPES`."""
     x = node.inputs[0]
     assert x is not None
     point = builder.detach(x)

@@ -1,4 +1,4 @@
-"""Windows over images: their positions, what they sum, and padding that is found at run time."""
+"""Pooling windows over images: their positions, sums and counts, and padding known at run time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from splitonnx.partitioner.rewrites.extents import refuse, require_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How a pooling's windows lie; one entry for each spatial dimension.
+    """The geometry of a pooling's windows, with one entry per spatial dimension.
 
-    ``after`` pads as far as the windows reach, ``counted`` as far as the model says: with
-    ``ceil_mode`` the two differ.  ``sizes`` are the image's, ``None`` where not known.
+    ``after`` is the padding that the windows reach, ``counted`` the padding that the model
+    declares; with ``ceil_mode`` the two differ.  ``sizes`` are those of the image, ``None`` if
+    unknown.
     """
 
     kernel: tuple[int, ...]
@@ -33,7 +34,7 @@ class Windows:
 
     @property
     def attributes(self) -> dict[str, Sequence[int]]:
-        """What a Conv or a pooling with these windows has as attributes."""
+        """The attributes of a Conv or a pooling with these windows."""
         return {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -42,10 +43,10 @@ class Windows:
 
 
 def read_windows(node: ir.Node) -> Windows:
-    """Read a pooling's windows.
+    """Read the windows of a pooling node.
 
     Raises:
-        UnsupportedModel: they depend on an image size that is not known.
+        UnsupportedModel: the windows depend on an image size that is not known.
     """
     x = node.inputs[0]
     assert x is not None
@@ -94,7 +95,7 @@ def _find_surplus(
 
 
 def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
-    """Sum each window, channel by channel, by a depthwise convolution with ones.
+    """Sum each window, channel by channel, with a depthwise convolution of ones.
 
     Raises:
         UnsupportedModel: the number of channels is not known.
@@ -128,7 +129,7 @@ def _convolve(builder: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Wi
 def count_elements(
     builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
-    """Count the elements of each window, those of the padding too with ``include_padding``.
+    """Count the elements in each window, including those of the padding with ``include_padding``.
 
     The result broadcasts against the pooled image  # (1, 1, L...)
     """
@@ -188,15 +189,15 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Return whether a node's padding is left to depend on the image's size."""
+    """Return whether a node's ``auto_pad`` makes its padding depend on the image size."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
 def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
-    """Pad a node's input with ``number`` as its ``auto_pad`` says, once the size is known.
+    """Pad a node's input with ``number`` according to its ``auto_pad``, once the size is known.
 
     Raises:
-        UnsupportedModel: the window's extents are not known.
+        UnsupportedModel: the size of the windows is not known.
     """
     x, kernel = node.inputs[0], read_kernel(node)
     assert x is not None
@@ -222,5 +223,5 @@ def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
-    """List a node's attributes without its padding."""
+    """List a node's attributes without those for its padding."""
     return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}
