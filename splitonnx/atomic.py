@@ -3,8 +3,8 @@
 Each process and thread writes under a temporary name of its own, so that the next writer can find
 and remove what a killed process left behind.  If the system can exchange two names in one step
 (Linux, macOS), a folder that is being replaced exists at every moment.  Otherwise the replacement
-takes two renames, and if the process is killed between them, the old folder is restored later. This
-module deals with names and does not interpret the content of files.
+takes two renames, and if the process is killed between them, the old folder is restored later.
+This module deals with names and does not interpret the content of files.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A message is 8 bytes of header length (little-endian), a JSON header padded with spaces to a
 multiple of 64 bytes, then the raw tensors.  The header maps each name to its ``dtype``, ``shape``
-and ``data_offsets``; ``__metadata__`` maps strings to strings. (Format:
+and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
 github.com/huggingface/safetensors.)
 
 The decoder does not trust its input: it checks every size arithmetically before it reads any data,

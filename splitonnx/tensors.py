@@ -5,7 +5,7 @@ number or symbolic: a name that has the same size throughout a task (``"N"``), o
 names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1,
 because native kernels rely on that.  Only a tensor that no kernel reads any more, an output of the
 model, may be empty, because its size may depend on values.  ``None`` is a dimension of any size
-from 1 up. This module depends on numpy and not on ONNX.
+from 1 up.  This module depends on numpy and not on ONNX.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradients of activations.  ``dy`` is the gradient of the output, ``x`` input, ``y`` output."""
+"""Gradients of activations; ``x`` is the input, ``y`` the output, ``dy`` the output's gradient."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 
 
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy where x > 0; y > 0 says the same."""
+    """dy for x > 0 (which is the same as y > 0), else 0."""
     dy, x = take_inputs(node, 2)
     zero = builder.number(0.0, dy.dtype)
     return [builder.op("Where", builder.op("Greater", x, zero), dy, zero)]
 
 
 def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy where y > 0, else alpha * dy."""
+    """dy for y > 0, else alpha * dy."""
     dy, y = take_inputs(node, 2)
     alpha = builder.number(node.attributes.get_float("alpha", 0.01), dy.dtype)
     positive = builder.op("Greater", y, builder.number(0.0, dy.dtype))
@@ -106,7 +106,7 @@ def _add_bias(builder: NodeBuilder, x: ir.Value, bias: ir.Value | None) -> ir.Va
 
 
 def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / 2 * (1 + tanh(a * (x + b * x**3))), x with its bias where there is one."""
+    """x / 2 * (1 + tanh(a * (x + b * x**3))), with the bias added to x if there is one."""
     x = _add_bias(builder, take_input(node), node.inputs[1] if len(node.inputs) > 1 else None)
     tanh, _ = _gelu_tanh(builder, x)
     half = builder.op("Mul", x, builder.number(0.5, x.dtype))
@@ -114,7 +114,7 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), t the tanh."""
+    """dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), with t the tanh."""
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH
     tanh, square = _gelu_tanh(builder, x)
@@ -139,7 +139,7 @@ def lower_quick_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_quick_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * (s + alpha * x * s * (1 - s)), s the sigmoid."""
+    """dy * (s + alpha * x * s * (1 - s)), with s the sigmoid."""
     dy, x = take_inputs(node, 2)
     gate, alpha = _swish_gate(builder, node, x)
     rest = builder.op("Sub", builder.number(1.0, x.dtype), gate)

@@ -1,9 +1,9 @@
 """The gradient of Conv, for any number of spatial dimensions, groups, strides and dilations.
 
-The gradient to the input is itself a convolution, with the weights flipped and their channels
-swapped; with a stride it is a ConvTranspose.  The gradient to the weights is one matrix product
-of the output's gradient with the windows of the input, gathered by one strided Slice for each
-element of the kernel (im2col).
+The gradient of the input is itself a convolution, with the weights flipped and their channels
+swapped; with a stride, it is a ConvTranspose.  The gradient of the weights is one matrix product of
+the output's gradient and the windows of the input.  One strided Slice per kernel element gathers
+the windows (im2col).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Window:
 
 
 def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
-    """The gradients of Conv to its input, weights and bias, each where it is wanted."""
+    """Compute the gradients of Conv's input, weights and bias, each only if it is used."""
     dy, x, w = node.inputs[:3]
     assert dy is not None
     assert x is not None

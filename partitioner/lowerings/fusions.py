@@ -1,10 +1,11 @@
-"""Pads kept apart from poolings, with which ONNX Runtime's optimizer would merge them wrongly.
+"""Prevent ONNX Runtime's optimizer from merging a Pad with a pooling, which gives wrong results.
 
-Its rule PadFusion adds a Pad's widths to the ``pads`` of the pooling behind it.  What a Pad puts
-there counts in an average and can be the largest of a window, what ``pads`` put there does not:
-ONNX Runtime 1.19.2 is wrong for AveragePool and MaxPool, 1.30 for MaxPool, without a word.  Other
-rules bring the two together first: they take out what does nothing, and move transposes.  A Pad
-that names its axes is not merged, and means the same.  It knows no other rule of the optimizer.
+Its rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.  But elements
+added by a Pad count in an average and can be the largest of a window, and elements added by
+``pads`` do not.  ONNX Runtime 1.19.2 silently computes wrong results for AveragePool and MaxPool,
+version 1.30 for MaxPool.  Other rules can make a Pad and a pooling adjacent first, because they
+remove operators without effect and move transposes.  A Pad that names its axes has the same meaning
+and is not merged.  This module handles no other rule of the optimizer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Make each Pad name all of its axes, in bodies as well, in place.
+    """Make each Pad name all of its axes, in place, also inside bodies.
 
-    One that only convolutions read stays as it is: there the rule is right, and saves a copy.
+    A Pad that is read only by convolutions is left unchanged: for them the rule is right, and saves
+    a copy.
     """
     for node in list(graph):
         for body in list_bodies(node):

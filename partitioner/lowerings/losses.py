@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient, with class weights and an index to ignore."""
+"""Softmax cross-entropy and its gradient, with class weights and an ignored index."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """(softmax - one_hot(label)) * w[label] * dy, over the sum of w where the loss is a mean."""
+    """(softmax - one_hot(label)) * w[label] * dy, divided by the sum of w if the loss is a mean."""
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None
     assert log_prob is not None

@@ -1,4 +1,4 @@
-"""Batch, layer and root-mean-square normalization in training, and their gradients."""
+"""Batch, layer and root-mean-square normalization in training mode, and their gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _spread(builder: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
 
 
 def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Y, the new running statistics, the batch's mean and 1 / its deviation.
+    """Compute Y, the new running statistics, the batch's mean and 1 / its deviation.
 
     The variance is the biased one, for the output and for the running statistic, as
     BatchNormalization-14 defines it.
@@ -50,7 +50,9 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """With h = (x - mean) * inverse and n elements a channel:
+    """Compute the gradients of BatchNormalization's input, scale and bias.
+
+    With h = (x - mean) * inverse and n elements per channel:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
     """
@@ -90,7 +92,9 @@ def _sum_leading(
 
 
 def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """With h = (x - mean) * inverse and g = dy * scale:
+    """Compute the gradients of LayerNormalization's input, scale and bias.
+
+    With h = (x - mean) * inverse and g = dy * scale:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
     """

@@ -1,4 +1,4 @@
-"""Gradients of pooling.  The input's extent is taken from the shape noted on the gradient."""
+"""Gradients of pooling, which read the input's extent from the shape noted on the gradient."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _read_extent(node: ir.Node) -> list[int]:
 
 
 def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient where its maximum came from.
+    """Add each gradient to the element that was the maximum.
 
-    MaxPool's second output counts positions over the whole input, batch and channels included.
+    MaxPool's second output counts positions over the complete input, including batch and channels.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None
@@ -53,7 +53,7 @@ def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Spread each gradient, over its window's count, by a depthwise ConvTranspose with ones."""
+    """Divide each gradient by its window's count, then spread it by a depthwise ConvTranspose."""
     dy = node.inputs[0]
     assert dy is not None
     extent = _read_extent(node)

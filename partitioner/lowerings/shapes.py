@@ -24,7 +24,7 @@ def lower_scale(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Concat, and the extent of each input along the axis."""
+    """Concatenate the inputs, and compute the extent of each input along the axis."""
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
     rank = require_rank(node, values[0])
@@ -37,14 +37,14 @@ def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Split into parts of the given extents."""
+    """Split a value into parts of the given extents."""
     x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
     return builder.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
 
 def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Write each gradient to where its element came from; any starts, ends and steps."""
+    """Write each gradient to the element that was selected, for any starts, ends and steps."""
     dy, shape, *selection = node.inputs
     assert dy is not None
     assert shape is not None
@@ -64,7 +64,7 @@ def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the row that it was gathered from."""
+    """Add each gradient to the row that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
@@ -82,7 +82,7 @@ def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the element that it was gathered from."""
+    """Add each gradient to the element that was gathered."""
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
     zeros = _zeros(builder, shape, dy.dtype)
@@ -90,7 +90,7 @@ def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the slice that it was gathered from."""
+    """Add each gradient to the slice that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:
@@ -113,15 +113,16 @@ def _spell_batches(builder: NodeBuilder, indices: ir.Value, rank: int, batch: in
 
 
 def lower_trilu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The standard operator of the same name and meaning."""
+    """Replace Trilu by the standard operator of the same name and meaning."""
     upper = node.attributes.get_int("upper", 1)
     return [builder.op("Trilu", *node.inputs, upper=upper)]
 
 
 def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
-    """alpha * A @ B; axes swapped where so marked.
+    """alpha * A @ B, with axes swapped according to the attributes.
 
-    ``transBatch`` moves the first axis behind the batch axes, ``trans`` swaps the last two then.
+    ``transBatch`` moves the first axis behind the batch axes; then ``trans`` swaps the last two
+    axes.
     """
     a, b = take_inputs(node, 2)
 
@@ -143,7 +144,7 @@ def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """da = dy / b, db = -dy * a / b**2, each summed over where it was stretched."""
+    """da = dy / b, db = -dy * a / b**2, each summed over the axes that were broadcast."""
     dy, a, b = take_inputs(node, 3)
     da = builder.op("Div", dy, b)
     db = builder.op("Neg", builder.op("Mul", da, builder.op("Div", a, b)))
@@ -164,7 +165,7 @@ def _sum_stretched(
 
 
 def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The axes along which each of two shapes is stretched to their common one."""
+    """Compute the axes along which each of two shapes is broadcast to their common shape."""
     left, right = take_inputs(node, 2)
     return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]
 

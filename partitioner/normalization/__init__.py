@@ -1,6 +1,5 @@
-"""Brings a model to the one form that the rest works on, without a change of what it computes.
+"""Bring a model to the normal form that later passes expect, without changing what it computes.
 
-Opsets, precisions, quantisation, parameters, and what operators leave implicit.  It knows neither
-gradients nor cuts.  It may use the gate, inference, graphs
-and the native room.
+This covers opsets, precisions, quantisation, parameters, and the implicit behaviour of operators.
+Gradients and cuts do not belong here.  It may use the gate, inference, graphs and the native room.
 """

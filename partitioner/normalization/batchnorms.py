@@ -1,7 +1,7 @@
 """BatchNormalization in training, frozen and inference form.
 
-The gradient builder of onnxruntime-training 1.19.2 turns every BatchNormalization into training
-mode, also one that is meant to be frozen; a frozen one is therefore written out as its formula.
+The gradient builder of onnxruntime-training 1.19.2 sets every BatchNormalization to training mode,
+even one that should be frozen.  Therefore a frozen BatchNormalization is replaced by its formula.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def is_training(node: ir.Node) -> bool:
 
 
 def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
-    """Set the wanted mode of BatchNormalization; map each running statistic to its successor.
+    """Set the mode of every BatchNormalization; return a map from running statistics to successors.
 
-    ``mode`` is ``"train"``, ``"frozen"`` or ``None`` for what each node says itself.
+    The successor of a running statistic is the value that replaces it after a step.  ``mode`` is
+    ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.
     """
     successors: dict[str, str] = {}
     for node in list_batchnorms(graph):
@@ -53,7 +54,7 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
 
 
 def freeze_batchnorms(graph: ir.Graph) -> set[str]:
-    """Write every BatchNormalization in inference mode as its formula; name its statistics."""
+    """Replace each BatchNormalization in inference mode by its formula; return its statistics."""
     statistics: set[str] = set()
     for node in list_batchnorms(graph):
         if is_training(node):
@@ -98,7 +99,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 def use_running_statistics(graph: ir.Graph) -> None:
     """Set every BatchNormalization to inference mode.
 
-    A model output that was a running statistic's next value becomes the statistic itself.
+    A model output that was the next value of a running statistic becomes the statistic itself.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)

@@ -1,8 +1,8 @@
-"""Operators newer than opset 21, written in operators of opset 21.
+"""Rewrite operators newer than opset 21 with operators of opset 21.
 
-:data:`DOWNGRADES` maps an operator to a function from a node to the values that replace its
-outputs, or ``None`` where the node can stay as it is.  Operators that onnx defines by a function
-body are not part of it: :mod:`opsets` expands them.  Source: onnx.defs.
+:data:`DOWNGRADES` maps an operator to a function that takes a node and returns the values that
+replace its outputs, or ``None`` if the node can stay unchanged.  Operators that onnx defines by a
+function body are not included, because :mod:`opsets` expands them.  Source: onnx.defs.
 """
 
 from __future__ import annotations
@@ -151,4 +151,4 @@ DOWNGRADES: Mapping[str, Adapter] = {
     "SpaceToDepth": _unfold_space,
     "TensorScatter": _scatter_rows,
 }
-"""Operator -> how to write what opset 22 and later gave it in operators of opset 21."""
+"""Maps an operator to a function that rewrites what opset 22 or later changed, in opset 21."""

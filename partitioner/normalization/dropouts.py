@@ -1,6 +1,6 @@
-"""Dropout whose mask is a function of seed, step, micro-batch and node alone.
+"""Dropout whose mask depends only on seed, step, micro-batch and node.
 
-Element ``i`` is kept where its word of :mod:`random_numbers` is below ``(1 - ratio) * 2**32``.
+Element ``i`` is kept if its word of :mod:`random_numbers` is below ``(1 - ratio) * 2**32``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def remove_dropouts(graph: ir.Graph) -> None:
 
 
 def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
-    """Write every Dropout that is on with a mask from the key; replace the others by Identity.
+    """Rewrite each active Dropout with a mask derived from the key, the others as Identity.
 
-    ``mode`` is ``"keep"`` (all on), ``"off"`` (all off) or ``None`` for what each node says.
+    ``mode`` is ``"keep"`` (all active), ``"off"`` (none active), or ``None`` to keep the mode of
+    each node.
     """
     for node in list_dropouts(graph):
         with attribute_errors_to(node, "given a seeded mask"):

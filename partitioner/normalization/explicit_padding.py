@@ -1,10 +1,10 @@
-"""Padding made explicit, before anything else looks at it.
+"""Make padding explicit before any other pass looks at it.
 
-onnxruntime-training's ConvGrad ignores ``auto_pad`` and yields wrong gradients without a word;
-with explicit ``pads`` it is right.  With ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 has a window
-too many where the last would start behind the image, and AveragePool counts elements beyond the
-padding, which the standard does not; with explicit padding both are right.
-Formulas: Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
+onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients; with
+explicit ``pads`` it is right.  With ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes a window
+too many if the last window would start behind the image, and AveragePool counts elements beyond the
+padding, which the standard does not; with explicit padding both are right.  Formulas: Conv-11,
+MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Write the ``pads`` of every convolution and pooling, in place, in bodies as well.
+    """Write out the ``pads`` of every convolution and pooling, in place, also inside bodies.
 
-    One whose padding depends on a size that is not known stays as it is.  Return whether shapes
-    must be inferred again: onnx, too, can count one window too many, and the shapes that depend on
-    it are removed.  What is behind such a window waits for the right ones, in the next call.
+    A node is left unchanged if its padding depends on an unknown size.  Return whether shapes must
+    be inferred again: onnx can count one window too many as well, and then the shapes that depend
+    on that window are removed.  Nodes behind such a window need the right shapes and are handled by
+    the next call.
     """
     return _make_paddings_explicit(graph, set())
 
@@ -97,7 +98,7 @@ def _check_pads(node: ir.Node, kernel: Sequence[int]) -> None:
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
-    """Return the extents of a window, if they are known."""
+    """Return the extents of a window, or ``None`` if they are unknown."""
     shape = node.attributes.get_ints("kernel_shape", [])
     if shape:
         return list(shape)
@@ -110,7 +111,7 @@ def read_kernel(node: ir.Node) -> list[int] | None:
 
 
 def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
-    """Count the windows along an axis as ``ceil_mode`` has it: each starts before the padding."""
+    """Count the windows along an axis with ``ceil_mode``; each starts before the end padding."""
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count
 

@@ -1,8 +1,9 @@
-"""Reductions over no axes made explicit, before anything else looks at them.
+"""Make reductions over no axes explicit before any other pass looks at them.
 
-With ``noop_with_empty_axes`` a reduction without axes still does the rest of its work: ReduceL1
-takes absolute values, ReduceLogSum logarithms (ReduceSum-13 and its kin at onnx.ai/onnx/operators).
-onnxruntime 1.19.2 does not: it copies the input, and fails where the axes are left out altogether.
+With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
+ReduceL1 takes absolute values, ReduceLogSum logarithms (see ReduceSum-13 and related operators at
+onnx.ai/onnx/operators).  onnxruntime 1.19.2 does not: it copies the input, and fails if the axes
+are omitted altogether.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _REMAINDERS = {
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Write what a reduction over no axes does to each element in its place."""
+    """Replace each reduction over no axes by its elementwise function."""
     for node in list(graph):
         kind = None if node.domain else _REMAINDERS.get(node.op_type)
         x = node.inputs[0] if kind else None

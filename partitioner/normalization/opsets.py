@@ -1,9 +1,8 @@
-"""Opsets and IR versions: every model is brought to what onnxruntime-training takes.
+"""Opsets and IR versions: convert every model to versions that onnxruntime-training supports.
 
-Each node is adapted where it stands, so that names, weights and bodies stay what they are:
-upwards by :mod:`upgrades`, downwards by :mod:`downgrades` and by the function bodies that onnx
-gives for newer operators.  This module knows versions and schemas; it knows no training and no
-cut.
+Each node is converted in its place, so that names, weights and bodies stay the same:
+:mod:`upgrades` converts older nodes; :mod:`downgrades` and the function bodies that onnx defines
+convert newer ones.  This module deals with versions and schemas, not with training or cuts.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from splitonnx.partitioner.normalization.downgrades import DOWNGRADES
 from splitonnx.partitioner.normalization.upgrades import UPGRADES, Adapter, refuse
 
 LOWEST_OPSET = 18
-"""Dropout's mask needs BitwiseXor."""
+"""The lowest opset, because Dropout's mask needs BitwiseXor."""
 IR_VERSION = HIGHEST_IR_VERSION
 
 _RENEWED = frozenset({"DFT", "GridSample", "GroupNormalization"})
-"""Operators that mean something else at 21 than at 18; a model with one goes to 21."""
+"""Operators whose meaning changed between opsets 18 and 21; a model with one is brought to 21."""
 _BODIES = "splitonnx.bodies"
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _MOST_ROUNDS = 4
@@ -42,8 +41,8 @@ _MOST_ROUNDS = 4
 def inline_functions(model: ir.Model) -> None:
     """Inline the model's functions, in place.
 
-    A function may import another opset than the model: its nodes keep theirs until
-    :func:`adapt_opset` brings all to one.
+    A function may import another opset than the model.  Its nodes keep that opset until
+    :func:`adapt_opset` brings all nodes to the same opset.
     """
     _join_domains(model.opset_imports)
     own = model.opset_imports.get("", 1)
@@ -71,7 +70,7 @@ def adapt_opset(model: ir.Model) -> None:
     """Bring a model without functions to opset 18 to 21 and IR version 10, in place.
 
     Raises:
-        UnsupportedModel: an operator cannot be brought there; it is named.
+        UnsupportedModel: an operator cannot be converted; the error names it.
     """
     model.ir_version = IR_VERSION
     own = model.opset_imports.get("", 1)

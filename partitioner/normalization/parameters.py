@@ -1,18 +1,18 @@
-"""What a stored float tensor is, told by where it is used: a parameter, a setting, a constant.
+"""Classify each stored float tensor by its use: as a parameter, a setting or a constant.
 
-The rule, for a tensor of rank 1 and up (a scalar is a constant):
+The rules for a tensor of rank 1 and up (a scalar is a constant):
 
-- one that an operator takes as a setting (a Clip's bound, a Resize's scales) cannot be trained;
+- a tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained;
 - BatchNormalization's mean and variance are running statistics;
-- one in a place for weights (a Conv's kernel, a Gather's table) is a parameter;
-- one that is only added, multiplied and so on is a parameter, unless it is a single number (an
-  epsilon, a scale; but not the bias of a layer with one output), a mask (it holds infinities) or a
-  grid (different whole numbers);
-- of other places, initializers are parameters, and Constant nodes, which exporters write for
-  literals, are not.
+- a tensor in a place for weights (a Conv's kernel, a Gather's table) is a parameter;
+- a tensor that is only added, multiplied and so on is a parameter, unless it is a single number (an
+  epsilon, a scale; but not the bias of a layer with one output), a mask (it contains infinities) or
+  a grid (different whole numbers);
+- in other places, initializers are parameters; Constant nodes, which exporters use for literals,
+  are not.
 
-``--train`` makes a parameter of all that is not a setting.  This module knows operators, and
-nothing of training.
+``--train`` turns every tensor that is not a setting into a parameter.  This module knows operators;
+it does not deal with training.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ _LOOKED_AT = 1 << 16
 
 
 class TensorKind(Enum):
-    """What a tensor is: only a setting and a statistic can never be trained."""
+    """The classes of stored tensors; only a setting and a statistic can never be trained."""
 
     PARAMETER = auto()
     CONSTANT = auto()
@@ -126,14 +126,14 @@ class TensorKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a tensor is, and for one that cannot be trained the reason."""
+    """The class of a tensor, and the reason if it cannot be trained."""
 
     kind: TensorKind
     reason: str = ""
 
 
 def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
-    """Classify the stored float ``tensor`` of ``value``."""
+    """Classify ``tensor``, the stored float tensor of ``value``."""
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:

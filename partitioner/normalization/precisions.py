@@ -1,11 +1,11 @@
-"""Precisions: a model of 16 or 64 bits is trained in float32, and keeps its own type when merged.
+"""Precisions: a model in 16 or 64 bits is trained in float32, and merged in its own type.
 
-onnxruntime has hardly a gradient kernel in 16 bits, and training by 16-bit updates loses what is
-small beside a weight.  So both forms of a model are brought to float32, their weights too: the
-masters.  The skeleton stays as it is, and weights are rounded when they return to it.  A model is
-brought down from float64 only where its weights are of that type; a few steps of arithmetic in
-float64 between weights of float32 stay.  This module knows types; it knows no operators but for
-the attributes that name a type.
+onnxruntime has hardly any gradient kernels in 16 bits, and 16-bit updates lose everything that is
+small compared with the weight.  So both forms of a model are converted to float32, including their
+weights, which become the master weights.  The skeleton keeps its types, and weights are rounded
+when they are restored.  A float64 model is converted only if its weights are float64; a few float64
+operations between float32 weights stay.  This module deals with types; the only operators that it
+knows are those with attributes that name a type.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _TYPE_ATTRIBUTES = (
     "dtype", "output_dtype", "precision", "softmax_precision", "stash_type", "to",
 )  # fmt: skip
 _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
-"""Types of data that the runtime can pass on; they are cast in the graph."""
+"""Data types that the runtime can pass to the graph, where they are cast."""
 
 
 @attribute_errors_to_pass("brought to float32")
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]
 ) -> Mapping[str, ir.TensorProtocol]:
-    """Bring forms of a model to float32, in place, and return their weights in float32.
+    """Convert forms of a model to float32, in place, and return their weights in float32.
 
-    Where the forms hold nothing else, ``weights`` itself comes back.
+    If the forms contain no other types, ``weights`` itself is returned.
 
-    Data inputs of float16 and float64 keep their type and are cast; those of bfloat16, which
-    numpy has not, become float32.  Names stay.
+    Data inputs of float16 and float64 keep their type and are cast in the graph; data inputs of
+    bfloat16, which numpy does not have, become float32.  Names stay the same.
 
     Raises:
-        UnsupportedModel: a data input is of a type that no runtime takes (float8, 4 bits).
+        UnsupportedModel: a data input has a type that no runtime supports (float8, 4 bits).
     """
     dtypes = {tensor.dtype for tensor in weights.values()}
     replaced = _NARROW | (dtypes & {ir.DataType.DOUBLE})

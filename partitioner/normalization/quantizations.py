@@ -1,16 +1,16 @@
-"""Quantised models in QDQ form: trained with a straight-through gradient, and quantised again.
+"""Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
 
-Integers carry no gradient, so QuantizeLinear followed by DequantizeLinear is written, in the
-training form, as its own value plus a difference that is zero and has the gradient: it passes
-unchanged where x is inside the range that the integers represent, and is zero outside.  Scales
-and zero points are settings and stay as they are.
+Integers have no gradient.  So in the training form, QuantizeLinear followed by DequantizeLinear is
+written as its own value plus a difference that is zero but has a gradient: the gradient passes
+unchanged if x is inside the range that the integers represent, and is zero outside.  Scales and
+zero points are settings and stay the same.
 
 A weight stored as integers before a DequantizeLinear is lifted: its float value becomes the
-parameter, under the integers' name, and is quantised by a QuantizeLinear with the same scale, so
-that the model's values stay what they were; merging folds it into integers again.  Integers of
-32 bits (biases) have no QuantizeLinear; they become plain floats, in the merged model as well.
+parameter, under the name of the integers, and a QuantizeLinear with the same scale quantises it, so
+that the model's values do not change.  Merging folds it into integers again.  Integers of 32 bits
+(biases) have no QuantizeLinear; they become plain floats, also in the merged model.
 
-This module knows nothing of cuts.  Formulas: QuantizeLinear-21 and DequantizeLinear-21 at
+This module does not deal with cuts.  Formulas: QuantizeLinear-21 and DequantizeLinear-21 at
 onnx.ai/onnx/operators.
 """
 
@@ -47,13 +47,13 @@ _SELECTING = frozenset(
 """Operators that move integers between the two of a pair, and so would move their gradient."""
 
 INTEGER_ARITHMETIC = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
-"""Operators that compute with integers throughout; the form that they make is called QOperator."""
+"""Operators that compute with integers throughout; a model made of them is in QOperator form."""
 
 _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and DequantizeLinear pairs)"
 
 
 def lift_quantized(graph: ir.Graph) -> None:
-    """Replace, in place, integer weights by float ones that are quantised in the graph."""
+    """Replace integer weights, in place, by float weights that are quantised in the graph."""
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:
         source = node.inputs[0]
         if source is None or not source.is_initializer() or source.is_graph_input():
@@ -114,7 +114,7 @@ def _lift_wide(
 
 
 def fold_quantized(graph: ir.Graph) -> None:
-    """Make integers again, in place, of the weights that were lifted: the inverse of lifting."""
+    """Turn lifted weights back into integers, in place: the inverse of :func:`lift_quantized`."""
     for node in [node for node in graph if _LIFTED in node.metadata_props]:
         value, quantized = node.inputs[0], node.outputs[0]
         settings = _read_settings(node)
@@ -140,15 +140,16 @@ def fold_quantized(graph: ir.Graph) -> None:
 def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     """Add the straight-through gradient to every pair that a trained parameter reaches, in place.
 
-    Every QuantizeLinear becomes its formula: of one followed by DequantizeLinear the optimizer of
-    onnxruntime-training 1.19.2 makes FakeQuant, which takes no scales by channel and is no
-    standard operator, and one that is not followed so it refuses.
+    A pair is a QuantizeLinear followed by DequantizeLinear.  Every QuantizeLinear is replaced by
+    its formula: the optimizer of onnxruntime-training 1.19.2 would turn a pair into FakeQuant,
+    which is not a standard operator and does not support scales per channel, and it rejects any
+    other QuantizeLinear.
 
-    Returns whether there was one.
+    Return whether any node was replaced.
 
     Raises:
-        UnsupportedModel: integers that come from a parameter are computed with before they are
-            dequantised, or the scale of a pair is not a constant.
+        UnsupportedModel: integers that come from a parameter are used in computations before they
+            are dequantised, or the scale of a pair is not a constant.
     """
     roots = [value for value in graph.inputs if value.name in trained]
     reached = find_dependents(graph, roots)
@@ -178,7 +179,7 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 
 
 def refuse_integer_model(graph: ir.Graph) -> None:
-    """Raise where a model without a parameter computes with integers: those are its weights."""
+    """Raise if a model without parameters computes with integers, because those are its weights."""
     for node in graph:
         if node.op_type in INTEGER_ARITHMETIC and not node.domain:
             raise UnsupportedModel(

@@ -1,6 +1,7 @@
-"""Recurrences with the batch first, brought to time first.
+"""Convert recurrences from batch-first to time-first layout.
 
-ONNX Runtime has no kernel for layout 1 of LSTM, GRU and RNN, neither to train nor to predict.
+ONNX Runtime has no kernel for layout 1 of LSTM, GRU and RNN, neither for training nor for
+prediction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
-    """Write every recurrence of layout 1 as one of layout 0 between transpositions, in place."""
+    """Rewrite each recurrence of layout 1 as one of layout 0 between Transpose nodes, in place."""
     for node in list(graph):
         if node.op_type not in _STATES or node.domain:
             continue

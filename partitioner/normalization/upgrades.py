@@ -1,9 +1,9 @@
-"""How ONNX's operators changed from opset 1 to 21, undone node by node.
+"""Convert operators of opsets 1 to 20 to opsets 18 to 21, node by node.
 
-:data:`UPGRADES` maps an operator and the opset that changed it to a small function that brings a
-node of an older opset there: it edits the node in place and returns ``None``, or returns the
-values that take the place of its outputs, written in operators of opset 18 to 21.  Changes that
-are not listed widened types or added what is optional.  Sources: the operators' changelog and
+:data:`UPGRADES` maps an operator and the opset that changed it to a small function that converts a
+node of an older opset.  The function edits the node in place and returns ``None``, or it returns
+the values that replace the node's outputs, written in operators of opset 18 to 21.  Changes that
+are not listed only added types or optional features.  Sources: the operators' changelog and
 onnx.defs.
 """
 
@@ -40,7 +40,7 @@ def _pop_ints(node: ir.Node, name: str) -> list[int] | None:
 
 
 def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
-    """Make the error that names a node which cannot be brought to another opset."""
+    """Return the error that names a node which cannot be converted to another opset."""
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type} of opset {node.version})",
         reason,
@@ -378,4 +378,4 @@ UPGRADES: Mapping[tuple[str, int], Adapter] = {
     ("Upsample", 9): _feed_upsample,
     ("Upsample", 10): _resize,
 }
-"""(operator, opset that changed it) -> how a node of the opset before is brought there."""
+"""Maps (operator, opset that changed it) to the function that converts an older node."""

@@ -1,8 +1,8 @@
-"""Weights: which tensors of a model are its parameters, taken out of the graph and put back.
+"""Weights: find the parameters of a model, take them out of the graph and put them back.
 
-A weight becomes a graph input, so that what is differentiated stays small whatever the model
-weighs.  What is a weight follows from its use (:mod:`parameters`) and from the user's patterns;
-this module knows names, initializers and Constant nodes.
+A weight becomes a graph input, so that the graph to differentiate stays small however large the
+weights are.  The use of a tensor (:mod:`parameters`) and the user's patterns decide whether it is a
+weight.  This module deals with names, initializers and Constant nodes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _FLOATS = {
 }
 
 EVERYTHING = "."
-"""The pattern that finds every name; to freeze so leaves to train what ``train`` names."""
+"""The pattern that matches every name; with ``freeze``, only what ``train`` names is trained."""
 INNER = "splitonnx.inner"
-"""Key of a value's metadata: the node in whose body the weight stood."""
+"""The metadata key with the name of the node whose body contained the weight."""
 
 
 def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
     """Turn parameters and running statistics into graph inputs and return their tensors.
 
-    They are initializers or Constant nodes, as Paddle's exporter writes all weights.
-    Those of the bodies of If, Loop and Scan come along (:func:`return_weights` undoes it).
-    ``train`` holds regular expressions: each means the parameters that it finds, and where it
-    finds none, the constants that it finds, which become parameters.
+    They are stored as initializers, or as Constant nodes, like all weights in models from Paddle's
+    exporter.  Weights in the bodies of If, Loop and Scan are included (:func:`return_weights`
+    reverses that).  ``train`` contains regular expressions.  Each selects the parameters that it
+    matches; if it matches none, it selects the constants that it matches, which become parameters.
 
     Raises:
-        UnsupportedModel: a pattern finds nothing, or nothing that can be trained.
+        UnsupportedModel: a pattern matches nothing, or nothing that can be trained.
         UsageError: a pattern is not a regular expression.
     """
     _hoist(graph)
@@ -56,7 +56,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
 
 def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
-    """Make constants again of the weights of bodies that still stand, which nothing can train."""
+    """Turn weights that are used only inside bodies back into constants; they are not trainable."""
     for value in [value for value in graph.inputs if INNER in value.metadata_props]:
         if all(use.node.graph is not graph for use in value.uses()):
             graph.inputs.remove(value)
@@ -65,15 +65,15 @@ def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> No
 
 
 def count_inner(graph: ir.Graph) -> int:
-    """Count the elements of the weights that :func:`return_weights` made constants again."""
+    """Count the elements of the weights that :func:`return_weights` turned back into constants."""
     inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
     return sum(value.const_value.size for value in inner if value.const_value is not None)
 
 
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
-    """Turn graph inputs back into initializers: the inverse of lifting the weights.
+    """Turn graph inputs back into initializers: the inverse of :func:`lift_weights`.
 
-    A weight of 16 bits, which is trained in float32, is rounded to its own type.
+    A weight in 16 bits, which is trained in float32, is rounded to its own type.
     """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
@@ -92,12 +92,13 @@ def assign_roles(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> dict[str, Role]:
-    """Classify each weight: a parameter to train, a frozen one, or a running statistic.
+    """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
-    What a pattern of ``train`` finds is trained, also where one of ``freeze`` finds it.
+    A name that matches a pattern of ``train`` is trained, even if it also matches one of
+    ``freeze``.
 
     Raises:
-        UnsupportedModel: a pattern of ``freeze`` finds no weight.
+        UnsupportedModel: a pattern of ``freeze`` matches no weight.
         UsageError: a pattern is not a regular expression, or ``freeze`` has no effect.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
@@ -123,12 +124,12 @@ def assign_roles(
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
-    """Return patterns that find exactly these names."""
+    """Return patterns that match exactly these names."""
     return tuple(f"^{re.escape(name)}$" for name in names)
 
 
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Return a weight as a contiguous little-endian array (mapped where the file was mapped)."""
+    """Return a weight as a contiguous little-endian array, memory-mapped if its file is."""
     array = tensor.numpy()
     return np.ascontiguousarray(array).reshape(array.shape)  # which would make a scalar a vector
 

@@ -1,7 +1,7 @@
 """DeformConv: a convolution that reads its pixels at positions which the graph computes.
 
 The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied with the
-weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168). ONNX
+weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).  ONNX
 Runtime 1.19.2 has no kernel for the operator itself, so a model with it can be trained but not used
 for prediction there.
 """

@@ -16,7 +16,7 @@ class Sampling:
     """The way Resize samples an axis: from ``before`` elements to ``after`` elements.
 
     ``scale`` is the factor given by the model, which may differ from ``after / before`` by
-    rounding. ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
+    rounding.  ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
     """
 
     before: int
