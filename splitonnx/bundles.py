@@ -77,13 +77,13 @@ class PartyBundle:
 
         If somebody truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        If ``session`` is given, read the state that this session produced, if the folder still has
-        it; otherwise read the newest state.
+        If ``session`` is given and the folder still has the state that this session produced, read
+        that state; otherwise read the newest one.
 
         Raises:
-            BundleError: the folder is missing or incomplete, a graph, the weights or the state
-                were altered, or weights or state are not what the manifest declares.
-            FormatError: the manifest or a tensor file cannot be read as such.
+            BundleError: the folder is missing or incomplete, a graph, the weights or the state were
+                altered, or weights or state are not what the manifest declares.
+            FormatError: the manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
         return read_steadily(

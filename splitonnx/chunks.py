@@ -32,7 +32,7 @@ def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview
 
 
 def hold(content: memoryview) -> memoryview:
-    """Copy bytes into this process's own memory, where changes of their file have no effect."""
+    """Copy bytes into this process's own memory, so that they do not change with their file."""
     memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
     start = 0
     for piece in iter_chunks(content):

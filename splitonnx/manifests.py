@@ -55,7 +55,7 @@ STEP = "splitonnx.step"
 
 
 class Source(StrEnum):
-    """Where a stage's input comes from."""
+    """The origin of a stage's input."""
 
     DATA = "data"  # an array of the caller's batch
     WIRE = "wire"  # sent by the other party
@@ -65,7 +65,7 @@ class Source(StrEnum):
 
 
 class Role(StrEnum):
-    """What a state tensor is."""
+    """The role of a state tensor in training."""
 
     PARAMETER = "parameter"  # trained
     FROZEN = "frozen"  # a weight that keeps its value
@@ -74,7 +74,7 @@ class Role(StrEnum):
 
 
 class WireKind(StrEnum):
-    """Why a tensor travels."""
+    """The reason why a tensor is sent."""
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"

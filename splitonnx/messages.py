@@ -120,7 +120,7 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Sent by a client: the server must save its state at ``step``; then the client saves its own.
 
-    ``publish`` means that the state is also the result of the training, and not only a checkpoint
+    ``publish`` means that the state is also the outcome of the training, and not only a checkpoint
     to go back to.
     """
 

@@ -1,10 +1,11 @@
-"""The state of a party's tensors on disk: the result of training.
+"""The state of a party's tensors on disk: the outcome of training.
 
-A party's folder holds the newest result in ``state.safetensors``.  When it is replaced by the
-result of another session, it moves to ``outcomes/<session>.safetensors``, so that a server that
-trains with many clients keeps one result per client.  Files are written completely or not at all.
-Each contains a SHA-256 of its own bytes, which is checked when it is read.  This module deals with
-files and tensors, not with graphs or checkpoints.
+An outcome is the state that a finished run leaves.  A party's folder holds the newest outcome in
+``state.safetensors``.  When it is replaced by the outcome of another session, it moves to
+``outcomes/<session>.safetensors``, so that a server that trains with many clients keeps one outcome
+per client.  Files are written completely or not at all.  Each contains a SHA-256 of its own bytes,
+which is checked when it is read.  This module deals with files and tensors, not with graphs or
+checkpoints.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FORMAT = "splitonnx.state/1"
 
 STATE = "state.safetensors"
 OUTCOMES = "outcomes"
-"""The folder, inside a party's folder, with the results of earlier sessions."""
+"""The folder, inside a party's folder, with the outcomes of earlier sessions."""
 
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _replacing = threading.Lock()
@@ -78,12 +79,12 @@ def is_session(name: str) -> bool:
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write a party's state into its folder ``path`` as the newest result, atomically.
+    """Write a party's state into its folder ``path`` as the newest outcome, atomically.
 
     ``digest`` is the digest of the bundle.
 
     Raises:
-        BundleError: the state cannot be written there, or the session's result belongs to another
+        BundleError: the state cannot be written there, or the session's outcome belongs to another
             owner.
     """
     target = Path(path) / STATE
@@ -112,13 +113,13 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(
     folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
 ) -> State | None:
-    """Read a session's result, or else the newest, from a party's folder; ``None`` if it has none.
+    """Read a session's outcome, or else the newest, from a party's folder; ``None`` if it has none.
 
     The tensors are mapped from the file, every byte of which is verified; with ``is_held``, they
     are read into memory.
 
     Raises:
-        BundleError, FormatError: the result cannot be read, or is not what the manifest declares.
+        BundleError, FormatError: the outcome cannot be read, or is not what the manifest declares.
     """
     found = _find_outcome(folder, session)
     if found is None:
@@ -141,7 +142,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner of a session's result; ``None`` if the folder has no intact one."""
+    """Return the owner of a session's outcome; ``None`` if the folder has no intact one."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
@@ -151,7 +152,7 @@ def read_owner(folder: Path, session: str) -> str | None:
 
 
 def read_newest(folder: Path) -> dict[str, str]:
-    """Read the metadata of a folder's newest result; empty if there is no intact result."""
+    """Read the metadata of a folder's newest outcome; empty if there is no intact outcome."""
     try:
         return _read_metadata(_map_present(folder / STATE))
     except BundleError:
@@ -159,7 +160,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the files of all sessions' results in a party's folder, except the newest result."""
+    """Return the files of all sessions' outcomes in a party's folder, except the newest outcome."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):

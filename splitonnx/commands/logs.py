@@ -103,7 +103,7 @@ def get_fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def escape(text: str) -> str:
-    r"""Write what does not print as ``\x1b`` or ``\u202e``, and a line break as ``\n``."""
+    r"""Escape unprintable characters as ``\x1b`` or ``\u202e``, and a line break as ``\n``."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

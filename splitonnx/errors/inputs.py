@@ -173,7 +173,7 @@ class StateNotFinite(NotSaved):
 
 
 class DiskQuotaUsed(NotSaved):
-    """An owner's checkpoints and results have used up the owner's disk quota."""
+    """An owner's checkpoints and outcomes have used up the owner's disk quota."""
 
     def __init__(self, path: str, limit: int, used: int) -> None:
         super().__init__(

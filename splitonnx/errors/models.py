@@ -130,8 +130,8 @@ class NotACut(CutError):
     """The named tensors do not divide the model into two parts.
 
     ``missing`` are the tensors that would have to cross the cut as well.  ``raw`` are the model
-    inputs, such as an attention mask, that are among them or that some of them are computed from
-    alone.
+    inputs, such as an attention mask, that are among these tensors, or that some of them depend on
+    exclusively.
     """
 
     tensors: Sequence[str]
