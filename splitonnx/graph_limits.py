@@ -16,9 +16,9 @@ class GraphLimits:
     """Limits that apply to every graph."""
 
     rank: int = 32
-    """The number of dimensions of a tensor."""
+    """Dimensions of a tensor."""
     text_bytes: int = 1 << 20
-    """Bytes of a comment, or of one string in an attribute or tensor."""
+    """Bytes of a comment, or of one text in an attribute or tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class ModelLimits(GraphLimits):
     """Limits of a user's model, checked by the partitioner's gate."""
 
     nodes: int = 250_000
-    """The number of nodes, after every function call is replaced by the function's nodes."""
+    """Nodes, once every call of a function is replaced by the function's nodes."""
     inputs: int = 4096
-    """The inputs of a node: the more there are, the longer onnx-ir takes to change one."""
+    """Inputs of a node: onnx-ir takes longer to change one of them, the more there are."""
     depth: int = 64
-    """The nesting depth of bodies and function calls."""
+    """Bodies and function calls inside one another."""
     name_characters: int = 4096
     """Characters of a name."""
 
@@ -40,25 +40,25 @@ class StageLimits(GraphLimits):
     """Limits of a stage's graph, checked by the gates of both runtimes."""
 
     total_bytes: int = (1 << 31) - 1
-    """Bytes of a graph, which is the limit of Protocol Buffers."""
+    """Bytes of a graph; Protocol Buffers end there."""
     fields: int = 1 << 24
     """Fields of a graph, over all its messages; a training step of ResNet-18 in standard operators
     has 26,000.  It bounds the time that the gate takes, to some ten seconds."""
     nodes: int = 1 << 20
     """Nodes and bodies of a graph."""
     names: int = 1 << 21
-    """Names that a graph defines, which are kept in memory while it is checked."""
+    """Names that a graph defines; they are kept while it is checked."""
     depth: int = 32
-    """The nesting depth of bodies of If, Loop and Scan; Protocol Buffers' parsers stop there."""
+    """Bodies of If, Loop and Scan inside one another; Protocol Buffers' own parsers end there."""
     type_depth: int = 8
-    """The nesting depth of sequences and optionals."""
+    """Sequences and optionals inside one another."""
     attributes: int = 256
     """Attributes of a node; ONNX's own operators have at most a dozen."""
     elements: int = 1 << 40
     """Elements of a tensor, zero dimensions left out: an empty one may claim more than fits an
     integer elsewhere."""
     name_bytes: int = 1 << 14
-    """Bytes of a name: four for each character of the longest name in a model."""
+    """Bytes of a name: four for each character of a model's longest."""
 
 
 MODEL = ModelLimits()
