@@ -1,8 +1,8 @@
-"""What a server takes on and how long it waits: every limit with its default and what it is for.
+"""The limits of a server: every limit with its default value and its help text.
 
-This is the one place where a limit is spelled: the options of ``serve`` and the table in
-``docs/security.md`` are made of the fields of :class:`Limits`.  Values alone; other modules
-enforce them.
+Each limit is defined here and nowhere else: the options of ``serve`` and the table in
+``docs/security.md`` are generated from the fields of :class:`Limits`.  This module only holds the
+values; other modules enforce them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Limits:
     """The limits of one server.
 
     Raises:
-        UsageError: one is not positive, or two contradict each other.
+        UsageError: a limit is not positive, or two limits contradict each other.
     """
 
     clients: int = _limit(
@@ -154,17 +154,23 @@ class Limits:
 
     @property
     def memory(self) -> int:
-        """Bytes of all sessions' states together: as given, or half of the machine's memory."""
+        """Return the most bytes that all sessions' states may use together.
+
+        By default this is half of the machine's memory.
+        """
         return self.memory_bytes or measure_memory() // 2
 
     @property
     def tasks(self) -> int:
-        """Bytes of all running tasks together: as given, or a quarter of the machine's memory."""
+        """Return the most bytes that all running tasks may use together.
+
+        By default this is a quarter of the machine's memory.
+        """
         return self.task_bytes or measure_memory() // 4
 
 
 def measure_memory() -> int:
-    """Measure the machine's physical memory, in bytes; 4 GiB where it does not tell."""
+    """Return the machine's physical memory in bytes, or 4 GiB if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf
@@ -173,10 +179,10 @@ def measure_memory() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitHelp:
-    """What users are told of a limit.
+    """The help text of one limit.
 
-    ``unset`` says what holds where the default is ``None``, ``beyond`` what becomes of what is
-    over it, and ``earlier`` is its name in 0.1.0 if that was another.
+    ``unset`` says what applies if the default is ``None``, ``beyond`` what happens when the limit
+    is exceeded, and ``earlier`` is the limit's name in version 0.1.0 if that was different.
     """
 
     name: str
@@ -189,7 +195,7 @@ class LimitHelp:
 
 
 def list_limits() -> tuple[LimitHelp, ...]:
-    """List what users are told of each limit."""
+    """Return the help text of every limit."""
     types = get_type_hints(Limits)
     return tuple(
         LimitHelp(name=f.name, type=types[f.name], default=getattr(Limits, f.name), **f.metadata)

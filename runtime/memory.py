@@ -1,7 +1,7 @@
 """A client's connection to a server's part in the same process and thread, without a network.
 
-For tests and for verifying a bundle.  It encodes and decodes like any other transport and does
-everything in one order, so that a run can be repeated exactly.
+It is meant for tests and for verifying a bundle.  It encodes and decodes messages like any other
+transport, and always works in the same order, so that a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from splitonnx.runtime.server.registries import Registry
 class MemoryTransport:
     """A client's connection to a dispatcher in the same thread.
 
-    The server's work is done when the client waits for a reply, and what is left of it before
-    the client's next message, at :meth:`drain` and at :meth:`close`.
+    The server does its work while the client waits for a reply.  Work that is left after the reply
+    is done before the client's next message, in :meth:`drain` or in :meth:`close`.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -32,7 +32,7 @@ class MemoryTransport:
 
     @property
     def executor(self) -> Executor:
-        """The server's side of the session; there is one once the client said hello."""
+        """Return the server's executor for this session, which exists after the greeting."""
         if self._dispatcher.session is None:
             raise LocalProtocolError("nobody has said hello")
         executor = self._dispatcher.session.executor
@@ -57,7 +57,7 @@ class MemoryTransport:
         return content
 
     def drain(self) -> None:
-        """Run the server until every message is handled; its replies are kept."""
+        """Run the server until it has handled every message, and keep its replies."""
         while (content := self._next_reply()) is not None:
             self._waiting.append(content)
 
@@ -74,5 +74,5 @@ class MemoryTransport:
 
 
 def connect_in_memory(executor: Executor) -> MemoryTransport:
-    """Connect to a server of its own for ``executor``'s part, whose state it starts from."""
+    """Connect to a new in-memory server for ``executor``'s part, starting from its state."""
     return MemoryTransport(Dispatcher(Registry(executor)))

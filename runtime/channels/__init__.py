@@ -1,7 +1,7 @@
-"""A client's connection to its server: how it connects, who it says it is, how it reconnects.
+"""A client's connection to its server: connecting, authentication and reconnecting.
 
-``channels.py`` sends the greeting, ``retries.py`` has the waits before a reconnect.
+``channels.py`` sends the greeting, ``retries.py`` computes the waits before a reconnect.
 
-It carries messages of a task and knows when one is answered; what is in them and when to train
-belongs to the client.  It may use the wire.
+This package sends and receives a task's messages and knows when a message is answered.  What the
+messages contain and when to train is decided by the client package.  It may import the wire.
 """

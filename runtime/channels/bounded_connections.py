@@ -1,7 +1,7 @@
-"""A client's websocket, bounded: it follows no redirect and keeps little of what nobody reads yet.
+"""A client's websocket with limits: it follows no redirects and buffers few unread messages.
 
-websockets reads ahead in a thread of its own and counts frames, however large each is; here bytes
-are counted.  What the messages say, and how long they may take, is not known here.
+The websockets library reads ahead in its own thread and counts frames, however large they are; this
+module counts bytes.  It does not know the messages' contents or time limits.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from websockets.sync.client import ClientConnection
 from splitonnx.errors import Redirected
 
 READ_AHEAD = 16 << 20
-"""Bytes of whole messages that nobody has taken yet, from which on no more is read."""
+"""Bytes of complete unread messages at which reading from the socket pauses."""
 
 _DATA = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 
 
 class BoundedConnection(ClientConnection):
-    """A client's connection that holds at most one message more than ``READ_AHEAD`` bytes.
+    """A client's connection that buffers at most ``READ_AHEAD`` bytes and one more message.
 
-    A message that somebody waits for is always read on: only whole messages count, so that a
-    message larger than ``READ_AHEAD`` cannot stop itself.
+    A message that the client is waiting for is always read to its end: only complete messages
+    count, so a message larger than ``READ_AHEAD`` cannot block itself.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -43,7 +43,7 @@ class BoundedConnection(ClientConnection):
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of whole messages that nobody has taken yet."""
+        """Return the bytes of complete messages that have not been read yet."""
         return self._whole
 
     def handshake(
@@ -52,11 +52,11 @@ class BoundedConnection(ClientConnection):
         user_agent_header: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Raise what TLS said rather than what HTTP lacked, and refuse redirects.
+        """Perform the opening handshake, report TLS errors as such, and refuse redirects.
 
-        TLS 1.3 looks at a client's certificate after the client is done with its own part.  A
-        redirect would send the handshake, and with it the client's trust, to an address that the
-        user has not named.
+        With TLS 1.3 the server checks a client's certificate after the client has finished its own
+        handshake.  A redirect would send the handshake, and with it the client's credentials, to an
+        address that the user did not name.
         """
         try:
             super().handshake(additional_headers, user_agent_header, timeout)
@@ -69,7 +69,7 @@ class BoundedConnection(ClientConnection):
             raise
 
     def process_event(self, event: Event) -> None:
-        """Count what has come, and stop reading where too much of it waits."""
+        """Count a received frame, and pause reading if too many unread bytes are buffered."""
         super().process_event(event)
         if not isinstance(event, Frame) or event.opcode not in _DATA:
             return
@@ -82,14 +82,14 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """End the connection; without a farewell where the other side said too much unasked."""
+        """Close the connection; skip the closing handshake if too much unread data has arrived."""
         if "bytes" in self._pauses:
             self.close_socket()
         else:
             super().close(code, reason)
 
     def close_socket(self) -> None:
-        """Close the socket, and release the thread that reads it, so that it ends."""
+        """Close the socket and wake the thread that reads from it, so that the thread ends."""
         with self._flow_mutex:
             self._is_over = True
             for reason in tuple(self._pauses):
@@ -97,7 +97,7 @@ class BoundedConnection(ClientConnection):
         super().close_socket()
 
     def take(self, size: int) -> None:
-        """Count a message of so many bytes as taken by its reader."""
+        """Record that the reader has taken a message of ``size`` bytes."""
         with self._flow_mutex:
             self._whole -= size
             if self._whole <= READ_AHEAD:

@@ -1,8 +1,8 @@
-"""A client's channel to its server: a logical connection that reconnects.
+"""A client's channel to its server: a logical connection that reconnects when it breaks.
 
-It reconnects, greets, and sends the messages of an open task once more, so that whoever uses it
-sees tensors go and come, each once.  The greeting settles from which step the two sides continue;
-going back there is the client's business.
+The channel reconnects, sends the greeting, and sends the messages of an open task again, so that
+its user sees each tensor sent and received exactly once.  The greeting decides from which step the
+two sides continue; the client is responsible for going back to that step.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from splitonnx.runtime.wire.protocols import Protocol, list_wires
 from splitonnx.runtime.wire.transports import Transport
 
 GREETINGS = 10
-"""Times in a row that a connection may prove too old before it is taken for a second client's."""
+"""How often in a row the server may call a connection outdated; then a second client is assumed."""
 
 Dial: TypeAlias = Callable[[], Transport]
-"""Makes a new connection; it raises ConnectionLost where none can be had now."""
+"""Opens a new connection, or raises ConnectionLost if that is not possible now."""
 
 _Answer = TypeVar("_Answer", bound=Message)
 
@@ -65,7 +65,7 @@ _logger = logging.getLogger("splitonnx.client")
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """From where a client can resume; see :class:`~splitonnx.messages.Hello`."""
+    """The steps from which a client can resume; see :class:`~splitonnx.messages.Hello`."""
 
     origin: str
     start: int
@@ -74,23 +74,23 @@ class ResumePoint:
 
 
 class Channel:
-    """The connection of one session.
+    """The logical connection of one session.
 
-    ``step`` is from where both sides continued after the last greeting: the client's own step, or
-    an earlier one that it kept.
+    ``step`` is the step from which both sides continued after the last greeting: the client's own
+    step, or an earlier one that the client kept.
 
     Args:
-        dial: makes a connection; ``None`` with ``transport`` where there is but that one.
-        transport: a connection that is there already.
-        manifest: the client's.
+        dial: opens a connection; ``None`` if ``transport`` is the only connection.
+        transport: a connection that is already open.
+        manifest: the client's manifest.
         session: the session's name.
-        find_resume_point: returns from where the client can resume; called for each greeting.
-        backoff: how to reconnect.
-        patient: whether the first connection is worth waiting for, as every later one is.
+        find_resume_point: returns where the client can resume; called for each greeting.
+        backoff: how long to wait between attempts to reconnect.
+        patient: whether to keep retrying the first connection, like every later one.
 
     Raises:
-        ConnectionLost, ServerBusy: no server is there, or it is full.
-        BundleMismatch, RemoteFault: it refuses.
+        ConnectionLost, ServerBusy: the server cannot be reached, or it is full.
+        BundleMismatch, RemoteFault: the server refuses the client.
     """
 
     def __init__(
@@ -124,30 +124,30 @@ class Channel:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes sent and received so far, over all connections."""
+        """Return the bytes sent and received so far, over all connections."""
         sent, received = self._past_traffic
         if self._transport is None:
             return sent, received
         return sent + self._transport.bytes_sent, received + self._transport.bytes_received
 
     def begin(self, key: TaskKey) -> None:
-        """Open a task; what is sent in it is kept until it ends, to be sent again."""
+        """Open a task; its messages are kept until it ends, so that they can be sent again."""
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
-        """Close the task: the client has all of it, or gives it up."""
+        """Close the task: the client has received all of its results, or aborts it."""
         if self._task is not None and self._task.key.phase == TRAIN:
             self._last = self._task
         self._task = None
 
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
-        """Send wires of the open task, now or after reconnecting.
+        """Send wires of the open task, reconnecting if necessary.
 
-        The arrays must not be written to until the task is over.
+        The arrays must not be changed until the task is over.
 
         Raises:
-            StepsLost: the server is at an earlier step; the task is to be given up.
-            ConnectionLost: there is no connection, and none came within the time.
+            StepsLost: the server is at an earlier step; the task must be aborted.
+            ConnectionLost: there is no connection, and reconnecting took too long.
         """
         task = self._require_task()
         message = Tensors(
@@ -166,11 +166,11 @@ class Channel:
             self._reconnect(error)
 
     def receive_wires(self) -> Mapping[str, np.ndarray]:
-        """Wait for the next wires of the open task that did not come before.
+        """Wait for the next wires of the open task that were not received before.
 
         Raises:
-            StepsLost, ConnectionLost: as :meth:`send_wires`.
-            RemoteFault: the server reported an error of its own.
+            StepsLost, ConnectionLost: see :meth:`send_wires`.
+            RemoteFault: the server reported an internal error.
         """
         task = self._require_task()
         while True:
@@ -188,10 +188,10 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to write its state; return the reason where it could not, or nothing.
+        """Ask the server to write its state; return ``None``, or the reason why it could not.
 
         Raises:
-            StepsLost, ConnectionLost, RemoteFault: as :meth:`receive_wires`.
+            StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
         """
         while True:
             try:
@@ -206,9 +206,9 @@ class Channel:
             return answer.reason if isinstance(answer, Unsaved) else ""
 
     def close(self, *, for_good: bool = True) -> None:
-        """End the session with a Bye message.  May be called twice.
+        """End the session with a Bye message and close the connection; may be called twice.
 
-        Without ``for_good`` only the connection is, and the server keeps the session.
+        With ``for_good=False`` only the connection is closed, and the server keeps the session.
         """
         if self._transport is not None and for_good:
             with suppress(ProtocolError):  # the other side may be gone already

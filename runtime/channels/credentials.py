@@ -1,4 +1,4 @@
-"""How a client shows a server who it is, and whom it trusts; it opens no connection."""
+"""The client's credentials, and which servers it trusts; this module opens no connection."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from splitonnx.errors import UsageError
 from splitonnx.runtime.wire.exposure import is_loopback
 
 MESSAGE_BYTES = 256 << 20
-"""Bytes of one message from a server, unless another limit is given."""
+"""Default limit for the bytes of one message from a server."""
 
 _logger = logging.getLogger("splitonnx.credentials")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
-    """How a client shows who it is, whom it trusts, and how far.
+    """A client's credentials, the TLS authorities it trusts, and the largest message it accepts.
 
-    ``token`` goes into the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
-    the authorities that the operating system trusts.  ``message_bytes`` is the largest message
-    that the server may send: a larger one ends the connection at its announcement.
+    ``token`` is sent in the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
+    the authorities that the operating system trusts.  ``message_bytes`` limits a message from the
+    server: the connection is closed as soon as a larger message is announced.
 
     Raises:
         UsageError: ``message_bytes`` is not positive.
@@ -38,10 +38,11 @@ class Credentials:
 
 
 def check_url(url: str, credentials: Credentials) -> None:
-    """Check a server's address against how it is to be reached; warn of a token in the clear.
+    """Check a server's address against the credentials, and warn if a token is sent unencrypted.
 
     Raises:
-        UsageError: it is not an address, holds a password, or certificates are given without TLS.
+        UsageError: it is not a valid address, contains a password, or certificates are given
+            without TLS.
     """
     try:
         parts = urlsplit(url)

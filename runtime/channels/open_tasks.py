@@ -1,4 +1,4 @@
-"""A client's account of a task that is open: what it said, and which answer is due."""
+"""The client's record of an open task: the messages sent, and the answer that is expected next."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from splitonnx.messages import TaskKey, Tensors
 
 @dataclass(kw_only=True)
 class OpenTask:
-    """What went out in a task, how many messages came in, and which is due on this connection.
+    """The messages sent in a task, the number of answers received, and the answer expected next.
 
-    On a new connection all that went out goes out again, and every answer may come again, in
-    order and once.
+    On a new connection every message is sent again, and every answer may arrive again, in order and
+    once.
     """
 
     key: TaskKey
@@ -25,10 +25,11 @@ class OpenTask:
     due: int = 0
 
     def check(self, message: Tensors) -> None:
-        """Raise unless a message is the one that is due.
+        """Raise an error unless a message is the expected one.
 
         Raises:
-            RemoteProtocolError: it belongs to another task, came before, or comes too early.
+            RemoteProtocolError: the message belongs to another task, is a repetition, or is too
+                early.
         """
         if message.key != self.key:
             raise RemoteProtocolError(f"it answered {message.key}, open is {self.key}")

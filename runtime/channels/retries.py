@@ -1,4 +1,4 @@
-"""How long a client waits before it tries its server again; the waiting is done elsewhere."""
+"""How long a client waits before it reconnects; it computes the times but does not wait."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from splitonnx.errors import UsageError
 
 FIRST_DELAY = 0.05
-"""Seconds before the second attempt to reconnect; the first is made at once."""
+"""Seconds before the second attempt to reconnect; the first attempt is made at once."""
 LONGEST_DELAY = 10.0
-"""Seconds between two attempts at the most."""
+"""Most seconds between two attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backoff:
-    """How long to wait from attempt to attempt, and when to give up.
+    """How long to wait between attempts to reconnect, and when to give up.
 
-    Each wait is drawn between half and the whole of a bound that doubles, so that the clients of a
-    server that comes back do not all come at once.  ``give_up_after`` is in seconds since the
-    connection was lost, ``None`` for never.
+    Each wait is random, between half of a bound and the bound, which doubles each time, so that the
+    clients of a restarted server do not all reconnect at once.  ``give_up_after`` is in seconds
+    since the connection was lost, or ``None`` to retry forever.
 
     Raises:
         UsageError: a time is negative or not a number, or ``first`` is longer than ``longest``.
@@ -42,7 +42,7 @@ class Backoff:
             )
 
     def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt, without end."""
+        """Yield the seconds to wait before each attempt; the iterator is endless."""
         yield 0.0
         bound = self.first
         while True:

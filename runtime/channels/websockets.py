@@ -1,8 +1,8 @@
 """A client's connection to its server over a websocket.
 
-Messages travel as binary frames without compression, which does not make tensors smaller, in
+Messages are sent as binary frames without compression, which does not make tensors smaller, and in
 fragments of 1 MiB, so that neither side needs a second copy of a large message in its buffers.
-Every exception of websockets, of TLS and of the operating system is translated here.
+Every exception of websockets, TLS and the operating system is converted to one of ours here.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from splitonnx.runtime.wire.fragments import split_message
 from splitonnx.runtime.wire.tls import describe_failure
 
 OPEN_SECONDS = 10.0
-"""Seconds to connect, TLS and HTTP included."""
+"""Time limit in seconds for connecting, including TLS and HTTP."""
 REPLY_SECONDS = 600.0
-"""Seconds that a client waits for a reply's beginning, the server's computing included."""
+"""Seconds that a client waits for the beginning of a reply, while the server computes."""
 MESSAGE_SECONDS = 60.0
-"""Seconds from a reply's first byte to its last, noticed within a quarter of that."""
+"""Seconds from a reply's first byte to its last; a delay is noticed at most a quarter later."""
 PING_SECONDS = 20.0
 """Seconds between pings."""
 PONG_SECONDS = 60.0
-"""Seconds in which a server has to answer one; on a slow link it waits behind a fragment."""
+"""Seconds in which the server must answer a ping; the answer may have to wait for a fragment."""
 CLOSE_SECONDS = 5.0
-"""Seconds that a server has to close a connection that was ended here."""
+"""Seconds that the server has to answer the closing handshake."""
 
 
 class WebSocketTransport:
     """A client's connection to a server over a websocket; see :class:`transports.Transport`.
 
     Raises:
-        ConnectionLost: nobody answers there, or the server is full: try again.
-        Unauthorized: the server wants a token, or another one, or no page of this origin.
-        UntrustedPeer: TLS found the server to be somebody else, or the server found us so.
-        Redirected: the server names another address.
+        ConnectionLost: no server answers, or it is full: try again.
+        Unauthorized: the server requires a token, rejects this token, or rejects this web origin.
+        UntrustedPeer: TLS does not trust the server's certificate, or the server does not trust
+            ours.
+        Redirected: the server redirects to another address.
         UsageError: ``url`` is not a websocket address.
     """
 
@@ -116,7 +117,7 @@ class WebSocketTransport:
         self.bytes_sent += sum(map(len, chunks))
 
     def receive(self) -> bytes:
-        """Wait for the next message: for its beginning, and then for its end."""
+        """Wait for the next message, with one time limit for its beginning and one for its end."""
         begin_by = time.monotonic() + self._reply_seconds
         end_by: float | None = None
         while True:
@@ -138,7 +139,7 @@ class WebSocketTransport:
                 return content
 
     def close(self) -> None:
-        """End the connection; may be called twice."""
+        """Close the connection; may be called twice."""
         self._opened.close()
 
     def _is_underway(self) -> bool:

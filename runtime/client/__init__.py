@@ -1,6 +1,6 @@
-"""The client: data in batches, training loops, checkpoints, histories, and the public ``Client``.
+"""The client: datasets, training loops, checkpoints, histories, and the public ``Client``.
 
-The shell on the device's side.  It may use the channels, the engine, the storage, the wire and
-``limits.py``, which measures the machine's memory.  It never imports the server's rooms, so that a
-device does not load what only they need.
+This package runs on the client's device.  It may import the channels, the engine, the storage, the
+wire and ``limits.py``, which measures the machine's memory, but never the server's packages, so that
+a device does not load what only they need.
 """

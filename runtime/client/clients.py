@@ -1,7 +1,7 @@
-"""The client: trains, evaluates and predicts with its part of a model and a server's.
+"""The public client: it trains, evaluates and predicts with its part of a model and a server.
 
-It brings together data, the executor and the connection; it knows the phases by name and nothing
-of what the stages compute.  A model left whole is trained by the same loop without a server.
+It connects the data, the executor and the connection to the server.  It knows the phases by name,
+but not what the stages compute.  The same loop trains an unsplit model without a server.
 """
 
 from __future__ import annotations
@@ -47,36 +47,36 @@ _ALREADY_TRAINING = "this client is already training"
 
 
 class Client:
-    """Trains and runs a bundle's client part against a server, or a model left whole without one.
+    """Train and run a bundle's client part together with a server, or an unsplit model without one.
 
     ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
-    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open one; ``None`` for a
-    model left whole.  A connection that breaks is made again, unless an open transport was given,
-    and training continues as if it had not.  Use it as a context manager, or call :meth:`close`.
-    After an error in the middle of a task the client closes, and its own state is what it was
-    before the task.
+    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open transport; ``None`` for
+    an unsplit model.  If a connection breaks, the client reconnects (unless it was given an open
+    transport) and training continues as if nothing had happened.  Use the client as a context
+    manager, or call :meth:`close`.  After an error in the middle of a task the client closes, and
+    its own state is the state before that task.
 
     Args:
         bundle: see above.
         server: see above.
-        access: how this client shows a URL's server who it is, and whom it trusts.
-        threads: threads of one operator; all cores by default.
-        seed: decides shuffling and Dropout.
-        resume: continue the run that was interrupted in the folder, if there is one: with its
-            state, and in :meth:`fit` at its place in the data.
-        give_up_after: seconds without a connection after which the client gives up, the first
-            connection included.  ``None``: that one is tried once (as long as it takes with
-            ``resume``), later ones as long as it takes.
-        trusted: the bundle's maker is trusted as one's own programs are, so that its graphs may be
-            in ORT format, which is not looked into before ONNX Runtime loads it.
+        access: how this client authenticates itself to the server, and which servers it trusts.
+        threads: threads per operator; all cores by default.
+        seed: seed of shuffling and Dropout.
+        resume: continue the interrupted run in the folder, if there is one: with its state, and in
+            :meth:`fit` from its position in the data.
+        give_up_after: seconds without a connection after which the client gives up, including the
+            time for the first connection.  With ``None``, the client tries the first connection
+            only once (or, with ``resume``, until it succeeds), and reconnects without a time limit.
+        trusted: treat the bundle as trusted code.  Its graphs may then be in ORT format, which is
+            not checked before ONNX Runtime loads it.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
         FolderInUse: with ``resume``, another client trains in the folder.
-        UsageError: a server is missing, or given where there is nothing for it to do; the seed or
-            ``give_up_after`` is negative.
+        UsageError: a server is missing, or was given although the model is not split; or the seed
+            or ``give_up_after`` is negative.
         ConnectionLost: the server cannot be reached.
-        BundleMismatch, ServerBusy, RemoteFault: the server refuses.
+        BundleMismatch, ServerBusy, RemoteFault: the server refuses the client.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Client:
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
         self._run = TrainingRun.open(self._executor, resume=resume)
-        with ExitStack() as undo:  # the folder is another's where no client comes of this
+        with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)
             channel = self._connect(server, credentials, give_up_after, is_patient=resume)
             if channel is not None and channel.step != self._executor.step:
@@ -112,7 +112,7 @@ class Client:
             undo.pop_all()
         self._runner = TaskRunner(self._executor, self._run, channel, seed=seed)
         self._loop = TrainingLoop(self._executor, self._runner, seed=seed)
-        self._is_training = threading.Lock()  # held while a fit runs
+        self._is_training = threading.Lock()  # held while a fit is running
 
     def _connect(
         self,
@@ -148,17 +148,17 @@ class Client:
 
     @property
     def steps(self) -> int:
-        """Updates that this part has seen in its life."""
+        """Return the number of updates of this part since it was created."""
         return self._executor.step
 
     @property
     def session(self) -> str:
-        """The name of this client's session, the same at the server."""
+        """Return the name of this client's session, which is the same on the server."""
         return self._run.session
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """The steps of this run that can be gone back to, newest first."""
+        """Return the steps of this run's checkpoints, newest first."""
         return self._run.find_resume_point(self.steps).kept
 
     def fit(
@@ -177,38 +177,38 @@ class Client:
         on_step: Callable[[StepRecord], None] | None = None,
         on_epoch: Callable[[Evaluation], None] | None = None,
     ) -> History:
-        """Train for some epochs and return what happened.
+        """Train for a number of epochs and return the history.
 
-        A client that resumes begins at the position in the data where its run was interrupted, and
-        makes the rest of ``epochs``.  Where the server lost steps, both sides go back to the
-        newest checkpoint, or to where this fit began, and make them again, as they were.
+        A resumed client starts at the position in the data where its run was interrupted, and
+        trains the rest of ``epochs``.  If the server lost steps, both sides return to the newest
+        common checkpoint, or to the start of this fit, and repeat the lost steps exactly.
 
         Args:
-            data: as :func:`~splitonnx.runtime.client.datasets.open_dataset` takes them.
-            epochs: times through the data.
-            batch_size: samples a step; a smaller last batch is left out where the model's batch
-                size is fixed.
-            eval_data: evaluated after each epoch.
-            learning_rate: a constant, or a function of the updates so far.
-            shuffle: deal each epoch again.
+            data: see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
+            epochs: number of passes over the data.
+            batch_size: samples per step; a smaller last batch is skipped if the model's batch size
+                is fixed.
+            eval_data: data to evaluate on after each epoch.
+            learning_rate: a constant, or a function of the number of updates so far.
+            shuffle: shuffle the data anew in each epoch.
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
-            when_unsaved: whether training stops or continues where one cannot be written.
-            restart: discard a run that was interrupted in the folder.
-            save: :meth:`save` when all is trained, and train on where the server was lost before.
-            on_step: called with each step's record.
+            when_unsaved: whether training stops or continues if a checkpoint cannot be written.
+            restart: discard an interrupted run in the folder.
+            save: call :meth:`save` at the end; if the server lost steps, repeat them first.
+            on_step: called with the record of each step.
             on_epoch: called with each evaluation.
 
         Raises:
-            DataError: the data do not fit, or hold NaN; a loss is not finite.
+            DataError: the data do not fit the model or contain NaN, or a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
-            UnfinishedRun: a run was interrupted in the folder; resume it, or ``restart``.
+            UnfinishedRun: the folder holds an interrupted run; resume it, or use ``restart``.
             FolderInUse: another client trains in the folder.
-            UsageError: a number is out of its range; another fit of this client runs; a run would
-                be resumed with other data, batches or seed.
+            UsageError: a number is out of range; this client already runs a fit; or the resumed run
+                started with other data, batches or seed.
             NotSaved: a checkpoint cannot be written.
-            StepsLost: the server lost steps that were made before this fit began, or the same
-                ones again and again.
-            ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+            StepsLost: the server lost steps that were made before this fit began, or lost the same
+                steps again and again.
+            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         training = open_dataset(data)
@@ -237,7 +237,7 @@ class Client:
         )
         with self._training():
             if save:
-                self._run.hold()  # now rather than after the work
+                self._run.hold()  # fail now rather than after the work
             if checkpoint_every is not None:
                 self._run.begin_run(restart=restart)
             self._executor.prepare(TRAIN)
@@ -245,7 +245,7 @@ class Client:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Refuse what else would train meanwhile, and release the folder where the fit fails."""
+        """Refuse other training at the same time, and release the folder if the fit fails."""
         if not self._is_training.acquire(blocking=False):
             raise UsageError(_ALREADY_TRAINING)
         try:
@@ -257,10 +257,10 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Train on one batch, one optimizer step, and return the phase's results, ``loss`` first.
+        """Train on one batch for one optimizer step and return the phase's results, ``loss`` first.
 
         Raises:
-            UsageError: a fit of this client runs.
+            UsageError: this client is running a fit.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         check_batch(batch, self._phase(TRAIN).data)
@@ -270,10 +270,10 @@ class Client:
         return self._loop.perform(TRAIN, batch, learning_rate)
 
     def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
-        """Predict, compare with the labels, and return each metric's mean over all samples.
+        """Predict, compare with the labels, and return the mean of each metric over all samples.
 
         Raises:
-            UsageError: the bundle has nothing to evaluate with.
+            UsageError: the bundle has no evaluation phase.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
@@ -282,7 +282,7 @@ class Client:
         return self._loop.evaluate(dataset, batch_size)
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
-        """Run the model and return its outputs, the samples along the first dimension.
+        """Run the model on the data and return its outputs, with samples along the first dimension.
 
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
@@ -297,24 +297,24 @@ class Client:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return this part's state, optimizer's included, as read-only arrays."""
+        """Return the state of this part, including the optimizer's, as read-only arrays."""
         return self._executor.state()
 
     def save(self) -> None:
-        """Write the state into the party's folder, the server's first and then this part's own.
+        """Write the trained state to the bundle folders, first on the server and then on this side.
 
         Raises:
-            BundleError: the bundle is in memory only, or the folder cannot be written.
-            NotSaved: the server could not save, or the state here is not finite.
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            NotSaved: the server could not save, or the state of this part is not finite.
             FolderInUse: another client trains in the folder.
-            StepsLost: the server was lost, and steps with it, and both sides went back;
-                :meth:`fit` with ``save`` makes them again.
-            ConnectionLost, RemoteFault: the server went, or reported an error of its own.
+            StepsLost: the server lost steps, and both sides went back to an earlier step;
+                :meth:`fit` with ``save`` repeats the lost steps.
+            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
         """
         try:
             self._runner.publish()
         except BaseException:
-            if not self._is_training.locked():  # the fit that runs holds the folder
+            if not self._is_training.locked():  # the running fit holds the folder
                 self._run.release()
             raise
 

@@ -1,6 +1,7 @@
-"""The caller's data: arrays by name, checked against what a phase declares, and cut into batches.
+"""The caller's data: named arrays, checked against a phase's declarations and split into batches.
 
-It knows numpy's files and the specs of the manifest; what the arrays mean it does not know.
+This module knows numpy's file formats and the tensor specs of the manifest, but not what the
+arrays mean.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
 
 
 class Dataset(ABC):
-    """Arrays by name that come in batches; made by :func:`open_dataset`."""
+    """Named arrays that are read in batches; made by :func:`open_dataset`."""
 
     size: int | None
-    """Number of samples, or ``None`` where it is not known in advance."""
+    """Number of samples, or ``None`` if it is not known in advance."""
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise unless the arrays are as ``specs`` declare, as far as can be told in advance.
+        """Raise an error unless the arrays match ``specs``, as far as can be checked in advance.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
@@ -49,18 +50,20 @@ class Dataset(ABC):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield one epoch's batches, the same for the same arguments.
+        """Yield the batches of one epoch; the same arguments yield the same batches.
 
-        The last batch is smaller where the size does not divide, or left out with ``drop_last``.
+        If ``batch_size`` does not divide the size, the last batch is smaller; ``drop_last`` skips
+        that batch.
 
         Raises:
-            NotFinite: a floating-point array of the next batch holds NaN or infinity.
-            UnusableData: there is no next epoch, or the next batch is not a dictionary of arrays.
+            NotFinite: a floating-point array of the next batch contains NaN or infinity.
+            UnusableData: the data cannot be read for another epoch, or the next batch is not a
+                dictionary of arrays.
         """
 
 
 class ArrayDataset(Dataset):
-    """Arrays that share their first dimension, one row a sample."""
+    """Arrays with a common first dimension, one row per sample."""
 
     size: int
 
@@ -77,7 +80,7 @@ class ArrayDataset(Dataset):
         self._arrays = arrays
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check every array whole, but for its number of rows."""
+        """Check every array completely, except for its number of rows."""
         check_batch(self._arrays, [_any_rows(spec) for spec in specs])
 
     def batches(
@@ -89,7 +92,7 @@ class ArrayDataset(Dataset):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield one epoch's batches; the order follows from ``seed`` and ``epoch`` alone."""
+        """Yield the batches of one epoch; ``seed`` and ``epoch`` alone decide their order."""
         order = np.arange(self.size)
         if shuffle:
             np.random.default_rng([seed, epoch]).shuffle(order)
@@ -105,7 +108,7 @@ class ArrayDataset(Dataset):
 
 
 class BatchDataset(Dataset):
-    """Batches as an iterable gives them: their size and order are its own."""
+    """Batches from an iterable, which decides their size and order."""
 
     size = None
 
@@ -115,7 +118,7 @@ class BatchDataset(Dataset):
         self._spent = False
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check each batch from now on, when its turn comes."""
+        """Set the specs that each batch is checked against when it is read."""
         self._specs = specs
 
     def batches(
@@ -127,7 +130,7 @@ class BatchDataset(Dataset):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the iterable's batches; all arguments are the iterable's business."""
+        """Yield the iterable's batches; all arguments are ignored."""
         if self._spent:
             raise UnusableData(
                 "the data", "an iterator lasts for one epoch; pass a list or a dataset"
@@ -144,14 +147,15 @@ class BatchDataset(Dataset):
 
 
 def open_dataset(source: DataSource) -> Dataset:
-    """Open data: an ``.npz`` file, a folder of ``.npy`` files, arrays by name, or batches.
+    """Open data: an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
 
-    A folder's files are mapped and read as needed.  Arrays are named as the model's inputs, the
-    targets ``labels``, and all have the samples along their first dimension.  An iterable of
-    dictionaries of arrays is taken as it is: batched, and in its own order.
+    Files in a folder are memory-mapped and read as needed.  The arrays have the names of the
+    model's inputs, the targets are named ``labels``, and the first dimension of each array is the
+    samples. An iterable of dictionaries of arrays is used as it is, with its own batches and order.
 
     Raises:
-        UnusableData: the file cannot be read, holds Python objects, or its arrays differ in rows.
+        UnusableData: the file cannot be read or contains Python objects, or its arrays differ in
+            their number of rows.
     """
     if isinstance(source, Dataset):
         return source
@@ -170,14 +174,14 @@ def open_dataset(source: DataSource) -> Dataset:
 
 
 def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
-    """Raise unless ``batch`` has every array that ``specs`` declare, and each as declared.
+    """Raise an error unless ``batch`` has every array in ``specs``, with declared type and shape.
 
-    Nothing is converted; where another dtype was meant, the error says how to convert.
+    Nothing is converted; if the dtype is wrong, the error says how to convert the array.
 
     Raises:
-        MissingArray: an array is not there.
-        ArrayMismatch: dtype or shape differ.
-        ValueOutOfRange: an integer, usually a label, is outside its bounds.
+        MissingArray: an array is missing.
+        ArrayMismatch: the dtype or shape of an array is wrong.
+        ValueOutOfRange: an integer, usually a label, is out of its bounds.
     """
     sizes: dict[str, int] = {}
     for spec in specs:
@@ -192,13 +196,13 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
 
 
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
-    """Raise where a floating-point array holds NaN or infinity.
+    """Raise an error if a floating-point array contains NaN or infinity.
 
-    ``where`` goes before the row in the error; ``rows`` are the rows' numbers, else they are
-    counted within the batch.
+    ``where`` is the text before the row number in the error; ``rows`` are the numbers of the rows,
+    which by default are counted within the batch.
 
     Raises:
-        NotFinite: it names the array and its first such row.
+        NotFinite: an array does; the error names the array and the first bad row.
     """
     for name, array in batch.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -224,7 +228,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_room(file: BinaryIO) -> None:
-    """Raise where an archive's arrays do not fit into memory, which all of them go into."""
+    """Raise an error if an archive's arrays, all of which are loaded, do not fit into memory."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())

@@ -1,4 +1,4 @@
-"""What a fit is to do, as checked values; who carries it out is the client."""
+"""The options of a fit, as checked values; the client carries out the fit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.runners import WhenUnsaved
 
 LearningRate: TypeAlias = float | Callable[[int], float] | None
-"""A constant, or a function of the updates so far; ``None`` is the optimizer's own."""
+"""A constant, a function of the number of updates so far, or ``None`` for the optimizer's rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """What a fit is to do; :meth:`Client.fit` says what each means."""
+    """The options of a fit; see :meth:`Client.fit` for their meaning."""
 
     training: Dataset
     held_out: Dataset | None
@@ -31,10 +31,10 @@ class FitOptions:
 
 
 def require_positive(**counts: int | None) -> None:
-    """Raise unless each of the arguments that is given is at least 1.
+    """Raise an error unless each given argument is at least 1.
 
     Raises:
-        UsageError: it names the one that is not.
+        UsageError: an argument is less than 1; the error names it.
     """
     for name, count in counts.items():
         if count is not None and count < 1:

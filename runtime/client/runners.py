@@ -1,8 +1,8 @@
-"""The client's side of a split model: carry out its tasks, with the server where there is one.
+"""Run the client's side of a split model's tasks, together with the server if there is one.
 
-It joins the executor of the client's part, the run and the channel: it has both sides write their
-checkpoints, and goes back with the server where that one lost steps.  Data, epochs and records are
-the client's business.
+This module connects the executor of the client's part, the training run and the channel.  It makes
+both sides write their checkpoints, and goes back to an earlier step if the server lost steps.
+Data, epochs and records belong to the client.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
-"""What training does where a checkpoint cannot be written."""
+"""What training does if a checkpoint cannot be written."""
 
 _logger = logging.getLogger("splitonnx.client")
 
 
 class TaskRunner:
-    """Carries out one task after the other.
+    """Runs tasks one after the other.
 
-    ``channel`` is ``None`` for a model left whole; ``seed`` keys the random masks.
+    ``channel`` is ``None`` for an unsplit model; ``seed`` is the key of the random masks.
 
-    ``position`` is where in its data the state stands, as far as that is known: the caller sets it,
-    and it changes where steps are lost.
+    ``position`` is the position in the data that belongs to the current state, if it is known.  The
+    caller sets it, and the runner changes it when steps are lost.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class TaskRunner:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes sent and received so far."""
+        """Return the bytes sent and received so far."""
         return (0, 0) if self._channel is None else self._channel.traffic
 
     def perform(
         self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
     ) -> dict[str, np.ndarray]:
-        """Carry one task through, from its data to its commit, and return the phase's results.
+        """Run one task from its data to its commit and return the phase's results.
 
         Raises:
-            StepsLost: the server lost steps; both sides are at an earlier one, and can continue.
-            DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
+            StepsLost: the server lost steps; both sides are at an earlier step and can continue.
+            DataError, StageFailed, ProtocolError: the task was aborted, and the runner is closed.
         """
         self._require_open()
         number = self.executor.step if phase == TRAIN else next(self._others)
@@ -83,12 +83,12 @@ class TaskRunner:
     def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
         """Make both sides write a checkpoint, one after the other.
 
-        Each side keeps two, so there is one that both have as long as neither is two ahead: the
-        one whose last was not written goes first.
+        Each side keeps two checkpoints, so both have a common one as long as neither side is two
+        ahead.  Therefore the side whose last checkpoint could not be written goes first.
 
         Raises:
-            NotSaved: one could not, and ``when_unsaved`` says to stop.
-            StepsLost, ProtocolError: as :meth:`perform`.
+            NotSaved: a side could not write its checkpoint, and ``when_unsaved`` is ``"stop"``.
+            StepsLost, ProtocolError: see :meth:`perform`.
         """
         try:
             if self.run.is_behind:
@@ -106,9 +106,9 @@ class TaskRunner:
         """Make both sides write their state as the outcome of the training, the server first.
 
         Raises:
-            BundleError: the bundle is in memory only, or the folder cannot be written.
-            NotSaved: the server could not, or the state here is not finite.
-            StepsLost, ProtocolError: as :meth:`perform`.
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            NotSaved: the server could not save, or the state of this side is not finite.
+            StepsLost, ProtocolError: see :meth:`perform`.
         """
         if self._channel is not None:
             self._require_open()
@@ -123,8 +123,9 @@ class TaskRunner:
     def close(self) -> None:
         """End the session and close the connection; may be called twice.
 
-        Where the run has checkpoints and is not finished, or the server published its state and
-        this side did not, it only hangs up: the server would forget what a resumed run begins from.
+        If the run has checkpoints and is not finished, or the server published its state and this
+        side did not, only the connection is closed.  Otherwise the server would delete the
+        checkpoints from which the run can be resumed.
         """
         try:
             if not self._closed and self._channel is not None:
@@ -158,7 +159,7 @@ class TaskRunner:
 
     @contextmanager
     def _going_back(self) -> Iterator[None]:
-        """Restore the step to which the server fell back, and the position in the data there."""
+        """Restore the step to which the server fell back, and the data position at that step."""
         try:
             yield
         except StepsLost as lost:

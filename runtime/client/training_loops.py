@@ -1,7 +1,6 @@
-"""The loop of training: epochs, batches, records, checkpoints, and steps that are made again.
+"""The training loop: epochs, batches, records, checkpoints, and repeating lost steps.
 
-It knows the phases by name and nothing of what the stages compute, nor of how the other party is
-reached.
+It knows the phases by name, but neither what the stages compute nor how the other party is reached.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
 MOST_RETURNS = 100
-"""Times that a server may lose steps before one comes that was not made before."""
+"""How often the server may lose steps before a new step is made."""
 
 
 class TrainingLoop:
-    """Trains and evaluates by the tasks of one party.
+    """Trains and evaluates by running the tasks of one party.
 
-    ``seed`` decides the order of what is evaluated; a fit has its own in its place in the data.
+    ``seed`` decides the order of evaluation data; a fit has its own seed in its data position.
     """
 
     def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:
@@ -39,12 +38,12 @@ class TrainingLoop:
         self._seed = seed
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
-        """Train from a place in the data to the end of the last epoch, and return the history.
+        """Train from a position in the data to the end of the last epoch and return the history.
 
-        Where the server lost steps, both sides go back and make them again.
+        If the server lost steps, both sides go back and repeat them.
 
         Raises:
-            StepsLost: they were made before this call, or are lost again and again.
+            StepsLost: the lost steps were made before this call, or steps are lost again and again.
             SplitonnxError: see :meth:`Client.fit`.
         """
         history = History()
@@ -73,7 +72,7 @@ class TrainingLoop:
     def _train_epoch(
         self, options: FitOptions, position: DataPosition, history: History
     ) -> DataPosition:
-        """Train from a place to the end of its epoch and evaluate; return the next place."""
+        """Train from a position to the end of its epoch and evaluate; return the next position."""
         fixed = any(
             isinstance(d, int) for s in self._manifest.phase(TRAIN).data for d in s.shape[:1]
         )
@@ -128,7 +127,7 @@ class TrainingLoop:
         return Evaluation(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
 
     def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """Return each metric's mean over all samples of a dataset."""
+        """Return the mean of each metric over all samples of a dataset."""
         totals: dict[str, float] = defaultdict(float)
         samples = 0
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
@@ -145,7 +144,7 @@ class TrainingLoop:
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
     ) -> dict[str, np.ndarray]:
-        """Carry one task out on a batch and return the phase's results."""
+        """Run one task on a batch and return the phase's results."""
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return self._runner.perform(

@@ -1,7 +1,7 @@
-"""What a client keeps so that its training can be resumed: its session, checkpoints, position.
+"""The records with which a client can resume training: session, checkpoints, position in the data.
 
-A run is unfinished while its checkpoints are newer than the state that the folder has as its
-outcome.  This module knows files and names; it runs nothing and knows no server.
+A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
+module knows files and names; it runs nothing and knows no server.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _POSITION = msgspec.json.Decoder(DataPosition)
 class TrainingRun:
     """The record of one client's session; made by :meth:`open`.
 
-    ``position`` is where in its data a resumed run continues, ``None`` for one that begins.
-    ``is_behind`` says that the last checkpoint could not be written.
+    ``position`` is where in the data a resumed run continues, or ``None`` for a new run.
+    ``is_behind`` is true if the last checkpoint could not be written.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class TrainingRun:
 
     @classmethod
     def open(cls, executor: Executor, *, resume: bool) -> Self:
-        """Begin a session, or resume the unfinished one, whose state ``executor`` then takes.
+        """Start a session, or resume the unfinished one and load its state into ``executor``.
 
-        With ``resume`` and nothing unfinished, training begins where the folder's state stands.
-        The folder is held then until :meth:`release`.
+        With ``resume`` the folder stays locked until :meth:`release`; if it has no unfinished run,
+        training starts from the folder's state.
 
         Raises:
             FolderInUse: another client trains in the folder.
@@ -76,39 +76,39 @@ class TrainingRun:
         return run
 
     def hold(self) -> None:
-        """Keep others from training in the folder until :meth:`release`; may be called twice.
+        """Lock the folder against other clients until :meth:`release`; may be called twice.
 
         Raises:
-            FolderInUse: another client trains in it.
+            FolderInUse: another client trains in the folder.
         """
         if self._lock is None and self._party.path is not None:
             self._lock = FolderLock.acquire(self._party.path)
 
     def release(self) -> None:
-        """Release the folder's lock, so that others can train in it; may be called twice."""
+        """Unlock the folder, so that other clients can train in it; may be called twice."""
         if self._lock is not None:
             self._lock.release()
         self._lock = None
 
     def find_resume_point(self, step: int) -> ResumePoint:
-        """Return from where a client at ``step`` can resume."""
+        """Return where a client at ``step`` can resume."""
         kept = () if self._store is None else self._store.steps()
         return ResumePoint(origin=self._origin, start=self._start, step=step, kept=kept)
 
     @property
     def has_checkpoints(self) -> bool:
-        """Return whether the session can be resumed: they are deleted once its run is finished."""
+        """Return whether the session has checkpoints to resume from; a finished run has none."""
         try:
             return self._store is not None and bool(self._store.steps())
         except BundleError:  # they may be there, where they cannot be looked at
             return True
 
     def write(self, executor: Executor, position: DataPosition | None) -> None:
-        """Keep the state as a checkpoint, durably.
+        """Write the state to disk as a durable checkpoint.
 
         Raises:
-            NotSaved: it cannot be written; earlier ones are kept.
-            BundleError: the bundle is in memory only.
+            NotSaved: the checkpoint cannot be written; earlier ones are kept.
+            BundleError: the bundle exists only in memory.
             FolderInUse: another client trains in the folder.
         """
         if self._store is None:
@@ -128,10 +128,10 @@ class TrainingRun:
         self.is_behind = False
 
     def publish(self, executor: Executor, position: DataPosition | None) -> None:
-        """Make the state the folder's outcome; the run is finished, its checkpoints go.
+        """Write the state as the folder's outcome, finish the run and delete its checkpoints.
 
         Raises:
-            BundleError: the bundle is in memory only, or the folder cannot be written.
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
             FolderInUse: another client trains in the folder.
         """
         self.hold()
@@ -143,10 +143,10 @@ class TrainingRun:
             self._store.remove()
 
     def go_back(self, executor: Executor, step: int) -> DataPosition | None:
-        """Restore the state of a step that was kept, and return the position in the data there.
+        """Restore the state of an earlier step and return the position in the data at that step.
 
         Raises:
-            BundleError: there is no such state.
+            BundleError: the state of ``step`` was not kept.
         """
         if self._store is not None:
             self._store.rewind(step)
@@ -160,10 +160,10 @@ class TrainingRun:
         return None
 
     def take_position(self, start: DataPosition) -> DataPosition:
-        """Return where in its data a run begins: at ``start``, or where it was interrupted.
+        """Return the position at which a run begins: ``start``, or where the run was interrupted.
 
         Raises:
-            UsageError: it would continue with other data, batches or seed than it began with.
+            UsageError: the resumed run started with other data, batches or seed.
         """
         kept = self.position
         if kept is None:
@@ -179,10 +179,10 @@ class TrainingRun:
         return kept
 
     def begin_run(self, *, restart: bool) -> None:
-        """Check that the folder holds no unfinished run; ``restart`` deletes it.
+        """Check that the folder has no unfinished run; with ``restart``, delete it.
 
         Raises:
-            UnfinishedRun: one does.
+            UnfinishedRun: the folder has an unfinished run.
             FolderInUse: another client trains in the folder.
         """
         self.hold()
@@ -198,7 +198,7 @@ class TrainingRun:
 
 
 def find_unfinished(party: PartyBundle) -> Checkpoint | None:
-    """Find the newest checkpoint of the run that was written last, unless it was finished."""
+    """Return the newest checkpoint of the last written run, or ``None`` if it was finished."""
     if party.path is None:
         return None
     for session in list_sessions(party.path):

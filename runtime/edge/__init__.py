@@ -1,5 +1,6 @@
-"""The edge of a server: sockets, HTTP, tokens and limits, before a message is looked at.
+"""The edge of a server: sockets, HTTP, tokens and connection limits, before messages are read.
 
-Who may connect, how much and how fast, and what is answered in HTTP.  What messages say, sessions
-and stages belong to the server.  It may use the wire and ``limits.py``.
+This package decides who may connect, how much and how fast clients may send, and how HTTP requests
+are answered.  The contents of messages, sessions and stages belong to the server package.  It may
+import the wire and ``limits.py``.
 """

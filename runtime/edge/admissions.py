@@ -1,8 +1,8 @@
-"""Which connections of a server are in, and which may still come in.
+"""Admission of connections: which connections a server has, and which may still connect.
 
-It counts those that have shown a token, those that have not yet, and the bytes of the long HTTP
-answers that are kept for them.  How one connection is held to its own limits is for
-:mod:`connections`, which tells this of each that comes and goes.
+It counts authenticated and unauthenticated connections, and the bytes of the long HTTP responses
+that are buffered for them.  :mod:`connections` enforces the limits of each single connection and
+reports each one that opens and closes.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 
 SHORT_ANSWER = 64 << 10
-"""Bytes of an HTTP answer that has to be taken as fast as a handshake is made."""
+"""Bytes up to which an HTTP response must be read within the time of a handshake."""
 ANSWERS_BYTES = 256 << 20
-"""Bytes of all longer answers that are kept at a time."""
+"""Most bytes of all longer responses that are buffered at a time."""
 
 
 class Connection(Protocol):
-    """A connection, as far as its admission hangs on it."""
+    """The part of a connection that its admission depends on."""
 
     name: str
 
     @property
     def owner(self) -> str | None:
-        """Whose connection it is; ``None`` until a token was shown."""
+        """Return the connection's owner; ``None`` until it shows a token."""
 
     @property
     def transport(self) -> asyncio.BaseTransport:
-        """What its bytes go through."""
+        """Return the transport of the connection's bytes."""
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that hold before a token was shown."""
+        """Lift the limits that apply before a token is shown."""
 
     def wait_for_answer(self, size: int) -> None:
-        """Leave the time to take a long HTTP answer, as long as it is taken steadily."""
+        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """End the connection from this side, without waiting for the other."""
+        """Close the connection without waiting for the other side."""
 
 
 class Admission:
-    """Decides which connections may come in; ``host`` is what the server listens on."""
+    """Decides which connections may connect; ``host`` is the address that the server listens on."""
 
     def __init__(
         self,
@@ -90,22 +90,22 @@ class Admission:
         self._answers: dict[Connection, int] = {}  # bytes of the longer ones
 
     def enter(self, connection: Connection) -> None:
-        """Admit a connection that has shown no token.
+        """Admit a connection that has not shown a token.
 
-        If there are many of those, the one that has waited longest is sent away.
+        If there are too many of these, the one that has waited longest is closed.
         """
         if len(self._unauthenticated) >= self.limits.unauthenticated:
             self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)
         self._unauthenticated[connection] = None
 
     def _relieve(self) -> None:
-        """Make room where no file descriptor is left for a connection, by one for the next."""
+        """Close a connection if no file descriptor is left for the next one."""
         self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
         if self._unauthenticated:
             self._send_away(Refusal.TOO_MANY_FILES)
 
     def _send_away(self, refusal: Refusal) -> None:
-        """Send away the connection without a token that has waited longest."""
+        """Close the unauthenticated connection that has waited longest."""
         oldest = next(iter(self._unauthenticated))
         del self._unauthenticated[oldest]
         oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
@@ -113,7 +113,7 @@ class Admission:
             self.quota.sweep()
 
     def admit(self, connection: Connection, identity: Identity) -> Refusal | None:
-        """Make a connection a client's; return why not if there is no room for it."""
+        """Count a connection as an authenticated client's; return the reason if it is full."""
         if connection.owner is not None:
             return None
         refusal = None
@@ -133,13 +133,13 @@ class Admission:
         return sum(client.owner == owner for client in self._clients)
 
     def leave(self, connection: Connection) -> None:
-        """Forget a connection that has ended."""
+        """Remove a connection that has ended."""
         self._unauthenticated.pop(connection, None)
         self._clients.discard(connection)
         self._answers.pop(connection, None)
 
     def answer(self, connection: Connection, request: Request) -> Response | None:
-        """Decide on a handshake: return an HTTP answer, or ``None`` for a websocket."""
+        """Decide on a handshake: return an HTTP response, or ``None`` for a websocket."""
         decision = self._policy.decide(request, connection.transport)
         if decision.refusal is not None:
             self.on_refusal(decision.refusal, connection.name)
@@ -156,7 +156,7 @@ class Admission:
         return response
 
     def _keep(self, connection: Connection, size: int) -> bool:
-        """Leave the time to take a long answer, if there is room to keep it so long."""
+        """Allow time to read a long response, if its bytes can be buffered that long."""
         if size > SHORT_ANSWER:
             if sum(self._answers.values()) + size > ANSWERS_BYTES:
                 return False

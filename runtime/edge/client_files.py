@@ -1,7 +1,7 @@
-"""The client's part of a bundle as a server gives it away: each file of its folder by its path.
+"""The client's part of a bundle as a server provides it for download, each file by its path.
 
-For browsers, which have no folder.  Nothing is given but what the manifest names, and never a
-trained state.  Who may have it, and how it travels, is the server's business.
+Browsers need it, because they have no bundle folder.  Only files that the manifest names are
+provided, and never a trained state.  The server decides who may download them and how.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from splitonnx.manifests import MANIFEST, PartyManifest
 from splitonnx.runtime.edge.http import HttpResponse
 
 FOLDER = "/client/"
-"""Where the files lie, on the server's own address."""
+"""URL path of the files on the server."""
 
 _BINARY = "application/octet-stream"
 
 
 class ClientFiles:
-    """The files of the client's part that belongs to the part of ``server``.
+    """The files of the client's part that belongs to the server's part.
 
     Args:
         client: the client's folder, or the loaded part.
-        server: the manifest of the part that is served.
+        server: the manifest of the server's part.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
@@ -42,7 +42,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Return the file at a path such as ``/client/manifest.json``; ``None`` for other paths."""
+        """Return the file at a path like ``/client/manifest.json``, ``None`` for other paths."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

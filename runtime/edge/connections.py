@@ -1,7 +1,7 @@
-"""A server's connection within limits: how much may arrive, how fast and how slowly.
+"""One connection of a server with its limits: how much may arrive, how fast and how slowly.
 
-Built on the protocol object of websockets: a limit holds before bytes are kept, not after.  Who
-may come in is decided by :mod:`admissions`; what the messages say is not known here.
+It extends the protocol object of websockets, so that limits apply before bytes are buffered.
+:mod:`admissions` decides who may connect; the contents of messages are not known here.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
 from splitonnx.runtime.edge.tokens import Identity
 
 REQUEST_BYTES = 16 << 10
-"""Bytes of a handshake's HTTP request."""
+"""Most bytes of a handshake's HTTP request."""
 MAX_FRAGMENTS = 4096
-"""Fragments of one message; each costs some microseconds, however little it holds."""
+"""Most fragments of one message; each costs some microseconds, however small it is."""
 KEPT_BYTES = 16 << 20
-"""Bytes of unread messages of one connection, over which its sender has to wait."""
+"""Bytes of unread messages of one connection above which its sender must wait."""
 LOST_SECONDS = 60.0
-"""Seconds without a byte, not even the answer to a ping, after which nobody is there any more."""
+"""Seconds without a byte, not even a pong, after which the other side is considered gone."""
 CLOSE_SECONDS = 5.0
-"""Seconds that the other side has to close a connection that was ended here."""
+"""Seconds that the other side has to answer the closing handshake."""
 DISMISS_SECONDS = 1.0
-"""Seconds that it has where another connection waits for its place."""
+"""The same if another connection is waiting for the place."""
 ANSWER_SECONDS = 300.0
-"""Seconds in which a long HTTP answer has to be taken, which is kept in memory until then."""
+"""Seconds in which a long HTTP response must be read; it stays in memory until then."""
 ANSWER_CHECKS = 10
-"""Times in between at which as large a share of it must have been taken as of the time."""
+"""How often in that time the share of the response that was read is compared with the time used."""
 
 _TLS_HELLO = b"\x16\x03"
 
 
 class LimitedConnection(ServerConnection):
-    """One connection, held to the limits; ``identity`` is ``None`` until a token was shown."""
+    """One connection with its limits; ``identity`` is ``None`` until it shows a token."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class LimitedConnection(ServerConnection):
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, with the limits that hold until a token was shown."""
+        """Start with the limits that apply before a token is shown."""
         super().connection_made(transport)
         self.recv_messages.pause = partial(self._pause, "queue")
         self.recv_messages.resume = partial(self._resume, "queue")
@@ -98,13 +98,13 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End, and make room for another."""
+        """End the connection and free its place."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read, within what may come before a token, and as fast as is allowed."""
+        """Read bytes, within the limits on size and rate."""
         if not self._bytes and data.startswith(_TLS_HELLO):
             # an answer in HTTP makes TLS on the other side say what is wrong
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
@@ -138,7 +138,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("pace", wait, partial(self._resume, "pace"))
 
     def process_event(self, event: Event) -> None:
-        """Count frames, and what is kept of them."""
+        """Count received frames and the bytes that are buffered of them."""
         super().process_event(event)
         if not isinstance(event, Frame):
             return
@@ -157,23 +157,23 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Whose connection it is; ``None`` until a token was shown."""
+        """Return the connection's owner; ``None`` until it shows a token."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that hold before a token was shown."""
+        """Lift the limits that apply before a token is shown."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")
 
     def take(self, size: int) -> None:
-        """Count so many bytes of messages as taken over by somebody else."""
+        """Record that the reader has taken ``size`` bytes of messages."""
         self.kept -= size
         if self.kept <= KEPT_BYTES and "kept" in self._pauses:
             self._resume("kept")
 
     def open(self) -> None:
-        """Note that the handshake is done, and wait for a token unless one was shown."""
+        """Record the end of the handshake, and wait for a token unless one was shown already."""
         self._timers.stop("handshake")
         self._listen()
         if self.owner is not None:
@@ -186,13 +186,13 @@ class LimitedConnection(ServerConnection):
         )
 
     def wait_for_answer(self, size: int) -> None:
-        """Leave the time to take a long HTTP answer, as long as it is taken steadily."""
+        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
         self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
         self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
 
     def _check_pace(self, size: int, left: float) -> None:
-        """Cut off who has not taken its share of an answer by the next check."""
+        """Close the connection if the client has not read its share of a response by this check."""
         pause = ANSWER_SECONDS / ANSWER_CHECKS
 
         def check() -> None:
@@ -204,7 +204,7 @@ class LimitedConnection(ServerConnection):
         self._timers.start("answer", pause, check)
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """End the connection from this side, without waiting for the other."""
+        """Close the connection without waiting for the other side."""
         if self.refusal is not None or self.transport.is_closing():
             return
         self.refusal = refusal
@@ -222,14 +222,14 @@ class LimitedConnection(ServerConnection):
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def cut_off(self, refusal: Refusal) -> None:
-        """End the connection at once: its other side does not read."""
+        """Abort the connection at once, because the other side does not read."""
         if self.refusal is None:
             self.refusal = refusal
             self._admission.on_refusal(refusal, self.name)
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection with a reason, or at once where the other side does not read."""
+        """Close the connection with a reason, or at once if the other side does not read."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()
@@ -238,10 +238,10 @@ class LimitedConnection(ServerConnection):
             self.transport.abort()
 
     def _listen(self) -> None:
-        """Hang up on who has gone without a word.
+        """Close the connection if nothing has arrived for too long.
 
-        Any byte is a sign of life: on a slow link the answer to a ping waits behind a message.
-        While this side does not read, it hears nothing, and cannot tell.
+        Any byte is a sign of life: on a slow network a pong waits behind a message.  While this
+        side does not read, it cannot tell whether the other side is gone.
         """
         if self._pauses:
             self._heard = self.loop.time()
@@ -252,7 +252,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("listen", LOST_SECONDS - silence, self._listen)
 
     def _note_fault(self) -> None:
-        """Return why the parser gave up, if it did."""
+        """Return why the parser stopped, if it did."""
         reason = self.protocol.parser_exc
         if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
             big = isinstance(reason, PayloadTooBig)
@@ -260,7 +260,7 @@ class LimitedConnection(ServerConnection):
             self._admission.on_refusal(self.refusal, self.name)
 
     def _watch(self) -> None:
-        """Run the message's deadline while one is under way and this side is reading."""
+        """Run the message's deadline while a message is being received and this side is reading."""
         if not self.is_underway or self._pauses:
             self._timers.stop("message")
         elif "message" not in self._timers:

@@ -1,4 +1,4 @@
-"""How many files this process may open: connections get what its own files leave them."""
+"""File descriptors of this process: how many are allowed, and how many connections may use."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import sys
 from collections.abc import Callable
 
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""What ``accept`` fails with where the process or the machine has no more to give."""
+"""Errors of ``accept`` when the process or the machine has no resources left."""
 RESERVE = 32
-"""Descriptors kept for files, such as checkpoints; a quarter where fewer than four times as many
-are allowed."""
+"""File descriptors reserved for files such as checkpoints, but at most a quarter of the limit."""
 SECONDS = 10.0
-"""Seconds between two lines of the log that say so."""
+"""Seconds between two log lines about missing descriptors."""
 
 
 def find_limit() -> int:
-    """Return how many descriptors this process may have."""
+    """Return how many file descriptors this process may open."""
     try:
         import resource
     except ImportError:  # Windows
@@ -26,17 +25,17 @@ def find_limit() -> int:
 
 
 def find_ceiling() -> int:
-    """Return the file number from which on a connection is one too many.
+    """Return the descriptor number from which on a new connection is refused.
 
-    The operating system hands out the lowest number that is free, so the number of a new
-    connection says how many files are open.
+    The operating system assigns the lowest free number, so the number of a new connection shows how
+    many files are open.
     """
     limit = find_limit()
     return limit - min(RESERVE, limit // 4)
 
 
 def raise_limit(needed: int) -> int:
-    """Raise the limit to ``needed`` as far as this process may, and return what it is then."""
+    """Raise the descriptor limit to ``needed`` if permitted, and return the resulting limit."""
     limit = find_limit()
     if limit >= needed:
         return limit
@@ -49,7 +48,7 @@ def raise_limit(needed: int) -> int:
 
 
 class Rarely:
-    """Lets a line of the log through once in so many seconds, and counts the others."""
+    """Lets one log line through per interval, and counts the suppressed ones."""
 
     def __init__(self, clock: Callable[[], float], seconds: float = SECONDS) -> None:
         self._clock = clock
@@ -58,7 +57,7 @@ class Rarely:
         self._count = 0
 
     def count(self) -> int:
-        """Count an event; return how many there were since the last line if one is due, else 0."""
+        """Count an event; if a log line is due, return the events since the last one, else 0."""
         self._count += 1
         now = self._clock()
         if self._next is not None and now < self._next:

@@ -1,6 +1,6 @@
-"""HTTP on the websockets' port: requests, responses, and why a connection is refused.
+"""HTTP on the websocket port: requests, responses, and the reasons for refusing a connection.
 
-Who may have which response is not known here.
+This module does not decide who may get which response.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
 
 
 class Refusal(StrEnum):
-    """Why a connection was refused or ended here; few, so that they may label a metric."""
+    """Why the server refused or closed a connection; few values, because they label a metric."""
 
     WRONG_TOKEN = "WrongToken"
     WRONG_ORIGIN = "WrongOrigin"
@@ -47,7 +47,7 @@ STATUSES: Mapping[Refusal, HTTPStatus] = MappingProxyType(
         Refusal.TLS: HTTPStatus.BAD_REQUEST,
     }
 )
-"""What is said in HTTP before there is a websocket; 503 for all others: come again."""
+"""The HTTP status of each refusal before there is a websocket; 503 (try again) for all others."""
 
 
 WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
@@ -59,28 +59,28 @@ WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
         ),
     }
 )
-"""What somebody is told for whom there is no room now."""
+"""The text for each refusal of a client because the server is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpRequest:
-    """An HTTP request, as far as answers hang on it; headers that it lacks are ``""``."""
+    """The parts of an HTTP request that responses depend on; a missing header is ``""``."""
 
     path: str
     token: str | None
-    """The token shown, which is a valid one."""
+    """The token in the request, if it is valid."""
     roles: frozenset[Role] = ALL_ROLES
-    """What whoever asks may do: everything where no tokens are used."""
+    """The sender's roles; all of them if no tokens are used."""
     is_upgrade: bool = False
-    """Return whether it asks for a websocket."""
+    """Whether the request asks for a websocket."""
     encodings: str = ""
-    """``Accept-Encoding``."""
+    """The ``Accept-Encoding`` header."""
     known_tags: str = ""
-    """``If-None-Match``."""
+    """The ``If-None-Match`` header."""
 
 
 class HttpResponse(NamedTuple):
-    """An HTTP answer; ``headers`` are sent beside, or in place of, those that every answer has."""
+    """An HTTP response; ``headers`` are added to the default headers, or replace them."""
 
     status: int
     content_type: str
@@ -89,21 +89,21 @@ class HttpResponse(NamedTuple):
 
 
 Authorize: TypeAlias = Callable[[str], Identity | None]
-"""From a token to whom it stands for, if it is known."""
+"""Returns the identity that belongs to a token, or ``None`` for an unknown token."""
 Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | None]
-"""From an HTTP request to an answer; ``None`` leads to the websocket handshake."""
+"""Returns the response to an HTTP request; ``None`` continues with the websocket handshake."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]
-"""Told why and whom."""
+"""Called with the reason of a refusal and the address of the refused client."""
 
 
 METHODS = ("GET", "HEAD")
-"""What is answered; nothing that a server holds is changed by HTTP."""
+"""The allowed HTTP methods; HTTP requests never change anything on the server."""
 
 
 def make_response(
     status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
 ) -> Response:
-    """Make an HTTP answer, after which the connection is closed."""
+    """Make an HTTP response, after which the connection is closed."""
     headers = {
         "Content-Type": content_type,
         "Content-Length": str(len(body)),
@@ -120,7 +120,7 @@ def make_response(
 
 
 def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
-    """Read what those are asked about who answer."""
+    """Read the parts of a request that responses depend on."""
     return HttpRequest(
         path=request.path,
         token=token,
@@ -132,10 +132,10 @@ def read_request(request: Request, token: str | None, roles: frozenset[Role]) ->
 
 
 def deny(status: HTTPStatus, sentence: str) -> Response:
-    """Make the answer to a request that is refused: a sentence, which says why."""
+    """Make the response to a refused request, with one sentence as the reason."""
     return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
 
 
 def deny_busy(refusal: Refusal) -> Response:
-    """Make the answer to a request for which there is no room now."""
+    """Make the response to a request for which the server has no capacity now."""
     return deny(HTTPStatus.SERVICE_UNAVAILABLE, WHY_BUSY[refusal])

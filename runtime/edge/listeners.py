@@ -1,8 +1,8 @@
 """Listening sockets that count accepted connections, before TLS or HTTP begins.
 
-A connection in the middle of its TLS handshake is known to no one but the event loop, which keeps
-some 300 KiB for it; so the count begins at ``accept`` and ends when the socket is closed.  This
-module knows neither TLS nor websockets.
+Only the event loop knows a connection during its TLS handshake, which takes about 300 KiB of
+memory; so counting begins at ``accept`` and ends when the socket is closed.  This module knows
+neither TLS nor websockets.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from splitonnx.errors import PortInUse, UsageError
 from splitonnx.runtime.edge.descriptors import SCARCE, find_ceiling
 
 BACKLOG = 128
-"""Connections that the operating system keeps waiting, and the most that are let in at a time."""
+"""Connections that the operating system queues, and the most that are accepted at a time."""
 
 GRACE_SECONDS = 1.0
-"""Seconds that a connection has for its handshake, however many others come."""
+"""Seconds that each connection has for its handshake, however many others arrive."""
 SWEEP = 64
-"""Connections that are ended early between two searches for their memory."""
+"""Number of connections ended early after which the garbage collector runs."""
 
 RETRY_SECONDS = 1.0
-"""Seconds for which the event loop stops accepting once it has no descriptor left."""
+"""Seconds for which the event loop stops accepting when no file descriptor is left."""
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 class HandshakeQuota:
-    """Counts the sockets of one server that are between ``accept`` and their handshake's end.
+    """Limits how many of a server's sockets are between ``accept`` and the end of the handshake.
 
-    ``capacity`` is how many may.  With one more the oldest is shut down if it has had
-    ``GRACE_SECONDS``, and else the newest: so a crowd can neither keep others out for long nor
-    make the server begin more than it can end.  ``on_full`` is called for each of them, and
-    ``on_scarce`` for each connection that is closed for want of file descriptors.
+    ``capacity`` is the limit.  When one more arrives, the oldest is shut down if it has had
+    ``GRACE_SECONDS``, otherwise the newest.  So a flood of connections can neither keep other
+    clients out for long nor make the server start more handshakes than it can finish.  ``on_full``
+    is called for each of these, and ``on_scarce`` for each connection closed for lack of file
+    descriptors.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class HandshakeQuota:
         self._dropped = 0
 
     def admit(self, client: AcceptedSocket) -> bool:
-        """Count a socket that was just accepted, if there is room."""
+        """Count a newly accepted socket, if there is room."""
         if client.fileno() >= self._ceiling:
             self.on_scarce()
             return False
@@ -73,40 +74,40 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Free the memory of connections that were ended early, after every ``SWEEP`` of them.
+        """Run the garbage collector after every ``SWEEP`` connections that were ended early.
 
-        What asyncio keeps for one is a cycle of few objects and 256 KiB, and the collector, which
-        counts objects, would let hundreds of them pile up.
+        asyncio's memory for one connection is a reference cycle of few objects and 256 KiB.  The
+        collector counts objects and would let hundreds of these pile up.
         """
         self._dropped += 1
         if self._dropped % SWEEP == 0:
             gc.collect()
 
     def release(self, number: int) -> None:
-        """Count a socket, known by its file number, no longer: others look after it now."""
+        """Stop counting a socket, given by its file number: its handshake is done."""
         self._waiting.pop(number, None)
 
     def forget(self, client: AcceptedSocket) -> None:
-        """Forget a socket that is about to be closed."""
+        """Remove a socket that is about to be closed."""
         if self._waiting.get(client.fileno()) is client:
             del self._waiting[client.fileno()]
 
 
 class AcceptedSocket(socket.socket):
-    """An accepted socket, which tells its quota when it is closed."""
+    """An accepted socket that informs its quota when it is closed."""
 
     quota: HandshakeQuota | None = None
     came = 0.0
 
     def shut_down(self) -> None:
-        """Shut the connection down; the event loop, which alone may close it, then sees its end."""
+        """Shut the connection down; the event loop then notices its end and closes the socket."""
         try:
             self.shutdown(socket.SHUT_RDWR)
         except OSError:  # the other side was quicker
             return
 
     def close(self) -> None:
-        """Close the socket, which no longer counts."""
+        """Close the socket and stop counting it."""
         if self.quota is not None:
             self.quota.forget(self)
             self.quota = None
@@ -120,11 +121,11 @@ class Listener(socket.socket):
     _failed = -math.inf
 
     def accept(self) -> tuple[socket.socket, object]:
-        """Accept a connection for which there is room.
+        """Accept a connection if there is room for it.
 
         Raises:
-            OSError: there is no descriptor for any; the event loop waits a second then.  It would
-                try again at once, and log each time, were it not told that nobody is there.
+            OSError: no file descriptor is left.  The event loop then waits a second; the error says
+                that no connection is waiting, otherwise the loop would retry and log at once.
         """
         if time.monotonic() - self._failed < RETRY_SECONDS / 2:
             raise BlockingIOError
@@ -146,12 +147,12 @@ class Listener(socket.socket):
 
 
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
-    """Listen on every address that ``host`` stands for; an empty one stands for all.
+    """Listen on every address of ``host``; an empty host means all addresses.
 
-    With port 0 any free port is taken, the same for all.
+    With port 0 any free port is chosen, the same for all addresses.
 
     Raises:
-        PortInUse: another program has the port.
+        PortInUse: another program uses the port.
         UsageError: the address is not one of this machine's.
     """
     listeners: list[Listener] = []
@@ -201,7 +202,7 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle what the event loop could not; a listener has reported scarce descriptors already."""
+    """Handle the event loop's exceptions, except scarce descriptors, which were reported."""
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):
         loop.default_exception_handler(context)

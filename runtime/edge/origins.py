@@ -1,7 +1,7 @@
-"""Which web pages may connect and which names a server answers to, against DNS rebinding.
+"""Which web pages may connect and which host names a server answers to, against DNS rebinding.
 
-Browsers name the page's origin with every websocket; programs name none, and are not asked.  With
-a plain request of its own origin a browser names no origin, but always the host that it asks for.
+Browsers send the page's origin with every websocket; other programs send none and are not checked.
+With a plain request to its own origin a browser sends no origin, but always the requested host.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 
 class Origins:
-    """The origins that are let in.
+    """The web origins that may connect.
 
-    With ``has_pages`` the server gives out pages of its own, whose origin is the host that they ask
-    for.  So is that of a page elsewhere whose name was pointed at this machine meanwhile (DNS
-    rebinding): a name is not enough, unless the server ``is_locked`` by tokens or TLS, which such
-    a page does not have.
+    With ``has_pages`` the server serves its own pages, whose origin equals the requested host.  The
+    same is true of a foreign page whose name was later pointed at this machine (DNS rebinding).  So
+    a matching name is not enough, unless the server ``is_locked`` by tokens or TLS, which such a
+    page does not have.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Origins:
         self._is_locked = is_locked
 
     def allow(self, origin: str, host: str | None) -> bool:
-        """Return whether a page of ``origin`` may connect to the server by the name ``host``."""
+        """Return whether a page of ``origin`` may connect to the server under the name ``host``."""
         if origin in self._listed:
             return True
         if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):
@@ -43,9 +43,9 @@ class Origins:
     def answers_to(self, host: str | None) -> bool:
         """Return whether a plain request for ``host`` is answered.
 
-        A page of a name that the DNS turned to this machine could read the answer, so unless the
-        server is locked, the host must be an address, ``localhost``, the one that the server
-        listens on by name, or that of an origin that is listed.  Without one it is not a browser.
+        With DNS rebinding a foreign page could read the answer.  So unless the server is locked,
+        the host must be an IP address, ``localhost``, the name that the server listens on, or the
+        host of a listed origin.  A request without a host does not come from a browser.
         """
         return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
 
@@ -56,7 +56,7 @@ def strip_port(host: str) -> str:
 
 
 def is_fixed(host: str) -> bool:
-    """Return whether a request's ``Host`` is an address, which DNS rebinding cannot change."""
+    """Return whether a request's ``Host`` is an IP address, which DNS rebinding cannot change."""
     name = strip_port(host)
     if name == "localhost":
         return True
@@ -68,10 +68,10 @@ def is_fixed(host: str) -> bool:
 
 
 def check_origins(origins: Sequence[str]) -> frozenset[str]:
-    """Check the origins of web pages that may connect, such as ``https://lab.example``.
+    """Check the web origins that may connect, such as ``https://lab.example``.
 
     Raises:
-        UsageError: one is not an origin.
+        UsageError: an entry is not an origin.
     """
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):

@@ -1,7 +1,7 @@
-"""Web pages that a server gives out: files read when it starts, each by the path that it has there.
+"""Web pages that a server serves: files read at the server's start and looked up by URL path.
 
-What is asked for is looked up among them, and never on the disk.  They are for everybody: a page
-that asks for a token cannot show one itself.  This module knows no sockets.
+A request is looked up among these files only, never on the disk.  The pages are public: a page that
+asks for a token cannot itself require one.  This module knows no sockets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from splitonnx.runtime.edge.http import HttpRequest, HttpResponse
 
 INDEX = "index.html"
 PACKED = ".gz"
-"""The ending of a file's form in gzip, which is beside it."""
+"""Suffix of the gzip version of a file, stored beside it."""
 MAX_FILES = 256
-"""Files of one folder."""
+"""Most files in one folder."""
 MAX_FILE_BYTES = 64 << 20
-"""Bytes of one file; ONNX Runtime's largest build for browsers takes 28 MiB."""
+"""Most bytes of one file; ONNX Runtime's largest build for browsers takes 28 MiB."""
 MAX_BYTES = 128 << 20
-"""Bytes of one folder: all of it is kept in memory."""
+"""Most bytes of one folder, all of which is kept in memory."""
 
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -40,7 +40,7 @@ CONTENT_TYPES = {
     ".wasm": "application/wasm",
     ".txt": "text/plain; charset=utf-8",
 }
-"""By the file's ending; any other is bytes."""
+"""Content types by file suffix; any other suffix is served as bytes."""
 BYTES = "application/octet-stream"
 
 # A page runs this server's files alone, and speaks to this server alone.
@@ -63,7 +63,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One file as it is given out; ``packed`` is its form in gzip, if it has one."""
+    """One file of the web pages; ``packed`` is its gzip version, if there is one."""
 
     content_type: str
     body: bytes = field(repr=False)
@@ -72,13 +72,13 @@ class Page:
 
 
 class Pages:
-    """All the files of one server, by path."""
+    """All web page files of one server, by URL path."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
 
     def answer(self, request: HttpRequest) -> HttpResponse | None:
-        """Return the response to a request for one of the files; ``None`` for other paths."""
+        """Return the response to a request for a page, or ``None`` if there is no such page."""
         path = unquote(request.path.partition("?")[0])
         page = self._pages.get(f"/{INDEX}" if path == "/" else path)
         if page is None or request.is_upgrade:
@@ -93,11 +93,11 @@ class Pages:
 
 
 def read_pages(folder: Path) -> Pages:
-    """Read a page's folder, all but hidden files.
+    """Read a folder of web pages, except hidden files.
 
     Raises:
-        UsageError: the folder has no ``index.html``, more or larger files than it may, or a link
-            to what is none of its own files.
+        UsageError: the folder has no ``index.html``, too many or too large files, or a link to
+            something that is not one of its own files.
     """
     if not (folder / INDEX).is_file():
         raise UsageError(f"{folder} has no {INDEX}; name a page's folder (`make web` builds one)")
@@ -116,7 +116,7 @@ def read_pages(folder: Path) -> Pages:
 
 
 def _read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
-    """Read files by their names in the folder, with ``/`` between them."""
+    """Read files by their names in the folder, with ``/`` as separator."""
     contents: dict[str, bytes] = {}
     total = 0
     for name in names:
@@ -141,10 +141,10 @@ def _is_hidden(name: Path) -> bool:
 
 
 def _check_link(folder: Path, name: Path) -> None:
-    """Refuse a link out of the folder (path traversal), or to a file that is not given out.
+    """Refuse a link out of the folder (path traversal), or to a file that is not served.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the file is such a link.
     """
     root = folder.resolve()
     target = (folder / name).resolve()
@@ -165,7 +165,7 @@ def _make_page(name: str, content: bytes, packed: bytes | None) -> Page:
 
 
 def _takes_gzip(encodings: str) -> bool:
-    """Return whether an ``Accept-Encoding`` names gzip, unless with the weight of nothing."""
+    """Return whether an ``Accept-Encoding`` header names gzip with a weight above zero."""
     for encoding in encodings.split(","):
         name, _, weight = encoding.partition(";")
         if name.strip().lower() == "gzip":

@@ -1,4 +1,4 @@
-"""How fast and how long one connection may talk: a token bucket and deadlines."""
+"""Limits on the rate and duration of one connection: a token bucket and deadlines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """A token bucket: ``rate`` events a second pass, and one second's worth of them at once.
+    """A token bucket: ``rate`` events per second may pass, and a burst of one second's worth.
 
     It has no clock of its own.
     """
@@ -18,14 +18,14 @@ class TokenBucket:
         self._seen = now
 
     def count(self, events: int, now: float) -> float:
-        """Count events that have happened, and return the seconds to wait before the next."""
+        """Count events that have happened, and return the seconds to wait before the next one."""
         self._left = min(self._rate, self._left + (now - self._seen) * self._rate) - events
         self._seen = now
         return max(0.0, -self._left / self._rate)
 
 
 class Timers:
-    """Runs functions later; of one name there is one timer at a time."""
+    """Calls functions after a delay; each name has at most one running timer."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -35,12 +35,12 @@ class Timers:
         return name in self._timers
 
     def start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
-        """Run a function in so many seconds, unless a timer of the name runs already."""
+        """Call a function after ``seconds``, unless a timer with this name is already running."""
         if name not in self._timers:
             self._timers[name] = self._loop.call_later(seconds, self._fire, name, function)
 
     def stop(self, name: str) -> None:
-        """Stop the timer of the name, if there is one."""
+        """Stop the timer with this name, if there is one."""
         if timer := self._timers.pop(name, None):
             timer.cancel()
 

@@ -1,7 +1,7 @@
-"""What a request in HTTP is answered, and as whom its sender comes in.
+"""How HTTP requests are answered, and with which identity their sender is admitted.
 
-Methods, hosts, origins and tokens are looked at here.  It counts nobody and holds no connection;
-how many may come is for :mod:`admissions`.
+This module checks methods, hosts, origins and tokens.  It counts nothing and holds no connection;
+:mod:`admissions` limits how many may connect.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from splitonnx.runtime.edge.tokens import Identity, Role
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What becomes of a request: ``answer`` if there is one, else a websocket.
+    """The decision on a request: an HTTP ``answer``, or a websocket if that is ``None``.
 
-    ``identity`` is ``None`` if no token was shown, which may still come as a message, and
-    ``refusal`` says why the answer is not the one that was asked for.
+    ``identity`` is ``None`` if no token was shown; it may still arrive in a message.  ``refusal``
+    says why the request was refused, if it was.
     """
 
     identity: Identity | None = None
@@ -41,8 +41,8 @@ class Decision:
 class RequestPolicy:
     """Decides on requests.
 
-    Without ``authorize`` everybody comes in, under the name that is in the certificate that
-    TLS asked for, else as owner ``""``.
+    Without ``authorize`` every client is admitted, under the common name of its TLS certificate if
+    one was requested, otherwise as owner ``""``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RequestPolicy:
         self._origins = origins
 
     def decide(self, request: Request, transport: asyncio.BaseTransport) -> Decision:
-        """Decide what becomes of a request."""
+        """Decide how to answer a request."""
         if request.method not in METHODS:
             allowed = {"Allow": ", ".join(METHODS)}
             return _deny(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", allowed)
@@ -107,7 +107,7 @@ def _deny(
 
 
 def _read_certificate(transport: asyncio.BaseTransport) -> str:
-    """Return the common name in the client's certificate, ``""`` where it showed none."""
+    """Return the common name in the client's certificate, or ``""`` if it showed none."""
     certificate = transport.get_extra_info("peercert") or {}
     names = dict(pair for group in certificate.get("subject", ()) for pair in group)
     return str(names.get("commonName", ""))

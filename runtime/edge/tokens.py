@@ -1,13 +1,14 @@
-"""Bearer tokens: who may come in, as whom, and what they may do.
+"""Bearer tokens: authentication of clients, the owner of each token, and its roles.
 
-A token is made here, 256 random bits, and shown once.  The server's file keeps its SHA-256 alone,
-so that whoever reads the file cannot come in; a slow hash, which passwords need, gains nothing
-against bits that nobody can guess.  A line is an owner's name and a hash::
+A new token has 256 random bits and is shown once.  The server's file stores only its SHA-256, so
+that reading the file is not enough to log in; a slow hash, as for passwords, would gain nothing
+against random bits that cannot be guessed.  A line has an owner's name and a hash::
 
     clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 
-What follows the hash are the token's roles; without any it has all of them.  An owner may have
-several tokens, so that one can be replaced without a pause, and each has roles of its own.
+The hash may be followed by the token's roles; without any, the token has all of them.  An owner
+may have several tokens, each with its own roles, so that a token can be replaced without
+interruption.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from splitonnx.files import open_regular, read_regular
 from splitonnx.outputs import check_place
 
 TOKEN_BYTES = 32
-"""Random bytes of a token."""
+"""Random bytes in a token."""
 MAX_FILE = 1 << 20
-"""Bytes of a file of tokens, some hundred for each."""
+"""Largest token file in bytes; an entry takes about a hundred."""
 ENVIRONMENT = "SPLITONNX_TOKEN"
-"""The environment variable from which a client takes its token where no file is named."""
+"""Environment variable from which a client reads its token if no file is given."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
@@ -45,12 +46,12 @@ _logger = logging.getLogger("splitonnx.tokens")
 
 
 class Role(StrEnum):
-    """What an owner may do with a server."""
+    """A permission of an owner on a server."""
 
     TRAIN = "train"
-    """Open sessions: train, predict, and read the client's part."""
+    """Open sessions: train, predict, and download the client's part."""
     PUBLISH = "publish"
-    """Replace the folder's newest state, from which later sessions begin."""
+    """Replace the newest state in the server's folder, from which later sessions begin."""
     OPERATE = "operate"
     """Read the metrics."""
 
@@ -60,14 +61,14 @@ ALL_ROLES = frozenset(Role)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """An owner of sessions, ``""`` where nothing says whom a connection belongs to."""
+    """The owner of sessions, or ``""`` if nothing identifies a connection's client."""
 
     owner: str
     roles: frozenset[Role] = ALL_ROLES
 
 
 class Tokens:
-    """The tokens that a server knows, by their hashes, each with whom it stands for."""
+    """The tokens that a server accepts: the hash of each, stored with its owner and roles."""
 
     def __init__(self, entries: Iterable[tuple[Identity, bytes]]) -> None:
         self._entries = tuple(entries)
@@ -77,10 +78,10 @@ class Tokens:
 
     @classmethod
     def read(cls, path: str | Path) -> Tokens:
-        """Read a server's file of tokens; warn where others may read or change it.
+        """Read a server's token file; warn if other users may read or change it.
 
         Raises:
-            UnusableFile: it is missing, holds a line that is none, or no token at all.
+            UnusableFile: the file is missing, has an invalid line, or contains no token.
         """
         path = Path(path)
         entries = []
@@ -93,7 +94,7 @@ class Tokens:
         return cls(entries)
 
     def find(self, token: str) -> Identity | None:
-        """Return whom a token stands for; every entry is looked at, however early one fits."""
+        """Return the identity of a token; every entry is compared, against timing attacks."""
         shown = _hash(token)
         found = None
         for identity, known in self._entries:
@@ -103,12 +104,12 @@ class Tokens:
 
 
 def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
-    """Make a token, append its hash to the server's file, and return it: it is nowhere else.
+    """Make a new token, append its hash to the server's file, and return the token.
 
-    Without ``roles`` it has all of them.
+    The token itself is stored nowhere.  Without ``roles`` it has all of them.
 
     Raises:
-        UsageError: ``name`` is not a name.
+        UsageError: ``name`` is not a valid name.
         UnusableFile: the file cannot be written.
     """
     if _NAME.fullmatch(name) is None:
@@ -137,10 +138,10 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
 
 
 def read_token(path: str | Path | None) -> str | None:
-    """Read a client's own token: from a file that holds nothing else, or the environment.
+    """Read a client's token from a file that contains nothing else, or from the environment.
 
     Raises:
-        UnusableFile: the file is missing or holds no token.
+        UnusableFile: the file is missing or contains no token.
     """
     if path is None:
         token, source = os.environ.get(ENVIRONMENT), ENVIRONMENT
@@ -157,16 +158,16 @@ def read_token(path: str | Path | None) -> str | None:
 
 
 def warn_if_open(path: Path) -> None:
-    """Warn where a file of secrets may be read or changed by other users of the machine."""
+    """Warn if other users of the machine may read or change a file of secrets."""
     if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         _logger.warning("others may read %s; run: chmod 600 %s", path, path)
 
 
 def _read_entry(words: list[str], place: str) -> tuple[Identity, bytes]:
-    """Read a line of a server's file; what is wrong with it is told without showing it.
+    """Read one line of a server's token file; errors do not quote the line, which may be secret.
 
     Raises:
-        UnusableFile: it is not a name and a hash, or names a role that there is none of.
+        UnusableFile: the line is not a name and a hash, or names an unknown role.
     """
     match = _HASH.fullmatch(words[1]) if len(words) in (2, 3) else None
     if match is None or _NAME.fullmatch(words[0]) is None:

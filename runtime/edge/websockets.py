@@ -1,7 +1,6 @@
-"""A server's connections to its clients over websockets; :mod:`connections` bounds each of them.
+"""A server's websocket connections to its clients; :mod:`connections` limits each of them.
 
-Messages travel as :mod:`websockets` says.  Every exception of websockets, of TLS and of the
-operating system is translated here.
+Every exception of websockets, TLS and the operating system is converted to one of ours here.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ PING_SECONDS = 20.0
 
 
 class Peer:
-    """A client as its server sees it; raises ConnectionLost like a transport."""
+    """A client's connection on the server; it raises ConnectionLost like a transport."""
 
     def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
         self._connection = connection
@@ -48,29 +47,31 @@ class Peer:
 
     @property
     def owner(self) -> str | None:
-        """Whom the token or certificate belongs to: ``""`` where none is needed, ``None`` until one
-        was shown."""
+        """Return the owner of the token or certificate.
+
+        It is ``""`` if no token is required, and ``None`` until a token is shown.
+        """
         return self._connection.owner
 
     @property
     def is_sending(self) -> bool:
-        """Return whether part of a message has come that was not received yet."""
+        """Return whether a message, or part of one, has arrived that was not received yet."""
         return self._connection.is_underway or self._connection.kept > 0
 
     @property
     def roles(self) -> frozenset[Role]:
-        """What whoever connected may do: nothing until a token was shown."""
+        """Return the client's roles: none until a token is shown."""
         identity = self._connection.identity
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Lift the limits that hold before a token was shown.
+        """Lift the limits that apply before a token is shown.
 
-        They may still hold for what a client sends before it has had an answer.
+        They may still apply to data that the client sends before it receives an answer.
 
         Raises:
-            ServerBusy: there are as many clients as the limits allow, in all or of this owner;
-                close with ``BUSY``.
+            ServerBusy: the limit on clients is reached, in total or for this owner; close with
+                ``BUSY``.
         """
         limits = self._admission.limits
         match self._admission.admit(self._connection, identity):
@@ -82,7 +83,7 @@ class Peer:
                 raise ServerBusy(f"{limits.clients} clients")
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send chunks as one message; whoever does not take it in time is cut off."""
+        """Send chunks as one message; a client that does not read it in time is disconnected."""
         seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -95,7 +96,7 @@ class Peer:
             raise self._explain(error) from error
 
     async def receive(self) -> bytes | bytearray:
-        """Wait for the next message, as long as the limits allow."""
+        """Wait for the next message, within the limits."""
         fragments = self._connection.recv_streaming(decode=False)
         content = JoinedFragments()
         idle_seconds = self._admission.limits.idle_seconds
@@ -114,15 +115,15 @@ class Peer:
         return content.join()
 
     async def wait_closed(self) -> None:
-        """Wait until the connection has ended, from whichever side."""
+        """Wait until either side has closed the connection."""
         await self._connection.wait_closed()
 
     async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """End the connection; may be called twice, and waits a little for the other side."""
+        """Close the connection and wait briefly for the other side; may be called twice."""
         await self._connection.close(code, reason.encode()[:120].decode(errors="ignore"))
 
     def dismiss(self, code: int, reason: str) -> None:
-        """End the connection without waiting; the other side is told why, if it reads."""
+        """Close the connection without waiting; the other side learns the reason if it reads."""
         self._connection.dismiss(code, reason)
 
     def _explain(self, error: Exception) -> ConnectionLost:
@@ -150,22 +151,22 @@ async def serve(
     has_pages: bool = False,
     on_refusal: OnRefusal = _ignore,
 ) -> AsyncIterator[int]:
-    """Serve clients while the context lasts, and give the port; 0 takes any free one.
+    """Serve clients while the context is open, and yield the port; port 0 takes any free one.
 
-    ``handle`` is called for each client that is through its handshake, and the connection ends
-    when it returns.  A token in the request's header is shown to ``authorize``, which tells whom it
-    stands for or ``None``: then HTTP 401.  Without a token in the header a client comes in
-    unauthenticated, and ``handle`` may admit it.  Without ``authorize`` everybody is admitted, as
-    the common name in the certificate that ``tls`` asked for, else as ``""``.
+    ``handle`` is called for each client after its handshake, and the connection is closed when it
+    returns.  ``authorize`` receives the token from the request's header and returns its identity,
+    or ``None``, which is answered with HTTP 401.  A client without a token in the header is at
+    first unauthenticated, and ``handle`` may admit it.  Without ``authorize`` every client is
+    admitted, under the common name of the certificate that ``tls`` requests, otherwise as ``""``.
 
-    ``respond`` answers HTTP requests on the same port, before anything else becomes of them.
-    Requests that name an origin come from web pages: they are refused (403) unless ``origins`` has
-    it, or, with ``has_pages``, this server gave the page out.  ``on_refusal`` is told of everything
-    that is refused here.  At the end, clients are told that the server restarts (1012).
+    ``respond`` answers HTTP requests on the same port, before anything else handles them.  Requests
+    with an origin come from web pages: they are refused (403) unless ``origins`` contains the
+    origin or, with ``has_pages``, this server served the page.  ``on_refusal`` is called for
+    everything that is refused here.  At the end, clients are told that the server restarts (1012).
 
     Raises:
-        PortInUse: another program has the port.
-        UsageError: the address is not one of this machine's, or an origin is none.
+        PortInUse: another program uses the port.
+        UsageError: the address is not one of this machine's, or an origin is invalid.
     """
     admission = Admission(
         limits or Limits(),

@@ -1,6 +1,6 @@
-"""The server: connections become sessions, messages become tasks, replies go back.
+"""The server: it maps connections to sessions and messages to tasks, and sends the replies.
 
-The shell on top of every other room but the client's two.  Limits on connections belong to the
-edge, their numbers to ``limits.py``, running stages to the engine and the workers.  ``metrics.py``
-lists the metrics that Prometheus sees.
+This package may import every other package of the runtime except the client and the channels.
+Limits on connections belong to the edge, their values to ``limits.py``, and running stages to the
+engine and the workers.  ``metrics.py`` lists the metrics that Prometheus collects.
 """

@@ -1,7 +1,7 @@
-"""How many sessions a server has in memory, in all and of one owner, and which leaves first.
+"""How many sessions a server holds in memory, in total and per owner, and which is unloaded first.
 
-It decides from what it is shown and changes nothing: sessions, threads and the disk are the
-registry's business.
+This module makes decisions from its arguments and changes nothing: the registry is responsible for
+sessions, threads and the disk.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from splitonnx.errors import ServerBusy
 class Occupant:
     """A session in memory.
 
-    ``left`` is when its last connection ended, ``None`` while it has one; ``is_busy`` says that it
-    is being unloaded already.
+    ``left`` is when its last connection ended, or ``None`` while it has one; ``is_busy`` is true if
+    it is already being unloaded.
     """
 
     name: str
@@ -27,12 +27,13 @@ class Occupant:
 
 
 class Capacity:
-    """Decides whether one more session has room.
+    """Decides whether there is room for one more session.
 
     Args:
         sessions: the most sessions in memory.
-        sessions_per_owner: the most of one owner; of ``""``, who may be many, as many as of all.
-        can_unload: whether sessions can be written to disk to make room.
+        sessions_per_owner: the most sessions per owner; the owner ``""``, which may stand for many
+            clients, may have as many as all owners together.
+        can_unload: whether sessions can be written to disk to free their places.
     """
 
     def __init__(self, *, sessions: int, sessions_per_owner: int, can_unload: bool) -> None:
@@ -47,16 +48,16 @@ class Capacity:
         opening: Sequence[str],
         tried: Collection[str],
     ) -> Occupant | None:
-        """Choose which session is to leave, or to be waited for, before one more has room.
+        """Choose the session that must be unloaded, or waited for, before one more has room.
 
-        ``opening`` are the owners of sessions that are about to be in memory, and ``tried`` names
-        those that were chosen before for the same newcomer, in vain.
+        ``opening`` lists the owners of sessions that are being opened, and ``tried`` names the
+        sessions that were already chosen for the same new session without success.
 
         Returns:
-            ``None`` where there is room.
+            ``None`` if there is room.
 
         Raises:
-            ServerBusy: none can leave.
+            ServerBusy: no session can be unloaded.
         """
         own = [occupant for occupant in occupants if occupant.owner == owner]
         if owner and len(own) + opening.count(owner) >= self._most_per_owner:
@@ -68,7 +69,7 @@ class Capacity:
     def _choose(
         self, occupants: Sequence[Occupant], tried: Collection[str], limit: str
     ) -> Occupant:
-        """Choose the one that was left the longest ago, else one that is leaving already."""
+        """Choose the session without a connection for the longest time, else one being unloaded."""
         untried = [occupant for occupant in occupants if occupant.name not in tried]
         idle = [o for o in untried if o.left is not None and not o.is_busy]
         if idle and self._can_unload:

@@ -1,7 +1,7 @@
-"""What the connections of a server share: sessions, turns, memory, and who attends what.
+"""State shared by a server's connections: sessions, turns, memory, and each session's connection.
 
-It gives up the open tasks of silent clients while others wait for their memory.  What a connection
-does is its own business (:mod:`handlers`).
+It aborts the open tasks of silent clients while others wait for their memory.  What a single
+connection does is in :mod:`handlers`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from splitonnx.runtime.wire.close_codes import RESTART
 
 
 class Holder(Protocol):
-    """A session's newest connection."""
+    """The newest connection of a session."""
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of one, has come from its client and is not read."""
+        """Return whether a message, or part of one, has arrived from the client and is unread."""
 
     def dismiss(self, code: int, reason: str) -> None:
-        """End the connection without waiting; the other side is told why, if it reads."""
+        """Close the connection without waiting; the other side learns the reason if it reads."""
 
 
 @dataclass(kw_only=True, eq=False)
 class ServerContext:
-    """What the connections of a server share; ``stop`` is set once it is to end, ``halt`` once it
-    is to end without waiting for steps that run.
+    """State shared by a server's connections.
 
-    ``compute`` gives turns to what runs stages, ``storage`` to what reads and writes the disk, so
-    that greetings and saving do not wait for steps.  ``locks`` and ``holders`` are by session: who
-    may touch it, and whose connection is its newest.  ``waiting`` names the sessions whose lock is
-    held by a message for which nothing runs: it waits for memory, or its reply for a reader.
+    ``stop`` is set when the server is to stop, ``halt`` when it is to stop without waiting for
+    running steps.  ``compute`` schedules threads that run stages, and ``storage`` threads that use
+    the disk, so that greetings and saving do not wait for steps.  ``locks`` and ``holders`` have an
+    entry per session: its lock, and its newest connection.  ``waiting`` names the sessions whose
+    lock is held by a message that is not running: it waits for memory, or for the client to read a
+    reply.
     """
 
     registry: Registry
@@ -58,7 +59,7 @@ class ServerContext:
     waiting: set[str] = field(default_factory=set)
 
     def give_up_idle(self) -> None:
-        """Abort open tasks whose clients keep others waiting for memory; they can begin again."""
+        """Abort open tasks whose clients keep others waiting for memory; they can start again."""
         assert self.budget is not None
         sessions = {session.id: session for session in self.registry.sessions}
         for task in self.budget.list_idle(self._is_sending):

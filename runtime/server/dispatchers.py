@@ -1,7 +1,7 @@
-"""Dispatch one connection's messages to its session, bytes in and bytes out, without a network.
+"""Dispatch one connection's messages to its session, from bytes to bytes, without a network.
 
-It joins the protocol, which knows what may be sent, with the session that the greeting asks for.
-Threads, sockets and the order among several connections of a session are the server's business.
+The dispatcher connects the protocol, which knows the allowed messages, with the session that the
+greeting asks for.  The server handles threads, sockets and the order among a session's connections.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedMessage:
-    """A message that was read and checked; ``fingerprint`` is of its bytes.
+    """A message that was decoded and checked; ``fingerprint`` identifies its bytes.
 
-    ``needed`` is an estimate of the memory that its task takes, where it is one of a task.
+    If the message belongs to a task, ``needed`` is an estimate of the task's memory.
     """
 
     message: Message
@@ -63,13 +63,13 @@ class ReceivedMessage:
 
 
 class Dispatcher:
-    """The server's side of one connection, of a client that belongs to ``owner``.
+    """The server's side of one connection, whose client belongs to ``owner``.
 
-    ``roles`` are what that client may do.  ``estimates`` say what a task takes, which may be
-    ``task_bytes`` at the most; without them nothing is estimated.
+    ``roles`` are the client's permissions.  ``estimates`` computes the memory of a task, which may
+    be at most ``task_bytes``; without it nothing is estimated.
 
-    ``session`` is there from the greeting on, ``refused`` once an error ended it.  :meth:`read`
-    may be called at any time; while another method is at work nothing else may touch the same
+    ``session`` is set after the greeting, and ``refused`` after an error ended the connection.
+    :meth:`read` may be called at any time; while another method runs, nothing else may use the same
     session.
     """
 
@@ -98,12 +98,12 @@ class Dispatcher:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether the connection's work has ended."""
+        """Return whether the connection has ended."""
         return self._protocol.state is State.CLOSED
 
     @property
     def is_interrupted(self) -> bool:
-        """Return whether the session can be resumed after what ended the connection."""
+        """Return whether the session can be resumed after the error that ended the connection."""
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
@@ -113,14 +113,14 @@ class Dispatcher:
 
     @property
     def is_mid_step(self) -> bool:
-        """Return whether a training step of its session was begun and waits for the client."""
+        """Return whether a training step of the session is open and waits for the client."""
         return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
-        """Read one message, act on it and yield the replies; each is to be sent as one message.
+        """Decode one message, act on it and yield the replies, each to be sent as one message.
 
-        An error becomes a Fault as the last reply and ends the connection; an unfinished task
-        is given up, and the state is as it was before it.
+        An error becomes a Fault as the last reply and ends the connection.  An unfinished task is
+        aborted, and the state is the state before it.
         """
         try:
             received = self.read(content)
@@ -132,13 +132,13 @@ class Dispatcher:
         yield from self.answer(received)
 
     def enter(self, received: ReceivedMessage) -> Future[None] | None:
-        """Find the session that a greeting asks for; other messages need none.
+        """Find the session that a greeting asks for; other messages need no session.
 
         Returns:
-            What has to be waited for before this is called again; ``None`` once it was found.
+            A future to wait for before calling this again, or ``None`` once the session is found.
 
         Raises:
-            SplitonnxError: it is to be answered with :meth:`refuse`.
+            SplitonnxError: answer it with :meth:`refuse`.
         """
         if isinstance(received.message, Hello):
             with attribute_errors_to_us("a greeting"):
@@ -149,10 +149,10 @@ class Dispatcher:
         return None
 
     def read(self, content: Chunk | bytearray) -> ReceivedMessage:
-        """Read and check one message; :meth:`enter` is due next, and then :meth:`answer`.
+        """Decode and check one message; call :meth:`enter` next, and then :meth:`answer`.
 
         Raises:
-            SplitonnxError: it is to be answered with :meth:`refuse`.
+            SplitonnxError: answer it with :meth:`refuse`.
         """
         with attribute_errors_to_us("the reading of a message"):
             message, tensors = self._protocol.receive(content)
@@ -174,9 +174,9 @@ class Dispatcher:
         return needed
 
     def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
-        """Act on a message and yield the replies, as :meth:`handle` does.
+        """Act on a message and yield the replies, like :meth:`handle`.
 
-        It must be gone through to its end, whether or not the replies can still be sent.
+        The iterator must be exhausted, even if the replies can no longer be sent.
         """
         try:
             with attribute_errors_to_us(f"a message '{type(received.message).__name__}'"):
@@ -185,9 +185,9 @@ class Dispatcher:
             yield from self.refuse(error)
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
-        """End the connection, and tell the client why if that can be told.
+        """End the connection, and report the error to the client if possible.
 
-        What only interrupted the session is not told: the client is to come back to it.
+        An error that only interrupts the session is not reported, so that the client reconnects.
         """
         self.refused = error
         if self._held is not None:
@@ -198,7 +198,7 @@ class Dispatcher:
             yield self._protocol.send(_describe(error))
 
     def end(self) -> None:
-        """Release the session, which stays for the client's next connection; call it once."""
+        """Release the session, which stays for the client's next connection; call this once."""
         if self.session is not None:
             self._registry.release(self.session)
 
@@ -243,7 +243,7 @@ class Dispatcher:
         )
 
     def _save(self, message: Save) -> Saved | Unsaved:
-        """Save the session's state; without the role, its outcome as a checkpoint alone."""
+        """Save the session's state; without the role PUBLISH, only as a checkpoint."""
         session = self.check_session(message.session)
         if not message.publish or Role.PUBLISH in self._roles:
             return session.save(message)
@@ -263,8 +263,8 @@ class Dispatcher:
         """Return the session that a message names.
 
         Raises:
-            RemoteProtocolError: it is not this connection's.
-            StaleConnection: a newer connection has taken it over.
+            RemoteProtocolError: it is not this connection's session.
+            StaleConnection: a newer connection has taken over the session.
         """
         session = self.session
         if session is None or name != session.id:
@@ -275,7 +275,7 @@ class Dispatcher:
 
 
 def _describe(error: SplitonnxError) -> Fault:
-    """Write an error as a message, from which the client can raise the same."""
+    """Convert an error to a message, from which the client can raise the same error."""
     code = type(error).__name__
     match error:
         case StaleConnection():

@@ -1,8 +1,8 @@
-"""The server's side of its connections: from the socket to the dispatcher and back.
+"""The server's side of a connection: from the socket to the dispatcher and back.
 
-One handler serves one connection, on the event loop; what takes time runs in threads when it is
-its owner's turn, and a session has one of them at a time.  A reply that cannot be sent any more
-does not end the work that follows it.
+One handler serves one connection on the event loop.  Slow work runs in threads when it is its
+owner's turn, and only one thread at a time works for a session.  If a reply can no longer be sent,
+the work that follows it continues.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from splitonnx.runtime.wire.close_codes import BUSY, POLICY, RESTART
 
 STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
 STOP_GRACE = 30.0
-"""Seconds that a server that stops waits for the next message of a step that runs."""
+"""Seconds that a stopping server waits for the next message of a running step."""
 
 SEND_GRACE = 5.0
-"""Seconds that a server that stops waits until a reply is read."""
+"""Seconds that a stopping server waits for a client to read a reply."""
 
 _Result = TypeVar("_Result")
 
@@ -61,7 +61,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class ConnectionHandler:
-    """One connection, from its first message to its end."""
+    """Handles one connection, from its first message to its end."""
 
     def __init__(self, context: ServerContext, peer: Peer) -> None:
         self._context = context
@@ -101,11 +101,11 @@ class ConnectionHandler:
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of one, has come from the client and is not read."""
+        """Return whether a message, or part of one, has arrived from the client and is unread."""
         return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:
-        """End the connection without waiting; the other side is told why, if it reads."""
+        """Close the connection without waiting; the other side learns the reason if it reads."""
         self._peer.dismiss(code, reason)
 
     def _release(self, dispatcher: Dispatcher) -> None:
@@ -141,10 +141,10 @@ class ConnectionHandler:
             await self._handle(dispatcher, content)
 
     async def _log_in(self, content: Chunk | bytearray) -> str:
-        """Find whose token the first message of an unauthenticated client shows.
+        """Find the owner of the token in an unauthenticated client's first message.
 
         Raises:
-            Unauthorized: it shows none that is known.
+            Unauthorized: the message contains no known token.
         """
         try:
             message, _ = decode_message(content)
@@ -170,7 +170,7 @@ class ConnectionHandler:
     async def _next_message(
         self, stopping: asyncio.Task[Literal[True]]
     ) -> bytes | bytearray | None:
-        """Wait for a message; ``None`` once the server stops, unless a step is in its middle."""
+        """Wait for a message; return ``None`` once the server stops, unless a step is open."""
         receiving = asyncio.ensure_future(self._receive())
         try:
             await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -187,7 +187,7 @@ class ConnectionHandler:
         return None
 
     async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
-        """Wait some seconds, unless the server is to end without waiting for steps that run."""
+        """Wait up to ``seconds``, unless the server stops without waiting for running steps."""
         halting = asyncio.create_task(self._context.halt.wait())
         try:
             await asyncio.wait(
@@ -222,12 +222,12 @@ class ConnectionHandler:
             await self._peer.close(RESTART, str(dispatcher.refused))
 
     async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
-        """Tell the client of an error, which ends the connection."""
+        """Report an error to the client; the error ends the connection."""
         await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
         self._note_refusal(dispatcher)
 
     async def _answer(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
-        """Act on a message, once there is memory for its task."""
+        """Act on a message as soon as there is memory for its task."""
         session, message = dispatcher.session, received.message
         done = 0 if session is None else session.tasks_done
         is_work = isinstance(message, Tensors)
@@ -249,7 +249,7 @@ class ConnectionHandler:
             self._note_refusal(dispatcher)
 
     async def _enter(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
-        """Find the session of a greeting; while a session is written to disk no thread waits."""
+        """Find the session of a greeting; no thread waits while a session is written to disk."""
         enter = partial(dispatcher.enter, received)
         while (pending := await self._take_turn(self._context.storage, enter)) is not None:
             written = asyncio.wrap_future(pending)
@@ -258,7 +258,7 @@ class ConnectionHandler:
                 raise ConnectionLost(self._peer.name, "it left before its session was there")
 
     def _take_over(self, dispatcher: Dispatcher, generation: int) -> None:
-        """End the session's older connection, which may be stuck with a reply that nobody reads."""
+        """End the session's older connection, which may be waiting for a reply to be read."""
         session = dispatcher.session
         if session is None or generation <= session.generation:
             return
@@ -270,7 +270,7 @@ class ConnectionHandler:
 
     @asynccontextmanager
     async def _own(self, dispatcher: Dispatcher) -> AsyncIterator[None]:
-        """Have the connection's session for oneself."""
+        """Hold the lock of the connection's session while the context is open."""
         if dispatcher.session is None:
             self._has_message = False
             yield
@@ -287,7 +287,7 @@ class ConnectionHandler:
         """Run a function when it is the owner's turn, unless the connection ends before.
 
         Raises:
-            ConnectionLost: it did; what it sent is forgotten.
+            ConnectionLost: the connection ended; its message is dropped.
         """
         piece = turns.run(self._owner, function)
         withdraw = partial(self._withdraw, turns, piece)
@@ -308,10 +308,10 @@ class ConnectionHandler:
         turns.withdraw(piece)
 
     async def _reply(self, dispatcher: Dispatcher, replies: Iterator[Reply], turns: Turns) -> None:
-        """Work on replies to the end, and send each once it is ready and the one before is gone.
+        """Compute all replies, and send each once it is ready and the previous one was sent.
 
-        The work does not wait for the client to read, and what its task held is given back as soon
-        as it is done.
+        The work does not wait for the client to read, and the task's memory is freed as soon as the
+        work is done.
         """
         sender = ReplySender(self._send)
         work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
@@ -326,7 +326,7 @@ class ConnectionHandler:
             self._memory.settle(dispatcher.session)
 
     async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
-        """Wait until replies are read; once the server stops, not for long, and not if it halts."""
+        """Wait until replies are read; only briefly if the server stops, not at all if it halts."""
         await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             await self._wait_unless_halted(sending, SEND_GRACE)
@@ -350,7 +350,7 @@ class ConnectionHandler:
     def _work_off(
         self, replies: Iterator[Reply], loop: asyncio.AbstractEventLoop, sender: ReplySender
     ) -> None:
-        """Work on replies to the end, in a thread; each leaves as soon as it is ready."""
+        """Compute all replies in a thread; each is sent as soon as it is ready."""
         begun = time.perf_counter()
         try:
             for reply in replies:
@@ -359,7 +359,7 @@ class ConnectionHandler:
             self._seconds["compute"] += time.perf_counter() - begun
 
     def _note(self, message: Message, session: Session, is_done: bool, seconds: float) -> None:
-        """Count what a message led to."""
+        """Update the metrics after a message."""
         match message:
             case Tensors(phase=phase) if is_done:
                 self._metrics.count_step(phase)

@@ -1,9 +1,9 @@
-"""The ledger of a session: which messages of its newest steps were acted on, and the answers.
+"""The ledger of a session: which messages of its newest steps were handled, and their replies.
 
-A step is made once, however often its messages arrive: what was acted on already is answered
-from the ledger.  It holds the step that runs and the last one that was made, whose answers may
-have been lost on their way; a client that sends the next step has had them all.  Pure
-bookkeeping: it runs nothing, sends nothing and knows no tensor.
+A step is made exactly once, however often its messages arrive: a message that was already handled
+is answered from the ledger.  The ledger covers the running step and the last finished step, whose
+replies may have been lost.  A client that sends the next step has received all earlier replies.
+Pure bookkeeping: it runs nothing, sends nothing and knows no tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Reply = list[Chunk]
 
 
 class Verdict(Enum):
-    """What is to be done with a message."""
+    """How a message must be handled."""
 
     BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
     CONTINUE = auto()  # the next of the running step
@@ -28,9 +28,9 @@ class Verdict(Enum):
 
 
 class Fingerprint:
-    """The SHA-256 of a message's bytes, taken when it is first asked for.
+    """The SHA-256 of a message's bytes, computed when it is first needed.
 
-    Taking it costs 0.6 ms a MiB, which no reply should wait for: until then the bytes are kept.
+    Computing it takes 0.6 ms per MiB, which would delay the reply; until then the bytes are kept.
     """
 
     def __init__(self, content: Chunk | bytearray) -> None:
@@ -52,7 +52,7 @@ class _Turn:
 
 
 class Ledger:
-    """Knows nothing of what was done before ``step``, the next one to be made."""
+    """Records messages from ``step`` on, the next step to be made."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -61,26 +61,27 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """Return whether a step was begun and is not yet made."""
+        """Return whether a step has begun and is not finished."""
         return bool(self._running)
 
     def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
         """Return whether a client at ``step`` can continue without going back.
 
-        ``is_open``: it is in the middle of that step, and will send its messages again.  Then the
-        server may be one step ahead, if it has the answers that were lost.  ``can_repeat``: it
-        can also send those of the step before, of which the server may lack the last ones.
+        ``is_open``: the client is in the middle of that step and will send its messages again.
+        Then the server may be one step ahead, if it still has the lost replies.  ``can_repeat``:
+        the client can also repeat the messages of the step before, whose last ones the server may
+        lack.
         """
         if step == self.step - 1:
             return is_open and bool(self._made)
         return step == self.step or (can_repeat and step == self.step + 1)
 
     def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
-        """Return what is to be done with message ``turn`` of ``step``; change nothing.
+        """Return how to handle message ``turn`` of ``step``, without changing the ledger.
 
         Raises:
-            RemoteProtocolError: it belongs to another step, or a message before it is missing.
-            StepConflict: the step was made, but with other inputs.
+            RemoteProtocolError: it belongs to another step, or an earlier message is missing.
+            StepConflict: the step was already made with other inputs.
         """
         if step == self.step - 1 and self._made:
             self._compare(self._made, step, turn, fingerprint)
@@ -95,36 +96,36 @@ class Ledger:
         return Verdict.REPEAT
 
     def begin(self, fingerprint: Fingerprint) -> None:
-        """Note the first message of the next step, before it is acted on."""
+        """Record the first message of the next step, before it is handled."""
         self._made = []
         self._running = [_Turn(fingerprint=fingerprint)]
 
     def continue_step(self, fingerprint: Fingerprint) -> None:
-        """Note the next message of the running step, before it is acted on."""
+        """Record the next message of the running step, before it is handled."""
         self._running.append(_Turn(fingerprint=fingerprint))
 
     def answer(self, reply: Iterable[Chunk]) -> Reply:
-        """Note one more reply to the newest message, and give it back to be sent."""
+        """Record one more reply to the newest message, and return the reply."""
         kept = list(reply)
         self._running[-1].replies.append(kept)
         return kept
 
     def count_replies(self) -> int:
-        """Count the replies of the running step so far."""
+        """Return the number of replies of the running step so far."""
         return sum(len(turn.replies) for turn in self._running)
 
     def repeat(self, step: int, turn: int) -> Iterator[Reply]:
-        """Yield the replies to a message that was judged REPEAT, in order."""
+        """Yield the replies to a message that was classified as REPEAT, in order."""
         turns = self._running if step == self.step else self._made
         yield from turns[turn].replies
 
     def commit(self) -> None:
-        """Mark the running step as made."""
+        """Mark the running step as finished."""
         self.step += 1
         self._made, self._running = self._running, []
 
     def abandon(self) -> None:
-        """The running step is given up, as if it had never begun."""
+        """Forget the running step, as if it had never begun."""
         self._running = []
 
     def _compare(self, turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint) -> None:

@@ -1,8 +1,8 @@
-"""What a server tells Prometheus: how many sessions, steps and bytes, how long, what was refused.
+"""The server's metrics for Prometheus: sessions, steps, bytes, durations and refusals.
 
-The only module that imports prometheus_client.  Each server has a registry of its own, so two in
-one process do not mix.  Labels are few and bounded: phases of the bundle, names of error classes;
-never a session's id, an owner or an address.
+Only this module imports prometheus_client.  Each server has its own registry of metrics, so that
+two servers in one process do not mix.  Labels have few values: phases of the bundle and names of
+error classes, never a session's id, an owner or an address.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from splitonnx.names import PREDICT, TRAIN
 
 Part = Literal["receive", "compute", "send", "checkpoint"]
-"""What a server's time of a step is spent on."""
+"""Parts of a step on which a server spends time."""
 Direction = Literal["up", "down"]
-"""Up: from clients to the server."""
+"""Up is from clients to the server."""
 Outcome = Literal["saved", "failed"]
-"""Of a checkpoint."""
+"""Outcome of writing a checkpoint."""
 
 PARTS: tuple[Part, ...] = ("receive", "compute", "send", "checkpoint")
 DIRECTIONS: tuple[Direction, ...] = ("up", "down")
 OUTCOMES: tuple[Outcome, ...] = ("saved", "failed")
 MAX_REASONS = 64
-"""Different reasons of refusals that are told apart; what comes after them is ``other``."""
+"""Most distinct reasons of refusals; any further reason is counted as ``other``."""
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-"""Upper bounds of the histogram of seconds."""
+"""Upper bounds of the histogram buckets, in seconds."""
 
 
 class Metrics:
     """The metrics of one server; safe to use from several threads.
 
-    ``phases`` are the bundle's, such as ``train`` and ``predict``.  Children of labels are made
-    once, so that counting costs a lookup in a dictionary and an addition under a lock.
+    ``phases`` are the bundle's phases, such as ``train`` and ``predict``.  Labelled metrics are
+    created in advance, so that counting costs a dictionary lookup and an addition under a lock.
     """
 
     def __init__(self, phases: Iterable[str] = (TRAIN, PREDICT)) -> None:
@@ -75,23 +75,23 @@ class Metrics:
         self._reasons: set[str] = set()
 
     def set_sessions(self, count: int) -> None:
-        """Note how many sessions are in memory."""
+        """Set the number of sessions in memory."""
         self._sessions.set(count)
 
     def open_connection(self) -> None:
-        """Count a connection past its handshake."""
+        """Count a connection that has finished its handshake."""
         self._connections.inc()
 
     def close_connection(self) -> None:
-        """Count the end of one."""
+        """Count the end of a connection."""
         self._connections.dec()
 
     def count_step(self, phase: str) -> None:
-        """Count a task that is done; ``phase`` is one of those given at the start."""
+        """Count a finished task; ``phase`` is one of the bundle's phases."""
         self._steps[phase].inc()
 
     def observe(self, part: Part, seconds: float) -> None:
-        """Note how long a part of a step took."""
+        """Record how long a part of a step took."""
         self._seconds[part].observe(seconds)
 
     def count_bytes(self, direction: Direction, size: int) -> None:
@@ -99,11 +99,11 @@ class Metrics:
         self._bytes[direction].inc(size)
 
     def count_reconnect(self) -> None:
-        """Count a connection that took up a session again."""
+        """Count a connection that resumed a session."""
         self._reconnects.inc()
 
     def count_worker_death(self) -> None:
-        """Count a worker that ended without being asked to."""
+        """Count a worker that ended unexpectedly."""
         self._worker_deaths.inc()
 
     def count_refusal(self, reason: str) -> None:
@@ -115,9 +115,9 @@ class Metrics:
         self._refusals.labels(reason).inc()
 
     def count_checkpoint(self, outcome: Outcome) -> None:
-        """Count a checkpoint that was written, or could not be."""
+        """Count a checkpoint that was written or could not be written."""
         self._checkpoints.labels(outcome).inc()
 
     def render(self) -> tuple[str, bytes]:
-        """Write all metrics as Prometheus reads them: the content type and the text."""
+        """Return all metrics in Prometheus format: the content type and the text."""
         return CONTENT_TYPE_LATEST, generate_latest(self._registry)

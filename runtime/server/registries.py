@@ -1,9 +1,8 @@
-"""The sessions that a server has in memory: found for a greeting, unloaded when nobody needs them.
+"""The sessions that a server has in memory: found by greetings, unloaded when they are not needed.
 
-How many there may be is decided by :mod:`capacities`, where a session begins by
-:mod:`session_makers`, and whose it is by the session or the archive.
-What a session does is its own business, and when to look for those without a connection is the
-caller's.
+:mod:`capacities` decides how many there may be, :mod:`session_makers` from which state a session
+begins, and the session or the archive to which owner it belongs.  The sessions handle messages
+themselves; the caller decides when to look for sessions without a connection.
 """
 
 from __future__ import annotations
@@ -42,19 +41,20 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Registry:
-    """The sessions of one server's part; safe for use from several threads.
+    """The sessions of one server's part; safe to use from several threads.
 
     Args:
-        executor: at the state of the party's folder, and never trained itself.
+        executor: has the state of the party's folder, and is never trained itself.
         sessions: the most sessions in memory.
-        sessions_per_owner: the most of one owner; of ``""``, who may be many, as many as of all.
-        memory_bytes: the most that their states may take together; ``None`` for no limit.
+        sessions_per_owner: the most sessions per owner; the owner ``""``, which may stand for many
+            clients, may have as many as all owners together.
+        memory_bytes: the most bytes that all states may use together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also load sessions that an earlier server left in the folder.
-        workers: who runs the sessions' stages; this process where there are none.
-        disk_per_owner: bytes of one owner's checkpoints and outcomes; ``None`` for no limit.
-        keep_seconds: how long those are kept that nobody comes back to; ``None`` for ever.
-        clock: seconds that only grow.
+        workers: processes that run the sessions' stages; without them this process does.
+        disk_per_owner: bytes per owner for checkpoints and outcomes; ``None`` for no limit.
+        keep_seconds: how long the files of unused sessions are kept; ``None`` for ever.
+        clock: returns seconds that never decrease.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class Registry:
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """The sessions in memory."""
+        """Return the sessions in memory."""
         return tuple(self._sessions.values())
 
     def find(self, hello: Hello, owner: str) -> Session:
-        """Find the session that a greeting asks for, in memory or on disk, or make a new one.
+        """Return the session that a greeting asks for, from memory or disk, or make a new one.
 
-        It stays in memory until it is released as often as it was found.
+        It stays in memory until :meth:`release` has been called as often as this method.
 
         Raises:
-            RemoteProtocolError: its name is none.
-            ForeignSession: it is another owner's, or what it began from is.
-            ServerBusy: it would be one too many.
-            SessionLost: it cannot be resumed at any of the client's steps.
-            BundleMismatch: the client's trained state and the server's do not belong together.
+            RemoteProtocolError: the session's name is invalid.
+            ForeignSession: the session, or the one it started from, belongs to another owner.
+            ServerBusy: there is no room for another session.
+            SessionLost: the session cannot be resumed at any of the client's steps.
+            BundleMismatch: the trained states of the client and the server do not belong together.
         """
         tried: set[str] = set()
         while not isinstance(found := self.seek(hello, owner, tried), Session):
@@ -123,13 +123,13 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """As :meth:`find`, but return what has to be waited for while a session is being unloaded.
+        """Like :meth:`find`, but return a future while a session is being unloaded.
 
-        Nothing is waited for here, so that a slow disk holds back nobody else.  ``tried`` is the
-        caller's to keep from one call to the next.
+        This method does not wait, so that a slow disk delays nobody else.  The caller keeps
+        ``tried`` from one call to the next.
 
         Raises:
-            SplitonnxError: as :meth:`find`.
+            SplitonnxError: see :meth:`find`.
         """
         if not is_session(hello.session):
             raise RemoteProtocolError("a session is named by 32 hexadecimal digits")
@@ -162,7 +162,7 @@ class Registry:
         return session
 
     def _open(self, hello: Hello, owner: str) -> Session:
-        """Load a session from disk, or make a new one; the owner is checked in either case."""
+        """Load a session from disk, or make a new one; in either case check its owner."""
         if self._archive is not None:
             self._archive.require_owner(hello.session, owner)
         session = None
@@ -171,7 +171,7 @@ class Registry:
         return session or self._maker.make(hello, owner)
 
     def release(self, session: Session) -> None:
-        """Note that the session has one connection less."""
+        """Record that the session has one connection less."""
         with self._lock:
             self._users[session.id] -= 1
             if not self._users[session.id]:
@@ -180,16 +180,16 @@ class Registry:
                     self._left[session.id] = self._clock()
 
     def end(self, session: Session) -> None:
-        """Forget a session whose client is done; what it saved stays."""
+        """Remove a session whose client is done; its saved files stay."""
         with self._lock:
             self._sessions.pop(session.id, None)
             self._left.pop(session.id, None)
             session.close()
 
     def unload_idle(self) -> None:
-        """Move sessions from memory to disk that have had no connection for too long.
+        """Move sessions that had no connection for too long from memory to disk.
 
-        What nobody came back to for longer than the archive keeps it is deleted.
+        Files that have not been used for longer than the archive keeps them are deleted.
         """
         with self._lock:
             overdue = [
@@ -203,7 +203,7 @@ class Registry:
         self.expire()
 
     def unload_all(self) -> None:
-        """Write every session's state to disk: the server is about to end."""
+        """Write every session's state to disk before the server stops."""
         with self._lock:
             for session in self.sessions:
                 if session.id not in self._busy:
@@ -213,7 +213,7 @@ class Registry:
             thread.join()
 
     def expire(self) -> None:
-        """Delete what the archive has kept for long enough, unless it is in memory."""
+        """Delete expired sessions from the archive, except those in memory."""
         if (archive := self._archive) is None:
             return
         try:
@@ -234,7 +234,7 @@ class Registry:
                 done.set_result(None)
 
     def _find_whole(self, name: str) -> Session | None:
-        """Find a session in memory; one whose worker is gone is forgotten, for its checkpoints."""
+        """Find a session in memory; drop one whose worker has ended, to reload its checkpoints."""
         session = self._sessions.get(name)
         if session is None or not session.is_lost:
             return session
@@ -242,7 +242,7 @@ class Registry:
         return None
 
     def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
-        """Make room for one more session; return what has to be waited for first."""
+        """Free a place for one more session; return a future if that has to be waited for."""
         occupants = [
             Occupant(
                 name=session.id,
@@ -262,7 +262,7 @@ class Registry:
         return self._start_unloading(self._sessions[leaving.name])
 
     def _start_unloading(self, session: Session) -> Future[None]:
-        """Write a session to disk in a thread of its own; a greeting for it waits until then."""
+        """Write a session to disk in a separate thread; a greeting for it waits until then."""
         done = self._busy[session.id] = _promise()
         thread = threading.Thread(
             target=self._unload, args=(session, done), name="splitonnx-unload", daemon=True
@@ -285,7 +285,7 @@ class Registry:
             done.set_result(None)
 
     def _forget(self, session: Session) -> None:
-        """Let a session leave the memory; it can be loaded from disk again."""
+        """Remove a session from memory; it can be loaded from disk again."""
         self._sessions.pop(session.id, None)
         self._left.pop(session.id, None)
         self._unloaded.add(session.id)
@@ -293,14 +293,14 @@ class Registry:
 
 
 def _promise() -> Future[None]:
-    """Make a future that nobody who waits for it can cancel."""
+    """Make a future that cannot be cancelled by those who wait for it."""
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
 def _leave_memory(session: Session) -> bool:
-    """Write a session to disk, and say whether it need not stay in memory."""
+    """Write a session to disk, and return whether it can be removed from memory."""
     try:
         session.unload()
     except WorkerLost:  # it was logged; what is on disk is all there is

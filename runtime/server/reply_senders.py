@@ -1,6 +1,6 @@
-"""Sending a message's replies, one after the other, while the work on the next one continues.
+"""Sending a message's replies one after the other while the next ones are computed.
 
-It knows neither what a reply says nor how it is sent.
+This module knows neither the contents of a reply nor how it is sent.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from splitonnx.runtime.server.ledgers import Reply
 
 
 class ReplySender:
-    """Sends replies in their order, for use from one event loop; ``send`` sends one.
+    """Sends replies in order with the function ``send``; for use from one event loop.
 
-    A reply that cannot be sent ends the sending: those that follow are dropped, and
-    :attr:`sending` has the error.
+    If a reply cannot be sent, the following ones are dropped, and :attr:`sending` has the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
@@ -28,7 +27,7 @@ class ReplySender:
         self._is_over = False
 
     def put(self, reply: Reply) -> None:
-        """Send a reply as soon as those before it are gone."""
+        """Send a reply as soon as the replies before it were sent."""
         if self._is_over:
             return
         self._waiting.append(reply)
@@ -36,7 +35,7 @@ class ReplySender:
             self.sending = asyncio.create_task(self._send_waiting())
 
     def cancel(self) -> None:
-        """Send nothing any more; an error that nobody asked for is forgotten."""
+        """Stop sending, and ignore an error that was not read."""
         self._is_over = True
         if self.sending is not None and not self.sending.cancel():
             self._has_failed(self.sending)  # or the loop would report an error that nobody saw

@@ -1,8 +1,8 @@
-"""The server: one part of a model, trained in as many sessions as clients come.
+"""The server: it trains one part of a model in a separate session for each client.
 
-The event loop moves messages and answers pings; ONNX Runtime works in threads beside it, for each
-session one message after the other.  While a reply is on its way, the work that follows it has
-begun, and it continues to its end whether or not the reply arrives.
+The event loop moves messages and answers pings.  ONNX Runtime works in threads, one message at a
+time per session.  While a reply is being sent, the work after it is already running, and it
+finishes even if the reply never arrives.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from splitonnx.runtime.workers.processes import WorkerOptions
 
 DEFAULT_PORT = 8765
 HALT_SECONDS = 5.0
-"""Seconds that a server has to end what runs and to write its sessions, after a second signal."""
+"""Seconds in which a server must end running steps and write its sessions after a second signal."""
 HALTED = 130
-"""Exit code of a server that could not."""
+"""Exit code of a server that did not finish within that time."""
 
 FILES = 256
-"""Descriptors besides those of connections, of worker processes and checkpoints most of all."""
+"""File descriptors needed besides connections, mostly for worker processes and checkpoints."""
 SCARCITY = (
     "%d connections refused: no file descriptor is left for more, of %d that this process may "
     "have; raise the limit (ulimit -n, LimitNOFILE=), or lower --max-clients"
@@ -73,40 +73,40 @@ _logger = logging.getLogger("splitonnx.server")
 class Server:
     """Serves a bundle's server part over websockets.
 
-    Either :meth:`serve_forever`, or use it as a context manager, which serves in a thread while
-    the context lasts::
+    Call :meth:`serve_forever`, or use the server as a context manager, which serves in a thread
+    while the context is open::
 
         with Server("bundle/server", port=0) as server:
             Client("bundle/client", server.url).fit(data)
 
-    Every client has a session of its own, which begins from the folder's state and outlives its
-    connections.  ``GET /health`` and ``GET /metrics`` answer on the same port, and ``GET
-    /client/...`` where ``client`` is given.
+    Each client has its own session, which starts from the folder's state and outlives its
+    connections.  ``GET /health`` and ``GET /metrics`` are answered on the same port, and so is
+    ``GET /client/...`` if ``client`` is given.
 
     Args:
         bundle: the server's folder, or the loaded part.
         host: the address to listen on.
         port: the port; 0 takes any free one.
-        threads: threads of one operator; all cores by default.
+        threads: threads per operator; all cores by default.
         resume: resume the sessions that an earlier server left in the folder.
-        limits: how much and how many it takes on.
-        tokens: who may come in; everybody without.
-        tls: certificates, as :func:`~splitonnx.runtime.wire.tls.make_server_tls` makes them.
-        origins: web pages that may connect, such as ``https://example.org``.
-        insecure: listen beyond this machine although everybody could come in.
-        client: the client's folder, or the loaded part, to give to browsers.
-        web: a folder of web pages to give out, which may then connect from any address that this
-            server is reached by; ``/`` is its ``index.html``.
-        isolate: run the stages of each owner's sessions in a process of their own; by default where
-            clients show tokens or certificates, or may come from beyond this machine.
-        keep_sessions: days after which the checkpoints and outcomes of sessions are deleted that
-            nobody came back to; the newest outcome stays.  ``None``: they are kept.
+        limits: the server's limits.
+        tokens: the accepted tokens; without them, every client is admitted.
+        tls: certificates, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
+        origins: web origins that may connect, such as ``https://example.org``.
+        insecure: listen on the network although nothing keeps unknown clients out.
+        client: the client's folder, or the loaded part, for download by browsers.
+        web: a folder of web pages to serve, which may then connect under any address of this
+            server; ``/`` is its ``index.html``.
+        isolate: run the stages of each owner's sessions in a separate process; on by default if
+            clients show tokens or certificates, or can connect over the network.
+        keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
+            except for the newest outcome.  ``None``: they are never deleted.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
-        FolderInUse: the server's folder is served already.
-        UsageError: the bundle is not a server's part, ``client`` is not its client's, ``web`` has
-            no page, or everybody could come in.
+        FolderInUse: another server uses the folder.
+        UsageError: the bundle is not a server's part, ``client`` is not its client's part, ``web``
+            has no page, or nothing keeps unknown clients out.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -201,20 +201,20 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The address for clients on this machine."""
+        """Return the address for clients on this machine."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
         scheme = "ws" if self._tls is None else "wss"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def serve_forever(self) -> None:
-        """Serve until SIGINT or SIGTERM comes; running steps are finished first.
+        """Serve until SIGINT or SIGTERM; running steps are finished first.
 
-        A second signal ends running stages; where that takes longer than ``HALT_SECONDS``, the
-        process ends with exit code 130.
+        A second signal ends running stages; if that takes longer than ``HALT_SECONDS``, the process
+        ends with exit code 130.
 
         Raises:
-            PortInUse: another program has the port.
-            KeyboardInterrupt: a second signal came; the sessions are written to disk.
+            PortInUse: another program uses the port.
+            KeyboardInterrupt: a second signal arrived, and the sessions were written to disk.
         """
         raise_limit(self._limits.clients + 2 * self._limits.unauthenticated + FILES)
         keep_buffers()
@@ -243,7 +243,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop serving; what a client has not finished is given up.  May be called twice."""
+        """Stop serving and abort unfinished tasks; may be called twice."""
         if self._thread is not None and self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
@@ -316,7 +316,7 @@ class Server:
         _logger.info("stopped")
 
     def _has_session(self, user: Hashable) -> bool:
-        """Return whether an owner has a session in memory, or a session is there by itself."""
+        """Return whether an owner, or a session without an owner, is in memory."""
         return any(user in (session.owner, session.id) for session in self._registry.sessions)
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop, context: ServerContext) -> None:
@@ -328,7 +328,7 @@ class Server:
                 signal.signal(number, lambda *_, take=take: take())
 
     def _take_signal(self, context: ServerContext) -> None:
-        """Stop at the first signal; at the second, end what runs."""
+        """Stop at the first signal; at the second, end running stages."""
         if not context.stop.is_set():
             context.stop.set()
         elif self._halt is None:
@@ -342,7 +342,7 @@ class Server:
                 self._workers.interrupt()
 
     async def _wait_for_stop(self, context: ServerContext) -> None:
-        """Unload what has no connection, again and again, until it is time to end."""
+        """Unload sessions without a connection repeatedly until the server stops."""
         interval = min(60.0, self._limits.unattended_seconds / 2)
         while not context.stop.is_set():
             with suppress(TimeoutError):
@@ -361,7 +361,7 @@ class Server:
         await ConnectionHandler(context, peer).run()
 
     def _respond(self, request: HttpRequest) -> HttpResponse | None:
-        """Answer an HTTP request on the server's port, if it is for one of its pages."""
+        """Answer an HTTP request on the server's port, or return ``None`` for other paths."""
         sessions = len(self._registry.sessions)
         if request.path == "/health":
             stopping = self._stop is None or self._stop.is_set()
@@ -389,7 +389,7 @@ class Server:
 
 
 def _ask_for(role: Role, request: HttpRequest) -> HttpResponse:
-    """Refuse what takes a token with a role: without a token, or with one that lacks it."""
+    """Refuse a request without a token, or whose token lacks the required role."""
     status = HTTPStatus.UNAUTHORIZED if request.token is None else HTTPStatus.FORBIDDEN
     return HttpResponse(
         status, "text/plain", f"this takes a token with the role '{role}'\n".encode()

@@ -1,7 +1,7 @@
-"""How a server's sessions begin: from its own state, another session's, or a checkpoint on disk.
+"""Make a server's sessions: from its own state, another session's state, or a checkpoint on disk.
 
-What a session begins from belongs to its owner, or to nobody.  Which sessions there may be is the
-registry's business.
+The state that a session starts from must belong to its owner, or to nobody.  The registry decides
+which sessions there may be.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class SessionMaker:
-    """Makes sessions; ``base`` is at the state of the party's folder, and never trained itself.
+    """Makes sessions; ``base`` has the state of the party's folder, and is never trained itself.
 
-    ``archive`` is what is on disk, ``None`` where there is no folder; ``workers`` run the sessions'
-    stages, this process where there are none.
+    ``archive`` holds the sessions on disk, or is ``None`` if there is no folder; ``workers`` run
+    the sessions' stages, or are ``None`` if this process runs them.
     """
 
     def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
@@ -37,10 +37,10 @@ class SessionMaker:
         self._workers = workers
 
     def load(self, hello: Hello, owner: str) -> Session | None:
-        """Load the session from its newest checkpoint on disk; ``None`` where it has none.
+        """Load a session from its newest checkpoint on disk; return ``None`` if it has none.
 
         Raises:
-            ForeignSession: it began from another owner's state.
+            ForeignSession: it started from another owner's state.
         """
         store = None if self._archive is None else self._archive.open_store(hello.session)
         if store is None or not (steps := store.steps()):
@@ -58,12 +58,12 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Make a session that begins; one that is known to be older cannot be made again.
+        """Make a new session, but refuse one that is known to have existed before.
 
         Raises:
-            SessionLost: it is known to be older.
-            BundleMismatch, ForeignSession: what it would begin from is not here, or another's.
-            ServerBusy: there is no worker for it.
+            SessionLost: the session existed before and its state is lost.
+            BundleMismatch, ForeignSession: the state to start from is missing, or another owner's.
+            ServerBusy: no worker is available.
         """
         start = self._find_start(hello, owner)
         if hello.kept:
@@ -80,7 +80,7 @@ class SessionMaker:
         )
 
     def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
-        """Make a session's executor, in a worker where there are workers."""
+        """Make a session's executor, in a worker if there are workers."""
         if self._workers is None:
             return start.fork()
         is_untrained = start is self._untrained and start.party.trained is None
@@ -88,10 +88,11 @@ class SessionMaker:
         return self._workers.open(owner, session, tensors, start.step)
 
     def _find_start(self, hello: Hello, owner: str) -> Executor | None:
-        """Find the state that a session began from: published, untrained, or another session's.
+        """Return the state that a session starts from: published, untrained, or another session's.
 
         Raises:
-            ForeignSession: it is another owner's; a published state without an owner is anyone's.
+            ForeignSession: it belongs to another owner; anyone may use a published state without an
+                owner.
         """
         origin, step, published = hello.origin, hello.start, self._base.party
         if (origin, step) == (published.session, self._base.step):
@@ -124,7 +125,7 @@ class SessionMaker:
 
 
 def _rewind(executor: Executor) -> Executor:
-    """Make an executor at the weights that training starts from."""
+    """Return an executor with the weights that training starts from."""
     party = executor.party
     untrained = PartyBundle(manifest=party.manifest, graphs={}, weights=party.weights)
     twin = executor.fork()

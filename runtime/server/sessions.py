@@ -1,8 +1,8 @@
-"""A session: one client's training against its own copy of the server's part, without a network.
+"""A session: one client's training with its own copy of the server's part, without a network.
 
-It outlives the connections that it is reached by.  Messages in, replies out, one by one as soon
-as each is ready, so that a gradient leaves before the server's own update runs.  Who may have the
-session, and how many there are, is the registry's business; bytes are the dispatcher's.
+A session outlives its connections.  It takes messages and yields replies, each as soon as it is
+ready, so that a gradient is sent before the server's own update runs.  The registry decides who may
+use a session and how many there are; the dispatcher converts bytes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Session:
-    """The server's side of one training; one message at a time is the caller's business.
+    """The server's side of one training; the caller passes one message at a time.
 
-    ``executor`` holds its state and ``store`` its checkpoints in ``archive``, ``None`` where there
-    is not a folder.
-    ``start`` is an executor at the state that the session began from, if that is known.
-    ``generation`` is the newest connection's; ``tasks_done`` counts steps and predictions.
+    ``executor`` holds its state, and ``store`` its checkpoints in ``archive``; both are ``None`` if
+    there is no folder.  ``start`` is an executor with the state that the session started from, if
+    that is known.  ``generation`` is the newest connection's; ``tasks_done`` counts steps and
+    predictions.
     """
 
     def __init__(
@@ -69,32 +69,32 @@ class Session:
 
     @property
     def is_saved(self) -> bool:
-        """Return whether the state can be restored: it is on disk, or as it began."""
+        """Return whether the state can be restored: it is on disk, or unchanged since the start."""
         return self._saved == self.executor.step
 
     @property
     def open_phases(self) -> frozenset[str]:
-        """The phases in which a task was begun and is not finished."""
+        """Return the phases that have an unfinished task."""
         return frozenset(key.phase for key in (self._running, self._query) if key is not None)
 
     def require_owner(self, owner: str) -> None:
         """Check that the session belongs to an owner.
 
         Raises:
-            ForeignSession: it is another's.
+            ForeignSession: it belongs to another owner.
         """
         if self.owner != owner:
             raise ForeignSession(self.id)
 
     def greet(self, hello: Hello) -> int:
-        """Return the session to a new connection; return the step at which both sides continue.
+        """Attach the session to a new connection; return the step at which both sides continue.
 
-        That is the step after the server's own where the client can send the messages of that one
-        again.
+        That is the step after the server's own if the client can send the messages of the server's
+        current step again.
 
         Raises:
-            StaleConnection: a connection of that generation or a newer one was there before.
-            SessionLost: there is no step at which both could continue.
+            StaleConnection: a connection of this generation or a newer one was there before.
+            SessionLost: there is no step at which both sides can continue.
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
@@ -107,10 +107,10 @@ class Session:
         return step
 
     def check_generation(self, generation: int) -> None:
-        """Raise unless the connection is the session's newest.
+        """Raise an error unless the connection is the session's newest.
 
         Raises:
-            StaleConnection: a newer one took the session over.
+            StaleConnection: a newer connection has taken over the session.
         """
         if generation != self.generation:
             raise StaleConnection(generation, self.generation)
@@ -122,13 +122,13 @@ class Session:
         fingerprint: Fingerprint,
         encode: Encoder,
     ) -> Iterator[Reply]:
-        """Act on the wires of a task and yield the replies, each once it is ready.
+        """Handle the wires of a task and yield the replies, each as soon as it is ready.
 
-        ``fingerprint`` identifies the message's bytes.  A message of a training step that was
-        acted on before gets the replies that it got then.  After an error :meth:`abandon` is due.
+        ``fingerprint`` identifies the message's bytes.  A repeated message of a training step gets
+        the same replies as the first time.  After an error, call :meth:`abandon`.
 
         Raises:
-            RemoteProtocolError, StepConflict: the message is not one that may come now.
+            RemoteProtocolError, StepConflict: the message is not allowed now.
             DataError, StageFailed: the task cannot be carried out.
         """
         if message.phase != TRAIN:
@@ -159,7 +159,7 @@ class Session:
         fingerprint.take()  # after the replies, which need not wait for it
 
     def save(self, message: Save) -> Saved | Unsaved:
-        """Write the state to disk, durably, as a checkpoint or as the outcome as well.
+        """Write the state to disk durably as a checkpoint and, if requested, as the outcome.
 
         Raises:
             RemoteProtocolError: the client is at another step.
@@ -183,18 +183,18 @@ class Session:
         return Saved(session=self.id, step=message.step)
 
     def finish(self) -> None:
-        """End the session for good; its checkpoints go where its outcome was published."""
+        """End the session for good; delete its checkpoints if its outcome was published."""
         self.abandon()
         if self._store is not None and self._published == self.executor.step:
             self._store.remove()
 
     def unload(self) -> None:
-        """Write the state to disk if it is not there: the session is about to leave the memory.
+        """Write the state to disk, if necessary, before the session is removed from memory.
 
-        An unfinished step is given up.
+        An unfinished step is aborted.
 
         Raises:
-            NotSaved: it cannot be written.
+            NotSaved: the state cannot be written.
         """
         self.abandon()
         if self._store is not None and not self.is_saved:
@@ -204,15 +204,15 @@ class Session:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether its state was lost with its worker."""
+        """Return whether the state was lost with its worker."""
         return self.executor.is_lost
 
     def close(self) -> None:
-        """Release the state: the session has left the memory."""
+        """Release the state after the session was removed from memory."""
         self.executor.close()
 
     def abandon(self) -> None:
-        """Abort every unfinished task; the state is as it was before them."""
+        """Abort every unfinished task and restore the state before them."""
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()
@@ -235,7 +235,7 @@ class Session:
     def _handle_query(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
     ) -> Iterator[Reply]:
-        """Carry out a task that changes nothing, and may so be computed again."""
+        """Run a task that changes no state, and so can be computed again."""
         key = message.key
         if message.turn == 0:
             if self._query is not None:
@@ -255,7 +255,7 @@ class Session:
             self._query = None
 
     def _find_common(self, hello: Hello) -> int:
-        """Find the newest step that both sides can go back to."""
+        """Return the newest step that both sides can go back to."""
         present = {self.ledger.step}
         if self._store is not None:
             present.update(self._store.steps())

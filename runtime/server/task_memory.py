@@ -1,6 +1,6 @@
-"""One connection's share in the memory for tasks: waiting for it, keeping it, giving it back.
+"""The memory that one connection's tasks reserve: waiting for it, keeping it, releasing it.
 
-How memory is divided among owners is the budget's business, how much a task takes the estimates'.
+The budget divides memory among owners; the estimates compute how much a task needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from splitonnx.runtime.wire.close_codes import RESTART
 class TaskMemory:
     """The memory of the tasks that one connection's messages belong to.
 
-    ``gone`` and ``stopping`` are done once the connection is over or the server stops.
+    ``gone`` is done when the connection has ended, ``stopping`` when the server stops.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class TaskMemory:
         """Wait for the memory of the message's task, unless the connection or the server ends.
 
         Raises:
-            ConnectionLost: it does; what it sent is forgotten.
-            ServerBusy, TaskTooLarge: there is not so much, or not so much left.
+            ConnectionLost: the connection or the server ended; the message is dropped.
+            ServerBusy, TaskTooLarge: the limit is too low, or not enough memory is left.
         """
         budget, task = self._context.budget, (session.id, message.phase)
         if budget is None:
@@ -76,7 +76,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Free the memory of a session's tasks that are over."""
+        """Free the memory of a session's finished tasks."""
         budget = self._context.budget
         if budget is None or session is None:
             return
@@ -89,7 +89,7 @@ class TaskMemory:
 
     @contextmanager
     def letting_go(self, session: Session | None) -> Iterator[None]:
-        """Abort the session's open tasks, although its lock is held: nothing runs."""
+        """Allow a session's open tasks to be aborted while a waiting message holds its lock."""
         if session is None:
             yield
             return

@@ -1,6 +1,6 @@
-"""What both sides of a connection share: the protocol, fragments, close codes, TLS, validation.
+"""What both sides of a connection share: the protocol, fragments, close codes, TLS and validation.
 
-The messages themselves, greetings among them, are in ``splitonnx/messages.py``.  What only a
-server or only a client does belongs to the edge, the server or the channels.  It uses no other
-room.
+The messages themselves, including greetings, are in ``splitonnx/messages.py``.  Code that only a
+server or only a client needs belongs to the edge, the server or the channels.  This package
+imports none of the other packages of the runtime.
 """

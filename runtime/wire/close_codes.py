@@ -1,4 +1,4 @@
-"""How a websocket ends: the close codes that both sides know, and an error from what happened."""
+"""Websocket close codes that both sides know, and error texts for lost connections."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from websockets.exceptions import ConnectionClosed
 from splitonnx.errors import ConnectionLost
 
 RESTART = 1012
-"""The closing code of a server that stops, and may come again."""
+"""Close code of a server that stops and may restart."""
 BUSY = 1013
-"""The closing code of a server that has no room now."""
+"""Close code of a server that is full."""
 POLICY = 1008
-"""The closing code of a server that wants a token, or another one."""
+"""Close code of a server that requires a token, or rejects the token."""
 TOO_BIG = 1009
-"""The closing code for a message over the limit of its receiver."""
+"""Close code for a message over the receiver's limit."""
 
 
 def describe_loss(peer: str, error: Exception) -> ConnectionLost:
-    """Describe how a connection ended: by an exception of websockets or of the system."""
+    """Describe why a connection ended, from an exception of websockets or of the system."""
     if not isinstance(error, ConnectionClosed):
         return ConnectionLost(peer, " ".join(str(error).split()) or type(error).__name__)
     close = error.rcvd or error.sent

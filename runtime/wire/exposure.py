@@ -1,4 +1,4 @@
-"""Who can reach a server: loopback alone, or the network; and what must hold before the latter."""
+"""Whether a server is reachable from the network, and the checks that must pass before it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _logger = logging.getLogger("splitonnx.exposure")
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on can be reached from this machine alone."""
+    """Return whether an address to listen on is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -24,14 +24,14 @@ def is_loopback(host: str) -> bool:
 def check_exposure(
     host: str, tokens: object | None, tls: ssl.SSLContext | None, *, insecure: bool = False
 ) -> None:
-    """Refuse to be open to the network to anyone; warn where tokens would travel in the clear.
+    """Refuse to open a server to everybody on the network; warn if tokens would be unencrypted.
 
-    ``tokens`` is anything that clients have to show, ``None`` where they need nothing.  A TLS
-    context that asks clients for a certificate keeps them out, too.
+    ``tokens`` is ``None`` if clients do not need a token.  A TLS context that requires client
+    certificates also keeps unknown clients out.
 
     Raises:
-        UsageError: ``host`` can be reached from elsewhere, everybody could come in, and
-            ``insecure`` was not said.
+        UsageError: ``host`` is reachable from the network, nothing keeps unknown clients out, and
+            ``insecure`` is not set.
     """
     if is_loopback(host):
         return

@@ -1,4 +1,4 @@
-"""A message in fragments, so that no side needs a second copy of a large one in its buffers."""
+"""Splitting messages into fragments, so that no side buffers a second copy of a large message."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from splitonnx.codecs import Chunk
 
 FRAGMENT = 1 << 20
-"""Bytes of one fragment; what is smaller is sent in one piece."""
+"""Bytes of one fragment; a smaller message is sent in one piece."""
 JOINED_BYTES = 4 << 20
-"""A message that arrives is joined at its end up to here, which is faster but takes it twice."""
+"""Messages up to this size are joined at their end: faster, but it briefly doubles the memory."""
 
 
 def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
-    """Return the chunks of one message in one piece, or piece by piece where they are large."""
+    """Return a message's chunks as one piece, or as an iterator of fragments if it is large."""
     if sum(map(len, chunks)) <= FRAGMENT:
         return b"".join(chunks)
     return _fragment(chunks)
@@ -27,7 +27,7 @@ def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
 
 
 class JoinedFragments:
-    """A message in the making; a large one grows in place, so that it is not there twice."""
+    """A message being received; a large message grows in place, so that it is not copied."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -46,5 +46,5 @@ class JoinedFragments:
             self._grown += part
 
     def join(self) -> bytes | bytearray:
-        """Return the message."""
+        """Return the complete message."""
         return b"".join(self._parts) if self._grown is None else self._grown

@@ -1,10 +1,9 @@
-"""The protocol, pure: bytes in, checked messages out; it neither waits nor sends.
+"""The protocol without input or output: it turns bytes into checked messages and back.
 
-A connection goes through states, and :data:`MOVES` lists which message may come from whom in
-which state and which state follows; the table is the same for both sides.  Before anything is
-done with a message its tensors are compared with the manifest: their names, dtypes, shapes and
-ranges.
-This module knows no network, and nothing of what the tensors mean.
+A connection goes through states.  :data:`MOVES` lists which party may send which message in which
+state, and which state follows; the table is the same for both sides.  Before a message is used,
+the names, dtypes, shapes and ranges of its tensors are compared with the manifest.
+This module knows neither the network nor the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from splitonnx.tensors import check_array, check_rows
 
 
 class State(StrEnum):
-    """How far an exchange of messages is."""
+    """The state of an exchange of messages."""
 
     START = "start"
     GREETING = "greeting"  # the client said hello
@@ -80,8 +79,8 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
 class Protocol:
     """One side of an exchange of messages; ``role`` is this side's party, ``client`` or ``server``.
 
-    ``state`` is how far it is.  ``norm`` is the largest L2 norm that a gradient
-    from the other side may have, ``batch`` the most rows that its tensors may have.
+    ``state`` is the state of the exchange.  ``norm`` is the largest L2 norm that a gradient from
+    the other side may have, and ``batch`` is the most rows that its tensors may have.
     """
 
     def __init__(
@@ -104,10 +103,10 @@ class Protocol:
     def send(
         self, message: Message, tensors: Mapping[str, np.ndarray] | None = None
     ) -> list[Chunk]:
-        """Write a message, and move on.
+        """Encode a message and move to the next state.
 
         Raises:
-            LocalProtocolError: this side may not say this now.
+            LocalProtocolError: this side may not send this message now.
         """
         following = MOVES.get((self.state, self._role, type(message)))
         if following is None:
@@ -119,7 +118,7 @@ class Protocol:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """The sizes that the newest task's dimensions have so far."""
+        """Return the sizes of the newest task's dimensions, as far as they are known."""
         return self._sizes
 
     def close(self) -> None:
@@ -127,14 +126,15 @@ class Protocol:
         self.state = State.CLOSED
 
     def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
-        """Read a message, check it, and move on; the tensors are views of ``content``.
+        """Decode and check a message and move to the next state; tensors are views of ``content``.
 
         Raises:
-            RemoteProtocolError: no message, or one that the other side may not send now.
-            BundleMismatch: the greeting shows that the two sides do not belong together.
-            ArrayMismatch, ValueOutOfRange: a tensor is not as the manifest declares its wire.
-            BatchTooLarge: a tensor has more rows than this side takes.
-            NotFinite, NormTooLarge: a tensor to train with holds what no training survives.
+            RemoteProtocolError: not a valid message, or not one that the other side may send now.
+            BundleMismatch: the greeting shows that the two parts do not belong together.
+            ArrayMismatch, ValueOutOfRange: a tensor differs from its declaration in the manifest.
+            BatchTooLarge: a tensor has more rows than this side accepts.
+            NotFinite, NormTooLarge: a training tensor contains NaN or infinity, or its norm is too
+                large.
         """
         try:
             message, tensors = decode_message(content)
@@ -162,7 +162,7 @@ class Protocol:
     def _check_tensors(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], *, sender: str
     ) -> None:
-        """Hold tensors against the wires that ``sender`` sends in the phase."""
+        """Compare tensors with the wires that ``sender`` sends in the phase."""
         wires = {
             wire.tensor.name: wire
             for wire in self._manifest.phase(message.phase).wires
@@ -186,7 +186,7 @@ class Protocol:
 
 
 def list_wires(manifest: PartyManifest) -> Wires:
-    """List what travels in each phase in which anything does, as a greeting tells it."""
+    """List the wires of each phase that has any, in the form that a greeting contains."""
     return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
 
 

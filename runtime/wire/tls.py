@@ -1,7 +1,7 @@
-"""TLS for both sides: contexts from certificate files, and what goes wrong in a sentence.
+"""TLS for both sides: contexts from certificate files, and readable descriptions of TLS failures.
 
-TLS 1.2 at least; the server may ask its clients for a certificate (mutual TLS).  This module
-opens no connection.
+TLS 1.2 is the minimum; the server may require client certificates (mutual TLS).  This module opens
+no connection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular
 
 MAX_FILE = 16 << 20
-"""Bytes of a file of certificates; an operating system's list of authorities has under one MiB."""
+"""Largest certificate file in bytes; an operating system's list of authorities is under 1 MiB."""
 
 
 def make_server_tls(
@@ -22,12 +22,12 @@ def make_server_tls(
 ) -> ssl.SSLContext:
     """Make a server's TLS context.
 
-    ``certificate`` is a PEM file with the server's certificate, followed by those between it and
-    the authority's; ``key`` one with its private key, without a password.  With
-    ``client_authority``, a PEM file, clients must show a certificate that it has signed.
+    ``certificate`` is a PEM file with the server's certificate, followed by any intermediate
+    certificates; ``key`` is a PEM file with its private key, without a password.  With
+    ``client_authority``, a PEM file, clients must show a certificate that this authority signed.
 
     Raises:
-        UnusableFile: a file is missing, is not PEM, or the key is not the certificate's.
+        UnusableFile: a file is missing, is not PEM, or the key does not match the certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -47,12 +47,12 @@ def make_client_tls(
 ) -> ssl.SSLContext:
     """Make a client's TLS context; the server's name is always checked.
 
-    ``authority`` is a PEM file of whom to trust, in place of the operating system's list.
+    ``authority`` is a PEM file of trusted authorities, instead of the operating system's list.
     ``certificate`` and ``key`` are the client's own, for a server that asks for them.
 
     Raises:
         UsageError: a certificate without its key, or a key without its certificate.
-        UnusableFile: a file is missing, is not PEM, or the key is not the certificate's.
+        UnusableFile: a file is missing, is not PEM, or the key does not match the certificate.
     """
     if (certificate is None) != (key is None):
         raise UsageError("a certificate and its key go together; name both --cert and --key")
@@ -68,7 +68,7 @@ def make_client_tls(
 
 
 def describe_failure(error: ssl.SSLError) -> str | None:
-    """Return why TLS does not trust the other side; ``None`` if it failed otherwise."""
+    """Return why TLS does not trust the other side, or ``None`` for any other failure."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     reason = (error.reason or "").lower().replace("_", " ")

@@ -1,4 +1,4 @@
-"""How messages get from a client to its server and back: one narrow interface."""
+"""The interface through which messages travel between a client and its server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from splitonnx.codecs import Chunk
 
 
 class Transport(Protocol):
-    """A client's connection; ``bytes_sent`` and ``bytes_received`` count whole messages."""
+    """A client's connection; ``bytes_sent`` and ``bytes_received`` count complete messages."""
 
     bytes_sent: int
     bytes_received: int
@@ -18,15 +18,15 @@ class Transport(Protocol):
         """Send chunks as one message.
 
         Raises:
-            ConnectionLost: it cannot be sent.
+            ConnectionLost: the message cannot be sent.
         """
 
     def receive(self) -> Chunk:
         """Wait for the next message.
 
         Raises:
-            ConnectionLost: none will come, or none came in time.
+            ConnectionLost: the connection has ended, or no message arrived in time.
         """
 
     def close(self) -> None:
-        """End the connection; may be called twice."""
+        """Close the connection; may be called twice."""

@@ -1,6 +1,6 @@
 """Check received tensors before a step uses them: for NaN, infinity and gradients out of bounds.
 
-It knows arrays and numbers; which tensors are checked is the protocol's business.
+This module knows arrays and numbers; the protocol decides which tensors are checked.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _CHUNK = 1 << 18
 
 
 def check_finite(name: str, array: np.ndarray, where: str) -> None:
-    """Check that a floating-point array holds neither NaN nor infinity.
+    """Check that a floating-point array contains neither NaN nor infinity.
 
     Raises:
-        NotFinite: it does; it names the array and ``where``.
+        NotFinite: the array does; the error names the array and ``where``.
     """
     if array.dtype.kind == "f" and not all(np.isfinite(chunk).all() for chunk in _split(array)):
         raise NotFinite(name, where)
@@ -30,7 +30,7 @@ def check_norm(name: str, array: np.ndarray, limit: float) -> None:
     """Check that the L2 norm of a floating-point array is at most ``limit``.
 
     Raises:
-        NormTooLarge: it is not; it names the norm and the limit.
+        NormTooLarge: the norm is larger; the error names the array, the norm and the limit.
     """
     if array.dtype.kind == "f" and (norm := math.sqrt(_sum_squares(array))) > limit:
         raise NormTooLarge(name, norm, limit)
