@@ -225,7 +225,7 @@ class Channel:
         return self._task
 
     def _reconnect(self, cause: ConnectionLost) -> None:
-        """Come back to the session and send again what the server may not have had."""
+        """Reconnect to the session and send the messages again that the server may have missed."""
         while True:
             if self._dial is None:
                 self._hang_up()
@@ -246,7 +246,7 @@ class Channel:
                 return
 
     def _repeat(self) -> None:
-        """Send the last step's messages, where the server wants them, and the open task's."""
+        """Send the last step's messages again, if the server wants them, and the open task's."""
         if self._wants_repeat:
             last = self._find_last()
             if last is None:

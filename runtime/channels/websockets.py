@@ -143,7 +143,7 @@ class WebSocketTransport:
         self._opened.close()
 
     def _is_underway(self) -> bool:
-        """Return whether part of a message has come; read beside the thread that writes it."""
+        """Return whether part of a message has arrived; another thread writes that value."""
         protocol = self._socket.protocol
         return protocol.current_size is not None or bool(protocol.reader.buffer)
 

@@ -190,7 +190,7 @@ class Client:
                 is fixed.
             eval_data: data to evaluate on after each epoch.
             learning_rate: a constant, or a function of the number of updates so far.
-            shuffle: shuffle the data anew in each epoch.
+            shuffle: shuffle the data again in each epoch.
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
             when_unsaved: whether training stops or continues if a checkpoint cannot be written.
             restart: discard an interrupted run in the folder.

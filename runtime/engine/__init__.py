@@ -1,5 +1,5 @@
-"""Runs stages: ONNX Runtime's sessions, a party's tasks, and estimates of the memory they take.
+"""Run stages: ONNX Runtime's sessions, a party's tasks, and estimates of their memory.
 
-The one room that imports ONNX Runtime.  Connections, sessions of clients and files on disk are not
-known here.  It may use the gate.
+This is the only package that imports ONNX Runtime.  It knows no connections, no clients' sessions
+and no files on disk.  It may import the gate.
 """

@@ -1,7 +1,7 @@
-"""Which stage of a phase can run, which values can travel, and which can be forgotten.
+"""Which stages of a phase can run, which values can be sent, and which can be released.
 
-Pure bookkeeping on names, driven by the manifest's phase alone: it holds no tensor, runs nothing
-and sends nothing.
+Pure bookkeeping on names, based on the manifest's phase: it holds no tensors, runs nothing and
+sends nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from splitonnx.manifests import Phase, Source, Stage
 
 
 class Dataflow:
-    """What one party's phase needs and provides: computed once, valid for every task.
+    """The inputs and outputs of one party's phase; computed once and valid for every task.
 
-    ``receives`` and ``sends`` name the wires towards this party and away from it.  ``stages`` are
-    in the manifest's order, which decides among several that are ready.
+    ``receives`` and ``sends`` name the wires to and from this party.  ``stages`` are in the
+    manifest's order, which decides between several stages that can run.
     """
 
     def __init__(self, phase: Phase, party: str) -> None:
@@ -38,12 +38,12 @@ class Dataflow:
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:
-        """Begin one task, in which nothing is there yet."""
+        """Start tracking a new task, without any values."""
         return Progress(self)
 
 
 class Progress:
-    """How far one task has come."""
+    """The progress of one task."""
 
     def __init__(self, flow: Dataflow) -> None:
         self._flow = flow
@@ -54,32 +54,32 @@ class Progress:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether every stage ran, every wire arrived and every wire was sent."""
+        """Return whether every stage ran and every wire was received and sent."""
         return not self._waiting and not self._unsent and not self.missing
 
     @property
     def missing(self) -> frozenset[str]:
-        """Wires that have not arrived."""
+        """Return the wires that have not arrived."""
         return self._flow.receives - self._present
 
     def arrive(self, names: Iterable[str]) -> None:
-        """Note that these values are there: data, scalars, wires, or what a stage gave."""
+        """Record that values are available: data, scalars, wires, or stage outputs."""
         self._present.update(names)
 
     def next_stage(self) -> Stage | None:
-        """Return the first stage whose inputs are all there, or ``None``; count it as running."""
+        """Return the first stage whose inputs are available, and count it as run, or ``None``."""
         for index, stage in enumerate(self._waiting):
             if self._flow.needs[stage.name] <= self._present:
                 return self._waiting.pop(index)
         return None
 
     def next_wires(self) -> tuple[str, ...]:
-        """Return the outgoing wires that are there and were not returned before."""
+        """Return the outgoing wires that are available and were not returned before."""
         ready = tuple(name for name in self._unsent if name in self._present)
         self._unsent = [name for name in self._unsent if name not in self._present]
         return ready
 
     def release(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Note one use of each value as done; return those that nothing needs any more."""
+        """Record one use of each value; return the values that are no longer needed."""
         self._uses.subtract(names := tuple(names))
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)

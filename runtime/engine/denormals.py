@@ -1,11 +1,11 @@
-"""Flushing denormal numbers to zero in the calling thread while it computes.
+"""Flush denormal numbers to zero in the calling thread during a computation.
 
-Arithmetic on denormals is many times slower than on other numbers, so whoever sends them could
-slow a server down.  ONNX Runtime's own option acts on the threads of its pool and not on the one
-that calls it: left at that, which elements are flushed would depend on how the work is divided
-among threads.  The calling thread's control register is therefore set by the functions of the
-platform's C library, and restored.  Where they do not act, :data:`CAN_FLUSH` is false and nothing
-is flushed at all, in any thread.
+Arithmetic on denormals is many times slower than on other numbers, so a client that sends them
+could slow a server down.  ONNX Runtime's own option affects the threads of its pool but not the
+calling thread.  With that option alone, the division of work among threads would decide which
+elements are flushed.  Therefore this module sets the calling thread's control register through the
+platform's C library, and restores it afterwards.  If that has no effect, :data:`CAN_FLUSH` is false
+and nothing is flushed in any thread.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _ARM_FLUSH = 1 << 24
 _SIZE = 64
 """Bytes, more than any platform's ``fenv_t`` has."""
 _MOST_KNOWN = 64
-"""Environments of threads that are kept beside what flushes in them."""
+"""Most floating-point environments whose flushing version is cached."""
 _WINDOWS_FLUSH, _WINDOWS_MASK = 0x01000000, 0x03000000
 """``_DN_FLUSH`` and ``_MCW_DN`` of ``_controlfp_s``."""
 
 _SetFlush = Callable[[], Callable[[], None]]
-"""Sets the calling thread's bits and returns what restores them."""
+"""Sets the calling thread's bits and returns a function that restores them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +121,20 @@ def _halve_denormals() -> bytes:
 
 _SET_FLUSH = _find()
 CAN_FLUSH = _SET_FLUSH is not None
-"""Whether this platform's threads can be told to flush."""
+"""Whether this platform's threads can flush denormals."""
 
 
 def set_flush() -> Callable[[], None]:
-    """Flush denormals to zero in the calling thread, if that can be done.
+    """Flush denormals to zero in the calling thread, if possible.
 
-    Threads that it starts meanwhile flush as well.  What is returned restores the thread.
+    Threads that it starts meanwhile also flush.  The returned function restores the thread.
     """
     return _do_nothing if _SET_FLUSH is None else _SET_FLUSH()
 
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormals to zero in the calling thread while the context lasts."""
+    """Flush denormals to zero in the calling thread while the context is open."""
     restore = set_flush()
     try:
         yield

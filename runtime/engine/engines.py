@@ -1,7 +1,7 @@
-"""Running stage graphs with ONNX Runtime, whichever build of it is installed.
+"""Run stage graphs with ONNX Runtime, whichever build of it is installed.
 
-The only module of the runtime that imports onnxruntime: its values and its exceptions stay in
-here.  It knows graphs, arrays and threads, and nothing of phases, wires or training.
+Only this module of the runtime imports onnxruntime, and no values or exceptions of onnxruntime
+leave it.  It knows graphs, arrays and threads, but not phases, wires or training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 @dataclass(frozen=True, kw_only=True)
 class InstalledRuntime:
-    """Which ONNX Runtime is installed; ``training`` says that it has the gradient kernels."""
+    """The installed ONNX Runtime; ``training`` is true if it has the gradient kernels."""
 
     version: str
     training: bool
@@ -51,7 +51,7 @@ def installed_runtime() -> InstalledRuntime:
     """Return which ONNX Runtime is installed.
 
     Raises:
-        MissingExtra: none is.
+        MissingExtra: ONNX Runtime is not installed.
     """
     # The training build and the stock build share a folder: only what is inside tells them apart.
     training = hasattr(_bindings(), "GradientGraphBuilder")
@@ -79,10 +79,10 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """An operator as a graph in ORT format needs it; ``version`` is the opset that defined it so.
+    """An operator that a graph in ORT format needs; ``version`` is the opset that defined it.
 
-    ``types`` says in JSON, as ONNX Runtime's build wants it, which element types it meets; empty
-    where the build has no choice of them.
+    ``types`` is JSON for ONNX Runtime's build scripts and lists the element types that the operator
+    is used with; it is empty if the build cannot restrict them.
     """
 
     domain: str
@@ -93,7 +93,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStage:
-    """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in its order."""
+    """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in their order."""
 
     name: str
     outputs: tuple[str, ...]
@@ -103,16 +103,16 @@ class LoadedStage:
 class Engine:
     """Loads stage graphs and runs them on the CPU.
 
-    ``threads`` is the number of threads that one operator may use; ``None`` leaves it to ONNX
-    Runtime (all cores).  Running releases the interpreter's lock.  ``trusted`` says that the graphs
-    come from a maker whom the caller trusts: only then are they taken in ORT format, which no gate
-    reads.  With an ``arena``, ONNX Runtime keeps all that a stage frees for its next run.  A stage
-    that runs for more than ``stage_seconds`` is ended, between two operators; Ctrl-C ends one that
-    the main thread runs.  ``on_stuck`` is called with the name of a stage that does not end.
-    Denormals are flushed to zero where the platform can (:mod:`denormals`), in every thread alike.
+    ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
+    Running releases Python's global interpreter lock.  ``trusted`` means that the caller trusts the
+    bundle's maker: only then may graphs be in ORT format, which the gate cannot check.  With
+    ``arena``, ONNX Runtime keeps the memory that a stage frees for the next run.  A stage that runs
+    longer than ``stage_seconds`` is ended between two operators; Ctrl-C ends a stage that runs in
+    the main thread. ``on_stuck`` is called with the name of a stage that cannot be ended.
+    Denormals are flushed to zero in every thread if the platform supports it (:mod:`denormals`).
 
     Raises:
-        MissingExtra: no ONNX Runtime is installed.
+        MissingExtra: ONNX Runtime is not installed.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class Engine:
         """Load a stage graph from bytes, after the gate has checked it.
 
         With ``training`` its nodes run exactly as they are, unoptimized: the graph was optimized
-        before it was differentiated, and a split and an unsplit run must use the same kernels.
-        A graph in ORT format runs as it is in any case, and passes where it is ``trusted``.
+        before it was differentiated, and split and unsplit runs must use the same kernels.  A graph
+        in ORT format always runs as it is, and is accepted only if the engine is ``trusted``.
 
         Raises:
-            ForbiddenGraph: it is not a graph as bundles have them; ONNX Runtime has not seen it.
-            WrongRuntime: the graph has training-only operators and ONNX Runtime is the stock one.
+            ForbiddenGraph: the gate refused the graph, and ONNX Runtime did not see it.
+            WrongRuntime: the graph has operators of onnxruntime-training, which is not installed.
             StageFailed: ONNX Runtime refuses the graph for another reason.
         """
         own_format = self._trusted and is_ort_format(graph)
@@ -163,13 +163,13 @@ class Engine:
         return LoadedStage(name=name, outputs=outputs, session=session)
 
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
-        """Write a stage graph in ORT format, for builds of ONNX Runtime that read no other.
+        """Convert a stage graph to ORT format, for ONNX Runtime builds that read nothing else.
 
-        It is optimized by rules that hold on every processor and keep every operator standard;
-        with ``training`` not at all, as in :meth:`load`.
+        The graph is optimized by rules that are valid on every processor and keep only standard
+        operators; with ``training`` it is not optimized, as in :meth:`load`.
 
         Raises:
-            ForbiddenGraph, WrongRuntime, StageFailed: as :meth:`load`.
+            ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`load`.
         """
         check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
@@ -207,7 +207,7 @@ class Engine:
         return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))
 
     def to_array(self, tensor: Tensor) -> np.ndarray:
-        """View a tensor as a read-only array that shares, and keeps alive, its memory."""
+        """Return a read-only array that shares a tensor's memory and keeps it alive."""
         if 0 in tensor._value.shape():  # no memory to point at
             interface = tensor.__array_interface__
             return np.empty(interface["shape"], interface["typestr"])
@@ -217,8 +217,8 @@ class Engine:
         """Run a stage and return all its outputs by name.
 
         Raises:
-            StageFailed: an operator failed, or the feeds are not what the graph takes.
-            StageTooSlow: it took longer than it may.
+            StageFailed: an operator failed, or the inputs do not fit the graph.
+            StageTooSlow: the stage exceeded its time limit.
             StageStopped: :meth:`stop` was called.
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
@@ -243,14 +243,14 @@ class Engine:
         }
 
     def stop(self) -> None:
-        """End every stage that runs, from another thread, and run none any more."""
+        """Stop all running stages, from another thread, and run no more."""
         self._running.stop()
 
 
 def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
-    """List what graphs in ORT format need of a reduced build, all together, by ONNX Runtime's tool.
+    """List the kernels that graphs in ORT format together need in a reduced build.
 
-    The graphs are read as :meth:`Engine.convert` wrote them, and no others.
+    The graphs must have been written by :meth:`Engine.convert`; ONNX Runtime's tool reads them.
     """
     _import_onnxruntime()
     from onnxruntime.tools import ort_format_model

@@ -1,11 +1,11 @@
-"""Estimates: how much memory a task takes, from its stages' graphs and the sizes on its wires.
+"""Estimates of a task's memory, from its stages' graphs and the sizes of its wires.
 
-A stage is walked through node by node: what a node makes is there until its last use, as ONNX
-Runtime frees it, and what the stage gives out until the task's end.  Sizes come from the shapes
-that the graph declares.  A dimension that nothing binds, where the others are numbers, is taken to
-be the batch; a value without a known shape as large as the largest of its inputs where the operator
-keeps shapes, else as the largest value of its graph.  Weights, which sessions
-hold anyway, are not counted.  Pure arithmetic: nothing is run.
+The estimate walks through a stage node by node.  A node's output counts until its last use, when
+ONNX Runtime frees it, and a stage's outputs count until the end of the task.  Sizes come from the
+shapes that the graph declares.  An unknown dimension in an otherwise known shape is assumed to be
+the batch.  A value without a known shape is assumed to be as large as the operator's largest input
+if the operator keeps shapes, otherwise as large as the largest value in its graph.  Weights are not
+counted, because sessions hold them anyway.  Pure arithmetic: nothing is run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from splitonnx.runtime.engine.stage_graphs import Extent, Node, StageGraph, read
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FIXED = 1 << 20
-"""Bytes that any task takes: its bookkeeping, small tensors, buffers of the kernels."""
+"""Bytes that every task needs: bookkeeping, small tensors, buffers of the kernels."""
 FRAGMENTATION = 1.35
-"""How much more ONNX Runtime's arenas take than what is in them, as measured."""
+"""Measured ratio of the memory that ONNX Runtime's arenas take to the memory in use."""
 
 _ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is their first input's memory."""
@@ -42,7 +42,7 @@ _KEEPING = frozenset(_KEEPS.split())
 
 
 class Estimates:
-    """Estimates for the tasks of one party's part; ``graphs`` are its stages', by file."""
+    """Estimates for the tasks of one party's part; ``graphs`` are the stages' by file name."""
 
     def __init__(self, manifest: PartyManifest, graphs: Mapping[str, bytes]) -> None:
         self._phases = {phase.name: phase for phase in manifest.phases}
@@ -52,7 +52,7 @@ class Estimates:
         self._measure = lru_cache(maxsize=256)(self._walk_phase)
 
     def measure(self, phase: str, sizes: Mapping[str, int]) -> int:
-        """Estimate the bytes that a task needs at the most; ``sizes`` are of its dimensions."""
+        """Estimate the most bytes that a task needs; ``sizes`` has its dimensions by name."""
         return self._measure(phase, tuple(sorted(sizes.items())))
 
     def _walk_phase(self, name: str, bindings: tuple[tuple[str, int], ...]) -> int:
@@ -76,7 +76,7 @@ class Estimates:
 
 
 class _Walk:
-    """One stage with known sizes; ``bytes`` are those of its values."""
+    """Walks through one stage with known sizes; ``bytes`` has the size of each value."""
 
     def __init__(self, graph: StageGraph, sizes: Mapping[str, int]) -> None:
         self._graph = graph
@@ -88,7 +88,7 @@ class _Walk:
         self._measure_rest()
 
     def run(self, state: frozenset[str]) -> int:
-        """Return the most bytes that are live at a time; inputs are the caller's to count."""
+        """Return the most bytes in use at a time; the caller counts the inputs."""
         graph = self._graph
         free = {*graph.inputs, *graph.constants, *state}
         owners = self._find_owners()
@@ -125,7 +125,7 @@ class _Walk:
             self.bytes.setdefault(name, self._largest)
 
     def _find_owners(self) -> dict[str, str]:
-        """Map values that share another's memory to that one."""
+        """Map each value that shares another value's memory to that value."""
         owners: dict[str, str] = {}
         outputs = set(self._graph.outputs)
         for node in self._graph.nodes:
@@ -135,7 +135,7 @@ class _Walk:
         return owners
 
     def _find_last_uses(self, owners: Mapping[str, str]) -> dict[int, list[str]]:
-        """List, by the number of a node, what nothing needs after it."""
+        """List the values that are not needed after each node, by node number."""
         last: dict[str, int] = {}
         for index, node in enumerate(self._graph.nodes):
             for name in (*node.results, *node.arguments, *node.captured):
@@ -146,7 +146,7 @@ class _Walk:
         return by_node
 
     def _count_scratch(self, node: Node) -> int:
-        """Estimate what a kernel takes for itself: an image's columns, a body's values."""
+        """Estimate a kernel's own memory: an image's columns, or a body's values."""
         if node.has_body:
             return 2 * self._largest
         place = _IMAGES.get(node.operator)

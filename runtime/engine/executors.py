@@ -1,8 +1,8 @@
-"""One party's work: its state, and the tasks it has open, run as the manifest says.
+"""One party's executor: its state and its open tasks, run as the manifest describes.
 
-The executor feeds stages with state, data, scalars, stash and received wires, and commits a
-task's outcome to the state all at once.  It knows no network and no neural network: who carries
-the wires is the caller's business.  Tensors stay in the engine's hands between stages.
+The executor feeds stages with state, data, scalars, stashes and received wires, and commits a
+task's outcome to the state atomically.  It knows neither a network nor neural networks: the caller
+transports the wires.  Between stages, tensors stay in ONNX Runtime's memory.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from splitonnx.tensors import check_array
 
 
 class SessionExecutor(Protocol):
-    """What a server's session needs of an executor, be it in this process or in a worker.
+    """The executor of a server's session, either in this process or in a worker.
 
-    The methods are those of :class:`Executor`, and may raise ``WorkerLost`` besides.
+    The methods are those of :class:`Executor`, and may also raise ``WorkerLost``.
     """
 
     @property
     def step(self) -> int:
-        """The number of updates committed so far."""
+        """Return the number of updates committed so far."""
 
     @property
     def is_lost(self) -> bool:
@@ -58,25 +58,25 @@ class SessionExecutor(Protocol):
         """Pass wires from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that can be sent now."""
+        """Run every stage that can run; after each, yield the wires that are ready to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task ran."""
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task: commit its state all at once."""
+        """Close a finished task and commit its state atomically."""
 
     def abandon(self, key: TaskKey) -> None:
-        """Forget a task."""
+        """Abort a task."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the whole state."""
+        """Return the complete state."""
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state by another."""
+        """Replace the state."""
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state into the party's folder as its outcome."""
+        """Write the state to the party's folder as the training's outcome."""
 
     def close(self) -> None:
         """Release the state."""
@@ -94,8 +94,8 @@ class _Task:
 class Executor:
     """Runs one party's stages and keeps its state.
 
-    ``step`` is the number of updates committed so far.  Several tasks may be open at once; they
-    share the state.  Not safe for use from two threads at a time.
+    ``step`` is the number of updates committed so far.  Several tasks may be open at the same time;
+    they share the state.  Not safe to use from two threads at a time.
     """
 
     def __init__(self, party: PartyBundle, engine: Engine) -> None:
@@ -109,10 +109,10 @@ class Executor:
         self._tasks: dict[TaskKey, _Task] = {}
 
     def fork(self) -> Executor:
-        """Make another executor that starts from this one's state and goes its own way.
+        """Make an independent executor that starts with this one's state.
 
-        The two share the loaded stages, and tensors until one of them replaces its own; they may
-        run in two threads, but for :meth:`prepare`: what both use must be prepared before.
+        Both share the loaded stages, and each tensor until one of them replaces it.  They may run
+        in two threads, except for :meth:`prepare`: call it first for every phase that both use.
         """
         twin = copy(self)
         twin._state = dict(self._state)
@@ -121,14 +121,14 @@ class Executor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
+        """Return the bytes of the state."""
         return sum(array.nbytes for array in self.state().values())
 
     def prepare(self, phase: str) -> None:
         """Load the stages of a phase now instead of at its first task.
 
         Raises:
-            WrongRuntime: a stage needs a training build of ONNX Runtime.
+            WrongRuntime: a stage needs onnxruntime-training.
             StageFailed: ONNX Runtime refuses a stage.
         """
         if phase in self._flows:
@@ -144,15 +144,15 @@ class Executor:
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        """Open a task with this party's data; arrays beyond what the phase declares are ignored.
+        """Open a task with this party's data; arrays that the phase does not declare are ignored.
 
-        ``seed`` keys the random masks; ``learning_rate`` is this step's.  The arrays must not be
-        written to until the task is over.
+        ``seed`` is the key of the random masks; ``learning_rate`` is for this step.  The arrays
+        must not be changed until the task is over.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
-            LocalProtocolError: the task is open already, or trains at another step than the next.
-            UsageError: seed or learning rate are outside what their tensors hold.
+            LocalProtocolError: the task is already open, or trains another step than the next.
+            UsageError: the seed or the learning rate is out of range for its tensor.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
@@ -175,8 +175,8 @@ class Executor:
         """Pass wires from the other party to an open task.
 
         Raises:
-            RemoteProtocolError: a tensor is not a wire towards this party, or came before.
-            ArrayMismatch, ValueOutOfRange: a tensor is not as its wire declares.
+            RemoteProtocolError: a tensor is not a wire to this party, or arrived before.
+            ArrayMismatch, ValueOutOfRange: a tensor differs from its wire's declaration.
         """
         task = self._task(key)
         if unexpected := tensors.keys() - task.progress.missing:
@@ -185,15 +185,15 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that can be sent now.
+        """Run every stage that can run; after each, yield the wires that are ready to send.
 
-        Data that travel go with the first group.  The arrays are read-only views.  After an error
-        the task should be abandoned.
+        Data that are sent to the other party come with the first group.  The arrays are read-only
+        views.  After an error, abandon the task.
 
         Raises:
             StageFailed: an operator failed.
-            InternalRuntimeError: what runs the stages is wrong.
-            NotFinite: the training loss is NaN or infinite; nothing that follows from it is sent.
+            InternalRuntimeError: a bug in the code that runs the stages.
+            NotFinite: the training loss is NaN or infinite; nothing that depends on it is sent.
         """
         task = self._task(key)
         while stage := task.progress.next_stage():
@@ -205,16 +205,16 @@ class Executor:
             yield self._collect_wires(task, wires)
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage of the task ran and every wire was received and handed out."""
+        """Return whether every stage ran and every wire was received and yielded."""
         return self._task(key).progress.is_finished
 
     def results(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Return the phase's results, before anything is committed; the task must be finished."""
+        """Return the phase's results before anything is committed; the task must be finished."""
         task = self._finished(key)
         return {name: self._engine.to_array(task.values[name]) for name in task.phase.results}
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task: commit its state all at once, and return the phase's results.
+        """Close a finished task, commit its state atomically, and return the phase's results.
 
         A task of the phase ``train`` counts as one step.
 
@@ -229,18 +229,18 @@ class Executor:
         return results
 
     def abandon(self, key: TaskKey) -> None:
-        """Forget a task, open or not; the state is as it was before it."""
+        """Abort a task, if it is open; the state is the state before it."""
         self._tasks.pop(key, None)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the whole state, optimizer's included, as read-only arrays that stay as they are.
+        """Return the complete state, including the optimizer's, as read-only arrays.
 
-        Shapes and dtypes are those of the manifest.
+        Later updates do not change the arrays.  Their shapes and dtypes are those in the manifest.
         """
         return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state by another, as the manifest declares it; open tasks are aborted.
+        """Replace the state with tensors as the manifest declares them, and abort open tasks.
 
         The arrays must not be changed afterwards.
         """
@@ -249,23 +249,23 @@ class Executor:
         self.step = step
 
     def check_outcome(self) -> None:
-        """Check that the state can be published, as far as that can be known without writing it.
+        """Check that the state can be published, as far as possible without writing it.
 
         Raises:
-            BundleError, StateNotFinite, NotSaved: as :meth:`publish`.
+            BundleError, StateNotFinite, NotSaved: see :meth:`publish`.
         """
         _check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state into the party's folder as its outcome, completely or not at all.
+        """Write the state to the party's folder as the outcome, completely or not at all.
 
-        ``session`` is whose outcome it is, ``position`` where in its data it stands, and ``owner``
-        whom the session belongs to.
+        ``session`` is the session that produced it, ``position`` the position in the data, and
+        ``owner`` the session's owner.
 
         Raises:
-            BundleError: the bundle is in memory only, or the folder cannot be written.
-            StateNotFinite: the state holds NaN or infinity.
-            NotSaved: the folder was deleted or replaced since it was loaded.
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            StateNotFinite: the state contains NaN or infinity.
+            NotSaved: the folder was deleted or replaced after it was loaded.
         """
         publish_state(
             self.party,
@@ -278,11 +278,11 @@ class Executor:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the state is lost, which never happens in this process."""
+        """Return false: the state in this process is never lost."""
         return False
 
     def close(self) -> None:
-        """Release the state; in this process there is nothing to do."""
+        """Do nothing: in this process there is nothing to release."""
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:
@@ -322,7 +322,7 @@ class Executor:
         self._drop(task, task.flow.needs[stage.name])
 
     def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Collect outgoing wires; the sizes that they bind hold for what comes back."""
+        """Collect outgoing wires; the replies must have the sizes that these wires bind."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
         self._check_wires(task, arrays)
         self._drop(task, wires)
@@ -342,12 +342,12 @@ def publish_state(
     position: str,
     owner: str,
 ) -> None:
-    """Write a state into the party's folder as its outcome, completely or not at all.
+    """Write a state to the party's folder as the training's outcome, completely or not at all.
 
     Raises:
-        BundleError: the bundle is in memory only, or the folder cannot be written.
-        StateNotFinite: the state holds NaN or infinity.
-        NotSaved: the folder was deleted or replaced since it was loaded.
+        BundleError: the bundle exists only in memory, or the folder cannot be written.
+        StateNotFinite: the state contains NaN or infinity.
+        NotSaved: the folder was deleted or replaced after it was loaded.
     """
     folder = _check_outcome(party, tensors)
     state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
@@ -355,7 +355,7 @@ def publish_state(
 
 
 def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Return the folder that a state may be written to."""
+    """Check a state, and return the folder that it may be written to."""
     if party.path is None:
         raise BundleError("bundle in memory", "it has no folder to save the state in")
     check_home(party.path, party.manifest.digest)
@@ -364,7 +364,7 @@ def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Pat
 
 
 def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
-    """Make the runtime's scalars; what they are made of may come from the other party."""
+    """Make the runtime's scalars, from values that may come from the other party."""
     numbers = (seed, key.step, key.micro_batch)
     if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
         raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")

@@ -1,11 +1,11 @@
-"""Exports: a party's folder as an app ships it, its stage graphs in ONNX Runtime's own format.
+"""Export a party's folder for mobile apps, with its stage graphs in ONNX Runtime's own format.
 
-Mobile packages of ONNX Runtime load that format, and builds that are reduced to a few operators
-load no other.  The export speaks to the same server as the folder that it was made of: manifest,
-digest and weights are that folder's, only the graphs' files are others.  Beside them lies what
-such a build must hold, in the form that ONNX Runtime's build scripts read.
+ONNX Runtime's mobile packages load that format, and builds reduced to a few operators load only
+that format.  The exported part works with the same server as the original: manifest, digest and
+weights are equal, only the graph files differ.  The export also lists the operators that a reduced
+build needs, in the format that ONNX Runtime's build scripts read.
 
-It knows graphs by their operators and sizes, and nothing of what they compute.
+This module knows the graphs' operators and sizes, but not what they compute.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from splitonnx.runtime.gate.protobufs import Place, Reader
 from splitonnx.states import STATE
 
 OPERATORS = "required_operators.config"
-"""What a reduced build must hold, for ONNX Runtime's ``--include_ops_by_config``."""
+"""List of required operators, for ``--include_ops_by_config`` of ONNX Runtime's build."""
 OPERATORS_AND_TYPES = "required_operators_and_types.config"
-"""The same with element types, for ``--enable_reduced_operator_type_support`` beside it."""
+"""The same with element types, for use with ``--enable_reduced_operator_type_support``."""
 OLDEST_RUNTIME = "1.19"
-"""The first ONNX Runtime whose mobile packages hold every operator and opset of bundles; those
-before it come in a reduced build as well, for opsets 12 to 15."""
+"""The oldest ONNX Runtime whose mobile packages have every operator and opset of bundles.
+
+Older versions also have reduced packages, for opsets 12 to 15.
+"""
 
 _ONNX, _ORT = ".onnx", ".ort"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedGraph:
-    """A stage graph: its file's name in the export, and its bytes before and after."""
+    """An exported stage graph: its file name in the export, and its bytes before and after."""
 
     name: str
     nodes: int
@@ -54,10 +56,10 @@ class ExportedGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written: ``kernels`` is what it needs of a reduced build.
+    """The result of an export; ``kernels`` are the operators that a reduced build needs.
 
-    ``weights_bytes`` and ``state_bytes`` are of the tensors' files; the second is 0 before any
-    training.  ``converter`` is the ONNX Runtime that wrote the graphs.
+    ``weights_bytes`` and ``state_bytes`` are the sizes of the tensor files; ``state_bytes`` is 0
+    before any training.  ``converter`` is the version of ONNX Runtime that wrote the graphs.
     """
 
     path: str
@@ -72,7 +74,7 @@ class Export:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that an app ships: graphs, weights and state, without the two lists."""
+        """Return the bytes that an app ships: graphs, weights and state, but no operator lists."""
         graphs = sum(graph.ort_bytes for graph in self.graphs)
         return graphs + self.weights_bytes + self.state_bytes
 
@@ -80,20 +82,20 @@ class Export:
 def export(
     source: str | Path, target: str | Path | None = None, *, overwrite: bool = False
 ) -> Export:
-    """Write a party's folder for mobile apps, completely or not at all; ``source`` stays as it is.
+    """Export a party's folder for mobile apps, completely or not at all; ``source`` is not changed.
 
-    ``target`` is by default beside ``source``, with ``-mobile`` behind its name.  Weights and the
-    outcome of training are included, checkpoints of interrupted runs are not.  With
-    ``overwrite`` an earlier export is replaced, and nothing else.
+    ``target`` is by default next to ``source``, with the suffix ``-mobile``.  Weights and the
+    outcome of training are included, checkpoints of interrupted runs are not.  ``overwrite``
+    replaces an earlier export, but nothing else.
 
-    That every operator is there, in its opset and for its element types, is tried by loading each
-    graph in the ONNX Runtime installed here: the mobile packages hold the same kernels.
+    To check that every operator is available in its opset and for its element types, each graph is
+    loaded in the installed ONNX Runtime: the mobile packages have the same kernels.
 
     Raises:
         NotExportable: a graph has operators that only onnxruntime-training runs.
         BundleError, FormatError: the folder cannot be used, or the export cannot be written.
-        ForbiddenGraph, StageFailed: a graph is not one of a bundle's, or cannot be loaded.
-        MissingExtra: no ONNX Runtime is installed.
+        ForbiddenGraph, StageFailed: a graph is not allowed in a bundle, or cannot be loaded.
+        MissingExtra: ONNX Runtime is not installed.
     """
     place = choose_place(source) if target is None else Path(target)
     _check_place(place, overwrite=overwrite)  # before the work rather than after it
@@ -130,7 +132,7 @@ def export(
 
 
 def choose_place(source: str | Path) -> Path:
-    """Choose where an export goes by default: beside its source."""
+    """Return the default folder of an export, next to its source."""
     try:
         folder = Path(source).resolve()
     except (OSError, ValueError) as error:  # a null byte in the name, say
@@ -201,10 +203,10 @@ def _refuse_training(manifest: PartyManifest, counts: dict[str, Counter[str]]) -
 
 
 def count_operators(name: str, graph: bytes) -> Counter[str]:
-    """Count a graph's nodes by operator, those in bodies of If, Loop and Scan included.
+    """Count a graph's nodes by operator, including those in bodies of If, Loop and Scan.
 
     Raises:
-        ForbiddenGraph: it is not a graph as bundles have them.
+        ForbiddenGraph: the graph is not allowed in a bundle.
     """
     check_graph(name.removesuffix(_ONNX), graph)
     reader = Reader(graph, max_fields=STAGE.fields)
@@ -235,7 +237,7 @@ def _read_node(reader: Reader, place: Place) -> tuple[str, list[Place]]:
 
 
 def _list_operators(kernels: Iterable[Kernel], graphs: Iterable[str], *, with_types: bool) -> bytes:
-    """Write what a build must hold, a line a domain and version, as ONNX Runtime's tools do."""
+    """Write the operators that a build needs, one line per domain and version."""
     lines = ["# Generated by splitonnx export from:", *(f"# - {name}" for name in sorted(graphs))]
     groups: dict[tuple[str, int], list[str]] = {}
     for kernel in kernels:

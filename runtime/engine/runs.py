@@ -1,8 +1,9 @@
-"""Stages while they run, and how they are ended: by a limit of time, by Ctrl-C, or all at once.
+"""Runs of stages, and ways to end them: by a time limit, by Ctrl-C, or all at once.
 
-Native code cannot be interrupted from Python; ONNX Runtime looks between two operators, and between
-two turns of a loop, whether its run's options ask it to end.  One operator that takes long ends
-when it is done: whoever must not wait for that runs stages in a process that can be killed.
+Native code cannot be interrupted from Python.  ONNX Runtime checks between two operators, and
+between two iterations of a loop, whether it was asked to end.  A single slow operator ends only
+when it is done.  A caller that cannot wait for that must run stages in a process that can be
+killed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import NoReturn, Protocol
 from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
 
 GRACE_SECONDS = 2.0
-"""Seconds in which a run has to end once it was asked to; one large operator may take longer."""
+"""Seconds in which a run must end after it was asked to; one large operator may take longer."""
 
 
 class RunOptions(Protocol):
-    """What is used of ONNX Runtime's options of a run."""
+    """The part of ONNX Runtime's run options that is used here."""
 
     terminate: bool
 
@@ -37,7 +38,7 @@ class _Ending(Enum):
 
 
 class Run:
-    """One run of a stage; ``deadline`` is on the monotonic clock."""
+    """One run of a stage; ``deadline`` is a time of the monotonic clock."""
 
     __slots__ = ("_ending", "_options", "deadline", "stage")
 
@@ -54,7 +55,7 @@ class Run:
         self._options.terminate = True
 
     def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
-        """Raise what ONNX Runtime's ``error`` means, given why the run was ended, if it was."""
+        """Raise the error for why the run was ended, else StageFailed with ``reason``."""
         match self._ending:
             case _Ending.LATE:
                 raise StageTooSlow(self.stage, seconds or 0.0) from error
@@ -66,10 +67,10 @@ class Run:
 
 
 class Runs:
-    """The runs of one engine, of which each may take ``seconds``, ``None`` without a limit.
+    """The runs of one engine; each may take ``seconds``, or any time with ``None``.
 
-    ``on_stuck`` is called, in a thread of its own, with the stage of one that runs on although it
-    was asked to end ``GRACE_SECONDS`` ago.
+    ``on_stuck`` is called in a separate thread with the name of a stage that is still running
+    ``GRACE_SECONDS`` after it was asked to end.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class Runs:
         self._watchdog: threading.Thread | None = None
 
     def begin(self, stage: str, options: RunOptions) -> Run:
-        """Keep a run in view until :meth:`finish`, which is due whatever becomes of it.
+        """Watch a run until :meth:`finish`, which must be called in any case.
 
         Raises:
-            StageStopped: :meth:`stop` was called; nothing is run any more.
+            StageStopped: :meth:`stop` was called, and nothing may run any more.
         """
         run = Run(stage, options, time.monotonic() + (self.seconds or 0.0))
         with self._changed:
@@ -99,14 +100,14 @@ class Runs:
         return run
 
     def finish(self, run: Run) -> None:
-        """Release a run that is over."""
+        """Stop watching a run that is over."""
         if run is _INTERRUPTS.run:
             _INTERRUPTS.disarm()
         with self._changed:
             self._running.discard(run)
 
     def stop(self) -> None:
-        """End every run, and let no other begin."""
+        """Stop all runs and start no more."""
         with self._changed:
             self._is_stopped = True
             for run in self._running:
@@ -116,7 +117,7 @@ class Runs:
             self._watchdog.join()
 
     def _watch(self) -> None:
-        """Start the thread that watches the deadlines, if it does not run."""
+        """Start the thread that watches the deadlines, unless it is running."""
         if self.seconds is None:
             return
         if self._watchdog is None:
@@ -128,7 +129,7 @@ class Runs:
             self._changed.notify()
 
     def _end_late(self) -> None:
-        """End what is beyond its deadline, until :meth:`stop`; asleep while nothing runs."""
+        """End runs after their deadline, until :meth:`stop`; sleep while nothing runs."""
         with self._changed:
             while not self._is_stopped:
                 now = time.monotonic()
@@ -149,8 +150,8 @@ class Runs:
 class _Interrupts:
     """Ends the main thread's run at Ctrl-C.
 
-    Python's own handler of a signal has to wait until native code returns.  But the number of the
-    signal is written to a file at once, which a thread of ours can read.
+    Python's signal handlers run only after native code returns.  But the signal's number is written
+    to a file descriptor at once, and a separate thread reads it.
     """
 
     def __init__(self) -> None:
@@ -160,9 +161,9 @@ class _Interrupts:
         self._before = -1
 
     def arm(self, run: Run) -> None:
-        """End ``run`` at Ctrl-C until :meth:`disarm`; the caller is the main thread.
+        """End ``run`` at Ctrl-C until :meth:`disarm`; call this in the main thread.
 
-        A program that handles SIGINT in a way of its own is left to do so.
+        If the program has its own SIGINT handler, that handler is kept.
         """
         if _get_handler(signal.SIGINT) is not signal.default_int_handler:
             return
@@ -172,7 +173,7 @@ class _Interrupts:
         self.run = run
 
     def disarm(self) -> None:
-        """Leave Ctrl-C to Python again."""
+        """Return Ctrl-C to Python."""
         self.run = None
         signal.set_wakeup_fd(self._before)
 

@@ -1,6 +1,6 @@
-"""What a stage's graph declares: the shapes of its values, and which nodes make and use them.
+"""The declarations in a stage's graph: the shapes of its values, and which nodes make and use them.
 
-It is read by hand, as the gate does, from bytes that the gate let pass: without the onnx package.
+Graphs that passed the gate are parsed by hand, like in the gate, without the onnx package.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _UNTYPED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How large a value is: bits of an element, and dimensions as numbers or texts.
+    """The size of a value: bits per element, and dimensions as numbers or names.
 
-    ``dims`` is ``None`` where nothing is declared; a dimension of which nothing is known is ``""``.
+    ``dims`` is ``None`` if nothing is declared; an unknown dimension is ``""``.
     """
 
     bits: int
@@ -29,10 +29,10 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node: its operator, and the names of what it takes and makes; ``""`` where left out.
+    """A node: its operator, and the names of its inputs and outputs; ``""`` for omitted ones.
 
-    What the bodies of an If, Loop or Scan take is in ``captured``; ``has_body`` says that there
-    are some.
+    ``captured`` are the outer values that the bodies of an If, Loop or Scan use; ``has_body`` is
+    true if there are such bodies.
     """
 
     operator: str
@@ -44,9 +44,9 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class StageGraph:
-    """A graph's values by name, its nodes in the order of running, its inputs and outputs.
+    """A graph's values by name, its nodes in the order of execution, its inputs and outputs.
 
-    ``constants`` are values that are in the graph itself.
+    ``constants`` are the values stored in the graph.
     """
 
     values: Mapping[str, Extent]
@@ -59,8 +59,9 @@ class StageGraph:
 def order_nodes(nodes: Sequence[Node]) -> list[Node]:
     """Sort nodes into the order in which ONNX Runtime runs them: depth first, from the last leaf.
 
-    A leaf is a node whose results no other takes; of several inputs the one of the latest node in
-    the graph comes first.  (Source: GraphViewer and Graph::ReverseDFSFrom, 1.19.2.)
+    A leaf is a node whose outputs are no other node's inputs; of several inputs, the one whose node
+    comes last in the graph is visited first.  (Source: GraphViewer and Graph::ReverseDFSFrom,
+    1.19.2.)
     """
     makers = {name: index for index, node in enumerate(nodes) for name in node.results if name}
     sources = [
@@ -83,10 +84,10 @@ def order_nodes(nodes: Sequence[Node]) -> list[Node]:
 
 
 def read_stage(graph: bytes) -> StageGraph:
-    """Read a stage's graph, which the gate let pass.
+    """Parse a stage's graph that has passed the gate.
 
     Raises:
-        Malformed: it is none.
+        Malformed: the bytes are not a graph.
     """
     return _GraphReader(graph).read()
 
@@ -158,7 +159,7 @@ class _GraphReader:
         )
 
     def _list_arguments(self, body: Place) -> Iterator[str]:
-        """List what the nodes of a body take, and of the bodies within it, and what it gives."""
+        """List the values that a body's nodes and nested bodies use, and its outputs."""
         pending = [body]
         while pending:
             for name, *place in self._reader.read(pending.pop(), schemas.GRAPH):

@@ -1,13 +1,13 @@
-"""The gate before ONNX Runtime: a stage's graph is read here first, and refused if it may harm.
+"""The gate before ONNX Runtime: a stage's graph is checked here first, and refused if it may harm.
 
-ONNX Runtime 1.19.2 opens any file, and reads any memory, that a graph's external data names; other
-graphs end the process.  So nothing reaches it but what ``splitonnx cut`` writes: known operators of
-known domains, tensors that hold what they declare, no data outside, no functions, and sizes and
-nesting within bounds.  The graph's bytes are read in one pass, without the onnx package.
+ONNX Runtime 1.19.2 opens any file, and reads any memory, that a graph's external data names; some
+other graphs crash the process.  So only graphs like those of ``splitonnx cut`` reach it: known
+operators of known domains, tensors whose data match their declarations, no external data, no
+functions, and limited sizes and nesting.  The bytes are read in one pass, without the onnx package.
 
-What it does not know: whether shapes and types fit each other, and how much time and memory running
-the graph takes.  A small graph can still ask for a large tensor, or run for ever; and on some whose
-ranks do not fit ONNX Runtime's inference ends the process.
+The gate does not check whether shapes and types fit each other, nor how much time and memory the
+graph takes to run.  A small graph can still ask for a large tensor, or run for ever; and some
+graphs whose ranks do not fit crash ONNX Runtime's shape inference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _MOST_KEPT = 1 << 14
 def check_graph(stage: str, content: bytes) -> None:
     """Check the bytes of a stage's graph; ``stage`` is its name for the error.
 
-    Its time grows with the number of fields, at most ``STAGE.fields``; it needs little memory.
+    The time grows with the number of fields, which is at most ``STAGE.fields``; little memory is
+    needed.
 
     Raises:
         ForbiddenGraph: the graph is not one that ``splitonnx cut`` writes.
@@ -55,7 +56,7 @@ def is_ort_format(content: bytes) -> bool:
 
 
 class _Gate:
-    """The check of one graph: its reader, what is being looked at, what is still to be."""
+    """The check of one graph: its reader, the position, and the bodies still to be checked."""
 
     def __init__(self, stage: str, content: bytes) -> None:
         self._stage = stage
@@ -122,7 +123,7 @@ class _Gate:
                 self._check_other(name, (start, stop))
 
     def _give(self, name: str, given: set[str]) -> None:
-        """Note a name that may be given once; a graph with an output twice ends the process."""
+        """Record a name that may be defined once; duplicate outputs crash ONNX Runtime."""
         if name in given:
             self.refuse(f"the name '{name[:200]}' is given twice")
         if name:  # an optional result that is left out has none
@@ -263,7 +264,7 @@ class _Gate:
     def _check_size(
         self, dims: list[int], dtype: int, raw: int | None, counts: Counter[str]
     ) -> None:
-        """Hold what a tensor claims against the bytes, or the typed values, that it has."""
+        """Compare the size that a tensor declares with the bytes or typed values that it has."""
         self._check_dtype(dtype)
         if math.prod(max(dim, 1) for dim in dims) > STAGE.elements:
             self.refuse(f"its shape is {dims}")
@@ -281,7 +282,7 @@ class _Gate:
             self.refuse(f"it claims {claimed} values, but holds {held}")
 
     def _check_value(self, place: Place) -> str:
-        """Check what is declared of a value, and return its name."""
+        """Check a value's declaration, and return its name."""
         label = ""
         for name, start, stop in self._reader.read(place, schemas.VALUE):
             if name == "name":
@@ -335,7 +336,7 @@ class _Gate:
                     self.refuse(f"it has a dimension of {to_signed(start)}")
 
     def _check_other(self, name: str, place: Place) -> None:
-        """Check what nothing depends on: comments, producers, pairs of texts."""
+        """Check fields without influence: comments, producers, pairs of texts."""
         if name == "text":
             self._check_text(place)
         elif name == "metadata":
@@ -359,12 +360,12 @@ class _Gate:
         return name
 
     def _copy_short(self, place: Place) -> bytes:
-        """Return the bytes as a key to remember, or none where they are too many."""
+        """Return the bytes as a dictionary key, or ``None`` if they are too long to remember."""
         start, stop = place
         return self._content[start:stop] if stop - start <= _LONGEST_KEPT else b""
 
     def _list_numbers(self, place: Place) -> Iterator[int]:
-        """Return one number, or those of a packed list of them."""
+        """Return one number as a list, or the numbers of a packed list."""
         return self._reader.read_numbers(place) if place[1] else iter(place[:1])
 
     def _count_fixed(self, place: Place, width: int) -> int:

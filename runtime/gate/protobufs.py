@@ -1,12 +1,12 @@
-"""Reading Protocol Buffers by hand: the fields of a message, one after the other.
+"""Parse Protocol Buffers by hand: the fields of a message, one after the other.
 
-It reads as much of the wire format as serializers write, and refuses the rest: fields and wire
-types that its table does not name, groups, a second value where only one may stand (parsers merge
-those, each in its own way), numbers beyond 64 bits, lengths beyond the message.  Nothing is copied
-and nothing is kept: a field is given as its number, or as the place of its bytes.
+The parser accepts only what serializers write.  It refuses fields and wire types that its table
+does not name, groups, repeated single fields (which each parser merges in its own way), numbers
+beyond 64 bits, and lengths beyond the message.  Nothing is copied or kept: a field is returned as
+its number, or as the position of its bytes.
 (Format: protobuf.dev/programming-guides/encoding.)
 
-This module knows no ONNX; which messages are in which fields is the caller's business.
+This module knows nothing of ONNX; the caller decides which fields contain which messages.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import NamedTuple
 import numpy as np
 
 Place = tuple[int, int]
-"""Where bytes start and stop."""
+"""Start and stop of a range of bytes."""
 
 _ENDLESS = re.compile(rb"[\x80-\xff]{10}")
 _UNKNOWN = "field {} of {} (wire type {}) is not one that a bundle's graphs have"
 
 
 class Malformed(ValueError):
-    """The bytes are not a message of the expected kind; the text says why, in half a sentence."""
+    """The bytes are not a message of the expected kind; the text gives the reason."""
 
 
 class Wire(IntEnum):
-    """How a field is written; groups are left out."""
+    """How a field is encoded (its wire type), without groups."""
 
     NUMBER = 0
     FIXED64 = 1
@@ -43,9 +43,9 @@ _WIDTHS: Mapping[Wire, int] = {Wire.FIXED64: 8, Wire.FIXED32: 4}
 
 
 class Field(NamedTuple):
-    """A field of a message: its name, how it is written, and whether it may occur repeatedly.
+    """A field of a message: its name, its encoding, and whether it may be repeated.
 
-    A ``refusal`` says why the field must not be there at all.
+    ``refusal`` is the reason why the field is forbidden, if it is.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Field(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The fields of one kind of message, by tag: name, bit of a single one, width, refusal."""
+    """The fields of one kind of message, by tag: name, bit of a single field, width, refusal."""
 
     kind: str
     fields: Mapping[int, tuple[str, int, int, str]]
 
 
 def make_table(kind: str, *fields: Field) -> Table:
-    """Arrange the fields of a kind of message for :meth:`Reader.read`."""
+    """Make the table of a kind of message for :meth:`Reader.read`."""
     return Table(
         kind,
         {
@@ -79,7 +79,7 @@ def make_table(kind: str, *fields: Field) -> Table:
 
 
 class Reader:
-    """Reads messages out of ``content``; over all of them at most ``max_fields`` fields."""
+    """Reads messages from ``content``; in total at most ``max_fields`` fields."""
 
     def __init__(self, content: bytes, *, max_fields: int) -> None:
         self.content = content
@@ -132,7 +132,7 @@ class Reader:
         """Yield the numbers of a packed field.
 
         Raises:
-            Malformed: one is cut short, or longer than 64 bits.
+            Malformed: a number is cut short, or longer than 64 bits.
         """
         at, stop = place
         while at < stop:
@@ -140,10 +140,10 @@ class Reader:
             yield value
 
     def count_numbers(self, place: Place) -> int:
-        """Count the numbers of a packed field, without reading them one by one.
+        """Count the numbers of a packed field without decoding each of them.
 
         Raises:
-            Malformed: one is cut short, or longer than 64 bits.
+            Malformed: a number is cut short, or longer than 64 bits.
         """
         start, stop = place
         if start == stop:
@@ -156,7 +156,7 @@ class Reader:
         """Read one line of text of at most ``most`` bytes.
 
         Raises:
-            Malformed: it is longer, not UTF-8, or holds control characters.
+            Malformed: the text is longer, not UTF-8, or contains control characters.
         """
         start, stop = place
         if stop - start > most:
@@ -174,7 +174,7 @@ class Reader:
         return np.frombuffer(self.content, np.uint8, stop - start, start)
 
     def _read_number(self, at: int, stop: int) -> tuple[int, int]:
-        """Read a base-128 number and say where it ends."""
+        """Read a base-128 number, and return it with the position after it."""
         content = self.content
         value = shift = 0
         while at < stop:

@@ -1,8 +1,8 @@
-"""The messages of ONNX as far as a bundle's graphs have them, for :mod:`protobufs` to read.
+"""The ONNX messages that a bundle's graphs may contain, as tables for :mod:`protobufs`.
 
-What is in no table, or with a refusal, is refused: fields that came later, and all that lets a
-graph bring code, structure or data of its own.  Names are shortened to what the gate tells apart;
-fields that it treats alike bear one name.
+Fields that are in no table, or have a refusal there, are refused: newer fields, and everything
+through which a graph could bring its own code, structure or external data.  Fields that the gate
+treats alike share a short name.
 (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
 """
 
@@ -18,7 +18,7 @@ _NO_FUNCTIONS = "it has functions of its own, which bundles never have"
 
 
 def _list(wire: Wire, name: str, number: int) -> tuple[Field, Field]:
-    """Numbers of a repeated field are written one by one, or all together as bytes."""
+    """Make both forms of a repeated number field: one by one, and packed as bytes."""
     return Field(name, number, wire, repeated=True), Field(name, number, repeated=True)
 
 
@@ -150,5 +150,5 @@ DTYPES: Mapping[int, tuple[int, str]] = {
     21: (4, "int32_data"),
     22: (4, "int32_data"),
 }
-"""Element type -> bits of an element, and the field that holds its values where no bytes do."""
+"""Element type -> bits per element, and the field with its values if there are no raw bytes."""
 COMPLEX = frozenset({14, 15})

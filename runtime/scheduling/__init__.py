@@ -1,5 +1,5 @@
-"""Who comes next: turns to compute, memory for tasks, places of which there are few.
+"""Scheduling: turns to compute, memory for tasks, and a limited number of places.
 
-Pure logic with a clock of its caller's.  It knows owners by name alone, no connection and no stage,
-and it uses no other room.
+Pure logic; the caller passes a clock.  This package knows owners only by name, and no connections
+or stages.  It imports none of the runtime's other packages.
 """

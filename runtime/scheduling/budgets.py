@@ -1,15 +1,15 @@
-"""The memory for tasks: how much is reserved, who waits for more, and who comes next.
+"""The memory budget for tasks: how much is reserved, who waits for more, and who comes next.
 
-A task reserves what it needs before it begins, or waits.  Owners take turns: of those who wait,
-whoever was given memory the fewest times comes first, and nobody passes that one; who comes, or
-comes back after a pause, starts level with the others (start-time fair queuing).  While others
-wait, an owner gets no more than half; and besides all that is shared there is a *reserve* of an
-eighth, out of which only an owner gets something that has nothing, so that who has all the rest
-does not keep small tasks of others waiting.  A task that is open but whose client sends nothing is
-*idle*; after ``IDLE_SECONDS`` its memory may be taken back while others wait, and after
-``UPLOAD_SECONDS`` from a client that sends slowly, too.  Where workers are few, tasks wait for
-their owner's as well (:mod:`places`).  Pure bookkeeping but for the futures: what a task is, and
-how it is given up, is the caller's business.
+A task reserves its memory before it begins, or waits for it.  Owners take turns (start-time fair
+queuing): among the waiting owners, the one who was granted memory the fewest times comes first, and
+nobody may pass it.  A new owner, or one that returns after a pause, starts level with the others.
+While others wait, an owner gets at most half of the memory.  Besides the shared memory there is a
+*reserve* of an eighth, only for owners that have no memory, so that an owner who has all the rest
+does not keep small tasks of others waiting.  An open task whose client sends nothing is *idle*.
+While others wait, its memory may be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS``
+if its client sends slowly.  If the number of workers is limited, tasks also wait for a worker
+(:mod:`places`).  Pure bookkeeping, except for the futures: the caller defines tasks and aborts
+them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from splitonnx.runtime.scheduling.growths import Growths, TaskKind
 from splitonnx.runtime.scheduling.places import Places
 
 IDLE_SECONDS = 10.0
-"""Seconds that a client may think within a task while others wait for its memory."""
+"""Seconds that a client may be silent within a task while others wait for the task's memory."""
 UPLOAD_SECONDS = 60.0
-"""Seconds in which it has to have thought and sent its next message."""
+"""Seconds within which the client must have sent its next message completely."""
 RESERVE = 8
-"""What part of all memory there is besides, for owners who have none."""
+"""The reserve, for owners without memory, is the total divided by this."""
 _MOST_REMEMBERED = 1024
-"""Owners whose shares are remembered before those are forgotten who wait for nothing."""
+"""Owners whose shares are remembered; above that, owners that are not waiting are forgotten."""
 
 Task = tuple[str, str]
-"""What a task's memory goes by: its session's name, and its phase."""
+"""The key of a task's memory: its session's name, and its phase."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,9 +62,9 @@ class _Request:
 class Budget:
     """Memory shared by the tasks of all sessions; for use from one event loop.
 
-    ``total`` is its size in bytes; ``workers`` is how many users may have tasks at a time, an owner
-    or a session of those whom nothing tells apart each, ``None`` for any number; ``is_there`` says
-    whether a user still has a session.  ``clock`` gives seconds that only grow.
+    ``total`` is its size in bytes.  ``workers`` is the number of users that may have tasks at a
+    time, or ``None`` for no limit; a user is an owner, or a session without an owner.  ``is_there``
+    returns whether a user still has a session.  ``clock`` returns seconds that never decrease.
     """
 
     def __init__(
@@ -88,28 +88,28 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """Bytes of what is shared that are reserved."""
+        """Return the bytes that are reserved of the shared memory."""
         return sum(held.size for held in self._held.values() if not held.is_reserve)
 
     def check(self, size: int) -> None:
-        """Raise where a task could never have so much.
+        """Raise an error if a task could never get ``size`` bytes.
 
         Raises:
-            TaskTooLarge: it names what is needed and the limit.
+            TaskTooLarge: ``size`` is over the limit; the error names both.
         """
         if size > self.total:
             raise TaskTooLarge(size, self.total)
 
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
-        """Reserve memory for a task that begins; the future is done once it is there.
+        """Reserve memory for a new task; the returned future is done once the memory is granted.
 
-        Where the user's tasks that began with as much grew lately, it is what they grew to that is
-        reserved.  A task that has as much already keeps it.  What it has beside is free from now
-        on, so an open task that has less is to be given up before (:meth:`lacks`).  Cancelling the
-        future before it is done withdraws the request.
+        If similar tasks of this user grew lately, the size that they grew to is reserved.  A task
+        that already has as much keeps its memory.  A task that has less loses it at once, so abort
+        an open task before the call (:meth:`lacks`).  Cancelling the future before it is done
+        withdraws the request.
 
         Raises:
-            TaskTooLarge: it is more than there is.
+            TaskTooLarge: ``size`` is over the limit.
         """
         self.check(size)
         kind = _find_kind(task, owner, size)
@@ -131,21 +131,21 @@ class Budget:
         return future
 
     def lacks(self, task: Task, owner: Hashable, size: int) -> bool:
-        """Return whether a task has memory, but not as much as :meth:`ask` would reserve."""
+        """Return whether a task has memory, but less than :meth:`ask` would reserve."""
         held = self._held.get(task)
         needed = self._growths.foresee(_find_kind(task, owner, size))
         return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Note that an open task continues, and needs so much by now; it never waits.
+        """Record that an open task continues and now needs ``size`` bytes; this never waits.
 
-        Two tasks that both waited for more would wait for each other, so one that needs more than
-        is left, or than its owner's share while others wait, gets none; it may begin again, with as
-        much.
+        Two tasks that both waited for more memory could deadlock.  So a task that needs more than
+        is left, or more than its owner's share while others wait, gets nothing; it may begin again
+        with that size.
 
         Raises:
-            TaskTooLarge: it is more than there is.
-            ServerBusy: there is not so much left.
+            TaskTooLarge: ``size`` is over the limit.
+            ServerBusy: not enough memory is left.
         """
         self.check(size)
         held = self._held.get(task)
@@ -165,21 +165,21 @@ class Budget:
         held.idle_since = None
 
     def pause(self, task: Task) -> None:
-        """Note that a task is open, and that its client's next message is waited for."""
+        """Record that an open task waits for its client's next message."""
         if task in self._held:
             self._held[task].idle_since = self._clock()
 
     def release(self, task: Task) -> None:
-        """Free the memory that is reserved for a task, if any is."""
+        """Free the memory reserved for a task, if any."""
         held = self._held.pop(task, None)
         if held is not None:
             self._growths.end(held.kind, held.needed)
             self._give()
 
     def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
-        """List the tasks that may be given up, the longest idle first; none if nobody waits.
+        """List the tasks that may be aborted, the longest idle first; empty if nobody waits.
 
-        ``is_sending`` says whether part of a task's next message has come.
+        ``is_sending`` returns whether part of a task's next message has arrived.
         """
         self._give()  # somebody may have had its place for long enough by now
         if not self._waiting:
@@ -199,7 +199,7 @@ class Budget:
             self._give()
 
     def _give(self) -> None:
-        """Serve waiting requests in order, as long as there is enough memory."""
+        """Grant waiting requests in order, as long as there is enough memory."""
         if not self._waiting:
             return
         self._waiting = [request for request in self._waiting if not request.is_over]
@@ -222,7 +222,7 @@ class Budget:
             self._shares = {owner: n for owner, n in self._shares.items() if owner in owners}
 
     def _find_next(self) -> tuple[_Request, bool] | None:
-        """Find who comes next and has a place from now on; ``True``: out of the reserve."""
+        """Return the next request to grant, and whether it uses the reserve; assign it a place."""
         if not self._waiting:
             return None
         used, is_blocked = self.used, False
@@ -268,5 +268,5 @@ def _find_kind(task: Task, owner: Hashable, size: int) -> TaskKind:
 
 
 def _name_user(task: Task, owner: Hashable) -> Hashable:
-    """Name whose worker a task needs: a named owner's, or its session's."""
+    """Return whose worker a task needs: a named owner's, or its session's."""
     return owner if isinstance(owner, str) else task[0]

@@ -1,9 +1,9 @@
-"""What tasks grew to after their first message, so that the next of their kind begin with it.
+"""How much memory tasks came to need after their first message, to reserve it at once next time.
 
-Some sizes are bound by a task's later messages alone: then its memory is not known when it begins.
-A client's tasks are much alike, so what one of them came to need is what the next is given at once.
-Without that a task of which others hold the rest would be interrupted, begin again with as little,
-and be interrupted again.
+Some sizes are known only from a task's later messages, so its memory is not known when it begins.
+A client's tasks are much alike, so the next task reserves what earlier ones came to need.  Without
+that, a task could be interrupted while others hold the remaining memory, begin again with as little
+as before, and be interrupted again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MOST_KINDS = 256
 _MOST_USERS = 256
 """Users of whom something is remembered; one who is gone is forgotten first."""
 _DECAY = 16
-"""What part of what it did not need a task leaves to be forgotten."""
+"""A task's unneeded memory, divided by this, is subtracted from the remembered size."""
 
 
 class TaskKind(NamedTuple):
-    """Tasks that are taken to be alike; ``first`` are the bytes that the first message shows."""
+    """Tasks that are taken to be alike; ``first`` is the bytes that the first message needs."""
 
     user: Hashable
     phase: str
@@ -29,11 +29,12 @@ class TaskKind(NamedTuple):
 
 
 class Growths:
-    """The most bytes that tasks of a kind were seen to need lately, by the kind.
+    """The most bytes that tasks of each kind needed lately.
 
-    A kind holds the tasks of one user alone: nobody makes another's tasks wait for more.  Nor does
-    anybody have another's kinds forgotten: each user has room for as many, and where users are too
-    many, those go first for whom ``is_there`` is false, and then those longest without a task.
+    A kind belongs to one user, so nobody makes another user's tasks wait for more memory.  Nor can
+    anybody make another user's kinds be forgotten: each user has room for the same number.  If
+    there are too many users, those for whom ``is_there`` is false are forgotten first, and then
+    those that had no task for longest.
     """
 
     def __init__(self, is_there: Callable[[Hashable], bool] = lambda _: True) -> None:
@@ -41,7 +42,7 @@ class Growths:
         self._most: OrderedDict[Hashable, OrderedDict[TaskKind, int]] = OrderedDict()
 
     def foresee(self, kind: TaskKind) -> int:
-        """Return what a task of a kind will need: what its first message shows, or more."""
+        """Return the bytes that a task of a kind will need, by its first message or past tasks."""
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:
             return kind.first
@@ -50,7 +51,7 @@ class Growths:
         return kinds[kind]
 
     def note(self, kind: TaskKind, size: int) -> None:
-        """Remember that an open task of a kind needs so many bytes, granted or not."""
+        """Record that an open task of a kind needs ``size`` bytes, granted or not."""
         if size <= self.foresee(kind):
             return
         if kind.user not in self._most and len(self._most) >= _MOST_USERS:
@@ -62,10 +63,10 @@ class Growths:
             kinds.popitem(last=False)
 
     def end(self, kind: TaskKind, size: int) -> None:
-        """Note that a task of a kind is over, which needed so many bytes.
+        """Record that a task of a kind is over, and that it needed ``size`` bytes.
 
-        One that needed less takes some of what is remembered with it: a large one, once, does not
-        let all that follow wait for as much.
+        A task that needed less than remembered reduces the remembered size a little, so that a
+        single large task does not make all later ones wait for as much.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:
@@ -77,6 +78,6 @@ class Growths:
             del self._most[kind.user]
 
     def _choose_forgotten(self) -> Hashable:
-        """Choose a user who is gone, or whoever was longest without a task."""
+        """Return a user who is gone, or else the one that had no task for longest."""
         gone = (user for user in self._most if not self._is_there(user))
         return next(gone, next(iter(self._most)))

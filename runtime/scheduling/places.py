@@ -1,8 +1,8 @@
-"""Places of which there are few: who has one, who has to leave, and who comes in.
+"""A limited number of places: who has one, who must leave, and who gets one next.
 
-Whoever has a place keeps it until somebody waits for one and ``TENURE_SECONDS`` are over.  Then
-the one that has been there the longest leaves, once it is at rest.  Pure bookkeeping: what a place
-is, and who is at rest, is the caller's business.
+A user keeps its place until somebody waits for one and ``TENURE_SECONDS`` have passed.  Then the
+user that has had its place longest leaves, once it is not working.  Pure bookkeeping: the caller
+defines what a place is, and who is working.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Collection, Hashable
 
 TENURE_SECONDS = 10.0
-"""Seconds that a place is kept at the least; making room costs a process's start."""
+"""Least seconds that a user keeps its place; freeing one costs the start of a process."""
 
 
 class Places:
-    """``most`` places; ``clock`` gives seconds that only grow.
+    """``most`` places; ``clock`` returns seconds that never decrease.
 
-    ``is_there`` says whether a user may still need its place: who is gone keeps nobody waiting.
+    ``is_there`` returns whether a user may still need its place; users that are gone lose it at
+    once.
     """
 
     def __init__(
@@ -35,9 +36,9 @@ class Places:
     def find_leaving(
         self, waiting: Collection[Hashable], at_work: Collection[Hashable]
     ) -> Hashable:
-        """Find who may begin nothing more, for those who wait; ``None`` where nobody has to leave.
+        """Return the user that may begin no new work because others wait, or ``None``.
 
-        It is whom :meth:`take` would put out next.
+        It is the user that :meth:`take` would evict next.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None
@@ -46,7 +47,7 @@ class Places:
         return next((user for user in old if user not in at_work), next(iter(old), None))
 
     def take(self, user: Hashable, at_work: Collection[Hashable]) -> bool:
-        """Assign a place, evicting its holder where needed; return whether there was one."""
+        """Assign a place, evicting its holder if necessary; return whether a place was assigned."""
         if user in self._since:
             return True
         if not self._find_room(at_work):
@@ -58,7 +59,7 @@ class Places:
         return True
 
     def _find_room(self, at_work: Collection[Hashable]) -> bool:
-        """Return whether a place is free, once those who are gone have none."""
+        """Return whether a place is free after users that are gone have lost theirs."""
         if len(self._since) >= self._most:
             gone = [u for u in self._since if u not in at_work and not self._is_there(u)]
             for user in gone:

@@ -1,10 +1,10 @@
-"""Turns: who computes next, so that nobody's work keeps the others waiting.
+"""Turns: which owner computes next, so that no owner's work keeps the others waiting.
 
-Pieces of work queue by owner.  Of an owner at most one piece runs at a time, and whoever has used
-the least time comes next: start-time fair queuing (Goyal, Vin and Cheng, 1996), with the seconds
-that a piece took as its length, which is known once it is done.  An owner that comes back after a
-pause starts level with the others, and has saved nothing up.  Pieces are not interrupted; so that
-long ones do not fill every place, one more place is kept for owners whose pieces are short.
+Pieces of work queue by owner.  At most one piece per owner runs at a time, and the owner that has
+used the least time comes next.  This is start-time fair queuing (Goyal, Vin and Cheng, 1996); the
+length of a piece is the seconds that it took, known once it is done.  An owner that returns after a
+pause starts level with the others, without credit for the pause.  Pieces are not interrupted.  So
+that long ones cannot fill every place, one extra place is kept for owners whose pieces are short.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 SHORT = 0.1
-"""Seconds; owners whose pieces take no longer share a place of their own."""
+"""Owners whose pieces take at most this many seconds share an extra place."""
 _MOST_IDLE = 1024
-"""Owners that are remembered before those are forgotten who wait for nothing."""
+"""Owners that are remembered; above that, owners that are not waiting are forgotten."""
 _FADING = 0.9
-"""How much of an owner's longest piece is remembered after one more piece."""
+"""The factor by which an owner's remembered longest piece shrinks after each piece."""
 
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
@@ -34,9 +34,9 @@ _Result = TypeVar("_Result")
 class _Line(Generic[_Piece]):
     """An owner's pieces, each with its number in the order of arrival.
 
-    ``start`` is the virtual time at which the next may begin; ``longest`` the seconds of the
-    longest piece lately, unknown before the first.  ``is_beside``: what runs has the place that is
-    kept for short pieces.
+    ``start`` is the virtual time at which the next may begin.  ``longest`` is the seconds of the
+    longest recent piece, unknown before the first.  ``is_beside`` is true if the running piece uses
+    the place for short pieces.
     """
 
     pieces: deque[tuple[int, _Piece]] = field(default_factory=deque)
@@ -49,8 +49,8 @@ class _Line(Generic[_Piece]):
 class FairQueue(Generic[_Piece]):
     """The order in which waiting pieces run; pure bookkeeping, without threads or clocks.
 
-    ``places`` is how many pieces run at a time, one of an owner; one more runs where all of its
-    owner's pieces were short lately.
+    ``places`` is how many pieces run at a time, at most one per owner.  One more may run if all
+    recent pieces of its owner were short.
     """
 
     def __init__(self, places: int) -> None:
@@ -96,7 +96,7 @@ class FairQueue(Generic[_Piece]):
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
-        """Note that an owner's piece is done, and how long it took."""
+        """Record that an owner's piece is done, and how long it took."""
         line = self._lines[owner]
         line.is_running = False
         line.start += seconds
@@ -111,7 +111,7 @@ class FairQueue(Generic[_Piece]):
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
 
     def remove(self, owner: Hashable, piece: _Piece) -> bool:
-        """Remove a piece that nobody waits for any more; return ``False`` where it has begun."""
+        """Remove a piece that is no longer needed; return ``False`` if it has already begun."""
         line = self._lines.get(owner)
         number = next((n for n, own in line.pieces if own is piece), None) if line else None
         if line is None or number is None:
@@ -137,9 +137,9 @@ class _Work:
 
 
 class Turns:
-    """Runs pieces of work in threads, in the order of a :class:`FairQueue`; waiting holds none.
+    """Runs pieces of work in threads in the order of a :class:`FairQueue`; waiting uses no thread.
 
-    For use from one event loop.  ``clock`` gives seconds that only grow.
+    For use from one event loop.  ``clock`` returns seconds that never decrease.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Turns:
     def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
         """Run a function in a thread once it is its owner's turn.
 
-        Cancelling the future withdraws a piece that waits; one that runs continues to its end.
+        Cancelling the future withdraws a waiting piece; a running piece continues to its end.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         work = _Work(function=function, future=future)
@@ -169,7 +169,7 @@ class Turns:
         return future
 
     def withdraw(self, future: asyncio.Future[Any]) -> bool:
-        """Remove a piece from the queue; return ``False`` where it has begun, and so continues."""
+        """Remove a piece from the queue; return ``False`` if it has begun and so continues."""
         if future not in self._waiting:
             return False
         future.cancel()
@@ -177,7 +177,7 @@ class Turns:
         return True
 
     def close(self) -> None:
-        """Wait for what runs, and end the threads."""
+        """Wait for running pieces, and end the threads."""
         self._threads.shutdown()
 
     def _begin(self) -> None:

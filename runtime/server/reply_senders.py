@@ -21,7 +21,7 @@ class ReplySender:
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
         self.sending: asyncio.Task[None] | None = None
-        """What is done once every reply so far was sent; ``None`` before the first."""
+        """The task that sends all replies so far; ``None`` before the first reply."""
         self._send = send
         self._waiting: deque[Reply] = deque()
         self._is_over = False

@@ -1,5 +1,6 @@
-"""What is kept on disk: checkpoints, on both sides, and a server's archive of its sessions.
+"""Files on disk: both sides' checkpoints, and a server's archive of its sessions.
 
-``checkpoints.py`` writes both sides' checkpoints.  Every file appears completely or not at all.
-Which session is whose is decided by the callers.  It uses no other room.
+``checkpoints.py`` writes the checkpoints of both sides.  Every file appears completely or not at
+all.  The callers decide to which owner a session belongs.  This package imports none of the
+runtime's other packages.
 """

@@ -1,9 +1,9 @@
-"""What a server keeps of its sessions on disk: checkpoints and outcomes, whose they are, how large.
+"""A server's archive of its sessions on disk: checkpoints and outcomes, their owners and sizes.
 
-A session belongs to its owner also once it is finished, or not resumed: whoever else names it, to
-take it up, to begin it again or as where training starts, is refused.  Owners have a quota of
-bytes, and what nobody came back to is deleted after a time.  This module knows files; which
-sessions are in memory is the registry's business.
+A session belongs to its owner even after it is finished or abandoned.  Anyone else who names it, to
+resume it, to start it again or to start training from it, is refused.  Each owner has a quota of
+bytes, and files of unused sessions are deleted after a time.  This module knows files; the registry
+knows which sessions are in memory.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Archive:
-    """The sessions in a server's ``folder``; safe for use from several threads.
+    """The sessions in a server's ``folder``; safe to use from several threads.
 
-    ``most_bytes`` is one owner's quota, ``keep_seconds`` how long what nobody attends is kept;
-    ``None`` for no limit.  ``clock`` is the time that files are stamped with.
+    ``most_bytes`` is the quota per owner, and ``keep_seconds`` is how long the files of unused
+    sessions are kept; ``None`` means no limit.  ``clock`` returns the time that file timestamps are
+    compared with.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class Archive:
         self._most_state_bytes = 1024 + sum(map(_estimate, manifest.state))
 
     def open_store(self, session: str) -> CheckpointStore:
-        """Return the place of a session's checkpoints."""
+        """Return the store of a session's checkpoints."""
         return CheckpointStore(self.folder, self._manifest, session)
 
     def require_owner(self, session: str, owner: str) -> None:
-        """Raise where anything of the session is on disk that is not ``owner``'s.
+        """Raise an error if files of the session belong to somebody other than ``owner``.
 
         Raises:
-            ForeignSession: it is another's.
+            ForeignSession: the session belongs to another owner.
         """
         found = self.open_store(session).owners()
         outcome = read_owner(self.folder, session)
@@ -80,10 +81,10 @@ class Archive:
             raise ForeignSession(session)
 
     def find_tensors(self, session: str, step: int, owner: str) -> Mapping[str, np.ndarray] | None:
-        """Find what a session of ``owner`` left: its outcome, or a checkpoint.
+        """Return a session's state at a step, from its outcome or a checkpoint; check its owner.
 
         Raises:
-            ForeignSession: it is another's.
+            ForeignSession: the session belongs to another owner.
         """
         self.require_owner(session, owner)
         outcome = read_state(self.folder, self._manifest, session, is_held=True)
@@ -96,13 +97,14 @@ class Archive:
     def saving(
         self, store: CheckpointStore, owner: str, *, publish: bool = False
     ) -> Iterator[None]:
-        """Write to disk within the owner's quota, if the folder still is the one that was loaded.
+        """Allow writing to disk while the context is open, if the owner's quota permits it.
 
-        With ``publish`` a state is written as the outcome, too.
+        The folder must still be the one that was loaded.  With ``publish`` the quota must have room
+        for an outcome, too.
 
         Raises:
             NotSaved: the folder was deleted or replaced.
-            DiskQuotaUsed: the owner has not so much room left.
+            DiskQuotaUsed: the owner's quota has not enough room left.
         """
         check_home(self.folder, self._manifest.digest)
         if self._most_bytes is None:
@@ -126,14 +128,14 @@ class Archive:
                 self._pending[owner] -= max(0, more)
 
     def list_expired(self) -> list[str]:
-        """List the sessions whose files were all written too long ago; the newest outcome stays."""
+        """List the sessions whose files are all too old; the newest outcome does not expire."""
         if self._keep_seconds is None:
             return []
         oldest = self._clock() - self._keep_seconds
         return [name for name in self._list_sessions() if self._find_age(name) < oldest]
 
     def remove(self, session: str) -> None:
-        """Delete a session's checkpoints, and its outcome where that is not the newest."""
+        """Delete a session's checkpoints, and its outcome unless it is the newest."""
         self.open_store(session).remove()
         if (outcome := list_outcomes(self.folder).get(session)) is not None:
             try:
@@ -175,7 +177,7 @@ class Archive:
         return total
 
     def _find_owner(self, session: str) -> str | None:
-        """Find whose a session on disk is; what was found once is not read again."""
+        """Return the owner of a session on disk; known owners are not read again."""
         if session not in self._owners and is_session(session):
             owners = self.open_store(session).owners()
             outcome = read_owner(self.folder, session)
@@ -187,7 +189,7 @@ class Archive:
 
 
 def _estimate(spec: StateSpec) -> int:
-    """Compute the bytes that a tensor takes in a file at the most, its header's entry included."""
+    """Compute the most bytes that a tensor takes in a file, including its header entry."""
     count = math.prod(dim for dim in spec.tensor.shape if isinstance(dim, int))
     return count * DTYPES[spec.tensor.dtype].itemsize + 128 + 6 * len(spec.tensor.name)
 

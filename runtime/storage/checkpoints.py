@@ -1,15 +1,15 @@
 """Checkpoints: a session's whole state on disk, so that training can continue after any fault.
 
-A session's checkpoints are safetensors files in a folder of their own::
+A session's checkpoints are safetensors files in their own folder::
 
     <party folder>/sessions/<session>/
         <step>.safetensors       the newest few, two by default
-        stopped.safetensors      the state at a graceful stop, where there was one
+        stopped.safetensors      the state at a graceful stop, if there was one
 
-Each carries a SHA-256 over all of itself.  A file appears under its name whole and on disk, or
-not at all, and what was cut short, altered, renamed, or belongs to another session or bundle is
-never read as a checkpoint.  This module knows files; when to write one, and which step both
-parties continue from, is not its business.
+Each file contains a SHA-256 of its content.  A file appears under its name completely and durably,
+or not at all.  A file that was truncated, altered or renamed, or belongs to another session or
+bundle, is never read as a checkpoint.  This module knows files; the callers decide when to write a
+checkpoint, and from which step both parties continue.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from splitonnx.states import (
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
-"""The folder, within a party's, of a folder for each session."""
+"""The folder inside a party's folder that has one folder per session."""
 STOPPED = "stopped.safetensors"
 KEPT = 2
-"""Checkpoints kept a session.  The parties write theirs one after the other, so the one before the
-newest is what both have for certain."""
+"""Checkpoints kept per session.  The parties write them one after the other, so only the one before
+the newest is certain to exist on both sides."""
 
 _STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 _FACTS = "splitonnx"
@@ -59,11 +59,11 @@ _log = logging.getLogger(__name__)
 
 
 class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the next step begins in the data; the client's alone.
+    """The position in the data at which the next step begins; only clients use it.
 
-    ``epoch`` is counted from 0; ``batch`` is the number of batches of it trained already.  The
-    others say how the data were dealt, and must be the same where training continues; ``samples``
-    is their number, ``None`` where it is not known in advance.
+    ``epoch`` counts from 0; ``batch`` is the number of its batches that were already trained.  The
+    other fields say how the data are split and shuffled, and must be equal when training resumes;
+    ``samples`` is the number of samples, or ``None`` if it is not known in advance.
     """
 
     epoch: _Count
@@ -76,10 +76,10 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """All that a party needs to continue with a session after ``step`` updates.
+    """Everything that a party needs to continue a session after ``step`` updates.
 
-    ``tensors`` is everything that the manifest's state lists, optimizer and buffers included.
-    ``owner`` is whom the session belongs to, as a server with tokens knows them.
+    ``tensors`` has every tensor of the manifest's state, including the optimizer's and buffers.
+    ``owner`` is the session's owner on a server with tokens.
     """
 
     session: str
@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a checkpoint's header tells beside the tensors."""
+    """The facts in a checkpoint's header besides the tensors."""
 
     format: str
     party: str
@@ -106,19 +106,19 @@ _DECODER = msgspec.json.Decoder(_Facts)
 
 
 class CheckpointStore:
-    """The checkpoints of one session in one party's folder; not for two threads at a time.
+    """The checkpoints of one session in one party's folder; not safe for two threads at a time.
 
-    A checkpoint of a later step than the one being written is of a course that training has left,
-    and goes: the session went back and came another way.
+    A checkpoint of a later step than the one being written is deleted: the session went back, and
+    that checkpoint does not belong to its present course.
     """
 
     def __init__(
         self, folder: Path, manifest: PartyManifest, session: str, *, kept: int = KEPT
     ) -> None:
-        """Look at the session's place within a party's ``folder``; nothing is made there yet.
+        """Set the session's folder within a party's ``folder``; nothing is created yet.
 
         Raises:
-            UsageError: ``session`` is not 32 hexadecimal digits in lower case.
+            UsageError: ``session`` is not 32 lower-case hexadecimal digits.
         """
         if not is_session(session):
             raise UsageError(f"a session is named by 32 hexadecimal digits, not {session[:40]!r}")
@@ -131,14 +131,13 @@ class CheckpointStore:
         self._broken: set[tuple[str, _Stamp]] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, completely or not at all, then forget all but the newest ``kept``.
+        """Write a checkpoint, completely or not at all, then delete all but the newest ``kept``.
 
-        On return it is on disk and survives a loss of power.  It takes the place of a stopped
-        state.
+        After the return it survives a power failure.  It replaces a stopped state.
 
         Raises:
-            NotSaved: the disk is full, the folder read-only, or the like; earlier checkpoints are
-                as they were, and nothing of this one remains.
+            NotSaved: the disk is full, the folder is read-only, or the like; earlier checkpoints
+                are unchanged, and nothing of this one remains.
             BundleError: its tensors are not the manifest's state, or it is another session's.
         """
         self._put(checkpoint, _name_step(checkpoint.step))
@@ -148,19 +147,19 @@ class CheckpointStore:
         self._discard([self.folder / STOPPED])
 
     def write_stopped(self, checkpoint: Checkpoint) -> None:
-        """Write the state at a graceful stop, beside the others; it replaces the one before it.
+        """Write the state at a graceful stop, which replaces an earlier stopped state.
 
         Raises:
-            NotSaved, BundleError: as :meth:`write`.
+            NotSaved, BundleError: see :meth:`write`.
         """
         self._put(checkpoint, STOPPED)
         self.rewind(checkpoint.step)
 
     def steps(self) -> tuple[int, ...]:
-        """Return the steps of all whole checkpoints, a stopped one included, newest first.
+        """Return the steps of all valid checkpoints, including a stopped state, newest first.
 
-        A broken one is left out and logged, once.  What was found whole is not read through again
-        unless it was written to since.
+        An invalid one is skipped and logged once.  A valid one is read again only if the file
+        changed.
 
         Raises:
             BundleError: the folder cannot be read.
@@ -172,12 +171,12 @@ class CheckpointStore:
         return tuple(sorted(found, reverse=True))
 
     def read(self, step: int) -> Checkpoint:
-        """Read the checkpoint of a step; every byte of it is verified.
+        """Read the checkpoint of a step, and verify every byte of it.
 
-        Its tensors are mapped from the file, read-only, in the manifest's order.
+        Its tensors are memory-mapped from the file, read-only, in the manifest's order.
 
         Raises:
-            BundleError: there is none of that step, or it is not whole.
+            BundleError: there is no checkpoint of that step, or it is invalid.
         """
         path = self.folder / _name_step(step)
         stopped = self.folder / STOPPED
@@ -189,7 +188,7 @@ class CheckpointStore:
         return checkpoint
 
     def owners(self) -> set[str]:
-        """Return whose the checkpoints are, by what is written in them; no tensor is verified."""
+        """Return the owners named in the checkpoints; the tensors are not verified."""
         found = set()
         for path in self.list_files():
             with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
@@ -198,23 +197,22 @@ class CheckpointStore:
         return found
 
     def list_files(self) -> list[Path]:
-        """Return the files of all checkpoints, whole or not."""
+        """Return the files of all checkpoints, valid or not."""
         names = _list_names(self.folder)
         return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
-        """Compute by how many bytes the files grow where a checkpoint of ``nbytes`` is added."""
+        """Compute by how many bytes the files grow if a checkpoint of ``nbytes`` is added."""
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
     def rewind(self, step: int) -> None:
-        """Forget the checkpoints of later steps: the session goes back to ``step``.
+        """Delete the checkpoints of later steps: the session goes back to ``step``.
 
-        Without it, a later step's checkpoint could be taken for one of the course that training
-        takes now.
+        Otherwise a later step's checkpoint could be mistaken for one of the new course of training.
 
         Raises:
-            NotSaved: that cannot be put on disk.
+            NotSaved: the deletion cannot be made durable.
         """
         later = [path for number, path in self._list_steps() if number > step]
         stopped = self.folder / STOPPED
@@ -229,9 +227,9 @@ class CheckpointStore:
             raise NotSaved(str(self.folder), error.strerror or str(error)) from error
 
     def remove(self) -> None:
-        """Forget the session; its folder goes.
+        """Delete the session's checkpoints and its folder.
 
-        The newest checkpoint goes last, so that a kill halfway leaves the session where it was.
+        The newest checkpoint is deleted last, so that a kill halfway leaves the session unchanged.
         """
         clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))
@@ -262,7 +260,7 @@ class CheckpointStore:
         self._whole[name, _stamp(path)] = checkpoint.step
 
     def _settle(self) -> None:
-        """Make the folder, be sure that it is on disk, and clear what a killed writer left."""
+        """Create the folder durably, and delete the temporary files of a killed writer."""
         self.folder.parent.mkdir(exist_ok=True)  # never the party's folder, if that was deleted
         self.folder.mkdir(exist_ok=True)
         if not self._settled:  # also where it stood already: its maker may have been killed
@@ -316,7 +314,7 @@ class CheckpointStore:
             raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
 
     def _check(self, path: Path) -> int | None:
-        """Return the step of a valid checkpoint; log a broken one, and return ``None``."""
+        """Return the step of a valid checkpoint; log an invalid one, and return ``None``."""
         try:
             key = path.name, _stamp(path)
         except OSError:
@@ -330,7 +328,7 @@ class CheckpointStore:
         return self._whole.get(key)
 
     def _find_steps(self) -> list[int]:
-        """List the steps of whole checkpoints, in no order."""
+        """List the steps of valid checkpoints, in no order."""
         return [step for step, path in self._list_steps() if self._check(path) is not None]
 
     def _list_steps(self) -> list[tuple[int, Path]]:
@@ -341,7 +339,7 @@ class CheckpointStore:
         ]
 
     def _discard(self, paths: Iterable[Path]) -> None:
-        """Delete files that are not needed; where one resists, no harm is done."""
+        """Delete files that are not needed; ignore a file that cannot be deleted."""
         for path in paths:
             try:
                 path.unlink(missing_ok=True)
@@ -352,7 +350,7 @@ class CheckpointStore:
 def list_sessions(folder: Path) -> tuple[str, ...]:
     """Return the sessions that have a checkpoint in a party's folder, last written first.
 
-    The checkpoints are not looked into.
+    The checkpoints are not validated.
 
     Raises:
         BundleError: the folder cannot be read.
@@ -368,7 +366,7 @@ def list_sessions(folder: Path) -> tuple[str, ...]:
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Return the sessions that have a folder within a party's, in no order.
+    """Return the sessions that have a folder within a party's folder, in no order.
 
     Raises:
         BundleError: the folder cannot be read.

@@ -1,5 +1,5 @@
-"""Worker processes: stages of clients that nobody trusts run in processes of their own.
+"""Worker processes: separate processes that run the stages of untrusted clients.
 
-Both ends are here, the server's and the worker's, with the messages and the memory between them.
-Who may have a session is not decided here.  It may use the engine and the gate.
+This package has both ends, the server's and the worker's, with the messages and the shared memory
+between them.  It does not decide who may have a session.  It may import the engine and the gate.
 """

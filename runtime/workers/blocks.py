@@ -1,9 +1,10 @@
-"""Memory that a server shares with one of its workers, and tensors laid out in it.
+"""Memory that a server shares with one of its workers, and the layout of tensors in it.
 
-Each worker has two blocks, one for each direction.  The server makes them and lets them grow; the
-worker maps what it is told.  On Linux a block is an anonymous file that the worker inherits, sealed
-so that nobody can shrink it under the other's hands; elsewhere it is named shared memory, and grows
-by being made again.  This module knows arrays and bytes, and nothing of processes.
+Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges
+them; the worker maps the block that the server names.  On Linux a block is an anonymous file that
+the worker inherits, sealed so that neither process can shrink it while the other uses it.  On other
+systems it is named shared memory, which is created again when it has to grow.  This module knows
+arrays and bytes, but no processes.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
-"""Bytes; every tensor begins at a multiple of it."""
+"""Every tensor begins at a multiple of this many bytes."""
 SMALLEST = 1 << 20
 """Bytes of the smallest block."""
 MAX_RANK = STAGE.rank
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a block is: a name that the other process finds it by, and its size."""
+    """The location of a block: the name under which the other process finds it, and its size."""
 
     name: str
     size: int
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """A tensor in a block; ``start`` is its first byte."""
+    """The position of a tensor in a block; ``start`` is its first byte."""
 
     name: str
     dtype: str
@@ -49,31 +50,28 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Block(Protocol):
-    """Memory that two processes share."""
+    """A block of memory that two processes share."""
 
     @property
     def place(self) -> Place:
-        """The name by which the other process finds it."""
+        """Return the name by which the other process finds the block, and its size."""
 
     @property
     def view(self) -> memoryview:
-        """All of its bytes."""
+        """Return all bytes of the block."""
 
     def reserve(self, size: int) -> None:
-        """Make it at least ``size`` bytes large; its owner's alone.  What is in it is lost."""
+        """Enlarge the block to at least ``size`` bytes and discard its content; owner only."""
 
     def empty(self) -> None:
-        """Free its memory until it is used again; only its owner may.
-
-        What is in it is lost.
-        """
+        """Free the block's memory until its next use, and discard its content; owner only."""
 
     def close(self) -> None:
-        """Release it."""
+        """Release the block."""
 
 
 class FileBlock:
-    """A block in an anonymous file, which a child inherits by its number."""
+    """A block in an anonymous file, which a child process inherits as a file descriptor."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -82,7 +80,7 @@ class FileBlock:
 
     @classmethod
     def make(cls) -> FileBlock:
-        """Make an empty block, to be grown here."""
+        """Create an empty block, which this process owns."""
         import fcntl
 
         number = os.memfd_create("splitonnx", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -97,46 +95,46 @@ class FileBlock:
 
     @property
     def place(self) -> Place:
-        """The name by which the other process finds it."""
+        """Return the file descriptor by which the other process finds the block, and its size."""
         return Place(f"file:{self.number}", self._size)
 
     @property
     def view(self) -> memoryview:
-        """All of its bytes."""
+        """Return all bytes of the block."""
         assert self._memory is not None
         return memoryview(self._memory)
 
     def reserve(self, size: int) -> None:
-        """Make it at least ``size`` bytes large."""
+        """Enlarge the block to at least ``size`` bytes."""
         if size > self._size:
             size = _round_up(size, self._size)
             os.ftruncate(self.number, size)
             self.map(size)
 
     def map(self, size: int) -> None:
-        """Map the first ``size`` bytes; arrays that look at the old mapping keep it alive."""
+        """Map the first ``size`` bytes; arrays on the old mapping keep it alive."""
         self._memory = mmap.mmap(self.number, size)
         self._size = size
 
     def unmap(self) -> None:
-        """Look at it no more; nobody else may."""
+        """Release the mapping; no array may use it any more."""
         assert self._memory is not None
         self._memory.close()
         self._memory = None
 
     def empty(self) -> None:
-        """Free its memory until it is used again."""
+        """Free the block's memory until it is used again."""
         assert self._memory is not None
         self._memory.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Release it."""
+        """Release the block."""
         self._memory = None
         os.close(self.number)
 
 
 class NamedBlock:
-    """A block in named shared memory, of another name after it has grown."""
+    """A block in named shared memory, whose name changes when it grows."""
 
     def __init__(self, memory: shared_memory.SharedMemory, *, is_owner: bool) -> None:
         self._memory = memory
@@ -144,23 +142,23 @@ class NamedBlock:
 
     @classmethod
     def make(cls) -> NamedBlock:
-        """Make a block, to be grown here."""
+        """Create a block, which this process owns."""
         memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
         return cls(memory, is_owner=True)
 
     @property
     def place(self) -> Place:
-        """The name by which the other process finds it."""
+        """Return the name by which the other process finds the block, and its size."""
         return Place(f"name:{self._memory.name}", self._memory.size)
 
     @property
     def view(self) -> memoryview:
-        """All of its bytes."""
+        """Return all bytes of the block."""
         assert self._memory.buf is not None
         return self._memory.buf
 
     def reserve(self, size: int) -> None:
-        """Make it at least ``size`` bytes large."""
+        """Enlarge the block to at least ``size`` bytes."""
         before = self._memory.size
         if size > before:
             self.close()
@@ -168,12 +166,12 @@ class NamedBlock:
             self._memory = shared_memory.SharedMemory(create=True, size=size)
 
     def empty(self) -> None:
-        """Free its memory until it is used again."""
+        """Free the block's memory until it is used again."""
         self.close()
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
     def close(self) -> None:
-        """Release it; its owner's end is the memory's."""
+        """Release the block; when its owner does so, the memory is deleted."""
         if self._is_owner:
             self._memory.unlink()
         with suppress(BufferError):  # an array looks at it still, and keeps the mapping
@@ -181,9 +179,9 @@ class NamedBlock:
 
 
 class SharedTensors:
-    """Tensors in an anonymous file that nobody can change any more; children inherit its number.
+    """Tensors in an anonymous file that can no longer be changed; child processes inherit the file.
 
-    ``tensors`` look at it, read-only.
+    ``tensors`` are read-only arrays that map the file.
     """
 
     def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:
@@ -194,7 +192,7 @@ class SharedTensors:
 
     @classmethod
     def make(cls, tensors: Mapping[str, np.ndarray]) -> SharedTensors | None:
-        """Copy tensors there; ``None`` where the platform has no such files."""
+        """Copy tensors to such a file; return ``None`` if the platform does not support it."""
         if not hasattr(os, "memfd_create"):
             return None
         import fcntl
@@ -209,7 +207,7 @@ class SharedTensors:
         return cls(number, slots)
 
     def close(self) -> None:
-        """Close the file; arrays that look at it keep its memory.  May be called twice."""
+        """Close the file; arrays that map it keep its memory.  May be called twice."""
         self._close()
 
 
@@ -217,19 +215,19 @@ def look_up(number: int, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """Map the tensors of an inherited file, read-only.
 
     Raises:
-        FormatError: a slot is not within the file, or of no dtype or shape.
+        FormatError: a slot is outside the file, or has an invalid dtype or shape.
     """
     view = memoryview(mmap.mmap(number, 0, access=mmap.ACCESS_READ))
     return {slot.name: _look(view, slot) for slot in slots}
 
 
 def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | NamedBlock:
-    """Make a block of the kind that this platform has."""
+    """Create a block of the kind that this platform supports."""
     return NamedBlock.make() if named else FileBlock.make()
 
 
 def open_block(place: Place, known: Block | None) -> Block:
-    """Map the block that the other process made, or look at ``known`` where it is the same."""
+    """Map a block that the other process created, or reuse ``known`` if it is the same block."""
     if known is not None and known.place == place:
         return known
     kind, _, name = place.name.partition(":")
@@ -262,10 +260,10 @@ def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
 
 
 def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    """Copy tensors out of a block, read-only; the slots may be the other side's lies.
+    """Copy tensors out of a block as read-only arrays; the slots may come from untrusted code.
 
     Raises:
-        FormatError: one is not within the block, or of no dtype or shape.
+        FormatError: a slot is outside the block, or has an invalid dtype or shape.
     """
     taken = {}
     for slot in slots:

@@ -1,8 +1,8 @@
-"""The heaps of processes of ours: what is freed is kept for the next use, what stays is left alone.
+"""The heap of this process: keep freed memory for the next task, and skip permanent objects in GC.
 
-ONNX Runtime's arenas never shrink below their largest task, so workers run without them, and the C
-library's heap takes their place: it keeps what is freed, which saves the next task's page faults,
-and gives it back on demand.  That takes glibc; other C libraries give back by themselves.
+ONNX Runtime's arenas never shrink below their largest task, so workers run without them and use the
+C library's heap.  It keeps freed memory, which saves the next task's page faults, and returns it to
+the system on demand.  This requires glibc; other C libraries return memory by themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STATISTICS = Path("/proc/self/statm")
 
 
 class Heap:
-    """This process's heap, which keeps bytes from one task to the next."""
+    """This process's heap, which keeps freed memory from one task to the next."""
 
     def __init__(self) -> None:
         self._library = _find_glibc()
@@ -29,7 +29,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Return free memory to the system, where it may be over ``most`` bytes."""
+        """Return free memory to the system if there may be more than ``most`` bytes."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:
@@ -39,7 +39,7 @@ class Heap:
             self._needed = min(self._needed, measure_private())
 
     def _keep_freed(self) -> None:
-        """Make the heap keep large blocks that are freed, too, which it would unmap at once."""
+        """Make the heap keep large freed blocks, too, which it would otherwise unmap at once."""
         assert self._library is not None
         largest = (1 << 31) - 1
         if not self._library.mallopt(_MMAP_THRESHOLD, largest):  # older ones take no more than this
@@ -49,10 +49,11 @@ class Heap:
 
 
 def keep_buffers() -> None:
-    """Make the heap keep the memory of messages of a few MiB, ``_KEPT_BUFFERS`` of them a thread.
+    """Make the heap keep the memory of messages of a few MiB, ``_KEPT_BUFFERS`` of them per thread.
 
-    Else whether their pages are given back and faulted in again at each message is a matter of the
-    order in which blocks are freed: up to a twentieth of a step that moves 1 MiB each way.
+    Otherwise the order in which blocks are freed decides whether their pages are returned and
+    faulted in again at each message.  That takes up to a twentieth of a step that sends 1 MiB each
+    way.
     """
     library = _find_glibc()
     if library is not None:
@@ -61,18 +62,18 @@ def keep_buffers() -> None:
 
 
 def exempt_loaded() -> None:
-    """Exempt what is loaded by now from garbage collections, during which no thread runs.
+    """Exempt all present objects from garbage collection, during which no thread can run.
 
-    Most objects of a process that serves or trains are its modules', and stay; a collection of all
-    generations that visits them takes 50 to 75 ms, in which no message is answered.  For processes
-    of ours alone: what else a process has loaded may be garbage later.
+    Most objects of a process that serves or trains belong to its modules and are never freed.  A
+    full collection that visits them takes 50 to 75 ms, in which no message is answered.  Call this
+    only in processes of ours: in others, present objects may become garbage later.
     """
     gc.collect()
     gc.freeze()
 
 
 def measure_private() -> int:
-    """Measure the memory that this process has for itself, in bytes; Linux alone."""
+    """Return the memory that this process does not share, in bytes; Linux only."""
     resident, shared = _STATISTICS.read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 

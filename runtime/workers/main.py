@@ -1,8 +1,8 @@
 """A worker: the process that runs the stages of one owner's sessions.
 
-It is started by :mod:`processes`, reads requests from stdin, answers on what was its stdout, and
-ends when its server does.  All that it holds is the party's bundle and its owner's sessions: no
-token, no key, no socket.
+:mod:`processes` starts it.  It reads requests from stdin, writes answers to its original stdout,
+and exits when its server does.  It has only the party's bundle and its owner's sessions: no tokens,
+keys or sockets.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from splitonnx.runtime.workers.messages import (
 )
 
 STUCK = 75
-"""Exit code of a worker that ends itself because a stage does not."""
+"""Exit code of a worker that exits because a stage does not end."""
 
 _requests = msgspec.msgpack.Decoder(Request)
 _grown = msgspec.msgpack.Decoder(Grown)
@@ -142,7 +142,7 @@ class Host:
             self._base.prepare(phase)
 
     def _find_party(self, start: Start, manifest: PartyManifest) -> PartyBundle:
-        """Find the untrained party: its weights are in a file that was inherited, or came along."""
+        """Return the untrained party, with weights from an inherited file or the shared block."""
         if start.file is None:
             assert self._inbox is not None
             weights = take(self._inbox, start.weights)
@@ -188,7 +188,7 @@ class Host:
         return Given(tensors=put(self._outbox, tensors))
 
     def _end_for_stuck(self, stage: str) -> None:
-        """Answer in place of the stage that does not end, and end."""
+        """Report the stage that does not end to the server, and exit."""
         error = StageTooSlow(stage, self._seconds)
         write_frame(self._outlet, describe_error(error, is_last=True))
         os._exit(STUCK)
@@ -213,7 +213,7 @@ def _leave_no_core() -> None:
 
 
 def _end_with_server(number: int) -> None:
-    """End the process as soon as nobody holds the other end of a pipe, even within a stage."""
+    """Exit as soon as the other end of a pipe is closed, even while a stage is running."""
     import select
 
     poll = select.poll()

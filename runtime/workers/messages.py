@@ -1,8 +1,8 @@
-"""What a server and its workers say to each other: requests, answers, and errors, as bytes.
+"""The messages between a server and its workers: requests, answers and errors, as bytes.
 
-Messages are msgspec structs in MessagePack, behind their length; tensors travel beside them, in
-shared memory.  Nothing is unpickled.  A worker may have been taken over by what it computed with,
-so its answers are read as strictly as those of an unknown client.
+Messages are msgspec structs in MessagePack with a length prefix; tensors are passed beside them in
+shared memory.  Nothing is unpickled.  A worker may have been compromised by the data it processed,
+so its answers are validated as strictly as messages from an unknown client.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from splitonnx.messages import TaskKey
 from splitonnx.runtime.workers.blocks import Place, Slot
 
 MAX_ANSWER = 16 << 20
-"""Bytes; a worker's largest answer lists the tensors of a state."""
+"""Most bytes of an answer; a worker's largest answer lists the tensors of a state."""
 MAX_TEXT = 1000
-"""Characters of one fact of an error."""
+"""Most characters of one text in an error."""
 RAISED = frozenset(
     {
         "ArrayMismatch",
@@ -41,7 +41,7 @@ RAISED = frozenset(
         "WrongRuntime",
     }
 )
-"""Errors of an executor, which a worker may make its server raise."""
+"""Executor errors that a worker may raise in its server."""
 
 _LENGTH = struct.Struct("<Q")
 
@@ -49,9 +49,10 @@ Fact = str | int | float | bool | None | list[str | int]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The party to run.  ``weights`` are in the file of this number, or in the block.
+    """The party to run.
 
-    ``memory_bytes`` limit the process.
+    ``weights`` are in the inherited file with this descriptor, or in the shared block;
+    ``memory_bytes`` limits the memory of the process.
     """
 
     manifest: bytes
@@ -64,7 +65,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Begin a session, or take it back: from a state in the block, else from the weights."""
+    """Begin or restore a session, from a state in the shared block or from the initial weights."""
 
     session: int
     step: int
@@ -72,14 +73,14 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task is opened with."""
+    """The arguments with which a task is opened."""
 
     seed: int
     learning_rate: float
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Open a task where ``begin`` is given, hand it wires, and run it until it has some to send."""
+    """Open a task if ``begin`` is given, pass wires to it, and run it until it sends wires."""
 
     session: int
     key: TaskKey
@@ -88,7 +89,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run the task on from where it had wires to send."""
+    """Continue a task after it had wires to send."""
 
     session: int
     key: TaskKey
@@ -108,16 +109,17 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Forget what the request names, and free its memory."""
+    """Forget the tasks and sessions that the request names, and free their memory."""
 
 
 Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An action, after ``abandoned`` tasks and ``closed`` sessions were forgotten.
+    """A request to the worker.
 
-    ``kept_bytes`` of the process's memory may stay after a task is over.
+    First drop the tasks in ``abandoned`` and the sessions in ``closed``, then perform ``action``.
+    After a task, ``kept_bytes`` of the process's memory may stay allocated.
     """
 
     inbox: Place
@@ -129,31 +131,31 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The block for answers is as large as was asked."""
+    """The shared block for answers has the requested size."""
 
     outbox: Place
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer's tensors need a block of so many bytes."""
+    """The answer's tensors need a block of this many bytes."""
 
     size: int
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What was asked is done; ``is_finished``: the task can be committed."""
+    """The action is done; ``is_finished`` is true if the task can be committed."""
 
     is_finished: bool = False
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Tensors in the block: wires to send, or a state."""
+    """Tensors in the shared block: wires to send, or a state."""
 
     tensors: tuple[Slot, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An error, as its class and its facts; ``is_last``: the worker ends itself over it."""
+    """An error with its class and facts; ``is_last`` is true if the worker exits because of it."""
 
     code: str
     facts: list[Fact]
@@ -165,17 +167,17 @@ FromWorker = Need | Done | Given | Failed
 
 
 class Pipe(Protocol):
-    """The unbuffered end of a pipe."""
+    """One end of an unbuffered pipe."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Read at most so many bytes; none at the end."""
+        """Read at most ``size`` bytes; an empty result means the end."""
 
     def write(self, content: bytes | memoryview, /) -> int | None:
-        """Write some of the bytes, and return how many."""
+        """Write some of the bytes, and return how many were written."""
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return the action with the places of its tensors."""
+    """Return a copy of the action with the positions of its tensors in the block."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)
@@ -187,7 +189,7 @@ def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
 
 
 def write_frame(pipe: Pipe, message: ToWorker | FromWorker) -> None:
-    """Write a message."""
+    """Write a message with its length prefix."""
     body = msgspec.msgpack.encode(message)
     rest = memoryview(_LENGTH.pack(len(body)) + body)
     while rest:
@@ -198,8 +200,8 @@ def read_frame(pipe: Pipe, most: int | None = None) -> bytes:
     """Read a message's bytes.
 
     Raises:
-        EOFError: the other side has ended.
-        FormatError: it is larger than ``most``.
+        EOFError: the other process has ended.
+        FormatError: the message is larger than ``most``.
     """
     (size,) = _LENGTH.unpack(_read(pipe, _LENGTH.size))
     if most is not None and size > most:
@@ -230,10 +232,10 @@ def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
 
 
 def make_error(failed: Failed) -> SplitonnxError:
-    """Make the error that a message tells.
+    """Convert a message back to the error that it describes.
 
     Raises:
-        FormatError: there is none such.
+        FormatError: the message does not describe a known error.
     """
     kind = getattr(splitonnx.errors, failed.code, None) if failed.code in RAISED else None
     if kind is None or len(failed.facts) != len(dataclasses.fields(kind)):

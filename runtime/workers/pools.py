@@ -1,9 +1,9 @@
-"""The workers of a server: which owner has one, who may get one, and when it ends.
+"""The workers of a server: which owner has a worker, who may get one, and when it ends.
 
-A worker serves one owner at a time and ends before another owner's begins, so neither a crash nor
-a read beyond an array's end reaches from one owner to another.  Clients that nothing tells apart
-have a worker for each session.  An owner gets one at its first task, and keeps it until another
-needs it: then the states of its sessions are fetched, and go into a new worker at their next task.
+A worker serves one owner at a time and ends before another owner's worker starts.  So neither a
+crash nor an out-of-bounds read can affect another owner.  Clients without an owner have one worker
+per session.  An owner gets a worker at its first task and keeps it until another owner needs it.
+Then the states of its sessions are fetched, and passed to a new worker at their next task.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from splitonnx.runtime.workers.processes import Worker, WorkerOptions
 from splitonnx.runtime.workers.remote_executors import RemoteExecutor
 
 MAX_DEATHS = 2
-"""Workers that one step may end; the second time its client is told so."""
+"""How many workers one step may crash; the second time the client gets an error."""
 INTERRUPT_SECONDS = 0.1
-"""Seconds between two orders to end what runs."""
+"""Seconds between two attempts to end running stages."""
 MAX_REMEMBERED = 1024
-"""Steps that ended a worker and are remembered."""
+"""Most steps that are remembered because they crashed a worker."""
 
 _logger = logging.getLogger("splitonnx.server")
 
 
 class _Lease:
-    """An owner's worker, which starts when it is first needed; ``since`` is when that was.
+    """An owner's worker, which starts when it is first needed, at the time ``since``.
 
-    ``executors`` are those whose state it has, or is about to have; ``starting`` is held while it
-    starts or ends.
+    ``executors`` are those whose state the worker has or will get; the lock ``starting`` is held
+    while it starts or ends.
     """
 
     def __init__(self, options: WorkerOptions, kept_bytes: Callable[[], int], now: float) -> None:
@@ -51,12 +51,12 @@ class _Lease:
         self._is_over = self._is_interrupted = False
 
     def get_worker(self) -> Worker:
-        """Return the worker, a new one where the last one has ended.
+        """Return the worker, and start a new one if the last one has ended.
 
         Raises:
-            ProcessFailed, SplitonnxError: none can be started; see :class:`Worker`.
-            ServerBusy: the server closes.
-            StageStopped: nothing is to be begun any more.
+            ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
+            ServerBusy: the server is closing.
+            StageStopped: nothing may be started any more.
         """
         with self.starting:
             if self._is_interrupted and (self._worker is None or not self._worker.is_alive):
@@ -68,12 +68,12 @@ class _Lease:
             return self._worker
 
     def tidy(self) -> None:
-        """Ask the worker to free soon what it may not keep any more."""
+        """Ask the worker to free the memory that it may not keep; do not wait for it."""
         if self._worker is not None:
             self._worker.tidy()
 
     def interrupt(self) -> None:
-        """End the stage that runs, and begin no other; to be called again until that is done."""
+        """End the running stage and start no other; call this repeatedly until that is done."""
         self._is_interrupted = True
         if self._worker is not None:
             self._worker.interrupt()
@@ -87,9 +87,9 @@ class _Lease:
 
 
 class WorkerPool:
-    """At most ``workers`` processes; safe for use from several threads.
+    """A pool of at most ``workers`` processes; safe to use from several threads.
 
-    ``on_death`` is called for each that ended without being asked to.
+    ``on_death`` is called for each worker that ended unexpectedly.
     """
 
     def __init__(
@@ -112,21 +112,21 @@ class WorkerPool:
 
     @property
     def party(self) -> PartyBundle:
-        """What the workers run."""
+        """Return the party that the workers run."""
         return self._options.party
 
     def open(
         self, owner: str, session: str, tensors: Mapping[str, np.ndarray] | None, step: int
     ) -> RemoteExecutor:
-        """Make an executor for a session, at a state, or at the untrained one."""
+        """Make an executor for a session, with the given state or the untrained one."""
         return RemoteExecutor(self, _name_user(owner, session), session, tensors, step)
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker of an executor's owner, or make one, if need be in another's place.
+        """Return the worker of an executor's owner; start one if needed, even in another's place.
 
         Raises:
-            ProcessFailed, SplitonnxError: it cannot be started; see :class:`Worker`.
-            ServerBusy: every worker is another owner's, who has an open task in it.
+            ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
+            ServerBusy: every worker belongs to another owner and has an open task.
         """
         lease = self._find(executor)
         if lease is None:
@@ -135,7 +135,7 @@ class WorkerPool:
         return lease.get_worker()
 
     def close_executor(self, executor: RemoteExecutor) -> None:
-        """Note that a session has left the memory."""
+        """Forget the executor of a session that is no longer in memory."""
         with self._lock:
             for lease in self._leases.values():
                 if executor in lease.executors:
@@ -143,7 +143,7 @@ class WorkerPool:
                     lease.last_used = self._clock()
 
     def retire_idle(self, seconds: float) -> None:
-        """End the workers that have had no session for so long."""
+        """End the workers that have had no session for ``seconds``."""
         with self._lock:
             now = self._clock()
             for name, lease in list(self._leases.items()):
@@ -151,25 +151,25 @@ class WorkerPool:
                     self._leases.pop(name).end()
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Log that a worker ended over a task, if over one, and make the error that tells it."""
+        """Log that a worker ended, with the task that caused it, and return the error."""
         error = WorkerLost(session, how, is_repeated=self._count_death(key))
         _logger.error("%s", error, extra={"session": session})
         return error
 
     def note_success(self, key: TaskKey) -> None:
-        """Forget the workers that ended over a task: it was carried out."""
+        """Reset the count of workers that a task crashed, because it has succeeded."""
         if self._deaths:
             with self._lock:
                 self._deaths.pop(key, None)
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Log why none can be started, which the error's sentence does not tell the client."""
+        """Log why no worker can be started, and return an error without that reason."""
         _logger.error("no worker can be started: %s", why, extra={"session": session})
         is_repeated = self._count_death(key)
         return WorkerLost(session, why, is_repeated=is_repeated, is_early=True)
 
     def _count_death(self, key: TaskKey | None) -> bool:
-        """Count a worker's end, and say whether the same task has ended as many as it may."""
+        """Count a worker's crash; return whether the task has crashed as many as it may."""
         self._on_death()
         if key is None:
             return False
@@ -181,7 +181,7 @@ class WorkerPool:
         return deaths >= MAX_DEATHS
 
     def interrupt(self) -> None:
-        """End every stage that runs, and let none begin, until :meth:`close`."""
+        """Stop all running stages and start no more until :meth:`close`."""
         threading.Thread(target=self._interrupt, name="splitonnx-interrupt", daemon=True).start()
 
     def _interrupt(self) -> None:
@@ -193,7 +193,7 @@ class WorkerPool:
             self._is_closed.wait(INTERRUPT_SECONDS)
 
     def close(self) -> None:
-        """End every worker; may be called twice."""
+        """End all workers; may be called twice."""
         self._is_closed.set()
         with self._lock:
             leases = list(self._leases.values())
@@ -204,7 +204,7 @@ class WorkerPool:
             self._options.weights.close()
 
     def _find(self, executor: RemoteExecutor) -> _Lease | None:
-        """Find the owner's lease, or make one where there is room for one more."""
+        """Return the owner's lease; make one if there is room for another."""
         with self._lock:
             if executor.user not in self._leases and len(self._leases) >= self._most:
                 return None
@@ -222,7 +222,7 @@ class WorkerPool:
         return lease
 
     def _compute_share(self) -> int:
-        """Compute what each worker may keep, in bytes: one that is alone keeps what all may."""
+        """Compute how many bytes each worker may keep; a single worker may keep the total."""
         return self._options.kept_bytes // max(1, len(self._leases))
 
     def _take_over(self, executor: RemoteExecutor) -> _Lease:
@@ -238,16 +238,16 @@ class WorkerPool:
         raise ServerBusy(f"{self._most} workers")
 
     def _unload(self, lease: _Lease, *, waits: bool) -> bool:
-        """Fetch every session's state, unless one has an open task; say whether all are here.
+        """Fetch every session's state unless one has an open task; return whether all were fetched.
 
-        ``waits``: also for a session that is being saved.
+        ``waits``: also wait for a session that is being saved.
         """
         with self._lock:
             executors = list(lease.executors)
         return all(executor.unload(waits=waits) for executor in executors)
 
     def _replace(self, user: str, before: _Lease, executor: RemoteExecutor) -> _Lease | None:
-        """End a worker, and only then let another owner's begin."""
+        """End a worker before another owner's worker starts."""
         with ExitStack() as stack:
             with self._lock:
                 is_needed = any(executor.is_loaded for executor in before.executors)
@@ -261,5 +261,5 @@ class WorkerPool:
 
 
 def _name_user(owner: str, session: str) -> str:
-    """Name whom a worker serves: an owner, or a session of those whom nothing tells apart."""
+    """Return whom a worker serves: an owner, or a session without an owner."""
     return f"owner {owner}" if owner else f"session {session}"

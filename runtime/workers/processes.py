@@ -1,7 +1,7 @@
-"""A worker as its server sees it: a process, two blocks of shared memory, one request at a time.
+"""A worker process as its server sees it: two blocks of shared memory, one request at a time.
 
-This module knows processes and pipes; what is asked is in :mod:`messages`, and who asks
-in :mod:`isolation`.
+This module knows processes and pipes.  The requests are defined in :mod:`messages`, and
+:mod:`pools` decides which owner has which worker.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ from splitonnx.runtime.workers.messages import (
 )
 
 MAX_BLOCK = 1 << 36
-"""Bytes of one block that a worker may ask for."""
+"""Most bytes of a block that a worker may ask for."""
 MAX_LINES = 20
-"""Lines of a worker's stderr that are logged."""
+"""Most lines of a worker's stderr that are logged."""
 MAX_LINE = 300
-"""Characters of one of them."""
+"""Most characters of such a line."""
 START_SECONDS = 600.0
-"""Seconds that a worker has to load its bundle."""
+"""Seconds in which a worker must load its bundle."""
 END_SECONDS = 1.0
-"""Seconds that a worker has to end by itself."""
+"""Seconds in which a worker must exit by itself."""
 KEPT_VARIABLES = (
     "DYLD_LIBRARY_PATH",
     "LANG",
@@ -79,7 +79,7 @@ KEPT_VARIABLES = (
     "TMP",
     "TMPDIR",
 )
-"""Of the server's environment, what a worker gets; secrets may be in the rest."""
+"""Environment variables that a worker inherits; the server's others may contain secrets."""
 
 _T = TypeVar("_T")
 
@@ -88,9 +88,9 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 
 
 class WorkerEnded(Exception):
-    """The process ended, or had to be ended; ``how`` says how.  Its session's name is not known.
+    """The process ended, or had to be killed; ``how`` says how.  It lacks the session's name.
 
-    ``is_before``: it had ended before it was told what to do.
+    ``is_before`` is true if it had ended before the request was sent.
     """
 
     def __init__(self, how: str, *, is_before: bool = False) -> None:
@@ -101,10 +101,10 @@ class WorkerEnded(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What every worker of a server runs, and its bounds; ``weights`` are the party's, if shared.
+    """What every worker of a server runs, and its limits; ``weights`` are the party's, if shared.
 
-    ``kept_bytes`` may stay after a task, of all workers' memory and again of what they share with
-    their server.
+    After a task all workers together may keep ``kept_bytes`` of memory, and again as much of the
+    memory that they share with their server.
     """
 
     party: PartyBundle
@@ -116,7 +116,7 @@ class WorkerOptions:
 
 
 class _Kill:
-    """What ends a request that takes too long: the worker's end, in place of run options."""
+    """Ends a request that takes too long by killing the worker, in place of run options."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -131,14 +131,14 @@ class _Kill:
 
 
 class Worker:
-    """One process, ready once this returns.
+    """One worker process; the constructor returns when the process is ready.
 
-    ``is_alive`` turns false once and for all; nothing that it held comes back.  ``kept_bytes`` says
-    at each request how many bytes may stay after a task, of its memory and again of what it shares
-    with its server.
+    ``is_alive`` becomes false when the process ends, and everything it held is lost.
+    ``kept_bytes`` returns at each request how many bytes the worker may keep after a task, and
+    again as many of the memory that it shares with its server.
 
     Raises:
-        ProcessFailed: it cannot be started, or does not come up.
+        ProcessFailed: the process cannot be started, or does not become ready.
     """
 
     def __init__(self, options: WorkerOptions, kept_bytes: Callable[[], int]) -> None:
@@ -179,13 +179,13 @@ class Worker:
     def ask(
         self, action: Action, tensors: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray] | Done:
-        """Send the worker a request, and return its answer; tensors are copies.
+        """Send a request to the worker, and return its answer; tensors are copied.
 
-        ``tensors`` go along with an action whose slots are to be filled.
+        ``tensors`` belong to an action whose slots are filled here.
 
         Raises:
-            WorkerEnded: it ended over it, or had ended before.
-            SplitonnxError: the action failed over there; the worker can continue.
+            WorkerEnded: the process ended because of the request, or had ended before.
+            SplitonnxError: the action failed in the worker, which can continue.
         """
         with self._lock:
             if not self.is_alive:
@@ -210,28 +210,28 @@ class Worker:
                 self._is_running = False
 
     def abandon(self, session: int, key: TaskKey) -> None:
-        """Forget a task, once what runs is done."""
+        """Forget a task, once the running request is done."""
         self._abandoned.append((session, key))
         self.tidy()
 
     def forget(self, session: int) -> None:
-        """Forget a session, once what runs is done."""
+        """Forget a session, once the running request is done."""
         self._closed.append(session)
         self.tidy()
 
     def tidy(self) -> None:
-        """Forget what is to be forgotten, and give back what may not stay, once what runs is done.
+        """Free memory that may not be kept, once the running request is done.
 
-        Does not wait for it: the caller may be the event loop.
+        This does not wait for it: the caller may be the event loop.
         """
         if self.is_alive and not self._is_tidying:
             self._is_tidying = True
             threading.Thread(target=self._tidy, name="splitonnx-tidy", daemon=True).start()
 
     def interrupt(self) -> None:
-        """End the stage that runs, and run none any more; fetching states still goes.
+        """End the running stage, and run no more stages; states can still be fetched.
 
-        Where a stage cannot be asked to end, the process is.
+        If a stage cannot be asked to end, the process is killed.
         """
         self._is_interrupted = True
         if not self._is_running:
@@ -242,7 +242,7 @@ class Worker:
             self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """End the process, by force where it is at something that takes long."""
+        """End the process, by force if it is busy."""
         if not self._lock.acquire(timeout=END_SECONDS):
             self._process.kill()  # whoever asked for it finds it ended, and lets go of the lock
             self._lock.acquire()
@@ -351,7 +351,7 @@ class Worker:
             self._outbox.empty()
 
     def _bury(self, error: BaseException) -> str:
-        """End the process, and say how it ended."""
+        """Kill the process, and return how it ended."""
         self.is_alive = False
         code = self._release()
         if isinstance(error, FormatError | msgspec.DecodeError):
@@ -362,7 +362,7 @@ class Worker:
         return f"it ended with exit code {code}"
 
     def _release(self) -> int:
-        """Close the pipes, for which the process ends, and give its exit code."""
+        """Close the pipes, which ends the process, and return its exit code."""
         self._runs.stop()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -383,7 +383,7 @@ def _drain(queue: deque[_T]) -> tuple[_T, ...]:
 
 
 def _log_lines(stream: IO[bytes], pid: int) -> None:
-    """Log the first lines of what a worker writes; the rest is read and dropped."""
+    """Log the first lines that a worker writes; read and drop the rest."""
     left = MAX_LINES
     with stream, suppress(OSError, ValueError):
         while line := stream.readline(1 << 12):

@@ -1,8 +1,9 @@
-"""An executor whose state and tasks are in a worker: what a session has of it.
+"""An executor whose state and tasks are in a worker process.
 
-Nothing is sent before it is needed.  A session is opened in the worker at its first task, so that
-making one, and taking one back, costs no time while others wait.  Between two tasks its state may
-be fetched, so that the worker can be another owner's; the next task takes it to a worker again.
+Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
+task, so that creating or restoring a session does not make others wait.  Between two tasks its
+state can be fetched, so that the worker can serve another owner; the next task passes the state to
+a worker again.
 """
 
 from __future__ import annotations
@@ -40,30 +41,30 @@ from splitonnx.runtime.workers.processes import Worker, WorkerEnded
 
 
 class Owner(Protocol):
-    """The pool that an executor is of."""
+    """The pool that an executor belongs to."""
 
     @property
     def party(self) -> PartyBundle:
-        """What its workers run."""
+        """Return the party that the pool's workers run."""
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker that an executor's state is to go to."""
+        """Return the worker that must receive an executor's state."""
 
     def close_executor(self, executor: RemoteExecutor) -> None:
-        """Note that an executor is not needed any more."""
+        """Forget an executor that is no longer needed."""
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Note that a worker ended, over a task if over one, and make the error that tells it."""
+        """Record that a worker ended, with the task that caused it, and return the error."""
 
     def note_success(self, key: TaskKey) -> None:
         """Record that a task succeeded."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Record that none can be started, and make the error that reports it."""
+        """Record that no worker can be started, and return the error for it."""
 
 
 class _Task:
-    """A task that is open here; ``begin`` until the worker knows of it."""
+    """A task that is open here; ``begin`` is set until the worker has received it."""
 
     def __init__(self, begin: Begin) -> None:
         self.begin: Begin | None = begin
@@ -72,10 +73,10 @@ class _Task:
 
 
 class RemoteExecutor:
-    """A session in a worker; the same as an :class:`~executors.Executor` to whoever uses it.
+    """A session's executor in a worker; it is used like an :class:`~executors.Executor`.
 
-    ``user`` names whom the worker serves.  Not safe for use from two threads at a time, but for
-    :meth:`unload`.
+    ``user`` names the owner or session that the worker serves.  Not safe to use from two threads at
+    a time, except for :meth:`unload`.
     """
 
     _numbers = iter(range(1 << 62))
@@ -107,16 +108,16 @@ class RemoteExecutor:
 
     @property
     def is_loaded(self) -> bool:
-        """Return whether the state is in a worker, or about to be."""
+        """Return whether the state is in a worker, or is being sent to it."""
         return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        """Open a task; the worker checks it with the first wires.
+        """Open a task; the worker checks it together with the first wires.
 
         Raises:
-            LocalProtocolError: it has data of this side's, which a server has none of.
+            LocalProtocolError: the task has data of this side, which a server does not have.
         """
         if data:
             raise LocalProtocolError("a worker takes wires alone")
@@ -126,15 +127,15 @@ class RemoteExecutor:
             self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Pass wires to an open task; they are sent, and checked, with :meth:`advance`."""
+        """Pass wires to an open task; :meth:`advance` sends them, and the worker checks them."""
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that can be sent now.
+        """Run every stage that can run; after each, yield the wires that are ready to send.
 
         Raises:
-            WorkerLost: the worker ended over it.
-            SplitonnxError: as an executor's ``deliver`` and ``advance``.
+            WorkerLost: the worker ended during the task.
+            SplitonnxError: see ``deliver`` and ``advance`` of :class:`~executors.Executor`.
         """
         task = self._task(key)
         begin, wires = task.begin, task.wires
@@ -147,11 +148,11 @@ class RemoteExecutor:
         task.is_finished = given.is_finished
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage of the task ran and every wire was received and handed out."""
+        """Return whether every stage of the task ran and every wire was received and yielded."""
         return self._task(key).is_finished
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task: commit its state; a server's phases have no results.
+        """Close a finished task and commit its state; a server's phases have no results.
 
         Raises:
             LocalProtocolError: the task is not finished.
@@ -167,13 +168,13 @@ class RemoteExecutor:
         return {}
 
     def abandon(self, key: TaskKey) -> None:
-        """Forget a task, open or not; the state is as it was before it."""
+        """Abort a task, if it is open; the state is the state before it."""
         task = self._tasks.pop(key, None)
         if task is not None and task.begin is None and self._worker is not None:
             self._worker.abandon(self._number, key)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Fetch the whole state.
+        """Fetch the complete state.
 
         Raises:
             WorkerLost: the worker ended.
@@ -188,8 +189,8 @@ class RemoteExecutor:
     def unload(self, *, waits: bool) -> bool:
         """Fetch the state, so that the worker is not needed until the next task.
 
-        ``waits``: also for another thread that fetches it at the moment.  Return ``False`` where a
-        task is open, or where the state cannot be fetched.
+        ``waits``: also wait for another thread that is fetching it.  Return ``False`` if a task is
+        open, or if the state cannot be fetched.
         """
         if self._tasks or not self._lock.acquire(blocking=waits):
             return False
@@ -211,9 +212,9 @@ class RemoteExecutor:
             self._lock.release()
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state by another; open tasks are aborted.
+        """Replace the state and abort open tasks.
 
-        The arrays must not be written to until the next task.
+        The arrays must not be changed until the next task.
         """
         with self._lock:
             self._tasks.clear()
@@ -223,7 +224,7 @@ class RemoteExecutor:
             self._worker, self._start, self.step = None, tensors, step
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state into the party's folder as its outcome; see ``Executor.publish``."""
+        """Write the state to the party's folder as its outcome; see ``Executor.publish``."""
         publish_state(
             self.party,
             self.state(),
@@ -264,7 +265,7 @@ class RemoteExecutor:
             raise
 
     def _open(self) -> Worker:
-        """Find the worker; the first time, hand it the state to begin from."""
+        """Return the worker; if it does not have the state yet, send the state first."""
         if self._worker is None:
             worker = self._pool.get_worker(self)
             action = Open(session=self._number, step=self.step, state=None)
