@@ -41,7 +41,7 @@ class Limits:
         "Connections at once that are authenticated",
         beyond="HTTP 503, or closing code 1013",
     )
-    # So those who hold back nothing get through a crowd of those who wait.
+    # So authenticated clients get through a flood of connections that wait.
     unauthenticated: int = _limit(
         64,
         "Connections at once that have shown no token yet",

@@ -112,15 +112,15 @@ class Channel:
         self._backoff = backoff
         self._generation = 0
         self._wants_repeat = False
-        self._delays: Iterator[float] | None = None  # the same until something comes of it
-        self._lost_at: float | None = None  # likewise: when the connection was lost first
+        self._delays: Iterator[float] | None = None  # kept until something new arrives
+        self._lost_at: float | None = None  # likewise: when the first loss occurred
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
         self._task: OpenTask | None = None
         self._last: OpenTask | None = None  # the last step, which the server may not have made
         self._past_traffic = (0, 0)
         self.step = self._find_server(None) if patient else self._greet()
-        self._lost_at = None  # what has not begun was not lost
+        self._lost_at = None  # nothing was lost before the start
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -184,7 +184,7 @@ class Channel:
                 task.received += 1
                 self._note_progress()
                 if task.key.phase == TRAIN:
-                    self._last = None  # the server is beyond it
+                    self._last = None  # the server is past that step
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:

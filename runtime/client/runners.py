@@ -47,7 +47,7 @@ class TaskRunner:
         self._channel = channel
         self._seed = seed
         self._closed = self._is_half_published = False
-        self._others = itertools.count()  # numbers the tasks that are not training step
+        self._others = itertools.count()  # numbers the tasks that are not training steps
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class TaskRunner:
         """
         if self._channel is not None:
             self._require_open()
-        self.executor.check_outcome()  # before the server publishes its half
+        self.executor.check_outcome()  # before the server publishes its part
         self.run.hold()
         if self._channel is not None:
             self._is_half_published = True

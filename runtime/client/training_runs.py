@@ -100,7 +100,7 @@ class TrainingRun:
         """Return whether the session has checkpoints to resume from; a finished run has none."""
         try:
             return self._store is not None and bool(self._store.steps())
-        except BundleError:  # they may be there, where they cannot be looked at
+        except BundleError:  # they may exist but be unreadable
             return True
 
     def write(self, executor: Executor, position: DataPosition | None) -> None:

@@ -85,9 +85,9 @@ class Admission:
         is_locked = has_tls or authorize is not None
         allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
         self._policy = RequestPolicy(authorize=authorize, respond=respond, origins=allowed)
-        self._unauthenticated: dict[Connection, None] = {}  # in the order of their coming
+        self._unauthenticated: dict[Connection, None] = {}  # in the order of arrival
         self._clients: set[Connection] = set()
-        self._answers: dict[Connection, int] = {}  # bytes of the longer ones
+        self._answers: dict[Connection, int] = {}  # bytes of the longer responses
 
     def enter(self, connection: Connection) -> None:
         """Admit a connection that has not shown a token.

@@ -73,10 +73,10 @@ class LimitedConnection(ServerConnection):
         self._bucket = TokenBucket(admission.limits.messages_per_second, self.loop.time())
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
-        self._bytes = 0  # received in all
-        self.kept = 0  # bytes of messages that nobody has taken yet
+        self._bytes = 0  # received in total
+        self.kept = 0  # bytes of unread messages
         self._frames = 0  # since the bucket was last looked at
-        self._fragments = 0  # of the message under way
+        self._fragments = 0  # of the message being received
         self.is_underway = False  # whether part of a message has come
         self._heard = self.loop.time()
 
@@ -216,7 +216,7 @@ class LimitedConnection(ServerConnection):
             status = STATUSES.get(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
             self.transport.write(deny(status, reason).serialize())
         if self.owner is None:
-            self.transport.abort()  # what was written has gone out; no farewell is waited for
+            self.transport.abort()  # all data was sent; do not wait for the other side
         else:
             self.transport.close()
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)

@@ -103,7 +103,7 @@ class AcceptedSocket(socket.socket):
         """Shut the connection down; the event loop then notices its end and closes the socket."""
         try:
             self.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the other side was quicker
+        except OSError:  # the other side closed first
             return
 
     def close(self) -> None:

@@ -43,14 +43,14 @@ CONTENT_TYPES = {
 """Content types by file suffix; any other suffix is served as bytes."""
 BYTES = "application/octet-stream"
 
-# A page runs this server's files alone, and speaks to this server alone.
+# A page may only run this server's files and connect to this server.
 POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; worker-src 'self'; manifest-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # asks whether it changed, by its tag
+    "Cache-Control": "no-cache",  # the client asks whether it changed
     "Content-Security-Policy": POLICY,
     # Both together let a page share memory between threads, which ONNX Runtime's take.
     "Cross-Origin-Embedder-Policy": "require-corp",

@@ -129,7 +129,7 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
             append_line(Path(path), line.encode())
         except OSError:
             if is_new:
-                with suppress(OSError):  # the reason why it failed is told, not this
+                with suppress(OSError):  # the error reports the first failure, not this one
                     os.unlink(path)
             raise
     except OSError as error:

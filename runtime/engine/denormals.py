@@ -57,7 +57,7 @@ def _make_posix(register: _Register) -> _SetFlush:
     at, bits = register.offset, register.bits
     new = ctypes.c_char * _SIZE
 
-    known: dict[bytes, bytes] = {}  # of the few environments that threads have
+    known: dict[bytes, bytes] = {}  # threads have few environments
 
     def make(before: bytes) -> bytes:
         flushing = bytearray(before)

@@ -154,7 +154,7 @@ class Engine:
         options.enable_cpu_mem_arena = self._arena
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Or it would look itself, and take bytes that also pass for its own format for that.
+        # Otherwise it would detect the format, and could mistake the bytes for ORT format.
         options.add_session_config_entry(
             "session.load_model_format", "ORT" if own_format else "ONNX"
         )
@@ -191,7 +191,7 @@ class Engine:
         if CAN_FLUSH:
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
-            with flushing_denormals():  # the first session would set it here and leave it set
+            with flushing_denormals():  # otherwise the first session would set it for good
                 return self._ort.InferenceSession(
                     graph, options, providers=["CPUExecutionProvider"]
                 )
@@ -208,7 +208,7 @@ class Engine:
 
     def to_array(self, tensor: Tensor) -> np.ndarray:
         """Return a read-only array that shares a tensor's memory and keeps it alive."""
-        if 0 in tensor._value.shape():  # no memory to point at
+        if 0 in tensor._value.shape():  # it has no memory to share
             interface = tensor.__array_interface__
             return np.empty(interface["shape"], interface["typestr"])
         return np.asarray(tensor)
@@ -258,9 +258,7 @@ def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
     types = ort_format_model.OperatorTypeUsageManager()
     found: dict[str, dict[int, set[str]]] = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ResourceWarning
-        )  # the tool leaves its file to the collector
+        warnings.simplefilter("ignore", ResourceWarning)  # the tool does not close its file
         for graph in graphs:
             path = Path(folder, "stage.ort")
             path.write_bytes(graph)

@@ -205,7 +205,7 @@ class Executor:
             yield self._collect_wires(task, wires)
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage ran and every wire was received and yielded."""
+        """Return whether every stage ran, every wire arrived, and all outgoing were yielded."""
         return self._task(key).progress.is_finished
 
     def results(self, key: TaskKey) -> dict[str, np.ndarray]:

@@ -66,8 +66,8 @@ class _Gate:
         self._imported: frozenset[str] = frozenset()  # domains
         self._count = 0  # nodes and bodies so far
         self._given = 0  # names
-        self._names: dict[bytes, str] = {}  # that were read; most occur several times
-        self._attributes: set[bytes] = set()  # likewise, those that passed
+        self._names: dict[bytes, str] = {}  # cache: most occur several times
+        self._attributes: set[bytes] = set()  # likewise, those that passed the check
         self._types: set[bytes] = set()
         self._pending: list[tuple[Place, int]] = []  # bodies to be checked, and how deep they lie
 
@@ -91,7 +91,7 @@ class _Gate:
             self.refuse("it imports no opset of the standard operators")
         if not self._pending:
             self.refuse("it is empty")
-        while self._pending:  # no recursion: what nests deep must not end the process
+        while self._pending:  # no recursion: deep nesting must not crash the process
             self._check_graph(*self._pending.pop())
 
     def _check_opset(self, place: Place) -> None:
@@ -177,7 +177,7 @@ class _Gate:
             return
         before = self._count
         self._read_attribute(place, depth, einsum=einsum)
-        if self._count == before and not einsum:  # one with a body is another each time
+        if self._count == before and not einsum:  # one with a body differs each time
             _keep(self._attributes, content)
 
     def _read_attribute(self, place: Place, depth: int, *, einsum: bool) -> None:

@@ -113,7 +113,7 @@ class Reader:
                 raise Malformed("it has more fields than any graph of a bundle")
             if width:
                 end = at + width
-            elif at < stop and content[at] < 128:  # most are below, and a call takes its time
+            elif at < stop and content[at] < 128:  # most are shorter, and a call is slow
                 value = content[at]
                 at += 1
                 end = at + value

@@ -41,7 +41,7 @@ class _Reservation:
     owner: Hashable
     kind: TaskKind
     size: int
-    needed: int  # what its messages asked for so far
+    needed: int  # requested by its messages so far
     is_reserve: bool = False
     idle_since: float | None = None
 
@@ -181,7 +181,7 @@ class Budget:
 
         ``is_sending`` returns whether part of a task's next message has arrived.
         """
-        self._give()  # somebody may have had its place for long enough by now
+        self._give()  # a user's tenure may be over by now
         if not self._waiting:
             return []
         now = self._clock()
@@ -232,7 +232,7 @@ class Budget:
             user = _name_user(request.task, request.owner)
             if self._is_over_share(request) or (leaving is not None and user == leaving):
                 continue
-            # nobody passes who waits for more than is left of what is shared
+            # nobody passes a request for more shared memory than is left
             is_blocked = is_blocked or used + request.size > self.total
             if is_blocked and not self._fits_reserve(request):
                 continue

@@ -31,7 +31,7 @@ class Places:
         self._most = most
         self._is_there = is_there
         self._clock = clock
-        self._since: dict[Hashable, float] = {}  # the longest there comes first
+        self._since: dict[Hashable, float] = {}  # the longest holder comes first
 
     def find_leaving(
         self, waiting: Collection[Hashable], at_work: Collection[Hashable]

@@ -66,7 +66,7 @@ class ServerContext:
             name, phase = task
             session, lock = sessions.get(name), self.locks.get(name)
             if lock is not None and lock.locked() and name not in self.waiting:
-                continue  # its next message has just come
+                continue  # its next message has just arrived
             if session is not None and phase in session.open_phases:
                 session.abandon()
                 holder = self.holders.get(name)

@@ -107,7 +107,7 @@ class Dispatcher:
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
-            case ServerBusy():  # once greeted, it may find the room when its task begins again
+            case ServerBusy():  # there may be room when its task begins again
                 return self._generation > 0
         return False
 

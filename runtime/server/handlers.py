@@ -71,7 +71,7 @@ class ConnectionHandler:
         self._dispatcher: Dispatcher | None = None
         # Whose turn it is when this connection's is; turns keep it when the connection is gone.
         self._owner: Hashable = object()
-        self._has_message = False  # it came, and is not acted on yet
+        self._has_message = False  # it arrived and is not handled yet
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""

@@ -24,7 +24,7 @@ class Verdict(Enum):
 
     BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
     CONTINUE = auto()  # the next of the running step
-    REPEAT = auto()  # acted on before: the same replies again
+    REPEAT = auto()  # handled before: send the same replies again
 
 
 class Fingerprint:

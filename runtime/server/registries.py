@@ -303,7 +303,7 @@ def _leave_memory(session: Session) -> bool:
     """Write a session to disk, and return whether it can be removed from memory."""
     try:
         session.unload()
-    except WorkerLost:  # it was logged; what is on disk is all there is
+    except WorkerLost:  # it was logged; only the files on disk remain
         pass
     except (DiskQuotaUsed, StateNotFinite) as error:
         _logger.error("session %s continues from its last checkpoint: %s", session.id, error)

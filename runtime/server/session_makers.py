@@ -30,7 +30,7 @@ class SessionMaker:
 
     def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
         for phase in (TRAIN, PREDICT):
-            base.prepare(phase)  # before sessions share what is loaded
+            base.prepare(phase)  # before sessions share the loaded stages
         self._base = base
         self._untrained = base if base.party.trained is None else _rewind(base)
         self._archive = archive

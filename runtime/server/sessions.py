@@ -177,7 +177,7 @@ class Session:
                     self.executor.publish(session=self.id, owner=self.owner)
                     self._published = message.step
         except (BundleError, NotSaved) as error:
-            _logger.error("session %s: %s", self.id, error)  # the path is none of the client's
+            _logger.error("session %s: %s", self.id, error)  # the client may not learn the path
             return Unsaved(session=self.id, step=message.step, reason=error.reason)
         self._saved = message.step
         return Saved(session=self.id, step=message.step)

@@ -238,7 +238,7 @@ class CheckpointStore:
         try:
             self.folder.rmdir()
             sync_folder(self.folder.parent)
-        except FileNotFoundError:  # it had none
+        except FileNotFoundError:  # it had no folder
             pass
         except OSError as error:
             _log.warning("%s is left: %s", self.folder, error.strerror)
@@ -359,7 +359,7 @@ def list_sessions(folder: Path) -> tuple[str, ...]:
     for session in list_folders(folder):
         place = folder / SESSIONS / session
         names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
-        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the session ended meanwhile
             times = [(place / name).stat().st_mtime_ns for name in names]
             written += [(max(times), session)] if times else []
     return tuple(session for _, session in sorted(written, reverse=True))

@@ -174,7 +174,7 @@ class NamedBlock:
         """Release the block; when its owner does so, the memory is deleted."""
         if self._is_owner:
             self._memory.unlink()
-        with suppress(BufferError):  # an array looks at it still, and keeps the mapping
+        with suppress(BufferError):  # an array still uses it and keeps the mapping
             self._memory.close()
 
 

@@ -42,7 +42,7 @@ class Heap:
         """Make the heap keep large freed blocks, too, which it would otherwise unmap at once."""
         assert self._library is not None
         largest = (1 << 31) - 1
-        if not self._library.mallopt(_MMAP_THRESHOLD, largest):  # older ones take no more than this
+        if not self._library.mallopt(_MMAP_THRESHOLD, largest):  # older versions accept no more
             self._library.mallopt(_MMAP_THRESHOLD, 1 << 25)
         self._library.mallopt(_TRIM_THRESHOLD, largest)
         self._library.mallopt(_TOP_PAD, 1 << 24)

@@ -78,7 +78,7 @@ class Host:
             except EOFError:
                 return
             try:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # it ends a stage
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # it interrupts a stage
                 answer = self._answer(request)
             except SplitonnxError as error:
                 answer = describe_error(error)

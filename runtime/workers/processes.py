@@ -204,7 +204,7 @@ class Worker:
                 raise WorkerEnded(self._bury(error), is_before=not self._is_told) from error
             except BaseException as error:
                 if not isinstance(error, SplitonnxError) or not self.is_alive:
-                    self._bury(error)  # the answer to come would be taken for the next one
+                    self._bury(error)  # the pending answer would be taken for the next one
                 raise
             finally:
                 self._is_running = False
@@ -255,7 +255,7 @@ class Worker:
 
     def _tidy(self) -> None:
         self._is_tidying = False  # what comes from now on takes another thread
-        with suppress(WorkerEnded, SplitonnxError):  # whoever needs the worker next is told
+        with suppress(WorkerEnded, SplitonnxError):  # the next user of the worker gets the error
             self.ask(Tidy())
 
     @staticmethod
@@ -279,9 +279,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**kept, "PYTHONPATH": os.pathsep.join(paths)},
-            cwd=sys.prefix,  # which is there to stay
+            cwd=sys.prefix,  # which is permanent
             pass_fds=numbers,
-            start_new_session=sys.platform != "win32",  # Ctrl-C is the server's alone
+            start_new_session=sys.platform != "win32",  # only the server handles Ctrl-C
         )
 
     def _start(self, options: WorkerOptions) -> None:

@@ -94,7 +94,7 @@ class RemoteExecutor:
         self.manifest: PartyManifest = pool.party.manifest
         self.user = user
         self._pool = pool
-        self._lock = threading.RLock()  # held while the worker is spoken to
+        self._lock = threading.RLock()  # held during a request to the worker
         self._session = session
         self._number = next(self._numbers)
         self._start = tensors
@@ -260,7 +260,7 @@ class RemoteExecutor:
         except ProcessFailed as error:
             raise self._pool.note_failed_start(key, self._session, error.reason) from error
         except StageTooSlow:
-            if self.is_lost:  # it would not end: the process had to
+            if self.is_lost:  # it did not end, so the process was killed
                 self._pool.note_death(None, self._session, "a stage did not end")
             raise
 
