@@ -229,7 +229,7 @@ class Executor:
         return results
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task, if it is open; the state is the state before it."""
+        """Abort a task, if it is open; its changes to the state are discarded."""
         self._tasks.pop(key, None)
 
     def state(self) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ class Dispatcher:
         """Decode one message, act on it and yield the replies, each to be sent as one message.
 
         An error becomes a Fault as the last reply and ends the connection.  An unfinished task is
-        aborted, and the state is the state before it.
+        aborted, and its changes to the state are discarded.
         """
         try:
             received = self.read(content)

@@ -212,7 +212,7 @@ class Session:
         self.executor.close()
 
     def abandon(self) -> None:
-        """Abort every unfinished task and restore the state before them."""
+        """Abort every unfinished task and discard its changes to the state."""
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()

@@ -168,7 +168,7 @@ class RemoteExecutor:
         return {}
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task, if it is open; the state is the state before it."""
+        """Abort a task, if it is open; its changes to the state are discarded."""
         task = self._tasks.pop(key, None)
         if task is not None and task.begin is None and self._worker is not None:
             self._worker.abandon(self._number, key)
