@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import build_once
 from tests.support import portable_stages
 from tests.support.operator_page import (
     NATIVE,
@@ -16,6 +17,7 @@ from tests.support.operator_page import (
     REWRITTEN,
     describe_operator,
     list_operators,
+    share_trials,
     try_operator,
     write_page,
 )
@@ -23,6 +25,12 @@ from tests.support.operator_page import (
 RTOL = 1e-4
 LEAST = 120
 """Operators that must be differentiable on both targets."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_trials(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let pytest's processes try each operator once together."""
+    share_trials(build_once(tmp_path_factory, "operator-trials", lambda folder: folder))
 
 
 @pytest.mark.filterwarnings("ignore")  # numpy warns of what the reference evaluator overflows

@@ -7,6 +7,7 @@ writes the page anew; a test holds the page that is there against what the cases
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 import warnings
@@ -14,8 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import onnx
+from filelock import FileLock
 
 from tests.conftest import ROOT
 from tests.support.case_trials import TARGETS, Outcome, try_case
@@ -71,9 +74,28 @@ class Row:
     remark: str = ""
 
 
+_shared: list[Path] = []
+
+
+def share_trials(folder: Path) -> None:
+    """Keep what is tried in a folder, which several processes may share."""
+    _shared[:] = [folder]
+
+
 @cache
 def try_operator(operator: str) -> tuple[Outcome, ...]:
-    """Try every case of an operator on both targets, once a process."""
+    """Try every case of an operator on both targets, once per process or per shared folder."""
+    if not _shared:
+        return _try_operator(operator)
+    file = _shared[0] / f"{operator}.pickle"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            file.write_bytes(pickle.dumps(_try_operator(operator)))
+        outcomes: tuple[Outcome, ...] = pickle.loads(file.read_bytes())
+    return outcomes
+
+
+def _try_operator(operator: str) -> tuple[Outcome, ...]:
     cases = [case for case in list_node_cases(operator) if is_tensors_only(case)]
     return tuple(try_case(case, target) for case in cases for target in TARGETS)
 
