@@ -79,7 +79,7 @@ def test_on_a_full_disk_training_stops_or_goes_on_and_ends_with_the_same_weights
     courses = msgspec.json.decode(printed, type=dict[str, Course])
     assert courses["stop"].error == (
         "the server's folder cannot be written: No space left on device; what was saved before it "
-        "stands, but training since then is not saved"
+        "is kept, but training since then is not saved"
     )
     assert courses["stop"].steps_made == 4
     assert courses["stop, resumed"] == Course(error="", steps_made=4, is_equal=True)
