@@ -1,6 +1,6 @@
-# make demo: the main job end to end on real data.  make test: every check and test.  make web: the
-# page that trains.
-# Each sets up .venv with what it needs; both work alone on a fresh clone.
+# make demo: the main job end to end on real data.  make test: linters, types and tests;
+# chaos, attack, fuzz, fuzz-bytes and sweep take longer.  make web: the page that trains.
+# Each first installs what it needs into .venv, and works alone on a fresh clone.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,17 +25,26 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# What measures time or memory has the machine to itself; the rest runs in two processes.  pytest's
-# closing line is to be the last, that of the larger part.
+# The linters take one core, and beside them the clients in JavaScript are tried, one after another.
+# Then what measures time or memory has the machine to itself; the rest runs in three processes, since
+# each often waits for others that it started.  pytest's closing line is to be the last, that of the
+# larger part.
 HERE := not sweep and not browser
-test: lint test-js test-mobile test-browser
-	$(BIN)/python -m pytest -m "alone and $(HERE)"
-	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 2 --dist worksteal
+ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs 2 lint test-clients
+	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
+	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
+
+test-clients: $(VENV)/.test
+	$(MAKE) --no-print-directory test-js
+	$(MAKE) --no-print-directory test-mobile
+	$(MAKE) --no-print-directory test-browser
 
 # The client in JavaScript, against servers of this environment.
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
@@ -67,18 +76,18 @@ $(RN_MODULES): $(RN)/package-lock.json
 	@touch $@
 
 runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
-	cd runtime/js && npm ci --silent
+	cd runtime/js && npm ci --silent --ignore-scripts
 	@touch $@
 
-# The page, ready to be served:  splitonnx serve WEB/bundle/server --web examples/browser/dist
-#                                                --client WEB/bundle/client
+# The page, ready to be served:  .venv/bin/splitonnx serve WEB/bundle/server
+#                                    --web examples/browser/dist --client WEB/bundle/client
 WEB ?= web-output
 PAGE := examples/browser
 
 web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
-	@echo "splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
+	@echo "$(BIN)/splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
 
-$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* runtime/js/src/*) $(PAGE)/index.html \
+$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* $(addprefix runtime/js/src/,*.ts */*.ts)) $(PAGE)/index.html \
 		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs
@@ -89,7 +98,7 @@ PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
 
 test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
 ifeq ($(strip $(PAGE_MISSES)),)
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser tests/browser
 else
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
@@ -139,7 +148,7 @@ $(VENV)/tools/%/.done: $(VENV)/.pip requirements/%.txt
 
 # The steps of the Containerfile without an engine; as root the server runs as another user.
 container-steps: $(VENV)/.test
-	$(BIN)/python -m tests.container_steps
+	$(BIN)/python -m tests.support.container_steps
 
 bench: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
 	$(BIN)/python benchmarks/resnet_step.py

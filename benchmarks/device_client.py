@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from splitonnx.codecs import Chunk
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.sockets import connect
-from splitonnx.runtime.transports import Transport
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.wire.transports import Transport
 
 
 class PatientTransport:

@@ -32,13 +32,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, Tensors, decode_message, encode_message
+from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.accesses import Access
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.protocols import CLIENT, list_wires
-from splitonnx.runtime.sockets import connect
-from splitonnx.runtime.tokens import add_token
-from splitonnx.runtime.transports import Transport
+from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.edge.tokens import add_token
+from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.runtime.wire.transports import Transport
 from splitonnx.tensors import DTYPES
 
 HONEST, GREEDY, CLIENTS = 6, 2, 8
@@ -81,8 +82,11 @@ def train(url: str, token: str, folder: str, log: Path, stop: threading.Event) -
         "x": random.standard_normal((BATCH, 1, 8, 8), np.float32),
         "labels": random.integers(0, 10, BATCH),
     }
-    access = Access(token=token)
-    with log.open("a", buffering=1) as lines, Client(folder, url, threads=1, access=access) as own:
+    credentials = Credentials(token=token)
+    with (
+        log.open("a", buffering=1) as lines,
+        Client(folder, url, threads=1, credentials=credentials) as own,
+    ):
         while not stop.is_set():
             begun = time.monotonic()
             own.step(data)
@@ -96,7 +100,7 @@ class Glutton:
     def __init__(self, url: str, token: str, folder: str) -> None:
         self._manifest = PartyBundle.load(folder).manifest
         self._session = uuid.uuid4().hex
-        self._transport: Transport = connect(url, access=Access(token=token))
+        self._transport: Transport = connect(url, credentials=Credentials(token=token))
         hello = Hello(
             digest=self._manifest.digest,
             session=self._session,

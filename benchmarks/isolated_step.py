@@ -23,7 +23,7 @@ import numpy as np
 from resnets import build_resnet18, start_server
 
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 
 BATCH = 32
 WARM_UP = 3

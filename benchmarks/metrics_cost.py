@@ -8,8 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from splitonnx.runtime.metrics import Metrics
-from tests.step_metrics import count_a_step
+from splitonnx.runtime.server.metrics import Metrics
+from tests.support.step_metrics import count_a_step
 
 ROUNDS = 50
 STEPS = 1000

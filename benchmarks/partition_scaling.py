@@ -19,10 +19,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import SplitonnxError
-from splitonnx.partitioner import isolations
-from splitonnx.partitioner.checks import check
-from splitonnx.partitioner.inspections import inspect
+from splitonnx.partitioner.native import workers
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.inspections import inspect
 
 MOST_GROWTH = 1.5
 MOST_SECONDS = 30.0
@@ -107,7 +107,7 @@ def measure(verb: str, content: bytes) -> float:
 
     started = time.process_time() + _read_children(resource)
     VERBS[verb](content)
-    isolations._HERE.end()  # so that what it took is known
+    workers._HERE.end()  # so that what it took is known
     return time.process_time() + _read_children(resource) - started
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from resnets import build_resnet18, serve
 
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 
 BATCH = 32
 

@@ -34,7 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.errors import SplitonnxError
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
+from splitonnx.runtime.client.clients import Client
 
 FLAT = 0.05
 """Largest part by which the server's memory may vary after the warm-up."""
@@ -213,7 +213,7 @@ def main() -> int:
                 samples = watch(process, crowd.tally, options.minutes * 60)
             metrics = read_metrics(url)
             after = read_memory(process)
-        return judge(samples, after, crowd.tally, metrics, log.read_text())
+        return assess(samples, after, crowd.tally, metrics, log.read_text())
 
 
 def watch(process: int, tally: Tally, seconds: float) -> list[tuple[float, int]]:
@@ -233,7 +233,7 @@ def watch(process: int, tally: Tally, seconds: float) -> list[tuple[float, int]]
     return samples
 
 
-def judge(
+def assess(
     samples: list[tuple[float, int]],
     after: int,
     tally: Tally,

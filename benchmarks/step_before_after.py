@@ -68,8 +68,7 @@ def work(model: str, tail: bool, threads: int | None) -> None:
 
     Each time, it prints the seconds of each step, and those that client and server computed in all.
     """
-    from splitonnx.partitioner.partitions import cut
-    from splitonnx.runtime.clients import Client
+    from splitonnx import Client, cut
 
     random = np.random.default_rng(1)
     batch: dict[str, np.ndarray]

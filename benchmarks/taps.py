@@ -1,10 +1,10 @@
 """How soon the example's page answers a tap on a slow phone, idle and while it trains.
 
-The page is open in Chromium at a phone's size, its thread slowed four times (``tests/taps.py``),
-and its ten buttons are tapped one after the other, some four taps a second.  Each measurement has
-its own browser and server.  The page's thread has a core of its own, as on a phone, or shares the
-machine's with the worker, the server and this script: of two cores the slowed thread then keeps one
-busy by itself.
+The page is open in Chromium at a phone's size, its thread slowed four times
+(``tests/support/taps.py``), and its ten buttons are tapped one after the other, some four taps a
+second. Each measurement has its own browser and server. The page's thread has a core of its own, as
+on a phone, or shares the machine's with the worker, the server and this script: of two cores the
+slowed thread then keeps one busy by itself.
 
 Exit code 1 where, at a training page with a core of its own, more than one tap of a hundred took
 more than 100 ms.  A single one proves nothing: at an idle page some take as long on a machine whose
@@ -28,8 +28,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tests.browsers import cut_digits
-from tests.taps import TIMELY, count_late, holding_a_phone
+from tests.support.browsers import cut_digits
+from tests.support.taps import TIMELY, count_late, holding_a_phone
 
 PAUSE = 0.15
 """Seconds that a quick finger takes from one button to the next."""

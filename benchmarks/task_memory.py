@@ -2,8 +2,8 @@
 
 Each case trains and predicts one batch in a process of its own: first a batch of one row, then
 the case's; what the peak of resident memory has grown by is held against what
-``runtime/estimates.py`` says of the graphs.  A good estimate is at most twice the measured peak,
-give or take 4 MiB, and never less than 88 % of it.  The script exits with 1 where one is not.
+``runtime/engine/estimates.py`` says of the graphs.  A good estimate is at most twice the measured
+peak, give or take 4 MiB, and never less than 88 % of it.  The script exits with 1 where one is not.
 
     python -m benchmarks.task_memory [NAME ...]
 """
@@ -25,15 +25,15 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.estimates import Estimates
-from splitonnx.runtime.executors import Executor
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.engine.executors import Executor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from resnets import build_resnet18
 
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 MIB = 1 << 20
 SLACK = 4 * MIB

@@ -4,7 +4,7 @@
 
 scikit-learn's 1,797 handwritten digits, trained U-shaped: client and server are two processes
 linked by a websocket, and neither images nor labels leave the client.  Everything is done by the
-``splitonnx`` command; all that it writes lies in FOLDER, ``demo-output`` by default.  Exit code 1
+``splitonnx`` command; all that it writes is in FOLDER, ``demo-output`` by default.  Exit code 1
 where the trained model is worse than promised or does not agree with the split one.
 """
 
@@ -88,7 +88,7 @@ def call(*arguments: Word, show: bool = True) -> str:
 
 @contextmanager
 def serve(bundle: Path) -> Iterator[str]:
-    """Serve a bundle in a process of its own, and give its address."""
+    """Serve a bundle in a process of its own, and yield its address."""
     command = announce(("serve", bundle, "--port", "0"))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -44,7 +44,7 @@ class Network:
         outputs: int = 1,
         **attributes: int | float | list[int],
     ) -> str:
-        """Append the node ``/block/Operator`` and give its first output's name."""
+        """Append the node ``/block/Operator`` and return its first output's name."""
         operator = name.rsplit("/", 1)[1].split("_")[0]
         results = [f"{name}_output_{index}" for index in range(outputs)]
         node = helper.make_node(operator, list(inputs), results, name)
@@ -53,7 +53,7 @@ class Network:
         return results[0]
 
     def keep(self, name: str, array: np.ndarray) -> str:
-        """Add an initializer and give its name."""
+        """Add an initializer and return its name."""
         self.weights.append(numpy_helper.from_array(array, name))
         return name
 

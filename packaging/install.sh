@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install the server into a virtual environment of its own, from the lock file and nothing else.
 #   packaging/install.sh training|portable FOLDER
-# It runs in the folder of the sources.  The Containerfile and tests/container_steps.py share it.
+# It runs in the folder of the sources.  The Containerfile and tests/support/container_steps.py share it.
 set -eu
 kind=$1
 folder=$2

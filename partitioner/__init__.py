@@ -1,1 +1,1 @@
-"""A model in, a bundle out: gate, prepare, differentiate once, lower, cut into stages."""
+"""Turn a model into a bundle: check, prepare, differentiate, lower it, and cut it into stages."""

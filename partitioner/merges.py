@@ -1,9 +1,7 @@
-"""Parts joined again: the trained weights of all parties in one plain ONNX model for inference."""
+"""Join the trained weights of all parties into one plain ONNX model for inference."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.atomic import replace_file, replacing, write_file
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_file_place
-from splitonnx.partitioner.gates import open_model
-from splitonnx.partitioner.preparations import settle
-from splitonnx.partitioner.quantizations import fold_quantized
-from splitonnx.partitioner.weights import restore_weights
-from splitonnx.pieces import split_pieces
+from splitonnx.partitioner.cutting.passes.forms import make_inference_form
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.normalization.quantizations import fold_quantized
+from splitonnx.partitioner.normalization.weights import restore_weights
 
 MAX_INSIDE = 2**31 - 2**26
-"""Bytes of weights that fit into one ONNX file, which Protocol Buffers end at 2 GiB."""
+"""Most bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Join:
-    """A joined model's bytes, and the weights that stand in a file beside it, in their order."""
+    """A joined model's bytes, and the weights stored in its external data file, in file order."""
 
     content: bytes
     beside: Sequence[np.ndarray] = ()
@@ -38,20 +36,20 @@ class _Join:
 
 
 def merge(bundle: Bundle | str | Path) -> bytes:
-    """Join the parts of a bundle into one ONNX model, with the weights as they are trained now.
+    """Join the parts of a bundle into one ONNX model with the weights as currently trained.
 
     The model has the inputs and outputs of the original and is in inference form:
-    BatchNormalization uses its running statistics, Dropout is gone.
+    BatchNormalization uses its running statistics, and Dropout is removed.
 
     Args:
-        bundle: a bundle, or the folder of one.
+        bundle: a bundle, or the path of a bundle folder.
 
     Returns:
         The model's bytes (opset 18 to 21, IR version 10), weights included.
 
     Raises:
         BundleError, FormatError: the folder cannot be read.
-        BundleMismatch: the parties stand at different steps.
+        BundleMismatch: the parties are at different steps.
         UsageError: the model is too large for one file; :func:`write_merged` writes two.
     """
     model = _join_parts(bundle)
@@ -65,18 +63,18 @@ def merge(bundle: Bundle | str | Path) -> bytes:
 
 
 def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bool = False) -> int:
-    """Join the parts as :func:`merge` does, and write the model to ``path``.
+    """Join the parts of a bundle like :func:`merge`, and write the model to ``path``.
 
-    A model whose weights are too large for one ONNX file gets them in a second one, ``path`` with
-    ``.data`` behind its name, as external data; they are streamed, so they need not fit into
-    memory.  The files appear when they are complete, the model last.
+    If the weights are too large for one ONNX file, they are written as external data to a second
+    file, whose name is ``path`` with ``.data`` appended.  They are streamed, so they need not fit
+    into memory.  The files appear only once they are complete, the model last.
 
     Returns:
-        The bytes written.
+        The number of bytes written.
 
     Raises:
-        UnwritableFile: something stands in the place of a file, or it cannot be written.
-        BundleError, FormatError, BundleMismatch: as :func:`merge` raises them.
+        UnwritableFile: an output file already exists, or it cannot be written.
+        BundleError, FormatError, BundleMismatch: as raised by :func:`merge`.
     """
     target = Path(path)
     _check_place(target, overwrite=overwrite)
@@ -88,13 +86,10 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
         _check_place(beside, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        with replacing(target) as fresh:
+            write_file(fresh, [joined.content])
             if large:
-                _write(Path(scratch, "data"), joined.beside)
-            _write(Path(scratch, "model"), [joined.content])
-            if large:
-                os.replace(Path(scratch, "data"), beside)
-            os.replace(Path(scratch, "model"), target)
+                replace_file(beside, joined.beside)
     except OSError as error:
         raise UnwritableFile(str(target), error.strerror or str(error)) from error
     return joined.size
@@ -110,7 +105,7 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
-    """Gather every party's weights: as trained, or as training started from them."""
+    """Return the weights of all parties: trained values, or initial values if not ``trained``."""
     weights: dict[str, np.ndarray] = {}
     for party in bundle.parties.values():
         source = party.state() if trained else party.weights
@@ -120,10 +115,10 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
-    """Put the parties' weights back into the bundle's skeleton: the model as it was prepared.
+    """Return the prepared model: the bundle's skeleton with the parties' weights inserted.
 
     Raises:
-        ModelError: the skeleton is no model that could have been cut.
+        ModelError: the skeleton is not a model that could have been cut.
     """
     model = open_model(bundle.skeleton)
     restore_weights(model.graph, collect_weights(bundle, trained=trained))
@@ -134,7 +129,7 @@ def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     _check_steps(loaded)
     model = restore_model(loaded)
-    settle(model.graph)
+    make_inference_form(model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
@@ -149,7 +144,7 @@ def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
 
 
 def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
-    """Write a model as bytes; with ``beside`` it refers to a file of that name for its weights."""
+    """Serialize a model; with ``beside``, store its weights in an external file of that name."""
     arrays: list[np.ndarray] = []
     if beside is not None:
         offset = 0
@@ -169,15 +164,6 @@ def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
             offset += tensor.nbytes
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return _Join(content=content, beside=arrays)
-
-
-def _write(path: Path, buffers: Sequence[bytes | np.ndarray]) -> None:
-    with path.open("wb") as file:
-        for buffer in buffers:
-            for piece in split_pieces(buffer):
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_steps(bundle: Bundle) -> None:

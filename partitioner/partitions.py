@@ -1,32 +1,25 @@
-"""From a model to a bundle: prepare, attach the loss, differentiate once, cut into stages.
+"""Cut a model into a bundle: prepare it, attach the loss, differentiate it, split it into stages.
 
-This is the partitioner's table of contents; each step is a module of its own.
+This module only calls these steps in order; each step is implemented in its own module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
+from splitonnx.names import TARGETS, TRAINING, BatchNormMode, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
-from splitonnx.partitioner.assemblies import assemble
-from splitonnx.partitioner.frontiers import is_float
-from splitonnx.partitioner.gates import ModelSource, open_model
-from splitonnx.partitioner.joints import build_predict, build_training
-from splitonnx.partitioner.pauses import pause_collection
-from splitonnx.partitioner.preparations import (
-    BatchNormMode,
-    DropoutMode,
-    PreparedModel,
-    prepare,
-)
-
-Target = Literal["portable", "training"]
+from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.joints import build_predict, build_training
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.traversals import is_float
 
 
 @pause_collection()
@@ -42,34 +35,37 @@ def cut(
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    client_target: Target = "training",
-    server_target: Target = "training",
+    client_target: Target = TRAINING,
+    server_target: Target = TRAINING,
 ) -> Bundle:
-    """Cut a model into a client's and a server's part, ready to be trained.
+    """Cut a model into a client part and a server part, ready for training.
 
     Args:
-        model: a path, the bytes of an ONNX model, or a loaded one.  It is not changed.  An
-            ``onnx_ir`` model is taken to be well-formed, and is consumed.
-        at: the tensors (by tensor, node or glob pattern) that go from client to server.  The
-            model's part up to them is the client's head.  ``None`` leaves the model whole, for
-            training without a server.
-        tail_at: the tensors that come back to the client for a U-shaped cut: what lies behind
-            them, the loss and the labels are the client's too.
-        loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` where
-            ``output`` is the loss; see :func:`splitonnx.partitioner.losses.attach_loss`.
-        output: the model output that the loss is taken of; the first float one by default.
+        model: a path, the bytes of an ONNX model, or a loaded model.  It is not changed, except
+            that an ``onnx_ir`` model is assumed to be well-formed and is consumed.
+        at: the tensors that the client sends to the server, given as tensor names, node names or
+            glob patterns.  The nodes before them are the client's head.  ``None`` does not cut
+            the model, for training without a server.
+        tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
+            client then also has the nodes after them, the loss and the labels.
+        loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
+            ``output`` is itself the loss; see :func:`losses.attach_loss`.
+        output: the model output from which the loss is computed; by default the first float
+            output.
         optimizer: ``AdamW(lr=1e-3)`` by default.
-        batchnorm: ``train`` normalises by the batch and keeps running statistics, ``frozen`` uses
-            the running statistics; by default as each node says.
-        dropout: ``keep`` turns every Dropout on, ``off`` off; by default as each node says.
-        train: regular expressions; each means the parameters whose name it finds, and where it
-            finds none, the constants, which become parameters.  It overrules ``freeze``.
-        freeze: regular expressions; parameters whose name one of them finds keep their value.
-        client_target, server_target: ``training`` keeps ORT's fused gradient kernels,
-            ``portable`` uses standard ONNX operators only, for stock ONNX Runtime.
+        batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
+            ``frozen`` uses the running statistics; by default each node's own setting applies.
+        dropout: ``keep`` turns every Dropout on, ``off`` turns every Dropout off; by default each
+            node's own setting applies.
+        train: regular expressions for names of parameters to train.  An expression that matches
+            no parameter selects constants, which then become parameters.  ``train`` takes
+            precedence over ``freeze``.
+        freeze: regular expressions; parameters whose name matches one keep their value.
+        client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
+            ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
 
     Returns:
-        The bundle, in memory; ``bundle.save(folder)`` writes it.
+        The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
 
     Raises:
         ModelError: the model cannot be read, prepared or differentiated.
@@ -79,7 +75,7 @@ def cut(
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     for target in (client_target, server_target):
-        if target not in ("portable", "training"):
+        if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
     opened = model if isinstance(model, ir.Model) else open_model(model)
     prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)
@@ -110,10 +106,10 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def choose_output(prepared: PreparedModel, output: str | None) -> str:
-    """Give the output that a loss is taken of: the one named, or else the model's first.
+    """Return the output from which the loss is computed: ``output``, or the first if ``None``.
 
     Raises:
-        UsageError: the model has no such output, or none that depends on its inputs.
+        UsageError: the model has no such output, or no output that depends on its inputs.
     """
     predicted = {value.name for value in prepared.inference.graph.outputs}
     outputs = [v for v in prepared.training.graph.outputs if v.name in predicted]

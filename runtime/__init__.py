@@ -1,1 +1,1 @@
-"""A bundle in, trained weights out: runs stages when their inputs are there, moves tensors."""
+"""Train and run the parts of a bundle: run each stage when its inputs exist, exchange tensors."""

@@ -1,13 +1,16 @@
-"""What a server takes on and how long it waits: every limit with its default and unit.
+"""The limits of a server: every limit with its default value and its help text.
 
-Values alone; who enforces them is said with each.  ``docs/security.md`` lists them for users.
+Each limit is defined here and nowhere else: the options of ``serve`` and the table in
+``docs/security.md`` are generated from the fields of :class:`Limits`.  This module only holds the
+values; other modules enforce them.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
 
 from splitonnx.errors import UsageError
 
@@ -15,7 +18,14 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-MAY_BE_UNSET = ("memory_bytes", "task_bytes", "disk_per_owner", "norm")
+_T = TypeVar("_T")
+
+
+def _limit(default: _T, text: str, *, beyond: str, unset: str = "", earlier: str = "") -> _T:
+    """Declare a limit; see :class:`LimitHelp`."""
+    metadata = {"text": text, "beyond": beyond, "unset": unset, "earlier": earlier}
+    found: _T = field(default=default, metadata=metadata)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,70 +33,118 @@ class Limits:
     """The limits of one server.
 
     Raises:
-        UsageError: one is not positive, or two contradict each other.
+        UsageError: a limit is not positive, or two limits contradict each other.
     """
 
-    clients: int = 128
-    """Connections at once that have shown a token, or all of them where none is needed; one more
-    is refused with HTTP 503, or closing code 1013 where the token came as a message."""
-    strangers: int = 64
-    """Connections at once that have shown no token yet, unfinished handshakes among them; with one
-    more, the one that has waited longest is sent away (HTTP 503 or closing code 1013), so that
-    those who hold back nothing get through a crowd of those who wait."""
-    sessions: int = 32
-    """Sessions at once in memory."""
-    sessions_per_token: int = 8
-    """Sessions at once in memory that belong to one owner; where nobody has a name, ``sessions``
-    alone holds."""
-    memory_bytes: int | None = None
-    """Bytes of all sessions' states together; by default half of the machine's memory."""
-    message_bytes: int = 256 * MIB
-    """Bytes of one message; what a frame's header announces beyond it is never read (1009)."""
-    stranger_bytes: int = 16 * KIB
-    """Bytes of one message, and of all together, before a token was shown (1009)."""
-    messages_per_second: int = 10_000
-    """Frames a second of one connection: messages, the fragments of larger ones, pings.  One
-    second's worth may come at once; beyond it reading waits, so that the sender is slowed and not
-    cut.  The default lies above what one connection reaches on loopback."""
-    idle_seconds: float = 600.0
-    """Seconds that a connection may be silent while the server waits for its next message."""
-    message_seconds: float = 60.0
-    """Seconds from a message's first byte to its last while the server reads it, however many
-    pings come in between."""
-    handshake_seconds: float = 10.0
-    """Seconds for the TLS handshake, and again for the whole HTTP request."""
-    login_seconds: float = 10.0
-    """Seconds from there to the token, where it did not stand in the request's header."""
-    unattended_seconds: float = 3600.0
-    """Seconds that a session without a connection is kept in memory."""
-    clients_per_token: int = 32
-    """Connections at once of one owner; one more is refused as if the server were full.  Where
-    nobody has a name, ``clients`` alone holds."""
-    batch: int = 4096
-    """Rows of one message's tensors, where their first dimension is not fixed."""
-    task_bytes: int | None = None
-    """Bytes that the tasks which run at a time may need together, by estimate from their graphs and
-    the sizes on their wires; by default a quarter of the machine's memory."""
-    stage_seconds: float = 300.0
-    """Seconds that one stage may run."""
-    workers: int = 16
-    """Processes that run the stages of isolated sessions; each serves one owner at a time."""
-    disk_per_owner: int | None = None
-    """Bytes that one owner's checkpoints and outcomes may take on disk; none by default."""
-    norm: float | None = None
-    """Largest L2 norm of one gradient on the wire; none by default."""
+    clients: int = _limit(
+        128,
+        "Connections at once that are authenticated",
+        beyond="HTTP 503, or closing code 1013",
+    )
+    # So authenticated clients get through a flood of connections that wait.
+    unauthenticated: int = _limit(
+        64,
+        "Connections at once that have shown no token yet",
+        beyond="the one that has waited longest is closed: 503 or 1013",
+        earlier="strangers",
+    )
+    sessions: int = _limit(32, "Sessions at once in memory", beyond="refused as `ServerBusy`")
+    sessions_per_token: int = _limit(
+        8,
+        "Sessions at once in memory of one owner of tokens",
+        beyond="refused as `ServerBusy`",
+    )
+    memory_bytes: int | None = _limit(
+        None,
+        "Bytes of all sessions' states",
+        unset="half of the machine's memory",
+        beyond="refused as `ServerBusy`",
+    )
+    message_bytes: int = _limit(
+        256 * MIB, "Bytes of one message", beyond="closing code 1009 at the frame's header"
+    )
+    unauthenticated_bytes: int = _limit(
+        16 * KIB,
+        "Bytes of all messages before a token was shown",
+        beyond="closing code 1009; the request may have 16 KiB more: HTTP 431",
+        earlier="stranger_bytes",
+    )
+    # One second's worth may come at once.  The default is above what one connection reaches on
+    # loopback.
+    messages_per_second: int = _limit(
+        10_000,
+        "Messages, fragments and pings a second of one connection",
+        beyond="it is read more slowly",
+    )
+    idle_seconds: float = _limit(
+        600.0,
+        "Seconds that a connection may be silent, or leave a reply unread",
+        beyond="closing code 1001; cut off",
+    )
+    message_seconds: float = _limit(
+        60.0, "Seconds from a message's first byte to its last", beyond="closing code 1001"
+    )
+    handshake_seconds: float = _limit(
+        10.0,
+        "Seconds for the handshake of TLS, and again of HTTP",
+        beyond="cut off, HTTP 408",
+    )
+    login_seconds: float = _limit(
+        10.0,
+        "Seconds from the handshake to a token that comes as a message",
+        beyond="closing code 1008",
+    )
+    unattended_seconds: float = _limit(
+        3600.0,
+        "Seconds that a session without a connection stays in memory",
+        beyond="written to disk and unloaded",
+    )
+    clients_per_token: int = _limit(
+        32,
+        "Connections at once of one owner of tokens",
+        beyond="HTTP 503, or closing code 1013",
+    )
+    batch: int = _limit(4096, "Rows of one message's tensors", beyond="refused as `BatchTooLarge`")
+    task_bytes: int | None = _limit(
+        None,
+        "Bytes that the tasks which run at a time need, by estimate",
+        unset="a quarter of the machine's memory",
+        beyond="the task waits, or is refused as `TaskTooLarge`",
+    )
+    stage_seconds: float = _limit(
+        300.0,
+        "Seconds that one stage may run",
+        beyond="it is stopped, refused as `StageTooSlow`",
+    )
+    workers: int = _limit(
+        16,
+        "Processes for isolated sessions, each for one owner at a time",
+        beyond="tasks wait for one",
+    )
+    disk_per_owner: int | None = _limit(
+        None,
+        "Bytes of one owner's checkpoints and outcomes on disk",
+        unset="no limit",
+        beyond="not saved: `Unsaved`",
+    )
+    norm: float | None = _limit(
+        None,
+        "Largest L2 norm of a gradient that arrives",
+        unset="no limit",
+        beyond="refused as `NormTooLarge`, the step is not made",
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name in MAY_BE_UNSET:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value is None and limit.metadata["unset"]:
                 continue
             if not value > 0 or not math.isfinite(value):
-                raise UsageError(f"limit {field.name} must be positive and finite, not {value:g}")
-        if self.stranger_bytes > self.message_bytes:
+                raise UsageError(f"limit {limit.name} must be positive and finite, not {value:g}")
+        if self.unauthenticated_bytes > self.message_bytes:
             raise UsageError(
-                f"limit stranger_bytes ({self.stranger_bytes}) is larger than message_bytes "
-                f"({self.message_bytes})"
+                f"limit unauthenticated_bytes ({self.unauthenticated_bytes}) is larger than "
+                f"message_bytes ({self.message_bytes})"
             )
         if self.message_seconds > self.idle_seconds:
             raise UsageError(
@@ -96,18 +154,50 @@ class Limits:
 
     @property
     def memory(self) -> int:
-        """Bytes of all sessions' states together: as given, or half of the machine's memory."""
+        """Return the most bytes that all sessions' states may use together.
+
+        By default this is half of the machine's memory.
+        """
         return self.memory_bytes or measure_memory() // 2
 
     @property
     def tasks(self) -> int:
-        """Bytes of all running tasks together: as given, or a quarter of the machine's memory."""
+        """Return the most bytes that all running tasks may use together.
+
+        By default this is a quarter of the machine's memory.
+        """
         return self.task_bytes or measure_memory() // 4
 
 
 def measure_memory() -> int:
-    """Measure the machine's physical memory, in bytes; 4 GiB where it does not tell."""
+    """Return the machine's physical memory in bytes, or 4 GiB if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf
         return 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitHelp:
+    """The help text of one limit.
+
+    ``unset`` says what applies if the default is ``None``, ``beyond`` what happens when the limit
+    is exceeded, and ``earlier`` is the limit's name in version 0.1.0 if that was different.
+    """
+
+    name: str
+    type: Any
+    default: float | None
+    text: str
+    beyond: str
+    unset: str
+    earlier: str
+
+
+def list_limits() -> tuple[LimitHelp, ...]:
+    """Return the help text of every limit."""
+    types = get_type_hints(Limits)
+    return tuple(
+        LimitHelp(name=f.name, type=types[f.name], default=getattr(Limits, f.name), **f.metadata)
+        for f in fields(Limits)
+    )

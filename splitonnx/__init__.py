@@ -1,7 +1,7 @@
-"""Split learning on ONNX: cut any model, train its parts apart, exactly as the whole.
+"""Split learning on ONNX: cut any model and train its parts separately, exactly like the whole.
 
-The names below are found when they are first used, so that ``import splitonnx`` stays light and
-a device that trains needs no ``onnx``::
+The names below are imported when they are first used, so that ``import splitonnx`` stays fast and a
+device that only trains does not need ``onnx``::
 
     from splitonnx import AdamW, Client, Server, cut, merge, verify
 """
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
-    from splitonnx.partitioner.checks import check
-    from splitonnx.partitioner.inspections import inspect
     from splitonnx.partitioner.merges import merge, write_merged
     from splitonnx.partitioner.partitions import cut
-    from splitonnx.runtime.clients import Client
-    from splitonnx.runtime.exports import export
-    from splitonnx.runtime.histories import History
-    from splitonnx.runtime.servers import Server
+    from splitonnx.partitioner.reports.checks import check
+    from splitonnx.partitioner.reports.inspections import inspect
+    from splitonnx.runtime.client.clients import Client
+    from splitonnx.runtime.client.histories import History
+    from splitonnx.runtime.engine.exports import export
+    from splitonnx.runtime.server.servers import Server
     from splitonnx.verifications import verify
 
 __all__ = [
@@ -47,14 +47,14 @@ _HOMES = {
     "Adam": "optimizers",
     "AdamW": "optimizers",
     "Bundle": "bundles",
-    "Client": "runtime.clients",
-    "History": "runtime.histories",
-    "Server": "runtime.servers",
+    "Client": "runtime.client.clients",
+    "History": "runtime.client.histories",
+    "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
-    "check": "partitioner.checks",
+    "check": "partitioner.reports.checks",
     "cut": "partitioner.partitions",
-    "export": "runtime.exports",
-    "inspect": "partitioner.inspections",
+    "export": "runtime.engine.exports",
+    "inspect": "partitioner.reports.inspections",
     "merge": "partitioner.merges",
     "verify": "verifications",
     "write_merged": "partitioner.merges",

@@ -1,4 +1,4 @@
-"""``python -m splitonnx`` is the command line."""
+"""Run the command line with ``python -m splitonnx``."""
 
 from splitonnx.commands import main
 

@@ -1,8 +1,8 @@
-"""Bundles: the folders that a cut model lives in, one complete folder a party; load and save.
+"""Load and save bundles: the folders of a cut model, with one complete folder per party.
 
-What is written appears whole or not at all, and what is read is checked against the manifest and
-its checksums before anything uses it.  This module knows files, hashes and tensors; it runs no
-graph and cannot read one.
+Files are written completely or not at all.  Everything that is read is checked against the manifest
+and its checksums before it is used.  This module handles files, hashes and tensors; it neither
+reads nor runs graphs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from splitonnx.atomic import read_steadily, recover, write_file, write_folder
+from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, encode_tensors
 from splitonnx.errors import BundleError, FormatError, flatten, quote
-from splitonnx.files import read_regular, write_file
-from splitonnx.folders import read_steadily, recover, write_folder
+from splitonnx.files import read_regular
 from splitonnx.manifests import (
     MANIFEST,
     MAX_MANIFEST,
@@ -29,10 +30,10 @@ from splitonnx.manifests import (
     StateSpec,
     decode_manifest,
     encode_manifest,
-    is_whole,
+    has_valid_checksum,
 )
+from splitonnx.names import CLIENT, SERVER
 from splitonnx.outputs import check_place
-from splitonnx.pieces import hold, split_pieces
 from splitonnx.states import State, decode_state, map_file, read_state, write_state
 from splitonnx.tensors import DTYPES
 
@@ -40,9 +41,9 @@ MODEL = "model.onnx"
 _ALTERED = "it was altered since the bundle was written"
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 MAX_GRAPH = 2**31 - 1
-"""Bytes of a graph's file, at which Protocol Buffers end.
+"""The largest graph file in bytes, which is the limit of Protocol Buffers.
 
-The client in JavaScript takes 256 MiB, as a phone must hold a graph twice, as bytes and in ONNX
+The JavaScript client accepts 256 MiB, because a phone must hold a graph twice: as bytes and in ONNX
 Runtime.
 """
 WEIGHTS = "weights.safetensors"
@@ -50,14 +51,14 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PartyBundle:
-    """All that one party needs: its manifest, stage graphs and weights.
+    """Everything that one party needs: its manifest, stage graphs and weights.
 
-    ``graphs`` maps the graph files' names to ONNX models.  ``weights`` are what training starts
-    from: parameters, frozen weights and buffers.  ``trained`` is the state after ``step`` updates,
-    optimizer included, or ``None`` before the first; ``session`` is the one that trained it, and
-    ``position`` where it stood in its data, as the runtime wrote it.  ``path`` is the folder, or
-    ``None`` for a bundle in memory.  ``owner`` is whose session it was, at a server with tokens.
-    Arrays are read-only.
+    ``graphs`` maps the names of graph files to ONNX models.  ``weights`` are the tensors that
+    training starts from: parameters, frozen weights and buffers.  ``trained`` is the state after
+    ``step`` updates, including the optimizer's, or ``None`` before the first update.  ``session``
+    is the session that trained it, and ``position`` is its position in the training data, in the
+    runtime's notation.  ``path`` is the folder, or ``None`` for a bundle in memory.  ``owner`` is
+    the owner of the session on a server with tokens.  The arrays are read-only.
     """
 
     manifest: PartyManifest
@@ -72,17 +73,17 @@ class PartyBundle:
 
     @classmethod
     def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
-        """Read a party's folder; weights are mapped from the file, not read, unless ``is_held``.
+        """Read a party's folder; weights are memory-mapped, or read into memory with ``is_held``.
 
-        A process that reads a mapped file ends by SIGBUS where somebody has truncated the file.
+        If somebody truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        ``session`` asks for the state that came out of it, if the folder still has that; the
-        newest outcome otherwise.
+        If ``session`` is given and the folder still has the state that this session produced, read
+        that state; otherwise read the newest one.
 
         Raises:
-            BundleError: the folder is missing or incomplete, a graph, the weights or the state
-                were altered, or weights or state are not what the manifest declares.
-            FormatError: the manifest or a tensor file cannot be read as such.
+            BundleError: the folder is missing or incomplete, a graph, the weights or the state were
+                altered, or weights or state are not what the manifest declares.
+            FormatError: the manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
         return read_steadily(
@@ -105,13 +106,14 @@ class PartyBundle:
         overwrite: bool = False,
         beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the party's folder, and files ``beside`` the bundle's own; whole or not at all.
+        """Write the party's folder, and the files in ``beside``, completely or not at all.
 
-        With ``overwrite``, a party's folder that stands there is replaced; nothing else ever is.
+        With ``overwrite``, an existing folder of a party is replaced.  Anything else is never
+        replaced.
 
         Raises:
-            BundleError: something stands at ``path``, or it cannot be written there.
-            FolderInUse: what is to be replaced is served or trained.
+            BundleError: ``path`` exists already, or the folder cannot be written there.
+            FolderInUse: the folder to replace is being served or trained.
         """
 
         def write(folder: Path) -> None:
@@ -122,7 +124,7 @@ class PartyBundle:
         _write_whole(Path(path), write, PartyManifest, overwrite=overwrite)
 
     def encode(self) -> tuple[bytes, list[Chunk]]:
-        """Write the manifest, with the checksum of the weights, and the weights' file."""
+        """Encode the manifest, including the checksum of the weights, and the weights' file."""
         chunks = encode_tensors(self.weights)
         manifest = msgspec.structs.replace(self.manifest, weights=_sum(chunks))
         return encode_manifest(manifest), chunks
@@ -145,7 +147,7 @@ class PartyBundle:
             write_state(folder, state, self.manifest.digest)
 
     def with_state(self, state: State) -> PartyBundle:
-        """Return the same party with another state."""
+        """Return a copy of this party with another state."""
         return replace(
             self,
             trained=state.tensors,
@@ -156,9 +158,10 @@ class PartyBundle:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the state to go on from: the trained one, else the weights and zeros.
+        """Return the state to continue from: the trained state, or the weights and zeros.
 
-        Every tensor of the manifest's state is in it, in that order, of that dtype and shape.
+        It contains every tensor of the manifest's state, in the same order and with the declared
+        dtype and shape.
         """
         if self.trained is not None:
             return {
@@ -182,21 +185,21 @@ class Bundle:
 
     @property
     def client(self) -> PartyBundle:
-        """The client's part."""
-        return self.parties["client"]
+        """Return the client's part."""
+        return self.parties[CLIENT]
 
     @property
     def server(self) -> PartyBundle | None:
-        """The server's part; ``None`` where the model was left whole."""
-        return self.parties.get("server")
+        """Return the server's part, or ``None`` if the model was not cut."""
+        return self.parties.get(SERVER)
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Read a whole bundle: the folder with ``model.onnx`` and a folder for each party.
+        """Read a complete bundle: the folder with ``model.onnx`` and one folder per party.
 
         Raises:
-            BundleError: as :meth:`PartyBundle.load`, or the parties are not of one cut.
-            FormatError: a manifest or a tensor file cannot be read as such.
+            BundleError: see :meth:`PartyBundle.load`; or the parties come from different cuts.
+            FormatError: a manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
         return read_steadily(folder, lambda: cls._load(folder), BundleError, FormatError)
@@ -205,7 +208,7 @@ class Bundle:
     def _load(cls, folder: Path) -> Bundle:
         manifest = _read_manifest(folder, BundleManifest)
         parties = {name: PartyBundle.load(_inside(folder, name)) for name in manifest.parties}
-        trained_in = parties["client"].session if "client" in parties else ""
+        trained_in = parties[CLIENT].session if CLIENT in parties else ""
         for name, party in parties.items():
             if party.session != trained_in:  # another client's training ended later
                 state = read_state(folder / name, party.manifest, trained_in)
@@ -219,13 +222,13 @@ class Bundle:
         return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the bundle as a folder, which appears whole or not at all.
+        """Write the bundle as a folder, completely or not at all.
 
-        With ``overwrite``, a bundle that stands there is replaced; nothing else ever is.
+        With ``overwrite``, an existing bundle is replaced.  Anything else is never replaced.
 
         Raises:
-            BundleError: something stands at ``path``, or it cannot be written there.
-            FolderInUse: what is to be replaced is served or trained.
+            BundleError: ``path`` exists already, or the bundle cannot be written there.
+            FolderInUse: the bundle to replace is being served or trained.
         """
         _write_whole(Path(path), self._write, BundleManifest, overwrite=overwrite)
 
@@ -265,7 +268,7 @@ def _read(folder: Path, name: str, most: int) -> bytes:
 def _read_manifest(folder: Path, kind: type[_Manifest]) -> _Manifest:
     content = _read(folder, MANIFEST, MAX_MANIFEST)
     manifest = decode_manifest(content, kind, str(folder / MANIFEST))
-    if not is_whole(content):
+    if not has_valid_checksum(content):
         raise BundleError(str(folder / MANIFEST), _ALTERED)
     return manifest
 
@@ -304,7 +307,7 @@ def _sum(chunks: Iterable[Chunk]) -> str:
 def _passing(chunks: Iterable[Chunk], look: Callable[[memoryview], object]) -> Iterator[memoryview]:
     """Yield chunks piece by piece, and let each be looked at on its way."""
     for chunk in chunks:
-        for piece in split_pieces(chunk):
+        for piece in iter_chunks(chunk):
             look(piece)
             yield piece
 
@@ -316,7 +319,7 @@ def _write_whole(
     *,
     overwrite: bool,
 ) -> None:
-    """Let ``write`` fill a folder, which then takes ``target``'s place, or that of its ``kind``."""
+    """Create a folder, or replace one of its ``kind``, with what ``write`` puts into it."""
     try:
         check_place(target)
         recover(target)
@@ -337,4 +340,4 @@ def _expect(folder: Path, kind: type[PartyManifest] | type[BundleManifest]) -> N
         else:
             decode_manifest(content, BundleManifest, str(folder))
     except (BundleError, FormatError) as error:
-        raise BundleError(str(folder), "it is no bundle, so it is not overwritten") from error
+        raise BundleError(str(folder), "it is not a bundle, so it is not overwritten") from error

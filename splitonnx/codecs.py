@@ -1,13 +1,13 @@
-"""Tensors to bytes and back, in the layout of safetensors, for the wire and for weight files.
+"""Encode and decode tensors in the safetensors layout, for messages and for weight files.
 
 A message is 8 bytes of header length (little-endian), a JSON header padded with spaces to a
 multiple of 64 bytes, then the raw tensors.  The header maps each name to its ``dtype``, ``shape``
-and ``data_offsets``; ``__metadata__`` maps strings to strings.
-(Format: github.com/huggingface/safetensors.)
+and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
+github.com/huggingface/safetensors.)
 
-The reader trusts nothing: every size is checked by arithmetic before anything is looked at, the
-tensors must fill the bytes without gap, overlap or rest, and no code in the bytes can run.  This
-module knows neither messages nor bundles.
+The decoder does not trust its input: it checks every size arithmetically before it reads any data,
+requires the tensors to fill the bytes without gaps, overlaps or trailing bytes, and never executes
+code from the bytes.  This module does not depend on messages or bundles.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from splitonnx.errors import FormatError
+from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
-"""Bytes; the raw data start at a multiple of it, so that views of them are aligned."""
-MAX_RANK = 32
+"""The alignment of the raw data in bytes, so that views of the tensors are aligned."""
+MAX_RANK = STAGE.rank
 MAX_SIZE = 2**63 - 1
-"""Of a dimension or an offset.  A larger number is no memory's, and may be too long to print."""
+"""The largest dimension or offset.  A larger number is invalid, and may be too long to print."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -37,12 +38,12 @@ Chunk = bytes | memoryview
 def encode_tensors(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> list[Chunk]:
-    """Write tensors as chunks that, joined, are one safetensors message; no tensor is copied.
+    """Encode tensors as the chunks of one safetensors message, without copying the tensors.
 
     The larger element types come first, so that every tensor is aligned to its elements.
 
     Raises:
-        FormatError: an element type that cannot travel.
+        FormatError: a tensor has an element type that cannot be encoded.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     chunks: list[Chunk] = []
@@ -63,14 +64,14 @@ def encode_tensors(
 def decode_tensors(
     content: Chunk | bytearray, *, max_header: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read tensors, as read-only views of ``content``, and the metadata.
+    """Decode tensors, as read-only views of ``content``, and the metadata.
 
     Args:
-        content: the whole message.
-        max_header: bytes that the header may take.
+        content: the complete message.
+        max_header: the largest allowed size of the header, in bytes.
 
     Raises:
-        FormatError: the bytes are anything but one whole, well-formed message.
+        FormatError: the bytes are not exactly one complete, well-formed message.
     """
     view = memoryview(content).toreadonly().cast("B")
     header, start = _read_header(view, max_header)
@@ -97,7 +98,7 @@ def _malformed(reason: str) -> FormatError:
 
 def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], int]:
     if len(view) < _LENGTH.size:
-        raise _malformed(f"{len(view)} bytes are no header")
+        raise _malformed(f"{len(view)} bytes are not a header")
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > max_header:
         raise _malformed(f"its header of {length} bytes is over the limit of {max_header}")
@@ -106,7 +107,7 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
     start = _LENGTH.size + length
     text = bytes(view[_LENGTH.size : start])
     if not text.startswith(b"{"):
-        raise _malformed("its header is no JSON object")
+        raise _malformed("its header is not a JSON object")
     try:
         header = json.loads(
             text.decode(),
@@ -114,9 +115,9 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
             parse_constant=_refuse_constant,
         )
         if b"\\u" in text:
-            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
+            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is not text
     except (ValueError, RecursionError) as error:
-        raise _malformed(f"its header is no JSON ({error})") from error
+        raise _malformed(f"its header is not JSON ({error})") from error
     assert isinstance(header, dict)  # it starts with a brace
     return header, start
 
@@ -124,12 +125,12 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs in it twice")
     return found
 
 
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -143,7 +144,7 @@ def _is_size(value: object) -> bool:
 
 
 def _read_start(name: str, entry: object) -> tuple[int, int]:
-    """Give a tensor's offsets to sort by; empty tensors come before what starts where they do."""
+    """Return a tensor's offsets to sort by; empty tensors come before what starts where they do."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _malformed(f"tensor '{name}' has no valid offsets")

@@ -1,10 +1,10 @@
-"""Symbolic dimensions as text: ``N``, ``4*N + 1``, ``(H + -1)//(2) + 1``; read and evaluated.
+"""Read and evaluate symbolic dimensions: ``N``, ``4*N + 1``, ``(H + -1)//(2) + 1``.
 
-A text is a sum of products of integers and *atoms*.  An atom is a name (``N``), or the rounded
-down quotient of two sums, each in parentheses.  A text that is no such sum is one atom, whatever
-it contains.  The partitioner writes these texts (:mod:`splitonnx.partitioner.dimensions`), into
-manifests and into the graphs' own shapes; the runtime computes with them once sizes are known.
-This module knows no tensor.
+A dimension is written as a sum of products of integers and *atoms*.  An atom is a name (``N``), or
+the rounded down quotient of two sums, each in parentheses.  Any text that is not such a sum is
+treated as a single atom.  The partitioner writes these texts
+(``partitioner/inference/dimensions.py``) into manifests and into the shapes in graphs; the runtime
+evaluates them when the sizes are known.  This module does not deal with tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from functools import lru_cache
 from math import prod
 
 Terms = tuple[tuple[tuple[str, ...], int], ...]
-"""Products as (atoms, factor), to be added up."""
+"""A sum of products, each as (atoms, factor)."""
 
 UNKNOWN = "unk__"
-"""Part of the name of every atom that stands for a size of which nothing is known."""
+"""The part of a name that marks every atom whose size is unknown."""
 
 _LONGEST = 2000
 """Characters; a longer text is one atom."""
@@ -30,13 +30,13 @@ _NUMBER = re.compile(r"-?[0-9]{1,15}")
 
 @lru_cache(maxsize=1 << 14)
 def parse_terms(text: str) -> Terms:
-    """Read a dimension as the products that add up to it."""
+    """Parse a dimension into the products that add up to it."""
     terms = _parse_sum(text) if len(text) <= _LONGEST else None
     return (((text,), 1),) if terms is None else terms
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Compute a dimension from the sizes of its atoms; ``None`` where one has no size."""
+    """Compute a dimension from the sizes of its atoms; return ``None`` if a size is missing."""
     total = 0
     for atoms, factor in parse_terms(text):
         values = [evaluate_atom(atom, sizes) for atom in atoms]
@@ -48,7 +48,7 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
-    """Return an atom's size, or compute it where it is a quotient."""
+    """Return the size of an atom; if the atom is a quotient, compute it."""
     if atom in sizes:
         return sizes[atom]
     sides = _split_quotient(atom)
@@ -61,19 +61,19 @@ def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def is_name(text: str) -> bool:
-    """Check whether a dimension is a single atom that is not computed from others."""
+    """Return whether a dimension is a single atom that is not computed from other atoms."""
     return parse_terms(text) == (((text,), 1),) and not is_quotient(text)
 
 
 def is_quotient(atom: str) -> bool:
-    """Check whether an atom is computed from others."""
+    """Return whether an atom is computed from other atoms."""
     return _split_quotient(atom) is not None
 
 
 def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int | None:
-    """Compute the size of the only unknown atom of a dimension from the dimension's own size.
+    """Solve for the only unknown atom of a dimension, given the dimension's own size.
 
-    ``None`` where it does not occur linearly, or where no whole number solves it.
+    Return ``None`` if the atom does not occur linearly, or if no whole number is a solution.
     """
     slope, offset = 0, 0
     for atoms, factor in parse_terms(text):
@@ -89,7 +89,7 @@ def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int 
 
 
 def find_unbound(text: str, sizes: Mapping[str, int]) -> list[str]:
-    """List the atoms of a dimension that have no size, each once."""
+    """List the atoms of a dimension that have no size, without duplicates."""
     atoms = dict.fromkeys(atom for atoms, _ in parse_terms(text) for atom in atoms)
     return [atom for atom in atoms if evaluate_atom(atom, sizes) is None]
 
@@ -126,7 +126,7 @@ def _split_quotient(text: str) -> tuple[str, str] | None:
 
 
 def _measure_depth(text: str) -> int:
-    """Count how deep parentheses lie inside one another."""
+    """Count how deep parentheses are inside one another."""
     depth = deepest = 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -135,7 +135,7 @@ def _measure_depth(text: str) -> int:
 
 
 def _split(text: str, sign: str) -> Iterator[str]:
-    """Split a text at a sign that stands outside of all parentheses."""
+    """Split a text at a sign that is outside of all parentheses."""
     depth = start = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")

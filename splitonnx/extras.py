@@ -1,10 +1,12 @@
-"""The extras: importing what the base install does not bring, and saying which extra would.
+"""Import optional packages, and name the extra that installs a missing one.
 
-It knows which package comes with which extra, and nothing of what they are used for.
+This module knows which package belongs to which extra; it does not use the packages.
 """
 
 from __future__ import annotations
 
+import platform
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -15,10 +17,10 @@ _EXTRAS = {"onnx": "cpu", "onnx_ir": "cpu", "onnxruntime": "portable"}
 
 
 def load(module: str, purpose: str) -> ModuleType:
-    """Import ``module``; ``purpose`` is what wants it.
+    """Import ``module``; ``purpose`` is the feature that needs it, for the error message.
 
     Raises:
-        MissingExtra: it needs a package that only an extra installs.
+        MissingExtra: the module needs a package that only an extra installs.
     """
     try:
         return import_module(module)
@@ -26,4 +28,16 @@ def load(module: str, purpose: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        raise MissingExtra(package, _EXTRAS[package], purpose) from error
+        raise miss(package, _EXTRAS[package], purpose) from error
+
+
+def miss(package: str, extra: str, purpose: str) -> MissingExtra:
+    """Return the error for a package that is not installed and that ``extra`` installs."""
+    is_available = extra != "cpu" or has_training_wheel()
+    return MissingExtra(package, extra, purpose, is_available=is_available)
+
+
+def has_training_wheel() -> bool:
+    """Return whether onnxruntime-training 1.19.2 has a wheel for this Python and machine."""
+    is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
+    return is_common and sys.version_info < (3, 13)

@@ -1,9 +1,8 @@
-"""Files: opened only where they are regular, and written whole or not at all.
+"""Open only regular files.
 
-A pipe without a writer would be waited for without end, and a device such as ``/dev/zero`` never
-ends: whatever a user or a bundle names is opened here.  What is being written has a name of its own
-for each process and thread, by which the next writer knows what a killed one left.  This module
-knows no format.
+Reading a pipe without a writer would wait forever, and a device such as ``/dev/zero`` never ends.
+So every file that a user or a bundle names is opened with this module.  It does not depend on a
+file format.
 """
 
 from __future__ import annotations
@@ -11,14 +10,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 import stat
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from splitonnx.pieces import split_pieces
 
 _FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
@@ -29,20 +22,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_UNFINISHED = re.compile(
-    r"\..+\.safetensors\.(?P<process>[0-9]+)(-[0-9]+)?|\.fresh\..+\.safetensors", re.DOTALL
-)
-"""Names of tensor files that are being written; the latter is that of earlier versions."""
-_writing: set[Path] = set()
-"""What the threads of this process are writing now."""
 
 
 def open_regular(path: str | Path, most: int | None = None) -> int:
-    """Open a regular file for reading, links to one included, and return its descriptor.
+    """Open a regular file for reading, following links, and return its file descriptor.
 
     Raises:
-        OSError: it is missing, is a pipe, a device or a folder, or has more than ``most`` bytes;
-            ``strerror`` says so.
+        OSError: the file is missing, is a pipe, a device or a folder, or has more than ``most``
+            bytes; ``strerror`` is the reason.
     """
     try:
         _check(path, os.stat(path), most)  # some devices act on being opened
@@ -61,7 +48,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
     """Read a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: as :func:`open_regular`.
+        OSError: see :func:`open_regular`.
     """
     with open(open_regular(path, most), "rb") as file:
         size = os.fstat(file.fileno()).st_size  # as much as is asked for is taken at once
@@ -72,10 +59,10 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def map_regular(path: str | Path) -> memoryview:
-    """Map a regular file, read-only; its bytes are read from disk where they are looked at.
+    """Memory-map a regular file, read-only; its bytes are read from disk when they are accessed.
 
     Raises:
-        OSError: as :func:`open_regular`, or it is empty.
+        OSError: see :func:`open_regular`; or the file is empty.
     """
     handle = open_regular(path)
     try:
@@ -84,82 +71,6 @@ def map_regular(path: str | Path) -> memoryview:
         raise OSError(errno.EINVAL, "it is empty", str(path)) from error
     finally:
         os.close(handle)
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write chunks to a file and wait until they are on disk; large ones are not copied.
-
-    Raises:
-        OSError: it cannot be written; what was written of it stays.
-    """
-    with path.open("wb") as file:
-        for chunk in chunks:
-            for piece in split_pieces(chunk):
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write to in place of ``path``; it is gone when the block ends.
-
-    The block renames it to ``path`` once it is whole.
-    """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    _writing.add(fresh)
-    try:
-        yield fresh
-    finally:
-        with suppress(OSError):  # the reason why it failed is told, not this
-            fresh.unlink(missing_ok=True)
-        _writing.discard(fresh)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in a folder; what a living process writes stays.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for name in os.listdir(folder):
-            match = _UNFINISHED.fullmatch(name)
-            if match is None or folder / name in _writing:
-                continue
-            if not is_other_alive(int(match["process"] or 0)):
-                with suppress(OSError):
-                    (folder / name).unlink(missing_ok=True)
-
-
-def is_other_alive(process: int) -> bool:
-    """Whether a process of that number runs that is not this one."""
-    if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps an open file from going
-        return False
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk; Windows cannot be asked to.
-
-    Raises:
-        OSError: the folder cannot be opened, or the disk fails.
-    """
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems sync no folders
-                raise
-        finally:
-            os.close(handle)
 
 
 def _check(path: str | Path, found: os.stat_result, most: int | None) -> None:

@@ -1,9 +1,9 @@
-"""One writer for a party's folder: an advisory lock, held while it is served or trained.
+"""Allow one writer per party folder: an advisory lock is held while it is served or trained.
 
-The lock is the operating system's, on the file ``.lock`` in the folder, so a process that dies
-releases it however it dies.  The file holds the number of the process.  Where it cannot be made,
-because the folder is read-only or the disk is full, the folder itself is locked, which Windows
-cannot do.  Two holders in one process exclude each other as two processes do.
+The operating system holds the lock, on the file ``.lock`` in the folder, and releases it whenever
+the process ends.  The file contains the number of the process.  If the file cannot be created,
+because the folder is read-only or the disk is full, the folder itself is locked, which Windows does
+not support.  Two holders in one process exclude each other, like two processes do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ else:
 
 
 class FolderLock:
-    """The lock of one folder; :meth:`release` it, or let it be collected."""
+    """The lock of one folder; it is released by :meth:`release` or by garbage collection."""
 
     def __init__(self, folder: Path, handle: int | None, path: Path) -> None:
         self.folder = folder
@@ -57,10 +57,10 @@ class FolderLock:
 
     @classmethod
     def acquire(cls, folder: Path) -> Self:
-        """Lock a folder, or fail at once.
+        """Lock a folder, or raise immediately.
 
         Raises:
-            FolderInUse: someone else holds it.
+            FolderInUse: the folder is locked already.
         """
         while True:
             handle, path = _open(folder)
@@ -80,7 +80,7 @@ class FolderLock:
         return cls(folder, handle, path)
 
     def release(self) -> None:
-        """Unlock the folder; may be called twice."""
+        """Unlock the folder; repeated calls do nothing."""
         self._release()
 
 

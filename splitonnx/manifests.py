@@ -1,19 +1,20 @@
-"""The manifest: all that a runtime must know to run a bundle, and nothing about neural networks.
+"""The manifest: everything a runtime must know to run a bundle, and nothing about neural networks.
 
 A bundle's folder::
 
     manifest.json           BundleManifest: how it was cut
     model.onnx              the model in inference form, without its trainable weights
-    client/ server/         one folder a party, complete in itself:
+    client/ server/         one complete folder per party:
         manifest.json       PartyManifest
-        *.onnx              one file a stage
+        *.onnx              one file per stage
         weights.safetensors the weights that training starts from
-        state.safetensors   the state after training, once there was any
+        state.safetensors   the state after training, if there was any
 
-A *phase* is what a party does for one task (``train``, ``predict``, ``evaluate``): a set of
-stages that each run as soon as their inputs are there.  Values have names; where a name's value
-comes from is written at the stage's input (:class:`Source`).  The manifest is the whole contract
-between partitioner and runtime, also between the Python runtime and one in another language.
+A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``): a set
+of stages, each of which runs as soon as its inputs are available.  Values have names, and each
+stage input records where its value comes from (:class:`Source`).  The manifest is the complete
+contract between partitioner and runtime, and between the Python runtime and runtimes in other
+languages.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from splitonnx.errors import FormatError
+from splitonnx.names import TRAINING, BatchNormMode, DropoutMode, Target
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
 _MARK = b'"sha256": "'
 _BLANK = "0" * 64
 MANIFEST = "manifest.json"
-"""The manifest's file, in a bundle's folder and in each party's."""
+"""The name of the manifest's file, in a bundle's folder and in each party's folder."""
 MAX_MANIFEST = 64 << 20
-"""Bytes of a manifest; a large model's has some hundred thousand.
+"""The largest manifest in bytes; a large model's manifest has some hundred thousand.
 
-The client in JavaScript takes 16 MiB, as it runs on phones: read as JSON, a manifest comes to many
-times its size.
+The JavaScript client accepts 16 MiB, because it runs on phones, and a decoded manifest is many
+times larger than the file.
 """
 MAX_SLOTS = 4
-"""Tensors that an optimizer keeps for each parameter, at the most."""
+"""The largest number of tensors that an optimizer keeps per parameter."""
 
-TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
 """The names of the phases."""
 
 KEY = "splitonnx.key"
@@ -54,7 +55,7 @@ STEP = "splitonnx.step"
 
 
 class Source(StrEnum):
-    """Where a stage's input comes from."""
+    """The origin of a stage's input."""
 
     DATA = "data"  # an array of the caller's batch
     WIRE = "wire"  # sent by the other party
@@ -64,7 +65,7 @@ class Source(StrEnum):
 
 
 class Role(StrEnum):
-    """What a state tensor is."""
+    """The role of a state tensor in training."""
 
     PARAMETER = "parameter"  # trained
     FROZEN = "frozen"  # a weight that keeps its value
@@ -73,7 +74,7 @@ class Role(StrEnum):
 
 
 class WireKind(StrEnum):
-    """Why a tensor travels."""
+    """The reason why a tensor is sent."""
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"
@@ -91,7 +92,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor that travels from one party to the other within a task."""
+    """A tensor that is sent from one party to the other within a task."""
 
     tensor: TensorSpec
     sender: str
@@ -100,16 +101,16 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageInput(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage graph's input and where its value comes from; names are those in the graph."""
+    """An input of a stage graph, by its name in the graph, and where its value comes from."""
 
     name: str
     source: Source
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One ONNX graph that a party runs in one go; it runs once a task, when its inputs are there.
+    """An ONNX graph of a party; it runs once per task, as soon as its inputs are available.
 
-    ``graph`` is the file's name within the party's folder.
+    ``graph`` is the name of the file in the party's folder.
     """
 
     name: str
@@ -119,12 +120,13 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Phase(msgspec.Struct, frozen=True, kw_only=True):
-    """What one party does for one task.
+    """The work of one party for one kind of task.
 
-    ``data``: arrays that the caller must supply.  ``wires``: everything that travels in this
-    phase, in both directions, the same list on both sides.  ``results``: names of values handed
-    back to the caller.  ``commits``: state name -> name of the value (a stage's output) that
-    replaces it, all at once, when every stage of the phase has run.
+    ``data``: arrays that the caller must supply.  ``wires``: all tensors that are sent in this
+    phase, in both directions; both parties have the same list.  ``results``: names of values that
+    are returned to the caller.  ``commits`` maps the name of a state to the value (a stage's
+    output) that replaces it; all states are replaced together when every stage of the phase has
+    run.
     """
 
     name: str
@@ -136,13 +138,14 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one party needs to know; written as ``manifest.json`` in the party's folder.
+    """Everything that one party needs to know; stored as ``manifest.json`` in the party's folder.
 
-    ``digest`` identifies the bundle and is the same for every party.  ``files`` maps each graph
-    file's name to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
+    ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
+    each graph file to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
     ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
-    SHA-256 of ``weights.safetensors`` in hex, written with the folder; bundles of earlier versions
-    have none.  ``sha256`` is the file's own (:func:`is_whole`); it stands in files alone.
+    SHA-256 of ``weights.safetensors`` in hex, set when the folder is written; bundles of earlier
+    versions do not have it.  ``sha256`` is the file's own checksum (:func:`has_valid_checksum`);
+    only manifests in files have it.
     """
 
     format: str
@@ -158,28 +161,28 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
 
     def phase(self, name: str) -> Phase:
-        """Return the phase of that name; an absent one is an empty phase (nothing to do)."""
+        """Return the phase of this name, or an empty phase if the party has no work in it."""
         return next((p for p in self.phases if p.name == name), Phase(name=name))
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """How a bundle was cut: enough to cut the same model again, or to leave it whole."""
+    """How a bundle was cut: enough to cut the same model again, or to build it without a cut."""
 
     at: tuple[str, ...]
     tail_at: tuple[str, ...]
     loss: str
     output: str
     optimizer: dict[str, float | str | None]
-    batchnorm: Literal["train", "frozen"] | None = None
-    dropout: Literal["keep", "off"] | None = None
+    batchnorm: BatchNormMode | None = None
+    dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
-    client_target: Literal["portable", "training"] = "training"
-    server_target: Literal["portable", "training"] = "training"
+    client_target: Target = TRAINING
+    server_target: Target = TRAINING
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole bundle's manifest, beside the parties' folders.
+    """The manifest of the complete bundle, stored beside the parties' folders.
 
     ``files`` maps the name of the model's file to its SHA-256 in hex; it is empty in bundles of
     earlier versions.
@@ -201,9 +204,9 @@ _DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest
 
 
 def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
-    """Write a manifest as indented JSON, keys in declaration order, so that diffs stay readable.
+    """Encode a manifest as indented JSON, with keys in declaration order for readable diffs.
 
-    Its last key is the SHA-256 of the file, taken with zeros in the sum's own place.
+    Its last key is the SHA-256 of the file, computed with zeros in place of the checksum itself.
     """
     blank = msgspec.structs.replace(manifest, sha256=_BLANK)
     content = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
@@ -212,8 +215,8 @@ def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
     return before + mark + found + after[len(found) :]
 
 
-def is_whole(content: bytes) -> bool:
-    """Check whether a manifest's file is as it was written; earlier versions' files always are."""
+def has_valid_checksum(content: bytes) -> bool:
+    """Return whether a manifest's file is unchanged; files of earlier versions always pass."""
     before, mark, after = content.rpartition(_MARK)
     if not mark:
         return True
@@ -223,11 +226,12 @@ def is_whole(content: bytes) -> bool:
 
 
 def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
-    """Read a manifest back.
+    """Decode a manifest.
 
     Raises:
-        FormatError: not JSON, a field missing or of the wrong type, another format version, a
-            state that no party can hold, or a wire with a dimension that nothing is said of.
+        FormatError: the bytes are not JSON, a field is missing or has the wrong type, another
+            format version, a state that no party can hold, or a wire with a dimension that is not
+            declared.
     """
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)

@@ -1,9 +1,8 @@
-"""What client and server say to each other, and how a message is written.
+"""The messages between client and server, and how they are encoded.
 
-A message is one safetensors message: its own fields stand as JSON in the metadata under
-``splitonnx``, its tensors are the message's tensors.  So any safetensors reader can look into a
-recorded message.  This module knows what can be said; when it may be said is the protocol's
-business.
+Every message is a safetensors message: its fields are JSON in the metadata under ``splitonnx``, and
+its tensors are the tensors of the safetensors message.  So any safetensors reader can inspect a
+recorded message.  This module defines the messages; the protocol defines when each may be sent.
 """
 
 from __future__ import annotations
@@ -19,23 +18,26 @@ from splitonnx.errors import FormatError
 from splitonnx.manifests import Wire
 
 PROTOCOL = 2
-"""Version of the protocol; both sides must speak the same."""
+"""The version of the protocol; both sides must use the same version."""
 REPLACED = 4001
-"""The closing code of a connection whose session another client has taken over."""
+"""The close code of a connection whose session was taken over by another client."""
 MAX_HEADER = 1 << 20
-"""Bytes.  A greeting lists every wire, some 200 bytes each; other messages stay below 16 KiB."""
+"""The largest header in bytes.
+
+A greeting lists every wire, with some 200 bytes each; other headers stay below 16 KiB.
+"""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-"""Steps, turns, seeds: what fits an I64, so that nobody sends numbers too long to print."""
+"""Steps, turns and seeds: limited to an I64, so that nobody sends numbers too long to print."""
 
 _FIELD = "splitonnx"
 
 Wires = dict[str, tuple[Wire, ...]]
-"""Phase name to everything that travels in the phase."""
+"""Maps the name of a phase to all tensors that are sent in it."""
 
 
 class TaskKey(msgspec.Struct, frozen=True):
-    """What a task is known by: one micro-batch of one step of one phase of one session."""
+    """The identity of a task: one micro-batch of one step of one phase of one session."""
 
     session: str
     phase: str
@@ -44,21 +46,21 @@ class TaskKey(msgspec.Struct, frozen=True):
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: this is my token.  For browsers, which cannot set a header."""
+    """Sent by a client: its token, because browsers cannot send the token in an HTTP header."""
 
     token: str
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: I have this bundle and stand at this step of this session.
+    """Sent by a client: the bundle and the session that it has, and the step that it is at.
 
-    ``session`` is 32 hex digits of the client's choice, new or one to go on with.  It began at
-    step ``start``, from a state that came out of session ``origin``, empty for an untrained
-    bundle.  ``generation`` counts the session's connections: it must be larger than that of any
-    before.  ``kept`` are the steps that the client has checkpoints of; without any it can go back
-    to ``start``.  ``is_open`` says that it is in the middle of ``step`` and will send that step's
-    messages again; ``can_repeat`` that it has those of the step before ``step`` as well, the last
-    of which may not have arrived.
+    ``session`` consists of 32 hex digits chosen by the client; it is new, or a session to continue.
+    It began at step ``start``, from a state that session ``origin`` produced; ``origin`` is empty
+    for an untrained bundle.  ``generation`` counts the session's connections and must be larger
+    than that of any earlier connection.  ``kept`` are the steps that the client has checkpoints of;
+    without checkpoints, it can go back to ``start``.  ``is_open`` means that the client is in the
+    middle of ``step`` and will send that step's messages again.  ``can_repeat`` means that it also
+    still has the messages of the step before ``step``, the last of which may not have arrived.
     """
 
     protocol: int = PROTOCOL
@@ -75,14 +77,16 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """The steps at which the client could go on, the newest first."""
+        """Return the steps at which the client could continue, newest first."""
         return tuple(sorted({self.step, *(self.kept or (self.start,))}, reverse=True))
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: so have I; we go on at ``step``, the client's own or one that it kept.
+    """Sent by the server: it has the bundle too, and both sides continue at ``step``.
 
-    ``wants_repeat``: I have not made the step before that yet; send its messages again.
+    ``step`` is the client's current step or one that the client has a checkpoint of.
+    ``wants_repeat`` means that the server has not completed the step before ``step``, so the client
+    must send the messages of that step again.
     """
 
     session: str
@@ -93,10 +97,10 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Either: wires of a task.  ``seed`` and ``learning_rate`` are the client's to choose.
+    """Sent by either side: tensors of a task.  The client chooses ``seed`` and ``learning_rate``.
 
-    ``turn`` counts its sender's messages of the task from 0.  A message that is sent again is the
-    same to the byte.
+    ``turn`` counts the sender's messages of the task from 0.  A message that is sent again is
+    identical byte for byte.
     """
 
     session: str
@@ -109,14 +113,15 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def key(self) -> TaskKey:
-        """The task that the wires belong to."""
+        """Return the task that the tensors belong to."""
         return TaskKey(self.session, self.phase, self.step, self.micro_batch)
 
 
 class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: write your state at ``step`` to disk, durably; then I write mine.
+    """Sent by a client: the server must save its state at ``step``; then the client saves its own.
 
-    ``publish``: as the outcome of the training, and not only to go back to.
+    ``publish`` means that the state is also the outcome of the training, and not only a checkpoint
+    to go back to.
     """
 
     session: str
@@ -125,14 +130,14 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: done."""
+    """Sent by the server: its state was saved."""
 
     session: str
     step: Count
 
 
 class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Server: it could not be written; what was saved before stands, and training may go on."""
+    """Sent by the server: saving failed; earlier checkpoints remain, and training may continue."""
 
     session: str
     step: Count
@@ -140,12 +145,12 @@ class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Either: this went wrong here, and this connection ends.  ``code`` is the error's class.
+    """Sent by either side: an error occurred here, and this connection ends.
 
-    ``newest``: with ``StaleConnection``, the generation of the session's newest connection.
-    ``subject``: with ``NotFinite`` and ``BatchTooLarge``, the tensor's name; with ``NotFinite``
-    ``reason`` says where it was.  ``needed`` and ``limit``: with ``BatchTooLarge``, the rows that
-    came and the most that may.
+    ``code`` is the class of the error.  ``newest``: for ``StaleConnection``, the generation of the
+    session's newest connection.  ``subject``: for ``NotFinite`` and ``BatchTooLarge``, the name of
+    the tensor.  ``reason``: for ``NotFinite``, where the tensor was.  ``needed`` and ``limit``: for
+    ``BatchTooLarge``, the number of rows received and the largest number allowed.
     """
 
     code: str
@@ -157,7 +162,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Client: I am done."""
+    """Sent by a client: it has finished."""
 
 
 Message = Login | Hello | Welcome | Tensors | Save | Saved | Unsaved | Fault | Bye
@@ -169,15 +174,15 @@ _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 def encode_message(
     message: Message, tensors: Mapping[str, np.ndarray] | None = None
 ) -> list[Chunk]:
-    """Write a message and its tensors as chunks to be sent as one; tensors are not copied."""
+    """Encode a message and its tensors as chunks of a single message, without copying tensors."""
     return encode_tensors(tensors or {}, {_FIELD: msgspec.json.encode(message).decode()})
 
 
 def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
-    """Read a message and its tensors, which are views of ``content``.
+    """Decode a message and its tensors, which are views of ``content``.
 
     Raises:
-        FormatError: the bytes are no message.
+        FormatError: the bytes are not a message.
     """
     tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
     if metadata.keys() != {_FIELD}:

@@ -1,7 +1,7 @@
-"""The operators that a bundle's graphs are made of: ``cut`` writes no others, no others are run.
+"""The operators that a bundle's graphs may contain: ``cut`` writes and runtimes run no others.
 
-ONNX Runtime has hundreds more, among them some that call Python, load libraries or talk to other
-machines.  Tests hold these lists against the onnx package's own and the partitioner's tables.
+ONNX Runtime has hundreds more, among them some that call Python, load libraries or connect to other
+machines.  Tests compare these lists with those of the onnx package and the partitioner.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TRAINING_DOMAIN = "com.microsoft"
 DOMAINS = STANDARD_DOMAINS | {TRAINING_DOMAIN}
 
 HIGHEST_OPSET = 21
-"""Of the standard operators; onnxruntime-training 1.19.2 takes none above."""
+"""The highest opset of the standard operators that onnxruntime-training 1.19.2 accepts."""
 HIGHEST_TRAINING_OPSET = 1
 HIGHEST_IR_VERSION = 10
 
@@ -42,7 +42,7 @@ _STANDARD = """
     Where Xor
 """
 STANDARD_OPERATORS = frozenset(_STANDARD.split())
-"""All that ONNX ever had in its own domain, up to the highest opset."""
+"""All operators that were ever in ONNX's default domain, up to the highest opset."""
 
 _TRAINING = """
     AveragePoolGrad BatchNormInternal BatchNormalizationGrad BroadcastGradientArgs ConcatTraining
@@ -53,35 +53,33 @@ _TRAINING = """
     SplitTraining TanhGrad Trilu
 """
 TRAINING_OPERATORS = frozenset(_TRAINING.split())
-"""What the gradient builder of onnxruntime-training makes; some of it stands in ONNX's domain."""
+"""Operators that onnxruntime-training's gradient builder creates; some are in ONNX's domain."""
 
 _CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization Trilu"
 TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
-"""Those of them that only onnxruntime-training can run; the others every ONNX Runtime has."""
+"""The operators among these that only onnxruntime-training can run."""
 
 
 def is_known(operator: str, domain: str) -> bool:
-    """Return whether a bundle's graph may have an operator."""
+    """Return whether a bundle's graph may contain an operator."""
     if operator in TRAINING_OPERATORS:
         return domain in DOMAINS
     return is_standard(operator, domain)
 
 
 def is_standard(operator: str, domain: str) -> bool:
-    """Return whether the graph of a portable part may have an operator."""
+    """Return whether the graph of a portable part may contain an operator."""
     return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
 
 
 WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
-"""Attributes whose numbers below 1 ONNX Runtime divides by, and so ends the process."""
+"""Attributes by which ONNX Runtime divides, so that numbers below 1 crash the process."""
 AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
-"""Attributes whose numbers, where no tensor has such a dimension, it reads beyond its shapes by."""
+"""Attributes that name an axis; if no tensor has such an axis, ONNX Runtime reads out of bounds."""
 KINDS = frozenset(
     {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
 )
 """Attributes that name an element type."""
 EINSUM = "Einsum"
 EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
-"""Of another one, onnx's inference may look for the end for ever."""
-MAX_TEXT = 1 << 20
-"""Bytes of a comment, or of one text in an attribute or tensor."""
+"""Einsum's attribute; onnx's shape inference may loop forever if the equation is malformed."""

@@ -1,7 +1,7 @@
-"""Optimizers as values: their kind and hyperparameters, nothing that computes.
+"""Optimizers as values: their kind and hyperparameters, without any computation.
 
-Semantics and defaults are those of torch.optim, so that figures carry over.  Gradient clipping
-(``clip_norm``) is by the global norm over all parameters of all parties, as
+Semantics and defaults are those of torch.optim, so that settings can be transferred.  Gradient
+clipping (``clip_norm``) uses the global norm over all parameters of all parties, like
 ``torch.nn.utils.clip_grad_norm_``.
 """
 
@@ -65,7 +65,7 @@ class Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """AdamW (arXiv 1711.05101): Adam with ``p -= lr * weight_decay * p`` apart from the rest."""
+    """AdamW (arXiv 1711.05101): Adam with separate weight decay, ``p -= lr * weight_decay * p``."""
 
     weight_decay: float = 1e-2
 
@@ -76,20 +76,20 @@ _KINDS: Mapping[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam, "adamw
 
 
 def list_optimizers() -> list[str]:
-    """List the names that ``--optimizer`` takes."""
+    """List the names that ``--optimizer`` accepts."""
     return list(_KINDS)
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, float | str | None]:
-    """Write an optimizer as a plain dictionary, its kind under ``name``."""
+    """Return an optimizer as a plain dictionary, with its kind under ``name``."""
     return {"name": type(optimizer).__name__.lower(), **asdict(optimizer)}
 
 
 def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
-    """Make the optimizer of a description; what is absent takes its default.
+    """Build an optimizer from a dictionary; missing settings have their defaults.
 
     Raises:
-        UsageError: no such optimizer, a setting that it does not have, or one out of range.
+        UsageError: the optimizer or a setting does not exist, or a setting is out of range.
     """
     name = description.get("name")
     kind = _KINDS.get(str(name))

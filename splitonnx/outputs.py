@@ -1,7 +1,7 @@
-"""Where an output may be written: looked at before the work that makes it, not after.
+"""Check whether an output can be written, before the work that produces it.
 
-What is found here can change until the output is written, so that whoever writes it still has to
-expect every error.  This module makes nothing.
+The answer can become wrong before the output is written, so the code that writes it must still
+handle errors.  This module does not create anything.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _LONGEST_NAME = 255
 
 
 def check_file_place(path: Path) -> None:
-    """Raise where no file can be written to ``path``, as far as that is known in advance.
+    """Raise if a file cannot be written to ``path``, as far as that is known in advance.
 
     Raises:
-        OSError: ``strerror`` says why; a folder or device that is there is not replaced.
+        OSError: ``strerror`` is the reason; an existing folder or device is never replaced.
     """
     check_place(path)
     if path.exists():
@@ -29,11 +29,11 @@ def check_file_place(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise where neither a file nor a folder can come to be at ``path``, as far as is known.
+    """Raise if neither a file nor a folder can be created at ``path``, as far as that is known.
 
     Raises:
-        OSError: ``strerror`` says why: the name is none, or the folder above is no folder, or may
-            not be written to.
+        OSError: ``strerror`` is the reason: the name is not valid, or the folder above is not a
+            folder or not writable.
     """
     name = _encode(path.name, path)
     if not path.name.strip():
@@ -48,7 +48,7 @@ def check_place(path: Path) -> None:
                 reason = "the name of a folder above it is too long"
                 raise _refuse(errno.ENAMETOOLONG, reason, path) from None
         except NotADirectoryError:
-            continue  # what is no folder is above this one
+            continue  # what is not a folder is above this one
         else:
             _check_folder(folder, found.st_mode, path)
             return
@@ -65,7 +65,7 @@ def _encode(name: str, path: Path) -> bytes:
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError as error:
-        raise _refuse(errno.EINVAL, "its name is no text", path) from error
+        raise _refuse(errno.EINVAL, "its name is not text", path) from error
     if b"\0" in encoded:
         raise _refuse(errno.EINVAL, "a null byte is in its name", path)
     return encoded

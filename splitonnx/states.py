@@ -1,10 +1,11 @@
-"""The state of a party's tensors on disk: what training came to.
+"""The state of a party's tensors on disk: the outcome of training.
 
-A party's folder holds the newest outcome in ``state.safetensors``.  An older one of another session
-moves to ``outcomes/<session>.safetensors`` when it is replaced, so that a server that trains with
-many clients keeps the half that belongs to each.  What is written appears whole or not at all, and
-carries a SHA-256 over all of itself, which is checked when it is read.  This module knows files and
-tensors, and neither graphs nor checkpoints.
+An outcome is the state that a finished run leaves.  A party's folder holds the newest outcome in
+``state.safetensors``.  When it is replaced by the outcome of another session, it moves to
+``outcomes/<session>.safetensors``, so that a server that trains with many clients keeps one outcome
+per client.  Files are written completely or not at all.  Each contains a SHA-256 of its own bytes,
+which is checked when it is read.  This module deals with files and tensors, not with graphs or
+checkpoints.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from splitonnx.atomic import clear_unfinished, replacing, sync_folder, write_file
+from splitonnx.checksums import CHECKSUM, encode_with_checksum, has_valid_checksum
+from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, decode_tensors
 from splitonnx.errors import (
     ArrayMismatch,
@@ -28,30 +32,21 @@ from splitonnx.errors import (
     StateNotFinite,
     quote,
 )
-from splitonnx.files import (
-    clear_unfinished,
-    map_regular,
-    read_regular,
-    replacing,
-    sync_folder,
-    write_file,
-)
+from splitonnx.files import map_regular, read_regular
 from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
-from splitonnx.pieces import hold, split_pieces
-from splitonnx.seals import SEAL, encode_sealed, is_whole
 from splitonnx.tensors import check_array
 
 FORMAT = "splitonnx.state/1"
 
 STATE = "state.safetensors"
 OUTCOMES = "outcomes"
-"""The folder, within a party's, of what other sessions came to before."""
+"""The folder, inside a party's folder, with the outcomes of earlier sessions."""
 
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _replacing = threading.Lock()
-"""Several sessions of a server may come to their ends at once."""
+"""Several sessions of a server may finish at the same time."""
 MAX_HEADER = 64 << 20
-"""Bytes; some hundred for each tensor of a model, far more than any has."""
+"""The largest header in bytes: some hundred per tensor, far more than any model needs."""
 
 
 class _Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,9 +61,9 @@ _IDENTITY = msgspec.json.Decoder(_Identity)
 class State:
     """Every tensor of the manifest's state after ``step`` updates.
 
-    ``session`` is whose outcome it is, empty where that is not known, and ``position`` where in
-    its data it stands, as the runtime wrote it.  ``owner`` is whom the session belongs to, as a
-    server with tokens knows them; empty for a server without.
+    ``session`` is the session that produced it, or empty if that is unknown.  ``position`` is its
+    position in the training data, in the runtime's notation.  ``owner`` is the owner of the session
+    on a server with tokens; it is empty on a server without tokens.
     """
 
     tensors: Mapping[str, np.ndarray] = field(repr=False)
@@ -79,17 +74,18 @@ class State:
 
 
 def is_session(name: str) -> bool:
-    """Whether a name is that of a session, 32 hexadecimal digits, and so safe in a path."""
+    """Return whether a name is that of a session, 32 hexadecimal digits, and so safe in a path."""
     return _SESSION.fullmatch(name) is not None
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write a party's state into its folder ``path`` as the newest outcome, whole or not at all.
+    """Write a party's state into its folder ``path`` as the newest outcome, atomically.
 
-    ``digest`` is the bundle's.
+    ``digest`` is the digest of the bundle.
 
     Raises:
-        BundleError: it cannot be written there, or the session's outcome is another owner's.
+        BundleError: the state cannot be written there, or the session's outcome belongs to another
+            owner.
     """
     target = Path(path) / STATE
     facts = {
@@ -104,7 +100,7 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
         with _replacing:
             if read_owner(target.parent, state.session) not in (None, state.owner):
                 raise BundleError(str(target), "the session's outcome belongs to another owner")
-            chunks = encode_sealed(
+            chunks = encode_with_checksum(
                 state.tensors, {name: fact for name, fact in facts.items() if fact}
             )
             clear_unfinished(target.parent)
@@ -117,21 +113,21 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(
     folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
 ) -> State | None:
-    """Read the outcome of a session from a party's folder, or the newest one; ``None``: no state.
+    """Read a session's outcome, or else the newest, from a party's folder; ``None`` if it has none.
 
-    Tensors are mapped from the file, every byte of which is verified, or in memory if they are to
-    be ``is_held``.
+    The tensors are mapped from the file, every byte of which is verified; with ``is_held``, they
+    are read into memory.
 
     Raises:
-        BundleError, FormatError: it cannot be read, or is not what the manifest declares.
+        BundleError, FormatError: the outcome cannot be read, or is not what the manifest declares.
     """
     found = _find_outcome(folder, session)
     if found is None:
         return None
     path, content = found[0], hold(found[1]) if is_held else found[1]
     tensors, metadata = decode_state(path, content, manifest.state)
-    is_sealed = SEAL in metadata or "format" in metadata  # earlier versions sealed none
-    if is_sealed and not is_whole(content, metadata):
+    has_checksum = CHECKSUM in metadata or "format" in metadata  # earlier versions wrote none
+    if has_checksum and not has_valid_checksum(content, metadata):
         raise BundleError(str(path), "it was altered since it was written")
     step, digest = metadata.get("step", ""), metadata.get("digest")
     if digest != manifest.digest or not step.isdecimal():
@@ -146,7 +142,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Read whose a session's outcome is; ``None`` where a party's folder has none that is whole."""
+    """Return the owner of a session's outcome; ``None`` if the folder has no intact one."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
@@ -156,7 +152,7 @@ def read_owner(folder: Path, session: str) -> str | None:
 
 
 def read_newest(folder: Path) -> dict[str, str]:
-    """Read the metadata of a folder's newest outcome; empty where there is none that is whole."""
+    """Read the metadata of a folder's newest outcome; empty if there is no intact outcome."""
     try:
         return _read_metadata(_map_present(folder / STATE))
     except BundleError:
@@ -164,7 +160,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the file of each session's outcome in a party's folder, but for the newest one's."""
+    """Return the files of all sessions' outcomes in a party's folder, except the newest outcome."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):
@@ -173,10 +169,10 @@ def list_outcomes(folder: Path) -> dict[str, Path]:
 
 
 def check_home(folder: Path, digest: str) -> None:
-    """Raise unless ``folder`` still is a party's of the bundle with this digest.
+    """Raise unless ``folder`` is still the folder of a party of the bundle with this digest.
 
     Raises:
-        NotSaved: it was deleted or replaced since it was loaded, and is not made again.
+        NotSaved: the folder was deleted or replaced since it was loaded; it is not created again.
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)
@@ -188,10 +184,10 @@ def check_home(folder: Path, digest: str) -> None:
 
 
 def map_file(path: Path) -> memoryview:
-    """Map a regular file, read-only; its bytes are read from disk where they are looked at.
+    """Memory-map a regular file, read-only; its bytes are read from disk when they are accessed.
 
     Raises:
-        BundleError: it is missing, empty, unreadable, or no regular file.
+        BundleError: the file is missing, empty, unreadable, or not a regular file.
     """
     try:
         return map_regular(path)
@@ -206,12 +202,12 @@ def _refuse_file(path: Path, error: OSError) -> BundleError:
 def decode_state(
     path: Path, content: memoryview, declared: Iterable[StateSpec]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read the tensors that ``declared`` lists, as views of ``content``, and the metadata.
+    """Decode the tensors listed in ``declared``, as views of ``content``, and the metadata.
 
-    ``path`` is the file that the errors name.
+    ``path`` is the file name for error messages.
 
     Raises:
-        FormatError: the bytes are not one whole, well-formed tensor file.
+        FormatError: the bytes are not one complete, well-formed tensor file.
         BundleError: a tensor is missing, undeclared, or of another dtype or shape.
     """
     try:
@@ -225,9 +221,9 @@ def decode_state(
 def check_state(
     path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
 ) -> None:
-    """Raise unless ``tensors`` are those that ``declared`` lists, of those dtypes and shapes.
+    """Raise unless ``tensors`` are exactly those in ``declared``, with the same dtypes and shapes.
 
-    ``path`` is the file that they come from or go to.
+    ``path`` is the file that they are read from or written to.
 
     Raises:
         BundleError: they differ.
@@ -245,10 +241,10 @@ def check_state(
 def check_finite_state(
     path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
 ) -> None:
-    """Raise where a tensor that training changes holds NaN or infinity.
+    """Raise if a tensor that training changes contains NaN or infinity.
 
     Raises:
-        StateNotFinite: one does; what was saved before it is kept.
+        StateNotFinite: a tensor does; earlier checkpoints are kept.
     """
     for spec in declared:
         array = tensors[spec.tensor.name]
@@ -259,7 +255,7 @@ def check_finite_state(
 def _is_finite(array: np.ndarray) -> bool:
     if array.dtype.kind != "f":
         return True
-    pieces = split_pieces(np.ascontiguousarray(array))
+    pieces = iter_chunks(np.ascontiguousarray(array))
     return all(bool(np.isfinite(np.frombuffer(piece, array.dtype)).all()) for piece in pieces)
 
 
@@ -319,14 +315,12 @@ def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> Non
     with replacing(target) as fresh:
         write_file(fresh, chunks)
         _keep_outcome(target, session)
-        os.replace(fresh, target)
-    sync_folder(target.parent)
     if session:  # its older one has no use any more
         _name_outcome(target.parent, session).unlink(missing_ok=True)
 
 
 def _keep_outcome(target: Path, session: str) -> None:
-    """Give the outcome that is about to be replaced a name of its own, if it is of another session.
+    """Rename the outcome that is about to be replaced, if it is of another session.
 
     It is on disk under that name before it is replaced.
     """
@@ -340,8 +334,6 @@ def _keep_outcome(target: Path, session: str) -> None:
             os.link(target, fresh)
         except OSError:  # a file system without links
             write_file(fresh, [map_file(target)])
-        os.replace(fresh, kept)  # leaves both where they were of one file already
-    sync_folder(kept.parent)
     sync_folder(target.parent)
 
 

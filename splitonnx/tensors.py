@@ -1,11 +1,11 @@
-"""What is declared of a tensor: name, element type, shape; and checking arrays against it.
+"""Declarations of tensors (name, element type, shape), and checks of arrays against them.
 
-Element types carry the names of the safetensors format (``F32``, ``I64``, ...).  A dimension
-is a number, or symbolic: a name that has one size throughout a task (``"N"``), or an expression
-of names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1:
-native kernels trust in that.  Only what no kernel reads any more, an output of the model, may be
-empty: how many there are may depend on values.  ``None`` is a dimension of any size from 1 on.
-This module knows numpy and nothing of ONNX.
+Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
+number or symbolic: a name that has the same size throughout a task (``"N"``), or an expression of
+names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1,
+because native kernels rely on that.  Only a tensor that no kernel reads any more, an output of the
+model, may be empty, because its size may depend on values.  ``None`` is a dimension of any size
+from 1 up.  This module depends on numpy and not on ONNX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 from splitonnx.expressions import (
     evaluate,
@@ -25,34 +26,21 @@ from splitonnx.expressions import (
     solve_for,
 )
 
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "BOOL": np.dtype("?"),
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "F16": np.dtype("<f2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-}
-"""Element types that may travel or be stored, by their safetensors name; little-endian."""
+DTYPES: Mapping[str, np.dtype[np.generic]] = {kind.name: kind.dtype for kind in ELEMENT_TYPES}
+"""Element types that may be sent or stored, by their safetensors name."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Give the safetensors name of a numpy dtype, or numpy's own name where there is none."""
+    """Return the safetensors name of a numpy dtype, or numpy's own name if there is none."""
     return _NAMES.get(dtype, str(dtype))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor as it is declared.
+    """The declaration of a tensor.
 
-    ``bounds`` is a half-open range that an integer tensor's values must lie in.
+    ``bounds`` is a half-open range for the values of an integer tensor.
     """
 
     name: str
@@ -66,12 +54,12 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(array: np.ndarray) -> str:
-    """Describe an array in the words of :class:`TensorSpec`: ``F32[32, 1, 8, 8]``."""
+    """Describe an array in the notation of :class:`TensorSpec`: ``F32[32, 1, 8, 8]``."""
     return f"{name_dtype(array.dtype)}[{', '.join(map(str, array.shape))}]"
 
 
 LARGEST = 2**31 - 1
-"""Of a symbolic dimension."""
+"""The largest size of a symbolic dimension."""
 
 
 def check_array(
@@ -79,13 +67,13 @@ def check_array(
 ) -> None:
     """Raise unless ``array`` has the dtype, shape and value range that ``spec`` declares.
 
-    ``sizes`` maps the atoms and expressions bound so far in this task to their sizes.  It is
-    extended by what ``array`` binds; a second size is a mismatch.  Of a model's output
-    (``is_output``), a symbolic dimension may be 0 unless what went before bound it to another size.
+    ``sizes`` maps the atoms and expressions known so far in this task to their sizes.  Sizes that
+    ``array`` determines are added to it; a different size for the same name is a mismatch.  With
+    ``is_output``, a symbolic dimension may be 0 unless it is known to have another size.
 
     Raises:
-        ArrayMismatch: dtype or shape differ.
-        ValueOutOfRange: an integer lies outside ``spec.bounds``.
+        ArrayMismatch: the dtype or shape differs.
+        ValueOutOfRange: an integer is outside ``spec.bounds``.
     """
     if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(
         array.shape, spec, sizes, is_output=is_output
@@ -100,10 +88,10 @@ def check_array(
 
 
 def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
-    """Raise where ``array`` has more rows than ``limit`` and ``spec`` does not fix their number.
+    """Raise if ``array`` has more than ``limit`` rows, unless ``spec`` fixes the number of rows.
 
     Raises:
-        BatchTooLarge: it names the rows and the limit.
+        BatchTooLarge: the array has too many rows; the error has their number and the limit.
     """
     is_free = bool(spec.shape) and not isinstance(spec.shape[0], int)
     if is_free and array.ndim and array.shape[0] > limit:

@@ -1,8 +1,8 @@
-"""The promise, checked on the user's own model: split training equals unsplit training.
+"""Check on the user's own model that split training equals unsplit training.
 
-A bundle's two parts train in one process, linked by the in-memory transport, beside the same
-model left whole; after every step the losses and all parameters are compared.  This module
-stands above partitioner and runtime and needs both.
+The two parts of a bundle train in one process, connected by the in-memory transport, beside the
+same model without a cut.  After every step, the losses and all parameters are compared.  This
+module uses both the partitioner and the runtime.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import numpy as np
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
+from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
+from splitonnx.partitioner.normalization.weights import pin_names
 from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.weights import pin_names
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.datasets import DataSource, open_dataset
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.datasets import DataSource, open_dataset
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepComparison:
-    """One step of both runs; ``difference`` is the largest over all ``differences``.
+    """The comparison of both runs after a step; ``difference`` is the largest of ``differences``.
 
     ``differences`` maps ``loss`` and every parameter and running statistic to its relative
-    difference: the largest absolute difference over the largest absolute value.
+    difference: the largest absolute difference divided by the largest absolute value.
     """
 
     step: int
@@ -43,25 +44,25 @@ class StepComparison:
 
     @property
     def difference(self) -> float:
-        """The step's largest relative difference."""
+        """Return the step's largest relative difference."""
         return max(self.differences.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The comparison of all steps, and whether it stayed within ``rtol``."""
+    """The comparison of all steps, and whether the differences stayed within ``rtol``."""
 
     steps: tuple[StepComparison, ...]
     rtol: float
 
     @property
     def largest_difference(self) -> float:
-        """The largest relative difference of any tensor after any step."""
+        """Return the largest relative difference of any tensor after any step."""
         return max(step.difference for step in self.steps)
 
     @property
     def ok(self) -> bool:
-        """Whether split training equalled unsplit training within ``rtol``."""
+        """Return whether split training equalled unsplit training within ``rtol``."""
         return self.largest_difference <= self.rtol
 
 
@@ -74,22 +75,23 @@ def verify(
     rtol: float = 1e-5,
     seed: int = 0,
 ) -> Verification:
-    """Train split and unsplit side by side from the bundle's first weights and compare.
+    """Train split and unsplit side by side from the bundle's first weights and compare the results.
 
-    Nothing is written; a bundle that was trained already is compared from its start.  Both runs
-    use one thread, so that where both run the same kernels the difference is exactly 0.
+    Nothing is written.  A bundle that was trained already is compared from its first weights.  Both
+    runs use one thread, so that the difference is exactly 0 wherever both run the same kernels.
 
     Args:
-        bundle: a bundle, or the folder of one.
-        data: as :meth:`Client.fit` takes it; the first ``steps`` batches of a shuffled epoch.
+        bundle: a bundle, or its folder.
+        data: the same as for :meth:`Client.fit`; the first ``steps`` batches of a shuffled epoch
+            are used.
         steps: how many optimizer steps to compare.
-        batch_size: samples a step.
+        batch_size: samples per step.
         rtol: the largest relative difference that counts as equal.
-        seed: of shuffling and Dropout, the same in both runs.
+        seed: the seed of shuffling and Dropout, the same in both runs.
 
     Raises:
-        UsageError: fewer than one step, or the data hold no whole batch.
-        SplitonnxError: whatever cutting or training raises.
+        UsageError: ``steps`` is less than one, or the data hold less than one batch.
+        SplitonnxError: any error of cutting or training.
     """
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if steps < 1:
@@ -103,24 +105,24 @@ def verify(
 def compare_steps(
     bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[StepComparison]:
-    """Yield the comparison of one step after the other."""
+    """Yield the comparison of each step."""
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
-    server = Executor(parties["server"], Engine(threads=1)) if "server" in parties else None
+    server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None
     link = None if server is None else connect_in_memory(server)
     batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
     with (
-        Client(parties["client"], link, threads=1, seed=seed) as split,
+        Client(parties[CLIENT], link, threads=1, seed=seed) as split,
         Client(_rewind(whole.client), None, threads=1, seed=seed) as unsplit,
     ):
         for step, batch in enumerate(islice(batches, steps)):
-            split_loss = float(split.step(batch)["loss"])
-            whole_loss = float(unsplit.step(batch)["loss"])
+            split_loss = float(split.step(batch)[LOSS])
+            whole_loss = float(unsplit.step(batch)[LOSS])
             state = dict(split.state())
             if link is not None:
                 link.drain()
                 state |= link.executor.state()
-            differences = {"loss": _compare(np.float64(split_loss), np.float64(whole_loss))}
+            differences = {LOSS: _compare(np.float64(split_loss), np.float64(whole_loss))}
             wanted = {
                 s.tensor.name
                 for s in whole.client.manifest.state
@@ -138,7 +140,7 @@ def compare_steps(
 
 
 def leave_whole(bundle: Bundle) -> Bundle:
-    """Make the unsplit bundle of the same model, loss, optimizer and first weights."""
+    """Build the unsplit bundle of the same model, loss, optimizer and first weights."""
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]
     trained = [spec.tensor.name for spec in specs if spec.role is Role.PARAMETER]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             made.mkdir()
             note.write_text(str(build(made)))
         return Path(note.read_text())
+
+
+@pytest.fixture(autouse=True)
+def collector() -> Iterator[None]:
+    """Turn the garbage collector on again: a command turns it off for the rest of its process."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

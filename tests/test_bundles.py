@@ -7,13 +7,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx import bundles, files, folders
+from splitonnx import atomic, bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, FormatError
 from splitonnx.manifests import Role, StateSpec
 from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_nothing_is_overwritten_unless_asked_and_then_only_a_bundle(
     assert not (saved / "server").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_text("{}")
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         tiny.local_bundle().save(tmp_path / "photos", overwrite=True)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["manifest.json"]
 
@@ -223,7 +223,7 @@ def test_a_save_that_fails_midway_leaves_everything_as_it_was(
     if overwrite:
         tiny.split_bundle().save(tmp_path / "bundle")
     before = contents(tmp_path)
-    write = files.write_file
+    write = atomic.write_file
     written: list[Path] = []
 
     def fail_late(path: Path, chunks: list[bytes]) -> None:
@@ -248,7 +248,7 @@ def test_the_old_bundle_returns_if_the_new_one_cannot_take_its_place(
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_for_the_new)
     with pytest.raises(BundleError, match="Input/output error"):
         tiny.local_bundle().save(saved, overwrite=True)

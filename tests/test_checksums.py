@@ -1,31 +1,23 @@
-"""A bit that flips in a file at rest is noticed when the file is loaded, whichever it is."""
+"""A bit that flips in a file of tensors is noticed, and the file stays one that others read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
-import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
-from splitonnx.bundles import Bundle, PartyBundle, _read_manifest
-from splitonnx.errors import BundleError, FormatError, SplitonnxError
-from splitonnx.manifests import BundleManifest, PartyManifest, decode_manifest
-from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.exports import export
-from splitonnx.runtime.servers import Server
+from splitonnx.bundles import PartyBundle
+from splitonnx.checksums import CHECKSUM, encode_with_checksum, has_valid_checksum
+from splitonnx.codecs import decode_tensors
+from splitonnx.errors import BundleError, FormatError
 from splitonnx.states import State, read_state, write_state
-from splitonnx.verifications import verify
-from tests import tiny
-from tests.zoo import ZOO
+from tests.support import tiny
 
 SESSION = "0123456789abcdef" * 2
-DATA = ZOO["chain"].data(8)
 
 
 @pytest.fixture
@@ -56,36 +48,6 @@ def test_every_altered_bit_of_the_weights_is_noticed(saved: Path) -> None:
     assert PartyBundle.load(saved / "client").manifest.weights
 
 
-@pytest.mark.parametrize("place", [".", "client", "server"])
-def test_every_altered_bit_of_a_manifest_is_noticed_or_changes_nothing(
-    saved: Path, place: str
-) -> None:
-    path = saved / place / "manifest.json"
-
-    def read() -> object:
-        if place == ".":
-            return _read_manifest(path.parent, BundleManifest)
-        return _read_manifest(path.parent, PartyManifest)
-
-    whole, unnoticed = read(), 0
-    for _ in flips(path):
-        try:
-            found = read()
-        except (BundleError, FormatError):
-            continue
-        unnoticed += 1
-        assert found == whole  # the flip is in the sum's own key
-    assert unnoticed <= len('"sha256": "')
-
-
-def test_a_manifest_of_an_earlier_version_has_no_sum(saved: Path) -> None:
-    path = saved / "client" / "manifest.json"
-    fields = msgspec.json.decode(path.read_bytes())
-    assert len(fields.pop("sha256")) == 64
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2))
-    PartyBundle.load(saved / "client")
-
-
 @pytest.mark.parametrize("place", ["state.safetensors", f"outcomes/{SESSION}.safetensors"])
 def test_every_altered_bit_of_a_state_is_noticed(saved: Path, place: str) -> None:
     folder = saved / "client"
@@ -109,60 +71,44 @@ def test_every_altered_bit_of_a_state_is_noticed(saved: Path, place: str) -> Non
         assert wanted == SESSION
 
 
-def test_an_altered_skeleton_is_noticed(saved: Path) -> None:
-    for _ in flips(saved / "model.onnx"):
-        with pytest.raises(BundleError, match=r"model\.onnx: it was altered"):
-            Bundle.load(saved)
+def write(**tensors: np.ndarray) -> bytes:
+    return b"".join(encode_with_checksum(tensors, {"kind": "sample"}))
 
 
-def test_bundles_and_states_of_earlier_versions_are_read_as_before(saved: Path) -> None:
-    folder = saved / "client"
-    older = (folder / "manifest.json").read_text().partition(',\n  "weights"')[0] + "\n}\n"
-    assert "sha256" not in older
-    (folder / "manifest.json").write_text(older)
-    whole = (saved / "manifest.json").read_text().partition(',\n  "files"')[0] + "\n}\n"
-    (saved / "manifest.json").write_text(whole)
-    np.testing.assert_array_equal(Bundle.load(saved).client.weights["W1"], tiny.WEIGHTS["W1"])
+def test_a_file_with_a_checksum_is_one_that_safetensors_reads() -> None:
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True, False])}
+    content = write(**arrays)
+    for name, array in load(content).items():
+        np.testing.assert_array_equal(array, arrays[name])
+    tensors, metadata = decode_tensors(memoryview(content), max_header=1 << 14)
+    assert tensors.keys() == arrays.keys()
+    assert metadata["kind"] == "sample"
+    assert has_valid_checksum(memoryview(content), metadata)
 
 
-def test_a_copy_is_written_with_the_checksums_of_what_it_holds(saved: Path, tmp_path: Path) -> None:
-    client = Bundle.load(saved).client
-    other = {name: array + 1 for name, array in client.weights.items()}
-    replace(client, weights=other).save(tmp_path / "copy")
-    np.testing.assert_array_equal(PartyBundle.load(tmp_path / "copy").weights["W1"], other["W1"])
+def test_the_checksum_is_sha256_with_zeros_in_its_own_place() -> None:
+    content = write(a=np.ones(3, np.float32))
+    found = decode_tensors(memoryview(content), max_header=1 << 14)[1][CHECKSUM]
+    blank = content.replace(found.encode(), b"0" * 64)
+    assert found == hashlib.sha256(blank).hexdigest()
 
 
-def test_an_export_has_checksums_of_its_own(tmp_path: Path) -> None:
-    cut(ZOO["chain"].build(), at="act1", client_target="portable").save(tmp_path / "bundle")
-    export(tmp_path / "bundle" / "client", tmp_path / "mobile")
-    flip(tmp_path / "mobile" / "weights.safetensors", -2)
-    with pytest.raises(BundleError, match="altered"):
-        PartyBundle.load(tmp_path / "mobile")
-    flip(tmp_path / "bundle" / "client" / "weights.safetensors", -2)
-    with pytest.raises(BundleError, match="altered"):
-        export(tmp_path / "bundle" / "client", tmp_path / "another")
+@pytest.mark.parametrize("told", [{}, {CHECKSUM: ""}, {CHECKSUM: "0" * 64}])
+def test_a_file_without_its_own_sum_is_not_whole(told: dict[str, str]) -> None:
+    assert not has_valid_checksum(memoryview(write(a=np.ones(3, np.float32))), told)
 
 
-def test_no_use_of_a_bundle_goes_on_with_altered_weights(tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    cut(ZOO["chain"].build(), at="act1").save(folder)
-    with Server(folder / "server", port=0, threads=1, client=folder / "client") as server:
-        address = server.url.replace("ws", "http", 1) + "/client/manifest.json"
-        with urlopen(address, timeout=60) as response:
-            given = decode_manifest(response.read(), PartyManifest, address)
-        assert given.weights == PartyBundle.load(folder / "client").manifest.weights
-        flip(folder / "client" / "weights.safetensors", -2)
-        uses: list[Callable[[], object]] = [
-            lambda: Client(folder / "client", server.url),
-            lambda: merge(folder),
-            lambda: verify(folder, DATA),
-        ]
-        for use in uses:
-            with pytest.raises(SplitonnxError, match="altered"):
-                use()
-    with pytest.raises(SplitonnxError, match="altered"):
-        Server(folder / "server", port=0, client=folder / "client")
-    flip(folder / "server" / "weights.safetensors", -2)
-    for _ in range(2):  # the first leaves the folder free
-        with pytest.raises(SplitonnxError, match="altered"):
-            Server(folder / "server", port=0)
+def test_without_tensors_the_metadata_alone_are_guarded() -> None:
+    content = bytearray(write())
+    _, metadata = decode_tensors(memoryview(bytes(content)), max_header=1 << 14)
+    assert has_valid_checksum(memoryview(content), metadata)
+    place = content.index(b"sample")
+    content[place] ^= 1
+    assert not has_valid_checksum(memoryview(content), metadata)
+
+
+def test_no_tensor_is_copied() -> None:
+    array = np.ones(1000, np.float32)
+    *_, data = encode_with_checksum({"a": array}, {})
+    array[0] = 2.0
+    assert np.frombuffer(data, np.float32)[0] == 2.0

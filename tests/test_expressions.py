@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from splitonnx.errors import ArrayMismatch
 from splitonnx.expressions import evaluate, find_unbound, parse_terms, solve_for
-from splitonnx.partitioner.dimensions import Dim, divide_rounding, make_atom, parse_dim
+from splitonnx.partitioner.inference.dimensions import Dim, divide_rounding, make_atom, parse_dim
 from splitonnx.tensors import LARGEST, TensorSpec, check_array
 
 N, T, H = make_atom("N"), make_atom("T"), make_atom("H")

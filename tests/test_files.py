@@ -14,16 +14,16 @@ import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
-from splitonnx.files import clear_unfinished, open_regular, read_regular, replacing
+from splitonnx.files import open_regular, read_regular
 from splitonnx.manifests import PartyManifest
-from splitonnx.partitioner.gates import open_model
-from splitonnx.runtime import datasets
-from splitonnx.runtime.certificates import make_client_tls, make_server_tls
-from splitonnx.runtime.checkpoints import CheckpointStore
-from splitonnx.runtime.datasets import open_dataset
-from splitonnx.runtime.tokens import Tokens, add_token, read_token
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.runtime.client import datasets
+from splitonnx.runtime.client.datasets import open_dataset
+from splitonnx.runtime.edge.tokens import Tokens, add_token, read_token
+from splitonnx.runtime.storage.checkpoints import CheckpointStore
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from splitonnx.states import read_state
-from tests import tiny
+from tests.support import tiny
 
 SESSION = "0123456789abcdef" * 2
 HANGS = 20
@@ -93,7 +93,7 @@ def test_a_pipe_or_a_device_is_refused_in_one_line_and_not_waited_for(
         read(path)
     assert "\n" not in str(caught.value)
     assert f"it is a {kind}, not a regular file" in str(caught.value) or (
-        reader == "a model" and "it is no file" in str(caught.value)
+        reader == "a model" and "it is not a file" in str(caught.value)
     )
 
 
@@ -144,19 +144,3 @@ def test_an_archive_whose_arrays_do_not_fit_into_memory_is_refused(
         open_dataset(path)
     monkeypatch.setattr(datasets, "measure_memory", lambda: 65 << 20)
     assert open_dataset(path).size == 1 << 20
-
-
-def test_what_a_living_process_writes_is_never_cleared_away(tmp_path: Path) -> None:
-    ended = os.spawnlp(os.P_NOWAIT, "true", "true")
-    os.waitpid(ended, 0)
-    mine = tmp_path / "state.safetensors"
-    left = [".fresh.state.safetensors", f".7.safetensors.{ended}", f".7.safetensors.{ended}-1"]
-    stays = [f".7.safetensors.{os.getppid()}-1", ".notes.2024", "7.safetensors"]
-    for name in (*left, *stays, f".8.safetensors.{os.getpid()}-1"):
-        (tmp_path / name).touch()
-    with replacing(mine) as fresh:
-        fresh.touch()
-        clear_unfinished(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {fresh.name, *stays}
-        fresh.replace(mine)
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, *stays}

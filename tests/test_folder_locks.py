@@ -20,11 +20,11 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import FolderInUse
 from splitonnx.files import map_regular
 from splitonnx.folder_locks import NAME, FolderLock
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.servers import Server
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.servers import Server
 from splitonnx.states import State, read_state, write_state
-from tests import tiny
 from tests.conftest import ROOT
+from tests.support import tiny
 
 DATA = tiny.batch(0, 12)
 FIRST, SECOND = "a" * 32, "b" * 32

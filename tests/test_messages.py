@@ -114,5 +114,5 @@ def test_every_type_is_known_to_msgspec_before_threads_read_messages() -> None:
     not.
     """
     for folder in ("splitonnx", "runtime"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             assert "msgspec.json.decode(" not in path.read_text(), path

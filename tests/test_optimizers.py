@@ -20,7 +20,7 @@ from splitonnx.optimizers import (
     describe_optimizer,
     read_optimizer,
 )
-from splitonnx.partitioner.updates import Norms, build_norms, build_update
+from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.tensors import TensorSpec
 
 Arrays = dict[str, np.ndarray]

@@ -20,9 +20,10 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import SplitonnxError
 from splitonnx.outputs import check_file_place, check_place
 from splitonnx.partitioner.merges import write_merged
-from splitonnx.runtime.servers import Server
-from splitonnx.runtime.tokens import add_token
-from tests.test_commands import AT, MODEL, Command, command  # noqa: F401
+from splitonnx.runtime.edge.tokens import add_token
+from splitonnx.runtime.server.servers import Server
+from tests.commands.conftest import command  # noqa: F401
+from tests.support.commands import AT, MODEL, Command
 
 SAMPLES = 4
 DISK_BYTES = 196
@@ -77,8 +78,8 @@ COMMANDS: Mapping[str, Callable[[Inputs, str], list[object]]] = {
 PLACES: Mapping[str, tuple[Callable[[Path], str], str]] = {
     "in a file": (lambda place: f"{place}/file/output", "file' is not a folder"),
     "deep in a file": (lambda place: f"{place}/file/a/b/output", "file' is not a folder"),
-    "a folder": (lambda place: f"{place}/folder", "Is a directory|no bundle|no export"),
-    "a device": (lambda _: "/dev/null", "a device, not a regular file|no bundle|no export"),
+    "a folder": (lambda place: f"{place}/folder", "Is a directory|not a bundle|not an export"),
+    "a device": (lambda _: "/dev/null", "a device, not a regular file|not a bundle|not an export"),
     "too long a name": (lambda place: f"{place}/{'x' * 300}", "its name is too long"),
     "too long a folder": (lambda place: f"{place}/{'x' * 300}/output", "name( of .*)? too long"),
     "too long a path": (lambda place: f"{place}{'/x' * 4000}", "File name too long"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from splitonnx.states import State, read_state, write_state
-from tests import tiny
+from tests.support import tiny
 
 SESSIONS = tuple(f"{number:032x}" for number in range(12))
 PARTY = tiny.split_bundle().client

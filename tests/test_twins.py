@@ -7,48 +7,67 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx import bundles, codecs, manifests, messages, operators, states, tensors
-from splitonnx.runtime import accesses, backoffs, checkpoints, gates, links, sockets, training_loops
+from splitonnx import (
+    bundles,
+    codecs,
+    graph_limits,
+    manifests,
+    messages,
+    operators,
+    states,
+    tensors,
+)
+from splitonnx.runtime.channels import channels, credentials, retries, websockets
+from splitonnx.runtime.client import training_loops
+from splitonnx.runtime.storage import checkpoints
+from splitonnx.runtime.wire import close_codes
 
 SOURCES = Path(__file__).parents[1] / "runtime" / "js" / "src"
 
 SAME: dict[str, float] = {
-    "backoffs.FIRST_DELAY": backoffs.FIRST_DELAY,
-    "backoffs.LONGEST_DELAY": backoffs.LONGEST_DELAY,
+    "retries.FIRST_DELAY": retries.FIRST_DELAY,
+    "retries.LONGEST_DELAY": retries.LONGEST_DELAY,
     "bundles.MAX_FILE_HEADER": states.MAX_HEADER,
     "checkpoints.KEPT": checkpoints.KEPT,
+    "close_codes.POLICY": close_codes.POLICY,
+    "close_codes.TOO_BIG": close_codes.TOO_BIG,
     "codecs.ALIGNMENT": codecs.ALIGNMENT,
-    "codecs.MAX_RANK": codecs.MAX_RANK,
-    "dimensions.LARGEST": tensors.LARGEST,
-    "gates.MAX_ATTRIBUTES": gates.MAX_ATTRIBUTES,
-    "gates.MAX_DEPTH": gates.MAX_DEPTH,
-    "gates.MAX_ELEMENTS": gates.MAX_ELEMENTS,
-    "gates.MAX_FIELDS": gates.MAX_FIELDS,
-    "gates.MAX_NAME": gates.MAX_NAME,
-    "gates.MAX_NAMES": gates.MAX_NAMES,
-    "gates.MAX_NODES": gates.MAX_NODES,
-    "gates.MAX_RANK": gates.MAX_RANK,
-    "gates.MAX_TEXT": operators.MAX_TEXT,
-    "gates.MAX_TYPE_DEPTH": gates.MAX_TYPE_DEPTH,
-    "links.GREETINGS": links.GREETINGS,
+    "expressions.LARGEST": tensors.LARGEST,
+    "graph_limits.MAX_ATTRIBUTES": graph_limits.STAGE.attributes,
+    "graph_limits.MAX_DEPTH": graph_limits.STAGE.depth,
+    "graph_limits.MAX_ELEMENTS": graph_limits.STAGE.elements,
+    "graph_limits.MAX_FIELDS": graph_limits.STAGE.fields,
+    "graph_limits.MAX_NAMES": graph_limits.STAGE.names,
+    "graph_limits.MAX_NAME_BYTES": graph_limits.STAGE.name_bytes,
+    "graph_limits.MAX_NODES": graph_limits.STAGE.nodes,
+    "graph_limits.MAX_RANK": graph_limits.STAGE.rank,
+    "graph_limits.MAX_TEXT_BYTES": graph_limits.STAGE.text_bytes,
+    "graph_limits.MAX_TYPE_DEPTH": graph_limits.STAGE.type_depth,
+    "channels.GREETINGS": channels.GREETINGS,
     "manifests.MAX_SLOTS": manifests.MAX_SLOTS,
     "messages.MAX_HEADER": messages.MAX_HEADER,
     "messages.PROTOCOL": messages.PROTOCOL,
     "operators.HIGHEST_IR_VERSION": operators.HIGHEST_IR_VERSION,
     "operators.HIGHEST_OPSET": operators.HIGHEST_OPSET,
     "operators.HIGHEST_TRAINING_OPSET": operators.HIGHEST_TRAINING_OPSET,
-    "returns.MOST_RETURNS": training_loops.MOST_RETURNS,
-    "sockets.MAX_REPLY": accesses.MESSAGE_BYTES,
-    "sockets.OPEN_SECONDS": sockets.OPEN_SECONDS,
-    "sockets.REPLACED": messages.REPLACED,
-    "sockets.REPLY_SECONDS": sockets.REPLY_SECONDS,
+    "training_loops.MOST_RETURNS": training_loops.MOST_RETURNS,
+    "websockets.MAX_REPLY": credentials.MESSAGE_BYTES,
+    "websockets.OPEN_SECONDS": websockets.OPEN_SECONDS,
+    "messages.REPLACED": messages.REPLACED,
+    "websockets.REPLY_SECONDS": websockets.REPLY_SECONDS,
 }
 LESS_ON_A_PHONE: dict[str, tuple[int, int]] = {
     "bundles.MAX_MANIFEST": (16 << 20, manifests.MAX_MANIFEST),
     "bundles.MAX_GRAPH": (256 << 20, bundles.MAX_GRAPH),
 }
 """TypeScript's and Python's; the comments beside them say why."""
-ALONE = {"sockets.MAX_WAITING", "protobufs.NUMBER", "protobufs.BYTES", "schemas.STRINGS"}
+ALONE = {
+    "close_codes.NORMAL",
+    "protobufs.BYTES",
+    "protobufs.NUMBER",
+    "schemas.STRINGS",
+    "websockets.MAX_WAITING",
+}
 """What Python has not under a name: its websockets wait themselves, and its formats are enums."""
 
 _CONSTANT = re.compile(r"^export const ([A-Z_]+) = ([0-9._]+)(?: (<<|\*\*) (\d+))?( - 1)?;", re.M)
@@ -57,7 +76,7 @@ _CONSTANT = re.compile(r"^export const ([A-Z_]+) = ([0-9._]+)(?: (<<|\*\*) (\d+)
 def read_constants() -> dict[str, float]:
     """Read the numbers that TypeScript's modules export by a name in capitals."""
     found: dict[str, float] = {}
-    for source in SOURCES.glob("*.ts"):
+    for source in SOURCES.rglob("*.ts"):
         for name, number, sign, power, less in _CONSTANT.findall(source.read_text()):
             value = float(number.replace("_", ""))
             if sign:

@@ -1,4 +1,4 @@
-// Builds the page into dist/: everything that it needs, so that one server gives all of it out.
+// Builds the page into dist/: everything that it needs, so that one server serves all of it.
 //
 //     node build.mjs [DIST]
 //

@@ -79,7 +79,7 @@ export default function App() {
   const recognise = () =>
     act(async (client) => {
       const { logits } = await client.predict(toImages([{ cells }]));
-      if (!(logits?.data instanceof Float32Array)) return "the model gives no logits";
+      if (!(logits?.data instanceof Float32Array)) return "the model has no output 'logits'";
       return `that is a ${logits.data.indexOf(Math.max(...logits.data))}`;
     });
 

@@ -1,4 +1,4 @@
-/** Digits that were drawn on a grid, as the model of `examples/digits.onnx` takes them. */
+/** Digits that were drawn on a grid, as the model of `examples/digits.onnx` expects them. */
 
 import type { Batch } from "@splitonnx/client";
 
@@ -14,13 +14,13 @@ export interface Drawing {
 
 export const BLANK: readonly boolean[] = new Array<boolean>(CELLS).fill(false);
 
-/** Write drawings as the arrays that training takes: `image` (N, 1, 8, 8) and `labels` (N). */
+/** Convert drawings to the arrays for training: `image` (N, 1, 8, 8) and `labels` (N). */
 export function toBatch(drawings: readonly Drawing[]): Batch {
   const labels = BigInt64Array.from(drawings, ({ digit }) => BigInt(digit));
   return { ...toImages(drawings), labels: { type: "int64", dims: [drawings.length], data: labels } };
 }
 
-/** Write drawings as the array that prediction takes: `image` (N, 1, 8, 8), 0 white and 1 black. */
+/** Convert drawings to the array for prediction: `image` (N, 1, 8, 8), 0 white and 1 black. */
 export function toImages(drawings: readonly { readonly cells: readonly boolean[] }[]): Batch {
   const data = new Float32Array(drawings.length * CELLS);
   drawings.forEach(({ cells }, row) => data.set(cells.map(Number), row * CELLS));

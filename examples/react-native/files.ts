@@ -1,7 +1,7 @@
 /**
  * Files on a phone, by react-native-fs: the client's part as the app ships it, and its state.
  *
- * The library gives bytes as base64, so both ways cost a copy.
+ * The library passes bytes as base64, so both ways cost a copy.
  */
 
 import type { StateStorage } from "@splitonnx/client";
@@ -14,7 +14,7 @@ declare function btoa(bytes: string): string;
 
 /** The folder within the app that `splitonnx export` wrote: Android's assets, iOS's resources. */
 const SHIPPED = "client";
-const CHUNK = 1 << 15; // characters that a call takes as arguments
+const CHUNK = 1 << 15; // characters that a call accepts as arguments
 
 /** Read one file of the client's part out of the app; `SplitClient` asks for them by name. */
 export async function readShipped(name: string): Promise<Uint8Array> {
@@ -39,22 +39,22 @@ export class FileStorage implements StateStorage {
 
   async get(name: string): Promise<Uint8Array | undefined> {
     const path = this.#locate(name);
-    await this.#settle(path);
+    await this.#renameWhole(path);
     return (await fs.exists(path)) ? fromBase64(await fs.readFile(path, "base64")) : undefined;
   }
 
   async put(name: string, content: Uint8Array): Promise<void> {
     const path = this.#locate(name);
     await fs.mkdir(this.#folder);
-    await this.#settle(path);
+    await this.#renameWhole(path);
     await fs.writeFile(`${path}.part`, toBase64(content), "base64");
     await fs.moveFile(`${path}.part`, `${path}.next`); // whole from here on
-    await this.#settle(path);
+    await this.#renameWhole(path);
   }
 
   async delete(name: string): Promise<void> {
     const path = this.#locate(name);
-    await this.#settle(path);
+    await this.#renameWhole(path);
     if (await fs.exists(path)) await fs.unlink(path);
   }
 
@@ -65,8 +65,8 @@ export class FileStorage implements StateStorage {
     return [...new Set(names)].filter((name) => name.startsWith(prefix));
   }
 
-  /** Let a file that was written whole take its place; not every system moves onto another file. */
-  async #settle(path: string): Promise<void> {
+  /** Rename a file that was written completely; not every system can replace another file so. */
+  async #renameWhole(path: string): Promise<void> {
     if (!(await fs.exists(`${path}.next`))) return;
     if (await fs.exists(path)) await fs.unlink(path);
     await fs.moveFile(`${path}.next`, path);

@@ -1,9 +1,11 @@
-"""Lowerings: training-only operators written as standard ONNX operators.
+"""Lowerings: replace training-only operators by standard ONNX operators.
 
-A portable part runs on any ONNX Runtime, so nothing may be left in it that only
-onnxruntime-training knows.  :data:`LOWERINGS` shows the whole coverage; each entry is a small
-function from a node to the values that replace its outputs.  The formulas are the textbook
-derivatives of the forward operators as onnx.ai/onnx/operators defines them.
+A portable part runs on any ONNX Runtime, so it must not contain operators that only
+onnxruntime-training has.  :data:`LOWERINGS` lists all supported operators.  Each entry is a small
+function that takes a node and returns the values that replace its outputs; for example, the
+gradient of AveragePool is in ``pools.py``.  The formulas are the textbook derivatives of the
+forward operators, as onnx.ai/onnx/operators defines them.  ``fusions.py`` also belongs here: it
+keeps ONNX Runtime's optimizer from wrongly merging a Pad with a pooling.  It may use graphs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_rank
-from splitonnx.partitioner.faults import blame
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.lowerings import (
     activations,
     convolutions,
@@ -26,9 +29,8 @@ from splitonnx.partitioner.lowerings import (
     pools,
     shapes,
 )
-from splitonnx.partitioner.tables import count_constants
 
-Lowering = Callable[[Draft, ir.Node], Sequence[ir.Value | None]]
+Lowering = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None]]
 
 LOWERINGS: Mapping[str, Lowering] = {
     "AveragePoolGrad": pools.lower_average_pool_grad,
@@ -66,7 +68,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "TanhGrad": activations.lower_tanh_grad,
     "Trilu": shapes.lower_trilu,
 }
-"""Operator -> how to write it in standard operators."""
+"""Maps an operator to the function that rewrites it with standard operators."""
 
 _MOST_READ = 32
 
@@ -75,20 +77,21 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 
 
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
-    """Replace, in place, every operator that stock ONNX Runtime lacks.
+    """Replace, in place, every operator that stock ONNX Runtime does not have.
 
-    With ``defective``, replace only those whose kernel in onnxruntime-training 1.19.2 fails.
-    Values keep their names.  A dynamic batch stays dynamic; other dimensions are taken from the
-    shapes noted on the graph's values where they are known.
+    With ``defective``, replace only the operators whose kernel in onnxruntime-training 1.19.2
+    fails.  Values keep their names.  A dynamic batch stays dynamic; other dimensions are read from
+    the shapes noted on the graph's values if they are known.
 
     Raises:
-        UnsupportedModel: an operator has no lowering, or one lacks a shape that it needs.
+        UnsupportedModel: an operator has no lowering, or a shape that its lowering needs is
+            unknown.
     """
     opset = graph.opset_imports[""]
     nodes = list(graph)
     with _reading_outputs(graph), count_constants():
         for node in nodes:
-            with blame(node):
+            with attribute_errors_to(node, "looked up among standard operators"):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue
             _replace(node, _find_lowering(node))
@@ -107,7 +110,7 @@ def _find_lowering(node: ir.Node) -> Lowering:
 
 @contextmanager
 def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
-    """Let nodes read the graph's outputs, in their place, while others are replaced.
+    """Redirect the graph's outputs to copies while nodes are replaced.
 
     onnx-ir goes through all outputs of a graph for each node that it takes out, and there are as
     many as gradients; and through all that a node reads, for each.
@@ -128,11 +131,11 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 
 
 def is_defective(node: ir.Node) -> bool:
-    """Tell whether a node's kernel in onnxruntime-training 1.19.2 fails.
+    """Return whether a node's kernel in onnxruntime-training 1.19.2 fails.
 
-    AveragePoolGrad does with a dynamic batch.  ConvGrad in groups writes beyond its output in
-    all but two spatial dimensions (Col2imNd is told the extent of all groups), which corrupts the
-    heap: seen as wrong values elsewhere in the graph and as an abort.
+    AveragePoolGrad fails with a dynamic batch.  ConvGrad with groups writes beyond its output
+    unless there are two spatial dimensions, because Col2imNd is passed the extent of all groups.
+    This corrupts the heap, which shows as wrong values elsewhere in the graph or as a crash.
     """
     if node.op_type == "ConvGrad":
         weights = node.inputs[2]
@@ -142,7 +145,7 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Tell whether any ONNX Runtime, mobile builds included, runs a node at ``opset``."""
+    """Return whether every ONNX Runtime, including mobile builds, can run a node at ``opset``."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
     return _has_schema(node.op_type, opset)
@@ -158,7 +161,7 @@ def _has_schema(kind: str, opset: int) -> bool:
 
 
 def _replace(node: ir.Node, lowering: Lowering) -> None:
-    draft = Draft(f"{node.outputs[0].name or node.name}/lowered")
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
     advice = "choose the target training for the party that runs it"
-    with blame(node, "cannot be written in standard operators", advice):
-        draft.replace(node, lowering(draft, node))
+    with attribute_errors_to(node, "lowered", "cannot be written in standard operators", advice):
+        builder.replace(node, lowering(builder, node))

@@ -1,9 +1,9 @@
 """The gradient of Conv, for any number of spatial dimensions, groups, strides and dilations.
 
-The gradient to the input is itself a convolution, with the weights flipped and their channels
-swapped; with a stride it is a ConvTranspose.  The gradient to the weights is one matrix product
-of the output's gradient with the windows of the input, gathered by one strided Slice for each
-element of the kernel (im2col).
+The gradient of the input is itself a convolution, with the weights flipped and their channels
+swapped; with a stride, it is a ConvTranspose.  The gradient of the weights is one matrix product of
+the output's gradient and the windows of the input.  One strided Slice per kernel element gathers
+the windows (im2col).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 _END = 2**31 - 1
 
@@ -49,8 +49,8 @@ class _Window:
         return tuple(None if n is None else (n + b + a - r - 1) // s + 1 for n, b, a, r, s in parts)
 
 
-def lower_conv_grad(draft: Draft, node: ir.Node) -> Sequence[ir.Value | None]:
-    """The gradients of Conv to its input, weights and bias, each where it is wanted."""
+def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
+    """Compute the gradients of Conv's input, weights and bias, each only if it is used."""
     dy, x, w = node.inputs[:3]
     assert dy is not None
     assert x is not None
@@ -60,9 +60,11 @@ def lower_conv_grad(draft: Draft, node: ir.Node) -> Sequence[ir.Value | None]:
     wanted += [False] * (3 - len(wanted))
     spatial = range(2, 2 + len(window.kernel))
     return [
-        _grad_input(draft, node, dy, x, w, window) if wanted[0] else None,
-        _grad_weights(draft, dy, x, w, window) if wanted[1] else None,
-        draft.op("ReduceSum", dy, draft.integers([0, *spatial]), keepdims=0) if wanted[2] else None,
+        _grad_input(builder, node, dy, x, w, window) if wanted[0] else None,
+        _grad_weights(builder, dy, x, w, window) if wanted[1] else None,
+        builder.op("ReduceSum", dy, builder.integers([0, *spatial]), keepdims=0)
+        if wanted[2]
+        else None,
     ]
 
 
@@ -90,21 +92,21 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
 
 
 def _grad_input(
-    draft: Draft, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    builder: NodeBuilder, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
 ) -> ir.Value:
     mirrored = [r - b for r, b in zip(window.reach, window.before, strict=True)]
     mirrored += [r - a for r, a in zip(window.reach, window.after, strict=True)]
     if all(stride == 1 for stride in window.strides) and min(mirrored) >= 0:
-        return draft.op(
+        return builder.op(
             "Conv",
             dy,
-            _mirror_weights(draft, w, window),
+            _mirror_weights(builder, w, window),
             pads=mirrored,
             dilations=window.dilations,
             group=window.groups,
         )
     # the whole reach of the windows, then the part of it that is the input
-    whole = draft.op(
+    whole = builder.op(
         "ConvTranspose",
         dy,
         w,
@@ -112,10 +114,10 @@ def _grad_input(
         dilations=window.dilations,
         group=window.groups,
     )
-    return _crop_input(draft, whole, x, window)
+    return _crop_input(builder, whole, x, window)
 
 
-def _mirror_weights(draft: Draft, w: ir.Value, window: _Window) -> ir.Value:
+def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Value:
     """[M, C/g, k...] to [C, M/g, k...], flipped along the kernel."""
     outputs, inputs, *kernel = known_dims(w) or []
     assert outputs is not None
@@ -123,42 +125,42 @@ def _mirror_weights(draft: Draft, w: ir.Value, window: _Window) -> ir.Value:
     groups, rank = window.groups, len(window.kernel)
     spatial = list(range(rank))
     if any(extent != 1 for extent in kernel):
-        w = draft.op(
+        w = builder.op(
             "Slice",
             w,
-            draft.integers([-1] * rank),
-            draft.integers([-_END] * rank),
-            draft.integers([2 + axis for axis in spatial]),
-            draft.integers([-1] * rank),
+            builder.integers([-1] * rank),
+            builder.integers([-_END] * rank),
+            builder.integers([2 + axis for axis in spatial]),
+            builder.integers([-1] * rank),
         )
     if groups == 1:
-        return draft.op("Transpose", w, perm=[1, 0, *(2 + axis for axis in spatial)])
-    split = draft.integers([groups, outputs // groups, inputs, *window.kernel])
-    w = draft.op(
-        "Transpose", draft.op("Reshape", w, split), perm=[0, 2, 1, *(3 + a for a in spatial)]
+        return builder.op("Transpose", w, perm=[1, 0, *(2 + axis for axis in spatial)])
+    split = builder.integers([groups, outputs // groups, inputs, *window.kernel])
+    w = builder.op(
+        "Transpose", builder.op("Reshape", w, split), perm=[0, 2, 1, *(3 + a for a in spatial)]
     )
-    return draft.op(
-        "Reshape", w, draft.integers([groups * inputs, outputs // groups, *window.kernel])
+    return builder.op(
+        "Reshape", w, builder.integers([groups * inputs, outputs // groups, *window.kernel])
     )
 
 
-def _crop_input(draft: Draft, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
+def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
     """Cut the input's part out of the windows' whole reach; what no window touched is 0."""
     rank = len(window.kernel)
-    axes = draft.integers(range(2, 2 + rank))
+    axes = builder.integers(range(2, 2 + rank))
     # the last window may end before the input does: by less than a stride
     margin = [max(0, s - 1 - a) for s, a in zip(window.strides, window.after, strict=True)]
     if any(margin):
-        whole = draft.op(
-            "Pad", whole, draft.integers([0] * (2 + rank) + [0, 0, *margin]), mode="constant"
+        whole = builder.op(
+            "Pad", whole, builder.integers([0] * (2 + rank) + [0, 0, *margin]), mode="constant"
         )
-    start = draft.integers(window.before)
-    end = draft.op("Add", draft.shape(x, 2), start)
-    return draft.op("Slice", whole, start, end, axes)
+    start = builder.integers(window.before)
+    end = builder.op("Add", builder.shape(x, 2), start)
+    return builder.op("Slice", whole, start, end, axes)
 
 
 def _grad_weights(
-    draft: Draft, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    builder: NodeBuilder, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
 ) -> ir.Value:
     """[M/g, N * L] by [N * L, k * C/g] in each group, L the windows of one image."""
     outputs, inputs, *_ = known_dims(w) or []
@@ -166,31 +168,33 @@ def _grad_weights(
     assert inputs is not None
     rank, groups, count = len(window.kernel), window.groups, math.prod(window.kernel)
     swap = [1, 0, *range(2, 2 + rank)]
-    rows = draft.op("Transpose", dy, perm=swap)  # [M, N, L...]
-    columns = _gather_windows(draft, draft.op("Transpose", x, perm=swap), dy, window)
+    rows = builder.op("Transpose", dy, perm=swap)  # [M, N, L...]
+    columns = _gather_windows(builder, builder.op("Transpose", x, perm=swap), dy, window)
     if groups == 1:
-        rows = draft.op("Reshape", rows, draft.integers([outputs, -1]))
-        flat = [draft.op("Reshape", c, draft.integers([inputs, -1])) for c in columns]
-        stacked = flat[0] if count == 1 else draft.op("Concat", *flat, axis=0)
-        product = draft.op("Gemm", rows, stacked, transB=1)  # [M, k * C]
-        product = draft.op("Reshape", product, draft.integers([outputs, count, inputs]))
+        rows = builder.op("Reshape", rows, builder.integers([outputs, -1]))
+        flat = [builder.op("Reshape", c, builder.integers([inputs, -1])) for c in columns]
+        stacked = flat[0] if count == 1 else builder.op("Concat", *flat, axis=0)
+        product = builder.op("Gemm", rows, stacked, transB=1)  # [M, k * C]
+        product = builder.op("Reshape", product, builder.integers([outputs, count, inputs]))
     else:
-        rows = draft.op("Reshape", rows, draft.integers([groups, outputs // groups, -1]))
-        flat = [draft.op("Reshape", c, draft.integers([groups, inputs, -1])) for c in columns]
-        stacked = flat[0] if count == 1 else draft.op("Concat", *flat, axis=1)
-        product = draft.op("MatMul", rows, draft.op("Transpose", stacked, perm=[0, 2, 1]))
-        product = draft.op("Reshape", product, draft.integers([outputs, count, inputs]))
-    moved = draft.op("Transpose", product, perm=[0, 2, 1])
-    return draft.op("Reshape", moved, draft.integers([outputs, inputs, *window.kernel]))
+        rows = builder.op("Reshape", rows, builder.integers([groups, outputs // groups, -1]))
+        flat = [builder.op("Reshape", c, builder.integers([groups, inputs, -1])) for c in columns]
+        stacked = flat[0] if count == 1 else builder.op("Concat", *flat, axis=1)
+        product = builder.op("MatMul", rows, builder.op("Transpose", stacked, perm=[0, 2, 1]))
+        product = builder.op("Reshape", product, builder.integers([outputs, count, inputs]))
+    moved = builder.op("Transpose", product, perm=[0, 2, 1])
+    return builder.op("Reshape", moved, builder.integers([outputs, inputs, *window.kernel]))
 
 
-def _gather_windows(draft: Draft, x: ir.Value, dy: ir.Value, window: _Window) -> list[ir.Value]:
+def _gather_windows(
+    builder: NodeBuilder, x: ir.Value, dy: ir.Value, window: _Window
+) -> list[ir.Value]:
     """For each element of the kernel, the elements of ``x`` [C, N, ...] that it meets."""
     rank = len(window.kernel)
     if any(window.before) or any(window.after):
         pads = [0, 0, *window.before, 0, 0, *window.after]
-        x = draft.op("Pad", x, draft.integers(pads), mode="constant")
-    axes, strides = draft.integers(range(2, 2 + rank)), draft.integers(window.strides)
+        x = builder.op("Pad", x, builder.integers(pads), mode="constant")
+    axes, strides = builder.integers(range(2, 2 + rank)), builder.integers(window.strides)
     steps = window.steps
     found = []
     for offset in itertools.product(*(range(k) for k in window.kernel)):
@@ -199,12 +203,14 @@ def _gather_windows(draft: Draft, x: ir.Value, dy: ir.Value, window: _Window) ->
             parts = zip(start, steps, window.strides, strict=True)
             end = [b + ((n or 1) - 1) * s + 1 for b, n, s in parts]
             found.append(
-                draft.op("Slice", x, draft.integers(start), draft.integers(end), axes, strides)
+                builder.op(
+                    "Slice", x, builder.integers(start), builder.integers(end), axes, strides
+                )
             )
             continue
-        piece = draft.op(
-            "Slice", x, draft.integers(start), draft.integers([_END] * rank), axes, strides
+        piece = builder.op(
+            "Slice", x, builder.integers(start), builder.integers([_END] * rank), axes, strides
         )
-        zeros = draft.integers([0] * rank)
-        found.append(draft.op("Slice", piece, zeros, draft.shape(dy, 2), axes))
+        zeros = builder.integers([0] * rank)
+        found.append(builder.op("Slice", piece, zeros, builder.shape(dy, 2), axes))
     return found

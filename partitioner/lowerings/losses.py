@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient, with class weights and an index to ignore."""
+"""Softmax cross-entropy and its gradient, with class weights and an ignored index."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 
 
-def lower_cross_entropy(draft: Draft, node: ir.Node) -> Values:
+def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
     """-w[label] * log_softmax(scores)[label], reduced; and log_softmax(scores)."""
     scores, labels = node.inputs[:2]
     assert scores is not None
     assert labels is not None
-    log_prob = draft.op("LogSoftmax", scores, axis=1)
-    index, factor = _read_labels(draft, node, labels, _optional(node, 2), scores.dtype)
-    axis = draft.integers([1])
-    picked = draft.op("GatherElements", log_prob, draft.op("Unsqueeze", index, axis), axis=1)
-    each = draft.op("Neg", draft.op("Squeeze", picked, axis))
+    log_prob = builder.op("LogSoftmax", scores, axis=1)
+    index, factor = _read_labels(builder, node, labels, _optional(node, 2), scores.dtype)
+    axis = builder.integers([1])
+    picked = builder.op("GatherElements", log_prob, builder.op("Unsqueeze", index, axis), axis=1)
+    each = builder.op("Neg", builder.op("Squeeze", picked, axis))
     reduction = node.attributes.get_string("reduction", "mean")
     if factor is not None:
-        each = draft.op("Mul", each, factor)
+        each = builder.op("Mul", each, factor)
     if reduction == "none":
         return [each, log_prob]
     if reduction == "mean" and factor is None:
-        return [draft.op("ReduceMean", each, keepdims=0), log_prob]
-    total = draft.op("ReduceSum", each, keepdims=0)
+        return [builder.op("ReduceMean", each, keepdims=0), log_prob]
+    total = builder.op("ReduceSum", each, keepdims=0)
     if reduction == "sum":
         return [total, log_prob]
     assert factor is not None
-    return [draft.op("Div", total, draft.op("ReduceSum", factor, keepdims=0)), log_prob]
+    return [builder.op("Div", total, builder.op("ReduceSum", factor, keepdims=0)), log_prob]
 
 
-def lower_cross_entropy_grad(draft: Draft, node: ir.Node) -> Values:
-    """(softmax - one_hot(label)) * w[label] * dy, over the sum of w where the loss is a mean."""
+def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """(softmax - one_hot(label)) * w[label] * dy, divided by the sum of w if the loss is a mean."""
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None
     assert log_prob is not None
     assert labels is not None
     dtype = log_prob.dtype
-    index, factor = _read_labels(draft, node, labels, _optional(node, 3), dtype)
+    index, factor = _read_labels(builder, node, labels, _optional(node, 3), dtype)
     dims = known_dims(log_prob)
     classes = dims[1] if dims is not None else None
-    depth = draft.integers([classes]) if classes else draft.shape(log_prob, 1, 2)
-    span = draft.op("Concat", draft.integers([0]), draft.integers([1]), axis=0)
-    hot = draft.op("OneHot", index, depth, draft.op("Cast", span, to=dtype.value), axis=1)  # type: ignore[union-attr]
-    difference = draft.op("Sub", draft.op("Exp", log_prob), hot)
+    depth = builder.integers([classes]) if classes else builder.shape(log_prob, 1, 2)
+    span = builder.op("Concat", builder.integers([0]), builder.integers([1]), axis=0)
+    hot = builder.op("OneHot", index, depth, builder.op("Cast", span, to=dtype.value), axis=1)  # type: ignore[union-attr]
+    difference = builder.op("Sub", builder.op("Exp", log_prob), hot)
     scale = dy
     reduction = node.attributes.get_string("reduction", "mean")
     if reduction == "mean":
-        count = draft.op("Size", index) if factor is None else None
-        total = draft.cast(count, dtype) if count else draft.op("ReduceSum", factor, keepdims=0)
-        scale = draft.op("Div", dy, total)
+        count = builder.op("Size", index) if factor is None else None
+        total = builder.cast(count, dtype) if count else builder.op("ReduceSum", factor, keepdims=0)
+        scale = builder.op("Div", dy, total)
     if factor is not None:
-        scale = draft.op("Mul", scale, factor)
+        scale = builder.op("Mul", scale, factor)
     if factor is not None or reduction == "none":
-        scale = draft.op("Unsqueeze", scale, draft.integers([1]))
-    return [draft.op("Mul", difference, scale)]
+        scale = builder.op("Unsqueeze", scale, builder.integers([1]))
+    return [builder.op("Mul", difference, scale)]
 
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:
@@ -67,23 +67,23 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _read_labels(
-    draft: Draft,
+    builder: NodeBuilder,
     node: ir.Node,
     labels: ir.Value,
     weights: ir.Value | None,
     dtype: ir.DataType | None,
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Give labels that can be looked up, and each one's weight (``None``: all count 1)."""
-    index = draft.cast(labels, ir.DataType.INT64)
+    """Return labels that can be looked up, and each one's weight (``None``: all count 1)."""
+    index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     factor = None
     if ignored is None:
         if weights is not None:
-            factor = draft.op("Gather", weights, index, axis=0)
+            factor = builder.op("Gather", weights, index, axis=0)
         return index, factor
-    skip = draft.op("Equal", index, draft.integer(ignored.as_int()))
-    index = draft.op("Where", skip, draft.integer(0), index)
-    counted = draft.cast(draft.op("Not", skip), dtype)
+    skip = builder.op("Equal", index, builder.integer(ignored.as_int()))
+    index = builder.op("Where", skip, builder.integer(0), index)
+    counted = builder.cast(builder.op("Not", skip), dtype)
     if weights is not None:
-        counted = draft.op("Mul", counted, draft.op("Gather", weights, index, axis=0))
+        counted = builder.op("Mul", counted, builder.op("Gather", weights, index, axis=0))
     return index, counted

@@ -1,4 +1,4 @@
-"""Batch, layer and root-mean-square normalization in training, and their gradients."""
+"""Batch, layer and root-mean-square normalization in training mode, and their gradients."""
 
 from __future__ import annotations
 
@@ -6,68 +6,74 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def _spread(draft: Draft, value: ir.Value, rank: int) -> ir.Value:
+def _spread(builder: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
     """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
     if rank == 2:
         return value
-    spread = draft.op("Unsqueeze", value, draft.integers(range(1, rank - 1)))
+    spread = builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
     spread.type = value.type
     return spread
 
 
-def lower_batch_norm(draft: Draft, node: ir.Node) -> Values:
-    """Y, the new running statistics, the batch's mean and 1 / its deviation.
+def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute Y, the new running statistics, the batch's mean and 1 / its deviation.
 
     The variance is the biased one, for the output and for the running statistic, as
     BatchNormalization-14 defines it.
     """
     x, scale, bias, mean, variance = take_inputs(node, 5)
     rank = require_rank(node, x)
-    axes = draft.integers([0, *range(2, rank)])
-    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
+    axes = builder.integers([0, *range(2, rank)])
+    epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
     momentum = node.attributes.get_float("momentum", 0.9)
-    batch_mean = draft.op("ReduceMean", x, axes, keepdims=0)
-    centred = draft.op("Sub", x, _spread(draft, batch_mean, rank))
-    square = draft.op("Mul", centred, centred)
-    batch_variance = draft.op("ReduceMean", square, axes, keepdims=0)
-    deviation = draft.op("Sqrt", draft.op("Add", batch_variance, epsilon))
-    inverse = draft.op("Div", draft.number(1.0, x.dtype), deviation)
-    factor = _spread(draft, draft.op("Mul", scale, inverse), rank)
-    y = draft.op("Add", draft.op("Mul", centred, factor), _spread(draft, bias, rank))
+    batch_mean = builder.op("ReduceMean", x, axes, keepdims=0)
+    centred = builder.op("Sub", x, _spread(builder, batch_mean, rank))
+    square = builder.op("Mul", centred, centred)
+    batch_variance = builder.op("ReduceMean", square, axes, keepdims=0)
+    deviation = builder.op("Sqrt", builder.op("Add", batch_variance, epsilon))
+    inverse = builder.op("Div", builder.number(1.0, x.dtype), deviation)
+    factor = _spread(builder, builder.op("Mul", scale, inverse), rank)
+    y = builder.op("Add", builder.op("Mul", centred, factor), _spread(builder, bias, rank))
 
     def blend(old: ir.Value, new: ir.Value) -> ir.Value:
-        kept = draft.op("Mul", old, draft.number(momentum, old.dtype))
-        return draft.op("Add", kept, draft.op("Mul", new, draft.number(1 - momentum, old.dtype)))
+        kept = builder.op("Mul", old, builder.number(momentum, old.dtype))
+        return builder.op(
+            "Add", kept, builder.op("Mul", new, builder.number(1 - momentum, old.dtype))
+        )
 
     return [y, blend(mean, batch_mean), blend(variance, batch_variance), batch_mean, inverse]
 
 
-def lower_batch_norm_grad(draft: Draft, node: ir.Node) -> Values:
-    """With h = (x - mean) * inverse and n elements a channel:
+def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute the gradients of BatchNormalization's input, scale and bias.
+
+    With h = (x - mean) * inverse and n elements per channel:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
     """
     dy, x, scale, mean, inverse = take_inputs(node, 5)
     rank = require_rank(node, x)
-    axes = draft.integers([0, *range(2, rank)])
-    centred = draft.op("Sub", x, _spread(draft, mean, rank))
-    dbias = draft.op("ReduceSum", dy, axes, keepdims=0)
-    weighted = draft.op("ReduceSum", draft.op("Mul", dy, centred), axes, keepdims=0)
-    dscale = draft.op("Mul", weighted, inverse)
-    count = draft.cast(draft.op("Div", draft.op("Size", x), draft.op("Size", scale)), x.dtype)
+    axes = builder.integers([0, *range(2, rank)])
+    centred = builder.op("Sub", x, _spread(builder, mean, rank))
+    dbias = builder.op("ReduceSum", dy, axes, keepdims=0)
+    weighted = builder.op("ReduceSum", builder.op("Mul", dy, centred), axes, keepdims=0)
+    dscale = builder.op("Mul", weighted, inverse)
+    count = builder.cast(
+        builder.op("Div", builder.op("Size", x), builder.op("Size", scale)), x.dtype
+    )
     # dx = factor * dy - slope * centred - shift: three passes over the elements instead of five
-    factor = draft.op("Mul", scale, inverse)
-    share = draft.op("Div", factor, count)
-    slope = draft.op("Mul", share, draft.op("Mul", inverse, dscale))
-    shift = draft.op("Mul", share, dbias)
-    dx = draft.op("Mul", dy, _spread(draft, factor, rank))
-    dx = draft.op("Sub", dx, draft.op("Mul", centred, _spread(draft, slope, rank)))
-    return [draft.op("Sub", dx, _spread(draft, shift, rank)), dscale, dbias]
+    factor = builder.op("Mul", scale, inverse)
+    share = builder.op("Div", factor, count)
+    slope = builder.op("Mul", share, builder.op("Mul", inverse, dscale))
+    shift = builder.op("Mul", share, dbias)
+    dx = builder.op("Mul", dy, _spread(builder, factor, rank))
+    dx = builder.op("Sub", dx, builder.op("Mul", centred, _spread(builder, slope, rank)))
+    return [builder.op("Sub", dx, _spread(builder, shift, rank)), dscale, dbias]
 
 
 def _normalized_axes(node: ir.Node, rank: int) -> tuple[list[int], list[int]]:
@@ -76,50 +82,58 @@ def _normalized_axes(node: ir.Node, rank: int) -> tuple[list[int], list[int]]:
     return list(range(axis)), list(range(axis, rank))
 
 
-def _sum_leading(draft: Draft, value: ir.Value, axes: list[int], like: ir.Value) -> ir.Value:
+def _sum_leading(
+    builder: NodeBuilder, value: ir.Value, axes: list[int], like: ir.Value
+) -> ir.Value:
     """Sum over the leading axes, to the shape of the scale."""
     if axes:
-        value = draft.op("ReduceSum", value, draft.integers(axes), keepdims=0)
-    return draft.op("Reshape", value, draft.shape(like))
+        value = builder.op("ReduceSum", value, builder.integers(axes), keepdims=0)
+    return builder.op("Reshape", value, builder.shape(like))
 
 
-def lower_layer_norm_grad(draft: Draft, node: ir.Node) -> Values:
-    """With h = (x - mean) * inverse and g = dy * scale:
+def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute the gradients of LayerNormalization's input, scale and bias.
+
+    With h = (x - mean) * inverse and g = dy * scale:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
     """
     dy, x, scale, mean, inverse = take_inputs(node, 5)
     leading, normalized = _normalized_axes(node, require_rank(node, x))
-    axes = draft.integers(normalized)
-    h = draft.op("Mul", draft.op("Sub", x, mean), inverse)
-    g = draft.op("Mul", dy, scale)
-    flat = draft.op("ReduceMean", g, axes, keepdims=1)
-    along = draft.op("ReduceMean", draft.op("Mul", g, h), axes, keepdims=1)
-    dx = draft.op("Sub", draft.op("Sub", g, flat), draft.op("Mul", h, along))
+    axes = builder.integers(normalized)
+    h = builder.op("Mul", builder.op("Sub", x, mean), inverse)
+    g = builder.op("Mul", dy, scale)
+    flat = builder.op("ReduceMean", g, axes, keepdims=1)
+    along = builder.op("ReduceMean", builder.op("Mul", g, h), axes, keepdims=1)
+    dx = builder.op("Sub", builder.op("Sub", g, flat), builder.op("Mul", h, along))
     return [
-        draft.op("Mul", dx, inverse),
-        _sum_leading(draft, draft.op("Mul", dy, h), leading, scale),
-        _sum_leading(draft, dy, leading, scale),
+        builder.op("Mul", dx, inverse),
+        _sum_leading(builder, builder.op("Mul", dy, h), leading, scale),
+        _sum_leading(builder, dy, leading, scale),
     ]
 
 
-def lower_rms_norm(draft: Draft, node: ir.Node) -> Values:
+def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 / the root."""
     x, scale = take_inputs(node, 2)
     _, normalized = _normalized_axes(node, require_rank(node, x))
-    square = draft.op("ReduceMean", draft.op("Mul", x, x), draft.integers(normalized), keepdims=1)
-    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
-    root = draft.op("Sqrt", draft.op("Add", square, epsilon))
-    inverse = draft.op("Div", draft.number(1.0, x.dtype), root)
-    return [draft.op("Mul", draft.op("Mul", x, inverse), scale), inverse]
+    square = builder.op(
+        "ReduceMean", builder.op("Mul", x, x), builder.integers(normalized), keepdims=1
+    )
+    epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
+    root = builder.op("Sqrt", builder.op("Add", square, epsilon))
+    inverse = builder.op("Div", builder.number(1.0, x.dtype), root)
+    return [builder.op("Mul", builder.op("Mul", x, inverse), scale), inverse]
 
 
-def lower_rms_norm_grad(draft: Draft, node: ir.Node) -> Values:
+def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """With h = x * inverse and g = dy * scale: dx = inverse * (g - h * mean(g * h))."""
     dy, x, scale, inverse = take_inputs(node, 4)
     leading, normalized = _normalized_axes(node, require_rank(node, x))
-    h = draft.op("Mul", x, inverse)
-    g = draft.op("Mul", dy, scale)
-    along = draft.op("ReduceMean", draft.op("Mul", g, h), draft.integers(normalized), keepdims=1)
-    dx = draft.op("Mul", draft.op("Sub", g, draft.op("Mul", h, along)), inverse)
-    return [dx, _sum_leading(draft, draft.op("Mul", dy, h), leading, scale)]
+    h = builder.op("Mul", x, inverse)
+    g = builder.op("Mul", dy, scale)
+    along = builder.op(
+        "ReduceMean", builder.op("Mul", g, h), builder.integers(normalized), keepdims=1
+    )
+    dx = builder.op("Mul", builder.op("Sub", g, builder.op("Mul", h, along)), inverse)
+    return [dx, _sum_leading(builder, builder.op("Mul", dy, h), leading, scale)]

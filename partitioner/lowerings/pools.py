@@ -1,4 +1,4 @@
-"""Gradients of pooling.  The input's extent is taken from the shape noted on the gradient."""
+"""Gradients of pooling, which read the input's extent from the shape noted on the gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims
-from splitonnx.partitioner.tables import limit
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
 
@@ -27,31 +27,33 @@ def _read_extent(node: ir.Node) -> list[int]:
     return [dim for dim in dims[2:] if dim is not None]
 
 
-def lower_max_pool_grad(draft: Draft, node: ir.Node) -> Values:
-    """Add each gradient where its maximum came from.
+def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Add each gradient to the element that was the maximum.
 
-    MaxPool's second output counts positions over the whole input, batch and channels included.
+    MaxPool's second output counts positions over the complete input, including batch and channels.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None
     assert indices is not None
-    shape = draft.op("Concat", draft.shape(dy, 0, 2), draft.integers(_read_extent(node)), axis=0)
-    everything = draft.integers([-1])
-    total = draft.op("ReduceProd", shape, keepdims=1)
-    zeros = draft.op("Expand", draft.number(0.0, dy.dtype), total)
-    placed = draft.op(
+    shape = builder.op(
+        "Concat", builder.shape(dy, 0, 2), builder.integers(_read_extent(node)), axis=0
+    )
+    everything = builder.integers([-1])
+    total = builder.op("ReduceProd", shape, keepdims=1)
+    zeros = builder.op("Expand", builder.number(0.0, dy.dtype), total)
+    placed = builder.op(
         "ScatterElements",
         zeros,
-        draft.op("Reshape", indices, everything),
-        draft.op("Reshape", dy, everything),
+        builder.op("Reshape", indices, everything),
+        builder.op("Reshape", dy, everything),
         axis=0,
         reduction="add",
     )
-    return [draft.op("Reshape", placed, shape)]
+    return [builder.op("Reshape", placed, shape)]
 
 
-def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
-    """Spread each gradient, over its window's count, by a depthwise ConvTranspose with ones."""
+def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Divide each gradient by its window's count, then spread it by a depthwise ConvTranspose."""
     dy = node.inputs[0]
     assert dy is not None
     extent = _read_extent(node)
@@ -85,24 +87,26 @@ def lower_average_pool_grad(draft: Draft, node: ir.Node) -> Values:
     counts = _count_windows(extent, kernel, strides, pads, steps, include=include)
     dtype = dy.dtype
     assert dtype is not None
-    divisor = draft.tensor(ir.tensor(counts.astype(dtype.numpy())))
-    shared = draft.op("Div", dy, divisor)
+    divisor = builder.tensor(ir.tensor(counts.astype(dtype.numpy())))
+    shared = builder.op("Div", dy, divisor)
     # channels join the batch, so that one kernel of ones serves them all
-    flat = draft.op("Reshape", shared, draft.integers([-1, 1, *steps]))
-    ones = draft.tensor(ir.tensor(np.ones((1, 1, *kernel), dtype.numpy())))
-    whole = draft.op("ConvTranspose", flat, ones, strides=strides)
+    flat = builder.op("Reshape", shared, builder.integers([-1, 1, *steps]))
+    ones = builder.tensor(ir.tensor(np.ones((1, 1, *kernel), dtype.numpy())))
+    whole = builder.op("ConvTranspose", flat, ones, strides=strides)
     reach = [(m - 1) * s + k for m, s, k in zip(steps, strides, kernel, strict=True)]
     margin = [max(0, pads[i] + n - r) for i, (n, r) in enumerate(zip(extent, reach, strict=True))]
     if any(margin):
-        padding = draft.integers([0] * (2 + rank) + [0, 0, *margin])
-        whole = draft.op("Pad", whole, padding, mode="constant")
+        padding = builder.integers([0] * (2 + rank) + [0, 0, *margin])
+        whole = builder.op("Pad", whole, padding, mode="constant")
     start = pads[:rank]
     end = [b + n for b, n in zip(start, extent, strict=True)]
-    axes = draft.integers(range(2, 2 + rank))
-    part = draft.op("Slice", whole, draft.integers(start), draft.integers(end), axes)
-    channels = draft.integers([dims[1]]) if dims[1] is not None else draft.shape(dy, 1, 2)
-    shape = draft.op("Concat", draft.shape(dy, 0, 1), channels, draft.integers(extent), axis=0)
-    return [draft.op("Reshape", part, shape)]
+    axes = builder.integers(range(2, 2 + rank))
+    part = builder.op("Slice", whole, builder.integers(start), builder.integers(end), axes)
+    channels = builder.integers([dims[1]]) if dims[1] is not None else builder.shape(dy, 1, 2)
+    shape = builder.op(
+        "Concat", builder.shape(dy, 0, 1), channels, builder.integers(extent), axis=0
+    )
+    return [builder.op("Reshape", part, shape)]
 
 
 def _count_windows(

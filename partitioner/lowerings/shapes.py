@@ -7,121 +7,122 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def _zeros(draft: Draft, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    return draft.op("Expand", draft.number(0.0, dtype), shape)
+def _zeros(builder: NodeBuilder, shape: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    return builder.op("Expand", builder.number(0.0, dtype), shape)
 
 
-def lower_scale(draft: Draft, node: ir.Node) -> Values:
+def lower_scale(builder: NodeBuilder, node: ir.Node) -> Values:
     """x * scale, or x / scale with ``scale_down``."""
     x, scale = take_inputs(node, 2)
     kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
-    return [draft.op(kind, x, draft.cast(scale, x.dtype))]
+    return [builder.op(kind, x, builder.cast(scale, x.dtype))]
 
 
-def lower_concat(draft: Draft, node: ir.Node) -> Values:
-    """Concat, and the extent of each input along the axis."""
+def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Concatenate the inputs, and compute the extent of each input along the axis."""
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
     rank = require_rank(node, values[0])
     along = axis % rank
-    lengths = [draft.op("Shape", value, start=along, end=along + 1) for value in values]
+    lengths = [builder.op("Shape", value, start=along, end=along + 1) for value in values]
     return [
-        draft.op("Concat", *values, axis=axis),
-        draft.op("Concat", *lengths, axis=0) if len(node.outputs) > 1 else None,
+        builder.op("Concat", *values, axis=axis),
+        builder.op("Concat", *lengths, axis=0) if len(node.outputs) > 1 else None,
     ]
 
 
-def lower_split(draft: Draft, node: ir.Node) -> Values:
-    """Split into parts of the given extents."""
+def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Split a value into parts of the given extents."""
     x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
-    return draft.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
+    return builder.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
 
-def lower_slice_grad(draft: Draft, node: ir.Node) -> Values:
-    """Put each gradient back to where its element came from; any starts, ends and steps."""
+def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Write each gradient to the element that was selected, for any starts, ends and steps."""
     dy, shape, *selection = node.inputs
     assert dy is not None
     assert shape is not None
-    total = draft.op("ReduceProd", shape, keepdims=0)
-    places = draft.op("Range", draft.integer(0), total, draft.integer(1))
-    chosen = draft.op("Slice", draft.op("Reshape", places, shape), *selection)
-    everything = draft.integers([-1])
-    flat = draft.op("Reshape", total, draft.integers([1]))
-    placed = draft.op(
+    total = builder.op("ReduceProd", shape, keepdims=0)
+    places = builder.op("Range", builder.integer(0), total, builder.integer(1))
+    chosen = builder.op("Slice", builder.op("Reshape", places, shape), *selection)
+    everything = builder.integers([-1])
+    flat = builder.op("Reshape", total, builder.integers([1]))
+    placed = builder.op(
         "ScatterElements",
-        _zeros(draft, flat, dy.dtype),
-        draft.op("Reshape", chosen, everything),
-        draft.op("Reshape", dy, everything),
+        _zeros(builder, flat, dy.dtype),
+        builder.op("Reshape", chosen, everything),
+        builder.op("Reshape", dy, everything),
         axis=0,
     )
-    return [draft.op("Reshape", placed, shape)]
+    return [builder.op("Reshape", placed, shape)]
 
 
-def lower_gather_grad(draft: Draft, node: ir.Node) -> Values:
-    """Add each gradient to the row that it was gathered from."""
+def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Add each gradient to the row that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
     front = [*range(axis, axis + span), *range(axis), *range(axis + span, rank - 1 + span)]
     order = [axis, *(a for a in range(rank) if a != axis)]
     if front != sorted(front):  # ORT takes any Transpose behind a Gemm for one that swaps axes
-        dy = draft.op("Transpose", dy, perm=front)
+        dy = builder.op("Transpose", dy, perm=front)
     if axis:
-        shape = draft.op("Gather", shape, draft.integers(order), axis=0)
-    zeros = _zeros(draft, shape, node.inputs[2].dtype if node.inputs[2] else None)
-    rows = draft.op("Unsqueeze", draft.cast(indices, ir.DataType.INT64), draft.integers([-1]))
-    placed = draft.op("ScatterND", zeros, rows, dy, reduction="add")
+        shape = builder.op("Gather", shape, builder.integers(order), axis=0)
+    zeros = _zeros(builder, shape, node.inputs[2].dtype if node.inputs[2] else None)
+    rows = builder.op("Unsqueeze", builder.cast(indices, ir.DataType.INT64), builder.integers([-1]))
+    placed = builder.op("ScatterND", zeros, rows, dy, reduction="add")
     back = [int(place) for place in np.argsort(order)]
-    return [draft.op("Transpose", placed, perm=back) if axis else placed]
+    return [builder.op("Transpose", placed, perm=back) if axis else placed]
 
 
-def lower_gather_elements_grad(draft: Draft, node: ir.Node) -> Values:
-    """Add each gradient to the element that it was gathered from."""
+def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Add each gradient to the element that was gathered."""
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
-    zeros = _zeros(draft, shape, dy.dtype)
-    return [draft.op("ScatterElements", zeros, indices, dy, axis=axis, reduction="add")]
+    zeros = _zeros(builder, shape, dy.dtype)
+    return [builder.op("ScatterElements", zeros, indices, dy, axis=axis, reduction="add")]
 
 
-def lower_gather_nd_grad(draft: Draft, node: ir.Node) -> Values:
-    """Add each gradient to the slice that it was gathered from."""
+def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Add each gradient to the slice that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:
-        indices = _spell_batches(draft, indices, require_rank(node, indices), batch)
-    zeros = _zeros(draft, shape, dy.dtype)
-    return [draft.op("ScatterND", zeros, indices, dy, reduction="add")]
+        indices = _spell_batches(builder, indices, require_rank(node, indices), batch)
+    zeros = _zeros(builder, shape, dy.dtype)
+    return [builder.op("ScatterND", zeros, indices, dy, reduction="add")]
 
 
-def _spell_batches(draft: Draft, indices: ir.Value, rank: int, batch: int) -> ir.Value:
+def _spell_batches(builder: NodeBuilder, indices: ir.Value, rank: int, batch: int) -> ir.Value:
     """Write each index's own place along the batch axes in front of it."""
-    front = draft.op("Shape", indices, start=0, end=rank - 1)
-    span = draft.op("Concat", front, draft.integers([1]), axis=0)
+    front = builder.op("Shape", indices, start=0, end=rank - 1)
+    span = builder.op("Concat", front, builder.integers([1]), axis=0)
     places = []
     for axis in range(batch):
-        extent = draft.op("Squeeze", draft.shape(indices, axis, axis + 1))
-        count = draft.op("Range", draft.integer(0), extent, draft.integer(1))
-        others = draft.integers([a for a in range(rank) if a != axis])
-        places.append(draft.op("Expand", draft.op("Unsqueeze", count, others), span))
-    return draft.op("Concat", *places, draft.cast(indices, ir.DataType.INT64), axis=-1)
+        extent = builder.op("Squeeze", builder.shape(indices, axis, axis + 1))
+        count = builder.op("Range", builder.integer(0), extent, builder.integer(1))
+        others = builder.integers([a for a in range(rank) if a != axis])
+        places.append(builder.op("Expand", builder.op("Unsqueeze", count, others), span))
+    return builder.op("Concat", *places, builder.cast(indices, ir.DataType.INT64), axis=-1)
 
 
-def lower_trilu(draft: Draft, node: ir.Node) -> Values:
-    """The standard operator of the same name and meaning."""
+def lower_trilu(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Replace Trilu by the standard operator of the same name and meaning."""
     upper = node.attributes.get_int("upper", 1)
-    return [draft.op("Trilu", *node.inputs, upper=upper)]
+    return [builder.op("Trilu", *node.inputs, upper=upper)]
 
 
-def lower_matmul(draft: Draft, node: ir.Node) -> Values:
-    """alpha * A @ B; axes swapped where so marked.
+def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
+    """alpha * A @ B, with axes swapped according to the attributes.
 
-    ``transBatch`` moves the first axis behind the batch axes, ``trans`` swaps the last two then.
+    ``transBatch`` moves the first axis behind the batch axes; then ``trans`` swaps the last two
+    axes.
     """
     a, b = take_inputs(node, 2)
 
@@ -134,49 +135,51 @@ def lower_matmul(draft: Draft, node: ir.Node) -> Values:
             order = [*order[1:-1], order[0], order[-1]]
         if node.attributes.get_int(f"trans{side}", 0):
             order[-2:] = order[:-3:-1]
-        return value if order == [*range(rank)] else draft.op("Transpose", value, perm=order)
+        return value if order == [*range(rank)] else builder.op("Transpose", value, perm=order)
 
     dtype = a.dtype
-    product = draft.op("MatMul", turn(a, "A"), turn(b, "B"))
+    product = builder.op("MatMul", turn(a, "A"), turn(b, "B"))
     alpha = node.attributes.get_float("alpha", 1.0)
-    return [product if alpha == 1.0 else draft.op("Mul", product, draft.number(alpha, dtype))]
+    return [product if alpha == 1.0 else builder.op("Mul", product, builder.number(alpha, dtype))]
 
 
-def lower_div_grad(draft: Draft, node: ir.Node) -> Values:
-    """da = dy / b, db = -dy * a / b**2, each summed over where it was stretched."""
+def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
+    """da = dy / b, db = -dy * a / b**2, each summed over the axes that were broadcast."""
     dy, a, b = take_inputs(node, 3)
-    da = draft.op("Div", dy, b)
-    db = draft.op("Neg", draft.op("Mul", da, draft.op("Div", a, b)))
-    return [_sum_stretched(draft, da, a, b), _sum_stretched(draft, db, b, a)]
+    da = builder.op("Div", dy, b)
+    db = builder.op("Neg", builder.op("Mul", da, builder.op("Div", a, b)))
+    return [_sum_stretched(builder, da, a, b), _sum_stretched(builder, db, b, a)]
 
 
-def _sum_stretched(draft: Draft, value: ir.Value, own: ir.Value, other: ir.Value) -> ir.Value:
+def _sum_stretched(
+    builder: NodeBuilder, value: ir.Value, own: ir.Value, other: ir.Value
+) -> ir.Value:
     """Sum a gradient over the axes along which ``own`` was stretched to meet ``other``."""
     dims = known_dims(own)
     if dims is not None and None not in dims and dims == known_dims(other):
         return value
-    shape = draft.shape(own)
-    axes = _find_stretched(draft, shape, draft.shape(other))
-    total = draft.op("ReduceSum", value, axes, keepdims=1, noop_with_empty_axes=1)
-    return draft.op("Reshape", total, shape)
+    shape = builder.shape(own)
+    axes = _find_stretched(builder, shape, builder.shape(other))
+    total = builder.op("ReduceSum", value, axes, keepdims=1, noop_with_empty_axes=1)
+    return builder.op("Reshape", total, shape)
 
 
-def lower_broadcast_axes(draft: Draft, node: ir.Node) -> Values:
-    """The axes along which each of two shapes is stretched to their common one."""
+def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute the axes along which each of two shapes is broadcast to their common shape."""
     left, right = take_inputs(node, 2)
-    return [_find_stretched(draft, left, right), _find_stretched(draft, right, left)]
+    return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]
 
 
-def _find_stretched(draft: Draft, own: ir.Value, other: ir.Value) -> ir.Value:
-    one = draft.integers([1])
-    lengths = [draft.op("Shape", shape) for shape in (own, other)]
-    longest = draft.op("Max", *lengths)
+def _find_stretched(builder: NodeBuilder, own: ir.Value, other: ir.Value) -> ir.Value:
+    one = builder.integers([1])
+    lengths = [builder.op("Shape", shape) for shape in (own, other)]
+    longest = builder.op("Max", *lengths)
 
     def align(shape: ir.Value, length: ir.Value) -> ir.Value:
-        missing = draft.op("Sub", longest, length)
-        return draft.op("Concat", draft.op("Expand", one, missing), shape, axis=0)
+        missing = builder.op("Sub", longest, length)
+        return builder.op("Concat", builder.op("Expand", one, missing), shape, axis=0)
 
     mine, theirs = (align(s, n) for s, n in zip((own, other), lengths, strict=True))
-    single = draft.op("Equal", mine, one)
-    stretched = draft.op("And", single, draft.op("Not", draft.op("Equal", theirs, one)))
-    return draft.op("Reshape", draft.op("NonZero", stretched), draft.integers([-1]))
+    single = builder.op("Equal", mine, one)
+    stretched = builder.op("And", single, builder.op("Not", builder.op("Equal", theirs, one)))
+    return builder.op("Reshape", builder.op("NonZero", stretched), builder.integers([-1]))

@@ -1,9 +1,9 @@
-"""Rewrites: operators without a gradient in onnxruntime-training, written as ones that have one.
+"""Rewrites: replace operators that have no gradient in onnxruntime-training by ones that have.
 
-They come before differentiation and touch only what lies behind a trained parameter.
-:data:`REWRITES` shows the whole coverage; each entry is a small function from a node to the
-values that replace its outputs, or ``None`` where the node can stay as it is.  The formulas are
-the definitions of the operators at onnx.ai/onnx/operators.
+Rewriting comes before differentiation and changes only nodes that depend on a trained parameter.
+:data:`REWRITES` lists all supported operators.  Each entry is a small function that takes a node
+and returns the values that replace its outputs, or ``None`` if the node can stay unchanged.  The
+formulas are the definitions of the operators at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
-from splitonnx.partitioner.faults import blame
-from splitonnx.partitioner.frontiers import find_moving, is_float, list_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.tables import count_constants
+from splitonnx.partitioner.graphs.traversals import find_moving, is_float, list_inputs
+from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.rewrites import (
     activations,
     arithmetic,
@@ -38,10 +40,8 @@ from splitonnx.partitioner.rewrites import (
     transforms,
     trigonometry,
 )
-from splitonnx.partitioner.shapes import infer_shapes
-from splitonnx.partitioner.tables import count_constants
 
-Rewrite = Callable[[Draft, ir.Node], Sequence[ir.Value | None] | None]
+Rewrite = Callable[[NodeBuilder, ir.Node], Sequence[ir.Value | None] | None]
 
 REWRITES: Mapping[str, Rewrite] = {
     "Acos": trigonometry.rewrite_function,
@@ -141,23 +141,23 @@ REWRITES: Mapping[str, Rewrite] = {
     "Unique": selections.rewrite_unique,
     "Where": arithmetic.rewrite_where,
 }
-"""Operator -> how to write it in operators that have a gradient."""
+"""Maps an operator to the function that rewrites it with operators that have a gradient."""
 
 _MOST_ROUNDS = 8
 """A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
 
 
-_ADVICE = "cut so that it lies before every trained parameter"
+_ADVICE = "cut so that it is before every trained parameter"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     """Replace, in place, every operator without a gradient that a trained parameter reaches.
 
-    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred anew
-    after each round, so that a rewrite may use what another one made.
+    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred again
+    after each round, so that a rewrite can use the results of an earlier one.
 
     Raises:
-        UnsupportedModel: a rewrite lacks a shape or a constant that it needs.
+        UnsupportedModel: a shape or a constant that a rewrite needs is unknown.
     """
     with count_constants():
         for index in range(_MOST_ROUNDS):
@@ -174,17 +174,17 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
         if not _is_due(node, moving):  # nor what reads what was just rewritten
             continue
         rule = REWRITES[node.op_type]
-        draft = Draft(f"{node.outputs[0].name or node.name}/{label}")
-        with blame(node, "cannot be differentiated", _ADVICE):
-            made = rule(draft, node)
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
+        with attribute_errors_to(node, "rewritten", "cannot be differentiated", _ADVICE):
+            made = rule(builder, node)
             if made is not None:
-                draft.replace(node, made)
+                builder.replace(node, made)
                 changed = True
     return changed
 
 
 def _is_due(node: ir.Node, moving: Collection[ir.Value]) -> bool:
-    """Tell whether a gradient passes a node, and there is a way to rewrite it."""
+    """Return whether a gradient passes a node, and there is a way to rewrite it."""
     if node.op_type not in REWRITES or node.domain not in ("", "ai.onnx"):
         return False
     passed = any(value in moving for value in list_inputs(node))

@@ -1,4 +1,4 @@
-"""Arithmetic between tensors whose shapes broadcast, choice between them, and changes of dtype."""
+"""Arithmetic on tensors with broadcasting, the choice between tensors (Where), and casts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import reduce
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_array, known_rank
-from splitonnx.partitioner.frontiers import is_float
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_rank
+from splitonnx.partitioner.graphs.traversals import is_float
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
 Values = Sequence[ir.Value]
@@ -22,44 +22,44 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
 
 
-def rewrite_sum(draft: Draft, node: ir.Node) -> Values:
-    """One Add after the other."""
-    return [_add_up(draft, node)]
+def rewrite_sum(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rewrite Sum as a chain of Adds."""
+    return [_add_up(builder, node)]
 
 
-def rewrite_mean(draft: Draft, node: ir.Node) -> Values:
-    """The sum through the number of inputs."""
-    total, count = _add_up(draft, node), len(node.inputs)
+def rewrite_mean(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rewrite Mean as the sum divided by the number of inputs."""
+    total, count = _add_up(builder, node), len(node.inputs)
     first = _list_inputs(node)[0]
-    return [total if count == 1 else draft.op("Div", total, draft.number(count, first.dtype))]
+    return [total if count == 1 else builder.op("Div", total, builder.number(count, first.dtype))]
 
 
-def _add_up(draft: Draft, node: ir.Node) -> ir.Value:
-    return reduce(lambda a, b: draft.op("Add", a, b), _list_inputs(node))
+def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
+    return reduce(lambda a, b: builder.op("Add", a, b), _list_inputs(node))
 
 
-def rewrite_mod(draft: Draft, node: ir.Node) -> Values:
-    """x - y * q, where q, the whole part of x / y, lets no gradient pass."""
+def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
+    """x - y * q, where the integer quotient q of x and y is treated as a constant."""
     x, y = _list_inputs(node)
-    points = [draft.detach(value) for value in (x, y)]
-    value = draft.ops("Mod", points, 1, dict(node.attributes))[0]
-    whole = draft.op("Round", draft.op("Div", draft.op("Sub", points[0], value), points[1]))
-    one = draft.number(1.0, x.dtype)
-    slopes = [one, draft.op("Neg", whole)]
+    points = [builder.detach(value) for value in (x, y)]
+    value = builder.ops("Mod", points, 1, dict(node.attributes))[0]
+    whole = builder.op("Round", builder.op("Div", builder.op("Sub", points[0], value), points[1]))
+    one = builder.number(1.0, x.dtype)
+    slopes = [one, builder.op("Neg", whole)]
     tangents = [
         Tangent(source=source, point=point, slope=slope)
         for source, point, slope in zip((x, y), points, slopes, strict=True)
     ]
-    return [follow_tangents(draft, value, tangents)]
+    return [follow_tangents(builder, value, tangents)]
 
 
-def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
+def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
 
-    The builder of 1.19.2 takes a float exponent that is no parameter.  It is right where that is
-    one number other than 0; it does not sum the gradient of a base that a wider exponent stretches.
-    The slope to the exponent is 0 where x is not positive, as x ** y is not a function of a real y
-    there.
+    The gradient builder of 1.19.2 accepts a float exponent that is not a parameter.  Its gradient
+    is right if the exponent is a single number other than 0; but if an exponent of larger shape
+    broadcasts the base, the base's gradient is not summed.  The slope with respect to the exponent
+    is 0 where x is not positive, because x ** y is not a function of a real y there.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
@@ -67,50 +67,50 @@ def rewrite_pow(draft: Draft, node: ir.Node) -> Values | None:
     if exponent is not None and exponent.size == 1 and narrow and exponent.all():
         if y.dtype == x.dtype and exponent.ndim == 0:
             return None
-        return [draft.op("Pow", x, draft.number(float(exponent.item()), x.dtype))]
-    y, real = draft.cast(y, x.dtype), is_float(y) and exponent is None
-    base, power = draft.detach(x), draft.detach(y)
-    value = draft.op("Pow", base, power)
-    tangents = [Tangent(source=x, point=base, slope=_slope_to_base(draft, base, power))]
+        return [builder.op("Pow", x, builder.number(float(exponent.item()), x.dtype))]
+    y, real = builder.cast(y, x.dtype), is_float(y) and exponent is None
+    base, power = builder.detach(x), builder.detach(y)
+    value = builder.op("Pow", base, power)
+    tangents = [Tangent(source=x, point=base, slope=_slope_to_base(builder, base, power))]
     if real:
-        slope = _slope_to_exponent(draft, base, value)
+        slope = _slope_to_exponent(builder, base, value)
         tangents.append(Tangent(source=y, point=power, slope=slope))
-    return [follow_tangents(draft, value, tangents)]
+    return [follow_tangents(builder, value, tangents)]
 
 
-def _slope_to_base(draft: Draft, base: ir.Value, power: ir.Value) -> ir.Value:
-    zero, one = draft.number(0.0, base.dtype), draft.number(1.0, base.dtype)
-    slope = draft.op("Mul", power, draft.op("Pow", base, draft.op("Sub", power, one)))
-    slope = draft.op("Where", draft.op("Equal", power, zero), zero, slope)
-    return bound_slope(draft, slope, base.dtype)
+def _slope_to_base(builder: NodeBuilder, base: ir.Value, power: ir.Value) -> ir.Value:
+    zero, one = builder.number(0.0, base.dtype), builder.number(1.0, base.dtype)
+    slope = builder.op("Mul", power, builder.op("Pow", base, builder.op("Sub", power, one)))
+    slope = builder.op("Where", builder.op("Equal", power, zero), zero, slope)
+    return bound_slope(builder, slope, base.dtype)
 
 
-def _slope_to_exponent(draft: Draft, base: ir.Value, value: ir.Value) -> ir.Value:
-    positive = draft.op("Greater", base, draft.number(0.0, base.dtype))
-    log = draft.op("Log", draft.op("Where", positive, base, draft.number(1.0, base.dtype)))
-    return bound_slope(draft, draft.op("Mul", value, log), base.dtype)
+def _slope_to_exponent(builder: NodeBuilder, base: ir.Value, value: ir.Value) -> ir.Value:
+    positive = builder.op("Greater", base, builder.number(0.0, base.dtype))
+    log = builder.op("Log", builder.op("Where", positive, base, builder.number(1.0, base.dtype)))
+    return bound_slope(builder, builder.op("Mul", value, log), base.dtype)
 
 
-def rewrite_where(draft: Draft, node: ir.Node) -> Values | None:
-    """Where on branches that are stretched beforehand.
+def rewrite_where(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Rewrite Where so that its branches are broadcast to the full shape in advance.
 
-    The builder of 1.19.2 forgets to sum the gradient of a branch over the axes along which Where
-    stretches it.
+    The gradient builder of 1.19.2 does not sum the gradient of a branch over the axes along which
+    Where broadcasts it.
     """
     condition, *branches = _list_inputs(node)
     result = node.outputs[0].shape
     fitting = [known_array(v) is not None or _is_same(v.shape, result) for v in branches]
     if all(fitting) or _STRETCHED in node.metadata_props:
         return None
-    whole = draft.op("Where", condition, *(draft.detach(value) for value in branches))
+    whole = builder.op("Where", condition, *(builder.detach(value) for value in branches))
     whole.type, whole.shape = node.outputs[0].type, result
-    shape = draft.shape(whole)
+    shape = builder.shape(whole)
     stretched = [
-        value if fits else draft.op("Expand", value, shape)
+        value if fits else builder.op("Expand", value, shape)
         for value, fits in zip(branches, fitting, strict=True)
     ]
-    chosen = draft.op("Where", condition, *stretched)
-    draft.nodes[-1].metadata_props[_STRETCHED] = "1"
+    chosen = builder.op("Where", condition, *stretched)
+    builder.nodes[-1].metadata_props[_STRETCHED] = "1"
     return [chosen]
 
 
@@ -125,15 +125,18 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
     return a == b and not unknown
 
 
-def rewrite_cast(draft: Draft, node: ir.Node) -> Values | None:
-    """A Cast to the dtype that is there already, on which the optimizer of 1.19.2 can stumble."""
+def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Remove a Cast to the dtype that its input already has.
+
+    The graph optimizer of onnxruntime-training 1.19.2 can fail on such a Cast.
+    """
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
     return [x] if x.dtype == to else None
 
 
-def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
-    """A Cast to the other's dtype."""
+def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rewrite CastLike as a Cast to the dtype of its second input."""
     x, like = _list_inputs(node)
     if like.dtype is None:
         raise UnsupportedModel(
@@ -141,7 +144,7 @@ def rewrite_cast_like(draft: Draft, node: ir.Node) -> Values:
             f"the dtype of '{like.name}' is not known",
             "export the model with a Cast instead",
         )
-    return [draft.op("Cast", x, to=_require_wide(node, like.dtype).value)]
+    return [builder.op("Cast", x, to=_require_wide(node, like.dtype).value)]
 
 
 def _require_wide(node: ir.Node, dtype: ir.DataType) -> ir.DataType:

@@ -1,9 +1,9 @@
-"""The cells of LSTM, GRU and RNN: one step in time, in operators that have a gradient.
+"""The cells of LSTM, GRU and RNN: one time step, in operators that have a gradient.
 
-Formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where they leave
-something open it is done as ONNX Runtime's own kernels do it: ``clip`` bounds what goes into the
-gates and not the cell state, a coupled forget gate is 1 less the input gate, and ``alpha`` and
-``beta`` are handed out in order to those functions that take them.
+Formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  What they leave open is
+done like in ONNX Runtime's own kernels: ``clip`` bounds the inputs of the gates and not the cell
+state, a coupled forget gate is 1 minus the input gate, and ``alpha`` and ``beta`` are assigned, in
+order, to the functions that use them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Attribute, Draft
+from splitonnx.partitioner.graphs.builders import Attribute, NodeBuilder
 
 _PLAIN = {
     "relu": "Relu",
@@ -36,31 +36,31 @@ _DEFAULTS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """An activation with its settings, as one of a recurrence's ``activations``."""
+    """An activation function with its settings, from the ``activations`` of a recurrence."""
 
     kind: str
     settings: tuple[float, ...] = ()
 
-    def apply(self, draft: Draft, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Write the activation of ``x``."""
+    def apply(self, builder: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """Build the nodes that apply the function to ``x``."""
         if self.kind in _PLAIN:
-            return draft.op(_PLAIN[self.kind], x)
+            return builder.op(_PLAIN[self.kind], x)
         alpha, beta = (*self.settings, 0.0)[:2]
         if self.kind == "affine":
-            scaled = draft.op("Mul", x, draft.number(alpha, dtype))
-            return draft.op("Add", scaled, draft.number(beta, dtype))
+            scaled = builder.op("Mul", x, builder.number(alpha, dtype))
+            return builder.op("Add", scaled, builder.number(beta, dtype))
         if self.kind == "scaledtanh":
-            inner = draft.op("Tanh", draft.op("Mul", x, draft.number(beta, dtype)))
-            return draft.op("Mul", inner, draft.number(alpha, dtype))
+            inner = builder.op("Tanh", builder.op("Mul", x, builder.number(beta, dtype)))
+            return builder.op("Mul", inner, builder.number(alpha, dtype))
         attributes: dict[str, Attribute] = {"alpha": alpha}
         if self.kind == "hardsigmoid":
             attributes["beta"] = beta
         kinds = {"elu": "Elu", "hardsigmoid": "HardSigmoid", "leakyrelu": "LeakyRelu"}
-        return draft.ops(kinds.get(self.kind, "ThresholdedRelu"), [x], 1, attributes)[0]
+        return builder.ops(kinds.get(self.kind, "ThresholdedRelu"), [x], 1, attributes)[0]
 
 
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
-    """List a recurrence's activations, those of the forward direction first."""
+    """List the activation functions of a recurrence, those of the forward direction first."""
     names = list(node.attributes.get_strings("activations", [])) or [*defaults] * directions
     alphas = iter(node.attributes.get_floats("activation_alpha", []))
     betas = iter(node.attributes.get_floats("activation_beta", []))
@@ -84,10 +84,11 @@ def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one direction of a recurrence needs for a step; ``dtype`` is that of its values.
+    """The weights and settings for one step of one direction; ``dtype`` is the type of its values.
 
-    ``recurrent`` is R of shape (gates * hidden, hidden); ``bias`` its own bias, where that does
-    not go with the input's; ``peepholes`` those of input, output and forget gate, each (hidden).
+    ``recurrent`` is R of shape (gates * hidden, hidden).  ``bias`` is the recurrent bias, if it is
+    not already added to the input's bias.  ``peepholes`` are those of the input, output and forget
+    gate, each of shape (hidden).
     """
 
     hidden: int
@@ -100,79 +101,86 @@ class Cell:
     coupled: bool = False
     parts: Sequence[ir.Value] = field(default_factory=tuple)
 
-    def activate(self, draft: Draft, index: int, x: ir.Value) -> ir.Value:
-        """Apply the function of this number to what goes into a gate, bounded by ``clip``."""
+    def activate(self, builder: NodeBuilder, index: int, x: ir.Value) -> ir.Value:
+        """Clip a gate's input to ``clip`` and apply the activation function with this index."""
         if self.clip is not None:
-            bounds = [draft.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
-            x = draft.op("Clip", x, *bounds)
-        return self.functions[index].apply(draft, x, self.dtype)
+            bounds = [builder.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
+            x = builder.op("Clip", x, *bounds)
+        return self.functions[index].apply(builder, x, self.dtype)
 
 
 State = tuple[ir.Value, ...]
 
 
-def step_rnn(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = f(x + H R^T), where x holds the input's part and all biases."""
-    pre = draft.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
-    return (cell.activate(draft, 0, pre),)
+def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+    """H = f(x + H R^T), where x already contains the input's part and all biases."""
+    pre = builder.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
+    return (cell.activate(builder, 0, pre),)
 
 
-def step_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = (1 - z) * h + z * H, with the reset gate before the linear map."""
+def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+    """H = (1 - z) * h + z * H, with the reset gate applied before the linear map."""
     (before,) = state
     for_gates, for_hidden = inputs
-    pre = draft.op("Gemm", before, cell.parts[0], for_gates, transB=1)
-    update, reset = _split(draft, cell.activate(draft, 0, pre), [cell.hidden] * 2)
-    kept = draft.op("Mul", reset, before)
-    pre = draft.op("Gemm", kept, cell.parts[1], for_hidden, transB=1)
-    return _blend(draft, update, cell.activate(draft, 1, pre), before)
+    pre = builder.op("Gemm", before, cell.parts[0], for_gates, transB=1)
+    update, reset = _split(builder, cell.activate(builder, 0, pre), [cell.hidden] * 2)
+    kept = builder.op("Mul", reset, before)
+    pre = builder.op("Gemm", kept, cell.parts[1], for_hidden, transB=1)
+    return _blend(builder, update, cell.activate(builder, 1, pre), before)
 
 
-def step_linear_gru(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """The same with ``linear_before_reset``, as torch has it."""
+def step_linear_gru(
+    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State
+) -> State:
+    """H = (1 - z) * h + z * H, with the reset gate applied after the linear map.
+
+    This is the form with ``linear_before_reset``, which torch uses.
+    """
     (before,) = state
     for_gates, for_hidden = inputs
-    mapped = draft.op("Gemm", before, cell.recurrent, cell.bias, transB=1)
-    gates, hidden = _split(draft, mapped, [2 * cell.hidden, cell.hidden])
-    gates = cell.activate(draft, 0, draft.op("Add", for_gates, gates))
-    update, reset = _split(draft, gates, [cell.hidden] * 2)
-    pre = draft.op("Add", for_hidden, draft.op("Mul", reset, hidden))
-    return _blend(draft, update, cell.activate(draft, 1, pre), before)
+    mapped = builder.op("Gemm", before, cell.recurrent, cell.bias, transB=1)
+    gates, hidden = _split(builder, mapped, [2 * cell.hidden, cell.hidden])
+    gates = cell.activate(builder, 0, builder.op("Add", for_gates, gates))
+    update, reset = _split(builder, gates, [cell.hidden] * 2)
+    pre = builder.op("Add", for_hidden, builder.op("Mul", reset, hidden))
+    return _blend(builder, update, cell.activate(builder, 1, pre), before)
 
 
-def _blend(draft: Draft, update: ir.Value, new: ir.Value, before: ir.Value) -> State:
-    difference = draft.op("Sub", before, new)
-    return (draft.op("Add", new, draft.op("Mul", update, difference)),)
+def _blend(builder: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Value) -> State:
+    difference = builder.op("Sub", before, new)
+    return (builder.op("Add", new, builder.op("Mul", update, difference)),)
 
 
-def step_lstm(draft: Draft, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_lstm(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """C = f * C + i * c and H = o * h(C); a coupled cell has no rows for its forget gate."""
     hidden, before = state
     size = cell.hidden
-    pre = draft.op("Gemm", hidden, cell.recurrent, inputs[0], transB=1)
+    pre = builder.op("Gemm", hidden, cell.recurrent, inputs[0], transB=1)
     count = 2 if cell.coupled else 3
     if cell.peepholes:
-        opening, out, *forgetting, block = _split(draft, pre, [size] * (count + 1))
-        opening = _peep(draft, cell, 0, opening, before)
-        forgetting = [_peep(draft, cell, 2, gate, before) for gate in forgetting]
+        opening, out, *forgetting, block = _split(builder, pre, [size] * (count + 1))
+        opening = _peep(builder, cell, 0, opening, before)
+        forgetting = [_peep(builder, cell, 2, gate, before) for gate in forgetting]
     else:
-        gates, block = _split(draft, pre, [count * size, size])
-        gates = cell.activate(draft, 0, gates)
-        opening, out, *forgetting = _split(draft, gates, [size] * count)
+        gates, block = _split(builder, pre, [count * size, size])
+        gates = cell.activate(builder, 0, gates)
+        opening, out, *forgetting = _split(builder, gates, [size] * count)
     if not forgetting:
-        forgetting = [draft.op("Sub", draft.number(1.0, cell.dtype), opening)]
-    entering = draft.op("Mul", opening, cell.activate(draft, 1, block))
-    memory = draft.op("Add", draft.op("Mul", forgetting[0], before), entering)
+        forgetting = [builder.op("Sub", builder.number(1.0, cell.dtype), opening)]
+    entering = builder.op("Mul", opening, cell.activate(builder, 1, block))
+    memory = builder.op("Add", builder.op("Mul", forgetting[0], before), entering)
     if cell.peepholes:
-        out = _peep(draft, cell, 1, out, memory)
-    shown = cell.functions[2].apply(draft, memory, cell.dtype)
-    return draft.op("Mul", out, shown), memory
+        out = _peep(builder, cell, 1, out, memory)
+    shown = cell.functions[2].apply(builder, memory, cell.dtype)
+    return builder.op("Mul", out, shown), memory
 
 
-def _peep(draft: Draft, cell: Cell, index: int, gate: ir.Value, memory: ir.Value) -> ir.Value:
-    seen = draft.op("Mul", cell.peepholes[index], memory)
-    return cell.activate(draft, 0, draft.op("Add", gate, seen))
+def _peep(
+    builder: NodeBuilder, cell: Cell, index: int, gate: ir.Value, memory: ir.Value
+) -> ir.Value:
+    seen = builder.op("Mul", cell.peepholes[index], memory)
+    return cell.activate(builder, 0, builder.op("Add", gate, seen))
 
 
-def _split(draft: Draft, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
-    return draft.ops("Split", [value, draft.integers(sizes)], len(sizes), {"axis": 1})
+def _split(builder: NodeBuilder, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+    return builder.ops("Split", [value, builder.integers(sizes)], len(sizes), {"axis": 1})

@@ -1,10 +1,11 @@
-"""Convolutions: ConvTranspose and Col2Im, and Conv where its padding depends on the image.
+"""Convolutions: ConvTranspose and Col2Im, and Conv if its padding depends on the image size.
 
-A ConvTranspose of stride s puts its windows s pixels apart, so each pixel of its output belongs
+A ConvTranspose of stride s places its windows s pixels apart, so each pixel of its output belongs
 to one of s phases per axis, and each phase is an ordinary convolution with every s-th element of
-the kernel.  All phases at once are one Conv with s times the output channels, whose channels are
-then spread over the image: as many multiplications as the operator itself needs, and no zeros
-stuffed into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
+the kernel.  One Conv with s times the output channels computes all phases at once; its channels are
+then rearranged into the image.  This needs as many multiplications as the operator itself, and no
+zeros are inserted into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     add,
@@ -29,7 +31,6 @@ from splitonnx.partitioner.rewrites.extents import (
 )
 from splitonnx.partitioner.rewrites.layouts import spread_channels
 from splitonnx.partitioner.rewrites.windows import list_plain, pad_by_size, pads_by_size
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 
@@ -60,16 +61,16 @@ class _Transposed:
         return tuple(-(-r // s) for r, s in zip(self.reach, self.strides, strict=True))
 
 
-def rewrite_conv(draft: Draft, node: ir.Node) -> Values | None:
-    """Padding of its own, where it depends on an image size that the model leaves open."""
+def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size."""
     if not pads_by_size(node):
         return None
-    padded = pad_by_size(draft, node, 0.0)
-    return draft.ops("Conv", [padded, *node.inputs[1:]], 1, list_plain(node))
+    padded = pad_by_size(builder, node, 0.0)
+    return builder.ops("Conv", [padded, *node.inputs[1:]], 1, list_plain(node))
 
 
-def rewrite_conv_transpose(draft: Draft, node: ir.Node) -> Values:
-    """One Conv for all phases, then its channels spread over the image, cropped or padded."""
+def rewrite_conv_transpose(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute all phases with one Conv, rearrange its channels into the image, crop or pad it."""
     x, w = node.inputs[:2]
     assert x is not None
     assert w is not None
@@ -77,21 +78,21 @@ def rewrite_conv_transpose(draft: Draft, node: ir.Node) -> Values:
     window = _read_transposed(node, x, kernel)
     rank = len(kernel)
     margin = [t - 1 for t in window.taps]
-    phases = _split_phases(draft, w, inputs, outputs, window)
-    made = draft.op("Conv", x, phases, pads=[*margin, *margin], group=window.groups)
-    batch, _, *spatial = read_extents(draft, node, x)
+    phases = _split_phases(builder, w, inputs, outputs, window)
+    made = builder.op("Conv", x, phases, pads=[*margin, *margin], group=window.groups)
+    batch, _, *spatial = read_extents(builder, node, x)
     extents: list[Extent] = [batch, outputs * window.groups * math.prod(window.strides)]
-    extents += [add(draft, n, t) for n, t in zip(spatial, margin, strict=True)]
+    extents += [add(builder, n, t) for n, t in zip(spatial, margin, strict=True)]
     if any(stride != 1 for stride in window.strides):
-        made = spread_channels(draft, made, extents, window.strides)
+        made = spread_channels(builder, made, extents, window.strides)
     parts = zip(window.strides, window.taps, window.reach, window.after, strict=True)
     pads = [0, 0, *(-b for b in window.before), 0, 0, *(r - s * t - a for s, t, r, a in parts)]
     if any(pads):
-        made = draft.op("Pad", made, draft.integers(pads), mode="constant")
+        made = builder.op("Pad", made, builder.integers(pads), mode="constant")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        column = draft.op("Reshape", bias, draft.integers([-1, *([1] * rank)]))
-        made = draft.op("Add", made, column)
+        column = builder.op("Reshape", bias, builder.integers([-1, *([1] * rank)]))
+        made = builder.op("Add", made, column)
     return [made]
 
 
@@ -134,53 +135,53 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
 
 
 def _split_phases(
-    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+    builder: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
     """[C, M/g, k...] to [M * s..., C/g, t...]: a convolution's weights, a phase a channel."""
     rank, groups = len(window.kernel), window.groups
-    w = _dilate_weights(draft, w, inputs, outputs, window)
+    w = _dilate_weights(builder, w, inputs, outputs, window)
     full = [t * s for t, s in zip(window.taps, window.strides, strict=True)]
     missing = [f - r for f, r in zip(full, window.reach, strict=True)]
     if any(missing):
-        pads = draft.integers([0] * (2 + rank) + [0, 0, *missing])
-        w = draft.op("Pad", w, pads, mode="constant")
+        pads = builder.integers([0] * (2 + rank) + [0, 0, *missing])
+        w = builder.op("Pad", w, pads, mode="constant")
     shape = [groups, inputs // groups, outputs]
     for taps, stride in zip(window.taps, window.strides, strict=True):
         shape += [taps, stride]
-    w = draft.op("Reshape", w, draft.integers(shape))
+    w = builder.op("Reshape", w, builder.integers(shape))
     taps_axes, phase_axes = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
-    w = draft.op("Transpose", w, perm=[0, 2, *phase_axes, 1, *taps_axes])
+    w = builder.op("Transpose", w, perm=[0, 2, *phase_axes, 1, *taps_axes])
     channels = groups * outputs * math.prod(window.strides)
-    w = draft.op("Reshape", w, draft.integers([channels, inputs // groups, *window.taps]))
+    w = builder.op("Reshape", w, builder.integers([channels, inputs // groups, *window.taps]))
     for axis, taps in enumerate(window.taps):  # a convolution walks its kernel the other way
         if taps > 1:
-            backwards = draft.integers(range(taps - 1, -1, -1))
-            w = draft.op("Gather", w, backwards, axis=2 + axis)
+            backwards = builder.integers(range(taps - 1, -1, -1))
+            w = builder.op("Gather", w, backwards, axis=2 + axis)
     return w
 
 
 def _dilate_weights(
-    draft: Draft, w: ir.Value, inputs: int, outputs: int, window: _Transposed
+    builder: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
-    """Put zeros between the kernel's elements."""
+    """Insert zeros between the kernel's elements."""
     for axis, (k, d) in enumerate(zip(window.kernel, window.dilations, strict=True)):
         if d == 1 or k == 1:
             continue
         done, left = window.reach[:axis], window.kernel[axis + 1 :]
-        w = draft.op("Unsqueeze", w, draft.integers([3 + axis]))
+        w = builder.op("Unsqueeze", w, builder.integers([3 + axis]))
         rank = 3 + len(window.kernel)
         pads = [0] * (2 * rank)
         pads[rank + 3 + axis] = d - 1
-        w = draft.op("Pad", w, draft.integers(pads), mode="constant")
-        w = draft.op("Reshape", w, draft.integers([inputs, outputs, *done, k * d, *left]))
+        w = builder.op("Pad", w, builder.integers(pads), mode="constant")
+        w = builder.op("Reshape", w, builder.integers([inputs, outputs, *done, k * d, *left]))
         pads = [0] * (2 * (rank - 1))
         pads[rank - 1 + 2 + axis] = 1 - d
-        w = draft.op("Pad", w, draft.integers(pads), mode="constant")
+        w = builder.op("Pad", w, builder.integers(pads), mode="constant")
     return w
 
 
-def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
-    """A ConvTranspose that puts each element of a block to its place in the window."""
+def rewrite_col2im(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rewrite Col2Im as a ConvTranspose that moves each element of a block into its window."""
     x = node.inputs[0]
     assert x is not None
     image = [int(n) for n in require_array(node, 1, "image's sizes")]
@@ -191,7 +192,7 @@ def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
     dilations = list(node.attributes.get_ints("dilations", ones))
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
     limit(node, size**2)
-    batch, rows, _ = read_extents(draft, node, x)
+    batch, rows, _ = read_extents(builder, node, x)
     if not isinstance(rows, int):
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")
     room = [
@@ -202,14 +203,14 @@ def rewrite_col2im(draft: Draft, node: ir.Node) -> Values:
     dtype = x.dtype
     assert dtype is not None
     places = np.eye(size, dtype=np.float32).reshape(size, 1, *block)
-    columns = reshape(draft, x, [multiply(draft, [batch, rows // size]), size, *steps])
-    made = draft.op(
+    columns = reshape(builder, x, [multiply(builder, [batch, rows // size]), size, *steps])
+    made = builder.op(
         "ConvTranspose",
         columns,
-        draft.tensor(ir.tensor(places.astype(dtype.numpy()))),
+        builder.tensor(ir.tensor(places.astype(dtype.numpy()))),
         strides=strides,
         dilations=dilations,
         pads=pads,
         output_padding=[r % s for r, s in zip(room, strides, strict=True)],
     )
-    return [reshape(draft, made, [batch, rows // size, *image])]
+    return [reshape(builder, made, [batch, rows // size, *image])]

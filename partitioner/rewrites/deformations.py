@@ -1,8 +1,9 @@
-"""DeformConv: a convolution whose windows take their pixels from places that the graph computes.
+"""DeformConv: a convolution that reads its pixels at positions which the graph computes.
 
-The pixels are sampled as GridSample does it, beyond the image as zeros, and multiplied with the
-weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).
-ONNX Runtime 1.19.2 has no kernel of the operator itself, so it trains there but does not predict.
+The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied with the
+weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).  ONNX
+Runtime 1.19.2 has no kernel for the operator itself, so a model with it can be trained but not used
+for prediction there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
@@ -28,8 +29,8 @@ from splitonnx.partitioner.rewrites.samplings import ImageAxis, to_rows, weigh_t
 Values = Sequence[ir.Value]
 
 
-def rewrite_deform_conv(draft: Draft, node: ir.Node) -> Values:
-    """Sample the windows' pixels, times their mask, and multiply them with the weights."""
+def rewrite_deform_conv(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Sample the windows' pixels, and multiply them by the mask and then by the weights."""
     x, w, offset, bias, mask = [*node.inputs, None, None][:5]
     assert x is not None
     assert w is not None
@@ -39,17 +40,17 @@ def rewrite_deform_conv(draft: Draft, node: ir.Node) -> Values:
         raise refuse(node, f"it has {len(kernel)} spatial dimensions, not 2", "leave it out")
     groups = node.attributes.get_int("group", 1)
     parts, count = node.attributes.get_int("offset_group", 1), math.prod(kernel)
-    batch, _, *image = read_extents(draft, node, x)
-    wanted = read_extents(draft, node, offset)[2:]
-    channels, windows = inputs * groups, multiply(draft, wanted)
-    images = multiply(draft, [batch, parts])
+    batch, _, *image = read_extents(builder, node, x)
+    wanted = read_extents(builder, node, offset)[2:]
+    channels, windows = inputs * groups, multiply(builder, wanted)
+    images = multiply(builder, [batch, parts])
     taps = []
-    moved = reshape(draft, offset, [images, count, 2, windows])
-    for index, base in enumerate(_place_windows(draft, node, x, wanted, kernel)):
-        shift = draft.op("Gather", moved, draft.integer(index), axis=2)
-        place = draft.op("Reshape", draft.op("Add", shift, base), draft.integers([0, -1]))
+    moved = reshape(builder, offset, [images, count, 2, windows])
+    for index, base in enumerate(_place_windows(builder, node, x, wanted, kernel)):
+        shift = builder.op("Gather", moved, builder.integer(index), axis=2)
+        place = builder.op("Reshape", builder.op("Add", shift, base), builder.integers([0, -1]))
         axis = ImageAxis(
-            draft=draft,
+            builder=builder,
             size=image[index],
             dtype=x.dtype or ir.DataType.FLOAT,
             padding="zeros",
@@ -57,25 +58,29 @@ def rewrite_deform_conv(draft: Draft, node: ir.Node) -> Values:
         )
         taps.append(axis.list_taps(place, "linear"))
     pieces: list[Extent] = [images, channels // parts, *image]
-    rows = to_rows(draft, reshape(draft, x, pieces), pieces)
-    pixels = weigh_taps(draft, rows, images, image, taps)  # (N * parts, k * L, C / parts)
+    rows = to_rows(builder, reshape(builder, x, pieces), pieces)
+    pixels = weigh_taps(builder, rows, images, image, taps)  # (N * parts, k * L, C / parts)
     if mask is not None:
-        factor = reshape(draft, mask, [images, multiply(draft, [count, windows]), 1])
-        pixels = draft.op("Mul", pixels, factor)
-    columns = reshape(draft, pixels, [batch, parts, count, windows, channels // parts])
-    columns = draft.op("Transpose", columns, perm=[0, 1, 4, 2, 3])
-    columns = reshape(draft, columns, [batch, groups, inputs * count, windows])
-    matrix = draft.op("Reshape", w, draft.integers([groups, outputs // groups, inputs * count]))
-    made = reshape(draft, draft.op("MatMul", matrix, columns), [batch, outputs, *wanted])
+        factor = reshape(builder, mask, [images, multiply(builder, [count, windows]), 1])
+        pixels = builder.op("Mul", pixels, factor)
+    columns = reshape(builder, pixels, [batch, parts, count, windows, channels // parts])
+    columns = builder.op("Transpose", columns, perm=[0, 1, 4, 2, 3])
+    columns = reshape(builder, columns, [batch, groups, inputs * count, windows])
+    matrix = builder.op("Reshape", w, builder.integers([groups, outputs // groups, inputs * count]))
+    made = reshape(builder, builder.op("MatMul", matrix, columns), [batch, outputs, *wanted])
     if bias is not None:
-        made = draft.op("Add", made, draft.op("Reshape", bias, draft.integers([-1, 1, 1])))
+        made = builder.op("Add", made, builder.op("Reshape", bias, builder.integers([-1, 1, 1])))
     return [made]
 
 
 def _place_windows(
-    draft: Draft, node: ir.Node, x: ir.Value, wanted: Sequence[Extent], kernel: Sequence[int]
+    builder: NodeBuilder,
+    node: ir.Node,
+    x: ir.Value,
+    wanted: Sequence[Extent],
+    kernel: Sequence[int],
 ) -> list[ir.Value]:
-    """Give, per axis, where each element of each window would stand without offset  # (1, k, L)."""
+    """Return each window's positions along each axis, without offset  # (1, k, L)."""
     dtype = x.dtype or ir.DataType.FLOAT
     strides = node.attributes.get_ints("strides", [1, 1])
     dilations = node.attributes.get_ints("dilations", [1, 1])
@@ -83,14 +88,14 @@ def _place_windows(
     elements = np.meshgrid(*(np.arange(k) for k in kernel), indexing="ij")
     lines = []
     for axis in range(2):
-        line = draft.op("Mul", count_up(draft, wanted[axis]), draft.integers([strides[axis]]))
-        line = draft.op("Sub", line, draft.integers([pads[axis]]))
-        lines.append(draft.op("Unsqueeze", line, draft.integers([1 - axis])))
+        line = builder.op("Mul", count_up(builder, wanted[axis]), builder.integers([strides[axis]]))
+        line = builder.op("Sub", line, builder.integers([pads[axis]]))
+        lines.append(builder.op("Unsqueeze", line, builder.integers([1 - axis])))
     found = []
     for axis, line in enumerate(lines):
-        other = draft.op("Mul", lines[1 - axis], draft.integers([0]))
-        flat = draft.op("Reshape", draft.op("Add", line, other), draft.integers([1, 1, -1]))
+        other = builder.op("Mul", lines[1 - axis], builder.integers([0]))
+        flat = builder.op("Reshape", builder.op("Add", line, other), builder.integers([1, 1, -1]))
         within = (elements[axis] * dilations[axis]).reshape(1, -1, 1).astype(np.int64)
-        place = draft.op("Add", flat, draft.tensor(ir.tensor(within)))
-        found.append(draft.op("Cast", place, to=dtype.value))
+        place = builder.op("Add", flat, builder.tensor(ir.tensor(within)))
+        found.append(builder.op("Cast", place, to=dtype.value))
     return found

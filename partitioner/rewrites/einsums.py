@@ -1,7 +1,8 @@
-"""Einsum as diagonals, sums, products and transpositions, contracted from left to right.
+"""Rewrite Einsum as diagonals, sums, products and transpositions, contracted from left to right.
 
-An axis is known by its label; the axes of an ellipsis get labels of their own, ``...0`` the last
-of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+Each axis is identified by its label.  The axes of an ellipsis get labels of their own; ``...0`` is
+the last of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of
+numpy.einsum.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 Size = int | ir.Value
-"""How long an axis is: a number, or a vector of one I64 where only the data know."""
+"""The length of an axis: a number, or an I64 vector of one element that the graph computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,9 @@ class _Operand:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sum:
-    """An equation under way: the draft that it is written with, and how long each axis is."""
+    """An equation under way: the builder that it is written with, and how long each axis is."""
 
-    draft: Draft
+    builder: NodeBuilder
     sizes: Mapping[str, Size]
 
     def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
@@ -47,7 +48,7 @@ class _Sum:
             return self._multiply(left, right, batch, rows, columns)
         a = self._group(left, batch, rows, summed)
         b = self._group(right, batch, summed, columns)
-        product = self.draft.op("MatMul", a, b)
+        product = self.builder.op("MatMul", a, b)
         labels = batch + rows + columns
         if len(rows) != 1 or len(columns) != 1:
             product = self._shape(product, labels)
@@ -69,17 +70,17 @@ class _Sum:
         b = self.transpose(right, batch + columns)
         if rows and columns + batch:
             b = self._unsqueeze(b, range(len(batch), len(batch) + len(rows)))
-        product = self.draft.op("Mul", a.value, b.value)
+        product = self.builder.op("Mul", a.value, b.value)
         return _Operand(value=product, labels=batch + rows + columns)
 
     def _unsqueeze(self, operand: _Operand, places: Sequence[int]) -> _Operand:
-        value = self.draft.op("Unsqueeze", operand.value, self.draft.integers(places))
+        value = self.builder.op("Unsqueeze", operand.value, self.builder.integers(places))
         return _Operand(value=value, labels=operand.labels)
 
     def _group(
         self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
     ) -> ir.Value:
-        """Give a stack of matrices: batch axes, then one axis a group."""
+        """Return a stack of matrices: batch axes, then one axis a group."""
         value = self.transpose(operand, batch + sum(groups, ())).value
         if all(len(group) == 1 for group in groups):
             return value
@@ -90,19 +91,19 @@ class _Sum:
         if operand.labels == labels:
             return operand
         perm = [operand.labels.index(label) for label in labels]
-        return _Operand(value=self.draft.op("Transpose", operand.value, perm=perm), labels=labels)
+        return _Operand(value=self.builder.op("Transpose", operand.value, perm=perm), labels=labels)
 
     def total(self, operand: _Operand, gone: Collection[str]) -> _Operand:
         """Sum over some labels."""
         axes = [axis for axis, label in enumerate(operand.labels) if label in gone]
         if not axes:
             return operand
-        value = self.draft.op("ReduceSum", operand.value, self.draft.integers(axes), keepdims=0)
+        value = self.builder.op("ReduceSum", operand.value, self.builder.integers(axes), keepdims=0)
         labels = tuple(label for label in operand.labels if label not in gone)
         return _Operand(value=value, labels=labels)
 
     def diagonal(self, operand: _Operand) -> _Operand:
-        """Take the diagonal of axes of the same label, until each label is there once."""
+        """Reduce axes of the same label to their diagonal, until each label is there once."""
         labels = operand.labels
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is None:
@@ -110,18 +111,18 @@ class _Sum:
         first, second = [axis for axis, label in enumerate(labels) if label == twice][:2]
         rest = [axis for axis in range(len(labels)) if axis not in (first, second)]
         others = tuple(labels[axis] for axis in rest)
-        value = self.draft.op("Transpose", operand.value, perm=[first, second, *rest])
+        value = self.builder.op("Transpose", operand.value, perm=[first, second, *rest])
         value = self._shape(value, (), [(twice, twice), *((label,) for label in others)])
-        value = self.draft.op("Gather", value, self._place_diagonal(self.sizes[twice]), axis=0)
+        value = self.builder.op("Gather", value, self._place_diagonal(self.sizes[twice]), axis=0)
         return self.diagonal(_Operand(value=value, labels=(twice, *others)))
 
     def _place_diagonal(self, size: Size) -> ir.Value:
-        """Give where the diagonal's elements stand in a square matrix laid out in a row."""
+        """Return the positions of the diagonal's elements in a flattened square matrix."""
         if isinstance(size, int):
-            return self.draft.integers([index * (size + 1) for index in range(size)])
-        size = self.draft.op("Squeeze", size, self.draft.integers([0]))
-        places = self.draft.op("Range", self.draft.integer(0), size, self.draft.integer(1))
-        return self.draft.op("Mul", places, self.draft.op("Add", size, self.draft.integer(1)))
+            return self.builder.integers([index * (size + 1) for index in range(size)])
+        size = self.builder.op("Squeeze", size, self.builder.integers([0]))
+        places = self.builder.op("Range", self.builder.integer(0), size, self.builder.integer(1))
+        return self.builder.op("Mul", places, self.builder.op("Add", size, self.builder.integer(1)))
 
     def _shape(
         self, value: ir.Value, batch: tuple[str, ...], groups: Sequence[tuple[str, ...]] = ()
@@ -132,29 +133,29 @@ class _Sum:
         if len(unknown) == 1:
             found[unknown[0]] = -1
         if all(isinstance(size, int) for size in found):
-            shape = self.draft.integers([size for size in found if isinstance(size, int)])
+            shape = self.builder.integers([size for size in found if isinstance(size, int)])
         else:
-            pieces = [self.draft.integers([s]) if isinstance(s, int) else s for s in found]
-            shape = self.draft.op("Concat", *pieces, axis=0)
-        return self.draft.op("Reshape", value, shape)
+            pieces = [self.builder.integers([s]) if isinstance(s, int) else s for s in found]
+            shape = self.builder.op("Concat", *pieces, axis=0)
+        return self.builder.op("Reshape", value, shape)
 
     def _measure(self, group: tuple[str, ...]) -> Size:
         sizes = [self.sizes[label] for label in group]
         total: Size = math.prod(size for size in sizes if isinstance(size, int))
         for size in sizes:
             if isinstance(size, ir.Value):
-                known = self.draft.integers([total]) if isinstance(total, int) else total
-                total = size if total == 1 else self.draft.op("Mul", known, size)
+                known = self.builder.integers([total]) if isinstance(total, int) else total
+                total = size if total == 1 else self.builder.op("Mul", known, size)
         return total
 
 
-def rewrite_einsum(draft: Draft, node: ir.Node) -> Values:
-    """Contract the operands one after the other, then order the axes."""
+def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Contract the operands from left to right, then transpose the result."""
     values = [value for value in node.inputs if value is not None]
     terms, result = _read_equation(node, values)
     operands = [_Operand(value=v, labels=t) for v, t in zip(values, terms, strict=True)]
-    sizes, operands = _measure_labels(draft, operands)
-    work = _Sum(draft=draft, sizes=sizes)
+    sizes, operands = _measure_labels(builder, operands)
+    work = _Sum(builder=builder, sizes=sizes)
     operands = [work.diagonal(operand) for operand in operands]
     made: _Operand | None = None
     for index, operand in enumerate(operands):
@@ -173,7 +174,7 @@ def rewrite_einsum(draft: Draft, node: ir.Node) -> Values:
 def _read_equation(
     node: ir.Node, values: Sequence[ir.Value]
 ) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Give the labels of each operand's axes, and of the result's."""
+    """Return the labels of each operand's axes, and of the result's."""
     equation = (node.attributes.get_string("equation") or "").replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = []
@@ -208,7 +209,7 @@ def _spell(term: str, hidden: int) -> tuple[str, ...]:
 
 
 def _measure_labels(
-    draft: Draft, operands: Sequence[_Operand]
+    builder: NodeBuilder, operands: Sequence[_Operand]
 ) -> tuple[dict[str, Size], list[_Operand]]:
     """Find how long each label's axes are; drop an axis of 1 that is spread over a longer one."""
     sizes: dict[str, Size] = {}
@@ -216,7 +217,7 @@ def _measure_labels(
         dims = known_dims(operand.value) or []
         for axis, (label, dim) in enumerate(zip(operand.labels, dims, strict=True)):
             if dim is None and sizes.get(label, 1) == 1:
-                sizes[label] = draft.shape(operand.value, axis, axis + 1)
+                sizes[label] = builder.shape(operand.value, axis, axis + 1)
             elif dim is not None and (dim != 1 or label not in sizes):
                 sizes[label] = dim
     spread = []
@@ -226,7 +227,7 @@ def _measure_labels(
         gone = [axis for axis, (label, dim) in pairs if dim == 1 and sizes[label] != 1]
         value = operand.value
         if gone:
-            value = draft.op("Squeeze", value, draft.integers(gone))
+            value = builder.op("Squeeze", value, builder.integers(gone))
         labels = tuple(label for axis, (label, _) in pairs if axis not in gone)
         spread.append(_Operand(value=value, labels=labels))
     return sizes, spread

@@ -1,7 +1,7 @@
-"""Extents: sizes of tensors as rewrites need them, a number where it is known, else computed.
+"""Extents: sizes of tensors for rewrites, as numbers if they are known, else computed in the graph.
 
-A rewrite that is written with extents keeps every dimension dynamic that the model leaves so.
-It knows shapes and arithmetic on them, and no operator.
+A rewrite that uses extents keeps every dynamic dimension of the model dynamic.  This module deals
+with shapes and arithmetic on them, and does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, known_rank
 
 Extent = int | ir.Value
 """A number, or an I64 vector of one element that the graph computes."""
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
-    """Give a value's number of dimensions.
+    """Return the number of dimensions of a value.
 
     Raises:
-        UnsupportedModel: it is not known.
+        UnsupportedModel: the number of dimensions is not known.
     """
     rank = known_rank(value)
     if rank is None:
@@ -31,10 +31,10 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Give a value's dimensions from ``start``, all numbers.
+    """Return the dimensions of a value from ``start`` on, all as numbers.
 
     Raises:
-        UnsupportedModel: one is not known.
+        UnsupportedModel: a dimension is not known.
     """
     dims = known_dims(value)
     sizes = [] if dims is None else [dim for dim in dims[start:] if dim is not None]
@@ -48,10 +48,10 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Give what an input holds.
+    """Return the content of a constant input as an array.
 
     Raises:
-        UnsupportedModel: it is computed in the graph.
+        UnsupportedModel: the input is computed in the graph.
     """
     array = known_array(node.inputs[index])
     if array is None:
@@ -60,57 +60,57 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
-    """Make the error that names a node."""
+    """Return the error that names a node and the reason why it cannot be rewritten."""
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
-def read_extents(draft: Draft, node: ir.Node, value: ir.Value) -> list[Extent]:
-    """List a value's extents.
+def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
+    """List the extents of a value.
 
     Raises:
-        UnsupportedModel: its rank is not known.
+        UnsupportedModel: the value's rank is not known.
     """
     require_rank(node, value)
     return [
-        draft.shape(value, axis, axis + 1) if dim is None else dim
+        builder.shape(value, axis, axis + 1) if dim is None else dim
         for axis, dim in enumerate(known_dims(value) or [])
     ]
 
 
-def to_vector(draft: Draft, extent: Extent) -> ir.Value:
-    """Give an extent as I64 vector of one element."""
-    return draft.integers([extent]) if isinstance(extent, int) else extent
+def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
+    """Return an extent as an I64 vector of one element."""
+    return builder.integers([extent]) if isinstance(extent, int) else extent
 
 
-def multiply(draft: Draft, extents: Sequence[Extent]) -> Extent:
-    """Give the product of extents."""
+def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
+    """Return the product of extents."""
     known, result = 1, None
     for extent in extents:
         if isinstance(extent, int):
             known *= extent
         else:
-            result = extent if result is None else draft.op("Mul", result, extent)
+            result = extent if result is None else builder.op("Mul", result, extent)
     if result is None:
         return known
-    return result if known == 1 else draft.op("Mul", result, draft.integers([known]))
+    return result if known == 1 else builder.op("Mul", result, builder.integers([known]))
 
 
-def divide(draft: Draft, extent: Extent, by: int) -> Extent:
-    """Give an extent's whole number of ``by``."""
+def divide(builder: NodeBuilder, extent: Extent, by: int) -> Extent:
+    """Return an extent divided by ``by``, rounded down."""
     if isinstance(extent, int):
         return extent // by
-    return extent if by == 1 else draft.op("Div", extent, draft.integers([by]))
+    return extent if by == 1 else builder.op("Div", extent, builder.integers([by]))
 
 
-def add(draft: Draft, extent: Extent, number: int) -> Extent:
-    """Give an extent raised by a number."""
+def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
+    """Return the sum of an extent and a number."""
     if isinstance(extent, int):
         return extent + number
-    return extent if number == 0 else draft.op("Add", extent, draft.integers([number]))
+    return extent if number == 0 else builder.op("Add", extent, builder.integers([number]))
 
 
-def join(draft: Draft, extents: Sequence[Extent]) -> ir.Value:
-    """Give extents as one shape vector."""
+def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
+    """Join extents into one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -118,32 +118,32 @@ def join(draft: Draft, extents: Sequence[Extent]) -> ir.Value:
             row.append(extent)
             continue
         if row:
-            parts.append(draft.integers(row))
+            parts.append(builder.integers(row))
             row = []
         parts.append(extent)
     if row:
-        parts.append(draft.integers(row))
-    return parts[0] if len(parts) == 1 else draft.op("Concat", *parts, axis=0)
+        parts.append(builder.integers(row))
+    return parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=0)
 
 
-def reshape(draft: Draft, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Bring a value into another shape; the one extent that is not known is left to Reshape."""
+def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+    """Reshape a value; if exactly one extent is unknown, Reshape computes it."""
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
         extents = [extent if isinstance(extent, int) else -1 for extent in extents]
-    return draft.op("Reshape", value, join(draft, extents))
+    return builder.op("Reshape", value, join(builder, extents))
 
 
-def count_up(draft: Draft, extent: Extent) -> ir.Value:
-    """Give 0, 1, ... extent - 1 as I64 vector."""
+def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
+    """Return 0, 1, ... extent - 1 as an I64 vector."""
     if isinstance(extent, int):
-        return draft.integers(range(extent))
-    end = draft.op("Squeeze", extent, draft.integers([0]))
-    return draft.op("Range", draft.integer(0), end, draft.integer(1))
+        return builder.integers(range(extent))
+    end = builder.op("Squeeze", extent, builder.integers([0]))
+    return builder.op("Range", builder.integer(0), end, builder.integer(1))
 
 
-def to_number(draft: Draft, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Give an extent in another dtype, to calculate with."""
+def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
+    """Cast an extent to another dtype for calculations."""
     if isinstance(extent, int):
-        return draft.number(extent, dtype)
-    return draft.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)
+        return builder.number(extent, dtype)
+    return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

@@ -1,7 +1,7 @@
-"""Interpolation along one axis as numbers: which elements each output reads, with what weights.
+"""Interpolation along one axis: the elements that each output reads, and their weights.
 
-Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing as the onnx package's reference has it.
-Pure arithmetic on sizes and scales; it knows no graph.
+Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing is done like in the onnx package's
+reference implementation.  This is pure arithmetic on sizes and scales; it does not build graphs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How Resize samples one axis of ``before`` elements, to ``after``.
+    """The way Resize samples an axis: from ``before`` elements to ``after`` elements.
 
-    ``scale`` is the factor that the model gives, which ``after / before`` may be a rounding of;
-    ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
+    ``scale`` is the factor given by the model, which may differ from ``after / before`` by
+    rounding.  ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
     """
 
     before: int
@@ -28,14 +28,14 @@ class Sampling:
 
     @property
     def identical(self) -> bool:
-        """Whether the axis stays as it is."""
+        """Return whether resizing leaves the axis unchanged."""
         whole = (self.start, self.end) == (0.0, 1.0)
         return self.before == self.after and np.isclose(self.scale, 1.0).item() and whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What weighs the neighbours: ``mode`` linear or cubic, ``sharpness`` is cubic's a."""
+    """The interpolation kernel: ``mode`` is linear or cubic, ``sharpness`` is a of cubic."""
 
     mode: str
     sharpness: float = -0.75
@@ -44,7 +44,7 @@ class Kernel:
 
 
 def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Give the place, in the input's coordinates, of each output."""
+    """Return the position of each output in the input's coordinates."""
     y: np.ndarray = np.arange(sampling.after).astype(dtype)
     n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
     x: np.ndarray = (y + half) / scale - half
@@ -65,9 +65,10 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 
 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
-    """Give the element that each output copies.
+    """Return the index of the element that each output copies.
 
-    In float32, as ONNX Runtime has it: rounding decides which of two neighbours is the nearer.
+    It is computed in float32, like in ONNX Runtime, because rounding can decide which of two
+    neighbours is nearer.
     """
     x = find_coordinates(sampling, np.float32)
     match mode:
@@ -84,7 +85,7 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Tell which outputs lie outside of the input and take the extrapolation's value."""
+    """Return which outputs lie outside of the input and get the extrapolation value."""
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
     x = find_coordinates(sampling)
@@ -93,7 +94,7 @@ def find_outside(sampling: Sampling) -> np.ndarray:
 
 
 def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
-    """Give the matrix of the interpolation  # (after, before)."""
+    """Return the interpolation as a matrix  # (after, before)."""
     x = find_coordinates(sampling)
     n = sampling.before
     shrink = min(sampling.scale, 1.0) if kernel.antialias else 1.0

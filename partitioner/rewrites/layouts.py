@@ -1,4 +1,7 @@
-"""Operators that trade channels for pixels: DepthToSpace, SpaceToDepth, and their general form."""
+"""Operators that move data between channels and pixels: DepthToSpace and SpaceToDepth.
+
+:func:`spread_channels` is their general form.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,39 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import Extent, divide, multiply, read_extents, reshape
 
 Values = Sequence[ir.Value]
 
 
-def rewrite_depth_to_space(draft: Draft, node: ir.Node) -> Values:
-    """Spread blocks of channels over the image; DCR has the block before the channels."""
+def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rearrange blocks of channels into pixels; in mode DCR, the block precedes the channels."""
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
-    extents = read_extents(draft, node, x)
+    extents = read_extents(builder, node, x)
     deep = node.attributes.get_string("mode", "DCR") == "DCR"
-    return [spread_channels(draft, x, extents, [block, block], block_first=deep)]
+    return [spread_channels(builder, x, extents, [block, block], block_first=deep)]
 
 
-def rewrite_space_to_depth(draft: Draft, node: ir.Node) -> Values:
-    """Gather blocks of pixels into channels; DCR, and no mode, have the block before them."""
+def rewrite_space_to_depth(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Rearrange blocks of pixels into channels; in mode DCR, the default, the block is first."""
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
-    batch, channels, height, width = read_extents(draft, node, x)
-    rows, columns = divide(draft, height, block), divide(draft, width, block)
-    split = reshape(draft, x, [batch, channels, rows, block, columns, block])
+    batch, channels, height, width = read_extents(builder, node, x)
+    rows, columns = divide(builder, height, block), divide(builder, width, block)
+    split = reshape(builder, x, [batch, channels, rows, block, columns, block])
     deep = node.attributes.get_string("mode", "DCR") == "DCR"
-    turned = draft.op("Transpose", split, perm=[0, 3, 5, 1, 2, 4] if deep else [0, 1, 3, 5, 2, 4])
-    return [reshape(draft, turned, [batch, multiply(draft, [channels, block**2]), rows, columns])]
+    turned = builder.op("Transpose", split, perm=[0, 3, 5, 1, 2, 4] if deep else [0, 1, 3, 5, 2, 4])
+    return [
+        reshape(builder, turned, [batch, multiply(builder, [channels, block**2]), rows, columns])
+    ]
 
 
 def spread_channels(
-    draft: Draft,
+    builder: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     blocks: Sequence[int],
@@ -45,22 +50,22 @@ def spread_channels(
 ) -> ir.Value:
     """(N, C * b..., L...) to (N, C, L * b...), for any number of spatial dimensions.
 
-    ``extents`` are those of ``x``.  The channels' axis holds C outside of the blocks, or, with
-    ``block_first``, inside.
+    ``extents`` are those of ``x``.  On the channel axis, C is the outer and the blocks are the
+    inner part; with ``block_first`` it is the other way round.
     """
     batch, channels, *spatial = extents
     rank, size = len(spatial), 1
     for block in blocks:
         size *= block
-    fewer = divide(draft, channels, size)
+    fewer = divide(builder, channels, size)
     if block_first:
-        split = reshape(draft, x, [batch, *blocks, fewer, *spatial])
+        split = reshape(builder, x, [batch, *blocks, fewer, *spatial])
         order, first = [0, 1 + rank], 1
     else:
-        split = reshape(draft, x, [batch, fewer, *blocks, *spatial])
+        split = reshape(builder, x, [batch, fewer, *blocks, *spatial])
         order, first = [0, 1], 2
     for axis in range(rank):
         order += [2 + rank + axis, first + axis]
-    turned = draft.op("Transpose", split, perm=order)
-    grown = [multiply(draft, [n, b]) for n, b in zip(spatial, blocks, strict=True)]
-    return reshape(draft, turned, [batch, fewer, *grown])
+    turned = builder.op("Transpose", split, perm=order)
+    grown = [multiply(builder, [n, b]) for n, b in zip(spatial, blocks, strict=True)]
+    return reshape(builder, turned, [batch, fewer, *grown])

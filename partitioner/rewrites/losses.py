@@ -1,4 +1,4 @@
-"""Losses that stand in a model itself: the negative log-likelihood, and cross-entropy by it."""
+"""Loss operators inside a model: negative log-likelihood and cross-entropy."""
 
 from __future__ import annotations
 
@@ -6,63 +6,63 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_nll_loss(draft: Draft, node: ir.Node) -> Values:
-    """-w[label] * x[label], reduced, with a label to ignore."""
+def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
+    """-w[label] * x[label], reduced, with support for an ignored label."""
     x, labels = node.inputs[:2]
     assert x is not None
     assert labels is not None
-    return [_pick(draft, node, x, labels)]
+    return [_pick(builder, node, x, labels)]
 
 
-def rewrite_cross_entropy(draft: Draft, node: ir.Node) -> Values | None:
-    """LogSoftmax and the above, where the log-probabilities are used as well.
+def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Rewrite cross-entropy as LogSoftmax and negative log-likelihood if both outputs are used.
 
-    The gradient of SoftmaxCrossEntropyLoss leads through its first output alone.
+    The gradient of SoftmaxCrossEntropyLoss covers only its first output, not the log-probabilities.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None
     assert labels is not None
     if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return None
-    log_prob = draft.op("LogSoftmax", scores, axis=1)
-    return [_pick(draft, node, log_prob, labels, scores.dtype), log_prob]
+    log_prob = builder.op("LogSoftmax", scores, axis=1)
+    return [_pick(builder, node, log_prob, labels, scores.dtype), log_prob]
 
 
 def _pick(
-    draft: Draft,
+    builder: NodeBuilder,
     node: ir.Node,
     x: ir.Value,
     labels: ir.Value,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """Take each label's element along axis 1, weigh and reduce."""
+    """Select each label's element along axis 1, weigh and reduce."""
     weights = node.inputs[2] if len(node.inputs) > 2 else None
-    index = draft.cast(labels, ir.DataType.INT64)
+    index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     factor = None
     if ignored is not None:
-        skip = draft.op("Equal", index, draft.integer(ignored.as_int()))
-        index = draft.op("Where", skip, draft.integer(0), index)
-        factor = draft.cast(draft.op("Not", skip), dtype or x.dtype)
+        skip = builder.op("Equal", index, builder.integer(ignored.as_int()))
+        index = builder.op("Where", skip, builder.integer(0), index)
+        factor = builder.cast(builder.op("Not", skip), dtype or x.dtype)
     if weights is not None:
-        each = draft.op("Gather", weights, index, axis=0)
-        factor = each if factor is None else draft.op("Mul", each, factor)
-    axis = draft.integers([1])
-    picked = draft.op("GatherElements", x, draft.op("Unsqueeze", index, axis), axis=1)
-    loss = draft.op("Neg", draft.op("Squeeze", picked, axis))
+        each = builder.op("Gather", weights, index, axis=0)
+        factor = each if factor is None else builder.op("Mul", each, factor)
+    axis = builder.integers([1])
+    picked = builder.op("GatherElements", x, builder.op("Unsqueeze", index, axis), axis=1)
+    loss = builder.op("Neg", builder.op("Squeeze", picked, axis))
     if factor is not None:
-        loss = draft.op("Mul", loss, factor)
+        loss = builder.op("Mul", loss, factor)
     reduction = node.attributes.get_string("reduction", "mean")
     if reduction == "none":
         return loss
     if reduction == "mean" and factor is None:
-        return draft.op("ReduceMean", loss, keepdims=0)
-    total = draft.op("ReduceSum", loss, keepdims=0)
+        return builder.op("ReduceMean", loss, keepdims=0)
+    total = builder.op("ReduceSum", loss, keepdims=0)
     if reduction == "sum":
         return total
-    return draft.op("Div", total, draft.op("ReduceSum", factor, keepdims=0))
+    return builder.op("Div", total, builder.op("ReduceSum", factor, keepdims=0))

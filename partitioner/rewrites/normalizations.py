@@ -1,8 +1,9 @@
-"""Normalizations over an instance, a group, chosen axes or the last ones, by their formulas.
+"""Normalizations over an instance, a group, chosen axes or the last axes, by their formulas.
 
-The gradient builder differentiates LayerNormalization alone, and of that only the first output
-with a scale in the shape of what is normalized.  Statistics are taken from the centred values,
-never as the mean of squares less the square of the mean, which cancels.
+The gradient builder differentiates only LayerNormalization, and of that only the first output and
+only if the scale has the shape of the normalized axes.  The variance is computed from the centred
+values, never as the mean of squares minus the square of the mean, which loses precision by
+cancellation.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_inputs
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_inputs
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_instance_norm(draft: Draft, node: ir.Node) -> Values:
-    """Normalize each channel of each sample over its space; scale and bias are per channel."""
+def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Normalize each channel of each sample over its spatial axes; scale, bias are per channel."""
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
-    normal = _normalize_rows(draft, node, x, list(range(2, rank)), 1e-5)
-    return [_scale_channels(draft, normal, scale, bias, rank)]
+    normal = _normalize_rows(builder, node, x, list(range(2, rank)), 1e-5)
+    return [_scale_channels(builder, normal, scale, bias, rank)]
 
 
-def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Normalize each group of channels of each sample.
 
-    Scale and bias are per channel, as of opset 21; onnx's checker refuses the operator of opset
-    18, whose scale was per group, as deprecated.
+    Scale and bias are per channel, as of opset 21.  In opset 18 the scale was per group, and onnx's
+    checker rejects that version as deprecated.
     """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -40,25 +41,25 @@ def rewrite_group_norm(draft: Draft, node: ir.Node) -> Values:
     channels = dims[1] if len(dims) > 1 else None
     if channels is None:
         raise _refuse(node, f"the number of channels of '{x.name}'")
-    shape = draft.op(
-        "Concat", draft.integers([0, groups, channels // groups]), draft.shape(x, 2), axis=0
+    shape = builder.op(
+        "Concat", builder.integers([0, groups, channels // groups]), builder.shape(x, 2), axis=0
     )
-    grouped = draft.op("Reshape", x, shape if rank > 2 else draft.integers([0, groups, -1]))
+    grouped = builder.op("Reshape", x, shape if rank > 2 else builder.integers([0, groups, -1]))
     space = dims[2:]
     grouped.type = x.type
     assert x.shape is not None
     grouped.shape = ir.Shape([x.shape[0], groups, channels // groups, *space])
     stash = ir.DataType(node.attributes.get_int("stash_type", ir.DataType.FLOAT.value))
-    wide = _widen(draft, grouped, stash)
-    normal = _normalize_rows(draft, node, wide, list(range(2, rank + 1)), 1e-5)
-    normal = draft.op("Reshape", _narrow(draft, normal, wide, x), draft.shape(x))
-    return [_scale_channels(draft, normal, scale, bias, rank)]
+    wide = _widen(builder, grouped, stash)
+    normal = _normalize_rows(builder, node, wide, list(range(2, rank + 1)), 1e-5)
+    normal = builder.op("Reshape", _narrow(builder, normal, wide, x), builder.shape(x))
+    return [_scale_channels(builder, normal, scale, bias, rank)]
 
 
-def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
-    """The formula, where the statistics are used or the scale is spread over the input.
+def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Write out LayerNormalization if its statistics are used or its scale is broadcast.
 
-    A missing bias becomes zero, as LayerNormalization's gradient wants one.
+    A missing bias becomes zero, because the gradient of LayerNormalization requires one.
     """
     x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -68,64 +69,64 @@ def rewrite_layer_norm(draft: Draft, node: ir.Node) -> Values | None:
     dims = known_dims(x) or []
     whole = known_dims(scale) == dims[axes[0] :] and None not in dims[axes[0] :]
     if not used and bias is None and whole:
-        zero = draft.op("Expand", draft.number(0.0, scale.dtype), draft.shape(scale))
-        return draft.ops("LayerNormalization", [x, scale, zero], 3, dict(node.attributes))
+        zero = builder.op("Expand", builder.number(0.0, scale.dtype), builder.shape(scale))
+        return builder.ops("LayerNormalization", [x, scale, zero], 3, dict(node.attributes))
     if not used and bias is not None and whole and known_dims(bias) == known_dims(scale):
         return None
-    wide = _widen(draft, x, _read_stash(node))
-    mean = draft.op("ReduceMean", wide, draft.integers(axes), keepdims=1)
-    centred = draft.op("Sub", wide, mean)
-    inverse = _invert_root(draft, node, centred, axes, wide.dtype)
-    normal = _narrow(draft, draft.op("Mul", centred, inverse), wide, x)
-    y = draft.op("Mul", normal, scale)
-    return [y if bias is None else draft.op("Add", y, bias), mean, inverse]
+    wide = _widen(builder, x, _read_stash(node))
+    mean = builder.op("ReduceMean", wide, builder.integers(axes), keepdims=1)
+    centred = builder.op("Sub", wide, mean)
+    inverse = _invert_root(builder, node, centred, axes, wide.dtype)
+    normal = _narrow(builder, builder.op("Mul", centred, inverse), wide, x)
+    y = builder.op("Mul", normal, scale)
+    return [y if bias is None else builder.op("Add", y, bias), mean, inverse]
 
 
-def rewrite_rms_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467)."""
     x, scale = take_inputs(node, 2)
     axes = _last_axes(node, require_rank(node, x))
-    wide = _widen(draft, x, _read_stash(node))
-    normal = draft.op("Mul", wide, _invert_root(draft, node, wide, axes, wide.dtype))
-    return [draft.op("Mul", _narrow(draft, normal, wide, x), scale)]
+    wide = _widen(builder, x, _read_stash(node))
+    normal = builder.op("Mul", wide, _invert_root(builder, node, wide, axes, wide.dtype))
+    return [builder.op("Mul", _narrow(builder, normal, wide, x), scale)]
 
 
-def rewrite_mean_variance_norm(draft: Draft, node: ir.Node) -> Values:
+def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """(x - mean) / (deviation + 1e-9).
 
-    1e-18 under the root keeps the gradient finite where all values of a slice are equal.
+    Adding 1e-18 under the root keeps the gradient finite if all values of a slice are equal.
     """
     (x,) = take_inputs(node, 1)
-    axes = draft.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
-    centred = draft.op("Sub", x, draft.op("ReduceMean", x, axes, keepdims=1))
-    square = draft.op("Mul", centred, centred)
-    variance = draft.op("ReduceMean", square, axes, keepdims=1)
-    root = draft.op("Sqrt", draft.op("Add", variance, draft.number(1e-18, x.dtype)))
-    return [draft.op("Div", centred, draft.op("Add", root, draft.number(1e-9, x.dtype)))]
+    axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
+    centred = builder.op("Sub", x, builder.op("ReduceMean", x, axes, keepdims=1))
+    square = builder.op("Mul", centred, centred)
+    variance = builder.op("ReduceMean", square, axes, keepdims=1)
+    root = builder.op("Sqrt", builder.op("Add", variance, builder.number(1e-18, x.dtype)))
+    return [builder.op("Div", centred, builder.op("Add", root, builder.number(1e-9, x.dtype)))]
 
 
-def rewrite_lp_norm(draft: Draft, node: ir.Node) -> Values:
-    """x / norm along an axis, and zero where the norm is."""
+def rewrite_lp_norm(builder: NodeBuilder, node: ir.Node) -> Values:
+    """x / norm along an axis, or zero if the norm is zero."""
     (x,) = take_inputs(node, 1)
-    axis = draft.integers([node.attributes.get_int("axis", -1)])
+    axis = builder.integers([node.attributes.get_int("axis", -1)])
     if node.attributes.get_int("p", 2) == 1:
-        norm = draft.op("ReduceSum", draft.op("Abs", x), axis, keepdims=1)
+        norm = builder.op("ReduceSum", builder.op("Abs", x), axis, keepdims=1)
     else:
-        square = draft.op("ReduceSum", draft.op("Mul", x, x), axis, keepdims=1)
+        square = builder.op("ReduceSum", builder.op("Mul", x, x), axis, keepdims=1)
         # a root of zero has no gradient: where all is zero the norm counts as one
-        norm = draft.op("Sqrt", _replace_zeros(draft, square, x.dtype))
-    return [draft.op("Div", x, _replace_zeros(draft, norm, x.dtype))]
+        norm = builder.op("Sqrt", _replace_zeros(builder, square, x.dtype))
+    return [builder.op("Div", x, _replace_zeros(builder, norm, x.dtype))]
 
 
-def _replace_zeros(draft: Draft, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    empty = draft.op("Equal", value, draft.number(0.0, dtype))
-    return draft.op("Where", empty, draft.number(1.0, dtype), value)
+def _replace_zeros(builder: NodeBuilder, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    empty = builder.op("Equal", value, builder.number(0.0, dtype))
+    return builder.op("Where", empty, builder.number(1.0, dtype), value)
 
 
 def _normalize_rows(
-    draft: Draft, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
+    builder: NodeBuilder, node: ir.Node, x: ir.Value, axes: list[int], epsilon: float
 ) -> ir.Value:
-    """Give (x - mean) / sqrt(variance + epsilon) over the last axes.
+    """Return (x - mean) / sqrt(variance + epsilon) over the last axes.
 
     Where their size is known it is a LayerNormalization of flat rows, whose gradient is one
     fused kernel; else the formula.
@@ -135,37 +136,37 @@ def _normalize_rows(
     if axes and len(sizes) == len(dims) == len(axes):
         size = math.prod(sizes)
         lead = [0] * axes[0]
-        rows = draft.op("Reshape", x, draft.integers([*lead, size]))
-        one = draft.op("Expand", draft.number(1.0, x.dtype), draft.integers([size]))
-        zero = draft.op("Expand", draft.number(0.0, x.dtype), draft.integers([size]))
+        rows = builder.op("Reshape", x, builder.integers([*lead, size]))
+        one = builder.op("Expand", builder.number(1.0, x.dtype), builder.integers([size]))
+        zero = builder.op("Expand", builder.number(0.0, x.dtype), builder.integers([size]))
         epsilon = node.attributes.get_float("epsilon", epsilon)
-        kept = draft.ops("LayerNormalization", [rows, one, zero], 3, {"epsilon": epsilon})
-        return draft.op("Reshape", kept[0], draft.integers([*lead, *sizes]))
-    mean = draft.op("ReduceMean", x, draft.integers(axes), keepdims=1)
-    centred = draft.op("Sub", x, mean)
-    return draft.op("Mul", centred, _invert_root(draft, node, centred, axes, x.dtype))
+        kept = builder.ops("LayerNormalization", [rows, one, zero], 3, {"epsilon": epsilon})
+        return builder.op("Reshape", kept[0], builder.integers([*lead, *sizes]))
+    mean = builder.op("ReduceMean", x, builder.integers(axes), keepdims=1)
+    centred = builder.op("Sub", x, mean)
+    return builder.op("Mul", centred, _invert_root(builder, node, centred, axes, x.dtype))
 
 
 def _invert_root(
-    draft: Draft, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
+    builder: NodeBuilder, node: ir.Node, value: ir.Value, axes: list[int], dtype: ir.DataType | None
 ) -> ir.Value:
-    """Give 1 / sqrt(mean(value**2) + epsilon)."""
-    epsilon = draft.number(node.attributes.get_float("epsilon", 1e-5), dtype)
-    square = draft.op("Mul", value, value)
-    mean = draft.op("ReduceMean", square, draft.integers(axes), keepdims=1)
-    return draft.op(
-        "Div", draft.number(1.0, dtype), draft.op("Sqrt", draft.op("Add", mean, epsilon))
+    """Return 1 / sqrt(mean(value**2) + epsilon)."""
+    epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), dtype)
+    square = builder.op("Mul", value, value)
+    mean = builder.op("ReduceMean", square, builder.integers(axes), keepdims=1)
+    return builder.op(
+        "Div", builder.number(1.0, dtype), builder.op("Sqrt", builder.op("Add", mean, epsilon))
     )
 
 
 def _scale_channels(
-    draft: Draft, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
+    builder: NodeBuilder, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
 ) -> ir.Value:
     """x * scale + bias with both spread along axis 1."""
     if rank > 2:
-        axes = draft.integers(range(1, rank - 1))
-        scale, bias = draft.op("Unsqueeze", scale, axes), draft.op("Unsqueeze", bias, axes)
-    return draft.op("Add", draft.op("Mul", x, scale), bias)
+        axes = builder.integers(range(1, rank - 1))
+        scale, bias = builder.op("Unsqueeze", scale, axes), builder.op("Unsqueeze", bias, axes)
+    return builder.op("Add", builder.op("Mul", x, scale), bias)
 
 
 def _last_axes(node: ir.Node, rank: int) -> list[int]:
@@ -177,15 +178,15 @@ def _read_stash(node: ir.Node) -> ir.DataType:
     return ir.DataType(node.attributes.get_int("stash_type", ir.DataType.FLOAT.value))
 
 
-def _widen(draft: Draft, x: ir.Value, stash: ir.DataType) -> ir.Value:
+def _widen(builder: NodeBuilder, x: ir.Value, stash: ir.DataType) -> ir.Value:
     """Cast to the type that statistics are taken in, unless that would lose digits."""
     assert x.dtype is not None
-    return draft.cast(x, stash) if x.dtype.itemsize < stash.itemsize else x
+    return builder.cast(x, stash) if x.dtype.itemsize < stash.itemsize else x
 
 
-def _narrow(draft: Draft, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
+def _narrow(builder: NodeBuilder, value: ir.Value, wide: ir.Value, x: ir.Value) -> ir.Value:
     value.type = wide.type
-    return draft.cast(value, x.dtype)
+    return builder.cast(value, x.dtype)
 
 
 def _refuse(node: ir.Node, what: str) -> UnsupportedModel:

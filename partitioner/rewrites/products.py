@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
 
 Values = Sequence[ir.Value | None]
 
@@ -16,17 +16,17 @@ _LARGEST_DETERMINANT = 24
 """A determinant's gradient takes as many determinants as the matrix has elements."""
 
 
-def rewrite_gemm(draft: Draft, node: ir.Node) -> Values | None:
-    """A Gemm whose beta is 0 without what beta takes away: the builder has no gradient for it."""
+def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Remove the bias of a Gemm with beta 0, for which the gradient builder has no gradient."""
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
     kept = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
     alpha = node.attributes.get_float("alpha", 1.0)
-    return [draft.op("Gemm", *node.inputs[:2], alpha=alpha, **kept)]
+    return [builder.op("Gemm", *node.inputs[:2], alpha=alpha, **kept)]
 
 
-def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
-    """Make a vector a row or a column: the gradient builder refuses it beside a stack."""
+def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Reshape a vector to a matrix; the gradient builder rejects a vector beside a stack."""
     a, b = node.inputs
     assert a is not None
     assert b is not None
@@ -35,19 +35,19 @@ def rewrite_matmul(draft: Draft, node: ir.Node) -> Values | None:
         return None
     gone = []
     if ranks[0] == 1:
-        a = draft.op("Unsqueeze", a, draft.integers([0]))
+        a = builder.op("Unsqueeze", a, builder.integers([0]))
         gone.append(-2)
     if ranks[1] == 1:
-        b = draft.op("Unsqueeze", b, draft.integers([1]))
+        b = builder.op("Unsqueeze", b, builder.integers([1]))
         gone.append(-1)
-    return [draft.op("Squeeze", draft.op("MatMul", a, b), draft.integers(gone))]
+    return [builder.op("Squeeze", builder.op("MatMul", a, b), builder.integers(gone))]
 
 
-def rewrite_determinant(draft: Draft, node: ir.Node) -> Values:
+def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
     """The determinant as a constant, plus its first-order change: <cofactors, x - constant x>.
 
-    The cofactors are determinants of minors, so that no inverse is needed and a singular matrix
-    has its gradient, too.
+    The cofactors are determinants of minors, so that no inverse is needed and singular matrices
+    have a gradient, too.
     """
     (x,) = node.inputs
     assert x is not None
@@ -57,26 +57,26 @@ def rewrite_determinant(draft: Draft, node: ir.Node) -> Values:
         raise UnsupportedModel(
             f"node '{node.name}' (Det)",
             f"matrices are to be square and of a known size up to {_LARGEST_DETERMINANT}",
-            "cut so that it lies before every trained parameter",
+            "cut so that it is before every trained parameter",
         )
-    still = draft.detach(x)
+    still = builder.detach(x)
     still.type, still.shape = x.type, x.shape
-    change = draft.op("Sub", x, still)
+    change = builder.op("Sub", x, still)
     if size > 1:
-        change = draft.op("Mul", change, draft.detach(_find_cofactors(draft, still, size)))
-    slope = draft.op("ReduceSum", change, draft.integers([-2, -1]), keepdims=0)
-    return [draft.op("Add", draft.detach(draft.op("Det", still)), slope)]
+        change = builder.op("Mul", change, builder.detach(_find_cofactors(builder, still, size)))
+    slope = builder.op("ReduceSum", change, builder.integers([-2, -1]), keepdims=0)
+    return [builder.op("Add", builder.detach(builder.op("Det", still)), slope)]
 
 
-def _find_cofactors(draft: Draft, x: ir.Value, size: int) -> ir.Value:
+def _find_cofactors(builder: NodeBuilder, x: ir.Value, size: int) -> ir.Value:
     """(..., n, n) to the cofactor of each element."""
     rank = known_rank(x) or 0
     others = [[j for j in range(size) if j != i] for i in range(size)]
-    index = draft.tensor(ir.tensor(np.array(others, np.int64)))
-    rows = draft.op("Gather", x, index, axis=rank - 2)  # (..., i, n - 1, n)
-    both = draft.op("Gather", rows, index, axis=rank)  # (..., i, n - 1, j, n - 1)
+    index = builder.tensor(ir.tensor(np.array(others, np.int64)))
+    rows = builder.op("Gather", x, index, axis=rank - 2)  # (..., i, n - 1, n)
+    both = builder.op("Gather", rows, index, axis=rank)  # (..., i, n - 1, j, n - 1)
     lead = list(range(rank - 2))
-    minors = draft.op("Transpose", both, perm=[*lead, rank - 2, rank, rank - 1, rank + 1])
+    minors = builder.op("Transpose", both, perm=[*lead, rank - 2, rank, rank - 1, rank + 1])
     places = np.indices((size, size)).sum(0)
     signs = np.where(places % 2 == 0, 1.0, -1.0).astype(np.float32)
-    return draft.op("Mul", draft.op("Det", minors), draft.tensor(ir.tensor(signs)))
+    return builder.op("Mul", builder.op("Det", minors), builder.tensor(ir.tensor(signs)))

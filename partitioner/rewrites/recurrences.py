@@ -1,9 +1,10 @@
 """LSTM, GRU and RNN unrolled in time.
 
-The input's part of all steps is one matrix product, for both directions together; a step then
-takes one more, of the hidden state.  The length of the sequence has to be known, the batch not.
-Sequences of unequal length are masked: past its end a sequence keeps its state and puts out zero.
-Layout 1 never comes here (:mod:`layouts`).
+One matrix product computes the input's part of all steps, for both directions together; each step
+then needs one more product, with the hidden state.  The sequence length must be known; the batch
+size need not be.  If sequences have different lengths, they are masked: after its end, a sequence
+keeps its state and its outputs are zero.  Layout 1 is converted earlier
+(:mod:`recurrence_layouts`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.rewrites.cells import (
     Cell,
     State,
@@ -26,10 +27,10 @@ from splitonnx.partitioner.rewrites.cells import (
 )
 
 MOST_STEPS = 2_000
-"""Steps of all recurrences of a model together; each is written out, as some 20 nodes."""
+"""The largest number of steps of all recurrences in a model; each step becomes some 20 nodes."""
 
 Values = Sequence[ir.Value | None]
-Step = Callable[[Draft, Cell, Sequence[ir.Value], State], State]
+Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,49 +51,51 @@ class _Layer:
     peepholes: ir.Value | None
 
 
-def rewrite_rnn(draft: Draft, node: ir.Node) -> Values:
-    """H = f(X W^T + H R^T + b)."""
+def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Unroll an RNN: H = f(X W^T + H R^T + b)."""
     layer = _read_layer(node, states=1)
-    bias = _add_biases(draft, layer, 1)
-    inputs = [[x] for x in _project(draft, layer, layer.weights, bias, [1])]
-    cells = _make_cells(draft, layer, layer.recurrent, ["Tanh"])
-    return _unroll(draft, layer, step_rnn, cells, inputs)
+    bias = _add_biases(builder, layer, 1)
+    inputs = [[x] for x in _project(builder, layer, layer.weights, bias, [1])]
+    cells = _make_cells(builder, layer, layer.recurrent, ["Tanh"])
+    return _unroll(builder, layer, step_rnn, cells, inputs)
 
 
-def rewrite_gru(draft: Draft, node: ir.Node) -> Values:
-    """A gated recurrence; with ``linear_before_reset`` the recurrent bias stays by itself."""
+def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Unroll a GRU; with ``linear_before_reset``, the recurrent bias is kept separate."""
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
     if node.attributes.get_int("linear_before_reset", 0):
-        own, bias = _part_biases(draft, layer, 3)
-        cells = _make_cells(draft, layer, layer.recurrent, functions, biases=own)
+        own, bias = _part_biases(builder, layer, 3)
+        cells = _make_cells(builder, layer, layer.recurrent, functions, biases=own)
         step: Step = step_linear_gru
     else:
-        bias, step = _add_biases(draft, layer, 3), step_gru
-        cells = _make_cells(draft, layer, layer.recurrent, functions, parts=(2, 1))
-    inputs = _project(draft, layer, layer.weights, bias, [2, 1])
-    return _unroll(draft, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)])
+        bias, step = _add_biases(builder, layer, 3), step_gru
+        cells = _make_cells(builder, layer, layer.recurrent, functions, parts=(2, 1))
+    inputs = _project(builder, layer, layer.weights, bias, [2, 1])
+    return _unroll(
+        builder, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)]
+    )
 
 
-def rewrite_lstm(draft: Draft, node: ir.Node) -> Values:
-    """A recurrence with a memory; with ``input_forget`` the forget gate's rows are left out."""
+def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Unroll an LSTM; with ``input_forget``, the rows of the forget gate are dropped."""
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))
     weights, recurrent = layer.weights, layer.recurrent
-    bias = _add_biases(draft, layer, 4)
+    bias = _add_biases(builder, layer, 4)
     if coupled:
-        weights, recurrent = (_drop_forget(draft, layer, v) for v in (weights, recurrent))
-        bias = None if bias is None else _drop_forget(draft, layer, bias)
-    inputs = [[x] for x in _project(draft, layer, weights, bias, [3 if coupled else 4])]
-    cells = _make_cells(draft, layer, recurrent, ["Sigmoid", "Tanh", "Tanh"], coupled=coupled)
-    return _unroll(draft, layer, step_lstm, cells, inputs)
+        weights, recurrent = (_drop_forget(builder, layer, v) for v in (weights, recurrent))
+        bias = None if bias is None else _drop_forget(builder, layer, bias)
+    inputs = [[x] for x in _project(builder, layer, weights, bias, [3 if coupled else 4])]
+    cells = _make_cells(builder, layer, recurrent, ["Sigmoid", "Tanh", "Tanh"], coupled=coupled)
+    return _unroll(builder, layer, step_lstm, cells, inputs)
 
 
 def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Check, before any is unrolled, how many steps the recurrences among ``nodes`` have.
+    """Raise if the recurrences among ``nodes`` have too many steps to be unrolled.
 
     Raises:
-        UnsupportedModel: together they have too many; the longest one is named.
+        UnsupportedModel: their total is too large; the error names the longest recurrence.
     """
     steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
     total = sum(steps.values())
@@ -150,67 +153,73 @@ def _read_direction(node: ir.Node) -> str:
     return node.attributes.get_string("direction", "forward") or "forward"
 
 
-def _add_biases(draft: Draft, layer: _Layer, gates: int) -> ir.Value | None:
+def _add_biases(builder: NodeBuilder, layer: _Layer, gates: int) -> ir.Value | None:
     """(D, 2GH) to the sum of both biases, (D, GH)."""
     if layer.bias is None:
         return None
-    both = draft.op(
-        "Reshape", layer.bias, draft.integers([layer.directions, 2, gates * layer.hidden])
+    both = builder.op(
+        "Reshape", layer.bias, builder.integers([layer.directions, 2, gates * layer.hidden])
     )
-    return draft.op("ReduceSum", both, draft.integers([1]), keepdims=0)
+    return builder.op("ReduceSum", both, builder.integers([1]), keepdims=0)
 
 
 def _part_biases(
-    draft: Draft, layer: _Layer, gates: int
+    builder: NodeBuilder, layer: _Layer, gates: int
 ) -> tuple[Sequence[ir.Value], ir.Value | None]:
     """(D, 2GH) to the recurrent bias of each direction, (GH), and the input's, (D, GH)."""
     if layer.bias is None:
         return [], None
     size = gates * layer.hidden
-    halves = draft.ops("Split", [layer.bias, draft.integers([size, size])], 2, {"axis": 1})
-    return _part_directions(draft, layer, halves[1]), halves[0]
+    halves = builder.ops("Split", [layer.bias, builder.integers([size, size])], 2, {"axis": 1})
+    return _part_directions(builder, layer, halves[1]), halves[0]
 
 
-def _drop_forget(draft: Draft, layer: _Layer, value: ir.Value) -> ir.Value:
+def _drop_forget(builder: NodeBuilder, layer: _Layer, value: ir.Value) -> ir.Value:
     """Leave out the rows of the forget gate, the third of four, along axis 1."""
-    size, axis, one = layer.hidden, draft.integers([1]), draft.integers
-    first = draft.op("Slice", value, one([0]), one([2 * size]), axis)
-    last = draft.op("Slice", value, one([3 * size]), one([4 * size]), axis)
-    return draft.op("Concat", first, last, axis=1)
+    size, axis, one = layer.hidden, builder.integers([1]), builder.integers
+    first = builder.op("Slice", value, one([0]), one([2 * size]), axis)
+    last = builder.op("Slice", value, one([3 * size]), one([4 * size]), axis)
+    return builder.op("Concat", first, last, axis=1)
 
 
-def _part_directions(draft: Draft, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
+def _part_directions(builder: NodeBuilder, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
     """(D, ...) to D values (...)."""
     parts: Sequence[ir.Value] = [value]
     if layer.directions > 1:
-        parts = draft.ops("Split", [value, draft.integers([1, 1])], 2, {"axis": 0})
-    return [draft.op("Squeeze", part, draft.integers([0])) for part in parts]
+        parts = builder.ops("Split", [value, builder.integers([1, 1])], 2, {"axis": 0})
+    return [builder.op("Squeeze", part, builder.integers([0])) for part in parts]
 
 
 def _project(
-    draft: Draft, layer: _Layer, weights: ir.Value, bias: ir.Value | None, groups: Sequence[int]
+    builder: NodeBuilder,
+    layer: _Layer,
+    weights: ir.Value,
+    bias: ir.Value | None,
+    groups: Sequence[int],
 ) -> list[Sequence[ir.Value]]:
-    """Give X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
-    rows = draft.op("Reshape", layer.x, draft.integers([-1, layer.size]))  # (TN, I)
+    """Return X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
+    rows = builder.op("Reshape", layer.x, builder.integers([-1, layer.size]))  # (TN, I)
     count = layer.directions * sum(groups) * layer.hidden
-    weights = draft.op("Reshape", weights, draft.integers([count, layer.size]))
+    weights = builder.op("Reshape", weights, builder.integers([count, layer.size]))
     inputs = [rows, weights]
     if bias is not None:
-        inputs.append(draft.op("Reshape", bias, draft.integers([count])))
-    product = draft.op("Gemm", *inputs, transB=1)
+        inputs.append(builder.op("Reshape", bias, builder.integers([count])))
+    product = builder.op("Gemm", *inputs, transB=1)
     sizes = [group * layer.hidden for group in groups] * layer.directions
     parts: Sequence[ir.Value] = [product]
     if len(sizes) > 1:
-        parts = draft.ops("Split", [product, draft.integers(sizes)], len(sizes), {"axis": 1})
-    return [_part_steps(draft, layer, p, size) for p, size in zip(parts, sizes, strict=True)]
+        parts = builder.ops("Split", [product, builder.integers(sizes)], len(sizes), {"axis": 1})
+    return [_part_steps(builder, layer, p, size) for p, size in zip(parts, sizes, strict=True)]
 
 
-def _part_steps(draft: Draft, layer: _Layer, value: ir.Value, size: int) -> Sequence[ir.Value]:
+def _part_steps(
+    builder: NodeBuilder, layer: _Layer, value: ir.Value, size: int
+) -> Sequence[ir.Value]:
     """(TN, size) to T values (N, size)."""
     if layer.steps == 1:
         return [value]
     attributes = {"axis": 0, "num_outputs": layer.steps}
-    parts = draft.ops("Split", [value], layer.steps, attributes)
+    parts = builder.ops("Split", [value], layer.steps, attributes)
     for part in parts:
         _note(layer, part, size)
     return parts
@@ -223,7 +232,7 @@ def _note(layer: _Layer, value: ir.Value, size: int) -> None:
 
 
 def _make_cells(
-    draft: Draft,
+    builder: NodeBuilder,
     layer: _Layer,
     recurrent: ir.Value,
     defaults: Sequence[str],
@@ -237,15 +246,15 @@ def _make_cells(
     clip = layer.node.attributes.get_float("clip", 0.0)
     peepholes: list[Sequence[ir.Value]] = [()] * layer.directions
     if layer.peepholes is not None:
-        sizes = draft.integers([layer.hidden] * 3)
-        own = _part_directions(draft, layer, layer.peepholes)
-        peepholes = [draft.ops("Split", [value, sizes], 3, {"axis": 0}) for value in own]
+        sizes = builder.integers([layer.hidden] * 3)
+        own = _part_directions(builder, layer, layer.peepholes)
+        peepholes = [builder.ops("Split", [value, sizes], 3, {"axis": 0}) for value in own]
     cells = []
-    for index, matrix in enumerate(_part_directions(draft, layer, recurrent)):
+    for index, matrix in enumerate(_part_directions(builder, layer, recurrent)):
         pieces: Sequence[ir.Value] = ()
         if parts:
-            sizes = draft.integers([part * layer.hidden for part in parts])
-            pieces = draft.ops("Split", [matrix, sizes], len(parts), {"axis": 0})
+            sizes = builder.integers([part * layer.hidden for part in parts])
+            pieces = builder.ops("Split", [matrix, sizes], len(parts), {"axis": 0})
         count = len(defaults)
         cells.append(
             Cell(
@@ -264,80 +273,80 @@ def _make_cells(
 
 
 def _unroll(
-    draft: Draft,
+    builder: NodeBuilder,
     layer: _Layer,
     step: Step,
     cells: Sequence[Cell],
     inputs: Sequence[Sequence[Sequence[ir.Value]]],
 ) -> Values:
     """Run every direction and put Y, Y_h and Y_c together; ``inputs``: direction, group, step."""
-    masks = _make_masks(draft, layer)
-    starts = _read_states(draft, layer)
-    zero = draft.number(0.0, layer.x.dtype)
+    masks = _make_masks(builder, layer)
+    starts = _read_states(builder, layer)
+    zero = builder.number(0.0, layer.x.dtype)
     sequences, ends = [], []
     for index, cell in enumerate(cells):
         backwards = index == 1 or _read_direction(layer.node) == "reverse"
         state: State = tuple(start[index] for start in starts)
         shown: dict[int, ir.Value] = {}
         for time in reversed(range(layer.steps)) if backwards else range(layer.steps):
-            new = step(draft, cell, [group[time] for group in inputs[index]], state)
+            new = step(builder, cell, [group[time] for group in inputs[index]], state)
             mask = masks[time]
             shown[time] = new[0]
             if mask is not None:
-                shown[time] = draft.op("Where", mask, new[0], zero)
+                shown[time] = builder.op("Where", mask, new[0], zero)
                 pairs = zip(new, state, strict=True)
-                new = tuple(draft.op("Where", mask, after, before) for after, before in pairs)
+                new = tuple(builder.op("Where", mask, after, before) for after, before in pairs)
             state = new
         sequences.append([shown[time] for time in range(layer.steps)])
         ends.append(state)
-    outputs: list[ir.Value | None] = [_stack_sequences(draft, layer, sequences)]
+    outputs: list[ir.Value | None] = [_stack_sequences(builder, layer, sequences)]
     for values in zip(*ends, strict=True):
-        rows = [draft.op("Unsqueeze", value, draft.integers([0])) for value in values]
-        outputs.append(rows[0] if len(rows) == 1 else draft.op("Concat", *rows, axis=0))
+        rows = [builder.op("Unsqueeze", value, builder.integers([0])) for value in values]
+        outputs.append(rows[0] if len(rows) == 1 else builder.op("Concat", *rows, axis=0))
     return outputs
 
 
 def _stack_sequences(
-    draft: Draft, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
+    builder: NodeBuilder, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
 ) -> ir.Value | None:
-    """Give Y of shape (T, D, N, H), where it is used."""
+    """Return Y of shape (T, D, N, H), where it is used."""
     output = layer.node.outputs[0]
     if not output.uses() and not output.is_graph_output():
         return None
-    axes = draft.integers([0, 1])
+    axes = builder.integers([0, 1])
     stacked = []
     for sequence in sequences:
-        rows = [draft.op("Unsqueeze", value, axes) for value in sequence]
-        stacked.append(rows[0] if len(rows) == 1 else draft.op("Concat", *rows, axis=0))
-    return stacked[0] if len(stacked) == 1 else draft.op("Concat", *stacked, axis=1)
+        rows = [builder.op("Unsqueeze", value, axes) for value in sequence]
+        stacked.append(rows[0] if len(rows) == 1 else builder.op("Concat", *rows, axis=0))
+    return stacked[0] if len(stacked) == 1 else builder.op("Concat", *stacked, axis=1)
 
 
-def _read_states(draft: Draft, layer: _Layer) -> list[Sequence[ir.Value]]:
-    """Give the initial states of each direction, (N, H), zero where none is given."""
+def _read_states(builder: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
+    """Return the initial states of each direction, (N, H), zero where none is given."""
     zero: ir.Value | None = None
     found: list[Sequence[ir.Value]] = []
     for value in layer.states:
         if value is not None:
-            found.append(_part_directions(draft, layer, value))
+            found.append(_part_directions(builder, layer, value))
             continue
         if zero is None:
-            batch = draft.shape(layer.x, 1, 2)
-            shape = draft.op("Concat", batch, draft.integers([layer.hidden]), axis=0)
-            zero = draft.op("Expand", draft.number(0.0, layer.x.dtype), shape)
+            batch = builder.shape(layer.x, 1, 2)
+            shape = builder.op("Concat", batch, builder.integers([layer.hidden]), axis=0)
+            zero = builder.op("Expand", builder.number(0.0, layer.x.dtype), shape)
             _note(layer, zero, layer.hidden)
         found.append([zero] * layer.directions)
     return found
 
 
-def _make_masks(draft: Draft, layer: _Layer) -> list[ir.Value | None]:
-    """Tell of each step which sequences have not ended, (N, 1); ``None`` where none has."""
+def _make_masks(builder: NodeBuilder, layer: _Layer) -> list[ir.Value | None]:
+    """Return, for each step, which sequences have not ended, (N, 1); ``None`` where none has."""
     masks: list[ir.Value | None] = [None] * layer.steps
     if layer.lengths is None:
         return masks
     constant = ir.convenience.get_const_tensor(layer.lengths)
     shortest = 0 if constant is None else int(constant.numpy().min(initial=layer.steps))
-    column = draft.op("Unsqueeze", layer.lengths, draft.integers([1]))
+    column = builder.op("Unsqueeze", layer.lengths, builder.integers([1]))
     for time in range(shortest, layer.steps):
-        limit = draft.number(time, ir.DataType.INT32)
-        masks[time] = draft.op("Greater", column, limit)
+        limit = builder.number(time, ir.DataType.INT32)
+        masks[time] = builder.op("Greater", column, limit)
     return masks

@@ -1,6 +1,6 @@
 """Reductions along axes, and running sums and products.
 
-The axes of a reduction are its second input and stay that; only a product needs to know them.
+A reduction keeps its axes as its second input; only a product needs to know their values.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.accumulations import Line, accumulate
-from splitonnx.partitioner.drafts import (
-    Draft,
+from splitonnx.partitioner.graphs.accumulations import Line, accumulate
+from splitonnx.partitioner.graphs.builders import (
+    NodeBuilder,
     known_array,
     known_dims,
     known_rank,
@@ -29,7 +29,7 @@ def _axes(node: ir.Node) -> ir.Value | None:
 
 
 def _is_empty(x: ir.Value) -> bool:
-    """Tell of a value that has no elements; the gradient of a product stumbles over it."""
+    """Return whether a value has no elements, for which the gradient of a product fails."""
     return 0 in (known_dims(x) or ())
 
 
@@ -38,18 +38,18 @@ def _keeps_dims(node: ir.Node) -> bool:
 
 
 def _reduce(
-    draft: Draft, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
+    builder: NodeBuilder, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
 ) -> ir.Value:
     """Reduce ``x`` as ``node`` does, but with the operator ``kind``."""
     kept = node.attributes.get_int("keepdims", 1) if keepdims is None else keepdims
     empty = node.attributes.get_int("noop_with_empty_axes", 0)
     axes = _axes(node)
     inputs = [x] if axes is None else [x, axes]
-    return draft.op(kind, *inputs, keepdims=kept, noop_with_empty_axes=empty)
+    return builder.op(kind, *inputs, keepdims=kept, noop_with_empty_axes=empty)
 
 
-def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
-    """The mean of the elements that equal the extreme: they share its gradient."""
+def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
+    """The mean of the elements that equal the extreme, so that they share its gradient."""
     x = take_input(node)
     if _is_empty(x) and node.op_type == "ReduceMax":
         raise UnsupportedModel(
@@ -58,49 +58,49 @@ def rewrite_extreme(draft: Draft, node: ir.Node) -> Values:
             "export the model without it",
         )
     if _is_empty(x):
-        return rewrite_step(draft, node)
-    point = draft.detach(x)
-    zero, one = draft.number(0.0, x.dtype), draft.number(1.0, x.dtype)
-    extreme = _reduce(draft, node.op_type, node, point, keepdims=1)
+        return rewrite_step(builder, node)
+    point = builder.detach(x)
+    zero, one = builder.number(0.0, x.dtype), builder.number(1.0, x.dtype)
+    extreme = _reduce(builder, node.op_type, node, point, keepdims=1)
     # "beaten", not "equal": NaN is not beaten and so comes through
-    beaten = draft.op("Less" if node.op_type == "ReduceMax" else "Greater", point, extreme)
-    count = _reduce(draft, "ReduceSum", node, draft.op("Where", beaten, zero, one), keepdims=1)
-    shares = draft.op("Mul", x, draft.op("Reciprocal", count))
-    return [_reduce(draft, "ReduceSum", node, draft.op("Where", beaten, zero, shares))]
+    beaten = builder.op("Less" if node.op_type == "ReduceMax" else "Greater", point, extreme)
+    count = _reduce(builder, "ReduceSum", node, builder.op("Where", beaten, zero, one), keepdims=1)
+    shares = builder.op("Mul", x, builder.op("Reciprocal", count))
+    return [_reduce(builder, "ReduceSum", node, builder.op("Where", beaten, zero, shares))]
 
 
-def rewrite_l1(draft: Draft, node: ir.Node) -> Values:
+def rewrite_l1(builder: NodeBuilder, node: ir.Node) -> Values:
     """The sum of |x|."""
-    return [_reduce(draft, "ReduceSum", node, draft.op("Abs", take_input(node)))]
+    return [_reduce(builder, "ReduceSum", node, builder.op("Abs", take_input(node)))]
 
 
-def rewrite_log_sum(draft: Draft, node: ir.Node) -> Values:
+def rewrite_log_sum(builder: NodeBuilder, node: ir.Node) -> Values:
     """The logarithm of the sum."""
-    return [draft.op("Log", _reduce(draft, "ReduceSum", node, take_input(node)))]
+    return [builder.op("Log", _reduce(builder, "ReduceSum", node, take_input(node)))]
 
 
-def rewrite_sum_square(draft: Draft, node: ir.Node) -> Values:
+def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
     """The sum of x * x."""
     x = take_input(node)
     if _is_empty(x):
-        return rewrite_step(draft, node)
-    return [_reduce(draft, "ReduceSum", node, draft.op("Mul", x, x))]
+        return rewrite_step(builder, node)
+    return [_reduce(builder, "ReduceSum", node, builder.op("Mul", x, x))]
 
 
-def rewrite_smooth(draft: Draft, node: ir.Node) -> Values | None:
-    """ReduceL2 and ReduceLogSumExp to a scalar, by way of keeping the dimensions.
+def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Rewrite ReduceL2 and ReduceLogSumExp to a scalar: keep the dimensions, then reshape.
 
-    Without axes the builder of 1.19.2 cannot type their gradient; with all axes it gives that of
-    ReduceL2 a dimension too many.
+    Without axes, the gradient builder of 1.19.2 cannot infer the type of their gradient; with all
+    axes, the gradient of ReduceL2 has one dimension too many.
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
-    kept = _reduce(draft, node.op_type, node, take_input(node), keepdims=1)
-    return [draft.op("Reshape", kept, draft.integers([]))]
+    kept = _reduce(builder, node.op_type, node, take_input(node), keepdims=1)
+    return [builder.op("Reshape", kept, builder.integers([]))]
 
 
-def rewrite_product(draft: Draft, node: ir.Node) -> Values:
-    """Products of halves, axis after axis; nothing is divided, so that zeros do no harm."""
+def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Multiply the halves of each axis until one element is left, so that zeros do no harm."""
     x = take_input(node)
     rank = require_rank(node, x)
     axes = _find_axes(node, rank)
@@ -109,78 +109,80 @@ def rewrite_product(draft: Draft, node: ir.Node) -> Values:
     for axis in axes:
         length = dims[axis]
         if length is None:
-            x = _multiply_unknown(draft, x, axis, rank, dtype)
+            x = _multiply_unknown(builder, x, axis, rank, dtype)
         else:
-            x = _multiply_halves(draft, x, Line(axis=axis, rank=rank, length=length), dtype)
+            x = _multiply_halves(builder, x, Line(axis=axis, rank=rank, length=length), dtype)
     if _keeps_dims(node):
         return [x]
-    return [draft.op("Squeeze", x, draft.integers(axes))]
+    return [builder.op("Squeeze", x, builder.integers(axes))]
 
 
-def _multiply_halves(draft: Draft, x: ir.Value, line: Line, dtype: ir.DataType | None) -> ir.Value:
+def _multiply_halves(
+    builder: NodeBuilder, x: ir.Value, line: Line, dtype: ir.DataType | None
+) -> ir.Value:
     halvings = max(line.length - 1, 0).bit_length()
     missing = 2**halvings - line.length
     if missing:
         pads = [0] * (2 * line.rank)
         pads[line.rank + line.axis] = missing
-        x = draft.op("Pad", x, draft.integers(pads), draft.number(1.0, dtype))
+        x = builder.op("Pad", x, builder.integers(pads), builder.number(1.0, dtype))
     for _ in range(halvings):
-        halves = draft.ops("Split", [x], 2, {"axis": line.axis, "num_outputs": 2})
-        x = draft.op("Mul", *halves)
+        halves = builder.ops("Split", [x], 2, {"axis": line.axis, "num_outputs": 2})
+        x = builder.op("Mul", *halves)
     return x
 
 
 def _multiply_unknown(
-    draft: Draft, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
+    builder: NodeBuilder, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
 ) -> ir.Value:
     """The slope to an element is the product of the others: a square, its diagonal ones."""
     last = [*(a for a in range(rank) if a != axis), axis]
-    point = draft.detach(x)
-    row = draft.op("Unsqueeze", draft.op("Transpose", point, perm=last), draft.integers([-2]))
-    places = draft.op(
+    point = builder.detach(x)
+    row = builder.op("Unsqueeze", builder.op("Transpose", point, perm=last), builder.integers([-2]))
+    places = builder.op(
         "Range",
-        draft.integer(0),
-        draft.op("Squeeze", draft.op("Shape", point, start=axis, end=axis + 1)),
-        draft.integer(1),
+        builder.integer(0),
+        builder.op("Squeeze", builder.op("Shape", point, start=axis, end=axis + 1)),
+        builder.integer(1),
     )
-    own = draft.op("Equal", places, draft.op("Unsqueeze", places, draft.integers([1])))
-    others = draft.op("Where", own, draft.number(1.0, dtype), row)  # (..., L, L)
-    slope = draft.op("ReduceProd", others, draft.integers([-1]), keepdims=0)
+    own = builder.op("Equal", places, builder.op("Unsqueeze", places, builder.integers([1])))
+    others = builder.op("Where", own, builder.number(1.0, dtype), row)  # (..., L, L)
+    slope = builder.op("ReduceProd", others, builder.integers([-1]), keepdims=0)
     back = [last.index(a) for a in range(rank)]
-    slope = draft.op("Transpose", slope, perm=back)
-    along = draft.integers([axis])
-    moved = draft.op("Mul", slope, draft.op("Sub", x, point))
-    value = draft.op("ReduceProd", point, along, keepdims=1)
-    return draft.op("Add", value, draft.op("ReduceSum", moved, along, keepdims=1))
+    slope = builder.op("Transpose", slope, perm=back)
+    along = builder.integers([axis])
+    moved = builder.op("Mul", slope, builder.op("Sub", x, point))
+    value = builder.op("ReduceProd", point, along, keepdims=1)
+    return builder.op("Add", value, builder.op("ReduceSum", moved, along, keepdims=1))
 
 
-def rewrite_running_sum(draft: Draft, node: ir.Node) -> Values:
-    """CumSum by shifts; along an axis of unknown length by a product with a triangle of ones."""
+def rewrite_running_sum(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Compute CumSum by shifts, or, if the length is unknown, by a triangular matrix of ones."""
     x = take_input(node)
     line = _find_line(node, x)
     exclusive = bool(node.attributes.get_int("exclusive", 0))
     if line.length >= 0:
-        return [accumulate(draft, "Add", x, line, exclusive=exclusive)]
-    return [_multiply_triangle(draft, x, line, exclusive)]
+        return [accumulate(builder, "Add", x, line, exclusive=exclusive)]
+    return [_multiply_triangle(builder, x, line, exclusive)]
 
 
-def _multiply_triangle(draft: Draft, x: ir.Value, line: Line, exclusive: bool) -> ir.Value:
+def _multiply_triangle(builder: NodeBuilder, x: ir.Value, line: Line, exclusive: bool) -> ir.Value:
     dtype = x.dtype
-    places = draft.op(
+    places = builder.op(
         "Range",
-        draft.integer(0),
-        draft.op("Squeeze", draft.op("Shape", x, start=line.axis, end=line.axis + 1)),
-        draft.integer(1),
+        builder.integer(0),
+        builder.op("Squeeze", builder.op("Shape", x, start=line.axis, end=line.axis + 1)),
+        builder.integer(1),
     )
-    column = draft.op("Unsqueeze", places, draft.integers([1]))
+    column = builder.op("Unsqueeze", places, builder.integers([1]))
     kind = ("Greater" if line.reverse else "Less") + ("" if exclusive else "OrEqual")
-    ones = draft.cast(draft.op(kind, column, places), dtype)  # (L, L), summands in a column
+    ones = builder.cast(builder.op(kind, column, places), dtype)  # (L, L), summands in a column
     swap = list(range(line.rank))
     swap[line.axis], swap[-1] = swap[-1], swap[line.axis]
     if line.axis == line.rank - 1:
-        return draft.op("MatMul", x, ones)
-    return draft.op(
-        "Transpose", draft.op("MatMul", draft.op("Transpose", x, perm=swap), ones), perm=swap
+        return builder.op("MatMul", x, ones)
+    return builder.op(
+        "Transpose", builder.op("MatMul", builder.op("Transpose", x, perm=swap), ones), perm=swap
     )
 
 

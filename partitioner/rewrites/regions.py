@@ -1,9 +1,9 @@
 """Regions of images pooled to a fixed size: RoiAlign and MaxRoiPool.
 
 Both read a number of pixels for each bin of each region, gathered as rows of all channels, and
-sum or maximise over them; no gradient leads to the regions.  How many pixels a bin has may depend
-on its region: each is given as many as the largest needs, and those too many count for nothing.
-Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
+compute their sum or maximum.  The regions get no gradient.  The number of pixels per bin may depend
+on its region; each bin is allotted as many as the largest needs, and the surplus pixels do not
+count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     multiply,
@@ -44,7 +44,7 @@ class _Bins:
 class _Axis:
     """One axis of the image, how many bins it has, and the regions' extents along it  # (R, 1)."""
 
-    draft: Draft
+    builder: NodeBuilder
     dtype: ir.DataType
     size: Extent
     bins: int
@@ -52,36 +52,38 @@ class _Axis:
     extent: ir.Value
 
     def number(self, value: float) -> ir.Value:
-        return self.draft.number(value, self.dtype)
+        return self.builder.number(value, self.dtype)
 
     @property
     def length(self) -> ir.Value:
-        return to_number(self.draft, self.size, self.dtype)
+        return to_number(self.builder, self.size, self.dtype)
 
     @property
     def step(self) -> ir.Value:
         """How long a bin is."""
-        return self.draft.op("Div", self.extent, self.number(self.bins))
+        return self.builder.op("Div", self.extent, self.number(self.bins))
 
     def count_bins(self, start: int = 0) -> ir.Value:
-        """Give the bins' numbers  # (1, P)."""
+        """Return the bins' numbers  # (1, P)."""
         row = np.arange(start, start + self.bins).reshape(1, -1)
-        return self.draft.tensor(ir.tensor(row.astype(self.dtype.numpy())))
+        return self.builder.tensor(ir.tensor(row.astype(self.dtype.numpy())))
 
     def count_up(self, most: ir.Value) -> ir.Value:
-        """Give 0, 1, ... as numbers, as many as the largest count says."""
-        draft = self.draft
-        end = draft.op("ReduceMax", draft.op("Cast", most, to=ir.DataType.INT64.value), keepdims=0)
-        row = draft.op("Range", draft.integer(0), end, draft.integer(1))
-        return draft.op("Cast", row, to=self.dtype.value)
+        """Return 0, 1, ... as numbers, as many as the largest count says."""
+        builder = self.builder
+        end = builder.op(
+            "ReduceMax", builder.op("Cast", most, to=ir.DataType.INT64.value), keepdims=0
+        )
+        row = builder.op("Range", builder.integer(0), end, builder.integer(1))
+        return builder.op("Cast", row, to=self.dtype.value)
 
     def widen(self, value: ir.Value) -> ir.Value:
-        """Give a value an axis more, at the end."""
-        return self.draft.op("Unsqueeze", value, self.draft.integers([-1]))
+        """Append an axis to a value."""
+        return self.builder.op("Unsqueeze", value, self.builder.integers([-1]))
 
 
-def rewrite_roi_align(draft: Draft, node: ir.Node) -> Values:
-    """Average bilinear samples, or take the largest of all their pixels' weighted values."""
+def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Average bilinear samples, or take the largest weighted pixel of all samples."""
     x, rois, images = node.inputs[:3]
     assert x is not None
     assert rois is not None
@@ -89,20 +91,20 @@ def rewrite_roi_align(draft: Draft, node: ir.Node) -> Values:
     assert x.dtype is not None
     half = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     aligned = half == "half_pixel"
-    offset = draft.number(0.5 if aligned else 0.0, x.dtype)
-    scale = draft.number(node.attributes.get_float("spatial_scale", 1.0), x.dtype)
-    corners = draft.op("Sub", draft.op("Mul", draft.detach(rois), scale), offset)
-    extents = read_extents(draft, node, x)
+    offset = builder.number(0.5 if aligned else 0.0, x.dtype)
+    scale = builder.number(node.attributes.get_float("spatial_scale", 1.0), x.dtype)
+    corners = builder.op("Sub", builder.op("Mul", builder.detach(rois), scale), offset)
+    extents = read_extents(builder, node, x)
     bins = []
     for index, name in ((1, "output_height"), (0, "output_width")):
         start, end = (
-            draft.op("Gather", corners, draft.integers([i]), axis=1) for i in (index, index + 2)
+            builder.op("Gather", corners, builder.integers([i]), axis=1) for i in (index, index + 2)
         )
-        extent = draft.op("Sub", end, start)
+        extent = builder.op("Sub", end, start)
         if not aligned:
-            extent = draft.op("Max", extent, draft.number(1.0, x.dtype))
+            extent = builder.op("Max", extent, builder.number(1.0, x.dtype))
         axis = _Axis(
-            draft=draft,
+            builder=builder,
             dtype=x.dtype,
             size=extents[3 - index],
             bins=node.attributes.get_int(name, 1),
@@ -110,142 +112,148 @@ def rewrite_roi_align(draft: Draft, node: ir.Node) -> Values:
             extent=extent,
         )
         bins.append(_sample_bins(axis, node.attributes.get_int("sampling_ratio", 0)))
-    pixels, weights = _gather_bins(draft, x, extents, images, bins)
-    weighed = draft.op("Mul", pixels, weights)
+    pixels, weights = _gather_bins(builder, x, extents, images, bins)
+    weighed = builder.op("Mul", pixels, weights)
     if node.attributes.get_string("mode", "avg") == "max":
-        return [_find_largest(draft, weighed, bins, x.dtype)]
-    total = draft.op("ReduceSum", weighed, draft.integers([2, 4]), keepdims=0)
-    count = draft.op("Mul", *(each.count for each in bins))
-    count = draft.op("Max", count, draft.number(1.0, x.dtype))
-    count = draft.op("Unsqueeze", count, draft.integers([2, 3]))
-    mean = draft.op("Div", total, draft.detach(count))
-    return [draft.op("Transpose", mean, perm=[0, 3, 1, 2])]
+        return [_find_largest(builder, weighed, bins, x.dtype)]
+    total = builder.op("ReduceSum", weighed, builder.integers([2, 4]), keepdims=0)
+    count = builder.op("Mul", *(each.count for each in bins))
+    count = builder.op("Max", count, builder.number(1.0, x.dtype))
+    count = builder.op("Unsqueeze", count, builder.integers([2, 3]))
+    mean = builder.op("Div", total, builder.detach(count))
+    return [builder.op("Transpose", mean, perm=[0, 3, 1, 2])]
 
 
 def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
-    """Give the two pixels around each sample of each bin."""
-    draft, one, zero = axis.draft, axis.number(1.0), axis.number(0.0)
-    ones = draft.op("Add", draft.op("Mul", axis.extent, zero), one)
-    count = draft.op("Mul", ones, axis.number(ratio)) if ratio > 0 else draft.op("Ceil", axis.step)
-    sample = axis.count_up(count)
-    part = draft.op("Div", draft.op("Add", sample, axis.number(0.5)), count)  # (R, G)
-    inner = draft.op("Unsqueeze", draft.op("Mul", part, axis.step), draft.integers([1]))
-    begin = draft.op("Add", axis.start, draft.op("Mul", axis.count_bins(), axis.step))
-    place = draft.op("Add", axis.widen(begin), inner)  # (R, P, G)
-    inside = draft.op(
-        "And",
-        draft.op("GreaterOrEqual", place, axis.number(-1.0)),
-        draft.op("LessOrEqual", place, axis.length),
+    """Return the two pixels around each sample of each bin."""
+    builder, one, zero = axis.builder, axis.number(1.0), axis.number(0.0)
+    ones = builder.op("Add", builder.op("Mul", axis.extent, zero), one)
+    count = (
+        builder.op("Mul", ones, axis.number(ratio)) if ratio > 0 else builder.op("Ceil", axis.step)
     )
-    used = draft.op("Unsqueeze", draft.op("Less", sample, count), draft.integers([1]))
-    used = draft.op("Cast", used, to=axis.dtype.value)  # (R, 1, G)
-    last = draft.op("Sub", axis.length, one)
-    place = draft.op("Min", draft.op("Max", place, zero), last)
-    low = draft.op("Floor", place)
-    above = draft.op("Sub", place, low)
-    high = draft.op("Min", draft.op("Add", low, one), last)
-    factor = draft.op("Mul", used, draft.op("Cast", inside, to=axis.dtype.value))
-    shares = [draft.op("Mul", factor, s) for s in (draft.op("Sub", one, above), above)]
-    both = draft.op("Concat", used, used, axis=2)
+    sample = axis.count_up(count)
+    part = builder.op("Div", builder.op("Add", sample, axis.number(0.5)), count)  # (R, G)
+    inner = builder.op("Unsqueeze", builder.op("Mul", part, axis.step), builder.integers([1]))
+    begin = builder.op("Add", axis.start, builder.op("Mul", axis.count_bins(), axis.step))
+    place = builder.op("Add", axis.widen(begin), inner)  # (R, P, G)
+    inside = builder.op(
+        "And",
+        builder.op("GreaterOrEqual", place, axis.number(-1.0)),
+        builder.op("LessOrEqual", place, axis.length),
+    )
+    used = builder.op("Unsqueeze", builder.op("Less", sample, count), builder.integers([1]))
+    used = builder.op("Cast", used, to=axis.dtype.value)  # (R, 1, G)
+    last = builder.op("Sub", axis.length, one)
+    place = builder.op("Min", builder.op("Max", place, zero), last)
+    low = builder.op("Floor", place)
+    above = builder.op("Sub", place, low)
+    high = builder.op("Min", builder.op("Add", low, one), last)
+    factor = builder.op("Mul", used, builder.op("Cast", inside, to=axis.dtype.value))
+    shares = [builder.op("Mul", factor, s) for s in (builder.op("Sub", one, above), above)]
+    both = builder.op("Concat", used, used, axis=2)
     return _Bins(
-        places=draft.op("Cast", draft.op("Concat", low, high, axis=2), to=ir.DataType.INT64.value),
-        weights=draft.op("Concat", *shares, axis=2),
+        places=builder.op(
+            "Cast", builder.op("Concat", low, high, axis=2), to=ir.DataType.INT64.value
+        ),
+        weights=builder.op("Concat", *shares, axis=2),
         used=both,
         count=count,
     )
 
 
-def rewrite_max_roi_pool(draft: Draft, node: ir.Node) -> Values:
-    """The largest pixel of each bin, 0 where it has none; regions are rounded to whole pixels."""
+def rewrite_max_roi_pool(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Select the largest pixel of each bin, or 0 if it is empty; regions are rounded to pixels."""
     x, rois = node.inputs[:2]
     assert x is not None
     assert rois is not None
     assert x.dtype is not None
-    rows = draft.detach(rois)
-    scale = draft.number(node.attributes.get_float("spatial_scale", 1.0), x.dtype)
-    half, one = draft.number(0.5, x.dtype), draft.number(1.0, x.dtype)
-    extents = read_extents(draft, node, x)
+    rows = builder.detach(rois)
+    scale = builder.number(node.attributes.get_float("spatial_scale", 1.0), x.dtype)
+    half, one = builder.number(0.5, x.dtype), builder.number(1.0, x.dtype)
+    extents = read_extents(builder, node, x)
     shape = node.attributes.get_ints("pooled_shape")
     bins = []
     for index, count in enumerate(shape):
         ends = []
         for column in (2 - index, 4 - index):
-            corner = draft.op("Gather", rows, draft.integers([column]), axis=1)
-            corner = draft.op("Mul", corner, scale)
-            ends.append(draft.op("Floor", draft.op("Add", corner, half)))
-        extent = draft.op("Add", draft.op("Sub", ends[1], ends[0]), one)
+            corner = builder.op("Gather", rows, builder.integers([column]), axis=1)
+            corner = builder.op("Mul", corner, scale)
+            ends.append(builder.op("Floor", builder.op("Add", corner, half)))
+        extent = builder.op("Add", builder.op("Sub", ends[1], ends[0]), one)
         axis = _Axis(
-            draft=draft,
+            builder=builder,
             dtype=x.dtype,
             size=extents[2 + index],
             bins=count,
             start=ends[0],
-            extent=draft.op("Max", extent, one),
+            extent=builder.op("Max", extent, one),
         )
         bins.append(_cover_bins(axis))
-    images = draft.op("Gather", rows, draft.integer(0), axis=1)
-    images = draft.op("Cast", images, to=ir.DataType.INT64.value)
-    pixels, _ = _gather_bins(draft, x, extents, images, bins)
-    largest = _find_largest(draft, pixels, bins, x.dtype)
-    counts = draft.op("Mul", *(
-        draft.op("Unsqueeze", each.count, draft.integers([1, 3 - index]))
+    images = builder.op("Gather", rows, builder.integer(0), axis=1)
+    images = builder.op("Cast", images, to=ir.DataType.INT64.value)
+    pixels, _ = _gather_bins(builder, x, extents, images, bins)
+    largest = _find_largest(builder, pixels, bins, x.dtype)
+    counts = builder.op("Mul", *(
+        builder.op("Unsqueeze", each.count, builder.integers([1, 3 - index]))
         for index, each in enumerate(bins)
     ))  # fmt: skip
-    filled = draft.detach(draft.op("Greater", counts, draft.number(0.0, x.dtype)))
-    return [draft.op("Where", filled, largest, draft.number(0.0, x.dtype))]
+    filled = builder.detach(builder.op("Greater", counts, builder.number(0.0, x.dtype)))
+    return [builder.op("Where", filled, largest, builder.number(0.0, x.dtype))]
 
 
 def _cover_bins(axis: _Axis) -> _Bins:
-    """Give all pixels of each bin."""
-    draft, zero = axis.draft, axis.number(0.0)
+    """Return all pixels of each bin."""
+    builder, zero = axis.builder, axis.number(0.0)
 
     def bound(edge: ir.Value) -> ir.Value:
-        edge = draft.op("Add", edge, axis.start)
-        return draft.op("Min", draft.op("Max", edge, zero), axis.length)
+        edge = builder.op("Add", edge, axis.start)
+        return builder.op("Min", builder.op("Max", edge, zero), axis.length)
 
-    begin = bound(draft.op("Floor", draft.op("Mul", axis.count_bins(), axis.step)))
-    end = bound(draft.op("Ceil", draft.op("Mul", axis.count_bins(1), axis.step)))
-    count = draft.op("Max", draft.op("Sub", end, begin), zero)  # (R, P)
-    offset = axis.count_up(draft.op("Max", count, axis.number(1.0)))
-    place = draft.op("Add", axis.widen(begin), offset)
-    last = draft.op("Sub", axis.length, axis.number(1.0))
-    used = draft.op("Cast", draft.op("Less", offset, axis.widen(count)), to=axis.dtype.value)
-    places = draft.op("Cast", draft.op("Min", place, last), to=ir.DataType.INT64.value)
+    begin = bound(builder.op("Floor", builder.op("Mul", axis.count_bins(), axis.step)))
+    end = bound(builder.op("Ceil", builder.op("Mul", axis.count_bins(1), axis.step)))
+    count = builder.op("Max", builder.op("Sub", end, begin), zero)  # (R, P)
+    offset = axis.count_up(builder.op("Max", count, axis.number(1.0)))
+    place = builder.op("Add", axis.widen(begin), offset)
+    last = builder.op("Sub", axis.length, axis.number(1.0))
+    used = builder.op("Cast", builder.op("Less", offset, axis.widen(count)), to=axis.dtype.value)
+    places = builder.op("Cast", builder.op("Min", place, last), to=ir.DataType.INT64.value)
     return _Bins(places=places, weights=used, used=used, count=count)
 
 
 def _gather_bins(
-    draft: Draft,
+    builder: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     images: ir.Value,
     bins: Sequence[_Bins],
 ) -> tuple[ir.Value, ir.Value]:
-    """Give the pixels of each bin  # (R, P, K, Q, L, C), and their weights with C = 1."""
+    """Return the pixels of each bin  # (R, P, K, Q, L, C), and their weights with C = 1."""
     _, _, height, width = extents
-    tall, wide = draft.integers([3, 4]), draft.integers([1, 2])
-    first = draft.op("Mul", images, to_vector(draft, multiply(draft, [height, width])))
-    index = draft.op("Unsqueeze", first, draft.integers([1, 2, 3, 4]))
-    line = draft.op("Mul", bins[0].places, to_vector(draft, width))
-    index = draft.op("Add", index, draft.op("Unsqueeze", line, tall))
-    index = draft.op("Add", index, draft.op("Unsqueeze", bins[1].places, wide))
-    pixels = draft.op("Gather", to_rows(draft, x, extents), draft.detach(index), axis=0)
-    return pixels, _cross(draft, [each.weights for each in bins])
+    tall, wide = builder.integers([3, 4]), builder.integers([1, 2])
+    first = builder.op("Mul", images, to_vector(builder, multiply(builder, [height, width])))
+    index = builder.op("Unsqueeze", first, builder.integers([1, 2, 3, 4]))
+    line = builder.op("Mul", bins[0].places, to_vector(builder, width))
+    index = builder.op("Add", index, builder.op("Unsqueeze", line, tall))
+    index = builder.op("Add", index, builder.op("Unsqueeze", bins[1].places, wide))
+    pixels = builder.op("Gather", to_rows(builder, x, extents), builder.detach(index), axis=0)
+    return pixels, _cross(builder, [each.weights for each in bins])
 
 
-def _cross(draft: Draft, values: Sequence[ir.Value]) -> ir.Value:
+def _cross(builder: NodeBuilder, values: Sequence[ir.Value]) -> ir.Value:
     """Multiply values of both axes for each pair of pixels  # (R, P, K, Q, L, 1)."""
-    tall = draft.op("Unsqueeze", values[0], draft.integers([3, 4, 5]))
-    wide = draft.op("Unsqueeze", values[1], draft.integers([1, 2, 5]))
-    return draft.detach(draft.op("Mul", tall, wide))
+    tall = builder.op("Unsqueeze", values[0], builder.integers([3, 4, 5]))
+    wide = builder.op("Unsqueeze", values[1], builder.integers([1, 2, 5]))
+    return builder.detach(builder.op("Mul", tall, wide))
 
 
 def _find_largest(
-    draft: Draft, values: ir.Value, bins: Sequence[_Bins], dtype: ir.DataType
+    builder: NodeBuilder, values: ir.Value, bins: Sequence[_Bins], dtype: ir.DataType
 ) -> ir.Value:
     """The largest of each bin's values that count  # (R, C, P, Q)."""
-    used = draft.op("Greater", _cross(draft, [each.used for each in bins]), draft.number(0, dtype))
-    lowest = draft.number(float(np.finfo(dtype.numpy()).min), dtype)
-    values = draft.op("Where", draft.detach(used), values, lowest)
-    largest = draft.op("ReduceMax", values, draft.integers([2, 4]), keepdims=0)
-    return draft.op("Transpose", largest, perm=[0, 3, 1, 2])
+    used = builder.op(
+        "Greater", _cross(builder, [each.used for each in bins]), builder.number(0, dtype)
+    )
+    lowest = builder.number(float(np.finfo(dtype.numpy()).min), dtype)
+    values = builder.op("Where", builder.detach(used), values, lowest)
+    largest = builder.op("ReduceMax", values, builder.integers([2, 4]), keepdims=0)
+    return builder.op("Transpose", largest, perm=[0, 3, 1, 2])

@@ -1,4 +1,4 @@
-"""Resize: a copy of elements or a product with a constant matrix, along one axis after the other.
+"""Rewrite Resize, axis by axis, as a copy of elements or a product with a constant matrix.
 
 Formulas: Resize-19 at onnx.ai/onnx/operators.
 """
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array, known_dims
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     multiply,
@@ -28,7 +29,6 @@ from splitonnx.partitioner.rewrites.interpolations import (
     weigh_neighbours,
 )
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 
@@ -36,17 +36,17 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 """Coordinates that follow from the scale alone, whatever the image's size."""
 
 
-def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
-    """Sample each axis that changes; where its size is not known the graph finds the weights."""
+def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Resample each axis that changes; if its size is unknown, the graph computes the weights."""
     x = node.inputs[0]
     assert x is not None
     mode = node.attributes.get_string("mode", "nearest")
     made, left = x, dict(_read_factors(node, x))
-    extents = read_extents(draft, node, x)
+    extents = read_extents(builder, node, x)
     if mode == "nearest":
         repeats = {axis: int(s) for axis, s in left.items() if s and _repeats(node, s)}
         if any(times > 1 for times in repeats.values()):
-            made, extents = _repeat_elements(draft, x, extents, repeats)
+            made, extents = _repeat_elements(builder, x, extents, repeats)
         left = {axis: s for axis, s in left.items() if axis not in repeats}
     samplings = _read_samplings(node, x, left)
     for axis, sampling in samplings.items():
@@ -55,22 +55,22 @@ def rewrite_resize(draft: Draft, node: ir.Node) -> Values:
         if mode == "nearest":
             nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
             places = find_nearest(sampling, nearest)
-            made = draft.op("Gather", made, draft.integers(places.tolist()), axis=axis)
+            made = builder.op("Gather", made, builder.integers(places.tolist()), axis=axis)
         else:
             matrix = weigh_neighbours(sampling, _read_kernel(node))
             assert x.dtype is not None
-            weights = draft.tensor(ir.tensor(matrix.astype(x.dtype.numpy())))
-            made = _multiply_axis(draft, made, extents, axis, weights, sampling.after)
+            weights = builder.tensor(ir.tensor(matrix.astype(x.dtype.numpy())))
+            made = _multiply_axis(builder, made, extents, axis, weights, sampling.after)
         extents[axis] = sampling.after
-    made = _extrapolate(draft, node, x, made, samplings)
+    made = _extrapolate(builder, node, x, made, samplings)
     for axis, scale in left.items():
         if axis not in samplings and (axis > 1 or scale not in (None, 1.0)):
-            made = _stretch_axis(draft, node, made, extents, axis, scale)
+            made = _stretch_axis(builder, node, made, extents, axis, scale)
     return [made]
 
 
 def _stretch_axis(
-    draft: Draft,
+    builder: NodeBuilder,
     node: ir.Node,
     made: ir.Value,
     extents: list[Extent],
@@ -89,28 +89,30 @@ def _stretch_axis(
             f"the size of '{x.name}' along axis {axis}, before or after, is not known",
             "export it with a fixed image size, or without antialias and cropped regions",
         )
-    before, place = extents[axis], draft.integers([_read_axes(node, x).index(axis)])
+    before, place = extents[axis], builder.integers([_read_axes(node, x).index(axis)])
     factor: float | ir.Value | None = scale
     if factor is None and (given := _get_scales(node)) is not None:
-        factor = draft.op("Gather", given, place, axis=0)
+        factor = builder.op("Gather", given, place, axis=0)
     if factor is None:
         sizes = known_array(node.inputs[3])
-        after: Extent = draft.op("Gather", node.inputs[3], place, axis=0)
+        after: Extent = builder.op("Gather", node.inputs[3], place, axis=0)
         if sizes is not None:
             after = int(sizes[_read_axes(node, x).index(axis)])
-        ratio = (to_number(draft, size, ir.DataType.FLOAT) for size in (after, before))
-        factor = draft.op("Div", *ratio)
+        ratio = (to_number(builder, size, ir.DataType.FLOAT) for size in (after, before))
+        factor = builder.op("Div", *ratio)
     else:
-        after = find_after(draft, before, factor)
+        after = find_after(builder, before, factor)
     stretch = Stretch(
-        draft=draft, before=before, after=after, scale=factor, coordinates=coordinates
+        builder=builder, before=before, after=after, scale=factor, coordinates=coordinates
     )
     if mode == "nearest":
         nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
-        made = draft.op("Gather", made, draft.detach(stretch.find_nearest(nearest)), axis=axis)
+        made = builder.op("Gather", made, builder.detach(stretch.find_nearest(nearest)), axis=axis)
     else:
-        weights = draft.detach(draft.cast(stretch.weigh_neighbours(_read_kernel(node)), x.dtype))
-        made = _multiply_axis(draft, made, extents, axis, weights, after)
+        weights = builder.detach(
+            builder.cast(stretch.weigh_neighbours(_read_kernel(node)), x.dtype)
+        )
+        made = _multiply_axis(builder, made, extents, axis, weights, after)
     extents[axis] = after
     return made
 
@@ -121,13 +123,13 @@ def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
 
 
 def _get_scales(node: ir.Node) -> ir.Value | None:
-    """Give the scales that the graph computes."""
+    """Return the scales that the graph computes."""
     given = node.inputs[2] if len(node.inputs) > 2 else None
     return given if given is not None and known_array(given) is None else None
 
 
 def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
-    """Give each axis's factor, ``None`` where sizes are given instead, or it is computed."""
+    """Return each axis's factor, ``None`` where sizes are given instead, or it is computed."""
     axes = _read_axes(node, x)
     scales = known_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if scales is not None and scales.size:
@@ -136,7 +138,7 @@ def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
 
 
 def _repeats(node: ir.Node, scale: float) -> bool:
-    """Tell whether an axis repeats each of its elements, whatever its size."""
+    """Return whether an axis repeats each of its elements, whatever its size."""
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if scale == 1.0:
         return coordinates != "tf_crop_and_resize"
@@ -150,24 +152,24 @@ def _repeats(node: ir.Node, scale: float) -> bool:
 
 
 def _repeat_elements(
-    draft: Draft, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
+    builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
 ) -> tuple[ir.Value, list[Extent]]:
     """(N, C, H, W) to (N, C, H, 1, W, 1) to (N, C, H, h, W, w) to (N, C, H * h, W * w)."""
     axes = sorted(axis for axis, times in repeats.items() if times > 1)
     places = [axis + 1 + count for count, axis in enumerate(axes)]
-    spread = draft.op("Unsqueeze", x, draft.integers(places))
+    spread = builder.op("Unsqueeze", x, builder.integers(places))
     shape = [1] * (len(extents) + len(axes))
     for axis, place in zip(axes, places, strict=True):
         shape[place] = repeats[axis]
-    spread = draft.op("Expand", spread, draft.integers(shape))
-    grown = [multiply(draft, [n, repeats.get(axis, 1)]) for axis, n in enumerate(extents)]
-    return reshape(draft, spread, grown), grown
+    spread = builder.op("Expand", spread, builder.integers(shape))
+    grown = [multiply(builder, [n, repeats.get(axis, 1)]) for axis, n in enumerate(extents)]
+    return reshape(builder, spread, grown), grown
 
 
 def _read_samplings(
     node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
 ) -> dict[int, Sampling]:
-    """Settle, for each axis of ``factors``, how it is sampled.
+    """Decide, for each axis of ``factors``, how it is sampled.
 
     Raises:
         UnsupportedModel: the size before or after is not known, or runtimes disagree.
@@ -243,7 +245,7 @@ def _read_kernel(node: ir.Node) -> Kernel:
 
 
 def _multiply_axis(
-    draft: Draft,
+    builder: NodeBuilder,
     x: ir.Value,
     extents: Sequence[Extent],
     axis: int,
@@ -252,18 +254,22 @@ def _multiply_axis(
 ) -> ir.Value:
     """Multiply one axis by a matrix (after, before); the axes behind it are columns."""
     if axis == len(extents) - 1:
-        return draft.op("MatMul", x, draft.op("Transpose", matrix, perm=[1, 0]))
+        return builder.op("MatMul", x, builder.op("Transpose", matrix, perm=[1, 0]))
     if axis == len(extents) - 2:
-        return draft.op("MatMul", matrix, x)
+        return builder.op("MatMul", matrix, x)
     front, behind = extents[:axis], extents[axis + 1 :]
-    columns = reshape(draft, x, [*front, extents[axis], multiply(draft, behind)])
-    return reshape(draft, draft.op("MatMul", matrix, columns), [*front, after, *behind])
+    columns = reshape(builder, x, [*front, extents[axis], multiply(builder, behind)])
+    return reshape(builder, builder.op("MatMul", matrix, columns), [*front, after, *behind])
 
 
 def _extrapolate(
-    draft: Draft, node: ir.Node, x: ir.Value, made: ir.Value, samplings: Mapping[int, Sampling]
+    builder: NodeBuilder,
+    node: ir.Node,
+    x: ir.Value,
+    made: ir.Value,
+    samplings: Mapping[int, Sampling],
 ) -> ir.Value:
-    """Put the extrapolation's value where a region reaches beyond the input."""
+    """Write the extrapolation's value where a region reaches beyond the input."""
     outside = {axis: find_outside(sampling) for axis, sampling in samplings.items()}
     if not any(places.any() for places in outside.values()):
         return made
@@ -277,5 +283,5 @@ def _extrapolate(
     dtype = x.dtype.numpy()
     value = node.attributes.get_float("extrapolation_value", 0.0)
     if node.attributes.get_string("mode", "nearest") == "nearest":
-        made = draft.op("Mul", made, draft.tensor(ir.tensor(inside.astype(dtype))))
-    return draft.op("Add", made, draft.tensor(ir.tensor(((1 - inside) * value).astype(dtype))))
+        made = builder.op("Mul", made, builder.tensor(ir.tensor(inside.astype(dtype))))
+    return builder.op("Add", made, builder.tensor(ir.tensor(((1 - inside) * value).astype(dtype))))

@@ -1,9 +1,10 @@
-"""Images sampled at places that a graph computes: GridSample and AffineGrid.
+"""Sample images at positions that a graph computes: GridSample and AffineGrid.
 
-A sample is the weighted sum of the pixels around its place.  The pixels are gathered as rows, all
-channels at once; weights are polynomials of the place, so a gradient leads to image and places.
-Which pixels are read, and on which stretch of a reflection a place lies, lets no gradient pass.
-Formulas: GridSample-20 and AffineGrid-20 at onnx.ai/onnx/operators.
+A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows,
+all channels at once.  The weights are polynomials of the position, so both image and positions get
+a gradient.  No gradient passes through the choice of the pixels that are read, or of the section of
+a reflection that a position is in.  Formulas: GridSample-20 and AffineGrid-20 at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.extents import (
     Extent,
     count_up,
@@ -27,14 +29,13 @@ from splitonnx.partitioner.rewrites.extents import (
     to_number,
     to_vector,
 )
-from splitonnx.partitioner.tables import limit
 
 Values = Sequence[ir.Value]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taps:
-    """The pixels around each place along one axis: indices as I64, and weights  # (N, P, K)."""
+    """The pixels around each position along one axis: I64 indices, and weights  # (N, P, K)."""
 
     places: ir.Value
     weights: ir.Value
@@ -42,137 +43,141 @@ class Taps:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAxis:
-    """One axis of an image: how many pixels it has, and how it goes on beyond its borders.
+    """One axis of an image: its number of pixels, and how it continues beyond its borders.
 
-    ``corners`` puts the borders at the outermost pixels' centres instead of their edges.
+    With ``corners``, the borders are at the centres of the outermost pixels instead of their edges.
     """
 
-    draft: Draft
+    builder: NodeBuilder
     size: Extent
     dtype: ir.DataType
     padding: str
     corners: bool
 
     def number(self, value: float) -> ir.Value:
-        """Give a constant of the image's dtype."""
-        return self.draft.number(value, self.dtype)
+        """Return a constant of the image's dtype."""
+        return self.builder.number(value, self.dtype)
 
     @property
     def length(self) -> ir.Value:
-        """How many pixels there are."""
-        return to_number(self.draft, self.size, self.dtype)
+        """The number of pixels."""
+        return to_number(self.builder, self.size, self.dtype)
 
     @property
     def last(self) -> ir.Value:
-        """The last pixel's coordinate."""
-        return self.draft.op("Sub", self.length, self.number(1.0))
+        """The coordinate of the last pixel."""
+        return self.builder.op("Sub", self.length, self.number(1.0))
 
     @property
     def low(self) -> ir.Value:
-        """The lower border's coordinate."""
+        """The coordinate of the lower border."""
         return self.number(0.0 if self.corners else -0.5)
 
     @property
     def high(self) -> ir.Value:
-        """The upper border's coordinate."""
-        return self.last if self.corners else self.draft.op("Sub", self.length, self.number(0.5))
+        """The coordinate of the upper border."""
+        return self.last if self.corners else self.builder.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
-        """Give the nearest coordinate of a pixel's centre."""
-        draft = self.draft
-        return draft.op("Min", draft.op("Max", x, self.number(0.0)), self.last)
+        """Clamp a coordinate to the range of pixel centres."""
+        builder = self.builder
+        return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
     def fold(self, x: ir.Value) -> ir.Value:
-        """Reflect at the borders, as often as it takes."""
-        draft = self.draft
+        """Reflect a coordinate at the borders until it is inside."""
+        builder = self.builder
         if self.corners and self.size == 1:
             return self.clamp(x)
-        span = draft.op("Sub", self.high, self.low)
-        point = draft.detach(x)
-        times = draft.op("Floor", draft.op("Div", draft.op("Sub", point, self.low), span))
-        back = draft.op("Mod", times, self.number(2.0), fmod=1)
-        back = draft.op("Abs", back)  # 1 on every second stretch
-        sign = draft.op("Sub", self.number(1.0), draft.op("Mul", back, self.number(2.0)))
-        turn = draft.op("Mul", back, draft.op("Add", self.low, self.high))
-        shift = draft.op("Sub", turn, draft.op("Mul", sign, draft.op("Mul", times, span)))
-        return draft.op("Add", draft.op("Mul", draft.detach(sign), x), draft.detach(shift))
+        span = builder.op("Sub", self.high, self.low)
+        point = builder.detach(x)
+        times = builder.op("Floor", builder.op("Div", builder.op("Sub", point, self.low), span))
+        back = builder.op("Mod", times, self.number(2.0), fmod=1)
+        back = builder.op("Abs", back)  # 1 on every second stretch
+        sign = builder.op("Sub", self.number(1.0), builder.op("Mul", back, self.number(2.0)))
+        turn = builder.op("Mul", back, builder.op("Add", self.low, self.high))
+        shift = builder.op("Sub", turn, builder.op("Mul", sign, builder.op("Mul", times, span)))
+        return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
-    def settle(self, x: ir.Value) -> ir.Value:
-        """Bring a coordinate that lies beyond the borders inside."""
-        draft = self.draft
+    def bring_inside(self, x: ir.Value) -> ir.Value:
+        """Move coordinates that are beyond the borders inside."""
+        builder = self.builder
         if self.padding == "reflection":
             return self.fold(x)
         if self.padding == "border":
-            point = draft.detach(x)
-            outside = draft.op("Or", draft.op("Less", point, self.low),
-                               draft.op("Greater", point, self.high))  # fmt: skip
-            return draft.op("Where", outside, draft.detach(self.clamp(point)), x)
+            point = builder.detach(x)
+            outside = builder.op(
+                "Or", builder.op("Less", point, self.low), builder.op("Greater", point, self.high)
+            )
+            return builder.op("Where", outside, builder.detach(self.clamp(point)), x)
         return x
 
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
-        """Give the pixels around each place ``x`` (N, P), and their weights."""
-        draft = self.draft
+        """Return the pixels around each position ``x`` (N, P), and their weights."""
+        builder = self.builder
         if mode == "nearest":
             base, offsets, weights = (
                 x,
                 [0],
-                draft.op("Add", draft.op("Mul", x, self.number(0.0)), self.number(1.0)),
+                builder.op("Add", builder.op("Mul", x, self.number(0.0)), self.number(1.0)),
             )
-            weights = draft.op("Unsqueeze", weights, draft.integers([2]))
+            weights = builder.op("Unsqueeze", weights, builder.integers([2]))
         else:
-            base = draft.detach(draft.op("Floor", draft.detach(x)))
-            part = draft.op("Unsqueeze", draft.op("Sub", x, base), draft.integers([2]))
+            base = builder.detach(builder.op("Floor", builder.detach(x)))
+            part = builder.op("Unsqueeze", builder.op("Sub", x, base), builder.integers([2]))
             cubic = mode in ("cubic", "bicubic")
             offsets = [-1, 0, 1, 2] if cubic else [0, 1]
             weights = self._weigh_cubic(part) if cubic else self._weigh_linear(part)
-        steps = draft.tensor(ir.tensor(np.array(offsets, self.dtype.numpy())))
-        places = draft.op("Add", draft.op("Unsqueeze", base, draft.integers([2])), steps)
+        steps = builder.tensor(ir.tensor(np.array(offsets, self.dtype.numpy())))
+        places = builder.op("Add", builder.op("Unsqueeze", base, builder.integers([2])), steps)
         inside = places
         if self.padding == "reflection":
-            places = draft.op("Round", self.fold(places))
+            places = builder.op("Round", self.fold(places))
         elif self.padding == "zeros":
-            inside = draft.op("And", draft.op("GreaterOrEqual", places, self.number(0.0)),
-                              draft.op("LessOrEqual", places, self.last))  # fmt: skip
-            inside = draft.detach(draft.op("Cast", inside, to=self.dtype.value))
-            weights = draft.op("Mul", weights, inside)
-        places = draft.op("Cast", self.clamp(places), to=ir.DataType.INT64.value)
+            inside = builder.op(
+                "And",
+                builder.op("GreaterOrEqual", places, self.number(0.0)),
+                builder.op("LessOrEqual", places, self.last),
+            )
+            inside = builder.detach(builder.op("Cast", inside, to=self.dtype.value))
+            weights = builder.op("Mul", weights, inside)
+        places = builder.op("Cast", self.clamp(places), to=ir.DataType.INT64.value)
         return Taps(places=places, weights=weights)
 
     def _weigh_linear(self, part: ir.Value) -> ir.Value:
-        draft = self.draft
-        return draft.op("Concat", draft.op("Sub", self.number(1.0), part), part, axis=2)
+        builder = self.builder
+        return builder.op("Concat", builder.op("Sub", self.number(1.0), part), part, axis=2)
 
     def _weigh_cubic(self, part: ir.Value) -> ir.Value:
         """Keys' weights with a = -0.75, as polynomials of the part (N, P, 1) after the point."""
         a = -0.75
-        draft = self.draft
+        builder = self.builder
         polynomials = np.array(
             [[0, a, -2 * a, a], [1, 0, -(a + 3), a + 2],
              [0, -a, 2 * a + 3, -(a + 2)], [0, 0, a, -a]],
             self.dtype.numpy(),
         )  # fmt: skip
-        square = draft.op("Mul", part, part)
-        ones = draft.op("Add", draft.op("Mul", part, self.number(0.0)), self.number(1.0))
-        powers = draft.op("Concat", ones, part, square, draft.op("Mul", square, part), axis=2)
-        return draft.op("MatMul", powers, draft.tensor(ir.tensor(polynomials.T.copy())))
+        square = builder.op("Mul", part, part)
+        ones = builder.op("Add", builder.op("Mul", part, self.number(0.0)), self.number(1.0))
+        powers = builder.op("Concat", ones, part, square, builder.op("Mul", square, part), axis=2)
+        return builder.op("MatMul", powers, builder.tensor(ir.tensor(polynomials.T.copy())))
 
 
-def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
-    """Weigh the pixels around each place of the grid, whose last axis counts x before y."""
+def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Sum the weighted pixels around each position of the grid, whose last axis has x before y."""
     x, grid = node.inputs[:2]
     assert x is not None
     assert grid is not None
     assert x.dtype is not None
     mode = node.attributes.get_string("mode", "linear")
     if mode == "nearest":
-        grid = draft.detach(grid)
-    batch, channels, *image = read_extents(draft, node, x)
-    wanted = read_extents(draft, node, grid)[1:-1]
-    rank = len(image)
-    points = draft.op("Reshape", grid, draft.integers([0, -1, rank]))
+        grid = builder.detach(grid)
+    batch, channels, *image = read_extents(builder, node, x)
+    wanted = read_extents(builder, node, grid)[1:-1]
+    rank = _count_axes(node, image)
+    points = builder.op("Reshape", grid, builder.integers([0, -1, rank]))
     axes = [
         ImageAxis(
-            draft=draft,
+            builder=builder,
             size=size,
             dtype=x.dtype,
             padding=node.attributes.get_string("padding_mode", "zeros"),
@@ -182,62 +187,72 @@ def rewrite_grid_sample(draft: Draft, node: ir.Node) -> Values:
     ]
     taps = []
     for index, axis in enumerate(axes):
-        place = draft.op("Gather", points, draft.integer(rank - 1 - index), axis=2)
+        place = builder.op("Gather", points, builder.integer(rank - 1 - index), axis=2)
         place = _denormalize(place, axis)
         if mode == "nearest":
-            place = draft.op("Round", place)
+            place = builder.op("Round", place)
         if mode not in ("cubic", "bicubic"):  # of these the border moves pixels, not places
-            place = axis.settle(place)
+            place = axis.bring_inside(place)
         taps.append(axis.list_taps(place, mode))
-    rows = to_rows(draft, x, [batch, channels, *image])
-    sampled = weigh_taps(draft, rows, batch, image, taps)
-    turned = draft.op("Transpose", sampled, perm=[0, 2, 1])
-    return [reshape(draft, turned, [batch, channels, *wanted])]
+    rows = to_rows(builder, x, [batch, channels, *image])
+    sampled = weigh_taps(builder, rows, batch, image, taps)
+    turned = builder.op("Transpose", sampled, perm=[0, 2, 1])
+    return [reshape(builder, turned, [batch, channels, *wanted])]
 
 
 def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
     """Map -1 ... 1 to the axis's coordinates."""
-    draft, one, half = axis.draft, axis.number(1.0), axis.number(0.5)
-    raised = draft.op("Add", place, one)
+    builder, one, half = axis.builder, axis.number(1.0), axis.number(0.5)
+    raised = builder.op("Add", place, one)
     if axis.corners:
-        return draft.op("Mul", raised, draft.op("Mul", axis.last, half))
-    whole = draft.op("Mul", raised, axis.length)
-    return draft.op("Mul", draft.op("Sub", whole, one), half)
+        return builder.op("Mul", raised, builder.op("Mul", axis.last, half))
+    whole = builder.op("Mul", raised, axis.length)
+    return builder.op("Mul", builder.op("Sub", whole, one), half)
 
 
-def to_rows(draft: Draft, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """(N, C, L...) to (N * L, C): a row a pixel."""
+def to_rows(builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
+    """(N, C, L...) to (N * L, C): one row per pixel."""
     rank = len(extents)
-    turned = draft.op("Transpose", x, perm=[0, *range(2, rank), 1])
+    turned = builder.op("Transpose", x, perm=[0, *range(2, rank), 1])
     if isinstance(extents[1], int):
-        return draft.op("Reshape", turned, draft.integers([-1, extents[1]]))
-    return reshape(draft, turned, [multiply(draft, [extents[0], *extents[2:]]), extents[1]])
+        return builder.op("Reshape", turned, builder.integers([-1, extents[1]]))
+    return reshape(builder, turned, [multiply(builder, [extents[0], *extents[2:]]), extents[1]])
 
 
 def weigh_taps(
-    draft: Draft, rows: ir.Value, batch: Extent, image: Sequence[Extent], taps: Sequence[Taps]
+    builder: NodeBuilder,
+    rows: ir.Value,
+    batch: Extent,
+    image: Sequence[Extent],
+    taps: Sequence[Taps],
 ) -> ir.Value:
-    """Sum the pixels that meet along all axes, each times its weights  # (N, P, C)."""
+    """Sum the pixels around each position, times their weights along all axes  # (N, P, C)."""
     rank = len(taps)
-    size = to_vector(draft, multiply(draft, image))
-    first = draft.op("Mul", count_up(draft, batch), size)
-    index = draft.op("Unsqueeze", first, draft.integers(range(1, 2 + rank)))
+    size = to_vector(builder, multiply(builder, image))
+    first = builder.op("Mul", count_up(builder, batch), size)
+    index = builder.op("Unsqueeze", first, builder.integers(range(1, 2 + rank)))
     factors = []
     for axis, tap in enumerate(taps):
-        others = draft.integers([2 + other for other in range(rank) if other != axis])
-        stride = to_vector(draft, multiply(draft, image[axis + 1 :]))
-        step = draft.op("Mul", draft.op("Unsqueeze", tap.places, others), stride)
-        index = draft.op("Add", index, step)
-        factors.append(draft.op("Unsqueeze", tap.weights, others))
-    weights = reduce(lambda left, right: draft.op("Mul", left, right), factors)
-    weights = draft.op("Unsqueeze", weights, draft.integers([2 + rank]))
-    pixels = draft.op("Gather", rows, draft.detach(index), axis=0)
-    weighed = draft.op("Mul", pixels, weights)
-    return draft.op("ReduceSum", weighed, draft.integers(range(2, 2 + rank)), keepdims=0)
+        others = builder.integers([2 + other for other in range(rank) if other != axis])
+        stride = to_vector(builder, multiply(builder, image[axis + 1 :]))
+        step = builder.op("Mul", builder.op("Unsqueeze", tap.places, others), stride)
+        index = builder.op("Add", index, step)
+        factors.append(builder.op("Unsqueeze", tap.weights, others))
+    weights = reduce(lambda left, right: builder.op("Mul", left, right), factors)
+    weights = builder.op("Unsqueeze", weights, builder.integers([2 + rank]))
+    pixels = builder.op("Gather", rows, builder.detach(index), axis=0)
+    weighed = builder.op("Mul", pixels, weights)
+    return builder.op("ReduceSum", weighed, builder.integers(range(2, 2 + rank)), keepdims=0)
 
 
-def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
-    """The product of the base grid's homogeneous coordinates with each matrix."""
+def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
+    if not image:
+        raise refuse(node, "its image has no axis beside batch and channels", "give it one")
+    return len(image)
+
+
+def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Multiply the homogeneous coordinates of the base grid by each matrix."""
     theta = node.inputs[0]
     assert theta is not None
     assert theta.dtype is not None
@@ -245,7 +260,7 @@ def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
     if sizes is None:
         raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
     image = [int(n) for n in sizes[2:]]
-    rank, corners = len(image), node.attributes.get_int("align_corners", 0)
+    rank, corners = _count_axes(node, image), node.attributes.get_int("align_corners", 0)
     limit(node, math.prod(image) * (rank + 1))
     lines = []
     for n in image:
@@ -253,7 +268,7 @@ def rewrite_affine_grid(draft: Draft, node: ir.Node) -> Values:
         lines.append(np.linspace(-edge, edge, n) if n > 1 or not corners else np.array([-1.0]))
     places = np.meshgrid(*lines, indexing="ij")
     base = np.stack([*places[::-1], np.ones(image)], axis=-1).reshape(1, -1, rank + 1)
-    turned = draft.op("Transpose", theta, perm=[0, 2, 1])
-    grid = draft.op("MatMul", draft.tensor(ir.tensor(base.astype(theta.dtype.numpy()))), turned)
-    batch = read_extents(draft, node, theta)[0]
-    return [reshape(draft, grid, [batch, *image, rank])]
+    turned = builder.op("Transpose", theta, perm=[0, 2, 1])
+    grid = builder.op("MatMul", builder.tensor(ir.tensor(base.astype(theta.dtype.numpy()))), turned)
+    batch = read_extents(builder, node, theta)[0]
+    return [reshape(builder, grid, [batch, *image, rank])]

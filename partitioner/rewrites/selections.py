@@ -1,7 +1,7 @@
-"""Operators that select and move elements, written with Gather, GatherND and Slice.
+"""Operators that select and move elements, rewritten with Gather, GatherND and Slice.
 
-Selection is linear, so each rewrite yields the operator's own values and a gradient that adds
-every element's share to where it came from.  Formulas: the definitions at onnx.ai/onnx/operators.
+Selection is linear, so each rewrite has exactly the operator's values, and a gradient that is added
+to the element that was selected.  Formulas: the definitions at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, require_rank, take_input
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_input
 
 Values = Sequence[ir.Value | None]
 
@@ -26,133 +26,135 @@ def _read_ints(node: ir.Node, index: int) -> list[int] | None:
     return None if tensor is None else [int(entry) for entry in tensor.numpy().reshape(-1)]
 
 
-def _flatten(draft: Draft, value: ir.Value) -> ir.Value:
-    return draft.op("Reshape", value, draft.integers([-1]))
+def _flatten(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+    return builder.op("Reshape", value, builder.integers([-1]))
 
 
-def _count(draft: Draft, value: ir.Value, axis: int | None = None) -> ir.Value:
+def _count(builder: NodeBuilder, value: ir.Value, axis: int | None = None) -> ir.Value:
     """Number the elements of a value, or its places along an axis: 0, 1, 2, ... as I64."""
     if axis is None:
-        total = draft.op("Size", value)
+        total = builder.op("Size", value)
     else:
-        total = draft.op("Squeeze", draft.shape(value, axis, axis + 1))
-    return draft.op("Range", draft.integer(0), total, draft.integer(1))
+        total = builder.op("Squeeze", builder.shape(value, axis, axis + 1))
+    return builder.op("Range", builder.integer(0), total, builder.integer(1))
 
 
-def rewrite_compress(draft: Draft, node: ir.Node) -> Values:
-    """Gather at the places where the condition holds."""
+def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Gather the elements at the positions where the condition is true."""
     x, condition = take_input(node, 0), take_input(node, 1)
-    places = _flatten(draft, draft.op("NonZero", condition))
+    places = _flatten(builder, builder.op("NonZero", condition))
     axis = node.attributes.get_int("axis", None)
     if axis is None:
-        return [draft.op("Gather", _flatten(draft, x), places, axis=0)]
-    return [draft.op("Gather", x, places, axis=axis)]
+        return [builder.op("Gather", _flatten(builder, x), places, axis=0)]
+    return [builder.op("Gather", x, places, axis=axis)]
 
 
-def rewrite_unique(draft: Draft, node: ir.Node) -> Values:
-    """Gather where each value stands first; the places themselves are constants.
+def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Gather the first occurrence of each value; the positions themselves are constants.
 
-    Where a value stands several times, its whole gradient goes to the first.
+    If a value occurs several times, its complete gradient goes to the first occurrence.
     """
     x = take_input(node, 0)
-    made = draft.ops("Unique", [draft.detach(x)], 4, dict(node.attributes))
+    made = builder.ops("Unique", [builder.detach(x)], 4, dict(node.attributes))
     axis = node.attributes.get_int("axis", None)
     if axis is None:
-        y = draft.op("Gather", _flatten(draft, x), made[1], axis=0)
+        y = builder.op("Gather", _flatten(builder, x), made[1], axis=0)
     else:
-        y = draft.op("Gather", x, made[1], axis=axis)
+        y = builder.op("Gather", x, made[1], axis=axis)
     return [y, *made[1:]]
 
 
-def rewrite_reverse_sequence(draft: Draft, node: ir.Node) -> Values:
-    """GatherND at (length - 1 - t, b) within each sequence, at (t, b) behind it."""
+def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
+    """GatherND at (length - 1 - t, b) within each sequence, and at (t, b) after its end."""
     x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
     batch = node.attributes.get_int("batch_axis", 1)
-    t = draft.op("Unsqueeze", _count(draft, x, time), draft.integers([batch]))
-    b = draft.op("Unsqueeze", _count(draft, x, batch), draft.integers([time]))
-    lengths = draft.cast(lengths, ir.DataType.INT64)
-    length = draft.op("Unsqueeze", lengths, draft.integers([time]))
-    turned = draft.op("Sub", draft.op("Sub", length, draft.integer(1)), t)
-    source = draft.op("Where", draft.op("Less", t, length), turned, t)
-    b = draft.op("Expand", b, draft.op("Shape", source))
+    t = builder.op("Unsqueeze", _count(builder, x, time), builder.integers([batch]))
+    b = builder.op("Unsqueeze", _count(builder, x, batch), builder.integers([time]))
+    lengths = builder.cast(lengths, ir.DataType.INT64)
+    length = builder.op("Unsqueeze", lengths, builder.integers([time]))
+    turned = builder.op("Sub", builder.op("Sub", length, builder.integer(1)), t)
+    source = builder.op("Where", builder.op("Less", t, length), turned, t)
+    b = builder.op("Expand", b, builder.op("Shape", source))
     pair = [source, b] if time == 0 else [b, source]
-    last = draft.integers([-1])
-    places = draft.op("Concat", *(draft.op("Unsqueeze", p, last) for p in pair), axis=-1)
-    return [draft.op("GatherND", x, places)]
+    last = builder.integers([-1])
+    places = builder.op("Concat", *(builder.op("Unsqueeze", p, last) for p in pair), axis=-1)
+    return [builder.op("GatherND", x, places)]
 
 
-def rewrite_slice(draft: Draft, node: ir.Node) -> Values | None:
-    """Gather where a step is negative or not known: SliceGrad's kernel takes positive ones only."""
+def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Rewrite Slice as Gather if a step may be negative, which SliceGrad does not support."""
     x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
     if steps is not None and all(step > 0 for step in steps):
         return None
     axes = _read_ints(node, 3)
     if axes is None or steps is None:
-        chosen = draft.op("Reshape", _count(draft, x), draft.op("Shape", x))
-        chosen = draft.op("Slice", chosen, *node.inputs[1:])
-        return [draft.op("Gather", _flatten(draft, x), chosen, axis=0)]
+        chosen = builder.op("Reshape", _count(builder, x), builder.op("Shape", x))
+        chosen = builder.op("Slice", chosen, *node.inputs[1:])
+        return [builder.op("Gather", _flatten(builder, x), chosen, axis=0)]
     rank = require_rank(node, x)
     y = x
     for index, (axis, step) in enumerate(zip(axes or range(len(steps)), steps, strict=True)):
-        place = draft.integers([index])
-        start, end = (draft.op("Gather", limits, place, axis=0) for limits in (starts, ends))
+        place = builder.integers([index])
+        start, end = (builder.op("Gather", limits, place, axis=0) for limits in (starts, ends))
         if step > 0:
-            y = draft.op("Slice", y, start, end, draft.integers([axis]), draft.integers([step]))
+            y = builder.op(
+                "Slice", y, start, end, builder.integers([axis]), builder.integers([step])
+            )
             continue
-        chosen = draft.op(
-            "Slice", _count(draft, x, axis % rank), start, end, draft.integers([0]),
-            draft.integers([step]),
+        chosen = builder.op(
+            "Slice", _count(builder, x, axis % rank), start, end, builder.integers([0]),
+            builder.integers([step]),
         )  # fmt: skip
-        y = draft.op("Gather", y, chosen, axis=axis)
+        y = builder.op("Gather", y, chosen, axis=axis)
     return [y]
 
 
-def rewrite_range(draft: Draft, node: ir.Node) -> Values:
-    """start + delta * (0, 1, 2, ...); how many there are is a constant."""
+def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
+    """start + delta * (0, 1, 2, ...), whose length is treated as a constant."""
     start, delta = take_input(node, 0), take_input(node, 2)
-    detached = [draft.detach(value) for value in node.inputs if value is not None]
-    places = draft.cast(_count(draft, draft.op("Range", *detached)), start.dtype)
-    return [draft.op("Add", start, draft.op("Mul", delta, places))]
+    detached = [builder.detach(value) for value in node.inputs if value is not None]
+    places = builder.cast(_count(builder, builder.op("Range", *detached)), start.dtype)
+    return [builder.op("Add", start, builder.op("Mul", delta, places))]
 
 
-def rewrite_one_hot(draft: Draft, node: ir.Node) -> Values:
-    """off + hot * (on - off) as a choice between the two, which are scalars to a gradient."""
+def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
+    """off + hot * (on - off), as a choice between two scalars which get a gradient."""
     indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
-    truth = draft.tensor(ir.tensor(np.array([0, 1], np.int64)))
-    hot = draft.op("OneHot", draft.detach(indices), draft.detach(depth), truth, axis=axis)
-    off, on = (draft.op("Gather", values, draft.integer(place), axis=0) for place in (0, 1))
-    return [draft.op("Where", draft.op("Cast", hot, to=ir.DataType.BOOL.value), on, off)]
+    truth = builder.tensor(ir.tensor(np.array([0, 1], np.int64)))
+    hot = builder.op("OneHot", builder.detach(indices), builder.detach(depth), truth, axis=axis)
+    off, on = (builder.op("Gather", values, builder.integer(place), axis=0) for place in (0, 1))
+    return [builder.op("Where", builder.op("Cast", hot, to=ir.DataType.BOOL.value), on, off)]
 
 
-def rewrite_transpose(draft: Draft, node: ir.Node) -> Values | None:
-    """Name the order of the axes, which onnxruntime-training's gradient reads unasked."""
+def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Set the ``perm`` attribute, because onnxruntime-training's gradient requires it."""
     if "perm" in node.attributes:
         return None
     x = take_input(node, 0)
     order = [*reversed(range(require_rank(node, x)))]
-    return [draft.op("Transpose", x, perm=order)]
+    return [builder.op("Transpose", x, perm=order)]
 
 
-def rewrite_concat(draft: Draft, node: ir.Node) -> Values | None:
-    """Give every input a name of its own: one that stands twice gets two gradients of one name."""
+def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Make the inputs distinct; a repeated input would get two gradients of the same name."""
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
         return None
     seen: set[ir.Value] = set()
     inputs = []
     for value in values:
-        inputs.append(draft.op("Identity", value) if value in seen else value)
+        inputs.append(builder.op("Identity", value) if value in seen else value)
         seen.add(value)
-    return [draft.op("Concat", *inputs, axis=node.attributes.get_int("axis"))]
+    return [builder.op("Concat", *inputs, axis=node.attributes.get_int("axis"))]
 
 
-def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
-    """Without ``allowzero``, which the Reshape of its gradient would lack.
+def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
+    """Remove ``allowzero`` from Reshape, because the Reshape in its gradient would not have it.
 
-    A shape with a zero in it makes a tensor without elements, from which no gradient comes.
+    A shape that contains a zero belongs to a tensor without elements, which has no gradient.
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
@@ -160,9 +162,9 @@ def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
     target = _read_ints(node, 1)
     dims = known_dims(x)
     if (target is not None and 0 in target) or (dims is not None and 0 in dims):
-        return [draft.op("Reshape", draft.detach(x), shape, allowzero=1)]
+        return [builder.op("Reshape", builder.detach(x), shape, allowzero=1)]
     if target is not None:
-        return [draft.op("Reshape", x, shape)]
+        return [builder.op("Reshape", x, shape)]
     raise UnsupportedModel(
         f"node '{node.name}' (Reshape)",
         "it has allowzero set and a shape that is not a constant",
@@ -171,11 +173,12 @@ def rewrite_reshape(draft: Draft, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Take out of each Split, in place, its ``needed`` outputs if others are not; tell if any.
+    """Replace each Split with unused outputs by Slices, in place; return whether there was any.
 
-    ``needed`` are the values that get a gradient.  The gradient of Split in onnxruntime-training
-    1.19.2 is the Concat of those gradients that exist: where one does not, its shape is wrong.
-    This comes after ``get_optimized_model``, which makes one Split of slices side by side.
+    ``needed`` are the values that get a gradient.  In onnxruntime-training 1.19.2, the gradient of
+    Split is the Concat of the gradients of its outputs; if one is missing, the result has a wrong
+    shape.  This must run after ``get_optimized_model``, which merges adjacent Slices into one
+    Split.
     """
     changed = False
     for node in [node for node in graph if node.op_type == "Split" and not node.domain]:
@@ -189,12 +192,12 @@ def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
 def _slice_apart(node: ir.Node, wanted: Sequence[ir.Value]) -> None:
     x = take_input(node, 0)
     axis = node.attributes.get_int("axis", 0) % require_rank(node, x)
-    draft = Draft(f"{node.name or wanted[0].name}/separated")
-    pieces = draft.ops("Split", node.inputs, len(node.outputs), dict(node.attributes))
-    where = draft.integers([axis])
-    start, made = draft.integers([0]), []
+    builder = NodeBuilder(f"{node.name or wanted[0].name}/separated")
+    pieces = builder.ops("Split", node.inputs, len(node.outputs), dict(node.attributes))
+    where = builder.integers([axis])
+    start, made = builder.integers([0]), []
     for value, piece in zip(node.outputs, pieces, strict=True):
-        end = draft.op("Add", start, draft.op("Shape", piece, start=axis, end=axis + 1))
-        made.append(draft.op("Slice", x, start, end, where) if value in wanted else piece)
+        end = builder.op("Add", start, builder.op("Shape", piece, start=axis, end=axis + 1))
+        made.append(builder.op("Slice", x, start, end, where) if value in wanted else piece)
         start = end
-    draft.replace(node, made)
+    builder.replace(node, made)

@@ -1,9 +1,9 @@
-"""Values with a derivative of their own: for operators that no formula of others expresses well.
+"""Attach explicit derivatives to values, for operators that no formula expresses well.
 
-``value + slope * (x - detach(x))`` has the value of the operator itself, to the last bit, and the
-slope that is written down for it.  It costs three elementwise operators forward and one backward,
-and nothing can overflow on a branch that is not taken.  The one thing it cannot take is an
-infinite ``x``, for which it gives NaN.  It knows no operator.
+``value + slope * (x - detach(x))`` has exactly the value of the operator itself, and the given
+slope.  It costs three elementwise operators in the forward pass and one in the backward pass, and
+nothing can overflow in a branch that is not used.  Its only limitation is an infinite ``x``, for
+which the result is NaN.  This module does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent:
-    """How a value moves with one of its inputs.
+    """The derivative of a value with respect to one of its inputs.
 
-    ``point`` is the detached ``source``, ``slope`` the derivative there, computed from points.
+    ``point`` is the detached ``source``; ``slope`` is the derivative, computed from detached
+    values.
     """
 
     source: ir.Value
@@ -28,19 +29,19 @@ class Tangent:
     slope: ir.Value
 
 
-def follow_tangents(draft: Draft, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Give ``value`` (computed from points) the derivatives that ``tangents`` say.
+def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
+    """Attach the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
 
-    Shapes broadcast.  Every slope must be finite, or zero times infinity spoils the value:
-    :func:`bound_slope`.
+    Shapes broadcast.  Every slope must be finite, because zero times infinity would make the value
+    NaN; see :func:`bound_slope`.
     """
     for tangent in tangents:
-        step = draft.op("Sub", tangent.source, tangent.point)
-        value = draft.op("Add", value, draft.op("Mul", tangent.slope, step))
+        step = builder.op("Sub", tangent.source, tangent.point)
+        value = builder.op("Add", value, builder.op("Mul", tangent.slope, step))
     return value
 
 
-def bound_slope(draft: Draft, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Take the largest number of ``dtype`` for infinity; NaN stays what it is."""
+def bound_slope(builder: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """Replace infinity by the largest number of ``dtype``; NaN stays NaN."""
     edge = float((dtype or ir.DataType.FLOAT).max)
-    return draft.op("Clip", slope, draft.number(-edge, dtype), draft.number(edge, dtype))
+    return builder.op("Clip", slope, builder.number(-edge, dtype), builder.number(edge, dtype))

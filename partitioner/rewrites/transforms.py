@@ -1,7 +1,7 @@
-"""Fourier transforms: linear maps, so a product with a constant matrix or a convolution.
+"""Fourier transforms are linear, so they become products with a constant matrix or convolutions.
 
-The matrices are what numpy.fft makes of unit vectors; cutting short, padding with zeros and
-halves of spectra are in them.
+The matrices are the results of numpy.fft for unit vectors.  They include truncation, zero padding
+and one-sided spectra.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.drafts import Draft, known_dims, known_rank
-from splitonnx.partitioner.tables import limit
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known_rank
+from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
 
 
-def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
-    """Multiply by the transform's matrix along the axis; real and imaginary parts go together."""
+def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Multiply by the transform's matrix along the axis, with real and imaginary parts combined."""
     x = node.inputs[0]
     assert x is not None
     dims = known_dims(x)
@@ -39,18 +39,18 @@ def rewrite_dft(draft: Draft, node: ir.Node) -> Values:
     matrix = _make_matrix(length, parts, size, inverse=inverse, onesided=onesided)
     # (n, parts, m, parts') is applied to (..., n, parts)
     order = [a for a in range(rank - 1) if a != axis] + [axis, rank - 1]
-    value = x if order == list(range(rank)) else draft.op("Transpose", x, perm=order)
+    value = x if order == list(range(rank)) else builder.op("Transpose", x, perm=order)
     lead = [0] * (rank - 2)
-    value = draft.op("Reshape", value, draft.integers([*lead, length * parts]))
+    value = builder.op("Reshape", value, builder.integers([*lead, length * parts]))
     flat = matrix.reshape(length * parts, -1)
-    value = draft.op("MatMul", value, _constant(draft, flat, x.dtype))
-    value = draft.op("Reshape", value, draft.integers([*lead, *matrix.shape[2:]]))
+    value = builder.op("MatMul", value, _constant(builder, flat, x.dtype))
+    value = builder.op("Reshape", value, builder.integers([*lead, *matrix.shape[2:]]))
     back = [int(place) for place in np.argsort(order)]
-    return [value if back == list(range(rank)) else draft.op("Transpose", value, perm=back)]
+    return [value if back == list(range(rank)) else builder.op("Transpose", value, perm=back)]
 
 
-def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
-    """Convolve with the transform of a frame, times the window: a stride is a frame's step."""
+def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Convolve with the windowed transform of one frame; the stride is the step between frames."""
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]
     assert x is not None
@@ -69,16 +69,16 @@ def rewrite_stft(draft: Draft, node: ir.Node) -> Values:
     matrix = _make_matrix(size, parts, size, inverse=False, onesided=onesided)
     bins = matrix.shape[2]
     # (F, parts, K, 2) to kernels (2K, parts, F)
-    kernels = _constant(draft, matrix.reshape(size, parts, 2 * bins).transpose(2, 1, 0), x.dtype)
+    kernels = _constant(builder, matrix.reshape(size, parts, 2 * bins).transpose(2, 1, 0), x.dtype)
     if window is not None:
-        kernels = draft.op("Mul", kernels, window)
+        kernels = builder.op("Mul", kernels, window)
     if known_rank(x) == 2:
-        signal = draft.op("Unsqueeze", x, draft.integers([1]))
+        signal = builder.op("Unsqueeze", x, builder.integers([1]))
     else:
-        signal = draft.op("Transpose", x, perm=[0, 2, 1])
-    found = draft.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
-    frames = draft.op("Transpose", found, perm=[0, 2, 1])
-    return [draft.op("Reshape", frames, draft.integers([0, -1, bins, 2]))]
+        signal = builder.op("Transpose", x, perm=[0, 2, 1])
+    found = builder.op("Conv", signal, kernels, strides=[step], kernel_shape=[size])  # (N, 2K, T)
+    frames = builder.op("Transpose", found, perm=[0, 2, 1])
+    return [builder.op("Reshape", frames, builder.integers([0, -1, bins, 2]))]
 
 
 def _limit_matrix(node: ir.Node, length: int, parts: int, size: int) -> None:
@@ -103,13 +103,13 @@ def _make_matrix(
     return np.asarray(found.reshape(length, parts, *found.shape[1:]))
 
 
-def _constant(draft: Draft, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+def _constant(builder: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
     assert dtype is not None
-    return draft.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
+    return builder.tensor(ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy()))))
 
 
 def _read_axis(node: ir.Node) -> int:
-    """Give the axis: an attribute until opset 19, an input since."""
+    """Return the axis: an attribute until opset 19, an input since."""
     stated = node.attributes.get("axis")
     if stated is not None:
         return stated.as_int()
@@ -121,7 +121,7 @@ def _read_axis(node: ir.Node) -> int:
 
 
 def _read_integer(node: ir.Node, index: int) -> int | None:
-    """Give a constant scalar input, ``None`` where there is none.
+    """Return a constant scalar input, ``None`` where there is none.
 
     Raises:
         UnsupportedModel: it is not constant.
@@ -138,6 +138,6 @@ def _read_integer(node: ir.Node, index: int) -> int | None:
 def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
-        f"{what} is not known beforehand",
+        f"{what} is not known in advance",
         "export the model with fixed lengths",
     )

@@ -6,78 +6,78 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
-Slope = Callable[[Draft, ir.Value, ir.Value], ir.Value]
-"""From x (detached) and the function's value there to its derivative there."""
+Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
+"""Computes the derivative at x, given detached x and the function's value there."""
 
 
-def rewrite_function(draft: Draft, node: ir.Node) -> Sequence[ir.Value]:
-    """The operator itself, with its derivative from :data:`SLOPES`."""
+def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
+    """Keep the operator and attach its derivative from :data:`SLOPES`."""
     x = node.inputs[0]
     assert x is not None
-    point = draft.detach(x)
-    value = draft.op(node.op_type, point)
-    slope = SLOPES[node.op_type](draft, point, value)
-    return [follow_tangents(draft, value, [Tangent(source=x, point=point, slope=slope)])]
+    point = builder.detach(x)
+    value = builder.op(node.op_type, point)
+    slope = SLOPES[node.op_type](builder, point, value)
+    return [follow_tangents(builder, value, [Tangent(source=x, point=point, slope=slope)])]
 
 
-def _one(draft: Draft, x: ir.Value) -> ir.Value:
-    return draft.number(1.0, x.dtype)
+def _one(builder: NodeBuilder, x: ir.Value) -> ir.Value:
+    return builder.number(1.0, x.dtype)
 
 
-def _slope_tan(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_tan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 + tan(x)**2."""
-    return draft.op("Add", draft.op("Mul", y, y), _one(draft, x))
+    return builder.op("Add", builder.op("Mul", y, y), _one(builder, x))
 
 
-def _outside(draft: Draft, x: ir.Value) -> ir.Value:
+def _outside(builder: NodeBuilder, x: ir.Value) -> ir.Value:
     """1 - x**2 as (1 - x) * (1 + x), which loses nothing close to 1."""
-    one = _one(draft, x)
-    return draft.op("Mul", draft.op("Sub", one, x), draft.op("Add", one, x))
+    one = _one(builder, x)
+    return builder.op("Mul", builder.op("Sub", one, x), builder.op("Add", one, x))
 
 
-def _slope_asin(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_asin(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / sqrt(1 - x**2)."""
-    below = draft.op("Sqrt", _outside(draft, x))
-    return bound_slope(draft, draft.op("Reciprocal", below), x.dtype)
+    below = builder.op("Sqrt", _outside(builder, x))
+    return bound_slope(builder, builder.op("Reciprocal", below), x.dtype)
 
 
-def _slope_acos(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_acos(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """-1 / sqrt(1 - x**2)."""
-    return draft.op("Neg", _slope_asin(draft, x, y))
+    return builder.op("Neg", _slope_asin(builder, x, y))
 
 
-def _slope_atan(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_atan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / (1 + x**2); where x**2 overflows that is the 0 it should be."""
-    square = draft.op("Mul", x, x)
-    return draft.op("Reciprocal", draft.op("Add", square, _one(draft, x)))
+    square = builder.op("Mul", x, x)
+    return builder.op("Reciprocal", builder.op("Add", square, _one(builder, x)))
 
 
-def _slope_sinh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_sinh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """cosh(x)."""
-    return bound_slope(draft, draft.op("Cosh", x), x.dtype)
+    return bound_slope(builder, builder.op("Cosh", x), x.dtype)
 
 
-def _slope_cosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_cosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """sinh(x)."""
-    return bound_slope(draft, draft.op("Sinh", x), x.dtype)
+    return bound_slope(builder, builder.op("Sinh", x), x.dtype)
 
 
-def _slope_asinh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_asinh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / sqrt(1 + x**2), which is 1 / cosh(y); nothing overflows in that."""
-    return draft.op("Reciprocal", draft.op("Cosh", y))
+    return builder.op("Reciprocal", builder.op("Cosh", y))
 
 
-def _slope_acosh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_acosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / sqrt(x**2 - 1), which is 1 / sinh(y)."""
-    return bound_slope(draft, draft.op("Reciprocal", draft.op("Sinh", y)), x.dtype)
+    return bound_slope(builder, builder.op("Reciprocal", builder.op("Sinh", y)), x.dtype)
 
 
-def _slope_atanh(draft: Draft, x: ir.Value, y: ir.Value) -> ir.Value:
+def _slope_atanh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """1 / (1 - x**2)."""
-    return bound_slope(draft, draft.op("Reciprocal", _outside(draft, x)), x.dtype)
+    return bound_slope(builder, builder.op("Reciprocal", _outside(builder, x)), x.dtype)
 
 
 SLOPES: Mapping[str, Slope] = {

@@ -1,4 +1,4 @@
-"""Windows over images: how they lie, what they sum, and padding that is found at run time."""
+"""Pooling windows over images: their positions, sums and counts, and padding known at run time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.drafts import Draft, known_dims
-from splitonnx.partitioner.paddings import count_windows, read_kernel
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.tables import limit
+from splitonnx.partitioner.normalization.explicit_padding import count_windows, read_kernel
 from splitonnx.partitioner.rewrites.extents import refuse, require_rank
-from splitonnx.partitioner.tables import limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How a pooling's windows lie; one entry for each spatial dimension.
+    """The geometry of a pooling's windows, with one entry per spatial dimension.
 
-    ``after`` pads as far as the windows reach, ``counted`` as far as the model says: with
-    ``ceil_mode`` the two differ.  ``sizes`` are the image's, ``None`` where not known.
+    ``after`` is the padding that the windows reach, ``counted`` the padding that the model
+    declares; with ``ceil_mode`` the two differ.  ``sizes`` are those of the image, ``None`` if
+    unknown.
     """
 
     kernel: tuple[int, ...]
@@ -33,7 +34,7 @@ class Windows:
 
     @property
     def attributes(self) -> dict[str, Sequence[int]]:
-        """What a Conv or a pooling with these windows has as attributes."""
+        """The attributes of a Conv or a pooling with these windows."""
         return {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -42,10 +43,10 @@ class Windows:
 
 
 def read_windows(node: ir.Node) -> Windows:
-    """Read a pooling's windows.
+    """Read the windows of a pooling node.
 
     Raises:
-        UnsupportedModel: they depend on an image size that is not known.
+        UnsupportedModel: the windows depend on an image size that is not known.
     """
     x = node.inputs[0]
     assert x is not None
@@ -80,7 +81,7 @@ def read_windows(node: ir.Node) -> Windows:
 def _find_surplus(
     node: ir.Node, size: int | None, reach: int, stride: int, before: int, after: int
 ) -> int:
-    """Give the padding that ``ceil_mode`` adds."""
+    """Return the padding that ``ceil_mode`` adds."""
     if size is not None:
         count = count_windows(size, reach, stride, before, after)
         return (count - 1) * stride + reach - size - before - after
@@ -93,8 +94,8 @@ def _find_surplus(
     return stride - 1
 
 
-def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
-    """Sum each window, channel by channel, by a depthwise convolution with ones.
+def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
+    """Sum each window, channel by channel, with a depthwise convolution of ones.
 
     Raises:
         UnsupportedModel: the number of channels is not known.
@@ -104,17 +105,17 @@ def sum_windows(draft: Draft, node: ir.Node, x: ir.Value, windows: Windows) -> i
         raise refuse(node, "its number of channels is not known", "export it with a fixed one")
     limit(node, channels * math.prod(windows.kernel))
     ones = np.ones((channels, 1, *windows.kernel), x.dtype.numpy())
-    return _convolve(draft, x, ones, windows)
+    return _convolve(builder, x, ones, windows)
 
 
-def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
-    weights = draft.tensor(ir.tensor(kernel))
+def _convolve(builder: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Windows) -> ir.Value:
+    weights = builder.tensor(ir.tensor(kernel))
     pads = (*windows.before, *windows.after)
     if min(pads) < 0:
         full = [0, 0, *windows.before, 0, 0, *windows.after]
-        x = draft.op("Pad", x, draft.integers(full), mode="constant")
+        x = builder.op("Pad", x, builder.integers(full), mode="constant")
         pads = (0,) * len(pads)
-    return draft.op(
+    return builder.op(
         "Conv",
         x,
         weights,
@@ -126,9 +127,9 @@ def _convolve(draft: Draft, x: ir.Value, kernel: np.ndarray, windows: Windows) -
 
 
 def count_elements(
-    draft: Draft, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
+    builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
-    """Count the elements of each window, those of the padding too with ``include_padding``.
+    """Count the elements in each window, including those of the padding with ``include_padding``.
 
     The result broadcasts against the pooled image  # (1, 1, L...)
     """
@@ -137,12 +138,12 @@ def count_elements(
     numbers = [size for size in windows.sizes if size is not None]
     if len(numbers) == len(windows.sizes):
         counts = _count_elements(windows, numbers, include_padding=include_padding)
-        return draft.tensor(ir.tensor(counts.astype(x.dtype.numpy())))
-    shape = draft.op("Concat", draft.integers([1, 1]), draft.shape(x, 2), axis=0)
-    image = draft.op("Expand", draft.number(1.0, x.dtype), shape)
+        return builder.tensor(ir.tensor(counts.astype(x.dtype.numpy())))
+    shape = builder.op("Concat", builder.integers([1, 1]), builder.shape(x, 2), axis=0)
+    image = builder.op("Expand", builder.number(1.0, x.dtype), shape)
     if include_padding:
-        widths = draft.integers([0, 0, *windows.before, 0, 0, *windows.counted])
-        image = draft.op("Pad", image, widths, draft.number(1.0, x.dtype), mode="constant")
+        widths = builder.integers([0, 0, *windows.before, 0, 0, *windows.counted])
+        image = builder.op("Pad", image, widths, builder.number(1.0, x.dtype), mode="constant")
         pairs = zip(windows.after, windows.counted, strict=True)
         rest = tuple(whole - counted for whole, counted in pairs)
         windows = Windows(
@@ -155,7 +156,7 @@ def count_elements(
             sizes=windows.sizes,
         )
     ones = np.ones((1, 1, *windows.kernel), x.dtype.numpy())
-    return draft.detach(_convolve(draft, image, ones, windows))
+    return builder.detach(_convolve(builder, image, ones, windows))
 
 
 def _estimate_counts(windows: Windows) -> float:
@@ -188,39 +189,39 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Tell whether a node's padding is left to depend on the image's size."""
+    """Return whether a node's ``auto_pad`` makes its padding depend on the image size."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
-def pad_by_size(draft: Draft, node: ir.Node, number: float) -> ir.Value:
-    """Pad a node's input with ``number`` as its ``auto_pad`` says, once the size is known.
+def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
+    """Pad a node's input with ``number`` according to its ``auto_pad``, once the size is known.
 
     Raises:
-        UnsupportedModel: the window's extents are not known.
+        UnsupportedModel: the size of the windows is not known.
     """
     x, kernel = node.inputs[0], read_kernel(node)
     assert x is not None
     if kernel is None:
         raise refuse(node, "the shape of its kernel is not known", "export it with explicit pads")
     rank = require_rank(node, x) - 2
-    strides = draft.integers(node.attributes.get_ints("strides", [1] * rank))
+    strides = builder.integers(node.attributes.get_ints("strides", [1] * rank))
     dilations = node.attributes.get_ints("dilations", [1] * rank)
-    reach = draft.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
-    zero, one, two = (draft.integers([n]) for n in (0, 1, 2))
-    size = draft.shape(x, 2)
+    reach = builder.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
+    zero, one, two = (builder.integers([n]) for n in (0, 1, 2))
+    size = builder.shape(x, 2)
     # the last window starts at the last multiple of the stride inside of the image
-    last = draft.op("Sub", size, one)
-    start = draft.op("Mul", draft.op("Div", last, strides), strides)
-    total = draft.op("Max", draft.op("Sub", draft.op("Add", start, reach), last), zero)
-    small = draft.op("Div", total, two)
-    large = draft.op("Sub", total, small)
+    last = builder.op("Sub", size, one)
+    start = builder.op("Mul", builder.op("Div", last, strides), strides)
+    total = builder.op("Max", builder.op("Sub", builder.op("Add", start, reach), last), zero)
+    small = builder.op("Div", total, two)
+    large = builder.op("Sub", total, small)
     if node.attributes.get_string("auto_pad", "") == "SAME_LOWER":
         small, large = large, small
-    none = draft.integers([0, 0])
-    widths = draft.op("Concat", none, small, none, large, axis=0)
-    return draft.op("Pad", x, widths, draft.number(number, x.dtype), mode="constant")
+    none = builder.integers([0, 0])
+    widths = builder.op("Concat", none, small, none, large, axis=0)
+    return builder.op("Pad", x, widths, builder.number(number, x.dtype), mode="constant")
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
-    """List a node's attributes without its padding."""
+    """List a node's attributes without those for its padding."""
     return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}

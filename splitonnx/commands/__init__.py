@@ -1,26 +1,37 @@
 """The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
 
-Each command is a thin shell around a call of the library; what it imports, it imports when it
-runs, so that ``--help`` is quick and a device's commands need no ``onnx``.  An error of
-splitonnx becomes one line on stderr and exit code 2, an interrupt exit code 130.
+Each command is a thin wrapper around a function of the library.  A command imports what it needs
+only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  An
+error of splitonnx is printed as one line on stderr, with exit code 2; an interrupt has exit code
+130.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
-from typing import NoReturn
+import traceback
+from typing import Annotated, NoReturn
 
 import typer
 
-from splitonnx.commands import locks, partitions, services, trainings
+from splitonnx.commands import partitions, security, services, trainings
+from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
+from splitonnx.commands.streams import (
+    discard_unprinted,
+    explain_failed_print,
+    replace_closed_streams,
+)
 from splitonnx.errors import SplitonnxError
+from splitonnx.faults import LOGGER
+
+TRACEBACK = "SPLITONNX_TRACEBACK"
+"""If this environment variable is set, errors are shown with their traceback."""
 
 app = typer.Typer(
     name="splitonnx",
-    help="Split learning on ONNX: cut any model, train its parts apart, exactly as the whole.",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,37 +42,53 @@ for command in (
     partitions.inspect,
     partitions.cut,
     services.serve,
-    locks.token,
+    security.token,
     trainings.train,
     services.predict,
     partitions.merge,
     partitions.verify,
     partitions.export,
 ):
-    app.command()(command)
+    app.command(cls=Command, epilog=f"Example: {EXAMPLES[command.__name__]}")(command)
+
+
+@app.callback()
+def show_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    """Split learning on ONNX: cut any model, train its parts apart, exactly as the whole."""
 
 
 def main() -> None:
-    """Run the command line; the entry point of ``splitonnx``."""
-    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # it has no say on stderr
+    """Run the command line: the entry point of ``splitonnx``."""
+    replace_closed_streams()
+    for logger in ("onnx_ir", LOGGER):  # they have no say on stderr, but in the log of serve
+        logging.getLogger(logger).addHandler(logging.NullHandler())
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
         sys.stdout.flush()
     except SplitonnxError as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename:
+        reason = explain_failed_print(error)
+        if reason is None:
             raise
-        # what is left of it would be written, and fail, when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(f"what a command prints cannot be written: {error.strerror}")
+        discard_unprinted(sys.stdout)
+        _fail(f"what a command prints cannot be written: {reason}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # typer keeps the class of its usage errors to itself, but each can show itself
         describe = getattr(error, "format_message", None)
         if describe is None:
-            raise
+            _own_up(error)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(describe())
             sys.exit(2)
@@ -71,6 +98,19 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _own_up(error: Exception) -> NoReturn:
+    """Write in one line that the mistake is ours, and how to see more of it."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    _fail(
+        f"a mistake in splitonnx ({type(error).__name__}: {error}); please report it, with the "
+        f"traceback that {TRACEBACK}=1 shows"
+    )
+
+
 def _fail(sentence: str) -> NoReturn:
-    print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr)
+    try:
+        print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told more than the exit code
+        discard_unprinted(sys.stderr)
     sys.exit(2)

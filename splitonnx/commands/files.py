@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all."""
+"""Write output files completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from splitonnx.atomic import replacing
 from splitonnx.errors import UnwritableFile
+from splitonnx.outputs import check_file_place, check_place
 
 
 def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None:
-    """Raise before the work rather than after it where an output cannot be written.
+    """Raise before the work, and not after it, if an output cannot be written.
 
     Raises:
-        UnwritableFile: ``path`` exists and ``force`` is not set, or nothing can be written there.
+        UnwritableFile: ``path`` exists and ``force`` is not set, or ``path`` is not writable.
     """
-    from splitonnx.outputs import check_file_place, check_place
-
     with _translating(path):
         if os.path.lexists(path) and path.name and not force:
             raise UnwritableFile(str(path), "it exists already; overwrite it with --force")
@@ -27,23 +27,18 @@ def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its place when the block ends well, and vanishes otherwise.
+    """Open an output file that replaces ``path`` if the block succeeds, and is deleted otherwise.
 
     Raises:
-        UnwritableFile: it cannot be written.
+        UnwritableFile: the file cannot be written.
     """
-    from splitonnx.files import replacing
-    from splitonnx.outputs import check_file_place
-
     with _translating(path):
         check_file_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as fresh:
-            with fresh.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
+        with replacing(path) as fresh, fresh.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

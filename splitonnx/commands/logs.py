@@ -1,7 +1,8 @@
-"""How a command's log looks: lines for people, or one JSON object a line for machines.
+"""Format the log of a command: as lines of text for people, or one JSON object per line.
 
-Both take the fields of an event from ``extra={...}`` of standard logging.  What peers sent may
-stand in a log, so control characters are escaped: no one else can begin a line of it, or colour it.
+Both formats read the fields of an event from ``extra={...}`` of standard logging.  A log may
+contain text that peers sent, so control characters are escaped: no peer can start a new line or
+change colours.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from splitonnx.runtime.paces import Pace
+from splitonnx.runtime.edge.rate_limits import TokenBucket
 
 FIELDS = ("peer", "owner", "session", "phase", "step", "reason", "seconds", "bytes", "left_out")
-"""The fields that an event may carry, in the order in which they are written."""
+"""The fields that an event may have, in the order in which they are written."""
 LINES_PER_SECOND = 100
-"""Lines of a log; what peers cause beyond it is counted and not written, errors excepted."""
+"""The most log lines per second; further lines are counted and dropped, except errors."""
 
 
 class LogFormat(StrEnum):
-    """Choices of ``--log-format``."""
+    """The choices of ``--log-format``."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogLevel(StrEnum):
-    """Choices of ``--log-level``."""
+    """The choices of ``--log-level``."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -40,10 +41,10 @@ class LogLevel(StrEnum):
 
 
 class TextFormatter(logging.Formatter):
-    """``12:34:56  sentence``, with the fields behind it that the sentence does not have."""
+    """Format a record as ``12:34:56  sentence``, followed by the fields not in the sentence."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Format a record as one line of text."""
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         sentence = escape(record.getMessage())
         known = {name: escape(str(value)) for name, value in get_fields(record).items()}
@@ -55,10 +56,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC, RFC 3339), ``level``, ``event``, and the fields."""
+    """Format a record as JSON: ``time`` (UTC, RFC 3339), ``level``, ``event``, and the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Format a record as one line of JSON."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         entry: dict[str, object] = {
             "time": time.replace("+00:00", "Z"),
@@ -73,18 +74,18 @@ class JsonFormatter(logging.Formatter):
 
 
 class Brake(logging.Filter):
-    """Keeps a crowd from filling the disk: lines beyond the rate are left out.
+    """A logging filter that limits the rate of lines, so that a flood does not fill the disk.
 
-    The next one that is written says how many there were, as ``left_out``.
+    The next line that is written after dropped lines has their number in the field ``left_out``.
     """
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:
         super().__init__()
-        self._pace = Pace(lines_per_second, time.monotonic())
+        self._pace = TokenBucket(lines_per_second, time.monotonic())
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is to be written."""
+        """Return whether a record should be written."""
         now = time.monotonic()
         if record.levelno < logging.ERROR and self._pace.count(0, now):
             self._left_out += 1
@@ -96,13 +97,13 @@ class Brake(logging.Filter):
 
 
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
-    """Gather the fields of an event that are known and were given."""
+    """Return the known fields that a record has."""
     given = {name: getattr(record, name, None) for name in FIELDS}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def escape(text: str) -> str:
-    r"""Write what does not print as ``\x1b`` or ``\u202e``, and a line break as ``\n``."""
+    r"""Escape unprintable characters as ``\x1b`` or ``\u202e``, and a line break as ``\n``."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -112,7 +113,7 @@ def escape(text: str) -> str:
 def logging_to_stderr(
     level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT
 ) -> Iterator[None]:
-    """Send splitonnx's log to stderr while the context lasts, and leave no trace of it."""
+    """Write splitonnx's log to stderr inside the context, and restore the logger afterwards."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     handler.addFilter(Brake())

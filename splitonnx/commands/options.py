@@ -1,37 +1,39 @@
-"""Options that several commands share, spelled once; what they mean together, too."""
+"""Options that several commands share, and checks of their combinations."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from splitonnx import names
 from splitonnx.commands.logs import LogFormat, LogLevel
 from splitonnx.errors import UsageError
 from splitonnx.optimizers import Optimizer, read_optimizer
 
 
 class BatchNorm(StrEnum):
-    """Choices of ``--batchnorm``."""
+    """The choices of ``--batchnorm``."""
 
     TRAIN = "train"
     FROZEN = "frozen"
 
 
 class Dropout(StrEnum):
-    """Choices of ``--dropout``."""
+    """The choices of ``--dropout``."""
 
     KEEP = "keep"
     OFF = "off"
 
 
 class Target(StrEnum):
-    """Choices of ``--client-target`` and ``--server-target``."""
+    """The choices of ``--client-target`` and ``--server-target``."""
 
-    PORTABLE = "portable"
-    TRAINING = "training"
+    PORTABLE = names.PORTABLE
+    TRAINING = names.TRAINING
 
 
 _RECIPE = "What is trained, and how"
@@ -131,7 +133,7 @@ ServerOption = Annotated[
     str | None, typer.Option(metavar="URL", help="The server, such as ws://127.0.0.1:8765.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of shuffling and Dropout.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of shuffling and dropout.")]
 TrustedOption = Annotated[
     bool,
     typer.Option(
@@ -142,15 +144,33 @@ TrustedOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what stands there.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 LogFormatOption = Annotated[
     LogFormat, typer.Option(help="Lines for people, or one JSON object a line.")
 ]
 LogLevelOption = Annotated[
-    LogLevel | None, typer.Option(help="What is logged, and all that is graver; info by default.")
+    LogLevel | None, typer.Option(help="Log messages of this level and above; info by default.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """The options that control what a command logs, and in which format."""
+
+    quiet: QuietOption = False
+    log_format: LogFormatOption = LogFormat.TEXT
+    log_level: LogLevelOption = None
+
+    def choose_level(self) -> LogLevel:
+        """Return the lowest level of messages that are logged.
+
+        Raises:
+            UsageError: the options contradict each other.
+        """
+        refuse_both("--quiet", "--log-level", self.quiet, self.log_level)
+        return LogLevel.ERROR if self.quiet else self.log_level or LogLevel.INFO
 
 
 def make_optimizer(
@@ -161,10 +181,10 @@ def make_optimizer(
     weight_decay: float | None,
     clip_norm: float | None,
 ) -> Optimizer:
-    """Make the optimizer of these options; what was not given takes the optimizer's default.
+    """Build the optimizer from its options; options that were not given have their defaults.
 
     Raises:
-        UsageError: no such optimizer, an option that it does not have, or one out of range.
+        UsageError: the optimizer does not exist or lacks an option, or an option is out of range.
     """
     settings = {
         "lr": lr,
@@ -177,10 +197,10 @@ def make_optimizer(
 
 
 def refuse_both(first: str, second: str, *given: object) -> None:
-    """Raise where two options that exclude each other were both given.
+    """Raise if two options that exclude each other were both given.
 
     Raises:
-        UsageError: it names the two.
+        UsageError: both options were given; the error names them.
     """
     if all(given):
         raise UsageError(f"{first} and {second} exclude each other")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import displays
+from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.options import (
     BatchNormOption,
@@ -37,11 +37,11 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
-from splitonnx.partitioner.pauses import pause_to_the_end
+from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
 class Purpose(StrEnum):
-    """Choices of ``export --for``."""
+    """The choices of ``export --for``."""
 
     MOBILE = "mobile"
 
@@ -52,16 +52,16 @@ def check(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether a model can be trained, what would be rewritten, and what stands in the way.
+    """Check whether a model can be trained, what would be rewritten, and what prevents training.
 
-    Exit code 1 where it cannot be trained.
+    The exit code is 1 if it cannot be trained.
     """
     pause_to_the_end()
     found = splitonnx.check(model, loss=loss, output=output)
     if as_json:
-        displays.print_json(found)
+        printing.print_json(found)
     else:
-        displays.print_check(found, model)
+        printing.print_check(found, model)
     if not found.trainable:
         raise typer.Exit(1)
 
@@ -81,13 +81,13 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tensors that alone divide a model: where it may be cut, and what would travel."""
+    """List the tensors at which a model can be cut, and the data that would be sent for each."""
     pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
-        displays.print_json(cuts)
+        printing.print_json(cuts)
     else:
-        displays.print_cuts(cuts)
+        printing.print_cuts(cuts)
 
 
 def cut(
@@ -100,7 +100,10 @@ def cut(
         ),
     ],
     bundle: Annotated[
-        Path, typer.Option("-o", metavar="BUNDLE", help="The folder to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--bundle", metavar="BUNDLE", help="The folder to write.", show_default=False
+        ),
     ],
     tail_at: Annotated[
         list[str] | None,
@@ -127,7 +130,7 @@ def cut(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Cut a model into a client's and a server's part, ready to be trained."""
+    """Cut a model into a client part and a server part, ready to be trained."""
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_existing(bundle, force=force, is_folder=True)
     pause_to_the_end()
@@ -149,27 +152,30 @@ def cut(
     )
     made.save(bundle, overwrite=force)
     if as_json:
-        displays.print_json(displays.summarize_bundle(made))
+        printing.print_json(printing.summarize_bundle(made))
     elif not quiet:
-        displays.print_bundle(made, bundle)
+        printing.print_bundle(made, bundle)
 
 
 def merge(
     bundle: BundleArgument,
     output: Annotated[
-        Path, typer.Option("-o", metavar="FILE", help="The model to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The model to write.", show_default=False
+        ),
     ],
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Join a bundle's parts into one plain ONNX model for inference, with trained weights.
 
-    Weights that are too large for one ONNX file (2 GiB) go into FILE.data beside it.
+    Weights that are too large for one ONNX file (2 GiB) are written to FILE.data beside it.
     """
     refuse_existing(output, force=force)
     size = splitonnx.write_merged(bundle, output, overwrite=force)
     if not quiet:
-        displays.print_written(output, size)
+        printing.print_written(output, size)
 
 
 def verify(
@@ -184,18 +190,18 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train split and unsplit side by side and compare the loss and every parameter, each step.
+    """Train split and unsplit side by side; compare the loss and every parameter after each step.
 
-    Nothing is written.  Exit code 1 where they differ by more than --rtol.
+    Nothing is written.  The exit code is 1 if they differ by more than --rtol.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     verification = splitonnx.verify(
         bundle, data, steps=steps, batch_size=batch_size, rtol=rtol, seed=seed
     )
     if as_json:
-        displays.print_json_lines(displays.summarize_verification(verification))
+        printing.print_json_lines(printing.summarize_verification(verification))
     elif not quiet:
-        displays.print_verification(verification)
+        printing.print_verification(verification)
     if not verification.ok:
         raise typer.Exit(1)
 
@@ -209,6 +215,7 @@ def export(
         Path | None,
         typer.Option(
             "-o",
+            "--output",
             metavar="FOLDER",
             help="The folder to write; by default the party's with -mobile behind its name.",
             show_default=False,
@@ -218,18 +225,18 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a party's folder for mobile apps: its graphs in ORT format, and what they need.
+    """Write a party's folder for mobile apps: its graphs in ORT format and the files they need.
 
-    It trains with the same server.  A part with training operators is refused.
+    The exported party trains with the same server.  A part with training operators is refused.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     assert purpose is Purpose.MOBILE
-    from splitonnx.runtime.exports import choose_place
+    from splitonnx.runtime.engine.exports import choose_place
 
     place = choose_place(source) if folder is None else folder
     refuse_existing(place, force=force, is_folder=True)
     written = splitonnx.export(source, place, overwrite=force)
     if as_json:
-        displays.print_json(displays.summarize_export(written))
+        printing.print_json(printing.summarize_export(written))
     elif not quiet:
-        displays.print_export(written)
+        printing.print_export(written)

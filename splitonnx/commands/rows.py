@@ -1,4 +1,4 @@
-"""The table of cuts, as plain lines where it is long: rich takes a millisecond for each row."""
+"""Print long tables of cuts as plain lines, because rich takes a millisecond per row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitonnx.partitioner.inspections import Cut
+    from splitonnx.partitioner.reports.inspections import CutCandidate
 
 FEW_ROWS = 500
-"""As many are left to rich, which wraps what does not fit the terminal."""
+"""Tables up to this number of rows are printed by rich, which wraps text to fit the terminal."""
 
 
 def format_rows(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
 ) -> Iterator[str]:
-    """Yield the lines of a table, of which the first ``left`` columns begin at the left."""
+    """Yield the lines of a table; the first ``left`` columns are left-aligned."""
     columns = zip(headings, *rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
 
@@ -32,8 +32,8 @@ def format_rows(
     yield from map(line, rows)
 
 
-def list_cells(cut: Cut) -> Sequence[str]:
-    """Write a cut as cells of a table."""
+def list_cells(cut: CutCandidate) -> Sequence[str]:
+    """Return the cells of a cut's row in the table."""
     return (
         " + ".join((cut.tensor, *cut.sent)),
         cut.op,
@@ -46,7 +46,7 @@ def list_cells(cut: Cut) -> Sequence[str]:
 
 
 def format_bytes(size: int | None) -> str:
-    """Write a number of bytes as people read it."""
+    """Format a number of bytes for people to read."""
     from rich.filesize import decimal
 
     return "?" if size is None else decimal(size)

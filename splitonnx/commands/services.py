@@ -1,4 +1,4 @@
-"""The commands that run a bundle's parts as they are: serve, predict."""
+"""The commands that run a bundle's parts without changing them: serve, predict."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Annotated, Any
 import typer
 
 import splitonnx
-from splitonnx.commands import displays, locks
+from splitonnx.commands import printing
 from splitonnx.commands.files import open_whole, refuse_existing
-from splitonnx.commands.logs import LogFormat, LogLevel, logging_to_stderr
+from splitonnx.commands.groups import spread
+from splitonnx.commands.limits import LIMITS
+from splitonnx.commands.logs import logging_to_stderr
 from splitonnx.commands.options import (
     BatchSizeOption,
     DataOption,
     ForceOption,
     GiveUpAfterOption,
-    LogFormatOption,
-    LogLevelOption,
+    LogOptions,
     QuietOption,
     ServerOption,
     ThreadsOption,
     TrustedOption,
-    refuse_both,
 )
+from splitonnx.commands.security import ClientSecurity, ServerSecurity
 from splitonnx.runtime.limits import Limits
 
 
+@spread
 def serve(
     bundle: Annotated[Path, typer.Argument(help="The server's folder.")],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -36,7 +38,7 @@ def serve(
     threads: ThreadsOption = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with sessions that an earlier server left here."),
+        typer.Option("--resume", help="Resume sessions that an earlier server left here."),
     ] = False,
     keep_sessions: Annotated[
         float | None,
@@ -54,67 +56,17 @@ def serve(
         Path | None,
         typer.Option(help="A folder of web pages to give out on the same port; they may connect."),
     ] = None,
-    quiet: QuietOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
-    log_level: LogLevelOption = None,
-    token_file: locks.ServerTokensOption = None,
-    tls_cert: locks.ServerCertificateOption = None,
-    tls_key: locks.ServerKeyOption = None,
-    client_ca: locks.ClientAuthorityOption = None,
-    origin: locks.OriginOption = None,
-    insecure: locks.InsecureOption = False,
-    isolate: locks.IsolateOption = None,
-    max_clients: locks.MaxClientsOption = Limits.clients,
-    max_strangers: locks.MaxStrangersOption = Limits.strangers,
-    max_sessions: locks.MaxSessionsOption = Limits.sessions,
-    max_sessions_per_token: locks.MaxSessionsPerTokenOption = Limits.sessions_per_token,
-    max_memory_bytes: locks.MaxMemoryBytesOption = Limits.memory_bytes,
-    max_message_bytes: locks.MaxMessageBytesOption = Limits.message_bytes,
-    max_stranger_bytes: locks.MaxStrangerBytesOption = Limits.stranger_bytes,
-    max_messages_per_second: locks.MaxMessagesPerSecondOption = Limits.messages_per_second,
-    max_idle_seconds: locks.MaxIdleSecondsOption = Limits.idle_seconds,
-    max_message_seconds: locks.MaxMessageSecondsOption = Limits.message_seconds,
-    max_handshake_seconds: locks.MaxHandshakeSecondsOption = Limits.handshake_seconds,
-    max_login_seconds: locks.MaxLoginSecondsOption = Limits.login_seconds,
-    max_unattended_seconds: locks.MaxUnattendedSecondsOption = Limits.unattended_seconds,
-    max_clients_per_token: locks.MaxClientsPerTokenOption = Limits.clients_per_token,
-    max_batch: locks.MaxBatchOption = Limits.batch,
-    max_task_bytes: locks.MaxTaskBytesOption = Limits.task_bytes,
-    max_stage_seconds: locks.MaxStageSecondsOption = Limits.stage_seconds,
-    max_workers: locks.MaxWorkersOption = Limits.workers,
-    max_disk_per_owner: locks.MaxDiskPerOwnerOption = Limits.disk_per_owner,
-    max_norm: locks.MaxNormOption = Limits.norm,
+    *,
+    logs: LogOptions,
+    security: ServerSecurity,
+    limits: Annotated[Limits, LIMITS],
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
-    It ends in good order: running steps are finished, sessions written to disk, clients told to
-    come again.
+    The server shuts down gracefully: it finishes running steps, writes sessions to disk, and asks
+    clients to reconnect later.
     """
-    refuse_both("--quiet", "--log-level", quiet, log_level)
-    level = LogLevel.ERROR if quiet else log_level or LogLevel.INFO
-    limits = Limits(
-        clients=max_clients,
-        strangers=max_strangers,
-        sessions=max_sessions,
-        sessions_per_token=max_sessions_per_token,
-        memory_bytes=max_memory_bytes,
-        message_bytes=max_message_bytes,
-        stranger_bytes=max_stranger_bytes,
-        messages_per_second=max_messages_per_second,
-        idle_seconds=max_idle_seconds,
-        message_seconds=max_message_seconds,
-        handshake_seconds=max_handshake_seconds,
-        login_seconds=max_login_seconds,
-        unattended_seconds=max_unattended_seconds,
-        clients_per_token=max_clients_per_token,
-        batch=max_batch,
-        task_bytes=max_task_bytes,
-        stage_seconds=max_stage_seconds,
-        workers=max_workers,
-        disk_per_owner=max_disk_per_owner,
-        norm=max_norm,
-    )
-    with logging_to_stderr(level, log_format):
+    with logging_to_stderr(logs.choose_level(), logs.log_format):
         splitonnx.Server(
             bundle,
             host=host,
@@ -122,23 +74,26 @@ def serve(
             threads=threads,
             resume=resume,
             limits=limits,
-            tokens=locks.read_tokens(token_file),
-            tls=locks.make_tls(tls_cert, tls_key, client_authority=client_ca),
-            origins=origin or (),
-            insecure=insecure,
-            isolate=isolate,
+            tokens=security.read_tokens(),
+            tls=security.make_tls(),
+            origins=security.origin or (),
+            insecure=security.insecure,
+            isolate=security.isolate,
             web=web,
             client=client,
             keep_sessions=keep_sessions,
         ).serve_forever()
 
 
+@spread
 def predict(
     bundle: Annotated[Path, typer.Argument(help="The client's folder.")],
     data: DataOption,
     output: Annotated[
         Path,
-        typer.Option("-o", metavar="FILE.npz", help="The file to write.", show_default=False),
+        typer.Option(
+            "-o", "--output", metavar="FILE.npz", help="The file to write.", show_default=False
+        ),
     ],
     server: ServerOption = None,
     give_up_after: GiveUpAfterOption = None,
@@ -147,27 +102,16 @@ def predict(
     trusted: TrustedOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
-    token_file: locks.ClientTokenOption = None,
-    ca: locks.AuthorityOption = None,
-    cert: locks.CertificateOption = None,
-    key: locks.KeyOption = None,
-    max_message_bytes: locks.ReplyBytesOption = None,
+    *,
+    security: ClientSecurity,
 ) -> None:
-    """Run the model split, and write its outputs by name into an .npz file."""
+    """Run the split model, and write its outputs by name to an .npz file."""
     refuse_existing(output, force=force)
-    access = locks.make_access(
-        server,
-        token_file=token_file,
-        ca=ca,
-        cert=cert,
-        key=key,
-        max_message_bytes=max_message_bytes,
-    )
     with splitonnx.Client(
         bundle,
         server,
         threads=threads,
-        access=access,
+        credentials=security.make_credentials(server),
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
@@ -177,4 +121,4 @@ def predict(
     with open_whole(output) as file:
         np.savez(file, **outputs)
     if not quiet:
-        displays.print_outputs(output, outputs)
+        printing.print_outputs(output, outputs)

@@ -1,11 +1,11 @@
-"""The command that trains: split against a server, or the whole model as the baseline."""
+"""The command that trains: split against a server, or the complete model as a baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import displays, locks
+from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
+from splitonnx.commands.groups import list_given, spread
 from splitonnx.commands.options import (
     BatchNormOption,
     BatchSizeOption,
@@ -41,23 +42,127 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+from splitonnx.commands.security import ClientSecurity
 from splitonnx.errors import UsageError
+from splitonnx.names import CLIENT
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
 
 
 CHECKPOINT_EVERY = 100
-"""Steps between two checkpoints, unless said otherwise."""
+"""The default number of steps between two checkpoints."""
 
 
 class WhenUnsaved(StrEnum):
-    """Choices of ``--when-unsaved``."""
+    """The choices of ``--when-unsaved``."""
 
     STOP = "stop"
     CONTINUE = "continue"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options for the length of the training, and for resuming an interrupted run."""
+
+    epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1
+    batch_size: BatchSizeOption = 32
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
+    ] = None
+    seed: SeedOption = 0
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Resume the run that was interrupted in this folder."),
+    ] = False
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Give up the run that was interrupted in this folder."),
+    ] = False
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints of both halves; 0 for none.")
+    ] = CHECKPOINT_EVERY
+    when_unsaved: Annotated[
+        WhenUnsaved,
+        typer.Option(help="What to do where a checkpoint cannot be written."),
+    ] = WhenUnsaved.STOP
+
+    def count_steps(self, samples: int | None) -> int | None:
+        """Return the number of steps of the run; ``None`` if the number of samples is unknown."""
+        return None if samples is None else self.epochs * math.ceil(samples / self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """Options of ``--local``: how a model without a cut is trained, and its output file."""
+
+    merged: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--merged",
+            metavar="FILE",
+            help="With --local: the trained model to write.",
+            show_default=False,
+        ),
+    ] = None
+    force: ForceOption = False
+    loss: LossOption = None
+    output: OutputOption = None
+    optimizer: OptimizerOption = None
+    momentum: MomentumOption = None
+    weight_decay: WeightDecayOption = None
+    clip_norm: ClipNormOption = None
+    batchnorm: BatchNormOption = None
+    dropout: DropoutOption = None
+    train: TrainOption = None
+    freeze: FreezeOption = None
+    client_target: ClientTargetOption = None
+
+    def list_given(self) -> list[str]:
+        """List the names of the options that were given."""
+        return ["-o" if name == "--merged" else name for name in list_given(self)]
+
+    def prepare(self, model: Path, lr: float | None) -> Bundle:
+        """Build a bundle from a model without cutting it.
+
+        Raises:
+            UsageError: the options contradict each other, or the output exists.
+            UnsupportedModel: the model cannot be trained.
+        """
+        if self.force and self.merged is None:
+            raise UsageError("--force needs an output to overwrite; name it with -o")
+        if self.merged is not None:
+            refuse_existing(self.merged, force=self.force)
+        return splitonnx.cut(
+            model,
+            at=None,
+            loss=self.loss or "cross-entropy",
+            output=self.output,
+            optimizer=make_optimizer(
+                self.optimizer,
+                lr=lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                clip_norm=self.clip_norm,
+            ),
+            batchnorm=None if self.batchnorm is None else self.batchnorm.value,
+            dropout=None if self.dropout is None else self.dropout.value,
+            train=self.train or (),
+            freeze=self.freeze or (),
+            client_target=(self.client_target or Target.TRAINING).value,
+        )
+
+    def write(self, bundle: Bundle, client: splitonnx.Client) -> None:
+        """Write the trained model, if an output file was given."""
+        if self.merged is None:
+            return
+        trained = replace(bundle.client, trained=client.state(), step=client.steps)
+        whole = replace(bundle, parties={CLIENT: trained})
+        splitonnx.write_merged(whole, self.merged, overwrite=self.force)
+
+
+@spread
 def train(
     source: Annotated[
         Path,
@@ -71,153 +176,83 @@ def train(
     eval_data: Annotated[
         Path | None, typer.Option(help="Held-out data, evaluated after each epoch.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1,
-    batch_size: BatchSizeOption = 32,
-    lr: Annotated[
-        float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
-    ] = None,
-    seed: SeedOption = 0,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with the run that was broken off in this folder."),
-    ] = False,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Give up the run that was broken off in this folder."),
-    ] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(min=0, help="Steps between checkpoints of both halves; 0 for none.")
-    ] = CHECKPOINT_EVERY,
-    when_unsaved: Annotated[
-        WhenUnsaved,
-        typer.Option(help="What to do where a checkpoint cannot be written."),
-    ] = WhenUnsaved.STOP,
+    *,
+    run: RunOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
     trusted: TrustedOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    merged: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            metavar="FILE",
-            help="With --local: the trained model to write.",
-            show_default=False,
-        ),
-    ] = None,
-    force: ForceOption = False,
-    loss: LossOption = None,
-    output: OutputOption = None,
-    optimizer: OptimizerOption = None,
-    momentum: MomentumOption = None,
-    weight_decay: WeightDecayOption = None,
-    clip_norm: ClipNormOption = None,
-    batchnorm: BatchNormOption = None,
-    dropout: DropoutOption = None,
-    train: TrainOption = None,
-    freeze: FreezeOption = None,
-    client_target: ClientTargetOption = None,
-    token_file: locks.ClientTokenOption = None,
-    ca: locks.AuthorityOption = None,
-    cert: locks.CertificateOption = None,
-    key: locks.KeyOption = None,
-    max_message_bytes: locks.ReplyBytesOption = None,
+    whole: LocalOptions,
+    security: ClientSecurity,
 ) -> None:
-    """Train a bundle against its server and save both halves, or with --local a whole model.
+    """Train a bundle against its server and save both halves, or with --local a complete model.
 
-    The options under "What is trained, and how" go with --local; a bundle has its own from cut.
+    The options under "What is trained, and how" require --local; for a bundle, cut has fixed them.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
-    refuse_both("--resume", "--restart", resume, restart)
-    if not local:
-        _refuse_recipe(
-            {
-                "-o": merged,
-                "--force": force,
-                "--loss": loss,
-                "--output": output,
-                "--optimizer": optimizer,
-                "--momentum": momentum,
-                "--weight-decay": weight_decay,
-                "--clip-norm": clip_norm,
-                "--batchnorm": batchnorm,
-                "--dropout": dropout,
-                "--train": train or None,
-                "--freeze": freeze or None,
-                "--client-target": client_target,
-            }
-        )
-        if server is None:
-            raise UsageError("name the server with --server, or train a whole model with --local")
-        bundle = None
+    refuse_both("--resume", "--restart", run.resume, run.restart)
+    if local:
+        _refuse_remote(server, run, trusted)
+        bundle = whole.prepare(source, run.lr)
     else:
-        refuse_both("--local", "--server", local, server)
-        refuse_both("--local", "--resume", local, resume)
-        refuse_both("--local", "--restart", local, restart)
-        refuse_both("--local", "--trusted", local, trusted)
-        if force and merged is None:
-            raise UsageError("--force needs an output to overwrite; name it with -o")
-        if merged is not None:
-            refuse_existing(merged, force=force)
-        bundle = splitonnx.cut(
-            source,
-            at=None,
-            loss=loss or "cross-entropy",
-            output=output,
-            optimizer=make_optimizer(
-                optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
-            ),
-            batchnorm=None if batchnorm is None else batchnorm.value,
-            dropout=None if dropout is None else dropout.value,
-            train=train or (),
-            freeze=freeze or (),
-            client_target=(client_target or Target.TRAINING).value,
-        )
-    from splitonnx.runtime.datasets import open_dataset
-    from splitonnx.runtime.heaps import exempt_loaded
+        _refuse_local(server, whole)
+        bundle = None
+    from splitonnx.runtime.client.datasets import open_dataset
+    from splitonnx.runtime.workers.heaps import exempt_loaded
 
-    access = locks.make_access(
-        server,
-        token_file=token_file,
-        ca=ca,
-        cert=cert,
-        key=key,
-        max_message_bytes=max_message_bytes,
-    )
-    display = displays.choose_display(as_json=as_json, quiet=quiet, epochs=epochs)
-    part = source if bundle is None else bundle.client
+    display = printing.choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
     with splitonnx.Client(
-        part,
+        source if bundle is None else bundle.client,
         server,
-        access=access,
+        credentials=security.make_credentials(server),
         threads=threads,
-        seed=seed,
-        resume=resume,
+        seed=run.seed,
+        resume=run.resume,
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
         dataset = open_dataset(data)
-        has_checkpoints = not local and checkpoint_every > 0
-        steps = None if dataset.size is None else epochs * math.ceil(dataset.size / batch_size)
+        has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
-        with display.showing(steps), _telling_how_to_resume(client, has_checkpoints):
+        with (
+            display.showing(run.count_steps(dataset.size)),
+            _telling_how_to_resume(client, has_checkpoints),
+        ):
             history = client.fit(
                 dataset,
-                epochs=epochs,
-                batch_size=batch_size,
+                epochs=run.epochs,
+                batch_size=run.batch_size,
                 eval_data=eval_data,
-                learning_rate=lr,
-                checkpoint_every=checkpoint_every if has_checkpoints else None,
-                when_unsaved="stop" if when_unsaved is WhenUnsaved.STOP else "continue",
-                restart=restart,
+                learning_rate=run.lr,
+                checkpoint_every=run.checkpoint_every if has_checkpoints else None,
+                when_unsaved="stop" if run.when_unsaved is WhenUnsaved.STOP else "continue",
+                restart=run.restart,
                 save=bundle is None,
                 on_step=display.show_step,
                 on_epoch=display.show_evaluation,
             )
-        if bundle is not None and merged is not None:
-            _write_merged(bundle, client, merged, force=force)
-    display.summarize(history, _describe_saved(source, local, merged))
+        if bundle is not None:
+            whole.write(bundle, client)
+    display.summarize(history, _describe_saved(source, local, whole.merged))
+
+
+def _refuse_remote(server: str | None, run: RunOptions, trusted: bool) -> None:
+    """Raise where ``--local`` was given together with what needs a server."""
+    refuse_both("--local", "--server", True, server)
+    refuse_both("--local", "--resume", True, run.resume)
+    refuse_both("--local", "--restart", True, run.restart)
+    refuse_both("--local", "--trusted", True, trusted)
+
+
+def _refuse_local(server: str | None, whole: LocalOptions) -> None:
+    """Raise where ``--local`` was not given, but options that need it were, or no server."""
+    if given := whole.list_given():
+        raise UsageError(
+            f"{', '.join(given)}: with --local only; a bundle was cut with its own settings"
+        )
+    if server is None:
+        raise UsageError("name the server with --server, or train a whole model with --local")
 
 
 @contextmanager
@@ -227,22 +262,10 @@ def _telling_how_to_resume(client: splitonnx.Client, has_checkpoints: bool) -> I
     except KeyboardInterrupt:
         if has_checkpoints:
             kept = "the newest checkpoint" if client.checkpoints else "the beginning"
-            typer.echo(f"broken off at step {client.steps}; --resume goes on from {kept}", err=True)
+            typer.echo(
+                f"interrupted at step {client.steps}; --resume continues from {kept}", err=True
+            )
         raise
-
-
-def _refuse_recipe(options: dict[str, object]) -> None:
-    given = [name for name, value in options.items() if value not in (None, False)]
-    if given:
-        raise UsageError(
-            f"{', '.join(given)}: with --local only; a bundle was cut with its own settings"
-        )
-
-
-def _write_merged(bundle: Bundle, client: splitonnx.Client, path: Path, *, force: bool) -> None:
-    trained = replace(bundle.client, trained=client.state(), step=client.steps)
-    whole = replace(bundle, parties={"client": trained})
-    splitonnx.write_merged(whole, path, overwrite=force)
 
 
 def _describe_saved(source: Path, local: bool, merged: Path | None) -> str:

@@ -1,8 +1,8 @@
-"""Every error that splitonnx raises on purpose, split by whose fault it is.
+"""All errors that splitonnx raises on purpose, grouped by their cause.
 
-An exception stores facts as attributes and composes its sentence in ``__str__``: what was
-expected, what came, what to do next.  The command line prints that sentence on one line and
-exits with code 2.  The modules know no model, no file format and no network.
+An exception stores facts as attributes and builds its message in ``__str__``: what was expected,
+what was found, what to do next.  The command line prints that message on one line and exits with
+code 2.  These modules do not depend on models, file formats or the network.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from splitonnx.errors.connections import (
     WorkerLost,
 )
 from splitonnx.errors.environments import (
+    InternalRuntimeError,
     MissingExtra,
     ProcessFailed,
     StageFailed,
@@ -60,11 +61,11 @@ from splitonnx.errors.inputs import (
     ValueOutOfRange,
 )
 from splitonnx.errors.models import (
-    BrokenWork,
     CutError,
     ForbiddenExternalData,
     ForbiddenOperator,
     IntegerCut,
+    InternalModelError,
     ModelError,
     NativeCrash,
     NotACut,
@@ -84,7 +85,6 @@ from splitonnx.errors.roots import (
 __all__ = [
     "ArrayMismatch",
     "BatchTooLarge",
-    "BrokenWork",
     "BundleError",
     "BundleMismatch",
     "ConnectionLost",
@@ -98,6 +98,8 @@ __all__ = [
     "ForeignSession",
     "FormatError",
     "IntegerCut",
+    "InternalModelError",
+    "InternalRuntimeError",
     "LocalProtocolError",
     "MessageTooLarge",
     "MissingArray",

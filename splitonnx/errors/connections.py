@@ -1,4 +1,4 @@
-"""Errors between two parties."""
+"""Errors of the communication between two parties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 
 
 class ProtocolError(SplitonnxError):
-    """Root of what can go wrong between two parties."""
+    """Base class of errors of the communication between two parties."""
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class LocalProtocolError(ProtocolError):
 
 @dataclass(eq=False)
 class RemoteProtocolError(ProtocolError):
-    """The other side sent what the protocol does not allow."""
+    """The other side sent something that the protocol does not allow."""
 
     reason: str
 
@@ -34,7 +34,7 @@ class RemoteProtocolError(ProtocolError):
 
 @dataclass(eq=False)
 class BundleMismatch(ProtocolError):
-    """The two sides were not cut together, or stand at different steps."""
+    """The two sides do not come from the same cut, or are at different steps."""
 
     subject: str
     local: str
@@ -50,7 +50,7 @@ class BundleMismatch(ProtocolError):
 
 @dataclass(eq=False)
 class ServerBusy(ProtocolError):
-    """The server has as many clients or sessions as it takes; ``limit`` says which and how many."""
+    """The server has reached its limit of clients or sessions; ``limit`` names the limit."""
 
     limit: str
 
@@ -60,7 +60,7 @@ class ServerBusy(ProtocolError):
 
 @dataclass(eq=False)
 class StaleConnection(ProtocolError):
-    """A newer connection has taken the session over; ``newest`` is its generation."""
+    """A newer connection has taken over the session; ``newest`` is its generation."""
 
     generation: int
     newest: int
@@ -74,7 +74,7 @@ class StaleConnection(ProtocolError):
 
 @dataclass(eq=False)
 class SessionLost(ProtocolError):
-    """The server cannot go on with a session at any step at which the client could."""
+    """The server has none of the steps of a session from which the client could continue."""
 
     session: str
     wanted: Sequence[int]
@@ -82,18 +82,19 @@ class SessionLost(ProtocolError):
 
     def __str__(self) -> str:
         return (
-            f"the server cannot go on with session {self.session}: the client could at step "
+            f"the server cannot continue with session {self.session}: the client could at step "
             f"{_list_steps(self.wanted)}, the server at {_list_steps(self.present)}; serve with "
-            "--resume the folder that it was trained with, or train anew with --restart"
+            "--resume the folder that it was trained with, or train again with --restart"
         )
 
 
 @dataclass(eq=False)
 class WorkerLost(ProtocolError):
-    """The process that ran a session's stages ended; ``how`` says how.
+    """The process that ran a session's stages ended; ``how`` describes how.
 
-    ``is_repeated``: the same step ended one before, so it is not tried again.  ``is_early``: it
-    ended before it was ready, which is not for want of anything that the client sends.
+    ``is_repeated``: a worker was lost at the same step before, so the step is not tried again.
+    ``is_early``: the worker ended before it was ready, so the cause is not anything that the client
+    sent.
     """
 
     session: str
@@ -120,30 +121,32 @@ class WorkerLost(ProtocolError):
 
 @dataclass(eq=False)
 class ForeignSession(ProtocolError):
-    """A session that belongs to another token's owner was asked for."""
+    """The requested session belongs to the owner of another token."""
 
     session: str
 
     def __str__(self) -> str:
-        return f"session {self.session} was begun with another token; only that one goes on with it"
+        return (
+            f"session {self.session} was begun with another token; only that one continues with it"
+        )
 
 
 @dataclass(eq=False)
 class StepConflict(ProtocolError):
-    """A step that was made already is asked for once more, with other inputs."""
+    """A completed step was requested again with different inputs."""
 
     step: int
 
     def __str__(self) -> str:
         return (
             f"step {self.step} was made already, with other inputs; train with the same data, "
-            "batches and seed, or anew with --restart"
+            "batches and seed, or again with --restart"
         )
 
 
 @dataclass(eq=False)
 class StepsLost(ProtocolError):
-    """The server lost steps, and both sides went back to ``step``: go on from there."""
+    """The server lost its newest steps, and both sides went back to ``step``, to continue there."""
 
     step: int
 
@@ -167,11 +170,11 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """The connection could not be made, broke, or fell silent for too long: worth trying again.
+    """The connection failed, broke, or was silent for too long: try again.
 
-    ``code`` is the websocket's closing code (1012: the server starts anew, 1013: it is full, 4001:
-    another client has the session now), or the HTTP status with which a handshake was refused
-    (503: it is full); ``None`` where there was neither.
+    ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
+    4001: another client has taken over the session), or the HTTP status with which the handshake
+    was refused (503: the server is full).  It is ``None`` if there was neither.
     """
 
     peer: str
@@ -184,9 +187,9 @@ class ConnectionLost(ProtocolError):
 
 @dataclass(eq=False)
 class Unauthorized(ProtocolError):
-    """The server knows whoever asks and lets them not in: trying again does not help.
+    """The server refused this client's credentials: trying again does not help.
 
-    ``status`` is the HTTP status, or the closing code 1008 where a first message was refused.
+    ``status`` is the HTTP status, or the close code 1008 if a first message was refused.
     """
 
     peer: str
@@ -199,7 +202,7 @@ class Unauthorized(ProtocolError):
 
 @dataclass(eq=False)
 class NotPermitted(ProtocolError):
-    """The token that was shown lacks the role that something takes: another token helps."""
+    """The token lacks the role that an action requires: use another token."""
 
     role: str
     action: str
@@ -213,7 +216,7 @@ class NotPermitted(ProtocolError):
 
 @dataclass(eq=False)
 class UntrustedPeer(ProtocolError):
-    """TLS could not make sure who the other side is: trying again does not help."""
+    """TLS cannot verify the identity of the other side; trying again does not help."""
 
     peer: str
     reason: str
@@ -224,7 +227,7 @@ class UntrustedPeer(ProtocolError):
 
 @dataclass(eq=False)
 class Redirected(ProtocolError):
-    """The server names another address, to which a client does not go by itself."""
+    """The server answered with a redirect, which a client does not follow."""
 
     status: int
     target: str
@@ -239,7 +242,7 @@ class Redirected(ProtocolError):
 
 @dataclass(eq=False, kw_only=True)
 class MessageTooLarge(ProtocolError):
-    """A message is over its receiver's limit: sending it again does not help."""
+    """A message exceeds its receiver's limit: sending it again does not help."""
 
     peer: str = field(kw_only=False)
     is_outgoing: bool
@@ -259,7 +262,7 @@ class MessageTooLarge(ProtocolError):
 
 @dataclass(eq=False)
 class UnusableFile(SplitonnxError):
-    """A file of tokens, a certificate or a key cannot be read as what it should be."""
+    """A token file, a certificate or a key does not have the required form."""
 
     path: str
     reason: str
@@ -270,7 +273,7 @@ class UnusableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class PortInUse(SplitonnxError):
-    """The server's port is taken."""
+    """The server's port is already in use."""
 
     host: str
     port: int

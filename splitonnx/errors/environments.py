@@ -1,30 +1,38 @@
-"""Errors of what a run stands on: packages, processes, options, stages."""
+"""Errors of the environment: packages, processes, options and stages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitonnx.errors.roots import SplitonnxError
+from splitonnx.errors.roots import SplitonnxError, flatten
 
 
 @dataclass(eq=False)
 class MissingExtra(SplitonnxError):
-    """A package is missing that an extra of splitonnx would have installed."""
+    """A package that an extra of splitonnx installs is missing.
+
+    ``is_available`` is true if all packages of the extra have wheels for this Python and machine.
+    """
 
     module: str
     extra: str
     purpose: str
+    is_available: bool = True
 
     def __str__(self) -> str:
+        missing = f"{self.purpose} needs '{self.module}', which is not installed"
+        if self.is_available:
+            return f"{missing}; run: pip install 'splitonnx[{self.extra}]'"
         return (
-            f"{self.purpose} needs '{self.module}', which is not installed; "
-            f"run: pip install 'splitonnx[{self.extra}]'"
+            f"{missing}; onnxruntime-training has wheels for Python 3.11 and 3.12 on x86-64 and "
+            "macOS alone: cut the model on such a machine, and train its parts here with "
+            "'splitonnx[portable]'"
         )
 
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime is not the one that the work needs."""
+    """The installed ONNX Runtime is not the one that this work needs."""
 
     installed: str
     needed: str
@@ -49,7 +57,7 @@ class ProcessFailed(SplitonnxError):
 
 @dataclass(eq=False)
 class UsageError(SplitonnxError):
-    """Options or arguments that contradict each other or lie outside their range."""
+    """Options or arguments contradict each other or are out of range."""
 
     reason: str
 
@@ -69,8 +77,23 @@ class StageFailed(SplitonnxError):
 
 
 @dataclass(eq=False)
+class InternalRuntimeError(SplitonnxError):
+    """The work of a client or a server failed because of a bug in splitonnx."""
+
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            "a mistake in splitonnx, not in the model or the data: "
+            f"{flatten(self.subject)} failed ({flatten(self.reason)}); please report it, with the "
+            "traceback that a server logs, or that SPLITONNX_TRACEBACK=1 shows"
+        )
+
+
+@dataclass(eq=False)
 class StageTooSlow(SplitonnxError):
-    """A stage ran longer than it may, and was ended; the state is as it was before its task."""
+    """A stage exceeded its time limit and was stopped; the state is the same as before its task."""
 
     stage: str
     seconds: float
@@ -84,7 +107,7 @@ class StageTooSlow(SplitonnxError):
 
 @dataclass(eq=False)
 class StageStopped(SplitonnxError):
-    """A stage was ended because its process is about to end."""
+    """A stage was stopped because its process is about to end."""
 
     stage: str
 

@@ -1,4 +1,4 @@
-"""Errors of what a run is given: its data, its bundles and files."""
+"""Errors of the input: data, bundles and files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from splitonnx.errors.roots import SplitonnxError, flatten, quote
 
 
 class DataError(SplitonnxError):
-    """The training or prediction data do not fit the model."""
+    """The data for training or prediction do not fit the model."""
 
 
 @dataclass(eq=False)
 class MissingArray(DataError):
-    """The data lack an array that the model needs."""
+    """The data do not contain an array that the model needs."""
 
     name: str
     present: Sequence[str]
@@ -25,7 +25,7 @@ class MissingArray(DataError):
 
 @dataclass(eq=False)
 class ArrayMismatch(DataError):
-    """An array, or a tensor on the wire, differs from its declaration in dtype or shape."""
+    """An array, or a tensor in a message, does not have its declared dtype or shape."""
 
     name: str
     expected: str
@@ -37,7 +37,7 @@ class ArrayMismatch(DataError):
 
 @dataclass(eq=False)
 class ValueOutOfRange(DataError):
-    """An integer array, labels as a rule, holds a value outside its declared range."""
+    """An integer array, usually the labels, contains a value outside its declared range."""
 
     name: str
     value: int
@@ -50,7 +50,7 @@ class ValueOutOfRange(DataError):
 
 @dataclass(eq=False)
 class BatchTooLarge(DataError):
-    """A message's tensor has more rows than its receiver takes; nothing was computed with it."""
+    """A tensor in a message has more rows than the receiver allows; it was not used."""
 
     name: str
     rows: int
@@ -65,7 +65,7 @@ class BatchTooLarge(DataError):
 
 @dataclass(eq=False)
 class TaskTooLarge(DataError):
-    """A task would need more memory than the server gives to all of them; it was not begun."""
+    """A task was not started: it needs more memory than the server allows for all tasks."""
 
     needed: int
     limit: int
@@ -80,7 +80,7 @@ class TaskTooLarge(DataError):
 
 @dataclass(eq=False)
 class NotFinite(DataError):
-    """A tensor holds NaN or infinity."""
+    """A tensor contains NaN or infinity."""
 
     name: str
     where: str
@@ -91,7 +91,7 @@ class NotFinite(DataError):
 
 @dataclass(eq=False)
 class NormTooLarge(DataError):
-    """A gradient is larger than the limit that was set against poisoned ones."""
+    """A gradient's norm exceeds the limit that protects against poisoned gradients."""
 
     name: str
     norm: float
@@ -106,7 +106,7 @@ class NormTooLarge(DataError):
 
 @dataclass(eq=False)
 class UnusableData(DataError):
-    """The data's file or iterable itself cannot be read as arrays."""
+    """The data's file or iterable cannot be read as arrays."""
 
     source: str
     reason: str
@@ -117,7 +117,7 @@ class UnusableData(DataError):
 
 @dataclass(eq=False)
 class BundleError(SplitonnxError):
-    """A bundle's folder is missing, incomplete, altered, or in the way."""
+    """A bundle's folder is missing, incomplete or altered, or its place is taken."""
 
     path: str
     reason: str
@@ -128,7 +128,7 @@ class BundleError(SplitonnxError):
 
 @dataclass(eq=False)
 class FolderInUse(SplitonnxError):
-    """A party's folder is served or trained already; ``process`` holds it, if that is known."""
+    """A party's folder is already served or trained by ``process``, if that is known."""
 
     path: str
     process: int | None
@@ -149,20 +149,20 @@ class FolderInUse(SplitonnxError):
 
 @dataclass(eq=False)
 class NotSaved(SplitonnxError):
-    """A checkpoint cannot be written: the disk is full, the folder read-only, or the like."""
+    """A checkpoint cannot be written; the disk may be full, or the folder read-only."""
 
     path: str
     reason: str
 
     def __str__(self) -> str:
         return (
-            f"{self.path} cannot be written: {self.reason}; what was saved before it stands, but "
+            f"{self.path} cannot be written: {self.reason}; what was saved before it is kept, but "
             "training since then is not saved"
         )
 
 
 class StateNotFinite(NotSaved):
-    """A state holds NaN or infinity, so that going on from it is of no use."""
+    """A state contains NaN or infinity, so training cannot continue from it."""
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(
@@ -173,7 +173,7 @@ class StateNotFinite(NotSaved):
 
 
 class DiskQuotaUsed(NotSaved):
-    """An owner's checkpoints and outcomes take all the bytes that they may take on disk."""
+    """An owner's checkpoints and outcomes have used up the owner's disk quota."""
 
     def __init__(self, path: str, limit: int, used: int) -> None:
         super().__init__(
@@ -185,7 +185,7 @@ class DiskQuotaUsed(NotSaved):
 
 @dataclass(eq=False)
 class ForbiddenGraph(SplitonnxError):
-    """A stage's graph is malformed, or holds what no bundle does; ONNX Runtime never saw it."""
+    """A stage's graph is malformed or contains something that no bundle does; it was not run."""
 
     stage: str
     subject: str
@@ -200,7 +200,7 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """Bytes that should be tensors in the safetensors layout, or JSON of ours, are not."""
+    """The bytes are not valid tensors in the safetensors layout, or not valid JSON of splitonnx."""
 
     subject: str
     reason: str
@@ -211,7 +211,7 @@ class FormatError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotExportable(SplitonnxError):
-    """A stage needs what the ONNX Runtime of a phone lacks; ``party`` is whose stage it is."""
+    """A stage of ``party`` needs operators that ONNX Runtime for phones does not have."""
 
     graph: str
     operators: Sequence[str]
@@ -226,7 +226,7 @@ class NotExportable(SplitonnxError):
 
 @dataclass(eq=False)
 class UnwritableFile(SplitonnxError):
-    """An output file cannot be written, or something stands in its place."""
+    """An output file cannot be written, or something else is in its place."""
 
     path: str
     reason: str
@@ -237,13 +237,13 @@ class UnwritableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class UnfinishedRun(SplitonnxError):
-    """Training in this folder was broken off, and another run is about to begin."""
+    """A training run in this folder was interrupted, and a different run was about to start."""
 
     path: str
     step: int
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: training was broken off at step {self.step}; go on with --resume, or "
-            "give that run up with --restart"
+            f"{self.path}: training was interrupted at step {self.step}; continue with --resume, "
+            "or give that run up with --restart"
         )

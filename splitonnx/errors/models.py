@@ -1,4 +1,4 @@
-"""Errors of the user's model, and of the place where it is to be cut."""
+"""Errors of the user's model and of the choice of a cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotAModel(ModelError):
-    """The bytes are no ONNX model, or one that no checker accepts."""
+    """The bytes are not an ONNX model, or the ONNX checker rejects the model."""
 
     source: str
     reason: str
@@ -25,7 +25,7 @@ class NotAModel(ModelError):
 
 @dataclass(eq=False)
 class UnsupportedModel(ModelError):
-    """The model is valid ONNX, but uses something that splitonnx does not take."""
+    """The model is valid ONNX, but uses something that splitonnx does not support."""
 
     subject: str
     reason: str
@@ -36,20 +36,32 @@ class UnsupportedModel(ModelError):
 
 
 class NativeCrash(UnsupportedModel):
-    """Native code of onnx or ONNX Runtime ended its process over the model, or took too long."""
+    """Native code of onnx or ONNX Runtime crashed or took too long while processing the model."""
 
 
 class TooManyTries(UnsupportedModel):
-    """The model's single-tensor cuts cannot be listed in the work that may be spent on it."""
+    """Listing the model's single-tensor cuts would exceed the limit on the work for it."""
 
 
-class BrokenWork(UnsupportedModel):
-    """The work on the model broke off, and no node is known to be at fault."""
+@dataclass(eq=False)
+class InternalModelError(SplitonnxError):
+    """A bug in splitonnx made work on a model fail; ``work`` describes that work."""
+
+    subject: str
+    work: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"a mistake in splitonnx, not in the model: {self.subject}, while it was {self.work} "
+            f"({self.reason}); please report it, with the traceback that SPLITONNX_TRACEBACK=1 "
+            "shows"
+        )
 
 
 @dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
-    """A tensor's external data lies outside the folder of the model."""
+    """A tensor's external data is outside the model's folder."""
 
     tensor: str
     location: str
@@ -63,7 +75,7 @@ class ForbiddenExternalData(ModelError):
 
 @dataclass(eq=False)
 class NotDifferentiable(ModelError):
-    """An operator on the way from a trainable parameter to the loss has no gradient."""
+    """An operator between a trainable parameter and the loss has no gradient."""
 
     node: str
     operator: str
@@ -72,14 +84,14 @@ class NotDifferentiable(ModelError):
     def __str__(self) -> str:
         tail = f"; {self.advice}" if self.advice else ""
         return (
-            f"node '{self.node}' ({self.operator}) lies between a trainable parameter and the "
+            f"node '{self.node}' ({self.operator}) is between a trainable parameter and the "
             f"loss, and {self.operator} has no gradient{tail}"
         )
 
 
 @dataclass(eq=False)
 class ForbiddenOperator(SplitonnxError):
-    """A graph that was made of a model has an operator that no party would run: our own mistake."""
+    """A generated graph has an operator that no party would run: a bug in splitonnx."""
 
     stage: str
     node: str
@@ -98,12 +110,12 @@ class ForbiddenOperator(SplitonnxError):
 
 
 class CutError(SplitonnxError):
-    """The place where the user wants to cut is not one where this model can be cut."""
+    """Base class of errors of a cut that the user chose."""
 
 
 @dataclass(eq=False)
 class UnknownTensor(CutError):
-    """A name that the model does not contain."""
+    """The model does not contain this name."""
 
     name: str
     nearest: Sequence[str] = ()
@@ -115,10 +127,11 @@ class UnknownTensor(CutError):
 
 @dataclass(eq=False)
 class NotACut(CutError):
-    """The named tensors do not divide the model.
+    """The named tensors do not divide the model into two parts.
 
-    ``missing`` would have to cross as well; ``raw`` names the inputs that some of it are or are
-    made of alone, such as an attention mask.
+    ``missing`` are the tensors that would have to cross the cut as well.  ``raw`` are the model
+    inputs, such as an attention mask, that are among these tensors, or that some of them depend on
+    exclusively.
     """
 
     tensors: Sequence[str]
@@ -139,7 +152,7 @@ class NotACut(CutError):
 
 @dataclass(eq=False)
 class IntegerCut(CutError):
-    """A cut tensor carries no gradient although trainable parameters lie before it."""
+    """A cut tensor has no gradient although trainable parameters come before it."""
 
     tensor: str
     dtype: str
@@ -148,7 +161,7 @@ class IntegerCut(CutError):
     def __str__(self) -> str:
         return (
             f"the cut tensor '{self.tensor}' is {self.dtype} and carries no gradient, but the "
-            f"trainable {quote(self.parameters)} lie before it; cut elsewhere or freeze them"
+            f"trainable {quote(self.parameters)} are before it; cut elsewhere or freeze them"
         )
 
 

@@ -1,4 +1,4 @@
-"""The root of the tree of errors, and how their sentences quote names and foreign text."""
+"""The base class of all errors, and helpers to quote names and foreign text in messages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 def quote(names: Iterable[str]) -> str:
-    """Join names for a sentence: ``'a', 'b'``."""
+    """Join names for an error message: ``'a', 'b'``."""
     return ", ".join(f"'{name}'" for name in names)
 
 
 def flatten(text: str, most: int = 300) -> str:
-    """Make text that others wrote fit a sentence: one line, printable, of ``most`` characters."""
+    """Convert foreign text to one printable line of at most ``most`` characters."""
     line = "".join(char if char.isprintable() else "?" for char in text[:most])
     return f"{line}..." if len(text) > most else line
 
 
 class SplitonnxError(Exception):
-    """Root of the tree; catching it catches every error raised on purpose."""
+    """Base class of all errors that splitonnx raises on purpose."""

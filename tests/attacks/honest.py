@@ -32,7 +32,11 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 def main() -> int:
     """Train until stdin ends."""
     from splitonnx import Client
-    from splitonnx.runtime.accesses import Access
+
+    try:
+        from splitonnx.runtime.channels.credentials import Credentials
+    except ModuleNotFoundError:  # where 0.1.0 has it
+        from splitonnx.runtime.credentials import Credentials  # type: ignore[import-not-found, no-redef]
 
     folder, url, token = sys.argv[1:]
     over = threading.Event()
@@ -43,8 +47,10 @@ def main() -> int:
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     seconds: list[float] = []
-    access = Access(token=token)
-    with Client(Path(folder, "bundle", "client"), url, access=access, threads=1) as client:
+    credentials = Credentials(token=token)
+    with Client(
+        Path(folder, "bundle", "client"), url, credentials=credentials, threads=1
+    ) as client:
         gc.collect()
         gc.freeze()  # as the command does, so that a pause of its own is not taken for another's
         while not over.wait(PAUSE):

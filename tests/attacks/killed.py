@@ -7,6 +7,7 @@ names at once; it makes no difference to a checkout that never exchanges.
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import signal
@@ -37,10 +38,10 @@ def kill_before(target: str, number: int) -> None:
 if __name__ == "__main__":
     target, number, way, *words = sys.argv[1:]
     if way == "renames":
-        with suppress(ImportError):  # an earlier version has no such module
-            from splitonnx import folders
-
-            folders.exchange = lambda one, other: False
+        for module in ("atomic", "folders"):  # the latter is an earlier version's, if it has one
+            with suppress(ImportError):
+                found = importlib.import_module(f"splitonnx.{module}")
+                vars(found)["exchange"] = lambda one, other: False
     kill_before(target, int(number))
     sys.argv = ["splitonnx", *words]
     runpy.run_module("splitonnx", run_name="__main__")

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.attacks.processes import Checkout
-from tests.zoo import FLOAT, Net
+from tests.support.zoo import FLOAT, Net
 
 
 @dataclass(frozen=True, kw_only=True)

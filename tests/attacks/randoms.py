@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from websockets.exceptions import WebSocketException
 
 from splitonnx import Bundle, Client, errors
-from splitonnx.runtime.engines import Engine
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from tests.attacks import honest
 from tests.attacks.models import Cut, build_pictures, cut_model, save
 from tests.attacks.processes import MIB, Server, make_token

@@ -24,7 +24,8 @@ def killed_replacement(ground: Ground) -> Outcome:
     The manifest tells which of the two it is: the new one is cut at one place, the old one at two.
     """
     seen, kills, went = [], 0, 0
-    exchanges = (ground.checkout.root / "splitonnx" / "folders.py").exists()
+    modules = (ground.checkout.root / "splitonnx" / f"{name}.py" for name in ("atomic", "folders"))
+    exchanges = any(module.exists() for module in modules)
     for way in WAYS if exchanges else WAYS[:1]:
         for number in itertools.count(1):
             folder = ground.room()
@@ -57,7 +58,7 @@ def killed_replacement(ground: Ground) -> Outcome:
 
 
 def slow_disk(ground: Ground) -> Outcome:
-    """Hold the disk while a session is parked for a newcomer; another one, in memory, comes back.
+    """Hold the disk while a session is unloaded for a newcomer; another one, in memory, comes back.
 
     A disk is held by a file beside the folder: syncing waits until it is gone.
     """
@@ -87,7 +88,7 @@ def slow_disk(ground: Ground) -> Outcome:
                     held.unlink()
                 late = describe(newcomer.receive()[0])
     return Outcome(
-        seen=f"one in memory, while another is parked: {told}; the newcomer, afterwards: {late}",
+        seen=f"one in memory, while another is unloaded: {told}; the newcomer, afterwards: {late}",
         held=told == late == "Welcome",
     )
 

@@ -88,7 +88,7 @@ def foreign_origin(ground: Ground) -> Outcome:
     )
 
 
-def parked_name(ground: Ground) -> Outcome:
+def unloaded_name(ground: Ground) -> Outcome:
     """Take the name of a session that a server started again has not taken up."""
     cut, tokens, ana, eve = _prepare(ground)
     options = ("--token-file", tokens)
@@ -128,7 +128,7 @@ ATTACKS = (
         right="refused; its owner may",
     ),
     Attack(
-        fault="F7", name="the name of a session that was not taken up", run=parked_name,
+        fault="F7", name="the name of a session that was not taken up", run=unloaded_name,
         right="ForeignSession; the checkpoints stay",
     ),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from tests.attacks.models import Cut, build_pictures, build_rows, cut_model, sav
 from tests.attacks.processes import Server, make_token
 from tests.attacks.verdicts import Attack, Ground, Outcome
 from tests.attacks.wires import Gone, Line, describe
-from tests.lying_servers import LyingServer, Word
+from tests.support.lying_servers import LyingServer, Word
 
 PLANTED = 777.0
 """The owner's gradient, all over; the attacker sends zeros, and must get zeros or an error."""

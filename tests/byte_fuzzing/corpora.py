@@ -25,7 +25,7 @@ from splitonnx.manifests import (
 )
 from splitonnx.messages import Message
 from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
-from splitonnx.runtime.protocols import State
+from splitonnx.runtime.wire.protocols import State
 from splitonnx.tensors import DTYPES
 from tests.byte_fuzzing.framings import END, NESTED
 from tests.byte_fuzzing.targets import FORGED, read_manifest
@@ -40,7 +40,7 @@ def list_inputs(target: str) -> list[bytes]:
     makers = {
         "codec": _list_tensors,
         "message": _list_messages,
-        "protocol": _list_conversations,
+        "protocol": _list_exchanges,
         "manifest": _list_manifests,
         "graph": _list_graphs,
         "model": _list_user_models,
@@ -148,7 +148,7 @@ def _list_messages() -> Iterator[bytes]:
     yield b"m" + _write_wires("server", "train")
 
 
-def _list_conversations() -> Iterator[bytes]:
+def _list_exchanges() -> Iterator[bytes]:
     states = list(State)
     messages = [message for message in _list_messages() if message[:1] != FORGED]
     for place in range(len(states)):

@@ -15,11 +15,10 @@ READERS = [
     "splitonnx.manifests",
     "splitonnx.messages",
     "splitonnx.tensors",
-    "splitonnx.runtime.gates",
-    "splitonnx.runtime.protobufs",
-    "splitonnx.runtime.protocols",
-    "splitonnx.partitioner.gates",
-    "splitonnx.partitioner.screens",
+    "splitonnx.runtime.gate.gates",
+    "splitonnx.runtime.gate.protobufs",
+    "splitonnx.runtime.wire.protocols",
+    "splitonnx.partitioner.gate",
 ]
 
 

@@ -32,9 +32,9 @@ from splitonnx.errors import (
 from splitonnx.manifests import BundleManifest, PartyManifest, decode_manifest, encode_manifest
 from splitonnx.messages import decode_message, encode_message
 from splitonnx.operators import DOMAINS, STANDARD_OPERATORS, TRAINING_OPERATORS
-from splitonnx.partitioner import gates as model_gates
-from splitonnx.runtime.gates import check_graph
-from splitonnx.runtime.protocols import Protocol, State, list_wires
+from splitonnx.partitioner.gate import gates as model_gates
+from splitonnx.runtime.gate.gates import check_graph
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.byte_fuzzing.forgeries import forge_message, forge_tensors
 from tests.byte_fuzzing.framings import frame_message, frame_protobuf, frame_tensors
 
@@ -88,7 +88,7 @@ def try_message(content: bytes) -> None:
 
 
 def try_protocol(content: bytes) -> None:
-    """A conversation: the first byte tells the role and the state."""
+    """An exchange of messages: the first byte tells the role and the state."""
     flags = content[0] if content else 0
     role = "server" if flags & 1 else "client"
     protocol = Protocol(read_manifest(role), role, norm=1e6)
@@ -147,7 +147,7 @@ def _walk(message: Any) -> Iterator[Any]:
                 yield from _walk(inner)
 
 
-class _PassedError(Exception):
+class _PassedError(SplitonnxError):
     """All of our own screens were passed; what comes now is native code."""
 
 
@@ -210,7 +210,7 @@ def read_manifest(role: str) -> PartyManifest:
     """Give the manifest of a party of a real bundle; labels and norms travel in it, too."""
     from splitonnx.optimizers import Adam
     from splitonnx.partitioner.partitions import cut
-    from tests.zoo import ZOO
+    from tests.support.zoo import ZOO
 
     bundle = cut(ZOO["chain"].build(), at="act1", optimizer=Adam(lr=0.1, clip_norm=1.0))
     return bundle.parties[role].manifest

@@ -25,7 +25,7 @@ class Proxy:
     """Passes connections on to ``upstream``, the server's port, ``None`` while there is none.
 
     ``faults`` gives each connection that reaches the server its fault; ``strike`` is called for
-    those that are no cuts.  ``struck`` counts the faults that did strike, ``carried`` the bytes
+    those that are not cuts.  ``struck`` counts the faults that did strike, ``carried`` the bytes
     that were passed on.
     """
 
@@ -61,7 +61,7 @@ class Proxy:
             await asyncio.gather(*(orphan.released for orphan in self.orphans if orphan.released))
 
     def notice(self, fault: Fault) -> None:
-        """Count a fault that has struck, and hand on what is no cut."""
+        """Count a fault that has struck, and hand on what is not a cut."""
         self.struck[fault.kind] += 1
         if fault.kind not in CUTS:
             self._strike(fault.kind)

@@ -17,7 +17,7 @@ import numpy as np
 
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 SAMPLES, BATCH = 250, 16
 """Sixteen steps an epoch, the last of them smaller."""

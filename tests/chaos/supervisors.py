@@ -54,7 +54,7 @@ class Keeper:
         self._forget = forget
         self._chance = random.Random(seed)
         self._process: asyncio.subprocess.Process | None = None
-        self._asked: set[str] = set()
+        self._wanted: set[str] = set()
         self._speaks = False
         self._closing = False
 
@@ -66,7 +66,7 @@ class Keeper:
         """
         while True:
             code = await self._run()
-            asked, self._asked = self._asked, set()
+            asked, self._wanted = self._wanted, set()
             if self._closing or (code == 0 and "stop" not in asked):
                 return
             if code == 0:
@@ -84,7 +84,7 @@ class Keeper:
 
     def stop(self) -> None:
         """Send SIGTERM, once; the process is expected to leave in good order."""
-        if "stop" not in self._asked:
+        if "stop" not in self._wanted:
             self._signal("stop", signal.SIGTERM)
 
     def dump(self) -> None:
@@ -123,7 +123,7 @@ class Keeper:
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._asked.add(name)
+            self._wanted.add(name)
             # not by send_signal, which looks first whether the process ended, and where it just has
             # takes the exit code away from asyncio's own watcher
             with suppress(ProcessLookupError):

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 _SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
 _MOST_BYTES = 200_000

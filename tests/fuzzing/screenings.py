@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from splitonnx.commands import main
-from splitonnx.partitioner import inspections, partitions  # what main would import in every fork
+from splitonnx.partitioner import partitions
+from splitonnx.partitioner.reports import inspections
 
 _SECONDS = 60
 _PROCESSOR_SECONDS = 30

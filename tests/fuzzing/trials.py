@@ -1,7 +1,8 @@
 """Trials: one mutant each, cut in a forked process whose time and memory are limited.
 
-Whatever comes out but a bundle or an error that splitonnx raises on purpose is a finding: another
-exception, an abort, a mutant that takes too long or too much memory.
+Whatever comes out but a bundle or an error that finds the fault in the model is a finding: another
+exception, one that owns up to a mistake of splitonnx, an abort, a mutant that takes too long or too
+much memory.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Literal
 
 import onnx
 
-from splitonnx.errors import BrokenWork, SplitonnxError
-from splitonnx.partitioner.inspections import inspect
-from splitonnx.partitioner.partitions import Target, cut
+from splitonnx.errors import InternalModelError, SplitonnxError
+from splitonnx.names import Target
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.inspections import inspect
 from tests.fuzzing.corpora import list_models, list_networks
 from tests.fuzzing.mutations import mutate
 
@@ -40,8 +42,7 @@ MEMORY = 3 << 30
 _BATCH = 200
 _LOSSES = ("mse",) * 8 + ("l1", "cross-entropy", "bce-with-logits", "from-model")
 
-Outcome = Literal["cut", "refused", "vague", "finding"]
-"""``vague`` is a refusal that names no node: none is at fault, or a check is missing."""
+Outcome = Literal["cut", "refused", "finding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ def try_mutant(content: bytes, seed: int) -> tuple[Outcome, str]:
         sentence = str(error)
         if "\n" in sentence or len(sentence) > 2000 or not sentence.isprintable():
             return "finding", f"an unprintable sentence: {sentence[:3000]!r}"
-        if isinstance(error, BrokenWork):
-            return "vague", traceback.format_exc()
+        if isinstance(error, InternalModelError):
+            return "finding", traceback.format_exc()
         return "refused", f"{type(error).__name__}: {sentence}"
     except Exception:  # noqa: BLE001
         return "finding", traceback.format_exc()
@@ -152,7 +153,7 @@ def _wait(file: FileIO, child: int) -> None:
 
 
 def _measure(process: int) -> float:
-    """Give the seconds that a process and those that it started have computed."""
+    """Return the seconds that a process and those that it started have computed."""
     folder = Path(f"/proc/{process}")
     try:
         fields = (folder / "stat").read_text().rpartition(")")[2].split()

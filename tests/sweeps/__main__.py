@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 
 from splitonnx.errors import SplitonnxError
-from tests.trials import (
+from tests.support.trials import (
     TARGETS,
     Place,
     Subject,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from splitonnx.codecs import encode_tensors
-from tests import tiny
+from tests.support import tiny
 from tests.vectors import builders
 
 HERE = Path(__file__).parent

@@ -16,14 +16,16 @@ from splitonnx.errors import SplitonnxError
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import Fault, Message, Tensors, Welcome, encode_message
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.clients import Client
-from splitonnx.runtime.engines import Engine, LoadedStage, Tensor
-from splitonnx.runtime.executors import Executor
-from splitonnx.runtime.protocols import list_wires
-from splitonnx.runtime.transports import connect_in_memory
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
+from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
-from tests import test_codecs, test_messages, test_runtime_gates, tiny
-from tests.zoo import ZOO
+from tests import test_codecs, test_messages
+from tests.runtime.gate import test_gate_bytes, test_gates
+from tests.support import spoiled_graphs, tiny
+from tests.support.zoo import ZOO
 
 LONGEST = 4096
 """Bytes of one hostile case; larger ones are each suite's own."""
@@ -82,23 +84,26 @@ def list_cases(test: Any) -> list[tuple[Any, str]]:
 
 def build_refusals() -> dict[str, list[dict[str, str]]]:
     """What the Python tests refuse, each with a part of the reason."""
-    gates = test_runtime_gates
+    gates = test_gates
     graphs = [
         *list_cases(gates.test_a_graph_that_is_none_of_a_bundle_is_refused),
-        *list_cases(gates.test_bytes_that_are_no_message_are_refused),
+        *list_cases(test_gate_bytes.test_bytes_that_are_no_message_are_refused),
         *(
-            (gates.hold(tensor), reason)
+            (spoiled_graphs.hold(tensor), reason)
             for tensor, reason in list_cases(
                 gates.test_a_tensor_that_is_not_what_it_claims_is_refused
             )
         ),
         *(
-            (gates.spoil(partial(_change_input, change)), reason)
+            (spoiled_graphs.spoil(partial(_change_input, change)), reason)
             for change, reason in list_cases(
                 gates.test_a_declared_type_that_no_bundle_has_is_refused
             )
         ),
-        *((gates.hold(tensor), "outside") for tensor in (gates.EXTERNAL, gates.outside())),
+        *(
+            (spoiled_graphs.hold(tensor), "outside")
+            for tensor in (spoiled_graphs.EXTERNAL, test_gates.outside())
+        ),
     ]
     return {
         "tensors": describe_cases(list_cases(test_codecs.test_bytes_that_lie_are_refused)),

@@ -39,7 +39,7 @@ export function smooth(points: readonly Point[]): Point[] {
   });
 }
 
-/** Draw curves anew, at the size that the canvas has on the page. */
+/** Redraw the curves, at the size that the canvas has on the page. */
 export function drawCurves(canvas: HTMLCanvasElement, curves: Curves): void {
   const style = getComputedStyle(canvas);
   const colour = (name: string) => style.getPropertyValue(name).trim();

@@ -81,7 +81,7 @@ function extent(values: readonly number[]): readonly [least: number, most: numbe
   return [Math.min(...values), Math.max(...values)];
 }
 
-/** Make blocks of 0 to 16 what the model takes. */
+/** Convert blocks of 0 to 16 to the model's input. */
 export function toImage(blocks: ArrayLike<number>): Float32Array {
   return Float32Array.from(blocks, (count) => count / 16);
 }

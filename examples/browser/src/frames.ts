@@ -1,5 +1,5 @@
 /**
- * Draws what is new, and lets a finger go first.
+ * Draws what is new, after taps and strokes.
  *
  * On a slow phone all that a step of training changes, drawn at once, would keep a tap waiting. So
  * it is drawn one thing a frame, and nothing for a moment after the page was touched.

@@ -1,8 +1,8 @@
-/** What the page and its worker say to each other; values alone. */
+/** The messages between the page and its worker; values alone. */
 
 import type { Check, Mark, Run, Traffic } from "./runs.js";
 
-/** Digits as the model takes them: 64 numbers in [0, 1] each, row by row, and what they show. */
+/** Digits as the model expects them: 64 numbers in [0, 1] each, row by row, and what they show. */
 export interface Samples {
   readonly images: Float32Array;
   readonly labels: BigInt64Array;
@@ -42,7 +42,7 @@ export type Order =
   | { readonly kind: "predict"; readonly number: number; readonly image: Float32Array }
   | { readonly kind: "forget" };
 
-/** What happened in training since this was last told. */
+/** What happened in training since the last report. */
 export interface Progress {
   readonly kind: "progress";
   readonly marks: readonly Mark[];
@@ -61,7 +61,7 @@ export type News =
       readonly kind: "connected";
       /** Steps that the weights have seen; what is recalled of later ones is lost. */
       readonly steps: number;
-      /** What was broken off, `isResumed` if it can be gone on with where it was. */
+      /** The run that was interrupted, `isResumed` if it can continue where it was. */
       readonly plan: Plan | null;
       readonly isResumed: boolean;
       readonly modelBytes: number;

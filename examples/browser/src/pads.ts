@@ -7,7 +7,7 @@ import type { Stroke } from "./drawings.js";
 export const PAD = 280;
 const PEN = 20;
 
-/** Takes strokes of finger, pen or mouse; `onStroke` is told of each that ends. */
+/** Receives strokes of finger, pen or mouse; calls `onStroke` when one ends. */
 export class Pad {
   readonly strokes: Stroke[] = [];
   readonly #canvas: HTMLCanvasElement;

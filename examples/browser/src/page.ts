@@ -1,4 +1,4 @@
-/** The page: takes drawings and taps, gives the worker its orders, and shows its news. */
+/** The page: receives drawings and taps, sends orders to the worker, and shows its news. */
 
 import {
   MAX_DRAWINGS,
@@ -20,7 +20,7 @@ const BATCH = 32; // digits a step
 
 type Stage = "loading" | "ready" | "training" | "failed";
 
-// The token stands behind the #, which browsers send to nobody.
+// The token is behind the #, which browsers send to nobody.
 const token = new URLSearchParams(location.hash.slice(1)).get("token") ?? undefined;
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const pad = new Pad(views.element<HTMLCanvasElement>("pad"), showDrawing);
@@ -54,7 +54,7 @@ function connect(): void {
   order({ kind: "connect", token });
 }
 
-/** Begin to train, or go on with what was broken off. */
+/** Begin to train, or continue a run that was interrupted. */
 function train(plan: Plan, isResumed: boolean): void {
   if (!digits) return;
   enter("training");

@@ -27,7 +27,7 @@ export function drawActivation(canvas: HTMLCanvasElement, { dims, data }: Activa
   });
 }
 
-/** Give a canvas so many pixels; one that has them is not laid out anew. */
+/** Set a canvas's size in pixels; one that has it already is not laid out again. */
 export function resize(canvas: HTMLCanvasElement, width: number, height: number): void {
   if (canvas.width !== width) canvas.width = width;
   if (canvas.height !== height) canvas.height = height;
@@ -55,7 +55,7 @@ function paint(
   context.putImageData(pixels, 0, 0);
 }
 
-/** The colour that the page gives the canvas: red, green and blue, 0 to 255. */
+/** Return the canvas's colour in the page: red, green and blue, 0 to 255. */
 function readInk(canvas: HTMLCanvasElement): [red: number, green: number, blue: number] {
   const [red = 0, green = 0, blue = 0] = getComputedStyle(canvas).color.match(/\d+/g) ?? [];
   return [Number(red), Number(green), Number(blue)];

@@ -1,7 +1,7 @@
 /**
  * Keeps a run in the browser's IndexedDB, step by step.
  *
- * It lies apart from the client's own database, and is written before the client's checkpoint of
+ * It is apart from the client's own database, and is written before the client's checkpoint of
  * the same step: after a reload no step that is trained lacks its place in the curves.
  */
 
@@ -11,7 +11,7 @@ const NAME = "splitonnx-page";
 const [MARKS, CHECKS, HEAD] = ["marks", "checks", "head"] as const;
 const ALL = [MARKS, CHECKS, HEAD];
 
-/** The part of a run that is written anew each time. */
+/** The part of a run that is written again each time. */
 export interface Head {
   readonly course: Course | null;
   readonly traffic: Traffic;

@@ -1,5 +1,5 @@
 /**
- * Gathers what happens in training, and tells the page of it now and then.
+ * Gathers what happens in training, and reports it to the page now and then.
  *
  * A step may take a few milliseconds, and a phone's page has taps to answer: it hears of many steps
  * at a time.
@@ -62,7 +62,7 @@ export class Reporter {
     if (!isStep) this.#sent = this.#sending;
   }
 
-  /** Tell all that is not yet told. */
+  /** Report all that is not yet reported. */
   flush(): void {
     this.#told = performance.now();
     this.#tell({

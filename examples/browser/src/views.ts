@@ -36,7 +36,7 @@ export function hideError(): void {
   element("error").hidden = true;
 }
 
-/** Make the ten buttons; `choose` is told which was tapped. */
+/** Make the ten buttons; `choose` is called with the one that was tapped. */
 export function makeLabels(choose: (label: number) => void): void {
   for (let label = 0; label < LABELS; label++) {
     const button = document.createElement("button");

@@ -19,7 +19,7 @@ const CHECKPOINT_EVERY = 1;
 /** Bytes of a message from the server at the most; a batch's are some 200 kB. */
 const MAX_REPLY = 1 << 24;
 
-// ONNX Runtime's code in WebAssembly lies beside this file; one thread does for a model this small.
+// ONNX Runtime's code in WebAssembly is beside this file; one thread does for a model this small.
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", self.location.href).href };
 ort.env.wasm.numThreads = 1;
 
@@ -28,7 +28,7 @@ const records = new Records();
 const reporter = new Reporter(tell);
 let client: SplitClient | undefined;
 let stopper = new AbortController();
-/** What an earlier visit broke off. */
+/** The run that an earlier visit left unfinished. */
 let begun: Course | null = null;
 let isTraining = false;
 let isLost = false;
@@ -47,7 +47,7 @@ async function connect(token: string | undefined): Promise<void> {
   client = await open(token, { resume: begun !== null });
   let isResumed = begun !== null;
   if (begun && !client.checkpoints.length) {
-    // It was broken off before its first checkpoint, or after its last word: nothing to go on with.
+    // It was interrupted before its first checkpoint, or after its end: there is nothing to resume.
     isResumed = false;
     if (client.steps > begun.start) begun = null;
     await client.close();

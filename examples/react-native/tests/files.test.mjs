@@ -11,7 +11,7 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 const here = fileURLToPath(new URL(".", import.meta.url));
 const { build } = createRequire(join(here, "../../../runtime/js/package.json"))("esbuild");
 
-/** Files in memory, as react-native-fs gives them; `globalThis.phone` holds them. */
+/** Files in memory, with the interface of react-native-fs; `globalThis.phone` holds them. */
 const FILES = `
 const act = (work) => async (...given) => {
   if (phone.left-- === 0) throw new Error("the app ended");
@@ -92,7 +92,7 @@ test("wherever the app ends while it writes, the old bytes or the new ones are t
     assert.ok([OLD.length, NEW.length].includes(kept.length), `ended at ${ended}`);
     assert.deepEqual(kept, kept.length === OLD.length ? OLD : NEW);
     found.add(kept.length);
-    await new FileStorage().put("state", OLD); // and it goes on from there
+    await new FileStorage().put("state", OLD); // and it continues from there
     assert.deepEqual(await new FileStorage().get("state"), OLD);
     if (isDone) break;
   }
@@ -100,7 +100,7 @@ test("wherever the app ends while it writes, the old bytes or the new ones are t
   assert.equal(found.size, 2);
 });
 
-test("the part that the app ships is read from where it lies", async () => {
+test("the part that the app ships is read from its folder", async () => {
   const manifest = readFileSync(join(here, "../../../tests/vectors/tiny/manifest.json"));
   use(new Map([["/app/client/manifest.json", manifest.toString("base64")]]));
   assert.deepEqual(await readShipped("manifest.json"), new Uint8Array(manifest));

@@ -1,6 +1,6 @@
 /**
- * One client for `benchmarks/device_cost.py`, under onnxruntime-node: takes a step for each line
- * that it reads, and prints its cost; `benchmarks/device_client.py` says what.
+ * One client for `benchmarks/device_cost.py`, under onnxruntime-node: makes a step for each line
+ * that it reads, and prints its cost, described in `benchmarks/device_client.py`.
  *
  *     node build/scripts/device.js CLIENT_FOLDER URL BATCH SIDE
  */
@@ -72,7 +72,7 @@ const batch = {
   },
 };
 
-/** Take a step; times in seconds. */
+/** Make one training step; return its times in seconds. */
 async function measureStep(): Promise<Record<string, number>> {
   const before = { waited, bytes, start: performance.now(), own: process.cpuUsage() };
   await client.step(batch);

@@ -1,5 +1,5 @@
 /**
- * The client's part of a cut model: its manifest, stage graphs and weights, from wherever they lie.
+ * The client's part of a cut model: its manifest, stage graphs and weights, from files or a server.
  *
  * What is read is checked against the manifest before anything uses it, and nothing larger is
  * taken than the manifest has room for.  This module runs no graph.
@@ -8,9 +8,8 @@
 import { decodeTensors } from "./codecs.js";
 import { BundleError, ConnectionLost, FormatError, Unauthorized, quote } from "./errors.js";
 import { hashBytes } from "./hashes.js";
-import { decodeManifest, isWholeManifest } from "./manifests.js";
+import { decodeManifest, hasValidChecksum } from "./manifests.js";
 import type { PartyManifest, StateSpec } from "./manifests.js";
-import { REPLY_SECONDS } from "./sockets.js";
 import { DTYPES, checkArray, countElements, makeZeros } from "./tensors.js";
 import type { Dtype, NdArrays } from "./tensors.js";
 
@@ -18,20 +17,21 @@ export const MANIFEST = "manifest.json";
 export const WEIGHTS = "weights.safetensors";
 
 /**
- * Bytes of a manifest; a large model's has some hundred thousand.  Python takes 64 MiB: read as
+ * Bytes of a manifest; a large model's has some hundred thousand.  Python accepts 64 MiB: read as
  * JSON it comes to many times its size, which a server has room for and a phone's tab has not.
  */
 export const MAX_MANIFEST = 16 << 20;
 /**
- * Bytes of one stage's graph, which holds no weights.  Python takes 2 GiB, where Protocol Buffers
+ * Bytes of one stage's graph, which holds no weights.  Python accepts 2 GiB, where Protocol Buffers
  * end, and more than a phone's tab could hold twice, as bytes and in ONNX Runtime.
  */
 export const MAX_GRAPH = 256 << 20;
 /** Bytes of a tensor file's header; some hundred for each tensor. */
 export const MAX_FILE_HEADER = 64 << 20;
 
-/** Bytes of a fetched file, or the rest of it, that must come within so long as a reply may take. */
+/** Bytes of a fetched file, or the rest of it, that must come within {@link BLOCK_SECONDS}. */
 const BLOCK = 1 << 20;
+const BLOCK_SECONDS = 300;
 
 const ALTERED = "it was altered since the bundle was written";
 
@@ -39,7 +39,7 @@ const ALTERED = "it was altered since the bundle was written";
 export type ReadFile = (name: string, limit: number) => Promise<Uint8Array>;
 
 /**
- * Where the client's part lies: the files of its folder by name, the address of the folder, or a
+ * Where the client's part is: the files of its folder by name, the address of the folder, or a
  * function that reads them.
  */
 export type BundleSource = Readonly<Record<string, Uint8Array>> | string | ReadFile;
@@ -55,14 +55,14 @@ export interface PartyBundle {
 export interface FetchOptions {
   /** Sent to the server that has the files. */
   readonly token?: string | undefined;
-  /** Seconds to wait for each MiB; as long as a reply may take by default. */
+  /** Seconds to wait for each MiB; 300 by default. */
   readonly blockSeconds?: number | undefined;
 }
 
 /**
  * Read the client's part.
  *
- * @throws BundleError: a file is missing, was altered or is too large, or the part is no client's.
+ * @throws BundleError: a file is missing, was altered or is too large, or it is not a client's part.
  * @throws FormatError: the manifest or the weights cannot be read as such.
  * @throws ConnectionLost, Unauthorized: it cannot be fetched, or comes too slowly.
  */
@@ -73,7 +73,7 @@ export async function loadBundle(
   const read = makeReader(source, options);
   const content = await read(MANIFEST, MAX_MANIFEST);
   const manifest = decodeManifest(content, MANIFEST);
-  if (!(await isWholeManifest(content))) throw new BundleError(MANIFEST, ALTERED);
+  if (!(await hasValidChecksum(content))) throw new BundleError(MANIFEST, ALTERED);
   if (manifest.party !== "client") {
     throw new BundleError(MANIFEST, `this is the part of '${manifest.party}', not the client's`);
   }
@@ -190,9 +190,9 @@ function chooseReader(source: BundleSource, options: FetchOptions): ReadFile {
 
 /** Fetch a file, and stop as soon as it is larger than it may be, or comes too slowly. */
 async function fetchFile(url: string, limit: number, options: FetchOptions): Promise<Uint8Array> {
-  const { token, blockSeconds = REPLY_SECONDS } = options;
+  const { token, blockSeconds = BLOCK_SECONDS } = options;
   const ended = new AbortController();
-  const late = () => ended.abort(`it gives less than a MiB within ${blockSeconds} s`);
+  const late = () => ended.abort(`it sends less than a MiB within ${blockSeconds} s`);
   let timer = setTimeout(late, blockSeconds * 1000);
   const parts: Uint8Array[] = [];
   let size = 0;

@@ -9,12 +9,12 @@
 
 import { decodeText, isRecord, parseJson } from "./decoders.js";
 import { FormatError } from "./errors.js";
+import { MAX_RANK } from "./graph_limits.js";
 import { DTYPES, describe, isDtype, viewBytes, viewElements } from "./tensors.js";
 import type { Dtype, NdArray, NdArrays } from "./tensors.js";
 
 /** Bytes; the raw data start at a multiple of it, so that views of them are aligned. */
 export const ALIGNMENT = 64;
-export const MAX_RANK = 32;
 
 const LENGTH = 8;
 const METADATA = "__metadata__";
@@ -100,14 +100,14 @@ function readHeader(
   content: Uint8Array,
   maxHeader: number,
 ): { header: Map<string, unknown>; start: number } {
-  if (content.length < LENGTH) throw malformed(`${content.length} bytes are no header`);
+  if (content.length < LENGTH) throw malformed(`${content.length} bytes are not a header`);
   const length = new DataView(content.buffer, content.byteOffset).getBigUint64(0, true);
   if (length > maxHeader) {
     throw malformed(`its header of ${length} bytes is over the limit of ${maxHeader}`);
   }
   const start = LENGTH + Number(length);
   if (start > content.length) throw malformed(`its header of ${length} bytes is cut short`);
-  if (content[LENGTH] !== 0x7b || !length) throw malformed("its header is no JSON object");
+  if (content[LENGTH] !== 0x7b || !length) throw malformed("its header is not a JSON object");
   try {
     const text = decodeText(content.subarray(LENGTH, start));
     const header = parseJson(text);
@@ -118,7 +118,7 @@ function readHeader(
     return { header: new Map(Object.entries(header as object)), start }; // it starts with a brace
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
-    throw malformed(`its header is no JSON (${error.message})`);
+    throw malformed(`its header is not JSON (${error.message})`);
   }
 }
 

@@ -1,24 +1,24 @@
 /**
  * JSON from elsewhere, held against what it must be: small readers that put together larger ones.
  *
- * A reader takes any value and returns it as the type that it stands for, or throws a
+ * A reader checks a value of any type and returns it as its own type, or throws a
  * SyntaxError with the path to what is wrong.  Names are written `like_this` outside and
  * `likeThis` inside.  This module knows no message and no manifest.
  */
 
-/** Takes any value, and returns it as a `T` or throws a SyntaxError. */
+/** Returns any value as a `T`, or throws a SyntaxError. */
 export type Decoder<T> = (value: unknown, path: string) => T;
 
 /** What a decoder returns. */
 export type Decoded<D> = D extends Decoder<infer T> ? T : never;
 
-/** Say whether a value is an object other than a list. */
+/** Check whether a value is an object other than a list. */
 export function isRecord(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /**
- * Read UTF-8 bytes as JSON; a name that stands twice in an object, and half a surrogate, are
+ * Read UTF-8 bytes as JSON; a name that occurs twice in an object, and half a surrogate, are
  * refused.
  *
  * @throws SyntaxError: the bytes are anything else.
@@ -50,9 +50,9 @@ function checkStrings(text: string): void {
     else if (token === "}") open.pop();
     else if (quoted) {
       const name = JSON.parse(quoted) as string;
-      if (/\p{Surrogate}/u.test(name)) throw new SyntaxError("half a surrogate is no text");
+      if (/\p{Surrogate}/u.test(name)) throw new SyntaxError("half a surrogate is not text");
       if (!colon) continue;
-      if (open.at(-1)!.has(name)) throw new SyntaxError("a name stands in it twice");
+      if (open.at(-1)!.has(name)) throw new SyntaxError("a name occurs in it twice");
       open.at(-1)!.add(name);
     }
   }
@@ -123,7 +123,7 @@ export function readRecord<F extends Record<string, Decoder<unknown>>>(
   };
 }
 
-/** Spell a name as it stands in JSON. */
+/** Write a name as a JSON string. */
 export function spell(name: string): string {
   return name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 }

@@ -7,7 +7,7 @@
 
 const LONGEST = 300; // characters of what others wrote
 
-/** Make text that others wrote fit a sentence: one printable line of 300 characters. */
+/** Convert text from elsewhere so that it fits a sentence: one printable line of 300 characters. */
 export function flatten(text: string): string {
   const line = text.slice(0, LONGEST).replace(/(?! )[\p{C}\p{Z}]/gu, "?");
   return text.length > LONGEST ? `${line}...` : line;
@@ -23,7 +23,7 @@ export class SplitonnxError extends Error {
   override name = "SplitonnxError";
 }
 
-/** Options or arguments that contradict each other or lie outside their range. */
+/** Options or arguments that contradict each other or are out of range. */
 export class UsageError extends SplitonnxError {
   override name = "UsageError";
 }
@@ -62,7 +62,7 @@ export class ValueOutOfRange extends DataError {
   }
 }
 
-/** A message's tensor has more rows than the server takes; nothing was computed with it. */
+/** A message's tensor has more rows than the server accepts; nothing was computed with it. */
 export class BatchTooLarge extends DataError {
   override name = "BatchTooLarge";
   constructor(readonly array: string, readonly rows: number, readonly limit: number) {
@@ -73,7 +73,7 @@ export class BatchTooLarge extends DataError {
   }
 }
 
-/** A task would need more memory than the server gives to all of them; it was not begun. */
+/** A task would need more memory than the server allows all tasks; it was not begun. */
 export class TaskTooLarge extends DataError {
   override name = "TaskTooLarge";
   constructor(readonly needed: number, readonly limit: number) {
@@ -122,7 +122,7 @@ export class NotSaved extends SplitonnxError {
   override name = "NotSaved";
   constructor(readonly place: string, readonly reason: string) {
     super(
-      `${place} cannot be written: ${flatten(reason)}; what was saved before it stands, but ` +
+      `${place} cannot be written: ${flatten(reason)}; what was saved before it is kept, but ` +
         "training since then is not saved",
     );
   }
@@ -158,12 +158,12 @@ export class FormatError extends SplitonnxError {
   }
 }
 
-/** Training was broken off in the storage, and another run is about to begin. */
+/** Training was interrupted in the storage, and another run is about to begin. */
 export class UnfinishedRun extends SplitonnxError {
   override name = "UnfinishedRun";
   constructor(readonly step: number) {
     super(
-      `training was broken off at step ${step}; connect with resume: true to go on, or give that ` +
+      `training was interrupted at step ${step}; connect with resume: true to continue, or give that ` +
         "run up with fit's restart: true",
     );
   }
@@ -203,7 +203,7 @@ export class RemoteProtocolError extends ProtocolError {
   }
 }
 
-/** The two sides were not cut together, or stand at different steps. */
+/** The two sides were not cut together, or are at different steps. */
 export class BundleMismatch extends ProtocolError {
   override name = "BundleMismatch";
   constructor(readonly subject: string, readonly local: string, readonly remote: string) {
@@ -214,7 +214,7 @@ export class BundleMismatch extends ProtocolError {
   }
 }
 
-/** The server has as many clients or sessions as it takes. */
+/** The server has as many clients or sessions as it accepts. */
 export class ServerBusy extends ProtocolError {
   override name = "ServerBusy";
   constructor(readonly limit: string) {
@@ -233,7 +233,7 @@ export class StaleConnection extends ProtocolError {
   }
 }
 
-/** The server lost steps, and both sides went back to `step`: go on from there. */
+/** The server lost steps, and both sides went back to `step`: continue from there. */
 export class StepsLost extends ProtocolError {
   override name = "StepsLost";
   constructor(readonly step: number) {
@@ -263,7 +263,7 @@ export class SessionLost extends RemoteFault {
 /**
  * The connection could not be made, broke, or fell silent for too long: worth trying again.
  *
- * `code` is the websocket's closing code (1012: the server starts anew, 1013: it is full, 4001:
+ * `code` is the websocket's closing code (1012: the server restarts, 1013: it is full, 4001:
  * another client has the session now).
  */
 export class ConnectionLost extends ProtocolError {
@@ -287,7 +287,7 @@ export class MessageTooLarge extends ProtocolError {
   }
 }
 
-/** The token that was shown lacks the role that something takes: another token helps. */
+/** The token lacks the role that an action needs: another token helps. */
 export class NotPermitted extends ProtocolError {
   override name = "NotPermitted";
   constructor(readonly role: string, readonly action: string) {
@@ -298,7 +298,7 @@ export class NotPermitted extends ProtocolError {
   }
 }
 
-/** The server does not let this side in: trying again does not help. */
+/** The server refuses this side: trying again does not help. */
 export class Unauthorized extends ProtocolError {
   override name = "Unauthorized";
   constructor(readonly peer: string, readonly status: number, readonly reason: string) {

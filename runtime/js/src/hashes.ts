@@ -1,5 +1,5 @@
 /**
- * SHA-256 in plain JavaScript, for pages that browsers give no crypto.subtle: those of a server
+ * SHA-256 in plain JavaScript, for pages in which there is no crypto.subtle: those of a server
  * in the home network without TLS.  (Source: FIPS 180-4.)
  */
 

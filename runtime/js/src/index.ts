@@ -3,16 +3,16 @@
  * in Node, on the ONNX Runtime that the app brings.
  */
 
-export { SplitClient } from "./clients.js";
 export type { BundleSource, ReadFile } from "./bundles.js";
-export type { Batch, DataSource } from "./datasets.js";
-export type { Ort, OutputTensor, TensorLike } from "./engines.js";
+export type { SocketOptions, WebSocketLike } from "./channels/websockets.js";
+export { SplitClient } from "./client/clients.js";
+export type { Batch, DataSource } from "./client/datasets.js";
+export { History } from "./client/histories.js";
+export type { Evaluation, StepRecord } from "./client/histories.js";
+export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./client/options.js";
+export type { WhenUnsaved } from "./client/runners.js";
+export type { Ort, OutputTensor, TensorLike } from "./engine/engines.js";
 export * from "./errors.js";
-export type { WhenUnsaved } from "./halves.js";
-export { History } from "./histories.js";
-export type { Evaluation, StepRecord } from "./histories.js";
 export type { PartyManifest, Phase, Wire } from "./manifests.js";
-export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./plans.js";
-export type { SocketOptions, WebSocketLike } from "./sockets.js";
-export { IndexedDbStorage, MemoryStorage } from "./storages.js";
-export type { StateStorage, StorageLock } from "./storages.js";
+export { IndexedDbStorage, MemoryStorage } from "./storage/storages.js";
+export type { StateStorage, StorageLock } from "./storage/storages.js";

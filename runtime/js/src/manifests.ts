@@ -54,7 +54,7 @@ const readTensorSpec: Decoder<TensorSpec> = readRecord({
   shape: readList(readDimension),
   bounds: readOptional(readNullable(readBounds), null),
 });
-/** Reads what is declared of a tensor that travels; `kind` says why it does. */
+/** Reads the declaration of a tensor that travels; `kind` is why it travels. */
 export const readWire = readRecord({
   tensor: readTensorSpec,
   sender: readText,
@@ -109,7 +109,7 @@ export type PartyManifest = Decoded<typeof readManifest>;
  * Read a manifest; `source` is where it comes from.
  *
  * @throws FormatError: not JSON, a field missing or of the wrong type, another format version, a
- *   state that no party can hold, or a wire with a dimension that nothing is said of.
+ *   state that no party can hold, or a wire with a dimension that is not declared.
  */
 export function decodeManifest(content: Uint8Array, source: string): PartyManifest {
   let manifest: PartyManifest;
@@ -136,7 +136,7 @@ const BLANK = encoder.encode("0".repeat(64));
  * Check whether a manifest's file is as it was written: its last key is its SHA-256, taken with zeros
  * in the sum's place.  Files of earlier versions have none, and always are.
  */
-export async function isWholeManifest(content: Uint8Array): Promise<boolean> {
+export async function hasValidChecksum(content: Uint8Array): Promise<boolean> {
   let place = content.length - MARK.length;
   while (place >= 0 && !MARK.every((byte, index) => content[place + index] === byte)) place--;
   if (place < 0) return true;

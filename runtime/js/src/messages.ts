@@ -1,7 +1,7 @@
 /**
- * What client and server say to each other, and how a message is written.
+ * The messages between client and server, and how they are written.
  *
- * A message is one safetensors message: its own fields stand as JSON in the metadata under
+ * A message is one safetensors message: its own fields are JSON in the metadata under
  * `splitonnx`, its tensors are the message's tensors.  This module knows what can be said; when it
  * may be said is the protocol's business.
  */
@@ -28,6 +28,8 @@ import type { NdArrays } from "./tensors.js";
 
 /** Version of the protocol; both sides must speak the same. */
 export const PROTOCOL = 2;
+/** The close code of a connection whose session another client has taken over. */
+export const REPLACED = 4001;
 /** Bytes.  A greeting lists every wire, some 200 bytes each. */
 export const MAX_HEADER = 1 << 20;
 
@@ -40,9 +42,9 @@ const readWires = readMap(readList(readWire));
 
 /** Every message's fields; `docs/protocol.md` says what they mean. */
 const FIELDS = {
-  /** Client: this is my token.  For browsers, which cannot set a header. */
+  /** A client's token, as a message: browsers cannot send it in a header. */
   Login: readRecord({ token: readText }),
-  /** Client: I have this bundle and stand at this step of this session. */
+  /** Client: I have this bundle and am at this step of this session. */
   Hello: readRecord({
     protocol: readOptional(readCount, PROTOCOL),
     digest: readText,
@@ -57,7 +59,7 @@ const FIELDS = {
     wires: readWires,
   }),
   /**
-   * Server: so have I; we go on at `step`, the client's own or one that it kept.  `wantsRepeat`: I
+   * Server: so have I; we are at `step`, the client's own or one that it kept.  `wantsRepeat`: I
    * have not made the step before that yet; send its messages again.
    */
   Welcome: readRecord({
@@ -85,7 +87,7 @@ const FIELDS = {
   }),
   /** Server: done. */
   Saved: readRecord({ session: readText, step: readCount }),
-  /** Server: it could not be written; what was saved before stands, and training may go on. */
+  /** Server: it could not be written; what was saved before is kept, and training may continue. */
   Unsaved: readRecord({ session: readText, step: readCount, reason: readText }),
   /** Either: this went wrong here, and this connection ends.  `code` is the error's name. */
   Fault: readRecord({
@@ -101,7 +103,7 @@ const FIELDS = {
 } as const;
 
 export type MessageType = keyof typeof FIELDS;
-/** A message of a type; `type` tells which. */
+/** A message of one type, which `type` names. */
 export type MessageOf<T extends MessageType> = {
   [K in T]: { readonly type: K } & Decoded<(typeof FIELDS)[K]>;
 }[T];
@@ -111,7 +113,7 @@ export type TensorsMessage = MessageOf<"Tensors">;
 /** What a task is known by: one micro-batch of one step of one phase of one session. */
 export type TaskKey = Pick<TensorsMessage, "session" | "phase" | "step" | "microBatch">;
 
-/** Say whether two keys are of one task. */
+/** Check whether two keys are of one task. */
 export function isSameTask(a: TaskKey, b: TaskKey): boolean {
   return (
     a.session === b.session &&
@@ -141,7 +143,7 @@ export function encodeMessage(
 /**
  * Read a message and its tensors, which are views of `content`.
  *
- * @throws FormatError: the bytes are no message.
+ * @throws FormatError: the bytes are not a message.
  */
 export function decodeMessage(content: Uint8Array): { message: Message; tensors: NdArrays } {
   const { tensors, metadata } = decodeTensors(content, MAX_HEADER);

@@ -6,9 +6,9 @@
  * task, or `null` where nothing is known in advance.  This module knows nothing of ONNX Runtime.
  */
 
-import { fitsShape, listKeys } from "./dimensions.js";
-import type { Sizes } from "./dimensions.js";
 import { ArrayMismatch, ValueOutOfRange, flatten } from "./errors.js";
+import { fitsShape, listKeys } from "./expressions.js";
+import type { Sizes } from "./expressions.js";
 
 /** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
 export type Elements =
@@ -65,7 +65,7 @@ export interface TensorSpec {
   readonly bounds: readonly number[] | null;
 }
 
-/** Say whether text names an element type. */
+/** Check whether text names an element type. */
 export function isDtype(name: string): name is Dtype {
   return Object.hasOwn(DTYPES, name);
 }
@@ -99,7 +99,7 @@ export function describe(tensor: { dtype: string; shape: TensorSpec["shape"] }):
   return `${tensor.dtype}[${tensor.shape.map((dim) => dim ?? "?").join(", ")}]`;
 }
 
-/** Take rows along the first dimension, in the order given. */
+/** Select rows along the first dimension, in the order given. */
 export function takeRows(array: NdArray, rows: ArrayLike<number>): NdArray {
   const width = countElements(array.shape.slice(1));
   const kind: ElementsConstructor = DTYPES[array.dtype];
@@ -129,6 +129,19 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
   return { dtype: first.dtype, shape, data };
 }
 
+/** Find the first element that is NaN or infinite, or -1. */
+export function findNotFinite({ dtype, data }: NdArray): number {
+  if (dtype === "F16") {
+    return (data as Uint16Array).findIndex((bits) => (bits & 0x7c00) === 0x7c00);
+  }
+  if (dtype !== "F32" && dtype !== "F64") return -1;
+  const numbers = data as Float32Array | Float64Array;
+  let sum = 0;
+  // One pass without a branch: nothing but NaN and infinity gives anything but 0 here.
+  for (let index = 0; index < numbers.length; index++) sum += numbers[index]! * 0;
+  return sum === 0 ? -1 : numbers.findIndex((value) => !Number.isFinite(value));
+}
+
 /**
  * Raise unless `array` has the element type, shape and value range that `spec` declares.
  *
@@ -137,7 +150,7 @@ export function concatenate(parts: readonly NdArray[]): NdArray {
  * of a model's output, a dimension that nothing bound before may be 0.
  *
  * @throws ArrayMismatch: element type or shape differ.
- * @throws ValueOutOfRange: an integer lies outside `spec.bounds`.
+ * @throws ValueOutOfRange: an integer is outside `spec.bounds`.
  */
 export function checkArray(
   array: NdArray,

@@ -5,12 +5,12 @@ import { describe, test } from "node:test";
 
 import * as ort from "onnxruntime-node";
 
-import { openDataset } from "../src/datasets.js";
-import type { DataSource } from "../src/datasets.js";
-import { takeTensor } from "../src/engines.js";
-import type { TensorLike } from "../src/engines.js";
+import { openDataset } from "../src/client/datasets.js";
+import type { DataSource } from "../src/client/datasets.js";
+import { shuffleRows } from "../src/client/shuffles.js";
+import { takeTensor } from "../src/engine/engines.js";
+import type { TensorLike } from "../src/engine/engines.js";
 import { ArrayMismatch, MissingArray, NotFinite, UnusableData, ValueOutOfRange } from "../src/index.js";
-import { shuffleRows } from "../src/shuffles.js";
 import type { TensorSpec } from "../src/tensors.js";
 
 const spec = (name: string, dtype: string, shape: TensorSpec["shape"], bounds = null as never) => ({

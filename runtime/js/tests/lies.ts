@@ -3,16 +3,16 @@
 import assert from "node:assert/strict";
 
 import type { PartyBundle } from "../src/bundles.js";
-import { Engine } from "../src/engines.js";
+import { Engine } from "../src/engine/engines.js";
+import { Executor } from "../src/engine/executors.js";
 import { SplitonnxError } from "../src/errors.js";
-import { Executor } from "../src/executors.js";
 import type { Ort } from "../src/index.js";
 import { TRAIN } from "../src/manifests.js";
 import { encodeMessage } from "../src/messages.js";
 import type { TensorsMessage } from "../src/messages.js";
-import { Protocol } from "../src/protocols.js";
 import { countElements, makeZeros } from "../src/tensors.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
+import { Protocol } from "../src/wire/protocols.js";
 import { SESSION_OPTIONS } from "./fixtures.js";
 
 const HUGE = 2 ** 31;

@@ -9,7 +9,7 @@ import { after, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
 import { decodeTensors } from "../src/codecs.js";
-import { Engine } from "../src/engines.js";
+import { Engine } from "../src/engine/engines.js";
 import { ForbiddenGraph } from "../src/errors.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";

@@ -149,7 +149,7 @@ describe("with one server", () => {
     assert.equal(client.reconnects, 0);
   });
 
-  test("a run that was broken off is not begun anew without a word", async () => {
+  test("a run that was interrupted is not begun again without a word", async () => {
     const storage = new MemoryStorage();
     const first = await connect(server.url, { storage });
     const stop = new AbortController();

@@ -12,12 +12,12 @@ import { after, before, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
 import { decodeTensors, encodeTensors } from "../src/codecs.js";
-import { CheckpointStore } from "../src/checkpoints.js";
-import type { Checkpoint } from "../src/checkpoints.js";
 import { BundleError, IndexedDbStorage, MemoryStorage, NotSaved } from "../src/index.js";
 import type { StateStorage } from "../src/index.js";
 import { FolderStorage, openFolder } from "../src/node.js";
-import { defaultStorage } from "../src/storages.js";
+import { CheckpointStore } from "../src/storage/checkpoints.js";
+import type { Checkpoint } from "../src/storage/checkpoints.js";
+import { defaultStorage } from "../src/storage/storages.js";
 import { VECTORS } from "./fixtures.js";
 
 let folder: string;
@@ -138,7 +138,7 @@ test("a file that cannot be put leaves nothing", async () => {
   assert.deepEqual(await readdir(join(folder, "taken")), ["x.safetensors"]);
 });
 
-test("what is no regular file is not waited for, nor read without end", async () => {
+test("what is not a regular file is not waited for, nor read without end", async () => {
   const fifo = join(folder, "fifo");
   execFileSync("mkfifo", [fifo]);
   await symlink("/dev/zero", join(folder, "zero"));

@@ -4,14 +4,14 @@ import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
 import { test } from "node:test";
 
+import { LONGEST_DELAY, listDelays } from "../src/channels/retries.js";
 import { decodeTensors, encodeTensors } from "../src/codecs.js";
-import { Dataflow } from "../src/dataflows.js";
+import { Dataflow } from "../src/engine/dataflows.js";
 import { FormatError, NormTooLarge, NotFinite } from "../src/errors.js";
+import { LARGEST, fitsShape } from "../src/expressions.js";
 import { hashBytes, hashPlainly } from "../src/hashes.js";
-import { LONGEST_DELAY, listDelays } from "../src/backoffs.js";
-import { LARGEST, fitsShape } from "../src/dimensions.js";
 import type { Phase } from "../src/manifests.js";
-import { checkValues } from "../src/norms.js";
+import { checkFinite, checkNorm } from "../src/wire/validation.js";
 import { makeArray, sameBytes } from "./fixtures.js";
 
 test("bytes of every length are hashed as SHA-256 has it, with and without crypto.subtle", async () => {
@@ -35,18 +35,18 @@ test("delays double from attempt to attempt, and spread", () => {
 
 test("NaN, infinity and large norms are found", () => {
   const array = makeArray("F32", [3], [1, 2, 2]);
-  checkValues("g", array, "step 1", 3);
-  assert.throws(() => checkValues("g", array, "step 1", 2.9), NormTooLarge);
+  checkNorm("g", array, 3);
+  assert.throws(() => checkNorm("g", array, 2.9), NormTooLarge);
   for (const dtype of ["F32", "F64"] as const) {
     for (const value of [NaN, Infinity, -Infinity]) {
       const bad = makeArray(dtype, [3], [1, value, 2]);
-      assert.throws(() => checkValues("g", bad, "step 1"), NotFinite);
+      assert.throws(() => checkFinite("g", bad, "step 1"), NotFinite);
     }
   }
-  assert.throws(() => checkValues("g", makeArray("F16", [2], [0, 0x7c00]), "step 1"), NotFinite);
-  checkValues("g", makeArray("F16", [2], [0, 0x7bff]), "step 1");
-  checkValues("g", makeArray("F32", [1], [3e38]), "step 1");
-  checkValues("g", makeArray("I64", [1], [1]), "step 1");
+  assert.throws(() => checkFinite("g", makeArray("F16", [2], [0, 0x7c00]), "step 1"), NotFinite);
+  checkFinite("g", makeArray("F16", [2], [0, 0x7bff]), "step 1");
+  checkFinite("g", makeArray("F32", [1], [3e38]), "step 1");
+  checkFinite("g", makeArray("I64", [1], [1]), "step 1");
 });
 
 test("no size of a dimension without a number is 0, nor more than an integer of 32 bits", () => {

@@ -6,20 +6,20 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
+import { shuffleRows } from "../src/client/shuffles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { spell } from "../src/decoders.js";
-import { Engine } from "../src/engines.js";
+import { Engine } from "../src/engine/engines.js";
 import { ArrayMismatch, FormatError, ForbiddenGraph, SplitonnxError } from "../src/errors.js";
-import { checkGraph } from "../src/gates.js";
+import { checkGraph } from "../src/gate/gates.js";
 import { decodeManifest } from "../src/manifests.js";
 import { MAX_HEADER, PROTOCOL, decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
-import { Protocol, listWires } from "../src/protocols.js";
-import type { State } from "../src/protocols.js";
-import { shuffleRows } from "../src/shuffles.js";
 import { checkArray } from "../src/tensors.js";
 import type { Dtype, NdArrays } from "../src/tensors.js";
+import { Protocol, listWires } from "../src/wire/protocols.js";
+import type { State } from "../src/wire/protocols.js";
 import {
   RUNTIMES,
   SESSION_OPTIONS,

@@ -10,17 +10,17 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 
-import { decodeTensors } from "../src/codecs.js";
 import { loadBundle } from "../src/bundles.js";
-import { giveTensor, takeTensor } from "../src/engines.js";
+import { decodeTensors } from "../src/codecs.js";
+import { giveTensor, takeTensor } from "../src/engine/engines.js";
 import { MemoryStorage, SplitClient } from "../src/index.js";
 import type { Ort } from "../src/index.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
 import { takeRows } from "../src/tensors.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
-import { tellLies } from "./lies.js";
 import { RUNTIMES, SESSION_OPTIONS, relate } from "./fixtures.js";
+import { tellLies } from "./lies.js";
 import { PythonPeer, openSocket } from "./peers.js";
 
 const [BATCH, EPOCHS, SEED] = [8, 2, 3]; // as the Python side trained
@@ -34,7 +34,7 @@ let told: number; // lies about shapes
 
 before(async () => {
   folder = await mkdtemp(join(tmpdir(), "splitonnx-zoo-"));
-  peer = new PythonPeer(["-m", "tests.js_peers", folder]);
+  peer = new PythonPeer(["-m", "tests.support.js_peers", folder]);
   names = JSON.parse(await peer.hear()) as string[];
 });
 

@@ -1,5 +1,5 @@
 /**
- * A page that trains on a GPU: tests/test_webgpu.py builds it, and calls what stands in `window`.
+ * A page that trains on a GPU: tests/browser/test_webgpu.py builds it, and calls what stands in `window`.
  *
  * Nothing here waits for anything but the client, and what is asked for comes back as plain values.
  */

@@ -1,0 +1,355 @@
+"""Build a bundle from joint graphs: each party's stages, lowered to its target, and its manifest.
+
+This is the partitioner's outermost layer: it writes the manifest and calls the modules that do the
+work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.chunks import iter_chunks
+from splitonnx.manifests import (
+    FORMAT,
+    KEY,
+    LEARNING_RATE,
+    STEP,
+    BundleManifest,
+    PartyManifest,
+    Phase,
+    Recipe,
+    Role,
+    Source,
+    Stage,
+    StageInput,
+    StateSpec,
+    Wire,
+    WireKind,
+    encode_manifest,
+)
+from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
+from splitonnx.optimizers import Optimizer
+from splitonnx.partitioner.cutting.joints import JointGraph, declare
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
+from splitonnx.partitioner.cutting.verdicts import check_operators
+from splitonnx.partitioner.differentiation.losses import build_evaluation, find_activation
+from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.transcripts import write_graph
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.normalization.opsets import IR_VERSION
+from splitonnx.partitioner.normalization.weights import read_array, restore_weights
+from splitonnx.tensors import TensorSpec, name_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """One party's share of a phase: its entry in the manifest, and the graphs of its stages."""
+
+    phase: Phase
+    graphs: Mapping[str, bytes]
+    state: tuple[StateSpec, ...] = ()
+
+
+@attribute_errors_to_pass("written as a bundle")
+def assemble(
+    prepared: PreparedModel,
+    training: JointGraph,
+    predict: JointGraph,
+    recipe: Recipe,
+    optimizer: Optimizer,
+) -> Bundle:
+    """Build the bundle of a prepared model from its joint graphs for training and prediction."""
+    targets = {CLIENT: recipe.client_target}
+    if recipe.at:
+        targets[SERVER] = recipe.server_target
+    evaluation = _share_evaluation(predict, recipe, prepared)
+    stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
+    parties = {}
+    for party, target in targets.items():
+        portable = target == PORTABLE
+        shares = [
+            _share_training(training, stages[TRAIN], party, portable, optimizer),
+            _share_phase(PREDICT, predict, stages[PREDICT], party, portable),
+            *([evaluation] if party == CLIENT else []),
+        ]
+        owners = [graph.owners for graph in (training, predict)]
+        weights = {
+            name: read_array(tensor)
+            for name, tensor in prepared.weights.items()
+            if any(party in owner.get(name, ()) for owner in owners)
+        }
+        parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
+    digest = _digest(parties)
+    _keep_orphans(prepared, parties)
+    skeleton = prepared.skeleton.graph
+    return Bundle(
+        manifest=BundleManifest(
+            format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
+        ),
+        parties={name: _sign(party, digest) for name, party in parties.items()},
+        skeleton=_serialize(skeleton, {node.domain for node in skeleton.all_nodes()}),
+    )
+
+
+def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
+    """Store in the skeleton the weights that no party uses: those of outputs that read no input."""
+    owned = {name for party in parties.values() for name in party.weights}
+    orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
+    restore_weights(prepared.skeleton.graph, orphans)
+
+
+def _sign(party: PartyBundle, digest: str) -> PartyBundle:
+    return replace(party, manifest=msgspec.structs.replace(party.manifest, digest=digest))
+
+
+def _build_party(
+    prepared: PreparedModel,
+    training: JointGraph,
+    party: str,
+    target: str,
+    shares: Sequence[_Share],
+    weights: Mapping[str, np.ndarray],
+    optimizer: Optimizer,
+) -> PartyBundle:
+    graphs = {file: graph for share in shares for file, graph in share.graphs.items()}
+    declared = tuple(
+        StateSpec(
+            tensor=TensorSpec(name=name, dtype=name_dtype(array.dtype), shape=array.shape),
+            role=_find_role(prepared, training, name),
+        )
+        for name, array in weights.items()
+    )
+    manifest = PartyManifest(
+        format=FORMAT,
+        party=party,
+        digest="",
+        target=target,
+        phases=tuple(share.phase for share in shares),
+        state=(*declared, *(spec for share in shares for spec in share.state)),
+        files={file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()},
+        learning_rate=optimizer.lr,
+        outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
+    )
+    return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
+
+
+def _find_role(prepared: PreparedModel, training: JointGraph, name: str) -> Role:
+    """Return a parameter's role; a parameter that the loss does not depend on is frozen."""
+    role = prepared.roles[name]
+    kept = {Role.PARAMETER: training.gradients, Role.BUFFER: training.commits}.get(role)
+    return role if kept is None or name in kept else Role.FROZEN
+
+
+def _digest(parties: Mapping[str, PartyBundle]) -> str:
+    """Hash everything that the parties must agree on: manifests, graphs by hash, weights."""
+    total = hashlib.sha256()
+    for name in sorted(parties):
+        total.update(encode_manifest(parties[name].manifest))
+        for weight, array in parties[name].weights.items():
+            total.update(weight.encode() + b"\0")
+            for piece in iter_chunks(array):
+                total.update(piece)
+    return total.hexdigest()
+
+
+def _cut_phase(joint: JointGraph) -> list[StageCut]:
+    """Cut the stages of all parties out of a phase's joint graph."""
+    return cut_stages(joint.graph, [wire.crossing for wire in joint.wires], joint.targets)
+
+
+def _share_phase(
+    name: str, joint: JointGraph, every: Sequence[StageCut], party: str, portable: bool
+) -> _Share:
+    """Describe one party's stages of a phase, and write their graphs."""
+    cuts = [cut for cut in every if cut.party == party]
+    stages, graphs = [], {}
+    for index, cut in enumerate(cuts):
+        label = _name_stage(name, joint, party, cuts, index)
+        stages.append(_describe_stage(label, cut, joint, party))
+        if portable:
+            lower(graph := cut.extract())
+            graphs[f"{label}.onnx"] = _write_stage(label, graph)
+        else:
+            graphs[f"{label}.onnx"] = _write_stage(label, cut.view, is_portable=False)
+    used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
+    phase = Phase(
+        name=name,
+        stages=tuple(stages),
+        data=tuple(spec for data, spec in joint.data.items() if data in used),
+        wires=tuple(
+            Wire(
+                tensor=wire.tensor,
+                sender=wire.crossing.sender,
+                receiver=wire.crossing.receiver,
+                kind=wire.kind,
+            )
+            for wire in joint.wires
+        ),
+        results=joint.results if party == CLIENT else (),
+        commits={n: v for n, v in joint.commits.items() if party in joint.owners[n]},
+    )
+    return _Share(phase=phase, graphs=graphs)
+
+
+def _describe_stage(label: str, cut: StageCut, joint: JointGraph, party: str) -> Stage:
+    received = {w.tensor.name for w in joint.wires if w.crossing.receiver == party}
+
+    def find_source(name: str) -> Source:
+        if name in received:
+            return Source.WIRE
+        if name in (KEY, LEARNING_RATE, STEP):
+            return Source.SCALAR
+        if name in joint.owners:
+            return Source.STATE
+        return Source.DATA if name in joint.data else Source.STASH
+
+    inputs = tuple(StageInput(name=name, source=find_source(name)) for name in cut.inputs)
+    return Stage(name=label, graph=f"{label}.onnx", inputs=inputs, outputs=cut.outputs)
+
+
+def _name_stage(
+    phase: str, joint: JointGraph, party: str, cuts: Sequence[StageCut], index: int
+) -> str:
+    """Name a stage by its part and direction: head.forward, body.step, tail.predict, ..."""
+    reporting = bool(set(cuts[index].outputs) & set(joint.results))
+    if party == SERVER:
+        part = "body"
+    elif not joint.wires:
+        part = "model"
+    else:
+        part = "tail" if reporting and index > 0 else "head"
+    if phase == PREDICT:
+        return f"{part}.predict"
+    if reporting:
+        return f"{part}.step"
+    return f"{part}.forward" if index == 0 else f"{part}.backward"
+
+
+def _share_training(
+    joint: JointGraph,
+    every: Sequence[StageCut],
+    party: str,
+    portable: bool,
+    optimizer: Optimizer,
+) -> _Share:
+    """Build the stages that compute a party's gradients, followed by its update."""
+    share = _share_phase(TRAIN, joint, every, party, portable)
+    inputs = map_values(joint.graph)
+    own = {
+        name: [declare(inputs[p]) for p in joint.gradients if name in joint.owners[p]]
+        for name in joint.targets
+    }
+    if not own[party]:
+        return share
+    stages, graphs = list(share.phase.stages), dict(share.graphs)
+    norms = None
+    wires = share.phase.wires
+    if optimizer.clip_norm is not None:
+        norms = _order_norms(joint, own)
+        vector = _name_norms(party)
+        _append(stages, graphs, "norms", build_norms(own[party], joint.gradients, vector), {})
+        if len(norms.sizes) > 1:
+            wires += tuple(_describe_norms(n, norms, own) for n in own if own[n])
+    update = build_update(own[party], joint.gradients, optimizer, norms, portable=portable)
+    sources = {spec.tensor.name: Source.STATE for spec in update.state}
+    sources |= {spec.name: Source.STATE for spec in own[party]}
+    sources |= {LEARNING_RATE: Source.SCALAR, STEP: Source.SCALAR}
+    sources |= {_name_norms(name): Source.WIRE for name in own if name != party}
+    _append(stages, graphs, "update", update.graph, sources)
+    phase = msgspec.structs.replace(
+        share.phase,
+        stages=tuple(stages),
+        wires=wires,
+        commits={**share.phase.commits, **update.commits},
+    )
+    return _Share(phase=phase, graphs=graphs, state=update.state)
+
+
+def _append(
+    stages: list[Stage],
+    graphs: dict[str, bytes],
+    name: str,
+    graph: ir.Graph,
+    sources: Mapping[str, Source],
+) -> None:
+    """Add a stage; inputs that ``sources`` does not list are read from the stash."""
+    names = [value.name or "" for value in graph.inputs]
+    stages.append(
+        Stage(
+            name=name,
+            graph=f"{name}.onnx",
+            inputs=tuple(StageInput(name=n, source=sources.get(n, Source.STASH)) for n in names),
+            outputs=tuple(value.name or "" for value in graph.outputs),
+        )
+    )
+    graphs[f"{name}.onnx"] = _write_stage(name, graph)
+
+
+def _name_norms(party: str) -> str:
+    return f"splitonnx.norms.{party}"
+
+
+def _order_norms(joint: JointGraph, own: Mapping[str, Sequence[TensorSpec]]) -> Norms:
+    """Return the position of each of the model's parameters in the parties' joined vectors."""
+    places: dict[str, int] = {}
+    for place, spec in enumerate(spec for specs in own.values() for spec in specs):
+        places.setdefault(spec.name, place)
+    return Norms(
+        sizes={_name_norms(party): len(specs) for party, specs in own.items() if specs},
+        order=[places[name] for name in joint.gradients],
+    )
+
+
+def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorSpec]]) -> Wire:
+    name = _name_norms(party)
+    other = next(known for known in own if known != party)
+    tensor = TensorSpec(name=name, dtype="F32", shape=(norms.sizes[name],))
+    return Wire(tensor=tensor, sender=party, receiver=other, kind=WireKind.NORM)
+
+
+def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
+    """Build the client's stage that computes loss and metric from a prediction and its labels."""
+    output = next(v for v in prepared.inference.graph.outputs if v.name == recipe.output)
+    model, attached = build_evaluation(recipe.loss, output, find_activation(output, recipe.loss))
+    lower(model.graph)
+    label = f"{EVALUATE}"
+    labels = (attached.labels,) if attached.labels else ()
+    data = (declare(output), *labels)
+    stage = Stage(
+        name=label,
+        graph=f"{label}.onnx",
+        inputs=tuple(StageInput(name=spec.name, source=Source.DATA) for spec in data),
+        outputs=attached.results,
+    )
+    phase = Phase(name=EVALUATE, stages=(stage,), data=data, results=attached.results)
+    return _Share(phase=phase, graphs={stage.graph: _write_stage(label, model.graph)})
+
+
+def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
+    """Serialize a stage's graph after checking that the runtime knows its operators."""
+    return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
+
+
+def _serialize(graph: ir.Graph | ir.GraphView, used: Collection[str]) -> bytes:
+    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes."""
+    for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
+        del graph.opset_imports[domain]
+    proto = write_graph(graph, IR_VERSION, "splitonnx")
+    typed = [value for value in proto.graph.value_info if value.HasField("type")]
+    constants = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
+    del proto.graph.value_info[:], proto.graph.initializer[:]
+    # onnx's checker refuses a value without a type
+    proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
+    proto.graph.initializer.extend(constants)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content

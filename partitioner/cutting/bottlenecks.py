@@ -1,0 +1,100 @@
+"""Find the tensors that divide a graph if some inputs may cross beside the tensor of the cut.
+
+Such a tensor is on every path from its own inputs to the graph's outputs, apart from paths through
+values that may cross.  In the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast
+Dominance Algorithm") a tensor is the ancestor of all tensors whose paths pass through it, so one
+walk over the tree checks all tensors.  This module ignores weights and sizes, so its results are
+only candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.traversals import list_inputs
+
+_Place = ir.Node | ir.Value
+
+
+def find_bottlenecks(
+    nodes: Sequence[ir.Node],
+    data: Collection[ir.Value],
+    free: Collection[ir.Value],
+) -> list[ir.Value]:
+    """List the tensors that are on every path from their inputs to the graph's outputs.
+
+    Paths through the tensors in ``free`` are ignored.  Only ``nodes``, given in the graph's order,
+    and the tensors ``data`` count.
+    """
+    tree = _Tree(nodes, data)
+    excess = [0] * len(tree.parents)
+    for place in tree.order:
+        if not _is_free(place, free):
+            number = tree.numbers[place]
+            for after in tree.after(place):
+                excess[after] += 1  # these paths miss all from the reader to where they meet
+                excess[tree.parents[number]] -= 1
+    for number in reversed(range(1, len(excess))):
+        excess[tree.parents[number]] += excess[number]
+    made = [value for node in nodes for value in node.outputs if value in tree.numbers]
+    return [value for value in made if excess[tree.numbers[value]] == 0]
+
+
+def _is_free(place: _Place, free: Collection[ir.Value]) -> bool:
+    values = place.outputs if isinstance(place, ir.Node) else [place]
+    return all(value in free for value in values)
+
+
+class _Tree:
+    """The tree of post-dominators; nodes and values are numbered from the outputs, whose root is 0.
+
+    ``parents`` holds, for each number, the nearest place that all paths from there pass.
+    """
+
+    def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:
+        self._readers: dict[ir.Value, list[ir.Node]] = {}
+        for node in nodes:
+            for value in dict.fromkeys(list_inputs(node)):
+                if value in data:
+                    self._readers.setdefault(value, []).append(node)
+        self._data = data
+        self.order = [*_list_backwards(nodes, self._readers, data)]
+        self.numbers = {place: number for number, place in enumerate(self.order, 1)}
+        self.parents, self._depths = [0], [0]
+        for place in self.order:
+            meeting: int | None = None
+            for after in self.after(place):
+                meeting = after if meeting is None else self._meet(meeting, after)
+            self.parents.append(meeting or 0)
+            self._depths.append(self._depths[meeting or 0] + 1)
+
+    def after(self, place: _Place) -> list[int]:
+        """List the numbers of the direct successors of a node or value."""
+        if isinstance(place, ir.Node):
+            return [self.numbers[value] for value in place.outputs if value in self.numbers]
+        return [self.numbers[node] for node in self._readers.get(place, [])] or [0]
+
+    def _meet(self, one: int, other: int) -> int:
+        while one != other:
+            if self._depths[one] < self._depths[other]:
+                one, other = other, one
+            one = self.parents[one]
+        return one
+
+
+def _list_backwards(
+    nodes: Sequence[ir.Node],
+    readers: Collection[ir.Value],
+    data: Collection[ir.Value],
+) -> Iterator[_Place]:
+    """List nodes and values so that each comes after everything that depends on it."""
+    made = set[ir.Value]()
+    for node in reversed(nodes):
+        outputs = [v for v in node.outputs if v in data and (v in readers or v.is_graph_output())]
+        made.update(node.outputs)
+        if outputs:
+            yield from outputs
+            yield node
+    yield from (value for value in readers if value not in made)

@@ -1,0 +1,389 @@
+"""Define where a model can be cut: find tensors by name, and partition the graph at them.
+
+A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
+``tail_at`` (or the model's outputs), and everything else to the client.  The client may therefore
+have a skip connection from head to tail, or weights shared between them, without sending anything.
+A partition is legal if only the named tensors cross: no other activation, no raw input that is not
+named, and no trainable tensor used on both sides.
+
+This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
+from splitonnx.partitioner.cutting.sizes import find_sizes, find_underived
+from splitonnx.partitioner.graphs.traversals import (
+    find_data,
+    find_dependents,
+    find_moving,
+    list_inputs,
+    map_values,
+    reads_size,
+    walk_back,
+)
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A legal partition of a graph, in nodes and values of that graph.
+
+    ``server`` holds the server's nodes; all other nodes are the client's.  Nodes that do not depend
+    on data, or only on its shape, may be needed by both parties: ``client`` holds all nodes that
+    the client needs.  ``remote_shapes`` maps each party to its nodes that read the shape of a
+    tensor which the party does not hold; each node is mapped to tensors that have the same sizes.
+    ``duplicated`` nodes depend on raw inputs that cross anyway, so each party computes them itself.
+    """
+
+    at: tuple[ir.Value, ...]
+    tail_at: tuple[ir.Value, ...]
+    server: frozenset[ir.Node]
+    client: frozenset[ir.Node] = frozenset()
+    remote_shapes: Mapping[str, Mapping[ir.Node, Sequence[ir.Value]]] = field(default_factory=dict)
+    duplicated: frozenset[ir.Node] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One party's side of a cut: its nodes, the source values it starts from, and its remote sizes.
+
+    ``remote_shapes`` is that party's entry in :attr:`Partition.remote_shapes`.  ``underived`` is
+    the reason if a size that the party needs cannot be derived, else ``None``.
+    """
+
+    nodes: set[ir.Node]
+    sources: set[ir.Value]
+    remote_shapes: Mapping[ir.Node, Sequence[ir.Value]]
+    underived: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """What both parties need if a graph is cut at ``at`` and ``tail_at``, whether legal or not."""
+
+    at: tuple[ir.Value, ...]
+    tail_at: tuple[ir.Value, ...]
+    server: Side
+    client: Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Facts about a graph that hold wherever it is divided.
+
+    ``raw`` holds the graph's inputs, in order, ``data`` the values that depend on them, and
+    ``private`` the values computed from them without a trained parameter.  ``sizes`` maps each node
+    that computes sizes of data to the tensors whose shapes it reads; ``readers`` are the nodes that
+    read a shape.
+    """
+
+    raw: Mapping[ir.Value, None]
+    data: set[ir.Value]
+    private: set[ir.Value]
+    sizes: Mapping[ir.Node, frozenset[ir.Value]]
+    readers: frozenset[ir.Node]
+    known: Inference
+
+
+def survey(
+    graph: ir.Graph,
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    known: Inference | None = None,
+) -> Surroundings:
+    """Collect the facts about a graph that :func:`divide` needs, whatever the cut is.
+
+    ``known`` holds what is known of the graph's dimensions, if that is more than the graph itself
+    declares.
+    """
+    known = known or Inference(graph.opset_imports[""])
+    raw = {value: None for value in graph.inputs if value.name not in state}
+    data = find_data(graph, raw)
+    sizes = find_sizes(graph, data, known)
+    return Surroundings(
+        raw=raw,
+        data=data,
+        private=find_opened(graph, raw, data, trainable),
+        sizes=sizes,
+        readers=frozenset(node for node in sizes if reads_size(node)),
+        known=known,
+    )
+
+
+def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
+    """Find the tensors for ``names``: each is a tensor, a node (all its outputs) or a glob pattern.
+
+    Raises:
+        UnknownTensor: a name or pattern matches nothing; the error suggests similar names.
+    """
+    values = map_values(graph)
+    nodes = {node.name: node for node in graph if node.name}
+    found: dict[str, ir.Value] = {}
+    for name in names:
+        for value in _resolve_name(name, values, nodes):
+            found[value.name or ""] = value
+    return tuple(found.values())
+
+
+def _resolve_name(
+    name: str, values: dict[str, ir.Value], nodes: dict[str, ir.Node]
+) -> list[ir.Value]:
+    if name in values:
+        return [values[name]]
+    if name in nodes:
+        outputs = nodes[name].outputs
+        return [value for value in outputs if value.uses() or value.is_graph_output()]
+    matches = [values[known] for known in fnmatch.filter(values, name)]
+    if not matches:
+        nearest = difflib.get_close_matches(name, [*values, *nodes], n=3, cutoff=0.5)
+        raise UnknownTensor(name, nearest)
+    return matches
+
+
+def divide(
+    graph: ir.Graph,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value] = (),
+    *,
+    state: Collection[str],
+    trainable: Collection[str] = frozenset(),
+    around: Surroundings | None = None,
+) -> Partition:
+    """Divide ``graph`` at the given tensors, in three steps.
+
+    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of them
+    that are trained.  Without ``at`` everything belongs to the client.  ``around`` is the result of
+    :func:`survey` for the graph, if already computed.
+
+    Raises:
+        NotACut: more than the named tensors would cross, or nothing would be left to the server.
+        SharedParameter: a trainable tensor would be used on both sides.
+    """
+    if not at:
+        if tail_at:
+            raise UsageError("a U-shaped cut needs both ends: name the first cut with --at")
+        return Partition(at=(), tail_at=(), server=frozenset())
+    around = around or survey(graph, state=state, trainable=trainable)
+    sides = trace_sides(graph, at, tail_at, around)
+    check_use(sides, around.data)
+    duplicated = find_duplicated(graph, sides, around, trainable)
+    server, client = sides.server, sides.client
+    _refuse_shared_parameters(server.nodes, client.nodes, graph, trainable)
+    return Partition(
+        at=sides.at,
+        tail_at=sides.tail_at,
+        server=frozenset(server.nodes),
+        client=frozenset(client.nodes),
+        remote_shapes={"client": client.remote_shapes, "server": server.remote_shapes},
+        duplicated=duplicated,
+    )
+
+
+def trace_sides(
+    graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
+) -> Sides:
+    """Find the nodes and values that each party needs for its own outputs (step one of three).
+
+    A node may be on both sides, and a side may start from values that it does not receive.
+
+    Raises:
+        NotACut: a named tensor depends on none of the model's inputs.
+    """
+    raw, sizes, known = list(around.raw), around.sizes, around.known
+    for value in (*at, *tail_at):
+        if value not in around.data:
+            reason = f"'{value.name}' does not depend on the model's inputs"
+            raise NotACut(_list_names(at, tail_at), reason=reason)
+    ends = tail_at or list_server_outputs(graph, at, sizes)
+    head, _ = walk_back(at, ends=sizes)  # nodes before the cut cannot read its shape
+    server = _walk_side(ends, at, lambda _: at, sizes, known)
+    client = _walk_side(
+        (*at, *graph.outputs) if tail_at else at,
+        tail_at,
+        lambda node: raw if node in head else (*tail_at, *at, *raw),
+        sizes,
+        known,
+    )
+    return Sides(at=tuple(at), tail_at=tuple(tail_at), server=server, client=client)
+
+
+def check_use(sides: Sides, data: Set[ir.Value]) -> None:
+    """Check that each party has nodes to run and uses the tensors that it receives (step two).
+
+    Raises:
+        NotACut: nothing would be left to the server, or a party does not use a named tensor.
+    """
+    names = _list_names(sides.at, sides.tail_at)
+    if not any(node.inputs and set(node.outputs) & data for node in sides.server.nodes):
+        raise NotACut(names, reason="nothing would be left for the server")
+    received = (("server", sides.server, sides.at), ("client", sides.client, sides.tail_at))
+    for party, side, values in received:
+        for value in values:
+            if value not in side.sources:
+                raise NotACut(names, reason=f"the {party}'s part does not use '{value.name}'")
+
+
+def find_duplicated(
+    graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
+) -> frozenset[ir.Node]:
+    """Find the data-dependent nodes that both parties compute, and check them (step three).
+
+    Both parties may compute a node if its data comes only from raw inputs that cross anyway.
+
+    Raises:
+        NotACut: more than the named tensors would cross; ``missing`` names them.
+    """
+    at, server, client, data = sides.at, sides.server, sides.client, around.data
+    both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
+    opened = find_opened(graph, set(at) & around.private, data, trainable)
+    shared = {node for node in both if not set(node.outputs) <= opened}
+    leaks = server.sources & set(around.raw) - set(at)
+    if not shared and not leaks:
+        return frozenset(both)
+    names = _list_names(at, sides.tail_at)
+    if reason := server.underived or client.underived:
+        raise NotACut(names, reason=reason)
+    missing = _find_missing(graph, sides, (data - opened) | set(at))
+    _, sources = walk_back([v for v in around.private if v.name in missing], ends=around.sizes)
+    bare = [value.name or "" for value in around.raw if value in sources]
+    raise NotACut(names, missing=missing, raw=bare)
+
+
+def _list_names(at: Sequence[ir.Value], tail_at: Sequence[ir.Value]) -> list[str]:
+    return [value.name or "" for value in (*at, *tail_at)]
+
+
+def find_lost(
+    tensors: Sequence[ir.Value], trainable: Collection[str]
+) -> tuple[ir.Value, list[str]] | None:
+    """Find an integer tensor in the cut that would block the gradients of parameters before it.
+
+    Return the tensor and the names of these parameters.  Parameters that get a gradient through
+    another tensor of ``tensors`` are not listed.
+    """
+    floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
+    served = {value.name for value in walk_back(floats)[1]}
+    for value in tensors:
+        before = {v.name or "" for v in walk_back([value])[1]} & set(trainable)
+        if value not in floats and before - served:
+            return value, sorted(before - served)
+    return None
+
+
+def find_opened(
+    graph: ir.Graph,
+    named: Collection[ir.Value],
+    data: Collection[ir.Value],
+    trainable: Collection[str],
+) -> set[ir.Value]:
+    """Find the values computed from the data in ``named`` alone, without any trained parameter."""
+    trained = set(trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    opened = set(named)
+    for node in graph:
+        reads = [value for value in list_inputs(node) if value in data]
+        if reads and all(v in opened for v in reads) and not moving & set(list_inputs(node)):
+            opened.update(node.outputs)
+    return opened
+
+
+def _walk_side(
+    ends: Iterable[ir.Value],
+    stop: Collection[ir.Value],
+    hold: Callable[[ir.Node], Sequence[ir.Value]],
+    sizes: Mapping[ir.Node, frozenset[ir.Value]],
+    known: Inference,
+) -> Side:
+    """Walk back from a party's outputs, except through shapes that it can read elsewhere."""
+    targets, reason = list(ends), ""
+    readers = {node for node in sizes if reads_size(node)}
+    while True:
+        nodes, sources = walk_back(targets, set(stop), sizes)
+        near, remote_shapes, more = (
+            set[ir.Node](),
+            dict[ir.Node, Sequence[ir.Value]](),
+            list[ir.Value](),
+        )
+        for node in [node for node in sizes if node in nodes]:
+            held = hold(node)
+            away = [
+                value
+                for value in sizes[node]
+                if value not in held and value not in targets and value.producer() not in nodes
+            ]
+            if not away:
+                near |= walk_back(node.outputs, ends=readers)[0]
+                continue
+            remote_shapes[node] = held
+            missing = find_underived(node, held, known)
+            if missing is not None:
+                more += away
+                reason = (
+                    f"beyond it a size of '{away[0].name}' is needed ({missing}) that no tensor of "
+                    "the cut has; cut elsewhere, or export the model with that size fixed"
+                )
+        if not more:
+            return Side(
+                nodes=nodes | near, sources=sources, remote_shapes=remote_shapes, underived=reason
+            )
+        targets += more  # it may be that the party can compute the tensor itself
+
+
+def list_server_outputs(
+    graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
+) -> list[ir.Value]:
+    """List the model outputs on the server's side of a cut without ``tail_at``.
+
+    Outputs that the client's head computes stay with the client.
+    """
+    head, _ = walk_back(at, ends=sizes)
+    return [value for value in graph.outputs if value.producer() not in head]
+
+
+def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> list[str]:
+    """Name the further tensors that would have to cross to make the partition legal."""
+    at, tail_at = sides.at, sides.tail_at
+    server, client = sides.server.nodes, sides.client.nodes
+    beyond = find_dependents(graph, at)
+    if tail_at:
+        tail, _ = walk_back(graph.outputs, stop=set(tail_at))
+        overlap = {v for n in tail & server for v in n.outputs}
+        leaving = [
+            v.name or ""
+            for n in graph
+            if n in client and n not in server
+            for v in list_inputs(n)
+            if v in overlap and v in beyond and v not in at
+        ]
+        if leaving:
+            return sorted(set(leaving))
+    head, _ = walk_back(at)
+    inside = {n for n in server if n not in head and set(n.outputs) & beyond}
+    made = {v for n in inside for v in n.outputs} | set(at)
+    return sorted(
+        {v.name or "" for n in inside for v in list_inputs(n) if v in data and v not in made}
+    )
+
+
+def _refuse_shared_parameters(
+    server: Collection[ir.Node],
+    client: Collection[ir.Node],
+    graph: ir.Graph,
+    trainable: Collection[str],
+) -> None:
+    def read(nodes: Collection[ir.Node]) -> set[str]:
+        return {v.name or "" for n in nodes for v in list_inputs(n)} & set(trainable)
+
+    shared = read(server) & read(client)
+    if shared:
+        order = [value.name or "" for value in graph.inputs]
+        raise SharedParameter(sorted(shared, key=order.index))

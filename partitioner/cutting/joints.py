@@ -1,0 +1,284 @@
+"""Build the joint graph of a phase: both parties' nodes, the wires, and each party's targets.
+
+``build_training`` builds the joint forward and backward graph, ``build_predict`` the forward
+graph of the inference form.  Both are split into stages in the same way (:mod:`stages`).  This
+module determines which party owns each gradient.  It does not depend on files or targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from splitonnx.element_types import ELEMENT_TYPES
+from splitonnx.errors import IntegerCut, UsageError
+from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, LOSS, SERVER
+from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, resolve_names, survey
+from splitonnx.partitioner.cutting.ports import Port, insert_ports
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.safeguards import add_safeguards
+from splitonnx.partitioner.cutting.sizes import derive_sizes
+from splitonnx.partitioner.cutting.stages import Crossing
+from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
+from splitonnx.partitioner.differentiation.losses import attach_loss, skip_activation
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.readings import copy_model
+from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
+from splitonnx.partitioner.inference.dimensions import name_unknown
+from splitonnx.partitioner.inference.inferences import Inference
+from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.lowerings.fusions import separate_pads
+from splitonnx.tensors import DTYPES, TensorSpec
+
+_DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireSpec:
+    """A crossing of a joint graph, and its description in the manifest."""
+
+    crossing: Crossing
+    tensor: TensorSpec
+    kind: WireKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointGraph:
+    """The joint graph of a phase, with its crossings and each party's targets.
+
+    ``results`` are returned to the client's caller.  ``gradients`` maps each trained parameter to
+    the name of its gradient, in the model's order.  ``owners`` maps each weight that the phase uses
+    to the parties that use it.  ``commits`` maps a running statistic to the value that replaces it.
+    ``data`` declares the arrays that the caller must supply.
+    """
+
+    graph: ir.Graph
+    wires: tuple[WireSpec, ...]
+    targets: Mapping[str, Sequence[ir.Value]]
+    results: tuple[str, ...]
+    data: Mapping[str, TensorSpec]
+    owners: Mapping[str, frozenset[str]]
+    gradients: Mapping[str, str] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)
+
+
+def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
+    """Declare a graph's value in the manifest's form; unnamed dimensions are given names.
+
+    A gradient is declared with the dimensions of its forward value, so that both have the same
+    size.
+    """
+    if value.dtype not in _DTYPE_NAMES or value.shape is None:
+        raise UsageError(
+            f"tensor '{value.name}' cannot travel: its dtype is {value.dtype}, its shape "
+            f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
+        )
+    dims = tuple(
+        d if isinstance(d, int) else d.value or str(name_unknown(value.name or "", axis))
+        for axis, d in enumerate(value.shape)
+    )
+    return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
+
+
+@attribute_errors_to_pass("differentiated")
+def build_training(
+    prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
+) -> JointGraph:
+    """Add the loss and the ports to the training form, then differentiate the whole graph once."""
+    model = copy_model(prepared.training)
+    graph = model.graph
+    partition = _divide(prepared, graph, at, tail_at)
+    scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at})
+    known = set(graph)
+    attached = attach_loss(graph, loss, scores)
+    graph.outputs[:] = [value for value in graph.outputs if value.name in attached.results]
+    reports = SERVER if partition.at and not partition.tail_at else CLIENT
+    server = set(partition.server) | (set(graph) - known if reports == SERVER else set())
+    labels = attached.labels
+    ports = insert_ports(graph, partition, server, labels.name if labels else None)
+    add_safeguards(graph, known, is_training=True)  # the loss's labels have bounds
+    commits = _keep_statistics(prepared, graph)
+    prune(graph)
+
+    data = _declare_data(prepared, graph, labels)
+    port_wires = [(port, declare(port.value)) for port in ports]
+    derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
+    lower(derived, defective=True)
+    separate_pads(derived)  # Pads whose axes were removed for their gradient
+    gradients = _match_gradients(prepared, derived)
+    wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
+    made = map_values(derived)
+    if reports == SERVER:
+        wires += [
+            WireSpec(
+                crossing=Crossing(value=made[name], sender=SERVER, receiver=CLIENT),
+                tensor=TensorSpec(name=name, dtype="F32", shape=()),
+                kind=WireKind.REPORT,
+            )
+            for name in attached.results
+        ]
+    targets: dict[str, list[ir.Value]] = {CLIENT: [], SERVER: []}
+    targets[reports] += [made[name] for name in attached.results]
+    owners = _trace_owners(prepared, wires, targets)
+    for name, value in {**gradients, **commits}.items():
+        for party in owners[name]:
+            targets[party].append(made[value])
+    return JointGraph(
+        graph=derived,
+        wires=tuple(wires),
+        targets={party: values for party, values in targets.items() if partition.at or values},
+        results=attached.results,
+        data=data,
+        owners=owners,
+        gradients=gradients,
+        commits=commits,
+    )
+
+
+@attribute_errors_to_pass("divided for prediction")
+def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
+    """Add the ports to the inference form; the client receives the model's outputs."""
+    graph = copy_model(prepared.inference).graph
+    partition = _divide(prepared, graph, at, tail_at)
+    ports = insert_ports(graph, partition, partition.server)
+    add_safeguards(graph, set(graph), is_training=False)
+    prune(graph)
+    wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], None))
+    away = [v for v in graph.outputs if v.producer() in partition.server]
+    wires += [
+        WireSpec(
+            crossing=Crossing(value=value, sender=SERVER, receiver=CLIENT),
+            tensor=declare(value),
+            kind=WireKind.OUTPUT,
+        )
+        for value in away
+    ]
+    names = tuple(value.name or "" for value in graph.outputs)
+    at_home = [value for value in graph.outputs if value not in away]
+    targets = {CLIENT: at_home, SERVER: away} if partition.at else {CLIENT: at_home}
+    return JointGraph(
+        graph=graph,
+        wires=tuple(wires),
+        targets=targets,
+        results=names,
+        data=_declare_data(prepared, graph, None),
+        owners=_trace_owners(prepared, wires, targets),
+    )
+
+
+def _divide(
+    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
+) -> Partition:
+    first, last = resolve_names(graph, at), resolve_names(graph, tail_at)
+    for tensors in (first, last):
+        lost = find_lost(tensors, prepared.trainable)
+        if lost:
+            value, parameters = lost
+            raise IntegerCut(value.name or "", str(value.dtype), parameters)
+    known = Inference(graph.opset_imports[""])
+    state, trainable = prepared.state, prepared.trainable
+    around = survey(graph, state=state, trainable=trainable, known=known) if first else None
+    partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
+    return _keep_sizes_home(graph, partition, known)
+
+
+def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
+    """Rewrite the graph, in place, so that each party computes sizes from its own tensors."""
+    if not partition.at:
+        return partition
+    remote_shapes, client = partition.remote_shapes, partition.client
+    server = derive_sizes(
+        graph, remote_shapes[SERVER], partition.server, client, SERVER, known, partition.duplicated
+    )
+    client = frozenset(derive_sizes(graph, remote_shapes[CLIENT], client, server, CLIENT, known))
+    graph.sort()
+    return replace(partition, server=frozenset(server), client=client)
+
+
+def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:
+    loss = [value for value in graph.outputs if value.name == LOSS]
+    reached = {value.name for value in find_movers(loss)}
+    trained = [name for name in prepared.trainable if name in reached]
+    if not trained:
+        raise UsageError("nothing is left to train: the loss depends on no trainable parameter")
+    return trained
+
+
+def _keep_statistics(prepared: PreparedModel, graph: ir.Graph) -> dict[str, str]:
+    """Add outputs for the running statistics of BatchNormalizations that the loss depends on."""
+    needed, _ = walk_back(graph.outputs)
+    values = map_values(graph)
+    kept = {n: v for n, v in prepared.next_buffers.items() if values[v].producer() in needed}
+    graph.outputs.extend(values[value] for value in kept.values())
+    return kept
+
+
+def _match_gradients(prepared: PreparedModel, derived: ir.Graph) -> dict[str, str]:
+    made = {value.name for value in derived.outputs}
+    names = {name: f"{name}{GRADIENT}" for name in prepared.trainable}
+    return {name: gradient for name, gradient in names.items() if gradient in made}
+
+
+def _declare_data(
+    prepared: PreparedModel, graph: ir.Graph, labels: TensorSpec | None
+) -> dict[str, TensorSpec]:
+    raw = [v for v in graph.inputs if v.name not in prepared.state]
+    return {v.name or "": labels if labels and v.name == labels.name else declare(v) for v in raw}
+
+
+def _list_port_wires(
+    graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]], labels: TensorSpec | None
+) -> list[WireSpec]:
+    values = map_values(graph)
+    wires = []
+    for port, tensor in ports:
+        if labels and port.kind is WireKind.INPUT and tensor.name.startswith(f"{labels.name}@"):
+            tensor = TensorSpec(
+                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, bounds=labels.bounds
+            )
+        crossing = Crossing(value=values[tensor.name], sender=port.sender, receiver=port.receiver)
+        wires.append(WireSpec(crossing=crossing, tensor=tensor, kind=port.kind))
+    return wires
+
+
+def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -> list[WireSpec]:
+    """Find the gradient of each port's wire; a wire whose gradient is not needed has none."""
+    values = map_values(graph)
+    wires = []
+    for port, tensor in ports:
+        value = values.get(f"{tensor.name}{GRADIENT}")
+        if value is not None:
+            wires.append(
+                WireSpec(
+                    crossing=Crossing(value=value, sender=port.receiver, receiver=port.sender),
+                    tensor=TensorSpec(
+                        name=value.name or "", dtype=tensor.dtype, shape=tensor.shape
+                    ),
+                    kind=WireKind.GRADIENT,
+                )
+            )
+    return wires
+
+
+def _trace_owners(
+    prepared: PreparedModel,
+    wires: Sequence[WireSpec],
+    targets: Mapping[str, Sequence[ir.Value]],
+) -> dict[str, frozenset[str]]:
+    """Map each weight to its owners: the parties whose forward part uses it."""
+    owners: dict[str, frozenset[str]] = {}
+    for party, values in targets.items():
+        stop = {w.crossing.value for w in wires if w.crossing.receiver == party}
+        sent = [
+            w.crossing.value
+            for w in wires
+            if w.crossing.sender == party and w.kind is not WireKind.GRADIENT
+        ]
+        for source in walk_back([*values, *sent], stop=stop)[1]:
+            name = source.name or ""
+            if name in prepared.weights:
+                owners[name] = owners.get(name, frozenset()) | {party}
+    return owners

@@ -1,0 +1,74 @@
+"""Make the training form and the inference form of a model: names, modes and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.traversals import find_dependents
+from splitonnx.partitioner.normalization.batchnorms import (
+    list_batchnorms,
+    use_running_statistics,
+)
+from splitonnx.partitioner.normalization.dropouts import remove_dropouts
+
+_KEPT_OUTPUTS = {
+    "LayerNormalization": ("mean", "inv_std"),
+    "SoftmaxCrossEntropyLoss": ("log_prob",),
+}
+"""Optional outputs that the gradient of an operator reads."""
+
+
+def declare_statistics(graph: ir.Graph) -> None:
+    """Add the optional node outputs that gradients need."""
+    for node in graph:
+        kinds = _KEPT_OUTPUTS.get(node.op_type, ())
+        if node.domain or len(node.outputs) > len(kinds) or not kinds:
+            continue
+        node.resize_outputs(1 + len(kinds))
+        for value, kind in zip(node.outputs[1:], kinds, strict=True):
+            value.name = value.name or f"{node.outputs[0].name}#{kind}"
+
+
+def make_inference_form(graph: ir.Graph) -> None:
+    """Turn a model into its inference form, in place."""
+    use_running_statistics(graph)
+    remove_dropouts(graph)
+
+
+def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
+    """Remove the outputs that depend on no input (running statistics too) and outputs of text."""
+    data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
+    statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
+    lost = {value for value in graph.outputs if value.dtype == ir.DataType.STRING} | statistics
+    kept = [value for value in graph.outputs if value in data and value not in lost]
+    graph.outputs.clear()
+    graph.outputs.extend(kept)
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Assign a unique name to every node; errors, cuts and the keys of Dropout refer to it."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+        taken.add(node.name)
+
+
+def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
+    """Refuse a model whose running statistics are not weights.
+
+    Raises:
+        UnsupportedModel: the graph computes a running statistic.
+    """
+    for name in statistics:
+        if name not in weights:
+            raise UnsupportedModel(
+                f"running statistic '{name}' of a BatchNormalization",
+                "it is computed in the graph, so it cannot be updated",
+                "train with --batchnorm frozen",
+            )

@@ -1,0 +1,385 @@
+"""The table of preparation passes: what each one requires, ensures and invalidates.
+
+Both forms share all tensor names, so that one cut fits both.  Weights are moved out of the graph
+and become graph inputs, so that the graph to differentiate stays small, however large the weights
+are.  The passes know how operators behave in training and in inference; they do not depend on the
+cut, the loss or the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import Role
+from splitonnx.names import BatchNormMode, DropoutMode
+from splitonnx.partitioner.cutting.passes.forms import (
+    declare_statistics,
+    keep_data_outputs,
+    make_inference_form,
+    name_nodes,
+    refuse_unkept_statistics,
+)
+from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
+from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
+from splitonnx.partitioner.graphs.readings import copy_model
+from splitonnx.partitioner.graphs.tables import refuse_tables
+from splitonnx.partitioner.inference.folds import fold, note_shapes
+from splitonnx.partitioner.inference.sequences import flatten_sequences
+from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
+from splitonnx.partitioner.lowerings.fusions import separate_pads
+from splitonnx.partitioner.normalization.batchnorms import (
+    freeze_batchnorms,
+    train_batchnorms,
+)
+from splitonnx.partitioner.normalization.dropouts import seed_dropouts
+from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
+from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
+from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
+from splitonnx.partitioner.normalization.precisions import widen
+from splitonnx.partitioner.normalization.quantizations import (
+    lift_quantized,
+    pass_gradients,
+    refuse_integer_model,
+)
+from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
+from splitonnx.partitioner.normalization.weights import assign_roles, lift_weights, return_weights
+from splitonnx.partitioner.rewrites import rewrite
+
+
+class Fact(Flag):
+    """A property of the model that a pass requires, ensures or invalidates."""
+
+    INLINED = auto()  # no node calls a function of the model
+    STORED = auto()  # no initializer is also an input of the graph
+    NAMED = auto()  # every node has a unique name
+    QUANTIZED = auto()  # integer weights are quantized in the graph
+    LIFTED = auto()  # weights are inputs of the graph
+    ADAPTED = auto()  # operators belong to opset 18 to 21
+    USUAL = auto()  # recurrences and ai.onnx.ml operators are in standard form
+    TYPED = auto()  # types and shapes are set if they can be inferred
+    PADDED = auto()  # paddings are explicit if the shapes allow it
+    FLAT = auto()  # sequences of known length are replaced by tensors
+    FOLDED = auto()  # values that depend on no input are constants
+    CHECKED = auto()  # ranks are valid for their operators
+    REDUCED = auto()  # axes of reductions are explicit
+    FORMS = auto()  # the training and inference forms are separate models
+    WIDE = auto()  # both forms compute in float32
+    MODES = auto()  # BatchNormalization and Dropout have each form's mode
+    SEEDED = auto()  # random numbers are drawn from a key
+    OUTPUTS = auto()  # optional outputs that gradients read are declared
+    ROLES = auto()  # every weight has a role
+    SMOOTH = auto()  # operators that depend on trained weights have gradients
+    SHAPED = auto()  # shapes that follow from symbolic dimensions are set too
+
+
+_NOTHING = Fact(0)
+
+
+@dataclass(kw_only=True)
+class Work:
+    """The state of a preparation: the model, changed in place by the passes, and their findings."""
+
+    model: ir.Model
+    batchnorm: BatchNormMode | None = None
+    dropout: DropoutMode | None = None
+    train: Sequence[str] = ()
+    freeze: Sequence[str] = ()
+    weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    frozen_statistics: Collection[str] = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    forms: tuple[ir.Model, ...] = ()
+
+    @property
+    def training(self) -> ir.Model:
+        """The training form."""
+        return self.forms[0]
+
+    @property
+    def inference(self) -> ir.Model:
+        """The inference form."""
+        return self.forms[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of the preparation; ``work`` completes the phrase "while the model was ...".
+
+    The pass may run when the facts in ``requires`` hold.  Afterwards the facts in ``ensures`` hold,
+    and those in ``spoils`` no longer do.
+    """
+
+    work: str
+    run: Callable[[Work], None]
+    requires: Fact = _NOTHING
+    ensures: Fact = _NOTHING
+    spoils: Fact = _NOTHING
+
+
+def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], None]:
+    def run(work: Work) -> None:
+        change(work.model.graph)
+
+    return run
+
+
+def _lift_weights(work: Work) -> None:
+    work.weights = lift_weights(work.model.graph, work.train)
+
+
+_MOST_CORRECTIONS = 32
+"""How often shapes are inferred again after a padding was corrected."""
+
+
+def _make_paddings_explicit(work: Work) -> None:
+    """Make paddings explicit, one after the other if a size depends on an earlier padding.
+
+    Raises:
+        UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another.
+    """
+    for _ in range(_MOST_CORRECTIONS):
+        if not make_paddings_explicit(work.model.graph):
+            return
+        infer_shapes(work.model)
+    raise UnsupportedModel(
+        "the model",
+        f"more than {_MOST_CORRECTIONS} poolings that round up stand behind one another, each with "
+        "a last window that would begin behind the image",
+        "export them with explicit padding",
+    )
+
+
+def _flatten_sequences(work: Work) -> None:
+    if flatten_sequences(work.model.graph):
+        infer_shapes(work.model)
+
+
+def _fold(work: Work) -> None:
+    fold(work.model, work.weights)
+
+
+def _flatten_sequences_of_loops(work: Work) -> None:
+    if flatten_sequences(work.model.graph):
+        infer_shapes(work.model)
+        fold(work.model, work.weights)
+
+
+def _part_forms(work: Work) -> None:
+    work.forms = (copy_model(work.model), copy_model(work.model))
+
+
+def _widen(work: Work) -> None:
+    work.masters = widen(work.forms, work.weights)
+
+
+def _fold_forms(work: Work) -> None:
+    """Fold bfloat16 constants, which was not possible in earlier passes."""
+    for form in work.forms if work.masters is not work.weights else ():
+        fold(form, work.weights)
+
+
+def _set_modes(work: Work) -> None:
+    work.buffers = train_batchnorms(work.training.graph, mode=work.batchnorm)
+    work.frozen_statistics = freeze_batchnorms(work.training.graph)
+    seed_dropouts(work.training.graph, mode=work.dropout)
+    make_inference_form(work.inference.graph)
+
+
+def _assign_roles(work: Work) -> None:
+    refuse_unkept_statistics(work.buffers, work.weights)
+    statistics, trained = {*work.buffers, *work.frozen_statistics}, set(work.buffers)
+    work.roles = assign_roles(
+        work.weights, statistics, trained, train=work.train, freeze=work.freeze
+    )
+
+
+def _make_differentiable(work: Work) -> None:
+    """Rewrite the nodes that depend on trained weights into operators that have gradients."""
+    training = work.training
+    trained = {name for name, role in work.roles.items() if role is Role.PARAMETER}
+    if not trained:
+        refuse_integer_model(training.graph)
+    if pass_gradients(training.graph, trained):
+        infer_shapes(training)
+    rewrite(training, trained)
+
+
+def _infer_forms(work: Work) -> None:
+    for form in work.forms:
+        infer_shapes(form)
+
+
+def _finish_forms(work: Work) -> None:
+    for form in work.forms:
+        note_shapes(form.graph)
+        refuse_tables(form.graph)
+        keep_data_outputs(form.graph, work.weights)
+
+
+def _drop_inputs_of_weights(work: Work) -> None:
+    RemoveInitializersFromInputsPass()(work.model)
+
+
+_F = Fact
+PASSES: Sequence[Pass] = (
+    Pass(
+        work="written without functions",
+        run=lambda work: inline_functions(work.model),
+        ensures=_F.INLINED,
+    ),
+    Pass(
+        work="relieved of inputs with stored values", run=_drop_inputs_of_weights, ensures=_F.STORED
+    ),
+    Pass(
+        work="given names of nodes",
+        run=_on_graph(name_nodes),
+        requires=_F.INLINED,
+        ensures=_F.NAMED,
+    ),
+    Pass(
+        work="given float weights for integers",
+        run=_on_graph(lift_quantized),
+        requires=_F.INLINED | _F.STORED | _F.NAMED,
+        ensures=_F.QUANTIZED,
+    ),
+    Pass(
+        work="relieved of its weights",
+        run=_lift_weights,
+        requires=_F.INLINED | _F.STORED | _F.QUANTIZED,
+        ensures=_F.LIFTED,
+    ),
+    Pass(
+        work="brought to opset 18 to 21",
+        run=lambda work: adapt_opset(work.model),
+        requires=_F.INLINED | _F.NAMED,
+        ensures=_F.ADAPTED,
+    ),
+    Pass(
+        work="given the usual layout of recurrences",
+        run=_on_graph(normalize_layouts),
+        requires=_F.ADAPTED,
+    ),
+    Pass(
+        work="relieved of operators of ai.onnx.ml",
+        run=_on_graph(normalize_ml_operators),
+        requires=_F.ADAPTED,
+        ensures=_F.USUAL,
+    ),
+    Pass(
+        work="typed",
+        run=lambda work: infer_shapes(work.model),
+        requires=_F.ADAPTED | _F.USUAL,
+        ensures=_F.TYPED,
+    ),
+    Pass(
+        work="given explicit padding",  # before a shape that it corrects becomes a constant
+        run=_make_paddings_explicit,
+        requires=_F.TYPED,
+        ensures=_F.PADDED,
+    ),
+    Pass(work="relieved of sequences", run=_flatten_sequences, requires=_F.TYPED, ensures=_F.FLAT),
+    Pass(
+        work="folded",
+        run=_fold,
+        requires=_F.LIFTED | _F.TYPED | _F.PADDED | _F.FLAT,
+        ensures=_F.FOLDED,
+        spoils=_F.FLAT | _F.PADDED,  # unrolled loops, and what has a shape now
+    ),
+    Pass(
+        work="relieved of the sequences of loops",
+        run=_flatten_sequences_of_loops,
+        requires=_F.FOLDED,
+        ensures=_F.FLAT,
+    ),
+    Pass(
+        work="given back the weights of bodies that still stand",
+        run=lambda work: return_weights(work.model.graph, work.weights),
+        requires=_F.LIFTED | _F.FOLDED | _F.FLAT,
+    ),
+    Pass(
+        work="checked for its ranks",
+        run=_on_graph(check_ranks),
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.CHECKED,
+    ),
+    Pass(
+        work="given explicit padding where shapes were folded",
+        run=_make_paddings_explicit,
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.PADDED,
+    ),
+    Pass(work="given pads apart from poolings", run=_on_graph(separate_pads), requires=_F.PADDED),
+    Pass(
+        work="given explicit axes of reductions",
+        run=_on_graph(make_reductions_explicit),
+        requires=_F.TYPED | _F.FOLDED,
+        ensures=_F.REDUCED,
+    ),
+    Pass(
+        work="parted into two forms",
+        run=_part_forms,
+        requires=_F.NAMED | _F.LIFTED | _F.FLAT | _F.CHECKED | _F.PADDED | _F.REDUCED,
+        ensures=_F.FORMS,
+    ),
+    Pass(
+        work="brought to float32",
+        run=_widen,
+        requires=_F.FORMS | _F.TYPED,
+        ensures=_F.WIDE,
+        spoils=_F.FOLDED,
+    ),
+    Pass(work="folded in float32", run=_fold_forms, requires=_F.WIDE, ensures=_F.FOLDED),
+    Pass(
+        work="given the modes of its forms",
+        run=_set_modes,
+        requires=_F.FORMS | _F.WIDE | _F.FOLDED | _F.NAMED,
+        ensures=_F.MODES,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="given seeds",
+        run=lambda work: seed_random_operators(work.training.graph),
+        requires=_F.MODES | _F.NAMED,
+        ensures=_F.SEEDED,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="given the outputs that gradients read",
+        run=lambda work: declare_statistics(work.training.graph),
+        requires=_F.FORMS,
+        ensures=_F.OUTPUTS,
+        spoils=_F.TYPED,
+    ),
+    Pass(
+        work="typed in both forms",
+        run=_infer_forms,
+        requires=_F.MODES | _F.SEEDED | _F.OUTPUTS,
+        ensures=_F.TYPED,
+    ),
+    Pass(
+        work="given the roles of its weights",
+        run=_assign_roles,
+        requires=_F.LIFTED | _F.MODES,
+        ensures=_F.ROLES,
+    ),
+    Pass(
+        work="written in operators that have a gradient",
+        run=_make_differentiable,
+        requires=_F.TYPED | _F.FOLDED | _F.ROLES | _F.SEEDED | _F.OUTPUTS,
+        ensures=_F.SMOOTH,
+    ),
+    Pass(
+        work="finished in both forms",
+        run=_finish_forms,
+        requires=_F.TYPED | _F.SMOOTH,
+        ensures=_F.SHAPED,
+    ),
+)
+"""The preparation passes, in order; an earlier pass ensures what a later pass requires."""

@@ -1,0 +1,104 @@
+"""Insert a port, an Identity node, on every edge that crosses a cut, before differentiation.
+
+When a tensor ``t`` crosses, the port's output is ``t@server`` or ``t@client``, named after the
+receiver.  Only the receiving side reads the port's output, so the gradient of the port's output is
+a separate tensor that holds the contribution of that side alone.  This module does not compute
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, SERVER
+from splitonnx.partitioner.cutting.cuts import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A crossing: the port's output (the wire), its sender, its readers and its kind."""
+
+    value: ir.Value
+    sender: str
+    receiver: str
+    kind: WireKind
+
+
+def insert_ports(
+    graph: ir.Graph, partition: Partition, server: Collection[ir.Node], labels: str | None = None
+) -> list[Port]:
+    """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
+
+    ``server`` holds the server's nodes: those of the partition, and those of the loss if the server
+    computes it.
+    """
+    ports = []
+    for value in partition.at:
+        raw = value.producer() is None
+        kind = WireKind.INPUT if raw else WireKind.ACTIVATION
+        ports.append(_insert(graph, value, value.name or "", CLIENT, kind, server))
+    for value in partition.tail_at:
+        name = value.name or ""
+        if value.is_graph_output():
+            value = _split_output(graph, value)
+        ports.append(_insert(graph, value, name, SERVER, WireKind.ACTIVATION, server))
+    for value in [v for v in graph.inputs if v.name == labels]:
+        if any(use.node in server for use in value.uses()):
+            ports.append(_insert(graph, value, value.name or "", CLIENT, WireKind.INPUT, server))
+    return ports
+
+
+def _insert(
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    sender: str,
+    kind: WireKind,
+    server: Collection[ir.Node],
+) -> Port:
+    """Insert an Identity after ``value``, and make the receiving side's nodes read its output."""
+    receiver = SERVER if sender == CLIENT else CLIENT
+    name = f"{name}@{receiver}"
+    port = ir.node("Identity", [value], name=f"{name}/port")
+    wire = port.outputs[0]
+    wire.name, wire.type, wire.shape = name, value.type, value.shape
+    for use in list(value.uses()):
+        if use.node is port:
+            continue
+        if use.node.graph is not graph:
+            raise UnsupportedModel(
+                f"cut tensor '{value.name}'",
+                f"it is read within the body of a control-flow operator ('{use.node.name}')",
+                "cut elsewhere",
+            )
+        if (use.node in server) is (receiver == SERVER):
+            use.node.replace_input_with(use.idx, wire)
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, port)
+    else:
+        first = next(iter(graph))
+        graph.insert_before(first, port)
+    return Port(value=wire, sender=sender, receiver=receiver, kind=kind)
+
+
+def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Add a copy on the client's side for a cut tensor that is also a model output."""
+    name = value.name
+    value.name = f"{name}.body"
+    identity = ir.node("Identity", [value], name=f"{name}/tail")
+    output = identity.outputs[0]
+    output.name, output.type, output.shape = name, value.type, value.shape
+    for use in list(value.uses()):
+        if use.node is not identity:
+            use.node.replace_input_with(use.idx, output)
+    graph.outputs[list(graph.outputs).index(value)] = output
+    producer = value.producer()
+    assert producer is not None
+    graph.insert_after(producer, identity)
+    return value

@@ -1,0 +1,241 @@
+"""Add checks, made of operators, before kernels of ONNX Runtime 1.19 that trust their inputs.
+
+Some kernels crash the process, or read beyond a tensor, if a dimension is empty, if two dimensions
+that should be equal differ, or if a label is not a class.  Sizes that the parties agree on
+(:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal; all other sizes are
+checked by the graph itself.  The checks rely on Gather, which raises an error if an index is out of
+range, and on Reshape, which raises one if the number of elements differs; both run before the
+kernel.
+
+Checks are added after the ports, so that each check belongs to the party that runs the node and
+sends nothing, and before differentiation.  Bodies of control flow are checked too.  Kernels that
+compute addresses from values are handled in :mod:`addresses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.expressions import UNKNOWN, is_quotient
+from splitonnx.partitioner.cutting.addresses import ADDRESS_CHECKS
+from splitonnx.partitioner.graphs.assertions import known_sizes, note, require_rank, reshape
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.traversals import list_bodies
+from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
+
+_SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
+"""Smallest integers of the types that processors divide natively; other types are widened first."""
+_INTEGERS = {
+    *_SMALLEST,
+    ir.DataType.INT8,
+    ir.DataType.INT16,
+    ir.DataType.UINT8,
+    ir.DataType.UINT16,
+    ir.DataType.UINT32,
+    ir.DataType.UINT64,
+}
+
+Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
+
+
+def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
+    """Add checks, in place, before those nodes in ``nodes`` that need them.
+
+    ``is_training`` means that the graph will be differentiated, so that gradient kernels run too.
+    """
+    tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
+    for node in [node for node in graph if node in nodes]:
+        for body in list_bodies(node):
+            add_safeguards(body, set(body), is_training=False)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
+        for check in [table[node.op_type] for table in tables if node.op_type in table]:
+            for index, value in check(builder, node).items():
+                node.replace_input_with(index, value)
+        graph.insert_before(node, builder.nodes)
+
+
+def is_bound(amount: Amount) -> bool:
+    """Return whether a dimension is known to be at least 1 in every task that the parties start.
+
+    This holds for sums of products of dimension names that the parties agree on.
+    """
+    return amount != 0 and all(
+        factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
+        for atoms, factor in list_terms(amount)
+    )
+
+
+def _check_gather(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that the batch dimensions of a Gather's data and indices are equal and not empty."""
+    count = node.attributes.get_int("batch_dims", 0)
+    data, indices = node.inputs[:2]
+    if not count or data is None or indices is None:
+        return {}
+    tied, own = _list_dims(data, count), _list_dims(indices, count)
+    if tied == own and all(dim is not None and is_bound(dim) for dim in tied):
+        return {}
+    rank = require_rank(indices)
+    sizes = _check_sizes(builder, data, count)
+    sizes = builder.op("Gather", sizes, builder.integers([min(i, count - 1) for i in range(rank)]))
+    tied_axes = builder.array(np.arange(rank) < count, ir.DataType.BOOL)
+    shape = builder.op("Where", tied_axes, sizes, builder.op("Shape", indices))
+    return {1: reshape(builder, indices, shape)}
+
+
+def _check_rows(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check the number of images: the gradient of a convolution divides by it."""
+    return _check_filled(builder, node, [0], 1)
+
+
+def _check_operands(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of every operand: Einsum would read elements of empty tensors."""
+    return _check_filled(builder, node, range(len(node.inputs)), None)
+
+
+def _check_source(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check every dimension of the averaged input: the gradient divides by the result's size."""
+    return _check_filled(builder, node, [0], None)
+
+
+def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that no integer is divided by 0, nor the smallest one by -1: both crash the process.
+
+    d' = d + [0][d = 0 or (d = -1 and n = smallest)]
+    """
+    number, divisor = node.inputs[:2]
+    if number is None or divisor is None:
+        return {}
+    if divisor.dtype is None:
+        raise UnsupportedModel(
+            f"tensor '{divisor.name}'", "its type is not known", "export the model with types"
+        )
+    if divisor.dtype not in _INTEGERS:
+        return {}
+    smallest = _SMALLEST.get(divisor.dtype)
+    constant = ir.convenience.get_const_tensor(divisor)
+    if constant is not None:
+        values = constant.numpy()
+        if values.all() and (smallest is None or not (values == -1).any()):
+            return {}
+    wide = builder.cast(divisor, ir.DataType.INT64)
+    bad = builder.op("Equal", wide, builder.integer(0))
+    shape = divisor.shape
+    if smallest is not None:
+        overflows = builder.op(
+            "And",
+            builder.op("Equal", wide, builder.integer(-1)),
+            builder.op("Equal", builder.cast(number, ir.DataType.INT64), builder.integer(smallest)),
+        )
+        bad, shape = builder.op("Or", bad, overflows), None
+    index = builder.cast(note(bad, ir.DataType.BOOL), ir.DataType.INT64)
+    zeros = note(builder.op("Gather", builder.integers([0]), index, axis=0), ir.DataType.INT64)
+    if divisor.dtype in _SMALLEST:
+        checked = builder.op("Add", divisor, builder.cast(zeros, divisor.dtype))
+    else:  # Add has no kernel for small integers
+        checked = builder.cast(
+            note(builder.op("Add", wide, zeros), ir.DataType.INT64), divisor.dtype
+        )
+    return {1: note(checked, divisor.dtype, shape)}
+
+
+def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Limit a diagonal's offset to a range for which addresses can be computed."""
+    diagonal = node.inputs[1] if len(node.inputs) > 1 else None
+    if diagonal is None or diagonal.is_initializer():
+        return {}
+    bound = 1 << 31
+    lowered = builder.op("Min", diagonal, builder.integer(bound))
+    bounded = builder.op("Max", note(lowered, ir.DataType.INT64), builder.integer(-bound))
+    return {1: note(bounded, ir.DataType.INT64, diagonal.shape)}
+
+
+def _check_filled(
+    builder: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
+) -> dict[int, ir.Value]:
+    """Check that the first ``count`` dimensions of the operands are not empty, if unknown."""
+    checked = {}
+    for index in operands:
+        value = node.inputs[index]
+        if value is None or value.is_initializer():
+            continue
+        dims = _list_dims(value, count)
+        if dims and all(dim is not None and is_bound(dim) for dim in dims):
+            continue
+        checked[index] = reshape(builder, value, _check_sizes(builder, value, count))
+    return checked
+
+
+def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that each label is a class or the ignored label, and that each class has a weight.
+
+    labels' = range(C)[labels < 0 ? C : labels]
+    """
+    scores, labels = node.inputs[:2]
+    if scores is None or labels is None or labels.dtype is None:
+        return {}
+    index = builder.cast(labels, ir.DataType.INT64)
+    ignored = node.attributes.get("ignore_index")
+    skipped = None
+    if ignored is not None:
+        skipped = builder.op("Equal", index, builder.integer(ignored.as_int()))
+        index = builder.op("Where", skipped, builder.integer(0), index)
+    count = builder.op("Squeeze", builder.shape(scores, 1, 2))
+    negative = builder.op("Less", index, builder.integer(0))
+    classes = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    checked = builder.op("Gather", classes, builder.op("Where", negative, count, index), axis=0)
+    if skipped is not None and ignored is not None:
+        checked = builder.op("Where", skipped, builder.integer(ignored.as_int()), checked)
+    checked = builder.cast(note(checked, ir.DataType.INT64, labels.shape), labels.dtype)
+    dims = _list_dims(labels, None)
+    if not dims or not all(dim is not None and is_bound(dim) for dim in dims):
+        checked = reshape(builder, note(checked, labels.dtype), _check_sizes(builder, labels, None))
+    weights = node.inputs[2] if len(node.inputs) > 2 else None
+    labelled = {1: note(checked, labels.dtype, labels.shape)}
+    if weights is None or known_sizes(weights) == (known_sizes(scores, 1, 2) or []):
+        return labelled
+    return {**labelled, 2: reshape(builder, weights, builder.shape(scores, 1, 2))}
+
+
+def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
+    """Return a value's shape, computed so that an empty dimension among the first ``count`` fails.
+
+    Each size s_i is looked up at i, or at i + k, which is out of range, if the size is 0.  Concat
+    is not used: ONNX Runtime turns a Concat before a Reshape into a constant with a -1, which
+    matches any size.
+    """
+    shape = note(builder.op("Shape", value), ir.DataType.INT64)
+    length, zero, one = builder.op("Size", shape), builder.integer(0), builder.integer(1)
+    places = builder.op("Range", zero, length, one)
+    empty = builder.op("Sub", one, builder.op("Min", shape, one))
+    if count is not None:
+        first = builder.op("Less", places, builder.integer(count))
+        empty = builder.op("Where", first, empty, zero)
+    index = builder.op("Add", places, builder.op("Mul", empty, length))
+    return note(builder.op("Gather", shape, index, axis=0), ir.DataType.INT64)
+
+
+def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
+    """List a value's first dimensions; ``None`` for a dimension that is not known."""
+    if value.shape is None:
+        return [None]
+    return [
+        dim if isinstance(dim, int) else parse_dim(dim.value) if dim.value else None
+        for dim in list(value.shape)[:count]
+    ]
+
+
+_CHECKS: Mapping[str, Check] = {
+    "Div": _check_divisor,
+    "Einsum": _check_operands,
+    "GatherND": _check_gather,
+    "Mod": _check_divisor,
+    "SoftmaxCrossEntropyLoss": _check_labels,
+    "Trilu": _check_diagonal,
+}
+_TRAINING_CHECKS: Mapping[str, Check] = {"Conv": _check_rows, "ReduceMean": _check_source}

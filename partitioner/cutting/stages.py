@@ -1,0 +1,154 @@
+"""Split a joint graph into stages: the graphs that each party runs without interruption.
+
+Every party has targets: the wires that it sends, its gradients and its results.  Walking back from
+them to the wires that the party receives yields its nodes.  A value's *level* is the number of
+wires on the longest path to it, that is, how many messages must arrive before it can be computed.
+Everything that a party computes between two messages is one stage.  A node belongs to the first
+stage that needs it; a value that a later stage of the same party needs again is stashed.  Nothing
+is computed twice except values that depend on constants alone, and nothing but wires crosses.
+
+Forward and backward graphs are treated in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.traversals import list_inputs, walk_back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """A value of the graph that one party sends and another receives."""
+
+    value: ir.Value
+    sender: str
+    receiver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCut:
+    """One stage of one party: a view of its nodes in the joint graph."""
+
+    party: str
+    level: int
+    view: ir.GraphView
+
+    def extract(self) -> ir.Graph:
+        """Return the stage's graph as a copy, independent of the joint graph."""
+        return self.view.clone()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return tuple(value.name or "" for value in self.view.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+        return tuple(value.name or "" for value in self.view.outputs)
+
+
+def cut_stages(
+    graph: ir.Graph, crossings: Sequence[Crossing], targets: Mapping[str, Sequence[ir.Value]]
+) -> list[StageCut]:
+    """Cut ``graph`` into stages, in the order in which they can run.
+
+    ``targets`` maps each party to the values that it must compute for itself; the wires that it
+    sends are added.
+    """
+    received = {party: {c.value for c in crossings if c.receiver == party} for party in targets}
+    wanted = {
+        party: list(dict.fromkeys([*(c.value for c in crossings if c.sender == party), *values]))
+        for party, values in targets.items()
+    }
+    nodes = {party: walk_back(wanted[party], stop=received[party])[0] for party in targets}
+    levels = _find_levels(graph, crossings, nodes, received)
+    stages = []
+    for party in targets:
+        stages += _cut_party(graph, party, wanted[party], nodes[party], levels, received[party])
+    return sorted(stages, key=lambda stage: stage.level)
+
+
+def _find_levels(
+    graph: ir.Graph,
+    crossings: Sequence[Crossing],
+    nodes: Mapping[str, Collection[ir.Node]],
+    received: Mapping[str, Collection[ir.Value]],
+) -> dict[tuple[str, ir.Value], int]:
+    """Count, for each party, the wires on the longest path to each value that it computes."""
+    senders = {crossing.value: crossing.sender for crossing in crossings}
+    levels: dict[tuple[str, ir.Value], int] = {}
+
+    def find(party: str, value: ir.Value) -> int:
+        if value in received[party]:
+            return levels.get((senders[value], value), 0) + 1
+        return levels.get((party, value), 0)
+
+    for node in graph:  # in topological order, so every input's level is known
+        for party, own in nodes.items():
+            if node in own:
+                level = max((find(party, value) for value in list_inputs(node)), default=0)
+                levels.update(((party, value), level) for value in node.outputs)
+    return levels
+
+
+def _cut_party(
+    graph: ir.Graph,
+    party: str,
+    wanted: Sequence[ir.Value],
+    nodes: Collection[ir.Node],
+    levels: Mapping[tuple[str, ir.Value], int],
+    received: Collection[ir.Value],
+) -> list[StageCut]:
+    assigned: dict[ir.Node, int] = {}
+    by_level: dict[int, list[ir.Value]] = {}
+    for value in wanted:
+        by_level.setdefault(levels.get((party, value), 0), []).append(value)
+    for level in sorted(by_level):
+        needed, _ = walk_back(by_level[level], stop=received)
+        assigned.update((node, level) for node in needed if node not in assigned)
+
+    consumers: dict[ir.Value, set[int]] = {}
+    for node, level in assigned.items():
+        for value in list_inputs(node):
+            consumers.setdefault(value, set()).add(level)
+
+    stages = []
+    for level in sorted(set(assigned.values())):
+        own = [node for node in graph if assigned.get(node) == level]
+        stages.append(_view_stage(graph, party, level, own, by_level.get(level, []), consumers))
+    return stages
+
+
+def _view_stage(
+    graph: ir.Graph,
+    party: str,
+    level: int,
+    own: Sequence[ir.Node],
+    targets: Sequence[ir.Value],
+    consumers: Mapping[ir.Value, Collection[int]],
+) -> StageCut:
+    made = dict.fromkeys(value for node in own for value in node.outputs)
+    read = dict.fromkeys(value for node in own for value in list_inputs(node))
+    inputs = [value for value in read if value not in made and not value.is_initializer()]
+    wanted = set(targets)
+    outputs = [
+        value
+        for value in made
+        if value.name and (value in wanted or any(at > level for at in consumers.get(value, ())))
+    ]
+    view = ir.GraphView(
+        inputs,
+        outputs,
+        nodes=own,
+        initializers=[value for value in read if value.is_initializer()],
+        doc_string=graph.doc_string,
+        opset_imports=dict(graph.opset_imports),
+        name=f"{party}.{level}",
+        metadata_props=dict(graph.metadata_props),
+    )
+    return StageCut(party=party, level=level, view=view)

@@ -1,0 +1,341 @@
+"""Differentiate a whole model with onnxruntime-training, whose code runs in :mod:`natives`.
+
+This module does not depend on cuts: it treats a port like any other Identity node.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import EncodeError
+
+from splitonnx.element_types import ELEMENT_TYPES
+from splitonnx.errors import (
+    NotDifferentiable,
+    SplitonnxError,
+    UnsupportedModel,
+    WrongRuntime,
+)
+from splitonnx.extras import miss
+from splitonnx.partitioner.differentiation.opaques import (
+    Opaques,
+    put_back_opaques,
+    take_out_opaques,
+)
+from splitonnx.partitioner.graphs.builders import DETACHED
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.readings import read_model
+from splitonnx.partitioner.graphs.transcripts import write_model
+from splitonnx.partitioner.graphs.traversals import (
+    find_moving,
+    is_float,
+    list_inputs,
+    map_values,
+    trace_gradients,
+    walk_back,
+)
+from splitonnx.partitioner.inference.control_flows import KEPT
+from splitonnx.partitioner.inference.folds import note_shapes
+from splitonnx.partitioner.inference.node_types import list_types
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native.workers import Refused, call
+from splitonnx.partitioner.rewrites.selections import separate_splits
+
+GRADIENT = "_grad"
+"""Suffix of gradients: the builder names the gradient of a value ``x`` ``x_grad``."""
+
+WITHOUT_GRADIENT = frozenset(
+    [
+        "Acos",
+        "Acosh",
+        "AffineGrid",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "BlackmanWindow",
+        "Celu",
+        "CenterCropPad",
+        "Col2Im",
+        "Compress",
+        "ConcatFromSequence",
+        "ConvTranspose",
+        "Cosh",
+        "CumSum",
+        "DFT",
+        "DeformConv",
+        "DepthToSpace",
+        "DequantizeLinear",
+        "Det",
+        "Einsum",
+        "Elu",
+        "GRU",
+        "GlobalLpPool",
+        "GlobalMaxPool",
+        "GridSample",
+        "GroupNormalization",
+        "HardSigmoid",
+        "HardSwish",
+        "Hardmax",
+        "If",
+        "InstanceNormalization",
+        "LRN",
+        "LSTM",
+        "Loop",
+        "LpNormalization",
+        "LpPool",
+        "MaxRoiPool",
+        "MaxUnpool",
+        "Mean",
+        "MeanVarianceNormalization",
+        "Mish",
+        "Mod",
+        "NegativeLogLikelihoodLoss",
+        "Optional",
+        "OptionalGetElement",
+        "PRelu",
+        "QuantizeLinear",
+        "RNN",
+        "ReduceL1",
+        "ReduceLogSum",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSumSquare",
+        "Resize",
+        "ReverseSequence",
+        "RoiAlign",
+        "Round",
+        "STFT",
+        "Scan",
+        "Selu",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceMap",
+        "Shrink",
+        "Sinh",
+        "Softplus",
+        "Softsign",
+        "SpaceToDepth",
+        "SplitToSequence",
+        "Sum",
+        "Tan",
+        "ThresholdedRelu",
+        "Upsample",
+    ]
+)
+"""Operators for which onnxruntime-training 1.19.2 has no gradient or no gradient kernel.
+
+On an ``If`` its gradient builder aborts the process.
+"""
+
+_TYPES = {kind.runtime: ir.DataType(kind.code) for kind in ELEMENT_TYPES}
+
+_SUBJECT = "the model to differentiate"
+
+_SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
+"""What precedes the reason in error messages of ONNX Runtime: the position in its source code."""
+
+_ADVICE = (
+    "cut so that it is before every trained parameter, freeze the parameters before it, or "
+    "export the model without it"
+)
+
+
+def list_undifferentiable(
+    graph: ir.Graph, parameters: Sequence[str], loss: str
+) -> Iterator[NotDifferentiable]:
+    """Yield an error for each node between a parameter and the loss that has no gradient.
+
+    Call this before the gradient builder, which aborts the process on some operators.
+    """
+    trained = set(parameters)
+    moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
+    ends = [value for value in graph.outputs if value.name == loss]
+    needed, _ = walk_back(ends)
+    for node in graph:
+        if node not in needed or node.op_type not in WITHOUT_GRADIENT or node.domain:
+            continue
+        if any(v in moving and is_float(v) for v in list_inputs(node)):
+            reason = node.metadata_props.get(KEPT)
+            advice = f"{reason}: {_ADVICE}" if reason else _ADVICE
+            yield NotDifferentiable(node.name or "", node.op_type, advice)
+
+
+def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
+    """Return the joint graph: ``model`` with the gradients of ``loss`` for all parameters.
+
+    The parameters must be graph inputs.  All outputs of ``model`` stay graph outputs, and the
+    gradient of each parameter is added as an output named ``<name>_grad``.  Training-mode
+    BatchNormalization is returned as ONNX Runtime's BatchNormInternal, and some patterns (GELU,
+    LayerNormalization) are returned fused.
+
+    Raises:
+        NotDifferentiable: an operator has no gradient.
+        UnsupportedModel: the builder refuses the model for another reason.
+        MissingExtra, WrongRuntime: onnxruntime-training is not installed.
+    """
+    for fault in list_undifferentiable(model.graph, parameters, loss):
+        raise fault
+    _part_twins(model.graph, parameters)
+    detached = _take_out_detached(model.graph)
+    opaques = take_out_opaques(model.graph)  # opaque nodes with a gradient were refused above
+    wanted = sorted(parameters)
+    with attribute_errors_to_pass("written down for the gradient builder"):
+        content = _serialize(model)
+    try:
+        content = call(natives.optimize, _SUBJECT, content, wanted)
+        content = _separate_splits(content, loss)
+        content = call(natives.build_gradients, _SUBJECT, content, wanted, loss)
+        with attribute_errors_to_pass("read from the gradient builder"):
+            derived = _read_derived(content, opaques)
+            _put_back_detached(derived.graph, detached)
+        _annotate(derived)
+    except Refused as error:
+        raise _translate(error) from error
+    return derived
+
+
+def _serialize(model: ir.Model) -> bytes:
+    try:
+        content: bytes = write_model(model).SerializeToString()
+    except (EncodeError, MemoryError) as error:
+        raise UnsupportedModel(
+            "the model's constants",
+            "they take more than 2 GiB or than there is memory",
+            "store large tensors as weights",
+        ) from error
+    return content
+
+
+def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
+    proto = onnx.load_from_string(content)
+    put_back_opaques(proto.graph, opaques)
+    derived = read_model(proto)
+    if opaques.nodes:
+        derived.graph.sort()
+    return derived
+
+
+def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
+    """Insert a copy if a node reads a parameter twice, as in ``w * w``.
+
+    The builder of 1.19.2 would write two gradients of the same name for such a graph input.
+    """
+    trained = set(parameters)
+    for value in [value for value in graph.inputs if value.name in trained]:
+        readers: set[ir.Node] = set()
+        for use in list(value.uses()):
+            if use.node.graph is graph and use.node in readers:
+                name = f"{value.name}/twin/{use.node.name}/{use.idx}"
+                twin = ir.node("Identity", [value], name=name)
+                copy = twin.outputs[0]
+                copy.name, copy.type, copy.shape = name, value.type, value.shape
+                graph.insert_before(use.node, twin)
+                use.node.replace_input_with(use.idx, copy)
+            readers.add(use.node)
+
+
+def _take_out_detached(graph: ir.Graph) -> dict[str, str]:
+    """Replace each detached value by a graph input, so that the builder treats it as data.
+
+    Return a mapping from the name of each input to the name of the replaced value, which becomes a
+    graph output.
+    """
+    detached: dict[str, str] = {}
+    for node in [node for node in graph if DETACHED in node.metadata_props]:
+        (source,), (value,) = node.inputs, node.outputs
+        assert source is not None
+        stand_in = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        value.name = f"{value.name}.source"
+        value.replace_all_uses_with(stand_in, replace_graph_outputs=True)
+        graph.inputs.append(stand_in)
+        graph.outputs.append(value)
+        detached[stand_in.name or ""] = value.name
+    return detached
+
+
+def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
+    """Replace each graph input that stands for a detached value by the value itself."""
+    values = map_values(graph)
+    for name, source in detached.items():
+        stand_in, value = values[name], values[source]
+        graph.outputs.remove(value)
+        stand_in.replace_all_uses_with(value, replace_graph_outputs=True)
+        if stand_in in graph.inputs:
+            graph.inputs.remove(stand_in)
+    if detached:
+        graph.sort()
+
+
+def _separate_splits(content: bytes, loss: str) -> bytes:
+    """Correct the gradient of every Split; the optimizer has made Splits of adjacent slices too."""
+    if b"Split" not in content:
+        return content
+    model = read_model(onnx.load_from_string(content))
+    ends = [value for value in model.graph.outputs if value.name == loss]
+    if not separate_splits(model.graph, trace_gradients(ends)):
+        return content
+    separated: bytes = write_model(model).SerializeToString()
+    return separated
+
+
+def _annotate(model: ir.Model) -> None:
+    """Set each value's type as ONNX Runtime infers it, and each gradient's shape to its value's."""
+    values = map_values(model.graph)
+    types = list_types(model)
+    for name, kind in types.items():
+        if values[name].type is not None:
+            continue
+        if kind not in _TYPES:
+            raise UnsupportedModel(f"'{name}'", f"it is a {kind}, which has no gradient")
+        values[name].type = ir.TensorType(_TYPES[kind])
+    for name, value in values.items():
+        if value.shape is None:
+            base = values.get(re.sub(rf"{GRADIENT}(_\d+)?$", "", name))
+            value.shape = None if base is None else base.shape
+    for node in model.graph:
+        for value in node.outputs[1:]:
+            if value.shape is None:
+                value.shape = _find_shape(node)
+    note_shapes(model.graph)  # ONNX Runtime's optimizer adds nodes without shapes
+
+
+def _find_shape(node: ir.Node) -> ir.Shape | None:
+    """Return the shape of a value that a node saves for its gradient; shape inference lacks it."""
+    if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
+        return node.inputs[1].shape  # the batch's statistics, per channel like the scale
+    if node.op_type == "MaxPool":
+        return node.outputs[0].shape  # the index of each maximum
+    if node.op_type == "ConcatTraining":
+        return ir.Shape([len(node.inputs)])  # the length of each input
+    return None
+
+
+def _translate(error: Refused) -> SplitonnxError:
+    if error.kind in ("ImportError", "ModuleNotFoundError"):
+        return miss("onnxruntime-training", "cpu", "differentiating a model")
+    if error.kind == natives.StockRuntime.__name__:
+        return WrongRuntime(
+            "stock onnxruntime",
+            "onnxruntime-training; run: pip install 'splitonnx[cpu]' in an environment without "
+            "stock onnxruntime",
+        )
+    text = " ".join(str(error).split())
+    unknown = re.search(r"gradient builder has not been registered: (\S+) for node (.*)", text)
+    if unknown:
+        return NotDifferentiable(unknown.group(2), unknown.group(1), _ADVICE)
+    missing = re.search(r"implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    if missing:
+        return UnsupportedModel(
+            f"node '{missing.group(2)}' ({missing.group(1)})",
+            "ONNX Runtime has no kernel for it with these element types",
+            "export the model in float32",
+        )
+    reason = _SOURCE.split(text)[-1]
+    return UnsupportedModel("the gradient builder of onnxruntime-training", f"refused: {reason}")

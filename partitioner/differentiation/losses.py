@@ -1,0 +1,263 @@
+"""Attach losses and their metrics to a graph, in standard ONNX operators.
+
+A loss is the mean over the batch.  ``labels`` is the name of the array of labels in the caller's
+data.  This module does not depend on cuts or gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.names import LOSS
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.tensors import TensorSpec
+
+LABELS = "labels"
+ACCURACY = "accuracy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachedLoss:
+    """The labels that an attached loss reads (``None`` if the model already has the labels)."""
+
+    labels: TensorSpec | None
+    results: tuple[str, ...]
+
+
+def list_losses() -> list[str]:
+    """List the names of losses that ``--loss`` accepts."""
+    return [*_LOSSES, "from-model"]
+
+
+def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
+    """Add ``loss`` on ``output`` to ``graph``, and make the loss and its metric graph outputs.
+
+    - ``cross-entropy``: output (N, C, ...) of raw scores, labels I64 (N, ...) in [0, C); metric
+      accuracy.
+    - ``mse``, ``l1``: labels F32 in the shape of the output.
+    - ``bce-with-logits``: output of raw scores, labels F32 of its shape, 0 to 1; metric accuracy.
+    - ``from-model``: ``output`` is the loss itself, a scalar.
+
+    Raises:
+        UsageError: there is no loss of this name.
+        UnsupportedModel: the output does not fit the loss.
+    """
+    value = map_values(graph)[output]
+    labels = fit_loss(graph, loss, output)
+    _clear_names(graph, _list_names(loss, value))
+    if labels is None:
+        return _adopt_loss(graph, value)
+    _, build = _LOSSES[loss]
+    source = _make_input(labels)
+    graph.inputs.append(source)
+    builder = NodeBuilder("splitonnx.loss")
+    results = build(builder, value, source)
+    graph.extend(builder.nodes)
+    for name, result in results.items():
+        result.name = name
+        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+        graph.outputs.append(result)
+    return AttachedLoss(labels=labels, results=tuple(results))
+
+
+def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
+    """Return the labels that ``loss`` on ``output`` reads, or ``None`` if the output is the loss.
+
+    Raises:
+        UsageError, UnsupportedModel: as raised by :func:`attach_loss`.
+    """
+    value = map_values(graph)[output]
+    if loss != "from-model" and loss not in _LOSSES:
+        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
+    if loss == "from-model":
+        _refuse_no_loss(value)
+    _find_hidden(graph, _list_names(loss, value))
+    if loss == "from-model":
+        return None
+    if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
+        raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")
+    return _LOSSES[loss][0](value)
+
+
+def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
+    """Return the name of the raw scores if the model ends in the activation that its loss contains.
+
+    ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid, so a model that ends in
+    the same activation would apply it twice.  An output that is itself a cut tensor is returned
+    unchanged.
+    """
+    value = map_values(graph)[output]
+    node = value.producer()
+    if find_activation(value, loss) is None or node is None or value in cut:
+        return output
+    assert node.inputs[0] is not None
+    return node.inputs[0].name or output
+
+
+def find_activation(output: ir.Value, loss: str) -> str | None:
+    """Return the operator that computes ``output`` if ``loss`` contains it too, else ``None``."""
+    node = output.producer()
+    if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:
+        return None
+    rank = len(output.shape) if output.shape is not None else 0
+    if node.op_type == "Softmax" and node.attributes.get_int("axis", -1) not in (1, 1 - rank):
+        return None
+    return node.op_type
+
+
+def _refuse_no_loss(value: ir.Value) -> None:
+    if value.dtype != ir.DataType.FLOAT or (value.shape is not None and len(value.shape)):
+        raise UnsupportedModel(
+            f"output '{value.name}'",
+            f"a loss is a float32 scalar, this is {value.type}{list(value.shape or [])}",
+            "name the loss with --output",
+        )
+
+
+def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
+    if value.name != LOSS:
+        node = ir.node("Identity", [value], name="splitonnx.loss/0_Identity")
+        node.outputs[0].name, node.outputs[0].type = LOSS, value.type
+        node.outputs[0].shape = ir.Shape([])
+        graph.append(node)
+        value = node.outputs[0]
+    if value not in graph.outputs:
+        graph.outputs.append(value)
+    return AttachedLoss(labels=None, results=(LOSS,))
+
+
+def _list_names(loss: str, output: ir.Value) -> Sequence[str]:
+    """List the value names that a loss needs."""
+    if loss == "from-model":
+        return () if output.name == LOSS else (LOSS,)
+    return (LABELS, LOSS, ACCURACY)
+
+
+def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Rename the model's inner values whose name the loss needs."""
+    for value in _find_hidden(graph, names):
+        value.name = f"{value.name}.model"
+
+
+def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
+    """Find the model's inner values with one of the names; no other value may have such a name."""
+    values = map_values(graph) if names else {}
+    found = [(name, values[name]) for name in names if name in values]
+    for name, value in found:
+        if value in graph.inputs or value.is_graph_output():
+            raise UnsupportedModel(
+                f"'{name}'",
+                "the model's own input or output bears the name of what the loss adds",
+                "rename it, or use --loss from-model if the model ends in its loss",
+            )
+    return [value for _, value in found]
+
+
+def _make_input(spec: TensorSpec) -> ir.Value:
+    dtype = ir.DataType.INT64 if spec.dtype == "I64" else ir.DataType.FLOAT
+    return ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(list(spec.shape)))
+
+
+def _dims(value: ir.Value) -> tuple[int | str | None, ...]:
+    assert value.shape is not None
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+
+
+def _class_labels(output: ir.Value) -> TensorSpec:
+    dims = _dims(output)
+    if len(dims) < 2 or not isinstance(dims[1], int):
+        raise UnsupportedModel(
+            f"output '{output.name}'",
+            f"cross-entropy needs scores of shape (N, C, ...) with C known, not {list(dims)}",
+        )
+    return TensorSpec(name=LABELS, dtype="I64", shape=(dims[0], *dims[2:]), bounds=(0, dims[1]))
+
+
+def _float_labels(output: ir.Value) -> TensorSpec:
+    return TensorSpec(name=LABELS, dtype="F32", shape=_dims(output))
+
+
+def _number(builder: NodeBuilder, number: float) -> ir.Value:
+    return builder.number(number, ir.DataType.FLOAT)
+
+
+def _mean(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+    return builder.op("ReduceMean", value, keepdims=0)
+
+
+def _match_rate(builder: NodeBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    return _mean(builder, builder.cast(builder.op("Equal", left, right), ir.DataType.FLOAT))
+
+
+def _cross_entropy(
+    builder: NodeBuilder, scores: ir.Value, labels: ir.Value
+) -> Mapping[str, ir.Value]:
+    # the gradient builder wants the second output, log_prob, declared
+    loss, _ = builder.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
+    guess = builder.op("ArgMax", scores, axis=1, keepdims=0)
+    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, labels)}
+
+
+def _mse(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    difference = builder.op("Sub", output, labels)
+    return {LOSS: _mean(builder, builder.op("Mul", difference, difference))}
+
+
+def _l1(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    return {LOSS: _mean(builder, builder.op("Abs", builder.op("Sub", output, labels)))}
+
+
+def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
+    """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
+
+    In this form the derivative at x = 0 is 1/2 - y, as it should be, because Abs has derivative 0.
+    """
+    size = builder.op("Abs", scores)
+    positive = builder.op("Mul", builder.op("Add", scores, size), _number(builder, 0.5))
+    decay = builder.op("Exp", builder.op("Neg", size))
+    rest = builder.op("Log", builder.op("Add", decay, _number(builder, 1.0)))
+    linear = builder.op("Sub", positive, builder.op("Mul", scores, labels))
+    loss = _mean(builder, builder.op("Add", linear, rest))
+    guess = builder.op("Greater", scores, _number(builder, 0.0))
+    truth = builder.op("Greater", labels, _number(builder, 0.5))
+    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, truth)}
+
+
+_ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
+
+_Spec = Callable[[ir.Value], TensorSpec]
+_Build = Callable[[NodeBuilder, ir.Value, ir.Value], Mapping[str, ir.Value]]
+_LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
+    "cross-entropy": (_class_labels, _cross_entropy),
+    "mse": (_float_labels, _mse),
+    "l1": (_float_labels, _l1),
+    "bce-with-logits": (_float_labels, _bce),
+}
+
+
+def build_evaluation(
+    loss: str, output: ir.Value, activation: str | None
+) -> tuple[ir.Model, AttachedLoss]:
+    """Build the model that computes loss and metric from a prediction and its labels.
+
+    ``activation`` is the operator that turned the raw scores into the prediction.  It is undone
+    first, because the loss is computed from raw scores.
+    """
+    source = ir.Value(name=output.name, type=output.type, shape=output.shape)
+    builder = NodeBuilder("splitonnx.scores")
+    scores = source
+    if activation is not None:
+        floor = _number(builder, 1e-30)
+        scores = builder.op("Log", builder.op("Max", source, floor))  # softmax(log p) is p
+        if activation == "Sigmoid":
+            rest = builder.op("Sub", _number(builder, 1.0), source)
+            scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
+        scores.type, scores.shape = output.type, output.shape
+    graph = ir.Graph([source], [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18})
+    attached = attach_loss(graph, loss, scores.name or "")
+    return ir.Model(graph, ir_version=10), attached

@@ -1,0 +1,95 @@
+"""Check a model's form with onnx's own checker and type inference, without its weights' data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from splitonnx.errors import NativeCrash, NotAModel
+from splitonnx.partitioner.gate.walks import label_node
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native.workers import Refused, call
+
+_MOST_ELEMENTS = 1024
+"""Tensors with more elements hold weights, whose values do not affect any type."""
+
+
+def check_form(model: ModelProto, label: str) -> None:
+    """Check operators, attributes and types against onnx's schemas.
+
+    Raises:
+        NotAModel: onnx's checker or its type inference refuses the model.
+        NativeCrash: the checker or the inference crashes on the model.
+    """
+    light = _strip(model)
+    try:
+        call(natives.check_form, label, light.SerializeToString())
+    except Refused as error:
+        reason = " ".join(str(error).split()).split(" ==> ")[0][:400]
+        raise NotAModel(label, reason) from error
+    except NativeCrash as error:
+        raise replace(error, subject=label_node(_find_culprit(light))) from error
+
+
+def _find_culprit(light: ModelProto) -> NodeProto:
+    """Find the node on which native code crashes, by bisection: each attempt costs a process."""
+    safe, broken = 0, len(light.graph.node)
+    part = ModelProto()
+    while broken - safe > 1:
+        middle = (safe + broken) // 2
+        part.CopyFrom(light)
+        del part.graph.node[middle:], part.graph.output[:]
+        try:
+            call(natives.check_form, "", part.SerializeToString())
+        except NativeCrash:
+            broken = middle
+            continue
+        except Refused:
+            pass
+        safe = middle
+    culprit: NodeProto = light.graph.node[broken - 1]
+    return culprit
+
+
+def _strip(model: ModelProto) -> ModelProto:
+    """Copy a model with its large weights replaced by inputs, so that checking copies none."""
+    light = ModelProto()
+    light.ir_version = max(model.ir_version, 4)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = model.graph.name or "graph"
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    named = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        held = _find_held(node)
+        if held is None:
+            graph.node.append(node)
+        else:
+            _declare(graph, node.output[0], held)
+    for tensor in model.graph.initializer:
+        if not _is_large(tensor):
+            graph.initializer.append(tensor)
+        elif tensor.name not in named:
+            _declare(graph, tensor.name, tensor)
+    return light
+
+
+def _find_held(node: NodeProto) -> TensorProto | None:
+    """Return the tensor that a Constant node holds, if it is large."""
+    if node.op_type != "Constant" or len(node.output) != 1 or len(node.attribute) != 1:
+        return None
+    tensor = node.attribute[0].t
+    return tensor if node.attribute[0].name == "value" and _is_large(tensor) else None
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    elements = math.prod(tensor.dims)
+    return elements > _MOST_ELEMENTS or tensor.data_location == TensorProto.EXTERNAL
+
+
+def _declare(graph: GraphProto, name: str, tensor: TensorProto) -> None:
+    graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))

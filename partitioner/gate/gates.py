@@ -1,0 +1,143 @@
+"""The gate: read a model and check it before any other code uses it.
+
+ONNX Runtime 1.19.2 reads any file, and memory, that a model's external data refers to.  So every
+model is first checked by our own code: only known domains and operators, external data only from
+the model's own folder, sizes that match the bytes, and names that are unique and defined before
+use.  Weights are memory-mapped, not copied.  This module checks that a model is well-formed;
+whether it can be trained is decided later.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import partial
+from pathlib import Path
+
+import google.protobuf.message
+import onnx
+import onnx_ir as ir
+
+from splitonnx.errors import NotAModel, UnsupportedModel
+from splitonnx.files import read_regular
+from splitonnx.graph_limits import MODEL
+from splitonnx.partitioner.gate.forms import check_form
+from splitonnx.partitioner.gate.ml_operators import unwrap_maps
+from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
+from splitonnx.partitioner.gate.operators import check_operators, check_opsets
+from splitonnx.partitioner.gate.tensors import DataFiles
+from splitonnx.partitioner.gate.walks import list_tensors
+from splitonnx.partitioner.graphs.faults import (
+    FAULTS,
+    attribute_errors_to_bytes,
+    attribute_errors_to_pass,
+    explain,
+)
+from splitonnx.partitioner.graphs.readings import read_model
+
+MAX_PROTO_BYTES = 2**31 - 1
+"""Size limit of a Protocol Buffers message (2 GiB); larger models store weights externally."""
+
+ModelSource = str | Path | bytes | onnx.ModelProto
+
+
+def open_model(source: ModelSource) -> ir.Model:
+    """Read a model, check it, and return it ready for preparation.
+
+    External data is memory-mapped from files in the model's folder; a model given as bytes or as a
+    loaded object may have no external data.  ``source`` itself is not changed.
+
+    Raises:
+        NotAModel: the bytes are not an ONNX model, or the model is not well-formed.
+        UnsupportedModel: it uses an unknown domain, operator or opset.
+        ForbiddenExternalData: a tensor's data is outside the model's folder.
+    """
+    proto, label, folder = _read(source)
+    files = DataFiles(label=label, folder=folder)
+    with attribute_errors_to_pass("checked by the gate"):
+        try:
+            version = check_opsets(proto.opset_import, label)
+            check_texts(proto, label)
+            proto = unwrap_maps(proto)
+            check_operators(proto, version, label)
+            check_types(proto, label)
+            for tensor in list_tensors(proto):
+                files.check(tensor)
+            check_names(proto, label)
+            check_form(proto, label)
+            model = _deserialize(proto, label)
+        except UnicodeDecodeError as error:
+            raise NotAModel(label, "it holds text that is not UTF-8") from error
+        except FAULTS as error:
+            raise NotAModel(label, explain(error)) from error
+        _map_external(model, files)
+        _forget_negative_dims(model.graph)
+    return model
+
+
+def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
+    with attribute_errors_to_bytes(partial(NotAModel, label)):
+        return read_model(proto)
+
+
+def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
+    if isinstance(source, onnx.ModelProto):
+        _refuse_empty(source, "the model")
+        return source, "the model", None
+    if isinstance(source, bytes):
+        return _parse(source, "the model"), "the model", None
+    path = Path(source)
+    label = str(path)
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise NotAModel(label, "it is not a file")  # a pipe or a device may be endless
+        if found.st_size > MAX_PROTO_BYTES:
+            raise NotAModel(label, "it is larger than 2 GiB; save its weights as external data")
+        content = read_regular(path, MAX_PROTO_BYTES)
+        folder = path.resolve().parent
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise NotAModel(label, f"it cannot be read ({reason})") from error
+    return _parse(content, label), label, folder
+
+
+def _parse(content: bytes, label: str) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except google.protobuf.message.DecodeError as error:
+        raise NotAModel(label, "its bytes are not in ONNX format, or cut short") from error
+    _refuse_empty(proto, label)
+    return proto
+
+
+def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise NotAModel(label, "it holds no graph")
+    if (count := len(proto.graph.node)) > MODEL.nodes:
+        raise UnsupportedModel(label, f"it has {count} nodes; at most {MODEL.nodes} are taken")
+
+
+def _map_external(model: ir.Model, files: DataFiles) -> None:
+    """Replace every external tensor by a tensor whose file is already memory-mapped."""
+    graphs: list[ir.Graph] = [*model.graphs()]
+    for function in model.functions.values():
+        graphs += [function.graph, *function.subgraphs()]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = files.read(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.data.items()):
+                held = attribute.value
+                if isinstance(held, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, files.read(held))
+
+
+def _forget_negative_dims(graph: ir.Graph) -> None:
+    """Mark dimensions of -1, which some exporters write for dynamic dimensions, as unknown."""
+    for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+            value.shape = ir.Shape(dims)

@@ -1,0 +1,71 @@
+"""Walk over a model's protobuf messages: its nodes, the bodies inside them, and its tensors.
+
+The walks descend into bodies of control flow; Protocol Buffers limit their nesting to 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from splitonnx.errors import UnsupportedModel
+
+
+def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Yield all nodes, each followed by the nodes of its bodies."""
+    for node in nodes:
+        yield node
+        for body in list_bodies(node):
+            yield from list_nodes(body.node)
+
+
+def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs that a node holds: the branches of an If, the body of a Loop."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def list_all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Yield the nodes of the graph, of its bodies and of the model's functions."""
+    yield from list_nodes(model.graph.node)
+    for function in model.functions:
+        yield from list_nodes(function.node)
+
+
+def list_graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """Yield the model's graph and every body, including bodies in functions."""
+    yield model.graph
+    for node in list_all_nodes(model):
+        yield from list_bodies(node)
+
+
+def list_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Yield every tensor: initializers and tensors in attributes.
+
+    Raises:
+        UnsupportedModel: a tensor is sparse.
+    """
+    for graph in list_graphs(model):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            _refuse_sparse(sparse.values.name)
+    for node in list_all_nodes(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                _refuse_sparse(attribute.name)
+
+
+def _refuse_sparse(name: str) -> None:
+    raise UnsupportedModel(f"sparse tensor '{name}'", "sparse weights are not taken")
+
+
+def label_node(node: NodeProto) -> str:
+    """Return a node's label for error messages: its name, or else its first output's name."""
+    name = node.name or next((output for output in node.output if output), "")
+    return f"node '{name}' ({node.op_type})"

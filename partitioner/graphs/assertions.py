@@ -1,0 +1,70 @@
+"""Build assertions in graphs from standard operators: values that exist only if a condition holds.
+
+Gather raises an error if an index is out of range.  So a lookup that is made to fail on a bad value
+ends the stage before the kernel that would trust the value.  The modules
+:mod:`safeguards` and :mod:`addresses` decide which kernels need assertions.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+
+I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+
+
+def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
+    """Return a zero (I64, scalar), or an error if any element of ``bad`` (BOOL) is true."""
+    numbers = builder.cast(note(bad, BOOL), I64)
+    count = builder.op("ReduceSum", numbers, keepdims=0)  # may be empty, which ReduceMax refuses
+    return note(builder.op("Gather", builder.integers([0]), note(count, I64), axis=0), I64)
+
+
+def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
+    """Return a copy of ``value`` that depends on ``zero``, by adding ``zero`` to its shape."""
+    shape = note(builder.op("Shape", value), I64)
+    return reshape(builder, value, note(builder.op("Add", shape, zero), I64))
+
+
+def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
+    """Reshape to a shape known to equal the value's; fail if the number of elements differs."""
+    return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
+
+
+def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
+    """Combine conditions with Or."""
+    joined, *others = conditions
+    for condition in others:
+        joined = note(builder.op("Or", joined, condition), BOOL)
+    return joined
+
+
+def note(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None = None) -> ir.Value:
+    """Set a value's type and shape, and return the value."""
+    value.type = None if dtype is None else ir.TensorType(dtype)
+    value.shape = shape
+    return value
+
+
+def require_rank(value: ir.Value) -> int:
+    """Return the number of a value's dimensions.
+
+    Raises:
+        UnsupportedModel: the number is not known.
+    """
+    if value.shape is None:
+        raise UnsupportedModel(
+            f"tensor '{value.name}'", "its rank is not known", "export the model with shapes"
+        )
+    return len(value.shape)
+
+
+def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list[int] | None:
+    """Return the dimensions from ``start`` to ``end`` if all of them are numbers, else ``None``."""
+    if value.shape is None:
+        return None
+    dims = list(value.shape)[start:end]
+    sizes = [dim for dim in dims if isinstance(dim, int)]
+    return sizes if len(sizes) == len(dims) else None

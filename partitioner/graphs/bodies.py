@@ -1,0 +1,42 @@
+"""Copy a body of control flow into the graph around it: one iteration of a loop, or one branch.
+
+The body's inputs are bound to outer values and everything gets a new name.  This module works for
+the body of any operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+
+
+def copy_body(
+    body: ir.Graph, prefix: str, bound: Sequence[ir.Value]
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Copy a body's nodes with its inputs bound to values of the outer graph.
+
+    Return the new nodes, in order and not yet in any graph, and the values that correspond to the
+    body's outputs.
+    """
+    copy = body.clone(allow_outer_scope_values=True)
+    outputs = list(copy.outputs)
+    copy.outputs.clear()
+    bindings = dict(zip(copy.inputs, bound, strict=True))
+    for own, value in bindings.items():
+        own.replace_all_uses_with(value)
+    constants = NodeBuilder(f"{prefix}/constant")
+    for initializer in list(copy.initializers.values()):
+        tensor = initializer.const_value
+        assert tensor is not None
+        initializer.replace_all_uses_with(constants.tensor(tensor))
+    nodes = list(copy)
+    copy.remove(nodes)
+    for index, node in enumerate(nodes):
+        node.name = f"{prefix}/{node.name or f'{node.op_type}_{index}'}"
+        for value in node.outputs:
+            value.name = f"{prefix}/{value.name}" if value.name else value.name
+            value.shape = None  # a body's shapes need not be those of this run
+    return [*constants.nodes, *nodes], [bindings.get(value, value) for value in outputs]

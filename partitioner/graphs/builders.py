@@ -1,0 +1,219 @@
+"""Build nodes, with automatic names and shared constants.
+
+Losses, updates and lowerings use this module to write their formulas as nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+
+DETACHED = "splitonnx.detached"
+"""Metadata key that marks an Identity node through which no gradient passes."""
+
+Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
+
+
+class MissingOutput(Exception):
+    """Raised if a node is replaced, but the replacement lacks an output that is used."""
+
+
+class NodeBuilder:
+    """Builds a sequence of nodes; every node and value is named ``<prefix>/<number>``.
+
+    ``nodes`` holds the nodes built so far, in order.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.nodes: list[ir.Node] = []
+        self._prefix = prefix
+        self._constants: dict[tuple[object, ...], ir.Value] = {}
+
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        """Append a node with one output and return the output."""
+        return self.ops(kind, list(inputs), 1, attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        attributes: Mapping[str, Attribute],
+    ) -> Sequence[ir.Value]:
+        """Append a node with several outputs and return the outputs."""
+        name = f"{self._prefix}/{len(self.nodes)}"
+        held = ir.convenience.convert_attributes(attributes) if attributes else ()
+        made = [ir.Value(name=f"{name}_{i}" if i else name) for i in range(outputs)]
+        self.nodes.append(ir.Node("", kind, inputs, held, outputs=made, name=f"{name}_{kind}"))
+        return made
+
+    def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
+        """Return a scalar constant; ``dtype`` is usually that of the other operand."""
+        known = self._require(dtype)
+        return self._constant((value, known), _make_tensor(value, known))
+
+    def integers(self, values: Sequence[int]) -> ir.Value:
+        """Return a constant vector of I64."""
+        key = (*values, "I64")
+        return self._constant(key, _make_tensor(list(values), ir.DataType.INT64))
+
+    def integer(self, value: int) -> ir.Value:
+        """Return a constant scalar of I64."""
+        return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
+
+    def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return a constant tensor."""
+        return self._constant((id(tensor), "tensor"), tensor)
+
+    def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
+        """Return a constant tensor with the contents of an array, converted to ``dtype``."""
+        known = self._require(dtype)
+        return self.tensor(ir.tensor(array.astype(known.numpy()), dtype=known))
+
+    def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """Cast to ``dtype``, unless the value is known to have this type already."""
+        known = self._require(dtype)
+        if value.dtype == known:
+            return value
+        result = self.op("Cast", value, to=known.value)
+        result.type = ir.TensorType(known)
+        return result
+
+    def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
+        """Return a value's shape, or a slice of it, as an I64 vector; it is a constant if known."""
+        dims = known_dims(value)
+        piece = None if dims is None else dims[start:end]
+        if piece is not None and all(dim is not None for dim in piece):
+            return self.integers([dim for dim in piece if dim is not None])
+        if end is None:
+            return self.op("Shape", value, start=start)
+        return self.op("Shape", value, start=start, end=end)
+
+    def detach(self, value: ir.Value) -> ir.Value:
+        """Return a copy of a value through which no gradient passes."""
+        result = self.op("Identity", value)
+        result.type, result.shape = value.type, value.shape
+        node = result.producer()
+        assert node is not None
+        node.metadata_props[DETACHED] = "1"
+        return result
+
+    def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
+        """Replace ``node`` by the nodes built so far; ``made`` replaces its outputs.
+
+        Outputs keep their names, types and shapes; an output that is not used needs no replacement.
+
+        Raises:
+            MissingOutput: ``made`` has no value for an output that is used.
+        """
+        graph = node.graph
+        assert graph is not None
+        old, new = [], []
+        own = {value for written in self.nodes for value in written.outputs}
+        for index, value in enumerate(node.outputs):
+            if not value.name or not (value.uses() or value.is_graph_output()):
+                continue
+            replacement = made[index] if index < len(made) else None
+            if replacement is None:
+                raise MissingOutput(value.name)
+            if replacement not in own or replacement in new:
+                replacement = self.op("Identity", replacement)
+                own.add(replacement)
+            old.append(value)
+            new.append(replacement)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], self.nodes, old, new)
+        release_bodies(node)
+
+    def _require(self, dtype: ir.DataType | None) -> ir.DataType:
+        if dtype is None:
+            raise UnsupportedModel(
+                f"what is written for '{self._prefix}'",
+                "the element type of its input is not known",
+                "export the model with types and shapes",
+            )
+        return dtype
+
+    def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
+        if key not in self._constants:
+            name = f"{self._prefix}/{len(self.nodes)}"
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype))
+            held = [ir.AttrTensor("value", tensor)]
+            node = ir.Node("", "Constant", [], held, outputs=[value], name=f"{name}_Constant")
+            self.nodes.append(node)
+            self._constants[key] = value
+        return self._constants[key]
+
+
+def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProtocol:
+    """Make a tensor like ``ir.tensor``, without its checks of many possible argument types."""
+    if type(value) not in (bool, float, int, list):
+        return ir.tensor(value, dtype=dtype)
+    array = np.array(value, dtype.numpy())
+    return ir.Tensor(array, dtype=dtype, shape=ir.Shape(array.shape))
+
+
+def known_dims(value: ir.Value) -> list[int | None] | None:
+    """List a value's dimensions, or return ``None`` if the rank is unknown.
+
+    A dimension that is not a number is listed as ``None``.
+    """
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def known_rank(value: ir.Value) -> int | None:
+    """Return a value's number of dimensions, or ``None`` if it is not known."""
+    return None if value.shape is None else len(value.shape)
+
+
+def require_rank(node: ir.Node, value: ir.Value) -> int:
+    """Return the number of dimensions of a value that ``node`` reads or computes.
+
+    Raises:
+        UnsupportedModel: the number is not known.
+    """
+    rank = known_rank(value)
+    if rank is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"the rank of '{value.name}' is not known",
+            "export the model with shapes",
+        )
+    return rank
+
+
+def take_input(node: ir.Node, index: int = 0) -> ir.Value:
+    """Return an input of a node that is always present for its operator."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
+    """Return the first ``count`` inputs of a node, which are always present for its operator."""
+    return [take_input(node, index) for index in range(count)]
+
+
+def known_array(value: ir.Value | None) -> np.ndarray | None:
+    """Return a value's contents if it is an initializer or a Constant's output, else ``None``."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def release_bodies(node: ir.Node) -> None:
+    """Disconnect the bodies of a removed node from the outer values that they read."""
+    for attribute in node.attributes.values():
+        bodies: Sequence[ir.Graph] = ()
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies = attribute.as_graphs()
+        for inner in (inner for body in bodies for inner in body):
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+            release_bodies(inner)

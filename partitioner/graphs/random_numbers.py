@@ -1,0 +1,210 @@
+"""Compute random numbers that depend only on the seed, step, micro-batch and node.
+
+onnxruntime draws from a generator inside the session that can be neither read nor set, so split
+and unsplit training would draw different numbers.  Here they are computed in the graph from the
+input ``splitonnx.key`` by integer operators, so that a step can be repeated exactly, on any
+runtime.  Element ``i`` gets the word ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
+"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  Its multiplications
+are done in 64 bits and truncated, because ONNX Runtime does not multiply uint32; the two halves of
+the key enter before and within the mixing.
+
+This module handles the random operators of the training form.  In the inference form they stay
+unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.manifests import KEY
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+"""Multipliers of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
+_SPREAD = (0x3243F6A9, 0x2B7E1517, 0x1B873593)
+"""Odd constants below 2**30 that spread seed, step and micro-batch over the key."""
+_FLOAT = ir.DataType.FLOAT
+
+
+def find_key(graph: ir.Graph) -> ir.Value:
+    """Return the graph's input for the random key; add it if it is missing."""
+    for value in graph.inputs:
+        if value.name == KEY:
+            return value
+    key = ir.Value(name=KEY, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]))
+    graph.inputs.append(key)
+    return key
+
+
+def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
+    """Draw integers below 2**32, as I64 in the given shape, for the node called ``name``."""
+
+    def word(value: ir.Value) -> ir.Value:
+        return builder.cast(value, ir.DataType.UINT32)
+
+    def long(value: ir.Value) -> ir.Value:
+        return builder.cast(value, ir.DataType.INT64)
+
+    def xor(one: ir.Value, other: ir.Value) -> ir.Value:
+        return _typed(builder.op("BitwiseXor", one, other), ir.DataType.UINT32)
+
+    def fold(value: ir.Value, shift: int) -> ir.Value:
+        places = builder.number(shift, ir.DataType.UINT32)
+        return xor(value, builder.op("BitShift", value, places, direction="RIGHT"))
+
+    def multiply(value: ir.Value, factor: int) -> ir.Value:
+        product = builder.op("Mul", long(value), builder.integer(factor))
+        return word(_typed(product, ir.DataType.INT64))
+
+    def scramble(value: ir.Value, *, within: ir.Value | None = None) -> ir.Value:
+        value = multiply(fold(value, 16), _MULTIPLIERS[0])
+        if within is not None:
+            value = xor(value, within)
+        return fold(multiply(fold(value, 15), _MULTIPLIERS[1]), 16)
+
+    spread = builder.op(
+        "Mul", builder.op("Mod", key, builder.integer(2**31)), builder.integers(_SPREAD)
+    )
+    total = builder.op("ReduceSum", spread, keepdims=0)
+    named = builder.op("Add", total, builder.integer(zlib.crc32(name.encode())))
+    first = scramble(word(named))
+    second = scramble(xor(first, builder.number(0x5BD1E995, ir.DataType.UINT32)))
+    count = builder.op("ReduceProd", shape, keepdims=0)
+    index = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    mixed = scramble(word(builder.op("Add", index, long(first))), within=second)
+    return _typed(builder.op("Reshape", long(mixed), shape), ir.DataType.INT64)
+
+
+def seed_random_operators(graph: ir.Graph) -> None:
+    """Rewrite every random operator, in place, to draw its numbers from the key.
+
+    If the node has a ``seed`` attribute, its value is mixed in together with the node's name.
+
+    Raises:
+        UnsupportedModel: the rank of a Multinomial's input is not known.
+    """
+    for node in [node for node in graph if node.op_type in _DRAWS and not node.domain]:
+        builder = NodeBuilder(f"{node.outputs[0].name}/drawn")
+        draw = _Source(builder=builder, key=find_key(graph), node=node)
+        builder.replace(node, [_DRAWS[node.op_type](draw)])
+
+
+class _Source:
+    """The random numbers of one node."""
+
+    def __init__(self, builder: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
+        self.builder, self.node, self._key = builder, node, key
+        seed = node.attributes.get_float("seed", None)
+        self._name = (node.name or "") + ("" if seed is None else f"/{seed}")
+
+    @property
+    def x(self) -> ir.Value:
+        """The node's input."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    def shape(self) -> ir.Value:
+        """Return the shape of the random numbers."""
+        if self.node.inputs:
+            return self.builder.shape(self.x)
+        return self.builder.integers(self.node.attributes.get_ints("shape"))
+
+    def number(self, name: str, default: float) -> ir.Value:
+        """Return a float attribute as a scalar."""
+        return self.builder.number(self.node.attributes.get_float(name, default), _FLOAT)
+
+    def uniform(self, shape: ir.Value, *, label: str = "", above_zero: bool = False) -> ir.Value:
+        """Draw multiples of 2**-24 from [0, 1), or with ``above_zero`` from (0, 1]."""
+        builder = self.builder
+        words = draw_words(builder, self._key, f"{self._name}{label}", shape)
+        steps = builder.op("Div", words, builder.integer(2**8))
+        if above_zero:
+            steps = builder.op("Add", steps, builder.integer(1))
+        steps = builder.op("Cast", steps, to=_FLOAT.value)
+        return builder.op("Mul", steps, builder.number(2.0**-24, _FLOAT))
+
+    def finish(self, value: ir.Value) -> ir.Value:
+        """Cast to the dtype that the node declares, by default that of its input."""
+        declared = self.node.attributes.get_int("dtype", 0)
+        dtype = self.x.dtype if not declared and self.node.inputs else None
+        return self.builder.op("Cast", value, to=declared or (dtype or _FLOAT).value)
+
+
+def _draw_uniform(source: _Source) -> ir.Value:
+    """low + u * (high - low)."""
+    builder = source.builder
+    low, high = source.number("low", 0.0), source.number("high", 1.0)
+    scaled = builder.op("Mul", source.uniform(source.shape()), builder.op("Sub", high, low))
+    return source.finish(builder.op("Add", low, scaled))
+
+
+def _draw_normal(source: _Source) -> ir.Value:
+    """mean + scale * sqrt(-2 ln u) * cos(2 pi v): the transform of Box and Muller."""
+    builder, shape = source.builder, source.shape()
+    u = source.uniform(shape, label="/u", above_zero=True)
+    v = source.uniform(shape, label="/v")
+    radius = builder.op(
+        "Sqrt", builder.op("Mul", builder.op("Log", u), builder.number(-2.0, _FLOAT))
+    )
+    angle = builder.op("Cos", builder.op("Mul", v, builder.number(2 * math.pi, _FLOAT)))
+    scaled = builder.op("Mul", builder.op("Mul", radius, angle), source.number("scale", 1.0))
+    return source.finish(builder.op("Add", scaled, source.number("mean", 0.0)))
+
+
+def _draw_bernoulli(source: _Source) -> ir.Value:
+    """1 if u < p, else 0; a step function of p, so it has no gradient."""
+    builder, p = source.builder, source.x
+    u = source.uniform(source.shape())
+    chance = builder.op("Cast", builder.detach(p), to=_FLOAT.value)
+    return source.finish(builder.op("Less", u, chance))
+
+
+def _draw_multinomial(source: _Source) -> ir.Value:
+    """Count the classes whose cumulative probability is at most u."""
+    builder, scores, node = source.builder, source.x, source.node
+    samples = node.attributes.get_int("sample_size", 1)
+    if scores.shape is None or len(scores.shape) != 2:
+        raise UnsupportedModel(
+            f"node '{node.name}' (Multinomial)", "its input is not known to be [batch, classes]"
+        )
+    scores = builder.op("Cast", builder.detach(scores), to=_FLOAT.value)
+    chance = builder.op("Softmax", scores, axis=-1)
+    cumulated = builder.op("CumSum", chance, builder.integer(1))  # (N, classes)
+    shape = builder.op("Concat", builder.shape(source.x, 0, 1), builder.integers([samples]), axis=0)
+    u = source.uniform(shape)  # (N, samples)
+    last = builder.op("Unsqueeze", u, builder.integers([2]))
+    passed = builder.op(
+        "LessOrEqual", builder.op("Unsqueeze", cumulated, builder.integers([1])), last
+    )  # (N, samples, classes)
+    count = builder.op(
+        "ReduceSum", builder.op("Cast", passed, to=ir.DataType.INT64.value),
+        builder.integers([2]), keepdims=0,
+    )  # fmt: skip
+    most = builder.op(
+        "Sub", builder.op("Squeeze", builder.shape(source.x, 1, 2)), builder.integer(1)
+    )
+    declared = node.attributes.get_int("dtype", ir.DataType.INT32.value)
+    return builder.op("Cast", builder.op("Min", count, most), to=declared)
+
+
+_DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
+    "Bernoulli": _draw_bernoulli,
+    "Multinomial": _draw_multinomial,
+    "RandomNormal": _draw_normal,
+    "RandomNormalLike": _draw_normal,
+    "RandomUniform": _draw_uniform,
+    "RandomUniformLike": _draw_uniform,
+}
+"""Map each random operator to the function that computes its numbers from the key."""
+
+
+def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Set a value's type, so that it is not cast to the type it already has."""
+    value.type = ir.TensorType(dtype)
+    return value

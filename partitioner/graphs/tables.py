@@ -1,0 +1,70 @@
+"""Limit constants whose size depends on numbers in a model, before the constants are created.
+
+A model of a hundred bytes may ask for the interpolation weights of an image of a terabyte, or
+for a diagonal of a million rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import known_dims
+
+MOST_CONSTANTS = 2**26
+"""Limit of elements in the constants that rewriting a model creates, intermediate ones included.
+
+A model that needs more is assumed to be malicious.
+"""
+_SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at hand")
+
+
+@contextmanager
+def count_constants() -> Iterator[None]:
+    """Start a new count for :func:`limit`: all constants created in the block are one model's."""
+    token = _SPENT.set([0.0])
+    try:
+        yield
+    finally:
+        _SPENT.reset(token)
+
+
+def limit(node: ir.Node, count: float) -> None:
+    """Count the elements of a node's constants, or refuse the node if the limit is exceeded.
+
+    ``count`` is the number of elements.  Call this before creating the constants.
+
+    Raises:
+        UnsupportedModel: the model's constants would have more than 2**26 elements in total.
+    """
+    spent = _SPENT.get([0.0])
+    if spent[0] + count > MOST_CONSTANTS:
+        before = f", behind {spent[0]:.0f} that were asked for before" if spent[0] else ""
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"its attributes ask for tables of {count:.0f} elements{before}; at most "
+            f"{MOST_CONSTANTS} are written for a model",
+            "check its sizes",
+        )
+    spent[0] += max(0, count)
+
+
+def refuse_tables(graph: ir.Graph) -> None:
+    """Refuse nodes that compute a constant which is too large, because native code would fold it.
+
+    Raises:
+        UnsupportedModel: the constant would have more than 2**26 elements.
+    """
+    constant = set(graph.initializers.values())
+    for node in graph:
+        if not all(value is None or value in constant for value in node.inputs) or node.domain:
+            continue
+        constant.update(node.outputs)
+        for dims in (known_dims(value) for value in node.outputs if node.op_type != "Constant"):
+            with count_constants():
+                limit(node, math.prod(dim or 0 for dim in dims or (0,)))

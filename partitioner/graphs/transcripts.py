@@ -1,0 +1,189 @@
+"""Write graphs as onnx's protobuf messages: the same bytes as onnx-ir, at a third of the cost.
+
+Common content is written here; rare content (metadata, functions, types other than tensors) is
+left to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This
+module does not depend on what a graph is used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+_QUANTIZED = "quant_parameter_tensor_names"
+"""Metadata key under which onnx-ir keeps a value's quantization."""
+_Dims = tuple[int | str | None, ...]
+_Type = tuple[ir.DataType, _Dims | None]
+
+
+_Graph = ir.Graph | ir.GraphView
+
+
+def write_model(model: ir.Model) -> onnx.ModelProto:
+    """Convert a model to its protobuf message, like ``ir.to_proto``."""
+    if model.functions or model.device_configurations:
+        proto: onnx.ModelProto = ir.to_proto(model)
+        return proto
+    return _write(replace_graph(model, _copy_head(model.graph)), model.graph)
+
+
+def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
+    """Return a copy of ``model`` with another graph and without functions."""
+    return ir.Model(
+        graph,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        domain=model.domain,
+        model_version=model.model_version,
+        doc_string=model.doc_string,
+        metadata_props=dict(model.metadata_props),
+        device_configurations=model.device_configurations,
+    )
+
+
+def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProto:
+    """Convert a graph, or a view of some of its nodes, to the protobuf message of a model."""
+    head = ir.Model(_copy_head(graph), ir_version=ir_version, producer_name=producer)
+    return _write(head, graph)
+
+
+def _copy_head(graph: _Graph) -> ir.Graph:
+    """Return a graph with the same name and metadata, but without nodes."""
+    return ir.Graph(
+        [],
+        [],
+        nodes=[],
+        name=graph.name,
+        doc_string=graph.doc_string,
+        opset_imports=dict(graph.opset_imports),
+        metadata_props=dict(graph.metadata_props),
+    )
+
+
+def _write(head: ir.Model, graph: _Graph) -> onnx.ModelProto:
+    proto: onnx.ModelProto = ir.serde.serialize_model(head)
+    _GraphWriter(proto.graph).write(graph)
+    return proto
+
+
+class _GraphWriter:
+    """Writes one graph; equal types are written once and copied."""
+
+    def __init__(self, proto: onnx.GraphProto) -> None:
+        self._proto = proto
+        self._types: dict[_Type, onnx.TypeProto] = {}
+        self._shapes: dict[int, tuple[ir.Shape, _Dims | None]] = {}
+
+    def write(self, graph: _Graph) -> None:
+        proto, inputs = self._proto, {value.name for value in graph.inputs}
+        outputs, stored = set(graph.outputs), list(graph.initializers.values())
+        self._declare(proto.input, graph.inputs)
+        self._annotate(value for value in graph.inputs if value.name not in graph.initializers)
+        self._annotate(stored)
+        self._declare(proto.value_info, [v for v in stored if _is_noted(v, inputs)])
+        for value in stored:
+            tensor = value.const_value
+            if tensor is not None:
+                tensor.name = value.name
+                ir.serde.serialize_tensor_into(proto.initializer.add(), tensor)
+        for node in graph:
+            _write_node(proto, node)
+            inner = [value for value in node.outputs if value not in outputs]
+            self._declare(proto.value_info, [value for value in inner if _is_noted(value)])
+            self._annotate(inner)
+        self._declare(proto.output, graph.outputs)
+        self._annotate(graph.outputs)
+
+    def _annotate(self, values: Iterable[ir.Value]) -> None:
+        for value in values:
+            parameters = value.meta.get(_QUANTIZED) if has_metadata(value) else None
+            if parameters:
+                entry = self._proto.quantization_annotation.add(tensor_name=value.name)
+                for key, name in sorted(parameters.items()):
+                    entry.quant_parameter_tensor_names.add(key=key, value=name)
+
+    def _declare(self, entries: Any, values: Iterable[ir.Value]) -> None:
+        for value in values:
+            kind = self._read_type(value)
+            if kind is None:
+                ir.serde.serialize_value_into(entries.add(), value)
+                continue
+            if kind not in self._types:
+                self._types[kind] = ir.serde.serialize_value(value).type
+            entries.add(name=value.name, type=self._types[kind])
+
+    def _read_type(self, value: ir.Value) -> _Type | None:
+        """Return the part of a value that determines how it is written, apart from its name."""
+        kind, shape = value.type, value.shape
+        if not isinstance(kind, ir.TensorType) or kind.denotation:
+            return None
+        if value.metadata_props or value.doc_string:
+            return None
+        if shape is None:
+            return kind.dtype, None
+        if id(shape) not in self._shapes:  # which is kept, so that no other has its number
+            self._shapes[id(shape)] = shape, _read_dims(shape)
+        dims = self._shapes[id(shape)][1]
+        return None if dims is None else (kind.dtype, dims)
+
+
+def _read_dims(shape: ir.Shape) -> _Dims | None:
+    """Return a shape's dimensions, or ``None`` if one of them has a denotation."""
+    if any(shape.get_denotation(axis) for axis in range(len(shape))):
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in shape)
+
+
+def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
+    """Return whether ``meta`` has entries, without creating it by accessing the property."""
+    return getattr(noted, "_metadata", noted) is not None and bool(noted.meta)
+
+
+def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
+    """Return whether a value without an entry elsewhere has anything to be written."""
+    if not value.name or value.name in known:
+        return False
+    noted = value.type is not None or value.shape is not None
+    return noted or bool(value.metadata_props or value.doc_string)
+
+
+def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:
+    if node.metadata_props or node.doc_string or node.overload or node.device_configurations:
+        ir.serde.serialize_node_into(graph.node.add(), node)
+        return
+    outputs = [value.name for value in node.outputs]
+    while outputs and not outputs[-1]:
+        outputs.pop()
+    proto = graph.node.add()
+    _fill_node(proto, node, ["" if v is None else v.name for v in node.inputs], outputs)
+    if node.name:
+        proto.name = node.name
+
+
+def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
+    """Convert a node to its protobuf message, with other names for its inputs and outputs."""
+    proto = onnx.NodeProto()
+    _fill_node(proto, node, inputs, outputs)
+    if node.overload:
+        proto.overload = node.overload
+    return proto
+
+
+def _fill_node(
+    proto: onnx.NodeProto, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> None:
+    """Write a node into ``proto``, with the given names of inputs and outputs."""
+    proto.op_type = node.op_type
+    proto.input.extend(inputs)
+    proto.output.extend(outputs)
+    if node.domain:
+        proto.domain = node.domain
+    for attribute in node.attributes.data.values():
+        if attribute.is_ref():
+            ir.serde.serialize_reference_attribute_into(proto.attribute.add(), attribute)
+        else:
+            ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)

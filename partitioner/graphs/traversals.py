@@ -1,0 +1,211 @@
+"""Walk over a graph: find what a node reads and what a value depends on.
+
+Outer values that the bodies of ``If``, ``Loop`` and ``Scan`` read count as read by the node that
+holds the body, so no dependency is missed.  This module does not depend on cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import DETACHED
+
+
+def list_inputs(node: ir.Node) -> list[ir.Value]:
+    """List every value that ``node`` reads, including outer values that its bodies read."""
+    values = [value for value in node.inputs if value is not None]
+    for body in list_bodies(node):
+        values.extend(_list_captures(body))
+    return values
+
+
+def _list_captures(body: ir.Graph) -> Iterator[ir.Value]:
+    inner = set(body.inputs) | set(body.initializers.values())
+    for node in body:
+        for value in list_inputs(node):
+            if value not in inner:
+                yield value
+        inner.update(node.outputs)
+    for value in body.outputs:
+        if value not in inner:
+            yield value
+
+
+def walk_back(
+    targets: Iterable[ir.Value],
+    stop: Collection[ir.Value] = frozenset(),
+    ends: Collection[ir.Node] = frozenset(),
+) -> tuple[set[ir.Node], set[ir.Value]]:
+    """Collect the nodes that ``targets`` depend on, and the sources at which the walk ended.
+
+    The walk does not go beyond a value in ``stop``, nor beyond a node in ``ends``, which is itself
+    collected.  A source is a stop value, a graph input or an initializer that was reached.
+    """
+    nodes: set[ir.Node] = set()
+    sources: set[ir.Value] = set()
+    pending = list(targets)
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None or value in stop:
+            sources.add(value)
+        elif node not in nodes:
+            nodes.add(node)
+            if node not in ends:
+                pending.extend(list_inputs(node))
+    return nodes, sources
+
+
+class ResumedWalk:
+    """A backward walk that continues from one target to the next and visits each node once."""
+
+    def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:
+        self.nodes: set[ir.Node] = set()
+        self._ends = ends
+
+    def explore(
+        self, targets: Iterable[ir.Value], stops: Mapping[ir.Value, int], most: int = -1
+    ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Node]]:
+        """Return the newly found nodes, the sources reached, and the known nodes that were met.
+
+        A value in ``stops`` is also a source if the number it maps to is at most ``most``.
+        """
+        new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
+        pending = list(targets)
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if node is None or stops.get(value, most + 1) <= most:
+                reached.append(value)
+            elif node in self.nodes:
+                met.add(node)
+            elif node not in new:
+                new[node] = None
+                if node not in self._ends:
+                    pending.extend(list_inputs(node))
+        return list(new), reached, met
+
+
+def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect ``roots`` and every value that is computed from one of them."""
+    dependents = set(roots)
+    for node in graph:  # in topological order
+        if any(value in dependents for value in list_inputs(node)):
+            dependents.update(node.outputs)
+    return dependents
+
+
+_RANDOM = frozenset(
+    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+     "RandomUniformLike"]
+)  # fmt: skip
+
+
+def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect the values that carry data: ``roots`` and all values computed from their elements.
+
+    Values that depend on data only through its shape (position ids, masks by position, the target
+    of a Reshape) do not carry data, and either party can compute them.  Randomly drawn values carry
+    data, because a second draw would differ.
+    """
+    data = set(roots)
+    for node in graph:  # in topological order
+        drawn = node.op_type in _RANDOM and not node.domain
+        if drawn or (not reads_size(node) and any(v in data for v in list_inputs(node))):
+            data.update(node.outputs)
+    return data
+
+
+def reads_size(node: ir.Node) -> bool:
+    """Return whether a node reads nothing but the shape of its input."""
+    return node.op_type in ("Shape", "Size") and not node.domain
+
+
+def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
+    """Collect ``roots`` and every value from which a gradient could lead back to one of them.
+
+    A gradient does not pass a detached Identity or a value that is not a float.
+    """
+    moving = set(roots)
+    for node in graph:
+        if DETACHED not in node.metadata_props and any(v in moving for v in list_inputs(node)):
+            moving.update(value for value in node.outputs if is_float(value))
+    return moving
+
+
+def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
+    """Collect the graph inputs and initializers to which a gradient of ``targets`` leads back."""
+    return {value for value in trace_gradients(targets) if value.producer() is None}
+
+
+def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
+    """Collect ``targets`` and every value to which a gradient of ``targets`` leads back."""
+    seen: set[ir.Value] = set()
+    pending = list(targets)
+    while pending:
+        value = pending.pop()
+        if value in seen or not is_float(value):
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is not None and DETACHED not in node.metadata_props:
+            pending.extend(list_inputs(node))
+    return seen
+
+
+def is_float(value: ir.Value) -> bool:
+    """Return whether a value may carry a gradient; a value of unknown type may."""
+    return value.dtype is None or value.dtype.is_floating_point()
+
+
+def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Map each name to its value: inputs, initializers and outputs of the graph's own nodes."""
+    values = {value.name: value for value in graph.inputs if value.name}
+    values.update(graph.initializers)
+    for node in graph:
+        for value in node.outputs:
+            if value.name:
+                values[value.name] = value
+    return values
+
+
+def prune(graph: ir.Graph) -> None:
+    """Remove the nodes that no output of the graph depends on."""
+    needed, _ = walk_back(graph.outputs)
+    dead = [node for node in graph if node not in needed]
+    for node in dead:
+        disconnect(list_inner(node))
+    graph.remove(dead, safe=True)
+
+
+def list_bodies(node: ir.Node) -> list[ir.Graph]:
+    """List the bodies of a node."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.data.values():  # as a dict; its own view is slow
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies.extend(attribute.as_graphs())
+    return bodies
+
+
+def list_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """List a graph's nodes, each followed by the nodes in its bodies."""
+    nodes = []
+    for node in graph:
+        nodes.append(node)
+        nodes.extend(list_inner(node))
+    return nodes
+
+
+def list_inner(node: ir.Node) -> list[ir.Node]:
+    """List the nodes in the bodies of a node, nested bodies included."""
+    return [inner for body in list_bodies(node) for inner in list_nodes(body)]
+
+
+def disconnect(nodes: Iterable[ir.Node]) -> None:
+    """Disconnect removed nodes from the values that they read, so that these do not seem used."""
+    for node in nodes:
+        node.resize_inputs(0)

@@ -1,0 +1,127 @@
+"""Use onnx to infer a single node's output types, and to compute its outputs from known inputs.
+
+This module passes one node and what is known of its inputs to onnx; it does not use the rest of the
+graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from splitonnx.errors import NativeCrash
+from splitonnx.partitioner.graphs.transcripts import write_node
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native.workers import Refused, call
+
+_Pairs = tuple[tuple[str, bytes], ...]
+
+_MOST_REMEMBERED = 1 << 12
+"""Limit in bytes of requests whose results are cached, including the contents of inputs."""
+
+
+_Declared = tuple[int, tuple[int | str, ...] | None]
+"""An element type, and the dimensions if their number is known."""
+
+
+class Schemas:
+    """Infers the types of node outputs for one opset.
+
+    Results are cached for nodes that have no attributes and no inputs of known content.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self._opset = opset
+        self._known: dict[Hashable, Sequence[onnx.TypeProto | None]] = {}
+
+    def infer(
+        self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
+    ) -> Sequence[onnx.TypeProto | None]:
+        """Return the type of each output, as onnx infers it from the types of the inputs.
+
+        ``types`` and ``data`` name inputs by position: ``i0``, ``i1`` and so on.  ``data`` holds
+        the inputs whose contents are known.
+
+        Raises:
+            NativeCrash: onnx's inference crashes on the node.
+        """
+        plain = not node.attributes and not data
+        key = (node.op_type, len(node.inputs), len(node.outputs), *types.items())
+        if plain and key in self._known:
+            return self._known[key]
+        protos = {
+            name: onnx.helper.make_tensor_type_proto(kind, shape)
+            for name, (kind, shape) in types.items()
+        }
+        made = _infer_types(node, protos, data, self._opset)
+        if plain:
+            self._known[key] = made
+        return made
+
+
+def _infer_types(
+    node: ir.Node,
+    types: Mapping[str, onnx.TypeProto],
+    data: Mapping[str, onnx.TensorProto],
+    opset: int,
+) -> Sequence[onnx.TypeProto | None]:
+    proto = _write_node(node).SerializeToString()
+    kinds = tuple((name, kind.SerializeToString()) for name, kind in types.items())
+    tensors = tuple((name, tensor.SerializeToString()) for name, tensor in data.items())
+    size = len(proto) + sum(len(content) for _, content in (*kinds, *tensors))
+    infer = _infer if size <= _MOST_REMEMBERED else _infer.__wrapped__
+    try:
+        made = infer(proto, kinds, tensors, opset)
+    except NativeCrash as error:
+        raise replace(error, subject=f"node '{node.name}' ({node.op_type})") from error
+    names = [f"o{index}" for index in range(len(node.outputs))]
+    return [onnx.TypeProto.FromString(made[name]) if name in made else None for name in names]
+
+
+@lru_cache(maxsize=1 << 12)
+def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[str, bytes]:
+    """Infer the output types of a node; results are cached because deep networks repeat nodes."""
+    try:
+        return call(natives.infer_node, "a node", node, dict(kinds), dict(tensors), opset)
+    except Refused:
+        return {}
+
+
+def evaluate(
+    node: ir.Node, contents: Sequence[np.ndarray | None], opset: int
+) -> Sequence[np.ndarray | None]:
+    """Compute a node's outputs with onnx's reference implementation.
+
+    Return ``None`` for each output if the reference implementation fails.
+    """
+    proto = _write_node(node)
+    feeds = {f"i{index}": c for index, c in enumerate(contents) if c is not None}
+    graph = onnx.helper.make_graph(
+        [proto],
+        "fold",
+        [onnx.ValueInfoProto(name=name) for name in feeds],
+        [onnx.ValueInfoProto(name=name) for name in proto.output],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        with np.errstate(all="ignore"):
+            made = ReferenceEvaluator(model).run(None, feeds)
+    except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
+        return [None] * len(node.outputs)  # let the runtime say what is wrong with it
+    assert isinstance(made, list)
+    return [np.asarray(array) for array in made]
+
+
+def _write_node(node: ir.Node) -> onnx.NodeProto:
+    """Serialize a node with generic names, so that the model's own names do not matter."""
+    return write_node(
+        node,
+        [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)],
+        [f"o{index}" for index in range(len(node.outputs))],
+    )

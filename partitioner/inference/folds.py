@@ -1,0 +1,177 @@
+"""Fold constants: compute in advance the parts of a model that do not depend on data.
+
+Values that depend only on constants and fixed dimensions become constants.  The target shape of a
+Reshape becomes constant if at most one dimension is unknown.  Branches and loops whose conditions
+and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are graph inputs
+here, so they are never folded.  This module does not depend on cuts or gradients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.expressions import UNKNOWN
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
+from splitonnx.partitioner.inference.control_flows import KEPT, Unresolved, resolve_control_flow
+from splitonnx.partitioner.inference.dimensions import Amount, Dim
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+def fold(model: ir.Model, weights: Collection[str]) -> None:
+    """Fold a model's constants, in place; ``weights`` names the graph inputs that are not data.
+
+    Values keep their names.  The dimensions of every computed value are set on it, including sums
+    and products of unknown dimensions (``2*N``).
+    """
+    graph = model.graph
+    known = Inference(graph.opset_imports[""])
+    reached = {value for value in graph.inputs if value.name in weights}
+    pending, spent = deque(graph), 0
+    while pending:
+        node = pending.popleft()
+        with attribute_errors_to(node, "folded"):
+            written = _fold_node(node, known, reached, spent)
+        spent += sum(1 + len(list_inner(node)) for node in written)
+        pending.extendleft(reversed(written))
+    prune(graph)
+
+
+def _fold_node(
+    node: ir.Node, known: Inference, reached: set[ir.Value], spent: int
+) -> Sequence[ir.Node]:
+    """Fold one node; return the nodes that replace it and must be folded next."""
+    trained = any(value in reached for value in list_inputs(node))
+    if trained:
+        reached.update(node.outputs)
+    written = _resolve(node, known, trained, spent)
+    if written is not None:
+        return written
+    _name_type(node)
+    known.visit(node)
+    if node.op_type == "Reshape":
+        _fix_target(node, known, _fix_reshape)
+    elif node.op_type == "Expand":
+        _fix_target(node, known, _fix_expand)
+    if not _replace_by_constants(node, known):
+        for value in node.outputs:
+            known.note(value)
+    return ()
+
+
+def note_shapes(graph: ir.Graph) -> None:
+    """Set the dimensions that can be inferred on a graph's values, if they are not set yet."""
+    known = Inference(graph.opset_imports[""])
+    for node in graph:
+        if all(_is_noted(value) for value in node.outputs):
+            continue
+        known.visit(node)
+        for value in node.outputs:
+            known.note(value)
+
+
+def _is_noted(value: ir.Value) -> bool:
+    """Return whether inference adds nothing to a value; integers may be sizes, so they need it."""
+    if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
+        return False
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
+
+
+def _resolve(
+    node: ir.Node, known: Inference, trained: bool, spent: int
+) -> Sequence[ir.Node] | None:
+    """Write out control flow known in advance; loops only if a gradient may pass through them."""
+    loop = node.op_type in ("Loop", "Scan")
+    if node.domain or not (node.op_type == "If" or (loop and trained)):
+        return None
+    try:
+        return resolve_control_flow(node, known, spent)
+    except Unresolved as reason:
+        node.metadata_props[KEPT] = str(reason)
+        return None
+
+
+def _name_type(node: ir.Node) -> None:
+    """Turn a CastLike into a Cast, which does not read the data of a second input.
+
+    onnx's inference does not infer the type of a GroupNormalization.
+    """
+    if node.op_type == "GroupNormalization" and node.inputs[0] is not None:
+        node.outputs[0].type = node.inputs[0].type
+    if node.op_type == "CastLike" and node.inputs[1] is not None:
+        dtype = node.inputs[1].dtype
+        if dtype is not None:
+            node.op_type = "Cast"
+            node.attributes["to"] = ir.AttrInt64("to", dtype.value)
+            node.resize_inputs(1)
+
+
+def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
+    """Replace a node whose outputs are all known by constants."""
+    outputs = [value for value in node.outputs if value.uses()]
+    if node.op_type == "Constant" or any(value.is_graph_output() for value in node.outputs):
+        return False
+    contents = [known.constant(value) for value in node.outputs]
+    if not outputs or any(not _is_plain(c, v) for c, v in zip(contents, node.outputs, strict=True)):
+        return False
+    builder = NodeBuilder(f"{node.name}/folded")
+    builder.replace(node, [builder.tensor(ir.tensor(np.asarray(content))) for content in contents])
+    return True
+
+
+def _is_plain(content: np.ndarray | None, value: ir.Value) -> bool:
+    """Return whether a value's content is known and has the value's element type."""
+    if content is None or content.dtype.kind not in "biuf":
+        return False
+    return value.dtype is None or value.dtype.numpy() == content.dtype
+
+
+def _fix_target(
+    node: ir.Node,
+    known: Inference,
+    fix: Callable[[ir.Node, list[Amount], list[Amount]], list[int] | None],
+) -> None:
+    """Make the target shape of a node a constant if one constant is right for every batch size."""
+    source, target = node.inputs[0], known.content(node.inputs[1])
+    dims = None if source is None else known.shape(source)
+    if target is None or target.dtype != object or dims is None:
+        return
+    wanted = [d if isinstance(d, Dim) else int(d) for d in target.reshape(-1)]
+    fixed = fix(node, dims, wanted)
+    graph = node.graph
+    if fixed is not None and graph is not None:
+        builder = NodeBuilder(f"{node.name}/target")
+        constant = builder.integers(fixed)
+        graph.insert_before(node, builder.nodes)
+        node.replace_input_with(1, constant)
+
+
+def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
+    """Return the target with 0 for a dimension that stays, and -1 for the unknown dimension."""
+    copying = not node.attributes.get_int("allowzero", 0)
+    if 0 in wanted and not copying:
+        return None
+    fixed = [
+        0 if isinstance(dim, Dim) and axis < len(dims) and dims[axis] == dim else dim
+        for axis, dim in enumerate(wanted)
+    ]
+    opened = [-1 if isinstance(dim, Dim) else dim for dim in fixed]
+    if opened.count(-1) > 1:
+        return None
+    node.attributes.pop("allowzero", None)
+    return opened
+
+
+def _fix_expand(_: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
+    """Return the target with 1 for a dimension that the input has already."""
+    own = [*[1] * (len(wanted) - len(dims)), *dims][-len(wanted) :] if wanted else []
+    fixed = [1 if isinstance(d, Dim) and d == o else d for d, o in zip(wanted, own, strict=True)]
+    return [d for d in fixed if isinstance(d, int)] if not any(
+        isinstance(d, Dim) for d in fixed
+    ) else None  # fmt: skip

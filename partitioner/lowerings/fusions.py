@@ -1,0 +1,50 @@
+"""Prevent ONNX Runtime's optimizer from merging a Pad with a pooling, which gives wrong results.
+
+Its rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.  But elements
+added by a Pad count in an average and can be the largest of a window, and elements added by
+``pads`` do not.  ONNX Runtime 1.19.2 silently computes wrong results for AveragePool and MaxPool,
+version 1.30 for MaxPool.  Other rules can make a Pad and a pooling adjacent first, because they
+remove operators without effect and move transposes.  A Pad that names its axes has the same meaning
+and is not merged.  This module handles no other rule of the optimizer.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.graphs.traversals import list_bodies
+
+
+def separate_pads(graph: ir.Graph) -> None:
+    """Make each Pad name all of its axes, in place, also inside bodies.
+
+    A Pad that is read only by convolutions is left unchanged: for them the rule is right, and saves
+    a copy.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            separate_pads(body)
+        if node.op_type == "Pad" and not node.domain and _names_no_axes(node):
+            widths = known_array(node.inputs[1])
+            if widths is not None and not _feeds_convolutions_alone(node):
+                _name_axes(node, len(widths) // 2)
+
+
+def _names_no_axes(node: ir.Node) -> bool:
+    return len(node.inputs) < 4 or node.inputs[3] is None
+
+
+def _feeds_convolutions_alone(node: ir.Node) -> bool:
+    readers = node.outputs[0].consumers()
+    return all(reader.op_type == "Conv" and not reader.domain for reader in readers)
+
+
+def _name_axes(node: ir.Node, rank: int) -> None:
+    graph = node.graph
+    assert graph is not None
+    builder = NodeBuilder(f"{node.outputs[0].name}/axes")
+    axes = builder.integers(list(range(rank)))
+    graph.insert_before(node, builder.nodes)
+    node.resize_inputs(4)
+    node.replace_input_with(3, axes)

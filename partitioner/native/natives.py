@@ -1,0 +1,219 @@
+"""Functions of bytes that call native code of onnx and onnxruntime-training.
+
+This native code relies on a model being well-formed in places that no checker covers; on a
+malformed model it may crash or corrupt the process.  So it runs in a separate process, which runs
+this module with ``python -m``; :mod:`workers` starts the process and sends it requests.  This is
+the only module of the partitioner that imports onnxruntime-training, and it uses only the pybind
+layer of version 1.19.2 (no torch needed).  It does not check its arguments.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import msgspec
+import onnx
+
+SECONDS = 300
+"""Time limit of one request; the process exits if a request takes longer."""
+BASE_BYTES = 4 << 30
+"""Address space that a request of any size may use beyond what the process uses already."""
+BYTES_PER_BYTE = 64
+"""Extra address space per byte of the request: graphs need more memory than their bytes."""
+
+MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalError"})
+"""Kinds of exceptions that indicate a bug in the call, not an invalid model."""
+
+_LENGTH = struct.Struct("<Q")
+"""The prefix of each request and response: its length in bytes."""
+
+
+class StockRuntime(Exception):
+    """Raised if the installed ONNX Runtime is not onnxruntime-training."""
+
+
+def check_form(content: bytes) -> None:
+    """Check a model and infer its types with onnx; contradictory types raise an error."""
+    onnx.checker.check_model(content)
+    onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=False)
+
+
+def infer_shapes(content: bytes, check_type: bool) -> bytes:
+    """Return the model with the types and shapes that onnx infers, without data propagation."""
+    inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
+    made: bytes = inferred.SerializeToString()
+    return made
+
+
+def infer_node(
+    node: bytes, types: Mapping[str, bytes], data: Mapping[str, bytes], opset: int
+) -> dict[str, bytes]:
+    """Return the types of a node's outputs, inferred by onnx from the types of its inputs."""
+    proto = onnx.NodeProto.FromString(node)
+    made = onnx.shape_inference.infer_node_outputs(
+        onnx.defs.get_schema(proto.op_type, opset, ""),
+        proto,
+        {name: onnx.TypeProto.FromString(kind) for name, kind in types.items()},
+        {name: onnx.TensorProto.FromString(tensor) for name, tensor in data.items()},
+        opset_imports=[onnx.helper.make_opsetid("", opset)],
+    )
+    return {name: kind.SerializeToString() for name, kind in made.items()}
+
+
+def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
+    """Return onnx's definition of a node as a function in operators of opset ``defined``.
+
+    The node belongs to opset ``version``; ``types`` are the types of its inputs.
+    """
+    kind = onnx.NodeProto.FromString(node).op_type
+    schema: Any = onnx.defs.get_schema(kind, version, "")  # onnx's stubs lack its bodies
+    body: bytes = schema.get_context_dependent_function_with_opset_version(defined, node, types)
+    return body
+
+
+def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
+    """Convert a model to the form that the gradient builder accepts."""
+    optimized: bytes = _import_builder().get_optimized_model(
+        content, set(parameters), _make_options()
+    )
+    return optimized
+
+
+def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
+    """Return the model with the gradients of ``loss`` for all parameters."""
+    options, wanted = _make_options(), set(parameters)
+    builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
+    builder.build()
+    joint: bytes = builder.get_model()
+    return joint
+
+
+def list_types(content: bytes) -> dict[str, str]:
+    """Return the type of each of a model's outputs, in ONNX Runtime's notation."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        content, _make_options(), providers=["CPUExecutionProvider"]
+    )
+    return {output.name: output.type for output in session.get_outputs()}
+
+
+def _import_builder() -> Any:
+    from onnxruntime.capi import _pybind_state
+
+    if not hasattr(_pybind_state, "GradientGraphBuilder"):
+        raise StockRuntime("it has no GradientGraphBuilder")
+    return _pybind_state
+
+
+def _make_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "build_gradients": (build_gradients, "onnxruntime-training's gradient builder"),
+    "check_form": (check_form, "onnx's checker"),
+    "define": (define, "onnx's definition of an operator"),
+    "infer_node": (infer_node, "onnx's inference of shapes"),
+    "infer_shapes": (infer_shapes, "onnx's inference of shapes"),
+    "list_types": (list_types, "ONNX Runtime"),
+    "optimize": (optimize, "onnxruntime-training's optimizer"),
+}
+"""Map the name of each callable function to the function and the name of the code that it runs."""
+
+
+def write_frame(sink: BinaryIO, content: bytes) -> None:
+    """Write a request or response, prefixed with its length."""
+    sink.write(_LENGTH.pack(len(content)))
+    sink.write(content)
+    sink.flush()
+
+
+def read_frame(source: BinaryIO) -> bytes:
+    """Read a request or response.
+
+    Raises:
+        EOFError: the other side has closed the pipe.
+    """
+    head = source.read(_LENGTH.size)
+    content = source.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+    if len(head) < _LENGTH.size or len(content) < _LENGTH.unpack(head)[0]:
+        raise EOFError
+    return content
+
+
+def serve(source: BinaryIO, sink: BinaryIO) -> None:
+    """Process requests, one after the other, until the other side closes the pipe."""
+    write_frame(sink, b"")  # ready
+    while True:
+        try:
+            request = read_frame(source)
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        _limit_memory(len(request))
+        answer = _answer(request)
+        faulthandler.cancel_dump_traceback_later()
+        write_frame(sink, answer)
+
+
+def _limit_memory(size: int) -> None:
+    """Limit the memory for a request of ``size`` bytes, if the system supports it (Linux).
+
+    macOS accepts the limit but does not enforce it; Windows has no such limit.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = taken + BASE_BYTES + BYTES_PER_BYTE * size
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+def _answer(request: bytes) -> bytes:
+    """Call the requested function; return its result, or a description of the exception it raises.
+
+    An exception that indicates a bug is described with its traceback.
+    """
+    try:
+        name, arguments = msgspec.msgpack.decode(request)
+        return msgspec.msgpack.encode([NATIVES[name][0](*arguments)])
+    except Exception as error:  # noqa: BLE001
+        kind, told = type(error).__name__, [str(error)]
+        if kind in MISTAKES:
+            told.append("".join(traceback.format_exception(error)))
+        texts = (text.encode(errors="replace").decode() for text in told)
+        return msgspec.msgpack.encode([kind, *texts])
+
+
+def main() -> None:
+    """Process requests from the parent process on standard input and output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # native code's prints must not reach the pipe
+    serve(source, sink)
+
+
+if __name__ == "__main__":
+    main()

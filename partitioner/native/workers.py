@@ -1,0 +1,204 @@
+"""Run native code in a separate process, so that no model can crash the caller's process.
+
+The process is started at the first call and serves all later calls.  If a model crashes it, the
+next call starts another.  It exits together with the caller's process.  This module handles
+processes and pipes; the functions that run in the process are in :mod:`natives`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+
+from splitonnx.errors import InternalModelError, NativeCrash, ProcessFailed
+from splitonnx.faults import log_mistake
+from splitonnx.partitioner.native import natives
+
+_MOST_KEPT = 1 << 26
+"""After a request or response with more bytes the process is ended, to free its memory."""
+
+_ADVICE = "check how the model was exported"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Refused(RuntimeError):
+    """Raised if native code raised an exception; ``kind`` is the name of the exception's class."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class _Worker:
+    """A running process for native code; the constructor returns when the process is ready."""
+
+    def __init__(self) -> None:
+        paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", natives.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # crash output is not fit for users
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "ORT_DISABLE_TELEMETRY": "1",  # of ONNX Runtime from 1.29 on
+                },
+                cwd=sys.prefix,  # a folder that will not be deleted
+            )
+        except (OSError, ValueError) as error:
+            raise ProcessFailed(natives.__name__, str(error)) from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        try:
+            natives.read_frame(self._answers)  # type: ignore[arg-type]
+        except EOFError as error:
+            raise ProcessFailed(natives.__name__, self.end()) from error
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: bytes) -> bytes:
+        """Send a request and return the response; raise ``EOFError`` or ``OSError`` on failure."""
+        natives.write_frame(self._requests, request)  # type: ignore[arg-type]
+        return natives.read_frame(self._answers)  # type: ignore[arg-type]
+
+    def end(self) -> str:
+        """End the process; return its exit code or signal, which shows whether it had crashed."""
+        self.release()
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"exit code {code}"
+
+    def release(self) -> None:
+        """Close the pipes; the process then exits unless another process has them open."""
+        for pipe in (self._requests, self._answers):
+            with suppress(OSError):  # unsent data cannot be sent any more
+                pipe.close()
+
+    def forget(self) -> None:
+        """Close a forked process's copies of the pipes, and leave the worker to the parent."""
+        self.release()
+        self._process.returncode = 0  # only the parent may wait for it
+
+
+class Isolation:
+    """Manages the process for native code, shared by all calls, which run one after the other.
+
+    The process starts at the first call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or ``None`` if the process is not running."""
+        return None if self._worker is None else self._worker.pid
+
+    def call(
+        self, function: Callable[P, R], subject: str, *arguments: P.args, **named: P.kwargs
+    ) -> R:
+        """Call a function of :mod:`natives` in the process for native code.
+
+        ``subject`` names the model or node in error messages.
+
+        Raises:
+            Refused: the function raised an exception.
+            InternalModelError: the exception indicates a bug in the function itself.
+            NativeCrash: the function crashed the process, took too long or needed more memory than
+                allowed; if the process has ended, the next call starts another.
+            ProcessFailed: the process cannot be started.
+        """
+        assert not named, "arguments go by their place"
+        name = function.__name__
+        with self._lock:
+            answer = self._ask(name, msgspec.msgpack.encode([name, arguments]), subject)
+        result: list[Any] = msgspec.msgpack.decode(answer)
+        if len(result) > 1 and result[0] == "MemoryError":
+            code = natives.NATIVES[name][1]
+            reason = f"{code} needs more memory than it may take for a model of this size"
+            raise NativeCrash(subject, reason, _ADVICE)
+        if len(result) > 1:
+            kind, text, *trace = result
+            refused = Refused(kind, text)
+            raise _own_up(subject, name, refused, *trace) if trace else refused
+        made: R = result[0]
+        return made
+
+    def _ask(self, name: str, request: bytes, subject: str) -> bytes:
+        if self._worker is None or not self._worker.is_alive():
+            self.end()
+            self._worker = _Worker()
+        started = time.monotonic()
+        try:
+            answer = self._worker.ask(request)
+        except (EOFError, OSError) as error:
+            late = time.monotonic() - started >= natives.SECONDS
+            how = self.end()
+            reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
+            code = natives.NATIVES[name][1]
+            raise NativeCrash(subject, f"{code} {reason}", _ADVICE) from error
+        except BaseException:  # the next call would read this call's late response
+            self.end()
+            raise
+        if max(len(request), len(answer)) > _MOST_KEPT:
+            self.end()
+        return answer
+
+    def end(self) -> str:
+        """End the process, if it is running, and return its exit code or signal."""
+        worker, self._worker = self._worker, None
+        return worker.end() if worker is not None else ""
+
+    def forget(self) -> None:
+        """Start over after a fork: two processes must not read from the same pipe."""
+        worker, self._worker = self._worker, None
+        self._lock = threading.Lock()
+        if worker is not None:
+            worker.forget()
+
+
+def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalModelError:
+    """Log where a function failed in the process, and return the error that asks for a report."""
+    error.add_note(trace)
+    log_mistake(f"{subject}, in {name}", error)
+    work = f"given to {natives.NATIVES[name][1]}"
+    made = InternalModelError(subject, work, f"{error.kind}: {' '.join(str(error).split())[:160]}")
+    made.__cause__ = error
+    return made
+
+
+_HERE = Isolation()
+call = _HERE.call
+atexit.register(_HERE.end)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_HERE.forget)

@@ -1,0 +1,115 @@
+"""Dropout whose mask depends only on seed, step, micro-batch and node.
+
+Element ``i`` is kept if its word of :mod:`random_numbers` is below ``(1 - ratio) * 2**32``.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
+
+
+def list_dropouts(graph: ir.Graph) -> list[ir.Node]:
+    """List the graph's Dropout nodes in order."""
+    return [node for node in graph if node.op_type == "Dropout" and not node.domain]
+
+
+def remove_dropouts(graph: ir.Graph) -> None:
+    """Replace every Dropout by an Identity under the same name, as in inference."""
+    for node in list_dropouts(graph):
+        _bypass(graph, node)
+
+
+def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
+    """Rewrite each active Dropout with a mask derived from the key, the others as Identity.
+
+    ``mode`` is ``"keep"`` (all active), ``"off"`` (none active), or ``None`` to keep the mode of
+    each node.
+    """
+    for node in list_dropouts(graph):
+        with attribute_errors_to(node, "given a seeded mask"):
+            ratio = _read_ratio(node)
+            on = _is_on(node) if mode is None else mode == "keep"
+            if not on or ratio == 0.0:
+                _bypass(graph, node)
+                continue
+            _write_out(graph, node, find_key(graph), ratio)
+
+
+def _read_ratio(node: ir.Node) -> float:
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    if value is None:
+        return 0.5
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its ratio is not a constant")
+    ratio = float(tensor.numpy().item())
+    if not 0.0 <= ratio < 1.0:
+        raise UnsupportedModel(
+            f"node '{node.name}' (Dropout)", f"its ratio {ratio} is not in [0, 1)"
+        )
+    return ratio
+
+
+def _is_on(node: ir.Node) -> bool:
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return False
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' (Dropout)",
+            "its training_mode is not a constant",
+            "choose with --dropout keep|off",
+        )
+    return bool(tensor.numpy().item())
+
+
+def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+    identity = ir.node("Identity", [node.inputs[0]], name=node.name)
+    builder = NodeBuilder(f"{node.name}/mask")
+    mask = None
+    if _uses_mask(node):
+        assert node.inputs[0] is not None
+        everything = builder.number(1, ir.DataType.BOOL)
+        mask = builder.op("Expand", everything, builder.shape(node.inputs[0]))
+    _take_over(graph, node, [identity, *builder.nodes], identity.outputs[0], mask)
+
+
+def _uses_mask(node: ir.Node) -> bool:
+    mask = node.outputs[1] if len(node.outputs) > 1 else None
+    return mask is not None and (bool(mask.uses()) or mask.is_graph_output())
+
+
+def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> None:
+    x = node.inputs[0]
+    assert x is not None
+    builder = NodeBuilder(node.name or "")
+    mask = _draw_mask(builder, x, key, node.name or "", 1.0 - ratio)
+    scale = builder.number(1.0 / (1.0 - ratio), x.dtype)
+    factor = builder.op("Mul", builder.cast(mask, x.dtype), scale)
+    factor.type, factor.shape = x.type, x.shape  # spares the gradient its broadcast analysis
+    output = builder.op("Mul", x, factor)
+    _take_over(graph, node, builder.nodes, output, mask)
+
+
+def _draw_mask(
+    builder: NodeBuilder, x: ir.Value, key: ir.Value, name: str, keep: float
+) -> ir.Value:
+    """Compute the boolean mask in the shape of ``x``."""
+    words = draw_words(builder, key, name, builder.op("Shape", x))
+    return builder.op("Less", words, builder.integer(round(keep * 2**32)))
+
+
+def _take_over(
+    graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], output: ir.Value, mask: ir.Value | None
+) -> None:
+    old, new = [node.outputs[0]], [output]
+    if _uses_mask(node) and mask is not None:
+        old.append(node.outputs[1])
+        new.append(mask)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, old, new)

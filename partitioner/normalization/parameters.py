@@ -1,0 +1,199 @@
+"""Classify each stored float tensor by its use: as a parameter, a setting or a constant.
+
+The rules for a tensor of rank 1 and up (a scalar is a constant):
+
+- a tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained;
+- BatchNormalization's mean and variance are running statistics;
+- a tensor in a place for weights (a Conv's kernel, a Gather's table) is a parameter;
+- a tensor that is only added, multiplied and so on is a parameter, unless it is a single number (an
+  epsilon, a scale; but not the bias of a layer with one output), a mask (it contains infinities) or
+  a grid (different whole numbers);
+- in other places, initializers are parameters; Constant nodes, which exporters use for literals,
+  are not.
+
+``--train`` turns every tensor that is not a setting into a parameter.  This module knows operators;
+it does not deal with training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+import onnx_ir as ir
+
+_ALL = frozenset(range(64))
+
+_SETTINGS: Mapping[str, Collection[int]] = {
+    "Bernoulli": {0},
+    "CastLike": {1},
+    "Clip": {1, 2},
+    "DequantizeLinear": {1},
+    "Dropout": {1},
+    "MaxRoiPool": {1},
+    "MelWeightMatrix": _ALL,
+    "Mod": {1},
+    "Multinomial": {0},
+    "NegativeLogLikelihoodLoss": {2},
+    "NonMaxSuppression": _ALL,
+    "OneHot": {0, 1},
+    "Pad": {2},
+    "QLinearConv": _ALL,
+    "QLinearMatMul": _ALL,
+    "QuantizeLinear": {1},
+    "Range": {1},
+    "Resize": {1, 2},
+    "RoiAlign": {1},
+    "STFT": {2},
+    "SoftmaxCrossEntropyLoss": {2},
+    "Upsample": {1},
+}
+"""Operator -> inputs that have no gradient there: settings, whatever the user wishes."""
+
+_USUAL: Mapping[str, Collection[int]] = {
+    "Attention": {3, 4, 5},
+    "CausalConvWithState": {3},
+    "GRU": {5},
+    "GridSample": {1},
+    "LSTM": {5, 6},
+    "LinearAttention": {3},
+    "OneHot": {2},
+    "Pow": {1},
+    "RNN": {5},
+    "Range": {0, 2},
+    "RotaryEmbedding": {1, 2},
+}
+"""Operator -> inputs that have a gradient, but as a rule are masks, first states, exponents."""
+
+_PLACES: Mapping[str, Collection[int]] = {
+    "BatchNormalization": {1, 2},
+    "CausalConvWithState": {1, 2},
+    "Conv": {1, 2},
+    "ConvTranspose": {1, 2},
+    "DeformConv": {1, 3},
+    "Einsum": _ALL,
+    "GRU": {1, 2, 3},
+    "Gather": {0},
+    "Gemm": _ALL,
+    "GroupNormalization": {1, 2},
+    "InstanceNormalization": {1, 2},
+    "LSTM": {1, 2, 3, 7},
+    "LayerNormalization": {1, 2},
+    "MatMul": _ALL,
+    "PRelu": {1},
+    "RMSNormalization": {1},
+    "RNN": {1, 2, 3},
+}
+"""Operator -> places for weights, where a Constant node is not a literal but a parameter."""
+
+_ELEMENTWISE = frozenset({"Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum", "Where"})
+_LEARNT = frozenset({"Add", "Mul"})
+"""What a Constant node is added to or multiplied by may be a bias or a scale."""
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+_LOOKERS = frozenset(
+    {
+        "ArgMax",
+        "ArgMin",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Shape",
+        "Size",
+    }
+)
+"""Operators that read values or shapes and pass no gradient, but do not hinder one elsewhere."""
+_PASSING = frozenset(
+    {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators through which a weight comes to its place."""
+_STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
+_LOOKED_AT = 1 << 16
+"""Elements of a table that are read to tell what it is."""
+
+
+class TensorKind(Enum):
+    """The classes of stored tensors; only a setting and a statistic can never be trained."""
+
+    PARAMETER = auto()
+    CONSTANT = auto()
+    SETTING = auto()
+    STATISTIC = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The class of a tensor, and the reason if it cannot be trained."""
+
+    kind: TensorKind
+    reason: str = ""
+
+
+def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+    """Classify ``tensor``, the stored float tensor of ``value``."""
+    uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
+    places = {(node.op_type, index) for node, index in uses}
+    if places and places <= _STATISTICS:
+        return Verdict(kind=TensorKind.STATISTIC, reason="it is a running statistic, never trained")
+    for node, index in uses:
+        if index in _SETTINGS.get(node.op_type, ()):
+            reason = f"it is a setting of node '{node.name}' ({node.op_type}), without a gradient"
+            return Verdict(kind=TensorKind.SETTING, reason=reason)
+    if not uses:
+        return Verdict(kind=TensorKind.SETTING, reason="nothing that has a gradient uses it")
+    trained = len(tensor.shape) > 0 and _is_parameter(value, tensor, uses)
+    return Verdict(kind=TensorKind.PARAMETER if trained else TensorKind.CONSTANT)
+
+
+def _is_parameter(
+    value: ir.Value, tensor: ir.TensorProtocol, uses: Collection[tuple[ir.Node, int]]
+) -> bool:
+    if any(index in _PLACES.get(node.op_type, ()) for node, index in uses):
+        return True
+    if any(index in _USUAL.get(node.op_type, ()) for node, index in uses):
+        return False
+    kinds = {node.op_type for node, _ in uses}
+    literal = value.producer() is not None
+    if kinds <= _ELEMENTWISE:
+        if tensor.size == 1:
+            return any(_is_bias(node, index) for node, index in uses)
+        return not (literal and not kinds & _LEARNT) and not _is_table(tensor)
+    return not literal
+
+
+def _is_bias(node: ir.Node, index: int) -> bool:
+    """Return whether it is added to a linear layer's result, as the bias of a single output is."""
+    other = node.inputs[1 - index] if index < 2 and len(node.inputs) == 2 else None
+    source = other.producer() if other is not None else None
+    return node.op_type == "Add" and source is not None and source.op_type in _LINEAR
+
+
+def _is_table(tensor: ir.TensorProtocol) -> bool:
+    """Return whether it looks like a mask or a grid: infinities, or whole numbers that differ."""
+    values = tensor.numpy().reshape(-1)[:_LOOKED_AT].astype(np.float64)
+    if not np.isfinite(values).all():
+        return True
+    return values.size > 0 and bool(
+        (values == np.rint(values)).all() and values.min() != values.max()
+    )
+
+
+def _list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Yield the places a value comes to, those behind a cast or a change of shape among them."""
+    for use in value.uses():
+        node, index = use.node, use.idx
+        if node.op_type in _PASSING and index == 0 and not node.domain:
+            if node.op_type != "Cast" or ir.DataType(_read_type(node)).is_floating_point():
+                yield from _list_uses(node.outputs[0])
+        else:
+            yield node, index
+
+
+def _read_type(node: ir.Node) -> int:
+    attribute = node.attributes["to"]
+    if attribute.type is ir.AttributeType.STRING:  # before opset 6
+        return ir.DataType[attribute.as_string()].value
+    return attribute.as_int()

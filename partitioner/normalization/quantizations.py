@@ -1,0 +1,364 @@
+"""Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
+
+Integers have no gradient.  So in the training form, QuantizeLinear followed by DequantizeLinear is
+written as its own value plus a difference that is zero but has a gradient: the gradient passes
+unchanged if x is inside the range that the integers represent, and is zero outside.  Scales and
+zero points are settings and stay the same.
+
+A weight stored as integers before a DequantizeLinear is lifted: its float value becomes the
+parameter, under the name of the integers, and a QuantizeLinear with the same scale quantises it, so
+that the model's values do not change.  Merging folds it into integers again.  Integers of 32 bits
+(biases) have no QuantizeLinear; they become plain floats, also in the merged model.
+
+This module does not deal with cuts.  Formulas: QuantizeLinear-21 and DequantizeLinear-21 at
+onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
+
+_LIFTED = "splitonnx.lifted"
+"""Key of the metadata of a QuantizeLinear that stands for integers of the model's own."""
+
+_NARROW = frozenset(
+    {
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.INT4,
+        ir.DataType.INT8,
+        ir.DataType.INT16,
+        ir.DataType.UINT4,
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+    }
+)
+
+_SELECTING = frozenset(
+    {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators that move integers between the two of a pair, and so would move their gradient."""
+
+INTEGER_ARITHMETIC = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+"""Operators that compute with integers throughout; a model made of them is in QOperator form."""
+
+_ADVICE = "export the quantised model in QDQ format (QuantizeLinear and DequantizeLinear pairs)"
+
+
+def lift_quantized(graph: ir.Graph) -> None:
+    """Replace integer weights, in place, by float weights that are quantised in the graph."""
+    for node in [node for node in graph if _is(node, "DequantizeLinear")]:
+        source = node.inputs[0]
+        if source is None or not source.is_initializer() or source.is_graph_input():
+            continue
+        settings = _read_settings(node)
+        tensor = source.const_value
+        if settings is None or tensor is None or tensor.shape.rank() == 0:
+            continue
+        if tensor.dtype in _NARROW and len(source.uses()) == 1:
+            _lift_narrow(graph, node, source, settings)
+        elif tensor.dtype == ir.DataType.INT32:
+            _lift_wide(graph, node, source, settings)
+
+
+def _lift_narrow(
+    graph: ir.Graph, node: ir.Node, source: ir.Value, settings: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Integers -> DequantizeLinear becomes float -> QuantizeLinear -> DequantizeLinear."""
+    tensor, name = source.const_value, source.name or ""
+    assert tensor is not None
+    floats = _dequantize(node, tensor.numpy(), settings)
+    graph.initializers.pop(name)
+    value = ir.Value(name=name, const_value=ir.tensor(floats, name=name))
+    graph.register_initializer(value)
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero_point is None:  # without one, QuantizeLinear would make it UINT8
+        zeros = np.zeros(settings[0].shape, tensor.dtype.numpy())
+        zero_point = ir.Value(
+            name=f"{name}#zero_point", const_value=ir.tensor(zeros, dtype=tensor.dtype)
+        )
+        graph.register_initializer(zero_point)
+    kept = {k: a for k, a in node.attributes.items() if k in ("axis", "block_size")}
+    quantize = ir.node(
+        "QuantizeLinear", [value, node.inputs[1], zero_point], kept, name=f"{name}#quantize"
+    )
+    quantize.metadata_props[_LIFTED] = "1"
+    quantize.outputs[0].name = f"{name}#quantized"
+    graph.insert_before(node, quantize)
+    node.replace_input_with(0, quantize.outputs[0])
+
+
+def _lift_wide(
+    graph: ir.Graph, node: ir.Node, source: ir.Value, settings: tuple[np.ndarray, np.ndarray]
+) -> None:
+    tensor, result = source.const_value, node.outputs[0]
+    assert tensor is not None
+    name = result.name or ""
+    value = ir.Value(const_value=ir.tensor(_dequantize(node, tensor.numpy(), settings)))
+    result.name = None
+    value.name = name
+    assert value.const_value is not None
+    value.const_value.name = name
+    ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    graph.register_initializer(value)
+    if not source.uses():
+        graph.initializers.pop(source.name or "")
+
+
+def fold_quantized(graph: ir.Graph) -> None:
+    """Turn lifted weights back into integers, in place: the inverse of :func:`lift_quantized`."""
+    for node in [node for node in graph if _LIFTED in node.metadata_props]:
+        value, quantized = node.inputs[0], node.outputs[0]
+        settings = _read_settings(node)
+        zero_point = node.inputs[2]
+        if value is None or value.const_value is None or settings is None or zero_point is None:
+            continue
+        dtype = zero_point.dtype or ir.DataType.UINT8
+        floats = value.const_value.numpy()
+        low, high = _limit(dtype)
+        scale, zero = (_spread(node, a, floats.shape) for a in settings)
+        steps = floats / scale
+        if not dtype.is_floating_point():
+            steps = np.rint(steps) + zero.astype(floats.dtype)
+        whole = np.clip(steps, low, high)
+        integers = ir.tensor(whole.astype(dtype.numpy()), dtype=dtype, name=value.name)
+        graph.initializers.pop(value.name or "")
+        folded = ir.Value(name=value.name, const_value=integers)
+        ir.convenience.replace_all_uses_with(quantized, folded)
+        graph.remove(node, safe=True)
+        graph.register_initializer(folded)
+
+
+def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
+    """Add the straight-through gradient to every pair that a trained parameter reaches, in place.
+
+    A pair is a QuantizeLinear followed by DequantizeLinear.  Every QuantizeLinear is replaced by
+    its formula: the optimizer of onnxruntime-training 1.19.2 would turn a pair into FakeQuant,
+    which is not a standard operator and does not support scales per channel, and it rejects any
+    other QuantizeLinear.
+
+    Return whether any node was replaced.
+
+    Raises:
+        UnsupportedModel: integers that come from a parameter are used in computations before they
+            are dequantised, or the scale of a pair is not a constant.
+    """
+    roots = [value for value in graph.inputs if value.name in trained]
+    reached = find_dependents(graph, roots)
+    _refuse_integer_arithmetic(graph, reached)
+    pairs = [n for n in graph if _is(n, "DequantizeLinear") and n.inputs[0] in reached]
+    for node in pairs:
+        _straighten(node)
+    makers = [n for n in graph if _is(n, "QuantizeLinear") and n.outputs[0].uses()]
+    for node in makers:
+        x = node.inputs[0]
+        assert x is not None
+        builder = NodeBuilder(f"{node.outputs[0].name}/formula")
+        builder.replace(node, [_quantize(builder, node, builder.detach(x), whole=True)])
+    return bool(pairs or makers)
+
+
+def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -> None:
+    needed, _ = walk_back(graph.outputs)
+    for node in [n for n in graph if n.op_type in INTEGER_ARITHMETIC and n in needed]:
+        if not node.domain and any(value in reached for value in node.inputs):
+            raise UnsupportedModel(
+                f"node '{node.name}' ({node.op_type})",
+                "it computes with integers, which carry no gradient back to the parameters before "
+                "it",
+                f"{_ADVICE}, or freeze those",
+            )
+
+
+def refuse_integer_model(graph: ir.Graph) -> None:
+    """Raise if a model without parameters computes with integers, because those are its weights."""
+    for node in graph:
+        if node.op_type in INTEGER_ARITHMETIC and not node.domain:
+            raise UnsupportedModel(
+                f"node '{node.name}' ({node.op_type})",
+                "its weights are integers, so nothing of this model can be trained",
+                _ADVICE,
+            )
+
+
+def _straighten(node: ir.Node) -> None:
+    """y = value for a detached x + (x - detached x, inside the range)."""
+    chain = [node, *_trace(node)]
+    quantize = chain[-1]
+    x = quantize.inputs[0]
+    if x is None or not x.dtype or not x.dtype.is_floating_point():
+        raise _refuse(node, "what they were made of is not known to be a float tensor")
+    builder = NodeBuilder(f"{node.outputs[0].name}/straight")
+    fixed = builder.detach(x)
+    moved = builder.op("Sub", x, fixed)
+    moved.type, moved.shape = x.type, x.shape
+    if quantize.op_type == "DynamicQuantizeLinear":
+        value = builder.op("DequantizeLinear", *builder.ops(quantize.op_type, [fixed], 3, {}))
+    else:
+        _refuse_other_settings(node, quantize)
+        value = _quantize(builder, quantize, fixed, whole=False)
+        zero = builder.number(0.0, x.dtype)
+        moved = builder.op("Where", _find_inside(builder, quantize, fixed), moved, zero)
+        moved.type, moved.shape = x.type, x.shape
+    y = builder.op("Add", value, moved)
+    for between in reversed(chain[1:-1]):
+        y = builder.ops(between.op_type, [y, *between.inputs[1:]], 1, dict(between.attributes))[0]
+    if node.outputs[0].dtype not in (None, x.dtype):
+        y = builder.op("Cast", y, to=node.outputs[0].dtype.value)
+    builder.replace(node, [y])
+
+
+def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
+    one, other = (_read_settings(maker) for maker in (node, quantize))
+    if one is None or other is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            "its scale or zero point is not a constant",
+            "export the model with the scales that calibration found",
+        )
+    if not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)):
+        raise _refuse(node, f"node '{quantize.name}' made them with another scale or zero point")
+
+
+def _quantize(builder: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
+    """Round x to what the integers represent; give those with ``whole``, else the floats."""
+    settings, dtype = _read_settings(quantize), _find_dtype(quantize)
+    if settings is None:
+        raise UnsupportedModel(
+            f"node '{quantize.name}' ({quantize.op_type})",
+            "its scale or zero point is not a constant",
+            "export the model with the scales that calibration found",
+        )
+    dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
+    spread = [_spread_for(quantize, array, dims) for array in settings]
+    scale = builder.cast(builder.tensor(ir.tensor(spread[0])), x.dtype)
+    steps = builder.op("Div", x, scale)
+    if dtype.is_floating_point():
+        steps = builder.op("Cast", steps, to=dtype.value)
+        if whole:
+            return steps
+        assert x.dtype is not None
+        return builder.op("Mul", builder.op("Cast", steps, to=x.dtype.value), scale)
+    zero = spread[1].astype(settings[0].dtype)
+    low, high = (builder.tensor(ir.tensor(limit - zero)) for limit in _limit(dtype))
+    least, most = (builder.cast(limit, x.dtype) for limit in (low, high))
+    steps = builder.op("Round", builder.op("Min", builder.op("Max", steps, least), most))
+    if not whole:
+        return builder.op("Mul", steps, scale)
+    steps = builder.op("Add", steps, builder.cast(builder.tensor(ir.tensor(zero)), x.dtype))
+    return builder.op("Cast", steps, to=dtype.value)
+
+
+def _trace(node: ir.Node) -> Iterator[ir.Node]:
+    """Walk from a DequantizeLinear back to what quantised its integers, that included."""
+    while True:
+        value = node.inputs[0]
+        maker = None if value is None else value.producer()
+        if value is None or maker is None or maker.domain:
+            raise _refuse(node, "they come from no QuantizeLinear")
+        yield maker
+        if maker.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
+            return
+        if maker.op_type not in _SELECTING:
+            raise _refuse(node, f"they come through node '{maker.name}' ({maker.op_type})")
+        node = maker
+
+
+def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        f"its integers depend on a trained parameter, but {reason}, so no gradient passes",
+        _ADVICE,
+    )
+
+
+def _find_inside(builder: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
+    """Return which elements are between the least and the largest that the integers represent."""
+    settings = _read_settings(quantize)
+    dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
+    if settings is None:
+        raise UnsupportedModel(
+            f"node '{quantize.name}' (QuantizeLinear)",
+            "its scale or zero point is not a constant",
+            "export the model with the scales that calibration found",
+        )
+    low, high = _limit(_find_dtype(quantize))
+    scale, zero = settings
+    bounds = []
+    for limit in (low, high):
+        bound = np.asarray((np.float64(limit) - zero.astype(np.float64)) * scale)
+        bound = _spread_for(quantize, bound.astype(scale.dtype), dims)
+        bounds.append(builder.cast(builder.tensor(ir.tensor(bound)), x.dtype))
+    above = builder.op("GreaterOrEqual", x, bounds[0])
+    return builder.op("And", above, builder.op("LessOrEqual", x, bounds[1]))
+
+
+def _find_dtype(quantize: ir.Node) -> ir.DataType:
+    dtype = quantize.outputs[0].dtype
+    if dtype is not None:
+        return dtype
+    zero_point = quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    declared = quantize.attributes.get_int("output_dtype", 0)
+    if zero_point is not None and zero_point.dtype is not None:
+        return zero_point.dtype
+    return ir.DataType(declared) if declared else ir.DataType.UINT8
+
+
+def _limit(dtype: ir.DataType) -> tuple[float, float]:
+    return float(dtype.min), float(dtype.max)
+
+
+def _read_settings(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Read scale and zero point as arrays of one shape, if they are constants."""
+    scale = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
+    if scale is None:
+        return None
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero_point is None:
+        return scale.numpy(), np.zeros(tuple(scale.shape.numpy()), np.int32)
+    zero = ir.convenience.get_const_tensor(zero_point)
+    return None if zero is None else (scale.numpy(), zero.numpy())
+
+
+def _dequantize(
+    node: ir.Node, integers: np.ndarray, settings: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    scale, zero = (_spread(node, array, integers.shape) for array in settings)
+    steps = integers.astype(np.float64) - zero.astype(np.float64)  # exact, as is the product
+    floats: np.ndarray = (steps * scale.astype(np.float64)).astype(scale.dtype)
+    return floats
+
+
+def _spread(node: ir.Node, setting: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return _spread_for(node, setting, list(shape))
+
+
+def _spread_for(node: ir.Node, setting: np.ndarray, dims: list[int | None] | None) -> np.ndarray:
+    """Shape a scale so that it broadcasts: one for all, one along an axis, or one a block."""
+    if setting.size == 1:
+        return setting.reshape(())
+    if dims is None:
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            "the rank of its input is not known",
+            "export the model with shapes",
+        )
+    axis = node.attributes.get_int("axis", 1) % len(dims)
+    block = node.attributes.get_int("block_size", 0)
+    if not block:
+        return setting.reshape([-1 if a == axis else 1 for a in range(len(dims))])
+    repeated = np.repeat(setting, block, axis)
+    extent = dims[axis]
+    return repeated if extent is None else np.take(repeated, range(extent), axis)
+
+
+def _is(node: ir.Node, kind: str) -> bool:
+    return node.op_type == kind and node.domain in ("", "ai.onnx")

@@ -1,0 +1,245 @@
+"""Weights: find the parameters of a model, take them out of the graph and put them back.
+
+A weight becomes a graph input, so that the graph to differentiate stays small however large the
+weights are.  The use of a tensor (:mod:`parameters`) and the user's patterns decide whether it is a
+weight.  This module deals with names, initializers and Constant nodes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel, UsageError, quote
+from splitonnx.manifests import Role
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
+from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
+
+_FLOATS = {
+    ir.DataType.BFLOAT16,
+    ir.DataType.DOUBLE,
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+}
+
+EVERYTHING = "."
+"""The pattern that matches every name; with ``freeze``, only what ``train`` names is trained."""
+INNER = "splitonnx.inner"
+"""The metadata key with the name of the node whose body contained the weight."""
+
+
+def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
+    """Turn parameters and running statistics into graph inputs and return their tensors.
+
+    They are stored as initializers, or as Constant nodes, like all weights in models from Paddle's
+    exporter.  Weights in the bodies of If, Loop and Scan are included (:func:`return_weights`
+    reverses that).  ``train`` contains regular expressions.  Each selects the parameters that it
+    matches; if it matches none, it selects the constants that it matches, which become parameters.
+
+    Raises:
+        UnsupportedModel: a pattern matches nothing, or nothing that can be trained.
+        UsageError: a pattern is not a regular expression.
+    """
+    _hoist(graph)
+    stored = dict(_list_stored(graph))
+    verdicts = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
+    lifted = {
+        n for n, v in verdicts.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
+    }
+    for pattern in train:
+        lifted |= _find_trained(pattern, verdicts, graph)
+    return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
+
+
+def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
+    """Turn weights that are used only inside bodies back into constants; they are not trainable."""
+    for value in [value for value in graph.inputs if INNER in value.metadata_props]:
+        if all(use.node.graph is not graph for use in value.uses()):
+            graph.inputs.remove(value)
+            value.const_value = weights.pop(value.name or "")
+            graph.register_initializer(value)
+
+
+def count_inner(graph: ir.Graph) -> int:
+    """Count the elements of the weights that :func:`return_weights` turned back into constants."""
+    inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
+    return sum(value.const_value.size for value in inner if value.const_value is not None)
+
+
+def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
+    """Turn graph inputs back into initializers: the inverse of :func:`lift_weights`.
+
+    A weight in 16 bits, which is trained in float32, is rounded to its own type.
+    """
+    for value in [value for value in graph.inputs if value.name in weights]:
+        graph.inputs.remove(value)
+        array = weights[value.name or ""]
+        if value.dtype is not None:
+            array = array.astype(value.dtype.numpy(), copy=False)
+        value.const_value = ir.tensor(array, name=value.name)
+        graph.register_initializer(value)
+
+
+def assign_roles(
+    weights: Collection[str],
+    statistics: set[str],
+    buffers: set[str],
+    *,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+) -> dict[str, Role]:
+    """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
+
+    A name that matches a pattern of ``train`` is trained, even if it also matches one of
+    ``freeze``.
+
+    Raises:
+        UnsupportedModel: a pattern of ``freeze`` matches no weight.
+        UsageError: a pattern is not a regular expression, or ``freeze`` has no effect.
+    """
+    trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
+    frozen: set[str] = set()
+    for pattern in freeze:
+        found = _search(pattern, weights, "--freeze")
+        if not found:
+            raise _refuse_unknown("--freeze", pattern, weights)
+        if not found - trained and pattern != EVERYTHING:
+            raise UsageError(
+                f"--freeze {pattern} freezes nothing: --train trains all that it finds; drop one"
+            )
+        frozen |= found - trained
+    roles: dict[str, Role] = {}
+    for name in weights:
+        if name in buffers:
+            roles[name] = Role.BUFFER
+        elif name in statistics or name in frozen:
+            roles[name] = Role.FROZEN
+        else:
+            roles[name] = Role.PARAMETER
+    return roles
+
+
+def pin_names(names: Collection[str]) -> tuple[str, ...]:
+    """Return patterns that match exactly these names."""
+    return tuple(f"^{re.escape(name)}$" for name in names)
+
+
+def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Return a weight as a contiguous little-endian array, memory-mapped if its file is."""
+    array = tensor.numpy()
+    return np.ascontiguousarray(array).reshape(array.shape)  # which would make a scalar a vector
+
+
+def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.TensorProtocol]]]:
+    """Yield every stored tensor of the graph itself, by name."""
+    for name, value in graph.initializers.items():
+        if value.const_value is not None:
+            yield name, (value, value.const_value)
+    for node in graph:
+        if node.op_type == "Constant" and not node.domain and "sparse_value" not in node.attributes:
+            value = node.outputs[0]
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and value.name and not value.is_graph_output():
+                yield value.name, (value, tensor)
+
+
+def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+    if tensor.dtype not in _FLOATS:
+        return Verdict(
+            kind=TensorKind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient"
+        )
+    return classify_tensor(value, tensor)
+
+
+def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph) -> set[str]:
+    found = _search(pattern, verdicts, "--train")
+    for kind in (TensorKind.PARAMETER, TensorKind.CONSTANT):
+        chosen = {name for name in found if verdicts[name].kind is kind}
+        if chosen:
+            return chosen
+    for name in verdicts:
+        if name in found:
+            raise UnsupportedModel(f"--train {pattern}", f"'{name}': {verdicts[name].reason}")
+    for holder, name in _list_inner(graph):
+        if re.search(pattern, name):
+            raise UnsupportedModel(
+                f"--train {pattern}",
+                f"'{name}' is in a body of node '{holder.name}' ({holder.op_type}), whose "
+                "weights are not trained",
+                "export the model without control flow",
+            )
+    raise _refuse_unknown("--train", pattern, verdicts)
+
+
+def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Yield the stored tensors of bodies, with the node that holds each."""
+    for holder, body in _list_bodies(graph):
+        for name, _ in _list_stored(body):
+            yield holder, name
+
+
+def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
+    """Yield every body in the graph, nested ones too, with the outermost node that holds it."""
+    for holder in graph:
+        for body in list_bodies(holder):
+            yield holder, body
+            yield from ((holder, inner) for _, inner in _list_bodies(body))
+
+
+def _hoist(graph: ir.Graph) -> None:
+    """Move the parameters of bodies to the graph itself, whence the bodies capture them."""
+    bodies = list(_list_bodies(graph))
+    taken = {value.name for node in list_nodes(graph) for value in node.outputs}
+    taken |= {value.name for value in graph.inputs} | set(graph.initializers)
+    for holder, body in bodies:
+        for name, (value, tensor) in list(_list_stored(body)):
+            if value.is_graph_output() or _classify(value, tensor).kind is not TensorKind.PARAMETER:
+                continue
+            own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
+            taken.add(own)
+            outer = ir.Value(
+                name=own, const_value=tensor, metadata_props={INNER: holder.name or ""}
+            )
+            value.replace_all_uses_with(outer)
+            node = value.producer()
+            if node is None:
+                body.initializers.pop(name)
+            else:
+                body.remove(node, safe=True)
+            graph.register_initializer(outer)
+
+
+def _search(pattern: str, names: Collection[str], option: str) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option} {pattern} is not a regular expression: {error}") from error
+    return {name for name in names if compiled.search(name)}
+
+
+def _refuse_unknown(option: str, pattern: str, names: Collection[str]) -> UnsupportedModel:
+    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    offer = f"did you mean {quote(nearest)}?" if nearest else "it has "
+    if not nearest:
+        offer += quote(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return UnsupportedModel(f"{option} {pattern}", "no parameter's name fits this pattern", offer)
+
+
+def _lift(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    name, node = value.name or "", value.producer()
+    if node is None:
+        graph.initializers.pop(name)
+        value.const_value = None
+        source = value
+    else:
+        source = ir.Value(name=name)
+        value.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+    source.type = ir.TensorType(tensor.dtype)
+    source.shape = ir.Shape(tensor.shape.numpy())
+    graph.inputs.append(source)
+    return tensor

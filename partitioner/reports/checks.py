@@ -1,0 +1,198 @@
+"""Check a model before it is cut: what prevents training, what is rewritten, where it can be cut.
+
+The check runs the same steps as a cut and collects their findings.  It writes no files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import onnx_ir as ir
+
+from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageError
+from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.joints import build_training
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
+from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.traversals import find_moving
+from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.normalization.weights import count_inner
+from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.reports.diagnoses import Kind, Remark, diagnose
+from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
+
+
+class Handling(StrEnum):
+    """How an operator is handled in training.
+
+    ``native`` operators are differentiated directly, ``rewritten`` ones are replaced by other
+    operators.  ``forward only`` operators come before every trained parameter or compute integers.
+    Operators that are ``in the way`` have no gradient.
+    """
+
+    NATIVE = "native"
+    REWRITTEN = "rewritten"
+    FORWARD = "forward only"
+    OBSTACLE = "in the way"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorUse:
+    """The number of nodes with the same operator and the same handling."""
+
+    operator: str
+    handling: Handling
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The result of :func:`check`: what is known of a model before it is cut.
+
+    ``losses`` are those that fit the output.  Each sentence in ``obstacles`` is a reason why the
+    model cannot be trained; if there are none, it can.  Parameters are counted in elements:
+    ``parameters`` are trained, ``frozen`` are not, ``statistics`` are running statistics, and
+    ``conditional`` ones cannot be trained, because they are in branches and loops that depend on
+    the data.  ``remarks`` report what the export left out, and whether there are too many cuts to
+    try; in that case no cuts are listed.
+    """
+
+    opset: int
+    producer: str
+    output: str
+    losses: tuple[str, ...]
+    obstacles: tuple[str, ...]
+    remarks: tuple[Remark, ...]
+    operators: tuple[OperatorUse, ...]
+    parameters: int
+    frozen: int
+    statistics: int
+    conditional: int
+    cuts: tuple[CutCandidate, ...]
+
+    @property
+    def trainable(self) -> bool:
+        """Return whether the model can be trained as it is, on either target."""
+        return not self.obstacles
+
+
+@pause_collection()
+def check(
+    model: ModelSource,
+    *,
+    loss: str | None = None,
+    output: str | None = None,
+) -> Check:
+    """Check whether and how a model can be trained.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded model.
+        loss: the loss to try; by default the first that fits.
+        output: the output from which the loss is computed; by default the first output.
+
+    Raises:
+        NotAModel, ForbiddenExternalData: the model cannot be read.
+        UnsupportedModel: it cannot be prepared; the message names the node.
+        UsageError: there is no such loss or output.
+    """
+    if loss is not None and loss not in list_losses():
+        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
+    opened = open_model(model)
+    opset = opened.graph.opset_imports.get("", 0)
+    producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
+    remarks = tuple(diagnose(opened))
+    prepared = prepare(opened)
+    output = choose_output(prepared, output)
+    losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
+    faults: list[NotDifferentiable] = []
+    if losses:
+        faults, obstacles = _try_training(prepared, losses[0], output)
+    cuts, unlisted = _list_cuts(prepared)
+    return Check(
+        opset=opset,
+        producer=producer,
+        output=output,
+        losses=losses,
+        obstacles=(*map(str, faults), *obstacles),
+        remarks=(*remarks, *unlisted),
+        operators=_list_uses(prepared, {fault.node for fault in faults}),
+        parameters=_count(prepared, Role.PARAMETER),
+        frozen=_count(prepared, Role.FROZEN),
+        statistics=_count(prepared, Role.BUFFER),
+        conditional=count_inner(prepared.skeleton.graph),
+        cuts=cuts,
+    )
+
+
+def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
+    """List the cuts; if that takes too much work, list none, and add a remark."""
+    try:
+        return tuple(list_cuts(prepared, None)), ()
+    except TooManyTries as error:
+        return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
+
+
+def _fit_losses(
+    prepared: PreparedModel, output: str, losses: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the losses that fit the output, and the error messages of the rest."""
+    fitting, reasons = [], []
+    for loss in losses:
+        try:
+            fit_loss(prepared.training.graph, loss, output)
+            fitting.append(loss)
+        except ModelError as error:
+            reasons.append(str(error))
+    return tuple(fitting), () if fitting else tuple(dict.fromkeys(reasons))
+
+
+def _try_training(
+    prepared: PreparedModel, loss: str, output: str
+) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
+    """Differentiate and lower the whole model; return the obstacles found."""
+    faults = list(_list_faults(prepared, output))
+    if faults:
+        return faults, ()
+    try:
+        joint = build_training(prepared, (), (), loss, output)
+        lower(joint.graph)
+    except (ModelError, UsageError) as error:
+        return [], (str(error),)
+    return [], ()
+
+
+def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferentiable]:
+    return list_undifferentiable(prepared.training.graph, prepared.trainable, output)
+
+
+def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, ...]:
+    """Count the model's operators by how each node is handled in the training form."""
+    graph = prepared.training.graph
+    trained = set(prepared.trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    kept = {node.name: node for node in graph}
+
+    def handle(node: ir.Node) -> Handling:
+        if node.name in faulty:
+            return Handling.OBSTACLE
+        same = kept.get(node.name)
+        if same is None or same.op_type != node.op_type:
+            return Handling.REWRITTEN
+        differentiated = any(value in moving for value in same.outputs)
+        return Handling.NATIVE if differentiated else Handling.FORWARD
+
+    counts = Counter((node.op_type, handle(node)) for node in prepared.skeleton.graph)
+    return tuple(
+        OperatorUse(operator=operator, handling=handling, nodes=nodes)
+        for (operator, handling), nodes in sorted(counts.items())
+    )
+
+
+def _count(prepared: PreparedModel, role: Role) -> int:
+    return sum(prepared.weights[name].size for name, own in prepared.roles.items() if own is role)

@@ -1,0 +1,143 @@
+"""Diagnose what an exporter did to a model, as far as the model shows it.
+
+A folded BatchNormalization leaves no trace of its own, so a remark describes what can be seen
+(which nodes, which exporter) and what that means for training.  This module never refuses
+a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.gate.ml_operators import DOMAIN
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
+
+_CALLS = {
+    "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
+    "or with dynamo=True and optimize=False",
+    "tf2onnx": "Keras has no export that keeps it; train without, or export from the torch backend",
+    "jax2onnx": "jax2onnx keeps BatchNorm where the module has one",
+}
+"""Map each exporter to advice for a model that it has folded."""
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_FEWEST_CONVOLUTIONS = 8
+"""A convolutional network with this many layers is rarely trained without normalization."""
+_NORMALIZATIONS = frozenset(
+    {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+)
+
+
+class Kind(StrEnum):
+    """The topic of a remark."""
+
+    NO_BATCHNORM = "no batchnorm"
+    FROZEN_BATCHNORM = "frozen batchnorm"
+    DROPOUT_OFF = "dropout off"
+    QUANTIZED = "quantized"
+    DICTIONARIES = "dictionaries"
+    CUTS_NOT_LISTED = "cuts not listed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """A remark on a model: one sentence, and advice on what to do."""
+
+    kind: Kind
+    sentence: str
+
+
+@attribute_errors_to_pass("searched for what its export left out")
+def diagnose(model: ir.Model) -> list[Remark]:
+    """List remarks on what a model's export means for training.
+
+    ``model`` must be as read from the file, before any preparation.
+    """
+    return [remark for look in _LOOKS for remark in look(model)]
+
+
+def _advise(model: ir.Model) -> str:
+    advice = _CALLS.get((model.producer_name or "").lower())
+    return f"; {advice}" if advice else ""
+
+
+def _name_producer(model: ir.Model) -> str:
+    words = [model.producer_name or "an unnamed exporter", model.producer_version or ""]
+    return " ".join(word for word in words if word)
+
+
+def _miss_batchnorms(model: ir.Model) -> Iterator[Remark]:
+    kinds = [node.op_type for node in list_nodes(model.graph)]
+    convolutions = sum(kind in _CONVOLUTIONS for kind in kinds)
+    if convolutions < _FEWEST_CONVOLUTIONS or _NORMALIZATIONS & set(kinds):
+        return
+    yield Remark(
+        kind=Kind.NO_BATCHNORM,
+        sentence=f"the model has {convolutions} convolutions and no normalization: if the network "
+        f"had one, {_name_producer(model)} folded it into them, and it is not trained"
+        f"{_advise(model)}",
+    )
+
+
+def _find_frozen(model: ir.Model) -> Iterator[Remark]:
+    frozen = [node for node in list_batchnorms(model.graph) if not is_training(node)]
+    if frozen:
+        yield Remark(
+            kind=Kind.FROZEN_BATCHNORM,
+            sentence=f"{len(frozen)} BatchNormalization nodes are in inference mode: they "
+            "normalise by their running statistics, which stay as they are; train with "
+            "--batchnorm train to normalise by the batch",
+        )
+
+
+def _find_idle_dropouts(model: ir.Model) -> Iterator[Remark]:
+    idle = [n for n in model.graph if n.op_type == "Dropout" and not n.domain and not _is_on(n)]
+    if idle:
+        yield Remark(
+            kind=Kind.DROPOUT_OFF,
+            sentence=f"{len(idle)} Dropout nodes are off, as at inference; train with "
+            "--dropout keep to turn them on",
+        )
+
+
+def _is_on(node: ir.Node) -> bool:
+    """Return whether the third input exists and is not known to be false."""
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    if mode is None:
+        return False
+    known = ir.convenience.get_const_tensor(mode)
+    return known is None or bool(known.numpy().any())
+
+
+def _find_quantized(model: ir.Model) -> Iterator[Remark]:
+    count = sum(node.op_type == "QuantizeLinear" for node in list_nodes(model.graph))
+    if count:
+        yield Remark(
+            kind=Kind.QUANTIZED,
+            sentence=f"the model is quantized in {count} places; gradients pass straight through "
+            "the rounding (docs/quantization.md)",
+        )
+
+
+def _find_dictionaries(model: ir.Model) -> Iterator[Remark]:
+    kinds = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
+    if kinds:
+        yield Remark(
+            kind=Kind.DICTIONARIES,
+            sentence=f"{', '.join(kinds)} of {DOMAIN} are written in standard operators; an output "
+            "of dictionaries becomes the tensor of probabilities",
+        )
+
+
+_LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
+    _miss_batchnorms,
+    _find_frozen,
+    _find_idle_dropouts,
+    _find_quantized,
+    _find_dictionaries,
+)

@@ -1,0 +1,394 @@
+"""A client's channel to its server: a logical connection that reconnects when it breaks.
+
+The channel reconnects, sends the greeting, and sends the messages of an open task again, so that
+its user sees each tensor sent and received exactly once.  The greeting decides from which step the
+two sides continue; the client is responsible for going back to that step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from splitonnx.errors import (
+    BatchTooLarge,
+    ConnectionLost,
+    LocalProtocolError,
+    NotFinite,
+    NotPermitted,
+    ProtocolError,
+    RemoteFault,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StaleConnection,
+    StepsLost,
+    TaskTooLarge,
+)
+from splitonnx.manifests import PartyManifest
+from splitonnx.messages import (
+    REPLACED,
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Unsaved,
+    Welcome,
+)
+from splitonnx.names import TRAIN
+from splitonnx.runtime.channels.open_tasks import OpenTask
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.wire.protocols import Protocol, list_wires
+from splitonnx.runtime.wire.transports import Transport
+
+GREETINGS = 10
+"""How often in a row the server may call a connection outdated; then a second client is assumed."""
+
+Dial: TypeAlias = Callable[[], Transport]
+"""Opens a new connection, or raises ConnectionLost if that is not possible now."""
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+_logger = logging.getLogger("splitonnx.client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """The steps from which a client can resume; see :class:`~splitonnx.messages.Hello`."""
+
+    origin: str
+    start: int
+    step: int
+    kept: tuple[int, ...]
+
+
+class Channel:
+    """The logical connection of one session.
+
+    ``step`` is the step from which both sides continued after the last greeting: the client's own
+    step, or an earlier one that the client kept.
+
+    Args:
+        dial: opens a connection; ``None`` if ``transport`` is the only connection.
+        transport: a connection that is already open.
+        manifest: the client's manifest.
+        session: the session's name.
+        find_resume_point: returns where the client can resume; called for each greeting.
+        backoff: how long to wait between attempts to reconnect.
+        patient: whether to keep retrying the first connection, like every later one.
+
+    Raises:
+        ConnectionLost, ServerBusy: the server cannot be reached, or it is full.
+        BundleMismatch, RemoteFault: the server refuses the client.
+    """
+
+    def __init__(
+        self,
+        dial: Dial | None,
+        transport: Transport | None = None,
+        *,
+        manifest: PartyManifest,
+        session: str,
+        find_resume_point: Callable[[], ResumePoint],
+        backoff: Backoff,
+        patient: bool = False,
+    ) -> None:
+        self.session = session
+        self._dial = dial
+        self._given = transport
+        self._manifest = manifest
+        self._find_resume_point = find_resume_point
+        self._backoff = backoff
+        self._generation = 0
+        self._wants_repeat = False
+        self._delays: Iterator[float] | None = None  # kept until something new arrives
+        self._lost_at: float | None = None  # likewise: when the first loss occurred
+        self._transport: Transport | None = None
+        self._protocol = Protocol(manifest, manifest.party)
+        self._task: OpenTask | None = None
+        self._last: OpenTask | None = None  # the last step, which the server may not have made
+        self._past_traffic = (0, 0)
+        self.step = self._find_server(None) if patient else self._greet()
+        self._lost_at = None  # nothing was lost before the start
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received so far, over all connections."""
+        sent, received = self._past_traffic
+        if self._transport is None:
+            return sent, received
+        return sent + self._transport.bytes_sent, received + self._transport.bytes_received
+
+    def begin(self, key: TaskKey) -> None:
+        """Open a task; its messages are kept until it ends, so that they can be sent again."""
+        self._task = OpenTask(key=key)
+
+    def end(self) -> None:
+        """Close the task: the client has received all of its results, or aborts it."""
+        if self._task is not None and self._task.key.phase == TRAIN:
+            self._last = self._task
+        self._task = None
+
+    def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
+        """Send wires of the open task, reconnecting if necessary.
+
+        The arrays must not be changed until the task is over.
+
+        Raises:
+            StepsLost: the server is at an earlier step; the task must be aborted.
+            ConnectionLost: there is no connection, and reconnecting took too long.
+        """
+        task = self._require_task()
+        message = Tensors(
+            session=task.key.session,
+            phase=task.key.phase,
+            step=task.key.step,
+            micro_batch=task.key.micro_batch,
+            turn=len(task.sent),
+            seed=seed,
+            learning_rate=learning_rate,
+        )
+        task.sent.append((message, wires))
+        try:
+            self._send(message, wires)
+        except ConnectionLost as error:
+            self._reconnect(error)
+
+    def receive_wires(self) -> Mapping[str, np.ndarray]:
+        """Wait for the next wires of the open task that were not received before.
+
+        Raises:
+            StepsLost, ConnectionLost: see :meth:`send_wires`.
+            RemoteFault: the server reported an internal error.
+        """
+        task = self._require_task()
+        while True:
+            try:
+                message, tensors = self._receive(Tensors)
+            except ConnectionLost as error:
+                self._reconnect(error)
+                continue
+            task.check(message)
+            if message.turn == task.received:
+                task.received += 1
+                self._note_progress()
+                if task.key.phase == TRAIN:
+                    self._last = None  # the server is past that step
+                return tensors
+
+    def save(self, step: int, *, publish: bool = False) -> str:
+        """Ask the server to write its state; return ``None``, or the reason why it could not.
+
+        Raises:
+            StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
+        """
+        while True:
+            try:
+                self._send(Save(session=self.session, step=step, publish=publish))
+                answer = self._receive_saved()
+            except ConnectionLost as error:
+                self._reconnect(error)
+                continue
+            if answer.step != step:
+                raise RemoteProtocolError(f"it saved step {answer.step}, not {step}")
+            self._note_progress()
+            return answer.reason if isinstance(answer, Unsaved) else ""
+
+    def close(self, *, for_good: bool = True) -> None:
+        """End the session with a Bye message and close the connection; may be called twice.
+
+        With ``for_good=False`` only the connection is closed, and the server keeps the session.
+        """
+        if self._transport is not None and for_good:
+            with suppress(ProtocolError):  # the other side may be gone already
+                self._send(Bye())
+        self._hang_up()
+
+    def _note_progress(self) -> None:
+        """Note that something new came: the next reconnect begins with the shortest delay."""
+        self._delays = self._lost_at = None
+
+    def _require_task(self) -> OpenTask:
+        if self._task is None:
+            raise LocalProtocolError("no task is open")
+        return self._task
+
+    def _reconnect(self, cause: ConnectionLost) -> None:
+        """Reconnect to the session and send the messages again that the server may have missed."""
+        while True:
+            if self._dial is None:
+                self._hang_up()
+                raise cause
+            if cause.code == REPLACED:
+                self._hang_up()
+                raise StaleConnection(self._generation, self._generation + 1) from cause
+            _logger.warning("%s; reconnecting", cause)
+            self.step = self._find_server(cause)
+            _logger.info("reconnected at step %d", self.step)
+            if self.step != self._find_resume_point().step:
+                raise StepsLost(self.step)
+            try:
+                self._repeat()
+            except ConnectionLost as error:
+                cause = error
+            else:
+                return
+
+    def _repeat(self) -> None:
+        """Send the last step's messages again, if the server wants them, and the open task's."""
+        if self._wants_repeat:
+            last = self._find_last()
+            if last is None:
+                raise RemoteProtocolError("it wants messages again that the client does not have")
+            self._send_all(last)
+            for _ in range(last.received):  # the answers came before
+                last.check(self._receive(Tensors)[0])
+        if self._task is not None:
+            self._send_all(self._task)
+
+    def _send_all(self, task: OpenTask) -> None:
+        task.due = 0
+        for message, wires in task.sent:
+            self._send(message, wires)
+
+    def _find_last(self) -> OpenTask | None:
+        """Return the last step, if it was made here and is the one before the client's own."""
+        if self._last is not None and self._last.key.step == self._find_resume_point().step - 1:
+            return self._last
+        return None
+
+    def _find_server(self, cause: SplitonnxError | None) -> int:
+        """Greet until somebody answers."""
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+        limit = self._backoff.give_up_after
+        if self._delays is None:
+            self._delays = self._backoff.delays()
+        for delay in self._delays:
+            if cause is not None and limit is not None:
+                left = self._lost_at + limit - time.monotonic()
+                if left <= 0:
+                    raise cause
+                delay = min(delay, left)
+            time.sleep(delay)
+            try:
+                return self._greet()
+            except (ConnectionLost, ServerBusy) as error:
+                cause = error
+        raise AssertionError("the delays have no end")
+
+    def _greet(self) -> int:
+        """Connect, greet, and return the step at which both sides continue."""
+        for attempt in itertools.count(1):
+            self._hang_up()
+            self._transport = self._connect()
+            self._protocol = Protocol(self._manifest, self._manifest.party)
+            self._generation += 1
+            try:
+                self._send(self._make_hello())
+                welcome, _ = self._receive(Welcome)  # the protocol compares digest and wires
+                self._check_welcome(welcome)
+            except StaleConnection as error:
+                if error.newest < self._generation or attempt == GREETINGS:
+                    self._hang_up()
+                    raise
+                self._generation = error.newest  # an earlier run of this client had it
+            except SplitonnxError:
+                self._hang_up()
+                raise
+            else:
+                self._wants_repeat = welcome.wants_repeat
+                return welcome.step
+        raise AssertionError("the count has no end")
+
+    def _connect(self) -> Transport:
+        if self._given is not None:
+            transport, self._given = self._given, None
+            return transport
+        if self._dial is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        return self._dial()
+
+    def _make_hello(self) -> Hello:
+        point = self._find_resume_point()
+        return Hello(
+            digest=self._manifest.digest,
+            session=self.session,
+            origin=point.origin,
+            start=point.start,
+            generation=self._generation,
+            step=point.step,
+            kept=point.kept,
+            is_open=self._task is not None and bool(self._task.sent),
+            can_repeat=self._find_last() is not None,
+            wires=list_wires(self._manifest),
+        )
+
+    def _check_welcome(self, welcome: Welcome) -> None:
+        point = self._find_resume_point()
+        if welcome.session != self.session:
+            raise RemoteProtocolError(f"it welcomed session '{welcome.session[:40]}'")
+        if welcome.step not in (point.step, *(point.kept or (point.start,))):
+            raise RemoteProtocolError(
+                f"it would continue at step {welcome.step}, of which no state was kept"
+            )
+
+    def _hang_up(self) -> None:
+        if self._transport is not None:
+            self._past_traffic = self.traffic
+            transport, self._transport = self._transport, None
+            transport.close()
+
+    def _send(self, message: Message, tensors: Mapping[str, np.ndarray] | None = None) -> None:
+        if self._transport is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        self._transport.send(self._protocol.send(message, tensors))
+
+    def _receive(self, expected: type[_Answer]) -> tuple[_Answer, Mapping[str, np.ndarray]]:
+        message, tensors = self._receive_any()
+        if not isinstance(message, expected):
+            raise RemoteProtocolError(
+                f"it sent {type(message).__name__} where {expected.__name__} was due"
+            )
+        return message, tensors
+
+    def _receive_saved(self) -> Saved | Unsaved:
+        message, _ = self._receive_any()
+        if not isinstance(message, Saved | Unsaved):
+            raise RemoteProtocolError(f"it sent {type(message).__name__} where Saved was due")
+        return message
+
+    def _receive_any(self) -> tuple[Message, Mapping[str, np.ndarray]]:
+        if self._transport is None:
+            raise ConnectionLost("the server", "the connection is closed")
+        message, tensors = self._protocol.receive(self._transport.receive())
+        if isinstance(message, Fault):
+            raise _translate(message, self._generation)
+        return message, tensors
+
+
+def _translate(fault: Fault, generation: int) -> SplitonnxError:
+    if fault.code == StaleConnection.__name__:
+        return StaleConnection(generation, fault.newest)
+    if fault.code == ServerBusy.__name__:
+        return ServerBusy(fault.reason)
+    if fault.code == NotFinite.__name__:
+        return NotFinite(fault.subject, f"{fault.reason}, at the server")
+    if fault.code == BatchTooLarge.__name__:
+        return BatchTooLarge(fault.subject, fault.needed, fault.limit)
+    if fault.code == NotPermitted.__name__:
+        return NotPermitted(fault.subject, fault.reason)
+    if fault.code == TaskTooLarge.__name__:
+        return TaskTooLarge(fault.needed, fault.limit)
+    return RemoteFault(fault.code, fault.reason)

@@ -1,0 +1,57 @@
+"""The client's credentials, and which servers it trusts; this module opens no connection."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from splitonnx.errors import UsageError
+from splitonnx.runtime.wire.exposure import is_loopback
+
+MESSAGE_BYTES = 256 << 20
+"""Default limit for the bytes of one message from a server."""
+
+_logger = logging.getLogger("splitonnx.credentials")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """A client's credentials, the TLS authorities it trusts, and the largest message it accepts.
+
+    ``token`` is sent in the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
+    the authorities that the operating system trusts.  ``message_bytes`` limits a message from the
+    server: the connection is closed as soon as a larger message is announced.
+
+    Raises:
+        UsageError: ``message_bytes`` is not positive.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+    message_bytes: int = MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.message_bytes < 1:
+            raise UsageError(f"message_bytes must be positive, not {self.message_bytes}")
+
+
+def check_url(url: str, credentials: Credentials) -> None:
+    """Check a server's address against the credentials, and warn if a token is sent unencrypted.
+
+    Raises:
+        UsageError: it is not a valid address, contains a password, or certificates are given
+            without TLS.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise UsageError(f"'{url}' is not a websocket address: {error}") from error
+    if "@" in parts.netloc:
+        raise UsageError("leave names and passwords out of the server's address; use a token")
+    if credentials.tls is not None and parts.scheme != "wss":
+        raise UsageError(f"'{url}' is without TLS; write wss:// or leave the certificates out")
+    if credentials.token is not None and parts.scheme == "ws" and not is_loopback(host):
+        _logger.warning("no TLS: the token travels to %s in the clear; use wss://", host)

@@ -1,0 +1,50 @@
+"""How long a client waits before it reconnects; it computes the times but does not wait."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from splitonnx.errors import UsageError
+
+FIRST_DELAY = 0.05
+"""Seconds before the second attempt to reconnect; the first attempt is made at once."""
+LONGEST_DELAY = 10.0
+"""Most seconds between two attempts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """How long to wait between attempts to reconnect, and when to give up.
+
+    Each wait is random, between half of a bound and the bound, which doubles each time, so that the
+    clients of a restarted server do not all reconnect at once.  ``give_up_after`` is in seconds
+    since the connection was lost, or ``None`` to retry forever.
+
+    Raises:
+        UsageError: a time is negative or not a number, or ``first`` is longer than ``longest``.
+    """
+
+    first: float = FIRST_DELAY
+    longest: float = LONGEST_DELAY
+    give_up_after: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("first", "longest", "give_up_after"):
+            seconds: float | None = getattr(self, name)
+            if seconds is not None and not seconds >= 0:  # nor NaN, which no number is below
+                raise UsageError(f"{name} must be 0 seconds or more, not {seconds:g}")
+        if self.first > self.longest:
+            raise UsageError(
+                f"the first wait must not be longer than the longest ({self.longest:g} s), "
+                f"not {self.first:g} s"
+            )
+
+    def delays(self) -> Iterator[float]:
+        """Yield the seconds to wait before each attempt; the iterator is endless."""
+        yield 0.0
+        bound = self.first
+        while True:
+            yield random.uniform(bound / 2, bound)
+            bound = min(2 * bound, self.longest)

@@ -1,0 +1,200 @@
+"""A client's connection to its server over a websocket.
+
+Messages are sent as binary frames without compression, which does not make tensors smaller, and in
+fragments of 1 MiB, so that neither side needs a second copy of a large message in its buffers.
+Every exception of websockets, TLS and the operating system is converted to one of ours here.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from http import HTTPStatus
+from typing import cast
+
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidMessage,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
+from websockets.sync.client import connect as connect_websocket
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    ConnectionLost,
+    MessageTooLarge,
+    ProtocolError,
+    Unauthorized,
+    UntrustedPeer,
+    UsageError,
+)
+from splitonnx.runtime.channels.bounded_connections import BoundedConnection
+from splitonnx.runtime.channels.credentials import Credentials, check_url
+from splitonnx.runtime.wire.close_codes import POLICY, TOO_BIG, describe_loss
+from splitonnx.runtime.wire.fragments import split_message
+from splitonnx.runtime.wire.tls import describe_failure
+
+OPEN_SECONDS = 10.0
+"""Time limit in seconds for connecting, including TLS and HTTP."""
+REPLY_SECONDS = 600.0
+"""Seconds that a client waits for the beginning of a reply, while the server computes."""
+MESSAGE_SECONDS = 60.0
+"""Seconds from a reply's first byte to its last; a delay is noticed at most a quarter later."""
+PING_SECONDS = 20.0
+"""Seconds between pings."""
+PONG_SECONDS = 60.0
+"""Seconds in which the server must answer a ping; the answer may have to wait for a fragment."""
+CLOSE_SECONDS = 5.0
+"""Seconds that the server has to answer the closing handshake."""
+
+
+class WebSocketTransport:
+    """A client's connection to a server over a websocket; see :class:`transports.Transport`.
+
+    Raises:
+        ConnectionLost: no server answers, or it is full: try again.
+        Unauthorized: the server requires a token, rejects this token, or rejects this web origin.
+        UntrustedPeer: TLS does not trust the server's certificate, or the server does not trust
+            ours.
+        Redirected: the server redirects to another address.
+        UsageError: ``url`` is not a websocket address.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        credentials: Credentials | None = None,
+        open_seconds: float = OPEN_SECONDS,
+        reply_seconds: float = REPLY_SECONDS,
+        message_seconds: float = MESSAGE_SECONDS,
+    ) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._url = url.partition("?")[0]  # as errors tell it: what follows may be a secret
+        self._reply_seconds = reply_seconds
+        self._message_seconds = message_seconds
+        self._opened = ExitStack()  # websockets wants to be used as a context manager
+        credentials = credentials or Credentials()
+        check_url(url, credentials)
+        headers = (
+            {} if credentials.token is None else {"Authorization": f"Bearer {credentials.token}"}
+        )
+        try:
+            connecting = connect_websocket(
+                url,
+                additional_headers=headers,
+                ssl=credentials.tls,
+                compression=None,
+                max_size=credentials.message_bytes,
+                open_timeout=open_seconds,
+                ping_interval=PING_SECONDS,
+                ping_timeout=PONG_SECONDS,
+                close_timeout=CLOSE_SECONDS,
+                proxy=None,
+                create_connection=BoundedConnection,
+            )
+            self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
+        except InvalidURI as error:
+            raise UsageError(
+                f"'{self._url}' is not a websocket address such as ws://host:8765"
+            ) from error
+        except InvalidStatus as error:
+            raise _translate_status(self._url, error) from error
+        except (OSError, WebSocketException) as error:
+            raise _translate_opening(self._url, error) from error
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks as one message."""
+        try:
+            self._socket.send(split_message(chunks))
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
+        self.bytes_sent += sum(map(len, chunks))
+
+    def receive(self) -> bytes:
+        """Wait for the next message, with one time limit for its beginning and one for its end."""
+        begin_by = time.monotonic() + self._reply_seconds
+        end_by: float | None = None
+        while True:
+            deadline = begin_by if end_by is None else end_by
+            patience = min(deadline - time.monotonic(), self._message_seconds / 4)
+            try:
+                content = self._socket.recv(max(patience, 0), decode=False)
+            except TimeoutError:
+                if not self._is_underway():
+                    end_by = None
+                elif end_by is None:
+                    end_by = time.monotonic() + self._message_seconds
+                self._check_patience(begin_by, end_by)
+            except (OSError, WebSocketException) as error:
+                raise self._explain(error) from error
+            else:
+                self._socket.take(len(content))
+                self.bytes_received += len(content)
+                return content
+
+    def close(self) -> None:
+        """Close the connection; may be called twice."""
+        self._opened.close()
+
+    def _is_underway(self) -> bool:
+        """Return whether part of a message has arrived; another thread writes that value."""
+        protocol = self._socket.protocol
+        return protocol.current_size is not None or bool(protocol.reader.buffer)
+
+    def _check_patience(self, begin_by: float, end_by: float | None) -> None:
+        now = time.monotonic()
+        if end_by is None and now >= begin_by:
+            raise ConnectionLost(self._url, f"no reply within {self._reply_seconds:g} s")
+        if end_by is not None and now >= end_by:
+            raise ConnectionLost(self._url, f"a reply took longer than {self._message_seconds:g} s")
+
+    def _explain(self, error: Exception) -> ProtocolError:
+        lost = describe_loss(self._url, error)
+        cause = error.__cause__
+        if isinstance(cause, ssl.SSLError):
+            return _translate_opening(self._url, cause)
+        if not isinstance(error, ConnectionClosed) or (close := error.rcvd or error.sent) is None:
+            return lost
+        if close.code == TOO_BIG:
+            mine, reason = error.rcvd is not None, close.reason
+            return MessageTooLarge(self._url, is_outgoing=mine, reason=reason)
+        if close.code == POLICY and error.rcvd is not None:
+            return Unauthorized(self._url, POLICY, close.reason or "no reason given")
+        return lost
+
+
+def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauthorized:
+    response = error.response
+    said = " ".join(bytes(response.body or b"")[:200].decode("utf-8", "replace").split())
+    if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return Unauthorized(url, response.status_code, said or response.reason_phrase)
+    reason = f"HTTP {response.status_code}: {said or response.reason_phrase}"
+    return ConnectionLost(url, reason, response.status_code)
+
+
+def _translate_opening(url: str, error: Exception) -> ConnectionLost | UntrustedPeer:
+    failure = describe_failure(error) if isinstance(error, ssl.SSLError) else None
+    if failure is not None:
+        return UntrustedPeer(url, failure)
+    lost = describe_loss(url, error)
+    cut = ssl.SSLError | InvalidMessage | ConnectionClosed | ConnectionResetError | BrokenPipeError
+    if url.startswith("wss:") and isinstance(error, cut):
+        # asyncio closes before the alert that says so is on its way, as often as not
+        lost.reason += "; it may want a certificate of this side (--cert, --key)"
+    return lost
+
+
+def connect(url: str, *, credentials: Credentials | None = None) -> WebSocketTransport:
+    """Connect to a server, such as ``ws://127.0.0.1:8765``.
+
+    Raises:
+        ConnectionLost, Unauthorized, UntrustedPeer, Redirected, UsageError: see
+            :class:`WebSocketTransport`.
+    """
+    return WebSocketTransport(url, credentials=credentials)

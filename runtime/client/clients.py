@@ -1,0 +1,344 @@
+"""The public client: it trains, evaluates and predicts with its part of a model and a server.
+
+It connects the data, the executor and the connection to the server.  It knows the phases by name,
+but not what the stages compute.  The same loop trains an unsplit model without a server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import UsageError
+from splitonnx.manifests import Phase
+from splitonnx.names import EVALUATE, PREDICT, TRAIN
+from splitonnx.runtime.channels.channels import Channel, Dial
+from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.client.datasets import (
+    Batch,
+    DataSource,
+    check_batch,
+    check_finite,
+    open_dataset,
+)
+from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.client.options import FitOptions, LearningRate, require_positive
+from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
+from splitonnx.runtime.client.training_loops import TrainingLoop
+from splitonnx.runtime.client.training_runs import TrainingRun
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.wire.transports import Transport
+from splitonnx.tensors import TensorSpec
+
+_ALREADY_TRAINING = "this client is already training"
+
+
+class Client:
+    """Train and run a bundle's client part together with a server, or an unsplit model without one.
+
+    ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
+    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open transport; ``None`` for
+    an unsplit model.  If a connection breaks, the client reconnects (unless it was given an open
+    transport) and training continues as if nothing had happened.  Use the client as a context
+    manager, or call :meth:`close`.  After an error in the middle of a task the client closes, and
+    its own state is the state before that task.
+
+    Args:
+        bundle: see above.
+        server: see above.
+        access: how this client authenticates itself to the server, and which servers it trusts.
+        threads: threads per operator; all cores by default.
+        seed: seed of shuffling and Dropout.
+        resume: continue the interrupted run in the folder, if there is one: with its state, and in
+            :meth:`fit` from its position in the data.
+        give_up_after: seconds without a connection after which the client gives up, including the
+            time for the first connection.  With ``None``, the client tries the first connection
+            only once (or, with ``resume``, until it succeeds), and reconnects without a time limit.
+        trusted: treat the bundle as trusted code.  Its graphs may then be in ORT format, which is
+            not checked before ONNX Runtime loads it.
+
+    Raises:
+        BundleError, FormatError: the folder cannot be used.
+        FolderInUse: with ``resume``, another client trains in the folder.
+        UsageError: a server is missing, or was given although the model is not split; or the seed
+            or ``give_up_after`` is negative.
+        ConnectionLost: the server cannot be reached.
+        BundleMismatch, ServerBusy, RemoteFault: the server refuses the client.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | PartyBundle,
+        server: str | Transport | Dial | None = None,
+        *,
+        credentials: Credentials | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        give_up_after: float | None = None,
+        trusted: bool = False,
+    ) -> None:
+        party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
+        self._manifest = party.manifest
+        if seed < 0:
+            raise UsageError(f"the seed must not be negative, not {seed}")
+        self._seed = seed
+        if (server is not None) != any(phase.wires for phase in self._manifest.phases):
+            raise UsageError(
+                "this model was left whole and has no part for a server"
+                if server is not None
+                else "this bundle is one part of a model; name the server that holds the other"
+            )
+        self._executor = Executor(party, Engine(threads, trusted=trusted))
+        self._run = TrainingRun.open(self._executor, resume=resume)
+        with ExitStack() as undo:  # release the folder if no client is made
+            undo.callback(self._run.release)
+            channel = self._connect(server, credentials, give_up_after, is_patient=resume)
+            if channel is not None and channel.step != self._executor.step:
+                self._run.position = self._run.go_back(self._executor, channel.step)
+            undo.pop_all()
+        self._runner = TaskRunner(self._executor, self._run, channel, seed=seed)
+        self._loop = TrainingLoop(self._executor, self._runner, seed=seed)
+        self._is_training = threading.Lock()  # held while a fit is running
+
+    def _connect(
+        self,
+        server: str | Transport | Dial | None,
+        credentials: Credentials | None,
+        give_up_after: float | None,
+        *,
+        is_patient: bool,
+    ) -> Channel | None:
+        if server is None:
+            return None
+        dial, transport = _split_address(server, credentials)
+        return Channel(
+            dial,
+            transport,
+            manifest=self._manifest,
+            session=self._run.session,
+            find_resume_point=lambda: self._run.find_resume_point(self._executor.step),
+            backoff=Backoff(give_up_after=give_up_after),
+            patient=is_patient or give_up_after is not None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> int:
+        """Return the number of updates of this part since it was created."""
+        return self._executor.step
+
+    @property
+    def session(self) -> str:
+        """Return the name of this client's session, which is the same on the server."""
+        return self._run.session
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Return the steps of this run's checkpoints, newest first."""
+        return self._run.find_resume_point(self.steps).kept
+
+    def fit(
+        self,
+        data: DataSource,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        eval_data: DataSource | None = None,
+        learning_rate: LearningRate = None,
+        shuffle: bool = True,
+        checkpoint_every: int | None = None,
+        when_unsaved: WhenUnsaved = "stop",
+        restart: bool = False,
+        save: bool = False,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_epoch: Callable[[Evaluation], None] | None = None,
+    ) -> History:
+        """Train for a number of epochs and return the history.
+
+        A resumed client starts at the position in the data where its run was interrupted, and
+        trains the rest of ``epochs``.  If the server lost steps, both sides return to the newest
+        common checkpoint, or to the start of this fit, and repeat the lost steps exactly.
+
+        Args:
+            data: see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
+            epochs: number of passes over the data.
+            batch_size: samples per step; a smaller last batch is skipped if the model's batch size
+                is fixed.
+            eval_data: data to evaluate on after each epoch.
+            learning_rate: a constant, or a function of the number of updates so far.
+            shuffle: shuffle the data again in each epoch.
+            checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
+            when_unsaved: whether training stops or continues if a checkpoint cannot be written.
+            restart: discard an interrupted run in the folder.
+            save: call :meth:`save` at the end; if the server lost steps, repeat them first.
+            on_step: called with the record of each step.
+            on_epoch: called with each evaluation.
+
+        Raises:
+            DataError: the data do not fit the model or contain NaN, or a loss is not finite.
+            StageFailed: a stage cannot be loaded or run.
+            UnfinishedRun: the folder holds an interrupted run; resume it, or use ``restart``.
+            FolderInUse: another client trains in the folder.
+            UsageError: a number is out of range; this client already runs a fit; or the resumed run
+                started with other data, batches or seed.
+            NotSaved: a checkpoint cannot be written.
+            StepsLost: the server lost steps that were made before this fit began, or lost the same
+                steps again and again.
+            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
+        """
+        require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
+        training = open_dataset(data)
+        training.check(self._phase(TRAIN).data)
+        held_out = None if eval_data is None else open_dataset(eval_data)
+        if held_out is not None:
+            held_out.check(self._evaluation_data())
+        options = FitOptions(
+            training=training,
+            held_out=held_out,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            checkpoint_every=checkpoint_every,
+            when_unsaved=when_unsaved,
+            save=save,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        start = DataPosition(
+            epoch=0,
+            batch=0,
+            batch_size=batch_size,
+            seed=self._seed,
+            shuffle=shuffle,
+            samples=training.size,
+        )
+        with self._training():
+            if save:
+                self._run.hold()  # fail now rather than after the work
+            if checkpoint_every is not None:
+                self._run.begin_run(restart=restart)
+            self._executor.prepare(TRAIN)
+            return self._loop.fit(options, self._run.take_position(start))
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Refuse other training at the same time, and release the folder if the fit fails."""
+        if not self._is_training.acquire(blocking=False):
+            raise UsageError(_ALREADY_TRAINING)
+        try:
+            yield
+        except BaseException:  # another client can resume before close
+            self._run.release()
+            raise
+        finally:
+            self._is_training.release()
+
+    def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
+        """Train on one batch for one optimizer step and return the phase's results, ``loss`` first.
+
+        Raises:
+            UsageError: this client is running a fit.
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        check_batch(batch, self._phase(TRAIN).data)
+        check_finite(batch, "")
+        if self._is_training.locked():
+            raise UsageError(_ALREADY_TRAINING)
+        return self._loop.perform(TRAIN, batch, learning_rate)
+
+    def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
+        """Predict, compare with the labels, and return the mean of each metric over all samples.
+
+        Raises:
+            UsageError: the bundle has no evaluation phase.
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        require_positive(batch_size=batch_size)
+        dataset = open_dataset(data)
+        dataset.check(self._evaluation_data())
+        return self._loop.evaluate(dataset, batch_size)
+
+    def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
+        """Run the model on the data and return its outputs, with samples along the first dimension.
+
+        Raises:
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        require_positive(batch_size=batch_size)
+        dataset = open_dataset(data)
+        dataset.check(self._phase(PREDICT).data)
+        parts: dict[str, list[np.ndarray]] = defaultdict(list)
+        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
+            for name, array in self._loop.perform(PREDICT, batch).items():
+                parts[name].append(array)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the state of this part, including the optimizer's, as read-only arrays."""
+        return self._executor.state()
+
+    def save(self) -> None:
+        """Write the trained state to the bundle folders, first on the server and then on this side.
+
+        Raises:
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            NotSaved: the server could not save, or the state of this part is not finite.
+            FolderInUse: another client trains in the folder.
+            StepsLost: the server lost steps, and both sides went back to an earlier step;
+                :meth:`fit` with ``save`` repeats the lost steps.
+            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
+        """
+        try:
+            self._runner.publish()
+        except BaseException:
+            if not self._is_training.locked():  # the running fit holds the folder
+                self._run.release()
+            raise
+
+    def close(self) -> None:
+        """End the session and close the connection; may be called twice."""
+        self._runner.close()
+
+    def _phase(self, name: str) -> Phase:
+        phase = self._manifest.phase(name)
+        if not (phase.stages or phase.wires):
+            raise UsageError(f"this bundle has nothing to {name} with")
+        return phase
+
+    def _evaluation_data(self) -> list[TensorSpec]:
+        predicted = self._phase(PREDICT)
+        measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
+        return [*predicted.data, *measured]
+
+
+def _split_address(
+    server: str | Transport | Dial, credentials: Credentials | None
+) -> tuple[Dial | None, Transport | None]:
+    if isinstance(server, str):
+        return partial(connect, server, credentials=credentials), None
+    if credentials is not None:
+        raise UsageError("access is for a server's URL")
+    return (server, None) if callable(server) else (None, server)

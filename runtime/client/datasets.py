@@ -1,0 +1,248 @@
+"""The caller's data: named arrays, checked against a phase's declarations and split into batches.
+
+This module knows numpy's file formats and the tensor specs of the manifest, but not what the
+arrays mean.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import ArrayMismatch, MissingArray, NotFinite, UnusableData
+from splitonnx.files import open_regular
+from splitonnx.runtime.limits import measure_memory
+from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
+
+Batch: TypeAlias = Mapping[str, np.ndarray]
+DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
+
+
+class Dataset(ABC):
+    """Named arrays that are read in batches; made by :func:`open_dataset`."""
+
+    size: int | None
+    """Number of samples, or ``None`` if it is not known in advance."""
+
+    @abstractmethod
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Raise an error unless the arrays match ``specs``, as far as can be checked in advance.
+
+        Raises:
+            MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
+        """
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches of one epoch; the same arguments yield the same batches.
+
+        If ``batch_size`` does not divide the size, the last batch is smaller; ``drop_last`` skips
+        that batch.
+
+        Raises:
+            NotFinite: a floating-point array of the next batch contains NaN or infinity.
+            UnusableData: the data cannot be read for another epoch, or the next batch is not a
+                dictionary of arrays.
+        """
+
+
+class ArrayDataset(Dataset):
+    """Arrays with a common first dimension, one row per sample."""
+
+    size: int
+
+    def __init__(self, arrays: Batch, source: str) -> None:
+        if not arrays:
+            raise UnusableData(source, "it holds no arrays")
+        rows = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"'{name}' {count}" for name, count in rows.items())
+            raise UnusableData(source, f"its arrays differ in their number of rows: {counts}")
+        self.size = next(iter(rows.values()))
+        if self.size == 0:
+            raise UnusableData(source, "it holds no samples")
+        self._arrays = arrays
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Check every array completely, except for its number of rows."""
+        check_batch(self._arrays, [_any_rows(spec) for spec in specs])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches of one epoch; ``seed`` and ``epoch`` alone decide their order."""
+        order = np.arange(self.size)
+        if shuffle:
+            np.random.default_rng([seed, epoch]).shuffle(order)
+        for start in range(0, self.size, batch_size):
+            rows = order[start : start + batch_size]
+            if drop_last and len(rows) < batch_size:
+                return
+            # A slice of a mapped file reads only what it covers, and copies nothing.
+            index = rows if shuffle else slice(start, start + batch_size)
+            batch = {name: np.asarray(array[index]) for name, array in self._arrays.items()}
+            check_finite(batch, "", rows)
+            yield batch
+
+
+class BatchDataset(Dataset):
+    """Batches from an iterable, which decides their size and order."""
+
+    size = None
+
+    def __init__(self, source: Iterable[Batch]) -> None:
+        self._source = source
+        self._specs: Sequence[TensorSpec] = ()
+        self._spent = False
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Set the specs that each batch is checked against when it is read."""
+        self._specs = specs
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the iterable's batches; all arguments are ignored."""
+        if self._spent:
+            raise UnusableData(
+                "the data", "an iterator lasts for one epoch; pass a list or a dataset"
+            )
+        self._spent = isinstance(self._source, Iterator)
+        for number, batch in enumerate(self._source):
+            if not isinstance(batch, Mapping):
+                kind = type(batch).__name__
+                raise UnusableData("the data", f"batch {number} is a {kind}, no dict of arrays")
+            arrays = {name: np.asarray(array) for name, array in batch.items()}
+            check_batch(arrays, self._specs)
+            check_finite(arrays, f"batch {number}, ")
+            yield arrays
+
+
+def open_dataset(source: DataSource) -> Dataset:
+    """Open data: an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
+
+    Files in a folder are memory-mapped and read as needed.  The arrays have the names of the
+    model's inputs, the targets are named ``labels``, and the first dimension of each array is the
+    samples. An iterable of dictionaries of arrays is used as it is, with its own batches and order.
+
+    Raises:
+        UnusableData: the file cannot be read or contains Python objects, or its arrays differ in
+            their number of rows.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, Mapping):
+        arrays = {name: np.asarray(array) for name, array in source.items()}
+        return ArrayDataset(arrays, "the data")
+    if not isinstance(source, str | Path):
+        return BatchDataset(source)
+    path = Path(source)
+    try:
+        return ArrayDataset(_read_folder(path) if path.is_dir() else _read_npz(path), str(path))
+    except OSError as error:
+        raise UnusableData(str(path), error.strerror or str(error)) from error
+    except (ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise UnusableData(str(path), f"it cannot be read as arrays: {error}") from error
+
+
+def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
+    """Raise an error unless ``batch`` has every array in ``specs``, with declared type and shape.
+
+    Nothing is converted; if the dtype is wrong, the error says how to convert the array.
+
+    Raises:
+        MissingArray: an array is missing.
+        ArrayMismatch: the dtype or shape of an array is wrong.
+        ValueOutOfRange: an integer, usually a label, is out of its bounds.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        if spec.name not in batch:
+            raise MissingArray(spec.name, tuple(batch))
+        array = batch[spec.name]
+        dtype = DTYPES[spec.dtype]
+        if array.dtype != dtype:
+            advice = f"convert it with .astype('{dtype.name}')"
+            raise ArrayMismatch(spec.name, str(spec), f"{describe(array)}; {advice}")
+        check_array(array, spec, sizes)
+
+
+def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
+    """Raise an error if a floating-point array contains NaN or infinity.
+
+    ``where`` is the text before the row number in the error; ``rows`` are the numbers of the rows,
+    which by default are counted within the batch.
+
+    Raises:
+        NotFinite: an array does; the error names the array and the first bad row.
+    """
+    for name, array in batch.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(np.atleast_1d(array)))[0, 0])
+            raise NotFinite(name, f"{where}row {row if rows is None else rows[row]}")
+
+
+def _any_rows(spec: TensorSpec) -> TensorSpec:
+    if spec.shape and isinstance(spec.shape[0], int):
+        return msgspec.structs.replace(spec, shape=(None, *spec.shape[1:]))
+    return spec
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix != ".npz":
+        raise UnusableData(str(path), "data are an .npz file or a folder of .npy files")
+    with open(open_regular(path), "rb") as file:
+        _check_room(file)
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
+        return dict(archive)
+
+
+def _check_room(file: BinaryIO) -> None:
+    """Raise an error if an archive's arrays, all of which are loaded, do not fit into memory."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > measure_memory():
+            reason = f"its arrays take {size / 1e9:.1f} GB, more than this machine's memory"
+            raise ValueError(f"{reason}; save them as a folder of .npy files")
+    file.seek(0)
+
+
+def _read_folder(path: Path) -> dict[str, np.ndarray]:
+    return {file.stem: _map_array(file) for file in sorted(path.glob("*.npy"))}
+
+
+def _map_array(path: Path) -> np.ndarray:
+    os.close(open_regular(path))
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

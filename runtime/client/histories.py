@@ -1,0 +1,67 @@
+"""The history of a training: one record per step, one per evaluation, and their form as JSON lines.
+
+This module holds plain values; it runs nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step.
+
+    ``step`` counts the updates since the bundle was created, from 1; ``epoch`` counts the epochs of
+    this fit, from 0; ``batch`` counts the batches of the epoch, from 1.  ``loss`` is the mean over
+    the batch before the update, and ``metrics`` holds the phase's other results.  ``seconds`` is
+    the wall time of the step; ``bytes_up`` and ``bytes_down`` are the bytes that the client sent
+    and received in it.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    loss: float
+    metrics: dict[str, float]
+    samples: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+    @property
+    def samples_per_second(self) -> float:
+        """Return the throughput of this step."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """The metrics on evaluation data after an epoch (counted from 0), as means over all samples."""
+
+    epoch: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """The records of one ``fit``, in order."""
+
+    steps: list[StepRecord] = []
+    evaluations: list[Evaluation] = []
+
+    @property
+    def samples_per_second(self) -> float:
+        """Return the mean throughput over all steps, without the data preparation between steps."""
+        seconds = sum(record.seconds for record in self.steps)
+        return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
+
+    def forget(self, step: int, epoch: int) -> None:
+        """Remove the records after ``step`` and the evaluations from ``epoch`` on."""
+        self.steps[:] = [record for record in self.steps if record.step <= step]
+        self.evaluations[:] = [one for one in self.evaluations if one.epoch < epoch]
+
+    def as_json(self) -> Iterator[str]:
+        """Yield one line of JSON per record: every step, then every evaluation."""
+        for record in (*self.steps, *self.evaluations):
+            yield msgspec.json.encode(record).decode()

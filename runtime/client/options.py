@@ -1,0 +1,41 @@
+"""The options of a fit, as checked values; the client carries out the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from splitonnx.errors import UsageError
+from splitonnx.runtime.client.datasets import Dataset
+from splitonnx.runtime.client.histories import Evaluation, StepRecord
+from splitonnx.runtime.client.runners import WhenUnsaved
+
+LearningRate: TypeAlias = float | Callable[[int], float] | None
+"""A constant, a function of the number of updates so far, or ``None`` for the optimizer's rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The options of a fit; see :meth:`Client.fit` for their meaning."""
+
+    training: Dataset
+    held_out: Dataset | None
+    epochs: int
+    learning_rate: LearningRate
+    checkpoint_every: int | None
+    when_unsaved: WhenUnsaved
+    save: bool
+    on_step: Callable[[StepRecord], None] | None
+    on_epoch: Callable[[Evaluation], None] | None
+
+
+def require_positive(**counts: int | None) -> None:
+    """Raise an error unless each given argument is at least 1.
+
+    Raises:
+        UsageError: an argument is less than 1; the error names it.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} must be at least 1, not {count}")

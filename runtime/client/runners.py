@@ -1,0 +1,172 @@
+"""Run the client's side of a split model's tasks, together with the server if there is one.
+
+This module connects the executor of the client's part, the training run and the channel.  It makes
+both sides write their checkpoints, and goes back to an earlier step if the server lost steps.
+Data, epochs and records belong to the client.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
+from splitonnx.messages import TaskKey
+from splitonnx.names import TRAIN
+from splitonnx.runtime.channels.channels import Channel
+from splitonnx.runtime.client.training_runs import TrainingRun
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import DataPosition
+
+WhenUnsaved: TypeAlias = Literal["stop", "continue"]
+"""What training does if a checkpoint cannot be written."""
+
+_logger = logging.getLogger("splitonnx.client")
+
+
+class TaskRunner:
+    """Runs tasks one after the other.
+
+    ``channel`` is ``None`` for an unsplit model; ``seed`` is the key of the random masks.
+
+    ``position`` is the position in the data that belongs to the current state, if it is known.  The
+    caller sets it, and the runner changes it when steps are lost.
+    """
+
+    def __init__(
+        self, executor: Executor, run: TrainingRun, channel: Channel | None, *, seed: int
+    ) -> None:
+        self.executor = executor
+        self.run = run
+        self.position: DataPosition | None = None
+        self._channel = channel
+        self._seed = seed
+        self._closed = self._is_half_published = False
+        self._others = itertools.count()  # numbers the tasks that are not training steps
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received so far."""
+        return (0, 0) if self._channel is None else self._channel.traffic
+
+    def perform(
+        self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
+    ) -> dict[str, np.ndarray]:
+        """Run one task from its data to its commit and return the phase's results.
+
+        Raises:
+            StepsLost: the server lost steps; both sides are at an earlier step and can continue.
+            DataError, StageFailed, ProtocolError: the task was aborted, and the runner is closed.
+        """
+        self._require_open()
+        number = self.executor.step if phase == TRAIN else next(self._others)
+        key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
+        self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
+        try:
+            with self._going_back():
+                return self._exchange(key, learning_rate)
+        except StepsLost:
+            raise
+        except BaseException:  # Ctrl-C too: the server is told before it is raised further
+            self.close()
+            raise
+        finally:
+            self.executor.abandon(key)
+            if self._channel is not None:
+                self._channel.end()
+
+    def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
+        """Make both sides write a checkpoint, one after the other.
+
+        Each side keeps two checkpoints, so both have a common one as long as neither side is two
+        ahead.  Therefore the side whose last checkpoint could not be written goes first.
+
+        Raises:
+            NotSaved: a side could not write its checkpoint, and ``when_unsaved`` is ``"stop"``.
+            StepsLost, ProtocolError: see :meth:`perform`.
+        """
+        try:
+            if self.run.is_behind:
+                self.run.write(self.executor, position)
+                self._save_remotely()
+            else:
+                self._save_remotely()
+                self.run.write(self.executor, position)
+        except NotSaved as error:
+            if when_unsaved == "stop":
+                raise
+            _logger.warning("%s; training continues", error)
+
+    def publish(self) -> None:
+        """Make both sides write their state as the outcome of the training, the server first.
+
+        Raises:
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            NotSaved: the server could not save, or the state of this side is not finite.
+            StepsLost, ProtocolError: see :meth:`perform`.
+        """
+        if self._channel is not None:
+            self._require_open()
+        self.executor.check_outcome()  # before the server publishes its part
+        self.run.hold()
+        if self._channel is not None:
+            self._is_half_published = True
+            self._save_remotely(publish=True)
+        self.run.publish(self.executor, self.position)
+        self._is_half_published = False
+
+    def close(self) -> None:
+        """End the session and close the connection; may be called twice.
+
+        If the run has checkpoints and is not finished, or the server published its state and this
+        side did not, only the connection is closed.  Otherwise the server would delete the
+        checkpoints from which the run can be resumed.
+        """
+        try:
+            if not self._closed and self._channel is not None:
+                is_unfinished = self._is_half_published or self.run.has_checkpoints
+                self._channel.close(for_good=not is_unfinished)
+        finally:
+            self._closed = True
+            self.run.release()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LocalProtocolError("the client is closed")
+
+    def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
+        if self._channel is not None:
+            self._channel.begin(key)
+        while True:
+            for wires in self.executor.advance(key):
+                self._remote().send_wires(wires, self._seed, learning_rate)
+            if self.executor.is_finished(key):
+                return self.executor.finish(key)
+            self.executor.deliver(key, self._remote().receive_wires())
+
+    def _save_remotely(self, *, publish: bool = False) -> None:
+        if self._channel is None:
+            return
+        with self._going_back():
+            reason = self._channel.save(self.executor.step, publish=publish)
+        if reason:
+            raise NotSaved("the server's folder", reason)
+
+    @contextmanager
+    def _going_back(self) -> Iterator[None]:
+        """Restore the step to which the server fell back, and the data position at that step."""
+        try:
+            yield
+        except StepsLost as lost:
+            self.position = self.run.go_back(self.executor, lost.step)
+            raise
+
+    def _remote(self) -> Channel:
+        if self._channel is None:
+            raise LocalProtocolError("a stage waits for a value that no other stage gives")
+        return self._channel

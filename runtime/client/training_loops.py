@@ -1,0 +1,152 @@
+"""The training loop: epochs, batches, records, checkpoints, and repeating lost steps.
+
+It knows the phases by name, but neither what the stages compute nor how the other party is reached.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import StepsLost
+from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
+from splitonnx.runtime.client.datasets import Batch, Dataset
+from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.client.options import FitOptions, LearningRate
+from splitonnx.runtime.client.runners import TaskRunner
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import DataPosition
+
+MOST_RETURNS = 100
+"""How often the server may lose steps before a new step is made."""
+
+
+class TrainingLoop:
+    """Trains and evaluates by running the tasks of one party.
+
+    ``seed`` decides the order of evaluation data; a fit has its own seed in its data position.
+    """
+
+    def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:
+        self._executor = executor
+        self._manifest = executor.manifest
+        self._runner = runner
+        self._seed = seed
+
+    def fit(self, options: FitOptions, start: DataPosition) -> History:
+        """Train from a position in the data to the end of the last epoch and return the history.
+
+        If the server lost steps, both sides go back and repeat them.
+
+        Raises:
+            StepsLost: the lost steps were made before this call, or steps are lost again and again.
+            SplitonnxError: see :meth:`Client.fit`.
+        """
+        history = History()
+        first, position = self._executor.step, start
+        farthest, returns = first, 0
+        while True:
+            try:
+                while position.epoch < options.epochs:
+                    position = self._train_epoch(options, position, history)
+                self._runner.position = position
+                if options.save:
+                    self._runner.publish()
+                return history
+            except StepsLost as lost:
+                reached = history.steps[-1].step if history.steps else first
+                returns = 0 if reached > farthest else returns + 1
+                farthest = max(farthest, reached)
+                if returns == MOST_RETURNS:
+                    raise
+                kept = self._runner.position
+                if lost.step < first or (lost.step > first and kept is None):
+                    raise
+                position = start if kept is None else kept
+                history.forget(lost.step, position.epoch)
+
+    def _train_epoch(
+        self, options: FitOptions, position: DataPosition, history: History
+    ) -> DataPosition:
+        """Train from a position to the end of its epoch and evaluate; return the next position."""
+        fixed = any(
+            isinstance(d, int) for s in self._manifest.phase(TRAIN).data for d in s.shape[:1]
+        )
+        batches = options.training.batches(
+            position.batch_size,
+            seed=position.seed,
+            epoch=position.epoch,
+            shuffle=position.shuffle,
+            drop_last=fixed,
+        )
+        for batch in itertools.islice(batches, position.batch, None):
+            position = msgspec.structs.replace(position, batch=position.batch + 1)
+            record = self._record_step(batch, position, options.learning_rate)
+            history.steps.append(record)
+            if options.on_step is not None:
+                options.on_step(record)
+            if options.checkpoint_every is not None and record.step % options.checkpoint_every == 0:
+                self._runner.checkpoint(position, options.when_unsaved)
+        if options.held_out is not None:
+            evaluation = self._record_evaluation(
+                options.held_out, position.batch_size, position.epoch
+            )
+            history.evaluations.append(evaluation)
+            if options.on_epoch is not None:
+                options.on_epoch(evaluation)
+        return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
+
+    def _record_step(
+        self, batch: Batch, position: DataPosition, learning_rate: LearningRate
+    ) -> StepRecord:
+        up, down = self._runner.traffic
+        start = time.perf_counter()
+        results = self.perform(TRAIN, batch, learning_rate)
+        seconds = time.perf_counter() - start
+        sent, received = self._runner.traffic
+        metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
+        return StepRecord(
+            step=self._executor.step,
+            epoch=position.epoch,
+            batch=position.batch,
+            loss=metrics.pop(LOSS),
+            metrics=metrics,
+            samples=self._count(TRAIN, batch),
+            seconds=seconds,
+            bytes_up=sent - up,
+            bytes_down=received - down,
+        )
+
+    def _record_evaluation(self, dataset: Dataset, batch_size: int, epoch: int) -> Evaluation:
+        start = time.perf_counter()
+        metrics = self.evaluate(dataset, batch_size)
+        return Evaluation(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
+
+    def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
+        """Return the mean of each metric over all samples of a dataset."""
+        totals: dict[str, float] = defaultdict(float)
+        samples = 0
+        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
+            outputs = self.perform(PREDICT, batch)
+            size = self._count(PREDICT, batch)
+            for name, value in self.perform(EVALUATE, {**batch, **outputs}).items():
+                totals[name] += float(value) * size
+            samples += size
+        return {name: total / samples for name, total in totals.items()}
+
+    def _count(self, phase: str, batch: Batch) -> int:
+        return len(batch[self._manifest.phase(phase).data[0].name])
+
+    def perform(
+        self, phase: str, data: Batch, learning_rate: LearningRate = None
+    ) -> dict[str, np.ndarray]:
+        """Run one task on a batch and return the phase's results."""
+        step = self._executor.step
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        return self._runner.perform(
+            phase, data, self._manifest.learning_rate if rate is None else float(rate)
+        )

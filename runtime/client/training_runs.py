@@ -1,0 +1,222 @@
+"""The records with which a client can resume training: session, checkpoints, position in the data.
+
+A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
+module knows files and names; it runs nothing and knows no server.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Self
+
+import msgspec
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleError, UnfinishedRun, UsageError
+from splitonnx.folder_locks import FolderLock
+from splitonnx.runtime.channels.channels import ResumePoint
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.storage.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    DataPosition,
+    list_sessions,
+)
+from splitonnx.states import check_home
+
+# msgspec ends the process where two threads meet a type for the first time at once
+_POSITION = msgspec.json.Decoder(DataPosition)
+
+
+class TrainingRun:
+    """The record of one client's session; made by :meth:`open`.
+
+    ``position`` is where in the data a resumed run continues, or ``None`` for a new run.
+    ``is_behind`` is true if the last checkpoint could not be written.
+    """
+
+    def __init__(
+        self, party: PartyBundle, session: str, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.session = session
+        self.is_behind = False
+        self._party = party
+        self._lock: FolderLock | None = None
+        self._origin, self._start = party.session, party.step
+        self._state: Mapping[str, np.ndarray] = party.state()
+        self._store = _open_store(party, session)
+        if checkpoint is not None:
+            self.position = checkpoint.position
+        else:
+            self.position = _read_position(party.position) if party.position else None
+
+    @classmethod
+    def open(cls, executor: Executor, *, resume: bool) -> Self:
+        """Start a session, or resume the unfinished one and load its state into ``executor``.
+
+        With ``resume`` the folder stays locked until :meth:`release`; if it has no unfinished run,
+        training starts from the folder's state.
+
+        Raises:
+            FolderInUse: another client trains in the folder.
+        """
+        party = executor.party
+        lock = FolderLock.acquire(party.path) if resume and party.path is not None else None
+        found = find_unfinished(party) if resume else None
+        if found is None:
+            run = cls(party, uuid.uuid4().hex)
+            if not resume:
+                run.position = None
+        else:
+            executor.restore(found.tensors, found.step)
+            run = cls(party, found.session, found)
+        run._lock = lock
+        return run
+
+    def hold(self) -> None:
+        """Lock the folder against other clients until :meth:`release`; may be called twice.
+
+        Raises:
+            FolderInUse: another client trains in the folder.
+        """
+        if self._lock is None and self._party.path is not None:
+            self._lock = FolderLock.acquire(self._party.path)
+
+    def release(self) -> None:
+        """Unlock the folder, so that other clients can train in it; may be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+    def find_resume_point(self, step: int) -> ResumePoint:
+        """Return where a client at ``step`` can resume."""
+        kept = () if self._store is None else self._store.steps()
+        return ResumePoint(origin=self._origin, start=self._start, step=step, kept=kept)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Return whether the session has checkpoints to resume from; a finished run has none."""
+        try:
+            return self._store is not None and bool(self._store.steps())
+        except BundleError:  # they may exist but be unreadable
+            return True
+
+    def write(self, executor: Executor, position: DataPosition | None) -> None:
+        """Write the state to disk as a durable checkpoint.
+
+        Raises:
+            NotSaved: the checkpoint cannot be written; earlier ones are kept.
+            BundleError: the bundle exists only in memory.
+            FolderInUse: another client trains in the folder.
+        """
+        if self._store is None:
+            raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+        self.hold()
+        self.is_behind = True
+        if self._party.path is not None:
+            check_home(self._party.path, self._party.manifest.digest)
+        self._store.write(
+            Checkpoint(
+                session=self.session,
+                step=executor.step,
+                tensors=executor.state(),
+                position=position,
+            )
+        )
+        self.is_behind = False
+
+    def publish(self, executor: Executor, position: DataPosition | None) -> None:
+        """Write the state as the folder's outcome, finish the run and delete its checkpoints.
+
+        Raises:
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            FolderInUse: another client trains in the folder.
+        """
+        self.hold()
+        text = "" if position is None else msgspec.json.encode(position).decode()
+        executor.publish(session=self.session, position=text)
+        self._origin, self._start = self.session, executor.step
+        self._state = executor.state()
+        if self._store is not None:
+            self._store.remove()
+
+    def go_back(self, executor: Executor, step: int) -> DataPosition | None:
+        """Restore the state of an earlier step and return the position in the data at that step.
+
+        Raises:
+            BundleError: the state of ``step`` was not kept.
+        """
+        if self._store is not None:
+            self._store.rewind(step)
+        if self._store is not None and step in self._store.steps():
+            checkpoint = self._store.read(step)
+            executor.restore(checkpoint.tensors, step)
+            return checkpoint.position
+        if step != self._start:
+            raise BundleError(f"session {self.session}", f"no state of step {step} was kept")
+        executor.restore(self._state, step)
+        return None
+
+    def take_position(self, start: DataPosition) -> DataPosition:
+        """Return the position at which a run begins: ``start``, or where the run was interrupted.
+
+        Raises:
+            UsageError: the resumed run started with other data, batches or seed.
+        """
+        kept = self.position
+        if kept is None:
+            return start
+        for field in ("batch_size", "seed", "shuffle", "samples"):
+            before, now = getattr(kept, field), getattr(start, field)
+            if before != now:
+                raise UsageError(
+                    f"the run was begun with {field.replace('_', ' ')} {before}, not {now}; "
+                    "resume it with the same"
+                )
+        self.position = None
+        return kept
+
+    def begin_run(self, *, restart: bool) -> None:
+        """Check that the folder has no unfinished run; with ``restart``, delete it.
+
+        Raises:
+            UnfinishedRun: the folder has an unfinished run.
+            FolderInUse: another client trains in the folder.
+        """
+        self.hold()
+        found = find_unfinished(self._party)
+        if found is None or found.session == self.session:
+            return
+        if not restart:
+            raise UnfinishedRun(str(self._party.path), found.step)
+        assert self._party.path is not None  # that is where it was found
+        for session in list_sessions(self._party.path):
+            if session != self.session:
+                CheckpointStore(self._party.path, self._party.manifest, session).remove()
+
+
+def find_unfinished(party: PartyBundle) -> Checkpoint | None:
+    """Return the newest checkpoint of the last written run, or ``None`` if it was finished."""
+    if party.path is None:
+        return None
+    for session in list_sessions(party.path):
+        store = CheckpointStore(party.path, party.manifest, session)
+        steps = store.steps()
+        if steps and not (session == party.session and steps[0] <= party.step):
+            return store.read(steps[0])
+    return None
+
+
+def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
+    if party.path is None:
+        return None
+    return CheckpointStore(party.path, party.manifest, session)
+
+
+def _read_position(text: str) -> DataPosition:
+    try:
+        return _POSITION.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError("the state's position in the data", str(error)) from error

@@ -1,0 +1,165 @@
+"""Admission of connections: which connections a server has, and which may still connect.
+
+It counts authenticated and unauthenticated connections, and the bytes of the long HTTP responses
+that are buffered for them.  :mod:`connections` enforces the limits of each single connection and
+reports each one that opens and closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Protocol
+
+from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
+
+from splitonnx.runtime.edge.http import (
+    Authorize,
+    OnRefusal,
+    Refusal,
+    Respond,
+    deny_busy,
+    make_response,
+)
+from splitonnx.runtime.edge.listeners import BACKLOG, HandshakeQuota
+from splitonnx.runtime.edge.origins import Origins
+from splitonnx.runtime.edge.request_policies import RequestPolicy
+from splitonnx.runtime.edge.tokens import Identity
+from splitonnx.runtime.limits import Limits
+
+SHORT_ANSWER = 64 << 10
+"""Bytes up to which an HTTP response must be read within the time of a handshake."""
+ANSWERS_BYTES = 256 << 20
+"""Most bytes of all longer responses that are buffered at a time."""
+
+
+class Connection(Protocol):
+    """The part of a connection that its admission depends on."""
+
+    name: str
+
+    @property
+    def owner(self) -> str | None:
+        """Return the connection's owner; ``None`` until it shows a token."""
+
+    @property
+    def transport(self) -> asyncio.BaseTransport:
+        """Return the transport of the connection's bytes."""
+
+    def become_client(self, identity: Identity) -> None:
+        """Lift the limits that apply before a token is shown."""
+
+    def wait_for_answer(self, size: int) -> None:
+        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
+
+    def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
+        """Close the connection without waiting for the other side."""
+
+
+class Admission:
+    """Decides which connections may connect; ``host`` is the address that the server listens on."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        authorize: Authorize | None,
+        respond: Respond | None,
+        origins: frozenset[str],
+        on_refusal: OnRefusal,
+        has_tls: bool,
+        has_pages: bool,
+        host: str = "",
+    ) -> None:
+        self.limits = limits
+        # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
+        # one after the other get here some turns of the event loop later.
+        self.quota = HandshakeQuota(
+            limits.unauthenticated if has_tls else limits.unauthenticated + 4 * BACKLOG,
+            partial(on_refusal, Refusal.TOO_MANY_UNAUTHENTICATED, "somebody"),
+            self._relieve,
+        )
+        self._has_tls = has_tls
+        self.on_refusal = on_refusal
+        is_locked = has_tls or authorize is not None
+        allowed = Origins(origins, has_pages=has_pages, is_locked=is_locked, host=host)
+        self._policy = RequestPolicy(authorize=authorize, respond=respond, origins=allowed)
+        self._unauthenticated: dict[Connection, None] = {}  # in the order of arrival
+        self._clients: set[Connection] = set()
+        self._answers: dict[Connection, int] = {}  # bytes of the longer responses
+
+    def enter(self, connection: Connection) -> None:
+        """Admit a connection that has not shown a token.
+
+        If there are too many of these, the one that has waited longest is closed.
+        """
+        if len(self._unauthenticated) >= self.limits.unauthenticated:
+            self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)
+        self._unauthenticated[connection] = None
+
+    def _relieve(self) -> None:
+        """Close a connection if no file descriptor is left for the next one."""
+        self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
+        if self._unauthenticated:
+            self._send_away(Refusal.TOO_MANY_FILES)
+
+    def _send_away(self, refusal: Refusal) -> None:
+        """Close the unauthenticated connection that has waited longest."""
+        oldest = next(iter(self._unauthenticated))
+        del self._unauthenticated[oldest]
+        oldest.refuse(refusal, CloseCode.TRY_AGAIN_LATER, "too many wait")
+        if self._has_tls:
+            self.quota.sweep()
+
+    def admit(self, connection: Connection, identity: Identity) -> Refusal | None:
+        """Count a connection as an authenticated client's; return the reason if it is full."""
+        if connection.owner is not None:
+            return None
+        refusal = None
+        if len(self._clients) >= self.limits.clients:
+            refusal = Refusal.TOO_MANY_CLIENTS
+        elif identity.owner and self._count(identity.owner) >= self.limits.clients_per_token:
+            refusal = Refusal.TOO_MANY_CLIENTS_OF_TOKEN
+        if refusal is not None:
+            self.on_refusal(refusal, connection.name)
+            return refusal
+        self._unauthenticated.pop(connection, None)
+        self._clients.add(connection)
+        connection.become_client(identity)
+        return None
+
+    def _count(self, owner: str) -> int:
+        return sum(client.owner == owner for client in self._clients)
+
+    def leave(self, connection: Connection) -> None:
+        """Remove a connection that has ended."""
+        self._unauthenticated.pop(connection, None)
+        self._clients.discard(connection)
+        self._answers.pop(connection, None)
+
+    def answer(self, connection: Connection, request: Request) -> Response | None:
+        """Decide on a handshake: return an HTTP response, or ``None`` for a websocket."""
+        decision = self._policy.decide(request, connection.transport)
+        if decision.refusal is not None:
+            self.on_refusal(decision.refusal, connection.name)
+        if decision.answer is None:
+            identity = decision.identity
+            refusal = None if identity is None else self.admit(connection, identity)
+            return None if refusal is None else deny_busy(refusal)
+        response = make_response(*decision.answer)
+        if request.method == "HEAD":
+            response.body = b""
+        elif not self._keep(connection, len(response.body)):
+            self.on_refusal(Refusal.TOO_MANY_ANSWERS, connection.name)
+            return deny_busy(Refusal.TOO_MANY_ANSWERS)
+        return response
+
+    def _keep(self, connection: Connection, size: int) -> bool:
+        """Allow time to read a long response, if its bytes can be buffered that long."""
+        if size > SHORT_ANSWER:
+            if sum(self._answers.values()) + size > ANSWERS_BYTES:
+                return False
+            self._answers[connection] = size
+            connection.wait_for_answer(size)
+        return True

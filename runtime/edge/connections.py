@@ -1,0 +1,283 @@
+"""One connection of a server with its limits: how much may arrive, how fast and how slowly.
+
+It extends the protocol object of websockets, so that limits apply before bytes are buffered.
+:mod:`admissions` decides who may connect; the contents of messages are not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from http import HTTPStatus
+
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import OPEN, Event
+from websockets.server import ServerProtocol
+
+from splitonnx.runtime.edge.admissions import Admission
+from splitonnx.runtime.edge.http import STATUSES, Refusal, deny
+from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
+from splitonnx.runtime.edge.tokens import Identity
+
+REQUEST_BYTES = 16 << 10
+"""Most bytes of a handshake's HTTP request."""
+MAX_FRAGMENTS = 4096
+"""Most fragments of one message; each costs some microseconds, however small it is."""
+KEPT_BYTES = 16 << 20
+"""Bytes of unread messages of one connection above which its sender must wait."""
+LOST_SECONDS = 60.0
+"""Seconds without a byte, not even a pong, after which the other side is considered gone."""
+CLOSE_SECONDS = 5.0
+"""Seconds that the other side has to answer the closing handshake."""
+DISMISS_SECONDS = 1.0
+"""The same if another connection is waiting for the place."""
+ANSWER_SECONDS = 300.0
+"""Seconds in which a long HTTP response must be read; it stays in memory until then."""
+ANSWER_CHECKS = 10
+"""How often in that time the share of the response that was read is compared with the time used."""
+
+_TLS_HELLO = b"\x16\x03"
+
+
+class LimitedConnection(ServerConnection):
+    """One connection with its limits; ``identity`` is ``None`` until it shows a token."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        protocol: ServerProtocol,
+        server: Server,
+        *,
+        ping_interval: float | None,
+        ping_timeout: float | None,
+        close_timeout: float | None,
+        max_queue: int | tuple[int | None, int | None] | None,
+        write_limit: int | tuple[int, int | None],
+    ) -> None:
+        super().__init__(
+            protocol,
+            server,
+            ping_interval=ping_interval,
+            ping_timeout=ping_timeout,
+            close_timeout=close_timeout,
+            max_queue=max_queue,
+            write_limit=write_limit,
+        )
+        self.identity: Identity | None = None
+        self.refusal: Refusal | None = None
+        self.name = "somebody"
+        self._admission = admission
+        self._limits = admission.limits
+        self._bucket = TokenBucket(admission.limits.messages_per_second, self.loop.time())
+        self._timers = Timers(self.loop)
+        self._pauses: set[str] = set()
+        self._bytes = 0  # received in total
+        self.kept = 0  # bytes of unread messages
+        self._frames = 0  # since the bucket was last looked at
+        self._fragments = 0  # of the message being received
+        self.is_underway = False  # whether part of a message has come
+        self._heard = self.loop.time()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start with the limits that apply before a token is shown."""
+        super().connection_made(transport)
+        self.recv_messages.pause = partial(self._pause, "queue")
+        self.recv_messages.resume = partial(self._resume, "queue")
+        address = transport.get_extra_info("peername")
+        if address:
+            self.name = f"{address[0]}:{address[1]}"
+        self._admission.quota.release(transport.get_extra_info("socket").fileno())
+        self._admission.enter(self)
+        reason = f"no whole request within {self._limits.handshake_seconds:g} s"
+        self._timers.start(
+            "handshake",
+            self._limits.handshake_seconds,
+            partial(self.refuse, Refusal.HANDSHAKE_TOO_SLOW, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the connection and free its place."""
+        self._timers.stop_all()
+        self._admission.leave(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read bytes, within the limits on size and rate."""
+        if not self._bytes and data.startswith(_TLS_HELLO):
+            # an answer in HTTP makes TLS on the other side say what is wrong
+            self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
+            return
+        self._bytes += len(data)
+        self._heard = self.loop.time()
+        if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.unauthenticated_bytes:
+            self.refuse(
+                Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
+            )
+            return
+        # of a request there are no frames to wait for
+        before = self._frames if self.request else -1
+        super().data_received(data)
+        if self.protocol.close_expected():
+            self._note_fault()
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
+        if self.request is None:  # the handshake has its own deadline
+            return
+        protocol = self.protocol
+        self.is_underway = (
+            self._frames == before
+            or protocol.current_size is not None
+            or bool(protocol.reader.buffer)
+        )
+        self._watch()
+        wait = self._bucket.count(self._frames, self._heard)
+        self._frames = 0
+        if wait:
+            self._pause("pace")
+            self._timers.start("pace", wait, partial(self._resume, "pace"))
+
+    def process_event(self, event: Event) -> None:
+        """Count received frames and the bytes that are buffered of them."""
+        super().process_event(event)
+        if not isinstance(event, Frame):
+            return
+        self._frames += 1
+        if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            self._fragments += 1
+            self.kept += len(event.data)
+            if self.kept > KEPT_BYTES:
+                self._pause("kept")
+            if event.fin:
+                self._fragments = 0
+                self._timers.stop("message")
+            elif self._fragments > MAX_FRAGMENTS:
+                reason = f"more than {MAX_FRAGMENTS} fragments"
+                self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
+
+    @property
+    def owner(self) -> str | None:
+        """Return the connection's owner; ``None`` until it shows a token."""
+        return None if self.identity is None else self.identity.owner
+
+    def become_client(self, identity: Identity) -> None:
+        """Lift the limits that apply before a token is shown."""
+        self.identity = identity
+        self.protocol.max_message_size = self._limits.message_bytes
+        self._timers.stop("login")
+
+    def take(self, size: int) -> None:
+        """Record that the reader has taken ``size`` bytes of messages."""
+        self.kept -= size
+        if self.kept <= KEPT_BYTES and "kept" in self._pauses:
+            self._resume("kept")
+
+    def open(self) -> None:
+        """Record the end of the handshake, and wait for a token unless one was shown already."""
+        self._timers.stop("handshake")
+        self._listen()
+        if self.owner is not None:
+            return
+        reason = f"no token within {self._limits.login_seconds:g} s"
+        self._timers.start(
+            "login",
+            self._limits.login_seconds,
+            partial(self.refuse, Refusal.NO_TOKEN, CloseCode.POLICY_VIOLATION, reason),
+        )
+
+    def wait_for_answer(self, size: int) -> None:
+        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
+        self._timers.stop("handshake")
+        self.close_timeout = ANSWER_SECONDS
+        self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
+
+    def _check_pace(self, size: int, left: float) -> None:
+        """Close the connection if the client has not read its share of a response by this check."""
+        pause = ANSWER_SECONDS / ANSWER_CHECKS
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() > size * left / ANSWER_SECONDS:
+                self.cut_off(Refusal.REPLY_TOO_SLOW)
+            else:
+                self._check_pace(size, left - pause)
+
+        self._timers.start("answer", pause, check)
+
+    def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
+        """Close the connection without waiting for the other side."""
+        if self.refusal is not None or self.transport.is_closing():
+            return
+        self.refusal = refusal
+        self._admission.on_refusal(refusal, self.name)
+        if self.protocol.state is OPEN:
+            self.protocol.fail(code, reason)
+            self.send_data()
+        elif self.request is None:
+            status = STATUSES.get(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
+            self.transport.write(deny(status, reason).serialize())
+        if self.owner is None:
+            self.transport.abort()  # all data was sent; do not wait for the other side
+        else:
+            self.transport.close()
+            self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
+
+    def cut_off(self, refusal: Refusal) -> None:
+        """Abort the connection at once, because the other side does not read."""
+        if self.refusal is None:
+            self.refusal = refusal
+            self._admission.on_refusal(refusal, self.name)
+        self.transport.abort()
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close the connection with a reason, or at once if the other side does not read."""
+        if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
+            self.protocol.fail(code, reason)
+            self.send_data()
+            self._timers.start("dismiss", DISMISS_SECONDS, self.transport.abort)
+        else:
+            self.transport.abort()
+
+    def _listen(self) -> None:
+        """Close the connection if nothing has arrived for too long.
+
+        Any byte is a sign of life: on a slow network a pong waits behind a message.  While this
+        side does not read, it cannot tell whether the other side is gone.
+        """
+        if self._pauses:
+            self._heard = self.loop.time()
+        silence = self.loop.time() - self._heard
+        if silence >= LOST_SECONDS:
+            self.transport.abort()
+        else:
+            self._timers.start("listen", LOST_SECONDS - silence, self._listen)
+
+    def _note_fault(self) -> None:
+        """Return why the parser stopped, if it did."""
+        reason = self.protocol.parser_exc
+        if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
+            big = isinstance(reason, PayloadTooBig)
+            self.refusal = Refusal.MESSAGE_TOO_BIG if big else Refusal.BROKEN_FRAME
+            self._admission.on_refusal(self.refusal, self.name)
+
+    def _watch(self) -> None:
+        """Run the message's deadline while a message is being received and this side is reading."""
+        if not self.is_underway or self._pauses:
+            self._timers.stop("message")
+        elif "message" not in self._timers:
+            reason = f"a message took longer than {self._limits.message_seconds:g} s"
+            self._timers.start(
+                "message",
+                self._limits.message_seconds,
+                partial(self.refuse, Refusal.MESSAGE_TOO_SLOW, CloseCode.GOING_AWAY, reason),
+            )
+
+    def _pause(self, reason: str) -> None:
+        self._pauses.add(reason)
+        self.transport.pause_reading()
+        self._timers.stop("message")
+
+    def _resume(self, reason: str) -> None:
+        self._pauses.discard(reason)
+        if not self._pauses and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._watch()

@@ -1,0 +1,141 @@
+"""HTTP on the websocket port: requests, responses, and the reasons for refusing a connection.
+
+This module does not decide who may get which response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
+
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
+
+
+class Refusal(StrEnum):
+    """Why the server refused or closed a connection; few values, because they label a metric."""
+
+    WRONG_TOKEN = "WrongToken"
+    WRONG_ORIGIN = "WrongOrigin"
+    WRONG_HOST = "WrongHost"
+    TOO_MANY_UNAUTHENTICATED = "TooManyStrangers"
+    TOO_MANY_CLIENTS = "TooManyClients"
+    TOO_MANY_CLIENTS_OF_TOKEN = "TooManyClientsOfToken"
+    TOO_MANY_FILES = "TooManyOpenFiles"
+    NO_TOKEN = "NoToken"
+    TOO_MANY_ANSWERS = "TooManyAnswers"
+    MESSAGE_TOO_BIG = "MessageTooBig"
+    MESSAGE_TOO_SLOW = "MessageTooSlow"
+    REPLY_TOO_SLOW = "ReplyTooSlow"
+    TOO_MANY_FRAGMENTS = "TooManyFragments"
+    BROKEN_FRAME = "BrokenFrame"
+    HANDSHAKE_TOO_SLOW = "HandshakeTooSlow"
+    IDLE = "Idle"
+    TLS = "TlsWithoutTls"
+
+
+STATUSES: Mapping[Refusal, HTTPStatus] = MappingProxyType(
+    {
+        Refusal.MESSAGE_TOO_BIG: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        Refusal.HANDSHAKE_TOO_SLOW: HTTPStatus.REQUEST_TIMEOUT,
+        Refusal.TLS: HTTPStatus.BAD_REQUEST,
+    }
+)
+"""The HTTP status of each refusal before there is a websocket; 503 (try again) for all others."""
+
+
+WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
+    {
+        Refusal.TOO_MANY_ANSWERS: "too many ask; try again later",
+        Refusal.TOO_MANY_CLIENTS: "too many clients; try again later",
+        Refusal.TOO_MANY_CLIENTS_OF_TOKEN: (
+            "too many clients of this token's owner; try again later"
+        ),
+    }
+)
+"""The text for each refusal of a client because the server is full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpRequest:
+    """The parts of an HTTP request that responses depend on; a missing header is ``""``."""
+
+    path: str
+    token: str | None
+    """The token in the request, if it is valid."""
+    roles: frozenset[Role] = ALL_ROLES
+    """The sender's roles; all of them if no tokens are used."""
+    is_upgrade: bool = False
+    """Whether the request asks for a websocket."""
+    encodings: str = ""
+    """The ``Accept-Encoding`` header."""
+    known_tags: str = ""
+    """The ``If-None-Match`` header."""
+
+
+class HttpResponse(NamedTuple):
+    """An HTTP response; ``headers`` are added to the default headers, or replace them."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+Authorize: TypeAlias = Callable[[str], Identity | None]
+"""Returns the identity that belongs to a token, or ``None`` for an unknown token."""
+Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | None]
+"""Returns the response to an HTTP request; ``None`` continues with the websocket handshake."""
+OnRefusal: TypeAlias = Callable[[Refusal, str], None]
+"""Called with the reason of a refusal and the address of the refused client."""
+
+
+METHODS = ("GET", "HEAD")
+"""The allowed HTTP methods; HTTP requests never change anything on the server."""
+
+
+def make_response(
+    status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
+) -> Response:
+    """Make an HTTP response, after which the connection is closed."""
+    headers = {
+        "Content-Type": content_type,
+        "Content-Length": str(len(body)),
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+        **others,
+    }
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
+
+
+def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
+    """Read the parts of a request that responses depend on."""
+    return HttpRequest(
+        path=request.path,
+        token=token,
+        roles=roles,
+        is_upgrade="Upgrade" in request.headers,
+        encodings=",".join(request.headers.get_all("Accept-Encoding")),
+        known_tags=",".join(request.headers.get_all("If-None-Match")),
+    )
+
+
+def deny(status: HTTPStatus, sentence: str) -> Response:
+    """Make the response to a refused request, with one sentence as the reason."""
+    return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
+
+
+def deny_busy(refusal: Refusal) -> Response:
+    """Make the response to a request for which the server has no capacity now."""
+    return deny(HTTPStatus.SERVICE_UNAVAILABLE, WHY_BUSY[refusal])

@@ -1,0 +1,208 @@
+"""Listening sockets that count accepted connections, before TLS or HTTP begins.
+
+Only the event loop knows a connection during its TLS handshake, which takes about 300 KiB of
+memory; so counting begins at ``accept`` and ends when the socket is closed.  This module knows
+neither TLS nor websockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from splitonnx.errors import PortInUse, UsageError
+from splitonnx.runtime.edge.descriptors import SCARCE, find_ceiling
+
+BACKLOG = 128
+"""Connections that the operating system queues, and the most that are accepted at a time."""
+
+GRACE_SECONDS = 1.0
+"""Seconds that each connection has for its handshake, however many others arrive."""
+SWEEP = 64
+"""Number of connections ended early after which the garbage collector runs."""
+
+RETRY_SECONDS = 1.0
+"""Seconds for which the event loop stops accepting when no file descriptor is left."""
+
+_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+
+
+class HandshakeQuota:
+    """Limits how many of a server's sockets are between ``accept`` and the end of the handshake.
+
+    ``capacity`` is the limit.  When one more arrives, the oldest is shut down if it has had
+    ``GRACE_SECONDS``, otherwise the newest.  So a flood of connections can neither keep other
+    clients out for long nor make the server start more handshakes than it can finish.  ``on_full``
+    is called for each of these, and ``on_scarce`` for each connection closed for lack of file
+    descriptors.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        on_full: Callable[[], object],
+        on_scarce: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._capacity = capacity
+        self._ceiling = find_ceiling()
+        self._on_full = on_full
+        self.on_scarce = on_scarce
+        self._waiting: dict[int, AcceptedSocket] = {}
+        self._dropped = 0
+
+    def admit(self, client: AcceptedSocket) -> bool:
+        """Count a newly accepted socket, if there is room."""
+        if client.fileno() >= self._ceiling:
+            self.on_scarce()
+            return False
+        if len(self._waiting) >= self._capacity:
+            self._on_full()
+            oldest = next(iter(self._waiting.values()))
+            if time.monotonic() - oldest.came < GRACE_SECONDS:
+                return False
+            del self._waiting[oldest.fileno()]
+            oldest.shut_down()
+            self.sweep()
+        self._waiting[client.fileno()] = client
+        return True
+
+    def sweep(self) -> None:
+        """Run the garbage collector after every ``SWEEP`` connections that were ended early.
+
+        asyncio's memory for one connection is a reference cycle of few objects and 256 KiB.  The
+        collector counts objects and would let hundreds of these pile up.
+        """
+        self._dropped += 1
+        if self._dropped % SWEEP == 0:
+            gc.collect()
+
+    def release(self, number: int) -> None:
+        """Stop counting a socket, given by its file number: its handshake is done."""
+        self._waiting.pop(number, None)
+
+    def forget(self, client: AcceptedSocket) -> None:
+        """Remove a socket that is about to be closed."""
+        if self._waiting.get(client.fileno()) is client:
+            del self._waiting[client.fileno()]
+
+
+class AcceptedSocket(socket.socket):
+    """An accepted socket that informs its quota when it is closed."""
+
+    quota: HandshakeQuota | None = None
+    came = 0.0
+
+    def shut_down(self) -> None:
+        """Shut the connection down; the event loop then notices its end and closes the socket."""
+        try:
+            self.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side closed first
+            return
+
+    def close(self) -> None:
+        """Close the socket and stop counting it."""
+        if self.quota is not None:
+            self.quota.forget(self)
+            self.quota = None
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket that counts what it accepts."""
+
+    quota: HandshakeQuota
+    _failed = -math.inf
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """Accept a connection if there is room for it.
+
+        Raises:
+            OSError: no file descriptor is left.  The event loop then waits a second; the error says
+                that no connection is waiting, otherwise the loop would retry and log at once.
+        """
+        if time.monotonic() - self._failed < RETRY_SECONDS / 2:
+            raise BlockingIOError
+        for _ in range(BACKLOG):
+            try:
+                accepted, address = super().accept()
+            except OSError as error:
+                if error.errno in SCARCE:
+                    self._failed = time.monotonic()
+                    self.quota.on_scarce()
+                raise
+            client = AcceptedSocket(fileno=accepted.detach())
+            client.came = time.monotonic()
+            if self.quota.admit(client):
+                client.quota = self.quota
+                return client, address
+            client.close()
+        raise BlockingIOError  # the event loop has other things to do
+
+
+def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
+    """Listen on every address of ``host``; an empty host means all addresses.
+
+    With port 0 any free port is chosen, the same for all addresses.
+
+    Raises:
+        PortInUse: another program uses the port.
+        UsageError: the address is not one of this machine's.
+    """
+    listeners: list[Listener] = []
+    fault: OSError | None = None
+    try:
+        for family, address in _find_addresses(host, port):
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            try:
+                listeners.append(_open_listener(family, (address[0], chosen, *address[2:]), quota))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                fault = error  # a machine without IPv6 has a name for it all the same
+        if fault is not None and not listeners:
+            raise fault
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(host, port) from error
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listeners
+
+
+def _find_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def _open_listener(
+    family: socket.AddressFamily, address: tuple[Any, ...], quota: HandshakeQuota
+) -> Listener:
+    listener = Listener(family, socket.SOCK_STREAM)
+    listener.quota = quota
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle the event loop's exceptions, except scarce descriptors, which were reported."""
+    error = context.get("exception")
+    if not (isinstance(error, OSError) and error.errno in SCARCE):
+        loop.default_exception_handler(context)

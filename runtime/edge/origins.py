@@ -1,0 +1,83 @@
+"""Which web pages may connect and which host names a server answers to, against DNS rebinding.
+
+Browsers send the page's origin with every websocket; other programs send none and are not checked.
+With a plain request to its own origin a browser sends no origin, but always the requested host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from splitonnx.errors import UsageError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
+
+
+class Origins:
+    """The web origins that may connect.
+
+    With ``has_pages`` the server serves its own pages, whose origin equals the requested host.  The
+    same is true of a foreign page whose name was later pointed at this machine (DNS rebinding).  So
+    a matching name is not enough, unless the server ``is_locked`` by tokens or TLS, which such a
+    page does not have.
+    """
+
+    def __init__(
+        self, listed: frozenset[str], *, has_pages: bool, is_locked: bool, host: str = ""
+    ) -> None:
+        self._listed = listed
+        self._names = {strip_port(origin.partition("://")[2]) for origin in listed} | {host}
+        self._has_pages = has_pages
+        self._is_locked = is_locked
+
+    def allow(self, origin: str, host: str | None) -> bool:
+        """Return whether a page of ``origin`` may connect to the server under the name ``host``."""
+        if origin in self._listed:
+            return True
+        if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):
+            return False
+        return self._is_locked or is_fixed(host)
+
+    def answers_to(self, host: str | None) -> bool:
+        """Return whether a plain request for ``host`` is answered.
+
+        With DNS rebinding a foreign page could read the answer.  So unless the server is locked,
+        the host must be an IP address, ``localhost``, the name that the server listens on, or the
+        host of a listed origin.  A request without a host does not come from a browser.
+        """
+        return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
+
+
+def strip_port(host: str) -> str:
+    """Return a request's ``Host`` without its port, in lower case."""
+    return re.sub(r":\d*$", "", host).lower()
+
+
+def is_fixed(host: str) -> bool:
+    """Return whether a request's ``Host`` is an IP address, which DNS rebinding cannot change."""
+    name = strip_port(host)
+    if name == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+def check_origins(origins: Sequence[str]) -> frozenset[str]:
+    """Check the web origins that may connect, such as ``https://lab.example``.
+
+    Raises:
+        UsageError: an entry is not an origin.
+    """
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"'{origin}' is not an origin; an origin is a scheme, a host and perhaps a port, "
+                "in lower case and without a path, such as https://lab.example or "
+                "http://localhost:3000"
+            )
+    return frozenset(origins)

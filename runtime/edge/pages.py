@@ -1,0 +1,173 @@
+"""Web pages that a server serves: files read at the server's start and looked up by URL path.
+
+A request is looked up among these files only, never on the disk.  The pages are public: a page that
+asks for a token cannot itself require one.  This module knows no sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from splitonnx.errors import UsageError
+from splitonnx.files import read_regular
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse
+
+INDEX = "index.html"
+PACKED = ".gz"
+"""Suffix of the gzip version of a file, stored beside it."""
+MAX_FILES = 256
+"""Most files in one folder."""
+MAX_FILE_BYTES = 64 << 20
+"""Most bytes of one file; ONNX Runtime's largest build for browsers takes 28 MiB."""
+MAX_BYTES = 128 << 20
+"""Most bytes of one folder, all of which is kept in memory."""
+
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".wasm": "application/wasm",
+    ".txt": "text/plain; charset=utf-8",
+}
+"""Content types by file suffix; any other suffix is served as bytes."""
+BYTES = "application/octet-stream"
+
+# A page may only run this server's files and connect to this server.
+POLICY = (
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; worker-src 'self'; manifest-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-cache",  # the client asks whether it changed
+    "Content-Security-Policy": POLICY,
+    # Both together let a page share memory between threads, which ONNX Runtime's take.
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept-Encoding",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One file of the web pages; ``packed`` is its gzip version, if there is one."""
+
+    content_type: str
+    body: bytes = field(repr=False)
+    packed: bytes | None = field(default=None, repr=False)
+    tag: str
+
+
+class Pages:
+    """All web page files of one server, by URL path."""
+
+    def __init__(self, pages: Mapping[str, Page]) -> None:
+        self._pages = dict(pages)
+
+    def answer(self, request: HttpRequest) -> HttpResponse | None:
+        """Return the response to a request for a page, or ``None`` if there is no such page."""
+        path = unquote(request.path.partition("?")[0])
+        page = self._pages.get(f"/{INDEX}" if path == "/" else path)
+        if page is None or request.is_upgrade:
+            return None
+        headers = {**HEADERS, "ETag": page.tag}
+        if page.tag in (tag.strip() for tag in request.known_tags.split(",")):
+            return HttpResponse(HTTPStatus.NOT_MODIFIED, page.content_type, b"", headers)
+        if page.packed is not None and _takes_gzip(request.encodings):
+            headers["Content-Encoding"] = "gzip"
+            return HttpResponse(HTTPStatus.OK, page.content_type, page.packed, headers)
+        return HttpResponse(HTTPStatus.OK, page.content_type, page.body, headers)
+
+
+def read_pages(folder: Path) -> Pages:
+    """Read a folder of web pages, except hidden files.
+
+    Raises:
+        UsageError: the folder has no ``index.html``, too many or too large files, or a link to
+            something that is not one of its own files.
+    """
+    if not (folder / INDEX).is_file():
+        raise UsageError(f"{folder} has no {INDEX}; name a page's folder (`make web` builds one)")
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if not _is_hidden(name)]
+    for name in names:
+        _check_link(folder, name)
+    contents = _read_files(folder, names)
+    return Pages(
+        {
+            f"/{name}": _make_page(name, content, contents.get(f"{name}{PACKED}"))
+            for name, content in contents.items()
+            if not (name.endswith(PACKED) and name.removesuffix(PACKED) in contents)
+        }
+    )
+
+
+def _read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
+    """Read files by their names in the folder, with ``/`` as separator."""
+    contents: dict[str, bytes] = {}
+    total = 0
+    for name in names:
+        try:
+            if len(contents) >= MAX_FILES:
+                raise OSError(errno.EFBIG, "one file too many")
+            content = read_regular(folder / name, min(MAX_FILE_BYTES, MAX_BYTES - total))
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise UsageError(f"{folder / name} cannot be read: {error.strerror}") from error
+            raise UsageError(
+                f"{folder} holds more than a server gives out: at most {MAX_FILES} files, "
+                f"{MAX_FILE_BYTES >> 20} MiB each and {MAX_BYTES >> 20} MiB together"
+            ) from error
+        total += len(content)
+        contents[name.as_posix()] = content
+    return contents
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _check_link(folder: Path, name: Path) -> None:
+    """Refuse a link out of the folder (path traversal), or to a file that is not served.
+
+    Raises:
+        UsageError: the file is such a link.
+    """
+    root = folder.resolve()
+    target = (folder / name).resolve()
+    if not target.is_relative_to(root) or _is_hidden(target.relative_to(root)):
+        raise UsageError(
+            f"{folder / name} is a link to a file that is not given out; put a copy in its place, "
+            "or remove it"
+        )
+
+
+def _make_page(name: str, content: bytes, packed: bytes | None) -> Page:
+    return Page(
+        content_type=CONTENT_TYPES.get(PurePosixPath(name).suffix.lower(), BYTES),
+        body=content,
+        packed=packed,
+        tag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+    )
+
+
+def _takes_gzip(encodings: str) -> bool:
+    """Return whether an ``Accept-Encoding`` header names gzip with a weight above zero."""
+    for encoding in encodings.split(","):
+        name, _, weight = encoding.partition(";")
+        if name.strip().lower() == "gzip":
+            return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return False

@@ -1,0 +1,214 @@
+"""A server's websocket connections to its clients; :mod:`connections` limits each of them.
+
+Every exception of websockets, TLS and the operating system is converted to one of ours here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_websockets
+from websockets.exceptions import WebSocketException
+from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, ServerBusy
+from splitonnx.runtime.edge.admissions import Admission
+from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, LimitedConnection
+from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
+from splitonnx.runtime.edge.listeners import ignore_scarcity, open_listeners
+from splitonnx.runtime.edge.origins import check_origins
+from splitonnx.runtime.edge.tokens import Identity, Role
+from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.wire.close_codes import RESTART, describe_loss
+from splitonnx.runtime.wire.fragments import JoinedFragments, split_message
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PING_SECONDS = 20.0
+"""Seconds between pings."""
+
+
+class Peer:
+    """A client's connection on the server; it raises ConnectionLost like a transport."""
+
+    def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
+        self._connection = connection
+        self._admission = admission
+        self.name = connection.name
+
+    @property
+    def owner(self) -> str | None:
+        """Return the owner of the token or certificate.
+
+        It is ``""`` if no token is required, and ``None`` until a token is shown.
+        """
+        return self._connection.owner
+
+    @property
+    def is_sending(self) -> bool:
+        """Return whether a message, or part of one, has arrived that was not received yet."""
+        return self._connection.is_underway or self._connection.kept > 0
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Return the client's roles: none until a token is shown."""
+        identity = self._connection.identity
+        return frozenset() if identity is None else identity.roles
+
+    async def admit(self, identity: Identity) -> None:
+        """Lift the limits that apply before a token is shown.
+
+        They may still apply to data that the client sends before it receives an answer.
+
+        Raises:
+            ServerBusy: the limit on clients is reached, in total or for this owner; close with
+                ``BUSY``.
+        """
+        limits = self._admission.limits
+        match self._admission.admit(self._connection, identity):
+            case None:
+                return
+            case Refusal.TOO_MANY_CLIENTS_OF_TOKEN:
+                raise ServerBusy(f"{limits.clients_per_token} clients of one token's owner")
+            case _:
+                raise ServerBusy(f"{limits.clients} clients")
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks as one message; a client that does not read it in time is disconnected."""
+        seconds = self._admission.limits.idle_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._connection.send(split_message(chunks))
+        except TimeoutError as error:
+            self._connection.cut_off(Refusal.REPLY_TOO_SLOW)
+            reason = f"it did not take a reply within {seconds:g} s"
+            raise ConnectionLost(self.name, reason) from error
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
+
+    async def receive(self) -> bytes | bytearray:
+        """Wait for the next message, within the limits."""
+        fragments = self._connection.recv_streaming(decode=False)
+        content = JoinedFragments()
+        idle_seconds = self._admission.limits.idle_seconds
+        try:
+            async with asyncio.timeout(idle_seconds) as idle:
+                async for part in fragments:
+                    idle.reschedule(None)  # the connection times what has begun
+                    content.add(part)
+                    self._connection.take(len(part))
+        except TimeoutError as error:
+            reason = f"silent for {idle_seconds:g} s"
+            self._connection.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
+            raise ConnectionLost(self.name, reason) from error
+        except (OSError, WebSocketException) as error:
+            raise self._explain(error) from error
+        return content.join()
+
+    async def wait_closed(self) -> None:
+        """Wait until either side has closed the connection."""
+        await self._connection.wait_closed()
+
+    async def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        """Close the connection and wait briefly for the other side; may be called twice."""
+        await self._connection.close(code, reason.encode()[:120].decode(errors="ignore"))
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close the connection without waiting; the other side learns the reason if it reads."""
+        self._connection.dismiss(code, reason)
+
+    def _explain(self, error: Exception) -> ConnectionLost:
+        lost = describe_loss(self.name, error)
+        if self._connection.refusal is not None:
+            lost.reason = f"ended here: {self._connection.refusal}"
+        return lost
+
+
+def _ignore(refusal: Refusal, name: str) -> None:
+    pass
+
+
+@asynccontextmanager
+async def serve(
+    handle: Callable[[Peer], Awaitable[None]],
+    host: str,
+    port: int,
+    *,
+    limits: Limits | None = None,
+    tls: ssl.SSLContext | None = None,
+    origins: Sequence[str] = (),
+    authorize: Authorize | None = None,
+    respond: Respond | None = None,
+    has_pages: bool = False,
+    on_refusal: OnRefusal = _ignore,
+) -> AsyncIterator[int]:
+    """Serve clients while the context is open, and yield the port; port 0 takes any free one.
+
+    ``handle`` is called for each client after its handshake, and the connection is closed when it
+    returns.  ``authorize`` receives the token from the request's header and returns its identity,
+    or ``None``, which is answered with HTTP 401.  A client without a token in the header is at
+    first unauthenticated, and ``handle`` may admit it.  Without ``authorize`` every client is
+    admitted, under the common name of the certificate that ``tls`` requests, otherwise as ``""``.
+
+    ``respond`` answers HTTP requests on the same port, before anything else handles them.  Requests
+    with an origin come from web pages: they are refused (403) unless ``origins`` contains the
+    origin or, with ``has_pages``, this server served the page.  ``on_refusal`` is called for
+    everything that is refused here.  At the end, clients are told that the server restarts (1012).
+
+    Raises:
+        PortInUse: another program uses the port.
+        UsageError: the address is not one of this machine's, or an origin is invalid.
+    """
+    admission = Admission(
+        limits or Limits(),
+        authorize=authorize,
+        respond=respond,
+        origins=check_origins(origins),
+        on_refusal=on_refusal,
+        has_tls=tls is not None,
+        has_pages=has_pages,
+        host=host.lower(),
+    )
+
+    def answer(socket: ServerConnection, request: Request) -> Response | None:
+        assert isinstance(socket, LimitedConnection)
+        return admission.answer(socket, request)
+
+    async def welcome(socket: ServerConnection) -> None:
+        assert isinstance(socket, LimitedConnection)
+        socket.open()
+        await handle(Peer(socket, admission))
+
+    listeners = open_listeners(host, port, admission.quota)
+    asyncio.get_running_loop().set_exception_handler(ignore_scarcity)
+    async with AsyncExitStack() as open_servers:
+        for listener in listeners:
+            server = await serve_websockets(
+                welcome,
+                sock=listener,
+                ssl=tls,
+                process_request=answer,
+                compression=None,
+                max_size=admission.limits.unauthenticated_bytes,
+                open_timeout=ANSWER_SECONDS,  # the connection times the handshake
+                ssl_handshake_timeout=admission.limits.handshake_seconds if tls else None,
+                ping_interval=PING_SECONDS,
+                ping_timeout=None,  # the connection listens for more than pongs
+                close_timeout=CLOSE_SECONDS,
+                server_header=None,
+                create_connection=cast(
+                    "type[ServerConnection]", partial(LimitedConnection, admission)
+                ),
+            )
+            open_servers.push_async_callback(server.wait_closed)
+            open_servers.callback(server.close, code=RESTART, reason="the server restarts")
+        yield listeners[0].getsockname()[1]

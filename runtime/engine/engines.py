@@ -1,0 +1,324 @@
+"""Run stage graphs with ONNX Runtime, whichever build of it is installed.
+
+Only this module of the runtime imports onnxruntime, and no values or exceptions of onnxruntime
+leave it.  It knows graphs, arrays and threads, but not phases, wires or training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from splitonnx.element_types import ELEMENT_TYPES
+from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
+from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
+from splitonnx.runtime.engine.runs import Runs
+from splitonnx.runtime.gate.gates import check_graph, is_ort_format
+
+_ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
+    kind.runtime: kind.dtype for kind in ELEMENT_TYPES
+}
+_UNKNOWN_OPERATOR = re.compile(
+    r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
+)
+_SILENT = 4
+"""ONNX Runtime's severity "fatal": what it logs as an error is raised as well, and the lines that
+it writes itself would go past our log."""
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledRuntime:
+    """The installed ONNX Runtime; ``training`` is true if it has the gradient kernels."""
+
+    version: str
+    training: bool
+
+    def __str__(self) -> str:
+        return f"onnxruntime{'-training' if self.training else ''} {self.version}"
+
+
+def installed_runtime() -> InstalledRuntime:
+    """Return which ONNX Runtime is installed.
+
+    Raises:
+        MissingExtra: ONNX Runtime is not installed.
+    """
+    # The training build and the stock build share a folder: only what is inside tells them apart.
+    training = hasattr(_bindings(), "GradientGraphBuilder")
+    return InstalledRuntime(version=_import_onnxruntime().__version__, training=training)
+
+
+class Tensor:
+    """A tensor of ONNX Runtime; opaque, made by :class:`Engine`."""
+
+    __slots__ = ("_session", "_value")
+
+    def __init__(self, value: Any, session: Any = None) -> None:
+        self._value = value
+        self._session = session  # a constant output lives in its session's memory
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": tuple(self._value.shape()),
+            "typestr": _ELEMENT_TYPES[self._value.data_type()].str,
+            "data": (self._value.data_ptr(), True),  # True: read-only
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """An operator that a graph in ORT format needs; ``version`` is the opset that defined it.
+
+    ``types`` is JSON for ONNX Runtime's build scripts and lists the element types that the operator
+    is used with; it is empty if the build cannot restrict them.
+    """
+
+    domain: str
+    version: int
+    operator: str
+    types: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedStage:
+    """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in their order."""
+
+    name: str
+    outputs: tuple[str, ...]
+    session: Any
+
+
+class Engine:
+    """Loads stage graphs and runs them on the CPU.
+
+    ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
+    Running releases Python's global interpreter lock.  ``trusted`` means that the caller trusts the
+    bundle's maker: only then may graphs be in ORT format, which the gate cannot check.  With
+    ``arena``, ONNX Runtime keeps the memory that a stage frees for the next run.  A stage that runs
+    longer than ``stage_seconds`` is ended between two operators; Ctrl-C ends a stage that runs in
+    the main thread. ``on_stuck`` is called with the name of a stage that cannot be ended.
+    Denormals are flushed to zero in every thread if the platform supports it (:mod:`denormals`).
+
+    Raises:
+        MissingExtra: ONNX Runtime is not installed.
+    """
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        *,
+        trusted: bool = False,
+        arena: bool = True,
+        stage_seconds: float | None = None,
+        on_stuck: Callable[[str], object] | None = None,
+    ) -> None:
+        self._ort = _import_onnxruntime()
+        self._threads = threads
+        self._trusted = trusted
+        self._arena = arena
+        self._running = Runs(stage_seconds, on_stuck)
+
+    def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
+        """Load a stage graph from bytes, after the gate has checked it.
+
+        With ``training`` its nodes run exactly as they are, unoptimized: the graph was optimized
+        before it was differentiated, and split and unsplit runs must use the same kernels.  A graph
+        in ORT format always runs as it is, and is accepted only if the engine is ``trusted``.
+
+        Raises:
+            ForbiddenGraph: the gate refused the graph, and ONNX Runtime did not see it.
+            WrongRuntime: the graph has operators of onnxruntime-training, which is not installed.
+            StageFailed: ONNX Runtime refuses the graph for another reason.
+        """
+        own_format = self._trusted and is_ort_format(graph)
+        if not own_format:
+            check_graph(name, graph)
+        levels = self._ort.GraphOptimizationLevel
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = (
+            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
+        )
+        options.intra_op_num_threads = self._threads or 0
+        options.enable_cpu_mem_arena = self._arena
+        # A thread that spins while it waits for the next stage takes the core from the other party.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Otherwise it would detect the format, and could mistake the bytes for ORT format.
+        options.add_session_config_entry(
+            "session.load_model_format", "ORT" if own_format else "ONNX"
+        )
+        session = self._open(name, graph, options)
+        outputs = tuple(output.name for output in session.get_outputs())
+        return LoadedStage(name=name, outputs=outputs, session=session)
+
+    def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
+        """Convert a stage graph to ORT format, for ONNX Runtime builds that read nothing else.
+
+        The graph is optimized by rules that are valid on every processor and keep only standard
+        operators; with ``training`` it is not optimized, as in :meth:`load`.
+
+        Raises:
+            ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`load`.
+        """
+        check_graph(name, graph)
+        levels = self._ort.GraphOptimizationLevel
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = (
+            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
+        )
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        with tempfile.TemporaryDirectory() as folder:  # it writes to a path only
+            written = Path(folder, "stage.ort")
+            options.optimized_model_filepath = str(written)
+            self._open(name, graph, options)
+            return written.read_bytes()
+
+    def _open(self, name: str, graph: bytes, options: Any) -> Any:
+        options.log_severity_level = _SILENT
+        if CAN_FLUSH:
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        try:
+            with flushing_denormals():  # otherwise the first session would set it for good
+                return self._ort.InferenceSession(
+                    graph, options, providers=["CPUExecutionProvider"]
+                )
+        except _exceptions() as error:
+            _refuse(name, error)
+
+    def from_array(self, array: np.ndarray) -> Tensor:
+        """Pass an array to ONNX Runtime, without a copy if it is contiguous and aligned.
+
+        The array must not be changed afterwards.
+        """
+        contiguous = np.require(array, requirements=["C", "A"])
+        return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))
+
+    def to_array(self, tensor: Tensor) -> np.ndarray:
+        """Return a read-only array that shares a tensor's memory and keeps it alive."""
+        if 0 in tensor._value.shape():  # it has no memory to share
+            interface = tensor.__array_interface__
+            return np.empty(interface["shape"], interface["typestr"])
+        return np.asarray(tensor)
+
+    def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a stage and return all its outputs by name.
+
+        Raises:
+            StageFailed: an operator failed, or the inputs do not fit the graph.
+            StageTooSlow: the stage exceeded its time limit.
+            StageStopped: :meth:`stop` was called.
+        """
+        values = {name: tensor._value for name, tensor in feeds.items()}
+        options = self._ort.RunOptions()
+        options.log_severity_level = _SILENT
+        run = self._running.begin(stage.name, options)
+        try:
+            restore = set_flush()
+            try:
+                produced = stage.session.run_with_ort_values(stage.outputs, values, options)
+            finally:
+                restore()
+        except _exceptions() as error:
+            run.explain(error, _one_line(error), self._running.seconds)
+        finally:
+            self._running.finish(run)
+        # A graph's input that is also its output comes back as a second handle on the same memory,
+        # which does not keep that memory alive: the feed itself does.
+        return {
+            name: feeds.get(name) or Tensor(_detach(value), stage.session)
+            for name, value in zip(stage.outputs, produced, strict=True)
+        }
+
+    def stop(self) -> None:
+        """Stop all running stages, from another thread, and run no more."""
+        self._running.stop()
+
+
+def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
+    """List the kernels that graphs in ORT format together need in a reduced build.
+
+    The graphs must have been written by :meth:`Engine.convert`; ONNX Runtime's tool reads them.
+    """
+    _import_onnxruntime()
+    from onnxruntime.tools import ort_format_model
+
+    types = ort_format_model.OperatorTypeUsageManager()
+    found: dict[str, dict[int, set[str]]] = {}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the tool does not close its file
+        for graph in graphs:
+            path = Path(folder, "stage.ort")
+            path.write_bytes(graph)
+            ort_format_model.OrtFormatModelProcessor(str(path), found, types).process()
+    return tuple(
+        Kernel(
+            domain=domain,
+            version=version,
+            operator=operator,
+            types=types.get_config_entry(domain, operator) or "",
+        )
+        for domain, versions in sorted(found.items())
+        for version, operators in sorted(versions.items())
+        for operator in sorted(operators)
+    )
+
+
+@cache
+def _import_onnxruntime() -> Any:
+    # From 1.29 on it reports models and errors to its maker, keeps an identifier of the device, and
+    # does both while it is imported, unless the environment says this before.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
+    onnxruntime.disable_telemetry_events()  # a program that imported it before us
+    onnxruntime.set_default_logger_severity(_SILENT)  # device discovery warns on its own
+    return onnxruntime
+
+
+def _bindings() -> Any:
+    return _import_onnxruntime().capi.onnxruntime_pybind11_state
+
+
+def _detach(value: Any) -> Any:
+    """Remove one output from its run's list, of which each item keeps all the others alive."""
+    alone = _bindings().OrtValueVector()
+    alone.push_back(value._ortvalue)
+    return type(value)(alone[0])
+
+
+@cache
+def _exceptions() -> tuple[type[Exception], ...]:
+    # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
+    own = (kind for kind in vars(_bindings()).values() if isinstance(kind, type))
+    return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
+
+
+def _refuse(stage: str, error: Exception) -> NoReturn:
+    unknown = _UNKNOWN_OPERATOR.search(str(error))
+    runtime = installed_runtime()
+    if unknown and not runtime.training:
+        raise WrongRuntime(
+            str(runtime),
+            f"the training operator {unknown[1] or unknown[2]} (stage '{stage}'); install "
+            "splitonnx[cpu], or cut the model with the target portable",
+        ) from error
+    raise StageFailed(stage, _one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(_PREFIX.sub("", str(error)).split())[:400]

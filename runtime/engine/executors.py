@@ -1,0 +1,377 @@
+"""One party's executor: its state and its open tasks, run as the manifest describes.
+
+The executor feeds stages with state, data, scalars, stashes and received wires, and commits a
+task's outcome to the state atomically.  It knows neither a network nor neural networks: the caller
+transports the wires.  Between stages, tensors stay in ONNX Runtime's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import (
+    BundleError,
+    LocalProtocolError,
+    MissingArray,
+    NotFinite,
+    RemoteProtocolError,
+    UsageError,
+    quote,
+)
+from splitonnx.faults import attribute_errors_to_us
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage, WireKind
+from splitonnx.messages import TaskKey
+from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
+from splitonnx.runtime.engine.dataflows import Dataflow, Progress
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.states import State, check_finite_state, check_home, write_state
+from splitonnx.tensors import check_array
+
+
+class SessionExecutor(Protocol):
+    """The executor of a server's session, either in this process or in a worker.
+
+    The methods are those of :class:`Executor`, and may also raise ``WorkerLost``.
+    """
+
+    @property
+    def step(self) -> int:
+        """Return the number of updates committed so far."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the state was lost with its worker."""
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task."""
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Pass wires from the other party to an open task."""
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that are ready to send."""
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Return whether every stage of the task ran."""
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task and commit its state atomically."""
+
+    def abandon(self, key: TaskKey) -> None:
+        """Abort a task."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the complete state."""
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state."""
+
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
+        """Write the state to the party's folder as the training's outcome."""
+
+    def close(self) -> None:
+        """Release the state."""
+
+
+@dataclass(kw_only=True)
+class _Task:
+    phase: Phase
+    flow: Dataflow
+    progress: Progress
+    values: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs one party's stages and keeps its state.
+
+    ``step`` is the number of updates committed so far.  Several tasks may be open at the same time;
+    they share the state.  Not safe to use from two threads at a time.
+    """
+
+    def __init__(self, party: PartyBundle, engine: Engine) -> None:
+        self.step = party.step
+        self.manifest = party.manifest
+        self.party = party
+        self._engine = engine
+        self._state = {name: engine.from_array(a) for name, a in party.state().items()}
+        self._flows: dict[str, Dataflow] = {}
+        self._loaded: dict[tuple[str, str], LoadedStage] = {}
+        self._tasks: dict[TaskKey, _Task] = {}
+
+    def fork(self) -> Executor:
+        """Make an independent executor that starts with this one's state.
+
+        Both share the loaded stages, and each tensor until one of them replaces it.  They may run
+        in two threads, except for :meth:`prepare`: call it first for every phase that both use.
+        """
+        twin = copy(self)
+        twin._state = dict(self._state)
+        twin._tasks = {}
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the state."""
+        return sum(array.nbytes for array in self.state().values())
+
+    def prepare(self, phase: str) -> None:
+        """Load the stages of a phase now instead of at its first task.
+
+        Raises:
+            WrongRuntime: a stage needs onnxruntime-training.
+            StageFailed: ONNX Runtime refuses a stage.
+        """
+        if phase in self._flows:
+            return
+        declared = self.manifest.phase(phase)
+        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE)
+        for stage in declared.stages:
+            graph = self.party.graphs[stage.graph]
+            loaded = self._engine.load(stage.name, graph, training=training)
+            self._loaded[phase, stage.name] = loaded
+        self._flows[phase] = Dataflow(declared, self.manifest.party)
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task with this party's data; arrays that the phase does not declare are ignored.
+
+        ``seed`` is the key of the random masks; ``learning_rate`` is for this step.  The arrays
+        must not be changed until the task is over.
+
+        Raises:
+            MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
+            LocalProtocolError: the task is already open, or trains another step than the next.
+            UsageError: the seed or the learning rate is out of range for its tensor.
+        """
+        if key in self._tasks:
+            raise LocalProtocolError(f"{key} is open already")
+        if key.phase == TRAIN and key.step != self.step:
+            raise LocalProtocolError(f"to train at step {key.step}; the next is {self.step}")
+        scalars = _make_scalars(key, seed, learning_rate)
+        self.prepare(key.phase)
+        flow = self._flows[key.phase]
+        phase = self.manifest.phase(key.phase)
+        task = _Task(phase=phase, flow=flow, progress=flow.start())
+        for spec in phase.data:
+            if spec.name not in data:
+                raise MissingArray(spec.name, tuple(data))
+            check_array(data[spec.name], spec, task.sizes)
+        self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
+        self._supply(task, scalars)
+        self._tasks[key] = task
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Pass wires from the other party to an open task.
+
+        Raises:
+            RemoteProtocolError: a tensor is not a wire to this party, or arrived before.
+            ArrayMismatch, ValueOutOfRange: a tensor differs from its wire's declaration.
+        """
+        task = self._task(key)
+        if unexpected := tensors.keys() - task.progress.missing:
+            raise RemoteProtocolError(f"it sent {quote(sorted(unexpected))}, not expected now")
+        self._check_wires(task, tensors)
+        self._supply(task, tensors)
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that are ready to send.
+
+        Data that are sent to the other party come with the first group.  The arrays are read-only
+        views.  After an error, abandon the task.
+
+        Raises:
+            StageFailed: an operator failed.
+            InternalRuntimeError: a bug in the code that runs the stages.
+            NotFinite: the training loss is NaN or infinite; nothing that depends on it is sent.
+        """
+        task = self._task(key)
+        while stage := task.progress.next_stage():
+            with attribute_errors_to_us(f"stage '{stage.name}'"):
+                self._run(task, stage)
+            if wires := task.progress.next_wires():
+                yield self._collect_wires(task, wires)
+        if wires := task.progress.next_wires():  # data alone: no stage was ready
+            yield self._collect_wires(task, wires)
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Return whether every stage ran, every wire arrived, and all outgoing were yielded."""
+        return self._task(key).progress.is_finished
+
+    def results(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Return the phase's results before anything is committed; the task must be finished."""
+        task = self._finished(key)
+        return {name: self._engine.to_array(task.values[name]) for name in task.phase.results}
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task, commit its state atomically, and return the phase's results.
+
+        A task of the phase ``train`` counts as one step.
+
+        Raises:
+            LocalProtocolError: the task is not finished.
+        """
+        results = self.results(key)
+        task = self._tasks.pop(key)
+        self._state.update({name: task.values[v] for name, v in task.phase.commits.items()})
+        if key.phase == TRAIN:
+            self.step += 1
+        return results
+
+    def abandon(self, key: TaskKey) -> None:
+        """Abort a task, if it is open; its changes to the state are discarded."""
+        self._tasks.pop(key, None)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the complete state, including the optimizer's, as read-only arrays.
+
+        Later updates do not change the arrays.  Their shapes and dtypes are those in the manifest.
+        """
+        return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state with tensors as the manifest declares them, and abort open tasks.
+
+        The arrays must not be changed afterwards.
+        """
+        self._tasks.clear()
+        self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
+        self.step = step
+
+    def check_outcome(self) -> None:
+        """Check that the state can be published, as far as possible without writing it.
+
+        Raises:
+            BundleError, StateNotFinite, NotSaved: see :meth:`publish`.
+        """
+        _check_outcome(self.party, self.state())
+
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
+        """Write the state to the party's folder as the outcome, completely or not at all.
+
+        ``session`` is the session that produced it, ``position`` the position in the data, and
+        ``owner`` the session's owner.
+
+        Raises:
+            BundleError: the bundle exists only in memory, or the folder cannot be written.
+            StateNotFinite: the state contains NaN or infinity.
+            NotSaved: the folder was deleted or replaced after it was loaded.
+        """
+        publish_state(
+            self.party,
+            self.state(),
+            step=self.step,
+            session=session,
+            position=position,
+            owner=owner,
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Return false: the state in this process is never lost."""
+        return False
+
+    def close(self) -> None:
+        """Do nothing: in this process there is nothing to release."""
+
+    def _task(self, key: TaskKey) -> _Task:
+        if key not in self._tasks:
+            raise LocalProtocolError(f"{key} is not open")
+        return self._tasks[key]
+
+    def _finished(self, key: TaskKey) -> _Task:
+        task = self._task(key)
+        if not task.progress.is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
+        return task
+
+    def _check_wires(self, task: _Task, tensors: Mapping[str, np.ndarray]) -> None:
+        for wire in task.phase.wires:
+            if wire.tensor.name in tensors:
+                is_output = wire.kind is WireKind.OUTPUT
+                check_array(tensors[wire.tensor.name], wire.tensor, task.sizes, is_output=is_output)
+
+    def _supply(self, task: _Task, arrays: Mapping[str, np.ndarray]) -> None:
+        self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
+
+    def _keep(self, task: _Task, tensors: Mapping[str, Tensor]) -> None:
+        task.values.update((n, t) for n, t in tensors.items() if task.flow.wants(n))
+        task.progress.arrive(tensors)
+
+    def _run(self, task: _Task, stage: Stage) -> None:
+        feeds = {
+            i.name: self._state[i.name] if i.source is Source.STATE else task.values[i.name]
+            for i in stage.inputs
+        }
+        outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
+        if task.phase.name == TRAIN and LOSS in outputs:
+            loss = self._engine.to_array(outputs[LOSS])
+            if not np.isfinite(loss).all():
+                raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
+        self._keep(task, outputs)
+        self._drop(task, task.flow.needs[stage.name])
+
+    def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Collect outgoing wires; the replies must have the sizes that these wires bind."""
+        arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
+        self._check_wires(task, arrays)
+        self._drop(task, wires)
+        return arrays
+
+    def _drop(self, task: _Task, names: Iterable[str]) -> None:
+        for name in task.progress.release(names):
+            del task.values[name]
+
+
+def publish_state(
+    party: PartyBundle,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    session: str,
+    position: str,
+    owner: str,
+) -> None:
+    """Write a state to the party's folder as the training's outcome, completely or not at all.
+
+    Raises:
+        BundleError: the bundle exists only in memory, or the folder cannot be written.
+        StateNotFinite: the state contains NaN or infinity.
+        NotSaved: the folder was deleted or replaced after it was loaded.
+    """
+    folder = _check_outcome(party, tensors)
+    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
+    write_state(folder, state, party.manifest.digest)
+
+
+def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Check a state, and return the folder that it may be written to."""
+    if party.path is None:
+        raise BundleError("bundle in memory", "it has no folder to save the state in")
+    check_home(party.path, party.manifest.digest)
+    check_finite_state(party.path, tensors, party.manifest.state)
+    return party.path
+
+
+def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
+    """Make the runtime's scalars, from values that may come from the other party."""
+    numbers = (seed, key.step, key.micro_batch)
+    if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
+        raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")
+    if not 0 <= learning_rate <= float(np.finfo(np.float32).max):  # NaN fails too
+        raise UsageError(f"the learning rate must be finite and not negative, not {learning_rate}")
+    return {
+        KEY: np.array(numbers, np.int64),
+        LEARNING_RATE: np.array(learning_rate, np.float32),
+        STEP: np.array(key.step + 1, np.int64),
+    }

@@ -1,0 +1,40 @@
+/** What the other side reports of itself, as an error of this side. */
+
+import {
+  BatchTooLarge,
+  NotFinite,
+  NotPermitted,
+  RemoteFault,
+  ServerBusy,
+  SessionLost,
+  StaleConnection,
+  TaskTooLarge,
+  Unauthorized,
+  flatten,
+} from "../errors.js";
+import type { SplitonnxError } from "../errors.js";
+import type { MessageOf } from "../messages.js";
+
+/** Return the error that a fault reports, on the connection of this generation. */
+export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
+  switch (fault.code) {
+    case "StaleConnection":
+      return new StaleConnection(generation, fault.newest);
+    case "ServerBusy":
+      return new ServerBusy(fault.reason);
+    case "SessionLost":
+      return new SessionLost(fault.reason);
+    case "NotFinite":
+      return new NotFinite(flatten(fault.subject), `${flatten(fault.reason)}, at the server`);
+    case "BatchTooLarge":
+      return new BatchTooLarge(fault.subject, fault.needed, fault.limit);
+    case "TaskTooLarge":
+      return new TaskTooLarge(fault.needed, fault.limit);
+    case "NotPermitted":
+      return new NotPermitted(fault.subject, fault.reason);
+    case "Unauthorized":
+      return new Unauthorized("the server", 1008, fault.reason);
+    default:
+      return new RemoteFault(fault.code, fault.reason);
+  }
+}

@@ -1,0 +1,193 @@
+/**
+ * The app's data: arrays by name, checked against what a phase declares, and cut into batches.
+ *
+ * What the arrays mean is not known here.
+ */
+
+import { takeTensor } from "../engine/engines.js";
+import type { TensorLike } from "../engine/engines.js";
+import { ArrayMismatch, MissingArray, NotFinite, UnusableData } from "../errors.js";
+import type { Sizes } from "../expressions.js";
+import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
+import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
+import { shuffleRows } from "./shuffles.js";
+
+/** Arrays by name; named as the model's inputs, the targets `labels`. */
+export type Batch = Readonly<Record<string, TensorLike>>;
+
+/**
+ * Data: arrays that have the samples along their first dimension, or an iterable of batches, which
+ * are taken as they are and in their own order.
+ */
+export type DataSource = Batch | Iterable<Batch> | AsyncIterable<Batch>;
+
+/** How an epoch is cut into batches. */
+export interface Dealing {
+  readonly batchSize: number;
+  readonly seed: number;
+  readonly epoch: number;
+  readonly shuffle: boolean;
+  /** Leave a smaller last batch out. */
+  readonly dropLast: boolean;
+}
+
+/** Deal in the data's own order, to the last row. */
+export function dealInOrder(batchSize: number): Dealing {
+  return { batchSize, seed: 0, epoch: 0, shuffle: false, dropLast: false };
+}
+
+/** Arrays by name that come in batches; made by {@link openDataset}. */
+export interface Dataset {
+  /** Number of samples, or `null` where it is not known in advance. */
+  readonly size: number | null;
+
+  /**
+   * Throw unless the arrays are as declared, as far as is known in advance.
+   *
+   * @throws MissingArray, ArrayMismatch, ValueOutOfRange: see {@link checkBatch}.
+   */
+  check(specs: readonly TensorSpec[]): void;
+
+  /**
+   * Yield one epoch's batches, the same for the same arguments.
+   *
+   * @throws NotFinite: a floating-point array of the next batch holds NaN or infinity.
+   * @throws UnusableData: there is no next epoch, or the next item is not a batch.
+   */
+  batches(dealing: Dealing): AsyncIterable<NdArrays>;
+}
+
+/** Open data as a dataset.
+ *
+ * @throws UnusableData: an array is none, or they differ in their number of rows.
+ */
+export function openDataset(source: DataSource): Dataset {
+  if (Symbol.iterator in source || Symbol.asyncIterator in source) {
+    return new BatchDataset(source as Iterable<Batch> | AsyncIterable<Batch>);
+  }
+  return new ArrayDataset(takeBatch(source));
+}
+
+/** Convert a batch of the app. */
+export function takeBatch(batch: Batch): NdArrays {
+  const arrays = Object.entries(batch).map(([name, one]) => [name, takeTensor(name, one)] as const);
+  return new Map(arrays);
+}
+
+/** Arrays that share their first dimension, one row a sample. */
+class ArrayDataset implements Dataset {
+  readonly size: number;
+  readonly #arrays: NdArrays;
+
+  constructor(arrays: NdArrays) {
+    const rows = [...arrays].map(([name, { shape }]) => [name, shape[0] ?? 0] as const);
+    if (!rows.length) throw new UnusableData("the data hold no arrays");
+    if (new Set(rows.map(([, count]) => count)).size > 1) {
+      const counts = rows.map(([name, count]) => `'${name}' ${count}`).join(", ");
+      throw new UnusableData(`the arrays differ in their number of rows: ${counts}`);
+    }
+    this.size = rows[0]![1];
+    if (!this.size) throw new UnusableData("the data hold no samples");
+    this.#arrays = arrays;
+  }
+
+  check(specs: readonly TensorSpec[]): void {
+    checkBatch(this.#arrays, specs.map(freeRows));
+  }
+
+  async *batches(dealing: Dealing): AsyncGenerator<NdArrays, void> {
+    const { batchSize, seed, epoch, shuffle, dropLast } = dealing;
+    const order = shuffle
+      ? shuffleRows(this.size, seed, epoch)
+      : Uint32Array.from({ length: this.size }, (_, index) => index);
+    for (let start = 0; start < this.size; start += batchSize) {
+      const rows = order.subarray(start, start + batchSize);
+      if (dropLast && rows.length < batchSize) return;
+      const picked = [...this.#arrays].map(([name, array]) => [name, takeRows(array, rows)] as const);
+      const batch = new Map(picked);
+      checkFinite(batch, "", rows);
+      yield batch;
+    }
+  }
+}
+
+/** Batches that an iterable yields; it decides on their size and order. */
+class BatchDataset implements Dataset {
+  readonly size = null;
+  readonly #source: Iterable<Batch> | AsyncIterable<Batch>;
+  #specs: readonly TensorSpec[] = [];
+  #spent = false;
+
+  constructor(source: Iterable<Batch> | AsyncIterable<Batch>) {
+    this.#source = source;
+  }
+
+  /** Check each batch from now on, when its turn comes. */
+  check(specs: readonly TensorSpec[]): void {
+    this.#specs = specs;
+  }
+
+  async *batches(): AsyncGenerator<NdArrays, void> {
+    if (this.#spent) {
+      throw new UnusableData("an iterator lasts for one epoch; pass a list");
+    }
+    this.#spent = "next" in this.#source;
+    let number = 0;
+    for await (const batch of this.#source) {
+      const arrays = takeBatch(batch);
+      checkBatch(arrays, this.#specs);
+      checkFinite(arrays, `batch ${number++}, `);
+      yield arrays;
+    }
+  }
+}
+
+/**
+ * Raise unless `batch` has every array that is declared, and each as declared.
+ *
+ * Nothing is converted.
+ *
+ * @throws MissingArray: an array is not there.
+ * @throws ArrayMismatch: element type or shape differ.
+ * @throws ValueOutOfRange: an integer, usually a label, is outside its bounds.
+ */
+export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void {
+  const sizes: Sizes = new Map();
+  for (const spec of specs) {
+    const array = batch.get(spec.name);
+    if (!array) throw new MissingArray(spec.name, [...batch.keys()]);
+    if (array.dtype !== spec.dtype) {
+      const advice = array.dtype === "U8" && spec.dtype === "BOOL" ? "; set its type: 'bool'" : "";
+      throw new ArrayMismatch(spec.name, describe(spec), describe(array) + advice);
+    }
+    checkArray(array, spec, sizes);
+  }
+}
+
+/**
+ * Raise where a floating-point array holds NaN or infinity.
+ *
+ * `where` goes before the row in the error; `rows` are the rows' numbers, else they are counted
+ * within the batch.
+ *
+ * @throws NotFinite: it names the array and its first such row.
+ */
+export function checkFinite(batch: NdArrays, where: string, rows?: ArrayLike<number>): void {
+  for (const [name, array] of batch) {
+    const index = findNotFinite(array);
+    if (index < 0) continue;
+    const row = Math.floor(index / (array.data.length / (array.shape[0] ?? 1)));
+    throw new NotFinite(name, `${where}row ${rows?.[row] ?? row}`);
+  }
+}
+
+function freeRows(spec: TensorSpec): TensorSpec {
+  if (typeof spec.shape[0] !== "number") return spec;
+  return { ...spec, shape: [null, ...spec.shape.slice(1)] };
+}
+
+/** Count a batch's samples: the rows of its first declared array. */
+export function countSamples(batch: NdArrays, specs: readonly TensorSpec[]): number {
+  const array: NdArray | undefined = batch.get(specs[0]?.name ?? "");
+  return array?.shape[0] ?? 1;
+}

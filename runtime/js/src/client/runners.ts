@@ -1,0 +1,213 @@
+/**
+ * Runs tasks with the client's part of a split model: its executor, training run and channel.
+ *
+ * It runs one task after the other, makes both sides write their checkpoints, and goes back with
+ * the server where that one lost steps.  Data, epochs and records belong to the training loop.
+ */
+
+import type { Channel } from "../channels/channels.js";
+import type { Executor } from "../engine/executors.js";
+import { LocalProtocolError, NotSaved, StepsLost } from "../errors.js";
+import { TRAIN } from "../manifests.js";
+import type { TaskKey } from "../messages.js";
+import type { DataPosition } from "../storage/checkpoints.js";
+import type { NdArrays } from "../tensors.js";
+import type { TrainingRun } from "./training_runs.js";
+
+/** What training does where a checkpoint cannot be written. */
+export type WhenUnsaved = "stop" | "continue";
+
+/** Called with all tensors that leave the device and come to it. */
+export type OnWires = (direction: "sent" | "received", phase: string, wires: NdArrays) => void;
+
+export interface TaskRunnerOptions {
+  readonly executor: Executor;
+  readonly run: TrainingRun;
+  readonly channel: Channel;
+  /** Keys the random masks. */
+  readonly seed: number;
+  readonly onWires?: OnWires | undefined;
+}
+
+/**
+ * Runs one task after the other, in the order in which they are asked for.
+ *
+ * `position` is where in its data the state is, as far as that is known: the caller sets it, and
+ * it changes where steps are lost.
+ */
+export class TaskRunner {
+  position: DataPosition | null = null;
+  readonly executor: Executor;
+  readonly run: TrainingRun;
+  readonly #channel: Channel;
+  readonly #seed: number;
+  readonly #onWires: OnWires | undefined;
+  #closed = false;
+  #isHalfPublished = false;
+  #released: Promise<void> | undefined;
+  #others = 0; // numbers the tasks other than training steps
+  #last: Promise<unknown> = Promise.resolve();
+
+  constructor({ executor, run, channel, seed, onWires }: TaskRunnerOptions) {
+    this.executor = executor;
+    this.run = run;
+    this.#channel = channel;
+    this.#seed = seed;
+    this.#onWires = onWires;
+  }
+
+  /** Bytes sent and received so far. */
+  get traffic(): readonly [sent: number, received: number] {
+    return this.#channel.traffic;
+  }
+
+  /**
+   * Carry one task through, from its data to its commit, and return the phase's results.
+   *
+   * `expected` is the step that a training step is to be made at.
+   *
+   * @throws StepsLost: the server lost steps; both sides are at an earlier one, and can continue.
+   * @throws DataError, StageFailed, ProtocolError: the task is given up, and the runner is closed.
+   */
+  async perform(
+    phase: string,
+    data: NdArrays,
+    { learningRate, expected }: { learningRate: number; expected?: number | undefined },
+  ): Promise<NdArrays> {
+    return this.#inTurn(async () => {
+      // Another task that ran meanwhile may have found that steps are lost.
+      if (expected !== undefined && expected !== this.executor.step) {
+        throw new StepsLost(this.executor.step);
+      }
+      const step = phase === TRAIN ? this.executor.step : this.#others++;
+      const key = { session: this.run.session, phase, step, microBatch: 0 };
+      await this.executor.begin(key, { data, seed: this.#seed, learningRate });
+      try {
+        return await this.#goingBack(() => this.#exchange(key, learningRate));
+      } catch (error) {
+        if (!(error instanceof StepsLost)) this.close();
+        throw error;
+      } finally {
+        this.executor.abandon(key);
+        this.#channel.end();
+      }
+    });
+  }
+
+  /**
+   * Hold the storage for a training that begins, and with `checkpoints` look for another run.
+   *
+   * @throws UnfinishedRun, StorageInUse: see {@link TrainingRun.beginRun}.
+   */
+  async beginRun(options: { checkpoints: boolean; restart: boolean }): Promise<void> {
+    return this.#inTurn(async () => {
+      await (options.checkpoints ? this.run.beginRun(options) : this.run.hold());
+    });
+  }
+
+  /**
+   * Let both sides write a checkpoint, one after the other.
+   *
+   * Each side keeps two, so there is one that both have as long as neither is two ahead: the one
+   * whose last was not written goes first.
+   *
+   * @throws NotSaved: one could not, and `whenUnsaved` is to stop.
+   * @throws StepsLost, ProtocolError: as {@link perform}.
+   */
+  async checkpoint(position: DataPosition, whenUnsaved: WhenUnsaved): Promise<void> {
+    return this.#inTurn(async () => {
+      try {
+        if (this.run.isBehind) {
+          await this.run.write(this.executor, position);
+          await this.#saveRemotely(false);
+        } else {
+          await this.#saveRemotely(false);
+          await this.run.write(this.executor, position);
+        }
+      } catch (error) {
+        if (!(error instanceof NotSaved) || whenUnsaved === "stop") throw error;
+      }
+    });
+  }
+
+  /**
+   * Make both sides write their state as the outcome of the training, the server first.
+   *
+   * @throws NotSaved: one could not, or is not finite.
+   * @throws StepsLost, ProtocolError: as {@link perform}.
+   */
+  async publish(): Promise<void> {
+    return this.#inTurn(async () => {
+      this.run.checkOutcome(this.executor);
+      await this.run.hold();
+      this.#isHalfPublished = true; // unknown from now on, until the server answers
+      await this.#saveRemotely(true);
+      await this.run.publish(this.executor, this.position);
+      this.#isHalfPublished = false;
+    });
+  }
+
+  /**
+   * End the session; may be called twice.
+   *
+   * Where the run has checkpoints and is not finished, or the server published its state and this
+   * side did not, it only hangs up: the server would forget what a resumed run begins from.
+   */
+  close(): void {
+    const { kept } = this.run.findResumePoint(this.executor.step);
+    const isUnfinished = this.#isHalfPublished || kept.length > 0;
+    if (!this.#closed) this.#channel.close({ forGood: !isUnfinished });
+    this.#closed = true;
+    this.#released = this.run.release();
+    this.#released.catch(() => {}); // waitUntilIdle throws it
+  }
+
+  /** Wait until nothing is under way. */
+  async waitUntilIdle(): Promise<void> {
+    await this.#last;
+    await this.#released;
+  }
+
+  /** One thing at a time, in the order of asking. */
+  #inTurn<T>(act: () => Promise<T>): Promise<T> {
+    const mine = this.#last.then(() => {
+      if (this.#closed) throw new LocalProtocolError("the client is closed");
+      return act();
+    });
+    this.#last = mine.catch(() => {}); // whoever asked hears of it
+    return mine;
+  }
+
+  async #exchange(key: TaskKey, learningRate: number): Promise<NdArrays> {
+    const { executor } = this;
+    this.#channel.begin(key);
+    for (;;) {
+      for await (const wires of executor.advance(key)) {
+        this.#onWires?.("sent", key.phase, wires);
+        await this.#channel.sendWires(wires, this.#seed, learningRate);
+      }
+      if (executor.isFinished(key)) return executor.finish(key);
+      const wires = await this.#channel.receiveWires();
+      this.#onWires?.("received", key.phase, wires);
+      executor.deliver(key, wires);
+    }
+  }
+
+  async #saveRemotely(publish: boolean): Promise<void> {
+    const { step } = this.executor;
+    const reason = await this.#goingBack(() => this.#channel.save(step, { publish }));
+    if (reason) throw new NotSaved("the server's folder", reason);
+  }
+
+  /** Restore this part to the step to which the server fell back, and the position in the data. */
+  async #goingBack<T>(act: () => Promise<T>): Promise<T> {
+    try {
+      return await act();
+    } catch (error) {
+      if (error instanceof StepsLost) {
+        this.position = await this.run.goBack(this.executor, error.step);
+      }
+      throw error;
+    }
+  }
+}

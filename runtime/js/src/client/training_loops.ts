@@ -1,0 +1,175 @@
+/**
+ * The training loop: epochs, batches, records, checkpoints, and steps that are made again.
+ *
+ * It knows the phases by name, and neither what the stages compute nor how the server is reached.
+ */
+
+import { LOSS } from "../engine/executors.js";
+import { StepsLost } from "../errors.js";
+import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
+import type { DataPosition } from "../storage/checkpoints.js";
+import type { NdArrays, TensorSpec } from "../tensors.js";
+import { countSamples, dealInOrder } from "./datasets.js";
+import type { Dataset } from "./datasets.js";
+import { History } from "./histories.js";
+import type { StepRecord } from "./histories.js";
+import type { LearningRate, ResolvedFitOptions } from "./options.js";
+import type { TaskRunner } from "./runners.js";
+
+/** Times that a server may lose steps before one comes that was not made before. */
+export const MOST_RETURNS = 100;
+
+/** Trains and evaluates, one task of its runner after the other. */
+export class TrainingLoop {
+  readonly #runner: TaskRunner;
+  #expected = 0; // the step after the last one of the fit that runs
+
+  constructor(runner: TaskRunner) {
+    this.#runner = runner;
+  }
+
+  /**
+   * Train from a position in the data until all epochs are made, and return what happened.
+   *
+   * Where the server lost steps, both sides go back and make them again.
+   *
+   * @throws StepsLost: they were made before this call, or are lost again and again.
+   * @throws SplitonnxError: see `SplitClient.fit`.
+   */
+  async fit(options: ResolvedFitOptions, start: DataPosition): Promise<History> {
+    const history = new History();
+    const first = this.#step;
+    let position = start;
+    let [farthest, returns] = [first, 0];
+    for (;;) {
+      this.#expected = this.#step;
+      try {
+        while (position.epoch < options.epochs && !options.signal?.aborted) {
+          position = await this.#trainEpoch(options, position, history);
+        }
+        this.#checkCourse();
+        this.#runner.position = position;
+        if (options.save) await this.#runner.publish();
+        return history;
+      } catch (error) {
+        if (!(error instanceof StepsLost)) throw error;
+        const reached = history.steps.at(-1)?.step ?? first;
+        returns = reached > farthest ? 0 : returns + 1;
+        farthest = Math.max(farthest, reached);
+        if (returns === MOST_RETURNS) throw error;
+        const kept = this.#runner.position;
+        if (error.step < first || (error.step > first && !kept)) throw error;
+        position = kept ?? start;
+        history.forget(error.step, position.epoch);
+      }
+    }
+  }
+
+  /** Compute each metric's mean over all samples of a dataset. */
+  async evaluate(dataset: Dataset, batchSize: number): Promise<Record<string, number>> {
+    const totals = new Map<string, number>();
+    let samples = 0;
+    for await (const batch of dataset.batches(dealInOrder(batchSize))) {
+      const outputs = await this.perform(PREDICT, batch);
+      const size = countSamples(batch, this.#dataOf(PREDICT));
+      const metrics = await this.perform(EVALUATE, new Map([...batch, ...outputs]));
+      for (const [name, { data }] of metrics) {
+        totals.set(name, (totals.get(name) ?? 0) + Number(data[0]) * size);
+      }
+      samples += size;
+    }
+    return Object.fromEntries([...totals].map(([name, total]) => [name, total / samples]));
+  }
+
+  /**
+   * Carry out one task on a batch and return the phase's results.
+   *
+   * `expected` is the step that a training step is to be made at.
+   */
+  async perform(
+    phase: string,
+    batch: NdArrays,
+    { rate, expected }: { rate?: LearningRate | undefined; expected?: number } = {},
+  ): Promise<NdArrays> {
+    const chosen = typeof rate === "function" ? rate(expected ?? this.#step) : rate;
+    const learningRate = chosen ?? this.#runner.executor.manifest.learningRate;
+    return this.#runner.perform(phase, batch, { learningRate, expected });
+  }
+
+  get #step(): number {
+    return this.#runner.executor.step;
+  }
+
+  #dataOf(phase: string): readonly TensorSpec[] {
+    return findPhase(this.#runner.executor.manifest, phase).data;
+  }
+
+  /** Train to the end of the position's epoch, evaluate, and return where the next one begins. */
+  async #trainEpoch(
+    options: ResolvedFitOptions,
+    position: DataPosition,
+    history: History,
+  ): Promise<DataPosition> {
+    const dropLast = this.#dataOf(TRAIN).some((spec) => typeof spec.shape[0] === "number");
+    let [number, skipped] = [0, position.batch];
+    for await (const batch of options.training.batches({ ...position, dropLast })) {
+      if (number++ < skipped) continue;
+      position = { ...position, batch: position.batch + 1 };
+      const record = await this.#recordStep(batch, position, options.learningRate);
+      history.steps.push(record);
+      await options.onStep?.(record);
+      this.#checkCourse();
+      if (options.checkpointEvery && record.step % options.checkpointEvery === 0) {
+        await this.#runner.checkpoint(position, options.whenUnsaved ?? "stop");
+      }
+      if (options.signal?.aborted) return position;
+    }
+    if (options.heldOut) await this.#recordEvaluation(options, options.heldOut, position, history);
+    return { ...position, epoch: position.epoch + 1, batch: 0 };
+  }
+
+  async #recordStep(
+    batch: NdArrays,
+    { epoch, batch: number }: DataPosition,
+    rate: LearningRate | undefined,
+  ): Promise<StepRecord> {
+    const [up, down] = this.#runner.traffic;
+    const begun = performance.now();
+    const results = await this.perform(TRAIN, batch, { rate, expected: this.#expected });
+    this.#expected = this.#step;
+    const seconds = (performance.now() - begun) / 1000;
+    const [sent, received] = this.#runner.traffic;
+    const scalars = [...results].filter(([, array]) => !array.shape.length);
+    const numbers = scalars.map(([name, { data }]) => [name, Number(data[0])]);
+    const { [LOSS]: loss = NaN, ...metrics } = Object.fromEntries(numbers);
+    return {
+      step: this.#step,
+      epoch,
+      batch: number,
+      loss,
+      metrics,
+      samples: countSamples(batch, this.#dataOf(TRAIN)),
+      seconds,
+      bytesUp: sent - up,
+      bytesDown: received - down,
+    };
+  }
+
+  async #recordEvaluation(
+    options: ResolvedFitOptions,
+    dataset: Dataset,
+    { epoch, batchSize }: DataPosition,
+    history: History,
+  ): Promise<void> {
+    const begun = performance.now();
+    const metrics = await this.evaluate(dataset, batchSize);
+    const evaluation = { epoch, metrics, seconds: (performance.now() - begun) / 1000 };
+    history.evaluations.push(evaluation);
+    await options.onEpoch?.(evaluation);
+  }
+
+  /** Another task, made between two steps of a fit, may have found that steps are lost. */
+  #checkCourse(): void {
+    if (this.#step !== this.#expected) throw new StepsLost(this.#step);
+  }
+}

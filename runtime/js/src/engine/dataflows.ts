@@ -1,0 +1,112 @@
+/**
+ * Which stage of a phase can run, which values can travel, and which can be forgotten.
+ *
+ * Pure bookkeeping on names, driven by the manifest's phase alone: it holds no tensor, runs nothing
+ * and sends nothing.
+ */
+
+import type { Phase, Stage } from "../manifests.js";
+
+/**
+ * What one party's phase needs and provides: computed once, valid for every task.
+ *
+ * `receives` and `sends` name the wires towards this party and away from it.  `stages` are in the
+ * manifest's order, which decides among several that are ready.
+ */
+export class Dataflow {
+  readonly stages: readonly Stage[];
+  readonly receives: ReadonlySet<string>;
+  readonly sends: readonly string[];
+  /** Stage name to the values that it needs, without its state. */
+  readonly needs: ReadonlyMap<string, readonly string[]>;
+  /** Values that outlive the stages: results and the state's replacements. */
+  readonly kept: ReadonlySet<string>;
+  /** How many stages and outgoing wires need a value. */
+  readonly uses: ReadonlyMap<string, number>;
+
+  constructor(phase: Phase, party: string) {
+    this.stages = phase.stages;
+    this.receives = new Set(namesOf(phase.wires.filter((wire) => wire.receiver === party)));
+    this.sends = namesOf(phase.wires.filter((wire) => wire.sender === party));
+    this.needs = new Map(phase.stages.map((stage) => [stage.name, listNeeds(stage)]));
+    this.kept = new Set([...phase.results, ...phase.commits.values()]);
+    this.uses = count([...[...this.needs.values()].flat(), ...this.sends]);
+  }
+
+  /** Check whether anything needs this value, so that it must be kept. */
+  wants(name: string): boolean {
+    return this.uses.has(name) || this.kept.has(name);
+  }
+
+  /** Begin one task, in which nothing is there yet. */
+  start(): Progress {
+    return new Progress(this);
+  }
+}
+
+/** How far one task has come. */
+export class Progress {
+  readonly #flow: Dataflow;
+  readonly #present = new Set<string>();
+  readonly #waiting: Stage[];
+  #unsent: readonly string[];
+  readonly #uses: Map<string, number>;
+
+  constructor(flow: Dataflow) {
+    this.#flow = flow;
+    this.#waiting = [...flow.stages];
+    this.#unsent = flow.sends;
+    this.#uses = new Map(flow.uses);
+  }
+
+  /** Whether every stage ran, every wire arrived and every wire was sent. */
+  get isFinished(): boolean {
+    return !this.#waiting.length && !this.#unsent.length && !this.missing.length;
+  }
+
+  /** Wires that have not arrived. */
+  get missing(): readonly string[] {
+    return [...this.#flow.receives].filter((name) => !this.#present.has(name));
+  }
+
+  /** Note that these values are there: data, scalars, wires, or what a stage gave. */
+  arrive(names: Iterable<string>): void {
+    for (const name of names) this.#present.add(name);
+  }
+
+  /** Return the first stage whose inputs are all there, if any, and count it as running. */
+  nextStage(): Stage | undefined {
+    const index = this.#waiting.findIndex((stage) =>
+      this.#flow.needs.get(stage.name)!.every((name) => this.#present.has(name)),
+    );
+    return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
+  }
+
+  /** Return the outgoing wires that are there and were not returned before. */
+  nextWires(): readonly string[] {
+    const ready = this.#unsent.filter((name) => this.#present.has(name));
+    this.#unsent = this.#unsent.filter((name) => !this.#present.has(name));
+    return ready;
+  }
+
+  /** Note one use of each value as done; return those that nothing needs any more. */
+  release(names: readonly string[]): readonly string[] {
+    for (const name of names) this.#uses.set(name, (this.#uses.get(name) ?? 0) - 1);
+    return names.filter((name) => this.#uses.get(name)! <= 0 && !this.#flow.kept.has(name));
+  }
+}
+
+function namesOf(wires: Phase["wires"]): string[] {
+  return wires.map((wire) => wire.tensor.name);
+}
+
+function listNeeds(stage: Stage): readonly string[] {
+  const taken = stage.inputs.filter((input) => input.source !== "state");
+  return [...new Set(taken.map((input) => input.name))];
+}
+
+function count(names: readonly string[]): Map<string, number> {
+  const counts = new Map<string, number>();
+  for (const name of names) counts.set(name, (counts.get(name) ?? 0) + 1);
+  return counts;
+}

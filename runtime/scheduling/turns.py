@@ -1,0 +1,219 @@
+"""Turns: which owner computes next, so that no owner's work keeps the others waiting.
+
+Pieces of work queue by owner.  At most one piece per owner runs at a time, and the owner that has
+used the least time comes next.  This is start-time fair queuing (Goyal, Vin and Cheng, 1996); the
+length of a piece is the seconds that it took, known once it is done.  An owner that returns after a
+pause starts level with the others, without credit for the pause.  Pieces are not interrupted.  So
+that long ones cannot fill every place, one extra place is kept for owners whose pieces are short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+SHORT = 0.1
+"""Owners whose pieces take at most this many seconds share an extra place."""
+_MOST_IDLE = 1024
+"""Owners that are remembered; above that, owners that are not waiting are forgotten."""
+_FADING = 0.9
+"""The factor by which an owner's remembered longest piece shrinks after each piece."""
+
+_Piece = TypeVar("_Piece")
+_Result = TypeVar("_Result")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Line(Generic[_Piece]):
+    """An owner's pieces, each with its number in the order of arrival.
+
+    ``start`` is the virtual time at which the next may begin.  ``longest`` is the seconds of the
+    longest recent piece, unknown before the first.  ``is_beside`` is true if the running piece uses
+    the place for short pieces.
+    """
+
+    pieces: deque[tuple[int, _Piece]] = field(default_factory=deque)
+    start: float
+    longest: float | None = None
+    is_running: bool = False
+    is_beside: bool = False
+
+
+class FairQueue(Generic[_Piece]):
+    """The order in which waiting pieces run; pure bookkeeping, without threads or clocks.
+
+    ``places`` is how many pieces run at a time, at most one per owner.  One more may run if all
+    recent pieces of its owner were short.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._lines: dict[Hashable, _Line[_Piece]] = {}
+        self._waiting = 0
+        self._running = 0  # in the places that any owner may use
+        self._is_beside = False  # whether the place for short pieces is taken
+        self._now = 0.0  # virtual: where the piece that began last was due
+        self._numbers = itertools.count()
+
+    def add(self, owner: Hashable, piece: _Piece) -> None:
+        """Add a piece of work to the queue."""
+        line = self._lines.get(owner)
+        if line is None:
+            line = self._lines[owner] = _Line(start=self._now)
+        elif not line.pieces and not line.is_running:
+            line.start = max(line.start, self._now)
+        line.pieces.append((next(self._numbers), piece))
+        self._waiting += 1
+
+    def take(self) -> tuple[Hashable, _Piece] | None:
+        """Remove and return the next piece that may run, if any; call :meth:`finish` after it."""
+        if not self._waiting:
+            return None
+        ready = [
+            (line.start, line.pieces[0][0], owner)
+            for owner, line in self._lines.items()
+            if line.pieces and not line.is_running and self._has_place(line)
+        ]
+        if not ready:
+            return None
+        _, _, owner = min(ready, key=lambda entry: entry[:2])
+        line = self._lines[owner]
+        self._now = max(self._now, line.start)
+        line.is_running = True
+        line.is_beside = self._running == self._places
+        if line.is_beside:
+            self._is_beside = True
+        else:
+            self._running += 1
+        self._waiting -= 1
+        return owner, line.pieces.popleft()[1]
+
+    def finish(self, owner: Hashable, seconds: float) -> None:
+        """Record that an owner's piece is done, and how long it took."""
+        line = self._lines[owner]
+        line.is_running = False
+        line.start += seconds
+        line.longest = max(seconds, (line.longest or 0.0) * _FADING)
+        if line.is_beside:
+            self._is_beside = line.is_beside = False
+        else:
+            self._running -= 1
+        if not self._running and not self._is_beside and not self._waiting:
+            self._now = max(line.start for line in self._lines.values())  # all are level again
+        if len(self._lines) > _MOST_IDLE:
+            self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
+
+    def remove(self, owner: Hashable, piece: _Piece) -> bool:
+        """Remove a piece that is no longer needed; return ``False`` if it has already begun."""
+        line = self._lines.get(owner)
+        number = next((n for n, own in line.pieces if own is piece), None) if line else None
+        if line is None or number is None:
+            return False
+        line.pieces.remove((number, piece))
+        self._waiting -= 1
+        return True
+
+    def _is_needed(self, line: _Line[_Piece]) -> bool:
+        return bool(line.pieces) or line.is_running or line.start > self._now
+
+    def _has_place(self, line: _Line[_Piece]) -> bool:
+        if self._running < self._places:
+            return True
+        is_short = line.longest is not None and line.longest <= SHORT
+        return is_short and not self._is_beside
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    function: Callable[[], object]
+    future: asyncio.Future[Any]
+
+
+class Turns:
+    """Runs pieces of work in threads in the order of a :class:`FairQueue`; waiting uses no thread.
+
+    For use from one event loop.  ``clock`` returns seconds that never decrease.
+    """
+
+    def __init__(
+        self,
+        places: int | None = None,
+        *,
+        name: str = "splitonnx",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        places = places or os.cpu_count() or 1
+        self._queue: FairQueue[_Work] = FairQueue(places)
+        self._threads = ThreadPoolExecutor(places + 1, thread_name_prefix=name)
+        self._clock = clock
+        self._waiting: dict[asyncio.Future[Any], tuple[Hashable, _Work]] = {}
+
+    def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
+        """Run a function in a thread once it is its owner's turn.
+
+        Cancelling the future withdraws a waiting piece; a running piece continues to its end.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        work = _Work(function=function, future=future)
+        self._waiting[future] = (owner, work)
+        future.add_done_callback(self._forget)
+        self._queue.add(owner, work)
+        self._begin()
+        return future
+
+    def withdraw(self, future: asyncio.Future[Any]) -> bool:
+        """Remove a piece from the queue; return ``False`` if it has begun and so continues."""
+        if future not in self._waiting:
+            return False
+        future.cancel()
+        self._forget(future)
+        return True
+
+    def close(self) -> None:
+        """Wait for running pieces, and end the threads."""
+        self._threads.shutdown()
+
+    def _begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (taken := self._queue.take()) is not None:
+            owner, work = taken
+            del self._waiting[work.future]
+            self._threads.submit(self._work, loop, owner, work)  # which raises nothing
+
+    def _forget(self, future: asyncio.Future[Any]) -> None:
+        if future in self._waiting:  # it was cancelled before its turn
+            self._queue.remove(*self._waiting.pop(future))
+
+    def _work(self, loop: asyncio.AbstractEventLoop, owner: Hashable, work: _Work) -> None:
+        begun = self._clock()
+        result: object = None
+        error: BaseException | None = None
+        try:
+            result = work.function()
+        except BaseException as raised:  # noqa: BLE001 - it is the waiting side's
+            error = raised
+        seconds = self._clock() - begun
+        loop.call_soon_threadsafe(self._end, owner, work, seconds, result, error)
+
+    def _end(
+        self,
+        owner: Hashable,
+        work: _Work,
+        seconds: float,
+        result: object,
+        error: BaseException | None,
+    ) -> None:
+        self._queue.finish(owner, seconds)
+        if not work.future.done():
+            if error is None:
+                work.future.set_result(result)
+            else:
+                work.future.set_exception(error)
+        self._begin()

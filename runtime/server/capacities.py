@@ -1,0 +1,80 @@
+"""How many sessions a server holds in memory, in total and per owner, and which is unloaded first.
+
+This module makes decisions from its arguments and changes nothing: the registry is responsible for
+sessions, threads and the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from splitonnx.errors import ServerBusy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occupant:
+    """A session in memory.
+
+    ``left`` is when its last connection ended, or ``None`` while it has one; ``is_busy`` is true if
+    it is already being unloaded.
+    """
+
+    name: str
+    owner: str
+    left: float | None = None
+    is_busy: bool = False
+
+
+class Capacity:
+    """Decides whether there is room for one more session.
+
+    Args:
+        sessions: the most sessions in memory.
+        sessions_per_owner: the most sessions per owner; the owner ``""``, which may stand for many
+            clients, may have as many as all owners together.
+        can_unload: whether sessions can be written to disk to free their places.
+    """
+
+    def __init__(self, *, sessions: int, sessions_per_owner: int, can_unload: bool) -> None:
+        self._most = sessions
+        self._most_per_owner = sessions_per_owner
+        self._can_unload = can_unload
+
+    def find_leaving(
+        self,
+        owner: str,
+        occupants: Sequence[Occupant],
+        opening: Sequence[str],
+        tried: Collection[str],
+    ) -> Occupant | None:
+        """Choose the session that must be unloaded, or waited for, before one more has room.
+
+        ``opening`` lists the owners of sessions that are being opened, and ``tried`` names the
+        sessions that were already chosen for the same new session without success.
+
+        Returns:
+            ``None`` if there is room.
+
+        Raises:
+            ServerBusy: no session can be unloaded.
+        """
+        own = [occupant for occupant in occupants if occupant.owner == owner]
+        if owner and len(own) + opening.count(owner) >= self._most_per_owner:
+            return self._choose(own, tried, f"{self._most_per_owner} sessions of one token")
+        if len(occupants) + len(opening) >= self._most:
+            return self._choose(occupants, tried, f"{self._most} sessions")
+        return None
+
+    def _choose(
+        self, occupants: Sequence[Occupant], tried: Collection[str], limit: str
+    ) -> Occupant:
+        """Choose the session without a connection for the longest time, else one being unloaded."""
+        untried = [occupant for occupant in occupants if occupant.name not in tried]
+        idle = [o for o in untried if o.left is not None and not o.is_busy]
+        if idle and self._can_unload:
+            return min(idle, key=lambda occupant: occupant.left or 0.0)
+        for occupant in untried:
+            if occupant.is_busy:
+                return occupant
+        raise ServerBusy(limit)

@@ -1,0 +1,79 @@
+"""State shared by a server's connections: sessions, turns, memory, and each session's connection.
+
+It aborts the open tasks of silent clients while others wait for their memory.  What a single
+connection does is in :mod:`handlers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from splitonnx.runtime.edge.tokens import Tokens
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.scheduling.budgets import Budget, Task
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.wire.close_codes import RESTART
+
+
+class Holder(Protocol):
+    """The newest connection of a session."""
+
+    @property
+    def is_sending(self) -> bool:
+        """Return whether a message, or part of one, has arrived from the client and is unread."""
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close the connection without waiting; the other side learns the reason if it reads."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ServerContext:
+    """State shared by a server's connections.
+
+    ``stop`` is set when the server is to stop, ``halt`` when it is to stop without waiting for
+    running steps.  ``compute`` schedules threads that run stages, and ``storage`` threads that use
+    the disk, so that greetings and saving do not wait for steps.  ``locks`` and ``holders`` have an
+    entry per session: its lock, and its newest connection.  ``waiting`` names the sessions whose
+    lock is held by a message that is not running: it waits for memory, or for the client to read a
+    reply.
+    """
+
+    registry: Registry
+    compute: Turns
+    storage: Turns
+    metrics: Metrics
+    stop: asyncio.Event
+    tokens: Tokens | None = None
+    norm: float | None = None
+    batch: int | None = None
+    estimates: Estimates | None = None
+    budget: Budget | None = None
+    halt: asyncio.Event = field(default_factory=asyncio.Event)
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    holders: dict[str, Holder] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+
+    def give_up_idle(self) -> None:
+        """Abort open tasks whose clients keep others waiting for memory; they can start again."""
+        assert self.budget is not None
+        sessions = {session.id: session for session in self.registry.sessions}
+        for task in self.budget.list_idle(self._is_sending):
+            name, phase = task
+            session, lock = sessions.get(name), self.locks.get(name)
+            if lock is not None and lock.locked() and name not in self.waiting:
+                continue  # its next message has just arrived
+            if session is not None and phase in session.open_phases:
+                session.abandon()
+                holder = self.holders.get(name)
+                if holder is not None:
+                    holder.dismiss(RESTART, "others wait for the memory of its step")
+            self.budget.release(task)
+
+    def _is_sending(self, task: Task) -> bool:
+        holder = self.holders.get(task[0])
+        return holder is not None and holder.is_sending

@@ -1,0 +1,305 @@
+"""Dispatch one connection's messages to its session, from bytes to bytes, without a network.
+
+The dispatcher connects the protocol, which knows the allowed messages, with the session that the
+greeting asks for.  The server handles threads, sockets and the order among a session's connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    BatchTooLarge,
+    InternalRuntimeError,
+    NotFinite,
+    NotPermitted,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StageStopped,
+    StaleConnection,
+    TaskTooLarge,
+    WorkerLost,
+)
+from splitonnx.faults import attribute_errors_to_us
+from splitonnx.messages import (
+    Bye,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Saved,
+    Tensors,
+    Unsaved,
+    Welcome,
+)
+from splitonnx.names import SERVER
+from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.server.ledgers import Fingerprint, Reply
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedMessage:
+    """A message that was decoded and checked; ``fingerprint`` identifies its bytes.
+
+    If the message belongs to a task, ``needed`` is an estimate of the task's memory.
+    """
+
+    message: Message
+    tensors: Mapping[str, np.ndarray]
+    fingerprint: Fingerprint
+    needed: int = 0
+
+
+class Dispatcher:
+    """The server's side of one connection, whose client belongs to ``owner``.
+
+    ``roles`` are the client's permissions.  ``estimates`` computes the memory of a task, which may
+    be at most ``task_bytes``; without it nothing is estimated.
+
+    ``session`` is set after the greeting, and ``refused`` after an error ended the connection.
+    :meth:`read` may be called at any time; while another method runs, nothing else may use the same
+    session.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        owner: str = "",
+        *,
+        roles: frozenset[Role] = ALL_ROLES,
+        norm: float | None = None,
+        batch: int | None = None,
+        estimates: Estimates | None = None,
+        task_bytes: int | None = None,
+    ) -> None:
+        self.session: Session | None = None
+        self.refused: SplitonnxError | None = None
+        self._registry = registry
+        self._owner = owner
+        self._estimates = estimates
+        self._task_bytes = task_bytes
+        self._roles = roles
+        self._tried: set[str] = set()
+        self._generation = 0
+        self._wires = list_wires(registry.manifest)
+        self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
+
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the connection has ended."""
+        return self._protocol.state is State.CLOSED
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Return whether the session can be resumed after the error that ended the connection."""
+        match self.refused:
+            case StageStopped() | WorkerLost(is_repeated=False):
+                return True
+            case ServerBusy():  # there may be room when its task begins again
+                return self._generation > 0
+        return False
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Return whether a training step of the session is open and waits for the client."""
+        return self._held is not None and self._held.ledger.is_open
+
+    def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
+        """Decode one message, act on it and yield the replies, each to be sent as one message.
+
+        An error becomes a Fault as the last reply and ends the connection.  An unfinished task is
+        aborted, and its changes to the state are discarded.
+        """
+        try:
+            received = self.read(content)
+            while (pending := self.enter(received)) is not None:
+                pending.result()
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+            return
+        yield from self.answer(received)
+
+    def enter(self, received: ReceivedMessage) -> Future[None] | None:
+        """Find the session that a greeting asks for; other messages need no session.
+
+        Returns:
+            A future to wait for before calling this again, or ``None`` once the session is found.
+
+        Raises:
+            SplitonnxError: answer it with :meth:`refuse`.
+        """
+        if isinstance(received.message, Hello):
+            with attribute_errors_to_us("a greeting"):
+                found = self._registry.seek(received.message, self._owner, self._tried)
+            if not isinstance(found, Session):
+                return found
+            self.session = found
+        return None
+
+    def read(self, content: Chunk | bytearray) -> ReceivedMessage:
+        """Decode and check one message; call :meth:`enter` next, and then :meth:`answer`.
+
+        Raises:
+            SplitonnxError: answer it with :meth:`refuse`.
+        """
+        with attribute_errors_to_us("the reading of a message"):
+            message, tensors = self._protocol.receive(content)
+        if isinstance(message, Hello) and Role.TRAIN not in self._roles:
+            raise NotPermitted(Role.TRAIN, "open a session")
+        return ReceivedMessage(
+            message=message,
+            tensors=tensors,
+            fingerprint=Fingerprint(content),
+            needed=self._estimate(message) if isinstance(message, Tensors) else 0,
+        )
+
+    def _estimate(self, message: Tensors) -> int:
+        if self._estimates is None or message.phase not in self._wires:
+            return 0
+        needed = self._estimates.measure(message.phase, self._protocol.sizes)
+        if self._task_bytes is not None and needed > self._task_bytes:
+            raise TaskTooLarge(needed, self._task_bytes)
+        return needed
+
+    def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
+        """Act on a message and yield the replies, like :meth:`handle`.
+
+        The iterator must be exhausted, even if the replies can no longer be sent.
+        """
+        try:
+            with attribute_errors_to_us(f"a message '{type(received.message).__name__}'"):
+                yield from self._act(received)
+        except SplitonnxError as error:
+            yield from self.refuse(error)
+
+    def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
+        """End the connection, and report the error to the client if possible.
+
+        An error that only interrupts the session is not reported, so that the client reconnects.
+        """
+        self.refused = error
+        if self._held is not None:
+            self._held.abandon()
+        if self.is_interrupted:
+            self._protocol.close()
+        if not self.is_closed:
+            yield self._protocol.send(_describe(error))
+
+    def end(self) -> None:
+        """Release the session, which stays for the client's next connection; call this once."""
+        if self.session is not None:
+            self._registry.release(self.session)
+
+    @property
+    def _held(self) -> Session | None:
+        """The session, while this is its newest connection."""
+        session = self.session
+        return session if session is not None and session.generation == self._generation else None
+
+    def _act(self, received: ReceivedMessage) -> Iterator[Reply]:
+        message = received.message
+        match message:
+            case Hello():
+                yield self._greet(message)
+            case Tensors():
+                session = self.check_session(message.session)
+                yield from session.handle_training(
+                    message, received.tensors, received.fingerprint, self._protocol.send
+                )
+            case Save():
+                yield self._protocol.send(self._save(message))
+            case Bye():
+                self._leave()
+            case Login() | Fault():
+                pass
+            case _:
+                raise RemoteProtocolError(f"a server takes no {type(message).__name__}")
+
+    def _greet(self, hello: Hello) -> Reply:
+        assert self.session is not None  # found when the greeting was read
+        step = self.session.greet(hello)
+        self._generation = hello.generation
+        manifest = self._registry.manifest
+        return self._protocol.send(
+            Welcome(
+                session=self.session.id,
+                digest=manifest.digest,
+                step=step,
+                wants_repeat=step > self.session.ledger.step,
+                wires=self._wires,
+            )
+        )
+
+    def _save(self, message: Save) -> Saved | Unsaved:
+        """Save the session's state; without the role PUBLISH, only as a checkpoint."""
+        session = self.check_session(message.session)
+        if not message.publish or Role.PUBLISH in self._roles:
+            return session.save(message)
+        answer = session.save(msgspec.structs.replace(message, publish=False))
+        if isinstance(answer, Unsaved):
+            return answer
+        error = NotPermitted(Role.PUBLISH, "replace the newest state")
+        reason = f"{error}; step {message.step} is kept as a checkpoint"
+        return Unsaved(session=session.id, step=message.step, reason=reason)
+
+    def _leave(self) -> None:
+        if self._held is not None:
+            self._held.finish()
+            self._registry.end(self._held)
+
+    def check_session(self, name: str) -> Session:
+        """Return the session that a message names.
+
+        Raises:
+            RemoteProtocolError: it is not this connection's session.
+            StaleConnection: a newer connection has taken over the session.
+        """
+        session = self.session
+        if session is None or name != session.id:
+            own = "none" if session is None else f"'{session.id}'"
+            raise RemoteProtocolError(f"it speaks of session '{name[:40]}', its own is {own}")
+        session.check_generation(self._generation)
+        return session
+
+
+def _describe(error: SplitonnxError) -> Fault:
+    """Convert an error to a message, from which the client can raise the same error."""
+    code = type(error).__name__
+    match error:
+        case StaleConnection():
+            return Fault(code=code, reason=str(error), newest=error.newest)
+        case InternalRuntimeError():  # what an exception says may name what is the server's own
+            return Fault(
+                code=code,
+                reason=f"a mistake in splitonnx, at the server: {error.subject} failed; please "
+                "report it, with the traceback in the server's log",
+            )
+        case ServerBusy():
+            return Fault(code=code, reason=error.limit)
+        case NotFinite():
+            return Fault(code=code, reason=error.where, subject=error.name)
+        case BatchTooLarge():
+            return Fault(
+                code=code,
+                reason=str(error),
+                subject=error.name,
+                needed=error.rows,
+                limit=error.limit,
+            )
+        case NotPermitted():
+            return Fault(code=code, reason=error.action, subject=error.role)
+        case TaskTooLarge():
+            return Fault(code=code, reason=str(error), needed=error.needed, limit=error.limit)
+    return Fault(code=code, reason=str(error))

@@ -1,0 +1,395 @@
+"""The server's side of a connection: from the socket to the dispatcher and back.
+
+One handler serves one connection on the event loop.  Slow work runs in threads when it is its
+owner's turn, and only one thread at a time works for a session.  If a reply can no longer be sent,
+the work that follows it continues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal, TypeVar
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    ConnectionLost,
+    FormatError,
+    RemoteProtocolError,
+    ServerBusy,
+    SplitonnxError,
+    StaleConnection,
+    TaskTooLarge,
+    Unauthorized,
+)
+from splitonnx.messages import (
+    REPLACED,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Tensors,
+    decode_message,
+    encode_message,
+)
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.dispatchers import Dispatcher, ReceivedMessage
+from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.metrics import Part
+from splitonnx.runtime.server.reply_senders import ReplySender
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.task_memory import TaskMemory
+from splitonnx.runtime.wire.close_codes import BUSY, POLICY, RESTART
+
+STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
+STOP_GRACE = 30.0
+"""Seconds that a stopping server waits for the next message of a running step."""
+
+SEND_GRACE = 5.0
+"""Seconds that a stopping server waits for a client to read a reply."""
+
+_Result = TypeVar("_Result")
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class ConnectionHandler:
+    """Handles one connection, from its first message to its end."""
+
+    def __init__(self, context: ServerContext, peer: Peer) -> None:
+        self._context = context
+        self._peer = peer
+        self._metrics = context.metrics
+        self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
+        self._dispatcher: Dispatcher | None = None
+        # Whose turn it is when this connection's is; turns keep it when the connection is gone.
+        self._owner: Hashable = object()
+        self._has_message = False  # it arrived and is not handled yet
+
+    async def run(self) -> None:
+        """Serve the connection until it ends or the server stops."""
+        self._metrics.open_connection()
+        self._log(logging.INFO, "came")
+        stopping = self._stopping = asyncio.create_task(self._context.stop.wait())
+        self._gone = asyncio.create_task(self._peer.wait_closed())
+        self._memory = TaskMemory(
+            self._context, self._peer, gone=self._gone, stopping=self._stopping
+        )
+        try:
+            await self._serve(stopping)
+            self._log(logging.INFO, "left")
+        except ConnectionLost as error:
+            self._log(logging.WARNING, "lost", error)
+        except (ServerBusy, Unauthorized) as error:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+            code = BUSY if isinstance(error, ServerBusy) else POLICY
+            await self._peer.close(code, str(error))
+        finally:
+            stopping.cancel()
+            self._gone.cancel()
+            self._metrics.close_connection()
+            if self._dispatcher is not None:
+                self._release(self._dispatcher)
+
+    @property
+    def is_sending(self) -> bool:
+        """Return whether a message, or part of one, has arrived from the client and is unread."""
+        return self._has_message or self._peer.is_sending
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close the connection without waiting; the other side learns the reason if it reads."""
+        self._peer.dismiss(code, reason)
+
+    def _release(self, dispatcher: Dispatcher) -> None:
+        dispatcher.end()
+        session = dispatcher.session
+        if session is not None and self._context.holders.get(session.id) is self:
+            del self._context.holders[session.id]
+
+    async def _serve(self, stopping: asyncio.Task[Literal[True]]) -> None:
+        owner = self._peer.owner
+        if owner is None:
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            owner = await self._log_in(content)
+        self._owner = owner or self._owner
+        dispatcher = Dispatcher(
+            self._context.registry,
+            owner,
+            roles=self._peer.roles,
+            norm=self._context.norm,
+            batch=self._context.batch,
+            estimates=self._context.estimates,
+            task_bytes=None if self._context.budget is None else self._context.budget.total,
+        )
+        self._dispatcher = dispatcher
+        while not dispatcher.is_closed:
+            begun = time.perf_counter()
+            content = await self._next_message(stopping)
+            if content is None:
+                return
+            self._seconds["receive"] += time.perf_counter() - begun
+            await self._handle(dispatcher, content)
+
+    async def _log_in(self, content: Chunk | bytearray) -> str:
+        """Find the owner of the token in an unauthenticated client's first message.
+
+        Raises:
+            Unauthorized: the message contains no known token.
+        """
+        try:
+            message, _ = decode_message(content)
+        except FormatError:
+            message = None
+        tokens = self._context.tokens
+        found = None
+        if isinstance(message, Login) and tokens is not None:
+            found = tokens.find(message.token)
+        if found is None:
+            error = Unauthorized(self._peer.name, POLICY, "no token that is known here")
+            fault = Fault(code=type(error).__name__, reason=error.reason)
+            await self._peer.send(encode_message(fault))
+            raise error
+        await self._peer.admit(found)
+        return found.owner
+
+    async def _receive(self) -> bytes | bytearray:
+        content = await self._peer.receive()
+        self._has_message = True
+        return content
+
+    async def _next_message(
+        self, stopping: asyncio.Task[Literal[True]]
+    ) -> bytes | bytearray | None:
+        """Wait for a message; return ``None`` once the server stops, unless a step is open."""
+        receiving = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done() and self._is_mid_step:
+                await self._wait_unless_halted(receiving, STOP_GRACE)
+            if receiving.done() and (self._is_mid_step or not stopping.done()):
+                return receiving.result()
+        finally:
+            if receiving.cancel():
+                await asyncio.wait((receiving,))
+            if not receiving.cancelled():
+                receiving.exception()  # was seen
+        await self._peer.close(RESTART, "the server restarts")
+        return None
+
+    async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
+        """Wait up to ``seconds``, unless the server stops without waiting for running steps."""
+        halting = asyncio.create_task(self._context.halt.wait())
+        try:
+            await asyncio.wait(
+                (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            halting.cancel()
+
+    @property
+    def _is_mid_step(self) -> bool:
+        return self._dispatcher is not None and self._dispatcher.is_mid_step
+
+    async def _handle(self, dispatcher: Dispatcher, content: Chunk | bytearray) -> None:
+        self._metrics.count_bytes("up", len(content))
+        has_greeted = dispatcher.session is not None
+        turns = self._context.compute if has_greeted else self._context.storage
+        try:
+            received = await self._take_turn(turns, partial(self._read, dispatcher, content))
+            if isinstance(received.message, Hello):
+                await self._enter(dispatcher, received)
+        except ConnectionLost:
+            raise
+        except SplitonnxError as error:
+            async with self._own(dispatcher):
+                await self._refuse(dispatcher, error)
+            return
+        if isinstance(received.message, Hello):
+            self._take_over(dispatcher, received.message.generation)
+        async with self._own(dispatcher):
+            await self._answer(dispatcher, received)
+        if dispatcher.is_interrupted:
+            await self._peer.close(RESTART, str(dispatcher.refused))
+
+    async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
+        """Report an error to the client; the error ends the connection."""
+        await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
+        self._note_refusal(dispatcher)
+
+    async def _answer(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
+        """Act on a message as soon as there is memory for its task."""
+        session, message = dispatcher.session, received.message
+        done = 0 if session is None else session.tasks_done
+        is_work = isinstance(message, Tensors)
+        try:
+            if session is not None and isinstance(message, Tensors):
+                dispatcher.check_session(message.session)
+                await self._memory.reserve(session, self._owner, message, received.needed)
+        except (ServerBusy, TaskTooLarge, RemoteProtocolError, StaleConnection) as error:
+            await self._refuse(dispatcher, error)
+            return
+        begun = time.perf_counter()
+        try:
+            turns = self._context.compute if is_work else self._context.storage
+            await self._reply(dispatcher, dispatcher.answer(received), turns)
+        finally:  # what was done counts, whether or not the client could be told
+            if session is not None:
+                seconds = time.perf_counter() - begun
+                self._note(message, session, session.tasks_done > done, seconds)
+            self._note_refusal(dispatcher)
+
+    async def _enter(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
+        """Find the session of a greeting; no thread waits while a session is written to disk."""
+        enter = partial(dispatcher.enter, received)
+        while (pending := await self._take_turn(self._context.storage, enter)) is not None:
+            written = asyncio.wrap_future(pending)
+            await asyncio.wait((written, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                raise ConnectionLost(self._peer.name, "it left before its session was there")
+
+    def _take_over(self, dispatcher: Dispatcher, generation: int) -> None:
+        """End the session's older connection, which may be waiting for a reply to be read."""
+        session = dispatcher.session
+        if session is None or generation <= session.generation:
+            return
+        older = self._context.holders.get(session.id)
+        if older is not None:
+            reason = f"connection {generation} took the session over"
+            older.dismiss(REPLACED, reason)
+        self._context.holders[session.id] = self
+
+    @asynccontextmanager
+    async def _own(self, dispatcher: Dispatcher) -> AsyncIterator[None]:
+        """Hold the lock of the connection's session while the context is open."""
+        if dispatcher.session is None:
+            self._has_message = False
+            yield
+            return
+        name = dispatcher.session.id
+        lock = self._context.locks.get(name)
+        if lock is None:
+            lock = self._context.locks[name] = asyncio.Lock()
+        async with lock:
+            self._has_message = False
+            yield
+
+    async def _take_turn(self, turns: Turns, function: Callable[[], _Result]) -> _Result:
+        """Run a function when it is the owner's turn, unless the connection ends before.
+
+        Raises:
+            ConnectionLost: the connection ended; its message is dropped.
+        """
+        piece = turns.run(self._owner, function)
+        withdraw = partial(self._withdraw, turns, piece)
+        self._gone.add_done_callback(withdraw)
+        try:
+            return await piece
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            reason = "it left before its message's turn came"
+            raise ConnectionLost(self._peer.name, reason) from None
+        finally:
+            self._gone.remove_done_callback(withdraw)
+
+    @staticmethod
+    def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
+        turns.withdraw(piece)
+
+    async def _reply(self, dispatcher: Dispatcher, replies: Iterator[Reply], turns: Turns) -> None:
+        """Compute all replies, and send each once it is ready and the previous one was sent.
+
+        The work does not wait for the client to read, and the task's memory is freed as soon as the
+        work is done.
+        """
+        sender = ReplySender(self._send)
+        work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
+        try:
+            await asyncio.shield(turns.run(self._owner, work))
+            self._memory.settle(dispatcher.session)
+            if sender.sending is not None:
+                with self._memory.letting_go(dispatcher.session):
+                    await self._finish_sending(sender.sending)
+        finally:
+            sender.cancel()
+            self._memory.settle(dispatcher.session)
+
+    async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
+        """Wait until replies are read; only briefly if the server stops, not at all if it halts."""
+        await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            await self._wait_unless_halted(sending, SEND_GRACE)
+        if not sending.done():
+            self._peer.dismiss(RESTART, "the server restarts")
+        await sending
+
+    async def _send(self, reply: Reply) -> None:
+        begun = time.perf_counter()
+        await self._peer.send(reply)
+        self._seconds["send"] += time.perf_counter() - begun
+        self._metrics.count_bytes("down", sum(map(len, reply)))
+
+    def _read(self, dispatcher: Dispatcher, content: Chunk | bytearray) -> ReceivedMessage:
+        begun = time.perf_counter()
+        try:
+            return dispatcher.read(content)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
+
+    def _work_off(
+        self, replies: Iterator[Reply], loop: asyncio.AbstractEventLoop, sender: ReplySender
+    ) -> None:
+        """Compute all replies in a thread; each is sent as soon as it is ready."""
+        begun = time.perf_counter()
+        try:
+            for reply in replies:
+                loop.call_soon_threadsafe(sender.put, reply)
+        finally:
+            self._seconds["compute"] += time.perf_counter() - begun
+
+    def _note(self, message: Message, session: Session, is_done: bool, seconds: float) -> None:
+        """Update the metrics after a message."""
+        match message:
+            case Tensors(phase=phase) if is_done:
+                self._metrics.count_step(phase)
+                for part in STEP_PARTS:
+                    self._metrics.observe(part, self._seconds[part])
+                    self._seconds[part] = 0.0
+            case Hello(generation=generation) if generation > 1:
+                self._metrics.count_reconnect()
+            case Save():
+                self._metrics.observe("checkpoint", seconds)
+                self._metrics.count_checkpoint("saved" if session.is_saved else "failed")
+
+    def _note_refusal(self, dispatcher: Dispatcher) -> None:
+        error = dispatcher.refused
+        if error is not None:
+            self._metrics.count_refusal(type(error).__name__)
+            self._log(logging.WARNING, "refused", error)
+
+    def _log(self, level: int, event: str, reason: SplitonnxError | None = None) -> None:
+        session = None if self._dispatcher is None else self._dispatcher.session
+        _logger.log(
+            level,
+            "%s %s",
+            self._peer.name,
+            event if reason is None else f"{event}: {reason}",
+            extra={
+                "peer": self._peer.name,
+                "owner": self._peer.owner or None,
+                "session": None if session is None else session.id,
+                "step": None if session is None else session.executor.step,
+                "reason": None if reason is None else type(reason).__name__,
+            },
+        )

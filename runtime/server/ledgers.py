@@ -1,0 +1,141 @@
+"""The ledger of a session: which messages of its newest steps were handled, and their replies.
+
+A step is made exactly once, however often its messages arrive: a message that was already handled
+is answered from the ledger.  The ledger covers the running step and the last finished step, whose
+replies may have been lost.  A client that sends the next step has received all earlier replies.
+Pure bookkeeping: it runs nothing, sends nothing and knows no tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import RemoteProtocolError, StepConflict
+
+Reply = list[Chunk]
+
+
+class Verdict(Enum):
+    """How a message must be handled."""
+
+    BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
+    CONTINUE = auto()  # the next of the running step
+    REPEAT = auto()  # handled before: send the same replies again
+
+
+class Fingerprint:
+    """The SHA-256 of a message's bytes, computed when it is first needed.
+
+    Computing it takes 0.6 ms per MiB, which would delay the reply; until then the bytes are kept.
+    """
+
+    def __init__(self, content: Chunk | bytearray) -> None:
+        self._content: Chunk | bytearray | None = content
+        self._digest = b""
+
+    def take(self) -> bytes:
+        """Return the digest, and release the bytes."""
+        if self._content is not None:
+            self._digest = hashlib.sha256(self._content).digest()
+            self._content = None
+        return self._digest
+
+
+@dataclass(kw_only=True)
+class _Turn:
+    fingerprint: Fingerprint
+    replies: list[Reply] = field(default_factory=list)
+
+
+class Ledger:
+    """Records messages from ``step`` on, the next step to be made."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._running: list[_Turn] = []
+        self._made: list[_Turn] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether a step has begun and is not finished."""
+        return bool(self._running)
+
+    def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
+        """Return whether a client at ``step`` can continue without going back.
+
+        ``is_open``: the client is in the middle of that step and will send its messages again.
+        Then the server may be one step ahead, if it still has the lost replies.  ``can_repeat``:
+        the client can also repeat the messages of the step before, whose last ones the server may
+        lack.
+        """
+        if step == self.step - 1:
+            return is_open and bool(self._made)
+        return step == self.step or (can_repeat and step == self.step + 1)
+
+    def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
+        """Return how to handle message ``turn`` of ``step``, without changing the ledger.
+
+        Raises:
+            RemoteProtocolError: it belongs to another step, or an earlier message is missing.
+            StepConflict: the step was already made with other inputs.
+        """
+        if step == self.step - 1 and self._made:
+            self._compare(self._made, step, turn, fingerprint)
+            return Verdict.REPEAT
+        if step != self.step:
+            raise RemoteProtocolError(f"it is at step {step}, the server at {self.step}")
+        if turn == 0 and not (self._running and _are_same(self._running[0], fingerprint)):
+            return Verdict.BEGIN
+        if turn == len(self._running):
+            return Verdict.CONTINUE
+        self._compare(self._running, step, turn, fingerprint)
+        return Verdict.REPEAT
+
+    def begin(self, fingerprint: Fingerprint) -> None:
+        """Record the first message of the next step, before it is handled."""
+        self._made = []
+        self._running = [_Turn(fingerprint=fingerprint)]
+
+    def continue_step(self, fingerprint: Fingerprint) -> None:
+        """Record the next message of the running step, before it is handled."""
+        self._running.append(_Turn(fingerprint=fingerprint))
+
+    def answer(self, reply: Iterable[Chunk]) -> Reply:
+        """Record one more reply to the newest message, and return the reply."""
+        kept = list(reply)
+        self._running[-1].replies.append(kept)
+        return kept
+
+    def count_replies(self) -> int:
+        """Return the number of replies of the running step so far."""
+        return sum(len(turn.replies) for turn in self._running)
+
+    def repeat(self, step: int, turn: int) -> Iterator[Reply]:
+        """Yield the replies to a message that was classified as REPEAT, in order."""
+        turns = self._running if step == self.step else self._made
+        yield from turns[turn].replies
+
+    def commit(self) -> None:
+        """Mark the running step as finished."""
+        self.step += 1
+        self._made, self._running = self._running, []
+
+    def abandon(self) -> None:
+        """Forget the running step, as if it had never begun."""
+        self._running = []
+
+    def _compare(self, turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint) -> None:
+        if turn >= len(turns):
+            raise RemoteProtocolError(
+                f"it sent message {turn} of step {step}, of which {len(turns)} are known"
+            )
+        if not _are_same(turns[turn], fingerprint):
+            raise StepConflict(step)
+
+
+def _are_same(turn: _Turn, fingerprint: Fingerprint) -> bool:
+    return turn.fingerprint.take() == fingerprint.take()

@@ -1,0 +1,49 @@
+"""Sending a message's replies one after the other while the next ones are computed.
+
+This module knows neither the contents of a reply nor how it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from splitonnx.runtime.server.ledgers import Reply
+
+
+class ReplySender:
+    """Sends replies in order with the function ``send``; for use from one event loop.
+
+    If a reply cannot be sent, the following ones are dropped, and :attr:`sending` has the error.
+    """
+
+    def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
+        self.sending: asyncio.Task[None] | None = None
+        """The task that sends all replies so far; ``None`` before the first reply."""
+        self._send = send
+        self._waiting: deque[Reply] = deque()
+        self._is_over = False
+
+    def put(self, reply: Reply) -> None:
+        """Send a reply as soon as the replies before it were sent."""
+        if self._is_over:
+            return
+        self._waiting.append(reply)
+        if self.sending is None or (self.sending.done() and not self._has_failed(self.sending)):
+            self.sending = asyncio.create_task(self._send_waiting())
+
+    def cancel(self) -> None:
+        """Stop sending, and ignore an error that was not read."""
+        self._is_over = True
+        if self.sending is not None and not self.sending.cancel():
+            self._has_failed(self.sending)  # or the loop would report an error that nobody saw
+
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            await self._send(self._waiting.popleft())
+
+    @staticmethod
+    def _has_failed(sending: asyncio.Task[None]) -> bool:
+        return sending.cancelled() or sending.exception() is not None

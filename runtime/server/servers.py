@@ -1,0 +1,400 @@
+"""The server: it trains one part of a model in a separate session for each client.
+
+The event loop moves messages and answers pings.  ONNX Runtime works in threads, one message at a
+time per session.  While a reply is being sent, the work after it is already running, and it
+finishes even if the reply never arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import UsageError
+from splitonnx.folder_locks import FolderLock
+from splitonnx.names import SERVER
+from splitonnx.runtime.edge.client_files import ClientFiles
+from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
+from splitonnx.runtime.edge.pages import read_pages
+from splitonnx.runtime.edge.tokens import Role, Tokens
+from splitonnx.runtime.edge.websockets import Peer, serve
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.estimates import Estimates
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.limits import GIB, Limits
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.scheduling.turns import Turns
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.handlers import ConnectionHandler
+from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.storage.archives import DAY
+from splitonnx.runtime.wire.exposure import check_exposure, is_loopback
+from splitonnx.runtime.workers.blocks import SharedTensors
+from splitonnx.runtime.workers.heaps import exempt_loaded, keep_buffers
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.processes import WorkerOptions
+
+DEFAULT_PORT = 8765
+HALT_SECONDS = 5.0
+"""Seconds in which a server must end running steps and write its sessions after a second signal."""
+HALTED = 130
+"""Exit code of a server that did not finish within that time."""
+
+FILES = 256
+"""File descriptors needed besides connections, mostly for worker processes and checkpoints."""
+SCARCITY = (
+    "%d connections refused: no file descriptor is left for more, of %d that this process may "
+    "have; raise the limit (ulimit -n, LimitNOFILE=), or lower --max-clients"
+)
+
+_logger = logging.getLogger("splitonnx.server")
+
+
+class Server:
+    """Serves a bundle's server part over websockets.
+
+    Call :meth:`serve_forever`, or use the server as a context manager, which serves in a thread
+    while the context is open::
+
+        with Server("bundle/server", port=0) as server:
+            Client("bundle/client", server.url).fit(data)
+
+    Each client has its own session, which starts from the folder's state and outlives its
+    connections.  ``GET /health`` and ``GET /metrics`` are answered on the same port, and so is
+    ``GET /client/...`` if ``client`` is given.
+
+    Args:
+        bundle: the server's folder, or the loaded part.
+        host: the address to listen on.
+        port: the port; 0 takes any free one.
+        threads: threads per operator; all cores by default.
+        resume: resume the sessions that an earlier server left in the folder.
+        limits: the server's limits.
+        tokens: the accepted tokens; without them, every client is admitted.
+        tls: certificates, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
+        origins: web origins that may connect, such as ``https://example.org``.
+        insecure: listen on the network although nothing keeps unknown clients out.
+        client: the client's folder, or the loaded part, for download by browsers.
+        web: a folder of web pages to serve, which may then connect under any address of this
+            server; ``/`` is its ``index.html``.
+        isolate: run the stages of each owner's sessions in a separate process; on by default if
+            clients show tokens or certificates, or can connect over the network.
+        keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
+            except for the newest outcome.  ``None``: they are never deleted.
+
+    Raises:
+        BundleError, FormatError: a folder cannot be used.
+        FolderInUse: another server uses the folder.
+        UsageError: the bundle is not a server's part, ``client`` is not its client's part, ``web``
+            has no page, or nothing keeps unknown clients out.
+        WrongRuntime, StageFailed: a stage cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | PartyBundle,
+        *,
+        host: str = "127.0.0.1",
+        port: int = DEFAULT_PORT,
+        threads: int | None = None,
+        resume: bool = False,
+        limits: Limits | None = None,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
+        origins: Sequence[str] = (),
+        insecure: bool = False,
+        client: str | Path | PartyBundle | None = None,
+        web: str | Path | None = None,
+        isolate: bool | None = None,
+        keep_sessions: float | None = None,
+    ) -> None:
+        if keep_sessions is not None and not 0 < keep_sessions < math.inf:
+            raise UsageError(f"sessions are kept for a number of days, not {keep_sessions:g}")
+        path = bundle.path if isinstance(bundle, PartyBundle) else Path(bundle)
+        self._lock = None if path is None else FolderLock.acquire(path)
+        with ExitStack() as undo:
+            if self._lock is not None:
+                undo.callback(self._lock.release)
+            party = (
+                bundle
+                if isinstance(bundle, PartyBundle)
+                else PartyBundle.load(bundle, is_held=True)
+            )
+            if party.manifest.party != SERVER:
+                raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
+            check_exposure(host, tokens, tls, insecure=insecure)
+            self._pages = None if web is None else read_pages(Path(web))
+            self.host = host
+            self.port = port
+            self._limits = limits or Limits()
+            self._tokens = tokens
+            self._tls = tls
+            self._origins = tuple(origins)
+            self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
+            self._metrics = Metrics(phase.name for phase in party.manifest.phases)
+            if isolate is None:
+                isolate = tokens is not None or _asks_for_certificates(tls) or not is_loopback(host)
+            self._workers = None
+            if isolate:
+                shared = SharedTensors.make(party.weights)
+                if shared is not None:
+                    party = replace(party, weights=shared.tensors)
+                self._workers = self._make_workers(party, shared, threads)
+            self._registry = Registry(
+                Executor(party, self._engine),
+                sessions=self._limits.sessions,
+                sessions_per_owner=self._limits.sessions_per_token,
+                memory_bytes=self._limits.memory,
+                unattended_seconds=self._limits.unattended_seconds,
+                resume=resume,
+                workers=self._workers,
+                disk_per_owner=self._limits.disk_per_owner,
+                keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
+            )
+            self._estimates = Estimates(party.manifest, party.graphs)
+            self._client_files = None if client is None else ClientFiles(client, party.manifest)
+            self._compute = Turns(name="splitonnx-compute")
+            self._storage = Turns(name="splitonnx-storage")
+            self._connections: set[asyncio.Task[None]] = set()
+            self._scarcity = Rarely(time.monotonic)
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._stop: asyncio.Event | None = None
+            self._thread: threading.Thread | None = None
+            self._halt: threading.Timer | None = None
+            undo.pop_all()
+
+    def _make_workers(
+        self, party: PartyBundle, weights: SharedTensors | None, threads: int | None
+    ) -> WorkerPool:
+        limits = self._limits
+        options = WorkerOptions(
+            party=party,
+            weights=weights,
+            threads=threads,
+            stage_seconds=limits.stage_seconds,
+            memory_bytes=limits.memory + limits.tasks + GIB,
+            kept_bytes=limits.tasks // 2,
+        )
+        return WorkerPool(
+            options, workers=limits.workers, on_death=self._metrics.count_worker_death
+        )
+
+    @property
+    def url(self) -> str:
+        """Return the address for clients on this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        scheme = "ws" if self._tls is None else "wss"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def serve_forever(self) -> None:
+        """Serve until SIGINT or SIGTERM; running steps are finished first.
+
+        A second signal ends running stages; if that takes longer than ``HALT_SECONDS``, the process
+        ends with exit code 130.
+
+        Raises:
+            PortInUse: another program uses the port.
+            KeyboardInterrupt: a second signal arrived, and the sessions were written to disk.
+        """
+        raise_limit(self._limits.clients + 2 * self._limits.unauthenticated + FILES)
+        keep_buffers()
+        exempt_loaded()
+        try:
+            asyncio.run(self._run(handle_signals=True))
+        finally:
+            self._unlock()
+        if self._halt is not None:
+            self._halt.cancel()
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run_in_thread, args=(started,), daemon=True)
+        self._thread.start()
+        started.result()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving and abort unfinished tasks; may be called twice."""
+        if self._thread is not None and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+            self._thread = None
+        self._compute.close()
+        self._storage.close()
+        self._engine.stop()
+        if self._workers is not None:
+            self._workers.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _run_in_thread(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._run(started=started))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    async def _run(
+        self, *, handle_signals: bool = False, started: Future[None] | None = None
+    ) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        context = ServerContext(
+            registry=self._registry,
+            compute=self._compute,
+            storage=self._storage,
+            metrics=self._metrics,
+            stop=self._stop,
+            tokens=self._tokens,
+            norm=self._limits.norm,
+            batch=self._limits.batch,
+            estimates=self._estimates,
+            budget=Budget(
+                self._limits.tasks,
+                workers=None if self._workers is None else self._limits.workers,
+                is_there=self._has_session,
+            ),
+        )
+        if handle_signals:
+            self._handle_signals(self._loop, context)
+        async with serve(
+            partial(self._serve_connection, context),
+            self.host,
+            self.port,
+            limits=self._limits,
+            tls=self._tls,
+            origins=self._origins,
+            authorize=None if self._tokens is None else self._tokens.find,
+            respond=self._respond,
+            has_pages=self._pages is not None,
+            on_refusal=self._note_refusal,
+        ) as port:
+            self.port = port
+            _logger.info("serving on %s", self.url)
+            if self._pages is not None:
+                _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
+            if started is not None:
+                started.set_result(None)
+            await self._wait_for_stop(context)
+            if self._connections:
+                await asyncio.wait(self._connections)
+        await context.storage.run(self, self._registry.unload_all)
+        if self._workers is not None:
+            await context.storage.run(self, self._workers.close)
+        _logger.info("stopped")
+
+    def _has_session(self, user: Hashable) -> bool:
+        """Return whether an owner, or a session without an owner, is in memory."""
+        return any(user in (session.owner, session.id) for session in self._registry.sessions)
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop, context: ServerContext) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, self._take_signal, context)
+            except NotImplementedError:  # Windows has none, but wakes the loop all the same
+                take = partial(loop.call_soon_threadsafe, self._take_signal, context)
+                signal.signal(number, lambda *_, take=take: take())
+
+    def _take_signal(self, context: ServerContext) -> None:
+        """Stop at the first signal; at the second, end running stages."""
+        if not context.stop.is_set():
+            context.stop.set()
+        elif self._halt is None:
+            _logger.warning("stopping at once: running stages are ended")
+            self._halt = threading.Timer(HALT_SECONDS, os._exit, (HALTED,))
+            self._halt.daemon = True
+            self._halt.start()
+            context.halt.set()
+            self._engine.stop()
+            if self._workers is not None:
+                self._workers.interrupt()
+
+    async def _wait_for_stop(self, context: ServerContext) -> None:
+        """Unload sessions without a connection repeatedly until the server stops."""
+        interval = min(60.0, self._limits.unattended_seconds / 2)
+        while not context.stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(context.stop.wait(), interval)
+            await asyncio.to_thread(self._registry.unload_idle)
+            if self._workers is not None:
+                retire = partial(self._workers.retire_idle, self._limits.unattended_seconds)
+                await context.storage.run(self, retire)
+        _logger.info("stopping: steps that run are finished first")
+
+    async def _serve_connection(self, context: ServerContext, peer: Peer) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+        await ConnectionHandler(context, peer).run()
+
+    def _respond(self, request: HttpRequest) -> HttpResponse | None:
+        """Answer an HTTP request on the server's port, or return ``None`` for other paths."""
+        sessions = len(self._registry.sessions)
+        if request.path == "/health":
+            stopping = self._stop is None or self._stop.is_set()
+            health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
+            return HttpResponse(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
+        if request.path == "/metrics":
+            if Role.OPERATE not in request.roles:
+                return _ask_for(Role.OPERATE, request)
+            self._metrics.set_sessions(sessions)
+            return HttpResponse(HTTPStatus.OK, *self._metrics.render())
+        files = self._client_files
+        if files is not None and (part := files.answer(request.path)) is not None:
+            return part if Role.TRAIN in request.roles else _ask_for(Role.TRAIN, request)
+        return None if self._pages is None else self._pages.answer(request)
+
+    def _note_refusal(self, refusal: Refusal, name: str) -> None:
+        self._metrics.count_refusal(refusal)
+        if refusal is Refusal.TOO_MANY_FILES:
+            if count := self._scarcity.count():
+                _logger.warning(SCARCITY, count, find_limit(), extra={"reason": str(refusal)})
+            return
+        _logger.warning(
+            "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
+        )
+
+
+def _ask_for(role: Role, request: HttpRequest) -> HttpResponse:
+    """Refuse a request without a token, or whose token lacks the required role."""
+    status = HTTPStatus.UNAUTHORIZED if request.token is None else HTTPStatus.FORBIDDEN
+    return HttpResponse(
+        status, "text/plain", f"this takes a token with the role '{role}'\n".encode()
+    )
+
+
+def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:
+    return tls is not None and tls.verify_mode is ssl.CERT_REQUIRED

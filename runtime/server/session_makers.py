@@ -1,0 +1,133 @@
+"""Make a server's sessions: from its own state, another session's state, or a checkpoint on disk.
+
+The state that a session starts from must belong to its owner, or to nobody.  The registry decides
+which sessions there may be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
+from splitonnx.messages import Hello
+from splitonnx.names import PREDICT, TRAIN
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.storage.archives import Archive
+from splitonnx.states import is_session
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.workers.pools import WorkerPool
+
+
+class SessionMaker:
+    """Makes sessions; ``base`` has the state of the party's folder, and is never trained itself.
+
+    ``archive`` holds the sessions on disk, or is ``None`` if there is no folder; ``workers`` run
+    the sessions' stages, or are ``None`` if this process runs them.
+    """
+
+    def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
+        for phase in (TRAIN, PREDICT):
+            base.prepare(phase)  # before sessions share the loaded stages
+        self._base = base
+        self._untrained = base if base.party.trained is None else _rewind(base)
+        self._archive = archive
+        self._workers = workers
+
+    def load(self, hello: Hello, owner: str) -> Session | None:
+        """Load a session from its newest checkpoint on disk; return ``None`` if it has none.
+
+        Raises:
+            ForeignSession: it started from another owner's state.
+        """
+        store = None if self._archive is None else self._archive.open_store(hello.session)
+        if store is None or not (steps := store.steps()):
+            return None
+        checkpoint = store.read(steps[0])
+        executor = self._fork(self._base, checkpoint.owner, hello.session)
+        executor.restore(checkpoint.tensors, checkpoint.step)
+        return Session(
+            hello.session,
+            owner=checkpoint.owner,
+            executor=executor,
+            start=self._find_start(hello, owner),
+            store=store,
+            archive=self._archive,
+        )
+
+    def make(self, hello: Hello, owner: str) -> Session:
+        """Make a new session, but refuse one that is known to have existed before.
+
+        Raises:
+            SessionLost: the session existed before and its state is lost.
+            BundleMismatch, ForeignSession: the state to start from is missing, or another owner's.
+            ServerBusy: no worker is available.
+        """
+        start = self._find_start(hello, owner)
+        if hello.kept:
+            raise SessionLost(hello.session, hello.candidates, ())
+        if start is None:
+            raise self._explain(hello, owner)
+        return Session(
+            hello.session,
+            owner=owner,
+            executor=self._fork(start, owner, hello.session),
+            start=start,
+            store=None if self._archive is None else self._archive.open_store(hello.session),
+            archive=self._archive,
+        )
+
+    def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
+        """Make a session's executor, in a worker if there are workers."""
+        if self._workers is None:
+            return start.fork()
+        is_untrained = start is self._untrained and start.party.trained is None
+        tensors = None if is_untrained else start.state()
+        return self._workers.open(owner, session, tensors, start.step)
+
+    def _find_start(self, hello: Hello, owner: str) -> Executor | None:
+        """Return the state that a session starts from: published, untrained, or another session's.
+
+        Raises:
+            ForeignSession: it belongs to another owner; anyone may use a published state without an
+                owner.
+        """
+        origin, step, published = hello.origin, hello.start, self._base.party
+        if (origin, step) == (published.session, self._base.step):
+            if origin and published.owner not in ("", owner):
+                raise ForeignSession(origin)
+            return self._base
+        if not origin and step == 0:
+            return self._untrained
+        if origin == published.session and owner and not published.owner:
+            return None  # that session is anyone's, but only at the step that was published
+        if self._archive is None or not is_session(origin):
+            return None
+        tensors = self._archive.find_tensors(origin, step, owner)
+        if tensors is None:
+            return None
+        executor = self._base.fork()
+        executor.restore(tensors, step)
+        return executor
+
+    def _explain(self, hello: Hello, owner: str) -> BundleMismatch:
+        if hello.start != self._base.step:
+            return BundleMismatch(
+                "the number of steps trained", str(self._base.step), str(hello.start)
+            )
+        published = self._base.party
+        here = published.session if published.owner in ("", owner) else ""
+        return BundleMismatch(
+            "the session that trained them", here or "unknown", hello.origin or "unknown"
+        )
+
+
+def _rewind(executor: Executor) -> Executor:
+    """Return an executor with the weights that training starts from."""
+    party = executor.party
+    untrained = PartyBundle(manifest=party.manifest, graphs={}, weights=party.weights)
+    twin = executor.fork()
+    twin.restore(untrained.state(), 0)
+    return twin

@@ -1,0 +1,100 @@
+"""The memory that one connection's tasks reserve: waiting for it, keeping it, releasing it.
+
+The budget divides memory among owners; the estimates compute how much a task needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+from splitonnx.errors import ConnectionLost
+from splitonnx.messages import Tensors
+from splitonnx.names import PREDICT, TRAIN
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.wire.close_codes import RESTART
+
+
+class TaskMemory:
+    """The memory of the tasks that one connection's messages belong to.
+
+    ``gone`` is done when the connection has ended, ``stopping`` when the server stops.
+    """
+
+    def __init__(
+        self,
+        context: ServerContext,
+        peer: Peer,
+        *,
+        gone: asyncio.Task[None],
+        stopping: asyncio.Task[bool],
+    ) -> None:
+        self._context = context
+        self._peer = peer
+        self._gone = gone
+        self._stopping = stopping
+
+    async def reserve(
+        self, session: Session, owner: Hashable, message: Tensors, needed: int
+    ) -> None:
+        """Wait for the memory of the message's task, unless the connection or the server ends.
+
+        Raises:
+            ConnectionLost: the connection or the server ended; the message is dropped.
+            ServerBusy, TaskTooLarge: the limit is too low, or not enough memory is left.
+        """
+        budget, task = self._context.budget, (session.id, message.phase)
+        if budget is None:
+            return
+        if message.turn > 0:  # the task has its memory, or is none that is open
+            budget.extend(task, owner, needed)
+            return
+        if budget.lacks(
+            task, owner, needed
+        ):  # its own, which begins again: what is open is not kept
+            session.give_up(message.phase)
+        granted = budget.ask(task, owner, needed)
+        try:
+            with self.letting_go(session):
+                while not granted.done() and not (self._gone.done() or self._stopping.done()):
+                    self._context.give_up_idle()
+                    await asyncio.wait(
+                        (granted, self._gone, self._stopping),
+                        timeout=IDLE_SECONDS / 10,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+        finally:
+            if not granted.done():
+                granted.cancel()
+        if granted.cancelled():
+            if self._stopping.done():
+                await self._peer.close(RESTART, "the server restarts")
+            raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
+
+    def settle(self, session: Session | None) -> None:
+        """Free the memory of a session's finished tasks."""
+        budget = self._context.budget
+        if budget is None or session is None:
+            return
+        open_phases = session.open_phases
+        for phase in (TRAIN, PREDICT):
+            if phase in open_phases:
+                budget.pause((session.id, phase))
+            else:
+                budget.release((session.id, phase))
+
+    @contextmanager
+    def letting_go(self, session: Session | None) -> Iterator[None]:
+        """Allow a session's open tasks to be aborted while a waiting message holds its lock."""
+        if session is None:
+            yield
+            return
+        self._context.waiting.add(session.id)
+        try:
+            yield
+        finally:
+            self._context.waiting.discard(session.id)

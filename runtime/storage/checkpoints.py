@@ -1,0 +1,392 @@
+"""Checkpoints: a session's whole state on disk, so that training can continue after any fault.
+
+A session's checkpoints are safetensors files in their own folder::
+
+    <party folder>/sessions/<session>/
+        <step>.safetensors       the newest few, two by default
+        stopped.safetensors      the state at a graceful stop, if there was one
+
+Each file contains a SHA-256 of its content.  A file appears under its name completely and durably,
+or not at all.  A file that was truncated, altered or renamed, or belongs to another session or
+bundle, is never read as a checkpoint.  This module knows files; the callers decide when to write a
+checkpoint, and from which step both parties continue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from splitonnx.atomic import clear_unfinished, replace_file, sync_folder
+from splitonnx.checksums import encode_with_checksum, has_valid_checksum
+from splitonnx.chunks import hold
+from splitonnx.codecs import decode_tensors
+from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
+from splitonnx.manifests import PartyManifest
+from splitonnx.states import (
+    MAX_HEADER,
+    check_finite_state,
+    check_state,
+    decode_state,
+    is_session,
+    map_file,
+)
+
+FORMAT = "splitonnx.checkpoint/1"
+SESSIONS = "sessions"
+"""The folder inside a party's folder that has one folder per session."""
+STOPPED = "stopped.safetensors"
+KEPT = 2
+"""Checkpoints kept per session.  The parties write them one after the other, so only the one before
+the newest is certain to exist on both sides."""
+
+_STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
+_FACTS = "splitonnx"
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Stamp = tuple[int, int, int]
+
+_log = logging.getLogger(__name__)
+
+
+class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The position in the data at which the next step begins; only clients use it.
+
+    ``epoch`` counts from 0; ``batch`` is the number of its batches that were already trained.  The
+    other fields say how the data are split and shuffled, and must be equal when training resumes;
+    ``samples`` is the number of samples, or ``None`` if it is not known in advance.
+    """
+
+    epoch: _Count
+    batch: _Count
+    batch_size: _Count
+    seed: int
+    shuffle: bool
+    samples: _Count | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """Everything that a party needs to continue a session after ``step`` updates.
+
+    ``tensors`` has every tensor of the manifest's state, including the optimizer's and buffers.
+    ``owner`` is the session's owner on a server with tokens.
+    """
+
+    session: str
+    step: int
+    tensors: Mapping[str, np.ndarray] = field(repr=False)
+    position: DataPosition | None = None
+    owner: str = ""
+
+
+class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The facts in a checkpoint's header besides the tensors."""
+
+    format: str
+    party: str
+    digest: str
+    session: str
+    step: _Count
+    owner: str
+    position: DataPosition | None
+
+
+# msgspec ends the process where two threads meet a type for the first time at once
+_DECODER = msgspec.json.Decoder(_Facts)
+
+
+class CheckpointStore:
+    """The checkpoints of one session in one party's folder; not safe for two threads at a time.
+
+    A checkpoint of a later step than the one being written is deleted: the session went back, and
+    that checkpoint does not belong to its present course.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: PartyManifest, session: str, *, kept: int = KEPT
+    ) -> None:
+        """Set the session's folder within a party's ``folder``; nothing is created yet.
+
+        Raises:
+            UsageError: ``session`` is not 32 lower-case hexadecimal digits.
+        """
+        if not is_session(session):
+            raise UsageError(f"a session is named by 32 hexadecimal digits, not {session[:40]!r}")
+        self.session = session
+        self.folder = folder / SESSIONS / session
+        self._manifest = manifest
+        self._kept = kept
+        self._settled = False
+        self._whole: dict[tuple[str, _Stamp], int] = {}
+        self._broken: set[tuple[str, _Stamp]] = set()
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, completely or not at all, then delete all but the newest ``kept``.
+
+        After the return it survives a power failure.  It replaces a stopped state.
+
+        Raises:
+            NotSaved: the disk is full, the folder is read-only, or the like; earlier checkpoints
+                are unchanged, and nothing of this one remains.
+            BundleError: its tensors are not the manifest's state, or it is another session's.
+        """
+        self._put(checkpoint, _name_step(checkpoint.step))
+        self.rewind(checkpoint.step)
+        whole = sorted(self._find_steps(), reverse=True)[: self._kept]
+        self._discard(path for step, path in self._list_steps() if step < whole[-1])
+        self._discard([self.folder / STOPPED])
+
+    def write_stopped(self, checkpoint: Checkpoint) -> None:
+        """Write the state at a graceful stop, which replaces an earlier stopped state.
+
+        Raises:
+            NotSaved, BundleError: see :meth:`write`.
+        """
+        self._put(checkpoint, STOPPED)
+        self.rewind(checkpoint.step)
+
+    def steps(self) -> tuple[int, ...]:
+        """Return the steps of all valid checkpoints, including a stopped state, newest first.
+
+        An invalid one is skipped and logged once.  A valid one is read again only if the file
+        changed.
+
+        Raises:
+            BundleError: the folder cannot be read.
+        """
+        found = set(self._find_steps())
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (step := self._check(stopped)) is not None:
+            found.add(step)
+        return tuple(sorted(found, reverse=True))
+
+    def read(self, step: int) -> Checkpoint:
+        """Read the checkpoint of a step, and verify every byte of it.
+
+        Its tensors are memory-mapped from the file, read-only, in the manifest's order.
+
+        Raises:
+            BundleError: there is no checkpoint of that step, or it is invalid.
+        """
+        path = self.folder / _name_step(step)
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (not path.exists() or self._check(path) is None):
+            path = stopped
+        checkpoint = self._read(path)
+        if checkpoint.step != step:
+            raise BundleError(str(path), f"it is of step {checkpoint.step}, not {step}")
+        return checkpoint
+
+    def owners(self) -> set[str]:
+        """Return the owners named in the checkpoints; the tensors are not verified."""
+        found = set()
+        for path in self.list_files():
+            with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
+                _, metadata = decode_tensors(map_file(path), max_header=MAX_HEADER)
+                found.add(_DECODER.decode(metadata.get(_FACTS, "")).owner)
+        return found
+
+    def list_files(self) -> list[Path]:
+        """Return the files of all checkpoints, valid or not."""
+        names = _list_names(self.folder)
+        return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
+
+    def estimate_growth(self, nbytes: int) -> int:
+        """Compute by how many bytes the files grow if a checkpoint of ``nbytes`` is added."""
+        older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
+        return nbytes - sum(path.stat().st_size for path in older if path.exists())
+
+    def rewind(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the session goes back to ``step``.
+
+        Otherwise a later step's checkpoint could be mistaken for one of the new course of training.
+
+        Raises:
+            NotSaved: the deletion cannot be made durable.
+        """
+        later = [path for number, path in self._list_steps() if number > step]
+        stopped = self.folder / STOPPED
+        if stopped.exists() and (number := self._check(stopped)) is not None and number > step:
+            later.append(stopped)
+        if not later:
+            return
+        self._discard(later)
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            raise NotSaved(str(self.folder), error.strerror or str(error)) from error
+
+    def remove(self) -> None:
+        """Delete the session's checkpoints and its folder.
+
+        The newest checkpoint is deleted last, so that a kill halfway leaves the session unchanged.
+        """
+        clear_unfinished(self.folder)
+        self._discard(path for _, path in sorted(self._list_steps()))
+        self._discard([self.folder / STOPPED])
+        self._settled = False
+        try:
+            self.folder.rmdir()
+            sync_folder(self.folder.parent)
+        except FileNotFoundError:  # it had no folder
+            pass
+        except OSError as error:
+            _log.warning("%s is left: %s", self.folder, error.strerror)
+
+    def _put(self, checkpoint: Checkpoint, name: str) -> None:
+        path = self.folder / name
+        if checkpoint.session != self.session:
+            raise BundleError(str(path), f"it is for session '{checkpoint.session}'")
+        check_state(path, checkpoint.tensors, self._manifest.state)
+        check_finite_state(path, checkpoint.tensors, self._manifest.state)
+        if self.owners() - {checkpoint.owner}:
+            raise BundleError(str(path), "the session's checkpoints belong to another owner")
+        chunks = encode_with_checksum(checkpoint.tensors, self._describe(checkpoint))
+        try:
+            self._settle()
+            replace_file(path, chunks)
+        except OSError as error:
+            raise NotSaved(str(path), error.strerror or str(error)) from error
+        self._whole[name, _stamp(path)] = checkpoint.step
+
+    def _settle(self) -> None:
+        """Create the folder durably, and delete the temporary files of a killed writer."""
+        self.folder.parent.mkdir(exist_ok=True)  # never the party's folder, if that was deleted
+        self.folder.mkdir(exist_ok=True)
+        if not self._settled:  # also where it stood already: its maker may have been killed
+            sync_folder(self.folder.parent.parent)
+            sync_folder(self.folder.parent)
+            self._settled = True
+        clear_unfinished(self.folder)
+
+    def _describe(self, checkpoint: Checkpoint) -> dict[str, str]:
+        facts = _Facts(
+            format=FORMAT,
+            party=self._manifest.party,
+            digest=self._manifest.digest,
+            session=checkpoint.session,
+            step=checkpoint.step,
+            owner=checkpoint.owner,
+            position=checkpoint.position,
+        )
+        return {_FACTS: msgspec.json.encode(facts).decode()}
+
+    def _read(self, path: Path) -> Checkpoint:
+        content = hold(map_file(path))
+        try:
+            tensors, metadata = decode_state(path, content, self._manifest.state)
+            facts = _DECODER.decode(metadata.get(_FACTS, ""))
+        except FormatError as error:
+            raise BundleError(str(path), error.reason) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BundleError(str(path), f"it is not a checkpoint: {error}") from error
+        if not has_valid_checksum(content, metadata):
+            raise BundleError(str(path), "it was altered since it was written")
+        self._check_facts(path, facts)
+        return Checkpoint(
+            session=facts.session,
+            step=facts.step,
+            tensors={s.tensor.name: tensors[s.tensor.name] for s in self._manifest.state},
+            position=facts.position,
+            owner=facts.owner,
+        )
+
+    def _check_facts(self, path: Path, facts: _Facts) -> None:
+        if facts.format != FORMAT:
+            raise BundleError(
+                str(path), f"its format is '{facts.format}', this version reads {FORMAT}"
+            )
+        if (facts.party, facts.digest) != (self._manifest.party, self._manifest.digest):
+            raise BundleError(str(path), "it is a checkpoint of another bundle")
+        if facts.session != self.session:
+            raise BundleError(str(path), f"it is a checkpoint of session '{facts.session}'")
+        if path.name not in (STOPPED, _name_step(facts.step)):
+            raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
+
+    def _check(self, path: Path) -> int | None:
+        """Return the step of a valid checkpoint; log an invalid one, and return ``None``."""
+        try:
+            key = path.name, _stamp(path)
+        except OSError:
+            return None
+        if key not in self._whole and key not in self._broken:
+            try:
+                self._whole[key] = self._read(path).step
+            except BundleError as error:
+                self._broken.add(key)
+                _log.warning("checkpoint left out: %s", error)
+        return self._whole.get(key)
+
+    def _find_steps(self) -> list[int]:
+        """List the steps of valid checkpoints, in no order."""
+        return [step for step, path in self._list_steps() if self._check(path) is not None]
+
+    def _list_steps(self) -> list[tuple[int, Path]]:
+        return [
+            (int(match[1]), self.folder / name)
+            for name in _list_names(self.folder)
+            if (match := _STEP.fullmatch(name))
+        ]
+
+    def _discard(self, paths: Iterable[Path]) -> None:
+        """Delete files that are not needed; ignore a file that cannot be deleted."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("%s is left: %s", path, error.strerror)
+
+
+def list_sessions(folder: Path) -> tuple[str, ...]:
+    """Return the sessions that have a checkpoint in a party's folder, last written first.
+
+    The checkpoints are not validated.
+
+    Raises:
+        BundleError: the folder cannot be read.
+    """
+    written: list[tuple[int, str]] = []
+    for session in list_folders(folder):
+        place = folder / SESSIONS / session
+        names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
+        with contextlib.suppress(FileNotFoundError):  # the session ended meanwhile
+            times = [(place / name).stat().st_mtime_ns for name in names]
+            written += [(max(times), session)] if times else []
+    return tuple(session for _, session in sorted(written, reverse=True))
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Return the sessions that have a folder within a party's folder, in no order.
+
+    Raises:
+        BundleError: the folder cannot be read.
+    """
+    return [name for name in _list_names(folder / SESSIONS) if is_session(name)]
+
+
+def _name_step(step: int) -> str:
+    return f"{step}.safetensors"
+
+
+def _list_names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BundleError(str(folder), f"it cannot be read: {error.strerror}") from error
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,26 @@
+"""Websocket close codes that both sides know, and error texts for lost connections."""
+
+from __future__ import annotations
+
+from websockets.exceptions import ConnectionClosed
+
+from splitonnx.errors import ConnectionLost
+
+RESTART = 1012
+"""Close code of a server that stops and may restart."""
+BUSY = 1013
+"""Close code of a server that is full."""
+POLICY = 1008
+"""Close code of a server that requires a token, or rejects the token."""
+TOO_BIG = 1009
+"""Close code for a message over the receiver's limit."""
+
+
+def describe_loss(peer: str, error: Exception) -> ConnectionLost:
+    """Describe why a connection ended, from an exception of websockets or of the system."""
+    if not isinstance(error, ConnectionClosed):
+        return ConnectionLost(peer, " ".join(str(error).split()) or type(error).__name__)
+    close = error.rcvd or error.sent
+    if close is None:
+        return ConnectionLost(peer, "it closed without a word")
+    return ConnectionLost(peer, f"it closed ({close})", close.code)

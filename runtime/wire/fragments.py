@@ -1,0 +1,50 @@
+"""Splitting messages into fragments, so that no side buffers a second copy of a large message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from splitonnx.codecs import Chunk
+
+FRAGMENT = 1 << 20
+"""Bytes of one fragment; a smaller message is sent in one piece."""
+JOINED_BYTES = 4 << 20
+"""Messages up to this size are joined at their end: faster, but it briefly doubles the memory."""
+
+
+def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
+    """Return a message's chunks as one piece, or as an iterator of fragments if it is large."""
+    if sum(map(len, chunks)) <= FRAGMENT:
+        return b"".join(chunks)
+    return _fragment(chunks)
+
+
+def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for start in range(0, len(view), FRAGMENT):
+            yield view[start : start + FRAGMENT]
+
+
+class JoinedFragments:
+    """A message being received; a large message grows in place, so that it is not copied."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._grown: bytearray | None = None
+        self._size = 0
+
+    def add(self, part: bytes) -> None:
+        """Add the next fragment."""
+        self._size += len(part)
+        if self._grown is None and self._size > JOINED_BYTES:
+            self._grown = bytearray().join(self._parts)
+            self._parts.clear()
+        if self._grown is None:
+            self._parts.append(part)
+        else:
+            self._grown += part
+
+    def join(self) -> bytes | bytearray:
+        """Return the complete message."""
+        return b"".join(self._parts) if self._grown is None else self._grown

@@ -1,0 +1,209 @@
+"""The protocol without input or output: it turns bytes into checked messages and back.
+
+A connection goes through states.  :data:`MOVES` lists which party may send which message in which
+state, and which state follows; the table is the same for both sides.  Before a message is used,
+the names, dtypes, shapes and ranges of its tensors are compared with the manifest.
+This module knows neither the network nor the meaning of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+import numpy as np
+
+from splitonnx.codecs import Chunk
+from splitonnx.errors import (
+    BundleMismatch,
+    FormatError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    quote,
+)
+from splitonnx.manifests import PartyManifest, Wire, WireKind
+from splitonnx.messages import (
+    PROTOCOL,
+    Bye,
+    Fault,
+    Hello,
+    Login,
+    Message,
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Unsaved,
+    Welcome,
+    Wires,
+    decode_message,
+    encode_message,
+)
+from splitonnx.names import CLIENT, SERVER, TRAIN
+from splitonnx.runtime.wire.validation import check_finite, check_norm
+from splitonnx.tensors import check_array, check_rows
+
+
+class State(StrEnum):
+    """The state of an exchange of messages."""
+
+    START = "start"
+    GREETING = "greeting"  # the client said hello
+    OPEN = "open"
+    SAVING = "saving"  # the client asked the server to save
+    CLOSED = "closed"
+
+
+MOVES: Mapping[tuple[State, str, type[Message]], State] = {
+    (State.START, CLIENT, Login): State.START,
+    (State.START, CLIENT, Hello): State.GREETING,
+    (State.START, SERVER, Fault): State.CLOSED,
+    (State.START, CLIENT, Bye): State.CLOSED,
+    (State.GREETING, SERVER, Welcome): State.OPEN,
+    (State.GREETING, SERVER, Fault): State.CLOSED,
+    (State.GREETING, CLIENT, Bye): State.CLOSED,
+    (State.OPEN, CLIENT, Tensors): State.OPEN,
+    (State.OPEN, SERVER, Tensors): State.OPEN,
+    (State.OPEN, CLIENT, Save): State.SAVING,
+    (State.OPEN, CLIENT, Fault): State.CLOSED,
+    (State.OPEN, SERVER, Fault): State.CLOSED,
+    (State.OPEN, CLIENT, Bye): State.CLOSED,
+    (State.SAVING, SERVER, Saved): State.OPEN,
+    (State.SAVING, SERVER, Unsaved): State.OPEN,
+    (State.SAVING, SERVER, Fault): State.CLOSED,
+    (State.SAVING, CLIENT, Bye): State.CLOSED,
+}
+"""(state, sender, message) -> next state; what is not in the table is not allowed."""
+
+
+class Protocol:
+    """One side of an exchange of messages; ``role`` is this side's party, ``client`` or ``server``.
+
+    ``state`` is the state of the exchange.  ``norm`` is the largest L2 norm that a gradient from
+    the other side may have, and ``batch`` is the most rows that its tensors may have.
+    """
+
+    def __init__(
+        self,
+        manifest: PartyManifest,
+        role: str,
+        *,
+        norm: float | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.state = State.START
+        self._norm = norm
+        self._batch = batch
+        self._manifest = manifest
+        self._role = role
+        self._peer = SERVER if role == CLIENT else CLIENT
+        self._task: TaskKey | None = None
+        self._sizes: dict[str, int] = {}
+
+    def send(
+        self, message: Message, tensors: Mapping[str, np.ndarray] | None = None
+    ) -> list[Chunk]:
+        """Encode a message and move to the next state.
+
+        Raises:
+            LocalProtocolError: this side may not send this message now.
+        """
+        following = MOVES.get((self.state, self._role, type(message)))
+        if following is None:
+            raise LocalProtocolError(f"a {type(message).__name__} while {self.state}")
+        if isinstance(message, Tensors) and tensors:
+            self._check_tensors(message, tensors, sender=self._role)
+        self.state = following
+        return encode_message(message, tensors)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Return the sizes of the newest task's dimensions, as far as they are known."""
+        return self._sizes
+
+    def close(self) -> None:
+        """End the exchange without a message."""
+        self.state = State.CLOSED
+
+    def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
+        """Decode and check a message and move to the next state; tensors are views of ``content``.
+
+        Raises:
+            RemoteProtocolError: not a valid message, or not one that the other side may send now.
+            BundleMismatch: the greeting shows that the two parts do not belong together.
+            ArrayMismatch, ValueOutOfRange: a tensor differs from its declaration in the manifest.
+            BatchTooLarge: a tensor has more rows than this side accepts.
+            NotFinite, NormTooLarge: a training tensor contains NaN or infinity, or its norm is too
+                large.
+        """
+        try:
+            message, tensors = decode_message(content)
+        except FormatError as error:
+            raise RemoteProtocolError(str(error)) from error
+        following = MOVES.get((self.state, self._peer, type(message)))
+        if following is None:
+            raise RemoteProtocolError(f"it sent a {type(message).__name__} while {self.state}")
+        if isinstance(message, Hello | Welcome):
+            self._compare(message)
+        if isinstance(message, Tensors):
+            if not self._manifest.phase(message.phase).wires:
+                raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
+            self._check_tensors(message, tensors, sender=self._peer)
+        self.state = following
+        return message, tensors
+
+    def _compare(self, greeting: Hello | Welcome) -> None:
+        if isinstance(greeting, Hello) and greeting.protocol != PROTOCOL:
+            raise BundleMismatch("the protocol", str(PROTOCOL), str(greeting.protocol))
+        _compare_wires(list_wires(self._manifest), greeting.wires)
+        if greeting.digest != self._manifest.digest:
+            raise BundleMismatch("the bundle's digest", self._manifest.digest, greeting.digest)
+
+    def _check_tensors(
+        self, message: Tensors, tensors: Mapping[str, np.ndarray], *, sender: str
+    ) -> None:
+        """Compare tensors with the wires that ``sender`` sends in the phase."""
+        wires = {
+            wire.tensor.name: wire
+            for wire in self._manifest.phase(message.phase).wires
+            if wire.sender == sender
+        }
+        if unknown := tensors.keys() - wires.keys():
+            error = RemoteProtocolError if sender == self._peer else LocalProtocolError
+            raise error(f"{quote(sorted(unknown))} is not a wire of phase '{message.phase}'")
+        if message.key != self._task:
+            self._task, self._sizes = message.key, {}
+        for name, array in tensors.items():
+            if self._batch is not None and sender == self._peer:
+                check_rows(array, wires[name].tensor, self._batch)
+            kind = wires[name].kind
+            is_output = kind is WireKind.OUTPUT
+            check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
+            if message.phase == TRAIN and sender == self._peer:
+                check_finite(name, array, f"step {message.step + 1}")
+                if self._norm is not None and kind is WireKind.GRADIENT:
+                    check_norm(name, array, self._norm)
+
+
+def list_wires(manifest: PartyManifest) -> Wires:
+    """List the wires of each phase that has any, in the form that a greeting contains."""
+    return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
+
+
+def _compare_wires(local: Wires, remote: Wires) -> None:
+    for phase in sorted({*local, *remote}):
+        here = {wire.tensor.name: wire for wire in local.get(phase, ())}
+        there = {wire.tensor.name: wire for wire in remote.get(phase, ())}
+        for name in sorted({*here, *there}):
+            if here.get(name) != there.get(name):
+                raise BundleMismatch(
+                    f"wire '{name}' of phase '{phase}'",
+                    _describe_wire(here.get(name)),
+                    _describe_wire(there.get(name)),
+                )
+
+
+def _describe_wire(wire: Wire | None) -> str:
+    if wire is None:
+        return "absent"
+    return f"{wire.tensor} ({wire.kind} from {wire.sender} to {wire.receiver})"

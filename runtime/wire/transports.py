@@ -1,0 +1,32 @@
+"""The interface through which messages travel between a client and its server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from splitonnx.codecs import Chunk
+
+
+class Transport(Protocol):
+    """A client's connection; ``bytes_sent`` and ``bytes_received`` count complete messages."""
+
+    bytes_sent: int
+    bytes_received: int
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks as one message.
+
+        Raises:
+            ConnectionLost: the message cannot be sent.
+        """
+
+    def receive(self) -> Chunk:
+        """Wait for the next message.
+
+        Raises:
+            ConnectionLost: the connection has ended, or no message arrived in time.
+        """
+
+    def close(self) -> None:
+        """Close the connection; may be called twice."""

@@ -1,0 +1,47 @@
+"""Check received tensors before a step uses them: for NaN, infinity and gradients out of bounds.
+
+This module knows arrays and numbers; the protocol decides which tensors are checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from splitonnx.errors import NormTooLarge, NotFinite
+
+_CHUNK = 1 << 18
+"""Elements that are looked at together: no check takes memory in proportion to a message."""
+
+
+def check_finite(name: str, array: np.ndarray, where: str) -> None:
+    """Check that a floating-point array contains neither NaN nor infinity.
+
+    Raises:
+        NotFinite: the array does; the error names the array and ``where``.
+    """
+    if array.dtype.kind == "f" and not all(np.isfinite(chunk).all() for chunk in _split(array)):
+        raise NotFinite(name, where)
+
+
+def check_norm(name: str, array: np.ndarray, limit: float) -> None:
+    """Check that the L2 norm of a floating-point array is at most ``limit``.
+
+    Raises:
+        NormTooLarge: the norm is larger; the error names the array, the norm and the limit.
+    """
+    if array.dtype.kind == "f" and (norm := math.sqrt(_sum_squares(array))) > limit:
+        raise NormTooLarge(name, norm, limit)
+
+
+def _split(array: np.ndarray) -> Iterator[np.ndarray]:
+    flat = array.reshape(-1)
+    return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+
+
+def _sum_squares(array: np.ndarray) -> float:
+    """Sum the squares with room for large values; infinite beyond that of float64."""
+    with np.errstate(over="ignore"):
+        return sum(float(np.square(c, dtype=np.float64).sum()) for c in _split(array))

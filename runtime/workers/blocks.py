@@ -1,0 +1,292 @@
+"""Memory that a server shares with one of its workers, and the layout of tensors in it.
+
+Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges
+them; the worker maps the block that the server names.  On Linux a block is an anonymous file that
+the worker inherits, sealed so that neither process can shrink it while the other uses it.  On other
+systems it is named shared memory, which is created again when it has to grow.  This module knows
+arrays and bytes, but no processes.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from multiprocessing import shared_memory
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import FormatError
+from splitonnx.graph_limits import STAGE
+from splitonnx.tensors import DTYPES, name_dtype
+
+ALIGNMENT = 64
+"""Every tensor begins at a multiple of this many bytes."""
+SMALLEST = 1 << 20
+"""Bytes of the smallest block."""
+MAX_RANK = STAGE.rank
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The location of a block: the name under which the other process finds it, and its size."""
+
+    name: str
+    size: int
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """The position of a tensor in a block; ``start`` is its first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class Block(Protocol):
+    """A block of memory that two processes share."""
+
+    @property
+    def place(self) -> Place:
+        """Return the name by which the other process finds the block, and its size."""
+
+    @property
+    def view(self) -> memoryview:
+        """Return all bytes of the block."""
+
+    def reserve(self, size: int) -> None:
+        """Enlarge the block to at least ``size`` bytes and discard its content; owner only."""
+
+    def empty(self) -> None:
+        """Free the block's memory until its next use, and discard its content; owner only."""
+
+    def close(self) -> None:
+        """Release the block."""
+
+
+class FileBlock:
+    """A block in an anonymous file, which a child process inherits as a file descriptor."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._memory: mmap.mmap | None = None
+        self._size = 0
+
+    @classmethod
+    def make(cls) -> FileBlock:
+        """Create an empty block, which this process owns."""
+        import fcntl
+
+        number = os.memfd_create("splitonnx", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        block = cls(number)
+        try:
+            block.reserve(SMALLEST)
+        except OSError:
+            block.close()
+            raise
+        return block
+
+    @property
+    def place(self) -> Place:
+        """Return the file descriptor by which the other process finds the block, and its size."""
+        return Place(f"file:{self.number}", self._size)
+
+    @property
+    def view(self) -> memoryview:
+        """Return all bytes of the block."""
+        assert self._memory is not None
+        return memoryview(self._memory)
+
+    def reserve(self, size: int) -> None:
+        """Enlarge the block to at least ``size`` bytes."""
+        if size > self._size:
+            size = _round_up(size, self._size)
+            os.ftruncate(self.number, size)
+            self.map(size)
+
+    def map(self, size: int) -> None:
+        """Map the first ``size`` bytes; arrays on the old mapping keep it alive."""
+        self._memory = mmap.mmap(self.number, size)
+        self._size = size
+
+    def unmap(self) -> None:
+        """Release the mapping; no array may use it any more."""
+        assert self._memory is not None
+        self._memory.close()
+        self._memory = None
+
+    def empty(self) -> None:
+        """Free the block's memory until it is used again."""
+        assert self._memory is not None
+        self._memory.madvise(mmap.MADV_REMOVE)
+
+    def close(self) -> None:
+        """Release the block."""
+        self._memory = None
+        os.close(self.number)
+
+
+class NamedBlock:
+    """A block in named shared memory, whose name changes when it grows."""
+
+    def __init__(self, memory: shared_memory.SharedMemory, *, is_owner: bool) -> None:
+        self._memory = memory
+        self._is_owner = is_owner
+
+    @classmethod
+    def make(cls) -> NamedBlock:
+        """Create a block, which this process owns."""
+        memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
+        return cls(memory, is_owner=True)
+
+    @property
+    def place(self) -> Place:
+        """Return the name by which the other process finds the block, and its size."""
+        return Place(f"name:{self._memory.name}", self._memory.size)
+
+    @property
+    def view(self) -> memoryview:
+        """Return all bytes of the block."""
+        assert self._memory.buf is not None
+        return self._memory.buf
+
+    def reserve(self, size: int) -> None:
+        """Enlarge the block to at least ``size`` bytes."""
+        before = self._memory.size
+        if size > before:
+            self.close()
+            size = _round_up(size, before)
+            self._memory = shared_memory.SharedMemory(create=True, size=size)
+
+    def empty(self) -> None:
+        """Free the block's memory until it is used again."""
+        self.close()
+        self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
+
+    def close(self) -> None:
+        """Release the block; when its owner does so, the memory is deleted."""
+        if self._is_owner:
+            self._memory.unlink()
+        with suppress(BufferError):  # an array still uses it and keeps the mapping
+            self._memory.close()
+
+
+class SharedTensors:
+    """Tensors in an anonymous file that can no longer be changed; child processes inherit the file.
+
+    ``tensors`` are read-only arrays that map the file.
+    """
+
+    def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:
+        self.number = number
+        self.slots = slots
+        self.tensors = look_up(number, slots)
+        self._close = weakref.finalize(self, os.close, number)
+
+    @classmethod
+    def make(cls, tensors: Mapping[str, np.ndarray]) -> SharedTensors | None:
+        """Copy tensors to such a file; return ``None`` if the platform does not support it."""
+        if not hasattr(os, "memfd_create"):
+            return None
+        import fcntl
+
+        number = os.memfd_create("splitonnx-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        block = FileBlock(number)
+        block.reserve(max(SMALLEST, measure(tensors.values())))
+        slots = put(block, tensors)
+        block.unmap()  # what can be written to cannot be sealed
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, seals)
+        return cls(number, slots)
+
+    def close(self) -> None:
+        """Close the file; arrays that map it keep its memory.  May be called twice."""
+        self._close()
+
+
+def look_up(number: int, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """Map the tensors of an inherited file, read-only.
+
+    Raises:
+        FormatError: a slot is outside the file, or has an invalid dtype or shape.
+    """
+    view = memoryview(mmap.mmap(number, 0, access=mmap.ACCESS_READ))
+    return {slot.name: _look(view, slot) for slot in slots}
+
+
+def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | NamedBlock:
+    """Create a block of the kind that this platform supports."""
+    return NamedBlock.make() if named else FileBlock.make()
+
+
+def open_block(place: Place, known: Block | None) -> Block:
+    """Map a block that the other process created, or reuse ``known`` if it is the same block."""
+    if known is not None and known.place == place:
+        return known
+    kind, _, name = place.name.partition(":")
+    if kind == "file":
+        block = FileBlock(int(name))
+        block.map(place.size)
+        return block
+    memory = shared_memory.SharedMemory(name)
+    if sys.platform != "win32":  # or this process's end would be taken for the memory's
+        from multiprocessing import resource_tracker
+
+        resource_tracker.unregister(f"/{memory.name.lstrip('/')}", "shared_memory")
+    return NamedBlock(memory, is_owner=False)
+
+
+def measure(tensors: Iterable[np.ndarray]) -> int:
+    """Compute how many bytes tensors take in a block."""
+    return sum(array.nbytes + -array.nbytes % ALIGNMENT for array in tensors)
+
+
+def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
+    """Copy tensors into a block that is large enough."""
+    slots, start, view = [], 0, block.view
+    for name, array in tensors.items():
+        slot = Slot(name, name_dtype(array.dtype), array.shape, start)
+        np.copyto(_look(view, slot), array)
+        slots.append(slot)
+        start += array.nbytes + -array.nbytes % ALIGNMENT
+    return tuple(slots)
+
+
+def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """Copy tensors out of a block as read-only arrays; the slots may come from untrusted code.
+
+    Raises:
+        FormatError: a slot is outside the block, or has an invalid dtype or shape.
+    """
+    taken = {}
+    for slot in slots:
+        array = _look(block.view, slot).copy()
+        if array.dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
+            raise FormatError(f"tensor '{slot.name[:80]}'", "its truth values are no such")
+        array.flags.writeable = False
+        taken[slot.name] = array
+    return taken
+
+
+def _look(view: memoryview, slot: Slot) -> np.ndarray:
+    dtype = DTYPES.get(slot.dtype)
+    if dtype is None or len(slot.shape) > MAX_RANK or min(slot.shape, default=0) < 0:
+        raise FormatError(f"tensor '{slot.name[:80]}'", "it has no such dtype or shape")
+    size = math.prod(slot.shape) * dtype.itemsize
+    if slot.start < 0 or slot.start % ALIGNMENT or slot.start + size > len(view):
+        raise FormatError(f"tensor '{slot.name[:80]}'", "it is outside its block")
+    if not size:
+        return np.empty(slot.shape, dtype)
+    return np.frombuffer(view, np.uint8, size, slot.start).view(dtype).reshape(slot.shape)
+
+
+def _round_up(size: int, before: int) -> int:
+    grown = max(size, before + before // 2)
+    return grown + -grown % mmap.PAGESIZE

@@ -1,0 +1,278 @@
+"""An executor whose state and tasks are in a worker process.
+
+Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
+task, so that creating or restoring a session does not make others wait.  Between two tasks its
+state can be fetched, so that the worker can serve another owner; the next task passes the state to
+a worker again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import (
+    LocalProtocolError,
+    ProcessFailed,
+    SplitonnxError,
+    StageTooSlow,
+    WorkerLost,
+)
+from splitonnx.manifests import PartyManifest
+from splitonnx.messages import TaskKey
+from splitonnx.names import TRAIN
+from splitonnx.runtime.engine.executors import publish_state
+from splitonnx.runtime.workers.messages import (
+    Action,
+    Begin,
+    Continue,
+    Done,
+    Fetch,
+    Finish,
+    Open,
+    Work,
+)
+from splitonnx.runtime.workers.processes import Worker, WorkerEnded
+
+
+class Owner(Protocol):
+    """The pool that an executor belongs to."""
+
+    @property
+    def party(self) -> PartyBundle:
+        """Return the party that the pool's workers run."""
+
+    def get_worker(self, executor: RemoteExecutor) -> Worker:
+        """Return the worker that must receive an executor's state."""
+
+    def close_executor(self, executor: RemoteExecutor) -> None:
+        """Forget an executor that is no longer needed."""
+
+    def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
+        """Record that a worker ended, with the task that caused it, and return the error."""
+
+    def note_success(self, key: TaskKey) -> None:
+        """Record that a task succeeded."""
+
+    def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
+        """Record that no worker can be started, and return the error for it."""
+
+
+class _Task:
+    """A task that is open here; ``begin`` is set until the worker has received it."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin: Begin | None = begin
+        self.wires: Mapping[str, np.ndarray] = {}
+        self.is_finished = False
+
+
+class RemoteExecutor:
+    """A session's executor in a worker; it is used like an :class:`~executors.Executor`.
+
+    ``user`` names the owner or session that the worker serves.  Not safe to use from two threads at
+    a time, except for :meth:`unload`.
+    """
+
+    _numbers = iter(range(1 << 62))
+
+    def __init__(
+        self,
+        pool: Owner,
+        user: str,
+        session: str,
+        tensors: Mapping[str, np.ndarray] | None,
+        step: int,
+    ) -> None:
+        self.step = step
+        self.party = pool.party
+        self.manifest: PartyManifest = pool.party.manifest
+        self.user = user
+        self._pool = pool
+        self._lock = threading.RLock()  # held during a request to the worker
+        self._session = session
+        self._number = next(self._numbers)
+        self._start = tensors
+        self._worker: Worker | None = None
+        self._tasks: dict[TaskKey, _Task] = {}
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the worker that had the state has ended."""
+        return self._worker is not None and not self._worker.is_alive
+
+    @property
+    def is_loaded(self) -> bool:
+        """Return whether the state is in a worker, or is being sent to it."""
+        return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task; the worker checks it together with the first wires.
+
+        Raises:
+            LocalProtocolError: the task has data of this side, which a server does not have.
+        """
+        if data:
+            raise LocalProtocolError("a worker takes wires alone")
+        if key in self._tasks:
+            raise LocalProtocolError(f"{key} is open already")
+        with self._lock:  # from now on it cannot be unloaded
+            self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Pass wires to an open task; :meth:`advance` sends them, and the worker checks them."""
+        self._task(key).wires = tensors
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run every stage that can run; after each, yield the wires that are ready to send.
+
+        Raises:
+            WorkerLost: the worker ended during the task.
+            SplitonnxError: see ``deliver`` and ``advance`` of :class:`~executors.Executor`.
+        """
+        task = self._task(key)
+        begin, wires = task.begin, task.wires
+        task.begin, task.wires = None, {}
+        action: Action = Work(session=self._number, key=key, begin=begin, wires=())
+        given = self._ask(action, key, wires)
+        while not isinstance(given, Done):
+            yield given
+            given = self._ask(Continue(session=self._number, key=key), key)
+        task.is_finished = given.is_finished
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Return whether every stage of the task ran and every wire was received and yielded."""
+        return self._task(key).is_finished
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Close a finished task and commit its state; a server's phases have no results.
+
+        Raises:
+            LocalProtocolError: the task is not finished.
+            WorkerLost: the worker ended.
+        """
+        if not self._task(key).is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
+        self._ask(Finish(session=self._number, key=key), key)
+        self._pool.note_success(key)
+        del self._tasks[key]
+        if key.phase == TRAIN:
+            self.step += 1
+        return {}
+
+    def abandon(self, key: TaskKey) -> None:
+        """Abort a task, if it is open; its changes to the state are discarded."""
+        task = self._tasks.pop(key, None)
+        if task is not None and task.begin is None and self._worker is not None:
+            self._worker.abandon(self._number, key)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Fetch the complete state.
+
+        Raises:
+            WorkerLost: the worker ended.
+        """
+        with self._lock:
+            if self._worker is None:  # it is not there
+                return dict(self._start) if self._start is not None else _make_untrained(self.party)
+            given = self._ask(Fetch(session=self._number), None)
+        assert not isinstance(given, Done)
+        return given
+
+    def unload(self, *, waits: bool) -> bool:
+        """Fetch the state, so that the worker is not needed until the next task.
+
+        ``waits``: also wait for another thread that is fetching it.  Return ``False`` if a task is
+        open, or if the state cannot be fetched.
+        """
+        if self._tasks or not self._lock.acquire(blocking=waits):
+            return False
+        try:
+            if self._tasks:
+                return False
+            if self._worker is not None and self._worker.is_alive:
+                given = self._worker.ask(Fetch(session=self._number))
+                assert not isinstance(given, Done)
+                self._worker.forget(self._number)  # it may stay, for another session's open task
+                self._number = next(self._numbers)
+                self._worker, self._start = None, given
+            return True
+        except WorkerEnded:
+            return True  # the session is lost, as its next message finds
+        except SplitonnxError:
+            return False
+        finally:
+            self._lock.release()
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state and abort open tasks.
+
+        The arrays must not be changed until the next task.
+        """
+        with self._lock:
+            self._tasks.clear()
+            if self._worker is not None:
+                self._worker.forget(self._number)
+            self._number = next(self._numbers)
+            self._worker, self._start, self.step = None, tensors, step
+
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
+        """Write the state to the party's folder as its outcome; see ``Executor.publish``."""
+        publish_state(
+            self.party,
+            self.state(),
+            step=self.step,
+            session=session,
+            position=position,
+            owner=owner,
+        )
+
+    def close(self) -> None:
+        """Release the state in the worker."""
+        if self._worker is not None:
+            self._worker.forget(self._number)
+        self._pool.close_executor(self)
+
+    def _task(self, key: TaskKey) -> _Task:
+        if key not in self._tasks:
+            raise LocalProtocolError(f"{key} is not open")
+        return self._tasks[key]
+
+    def _ask(
+        self,
+        action: Action,
+        key: TaskKey | None,
+        tensors: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray] | Done:
+        try:
+            with self._lock:
+                return self._open().ask(action, tensors)
+        except WorkerEnded as error:
+            cause = None if error.is_before else key
+            raise self._pool.note_death(cause, self._session, error.how) from error
+        except ProcessFailed as error:
+            raise self._pool.note_failed_start(key, self._session, error.reason) from error
+        except StageTooSlow:
+            if self.is_lost:  # it did not end, so the process was killed
+                self._pool.note_death(None, self._session, "a stage did not end")
+            raise
+
+    def _open(self) -> Worker:
+        """Return the worker; if it does not have the state yet, send the state first."""
+        if self._worker is None:
+            worker = self._pool.get_worker(self)
+            action = Open(session=self._number, step=self.step, state=None)
+            worker.ask(action, self._start)
+            self._worker, self._start = worker, None
+        return self._worker
+
+
+def _make_untrained(party: PartyBundle) -> dict[str, np.ndarray]:
+    return replace(party, trained=None).state()

@@ -1,0 +1,54 @@
+"""Checksums: a tensor file contains a SHA-256 of its own bytes, so that changes are detected.
+
+The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
+file, with 64 zeros in place of the checksum itself.  Anyone can change a file together with its
+checksum, so this detects accidents and not attacks.  This module works on bytes and does not access
+the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from splitonnx.chunks import iter_chunks
+from splitonnx.codecs import Chunk, encode_tensors
+
+CHECKSUM = "sha256"
+
+_MARK = f'"{CHECKSUM}":"'.encode()
+_BLANK = "0" * 64
+
+
+def encode_with_checksum(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> list[Chunk]:
+    """Encode tensors and metadata as chunks of a file with its checksum, without copying tensors.
+
+    Raises:
+        FormatError: a tensor has an element type that cannot be written.
+    """
+    header, *data = encode_tensors(tensors, {CHECKSUM: _BLANK, **metadata})
+    header = bytes(header)
+    start = header.index(_MARK) + len(_MARK)
+    found = _sum([header, *data]).encode()
+    return [header[:start] + found + header[start + len(found) :], *data]
+
+
+def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
+    """Return whether a well-formed file with this ``metadata`` has its original content."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = bytes(content[:end])
+    start = header.find(_MARK) + len(_MARK)
+    blank = header[:start] + _BLANK.encode() + header[start + len(_BLANK) :]
+    return metadata.get(CHECKSUM) == _sum([blank, content[end:]])
+
+
+def _sum(chunks: Iterable[Chunk]) -> str:
+    found = hashlib.sha256()
+    for chunk in chunks:
+        for piece in iter_chunks(chunk):
+            found.update(piece)
+    return found.hexdigest()

@@ -1,0 +1,61 @@
+"""The appearance of ``--help``: an example for each command, and no type for switches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {
+        "check": "splitonnx check model.onnx",
+        "inspect": "splitonnx inspect model.onnx --batch 32",
+        "cut": "splitonnx cut model.onnx --at /layer1/Relu_output_0 -o bundle",
+        "serve": "splitonnx serve bundle/server --port 8765",
+        "token": "splitonnx token ana --token-file tokens.json",
+        "train": "splitonnx train bundle/client --server ws://127.0.0.1:8765 --data train.npz",
+        "predict": (
+            "splitonnx predict bundle/client --server ws://127.0.0.1:8765 --data new.npz "
+            "-o predicted.npz"
+        ),
+        "merge": "splitonnx merge bundle -o trained.onnx",
+        "verify": "splitonnx verify bundle --data train.npz",
+        "export": "splitonnx export bundle/client --for mobile",
+    }
+)
+"""An example per command, with the user's own names."""
+
+
+class Command(TyperCommand):
+    """A command whose switches are shown without the type of their value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, including ``--help``."""
+        return _hide_types(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The group of all commands; its own switches are shown without a type as well."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, including ``--help``."""
+        return _hide_types(super().get_params(ctx))
+
+
+def _hide_types(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        is_switch = isinstance(parameter, TyperOption) and parameter.is_flag
+        if is_switch and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
+def show_version(is_asked: bool) -> None:
+    """Print the installed version and exit."""
+    if is_asked:
+        print(f"splitonnx {version('splitonnx')}")
+        raise typer.Exit

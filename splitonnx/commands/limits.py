@@ -1,0 +1,33 @@
+"""The ``--max-...`` options of ``serve``, built from the limits of a server."""
+
+from __future__ import annotations
+
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+
+from splitonnx.commands.groups import Group, make_parameter
+from splitonnx.runtime.limits import LimitHelp, Limits, list_limits
+
+PREFIX = "max_"
+
+
+def _make_option(limit: LimitHelp) -> Parameter:
+    names = [limit.name, limit.earlier] if limit.earlier else [limit.name]
+    option = typer.Option(
+        *(f"--{PREFIX}{name}".replace("_", "-") for name in names),
+        help=f"{limit.text}; {limit.unset} by default." if limit.unset else f"{limit.text}.",
+        rich_help_panel="Limits",
+        show_default=not limit.unset,
+    )
+    return make_parameter(PREFIX + limit.name, Annotated[limit.type, option], limit.default)
+
+
+def make_limits(**given: Any) -> Limits:
+    """Build the limits of a server from the values of the options."""
+    return Limits(**{name.removeprefix(PREFIX): value for name, value in given.items()})
+
+
+LIMITS = Group(parameters=[_make_option(limit) for limit in list_limits()], make=make_limits)
+"""The options, one per limit."""

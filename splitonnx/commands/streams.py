@@ -1,0 +1,65 @@
+"""Replace standard streams that were closed before the process started (``>&-``).
+
+Python represents such a stream by ``None``, and its file descriptor is reused for the next file
+that is opened, so that output of native code would be written into that file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import TextIO
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a write that no file's name goes with: where a disk is full."""
+
+
+def replace_closed_streams() -> None:
+    """Open a replacement for each closed standard stream.
+
+    Writing to a closed stdout raises an error, like a full disk does.  Output to a closed stderr is
+    discarded.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    for number in range(3):
+        _occupy(number)
+    if sys.stdout is None:  # opened for reading, so that a write fails
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _occupy(number: int) -> None:
+    """Keep files from getting the number of a standard stream, in child processes as well."""
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+        os.set_inheritable(number, True)
+
+
+def explain_failed_print(error: OSError) -> str | None:
+    """Return why a write to stdout failed, or ``None`` if the error has another cause."""
+    if error.filename:
+        return None
+    if error.errno == errno.EBADF and not _can_write(sys.stdout.fileno()):
+        return "standard output is closed"
+    return error.strerror if error.errno in _FULL else None
+
+
+def _can_write(descriptor: int) -> bool:
+    try:
+        os.write(descriptor, b"")
+    except OSError:
+        return False
+    return True
+
+
+def discard_unprinted(stream: TextIO) -> None:
+    """Discard a stream's buffered output, so that writing it does not fail when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,50 @@
+"""Options that several commands share, and what they mean together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from splitonnx.commands.options import make_optimizer, refuse_both
+from splitonnx.errors import UsageError
+from splitonnx.optimizers import SGD, AdamW
+from tests.support.commands import AT, MODEL, Command
+
+
+def test_a_setting_that_the_optimizer_lacks_is_refused(command: Command, tmp_path: Path) -> None:
+    line = command.fail("cut", MODEL, "--at", AT, "--momentum", 0.9, "-o", tmp_path / "bundle")
+    assert "adamw has no setting 'momentum'" in line
+
+
+def test_what_was_not_given_takes_the_optimizer_s_own_default() -> None:
+    made = make_optimizer(None, lr=None, momentum=None, weight_decay=None, clip_norm=None)
+    assert made == AdamW()
+    given = make_optimizer("sgd", lr=0.5, momentum=0.9, weight_decay=None, clip_norm=None)
+    assert given == SGD(lr=0.5, momentum=0.9)
+
+
+def test_zero_is_given_and_not_left_out() -> None:
+    made = make_optimizer("sgd", lr=0.0, momentum=None, weight_decay=None, clip_norm=None)
+    assert made.lr == 0.0
+
+
+def test_an_optimizer_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="'rmsprop'"):
+        make_optimizer("rmsprop", lr=None, momentum=None, weight_decay=None, clip_norm=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_refused"),
+    [((True, True), True), ((True, False), False), ((False, True), False), (("a", None), False)],
+)
+def test_of_two_options_that_exclude_each_other_one_may_be_given(
+    given: tuple[object, ...], is_refused: bool
+) -> None:
+    if not is_refused:
+        refuse_both("--json", "--quiet", *given)
+        return
+    with pytest.raises(UsageError) as caught:
+        refuse_both("--json", "--quiet", *given)
+    assert "--json" in str(caught.value)
+    assert "--quiet" in str(caught.value)

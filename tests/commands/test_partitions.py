@@ -1,0 +1,127 @@
+"""check, inspect, cut, merge and verify, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+
+import splitonnx
+from splitonnx.bundles import Bundle
+from tests.support.commands import AT, MODEL, TAIL_AT, Command
+from tests.support.zoo import ZOO
+
+
+def test_check_says_what_becomes_of_a_model(command: Command) -> None:
+    out = command.succeed("check", MODEL)
+    assert "can be trained" in out
+    assert "23,122 to train" in out
+    found = json.loads(command.succeed("check", MODEL, "--json"))
+    assert {use["operator"] for use in found["operators"]} >= {"Conv", "Gemm"}
+    assert found["obstacles"] == []
+    code, out, _ = command("check", MODEL, "--loss", "from-model")
+    assert code == 1
+    assert "cannot be trained" in out
+
+
+def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:
+    table = command.succeed("inspect", MODEL, "--batch", 32)
+    assert "/block1/Relu_output_0" in table
+    assert "32 x 24 x 8 x 8" in table
+    cuts = json.loads(command.succeed("inspect", MODEL, "--batch", 32, "--json"))
+    found = next(cut for cut in cuts if cut["tensor"] == AT)
+    size = 32 * 24 * 8 * 8 * 4
+    assert found == {
+        "tensor": AT,
+        "op": "Relu",
+        "shape": [32, 24, 8, 8],
+        "bytes_up": size,
+        "bytes_down": size,
+        "client_parameters": 264,
+        "server_parameters": 22858,
+        "sent": [],
+    }
+
+
+def test_cut_writes_a_bundle_with_the_options_given(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    out = command.succeed(
+        "cut", MODEL, "--at", AT, "--tail-at", TAIL_AT, "--optimizer", "sgd", "--lr", 0.05,
+        "--momentum", 0.9, "--weight-decay", 0.01, "--clip-norm", 1, "--batchnorm", "frozen",
+        "--dropout", "off", "--freeze", "^block1", "--client-target", "portable",
+        "--server-target", "training", "--output", "logits", "-o", folder,
+    )  # fmt: skip
+    assert "U-shaped" in out
+    recipe = Bundle.load(folder).manifest.recipe
+    assert (recipe.at, recipe.tail_at, recipe.output) == ((AT,), (TAIL_AT,), "logits")
+    assert recipe.optimizer == {
+        "name": "sgd",
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
+    assert (recipe.batchnorm, recipe.dropout, recipe.freeze) == ("frozen", "off", ("^block1",))
+    assert (recipe.client_target, recipe.server_target) == ("portable", "training")
+
+
+def test_cut_takes_several_tensors(command: Command, tmp_path: Path) -> None:
+    entry = ZOO["two_streams"]
+    model, folder = tmp_path / "model.onnx", tmp_path / "bundle"
+    onnx.save(entry.build(), model)
+    first, second = entry.several
+    command.succeed("cut", model, "--at", first, "--at", second, "-o", folder)
+    assert Bundle.load(folder).manifest.recipe.at == (first, second)
+    assert f"'{second}'" in command.fail("cut", model, "--at", first, "-o", tmp_path / "other")
+
+
+def test_cut_as_json_says_what_each_party_holds(command: Command, tmp_path: Path) -> None:
+    out = command.succeed("cut", MODEL, "--at", AT, "-o", tmp_path / "bundle", "--json")
+    summary = json.loads(out)
+    assert summary["recipe"]["at"] == [AT]
+    assert summary["parties"]["client"]["parameters"] == 264
+    assert {wire["kind"] for wire in summary["parties"]["client"]["sends"]} == {
+        "activation",
+        "input",
+    }
+
+
+def test_an_existing_bundle_is_replaced_with_force_only(command: Command, bundle: Path) -> None:
+    assert "--force" in command.fail("cut", MODEL, "--at", AT, "-o", bundle)
+    assert Bundle.load(bundle).manifest.recipe.tail_at == (TAIL_AT,)
+    assert command.succeed("cut", MODEL, "--at", AT, "-o", bundle, "--force", "--quiet") == ""
+    assert Bundle.load(bundle).manifest.recipe.tail_at == ()
+
+
+def test_an_unknown_tensor_is_one_line_with_the_nearest_names(
+    command: Command, tmp_path: Path
+) -> None:
+    line = command.fail("cut", MODEL, "--at", "/block1/Relu_output_1", "-o", tmp_path / "bundle")
+    assert "/block1/Relu_output_0" in line
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_file_that_is_no_model_is_one_line(command: Command, data: Path) -> None:
+    assert "not a usable ONNX model" in command.fail("inspect", data)
+
+
+def test_verify_compares_each_step(command: Command, bundle: Path, data: Path) -> None:
+    arguments = ("verify", bundle, "--data", data, "--steps", 2, "--batch-size", 8)
+    assert "equal: largest relative difference" in command.succeed(*arguments)
+    *steps, verdict = map(json.loads, command.succeed(*arguments, "--json").splitlines())
+    assert [step["step"] for step in steps] == [1, 2]
+    assert verdict["ok"]
+    assert verdict["largest_difference"] <= verdict["rtol"]
+
+
+def test_verify_exits_with_1_where_split_and_unsplit_differ(
+    command: Command, data: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    splitonnx.cut(MODEL, at=AT, client_target="portable").save(bundle)
+    arguments = ("verify", bundle, "--data", data, "--steps", 2, "--batch-size", 8, "--rtol")
+    code, out, _ = command(*arguments, 0)
+    assert code == 1
+    assert "not equal" in out
+    assert command(*arguments, 1e-4)[0] == 0

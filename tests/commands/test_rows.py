@@ -1,0 +1,62 @@
+"""The table of cuts as plain lines."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitonnx.commands.rows import format_bytes, format_rows, list_cells
+from splitonnx.partitioner.reports.inspections import CutCandidate
+
+
+def make_cut(**changes: object) -> CutCandidate:
+    facts = {
+        "tensor": "h",
+        "op": "Relu",
+        "shape": (None, 24, 8),
+        "bytes_up": 1_500,
+        "bytes_down": None,
+        "client_parameters": 264,
+        "server_parameters": 22_858,
+        "sent": (),
+    }
+    return CutCandidate(**{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_text_begins_at_the_left_and_numbers_end_at_the_right() -> None:
+    rows = [("long name", "1"), ("a", "1,000")]
+    assert list(format_rows(("tensor", "size"), rows, left=1)) == [
+        " tensor       size",
+        " -----------------",
+        " long name       1",
+        " a           1,000",
+    ]
+
+
+def test_a_column_is_as_wide_as_its_heading_at_least() -> None:
+    _, line, row = format_rows(("heading",), [("x",)], left=1)
+    assert line == " " + "-" * 7
+    assert row == " x"
+
+
+def test_without_rows_there_are_the_headings() -> None:
+    assert len(list(format_rows(("a", "b"), [], left=2))) == 2
+
+
+def test_a_row_of_another_length_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        list(format_rows(("a", "b"), [("only one",)], left=1))
+
+
+def test_a_cut_is_written_with_a_question_mark_for_what_is_not_known() -> None:
+    assert list_cells(make_cut()) == ("h", "Relu", "? x 24 x 8", "1.5 kB", "?", "264", "22,858")
+
+
+def test_what_crosses_beside_a_tensor_stands_beside_it() -> None:
+    assert list_cells(make_cut(sent=("mask", "labels")))[0] == "h + mask + labels"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (1, "1 byte"), (1_500_000, "1.5 MB"), (None, "?")]
+)
+def test_bytes_are_written_as_people_read_them(size: int | None, text: str) -> None:
+    assert format_bytes(size) == text

@@ -1,0 +1,122 @@
+"""train, run as a user runs it: against a server, and on a model left whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.bundles import Bundle
+from tests.support.commands import MODEL, SAMPLES, Command, start
+
+
+def test_training_prints_a_line_of_json_a_step(
+    command: Command, bundle: Path, url: str, data: Path
+) -> None:
+    out = command.succeed(
+        "train", bundle / "client", "--server", url, "--data", data, "--eval-data", data,
+        "--epochs", 2, "--batch-size", 8, "--seed", 3, "--threads", 1, "--json",
+    )  # fmt: skip
+    records = [json.loads(line) for line in out.splitlines()]
+    steps = [record for record in records if "step" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in records if "step" not in record] == [0, 1]
+    for record in steps:
+        assert record["samples"] == 8
+        assert record["bytes_up"] > 8 * 24 * 8 * 8 * 4
+        assert set(record["metrics"]) == {"accuracy"}
+    assert Bundle.load(bundle).client.step == 6
+
+
+def test_training_shows_its_figures_and_saves_both_halves(
+    command: Command, bundle: Path, url: str, data: Path, tmp_path: Path
+) -> None:
+    arguments = ("train", bundle / "client", "--server", url, "--data", data, "--batch-size", 8)
+    code, out, err = command(*arguments, "--eval-data", data)
+    assert code == 0
+    for word in ("samples/s", "loss", "accuracy", "held out", "up", "down", "3/3"):
+        assert word in err
+    assert "held-out accuracy" in out
+    loaded = Bundle.load(bundle)
+    assert loaded.server is not None
+    assert (loaded.client.step, loaded.server.step) == (3, 3)
+
+    assert command(*arguments, "--quiet") == (0, "", "")
+
+    merged, predictions = tmp_path / "trained.onnx", tmp_path / "predictions.npz"
+    command.succeed("merge", bundle, "-o", merged)
+    assert [value.name for value in onnx.load(merged).graph.output] == ["logits"]
+    out = command.succeed(
+        "predict", bundle / "client", "--server", url, "--data", data, "-o", predictions
+    )
+    assert f"F32[{SAMPLES}, 10]" in out
+    assert np.load(predictions)["logits"].shape == (SAMPLES, 10)
+    assert "--force" in command.fail("merge", bundle, "-o", merged)
+    assert "--force" in command.fail(
+        "predict", bundle / "client", "--server", url, "--data", data, "-o", predictions
+    )
+
+
+def test_the_learning_rate_of_train_replaces_the_bundle_s(
+    command: Command, bundle: Path, url: str, data: Path
+) -> None:
+    weight = "block1.conv1.weight"
+    before = Bundle.load(bundle).client.state()[weight].copy()
+    command.succeed(
+        "train", bundle / "client", "--server", url, "--data", data, "--lr", 0, "--quiet"
+    )
+    np.testing.assert_array_equal(Bundle.load(bundle).client.state()[weight], before)
+
+
+def test_a_model_left_whole_trains_locally(command: Command, data: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "new" / "trained.onnx"
+    out = command.succeed(
+        "train", MODEL, "--local", "--data", data, "--batch-size", 8, "--optimizer", "sgd",
+        "--lr", 0.1, "-o", trained,
+    )  # fmt: skip
+    assert f"saved as {trained}" in "".join(out.splitlines())
+    before = {tensor.name: tensor.raw_data for tensor in onnx.load(MODEL).graph.initializer}
+    after = {tensor.name: tensor.raw_data for tensor in onnx.load(trained).graph.initializer}
+    assert before["head.linear.weight"] != after["head.linear.weight"]
+    assert os.listdir(trained.parent) == ["trained.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--server", "ws://127.0.0.1:1", "--local"], "--local and --server exclude each other"),
+        (["--local", "--json", "--quiet"], "--json and --quiet exclude each other"),
+        (["--local", "--force"], "-o"),
+        ([], "--server"),
+        (["--server", "ws://127.0.0.1:1", "--loss", "mse"], "--loss"),
+        (["--server", "ws://127.0.0.1:1", "--freeze", "x", "-o", "t.onnx"], "-o, --freeze"),
+        (["--server", "ws://127.0.0.1:1", "--dropout", "off"], "--dropout"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(
+    command: Command, data: Path, arguments: list[str], expected: str
+) -> None:
+    assert expected in command.fail("train", MODEL, "--data", data, *arguments)
+
+
+def test_a_server_that_is_not_there_is_one_line(command: Command, bundle: Path, data: Path) -> None:
+    line = command.fail("train", bundle / "client", "--server", "ws://127.0.0.1:1", "--data", data)
+    assert "ws://127.0.0.1:1" in line
+
+
+def test_an_interrupt_ends_training_with_130(bundle: Path, url: str, data: Path) -> None:
+    process = start(
+        "train", bundle / "client", "--server", url, "--data", data, "--epochs", 100000, "--json"
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # training goes on
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert Bundle.load(bundle).client.step == 0

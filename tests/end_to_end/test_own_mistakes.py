@@ -1,0 +1,221 @@
+"""Mistakes planted in this package: each is owned up to, and none becomes advice on the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
+from splitonnx.faults import LOGGER
+from splitonnx.partitioner import lowerings, rewrites
+from splitonnx.partitioner.cutting import joints
+from splitonnx.partitioner.differentiation import gradients
+from splitonnx.partitioner.gate import gates
+from splitonnx.partitioner.inference import shapes
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native.workers import call
+from splitonnx.partitioner.normalization import explicit_padding, opsets
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.server.servers import Server
+from tests.support.zoo import FLOAT, ZOO, Net
+
+
+def build() -> onnx.ModelProto:
+    """Build a network with what is rewritten (Elu), lowered (Relu) and normalized (Conv)."""
+    net = Net()
+    h = net.op("Conv", "x", net.weight("w1", 3, 2, 2, 2), out="h", auto_pad="SAME_UPPER")
+    h = net.op("Elu", h, out="elu")
+    h = net.op("Relu", h, out="relu")
+    h = net.op("Flatten", h, out="flat")
+    net.op("MatMul", h, net.weight("w2", 48, 2), out="y")
+    return net.finish({"x": (FLOAT, ("N", 2, 4, 4))}, "y", 2)
+
+
+def fail(first: Any, *others: Any) -> Any:
+    """Do what a mistake of ours does, in the place of a rule that takes a node last."""
+    return (first, *others)[-1].no_such_attribute
+
+
+PLACES = {
+    "a rewrite": (rewrites, "REWRITES", "Elu", "node 'elu_node' (Elu)", "rewritten"),
+    "a lowering": (lowerings, "LOWERINGS", "ReluGrad", "(ReluGrad)", "lowered"),
+    "a normalization pass": (
+        explicit_padding, "_make_padding_explicit", None, "node 'h_node' (Conv)",
+        "given explicit padding",
+    ),
+    "a pass without nodes": (
+        opsets, "_choose_target", None, "the model", "brought to opset 18 to 21",
+    ),
+    "the gradients' reading": (
+        gradients, "_read_derived", None, "the model", "read from the gradient builder",
+    ),
+    "a pass around the gradients": (gradients, "_annotate", None, "the model", "differentiated"),
+    "a pass after them": (joints, "_match_gradients", None, "the model", "differentiated"),
+    "the gate's own reader": (gates, "read_model", None, "the model", "checked by the gate"),
+    "the reading of types": (
+        shapes, "_note_entries", None, "the model", "given the types that onnx infers",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=PLACES)
+def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Plant a mistake; tell where it shows."""
+    module, name, key, where, work = PLACES[request.param]
+    if key is not None:
+        monkeypatch.setitem(getattr(module, name), key, fail)
+    elif name in ("read_model", "_note_entries", "_match_gradients", "_choose_target"):
+        monkeypatch.setattr(module, name, None)  # TypeError: it cannot be called
+    else:
+        monkeypatch.setattr(module, name, fail)
+    return where, work
+
+
+def check_owned(error: SplitonnxError, log: pytest.LogCaptureFixture, *parts: str) -> None:
+    sentence = str(error)
+    for part in ("a mistake in splitonnx", "please report it", *parts):
+        assert part in sentence
+    assert "export" not in sentence
+    assert sentence.isprintable()
+    (record,) = [record for record in log.records if record.name == LOGGER]
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert "Traceback" in log.text
+
+
+def test_a_mistake_in_the_partitioner_names_the_pass_and_the_node(
+    planted: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InternalModelError) as caught:
+        cut(build(), at="relu", server_target="portable", client_target="portable")
+    check_owned(caught.value, caplog, *planted)
+
+
+def test_a_check_of_a_model_owns_up_too(
+    planted: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InternalModelError) as caught:
+        check(build())
+    check_owned(caught.value, caplog, *planted)
+
+
+def test_a_pass_that_names_no_node_itself_is_told_of_the_one_that_it_was_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find_shape(node: ir.Node) -> None:
+        fail(node)
+
+    monkeypatch.setattr(gradients, "_find_shape", find_shape)
+    with pytest.raises(InternalModelError) as caught:
+        cut(ZOO["batchnorm_trained"].build(), at=None)
+    check_owned(
+        caught.value, caplog, "the model at node '", "(BatchNormInternal)", "differentiated"
+    )
+
+
+def test_a_mistake_beside_native_code_comes_back_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    wrong: Any = call
+    with pytest.raises(InternalModelError) as caught:
+        wrong(natives.build_gradients, "the model", b"", 5, "loss")
+    check_owned(caught.value, caplog, "the model", "gradient builder", "TypeError")
+    assert "natives.py" in caplog.text  # where it failed over there
+
+
+# --- the command line -------------------------------------------------------------------------
+
+PLANTING = """
+from splitonnx.partitioner import rewrites
+rewrites.REWRITES["Elu"] = lambda builder, node: node.no_such_attribute
+from splitonnx.commands import main
+main()
+"""
+TRACED = {"SPLITONNX_TRACEBACK": "1"}
+
+
+@pytest.mark.parametrize("words", [["check"], ["cut", "--at", "relu", "-o", "bundle"]])
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_the_command_line_owns_up_in_one_line(
+    words: list[str], is_traced: bool, tmp_path: Path
+) -> None:
+    onnx.save(build(), tmp_path / "model.onnx")
+    name, *options = words
+    done = subprocess.run(
+        [sys.executable, "-c", PLANTING, name, "model.onnx", *options],
+        cwd=tmp_path,
+        env={"PYTHONPATH": os.pathsep.join(sys.path)} | (TRACED if is_traced else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    *trace, line = done.stderr.splitlines()
+    assert line.startswith("splitonnx: a mistake in splitonnx, not in the model: node 'elu_node'")
+    assert "while it was rewritten (AttributeError: " in line
+    assert "export" not in line
+    assert bool(trace) is is_traced
+    assert any("no_such_attribute" in row for row in trace) is is_traced
+    assert not (tmp_path / "bundle").exists()
+
+
+# --- stages, at the client and at the server --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return cut(ZOO["chain"].build(), at="act1", loss="cross-entropy")
+
+
+def serve(bundle: Bundle) -> Server:
+    assert bundle.server is not None
+    return Server(bundle.server, port=0)
+
+
+def plant_stage(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Plant a mistake of ours in the engine, for one stage."""
+    run = Engine.run
+
+    def run_wrongly(engine: Engine, stage: Any, feeds: Any) -> Any:
+        return fail(stage) if stage.name == name else run(engine, stage, feeds)
+
+    patch.setattr(Engine, "run", run_wrongly)
+
+
+def test_a_mistake_in_a_stage_of_the_client_names_the_stage(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant_stage(monkeypatch, "head.forward")
+    with (
+        serve(bundle) as server,
+        Client(bundle.client, server.url) as client,
+        pytest.raises(InternalRuntimeError) as caught,
+    ):
+        client.step(ZOO["chain"].data(4))
+    check_owned(caught.value, caplog, "stage 'head.forward'", "AttributeError")
+
+
+def test_a_mistake_in_a_stage_of_the_server_reaches_both_sides(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant_stage(monkeypatch, "body.step")
+    with (
+        serve(bundle) as server,
+        Client(bundle.client, server.url) as client,
+        pytest.raises(RemoteFault) as caught,
+    ):
+        client.step(ZOO["chain"].data(4))
+    assert caught.value.code == "InternalRuntimeError"
+    check_owned(caught.value, caplog, "stage 'body.step'", "at the server", "the server's log")
+    assert "no_such_attribute" not in str(caught.value)  # what it says may be the server's alone
+    assert "no_such_attribute" in caplog.text

@@ -1,0 +1,77 @@
+"""Errors of the user's model, and of the place where it is to be cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitonnx.errors import (
+    CutError,
+    ForbiddenExternalData,
+    IntegerCut,
+    InternalModelError,
+    ModelError,
+    NativeCrash,
+    NotACut,
+    NotAModel,
+    NotDifferentiable,
+    SharedParameter,
+    SplitonnxError,
+    TooManyTries,
+    UnknownTensor,
+    UnsupportedModel,
+)
+from tests.support.sentences import check_sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [
+        (NotAModel("a.onnx", "it is text"), ("a.onnx", "it is text")),
+        (UnsupportedModel("node 'n'", "too deep", "fold it"), ("node 'n'", "too deep", "fold it")),
+        (ForbiddenExternalData("w", "../secret"), ("'w'", "../secret")),
+        (NotDifferentiable("n", "Det", "freeze it"), ("'n'", "Det", "freeze it")),
+        (UnknownTensor("h1", ("h", "h2")), ("'h1'", "did you mean 'h', 'h2'?")),
+        (NotACut(("a",), ("b", "c")), ("'a'", "'b', 'c'", "splitonnx inspect")),
+        (NotACut(("a",), ("mask",), raw=("mask",)), ("'a'", "'mask'")),
+        (NotACut(("a",), reason="it is an input"), ("'a'", "it is an input")),
+        (IntegerCut("t", "I64", ("w",)), ("'t'", "I64", "'w'")),
+        (SharedParameter(("w", "v")), ("'w', 'v'", "--freeze")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_sentence_holds_the_facts_and_the_next_thing_to_try(
+    error: SplitonnxError, facts: tuple[object, ...]
+) -> None:
+    check_sentence(error, *facts)
+
+
+@pytest.mark.parametrize(
+    "error", [UnsupportedModel("x", "y"), NotDifferentiable("n", "Det"), UnknownTensor("h")]
+)
+def test_without_advice_the_sentence_ends_with_the_reason(error: SplitonnxError) -> None:
+    check_sentence(error)
+    assert not str(error).rstrip().endswith((";", ",", ":"))
+    assert "did you mean" not in str(error)
+
+
+@pytest.mark.parametrize("kind", [NativeCrash, TooManyTries])
+def test_what_no_node_is_known_to_be_at_fault_for_is_an_unsupported_model_too(
+    kind: type[UnsupportedModel],
+) -> None:
+    error = kind("the model", "it took too long")
+    assert isinstance(error, UnsupportedModel)
+    check_sentence(error, "the model", "it took too long")
+
+
+def test_a_mistake_of_ours_is_no_fault_of_the_model_and_asks_for_a_report() -> None:
+    error = InternalModelError("node 'a' (Elu)", "rewritten", "TypeError: no such thing")
+    assert not isinstance(error, ModelError)
+    check_sentence(error, "a mistake in splitonnx, not in the model", "node 'a' (Elu)")
+    check_sentence(error, "while it was rewritten", "TypeError: no such thing", "report")
+
+
+def test_a_model_and_the_place_of_its_cut_are_told_apart() -> None:
+    assert issubclass(NotDifferentiable, ModelError)
+    assert not issubclass(NotDifferentiable, CutError)
+    assert issubclass(NotACut, CutError)
+    assert not issubclass(NotACut, ModelError)

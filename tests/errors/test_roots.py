@@ -1,0 +1,46 @@
+"""How errors quote names, and text that others wrote."""
+
+from __future__ import annotations
+
+import pytest
+
+import splitonnx.errors
+from splitonnx.errors.roots import SplitonnxError, flatten, quote
+
+KINDS = [
+    kind
+    for name in splitonnx.errors.__all__
+    if isinstance(kind := getattr(splitonnx.errors, name), type)
+]
+
+
+def test_names_stand_in_quotes_between_commas() -> None:
+    assert quote(["a", "b"]) == "'a', 'b'"
+    assert quote([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain", "plain"),
+        ("a\nb\tc", "a?b?c"),
+        ("\x1b[2J", "?[2J"),
+        ("\u202eevil", "?evil"),
+        ("", ""),
+    ],
+)
+def test_what_would_break_a_line_or_a_terminal_becomes_a_question_mark(
+    text: str, expected: str
+) -> None:
+    assert flatten(text) == expected
+
+
+def test_long_text_is_cut_and_says_so() -> None:
+    assert flatten("x" * 300) == "x" * 300
+    assert flatten("x" * 301) == "x" * 300 + "..."
+    assert flatten("abcdef", most=3) == "abc..."
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_catching_the_root_catches_every_error_raised_on_purpose(kind: type) -> None:
+    assert issubclass(kind, SplitonnxError)

@@ -1,0 +1,78 @@
+"""Names, modes and outputs of a model's forms."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.cutting.passes.forms import (
+    declare_statistics,
+    keep_data_outputs,
+    make_inference_form,
+    name_nodes,
+    refuse_unkept_statistics,
+)
+from tests.support.zoo import ZOO
+
+
+def build(*nodes: ir.Node, inputs: tuple[ir.Value, ...], outputs: list[ir.Value]) -> ir.Graph:
+    return ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 18})
+
+
+def test_nodes_keep_their_names_but_those_without_one_or_with_another_node_s() -> None:
+    x = ir.Value(name="x")
+    first = ir.node("Relu", [x], name="a")
+    second = ir.node("Relu", first.outputs, name="a")
+    third = ir.node("Relu", second.outputs, name="")
+    graph = build(first, second, third, inputs=(x,), outputs=list(third.outputs))
+    name_nodes(graph)
+    assert [node.name for node in graph] == ["a", "Relu_1", "Relu_2"]
+
+
+def test_a_made_name_is_not_one_that_an_earlier_node_has() -> None:
+    x = ir.Value(name="x")
+    first = ir.node("Relu", [x], name="Relu_1")
+    second = ir.node("Relu", first.outputs, name="")
+    graph = build(first, second, inputs=(x,), outputs=list(second.outputs))
+    name_nodes(graph)
+    assert [node.name for node in graph] == ["Relu_1", "Relu_1_"]
+
+
+def test_what_gradients_read_is_declared_where_it_is_not() -> None:
+    x, scale = ir.Value(name="x"), ir.Value(name="s")
+    node = ir.node("LayerNormalization", [x, scale], outputs=[ir.Value(name="y")])
+    other = ir.node("Relu", [node.outputs[0]], outputs=[ir.Value(name="z")])
+    graph = build(node, other, inputs=(x, scale), outputs=list(other.outputs))
+    declare_statistics(graph)
+    declare_statistics(graph)
+    assert [v.name for v in node.outputs] == ["y", "y#mean", "y#inv_std"]
+    assert [v.name for v in other.outputs] == ["z"]
+
+
+def test_a_model_predicts_without_dropout_and_by_running_statistics() -> None:
+    graph = ir.from_proto(ZOO["batchnorm_trained"].build()).graph
+    make_inference_form(graph)
+    modes = [n.attributes.get_int("training_mode", 0) for n in graph if "BatchN" in n.op_type]
+    assert modes
+    assert not any(modes)
+    graph = ir.from_proto(ZOO["dropout"].build()).graph
+    make_inference_form(graph)
+    assert "Dropout" not in {node.op_type for node in graph}
+
+
+def test_outputs_of_data_are_kept_and_those_of_weights_or_text_are_not() -> None:
+    x, w = ir.Value(name="x"), ir.Value(name="w")
+    data, weight = ir.node("Relu", [x]), ir.node("Relu", [w])
+    text = ir.node("Cast", [x])
+    text.outputs[0].dtype = ir.DataType.STRING
+    made = [node.outputs[0] for node in (data, weight, text)]
+    graph = build(data, weight, text, inputs=(x, w), outputs=made)
+    keep_data_outputs(graph, {"w"})
+    assert list(graph.outputs) == [made[0]]
+
+
+def test_a_statistic_that_the_graph_computes_is_refused() -> None:
+    refuse_unkept_statistics({"mean"}, {"mean", "w"})
+    with pytest.raises(UnsupportedModel, match=r"'mean'.*--batchnorm frozen"):
+        refuse_unkept_statistics({"mean"}, {"w"})

@@ -1,0 +1,122 @@
+"""What kernels would end the process over is an error of the stage, and the server lives.
+
+The cases run in a process of their own, so that a signal is a test's failure.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+from numpy.testing import assert_allclose
+from onnx.reference import ReferenceEvaluator
+
+from splitonnx.names import Target
+from splitonnx.partitioner.cutting.safeguards import is_bound
+from splitonnx.partitioner.inference.dimensions import make_atom, parse_dim
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.executors import Executor
+from tests.support.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
+from tests.support.zoo import FLOAT, INT64, ZOO, Net
+
+
+@cache
+def run_cases(target: str) -> tuple[int, dict[str, str]]:
+    """Run all cases in one child; what follows a crash is missing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.crash_cases", target],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    return done.returncode, dict(line.split(": ") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("name", CASES)
+def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, target: str) -> None:
+    status, ends = run_cases(target)
+    assert ends[f"{name}, train good"] == ends[f"{name}, predict good"] == "done"
+    assert ends[f"{name}, train bad"] == CASES[name].end
+    assert ends[f"{name}, predict bad"] in ("StageFailed", "done")
+    assert status == 0
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+def test_a_server_that_lies_ends_no_client(target: str) -> None:
+    status, ends = run_cases(target)
+    assert ends[f"{LIAR}, predict bad"] == "done"  # it samples near the image
+    assert status == 0
+
+
+def test_names_that_the_parties_bind_are_at_least_one() -> None:
+    n, t = make_atom("N"), make_atom("T")
+    for dim in (1, n, n * t * 3, n + 1):
+        assert is_bound(dim), dim
+    unknown = parse_dim("unk__h:1")
+    for dim in (0, n - 1, unknown, n * parse_dim("(T)//(2)"), t + unknown):
+        assert not is_bound(dim), dim
+
+
+@pytest.mark.parametrize("name", ["convolutions", "attention", "shape_paths"])
+def test_a_graph_whose_sizes_are_bound_is_left_as_it_is(name: str) -> None:
+    entry = ZOO[name]
+    bundle = cut(entry.build(), at=None, loss=entry.loss)
+    for content in bundle.client.graphs.values():
+        names = [node.name for node in onnx.load_from_string(content).graph.node]
+        assert not [node for node in names if "/checked" in node]
+
+
+def test_labels_to_be_ignored_stay_so() -> None:
+    bundle = cut(build_language_model(ignore_index=-100), at=("h", "tokens"), loss="from-model")
+    assert bundle.server is not None
+    wires = {"h@server": floats(2, 3, 6), "tokens@server": np.array([[0, 4, -100], [2, -100, 0]])}
+    assert perform(Executor(bundle.server, ENGINE), "train", wires) == "done"
+
+
+@pytest.mark.parametrize("corners", [0, 1])
+def test_a_place_far_away_is_reflected_as_the_reference_reflects_it(corners: int) -> None:
+    net = Net()
+    net.opset = 20
+    image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    sampled = net.op(
+        "GridSample", net.constant("image", image), "grid", out="sampled",
+        padding_mode="reflection", align_corners=corners,
+    )  # fmt: skip
+    felt = net.op("MatMul", sampled, net.weight("w", 3, 2), out="scores")
+    model = net.finish({"grid": (FLOAT, [1, "H", 3, 2])}, felt, 1, "H", 2)
+    places = [-413.3, -37.25, -2.5, 0.1, 3.75, 33.5, 98.6, 1000.25, 7.875]
+    grid = np.array(places * 2, np.float32).reshape(1, 3, 3, 2)
+    (expected,) = ReferenceEvaluator(model).run(None, {"grid": grid})
+    assert isinstance(expected, np.ndarray)
+    with Client(cut(model, at=None, loss="mse").client) as client:
+        assert_allclose(client.predict({"grid": grid})["scores"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+def test_a_detector_that_keeps_no_box_predicts_the_sum_of_none(target: Target) -> None:
+    net = Net()
+    net.opset = 20
+    image = net.constant("image", np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4))
+    kept = net.op("Greater", "felt", net.constant("half", np.array(0.5, np.float32)), out="kept")
+    boxes = net.op("Compress", "boxes", kept, out="some", axis=0)
+    of = net.op("Compress", "of", kept, out="of_some", axis=0)
+    made = net.op("RoiAlign", image, boxes, of, out="r", output_height=2, output_width=2)
+    made = net.op("Flatten", made, out="flat")
+    made = net.op("ReduceSum", made, net.constant("axes", np.array([0])), out="sum", keepdims=1)
+    output = net.op("MatMul", made, net.weight("w", 4, 2), out="scores")
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "boxes": (FLOAT, ["R", 4]), "of": (INT64, ["R"]), "felt": (FLOAT, ["R"])
+    }  # fmt: skip
+    model = net.finish(inputs, output, 2)
+    client = Client(cut(model, at=None, loss="mse", client_target=target).client)
+    for felt in (1.0, 0.0):
+        data = {"boxes": np.array([[0, 0, 2, 2]], np.float32), "of": np.array([0]),
+                "felt": np.array([felt], np.float32)}  # fmt: skip
+        expected = np.zeros((1, 2), np.float32)  # what the reference evaluator has no answer to
+        if felt:
+            (expected,) = ReferenceEvaluator(model).run(None, data)  # type: ignore[assignment]
+        assert_allclose(client.predict(data)["scores"], expected, rtol=1e-5)

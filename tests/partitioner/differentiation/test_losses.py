@@ -1,0 +1,147 @@
+"""Losses: their values, their metrics, models that bring their own, models that end in Softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import NotACut, UnsupportedModel
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
+from splitonnx.verifications import verify
+from tests.support.oracles import LOSSES
+from tests.support.zoo import FLOAT, INT64, ZOO, Net
+
+
+def open_client(bundle: Bundle) -> Client:
+    if bundle.server is None:
+        return Client(bundle.client, threads=1)
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    return Client(bundle.client, link, threads=1)
+
+
+@pytest.mark.parametrize("name", ["chain", "mse", "l1", "bce"])
+@pytest.mark.parametrize("at", [None, "act1"])
+def test_evaluation_gives_the_mean_over_all_samples(name: str, at: str | None) -> None:
+    entry = ZOO[name]
+    data = entry.data(37)
+    with open_client(cut(entry.build(), at=at, loss=entry.loss)) as client:
+        (output,) = client.predict({"x": data["x"]}).values()
+        found = client.evaluate(data, batch_size=8)
+    expected = LOSSES[entry.loss](output.astype(np.float64), data["labels"])
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    if name == "chain":
+        assert found["accuracy"] == pytest.approx((output.argmax(1) == data["labels"]).mean())
+    elif name == "bce":
+        assert found["accuracy"] == pytest.approx(((output > 0) == (data["labels"] > 0.5)).mean())
+    else:
+        assert found.keys() == {"loss"}
+
+
+def with_own_loss(reads: str = "target") -> onnx.ModelProto:
+    """The chain with its loss in the graph, a second input its labels."""
+    model = ZOO["chain"].build()
+    model.graph.input.append(helper.make_tensor_value_info(reads, INT64, ["N"]))
+    model.graph.node.append(
+        helper.make_node("SoftmaxCrossEntropyLoss", ["linear4", reads], ["own_loss"], name="own")
+    )
+    model.graph.output.append(helper.make_tensor_value_info("own_loss", FLOAT, []))
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_a_model_that_ends_in_its_loss_trains_like_one_given_it() -> None:
+    data = ZOO["chain"].data(40)
+    given = {"x": data["x"], "target": data["labels"]}
+    losses = []
+    for model, options, batch in (
+        (ZOO["chain"].build(), {}, data),
+        (with_own_loss(), {"loss": "from-model", "output": "own_loss"}, given),
+    ):
+        bundle = cut(model, at="act1", tail_at="act3", **options)  # type: ignore[arg-type]
+        assert verify(bundle, batch, batch_size=8).largest_difference == 0.0
+        with open_client(bundle) as client:
+            history = client.fit(batch, batch_size=8)
+            losses.append([record.loss for record in history.steps])
+            assert client.evaluate(batch)["loss"] > 0
+    assert losses[0] == losses[1]
+
+
+def test_labels_of_the_model_cross_only_when_named() -> None:
+    options = {"loss": "from-model", "output": "own_loss"}
+    with pytest.raises(NotACut) as caught:
+        cut(with_own_loss(), at="act1", **options)  # type: ignore[arg-type]
+    assert list(caught.value.missing) == ["target"]
+    bundle = cut(with_own_loss(), at=["act1", "target"], **options)  # type: ignore[arg-type]
+    data = ZOO["chain"].data(40)
+    batch = {"x": data["x"], "target": data["labels"]}
+    assert verify(bundle, batch, batch_size=8).largest_difference == 0.0
+
+
+def ending_in(kind: str, name: str) -> onnx.ModelProto:
+    model = ZOO[name].build()
+    scores = model.graph.output[0].name
+    model.graph.node.append(helper.make_node(kind, [scores], ["probabilities"], name="last"))
+    model.graph.output[0].name = "probabilities"
+    return model
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Softmax", "chain"), ("Sigmoid", "bce")])
+def test_a_loss_that_contains_the_last_activation_is_taken_before_it(kind: str, name: str) -> None:
+    entry = ZOO[name]
+    data = entry.data(40)
+    results = []
+    for model in (entry.build(), ending_in(kind, name)):
+        with open_client(cut(model, at="act1", loss=entry.loss)) as client:
+            history = client.fit(data, batch_size=8)
+            evaluation = client.evaluate(data)
+            results.append(([record.loss for record in history.steps], evaluation))
+            (predicted,) = client.predict({"x": data["x"]}).values()
+    assert results[0][0] == results[1][0]
+    assert results[0][1]["loss"] == pytest.approx(results[1][1]["loss"], rel=1e-4)
+    assert results[0][1]["accuracy"] == results[1][1]["accuracy"]
+    assert predicted.min() >= 0
+    assert predicted.max() <= 1
+
+
+def vector_of_scores() -> onnx.ModelProto:
+    net = Net()
+    output = net.op("ReduceSum", net.op("MatMul", "x", net.weight("w", 4, 4), out="m"),
+                    net.constant("axis", np.array([1])), out="y", keepdims=0)  # fmt: skip
+    return net.finish({"x": (FLOAT, ["N", 4])}, output)
+
+
+@pytest.mark.parametrize(
+    ("build", "loss", "reason"),
+    [
+        (vector_of_scores, "cross-entropy", "scores of shape"),
+        (vector_of_scores, "from-model", "scalar"),
+    ],
+)
+def test_an_output_that_does_not_fit_the_loss_is_refused(
+    build: Callable[[], onnx.ModelProto], loss: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        cut(build(), at="m", loss=loss)
+
+
+def test_names_that_the_loss_needs_may_stand_within_the_model() -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 4), out="loss")
+    hidden = net.op("Tanh", hidden, out="accuracy")
+    net.op("MatMul", hidden, net.weight("w2", 4, 3), out="y")
+    model = net.finish({"x": (TensorProto.FLOAT, ["N", 4])}, "y", 3)
+    random = np.random.default_rng(0)
+    data: dict[str, np.ndarray] = {
+        "x": random.standard_normal((40, 4), np.float32),
+        "labels": random.integers(0, 3, 40),
+    }
+    assert verify(cut(model, at="loss"), data, batch_size=8).largest_difference == 0.0

@@ -1,0 +1,55 @@
+"""The gate: hostile and broken models are refused in one line, before anything reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from onnx import ModelProto
+
+from splitonnx.errors import ModelError, NotAModel
+from splitonnx.partitioner.gate.gates import open_model
+from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
+from tests.support.zoo import ZOO
+
+
+def empty_graph(model: ModelProto) -> None:
+    del model.graph.node[:]
+
+
+BROKEN: list[Breakage] = [
+    (empty_graph, NotAModel, "no graph"),
+]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "kind", "reason"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_broken_model_is_refused_in_one_line(
+    break_it: Callable[[ModelProto], None], kind: type[ModelError], reason: str
+) -> None:
+    hold_refusal(break_it, kind, reason)
+
+
+def test_a_model_cut_short_is_refused() -> None:
+    content = make_model().SerializeToString()
+    for length in range(1, len(content), 97):
+        with pytest.raises(ModelError):
+            open_model(content[:length])
+
+
+def test_the_callers_model_is_not_changed() -> None:
+    from splitonnx.partitioner.partitions import cut
+
+    model = make_model()
+    before = model.SerializeToString()
+    cut(model, at="act1")
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_good_model_passes(name: str) -> None:
+    model = open_model(ZOO[name].build())
+    assert [value.name for value in model.graph.outputs] == [
+        value.name for value in ZOO[name].build().graph.output
+    ]

@@ -1,0 +1,158 @@
+"""Native code behind functions of bytes, and the frames in which it is asked; here in process."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native.natives import (
+    NATIVES,
+    StockRuntime,
+    check_form,
+    infer_node,
+    infer_shapes,
+    list_types,
+    read_frame,
+    serve,
+    write_frame,
+)
+
+FLOAT = TensorProto.FLOAT
+
+
+def make_model(*nodes: onnx.NodeProto) -> bytes:
+    """Write a model from the matrix ``x`` to the matrix ``y``."""
+    graph = helper.make_graph(
+        list(nodes), "g", [helper.make_tensor_value_info("x", FLOAT, [2, 6])],
+        [helper.make_tensor_value_info("y", FLOAT, [None, None])],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def make_type(*dims: int | str) -> bytes:
+    content: bytes = helper.make_tensor_type_proto(FLOAT, dims).SerializeToString()
+    return content
+
+
+def read_shape(content: bytes) -> list[int]:
+    kind = onnx.TypeProto.FromString(content)
+    return [dim.dim_value for dim in kind.tensor_type.shape.dim]
+
+
+def ask(requests: Sequence[bytes], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Let ``serve`` answer requests, without the limits that are for a process of its own."""
+    monkeypatch.setattr(natives, "_limit_memory", lambda size: None)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: None)
+    source, sink = io.BytesIO(), io.BytesIO()
+    for request in requests:
+        write_frame(source, request)
+    source.seek(0)
+    serve(source, sink)
+    sink.seek(0)
+    assert read_frame(sink) == b""  # ready
+    answers = [read_frame(sink) for _ in requests]
+    assert sink.read() == b""
+    return answers
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 300])
+def test_a_frame_is_read_as_it_was_written(content: bytes) -> None:
+    stream = io.BytesIO()
+    write_frame(stream, content)
+    write_frame(stream, b"next")
+    stream.seek(0)
+    assert read_frame(stream) == content
+    assert read_frame(stream) == b"next"
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 11])
+def test_a_frame_that_ends_early_means_that_the_other_side_is_gone(length: int) -> None:
+    stream = io.BytesIO()
+    write_frame(stream, b"content")
+    with pytest.raises(EOFError):
+        read_frame(io.BytesIO(stream.getvalue()[:length]))
+
+
+def test_requests_are_answered_in_order_and_errors_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(helper.make_node("Relu", ["x"], ["y"]))
+    requests = [
+        msgspec.msgpack.encode(["check_form", [model]]),
+        msgspec.msgpack.encode(["check_form", [b"no model"]]),
+        msgspec.msgpack.encode(["explode", []]),
+        b"\xc1 no request",
+        msgspec.msgpack.encode(["list_types", [model]]),
+    ]
+    good, bad, unknown, broken, types = [
+        msgspec.msgpack.decode(answer) for answer in ask(requests, monkeypatch)
+    ]
+    assert good == [None]
+    assert len(bad) == 2
+    assert unknown[0] == "KeyError"
+    assert len(broken) == 2
+    assert types == [{"y": "tensor(float)"}]
+
+
+def test_onnxs_checker_refuses_what_contradicts_itself() -> None:
+    check_form(make_model(helper.make_node("Relu", ["x"], ["y"])))
+    with pytest.raises(onnx.checker.ValidationError, match="Explode"):
+        check_form(make_model(helper.make_node("Explode", ["x"], ["y"])))
+
+
+def test_shapes_are_inferred_for_a_whole_model() -> None:
+    node = helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0])
+    made = onnx.ModelProto.FromString(infer_shapes(make_model(node), True))
+    dims = made.graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [6, 2]
+
+
+def test_a_node_is_typed_by_its_inputs_and_by_contents_that_are_known() -> None:
+    node = helper.make_node("Reshape", ["i0", "i1"], ["o0"]).SerializeToString()
+    shape = numpy_helper.from_array(np.array([3, 4], np.int64), "i1")
+    types = {
+        "i0": make_type(2, 6),
+        "i1": helper.make_tensor_type_proto(TensorProto.INT64, [2]).SerializeToString(),
+    }
+    made = infer_node(node, types, {"i1": shape.SerializeToString()}, 18)
+    assert read_shape(made["o0"]) == [3, 4]
+    unknown = onnx.TypeProto.FromString(infer_node(node, types, {}, 18)["o0"])
+    assert all(not dim.HasField("dim_value") for dim in unknown.tensor_type.shape.dim)
+
+
+def test_types_come_as_onnx_runtime_writes_them() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["y"]),
+        helper.make_node("Greater", ["x", "y"], ["mask"]),
+        helper.make_node("Shape", ["x"], ["shape"]),
+    ]
+    model = onnx.ModelProto.FromString(make_model(*nodes))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("mask", "shape"))
+    found = list_types(model.SerializeToString())
+    assert found == {"y": "tensor(float)", "mask": "tensor(bool)", "shape": "tensor(int64)"}
+
+
+def test_a_stock_runtime_is_told_from_the_training_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(onnxruntime.capi._pybind_state, "GradientGraphBuilder")
+    with pytest.raises(StockRuntime, match="GradientGraphBuilder"):
+        natives.build_gradients(b"", ["w"], "loss")
+
+
+def test_every_native_is_its_name_and_says_whose_code_it_is() -> None:
+    assert list(NATIVES) == sorted(NATIVES)
+    for name, (function, owner) in NATIVES.items():
+        assert function.__name__ == name
+        assert owner

@@ -1,0 +1,132 @@
+"""BatchNormalization: its modes, its running statistics, and a frozen one as its formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.normalization.batchnorms import (
+    NEXT,
+    freeze_batchnorms,
+    is_training,
+    list_batchnorms,
+    train_batchnorms,
+    use_running_statistics,
+)
+from tests.support.zoo import FLOAT, Net
+
+
+def build(*trained: bool, rank: int = 4) -> ir.Model:
+    """One BatchNormalization behind the other, each in training mode or not."""
+    net, value = Net(), "x"
+    for index, training in enumerate(trained):
+        value = net.batchnorm(value, 3, out=f"n{index}", training=training)
+    dims: list[int | str] = ["N", 3, *[5] * (rank - 2)]
+    model = net.finish({"x": (FLOAT, dims)}, value, *dims[1:])
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+def evaluate(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    found, *_ = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    return np.asarray(found)
+
+
+def draw(rank: int) -> np.ndarray:
+    shape = (4, 3, *[5] * (rank - 2))
+    return np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
+
+
+def test_nodes_are_listed_in_order_with_their_modes() -> None:
+    nodes = list_batchnorms(build(True, False).graph)
+    assert [node.name for node in nodes] == ["n0.bn", "n1.bn"]
+    assert [is_training(node) for node in nodes] == [True, False]
+    nodes[0].domain = "my.domain"
+    assert len(list_batchnorms(nodes[1].graph)) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(None, [True, False]), ("train", [True] * 2), ("frozen", [False] * 2)]
+)
+def test_a_mode_overrules_what_each_node_says(mode: str | None, expected: list[bool]) -> None:
+    model = build(True, False)
+    successors = train_batchnorms(model.graph, mode=mode)
+    assert [is_training(node) for node in list_batchnorms(model.graph)] == expected
+    names = [f"n{i}.bn.{s}" for i, on in enumerate(expected) if on for s in ("mean", "var")]
+    assert list(successors) == names
+
+
+def test_every_running_statistic_has_a_successor_in_the_graph() -> None:
+    model = build(False)
+    successors = train_batchnorms(model.graph, mode="train")
+    assert successors == {f"n0.bn.{s}": f"n0.bn.{s}{NEXT}" for s in ("mean", "var")}
+    values = map_values(model.graph)
+    for statistic, successor in successors.items():
+        assert values[successor].shape == values[statistic].shape
+        assert values[successor].dtype == values[statistic].dtype
+    named = build(True)
+    assert train_batchnorms(named.graph, mode=None) == {
+        f"n0.bn.{s}": f"n0.bn.{s}_next" for s in ("mean", "var")
+    }
+
+
+def test_a_statistic_of_two_nodes_is_refused() -> None:
+    model = build(True, True)
+    first, second = list_batchnorms(model.graph)
+    second.replace_input_with(3, first.inputs[3])
+    with pytest.raises(UnsupportedModel, match=r"'n1\.bn'.*'n0\.bn\.mean' belongs to another"):
+        train_batchnorms(model.graph, mode=None)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_a_frozen_node_becomes_its_formula(rank: int) -> None:
+    x = draw(rank)
+    expected = evaluate(build(False, rank=rank), x)
+    model = build(False, rank=rank)
+    assert freeze_batchnorms(model.graph) == {"n0.bn.mean", "n0.bn.var"}
+    assert list_batchnorms(model.graph) == []
+    assert [value.name for value in model.graph.outputs] == ["n0"]
+    np.testing.assert_allclose(evaluate(model, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_epsilon_is_that_of_the_node() -> None:
+    model = build(False)
+    (node,) = list_batchnorms(model.graph)
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.75)
+    expected = evaluate(model, draw(4))
+    freeze_batchnorms(model.graph)
+    np.testing.assert_allclose(evaluate(model, draw(4)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_node_that_trains_is_not_frozen() -> None:
+    model = build(True, False)
+    assert freeze_batchnorms(model.graph) == {"n1.bn.mean", "n1.bn.var"}
+    assert [node.name for node in list_batchnorms(model.graph)] == ["n0.bn"]
+
+
+def test_a_rank_that_is_not_known_is_refused_by_name() -> None:
+    model = build(False)
+    model.graph.inputs[0].shape = None
+    with pytest.raises(UnsupportedModel, match=r"'n0\.bn' \(BatchNormalization\): the rank"):
+        freeze_batchnorms(model.graph)
+
+
+def test_prediction_uses_the_running_statistics() -> None:
+    model = build(True)
+    mean = helper.make_tensor_value_info("n0.bn.mean_next", FLOAT, [3])
+    proto = ir.to_proto(model)
+    proto.graph.output.append(mean)
+    model = ir.from_proto(proto)
+    use_running_statistics(model.graph)
+    (node,) = list_batchnorms(model.graph)
+    assert not is_training(node)
+    assert len(node.outputs) == 1
+    x = draw(4)
+    found, mean_next = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    np.testing.assert_allclose(np.asarray(found), evaluate(build(False), x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(mean_next), np.full(3, 0.1, np.float32))

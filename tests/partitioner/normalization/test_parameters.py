@@ -1,0 +1,141 @@
+"""What a stored tensor is, told by its uses: a parameter, a constant, a setting or a statistic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
+
+P, C = TensorKind.PARAMETER, TensorKind.CONSTANT
+S, T = TensorKind.SETTING, TensorKind.STATISTIC
+ROW = np.array([0.5, -1.5, 2.25], np.float32)
+
+
+def classify(
+    array: np.ndarray, *nodes: onnx.NodeProto, literal: bool = False, opset: int = 18
+) -> Verdict:
+    """Classify the float tensor ``w`` that ``nodes`` read, an initializer or a Constant node."""
+    tensor = numpy_helper.from_array(array, "w")
+    made = list(nodes)
+    if literal:
+        made.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    known = {"w", *(name for node in made for name in node.output)}
+    reads = dict.fromkeys(name for node in nodes for name in node.input if name not in known)
+    graph = helper.make_graph(
+        made, "g", [onnx.ValueInfoProto(name=name) for name in reads if name],
+        [onnx.ValueInfoProto(name=made[-1].output[0])] if made else [],
+        [] if literal else [tensor],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    read = ir.from_proto(model)
+    value = read.graph[0].outputs[0] if literal else read.graph.initializers["w"]
+    stored = ir.convenience.get_const_tensor(value)
+    assert stored is not None
+    return classify_tensor(value, stored)
+
+
+def use(kind: str, place: int, count: int = 2, **attributes: Any) -> onnx.NodeProto:
+    inputs = [f"x{index}" for index in range(count)]
+    inputs[place] = "w"
+    return helper.make_node(kind, inputs, ["y"], name="node", **attributes)
+
+
+PLACES = [
+    ("Conv", 1, 3, P), ("Conv", 2, 3, P), ("MatMul", 1, 2, P), ("Gather", 0, 2, P),
+    ("LSTM", 1, 8, P), ("LSTM", 5, 8, C), ("PRelu", 1, 2, P), ("LayerNormalization", 2, 3, P),
+    ("BatchNormalization", 1, 5, P), ("BatchNormalization", 3, 5, T),
+    ("BatchNormalization", 4, 5, T), ("Clip", 1, 3, S), ("Resize", 2, 3, S), ("Pad", 2, 3, S),
+    ("Dropout", 1, 3, S), ("Mod", 1, 2, S), ("OneHot", 2, 3, C), ("Pow", 1, 2, C),
+    ("Attention", 3, 4, C), ("GridSample", 1, 2, C),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "place", "count", "expected"), PLACES)
+def test_the_place_tells_what_an_initializer_is(
+    kind: str, place: int, count: int, expected: TensorKind
+) -> None:
+    assert classify(ROW, use(kind, place, count)).kind is expected
+
+
+@pytest.mark.parametrize("kind", ["Conv", "MatMul", "Gather"])
+def test_a_literal_in_a_place_for_weights_is_a_parameter(kind: str) -> None:
+    place = 0 if kind == "Gather" else 1
+    assert classify(ROW, use(kind, place), literal=True).kind is P
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "literal", "expected"),
+    [
+        ("Add", ROW, False, P),
+        ("Add", ROW, True, P),
+        ("Mul", ROW, True, P),
+        ("Div", ROW, False, P),
+        ("Div", ROW, True, C),
+        ("Where", ROW, True, C),
+        ("Add", ROW[:1], False, C),
+        ("Mul", ROW[:1], False, C),
+        ("Add", np.array([0.0, -np.inf], np.float32), False, C),
+        ("Mul", np.arange(4, dtype=np.float32), False, C),
+        ("Mul", np.ones(4, np.float32), False, P),
+        ("Add", np.zeros(4, np.float32), False, P),
+        ("Sin", ROW, True, C),
+        ("Sin", ROW, False, P),
+    ],
+)
+def test_what_is_only_calculated_with_is_told_by_its_numbers(
+    kind: str, array: np.ndarray, literal: bool, expected: TensorKind
+) -> None:
+    node = use(kind, 0, 1) if kind == "Sin" else use(kind, 1, 3 if kind == "Where" else 2)
+    assert classify(array, node, literal=literal).kind is expected
+
+
+def test_a_scalar_is_a_constant_wherever_it_stands() -> None:
+    for kind in ("Add", "MatMul", "PRelu"):
+        assert classify(np.array(0.5, np.float32), use(kind, 1)).kind is C
+
+
+def test_the_bias_of_a_layer_with_one_output_is_a_parameter() -> None:
+    layer = helper.make_node("MatMul", ["x", "v"], ["h"])
+    assert classify(ROW[:1], layer, helper.make_node("Add", ["h", "w"], ["y"])).kind is P
+    assert classify(ROW[:1], layer, helper.make_node("Add", ["w", "h"], ["y"])).kind is P
+    assert classify(ROW[:1], layer, helper.make_node("Mul", ["h", "w"], ["y"])).kind is C
+
+
+def test_a_weight_comes_to_its_place_through_changes_of_shape() -> None:
+    turned = helper.make_node("Transpose", ["w"], ["t"])
+    cast = helper.make_node("Cast", ["t"], ["c"], to=onnx.TensorProto.FLOAT16)
+    assert classify(ROW, turned, cast, helper.make_node("MatMul", ["x", "c"], ["y"])).kind is P
+    clip = helper.make_node("Clip", ["x", "c"], ["y"], name="clipped")
+    found = classify(ROW, turned, cast, clip)
+    assert found.kind is S
+    assert "'clipped' (Clip)" in found.reason
+
+
+def test_what_is_cast_to_integers_is_no_parameter_by_that() -> None:
+    cast = helper.make_node("Cast", ["w"], ["c"], to=onnx.TensorProto.INT64)
+    gather = helper.make_node("Gather", ["x", "c"], ["y"])
+    assert classify(ROW, cast, gather).kind is S
+    assert classify(ROW, cast, gather, helper.make_node("MatMul", ["z", "w"], ["m"])).kind is P
+    old = helper.make_node("Cast", ["w"], ["c"], to="FLOAT16")
+    assert classify(ROW, old, helper.make_node("MatMul", ["x", "c"], ["y"]), opset=5).kind is P
+
+
+def test_a_setting_anywhere_is_a_setting_and_a_statistic_must_be_one_everywhere() -> None:
+    matmul, clip = use("MatMul", 1), helper.make_node("Clip", ["z", "w"], ["k"])
+    assert classify(ROW, clip, matmul).kind is S
+    norm = use("BatchNormalization", 3, 5)
+    assert classify(ROW, helper.make_node("Add", ["z", "w"], ["k"]), norm).kind is P
+    reason = classify(ROW, norm).reason
+    assert "running statistic" in reason
+
+
+def test_what_is_only_looked_at_cannot_be_trained_and_hinders_nothing() -> None:
+    look = helper.make_node("Shape", ["w"], ["s"])
+    assert classify(ROW, look) == Verdict(kind=S, reason="nothing that has a gradient uses it")
+    assert classify(ROW, look, use("MatMul", 1)).kind is P

@@ -1,0 +1,84 @@
+"""``check``: what it says of a model is what cutting and training it then do."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from splitonnx.errors import NotAModel, NotDifferentiable, UsageError
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import Handling, check
+from splitonnx.partitioner.reports.inspections import inspect
+from tests.end_to_end.test_bad_input import build_conditional
+from tests.support.zoo import FLOAT, ZOO, Net
+
+
+def build_with(kind: str, **attributes: object) -> onnx.ModelProto:
+    """Put one operator between two layers."""
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 6, 8), out="m1")
+    hidden = net.op(kind, hidden, out="inner", **attributes)
+    output = net.op("MatMul", hidden, net.weight("w2", 8, 3), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 6])}, output, 3)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_of_the_zoo_can_be_trained(name: str) -> None:
+    found = check(ZOO[name].build())
+    assert found.trainable, found.obstacles
+    assert ZOO[name].loss in found.losses
+    assert len(found.cuts) == len(inspect(ZOO[name].build()))
+
+
+def test_parameters_are_counted_as_they_would_be_cut() -> None:
+    found = check(ZOO["dropout"].build())
+    client = cut(ZOO["dropout"].build(), at=None).client
+    sizes = dict.fromkeys(("parameter", "frozen", "buffer"), 0)
+    for spec in client.manifest.state:
+        if spec.role in sizes:
+            sizes[spec.role] += client.weights[spec.tensor.name].size
+    assert (found.parameters, found.frozen, found.statistics) == tuple(sizes.values())
+
+
+def test_operators_are_told_apart_by_what_becomes_of_them() -> None:
+    uses = {use.operator: use for use in check(build_with("Floor")).operators}
+    assert uses["MatMul"].handling is Handling.NATIVE
+    assert uses["MatMul"].nodes == 2
+    assert uses["Floor"].handling is Handling.REWRITTEN
+
+
+def test_operators_before_every_parameter_run_forward_only() -> None:
+    net = Net()
+    scaled = net.op("Exp", "x", out="scaled")
+    output = net.op("MatMul", scaled, net.weight("w", 6, 3), out="scores")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, output, 3)
+    uses = {use.operator: use.handling for use in check(model).operators}
+    assert uses == {"Exp": Handling.FORWARD, "MatMul": Handling.NATIVE}
+
+
+def test_what_stands_in_the_way_is_named_as_cut_would_name_it() -> None:
+    model = build_conditional(trained=True)
+    found = check(model)
+    assert not found.trainable
+    with pytest.raises(NotDifferentiable) as caught:
+        cut(model, at=None)
+    assert found.obstacles == (str(caught.value),)
+    assert Handling.OBSTACLE in {use.handling for use in found.operators if use.operator == "If"}
+
+
+def test_a_loss_that_does_not_fit_is_said_with_the_reason() -> None:
+    model = ZOO["residual"].build()
+    found = check(model, loss="from-model")
+    assert not found.trainable
+    assert "a loss is a float32 scalar" in found.obstacles[0]
+    assert "from-model" not in check(model).losses
+
+
+def test_slips_are_errors() -> None:
+    model = ZOO["chain"].build()
+    with pytest.raises(UsageError, match="there is no loss 'hinge'"):
+        check(model, loss="hinge")
+    with pytest.raises(UsageError, match="the model has no output 'nowhere'"):
+        check(model, output="nowhere")
+    with pytest.raises(NotAModel):
+        check(b"no model")

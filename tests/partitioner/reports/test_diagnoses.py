@@ -1,0 +1,66 @@
+"""What an exporter did is said: folded or frozen BatchNormalization, Dropout that is off."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.diagnoses import Kind, diagnose
+from tests.end_to_end.test_exports import FOLDER
+from tests.support.zoo import ZOO, Net
+
+
+def list_kinds(source: onnx.ModelProto) -> list[Kind]:
+    return [remark.kind for remark in diagnose(open_model(source))]
+
+
+def build_deep(producer: str) -> onnx.ModelProto:
+    """Eight convolutions and no normalization, as a folded network looks."""
+    net, value = Net(), "x"
+    for index in range(8):
+        value = net.op("Conv", value, net.weight(f"w{index}", 2, 2, 1, 1), out=f"c{index}")
+    model = net.finish({"x": (onnx.TensorProto.FLOAT, ["N", 2, 4, 4])}, value, 2, 4, 4)
+    model.producer_name = producer
+    return model
+
+
+def test_a_deep_convolutional_network_without_normalization_was_folded() -> None:
+    (remark,) = diagnose(open_model(build_deep("pytorch")))
+    assert remark.kind is Kind.NO_BATCHNORM
+    assert "8 convolutions" in remark.sentence
+    assert "do_constant_folding=False" in remark.sentence
+    (remark,) = diagnose(open_model(build_deep("")))
+    assert remark.sentence.endswith(
+        "an unnamed exporter folded it into them, and it is not trained"
+    )
+
+
+def test_what_is_in_training_mode_calls_for_no_remark() -> None:
+    assert list_kinds(ZOO["dropout"].build()) == []
+    assert list_kinds(onnx.load(FOLDER / "torch-cnn-legacy.onnx")) == []
+
+
+def test_batchnorm_in_inference_mode_is_said() -> None:
+    (remark,) = diagnose(open_model(ZOO["batchnorm_frozen"].build()))
+    assert remark.kind is Kind.FROZEN_BATCHNORM
+    assert "--batchnorm train" in remark.sentence
+
+
+@pytest.mark.parametrize("on", [None, False])
+def test_a_dropout_that_is_off_is_said(on: bool | None) -> None:
+    model = ZOO["dropout"].build()
+    for node in model.graph.node:
+        if node.op_type == "Dropout" and on is None:
+            del node.input[2:]
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".on"):
+            tensor.ClearField("int32_data")
+            tensor.raw_data = b"\x00"
+    (remark,) = diagnose(open_model(model))
+    assert remark.kind is Kind.DROPOUT_OFF
+    assert remark.sentence.startswith("2 Dropout nodes are off")
+
+
+def test_scikit_learn_s_operators_are_said() -> None:
+    assert list_kinds(onnx.load(FOLDER / "sklearn-pipeline.onnx")) == [Kind.DICTIONARIES]

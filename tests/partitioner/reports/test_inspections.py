@@ -1,0 +1,116 @@
+"""The list of a model's cuts: what each is, what travels, and which parameters lie where."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from splitonnx.errors import NotAModel, UnknownTensor, UsageError
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.inspections import CutCandidate, inspect
+from tests.support.zoo import FLOAT, ZOO, Net
+
+
+def list_by_name(name: str, batch: int | None = None) -> dict[str, CutCandidate]:
+    return {each.tensor: each for each in inspect(ZOO[name].build(), batch=batch)}
+
+
+def test_the_cuts_of_a_chain_go_from_its_input_to_its_output() -> None:
+    found = inspect(ZOO["chain"].build())
+    made = [output for node in ZOO["chain"].build().graph.node for output in node.output]
+    assert [each.tensor for each in found] == made[:-1]
+    assert [each.op for each in found] == [
+        node.op_type for node in ZOO["chain"].build().graph.node
+    ][:-1]
+
+
+def test_parameters_are_counted_on_both_sides() -> None:
+    model = ZOO["chain"].build()
+    total = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+    found = inspect(model)
+    assert all(each.client_parameters + each.server_parameters == total for each in found)
+    counts = [each.client_parameters for each in found]
+    assert counts == sorted(counts)
+    first = {t.name: math.prod(t.dims) for t in model.graph.initializer}
+    assert counts[0] == first["w0"] + first["b0"]
+
+
+def test_bytes_are_known_where_the_batch_is() -> None:
+    unknown, known = list_by_name("chain"), list_by_name("chain", batch=16)
+    assert unknown.keys() == known.keys()
+    assert unknown["act0"].bytes_up is None
+    width = known["act0"].shape[1]
+    assert isinstance(width, int)
+    assert known["act0"].shape == (16, width)
+    assert known["act0"].bytes_up == known["act0"].bytes_down == 16 * width * 4
+
+
+def test_nothing_comes_back_where_nothing_before_the_cut_is_trained() -> None:
+    net = Net()
+    net.op("Tanh", "x", out="bent")
+    net.op("Relu", net.op("MatMul", "bent", net.weight("w", 6, 5), out="product"), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 5)
+    bent, product = inspect(model, batch=2)
+    assert (bent.bytes_up, bent.bytes_down, bent.client_parameters) == (48, 0, 0)
+    assert (product.bytes_up, product.bytes_down, product.client_parameters) == (40, 40, 30)
+
+
+def test_a_skip_connection_hides_what_it_leads_around() -> None:
+    assert list(list_by_name("residual")) == ["m1", "r1", "sum", "r3"]
+
+
+def test_every_cut_that_is_listed_can_be_made() -> None:
+    entry = ZOO["residual"]
+    for each in inspect(entry.build()):
+        bundle = cut(entry.build(), at=each.tensor, loss=entry.loss)
+        assert bundle.server is not None
+
+
+def test_a_raw_input_may_cross_beside_the_tensor_if_it_is_named() -> None:
+    net = Net()
+    hidden = net.op("Tanh", net.op("MatMul", "x", net.weight("w1", 6, 5), out="h"), out="t")
+    masked = net.op("Mul", hidden, "mask", out="masked")
+    net.op("MatMul", masked, net.weight("w2", 5, 3), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6]), "mask": (FLOAT, ["N", 5])}, "y", 3)
+    assert [each.tensor for each in inspect(model)] == ["masked"]
+    beside = {each.tensor: each for each in inspect(model, sent=["mask"], batch=2)}
+    assert {name: each.sent for name, each in beside.items()} == {
+        "h": ("mask",), "t": ("mask",), "masked": (),
+    }  # fmt: skip
+    assert (beside["t"].bytes_up, beside["t"].bytes_down) == (2 * 2 * 5 * 4, 2 * 5 * 4)
+    assert cut(model, at=["t", "mask"], loss="mse").server is not None
+
+
+def test_what_is_no_input_cannot_be_sent() -> None:
+    model = ZOO["two_inputs"].build()
+    with pytest.raises(UsageError, match="'both' is not an input"):
+        inspect(model, sent=["both"])
+    with pytest.raises(UsageError, match="'wa' is not an input"):
+        inspect(model, sent=["wa"])
+    with pytest.raises(UnknownTensor, match="'nowhere'"):
+        inspect(model, sent=["nowhere"])
+
+
+def test_an_integer_behind_trained_parameters_is_no_cut() -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w", 6, 5), out="hidden")
+    picked = net.op("Cast", net.op("ArgMax", hidden, out="places", axis=1), out="numbers",
+                    to=TensorProto.INT32)  # fmt: skip
+    net.op("Gather", net.weight("table", 5, 3), picked, out="rows")
+    net.op("Squeeze", "rows", net.constant("axis", np.array([1])), out="y")
+    graph = helper.make_graph(
+        net.nodes, "picks", [helper.make_tensor_value_info("x", FLOAT, ["N", 6])],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", 3])], net.weights,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    tensors = {each.tensor for each in inspect(model)}
+    assert not tensors & {"places", "numbers"}
+    assert tensors & {"hidden", "rows"}
+
+
+def test_bytes_that_are_no_model_are_refused() -> None:
+    with pytest.raises(NotAModel):
+        inspect(b"no model at all")

@@ -1,0 +1,113 @@
+"""What a client holds of what its server says unasked."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+
+import pytest
+
+from splitonnx.errors import Redirected
+from splitonnx.runtime.channels import bounded_connections
+from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
+from splitonnx.runtime.wire.fragments import FRAGMENT
+from tests.support.echoes import PATIENCE, Echo
+from tests.support.pretenders import accept, pretending
+
+SESAME = Credentials(token="open sesame")
+
+
+def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
+    transport.send(chunks)
+    return transport.receive()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308, 300])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.setblocking(False)
+        target = f"ws://127.0.0.1:{other.getsockname()[1]}/"
+
+        def redirect(connection: socket.socket) -> None:
+            connection.recv(1 << 16)
+            head = f"HTTP/1.1 {status} Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n"
+            connection.sendall(head.encode())
+
+        with pretending(redirect) as url, pytest.raises(Redirected, match=re.escape(target)):
+            connect(url, credentials=SESAME)
+        with pytest.raises(BlockingIOError):
+            other.accept()  # nobody came
+
+
+@pytest.mark.alone
+def test_messages_that_nobody_asked_for_are_not_read_without_end() -> None:
+    stalled = threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        accept(connection)
+        content = b"\x82\x7f" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
+        connection.settimeout(1)
+        try:
+            for _ in range(10):
+                connection.sendall(content * 16)
+        except TimeoutError:
+            stalled.set()
+
+    with pretending(flood) as url:
+        transport = connect(url)
+        assert stalled.wait(PATIENCE)
+        first = transport.receive()  # what was kept can still be read
+        assert len(first) == 1 << 20
+        assert transport._socket.waiting_bytes <= bounded_connections.READ_AHEAD + (2 << 20)
+        transport.close()
+
+
+def test_a_message_larger_than_what_is_read_ahead_arrives_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounded_connections, "READ_AHEAD", 1000)
+    with Echo() as echo:
+        transport = connect(echo.url)
+        for _ in range(3):
+            assert ask(transport, bytes(2 * FRAGMENT + 5)) == bytes(2 * FRAGMENT + 5)
+        for _ in range(3):  # two more wait while the first is read
+            transport.send([bytes(5000)])
+        assert [len(transport.receive()) for _ in range(3)] == [5000] * 3
+        transport.send([bytes(5000)])
+        transport.send([bytes(5000)])
+        transport.close()  # in the middle of what waits
+
+
+@pytest.mark.alone
+def test_a_few_large_messages_count_by_their_bytes_and_not_as_few() -> None:
+    size, stalled = 8 << 20, threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        accept(connection)
+        connection.settimeout(1)
+        try:
+            for _ in range(10):
+                connection.sendall(b"\x82\x7f" + size.to_bytes(8, "big") + bytes(size))
+        except TimeoutError:
+            stalled.set()
+
+    with pretending(flood) as url:
+        transport = connect(url)
+        assert stalled.wait(PATIENCE)
+        assert transport._socket.waiting_bytes <= bounded_connections.READ_AHEAD + size
+        assert len(transport.receive()) == size
+        transport.close()
+
+
+def test_what_was_taken_makes_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_connections, "READ_AHEAD", 10_000)
+    with Echo() as echo:
+        transport = connect(echo.url)
+        for _ in range(8):
+            transport.send([bytes(9_000)])
+        for _ in range(8):
+            assert len(transport.receive()) == 9_000
+        assert transport._socket.waiting_bytes == 0
+        transport.close()

@@ -1,0 +1,159 @@
+"""A client's link: how it waits where its server comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from unittest.mock import patch
+
+import msgspec
+import pytest
+
+from splitonnx.bundles import Bundle
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, RemoteProtocolError
+from splitonnx.messages import TaskKey, Tensors, Welcome, decode_message, encode_message
+from splitonnx.runtime.channels.channels import Channel, ResumePoint
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.wire.protocols import list_wires
+from tests.support import tiny
+
+SESSION = "5" * 32
+
+
+class Fleeting:
+    """A connection that welcomes, takes so many messages of a task, and breaks at the next."""
+
+    def __init__(self, bundle: Bundle, takes: int) -> None:
+        self.bytes_sent = self.bytes_received = 0
+        self._bundle = bundle
+        self._left = takes
+        self._sent: object = None
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        self._sent, _ = decode_message(b"".join(chunks))
+        if isinstance(self._sent, Tensors):
+            self._left -= 1
+            if self._left < 0:
+                raise ConnectionLost("the server", "it closed")
+
+    def receive(self) -> bytes:
+        manifest = self._bundle.client.manifest
+        wires = list_wires(manifest)
+        welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
+        said = self._sent if isinstance(self._sent, Tensors) else welcome
+        return b"".join(encode_message(said))
+
+    def close(self) -> None:
+        pass
+
+
+def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() -> None:
+    bundle = tiny.split_bundle()
+    takes = iter([0] * 6 + [1, 2])
+    waits: list[float] = []
+    with patch("splitonnx.runtime.channels.channels.time.sleep", waits.append):
+        channel = Channel(
+            lambda: Fleeting(bundle, next(takes)),
+            manifest=bundle.client.manifest,
+            session=SESSION,
+            find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+            backoff=Backoff(first=1.0, longest=8.0),
+        )
+        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        channel.send_wires({}, seed=0, learning_rate=0.1)
+        bounds = [0, 1, 2, 4, 8, 8]
+        assert waits == [pytest.approx(0.75 * bound, abs=0.25 * bound) for bound in bounds]
+        channel.receive_wires()
+        waits.clear()
+        channel.send_wires({}, seed=0, learning_rate=0.1)
+        assert waits == [0]
+
+
+class Repeating:
+    """A server that welcomes, answers a task's first message, and says what it is told after."""
+
+    def __init__(self, bundle: Bundle, turns: Sequence[int]) -> None:
+        self.bytes_sent = self.bytes_received = 0
+        self._bundle = bundle
+        self._turns = iter(turns)
+        self._sent: object = None
+
+    def send(self, chunks: Sequence[Chunk]) -> None:
+        self._sent, _ = decode_message(b"".join(chunks))
+
+    def receive(self) -> bytes:
+        manifest = self._bundle.client.manifest
+        if not isinstance(self._sent, Tensors):
+            wires = list_wires(manifest)
+            welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
+            return b"".join(encode_message(welcome))
+        turn = next(self._turns, None)
+        if turn is None:
+            raise ConnectionLost("the server", "it closed")
+        return b"".join(encode_message(msgspec.structs.replace(self._sent, turn=turn)))
+
+    def close(self) -> None:
+        pass
+
+
+def open_link(bundle: Bundle, *servers: Sequence[int]) -> Channel:
+    """Open a link, and a task in it, to a server that gives such answers on each connection."""
+    answers = iter(servers)
+    channel = Channel(
+        lambda: Repeating(bundle, next(answers)),
+        manifest=bundle.client.manifest,
+        session=SESSION,
+        find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+        backoff=Backoff(first=0.0, longest=0.0),
+    )
+    channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+    channel.send_wires({}, seed=0, learning_rate=0.1)
+    return channel
+
+
+@pytest.mark.parametrize("turn", [0, 2, 2**60])
+def test_a_server_that_repeats_itself_unasked_is_not_listened_to(turn: int) -> None:
+    channel = open_link(tiny.split_bundle(), [0, turn, 1])
+    channel.receive_wires()
+    with pytest.raises(RemoteProtocolError, match=f"sent message {turn} where 1 was due"):
+        channel.receive_wires()
+
+
+def test_on_a_new_connection_an_answer_comes_again_once() -> None:
+    channel = open_link(tiny.split_bundle(), [0], [0, 1], [0, 0, 1])
+    for _ in range(2):  # the second one after it reconnected
+        channel.receive_wires()
+    with pytest.raises(RemoteProtocolError, match="sent message 0 where 1 was due"):
+        channel.receive_wires()
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(answers: int) -> None:
+    """Nor is an answer new that comes on each connection again."""
+    bundle = tiny.split_bundle()
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with (
+        patch("splitonnx.runtime.channels.channels.time.sleep", sleep),
+        patch("splitonnx.runtime.channels.channels.time.monotonic", lambda: now),
+    ):
+        channel = Channel(
+            lambda: Repeating(bundle, [0]) if answers else Fleeting(bundle, 0),
+            manifest=bundle.client.manifest,
+            session=SESSION,
+            find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+            backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
+        )
+        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
+        ask = partial(channel.send_wires, {}, seed=0, learning_rate=0.1)
+        if answers:
+            ask()
+            channel.receive_wires()
+        with pytest.raises(ConnectionLost):
+            (channel.receive_wires if answers else ask)()
+    assert now == pytest.approx(30.0)

@@ -1,0 +1,177 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from splitonnx.errors import (
+    ArrayMismatch,
+    MissingArray,
+    NotFinite,
+    UnusableData,
+    ValueOutOfRange,
+)
+from splitonnx.runtime.client.datasets import check_batch, check_finite, open_dataset
+from splitonnx.tensors import TensorSpec
+
+X = TensorSpec(name="x", dtype="F32", shape=("N", 3))
+LABELS = TensorSpec(name="labels", dtype="I64", shape=("N",), bounds=(0, 10))
+
+
+def arrays(size: int = 10) -> dict[str, np.ndarray]:
+    return {
+        "x": np.arange(3 * size, dtype=np.float32).reshape(size, 3),
+        "labels": np.arange(size, dtype=np.int64) % 10,
+    }
+
+
+def one_epoch(
+    data: object, *, epoch: int = 0, seed: int = 0, shuffle: bool = False, drop_last: bool = False
+) -> list[dict[str, np.ndarray]]:
+    dataset = open_dataset(data)  # type: ignore[arg-type]
+    return list(dataset.batches(4, seed=seed, epoch=epoch, shuffle=shuffle, drop_last=drop_last))
+
+
+def rows(batches: list[dict[str, np.ndarray]]) -> list[int]:
+    return [int(label) for batch in batches for label in batch["labels"]]
+
+
+def test_an_npz_and_a_folder_of_npy_give_the_same_batches_as_the_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays())  # type: ignore[arg-type]
+    for name, array in arrays().items():
+        np.save(tmp_path / f"{name}.npy", array)
+    for source in (arrays(), tmp_path / "data.npz", str(tmp_path)):
+        batches = one_epoch(source)
+        assert [len(batch["x"]) for batch in batches] == [4, 4, 2]
+        np.testing.assert_array_equal(np.concatenate([b["x"] for b in batches]), arrays()["x"])
+
+
+def test_the_last_smaller_batch_can_be_left_out() -> None:
+    assert rows(one_epoch(arrays(), drop_last=True)) == list(range(8))
+
+
+def test_shuffling_follows_from_seed_and_epoch_and_keeps_rows_together() -> None:
+    first = one_epoch(arrays(), shuffle=True)
+    assert sorted(rows(first)) == list(range(10))
+    assert rows(first) == rows(one_epoch(arrays(), shuffle=True))
+    assert rows(first) != rows(one_epoch(arrays(), shuffle=True, epoch=1))
+    assert rows(first) != rows(one_epoch(arrays(), shuffle=True, seed=1))
+    for batch in first:
+        np.testing.assert_array_equal(batch["x"][:, 0], 3 * batch["labels"])
+
+
+def test_batches_of_an_iterable_are_taken_as_they_are_epoch_after_epoch() -> None:
+    source = [arrays(3), arrays(5)]
+    assert [len(batch["x"]) for batch in one_epoch(source)] == [3, 5]
+    dataset = open_dataset(source)
+    for epoch in range(2):
+        assert len(list(dataset.batches(4, seed=0, epoch=epoch, shuffle=True))) == 2
+
+
+def test_an_iterator_refuses_a_second_epoch() -> None:
+    def generate() -> Iterator[dict[str, np.ndarray]]:
+        yield arrays(3)
+
+    dataset = open_dataset(generate())
+    assert len(list(dataset.batches(4, seed=0, epoch=0, shuffle=False))) == 1
+    with pytest.raises(UnusableData, match="one epoch"):
+        list(dataset.batches(4, seed=0, epoch=1, shuffle=False))
+
+
+def test_what_is_no_batch_is_named_by_its_number() -> None:
+    with pytest.raises(UnusableData, match="batch 1 is a list"):
+        one_epoch([arrays(2), [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"x": None}, MissingArray, "no array 'x'; they hold 'labels'"),
+        ({"x": np.zeros((10, 3))}, ArrayMismatch, r"F32\[N, 3\], but is F64.*astype\('float32'\)"),
+        ({"labels": np.zeros(10, np.int32)}, ArrayMismatch, r"I32\[10\];.*astype\('int64'\)"),
+        ({"x": np.zeros((10, 4), np.float32)}, ArrayMismatch, r"but is F32\[10, 4\]"),
+        ({"labels": np.arange(1, 11)}, ValueOutOfRange, "holds 10; allowed are 0 to 9"),
+        ({"labels": np.arange(-1, 9)}, ValueOutOfRange, "holds -1"),
+    ],
+)
+def test_data_that_do_not_fit_are_told_before_the_first_step(
+    change: dict[str, np.ndarray | None], error: type[Exception], sentence: str
+) -> None:
+    data = {name: array for name, array in (arrays() | change).items() if array is not None}
+    with pytest.raises(error, match=sentence):
+        open_dataset(data).check([X, LABELS])
+    with pytest.raises(error):
+        check_batch(data, [X, LABELS])
+    given = open_dataset([arrays(), data])
+    given.check([X, LABELS])
+    batches = given.batches(4, seed=0, epoch=0, shuffle=False)
+    next(batches)
+    with pytest.raises(error, match=sentence):
+        next(batches)
+
+
+def test_data_that_fit_pass_with_any_number_of_rows_and_more_arrays_than_asked() -> None:
+    fixed = TensorSpec(name="x", dtype="F32", shape=(4, 3))
+    open_dataset(arrays() | {"extra": np.zeros(10)}).check([fixed, LABELS])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_row_that_is_not_finite_is_found_by_its_number_in_the_data(shuffle: bool) -> None:
+    data = arrays()
+    data["x"][7, 1] = np.nan
+    with pytest.raises(NotFinite, match=r"'x' holds NaN or infinity \(row 7\)"):
+        one_epoch(data, shuffle=shuffle)
+
+
+def test_infinity_in_a_given_batch_is_found_and_integers_are_left_alone() -> None:
+    data = arrays(3)
+    check_finite(data, "")
+    data["x"][2, 0] = np.inf
+    with pytest.raises(NotFinite, match="batch 0, row 2"):
+        one_epoch([data])
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({}, "no arrays"),
+        ({"x": np.zeros((3, 1)), "labels": np.zeros(2)}, "rows: 'x' 3, 'labels' 2"),
+        ({"x": np.zeros((0, 3))}, "no samples"),
+        ({"x": np.float32(1)}, "no samples"),
+    ],
+)
+def test_arrays_that_are_no_set_of_samples_are_refused(
+    data: dict[str, np.ndarray], sentence: str
+) -> None:
+    with pytest.raises(UnusableData, match=sentence):
+        open_dataset(data)
+
+
+def test_files_that_hold_no_arrays_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "objects.npz", x=np.array([{}, []], dtype=object))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "objects.npz").read_bytes()[:100])
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    (tmp_path / "empty").mkdir()
+    for name, sentence in {
+        "text.npz": "cannot be read as arrays",
+        "objects.npz": "allow_pickle=False",
+        "cut.npz": "cannot be read as arrays",
+        "single.npz": "single array",
+        "empty": "no arrays",
+        "absent.npz": "No such file",
+        "data.csv": ".npz file or a folder",
+    }.items():
+        with pytest.raises(UnusableData, match=sentence) as caught:
+            open_dataset(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_folder_of_arrays_is_mapped_not_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", arrays()["x"])
+    batch = one_epoch(tmp_path)[0]["x"]
+    base = batch
+    while not isinstance(base, np.memmap):
+        assert base.base is not None
+        base = base.base

@@ -1,0 +1,78 @@
+from splitonnx.manifests import Phase, Source
+from splitonnx.runtime.engine.dataflows import Dataflow
+from tests.support import tiny
+
+CLIENT = tiny.split_bundle().client.manifest.phase("train")
+
+
+def test_a_stage_is_ready_when_all_its_inputs_are_there_and_state_always_is() -> None:
+    progress = Dataflow(CLIENT, "client").start()
+    assert progress.next_stage() is None
+    progress.arrive(["x"])
+    stage = progress.next_stage()
+    assert stage is not None
+    assert stage.name == "head.forward"
+    assert progress.next_stage() is None
+
+
+def test_among_ready_stages_the_manifest_decides_the_order() -> None:
+    stages = tuple(tiny.make_stage(name, {"x": Source.DATA}, (name,)) for name in ("b", "a", "c"))
+    progress = Dataflow(Phase(name="train", stages=stages), "client").start()
+    progress.arrive(["x"])
+    order = [stage.name for _ in range(3) if (stage := progress.next_stage())]
+    assert order == ["b", "a", "c"]
+
+
+def test_data_that_travel_are_offered_once_and_in_the_order_of_the_wires() -> None:
+    progress = Dataflow(CLIENT, "client").start()
+    progress.arrive(["labels", "x", "h"])
+    assert progress.next_wires() == ("h", "labels")
+    assert progress.next_wires() == ()
+
+
+def test_a_task_is_finished_when_stages_ran_and_wires_were_sent_and_received() -> None:
+    progress = Dataflow(CLIENT, "client").start()
+    progress.arrive(["x", "labels", "splitonnx.learning_rate", "h", "h.grad", "W1.grad"])
+    while progress.next_stage():
+        assert not progress.is_finished
+    assert progress.missing == {"loss"}
+    progress.arrive(["loss"])
+    assert not progress.is_finished  # the outgoing wires are still here
+    progress.next_wires()
+    assert progress.is_finished
+
+
+def test_a_phase_without_anything_to_do_is_finished_at_once() -> None:
+    assert Dataflow(Phase(name="predict"), "client").start().is_finished
+
+
+def test_a_value_is_released_after_its_last_use_and_not_before() -> None:
+    progress = Dataflow(CLIENT, "client").start()
+    assert progress.release(["x"]) == ()  # head.backward takes it too
+    assert progress.release(["x"]) == ("x",)
+    assert progress.release(["h"]) == ()  # a stage takes it, and it is a wire
+    assert progress.release(["h"]) == ("h",)
+
+
+def test_results_and_commits_are_never_released() -> None:
+    flow = Dataflow(CLIENT, "client")
+    assert flow.start().release(["loss", "W1.new"]) == ()
+    assert flow.wants("loss")
+    assert flow.wants("W1.m.new")
+    assert not flow.wants("a")
+
+
+def test_wires_of_other_parties_are_neither_sent_nor_awaited() -> None:
+    flow = Dataflow(CLIENT, "observer")
+    assert flow.sends == ()
+    assert not flow.receives
+
+
+def test_one_task_leaves_another_as_it_was() -> None:
+    flow = Dataflow(CLIENT, "client")
+    first, second = flow.start(), flow.start()
+    first.arrive(["x"])
+    first.release(["x"])
+    assert first.next_stage()
+    assert second.next_stage() is None
+    assert second.release(["x"]) == ()

@@ -1,0 +1,87 @@
+"""Replies that leave while the next ones are worked on."""
+
+from __future__ import annotations
+
+import asyncio
+
+from splitonnx.errors import ConnectionLost
+from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.reply_senders import ReplySender
+
+
+class Reader:
+    """Takes one reply each time it is let."""
+
+    def __init__(self, *, gone_after: int = 100) -> None:
+        self.taken: list[Reply] = []
+        self.may_take = asyncio.Semaphore(0)
+        self._gone_after = gone_after
+
+    async def send(self, reply: Reply) -> None:
+        await self.may_take.acquire()
+        if len(self.taken) == self._gone_after:
+            raise ConnectionLost("reader", "it left")
+        self.taken.append(reply)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_replies_leave_in_their_order_and_each_once_the_one_before_is_taken() -> None:
+    async def run() -> None:
+        reader = Reader()
+        sender = ReplySender(reader.send)
+        assert sender.sending is None
+        sender.put([b"first"])
+        sender.put([b"second"])
+        await settle()
+        assert reader.taken == []
+        reader.may_take.release()
+        await settle()
+        assert reader.taken == [[b"first"]]
+        reader.may_take.release()
+        assert sender.sending is not None
+        await sender.sending
+        sender.put([b"third"])  # after all were sent
+        reader.may_take.release()
+        await sender.sending
+        assert reader.taken == [[b"first"], [b"second"], [b"third"]]
+
+    asyncio.run(run())
+
+
+def test_after_a_reply_that_cannot_be_sent_none_is_tried_and_the_error_is_kept() -> None:
+    async def run() -> None:
+        reader = Reader(gone_after=1)
+        sender = ReplySender(reader.send)
+        for content in (b"first", b"second", b"third"):
+            sender.put([content])
+            reader.may_take.release()
+        await settle()
+        sender.put([b"fourth"])
+        reader.may_take.release()
+        await settle()
+        assert reader.taken == [[b"first"]]
+        assert sender.sending is not None
+        assert isinstance(sender.sending.exception(), ConnectionLost)
+
+    asyncio.run(run())
+
+
+def test_what_comes_after_the_end_is_not_sent() -> None:
+    async def run() -> None:
+        reader = Reader()
+        sender = ReplySender(reader.send)
+        sender.put([b"first"])
+        reader.may_take.release()
+        assert sender.sending is not None
+        await sender.sending
+        sender.cancel()
+        sender.put([b"late"])  # a thread went on to its end
+        reader.may_take.release()
+        await settle()
+        assert reader.taken == [[b"first"]]
+
+    asyncio.run(run())

@@ -1,0 +1,76 @@
+"""The memory of one connection's tasks: kept while a task is open, whoever says it again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from splitonnx.messages import Tensors
+from splitonnx.runtime.edge.websockets import Peer
+from splitonnx.runtime.scheduling.budgets import Budget
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.task_memory import TaskMemory
+
+
+class OpenSession:
+    """A session with an open step; notes what of it is given up."""
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+        self.given_up: list[str] = []
+
+    def give_up(self, phase: str) -> None:
+        self.given_up.append(phase)
+
+
+class Shared:
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.waiting: set[str] = set()
+
+    def give_up_idle(self) -> None:
+        """Nobody is idle for long enough."""
+
+
+def make_first(name: str) -> Tensors:
+    return Tensors(
+        session=name, phase="train", step=0, micro_batch=0, turn=0, seed=0, learning_rate=0.1
+    )
+
+
+async def reserve(memory: TaskMemory, session: OpenSession, size: int) -> None:
+    await memory.reserve(cast("Session", session), session.id, make_first(session.id), size)
+
+
+async def check_repeats(size: int) -> tuple[list[str], int, bool]:
+    """Open a step of 60 bytes, let another one wait, and begin the first again with ``size``."""
+    budget = Budget(100)
+    never = asyncio.create_task(asyncio.sleep(3600))
+    memory = TaskMemory(
+        cast("ServerContext", Shared(budget)),
+        cast("Peer", None),
+        gone=never,
+        stopping=cast("asyncio.Task[bool]", never),
+    )
+    first, second = OpenSession("a"), OpenSession("b")
+    await reserve(memory, first, 60)
+    waiting = asyncio.create_task(reserve(memory, second, 60))
+    await asyncio.sleep(0)
+    again = asyncio.create_task(reserve(memory, first, size))
+    await asyncio.sleep(0)
+    ended = first.given_up, budget.used, waiting.done()
+    for task in (never, waiting, again):
+        task.cancel()
+    await asyncio.wait((never, waiting, again))
+    return ended
+
+
+def test_a_step_that_is_begun_again_with_the_same_keeps_its_memory() -> None:
+    assert asyncio.run(check_repeats(60)) == ([], 60, False)
+
+
+def test_a_step_that_begins_again_with_more_is_given_up_before_its_memory_is_free() -> None:
+    given_up, used, _ = asyncio.run(check_repeats(90))
+    assert given_up == ["train"]
+    assert used == 60  # the other one's

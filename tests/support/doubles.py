@@ -1,0 +1,160 @@
+"""Operators in float64, where onnx's own evaluator rounds them to float32 on the way."""
+
+from __future__ import annotations
+
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_causal_conv_with_state import CausalConvWithState
+from onnx.reference.ops.op_dynamic_quantize_linear import DynamicQuantizeLinear
+from onnx.reference.ops.op_linear_attention import LinearAttention
+from onnx.reference.ops.op_scatter_elements import ScatterElements
+
+from tests.support.keyed import draw_words
+
+
+class GroupNormalization(OpRun):
+    """As of opset 21: scale and bias are per channel."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+        epsilon: float = 1e-5,
+        num_groups: int = 1,
+        stash_type: int = 1,
+    ) -> tuple[np.ndarray]:
+        rows = x.reshape(len(x), num_groups, -1)
+        centred = rows - rows.mean(-1, keepdims=True)
+        normal = centred / np.sqrt(rows.var(-1, keepdims=True) + epsilon)
+        spread = (1, -1) + (1,) * (x.ndim - 2)
+        return (normal.reshape(x.shape) * scale.reshape(spread) + bias.reshape(spread),)
+
+
+class LpNormalization(OpRun):
+    """x / norm; onnx's own evaluator takes no absolute values for p = 1."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axis: int = -1, p: int = 2) -> tuple[np.ndarray]:
+        norm = (np.abs(x) ** p).sum(axis, keepdims=True) ** (1 / p)
+        return (np.where(norm == 0, 0.0, x / np.where(norm == 0, 1.0, norm)),)
+
+
+class MeanVarianceNormalization(OpRun):
+    """(x - mean) / (deviation + 1e-9)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axes: tuple[int, ...] = (0, 2, 3)) -> tuple[np.ndarray]:
+        axes = tuple(axes)
+        deviation = x.std(axes, keepdims=True) + 1e-9
+        return ((x - x.mean(axes, keepdims=True)) / deviation,)
+
+
+class Scatter(ScatterElements):
+    """ScatterElements under the name that it had before opset 11."""
+
+    op_domain = ""
+
+
+_NO_KEY = (0, 0, 0)
+"""The key with which the node cases run; prepare() names their only node after its operator."""
+
+
+class Bernoulli(OpRun):
+    """With numbers from the key."""
+
+    op_domain = ""
+
+    def _run(
+        self, x: np.ndarray, dtype: int | None = None, seed: float | None = None
+    ) -> tuple[np.ndarray]:
+        name = "Bernoulli_0" if seed is None else f"Bernoulli_0/{seed}"
+        drawn = (draw_words(_NO_KEY, name, x.size) >> np.uint32(8)) * 2.0**-24
+        return ((drawn.reshape(x.shape) < x).astype(x.dtype),)
+
+
+class Dropout(OpRun):
+    """With a mask from the key."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        ratio: np.ndarray | float = 0.5,
+        training_mode: np.ndarray | bool = False,
+        seed: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ratio = float(ratio) if training_mode else 0.0
+        words = draw_words(_NO_KEY, "Dropout_0", x.size)
+        kept = (words < round((1 - ratio) * 2**32)).reshape(x.shape)
+        kept = kept if ratio else np.ones_like(kept)
+        return x * kept / (1 - ratio), kept
+
+
+def _widen(operator: type[OpRun]) -> type[OpRun]:
+    """Copy an operator of onnx's evaluator, with float64 wherever it says float32."""
+    run = operator._run
+    numpy = SimpleNamespace(**{**vars(np), "float32": np.float64})
+    wide = FunctionType(run.__code__, {**run.__globals__, "np": numpy}, None, run.__defaults__)
+    return type(operator.__name__, (operator,), {"_run": wide, "op_domain": ""})
+
+
+class GlobalLpPool(OpRun):
+    """The p-norm of each channel; onnx's own evaluator has none."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, p: int = 2) -> tuple[np.ndarray]:
+        axes = tuple(range(2, x.ndim))
+        return ((np.abs(x) ** p).sum(axes, keepdims=True) ** (1 / p),)
+
+
+class MaxRoiPool(OpRun):
+    """The largest element of each cell of a region, borders rounded; onnx's evaluator has none."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        rois: np.ndarray,
+        pooled_shape: tuple[int, ...] = (),
+        spatial_scale: float = 1.0,
+    ) -> tuple[np.ndarray]:
+        rows, columns = pooled_shape
+        result = np.zeros((len(rois), x.shape[1], rows, columns), x.dtype)
+        for index, (batch, *corners) in enumerate(rois):
+            left, top, right, bottom = (int(np.round(c * spatial_scale)) for c in corners)
+            high = max(bottom - top + 1, 1) / rows
+            wide = max(right - left + 1, 1) / columns
+            for row, column in np.ndindex(rows, columns):
+                ys = slice(int(top + np.floor(row * high)), int(top + np.ceil((row + 1) * high)))
+                xs = slice(
+                    int(left + np.floor(column * wide)), int(left + np.ceil((column + 1) * wide))
+                )
+                cell = x[int(batch), :, ys, xs]
+                if cell.size:
+                    result[index, :, row, column] = cell.max((1, 2))
+        return (result,)
+
+
+DOUBLES: tuple[type[OpRun], ...] = (
+    Bernoulli,
+    GlobalLpPool,
+    MaxRoiPool,
+    _widen(CausalConvWithState),
+    Dropout,
+    _widen(DynamicQuantizeLinear),
+    _widen(LinearAttention),
+    GroupNormalization,
+    LpNormalization,
+    MeanVarianceNormalization,
+    Scatter,
+)
