@@ -36,7 +36,7 @@ def parse_terms(text: str) -> Terms:
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Compute a dimension from the sizes of its atoms; return ``None`` if a size is missing."""
+    """Compute a dimension from the sizes of its symbols; return ``None`` if one is missing."""
     total = 0
     for atoms, factor in parse_terms(text):
         values = [evaluate_atom(atom, sizes) for atom in atoms]

@@ -113,7 +113,9 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(
     folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
 ) -> State | None:
-    """Read a session's outcome, or else the newest, from a party's folder; ``None`` if it has none.
+    """Read the outcome of ``session`` from a party's folder, or the newest if it is empty.
+
+    Return ``None`` if there is no such outcome.
 
     The tensors are mapped from the file, every byte of which is verified; with ``is_held``, they
     are read into memory.

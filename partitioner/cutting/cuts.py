@@ -67,7 +67,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """What both parties need if a graph is cut at ``at`` and ``tail_at``, whether legal or not."""
+    """What each party needs if a graph is cut at ``at`` and ``tail_at``; the cut may be invalid."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]

@@ -2,7 +2,8 @@
 
 ``build_training`` builds the joint forward and backward graph, ``build_predict`` the forward
 graph of the inference form.  Both are split into stages in the same way (:mod:`stages`).  This
-module determines which party owns each gradient.  It does not depend on files or targets.
+module determines which party owns each gradient.  It does not depend on files, nor on the runtime
+that each part is built for.
 """
 
 from __future__ import annotations

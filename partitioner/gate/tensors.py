@@ -2,7 +2,7 @@
 
 Each external file is opened once, checked through the open file, and memory-mapped from it, so the
 data that is read later is the data that was checked.  ONNX Runtime 1.19.2 itself would read any
-file, and memory, that a model names.
+file or memory address that a model names.
 """
 
 from __future__ import annotations

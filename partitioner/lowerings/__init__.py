@@ -5,7 +5,8 @@ onnxruntime-training has.  :data:`LOWERINGS` lists all supported operators.  Eac
 function that takes a node and returns the values that replace its outputs; for example, the
 gradient of AveragePool is in ``pools.py``.  The formulas are the textbook derivatives of the
 forward operators, as onnx.ai/onnx/operators defines them.  ``fusions.py`` also belongs here: it
-keeps ONNX Runtime's optimizer from wrongly merging a Pad with a pooling.  It may use graphs.
+keeps ONNX Runtime's optimizer from wrongly merging a Pad with a pooling.  This package may
+import graphs.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 
 
 def refuse_integer_model(graph: ir.Graph) -> None:
-    """Raise if a model without parameters computes with integers, because those are its weights."""
+    """Raise if a model without parameters computes with integers: its weights are integers then."""
     for node in graph:
         if node.op_type in INTEGER_ARITHMETIC and not node.domain:
             raise UnsupportedModel(

@@ -1,4 +1,7 @@
-"""Activation functions, in operators that are exact for large inputs and have a gradient at 0."""
+"""Rewrite activation functions in operators that stay accurate for large inputs.
+
+They have a gradient at 0, too.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,10 @@ def spread_channels(
     *,
     block_first: bool = False,
 ) -> ir.Value:
-    """(N, C * b..., L...) to (N, C, L * b...), for any number of spatial dimensions.
+    """Move the blocks in the channels of ``x`` to its spatial axes, which have ``extents``.
+
+    (N, C * b..., L...) becomes (N, C, L * b...), with the batch size N, the channels C, the block
+    sizes b and the spatial sizes L, for any number of spatial axes.
 
     ``extents`` are those of ``x``.  On the channel axis, C is the outer and the blocks are the
     inner part; with ``block_first`` it is the other way round.

@@ -31,7 +31,7 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """Return the position of each output in the input's coordinates  # (after,)."""
+        """Return the position of each output in the input's coordinates, of shape (after,)."""
         builder = self.builder
         y = builder.op("Cast", count_up(builder, self.after), to=_FLOAT.value)
         one, half = builder.number(1.0, _FLOAT), builder.number(0.5, _FLOAT)

@@ -30,10 +30,10 @@ class Tangent:
 
 
 def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Attach the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
+    """Give ``value``, which was computed from detached inputs, the derivatives in ``tangents``.
 
-    Shapes broadcast.  Every slope must be finite, because zero times infinity would make the value
-    NaN; see :func:`bound_slope`.
+    Their shapes must be broadcastable.  Every slope must be finite, because zero times infinity
+    would make the value NaN; see :func:`bound_slope`.
     """
     for tangent in tangents:
         step = builder.op("Sub", tangent.source, tangent.point)

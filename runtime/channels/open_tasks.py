@@ -15,8 +15,8 @@ from splitonnx.messages import TaskKey, Tensors
 class OpenTask:
     """The messages sent in a task, the number of answers received, and the answer expected next.
 
-    On a new connection every message is sent again, and every answer may arrive again, in order and
-    once.
+    After a reconnect every message is sent again.  The server may then repeat its answers, in order
+    and each at most once.
     """
 
     key: TaskKey

@@ -150,8 +150,9 @@ def open_dataset(source: DataSource) -> Dataset:
     """Open data: an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
 
     Files in a folder are memory-mapped and read as needed.  The arrays have the names of the
-    model's inputs, the targets are named ``labels``, and the first dimension of each array is the
-    samples. An iterable of dictionaries of arrays is used as it is, with its own batches and order.
+    model's inputs, the targets are named ``labels``, and the first dimension of each array counts
+    the samples.  An iterable of dictionaries of arrays is used unchanged: it determines the batches
+    and their order.
 
     Raises:
         UnusableData: the file cannot be read or contains Python objects, or its arrays differ in

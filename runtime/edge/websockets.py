@@ -38,7 +38,7 @@ PING_SECONDS = 20.0
 
 
 class Peer:
-    """A client's connection on the server; it raises ConnectionLost like a transport."""
+    """A client's connection, as the server sees it; its methods raise ConnectionLost at its end."""
 
     def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
         self._connection = connection

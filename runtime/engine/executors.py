@@ -1,8 +1,9 @@
 """One party's executor: its state and its open tasks, run as the manifest describes.
 
 The executor feeds stages with state, data, scalars, stashes and received wires, and commits a
-task's outcome to the state atomically.  It knows neither a network nor neural networks: the caller
-transports the wires.  Between stages, tensors stay in ONNX Runtime's memory.
+task's outcome to the state atomically.  It does no network communication, and nothing in it is
+specific to neural networks: the caller sends and receives the wires.  Between stages, tensors stay
+in ONNX Runtime's memory.
 """
 
 from __future__ import annotations

@@ -29,12 +29,12 @@ class TaskKind(NamedTuple):
 
 
 class Growths:
-    """The most bytes that tasks of each kind needed lately.
+    """The peak memory that tasks of each kind needed recently, in bytes.
 
-    A kind belongs to one user, so nobody makes another user's tasks wait for more memory.  Nor can
-    anybody make another user's kinds be forgotten: each user has room for the same number.  If
-    there are too many users, those for whom ``is_there`` is false are forgotten first, and then
-    those that had no task for longest.
+    A kind belongs to one user, so nobody makes another user's tasks wait for more memory.  Each
+    user may store the same number of kinds, so no user can push out another user's kinds.  If there
+    are too many users, those for whom ``is_there`` is false are forgotten first, and then those
+    that had no task for longest.
     """
 
     def __init__(self, is_there: Callable[[Hashable], bool] = lambda _: True) -> None:

@@ -177,7 +177,7 @@ class Turns:
         return True
 
     def close(self) -> None:
-        """Wait for running pieces, and end the threads."""
+        """Wait for the work that is already running, then stop the threads."""
         self._threads.shutdown()
 
     def _begin(self) -> None:

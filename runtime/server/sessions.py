@@ -89,8 +89,8 @@ class Session:
     def greet(self, hello: Hello) -> int:
         """Attach the session to a new connection; return the step at which both sides continue.
 
-        That is the step after the server's own if the client can send the messages of the server's
-        current step again.
+        If the client's own step suits the server (:meth:`Ledger.suits`), both continue at it;
+        otherwise they go back to the newest step that both have.
 
         Raises:
             StaleConnection: a connection of this generation or a newer one was there before.

@@ -1,6 +1,6 @@
 """Check received tensors before a step uses them: for NaN, infinity and gradients out of bounds.
 
-This module knows arrays and numbers; the protocol decides which tensors are checked.
+This module checks the values of arrays; the protocol decides which tensors are checked.
 """
 
 from __future__ import annotations

@@ -61,10 +61,10 @@ class Block(Protocol):
         """Return all bytes of the block."""
 
     def reserve(self, size: int) -> None:
-        """Enlarge the block to at least ``size`` bytes and discard its content; owner only."""
+        """Enlarge the block to at least ``size`` bytes and discard its content; owner alone."""
 
     def empty(self) -> None:
-        """Free the block's memory until its next use, and discard its content; owner only."""
+        """Discard the content, and free the memory until the next use; owner alone."""
 
     def close(self) -> None:
         """Release the block."""

@@ -103,7 +103,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Return the session's state."""
+    """A request for the session's state."""
 
     session: int
 
