@@ -30,7 +30,7 @@ class Tangent:
 
 
 def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Give ``value``, which was computed from detached inputs, the derivatives in ``tangents``.
+    """Add the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
 
     Their shapes must be broadcastable.  Every slope must be finite, because zero times infinity
     would make the value NaN; see :func:`bound_slope`.
