@@ -32,14 +32,12 @@ _HERE, _EXCHANGE, _SWAP = -100, 2, 2
 _UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _MOST_READS = 10
 _own: set[Path] = set()
-"""What threads of this process write, or have moved aside, at this moment."""
+"""Files and folders that threads of this process are writing, or have moved aside."""
 
 _UNFINISHED = re.compile(
     r"\..+\.safetensors\.(?P<process>[0-9]+)(-[0-9]+)?|\.fresh\..+\.safetensors", re.DOTALL
 )
 """Names of tensor files that are being written; the latter is that of earlier versions."""
-_writing: set[Path] = set()
-"""What the threads of this process are writing now."""
 
 _Found = TypeVar("_Found")
 
@@ -72,14 +70,14 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be moved to ``path``.
     """
     fresh = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    _writing.add(fresh)
+    _own.add(fresh)
     try:
         yield fresh
         os.replace(fresh, path)
     finally:
         with suppress(OSError):  # the reason why it failed is told, not this
             fresh.unlink(missing_ok=True)  # also where both are one file, which no rename moves
-        _writing.discard(fresh)
+        _own.discard(fresh)
     sync_folder(path.parent)
 
 
@@ -126,7 +124,7 @@ def clear_unfinished(folder: Path) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(folder):
             match = _UNFINISHED.fullmatch(name)
-            if match is None or folder / name in _writing:
+            if match is None or folder / name in _own:
                 continue
             if not is_other_alive(int(match["process"] or 0)):
                 with suppress(OSError):

@@ -249,10 +249,10 @@ class Client:
         if not self._is_training.acquire(blocking=False):
             raise UsageError(_ALREADY_TRAINING)
         try:
-            yield
-        except BaseException:  # another client can resume before close
-            self._run.release()
-            raise
+            with ExitStack() as undo:
+                undo.callback(self._run.release)  # another client can resume before close
+                yield
+                undo.pop_all()
         finally:
             self._is_training.release()
 
@@ -311,12 +311,14 @@ class Client:
                 :meth:`fit` with ``save`` repeats the lost steps.
             ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
         """
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._release_unless_training)
             self._runner.publish()
-        except BaseException:
-            if not self._is_training.locked():  # the running fit holds the folder
-                self._run.release()
-            raise
+            undo.pop_all()
+
+    def _release_unless_training(self) -> None:
+        if not self._is_training.locked():  # the running fit holds the folder
+            self._run.release()
 
     def close(self) -> None:
         """End the session and close the connection; may be called twice."""
