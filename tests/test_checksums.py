@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError
 from splitonnx.states import State, read_state, write_state
 from tests.support import tiny
+from tests.support.bit_flips import flips
 
 SESSION = "0123456789abcdef" * 2
 
@@ -24,21 +24,6 @@ SESSION = "0123456789abcdef" * 2
 def saved(tmp_path: Path) -> Path:
     tiny.split_bundle().save(tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << position % 8
-    path.write_bytes(content)
-
-
-def flips(path: Path) -> Iterator[None]:
-    """Flip one bit of each byte in turn; the file is as it was when all are through."""
-    content = path.read_bytes()
-    for position in range(len(content)):
-        flip(path, position)
-        yield
-        path.write_bytes(content)
 
 
 def test_every_altered_bit_of_the_weights_is_noticed(saved: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,13 @@ from splitonnx.manifests import (
     has_valid_checksum,
 )
 from tests.support import tiny
+from tests.support.bit_flips import flips
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     tiny.split_bundle().save(tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << position % 8
-    path.write_bytes(content)
-
-
-def flips(path: Path) -> Iterator[None]:
-    """Flip one bit of each byte in turn; the file is as it was when all are through."""
-    content = path.read_bytes()
-    for position in range(len(content)):
-        flip(path, position)
-        yield
-        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("place", [".", "client", "server"])

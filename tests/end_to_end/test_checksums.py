@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -20,6 +20,7 @@ from splitonnx.runtime.engine.exports import export
 from splitonnx.runtime.server.servers import Server
 from splitonnx.verifications import verify
 from tests.support import tiny
+from tests.support.bit_flips import flip, flips
 from tests.support.zoo import ZOO
 
 SESSION = "0123456789abcdef" * 2
@@ -30,21 +31,6 @@ DATA = ZOO["chain"].data(8)
 def saved(tmp_path: Path) -> Path:
     tiny.split_bundle().save(tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << position % 8
-    path.write_bytes(content)
-
-
-def flips(path: Path) -> Iterator[None]:
-    """Flip one bit of each byte in turn; the file is as it was when all are through."""
-    content = path.read_bytes()
-    for position in range(len(content)):
-        flip(path, position)
-        yield
-        path.write_bytes(content)
 
 
 def test_an_altered_skeleton_is_noticed(saved: Path) -> None:

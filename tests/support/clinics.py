@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from splitonnx.bundles import PartyBundle
+from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.servers import Server
@@ -76,6 +77,17 @@ def open_clinic(served: object, folder: Path, limits: Limits | None = None) -> I
 def check_equal(state: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     for name, array in expected.items():
         np.testing.assert_array_equal(state[name], array)
+
+
+def train_in_process(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Train on ``DATA`` with stages in the server's own process; return the client's state."""
+    assert bundle.server is not None
+    with (
+        Server(bundle.server, port=0, isolate=False) as server,
+        Client(bundle.client, server.url) as client,
+    ):
+        client.fit(DATA, batch_size=8)
+        return client.state()
 
 
 def make_options(party: PartyBundle) -> WorkerOptions:

@@ -8,7 +8,7 @@ import numpy as np
 
 from splitonnx.partitioner.partitions import cut
 from tests.support.case_trials import TARGETS, run_step
-from tests.support.derivatives import close_net
+from tests.support.derivatives import assert_differentiable, close_net
 from tests.support.zoo import Net
 
 
@@ -40,3 +40,17 @@ def find_slopes(
         results = run_step(bundle, data)
         found.append((results["loss"], results["p_grad"]))
     return found
+
+
+def hold_dynamic_batch(kind: str, attributes: dict[str, Any], low: float, high: float) -> None:
+    """Hold a function's gradient, drawn from a range, against numeric differences."""
+    net = Net(opset=20 if kind == "Gelu" else 18)
+    net.op(kind, weigh(net, 4, 5), out="y", **attributes)
+    assert_differentiable(net, {"x": draw(low, high, 3, 4, 5)})
+
+
+def hold_slopes(kind: str, values: list[float], expected: list[float]) -> None:
+    """Hold the slopes at single values, and that no value overflows."""
+    for loss, slopes in find_slopes(kind, values):
+        assert np.isfinite(loss)
+        np.testing.assert_allclose(slopes, expected, rtol=1e-3, atol=1e-30)

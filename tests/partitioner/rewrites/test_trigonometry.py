@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.partitioner.rewrites.elementwise import draw, find_slopes, weigh
-from tests.support.derivatives import assert_differentiable
-from tests.support.zoo import Net
+from tests.partitioner.rewrites.elementwise import (
+    find_slopes,
+    hold_dynamic_batch,
+    hold_slopes,
+)
 
 FUNCTIONS: list[tuple[str, dict[str, Any], float, float]] = [
     ("Acos", {}, -0.9, 0.9),
@@ -28,9 +30,7 @@ FUNCTIONS: list[tuple[str, dict[str, Any], float, float]] = [
 def test_functions_of_a_dynamic_batch(
     kind: str, attributes: dict[str, Any], low: float, high: float
 ) -> None:
-    net = Net(opset=20 if kind == "Gelu" else 18)
-    net.op(kind, weigh(net, 4, 5), out="y", **attributes)
-    assert_differentiable(net, {"x": draw(low, high, 3, 4, 5)})
+    hold_dynamic_batch(kind, attributes, low, high)
 
 
 LIMITS = [
@@ -44,9 +44,7 @@ LIMITS = [
 def test_no_slope_overflows_on_a_branch_that_is_not_taken(
     kind: str, values: list[float], expected: list[float]
 ) -> None:
-    for loss, slopes in find_slopes(kind, values):
-        assert np.isfinite(loss)
-        np.testing.assert_allclose(slopes, expected, rtol=1e-3, atol=1e-30)
+    hold_slopes(kind, values, expected)
 
 
 @pytest.mark.parametrize("kind", ["Acos", "Asin"])

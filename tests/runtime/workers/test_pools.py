@@ -31,7 +31,14 @@ from splitonnx.runtime.workers.pools import MAX_REMEMBERED, WorkerPool
 from splitonnx.runtime.workers.processes import Worker, WorkerOptions
 from splitonnx.runtime.workers.remote_executors import RemoteExecutor
 from tests.support import tiny
-from tests.support.clinics import DATA, OWNERS, check_equal, make_options, open_clinic
+from tests.support.clinics import (
+    DATA,
+    OWNERS,
+    check_equal,
+    make_options,
+    open_clinic,
+    train_in_process,
+)
 from tests.support.zoo import ZOO
 
 
@@ -43,13 +50,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle) -> dict[str, np.ndarray]:
     """What training comes to in the server's own process."""
-    assert bundle.server is not None
-    with (
-        Server(bundle.server, port=0, isolate=False) as server,
-        Client(bundle.client, server.url) as client,
-    ):
-        client.fit(DATA, batch_size=8)
-        return client.state()
+    return train_in_process(bundle)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from tests.support.clinics import (
     make_options,
     needs_linux,
     open_clinic,
+    train_in_process,
 )
 from tests.support.endless import endless_bundle, stuck_bundle
 from tests.support.zoo import ZOO
@@ -44,13 +45,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle) -> dict[str, np.ndarray]:
     """What training comes to in the server's own process."""
-    assert bundle.server is not None
-    with (
-        Server(bundle.server, port=0, isolate=False) as server,
-        Client(bundle.client, server.url) as client,
-    ):
-        client.fit(DATA, batch_size=8)
-        return client.state()
+    return train_in_process(bundle)
 
 
 def test_on_loopback_without_tokens_stages_run_in_the_server_unless_it_is_told_otherwise() -> None:
