@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -70,44 +69,34 @@ def _unharmed(arena: Arena) -> Iterator[None]:
 # --- how slowly a message comes ---------------------------------------------------------------
 
 
-def expect_cut(connection: socket.socket, begun: float) -> None:
-    """The server ends the connection, not before its limit and soon after."""
-    read_to_end(connection)
-    assert SECONDS * 0.9 <= time.monotonic() - begun <= SECONDS + 5
-
-
 def test_a_slow_loris_in_the_handshake_is_cut_off(arena: Arena) -> None:
     with dial(arena.port) as connection:
-        begun = time.monotonic()
         trickle(connection, upgrade(*(f"X-{n}: {n}" for n in range(50))))
-        expect_cut(connection, begun)
+        read_to_end(connection)
         arena.expect_refusal("HandshakeTooSlow", 1)
 
 
 def test_a_slow_loris_within_a_frame_is_cut_off(arena: Arena) -> None:
     with dial(arena.port) as connection:
         shake(connection, f"Authorization: Bearer {arena.tokens['eve']}")
-        begun = time.monotonic()
         trickle(connection, frame(bytes(MIB)))
-        expect_cut(connection, begun)
+        read_to_end(connection)
         arena.expect_refusal("MessageTooSlow", 1)
 
 
 def test_a_slow_loris_by_fragments_is_cut_off_in_spite_of_its_pings(arena: Arena) -> None:
     with dial(arena.port) as connection:
         shake(connection, f"Authorization: Bearer {arena.tokens['eve']}")
-        begun = time.monotonic()
         connection.sendall(frame(b"x", BINARY, flags=0))
         trickle(connection, (frame(b"x", CONT, flags=0) + frame(b"", PING)) * 1000, step=13)
-        expect_cut(connection, begun)
+        read_to_end(connection)
         arena.expect_refusal("MessageTooSlow", 2)
 
 
 def test_who_keeps_the_token_back_is_shown_out(arena: Arena) -> None:
     with dial(arena.port) as connection:
         shake(connection)
-        begun = time.monotonic()
-        expect_cut(connection, begun)
+        read_to_end(connection)
         arena.expect_refusal("NoToken", 1)
 
 

@@ -8,7 +8,6 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from splitonnx.runtime.wire.close_codes import BUSY, POLICY
 
 PATIENCE = 20.0
 """Seconds after which a test fails rather than waits."""
+PIECES, PAUSE = 2000, 0.01
+"""The most pieces that are sent slowly, and the seconds between two: as long as its patience."""
 
 TEXT, BINARY, CONT, PING = 1, 2, 0, 9
 FIN = 0x80
@@ -201,17 +202,17 @@ def read_close(connection: socket.socket) -> int:
 
 
 def trickle(connection: socket.socket, content: bytes, step: int = 1) -> None:
-    """Send in small pieces until all is sent or the server has had enough, which it must have."""
-    tick, end = threading.Event(), time.monotonic() + PATIENCE
+    """Send in small pieces until all is sent or the server ends it, which it must do in time."""
+    tick = threading.Event()
     try:
-        for start in range(0, len(content), step):
-            assert time.monotonic() < end, "it lets itself be kept waiting"
+        for start in range(0, min(len(content), step * PIECES), step):
             connection.sendall(content[start : start + step])
-            tick.wait(0.01)
+            tick.wait(PAUSE)
             if _has_ended(connection):
                 return
     except (BrokenPipeError, ConnectionResetError):
         return
+    assert len(content) <= step * PIECES, "it lets itself be kept waiting"
 
 
 def _has_ended(connection: socket.socket) -> bool:

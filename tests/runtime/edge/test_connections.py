@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.connections import MAX_FRAGMENTS
 from splitonnx.runtime.edge.http import Refusal
+from splitonnx.runtime.edge.rate_limits import Timers
 from splitonnx.runtime.limits import Limits
 from tests.support.echoes import (
     BINARY,
@@ -58,6 +61,27 @@ def test_there_is_little_time_to_show_a_token() -> None:
         shake(connection)
         assert read_close(connection) == 1008
         echo.expect(Refusal.NO_TOKEN)
+
+
+def test_nobody_is_cut_off_before_the_limits_that_were_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: dict[str, float] = {}
+
+    class Recording(Timers):
+        def start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
+            started.setdefault(name, seconds)
+            super().start(name, seconds, function)
+
+    monkeypatch.setattr(connections, "Timers", Recording)
+    limits = Limits(handshake_seconds=31, login_seconds=32, message_seconds=33)
+    with Echo(authorize=know_sesame, limits=limits) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(b"open", BINARY, flags=0))
+        connection.sendall(frame(b" sesame", CONT))
+        connection.recv(1)
+    limited = {name: started[name] for name in ("handshake", "login", "message")}
+    assert limited == {"handshake": 31, "login": 32, "message": 33}
 
 
 def test_a_handshake_has_little_time_however_it_trickles() -> None:
