@@ -1,8 +1,8 @@
 """All errors that splitonnx raises on purpose, grouped by their cause.
 
-An exception stores facts as attributes and builds its message in ``__str__``: what was expected,
-what was found, what to do next.  The command line prints that message on one line and exits with
-code 2.  These modules do not depend on models, file formats or the network.
+An exception stores the facts as attributes and builds its message from them in ``__str__``: what
+was expected, what was found, and what to do next.  The command line prints that message on one line
+and exits with code 2.  These modules do not depend on models, file formats or the network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors of the communication between two parties."""
+"""Errors in the communication between client and server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 
 
 class ProtocolError(SplitonnxError):
-    """Base class of errors of the communication between two parties."""
+    """Base class of errors in the communication between client and server."""
 
 
 @dataclass(eq=False)
 class LocalProtocolError(ProtocolError):
-    """This side tried to send what the protocol does not allow now: a bug on this side."""
+    """This side tried to send something that the protocol does not allow now, which is a bug."""
 
     reason: str
 
@@ -34,7 +34,7 @@ class RemoteProtocolError(ProtocolError):
 
 @dataclass(eq=False)
 class BundleMismatch(ProtocolError):
-    """The two sides do not come from the same cut, or are at different steps."""
+    """The client and the server have parts of different bundles, or are at different steps."""
 
     subject: str
     local: str
@@ -60,7 +60,10 @@ class ServerBusy(ProtocolError):
 
 @dataclass(eq=False)
 class StaleConnection(ProtocolError):
-    """A newer connection has taken over the session; ``newest`` is its generation."""
+    """A newer connection has taken over the session.
+
+    ``generation`` is the number of this connection, and ``newest`` is the number of the newest one.
+    """
 
     generation: int
     newest: int
@@ -74,7 +77,11 @@ class StaleConnection(ProtocolError):
 
 @dataclass(eq=False)
 class SessionLost(ProtocolError):
-    """The server has none of the steps of a session from which the client could continue."""
+    """The server cannot continue a session at any step from which the client could continue.
+
+    ``wanted`` are the steps from which the client could continue, and ``present`` are the steps
+    from which the server could.
+    """
 
     session: str
     wanted: Sequence[int]
@@ -90,11 +97,11 @@ class SessionLost(ProtocolError):
 
 @dataclass(eq=False)
 class WorkerLost(ProtocolError):
-    """The process that ran a session's stages ended; ``how`` describes how.
+    """The process that ran a session's stages ended unexpectedly; ``how`` describes how it ended.
 
-    ``is_repeated``: a worker was lost at the same step before, so the step is not tried again.
-    ``is_early``: the worker ended before it was ready, so the cause is not anything that the client
-    sent.
+    ``is_repeated`` means that a worker was lost at the same step before, so the step is not tried
+    again.  ``is_early`` means that the worker ended before it was ready, so nothing that the client
+    sent is the cause.
     """
 
     session: str
@@ -146,7 +153,7 @@ class StepConflict(ProtocolError):
 
 @dataclass(eq=False)
 class StepsLost(ProtocolError):
-    """The server lost its newest steps, and both sides went back to ``step``, to continue there."""
+    """The server lost its newest steps, so both sides went back to ``step`` and continue there."""
 
     step: int
 
@@ -170,7 +177,7 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """The connection failed, broke, or was silent for too long: try again.
+    """The connection failed, broke, or was silent for too long; trying again may help.
 
     ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
     4001: another client has taken over the session), or the HTTP status with which the handshake
@@ -187,9 +194,10 @@ class ConnectionLost(ProtocolError):
 
 @dataclass(eq=False)
 class Unauthorized(ProtocolError):
-    """The server refused this client's credentials: trying again does not help.
+    """The server refused this client's credentials; trying again does not help.
 
-    ``status`` is the HTTP status, or the close code 1008 if a first message was refused.
+    ``status`` is the HTTP status, or the close code 1008 if the server refused the client's first
+    message.
     """
 
     peer: str
@@ -202,7 +210,7 @@ class Unauthorized(ProtocolError):
 
 @dataclass(eq=False)
 class NotPermitted(ProtocolError):
-    """The token lacks the role that an action requires: use another token."""
+    """The client's token lacks the role that an action requires; another token is needed."""
 
     role: str
     action: str
@@ -242,7 +250,10 @@ class Redirected(ProtocolError):
 
 @dataclass(eq=False, kw_only=True)
 class MessageTooLarge(ProtocolError):
-    """A message exceeds its receiver's limit: sending it again does not help."""
+    """A message exceeds its receiver's limit; sending it again does not help.
+
+    ``is_outgoing`` means that this side sent the message.
+    """
 
     peer: str = field(kw_only=False)
     is_outgoing: bool
@@ -262,7 +273,7 @@ class MessageTooLarge(ProtocolError):
 
 @dataclass(eq=False)
 class UnusableFile(SplitonnxError):
-    """A token file, a certificate or a key does not have the required form."""
+    """A token file, a certificate or a key cannot be read or is not valid."""
 
     path: str
     reason: str

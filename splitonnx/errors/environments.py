@@ -1,4 +1,4 @@
-"""Errors of the environment: packages, processes, options and stages."""
+"""Errors in the environment: missing packages, failed processes or stages, and wrong options."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 
 @dataclass(eq=False)
 class MissingExtra(SplitonnxError):
-    """A package that an extra of splitonnx installs is missing.
+    """A package is missing that an extra of splitonnx installs.
 
-    ``is_available`` is true if all packages of the extra have wheels for this Python and machine.
+    ``is_available`` means that all packages of the extra have wheels for this Python and machine.
     """
 
     module: str
@@ -32,7 +32,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime is not the one that this work needs."""
+    """The installed ONNX Runtime package is not the one that is needed."""
 
     installed: str
     needed: str
@@ -43,7 +43,7 @@ class WrongRuntime(SplitonnxError):
 
 @dataclass(eq=False)
 class ProcessFailed(SplitonnxError):
-    """The process that native code runs in cannot be started."""
+    """The separate process that runs native code cannot be started."""
 
     module: str
     reason: str
@@ -78,7 +78,7 @@ class StageFailed(SplitonnxError):
 
 @dataclass(eq=False)
 class InternalRuntimeError(SplitonnxError):
-    """The work of a client or a server failed because of a bug in splitonnx."""
+    """A client or a server failed because of a bug in splitonnx."""
 
     subject: str
     reason: str
@@ -93,7 +93,10 @@ class InternalRuntimeError(SplitonnxError):
 
 @dataclass(eq=False)
 class StageTooSlow(SplitonnxError):
-    """A stage exceeded its time limit and was stopped; the state is the same as before its task."""
+    """A stage was stopped because it exceeded its time limit.
+
+    The state is the same as before the stage's task.
+    """
 
     stage: str
     seconds: float

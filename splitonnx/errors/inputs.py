@@ -1,4 +1,4 @@
-"""Errors of the input: data, bundles and files."""
+"""Errors in the input: data, bundles and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MissingArray(DataError):
 
 @dataclass(eq=False)
 class ArrayMismatch(DataError):
-    """An array, or a tensor in a message, does not have its declared dtype or shape."""
+    """An array, or a tensor in a message, has a different dtype or shape than declared."""
 
     name: str
     expected: str
@@ -50,7 +50,7 @@ class ValueOutOfRange(DataError):
 
 @dataclass(eq=False)
 class BatchTooLarge(DataError):
-    """A tensor in a message has more rows than the receiver allows; it was not used."""
+    """A tensor in a message has more rows than the receiver allows, so it was not used."""
 
     name: str
     rows: int
@@ -65,7 +65,7 @@ class BatchTooLarge(DataError):
 
 @dataclass(eq=False)
 class TaskTooLarge(DataError):
-    """A task was not started: it needs more memory than the server allows for all tasks."""
+    """A task was not started because it needs more memory than the server allows for all tasks."""
 
     needed: int
     limit: int
@@ -106,7 +106,7 @@ class NormTooLarge(DataError):
 
 @dataclass(eq=False)
 class UnusableData(DataError):
-    """The data's file or iterable cannot be read as arrays."""
+    """The file or iterable with the data cannot be read as arrays."""
 
     source: str
     reason: str
@@ -117,7 +117,7 @@ class UnusableData(DataError):
 
 @dataclass(eq=False)
 class BundleError(SplitonnxError):
-    """A bundle's folder is missing, incomplete or altered, or its place is taken."""
+    """A bundle's folder is missing, incomplete or altered, or cannot be written."""
 
     path: str
     reason: str
@@ -128,7 +128,11 @@ class BundleError(SplitonnxError):
 
 @dataclass(eq=False)
 class FolderInUse(SplitonnxError):
-    """A party's folder is already served or trained by ``process``, if that is known."""
+    """A party's folder is already being served or trained.
+
+    ``process`` is the ID of the process that uses the folder, or ``None`` if it is unknown.
+    ``is_own`` means that this process uses it.
+    """
 
     path: str
     process: int | None
@@ -149,7 +153,7 @@ class FolderInUse(SplitonnxError):
 
 @dataclass(eq=False)
 class NotSaved(SplitonnxError):
-    """A checkpoint cannot be written; the disk may be full, or the folder read-only."""
+    """A checkpoint cannot be written, for example because the disk is full."""
 
     path: str
     reason: str
@@ -173,7 +177,7 @@ class StateNotFinite(NotSaved):
 
 
 class DiskQuotaUsed(NotSaved):
-    """An owner's checkpoints and outcomes have used up the owner's disk quota."""
+    """The checkpoints and outcomes of an owner have used up the owner's disk quota."""
 
     def __init__(self, path: str, limit: int, used: int) -> None:
         super().__init__(
@@ -185,7 +189,7 @@ class DiskQuotaUsed(NotSaved):
 
 @dataclass(eq=False)
 class ForbiddenGraph(SplitonnxError):
-    """A stage's graph is malformed or contains something that no bundle does; it was not run."""
+    """A stage's graph was not run because it is malformed or contains something forbidden."""
 
     stage: str
     subject: str
@@ -200,7 +204,7 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """The bytes are not valid tensors in the safetensors layout, or not valid JSON of splitonnx."""
+    """A file or message is not in the safetensors format, or its JSON is not that of splitonnx."""
 
     subject: str
     reason: str
@@ -211,7 +215,7 @@ class FormatError(SplitonnxError):
 
 @dataclass(eq=False)
 class NotExportable(SplitonnxError):
-    """A stage of ``party`` needs operators that ONNX Runtime for phones does not have."""
+    """A stage of ``party`` needs operators that ONNX Runtime's mobile packages do not have."""
 
     graph: str
     operators: Sequence[str]
@@ -226,7 +230,7 @@ class NotExportable(SplitonnxError):
 
 @dataclass(eq=False)
 class UnwritableFile(SplitonnxError):
-    """An output file cannot be written, or something else is in its place."""
+    """An output file cannot be written, for example because it exists already."""
 
     path: str
     reason: str
@@ -237,7 +241,7 @@ class UnwritableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class UnfinishedRun(SplitonnxError):
-    """A training run in this folder was interrupted, and a different run was about to start."""
+    """A new training run cannot start because an earlier run in this folder was interrupted."""
 
     path: str
     step: int

@@ -1,4 +1,4 @@
-"""Errors of the user's model and of the choice of a cut."""
+"""Errors in the user's model, and in the choice of a cut."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ class NativeCrash(UnsupportedModel):
 
 
 class TooManyTries(UnsupportedModel):
-    """Listing the model's single-tensor cuts would exceed the limit on the work for it."""
+    """Checking every possible single-tensor cut of the model would take too long."""
 
 
 @dataclass(eq=False)
 class InternalModelError(SplitonnxError):
-    """A bug in splitonnx made work on a model fail; ``work`` describes that work."""
+    """The processing of a model failed because of a bug in splitonnx.
+
+    ``work`` describes what splitonnx was doing.
+    """
 
     subject: str
     work: str
@@ -61,7 +64,7 @@ class InternalModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
-    """A tensor's external data is outside the model's folder."""
+    """The file with a tensor's external data is outside the model's folder."""
 
     tensor: str
     location: str
@@ -91,7 +94,7 @@ class NotDifferentiable(ModelError):
 
 @dataclass(eq=False)
 class ForbiddenOperator(SplitonnxError):
-    """A generated graph has an operator that no party would run: a bug in splitonnx."""
+    """A generated graph has an operator that its runtime does not run: a bug in splitonnx."""
 
     stage: str
     node: str
@@ -110,12 +113,12 @@ class ForbiddenOperator(SplitonnxError):
 
 
 class CutError(SplitonnxError):
-    """Base class of errors of a cut that the user chose."""
+    """Base class of errors in the user's choice of a cut."""
 
 
 @dataclass(eq=False)
 class UnknownTensor(CutError):
-    """The model does not contain this name."""
+    """The model has no tensor or node with this name."""
 
     name: str
     nearest: Sequence[str] = ()
@@ -129,9 +132,9 @@ class UnknownTensor(CutError):
 class NotACut(CutError):
     """The named tensors do not divide the model into two parts.
 
-    ``missing`` are the tensors that would have to cross the cut as well.  ``raw`` are the model
-    inputs, such as an attention mask, that are among these tensors, or that some of them depend on
-    exclusively.
+    ``missing`` are the other tensors that would have to cross the cut as well.  ``raw`` are the
+    model's inputs, such as an attention mask, that are among the missing tensors or from which
+    alone some of the missing tensors are computed.
     """
 
     tensors: Sequence[str]
@@ -152,7 +155,7 @@ class NotACut(CutError):
 
 @dataclass(eq=False)
 class IntegerCut(CutError):
-    """A cut tensor has no gradient although trainable parameters come before it."""
+    """A tensor at the cut has no gradient, although trainable parameters come before it."""
 
     tensor: str
     dtype: str

@@ -1,4 +1,4 @@
-"""The base class of all errors, and helpers to quote names and foreign text in messages."""
+"""The base class of all errors, and helpers that format names and untrusted text for messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 
 def quote(names: Iterable[str]) -> str:
-    """Join names for an error message: ``'a', 'b'``."""
+    """Quote names and join them for an error message, such as ``'a', 'b'``."""
     return ", ".join(f"'{name}'" for name in names)
 
 
 def flatten(text: str, most: int = 300) -> str:
-    """Convert foreign text to one printable line of at most ``most`` characters."""
+    """Convert untrusted text to one printable line of at most ``most`` characters."""
     line = "".join(char if char.isprintable() else "?" for char in text[:most])
     return f"{line}..." if len(text) > most else line
 
