@@ -1,8 +1,8 @@
 """The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
 
-Each command is a thin wrapper around a function of the library.  A command imports what it needs
-only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  An
-error of splitonnx is printed as one line on stderr, with exit code 2; an interrupt has exit code
+Each command is a thin wrapper around a function of the library.  A command imports most modules
+only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  Errors
+of splitonnx are printed as one line on stderr, with exit code 2.  After Ctrl-C, the exit code is
 130.
 """
 
@@ -61,13 +61,13 @@ def show_options(
         ),
     ] = False,
 ) -> None:
-    """Split learning on ONNX: cut any model, train its parts apart, exactly as the whole."""
+    """Split learning on ONNX: cut any model, and train its parts apart with the same result."""
 
 
 def main() -> None:
-    """Run the command line: the entry point of ``splitonnx``."""
+    """Run the command line; this is the entry point of ``splitonnx``."""
     replace_closed_streams()
-    for logger in ("onnx_ir", LOGGER):  # they have no say on stderr, but in the log of serve
+    for logger in ("onnx_ir", LOGGER):  # not written to stderr, only to the log of serve
         logging.getLogger(logger).addHandler(logging.NullHandler())
     try:
         code = app(prog_name="splitonnx", standalone_mode=False)
@@ -85,7 +85,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001
-        # typer keeps the class of its usage errors to itself, but each can show itself
+        # the class of typer's usage errors is private, but each can format its message
         describe = getattr(error, "format_message", None)
         if describe is None:
             _own_up(error)
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _own_up(error: Exception) -> NoReturn:
-    """Write in one line that the mistake is ours, and how to see more of it."""
+    """Print that an error is a bug in splitonnx and how to see its traceback, and exit."""
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     _fail(
@@ -111,6 +111,6 @@ def _own_up(error: Exception) -> NoReturn:
 def _fail(sentence: str) -> NoReturn:
     try:
         print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    except OSError:  # nobody can be told more than the exit code
+    except OSError:  # only the exit code can be reported
         discard_unprinted(sys.stderr)
     sys.exit(2)

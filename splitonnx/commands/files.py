@@ -14,7 +14,9 @@ from splitonnx.outputs import check_file_place, check_place
 
 
 def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None:
-    """Raise before the work, and not after it, if an output cannot be written.
+    """Raise if an output exists already or cannot be written.
+
+    Commands call this before they start their work, so that the work is not wasted.
 
     Raises:
         UnwritableFile: ``path`` exists and ``force`` is not set, or ``path`` is not writable.
@@ -27,7 +29,9 @@ def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open an output file that replaces ``path`` if the block succeeds, and is deleted otherwise.
+    """Open a temporary output file that replaces ``path`` if the block succeeds.
+
+    If the block raises, the temporary file is deleted.
 
     Raises:
         UnwritableFile: the file cannot be written.

@@ -1,6 +1,7 @@
-"""Option groups: the command line has an option per field, a command gets a value per group.
+"""Groups of command-line options that are passed to a command as one value.
 
-This module does not define the names and help texts of options.
+A group is usually a dataclass: the command line has one option for each field, and the command
+receives an instance.  This module does not define the names and help texts of options.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A group of options that ``make`` combines into one value; see :func:`make_parameter`."""
+    """A group of options, and the function ``make`` that combines their values into one value.
+
+    ``parameters`` contains one parameter per option; see :func:`make_parameter`.
+    """
 
     parameters: Sequence[Parameter]
     make: Callable[..., Any]
 
 
 def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
-    """Return the parameter for one option; its annotation holds typer's settings."""
+    """Return the function parameter for one option; ``annotation`` contains typer's settings."""
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def group_fields(group: Any) -> Group:
-    """Return the group of options for the fields of a dataclass."""
+    """Return a group with one option for each field of a dataclass."""
     hints = get_type_hints(group, include_extras=True)
     parameters = [
         make_parameter(
@@ -40,7 +44,7 @@ def group_fields(group: Any) -> Group:
 
 
 def list_given(group: Any) -> list[str]:
-    """List the names of the options whose values in a dataclass differ from their defaults."""
+    """List the names of the options whose values in a dataclass are not the defaults."""
     return [
         f"--{field.name.replace('_', '-')}"
         for field in fields(group)
@@ -49,10 +53,10 @@ def list_given(group: Any) -> list[str]:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option to a command for each field of its groups.
+    """Return a command that has one option for each field of its option groups.
 
-    A parameter of the command is a group if it is annotated with a dataclass, or with ``Annotated``
-    and a :class:`Group`.  The options are in the order of the parameters.
+    This is a decorator.  A parameter of the command is a group if it is annotated with a dataclass,
+    or with ``Annotated`` and a :class:`Group`.  The options are in the order of the parameters.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: group for name, hint in hints.items() if (group := _find_group(hint))}
@@ -80,7 +84,7 @@ def _find_group(hint: Any) -> Group | None:
 
 
 def _gather(given: Mapping[str, Any], groups: Mapping[str, Group]) -> dict[str, Any]:
-    """Put the values of each group together, under the group's name."""
+    """Combine the values of each group into one value under the group's name."""
     gathered = dict(given)
     for name, group in groups.items():
         values = {parameter.name: gathered.pop(parameter.name) for parameter in group.parameters}

@@ -1,4 +1,4 @@
-"""The appearance of ``--help``: an example for each command, and no type for switches."""
+"""The appearance of ``--help``: an example for each command, and switches without a value type."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "export": "splitonnx export bundle/client --for mobile",
     }
 )
-"""An example per command, with the user's own names."""
+"""An example for each command, with the names that a user would choose."""
 
 
 class Command(TyperCommand):
-    """A command whose switches are shown without the type of their value."""
+    """A command whose help shows switches without the type of their value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""
@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The group of all commands; its own switches are shown without a type as well."""
+    """The group of all commands, whose help shows switches without the type of their value, too."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""
@@ -55,7 +55,7 @@ def _hide_types(parameters: list[Any]) -> list[Any]:
 
 
 def show_version(is_asked: bool) -> None:
-    """Print the installed version and exit."""
+    """Print the installed version and exit, if ``--version`` was given."""
     if is_asked:
         print(f"splitonnx {version('splitonnx')}")
         raise typer.Exit

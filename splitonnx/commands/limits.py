@@ -1,4 +1,4 @@
-"""The ``--max-...`` options of ``serve``, built from the limits of a server."""
+"""The ``--max-...`` options of ``serve``, one for each limit of a server."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _make_option(limit: LimitHelp) -> Parameter:
 
 
 def make_limits(**given: Any) -> Limits:
-    """Build the limits of a server from the values of the options."""
+    """Build a server's limits from the values of the options."""
     return Limits(**{name.removeprefix(PREFIX): value for name, value in given.items()})
 
 
 LIMITS = Group(parameters=[_make_option(limit) for limit in list_limits()], make=make_limits)
-"""The options, one per limit."""
+"""The group of options, with one option per limit."""

@@ -1,8 +1,8 @@
-"""Format the log of a command: as lines of text for people, or one JSON object per line.
+"""Format the log of a command: as lines of text for people, or as one JSON object per line.
 
-Both formats read the fields of an event from ``extra={...}`` of standard logging.  A log may
-contain text that peers sent, so control characters are escaped: no peer can start a new line or
-change colours.
+Both formats read the fields of an event from the ``extra={...}`` argument of standard logging.  A
+log may contain text that peers sent, so control characters are escaped.  Otherwise a peer could
+start a new line or change the terminal's colours.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LINES_PER_SECOND = 100
 
 
 class LogFormat(StrEnum):
-    """The choices of ``--log-format``."""
+    """The values that ``--log-format`` accepts."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogLevel(StrEnum):
-    """The choices of ``--log-level``."""
+    """The values that ``--log-level`` accepts."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -41,7 +41,10 @@ class LogLevel(StrEnum):
 
 
 class TextFormatter(logging.Formatter):
-    """Format a record as ``12:34:56  sentence``, followed by the fields not in the sentence."""
+    """A formatter that writes a record as one line of text.
+
+    The line has the form ``12:34:56  sentence``, followed by the fields that the sentence lacks.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record as one line of text."""
@@ -56,7 +59,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as JSON: ``time`` (UTC, RFC 3339), ``level``, ``event``, and the fields."""
+    """A formatter that writes a record as one JSON object per line.
+
+    The object contains ``time`` (UTC, RFC 3339), ``level``, ``logger``, ``event``, and the fields
+    of the event.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record as one line of JSON."""
@@ -74,9 +81,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class Brake(logging.Filter):
-    """A logging filter that limits the rate of lines, so that a flood does not fill the disk.
+    """A logging filter that limits the number of lines per second, to save disk space.
 
-    The next line that is written after dropped lines has their number in the field ``left_out``.
+    Errors are always written.  After lines were dropped, the next line has their number in the
+    field ``left_out``.
     """
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:
@@ -97,7 +105,7 @@ class Brake(logging.Filter):
 
 
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
-    """Return the known fields that a record has."""
+    """Return the fields from ``FIELDS`` that a record has."""
     given = {name: getattr(record, name, None) for name in FIELDS}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -121,8 +129,8 @@ def logging_to_stderr(
     before = ours.level, ours.propagate, theirs.propagate
     ours.addHandler(handler)
     ours.setLevel(level.value.upper())
-    ours.propagate = False  # other packages hang handlers of their own on the root
-    # A caller that speaks no websocket is no reason for a traceback.
+    ours.propagate = False  # other packages may add handlers to the root logger
+    # Without this, a caller that does not speak WebSocket would cause a traceback.
     silent = logging.NullHandler()
     theirs.addHandler(silent)
     theirs.propagate = False

@@ -16,21 +16,21 @@ from splitonnx.optimizers import Optimizer, read_optimizer
 
 
 class BatchNorm(StrEnum):
-    """The choices of ``--batchnorm``."""
+    """The values that ``--batchnorm`` accepts."""
 
     TRAIN = "train"
     FROZEN = "frozen"
 
 
 class Dropout(StrEnum):
-    """The choices of ``--dropout``."""
+    """The values that ``--dropout`` accepts."""
 
     KEEP = "keep"
     OFF = "off"
 
 
 class Target(StrEnum):
-    """The choices of ``--client-target`` and ``--server-target``."""
+    """The values that ``--client-target`` and ``--server-target`` accept."""
 
     PORTABLE = names.PORTABLE
     TRAINING = names.TRAINING
@@ -157,7 +157,7 @@ LogLevelOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """The options that control what a command logs, and in which format."""
+    """The options that choose which messages a command logs, and in which format."""
 
     quiet: QuietOption = False
     log_format: LogFormatOption = LogFormat.TEXT
@@ -181,7 +181,7 @@ def make_optimizer(
     weight_decay: float | None,
     clip_norm: float | None,
 ) -> Optimizer:
-    """Build the optimizer from its options; options that were not given have their defaults.
+    """Build an optimizer from command-line options; an option that is ``None`` gets its default.
 
     Raises:
         UsageError: the optimizer does not exist or lacks an option, or an option is out of range.
@@ -198,6 +198,8 @@ def make_optimizer(
 
 def refuse_both(first: str, second: str, *given: object) -> None:
     """Raise if two options that exclude each other were both given.
+
+    ``first`` and ``second`` are the names of the options, and ``given`` are their values.
 
     Raises:
         UsageError: both options were given; the error names them.

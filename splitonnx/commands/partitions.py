@@ -41,7 +41,7 @@ from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
 class Purpose(StrEnum):
-    """The choices of ``export --for``."""
+    """The values that ``export --for`` accepts."""
 
     MOBILE = "mobile"
 
@@ -54,7 +54,7 @@ def check(
 ) -> None:
     """Check whether a model can be trained, what would be rewritten, and what prevents training.
 
-    The exit code is 1 if it cannot be trained.
+    The exit code is 1 if the model cannot be trained.
     """
     pause_to_the_end()
     found = splitonnx.check(model, loss=loss, output=output)
@@ -81,7 +81,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tensors at which a model can be cut, and the data that would be sent for each."""
+    """List the tensors at which a model can be cut, and how much data each cut would send."""
     pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
@@ -130,7 +130,7 @@ def cut(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Cut a model into a client part and a server part, ready to be trained."""
+    """Cut a model into a client part and a server part that can be trained together."""
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_existing(bundle, force=force, is_folder=True)
     pause_to_the_end()
@@ -168,7 +168,7 @@ def merge(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Join a bundle's parts into one plain ONNX model for inference, with trained weights.
+    """Merge a bundle's parts into one plain ONNX model for inference, with trained weights.
 
     Weights that are too large for one ONNX file (2 GiB) are written to FILE.data beside it.
     """
@@ -190,7 +190,7 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train split and unsplit side by side; compare the loss and every parameter after each step.
+    """Train a model both split and unsplit, and compare losses and parameters after each step.
 
     Nothing is written.  The exit code is 1 if they differ by more than --rtol.
     """
@@ -225,9 +225,10 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a party's folder for mobile apps: its graphs in ORT format and the files they need.
+    """Export a party's folder for mobile apps, with graphs in ORT format.
 
-    The exported party trains with the same server.  A part with training operators is refused.
+    The exported party can train with the same server.  A party cut with training operators cannot
+    be exported.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     assert purpose is Purpose.MOBILE

@@ -45,7 +45,7 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 
 def print_check(check: Check, path: Path) -> None:
-    """Print how each operator is handled, what could be trained where, and the verdict."""
+    """Print the result of ``check``: how each operator is handled, and the verdict."""
     from splitonnx.partitioner.reports.checks import Handling
     from splitonnx.partitioner.reports.diagnoses import Kind
 
@@ -76,7 +76,7 @@ def print_check(check: Check, path: Path) -> None:
 
 
 def print_cuts(cuts: Iterable[CutCandidate]) -> None:
-    """Print the valid single-tensor cuts as a table."""
+    """Print a table of the tensors at which the model can be cut."""
     names = ("tensor", "operator", "shape")
     sizes = ("up / step", "down / step", "client params", "server params")
     rows = [list_cells(cut) for cut in cuts]
@@ -92,7 +92,7 @@ def print_cuts(cuts: Iterable[CutCandidate]) -> None:
 
 
 def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Return what ``cut`` reports: the recipe, and what each party holds and sends."""
+    """Return a summary of a bundle: its recipe, and what each party trains, runs and sends."""
     from splitonnx.manifests import Role
 
     def count(name: str, role: Role) -> int:
@@ -122,7 +122,7 @@ def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def print_bundle(bundle: Bundle, path: Path) -> None:
-    """Print what each party holds, runs and sends in one training step."""
+    """Print a table of what each party trains, runs and sends in one training step."""
     summary = summarize_bundle(bundle)
     recipe = bundle.manifest.recipe
     shape = "U-shaped" if recipe.tail_at else "vanilla"
@@ -145,19 +145,19 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
 
 
 def print_written(path: Path, size: int) -> None:
-    """Print that a file of ``size`` bytes was written."""
+    """Print the path and size of a file that was written."""
     _print(f"{path}: {format_bytes(size)}")
 
 
 def summarize_export(export: Export) -> dict[str, Any]:
-    """Return what ``export`` reports: the fields of the export and the total size."""
+    """Return the fields of an export as a dictionary, together with the total size."""
     import msgspec
 
     return {**msgspec.to_builtins(export), "total_bytes": export.total_bytes}
 
 
 def print_export(export: Export) -> None:
-    """Print the size of each graph, the total size for an app, and the runtime that runs them."""
+    """Print the size of each exported graph, and the oldest ONNX Runtime that can run them."""
     table = _make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
@@ -180,7 +180,7 @@ def print_export(export: Export) -> None:
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
-    """Print which array was written to which file."""
+    """Print the file that was written, and the name, dtype and shape of each array in it."""
     from splitonnx.tensors import describe
 
     arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())
@@ -188,7 +188,7 @@ def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
 
 
 def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
-    """Yield one record per step, followed by the verdict."""
+    """Yield a dictionary for each step, and then a dictionary with the verdict."""
     for step in verification.steps:
         yield {
             "step": step.step + 1,
@@ -204,7 +204,7 @@ def summarize_verification(verification: Verification) -> Iterator[dict[str, Any
 
 
 def print_verification(verification: Verification) -> None:
-    """Print the comparison of each step and the verdict."""
+    """Print a table that compares the losses after each step, and then the verdict."""
     table = _make_table()
     for heading in ("step", "loss split", "loss whole", "largest difference"):
         table.add_column(heading, justify="right")
@@ -225,7 +225,7 @@ def print_verification(verification: Verification) -> None:
 
 
 class TrainingDisplay(ABC):
-    """Base class of training displays: :class:`Bar`, :class:`Lines` and :class:`Silence`."""
+    """Base class of training displays, such as :class:`Bar`, :class:`Lines` and :class:`Silence`."""
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
@@ -234,7 +234,7 @@ class TrainingDisplay(ABC):
 
     @abstractmethod
     def show_step(self, record: StepRecord) -> None:
-        """Show one step."""
+        """Show the loss and other figures of one step."""
 
     @abstractmethod
     def show_evaluation(self, evaluation: Evaluation) -> None:
@@ -246,7 +246,7 @@ class TrainingDisplay(ABC):
 
 
 def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDisplay:
-    """Return the training display that the options ask for."""
+    """Return the training display for the given options."""
     if quiet:
         return Silence()
     return Lines() if as_json else Bar(epochs)
@@ -291,7 +291,7 @@ class Bar(TrainingDisplay):
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show the bar inside the context."""
+        """Show the progress bar inside the context."""
         self._steps = steps
         from rich.progress import (
             BarColumn,
@@ -315,7 +315,7 @@ class Bar(TrainingDisplay):
             yield
 
     def show_step(self, record: StepRecord) -> None:
-        """Move the bar to the current step, which is not 0 at first if a run is resumed."""
+        """Move the bar to the step in ``record``; if a run is resumed, the first step is not 0."""
         assert self._progress is not None
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}
@@ -342,7 +342,7 @@ class Bar(TrainingDisplay):
         self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
 
     def summarize(self, history: History, saved: str) -> None:
-        """Print the totals of the training."""
+        """Print the totals of the training, and where it was saved."""
         steps = history.steps
         up = sum(record.bytes_up for record in steps)
         down = sum(record.bytes_down for record in steps)
@@ -380,7 +380,7 @@ def _make_table(*headings: str) -> Table:
 def _open_console(file: TextIO) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: cut at 80 columns, a log would lose what it was kept for.
+    # A pipe has no width, and a log that is cut at 80 columns would lose information.
     return Console(file=file, width=None if file.isatty() else 160, highlight=False)
 
 

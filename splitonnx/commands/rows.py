@@ -1,4 +1,4 @@
-"""Print long tables of cuts as plain lines, because rich takes a millisecond per row."""
+"""Format long tables of cuts as plain lines, because rich takes a millisecond per row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def format_rows(
 
 
 def list_cells(cut: CutCandidate) -> Sequence[str]:
-    """Return the cells of a cut's row in the table."""
+    """Return the table cells for one cut."""
     return (
         " + ".join((cut.tensor, *cut.sent)),
         cut.op,
@@ -46,7 +46,7 @@ def list_cells(cut: CutCandidate) -> Sequence[str]:
 
 
 def format_bytes(size: int | None) -> str:
-    """Format a number of bytes for people to read."""
+    """Format a number of bytes with a unit, such as ``1.2 MB``; ``None`` becomes ``?``."""
     from rich.filesize import decimal
 
     return "?" if size is None else decimal(size)

@@ -1,4 +1,4 @@
-"""Options for authentication and TLS of servers and clients, and the command that creates tokens.
+"""Options for authentication and TLS, and the command that creates tokens.
 
 Secrets are read from files or the environment, never from the command line, because other users of
 the machine can see command lines.
@@ -92,7 +92,7 @@ IsolateOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSecurity:
-    """The options for a server's access control and its certificates."""
+    """Options for a server's access control and its TLS certificate."""
 
     token_file: ServerTokensOption = None
     tls_cert: ServerCertificateOption = None
@@ -103,11 +103,11 @@ class ServerSecurity:
     isolate: IsolateOption = None
 
     def make_tls(self) -> ssl.SSLContext | None:
-        """Read the server's certificates, if any are given.
+        """Read the server's certificate and key; return ``None`` if they were not given.
 
         Raises:
-            UsageError: an option is given without another one that it needs.
-            UnusableFile: a file does not have the required form.
+            UsageError: an option was given without another option that it needs.
+            UnusableFile: a file cannot be read or is not valid.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError(
@@ -122,7 +122,7 @@ class ServerSecurity:
         return make_server_tls(self.tls_cert, self.tls_key, client_authority=self.client_ca)
 
     def read_tokens(self) -> Tokens | None:
-        """Read the server's tokens, if a file is given.
+        """Read the server's token file; return ``None`` if it was not given.
 
         Raises:
             UnusableFile: the file is not a token file.
@@ -181,7 +181,7 @@ ReplyBytesOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSecurity:
-    """The options for a client's identity and for the servers that it trusts."""
+    """Options for a client's identity, and for the servers that it trusts."""
 
     token_file: ClientTokenOption = None
     ca: AuthorityOption = None
@@ -193,9 +193,9 @@ class ClientSecurity:
         """Read the client's token and certificates; return ``None`` if there is no server.
 
         Raises:
-            UsageError: options are missing, or they need a server, or a server with TLS, and there
-                is none.
-            UnusableFile: a file does not have the required form.
+            UsageError: an option was given without a server, or without another option that it
+                needs.
+            UnusableFile: a file cannot be read or is not valid.
         """
         if server is None:
             if names := list_given(self):
@@ -235,7 +235,7 @@ def token(
 ) -> None:
     """Create a token, print it once, and add its hash to the server's token file.
 
-    An owner may have several tokens.  To revoke one, delete its line and restart the server.
+    An owner may have several tokens.  To revoke a token, delete its line and restart the server.
     """
     from splitonnx.runtime.edge.tokens import Role, add_token
 

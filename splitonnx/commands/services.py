@@ -1,4 +1,4 @@
-"""The commands that run a bundle's parts without changing them: serve, predict."""
+"""The commands that run a bundle's parts without changing them: serve and predict."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def predict(
     *,
     security: ClientSecurity,
 ) -> None:
-    """Run the split model, and write its outputs by name to an .npz file."""
+    """Predict with the split model, and write its outputs by name to an .npz file."""
     refuse_existing(output, force=force)
     with splitonnx.Client(
         bundle,

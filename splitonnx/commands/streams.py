@@ -1,7 +1,7 @@
 """Replace standard streams that were closed before the process started (``>&-``).
 
-Python represents such a stream by ``None``, and its file descriptor is reused for the next file
-that is opened, so that output of native code would be written into that file.
+Python sets such a stream to ``None``.  The next file that is opened gets the stream's file
+descriptor, so the output of native code would be written into that file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 from typing import TextIO
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors of a write that no file's name goes with: where a disk is full."""
+"""Error codes of failed writes to a full disk; such an error does not contain a file name."""
 
 
 def replace_closed_streams() -> None:
     """Open a replacement for each closed standard stream.
 
-    Writing to a closed stdout raises an error, like a full disk does.  Output to a closed stderr is
-    discarded.
+    Writing to a closed stdout raises an error, as if the disk were full.  Output to a closed stderr
+    is discarded.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -32,7 +32,10 @@ def replace_closed_streams() -> None:
 
 
 def _occupy(number: int) -> None:
-    """Keep files from getting the number of a standard stream, in child processes as well."""
+    """Open the null device as descriptor ``number`` if that is closed, so that no file gets it.
+
+    Child processes inherit the descriptor.
+    """
     try:
         os.fstat(number)
     except OSError:
@@ -44,7 +47,7 @@ def _occupy(number: int) -> None:
 
 
 def explain_failed_print(error: OSError) -> str | None:
-    """Return why a write to stdout failed, or ``None`` if the error has another cause."""
+    """Return why writing to stdout failed, or ``None`` if the error has another cause."""
     if error.filename:
         return None
     if error.errno == errno.EBADF and not _can_write(sys.stdout.fileno()):
@@ -61,5 +64,5 @@ def _can_write(descriptor: int) -> bool:
 
 
 def discard_unprinted(stream: TextIO) -> None:
-    """Discard a stream's buffered output, so that writing it does not fail when Python exits."""
+    """Discard a stream's buffered output, so that Python does not fail to write it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

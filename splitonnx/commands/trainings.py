@@ -1,4 +1,4 @@
-"""The command that trains: split against a server, or the complete model as a baseline."""
+"""The ``train`` command: split training with a server, or training without a cut as a baseline."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CHECKPOINT_EVERY = 100
 
 
 class WhenUnsaved(StrEnum):
-    """The choices of ``--when-unsaved``."""
+    """The values that ``--when-unsaved`` accepts."""
 
     STOP = "stop"
     CONTINUE = "continue"
@@ -94,7 +94,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """Options of ``--local``: how a model without a cut is trained, and its output file."""
+    """The options for ``--local``: how to train a model without a cut, and where to write it."""
 
     merged: Annotated[
         Path | None,
@@ -186,7 +186,7 @@ def train(
     whole: LocalOptions,
     security: ClientSecurity,
 ) -> None:
-    """Train a bundle against its server and save both halves, or with --local a complete model.
+    """Train a bundle with its server and save both halves, or with --local train an uncut model.
 
     The options under "What is trained, and how" require --local; for a bundle, cut has fixed them.
     """
@@ -238,7 +238,7 @@ def train(
 
 
 def _refuse_remote(server: str | None, run: RunOptions, trusted: bool) -> None:
-    """Raise where ``--local`` was given together with what needs a server."""
+    """Raise if ``--local`` was given together with an option that needs a server."""
     refuse_both("--local", "--server", True, server)
     refuse_both("--local", "--resume", True, run.resume)
     refuse_both("--local", "--restart", True, run.restart)
@@ -246,7 +246,7 @@ def _refuse_remote(server: str | None, run: RunOptions, trusted: bool) -> None:
 
 
 def _refuse_local(server: str | None, whole: LocalOptions) -> None:
-    """Raise where ``--local`` was not given, but options that need it were, or no server."""
+    """Raise if options that need ``--local`` were given without it, or if no server was given."""
     if given := whole.list_given():
         raise UsageError(
             f"{', '.join(given)}: with --local only; a bundle was cut with its own settings"
