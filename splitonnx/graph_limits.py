@@ -1,9 +1,10 @@
-"""Size limits of graphs: of a model that ``cut`` accepts, and of a stage's graph that is run.
+"""Size limits for the models that ``cut`` accepts, and for the graphs that the runtimes run.
 
-Together with :mod:`splitonnx.operators`, this is everything that the gates check a graph against.
-``python -m tests.support.typescript_tables`` writes both tables for the JavaScript client.  The
-limits of a stage's graph are wider than those of the model that it is cut from, because gradients
-and their lowerings add nodes.
+The gates, which check models and graphs from untrusted sources, compare them with these limits and
+with the lists in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` writes
+both tables for the JavaScript client.  The limits for a stage's graph are higher than the limits
+for the model that it was cut from, because gradients and their expansion into simpler operators add
+nodes.
 """
 
 from __future__ import annotations
@@ -13,52 +14,54 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class GraphLimits:
-    """Limits that apply to every graph."""
+    """Limits that apply both to models and to the graphs of stages."""
 
     rank: int = 32
-    """Dimensions of a tensor."""
+    """The number of dimensions of a tensor."""
     text_bytes: int = 1 << 20
-    """Bytes of a comment, or of one text in an attribute or tensor."""
+    """The size in bytes of a comment, or of one text in an attribute or tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits(GraphLimits):
-    """Limits of a user's model, checked by the partitioner's gate."""
+    """Limits for a user's model, checked by the partitioner's gate."""
 
     nodes: int = 250_000
-    """Nodes, once every call of a function is replaced by the function's nodes."""
+    """The number of nodes after each function call is replaced by the nodes of the function."""
     inputs: int = 4096
-    """Inputs of a node: onnx-ir takes longer to change one of them, the more there are."""
+    """The number of inputs of a node: the more inputs a node has, the longer onnx-ir takes to
+    change one of them."""
     depth: int = 64
-    """Bodies and function calls inside one another."""
+    """The nesting depth of function calls and of graphs inside nodes, such as branches of If."""
     name_characters: int = 4096
-    """Characters of a name."""
+    """The length of a name in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLimits(GraphLimits):
-    """Limits of a stage's graph, checked by the gates of both runtimes."""
+    """Limits for a stage's graph, checked by the gates of both runtimes."""
 
     total_bytes: int = (1 << 31) - 1
-    """Bytes of a graph; Protocol Buffers end there."""
+    """The size of a graph in bytes, which is the limit of Protocol Buffers."""
     fields: int = 1 << 24
-    """Fields of a graph, over all its messages; a training step of ResNet-18 in standard operators
-    has 26,000.  It bounds the time that the gate takes, to some ten seconds."""
+    """The number of fields in all messages of a graph together.  A training step of ResNet-18 in
+    standard operators has 26,000.  This limit bounds the time that the gate takes to about ten
+    seconds."""
     nodes: int = 1 << 20
-    """Nodes and bodies of a graph."""
+    """The number of nodes in a graph, plus the number of graphs inside nodes."""
     names: int = 1 << 21
-    """Names that a graph defines; they are kept while it is checked."""
+    """The number of names that a graph defines.  The gate keeps them in memory."""
     depth: int = 32
-    """Bodies of If, Loop and Scan inside one another; Protocol Buffers' own parsers end there."""
+    """The nesting depth of If, Loop and Scan; Protocol Buffers' own parsers have the same limit."""
     type_depth: int = 8
-    """Sequences and optionals inside one another."""
+    """The nesting depth of sequence and optional types."""
     attributes: int = 256
-    """Attributes of a node; ONNX's own operators have at most a dozen."""
+    """The number of attributes of a node.  ONNX's own operators have at most a dozen."""
     elements: int = 1 << 40
-    """Elements of a tensor, zero dimensions left out: an empty one may claim more than fits an
-    integer elsewhere."""
+    """The number of elements of a tensor, not counting dimensions of size 0.  Without this limit,
+    an empty tensor could declare sizes that overflow an integer elsewhere."""
     name_bytes: int = 1 << 14
-    """Bytes of a name: four for each character of a model's longest."""
+    """The length of a name in bytes: four for each character of the longest name in a model."""
 
 
 MODEL = ModelLimits()

@@ -1,6 +1,7 @@
-"""The manifest: everything a runtime must know to run a bundle, and nothing about neural networks.
+"""Manifests: the files that tell a runtime how to run a bundle.
 
-A bundle's folder::
+A manifest describes graphs and the values that they exchange, so that a runtime needs no knowledge
+of neural networks.  A bundle's folder contains::
 
     manifest.json           BundleManifest: how it was cut
     model.onnx              the model in inference form, without its trainable weights
@@ -10,11 +11,11 @@ A bundle's folder::
         weights.safetensors the weights that training starts from
         state.safetensors   the state after training, if there was any
 
-A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``): a set
-of stages, each of which runs as soon as its inputs are available.  Values have names, and each
-stage input records where its value comes from (:class:`Source`).  The manifest is the complete
-contract between partitioner and runtime, and between the Python runtime and runtimes in other
-languages.
+A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``).  It
+consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
+the manifest records for each input of a stage where its value comes from (:class:`Source`).  The
+manifest is the complete contract between the partitioner and the runtime, and between the Python
+runtime and runtimes in other languages.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ times larger than the file.
 MAX_SLOTS = 4
 """The largest number of tensors that an optimizer keeps per parameter."""
 
-"""The names of the phases."""
-
 KEY = "splitonnx.key"
-"""Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it."""
+"""The name of an input that the runtime supplies, I64[3]: (seed, step, micro-batch).  Dropout
+derives its mask from it."""
 LEARNING_RATE = "splitonnx.learning_rate"
-"""Scalar input, F32[]: the step's learning rate."""
+"""The name of an input that the runtime supplies, F32[]: the learning rate of the step."""
 STEP = "splitonnx.step"
-"""Scalar input, I64[]: the number of this update, counted from 1 (Adam's t)."""
+"""The name of an input that the runtime supplies, I64[]: the number of this update, counted from 1
+(``t`` in Adam)."""
 
 
 class Source(StrEnum):
-    """The origin of a stage's input."""
+    """The source of the value of a stage's input."""
 
     DATA = "data"  # an array of the caller's batch
     WIRE = "wire"  # sent by the other party
@@ -74,7 +75,7 @@ class Role(StrEnum):
 
 
 class WireKind(StrEnum):
-    """The reason why a tensor is sent."""
+    """The purpose of a tensor that is sent to the other party."""
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"
@@ -85,14 +86,14 @@ class WireKind(StrEnum):
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor that a party keeps from step to step; its shape is fully known."""
+    """The declaration of a tensor that a party keeps from step to step; its shape is fixed."""
 
     tensor: TensorSpec
     role: Role
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor that is sent from one party to the other within a task."""
+    """The declaration of a tensor that is sent from one party to the other within a task."""
 
     tensor: TensorSpec
     sender: str
@@ -101,16 +102,16 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageInput(msgspec.Struct, frozen=True, kw_only=True):
-    """An input of a stage graph, by its name in the graph, and where its value comes from."""
+    """An input of a stage's graph: its name in the graph, and the source of its value."""
 
     name: str
     source: Source
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """An ONNX graph of a party; it runs once per task, as soon as its inputs are available.
+    """A part of a phase: an ONNX graph that runs once per task, when all its inputs are available.
 
-    ``graph`` is the name of the file in the party's folder.
+    ``graph`` is the name of the graph's file in the party's folder.
     """
 
     name: str
@@ -122,11 +123,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 class Phase(msgspec.Struct, frozen=True, kw_only=True):
     """The work of one party for one kind of task.
 
-    ``data``: arrays that the caller must supply.  ``wires``: all tensors that are sent in this
-    phase, in both directions; both parties have the same list.  ``results``: names of values that
-    are returned to the caller.  ``commits`` maps the name of a state to the value (a stage's
-    output) that replaces it; all states are replaced together when every stage of the phase has
-    run.
+    ``data`` are the arrays that the caller must supply.  ``wires`` are all tensors that are sent in
+    this phase, in both directions; both parties have the same list.  ``results`` are the names of
+    the values that are returned to the caller.  ``commits`` maps the name of a state tensor to the
+    stage output that replaces it.  All state tensors are replaced together, after every stage of
+    the phase has run.
     """
 
     name: str
@@ -138,14 +139,14 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that one party needs to know; stored as ``manifest.json`` in the party's folder.
+    """The manifest of one party, stored as ``manifest.json`` in the party's folder.
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
     each graph file to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
-    ``outputs`` declares the model's outputs as ``predict`` returns them.  ``weights`` is the
-    SHA-256 of ``weights.safetensors`` in hex, set when the folder is written; bundles of earlier
-    versions do not have it.  ``sha256`` is the file's own checksum (:func:`has_valid_checksum`);
-    only manifests in files have it.
+    ``outputs`` declares the outputs of the model that ``predict`` returns.  ``weights`` is the
+    SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
+    in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
+    :func:`has_valid_checksum`), so only manifests in files have it.
     """
 
     format: str
@@ -161,12 +162,12 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
 
     def phase(self, name: str) -> Phase:
-        """Return the phase of this name, or an empty phase if the party has no work in it."""
+        """Return the phase with this name, or an empty phase if the party has no work in it."""
         return next((p for p in self.phases if p.name == name), Phase(name=name))
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """How a bundle was cut: enough to cut the same model again, or to build it without a cut."""
+    """The settings of a cut: enough to cut the same model again, or to train it without a cut."""
 
     at: tuple[str, ...]
     tail_at: tuple[str, ...]
@@ -182,7 +183,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The manifest of the complete bundle, stored beside the parties' folders.
+    """The manifest of a complete bundle, stored in the bundle's folder.
 
     ``files`` maps the name of the model's file to its SHA-256 in hex; it is empty in bundles of
     earlier versions.
@@ -199,14 +200,14 @@ class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
 _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 
 
-# msgspec ends the process where two threads meet a type for the first time at once
+# msgspec crashes if two threads use a type for the first time simultaneously
 _DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest, BundleManifest)}
 
 
 def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
     """Encode a manifest as indented JSON, with keys in declaration order for readable diffs.
 
-    Its last key is the SHA-256 of the file, computed with zeros in place of the checksum itself.
+    The last key is the SHA-256 of the file, computed with zeros in place of the checksum itself.
     """
     blank = msgspec.structs.replace(manifest, sha256=_BLANK)
     content = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
@@ -216,7 +217,10 @@ def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
 
 
 def has_valid_checksum(content: bytes) -> bool:
-    """Return whether a manifest's file is unchanged; files of earlier versions always pass."""
+    """Return whether the content of a manifest file matches the checksum that it contains.
+
+    Files of earlier versions contain no checksum and always pass.
+    """
     before, mark, after = content.rpartition(_MARK)
     if not mark:
         return True
@@ -226,12 +230,14 @@ def has_valid_checksum(content: bytes) -> bool:
 
 
 def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
-    """Decode a manifest.
+    """Decode a manifest, and check the state and the tensors to be sent that it declares.
+
+    ``source`` is the name of the file, for error messages.
 
     Raises:
-        FormatError: the bytes are not JSON, a field is missing or has the wrong type, another
-            format version, a state that no party can hold, or a wire with a dimension that is not
-            declared.
+        FormatError: the bytes are not JSON, a field is missing or has the wrong type, the format
+            version is a different one, the state is not valid, or a tensor to be sent has an
+            undeclared dimension.
     """
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)
@@ -246,7 +252,7 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
 
 
 def _check_wires(manifest: PartyManifest, source: str) -> None:
-    """Check that each dimension that travels is a number or a name, which a task binds."""
+    """Check that each dimension of a tensor to be sent is a number or a name."""
     for phase in manifest.phases:
         for wire in phase.wires:
             if None in wire.tensor.shape:
@@ -258,10 +264,11 @@ def _check_wires(manifest: PartyManifest, source: str) -> None:
 
 
 def _check_state(manifest: PartyManifest, source: str) -> None:
-    """Check what memory is taken for on the manifest's word alone: the optimizer's zeros.
+    """Check that the state is valid, and that it does not declare too many optimizer tensors.
 
-    Each is of a parameter's shape, ``MAX_SLOTS`` to a parameter; the parameters themselves are
-    held against a file.
+    Memory for the optimizer's tensors is allocated as the manifest declares, without a file to
+    compare them with.  Therefore each must have the shape of a parameter, with at most
+    ``MAX_SLOTS`` tensors per parameter.  The parameters themselves are compared with a file.
     """
     names: set[str] = set()
     room: Counter[tuple[int | str | None, ...]] = Counter()

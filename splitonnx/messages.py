@@ -1,8 +1,9 @@
-"""The messages between client and server, and how they are encoded.
+"""The messages between client and server, and their encoding.
 
-Every message is a safetensors message: its fields are JSON in the metadata under ``splitonnx``, and
-its tensors are the tensors of the safetensors message.  So any safetensors reader can inspect a
-recorded message.  This module defines the messages; the protocol defines when each may be sent.
+Every message has the safetensors format: its tensors are stored as usual, and its other fields are
+stored as JSON in the metadata, under ``splitonnx``.  So any safetensors reader can inspect a
+recorded message.  This module defines the messages; :mod:`splitonnx.runtime.wire.protocols` defines
+when each message may be sent.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _FIELD = "splitonnx"
 
 Wires = dict[str, tuple[Wire, ...]]
-"""Maps the name of a phase to all tensors that are sent in it."""
+"""All tensors that are sent in each phase, by the name of the phase."""
 
 
 class TaskKey(msgspec.Struct, frozen=True):
-    """The identity of a task: one micro-batch of one step of one phase of one session."""
+    """The identity of a task: one micro-batch of a step, in one phase of one session."""
 
     session: str
     phase: str
@@ -46,21 +47,22 @@ class TaskKey(msgspec.Struct, frozen=True):
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by a client: its token, because browsers cannot send the token in an HTTP header."""
+    """The client's token, sent as a message because browsers cannot send it in an HTTP header."""
 
     token: str
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by a client: the bundle and the session that it has, and the step that it is at.
+    """The client's greeting: its bundle, its session, and the step at which it is.
 
-    ``session`` consists of 32 hex digits chosen by the client; it is new, or a session to continue.
-    It began at step ``start``, from a state that session ``origin`` produced; ``origin`` is empty
-    for an untrained bundle.  ``generation`` counts the session's connections and must be larger
-    than that of any earlier connection.  ``kept`` are the steps that the client has checkpoints of;
-    without checkpoints, it can go back to ``start``.  ``is_open`` means that the client is in the
-    middle of ``step`` and will send that step's messages again.  ``can_repeat`` means that it also
-    still has the messages of the step before ``step``, the last of which may not have arrived.
+    ``session`` is the ID of a new session or of a session to continue: 32 hex digits, chosen by the
+    client.  The session began at step ``start``, from a state that session ``origin`` produced;
+    ``origin`` is empty for an untrained bundle.  ``generation`` counts the session's connections
+    and must be larger than that of any earlier connection.  ``kept`` are the steps for which the
+    client has checkpoints; without checkpoints, it can go back to ``start``.  ``is_open`` means
+    that the client is in the middle of ``step`` and will send that step's messages again.
+    ``can_repeat`` means that the client also still has the messages of the previous step, in case
+    the last of them did not arrive.
     """
 
     protocol: int = PROTOCOL
@@ -77,16 +79,16 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """Return the steps at which the client could continue, newest first."""
+        """Return the steps from which the client could continue, newest first."""
         return tuple(sorted({self.step, *(self.kept or (self.start,))}, reverse=True))
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by the server: it has the bundle too, and both sides continue at ``step``.
+    """The server's reply to a greeting: it has the same bundle, and both sides start at ``step``.
 
-    ``step`` is the client's current step or one that the client has a checkpoint of.
-    ``wants_repeat`` means that the server has not completed the step before ``step``, so the client
-    must send the messages of that step again.
+    ``step`` is the client's current step, or a step for which the client has a checkpoint.
+    ``wants_repeat`` means that the server has not completed the previous step, so the client must
+    send the messages of that step again.
     """
 
     session: str
@@ -97,10 +99,10 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by either side: tensors of a task.  The client chooses ``seed`` and ``learning_rate``.
+    """Tensors of a task, sent by either side.
 
-    ``turn`` counts the sender's messages of the task from 0.  A message that is sent again is
-    identical byte for byte.
+    The client chooses ``seed`` and ``learning_rate``.  ``turn`` counts the sender's messages in
+    this task, starting from 0.  A message that is sent again is identical byte for byte.
     """
 
     session: str
@@ -113,15 +115,15 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def key(self) -> TaskKey:
-        """Return the task that the tensors belong to."""
+        """Return the identity of the task that the tensors belong to."""
         return TaskKey(self.session, self.phase, self.step, self.micro_batch)
 
 
 class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by a client: the server must save its state at ``step``; then the client saves its own.
+    """The client's request that the server save its state at ``step``.
 
-    ``publish`` means that the state is also the outcome of the training, and not only a checkpoint
-    to go back to.
+    When the server has saved its state, the client saves its own.  ``publish`` means that the state
+    is also the outcome of the training, and not only a checkpoint to go back to.
     """
 
     session: str
@@ -130,14 +132,17 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by the server: its state was saved."""
+    """The server's reply to :class:`Save`: its state was saved."""
 
     session: str
     step: Count
 
 
 class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by the server: saving failed; earlier checkpoints remain, and training may continue."""
+    """The server's reply to :class:`Save` if its state could not be saved.
+
+    Earlier checkpoints remain, and training may continue.
+    """
 
     session: str
     step: Count
@@ -145,12 +150,14 @@ class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by either side: an error occurred here, and this connection ends.
+    """A report that an error occurred on the sender's side; the connection is then closed.
 
-    ``code`` is the class of the error.  ``newest``: for ``StaleConnection``, the generation of the
-    session's newest connection.  ``subject``: for ``NotFinite`` and ``BatchTooLarge``, the name of
-    the tensor.  ``reason``: for ``NotFinite``, where the tensor was.  ``needed`` and ``limit``: for
-    ``BatchTooLarge``, the number of rows received and the largest number allowed.
+    ``code`` is the name of the error's class, and ``reason`` describes the error.  The other fields
+    are set for some errors only.  For ``StaleConnection``, ``newest`` is the generation of the
+    session's newest connection.  For ``NotFinite`` and ``BatchTooLarge``, ``subject`` is the name
+    of the tensor.  For ``NotFinite``, ``reason`` is the place where the tensor was found.  For
+    ``BatchTooLarge``, ``needed`` is the number of rows received, and ``limit`` is the largest
+    number allowed.
     """
 
     code: str
@@ -162,27 +169,27 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent by a client: it has finished."""
+    """The client's last message: it has finished."""
 
 
 Message = Login | Hello | Welcome | Tensors | Save | Saved | Unsaved | Fault | Bye
 
-# msgspec ends the process where two threads meet a type for the first time at once
+# msgspec crashes if two threads use a type for the first time simultaneously
 _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
 
 def encode_message(
     message: Message, tensors: Mapping[str, np.ndarray] | None = None
 ) -> list[Chunk]:
-    """Encode a message and its tensors as chunks of a single message, without copying tensors."""
+    """Encode a message and its tensors as a list of chunks, without copying the tensors."""
     return encode_tensors(tensors or {}, {_FIELD: msgspec.json.encode(message).decode()})
 
 
 def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
-    """Decode a message and its tensors, which are views of ``content``.
+    """Decode a message and its tensors; the tensors are views of ``content``.
 
     Raises:
-        FormatError: the bytes are not a message.
+        FormatError: the bytes are not a valid message.
     """
     tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
     if metadata.keys() != {_FIELD}:

@@ -16,7 +16,7 @@ Target: TypeAlias = Literal["portable", "training"]
 BatchNormMode: TypeAlias = Literal["train", "frozen"]
 """The statistics that BatchNormalization uses: those of the batch, or the running statistics."""
 DropoutMode: TypeAlias = Literal["keep", "off"]
-"""Whether Dropout is active."""
+"""Dropout is active during training (``keep``) or never (``off``)."""
 PORTABLE: Final = "portable"
 TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)

@@ -1,7 +1,8 @@
-"""The operators that a bundle's graphs may contain: ``cut`` writes and runtimes run no others.
+"""The operators that the graphs of a bundle may contain.
 
-ONNX Runtime has hundreds more, among them some that call Python, load libraries or connect to other
-machines.  Tests compare these lists with those of the onnx package and the partitioner.
+``cut`` writes no other operators, and the runtimes do not run any others.  ONNX Runtime has
+hundreds more, and some of them call Python, load libraries or connect to other machines.  Tests
+compare these lists with those of the onnx package and the partitioner.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ TRAINING_OPERATORS = frozenset(_TRAINING.split())
 
 _CONTRIBUTED = "FastGelu FusedMatMul Gelu QuickGelu SimplifiedLayerNormalization Trilu"
 TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
-"""The operators among these that only onnxruntime-training can run."""
+"""The training operators that only onnxruntime-training can run."""
 
 
 def is_known(operator: str, domain: str) -> bool:
@@ -68,12 +69,12 @@ def is_known(operator: str, domain: str) -> bool:
 
 
 def is_standard(operator: str, domain: str) -> bool:
-    """Return whether the graph of a portable part may contain an operator."""
+    """Return whether an operator is standard, so that a portable part's graphs may contain it."""
     return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
 
 
 WINDOWS = frozenset({"dilations", "kernel_shape", "strides"})
-"""Attributes by which ONNX Runtime divides, so that numbers below 1 crash the process."""
+"""Attributes that ONNX Runtime divides by, so that numbers below 1 crash the process."""
 AXES = frozenset({"axes", "axis", "batch_axis", "time_axis"})
 """Attributes that name an axis; if no tensor has such an axis, ONNX Runtime reads out of bounds."""
 KINDS = frozenset(
@@ -82,4 +83,4 @@ KINDS = frozenset(
 """Attributes that name an element type."""
 EINSUM = "Einsum"
 EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
-"""Einsum's attribute; onnx's shape inference may loop forever if the equation is malformed."""
+"""The pattern of a valid Einsum equation; onnx's shape inference may loop forever on others."""
