@@ -1,7 +1,8 @@
-"""Split learning on ONNX: cut any model and train its parts separately, exactly like the whole.
+"""Split learning on ONNX: cut a model into two parts and train them on different machines.
 
-The names below are imported when they are first used, so that ``import splitonnx`` stays fast and a
-device that only trains does not need ``onnx``::
+The result is the same as that of training the uncut model.  The names below are imported when they
+are first used, so that ``import splitonnx`` is fast and a device that only trains does not need
+``onnx``::
 
     from splitonnx import AdamW, Client, Server, cut, merge, verify
 """

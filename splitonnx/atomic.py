@@ -1,10 +1,13 @@
 """Write files and folders atomically: completely or not at all.
 
-Each process and thread writes under a temporary name of its own, so that the next writer can find
-and remove what a killed process left behind.  If the system can exchange two names in one step
-(Linux, macOS), a folder that is being replaced exists at every moment.  Otherwise the replacement
-takes two renames, and if the process is killed between them, the old folder is restored later.
-This module deals with names and does not interpret the content of files.
+Content is first written under a temporary name.  This name contains the process ID, so that a later
+writer can find and remove the temporary files of a process that was killed.
+
+Linux and macOS can swap the names of two folders in one step, so a folder that is being replaced
+never disappears.  On other systems the replacement takes two renames.  If the process is killed
+between them, :func:`recover` restores the old folder later.
+
+This module does not interpret the content of files.
 """
 
 from __future__ import annotations
@@ -37,18 +40,19 @@ _own: set[Path] = set()
 _UNFINISHED = re.compile(
     r"\..+\.safetensors\.(?P<process>[0-9]+)(-[0-9]+)?|\.fresh\..+\.safetensors", re.DOTALL
 )
-"""Names of tensor files that are being written; the latter is that of earlier versions."""
+"""Names of temporary tensor files.  The second alternative matches the names that earlier versions
+used."""
 
 _Found = TypeVar("_Found")
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write chunks to a file and wait until they are on disk, without copying large chunks.
+    """Write chunks to a file, without copying large chunks, and wait until they are on disk.
 
     Raises:
         OSError: the file cannot be written; a partly written file remains.
     """
-    from splitonnx.chunks import iter_chunks  # numpy, which `--help` needs not
+    from splitonnx.chunks import iter_chunks  # imports numpy, which --help does not need
 
     with path.open("wb") as file:
         for chunk in chunks:
@@ -60,11 +64,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) ->
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write a file to; the file replaces ``path`` if the block succeeds.
+    """Yield a temporary path for a new file that replaces ``path`` if the block succeeds.
 
-    After the block, the file is on disk under the name ``path``.  If the block raises, the
-    temporary file is deleted and ``path`` is unchanged.  The block must wait until the content is
-    on disk, like :func:`write_file` does.
+    The block must write the file and wait until its content is on disk, for example with
+    :func:`write_file`.  The file is then renamed to ``path``, and the new name is on disk before
+    this function returns.  If the block raises, the temporary file is deleted and ``path`` is
+    unchanged.
 
     Raises:
         OSError: the file cannot be moved to ``path``.
@@ -75,14 +80,14 @@ def replacing(path: Path) -> Iterator[Path]:
         yield fresh
         os.replace(fresh, path)
     finally:
-        with suppress(OSError):  # the reason why it failed is told, not this
-            fresh.unlink(missing_ok=True)  # also where both are one file, which no rename moves
+        with suppress(OSError):  # the original error matters more
+            fresh.unlink(missing_ok=True)  # renaming does nothing if both are links to one file
         _own.discard(fresh)
     sync_folder(path.parent)
 
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write a complete file, replacing an existing one, or leave everything unchanged.
+    """Write a file atomically, replacing an existing file with the same name.
 
     Raises:
         OSError: the file cannot be written; nothing has changed.
@@ -92,9 +97,10 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) 
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a whole line to a file and wait until it is on disk; on failure append nothing.
+    """Append a line to a file and wait until it is on disk.
 
-    If the file does not exist, it is created with access for its owner only.
+    If the file does not end with a line break, add a line break first.  If the file does not exist,
+    create it with access for its owner only.
 
     Raises:
         OSError: the line cannot be written; the file is unchanged.
@@ -107,7 +113,7 @@ def append_line(path: Path, line: bytes) -> None:
             line = line if file.read(1) == b"\n" else b"\n" + line
         try:
             left = memoryview(line)
-            while left:  # a disk that becomes full takes a part
+            while left:  # a disk that fills up takes only a part
                 left = left[file.write(left) :]
             os.fsync(handle)
         except OSError:
@@ -116,7 +122,9 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove unfinished files of killed writers from a folder, but not those of running processes.
+    """Remove temporary tensor files that killed processes left in a folder.
+
+    Files that running processes are still writing are not removed.
 
     Raises:
         OSError: the folder cannot be read.
@@ -132,7 +140,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk; on Windows this does nothing.
+    """Wait until new, renamed and deleted names in a folder are on disk; do nothing on Windows.
 
     Raises:
         OSError: the folder cannot be opened, or the disk fails.
@@ -149,12 +157,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> None:
-    """Create the folder ``target``, or replace it in one step; ``write`` creates its content.
+    """Create or replace the folder ``target`` atomically.
 
-    During the replacement, every replaced folder that contains a file ``marker`` is locked.
+    ``write`` is called with the path of a temporary folder and must create the content there.  If
+    ``target`` exists, every folder that contains a file named ``marker`` is locked during the
+    replacement: ``target`` itself and its direct subfolders.
 
     Raises:
-        FolderInUse: one of these folders is being served or trained.
+        FolderInUse: one of the folders to lock is being served or trained.
         OSError: the folder cannot be written; nothing has changed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +190,11 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
 
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
-    """Read the files of a folder, and read them again if the folder was replaced meanwhile.
+    """Read the files of a folder; read them again if the folder was replaced meanwhile.
 
-    ``errors`` are the exceptions that reading a mixture of the old and the new folder may raise.
+    ``read`` reads the files and returns the result.  ``errors`` are the exceptions that it may
+    raise if it finds a mixture of old and new files.  They are passed on only if the folder was not
+    replaced.
     """
     for _ in range(_MOST_READS):
         recover(folder)
@@ -200,7 +212,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Restore a folder that a killed process moved aside and did not replace."""
+    """Restore a folder that a killed process renamed and did not replace."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):
@@ -210,7 +222,7 @@ def recover(target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; return False if the system cannot do that.
+    """Swap the names of two folders in one step; return ``False`` if the system cannot do that.
 
     Raises:
         OSError: the system supports it, but the exchange failed.
@@ -224,7 +236,7 @@ def exchange(one: Path, other: Path) -> bool:
             failed = libc.renameat2(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)
         else:
             return False
-    except (AttributeError, OSError, TypeError):  # an older libc; Windows has none of that name
+    except (AttributeError, OSError, TypeError):  # the libc is too old, or this is Windows
         return False
     code = ctypes.get_errno()
     if failed and code not in _UNABLE:
@@ -233,8 +245,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def is_other_alive(process: int) -> bool:
-    """Return whether another process with this number is running."""
-    if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps an open file from going
+    """Return whether another running process has this process ID; on Windows always ``False``."""
+    if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps open files
         return False
     try:
         os.kill(process, 0)
@@ -261,7 +273,7 @@ def _replace(fresh: Path, target: Path) -> None:
 
 
 def _clear(target: Path) -> None:
-    """Remove what killed processes left beside a folder that is at its place."""
+    """Remove temporary folders of killed processes, and old versions of an existing folder."""
     if target.exists():
         for left in _list_own(target, r"previous"):
             shutil.rmtree(left, ignore_errors=True)
@@ -270,7 +282,7 @@ def _clear(target: Path) -> None:
 
 
 def _list_own(target: Path, ending: str) -> list[Path]:
-    """List what processes that have ended left beside a folder under such names."""
+    """List folders beside ``target`` that ended processes left; ``ending`` matches their names."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9]+)\.{ending}")
     found = []
     with suppress(OSError):

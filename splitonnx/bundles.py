@@ -1,8 +1,9 @@
-"""Load and save bundles: the folders of a cut model, with one complete folder per party.
+"""Load and save bundles: folders that contain a cut model, with one subfolder per party.
 
-Files are written completely or not at all.  Everything that is read is checked against the manifest
-and its checksums before it is used.  This module handles files, hashes and tensors; it neither
-reads nor runs graphs.
+A party is the client or the server.  Its folder contains everything that it needs.  Files are
+written completely or not at all.  Everything that is read is checked against the manifest and its
+checksums before it is used.  This module handles files, hashes and tensors; it neither reads nor
+runs graphs.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PartyBundle:
-    """Everything that one party needs: its manifest, stage graphs and weights.
+    """Everything that one party needs: its manifest, its graphs and its weights.
 
-    ``graphs`` maps the names of graph files to ONNX models.  ``weights`` are the tensors that
-    training starts from: parameters, frozen weights and buffers.  ``trained`` is the state after
-    ``step`` updates, including the optimizer's, or ``None`` before the first update.  ``session``
-    is the session that trained it, and ``position`` is its position in the training data, in the
-    runtime's notation.  ``path`` is the folder, or ``None`` for a bundle in memory.  ``owner`` is
-    the owner of the session on a server with tokens.  The arrays are read-only.
+    ``graphs`` maps the names of graph files to serialized ONNX models.  ``weights`` are the tensors
+    that training starts from: parameters, frozen weights and buffers.  ``trained`` is the state
+    after ``step`` updates, including the optimizer's state, or ``None`` before the first update.
+    ``session`` is the ID of the training session that produced ``trained``.  ``position`` is the
+    position of that session in the training data, encoded by the runtime.  ``owner`` is the owner
+    of the session on a server that requires tokens.  ``path`` is the folder, or ``None`` for a
+    bundle in memory.  The arrays are read-only.
     """
 
     manifest: PartyManifest
@@ -73,16 +75,17 @@ class PartyBundle:
 
     @classmethod
     def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
-        """Read a party's folder; weights are memory-mapped, or read into memory with ``is_held``.
+        """Read a party's folder.
 
-        If somebody truncates a mapped file, a process that reads it is killed by SIGBUS.
+        The weights are memory-mapped, or read into memory with ``is_held``.  If another program
+        truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        If ``session`` is given and the folder still has the state that this session produced, read
-        that state; otherwise read the newest one.
+        If ``session`` is given and the folder still has the state that this session produced, that
+        state is read; otherwise the newest state is read.
 
         Raises:
-            BundleError: the folder is missing or incomplete, a graph, the weights or the state were
-                altered, or weights or state are not what the manifest declares.
+            BundleError: the folder is missing or incomplete, a file was altered, or the weights or
+                the state do not match the manifest.
             FormatError: the manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
@@ -106,10 +109,11 @@ class PartyBundle:
         overwrite: bool = False,
         beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the party's folder, and the files in ``beside``, completely or not at all.
+        """Write the party's folder completely, or not at all.
 
-        With ``overwrite``, an existing folder of a party is replaced.  Anything else is never
-        replaced.
+        ``beside`` maps the names of additional files to their content; they are written to the same
+        folder.  With ``overwrite``, an existing party folder is replaced.  Any other existing file
+        or folder is never replaced.
 
         Raises:
             BundleError: ``path`` exists already, or the folder cannot be written there.
@@ -124,7 +128,10 @@ class PartyBundle:
         _write_whole(Path(path), write, PartyManifest, overwrite=overwrite)
 
     def encode(self) -> tuple[bytes, list[Chunk]]:
-        """Encode the manifest, including the checksum of the weights, and the weights' file."""
+        """Return the encoded manifest, and the content of the weights file as a list of chunks.
+
+        The manifest includes the checksum of the weights file.
+        """
         chunks = encode_tensors(self.weights)
         manifest = msgspec.structs.replace(self.manifest, weights=_sum(chunks))
         return encode_manifest(manifest), chunks
@@ -147,7 +154,7 @@ class PartyBundle:
             write_state(folder, state, self.manifest.digest)
 
     def with_state(self, state: State) -> PartyBundle:
-        """Return a copy of this party with another state."""
+        """Return a copy of this party with ``state`` as its trained state."""
         return replace(
             self,
             trained=state.tensors,
@@ -158,10 +165,11 @@ class PartyBundle:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the state to continue from: the trained state, or the weights and zeros.
+        """Return the tensors to continue training from.
 
-        It contains every tensor of the manifest's state, in the same order and with the declared
-        dtype and shape.
+        These are the trained tensors.  Before the first update, they are the initial weights, and
+        zeros for the optimizer's state.  The result contains every tensor of the manifest's state,
+        in the same order and with the declared dtype and shape.
         """
         if self.trained is not None:
             return {
@@ -177,7 +185,11 @@ class PartyBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A cut model: how it was cut, its parties, and ``skeleton``, the model without its weights."""
+    """A cut model: a manifest that describes the cut, and each party's part.
+
+    ``parties`` maps the name of each party to its part.  ``skeleton`` is the uncut model without
+    its trainable weights, serialized as ONNX.
+    """
 
     manifest: BundleManifest
     parties: Mapping[str, PartyBundle]
@@ -195,10 +207,11 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Read a complete bundle: the folder with ``model.onnx`` and one folder per party.
+        """Read a complete bundle: the folder with ``model.onnx`` and one subfolder per party.
 
         Raises:
-            BundleError: see :meth:`PartyBundle.load`; or the parties come from different cuts.
+            BundleError: a file or folder is not usable (see :meth:`PartyBundle.load`), or the
+                parties come from different cuts.
             FormatError: a manifest or a tensor file cannot be decoded.
         """
         folder = Path(path)
@@ -222,9 +235,10 @@ class Bundle:
         return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the bundle as a folder, completely or not at all.
+        """Write the bundle's folder completely, or not at all.
 
-        With ``overwrite``, an existing bundle is replaced.  Anything else is never replaced.
+        With ``overwrite``, an existing bundle is replaced.  Any other existing file or folder is
+        never replaced.
 
         Raises:
             BundleError: ``path`` exists already, or the bundle cannot be written there.
@@ -284,7 +298,7 @@ def _read_graphs(folder: Path, manifest: PartyManifest) -> dict[str, bytes]:
 
 
 def _read_weights(path: Path, manifest: PartyManifest, is_held: bool) -> dict[str, np.ndarray]:
-    """Map a party's first weights; they are read through once where there is a checksum."""
+    """Map a party's initial weights, and verify their checksum if the manifest contains it."""
     content = hold(map_file(path)) if is_held else map_file(path)
     weights, _ = decode_state(path, content, _initial(manifest))
     if manifest.weights:  # earlier versions wrote none
@@ -305,7 +319,7 @@ def _sum(chunks: Iterable[Chunk]) -> str:
 
 
 def _passing(chunks: Iterable[Chunk], look: Callable[[memoryview], object]) -> Iterator[memoryview]:
-    """Yield chunks piece by piece, and let each be looked at on its way."""
+    """Yield chunks piece by piece, and call ``look`` with each piece first."""
     for chunk in chunks:
         for piece in iter_chunks(chunk):
             look(piece)
@@ -319,7 +333,7 @@ def _write_whole(
     *,
     overwrite: bool,
 ) -> None:
-    """Create a folder, or replace one of its ``kind``, with what ``write`` puts into it."""
+    """Create a folder with the content from ``write``, or replace a folder of the same ``kind``."""
     try:
         check_place(target)
         recover(target)

@@ -1,8 +1,8 @@
-"""Checksums: a tensor file contains a SHA-256 of its own bytes, so that changes are detected.
+"""Add a SHA-256 checksum to tensor files, and verify it to detect changes.
 
 The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
-file, with 64 zeros in place of the checksum itself.  Anyone can change a file together with its
-checksum, so this detects accidents and not attacks.  This module works on bytes and does not access
+file, with 64 zeros in place of the checksum itself.  It detects accidental changes but no attacks,
+because an attacker can change the checksum as well.  This module works on bytes and does not access
 the file system.
 """
 
@@ -25,7 +25,9 @@ _BLANK = "0" * 64
 def encode_with_checksum(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> list[Chunk]:
-    """Encode tensors and metadata as chunks of a file with its checksum, without copying tensors.
+    """Encode tensors and metadata as the chunks of a tensor file that contains its checksum.
+
+    The tensors are not copied.
 
     Raises:
         FormatError: a tensor has an element type that cannot be written.
@@ -38,7 +40,10 @@ def encode_with_checksum(
 
 
 def has_valid_checksum(content: memoryview, metadata: Mapping[str, str]) -> bool:
-    """Return whether a well-formed file with this ``metadata`` has its original content."""
+    """Return whether the content of a tensor file matches the checksum in its ``metadata``.
+
+    ``content`` must be a well-formed tensor file.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = bytes(content[:end])
     start = header.find(_MARK) + len(_MARK)

@@ -1,8 +1,8 @@
-"""Process large tensors in chunks, so that they need not fit into memory to be hashed or written.
+"""Process large tensors in chunks, to hash or write them without holding them in memory.
 
 A tensor that is mapped from a file uses no memory until it is read.  Each chunk's memory is
-released before the next chunk is read.  This module deals with buffers and memory mappings; it does
-not depend on a format or a file.
+released before the next chunk is read.  This module works on buffers and memory mappings; it does
+not depend on a file format.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PIECE = 8 << 20
 def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview]:
     """Yield the bytes of a contiguous buffer in order, ``PIECE`` bytes at a time.
 
-    If the buffer is mapped from a file, the pages of a chunk are released when the next chunk is
-    requested.  They are read from the file again if they are used again.
+    If the buffer is mapped from a file, the memory of each chunk is released when the next chunk is
+    requested.  If a chunk is used again later, it is read from the file again.
     """
     flat = _flatten(content)
     mapping = _find_mapping(content)
@@ -32,7 +32,7 @@ def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview
 
 
 def hold(content: memoryview) -> memoryview:
-    """Copy bytes into this process's own memory, so that they do not change with their file."""
+    """Copy bytes into this process's memory, so that later changes to their file have no effect."""
     memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
     start = 0
     for piece in iter_chunks(content):
@@ -48,12 +48,12 @@ def _flatten(content: bytes | memoryview | np.ndarray) -> np.ndarray:
 
 
 def _find_mapping(content: object) -> mmap.mmap | None:
-    """Find the mapped file that a buffer shows a part of."""
+    """Find the read-only memory mapping that a buffer is a part of."""
     while isinstance(content, np.ndarray | memoryview):
         content = content.base if isinstance(content, np.ndarray) else content.obj
     if isinstance(content, mmap.mmap) and memoryview(content).readonly:
         return content
-    return None  # a page that was written to might be lost
+    return None  # releasing a page that was written to could lose the change
 
 
 def _give_back(mapping: mmap.mmap, piece: np.ndarray) -> None:

@@ -1,13 +1,13 @@
-"""Encode and decode tensors in the safetensors layout, for messages and for weight files.
+"""Encode and decode tensors in the safetensors format, for messages and for weight files.
 
-A message is 8 bytes of header length (little-endian), a JSON header padded with spaces to a
-multiple of 64 bytes, then the raw tensors.  The header maps each name to its ``dtype``, ``shape``
-and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
+A message consists of the length of its header (8 bytes, little-endian), a JSON header padded with
+spaces to a multiple of 64 bytes, and the raw tensors.  The header maps each name to its ``dtype``,
+``shape`` and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
 github.com/huggingface/safetensors.)
 
-The decoder does not trust its input: it checks every size arithmetically before it reads any data,
-requires the tensors to fill the bytes without gaps, overlaps or trailing bytes, and never executes
-code from the bytes.  This module does not depend on messages or bundles.
+The decoder does not trust its input.  It checks every size before it reads any data, requires that
+the tensors fill the bytes without gaps, overlaps or trailing bytes, and never executes code from
+the input.  This module does not depend on messages or bundles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def encode_tensors(
 ) -> list[Chunk]:
     """Encode tensors as the chunks of one safetensors message, without copying the tensors.
 
-    The larger element types come first, so that every tensor is aligned to its elements.
+    Tensors with larger element types come first, so that every tensor is aligned to the size of its
+    elements.
 
     Raises:
         FormatError: a tensor has an element type that cannot be encoded.
@@ -64,7 +65,9 @@ def encode_tensors(
 def decode_tensors(
     content: Chunk | bytearray, *, max_header: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Decode tensors, as read-only views of ``content``, and the metadata.
+    """Decode the tensors and the metadata of a message.
+
+    The tensors are read-only views of ``content``.
 
     Args:
         content: the complete message.
@@ -115,7 +118,7 @@ def _read_header(view: memoryview, max_header: int) -> tuple[dict[str, object], 
             parse_constant=_refuse_constant,
         )
         if b"\\u" in text:
-            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is not text
+            json.dumps(header, ensure_ascii=False).encode()  # raises on half a surrogate
     except (ValueError, RecursionError) as error:
         raise _malformed(f"its header is not JSON ({error})") from error
     assert isinstance(header, dict)  # it starts with a brace
@@ -144,7 +147,10 @@ def _is_size(value: object) -> bool:
 
 
 def _read_start(name: str, entry: object) -> tuple[int, int]:
-    """Return a tensor's offsets to sort by; empty tensors come before what starts where they do."""
+    """Return a tensor's offsets as a key for sorting.
+
+    An empty tensor sorts before another tensor that starts at the same byte.
+    """
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _malformed(f"tensor '{name}' has no valid offsets")
@@ -154,7 +160,7 @@ def _read_start(name: str, entry: object) -> tuple[int, int]:
 def _check_entry(
     name: str, entry: object, start: int
 ) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
-    assert isinstance(entry, dict)  # _read_start saw to it
+    assert isinstance(entry, dict)  # checked by _read_start
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(f"tensor '{name}' has the fields {sorted(entry)}")
     dtype, shape = entry["dtype"], entry["shape"]
@@ -175,7 +181,7 @@ def _check_entry(
 
 def _view(data: memoryview, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> np.ndarray:
     raw = np.frombuffer(data, np.uint8)
-    if raw.ctypes.data % dtype.itemsize:  # files of other writers may be packed unaligned
+    if raw.ctypes.data % dtype.itemsize:  # files from other writers may be unaligned
         raw = raw.copy()
         raw.flags.writeable = False
     return raw.view(dtype).reshape(shape)

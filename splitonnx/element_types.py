@@ -1,7 +1,8 @@
 """The element types of tensors, with their names in each format and library.
 
 Files and messages use the names of the safetensors format, ONNX uses numbers, ONNX Runtime uses
-words, and numpy uses dtypes.  The tables that translate between them are built from these rows.
+words, and numpy uses dtypes.  All tables that translate between them are built from
+``ELEMENT_TYPES``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import numpy as np
 
 
 class ElementType(NamedTuple):
-    """One element type; ``code`` is its number in ONNX, ``runtime`` its name in ONNX Runtime."""
+    """An element type of tensors.
+
+    ``name`` is its name in the safetensors format, ``code`` is its number in ONNX, ``runtime`` is
+    its name in ONNX Runtime, and ``dtype`` is its numpy dtype.
+    """
 
     name: str
     code: int

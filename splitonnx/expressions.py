@@ -1,10 +1,10 @@
-"""Read and evaluate symbolic dimensions: ``N``, ``4*N + 1``, ``(H + -1)//(2) + 1``.
+"""Parse and evaluate symbolic dimensions such as ``N``, ``4*N + 1`` or ``(H + -1)//(2) + 1``.
 
-A dimension is written as a sum of products of integers and *atoms*.  An atom is a name (``N``), or
-the rounded down quotient of two sums, each in parentheses.  Any text that is not such a sum is
-treated as a single atom.  The partitioner writes these texts
-(``partitioner/inference/dimensions.py``) into manifests and into the shapes in graphs; the runtime
-evaluates them when the sizes are known.  This module does not deal with tensors.
+A dimension is written as a sum of products of integers and *atoms*.  An atom is a name, such as
+``N``, or a quotient of two sums that is rounded down, such as ``(H + -1)//(2)``.  Any text that is
+not such a sum is treated as a single atom.  The partitioner writes these texts
+(``partitioner/inference/dimensions.py``) into manifests and into the shapes in graphs.  The runtime
+evaluates them when the sizes are known.
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ from functools import lru_cache
 from math import prod
 
 Terms = tuple[tuple[tuple[str, ...], int], ...]
-"""A sum of products, each as (atoms, factor)."""
+"""A sum of products.  Each product is a pair of its atoms and its integer factor."""
 
 UNKNOWN = "unk__"
-"""The part of a name that marks every atom whose size is unknown."""
+"""Every name that contains this text is an atom whose size is unknown."""
 
 _LONGEST = 2000
-"""Characters; a longer text is one atom."""
+"""The largest number of characters that is parsed; a longer text is treated as one atom."""
 _DEEPEST = 32
-"""Of quotients inside one another; what is deeper is one atom."""
+"""The deepest nesting of parentheses that is parsed; deeper text is treated as one atom."""
 _NAME = re.compile(rf"{UNKNOWN}[^\s*+()]+|[\w.]+", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 
 
 @lru_cache(maxsize=1 << 14)
 def parse_terms(text: str) -> Terms:
-    """Parse a dimension into the products that add up to it."""
+    """Parse a dimension into a sum of products."""
     terms = _parse_sum(text) if len(text) <= _LONGEST else None
     return (((text,), 1),) if terms is None else terms
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Compute a dimension from the sizes of its symbols; return ``None`` if one is missing."""
+    """Compute a dimension from the sizes of its atoms.
+
+    Return ``None`` if a size is missing or a divisor is less than 1.
+    """
     total = 0
     for atoms, factor in parse_terms(text):
         values = [evaluate_atom(atom, sizes) for atom in atoms]
@@ -48,7 +51,10 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
-    """Return the size of an atom; if the atom is a quotient, compute it."""
+    """Return the size of an atom, or compute it if the atom is a quotient.
+
+    Return ``None`` if a size is missing or a divisor is less than 1.
+    """
     if atom in sizes:
         return sizes[atom]
     sides = _split_quotient(atom)
@@ -61,19 +67,21 @@ def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a dimension is a single atom that is not computed from other atoms."""
+    """Return whether a dimension is a single atom that is not a quotient."""
     return parse_terms(text) == (((text,), 1),) and not is_quotient(text)
 
 
 def is_quotient(atom: str) -> bool:
-    """Return whether an atom is computed from other atoms."""
+    """Return whether an atom is a quotient, such as ``(H + -1)//(2)``."""
     return _split_quotient(atom) is not None
 
 
 def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int | None:
-    """Solve for the only unknown atom of a dimension, given the dimension's own size.
+    """Compute the size of the only unknown atom in a dimension whose own size is known.
 
-    Return ``None`` if the atom does not occur linearly, or if no whole number is a solution.
+    ``atom`` is the unknown atom, ``text`` is the dimension, ``size`` is the dimension's size, and
+    ``sizes`` are the sizes of the other atoms.  Return ``None`` if the dimension is not linear in
+    the atom, or if no integer is a solution.
     """
     slope, offset = 0, 0
     for atoms, factor in parse_terms(text):
@@ -89,7 +97,7 @@ def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int 
 
 
 def find_unbound(text: str, sizes: Mapping[str, int]) -> list[str]:
-    """List the atoms of a dimension that have no size, without duplicates."""
+    """List the atoms of a dimension that have no known size, without duplicates."""
     atoms = dict.fromkeys(atom for atoms, _ in parse_terms(text) for atom in atoms)
     return [atom for atom in atoms if evaluate_atom(atom, sizes) is None]
 
@@ -115,7 +123,7 @@ def _read_factor(text: str) -> str | int | None:
 
 @lru_cache(maxsize=1 << 14)
 def _split_quotient(text: str) -> tuple[str, str] | None:
-    """Split ``(left)//(right)`` where both sides are sums."""
+    """Split ``(left)//(right)`` if both sides are sums."""
     if not (text.startswith("(") and text.endswith(")")) or _measure_depth(text) > _DEEPEST:
         return None
     sides = list(_split(text, "//"))
@@ -126,7 +134,7 @@ def _split_quotient(text: str) -> tuple[str, str] | None:
 
 
 def _measure_depth(text: str) -> int:
-    """Count how deep parentheses are inside one another."""
+    """Return how deeply the parentheses in a text are nested."""
     depth = deepest = 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -135,7 +143,7 @@ def _measure_depth(text: str) -> int:
 
 
 def _split(text: str, sign: str) -> Iterator[str]:
-    """Split a text at a sign that is outside of all parentheses."""
+    """Split a text at every ``sign`` that is outside of all parentheses."""
     depth = start = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")

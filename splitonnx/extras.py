@@ -1,4 +1,4 @@
-"""Import optional packages, and name the extra that installs a missing one.
+"""Import optional packages, and name the extra to install if a package is missing.
 
 This module knows which package belongs to which extra; it does not use the packages.
 """
@@ -13,14 +13,16 @@ from types import ModuleType
 from splitonnx.errors import MissingExtra
 
 _EXTRAS = {"onnx": "cpu", "onnx_ir": "cpu", "onnxruntime": "portable"}
-"""The smallest extra that brings each package."""
+"""The smallest extra that installs each package."""
 
 
 def load(module: str, purpose: str) -> ModuleType:
-    """Import ``module``; ``purpose`` is the feature that needs it, for the error message.
+    """Import and return ``module``.
+
+    ``purpose`` describes the feature that needs the module, for the error message.
 
     Raises:
-        MissingExtra: the module needs a package that only an extra installs.
+        MissingExtra: the module needs a package that is not installed and that an extra installs.
     """
     try:
         return import_module(module)
@@ -32,7 +34,7 @@ def load(module: str, purpose: str) -> ModuleType:
 
 
 def miss(package: str, extra: str, purpose: str) -> MissingExtra:
-    """Return the error for a package that is not installed and that ``extra`` installs."""
+    """Return the error for a missing package that ``extra`` would install."""
     is_available = extra != "cpu" or has_training_wheel()
     return MissingExtra(package, extra, purpose, is_available=is_available)
 

@@ -1,6 +1,7 @@
-"""Internal errors: bugs in this package are logged with their traceback when they are caught.
+"""Log unexpected exceptions with their traceback, as bugs in this package.
 
-The code that catches such a bug raises an error which names the failed work and asks for a report.
+The code that catches such an exception raises an error of splitonnx instead.  That error says which
+work failed and asks the user to report the bug.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ LOGGER = "splitonnx.faults"
 
 
 def log_mistake(subject: str, error: BaseException) -> None:
-    """Log a bug in this package that occurred while working on ``subject``, with its traceback."""
+    """Log an unexpected exception, with its traceback, as a bug in this package.
+
+    ``subject`` describes the work that failed.
+    """
     logging.getLogger(LOGGER).error(
         "a mistake in splitonnx: %s (%s: %s)",
         subject,
@@ -28,9 +32,10 @@ def log_mistake(subject: str, error: BaseException) -> None:
 
 @contextmanager
 def attribute_errors_to_us(subject: str) -> Iterator[None]:
-    """Turn unexpected exceptions of the work on ``subject`` into an internal error of this package.
+    """Convert unexpected exceptions inside the context to an internal error of this package.
 
-    Errors that are raised on purpose pass unchanged, and so does running out of memory.
+    ``subject`` describes the work inside the context.  Errors that splitonnx raises on purpose pass
+    through unchanged, and so does ``MemoryError``.
 
     Raises:
         InternalRuntimeError: an unexpected exception was raised.

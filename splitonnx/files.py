@@ -1,8 +1,8 @@
-"""Open only regular files.
+"""Open regular files, and refuse pipes, devices and folders.
 
-Reading a pipe without a writer would wait forever, and a device such as ``/dev/zero`` never ends.
-So every file that a user or a bundle names is opened with this module.  It does not depend on a
-file format.
+Reading from a pipe that has no writer would wait forever, and a device such as ``/dev/zero`` never
+ends.  Therefore every file that a user or a bundle names is opened with this module.  This module
+does not depend on a file format.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _KINDS = {
 
 
 def open_regular(path: str | Path, most: int | None = None) -> int:
-    """Open a regular file for reading, following links, and return its file descriptor.
+    """Open a regular file for reading and return its file descriptor; symbolic links are followed.
 
     Raises:
         OSError: the file is missing, is a pipe, a device or a folder, or has more than ``most``
-            bytes; ``strerror`` is the reason.
+            bytes; ``strerror`` contains the reason.
     """
     try:
         _check(path, os.stat(path), most)  # some devices act on being opened
@@ -45,15 +45,15 @@ def open_regular(path: str | Path, most: int | None = None) -> int:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes.
+    """Read and return the content of a regular file of at most ``most`` bytes.
 
     Raises:
         OSError: see :func:`open_regular`.
     """
     with open(open_regular(path, most), "rb") as file:
-        size = os.fstat(file.fileno()).st_size  # as much as is asked for is taken at once
+        size = os.fstat(file.fileno()).st_size  # read() allocates as much as it is asked for
         content = file.read(min(size, most) + 1)
-    if len(content) > most:  # it grew meanwhile
+    if len(content) > most:  # the file grew meanwhile
         raise _refuse(path, most)
     return content
 

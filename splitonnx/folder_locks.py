@@ -1,9 +1,9 @@
-"""Allow one writer per party folder: an advisory lock is held while it is served or trained.
+"""Lock a party's folder while it is being served or trained, so that it has only one writer.
 
-The operating system holds the lock, on the file ``.lock`` in the folder, and releases it whenever
-the process ends.  The file contains the number of the process.  If the file cannot be created,
-because the folder is read-only or the disk is full, the folder itself is locked, which Windows does
-not support.  Two holders in one process exclude each other, like two processes do.
+The lock is advisory.  The operating system holds it on the file ``.lock`` in the folder, and
+releases it when the process ends.  The file contains the process ID.  If the file cannot be created
+because the folder is read-only or the disk is full, the folder itself is locked; Windows does not
+support that.  Two locks in the same process exclude each other, like locks in two processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if sys.platform == "win32":
     import msvcrt
 
     _PLACE = 1 << 30
-    """A byte behind the file's content, which others may still read."""
+    """The byte to lock: far behind the file's content, so that other processes can read that."""
 
     def _try_lock(handle: int) -> bool:
         os.lseek(handle, _PLACE, os.SEEK_SET)
@@ -49,7 +49,7 @@ else:
 
 
 class FolderLock:
-    """The lock of one folder; it is released by :meth:`release` or by garbage collection."""
+    """A lock on a folder; it is released by :meth:`release` or by garbage collection."""
 
     def __init__(self, folder: Path, handle: int | None, path: Path) -> None:
         self.folder = folder
@@ -57,10 +57,10 @@ class FolderLock:
 
     @classmethod
     def acquire(cls, folder: Path) -> Self:
-        """Lock a folder, or raise immediately.
+        """Lock a folder, or raise immediately if it is locked already.
 
         Raises:
-            FolderInUse: the folder is locked already.
+            FolderInUse: the folder is locked by this process or another process.
         """
         while True:
             handle, path = _open(folder)
@@ -74,23 +74,26 @@ class FolderLock:
                 break
             os.close(handle)  # its holder removed the file between the two calls
         if path.name == NAME:
-            with suppress(OSError):  # a full disk: nobody can be told the number
+            with suppress(OSError):  # the disk is full: the process ID stays unknown
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()}\n".encode())
         return cls(folder, handle, path)
 
     def release(self) -> None:
-        """Unlock the folder; repeated calls do nothing."""
+        """Unlock the folder; further calls do nothing."""
         self._release()
 
 
 def _open(folder: Path) -> tuple[int | None, Path]:
-    """Open what is locked, ``.lock`` or the folder; no descriptor where neither can be."""
+    """Open the file to lock: ``.lock``, or the folder itself.
+
+    The descriptor is ``None`` if neither can be opened.
+    """
     path = folder / NAME
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         return os.open(path, flags, 0o644), path
-    with suppress(OSError):  # another user's, who holds it: a lock takes no right to write
+    with suppress(OSError):  # another user's file: locking does not require write access
         return os.open(path, flags & ~(os.O_RDWR | os.O_CREAT) | os.O_RDONLY), path
     with suppress(OSError):
         return os.open(folder, os.O_RDONLY), folder
@@ -112,7 +115,11 @@ def _read_process(handle: int) -> int | None:
 
 
 def _let_go(handle: int | None, path: Path) -> None:
-    """Remove the file while it is still locked, so that no other can be taken for it."""
+    """Remove the lock file, and release the lock.
+
+    The file is removed while it is still locked, so that the lock file of another process is never
+    removed by mistake.
+    """
     if handle is None:
         return
     if path.name == NAME and sys.platform != "win32" and _is_same(handle, path):
@@ -120,6 +127,6 @@ def _let_go(handle: int | None, path: Path) -> None:
             path.unlink()
     with suppress(OSError):
         os.close(handle)
-    if path.name == NAME and sys.platform == "win32":  # where an open file does not go
+    if path.name == NAME and sys.platform == "win32":  # which does not delete open files
         with suppress(OSError):
             path.unlink()

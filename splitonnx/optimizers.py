@@ -1,7 +1,7 @@
-"""Optimizers as values: their kind and hyperparameters, without any computation.
+"""Optimizers, described by their kind and hyperparameters; this module computes nothing.
 
-Semantics and defaults are those of torch.optim, so that settings can be transferred.  Gradient
-clipping (``clip_norm``) uses the global norm over all parameters of all parties, like
+Semantics and defaults are those of torch.optim, so that settings can be copied from PyTorch.
+Gradient clipping (``clip_norm``) uses the global norm over all parameters of all parties, like
 ``torch.nn.utils.clip_grad_norm_``.
 """
 
@@ -26,9 +26,10 @@ def _check_clip(clip_norm: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Stochastic gradient descent: ``p -= lr * v`` with ``v = momentum * v + g``.
+    """Stochastic gradient descent with optional momentum and weight decay.
 
-    ``weight_decay`` adds ``weight_decay * p`` to the gradient.
+    A step with the gradient ``g`` computes the velocity ``v = momentum * v + g`` and then updates
+    the parameter: ``p -= lr * v``.  ``weight_decay`` adds ``weight_decay * p`` to the gradient.
     """
 
     lr: float = 1e-2
@@ -45,7 +46,10 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam (arXiv 1412.6980); ``weight_decay`` adds ``weight_decay * p`` to the gradient."""
+    """The Adam optimizer (arXiv 1412.6980).
+
+    ``weight_decay`` adds ``weight_decay * p`` to the gradient of each parameter ``p``.
+    """
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -65,7 +69,11 @@ class Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """AdamW (arXiv 1711.05101): Adam with separate weight decay, ``p -= lr * weight_decay * p``."""
+    """The AdamW optimizer (arXiv 1711.05101): Adam with decoupled weight decay.
+
+    Weight decay does not change the gradient.  Instead it reduces each parameter directly: ``p -=
+    lr * weight_decay * p``.
+    """
 
     weight_decay: float = 1e-2
 
@@ -81,12 +89,12 @@ def list_optimizers() -> list[str]:
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, float | str | None]:
-    """Return an optimizer as a plain dictionary, with its kind under ``name``."""
+    """Convert an optimizer to a dictionary of its settings, with its kind under ``name``."""
     return {"name": type(optimizer).__name__.lower(), **asdict(optimizer)}
 
 
 def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
-    """Build an optimizer from a dictionary; missing settings have their defaults.
+    """Build an optimizer from a dictionary of settings; missing settings get their defaults.
 
     Raises:
         UsageError: the optimizer or a setting does not exist, or a setting is out of range.

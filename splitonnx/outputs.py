@@ -1,7 +1,7 @@
-"""Check whether an output can be written, before the work that produces it.
+"""Check whether an output can be written before starting the work that produces it.
 
-The answer can become wrong before the output is written, so the code that writes it must still
-handle errors.  This module does not create anything.
+The situation may change before the output is written, so the code that writes it must still handle
+errors.  This module does not create anything.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 from splitonnx.files import open_regular
 
 _LONGEST_NAME = 255
-"""Bytes of one name on the usual file systems; some take fewer, and say so when it is written."""
+"""The longest name in bytes on most file systems.  If a file system allows less, writing fails."""
 
 
 def check_file_place(path: Path) -> None:
-    """Raise if a file cannot be written to ``path``, as far as that is known in advance.
+    """Check that a file can be written to ``path``, as far as that is known before writing.
 
     Raises:
-        OSError: ``strerror`` is the reason; an existing folder or device is never replaced.
+        OSError: the file cannot be written, for example because ``path`` is a folder or a device;
+            ``strerror`` contains the reason.
     """
     check_place(path)
     if path.exists():
@@ -29,11 +30,11 @@ def check_file_place(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise if neither a file nor a folder can be created at ``path``, as far as that is known.
+    """Check that a file or folder can be created at ``path``, as far as that is known in advance.
 
     Raises:
-        OSError: ``strerror`` is the reason: the name is not valid, or the folder above is not a
-            folder or not writable.
+        OSError: the name is not valid, or the parent is not a folder or is not writable;
+            ``strerror`` contains the reason.
     """
     name = _encode(path.name, path)
     if not path.name.strip():
@@ -48,7 +49,7 @@ def check_place(path: Path) -> None:
                 reason = "the name of a folder above it is too long"
                 raise _refuse(errno.ENAMETOOLONG, reason, path) from None
         except NotADirectoryError:
-            continue  # what is not a folder is above this one
+            continue  # the path that is not a folder is above this one
         else:
             _check_folder(folder, found.st_mode, path)
             return

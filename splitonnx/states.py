@@ -1,11 +1,10 @@
-"""The state of a party's tensors on disk: the outcome of training.
+"""Read and write the outcomes of training: the state of a party's tensors after a finished run.
 
-An outcome is the state that a finished run leaves.  A party's folder holds the newest outcome in
-``state.safetensors``.  When it is replaced by the outcome of another session, it moves to
-``outcomes/<session>.safetensors``, so that a server that trains with many clients keeps one outcome
-per client.  Files are written completely or not at all.  Each contains a SHA-256 of its own bytes,
-which is checked when it is read.  This module deals with files and tensors, not with graphs or
-checkpoints.
+A party's folder holds the newest outcome in ``state.safetensors``.  Before the outcome of another
+session replaces it, it is moved to ``outcomes/<session>.safetensors``.  So a server that trains
+with many clients keeps one outcome per client.  Files are written completely or not at all.  Each
+file contains a SHA-256 of its own bytes, which is verified when the file is read.  This module
+deals with files and tensors, not with graphs or checkpoints.
 """
 
 from __future__ import annotations
@@ -53,17 +52,17 @@ class _Identity(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
 
 
-# msgspec ends the process where two threads meet a type for the first time at once
+# msgspec crashes if two threads use a type for the first time simultaneously
 _IDENTITY = msgspec.json.Decoder(_Identity)
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Every tensor of the manifest's state after ``step`` updates.
+    """All tensors of a party's state after ``step`` updates.
 
-    ``session`` is the session that produced it, or empty if that is unknown.  ``position`` is its
-    position in the training data, in the runtime's notation.  ``owner`` is the owner of the session
-    on a server with tokens; it is empty on a server without tokens.
+    ``session`` is the session that produced the state, or empty if that is unknown.  ``position``
+    is the position of that session in the training data, encoded by the runtime.  ``owner`` is the
+    owner of the session on a server that requires tokens, and empty on other servers.
     """
 
     tensors: Mapping[str, np.ndarray] = field(repr=False)
@@ -74,7 +73,7 @@ class State:
 
 
 def is_session(name: str) -> bool:
-    """Return whether a name is that of a session, 32 hexadecimal digits, and so safe in a path."""
+    """Return whether ``name`` is a valid session ID: 32 hex digits, which are safe in a path."""
     return _SESSION.fullmatch(name) is not None
 
 
@@ -113,15 +112,16 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(
     folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
 ) -> State | None:
-    """Read the outcome of ``session`` from a party's folder, or the newest if it is empty.
+    """Read the outcome of ``session`` from a party's folder, or the newest outcome.
 
-    Return ``None`` if there is no such outcome.
+    The newest outcome is read if ``session`` is empty, or if the folder has no outcome of that
+    session.  Return ``None`` if the folder has no outcome to read.
 
-    The tensors are mapped from the file, every byte of which is verified; with ``is_held``, they
-    are read into memory.
+    The tensors are memory-mapped, or read into memory with ``is_held``.  In both cases the checksum
+    of the file is verified.
 
     Raises:
-        BundleError, FormatError: the outcome cannot be read, or is not what the manifest declares.
+        BundleError, FormatError: the outcome cannot be read, or does not match the manifest.
     """
     found = _find_outcome(folder, session)
     if found is None:
@@ -144,7 +144,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner of a session's outcome; ``None`` if the folder has no intact one."""
+    """Return the owner of a session's outcome, or ``None`` if there is no readable outcome."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
@@ -154,7 +154,10 @@ def read_owner(folder: Path, session: str) -> str | None:
 
 
 def read_newest(folder: Path) -> dict[str, str]:
-    """Read the metadata of a folder's newest outcome; empty if there is no intact outcome."""
+    """Return the metadata of a folder's newest outcome.
+
+    The result is empty if the folder has no outcome, or if the outcome cannot be read.
+    """
     try:
         return _read_metadata(_map_present(folder / STATE))
     except BundleError:
@@ -162,7 +165,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the files of all sessions' outcomes in a party's folder, except the newest outcome."""
+    """Return the outcome files in a party's folder by session, except the newest outcome."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):
@@ -171,10 +174,10 @@ def list_outcomes(folder: Path) -> dict[str, Path]:
 
 
 def check_home(folder: Path, digest: str) -> None:
-    """Raise unless ``folder`` is still the folder of a party of the bundle with this digest.
+    """Check that ``folder`` still belongs to the bundle with this digest.
 
     Raises:
-        NotSaved: the folder was deleted or replaced since it was loaded; it is not created again.
+        NotSaved: the folder was deleted or replaced after it was loaded; it is not created again.
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)
@@ -204,13 +207,14 @@ def _refuse_file(path: Path, error: OSError) -> BundleError:
 def decode_state(
     path: Path, content: memoryview, declared: Iterable[StateSpec]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Decode the tensors listed in ``declared``, as views of ``content``, and the metadata.
+    """Decode the tensors and the metadata of a tensor file; the tensors are views of ``content``.
 
-    ``path`` is the file name for error messages.
+    ``declared`` lists the tensors that the file must contain.  ``path`` is its name, for error
+    messages.
 
     Raises:
         FormatError: the bytes are not one complete, well-formed tensor file.
-        BundleError: a tensor is missing, undeclared, or of another dtype or shape.
+        BundleError: a tensor is missing or undeclared, or has the wrong dtype or shape.
     """
     try:
         tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
@@ -223,12 +227,12 @@ def decode_state(
 def check_state(
     path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
 ) -> None:
-    """Raise unless ``tensors`` are exactly those in ``declared``, with the same dtypes and shapes.
+    """Check that ``tensors`` are exactly those in ``declared``, with the same dtypes and shapes.
 
-    ``path`` is the file that they are read from or written to.
+    ``path`` is the file that the tensors are read from or written to.
 
     Raises:
-        BundleError: they differ.
+        BundleError: a tensor is missing or undeclared, or has the wrong dtype or shape.
     """
     specs = {spec.tensor.name: spec.tensor for spec in declared}
     if differing := specs.keys() ^ tensors.keys():
@@ -243,10 +247,10 @@ def check_state(
 def check_finite_state(
     path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
 ) -> None:
-    """Raise if a tensor that training changes contains NaN or infinity.
+    """Check that no tensor that training changes contains NaN or infinity.
 
     Raises:
-        StateNotFinite: a tensor does; earlier checkpoints are kept.
+        StateNotFinite: a tensor contains NaN or infinity; earlier checkpoints are kept.
     """
     for spec in declared:
         array = tensors[spec.tensor.name]
@@ -266,10 +270,10 @@ def _name_outcome(folder: Path, session: str) -> Path:
 
 
 def _find_outcome(folder: Path, session: str) -> tuple[Path, memoryview] | None:
-    """Map the outcome of a session, or else the newest one.
+    """Map the outcome of a session, or the newest outcome if the session has none.
 
-    While another process publishes, a session's outcome may move between the two names as they
-    are looked at one after the other; then they are looked at again.
+    Another process may move the session's outcome from one name to the other between the two
+    lookups.  If the newest outcome has changed meanwhile, both lookups are repeated.
     """
     newest = folder / STATE
     while True:
@@ -293,7 +297,10 @@ def _identify(path: Path) -> tuple[int, int, int] | None:
 
 
 def _map_present(path: Path) -> memoryview | None:
-    """Map a file if it is there; who asks first and opens then may find it moved in between."""
+    """Map a file, or return ``None`` if it does not exist.
+
+    A separate check before opening the file could be wrong if the file is moved in between.
+    """
     try:
         return map_regular(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -303,7 +310,7 @@ def _map_present(path: Path) -> memoryview | None:
 
 
 def _read_metadata(content: memoryview | None) -> dict[str, str]:
-    """Read a tensor file's metadata; empty where there are none that can be read."""
+    """Read a tensor file's metadata; return an empty dictionary if the file cannot be decoded."""
     if content is None:
         return {}
     try:
@@ -317,14 +324,14 @@ def _replace_outcome(target: Path, chunks: Iterable[Chunk], session: str) -> Non
     with replacing(target) as fresh:
         write_file(fresh, chunks)
         _keep_outcome(target, session)
-    if session:  # its older one has no use any more
+    if session:  # its older outcome is no longer needed
         _name_outcome(target.parent, session).unlink(missing_ok=True)
 
 
 def _keep_outcome(target: Path, session: str) -> None:
-    """Rename the outcome that is about to be replaced, if it is of another session.
+    """Keep the outcome that is about to be replaced, if another session produced it.
 
-    It is on disk under that name before it is replaced.
+    It is renamed, and is on disk under its new name before the replacement.
     """
     before = _read_session(target)
     if before in ("", session):
@@ -340,6 +347,6 @@ def _keep_outcome(target: Path, session: str) -> None:
 
 
 def _read_session(path: Path) -> str:
-    """Read whose outcome a file is; empty where there is none that can be read."""
+    """Return the session of an outcome file, or an empty string if it cannot be read."""
     session = read_newest(path.parent).get("session", "")
     return session if is_session(session) else ""

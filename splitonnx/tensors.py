@@ -1,11 +1,12 @@
 """Declarations of tensors (name, element type, shape), and checks of arrays against them.
 
 Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
-number or symbolic: a name that has the same size throughout a task (``"N"``), or an expression of
-names (``"4*N + 1"``, see :mod:`splitonnx.expressions`).  A symbolic dimension is at least 1,
-because native kernels rely on that.  Only a tensor that no kernel reads any more, an output of the
-model, may be empty, because its size may depend on values.  ``None`` is a dimension of any size
-from 1 up.  This module depends on numpy and not on ONNX.
+number, a text or ``None``.  A text is either a name that has the same size throughout a task, such
+as ``"N"``, or an expression of names, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
+``None`` is a dimension of any size from 1 up.  Dimensions that are texts are at least 1 too,
+because native kernels rely on that.  The exception are the outputs of the model: no kernel reads
+them, and their size may depend on values, so they may be empty.  This module depends on numpy and
+not on ONNX.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Return the safetensors name of a numpy dtype, or numpy's own name if there is none."""
+    """Return the safetensors name of a numpy dtype, or numpy's own name if it has none."""
     return _NAMES.get(dtype, str(dtype))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The declaration of a tensor.
+    """The declaration of a tensor: its name, element type and shape.
 
-    ``bounds`` is a half-open range for the values of an integer tensor.
+    ``bounds`` is the range of values that an integer tensor may contain; its upper end is excluded.
     """
 
     name: str
@@ -54,7 +55,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(array: np.ndarray) -> str:
-    """Describe an array in the notation of :class:`TensorSpec`: ``F32[32, 1, 8, 8]``."""
+    """Return the dtype and shape of an array as text, such as ``F32[32, 1, 8, 8]``."""
     return f"{name_dtype(array.dtype)}[{', '.join(map(str, array.shape))}]"
 
 
@@ -65,11 +66,12 @@ LARGEST = 2**31 - 1
 def check_array(
     array: np.ndarray, spec: TensorSpec, sizes: dict[str, int], *, is_output: bool = False
 ) -> None:
-    """Raise unless ``array`` has the dtype, shape and value range that ``spec`` declares.
+    """Check that ``array`` has the dtype, shape and value range that ``spec`` declares.
 
-    ``sizes`` maps the atoms and expressions known so far in this task to their sizes.  Sizes that
-    ``array`` determines are added to it; a different size for the same name is a mismatch.  With
-    ``is_output``, a symbolic dimension may be 0 unless it is known to have another size.
+    ``sizes`` maps the names and expressions in shapes to their sizes, as far as they are known in
+    this task.  Sizes that ``array`` determines are added to ``sizes``.  If a name already has a
+    different size there, the array does not match.  With ``is_output``, a symbolic dimension may be
+    0 unless it is known to have another size.
 
     Raises:
         ArrayMismatch: the dtype or shape differs.
@@ -88,10 +90,10 @@ def check_array(
 
 
 def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
-    """Raise if ``array`` has more than ``limit`` rows, unless ``spec`` fixes the number of rows.
+    """Check that ``array`` has at most ``limit`` rows, unless ``spec`` fixes the number of rows.
 
     Raises:
-        BatchTooLarge: the array has too many rows; the error has their number and the limit.
+        BatchTooLarge: the array has too many rows; the error contains their number and the limit.
     """
     is_free = bool(spec.shape) and not isinstance(spec.shape[0], int)
     if is_free and array.ndim and array.shape[0] > limit:
@@ -110,7 +112,7 @@ def _describe_expected(array: np.ndarray, spec: TensorSpec, sizes: Mapping[str, 
 def _bind_shape(
     shape: tuple[int, ...], spec: TensorSpec, sizes: dict[str, int], *, is_output: bool
 ) -> bool:
-    """Compare a shape with its declaration, and bind what is not bound yet."""
+    """Compare a shape with its declaration, and bind the dimensions that have no size yet."""
     if len(shape) != len(spec.shape):
         return False
     unbound = []
@@ -159,7 +161,7 @@ def _bind(dim: str, size: int, sizes: dict[str, int], *, is_output: bool) -> boo
 
 
 def _is_consistent(sizes: Mapping[str, int]) -> bool:
-    """Check expressions that were bound whole against what their atoms were bound to since."""
+    """Return whether the size of each bound expression agrees with the sizes of its atoms."""
     for text, size in sizes.items():
         if is_name(text):
             continue

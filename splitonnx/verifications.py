@@ -1,7 +1,7 @@
-"""Check on the user's own model that split training equals unsplit training.
+"""Check that split training of a model gives the same results as training it without a cut.
 
-The two parts of a bundle train in one process, connected by the in-memory transport, beside the
-same model without a cut.  After every step, the losses and all parameters are compared.  This
+The parts of a bundle are trained in one process, connected by the in-memory transport, and the same
+model is trained without a cut.  After every step, the losses and all parameters are compared.  This
 module uses both the partitioner and the runtime.
 """
 
@@ -31,7 +31,7 @@ from splitonnx.runtime.memory import connect_in_memory
 
 @dataclass(frozen=True, kw_only=True)
 class StepComparison:
-    """The comparison of both runs after a step; ``difference`` is the largest of ``differences``.
+    """The comparison of split and unsplit training after one step.
 
     ``differences`` maps ``loss`` and every parameter and running statistic to its relative
     difference: the largest absolute difference divided by the largest absolute value.
@@ -44,13 +44,13 @@ class StepComparison:
 
     @property
     def difference(self) -> float:
-        """Return the step's largest relative difference."""
+        """Return the largest relative difference of this step."""
         return max(self.differences.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The comparison of all steps, and whether the differences stayed within ``rtol``."""
+    """The result of :func:`verify`: the comparison of each step, and the tolerance ``rtol``."""
 
     steps: tuple[StepComparison, ...]
     rtol: float
@@ -62,7 +62,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Return whether split training equalled unsplit training within ``rtol``."""
+        """Return whether no difference between split and unsplit training exceeds ``rtol``."""
         return self.largest_difference <= self.rtol
 
 
@@ -75,22 +75,23 @@ def verify(
     rtol: float = 1e-5,
     seed: int = 0,
 ) -> Verification:
-    """Train split and unsplit side by side from the bundle's first weights and compare the results.
+    """Train a model both split and unsplit, and compare the results after each step.
 
-    Nothing is written.  A bundle that was trained already is compared from its first weights.  Both
-    runs use one thread, so that the difference is exactly 0 wherever both run the same kernels.
+    Both runs start from the bundle's initial weights, even if the bundle was trained already.
+    Nothing is written.  Both runs use one thread, so the difference is exactly 0 wherever both run
+    the same kernels.
 
     Args:
         bundle: a bundle, or its folder.
-        data: the same as for :meth:`Client.fit`; the first ``steps`` batches of a shuffled epoch
-            are used.
-        steps: how many optimizer steps to compare.
-        batch_size: samples per step.
+        data: training data in any form that :meth:`Client.fit` accepts; the first ``steps`` batches
+            of a shuffled epoch are used.
+        steps: the number of optimizer steps to compare.
+        batch_size: the number of samples per step.
         rtol: the largest relative difference that counts as equal.
         seed: the seed of shuffling and Dropout, the same in both runs.
 
     Raises:
-        UsageError: ``steps`` is less than one, or the data hold less than one batch.
+        UsageError: ``steps`` is less than one, or the data contain no samples.
         SplitonnxError: any error of cutting or training.
     """
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
@@ -105,7 +106,7 @@ def verify(
 def compare_steps(
     bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[StepComparison]:
-    """Yield the comparison of each step."""
+    """Train ``steps`` steps both split and unsplit, and yield the comparison after each step."""
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
     server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None
@@ -140,7 +141,7 @@ def compare_steps(
 
 
 def leave_whole(bundle: Bundle) -> Bundle:
-    """Build the unsplit bundle of the same model, loss, optimizer and first weights."""
+    """Build an uncut bundle with the same model, loss, optimizer and initial weights."""
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]
     trained = [spec.tensor.name for spec in specs if spec.role is Role.PARAMETER]
@@ -152,19 +153,19 @@ def leave_whole(bundle: Bundle) -> Bundle:
         optimizer=read_optimizer(recipe.optimizer),
         batchnorm=recipe.batchnorm,
         dropout=recipe.dropout,
-        train=pin_names(trained),  # whatever the patterns would find in the restored model
+        train=pin_names(trained),  # independent of the patterns in the recipe
         freeze=["."],
         client_target=recipe.server_target,
     )
 
 
 def _rewind(party: PartyBundle) -> PartyBundle:
-    """The party as it was before any training, and without a folder to write to."""
+    """Return the party as it was before any training, without a folder to write to."""
     return PartyBundle(manifest=party.manifest, graphs=party.graphs, weights=party.weights)
 
 
 def _compare(actual: np.ndarray | np.float64, expected: np.ndarray | np.float64) -> float:
-    """Largest absolute difference over the largest absolute value; 0 for equal tensors."""
+    """Return the largest absolute difference divided by the largest value; 0 for equal tensors."""
     difference = float(np.max(np.abs(np.subtract(actual, expected, dtype=np.float64)), initial=0.0))
     if difference == 0.0:
         return 0.0
