@@ -192,9 +192,9 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
     """Read the files of a folder; read them again if the folder was replaced meanwhile.
 
-    ``read`` reads the files and returns the result.  ``errors`` are the exceptions that it may
-    raise if it finds a mixture of old and new files.  They are passed on only if the folder was not
-    replaced.
+    ``read`` reads the files and returns the result.  ``errors`` are the exceptions that ``read``
+    may raise if it finds a mixture of old and new files.  They are passed on only if the folder was
+    not replaced.
     """
     for _ in range(_MOST_READS):
         recover(folder)
@@ -212,7 +212,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Restore a folder that a killed process renamed and did not replace."""
+    """Restore the old folder if a process was killed while it replaced ``target``."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):
@@ -245,7 +245,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def is_other_alive(process: int) -> bool:
-    """Return whether another running process has this process ID; on Windows always ``False``."""
+    """Return whether another running process has this process ID.
+
+    The result is always ``False`` on Windows.
+    """
     if process in (0, os.getpid()) or os.name == "nt":  # Windows keeps open files
         return False
     try:

@@ -185,7 +185,7 @@ class PartyBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A cut model: a manifest that describes the cut, and each party's part.
+    """A cut model: a manifest that describes the cut, and one part per party.
 
     ``parties`` maps the name of each party to its part.  ``skeleton`` is the uncut model without
     its trainable weights, serialized as ONNX.

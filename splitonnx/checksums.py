@@ -1,9 +1,9 @@
 """Add a SHA-256 checksum to tensor files, and verify it to detect changes.
 
 The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
-file, with 64 zeros in place of the checksum itself.  It detects accidental changes but no attacks,
-because an attacker can change the checksum as well.  This module works on bytes and does not access
-the file system.
+file, with 64 zeros in place of the checksum itself.  It detects accidents but not attacks, because
+an attacker can change the checksum as well.  This module works on bytes and does not access the
+file system.
 """
 
 from __future__ import annotations

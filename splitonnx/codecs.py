@@ -7,7 +7,9 @@ github.com/huggingface/safetensors.)
 
 The decoder does not trust its input.  It checks every size before it reads any data, requires that
 the tensors fill the bytes without gaps, overlaps or trailing bytes, and never executes code from
-the input.  This module does not depend on messages or bundles.
+the input.
+
+This module handles only bytes and tensors; :mod:`splitonnx.messages` defines the messages.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Size limits for the models that ``cut`` accepts, and for the graphs that the runtimes run.
 
-The gates, which check models and graphs from untrusted sources, compare them with these limits and
-with the lists in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` writes
-both tables for the JavaScript client.  The limits for a stage's graph are higher than the limits
-for the model that it was cut from, because gradients and their expansion into simpler operators add
-nodes.
+The gates check models and graphs from untrusted sources against these limits and against the lists
+in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` writes both tables for
+the JavaScript client.  The limits for a stage's graph are higher than the limits for the model that
+it was cut from, because gradients and their expansion into simpler operators add nodes.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class StageLimits(GraphLimits):
     """The size of a graph in bytes, which is the limit of Protocol Buffers."""
     fields: int = 1 << 24
     """The number of fields in all messages of a graph together.  A training step of ResNet-18 in
-    standard operators has 26,000.  This limit bounds the time that the gate takes to about ten
-    seconds."""
+    standard operators has 26,000.  With this limit, the gate takes at most about ten seconds."""
     nodes: int = 1 << 20
     """The number of nodes in a graph, plus the number of graphs inside nodes."""
     names: int = 1 << 21

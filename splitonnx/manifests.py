@@ -56,7 +56,7 @@ STEP = "splitonnx.step"
 
 
 class Source(StrEnum):
-    """The source of the value of a stage's input."""
+    """The source from which a stage's input gets its value."""
 
     DATA = "data"  # an array of the caller's batch
     WIRE = "wire"  # sent by the other party
@@ -205,7 +205,7 @@ _DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest
 
 
 def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
-    """Encode a manifest as indented JSON, with keys in declaration order for readable diffs.
+    """Encode a manifest as indented JSON, with keys in a fixed order for readable diffs.
 
     The last key is the SHA-256 of the file, computed with zeros in place of the checksum itself.
     """
@@ -230,13 +230,13 @@ def has_valid_checksum(content: bytes) -> bool:
 
 
 def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
-    """Decode a manifest, and check the state and the tensors to be sent that it declares.
+    """Decode a manifest, and check its declarations of state and of tensors to be sent.
 
     ``source`` is the name of the file, for error messages.
 
     Raises:
         FormatError: the bytes are not JSON, a field is missing or has the wrong type, the format
-            version is a different one, the state is not valid, or a tensor to be sent has an
+            version is not supported, the state is not valid, or a tensor to be sent has an
             undeclared dimension.
     """
     try:

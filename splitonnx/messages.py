@@ -38,7 +38,7 @@ Wires = dict[str, tuple[Wire, ...]]
 
 
 class TaskKey(msgspec.Struct, frozen=True):
-    """The identity of a task: one micro-batch of a step, in one phase of one session."""
+    """The identity of a task: its session, phase, step and micro-batch."""
 
     session: str
     phase: str
@@ -53,16 +53,16 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The client's greeting: its bundle, its session, and the step at which it is.
+    """The client's greeting: its bundle, its session, and its current step.
 
     ``session`` is the ID of a new session or of a session to continue: 32 hex digits, chosen by the
     client.  The session began at step ``start``, from a state that session ``origin`` produced;
     ``origin`` is empty for an untrained bundle.  ``generation`` counts the session's connections
-    and must be larger than that of any earlier connection.  ``kept`` are the steps for which the
-    client has checkpoints; without checkpoints, it can go back to ``start``.  ``is_open`` means
-    that the client is in the middle of ``step`` and will send that step's messages again.
-    ``can_repeat`` means that the client also still has the messages of the previous step, in case
-    the last of them did not arrive.
+    and must be larger than in any earlier connection.  ``kept`` are the steps for which the client
+    has checkpoints; without checkpoints, it can go back to ``start``.  ``is_open`` means that the
+    client is in the middle of ``step`` and will send that step's messages again.  ``can_repeat``
+    means that the client also still has the messages of the previous step, in case the last of them
+    did not arrive.
     """
 
     protocol: int = PROTOCOL

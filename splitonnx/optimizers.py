@@ -71,8 +71,8 @@ class Adam:
 class AdamW(Adam):
     """The AdamW optimizer (arXiv 1711.05101): Adam with decoupled weight decay.
 
-    Weight decay does not change the gradient.  Instead it reduces each parameter directly: ``p -=
-    lr * weight_decay * p``.
+    Weight decay does not change the gradient.  Instead, every step subtracts ``lr * weight_decay *
+    p`` from each parameter ``p``.
     """
 
     weight_decay: float = 1e-2

@@ -45,7 +45,7 @@ _SESSION = re.compile(r"[0-9a-f]{32}")
 _replacing = threading.Lock()
 """Several sessions of a server may finish at the same time."""
 MAX_HEADER = 64 << 20
-"""The largest header in bytes: some hundred per tensor, far more than any model needs."""
+"""The largest header in bytes.  A tensor needs about a hundred, so any model fits."""
 
 
 class _Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +144,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner of a session's outcome, or ``None`` if there is no readable outcome."""
+    """Return the owner of a session's outcome, or ``None`` if it is missing or unreadable."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
@@ -165,7 +165,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the outcome files in a party's folder by session, except the newest outcome."""
+    """Return the files of earlier outcomes in a party's folder, by session."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):
@@ -209,8 +209,8 @@ def decode_state(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Decode the tensors and the metadata of a tensor file; the tensors are views of ``content``.
 
-    ``declared`` lists the tensors that the file must contain.  ``path`` is its name, for error
-    messages.
+    ``declared`` lists the tensors that the file must contain.  ``path`` is the name of the file,
+    for error messages.
 
     Raises:
         FormatError: the bytes are not one complete, well-formed tensor file.

@@ -1,12 +1,11 @@
 """Declarations of tensors (name, element type, shape), and checks of arrays against them.
 
 Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
-number, a text or ``None``.  A text is either a name that has the same size throughout a task, such
-as ``"N"``, or an expression of names, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
-``None`` is a dimension of any size from 1 up.  Dimensions that are texts are at least 1 too,
-because native kernels rely on that.  The exception are the outputs of the model: no kernel reads
-them, and their size may depend on values, so they may be empty.  This module depends on numpy and
-not on ONNX.
+number, a string or ``None``.  A string is a name that has the same size throughout a task, such as
+``"N"``, or an expression of names, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
+``None`` allows any size from 1 up.  Names and expressions also have a size of at least 1, because
+native kernels rely on that.  Only the outputs of the model may have dimensions of size 0: no kernel
+reads them, and their size may depend on values.  This module depends on numpy and not on ONNX.
 """
 
 from __future__ import annotations

@@ -25,7 +25,10 @@ class Group:
 
 
 def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
-    """Return the function parameter for one option; ``annotation`` contains typer's settings."""
+    """Return a keyword-only function parameter that stands for one option.
+
+    ``annotation`` contains typer's settings for the option.
+    """
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 

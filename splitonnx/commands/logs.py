@@ -43,7 +43,8 @@ class LogLevel(StrEnum):
 class TextFormatter(logging.Formatter):
     """A formatter that writes a record as one line of text.
 
-    The line has the form ``12:34:56  sentence``, followed by the fields that the sentence lacks.
+    The line has the form ``12:34:56  sentence``, followed by the fields whose values are not in the
+    sentence.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -81,10 +82,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class Brake(logging.Filter):
-    """A logging filter that limits the number of lines per second, to save disk space.
+    """A logging filter that limits the number of lines per second.
 
-    Errors are always written.  After lines were dropped, the next line has their number in the
-    field ``left_out``.
+    So a flood of messages does not fill the disk.  Errors are always written.  After lines were
+    dropped, the next line has their number in the field ``left_out``.
     """
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:

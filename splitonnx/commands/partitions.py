@@ -52,7 +52,7 @@ def check(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether a model can be trained, what would be rewritten, and what prevents training.
+    """Check whether a model can be trained, which operators are rewritten, and what is in the way.
 
     The exit code is 1 if the model cannot be trained.
     """
@@ -192,7 +192,7 @@ def verify(
 ) -> None:
     """Train a model both split and unsplit, and compare losses and parameters after each step.
 
-    Nothing is written.  The exit code is 1 if they differ by more than --rtol.
+    Nothing is written.  The exit code is 1 if the results differ by more than --rtol.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     verification = splitonnx.verify(

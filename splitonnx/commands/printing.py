@@ -225,7 +225,7 @@ def print_verification(verification: Verification) -> None:
 
 
 class TrainingDisplay(ABC):
-    """Base class of training displays, such as :class:`Bar`, :class:`Lines` and :class:`Silence`."""
+    """Base class of the training displays :class:`Bar`, :class:`Lines` and :class:`Silence`."""
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
@@ -269,11 +269,11 @@ class Lines(TrainingDisplay):
     """A display that prints one JSON line per step and per evaluation on stdout."""
 
     def show_step(self, record: StepRecord) -> None:
-        """Print the step's record."""
+        """Print the step's record as a JSON line."""
         print_json_lines([record])
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Print the evaluation's record."""
+        """Print the evaluation's record as a JSON line."""
         print_json_lines([evaluation])
 
     def summarize(self, history: History, saved: str) -> None:

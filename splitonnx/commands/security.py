@@ -190,7 +190,7 @@ class ClientSecurity:
     max_message_bytes: ReplyBytesOption = None
 
     def make_credentials(self, server: str | None) -> Credentials | None:
-        """Read the client's token and certificates; return ``None`` if there is no server.
+        """Read the client's token and certificates; return ``None`` if ``server`` is ``None``.
 
         Raises:
             UsageError: an option was given without a server, or without another option that it

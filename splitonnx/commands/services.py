@@ -105,7 +105,7 @@ def predict(
     *,
     security: ClientSecurity,
 ) -> None:
-    """Predict with the split model, and write its outputs by name to an .npz file."""
+    """Run the split model on data, and write its outputs to an .npz file."""
     refuse_existing(output, force=force)
     with splitonnx.Client(
         bundle,

@@ -188,7 +188,8 @@ def train(
 ) -> None:
     """Train a bundle with its server and save both halves, or with --local train an uncut model.
 
-    The options under "What is trained, and how" require --local; for a bundle, cut has fixed them.
+    The options under "What is trained, and how" require --local; for a bundle, they were chosen
+    when the model was cut.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_both("--resume", "--restart", run.resume, run.restart)

@@ -77,7 +77,7 @@ class StaleConnection(ProtocolError):
 
 @dataclass(eq=False)
 class SessionLost(ProtocolError):
-    """The server cannot continue a session at any step from which the client could continue.
+    """The client and the server have no common step from which the session could continue.
 
     ``wanted`` are the steps from which the client could continue, and ``present`` are the steps
     from which the server could.
@@ -100,8 +100,8 @@ class WorkerLost(ProtocolError):
     """The process that ran a session's stages ended unexpectedly; ``how`` describes how it ended.
 
     ``is_repeated`` means that a worker was lost at the same step before, so the step is not tried
-    again.  ``is_early`` means that the worker ended before it was ready, so nothing that the client
-    sent is the cause.
+    again.  ``is_early`` means that the worker ended before it was ready, so the client's messages
+    are not the cause.
     """
 
     session: str
@@ -181,7 +181,7 @@ class ConnectionLost(ProtocolError):
 
     ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
     4001: another client has taken over the session), or the HTTP status with which the handshake
-    was refused (503: the server is full).  It is ``None`` if there was neither.
+    was refused (503: the server is full).  If there was no such number, ``code`` is ``None``.
     """
 
     peer: str

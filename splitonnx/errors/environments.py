@@ -9,7 +9,7 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 
 @dataclass(eq=False)
 class MissingExtra(SplitonnxError):
-    """A package is missing that an extra of splitonnx installs.
+    """An optional package is missing; an extra of splitonnx installs it.
 
     ``is_available`` means that all packages of the extra have wheels for this Python and machine.
     """
@@ -32,7 +32,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime package is not the one that is needed."""
+    """The installed ONNX Runtime package is the wrong one for this work."""
 
     installed: str
     needed: str

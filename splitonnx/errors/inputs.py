@@ -204,7 +204,7 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """A file or message is not in the safetensors format, or its JSON is not that of splitonnx."""
+    """A file or message is not valid safetensors, or not valid JSON for splitonnx."""
 
     subject: str
     reason: str

@@ -10,8 +10,7 @@ export const MAX_RANK = 32;
 export const MAX_TEXT_BYTES = 1048576;
 /**
  * The number of fields in all messages of a graph together. A training step of ResNet-18 in
- * standard operators has 26,000. This limit bounds the time that the gate takes to about ten
- * seconds.
+ * standard operators has 26,000. With this limit, the gate takes at most about ten seconds.
  */
 export const MAX_FIELDS = 16777216;
 /** The number of nodes in a graph, plus the number of graphs inside nodes. */
