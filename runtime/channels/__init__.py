@@ -1,7 +1,6 @@
-"""A client's connection to its server: connecting, authentication and reconnecting.
+"""A client's connection to its server: connecting, authenticating and reconnecting.
 
-``channels.py`` sends the greeting, ``retries.py`` computes the waits before a reconnect.
-
-This package sends and receives a task's messages and knows when a message is answered.  What the
-messages contain and when to train is decided by the client package.  It may import the wire.
+This package sends and receives the messages of a task.  ``channels.py`` sends the greeting, and
+``retries.py`` computes how long to wait before reconnecting.  The client package decides what the
+messages contain and when to train.  Modules here may import ``runtime.wire``.
 """

@@ -1,7 +1,8 @@
-"""A client's websocket with limits: it follows no redirects and buffers few unread messages.
+"""A client's websocket connection that limits buffering and follows no redirects.
 
-The websockets library reads ahead in its own thread and counts frames, however large they are; this
-module counts bytes.  It does not know the messages' contents or time limits.
+The websockets library reads ahead in a separate thread.  It limits the number of buffered frames,
+but not their size.  This module limits the bytes.  Other modules handle time limits and the
+contents of messages.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from websockets.sync.client import ClientConnection
 from splitonnx.errors import Redirected
 
 READ_AHEAD = 16 << 20
-"""Bytes of complete unread messages at which reading from the socket pauses."""
+"""Bytes of complete unread messages above which reading from the socket pauses."""
 
 _DATA = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 
 
 class BoundedConnection(ClientConnection):
-    """A client's connection that buffers at most ``READ_AHEAD`` bytes and one more message.
+    """A client's connection that buffers at most ``READ_AHEAD`` bytes plus one message.
 
-    A message that the client is waiting for is always read to its end: only complete messages
-    count, so a message larger than ``READ_AHEAD`` cannot block itself.
+    Only complete messages count towards the limit.  So a message that is still arriving is always
+    read to its end, even if it is larger than ``READ_AHEAD``.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -43,7 +44,7 @@ class BoundedConnection(ClientConnection):
 
     @property
     def waiting_bytes(self) -> int:
-        """Return the bytes of complete messages that have not been read yet."""
+        """Return the size in bytes of the complete messages that the caller has not read yet."""
         return self._whole
 
     def handshake(
@@ -52,11 +53,15 @@ class BoundedConnection(ClientConnection):
         user_agent_header: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Perform the opening handshake, report TLS errors as such, and refuse redirects.
+        """Perform the opening handshake, but raise TLS errors unchanged and follow no redirects.
 
-        With TLS 1.3 the server checks a client's certificate after the client has finished its own
-        handshake.  A redirect would send the handshake, and with it the client's credentials, to an
-        address that the user did not name.
+        With TLS 1.3, the server checks a client's certificate only after the client has finished
+        its own TLS handshake, so the server's TLS error may arrive here.  A redirect would send the
+        handshake, and with it the client's credentials, to an address that the user did not choose.
+
+        Raises:
+            ssl.SSLError: the server rejects the client's certificate.
+            Redirected: the server answers with a redirect.
         """
         try:
             super().handshake(additional_headers, user_agent_header, timeout)
@@ -69,7 +74,7 @@ class BoundedConnection(ClientConnection):
             raise
 
     def process_event(self, event: Event) -> None:
-        """Count a received frame, and pause reading if too many unread bytes are buffered."""
+        """Process a received frame, and pause reading if too many bytes are unread."""
         super().process_event(event)
         if not isinstance(event, Frame) or event.opcode not in _DATA:
             return
@@ -82,14 +87,14 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Close the connection; skip the closing handshake if too much unread data has arrived."""
+        """Close the connection, without the closing handshake if too many bytes are unread."""
         if "bytes" in self._pauses:
             self.close_socket()
         else:
             super().close(code, reason)
 
     def close_socket(self) -> None:
-        """Close the socket and wake the thread that reads from it, so that the thread ends."""
+        """Close the socket, and wake the thread that reads from it so that the thread ends."""
         with self._flow_mutex:
             self._is_over = True
             for reason in tuple(self._pauses):
@@ -97,7 +102,7 @@ class BoundedConnection(ClientConnection):
         super().close_socket()
 
     def take(self, size: int) -> None:
-        """Record that the reader has taken a message of ``size`` bytes."""
+        """Record that the caller has read ``size`` bytes, and resume reading if possible."""
         with self._flow_mutex:
             self._whole -= size
             if self._whole <= READ_AHEAD:

@@ -1,8 +1,8 @@
-"""A client's channel to its server: a logical connection that reconnects when it breaks.
+"""A client's channel to its server: a logical connection that reconnects automatically.
 
-The channel reconnects, sends the greeting, and sends the messages of an open task again, so that
-its user sees each tensor sent and received exactly once.  The greeting decides from which step the
-two sides continue; the client is responsible for going back to that step.
+After a reconnect, the channel sends the greeting and repeats the messages of the open task.  So its
+user sees each tensor sent and received exactly once.  In the greeting, both sides agree on the step
+at which they continue; the client is responsible for going back to that step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ from splitonnx.runtime.wire.protocols import Protocol, list_wires
 from splitonnx.runtime.wire.transports import Transport
 
 GREETINGS = 10
-"""How often in a row the server may call a connection outdated; then a second client is assumed."""
+"""Most greetings in a row that the server may reject as outdated.
+
+After that, the client assumes that another client uses the same session.
+"""
 
 Dial: TypeAlias = Callable[[], Transport]
 """Opens a new connection, or raises ConnectionLost if that is not possible now."""
@@ -74,19 +77,20 @@ class ResumePoint:
 
 
 class Channel:
-    """The logical connection of one session.
+    """A client's connection to its server for one session, which reconnects when it is lost.
 
-    ``step`` is the step from which both sides continued after the last greeting: the client's own
-    step, or an earlier one that the client kept.
+    ``step`` is the step at which both sides continued after the last greeting.  It is the client's
+    own step, or an earlier step whose state the client has kept.
 
     Args:
-        dial: opens a connection; ``None`` if ``transport`` is the only connection.
+        dial: a function that opens a connection; ``None`` if ``transport`` is the only connection.
         transport: a connection that is already open.
         manifest: the client's manifest.
         session: the session's name.
-        find_resume_point: returns where the client can resume; called for each greeting.
+        find_resume_point: a function that returns the steps from which the client can resume;
+            called for each greeting.
         backoff: how long to wait between attempts to reconnect.
-        patient: whether to keep retrying the first connection, like every later one.
+        patient: whether to retry the first connection, too, if it fails.
 
     Raises:
         ConnectionLost, ServerBusy: the server cannot be reached, or it is full.
@@ -124,30 +128,30 @@ class Channel:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Return the bytes sent and received so far, over all connections."""
+        """Return the numbers of bytes sent and received so far, over all connections."""
         sent, received = self._past_traffic
         if self._transport is None:
             return sent, received
         return sent + self._transport.bytes_sent, received + self._transport.bytes_received
 
     def begin(self, key: TaskKey) -> None:
-        """Open a task; its messages are kept until it ends, so that they can be sent again."""
+        """Open a task, and keep its messages so that they can be sent again after a reconnect."""
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
-        """Close the task: the client has received all of its results, or aborts it."""
+        """Close the open task, if any, because it is complete or was aborted."""
         if self._task is not None and self._task.key.phase == TRAIN:
             self._last = self._task
         self._task = None
 
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
-        """Send wires of the open task, reconnecting if necessary.
+        """Send wires (named tensors) of the open task to the server, reconnecting if necessary.
 
-        The arrays must not be changed until the task is over.
+        Do not change the arrays until the task is closed, because they may have to be sent again.
 
         Raises:
             StepsLost: the server is at an earlier step; the task must be aborted.
-            ConnectionLost: there is no connection, and reconnecting took too long.
+            ConnectionLost: the connection was lost and could not be restored in time.
         """
         task = self._require_task()
         message = Tensors(
@@ -166,7 +170,10 @@ class Channel:
             self._reconnect(error)
 
     def receive_wires(self) -> Mapping[str, np.ndarray]:
-        """Wait for the next wires of the open task that were not received before.
+        """Wait for the next message of the open task, and return its wires (named tensors).
+
+        After a reconnect the server may repeat messages; those that were received before are
+        skipped.
 
         Raises:
             StepsLost, ConnectionLost: see :meth:`send_wires`.
@@ -188,7 +195,12 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to write its state; return ``None``, or the reason why it could not.
+        """Ask the server to save its state at ``step`` as a checkpoint.
+
+        With ``publish``, the server also writes the state as the outcome of the training.
+
+        Returns:
+            The reason why the server could not save the state, or ``""`` if it did.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
@@ -216,7 +228,7 @@ class Channel:
         self._hang_up()
 
     def _note_progress(self) -> None:
-        """Note that something new came: the next reconnect begins with the shortest delay."""
+        """Record that a new message arrived; the next reconnect starts with the shortest delay."""
         self._delays = self._lost_at = None
 
     def _require_task(self) -> OpenTask:
@@ -225,7 +237,7 @@ class Channel:
         return self._task
 
     def _reconnect(self, cause: ConnectionLost) -> None:
-        """Reconnect to the session and send the messages again that the server may have missed."""
+        """Reconnect to the session, and send the messages again that the server may have missed."""
         while True:
             if self._dial is None:
                 self._hang_up()
@@ -246,7 +258,7 @@ class Channel:
                 return
 
     def _repeat(self) -> None:
-        """Send the last step's messages again, if the server wants them, and the open task's."""
+        """Repeat the messages of the last step, if the server wants them, and of the open task."""
         if self._wants_repeat:
             last = self._find_last()
             if last is None:
@@ -263,13 +275,13 @@ class Channel:
             self._send(message, wires)
 
     def _find_last(self) -> OpenTask | None:
-        """Return the last step, if it was made here and is the one before the client's own."""
+        """Return the last step's task if it was kept and comes right before the current step."""
         if self._last is not None and self._last.key.step == self._find_resume_point().step - 1:
             return self._last
         return None
 
     def _find_server(self, cause: SplitonnxError | None) -> int:
-        """Greet until somebody answers."""
+        """Connect and greet until the server answers; return the step to continue at."""
         if self._lost_at is None:
             self._lost_at = time.monotonic()
         limit = self._backoff.give_up_after

@@ -1,4 +1,7 @@
-"""The client's credentials, and which servers it trusts; this module opens no connection."""
+"""A client's credentials, and the TLS settings that decide which servers it trusts.
+
+This module opens no connection.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from splitonnx.errors import UsageError
 from splitonnx.runtime.wire.exposure import is_loopback
 
 MESSAGE_BYTES = 256 << 20
-"""Default limit for the bytes of one message from a server."""
+"""Default limit on the size of one message from a server, in bytes."""
 
 _logger = logging.getLogger("splitonnx.credentials")
 
@@ -20,9 +23,10 @@ _logger = logging.getLogger("splitonnx.credentials")
 class Credentials:
     """A client's credentials, the TLS authorities it trusts, and the largest message it accepts.
 
-    ``token`` is sent in the request's header.  ``tls`` is for ``wss://`` addresses and defaults to
-    the authorities that the operating system trusts.  ``message_bytes`` limits a message from the
-    server: the connection is closed as soon as a larger message is announced.
+    ``token`` is sent in a header of the handshake's HTTP request.  ``tls`` is used for ``wss://``
+    addresses; without it, the client trusts the operating system's certificate authorities.
+    ``message_bytes`` limits the size of a message from the server; the connection is closed if a
+    message is larger.
 
     Raises:
         UsageError: ``message_bytes`` is not positive.
@@ -41,8 +45,8 @@ def check_url(url: str, credentials: Credentials) -> None:
     """Check a server's address against the credentials, and warn if a token is sent unencrypted.
 
     Raises:
-        UsageError: it is not a valid address, contains a password, or certificates are given
-            without TLS.
+        UsageError: the address is not valid, it contains a user name or password, or it does not
+            begin with ``wss://`` although ``credentials`` has TLS settings.
     """
     try:
         parts = urlsplit(url)

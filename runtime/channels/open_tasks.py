@@ -1,4 +1,4 @@
-"""The client's record of an open task: the messages sent, and the answer that is expected next."""
+"""A client's record of an open task: the messages sent, and the reply that is expected next."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from splitonnx.messages import TaskKey, Tensors
 
 @dataclass(kw_only=True)
 class OpenTask:
-    """The messages sent in a task, the number of answers received, and the answer expected next.
+    """A task in progress: the messages sent, and the number of replies received.
 
-    After a reconnect every message is sent again.  The server may then repeat its answers, in order
-    and each at most once.
+    ``due`` is the number of the reply that is expected next.  After a reconnect, every message is
+    sent again, and ``due`` restarts at 0.  The server may then repeat its replies, in order and
+    each at most once.
     """
 
     key: TaskKey
@@ -25,7 +26,7 @@ class OpenTask:
     due: int = 0
 
     def check(self, message: Tensors) -> None:
-        """Raise an error unless a message is the expected one.
+        """Check that a message is the reply that is expected next, and count it.
 
         Raises:
             RemoteProtocolError: the message belongs to another task, is a repetition, or is too

@@ -1,4 +1,7 @@
-"""How long a client waits before it reconnects; it computes the times but does not wait."""
+"""Exponential backoff: how long a client waits before each attempt to reconnect.
+
+This module computes the times; the caller does the waiting.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,17 @@ from splitonnx.errors import UsageError
 FIRST_DELAY = 0.05
 """Seconds before the second attempt to reconnect; the first attempt is made at once."""
 LONGEST_DELAY = 10.0
-"""Most seconds between two attempts."""
+"""Longest wait between two attempts, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backoff:
-    """How long to wait between attempts to reconnect, and when to give up.
+    """The times to wait between attempts to reconnect, and when to give up.
 
-    Each wait is random, between half of a bound and the bound, which doubles each time, so that the
-    clients of a restarted server do not all reconnect at once.  ``give_up_after`` is in seconds
-    since the connection was lost, or ``None`` to retry forever.
+    Each wait is a random time between half of a bound and the bound.  The bound starts at ``first``
+    and doubles after each attempt, up to ``longest``.  Because the waits are random, the clients of
+    a restarted server do not all reconnect at once.  The client gives up ``give_up_after`` seconds
+    after the connection was lost; with ``None``, it retries forever.
 
     Raises:
         UsageError: a time is negative or not a number, or ``first`` is longer than ``longest``.
@@ -42,7 +46,7 @@ class Backoff:
             )
 
     def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt; the iterator is endless."""
+        """Yield the seconds to wait before each attempt, without end; the first wait is 0."""
         yield 0.0
         bound = self.first
         while True:

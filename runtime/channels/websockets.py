@@ -1,8 +1,9 @@
 """A client's connection to its server over a websocket.
 
-Messages are sent as binary frames without compression, which does not make tensors smaller, and in
-fragments of 1 MiB, so that neither side needs a second copy of a large message in its buffers.
-Every exception of websockets, TLS and the operating system is converted to one of ours here.
+Each message is sent in binary fragments of 1 MiB, so that neither side needs a second copy of a
+large message in its buffers.  Messages are not compressed, because compression does not make
+tensors smaller.  Exceptions of websockets, TLS and the operating system are converted to exceptions
+of ``splitonnx.errors``.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from splitonnx.runtime.wire.tls import describe_failure
 OPEN_SECONDS = 10.0
 """Time limit in seconds for connecting, including TLS and HTTP."""
 REPLY_SECONDS = 600.0
-"""Seconds that a client waits for the beginning of a reply, while the server computes."""
+"""Seconds that a client waits for the first byte of a reply, while the server computes."""
 MESSAGE_SECONDS = 60.0
-"""Seconds from a reply's first byte to its last; a delay is noticed at most a quarter later."""
+"""Most seconds between the first and last byte of a reply, checked every quarter of that time."""
 PING_SECONDS = 20.0
 """Seconds between pings."""
 PONG_SECONDS = 60.0
-"""Seconds in which the server must answer a ping; the answer may have to wait for a fragment."""
+"""Seconds within which the server must answer a ping; its answer may wait behind a fragment."""
 CLOSE_SECONDS = 5.0
 """Seconds that the server has to answer the closing handshake."""
 
@@ -56,10 +57,10 @@ class WebSocketTransport:
     """A client's connection to a server over a websocket; see :class:`transports.Transport`.
 
     Raises:
-        ConnectionLost: no server answers, or it is full: try again.
+        ConnectionLost: no server answers, or the server is full; the client may try again.
         Unauthorized: the server requires a token, rejects this token, or rejects this web origin.
-        UntrustedPeer: TLS does not trust the server's certificate, or the server does not trust
-            ours.
+        UntrustedPeer: TLS does not trust the server's certificate, or the server does not trust the
+            client's certificate.
         Redirected: the server redirects to another address.
         UsageError: ``url`` is not a websocket address.
     """
@@ -117,7 +118,10 @@ class WebSocketTransport:
         self.bytes_sent += sum(map(len, chunks))
 
     def receive(self) -> bytes:
-        """Wait for the next message, with one time limit for its beginning and one for its end."""
+        """Wait for the next message and return it.
+
+        There is one time limit for the start of the message, and another for the rest of it.
+        """
         begin_by = time.monotonic() + self._reply_seconds
         end_by: float | None = None
         while True:
@@ -191,7 +195,7 @@ def _translate_opening(url: str, error: Exception) -> ConnectionLost | Untrusted
 
 
 def connect(url: str, *, credentials: Credentials | None = None) -> WebSocketTransport:
-    """Connect to a server, such as ``ws://127.0.0.1:8765``.
+    """Connect to the server at ``url``, such as ``ws://127.0.0.1:8765``.
 
     Raises:
         ConnectionLost, Unauthorized, UntrustedPeer, Redirected, UsageError: see
