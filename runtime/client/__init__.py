@@ -1,6 +1,7 @@
 """The client: datasets, training loops, checkpoints, histories, and the public ``Client``.
 
-This package runs on the client's device.  It may import the channels, the engine, the storage, the
-wire and ``limits.py``, which measures the machine's memory, but never the server's packages, so
-that a device does not load what only they need.
+This package runs on the client's device.  Modules here may import the packages ``channels``,
+``engine``, ``storage`` and ``wire``, and ``limits.py``, which measures the machine's memory.  They
+never import the server's packages, so that a device does not load libraries that only a server
+needs.
 """

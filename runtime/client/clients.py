@@ -1,7 +1,7 @@
-"""The public client: it trains, evaluates and predicts with its part of a model and a server.
+"""The public client, which trains, evaluates and predicts with its part of a model and a server.
 
-It connects the data, the executor and the connection to the server.  It knows the phases by name,
-but not what the stages compute.  The same loop trains an unsplit model without a server.
+:class:`Client` connects the data, the executor of the client's part, and the channel to the server.
+Without a server, it trains an unsplit model.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ _ALREADY_TRAINING = "this client is already training"
 
 
 class Client:
-    """Train and run a bundle's client part together with a server, or an unsplit model without one.
+    """A client that trains and runs its part of a split model together with a server.
 
     ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
-    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open transport; ``None`` for
-    an unsplit model.  If a connection breaks, the client reconnects (unless it was given an open
-    transport) and training continues as if nothing had happened.  Use the client as a context
-    manager, or call :meth:`close`.  After an error in the middle of a task the client closes, and
-    its own state is the state before that task.
+    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open transport.  For an
+    unsplit model it is ``None``, and the client trains alone.  If a connection breaks, the client
+    reconnects (unless it was given an open transport) and training continues as if nothing had
+    happened.  Use the client as a context manager, or call :meth:`close`.  If an error occurs in
+    the middle of a task, the client closes, and its own state stays as it was before that task.
 
     Args:
         bundle: see above.
         server: see above.
-        access: how this client authenticates itself to the server, and which servers it trusts.
+        credentials: how this client authenticates itself to the server, and which servers it
+            trusts.
         threads: threads per operator; all cores by default.
         seed: seed of shuffling and Dropout.
-        resume: continue the interrupted run in the folder, if there is one: with its state, and in
-            :meth:`fit` from its position in the data.
+        resume: continue the interrupted run in the folder, if there is such a run.  The client
+            starts with the run's state, and :meth:`fit` starts at the run's position in the data.
         give_up_after: seconds without a connection after which the client gives up, including the
             time for the first connection.  With ``None``, the client tries the first connection
             only once (or, with ``resume``, until it succeeds), and reconnects without a time limit.
@@ -72,7 +73,7 @@ class Client:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        FolderInUse: with ``resume``, another client trains in the folder.
+        FolderInUse: ``resume`` is set, and another client trains in the folder.
         UsageError: a server is missing, or was given although the model is not split; or the seed
             or ``give_up_after`` is negative.
         ConnectionLost: the server cannot be reached.
@@ -148,12 +149,12 @@ class Client:
 
     @property
     def steps(self) -> int:
-        """Return the number of updates of this part since it was created."""
+        """Return how many training steps this part has made since the bundle was created."""
         return self._executor.step
 
     @property
     def session(self) -> str:
-        """Return the name of this client's session, which is the same on the server."""
+        """Return the name of this client's session; the server uses the same name."""
         return self._run.session
 
     @property
@@ -181,7 +182,7 @@ class Client:
 
         A resumed client starts at the position in the data where its run was interrupted, and
         trains the rest of ``epochs``.  If the server lost steps, both sides return to the newest
-        common checkpoint, or to the start of this fit, and repeat the lost steps exactly.
+        checkpoint that both have, or to the start of this fit, and repeat the lost steps exactly.
 
         Args:
             data: see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
@@ -189,22 +190,24 @@ class Client:
             batch_size: samples per step; a smaller last batch is skipped if the model's batch size
                 is fixed.
             eval_data: data to evaluate on after each epoch.
-            learning_rate: a constant, or a function of the number of updates so far.
+            learning_rate: a number, or a function that computes it from the number of steps so far;
+                by default the optimizer's own learning rate.
             shuffle: shuffle the data again in each epoch.
             checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
             when_unsaved: whether training stops or continues if a checkpoint cannot be written.
             restart: discard an interrupted run in the folder.
             save: call :meth:`save` at the end; if the server lost steps, repeat them first.
             on_step: called with the record of each step.
-            on_epoch: called with each evaluation.
+            on_epoch: called with the record of each evaluation.
 
         Raises:
             DataError: the data do not fit the model or contain NaN, or a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
             UnfinishedRun: the folder holds an interrupted run; resume it, or use ``restart``.
             FolderInUse: another client trains in the folder.
-            UsageError: a number is out of range; this client already runs a fit; or the resumed run
-                started with other data, batches or seed.
+            UsageError: a number is out of range; this client is already running a fit; or the
+                resumed run started with a different seed, batch size, shuffling or number of
+                samples.
             NotSaved: a checkpoint cannot be written.
             StepsLost: the server lost steps that were made before this fit began, or lost the same
                 steps again and again.
@@ -245,7 +248,7 @@ class Client:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Refuse other training at the same time, and release the folder if the fit fails."""
+        """Refuse a second fit at the same time, and release the folder if the fit fails."""
         if not self._is_training.acquire(blocking=False):
             raise UsageError(_ALREADY_TRAINING)
         try:
@@ -257,7 +260,7 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Train on one batch for one optimizer step and return the phase's results, ``loss`` first.
+        """Make one training step on a batch and return its results, ``loss`` first.
 
         Raises:
             UsageError: this client is running a fit.
@@ -270,7 +273,7 @@ class Client:
         return self._loop.perform(TRAIN, batch, learning_rate)
 
     def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
-        """Predict, compare with the labels, and return the mean of each metric over all samples.
+        """Evaluate the model on the data, and return the mean of each metric over all samples.
 
         Raises:
             UsageError: the bundle has no evaluation phase.
@@ -297,15 +300,15 @@ class Client:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the state of this part, including the optimizer's, as read-only arrays."""
+        """Return the state of this part as read-only arrays, including the optimizer's state."""
         return self._executor.state()
 
     def save(self) -> None:
-        """Write the trained state to the bundle folders, first on the server and then on this side.
+        """Write the trained state to the bundle folders, first on the server, then on the client.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
-            NotSaved: the server could not save, or the state of this part is not finite.
+            NotSaved: the server could not save, or the state of the client's part is not finite.
             FolderInUse: another client trains in the folder.
             StepsLost: the server lost steps, and both sides went back to an earlier step;
                 :meth:`fit` with ``save`` repeats the lost steps.

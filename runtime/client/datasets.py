@@ -1,7 +1,7 @@
-"""The caller's data: named arrays, checked against a phase's declarations and split into batches.
+"""Datasets: named arrays that are checked and split into batches for training.
 
-This module knows numpy's file formats and the tensor specs of the manifest, but not what the
-arrays mean.
+Arrays are checked against the tensors that a phase in the manifest declares.  This module reads
+numpy's file formats, but does not know what the arrays mean.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
 
 
 class Dataset(ABC):
-    """Named arrays that are read in batches; made by :func:`open_dataset`."""
+    """A dataset of named arrays, which is read in batches; created by :func:`open_dataset`."""
 
     size: int | None
     """Number of samples, or ``None`` if it is not known in advance."""
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise an error unless the arrays match ``specs``, as far as can be checked in advance.
+        """Check that the arrays match ``specs``, as far as possible before batches are read.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
@@ -50,10 +50,10 @@ class Dataset(ABC):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches of one epoch; the same arguments yield the same batches.
+        """Yield the batches of one epoch; the same arguments always yield the same batches.
 
-        If ``batch_size`` does not divide the size, the last batch is smaller; ``drop_last`` skips
-        that batch.
+        If the number of samples is not a multiple of ``batch_size``, the last batch is smaller;
+        ``drop_last`` skips that batch.
 
         Raises:
             NotFinite: a floating-point array of the next batch contains NaN or infinity.
@@ -63,7 +63,7 @@ class Dataset(ABC):
 
 
 class ArrayDataset(Dataset):
-    """Arrays with a common first dimension, one row per sample."""
+    """A dataset of arrays with the same number of rows; each row belongs to one sample."""
 
     size: int
 
@@ -80,7 +80,7 @@ class ArrayDataset(Dataset):
         self._arrays = arrays
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check every array completely, except for its number of rows."""
+        """Check the type, shape and values of every array; any number of rows is accepted."""
         check_batch(self._arrays, [_any_rows(spec) for spec in specs])
 
     def batches(
@@ -92,7 +92,7 @@ class ArrayDataset(Dataset):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches of one epoch; ``seed`` and ``epoch`` alone decide their order."""
+        """Yield the batches of one epoch; ``seed`` and ``epoch`` determine the shuffled order."""
         order = np.arange(self.size)
         if shuffle:
             np.random.default_rng([seed, epoch]).shuffle(order)
@@ -108,7 +108,7 @@ class ArrayDataset(Dataset):
 
 
 class BatchDataset(Dataset):
-    """Batches from an iterable, which decides their size and order."""
+    """A dataset whose batches come from an iterable, which determines their size and order."""
 
     size = None
 
@@ -118,7 +118,7 @@ class BatchDataset(Dataset):
         self._spent = False
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Set the specs that each batch is checked against when it is read."""
+        """Store ``specs``; each batch is checked against them when it is read."""
         self._specs = specs
 
     def batches(
@@ -147,12 +147,12 @@ class BatchDataset(Dataset):
 
 
 def open_dataset(source: DataSource) -> Dataset:
-    """Open data: an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
+    """Create a dataset from an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
 
-    Files in a folder are memory-mapped and read as needed.  The arrays have the names of the
-    model's inputs, the targets are named ``labels``, and the first dimension of each array counts
-    the samples.  An iterable of dictionaries of arrays is used unchanged: it determines the batches
-    and their order.
+    The arrays must have the names of the model's inputs, and ``labels`` for the targets.  The first
+    dimension of each array counts the samples.  Files in a folder are memory-mapped and read as
+    needed.  Batches are an iterable of dictionaries of arrays, which determines their size and
+    order.
 
     Raises:
         UnusableData: the file cannot be read or contains Python objects, or its arrays differ in
@@ -175,9 +175,9 @@ def open_dataset(source: DataSource) -> Dataset:
 
 
 def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
-    """Raise an error unless ``batch`` has every array in ``specs``, with declared type and shape.
+    """Check that ``batch`` has every array in ``specs``, with the declared type and shape.
 
-    Nothing is converted; if the dtype is wrong, the error says how to convert the array.
+    Arrays are not converted; if a dtype is wrong, the error says how to convert the array.
 
     Raises:
         MissingArray: an array is missing.
@@ -197,13 +197,14 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
 
 
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
-    """Raise an error if a floating-point array contains NaN or infinity.
+    """Check that the floating-point arrays of a batch contain neither NaN nor infinity.
 
-    ``where`` is the text before the row number in the error; ``rows`` are the numbers of the rows,
-    which by default are counted within the batch.
+    ``where`` is the text before the row number in the error.  ``rows`` holds the number of each row
+    in the dataset; without it, rows are counted within the batch.
 
     Raises:
-        NotFinite: an array does; the error names the array and the first bad row.
+        NotFinite: an array contains NaN or infinity; the error names the array and its first bad
+            row.
     """
     for name, array in batch.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():

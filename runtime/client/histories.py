@@ -1,6 +1,6 @@
-"""The history of a training: one record per step, one per evaluation, and their form as JSON lines.
+"""The history of a training: one record per step and per evaluation, also as lines of JSON.
 
-This module holds plain values; it runs nothing and prints nothing.
+This module only holds values; it runs nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import msgspec
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One optimizer step.
+    """The record of one training step.
 
-    ``step`` counts the updates since the bundle was created, from 1; ``epoch`` counts the epochs of
+    ``step`` counts the steps since the bundle was created, from 1; ``epoch`` counts the epochs of
     this fit, from 0; ``batch`` counts the batches of the epoch, from 1.  ``loss`` is the mean over
     the batch before the update, and ``metrics`` holds the phase's other results.  ``seconds`` is
     the wall time of the step; ``bytes_up`` and ``bytes_down`` are the bytes that the client sent
-    and received in it.
+    and received during the step.
     """
 
     step: int
@@ -32,12 +32,15 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples_per_second(self) -> float:
-        """Return the throughput of this step."""
+        """Return the number of samples that this step processed per second."""
         return self.samples / self.seconds if self.seconds else 0.0
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """The metrics on evaluation data after an epoch (counted from 0), as means over all samples."""
+    """The result of an evaluation after an epoch: the mean of each metric over all samples.
+
+    ``epoch`` counts from 0.
+    """
 
     epoch: int
     metrics: dict[str, float]
@@ -45,14 +48,14 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """The records of one ``fit``, in order."""
+    """The records of one call of :meth:`Client.fit`, in order."""
 
     steps: list[StepRecord] = []
     evaluations: list[Evaluation] = []
 
     @property
     def samples_per_second(self) -> float:
-        """Return the mean throughput over all steps, without the data preparation between steps."""
+        """Return the mean number of samples per second, without the time between steps."""
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
 

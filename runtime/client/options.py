@@ -1,4 +1,4 @@
-"""The options of a fit, as checked values; the client carries out the fit."""
+"""The options of a fit, which the client passes to its training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """The options of a fit; see :meth:`Client.fit` for their meaning."""
+    """The options of a fit; :meth:`Client.fit` explains them.
+
+    ``training`` is its ``data``, and ``held_out`` its ``eval_data``.
+    """
 
     training: Dataset
     held_out: Dataset | None
@@ -31,10 +34,10 @@ class FitOptions:
 
 
 def require_positive(**counts: int | None) -> None:
-    """Raise an error unless each given argument is at least 1.
+    """Check that each argument is at least 1 or ``None``.
 
     Raises:
-        UsageError: an argument is less than 1; the error names it.
+        UsageError: an argument is less than 1; the error names the argument.
     """
     for name, count in counts.items():
         if count is not None and count < 1:

@@ -1,8 +1,8 @@
-"""Run the client's side of a split model's tasks, together with the server if there is one.
+"""The task runner, which runs a client's tasks, together with the server if the model is split.
 
 This module connects the executor of the client's part, the training run and the channel.  It makes
-both sides write their checkpoints, and goes back to an earlier step if the server lost steps.
-Data, epochs and records belong to the client.
+both sides write their checkpoints, and goes back to an earlier step if the server lost steps.  The
+training loop handles data, epochs and records.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _logger = logging.getLogger("splitonnx.client")
 
 
 class TaskRunner:
-    """Runs tasks one after the other.
+    """A runner of a client's tasks, one after the other.
 
-    ``channel`` is ``None`` for an unsplit model; ``seed`` is the key of the random masks.
-
-    ``position`` is the position in the data that belongs to the current state, if it is known.  The
-    caller sets it, and the runner changes it when steps are lost.
+    ``channel`` is the connection to the server, or ``None`` for an unsplit model.  ``seed``
+    determines the random masks of Dropout.  ``position`` is the position in the data that belongs
+    to the current state, or ``None`` if it is not known.  The caller sets it, and the runner
+    changes it when steps are lost.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class TaskRunner:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Return the bytes sent and received so far."""
+        """Return the numbers of bytes sent and received so far."""
         return (0, 0) if self._channel is None else self._channel.traffic
 
     def perform(
         self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
     ) -> dict[str, np.ndarray]:
-        """Run one task from its data to its commit and return the phase's results.
+        """Run one task to its end, commit its changes to the state, and return its results.
 
         Raises:
             StepsLost: the server lost steps; both sides are at an earlier step and can continue.
@@ -83,8 +83,9 @@ class TaskRunner:
     def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
         """Make both sides write a checkpoint, one after the other.
 
-        Each side keeps two checkpoints, so both have a common one as long as neither side is two
-        ahead.  Therefore the side whose last checkpoint could not be written goes first.
+        Each side keeps its two newest checkpoints.  Both sides have a checkpoint of the same step
+        as long as neither of them is two checkpoints ahead.  Therefore, if the client could not
+        write its last checkpoint, the client writes first; otherwise the server does.
 
         Raises:
             NotSaved: a side could not write its checkpoint, and ``when_unsaved`` is ``"stop"``.
@@ -107,7 +108,7 @@ class TaskRunner:
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
-            NotSaved: the server could not save, or the state of this side is not finite.
+            NotSaved: the server could not save, or the state of the client is not finite.
             StepsLost, ProtocolError: see :meth:`perform`.
         """
         if self._channel is not None:
@@ -123,9 +124,9 @@ class TaskRunner:
     def close(self) -> None:
         """End the session and close the connection; may be called twice.
 
-        If the run has checkpoints and is not finished, or the server published its state and this
-        side did not, only the connection is closed.  Otherwise the server would delete the
-        checkpoints from which the run can be resumed.
+        If the run can still be resumed, only the connection is closed: ending the session would
+        make the server delete its checkpoints.  A run can be resumed if it has checkpoints and is
+        not finished, or if the server has published its state and the client has not.
         """
         try:
             if not self._closed and self._channel is not None:
@@ -159,7 +160,7 @@ class TaskRunner:
 
     @contextmanager
     def _going_back(self) -> Iterator[None]:
-        """Restore the step to which the server fell back, and the data position at that step."""
+        """If the server lost steps, restore the step to which it fell back."""
         try:
             yield
         except StepsLost as lost:

@@ -1,6 +1,6 @@
-"""The training loop: epochs, batches, records, checkpoints, and repeating lost steps.
+"""The training loop: it runs epochs, records the results, and repeats steps that were lost.
 
-It knows the phases by name, but neither what the stages compute nor how the other party is reached.
+The task runner performs the tasks and communicates with the server.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
 MOST_RETURNS = 100
-"""How often the server may lose steps before a new step is made."""
+"""How many times in a row the server may lose steps before training makes progress again."""
 
 
 class TrainingLoop:
-    """Trains and evaluates by running the tasks of one party.
+    """The loop that trains and evaluates a client's part of a model by running tasks.
 
-    ``seed`` decides the order of evaluation data; a fit has its own seed in its data position.
+    ``seed`` is passed to datasets for evaluation; training uses the seed in its data position.
     """
 
     def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:
@@ -38,7 +38,7 @@ class TrainingLoop:
         self._seed = seed
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
-        """Train from a position in the data to the end of the last epoch and return the history.
+        """Train from a position in the data to the end of the last epoch, and return the history.
 
         If the server lost steps, both sides go back and repeat them.
 
@@ -144,7 +144,7 @@ class TrainingLoop:
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
     ) -> dict[str, np.ndarray]:
-        """Run one task on a batch and return the phase's results."""
+        """Run one task of the given phase on a batch, and return its results."""
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return self._runner.perform(

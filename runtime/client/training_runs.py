@@ -1,7 +1,7 @@
-"""The records with which a client can resume training: session, checkpoints, position in the data.
+"""The records that let a client resume training: its session, checkpoints and position in the data.
 
 A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
-module knows files and names; it runs nothing and knows no server.
+module reads and writes files; it runs no tasks and knows no server.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _POSITION = msgspec.json.Decoder(DataPosition)
 
 
 class TrainingRun:
-    """The record of one client's session; made by :meth:`open`.
+    """The record of one training session of a client; created by :meth:`open`.
 
-    ``position`` is where in the data a resumed run continues, or ``None`` for a new run.
-    ``is_behind`` is true if the last checkpoint could not be written.
+    ``position`` is the position in the data at which a resumed run continues, or ``None`` for a new
+    run.  ``is_behind`` is true if the last checkpoint could not be written.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class TrainingRun:
 
     @classmethod
     def open(cls, executor: Executor, *, resume: bool) -> Self:
-        """Start a session, or resume the unfinished one and load its state into ``executor``.
+        """Start a new session, or with ``resume`` continue the unfinished session in the folder.
 
-        With ``resume`` the folder stays locked until :meth:`release`; if it has no unfinished run,
-        training starts from the folder's state.
+        The state of an unfinished session is loaded into ``executor``.  If there is no unfinished
+        session, training starts from the folder's state.  With ``resume``, the folder stays locked
+        until :meth:`release`.
 
         Raises:
             FolderInUse: another client trains in the folder.
@@ -91,7 +92,7 @@ class TrainingRun:
         self._lock = None
 
     def find_resume_point(self, step: int) -> ResumePoint:
-        """Return where a client at ``step`` can resume."""
+        """Return the steps from which a client that is at ``step`` can resume."""
         kept = () if self._store is None else self._store.steps()
         return ResumePoint(origin=self._origin, start=self._start, step=step, kept=kept)
 
@@ -104,10 +105,10 @@ class TrainingRun:
             return True
 
     def write(self, executor: Executor, position: DataPosition | None) -> None:
-        """Write the state to disk as a durable checkpoint.
+        """Write the executor's state to disk as a durable checkpoint.
 
         Raises:
-            NotSaved: the checkpoint cannot be written; earlier ones are kept.
+            NotSaved: the checkpoint cannot be written; earlier checkpoints are kept.
             BundleError: the bundle exists only in memory.
             FolderInUse: another client trains in the folder.
         """
@@ -128,7 +129,7 @@ class TrainingRun:
         self.is_behind = False
 
     def publish(self, executor: Executor, position: DataPosition | None) -> None:
-        """Write the state as the folder's outcome, finish the run and delete its checkpoints.
+        """Write the state as the training's outcome, and delete the run's checkpoints.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
@@ -143,7 +144,9 @@ class TrainingRun:
             self._store.remove()
 
     def go_back(self, executor: Executor, step: int) -> DataPosition | None:
-        """Restore the state of an earlier step and return the position in the data at that step.
+        """Restore the state of an earlier step, and return the position in the data at that step.
+
+        The position is ``None`` at the start of the run.
 
         Raises:
             BundleError: the state of ``step`` was not kept.
@@ -160,10 +163,13 @@ class TrainingRun:
         return None
 
     def take_position(self, start: DataPosition) -> DataPosition:
-        """Return the position at which a run begins: ``start``, or where the run was interrupted.
+        """Return the position in the data to begin at: ``start``, or where the run was interrupted.
+
+        The position of an interrupted run is returned only once.
 
         Raises:
-            UsageError: the resumed run started with other data, batches or seed.
+            UsageError: the resumed run started with a different seed, batch size, shuffling or
+                number of samples.
         """
         kept = self.position
         if kept is None:
@@ -179,7 +185,10 @@ class TrainingRun:
         return kept
 
     def begin_run(self, *, restart: bool) -> None:
-        """Check that the folder has no unfinished run; with ``restart``, delete it.
+        """Lock the folder, and check that it has no unfinished run of another session.
+
+        With ``restart``, such a run is not an error: the checkpoints of all other sessions are
+        deleted.
 
         Raises:
             UnfinishedRun: the folder has an unfinished run.
@@ -198,7 +207,7 @@ class TrainingRun:
 
 
 def find_unfinished(party: PartyBundle) -> Checkpoint | None:
-    """Return the newest checkpoint of the last written run, or ``None`` if it was finished."""
+    """Return the newest checkpoint of the last unfinished run; ``None`` if all are finished."""
     if party.path is None:
         return None
     for session in list_sessions(party.path):
