@@ -1,8 +1,8 @@
-"""Admission of connections: which connections a server has, and which may still connect.
+"""Admission of connections: which clients are connected to a server, and whether more may connect.
 
-It counts authenticated and unauthenticated connections, and the bytes of the long HTTP responses
-that are buffered for them.  :mod:`connections` enforces the limits of each single connection and
-reports each one that opens and closes.
+This module counts connections before and after authentication, and the bytes of long HTTP responses
+that are buffered for them.  :mod:`connections` enforces the limits on each single connection, and
+reports here when a connection opens or closes.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 
 SHORT_ANSWER = 64 << 10
-"""Bytes up to which an HTTP response must be read within the time of a handshake."""
+"""Largest HTTP response, in bytes, that must be read within the time limit of the handshake."""
 ANSWERS_BYTES = 256 << 20
-"""Most bytes of all longer responses that are buffered at a time."""
+"""Most bytes of longer responses that are buffered at the same time, for all clients together."""
 
 
 class Connection(Protocol):
-    """The part of a connection that its admission depends on."""
+    """The methods of a connection that :class:`Admission` uses."""
 
     name: str
 
     @property
     def owner(self) -> str | None:
-        """Return the connection's owner; ``None`` until it shows a token."""
+        """Return the owner of the client's token, or ``None`` until a token is shown."""
 
     @property
     def transport(self) -> asyncio.BaseTransport:
-        """Return the transport of the connection's bytes."""
+        """Return the asyncio transport that carries the connection's bytes."""
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that apply before a token is shown."""
+        """Lift the limits that apply until a client has shown a token."""
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
+        """Allow more time to read a long HTTP response, as long as the client keeps reading."""
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """Close the connection without waiting for the other side."""
+        """Close the connection without waiting; send ``code`` and ``reason`` if possible."""
 
 
 class Admission:
-    """Decides which connections may connect; ``host`` is the address that the server listens on."""
+    """The admission of clients to one server: it decides which connections are accepted.
+
+    ``host`` is the address that the server listens on.
+    """
 
     def __init__(
         self,
@@ -90,16 +93,16 @@ class Admission:
         self._answers: dict[Connection, int] = {}  # bytes of the longer responses
 
     def enter(self, connection: Connection) -> None:
-        """Admit a connection that has not shown a token.
+        """Add a new connection, whose client has not shown a token yet.
 
-        If there are too many of these, the one that has waited longest is closed.
+        If too many such connections are open, the oldest is closed.
         """
         if len(self._unauthenticated) >= self.limits.unauthenticated:
             self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)
         self._unauthenticated[connection] = None
 
     def _relieve(self) -> None:
-        """Close a connection if no file descriptor is left for the next one."""
+        """Close a connection because no file descriptor is left for the next connection."""
         self.on_refusal(Refusal.TOO_MANY_FILES, "somebody")
         if self._unauthenticated:
             self._send_away(Refusal.TOO_MANY_FILES)
@@ -113,7 +116,11 @@ class Admission:
             self.quota.sweep()
 
     def admit(self, connection: Connection, identity: Identity) -> Refusal | None:
-        """Count a connection as an authenticated client's; return the reason if it is full."""
+        """Add a connection to the authenticated clients, unless the server has too many.
+
+        Returns:
+            ``None``, or the limit that is reached: clients in total, or clients of this owner.
+        """
         if connection.owner is not None:
             return None
         refusal = None
@@ -139,7 +146,7 @@ class Admission:
         self._answers.pop(connection, None)
 
     def answer(self, connection: Connection, request: Request) -> Response | None:
-        """Decide on a handshake: return an HTTP response, or ``None`` for a websocket."""
+        """Return the HTTP response to a request, or ``None`` to open a websocket."""
         decision = self._policy.decide(request, connection.transport)
         if decision.refusal is not None:
             self.on_refusal(decision.refusal, connection.name)
@@ -156,7 +163,7 @@ class Admission:
         return response
 
     def _keep(self, connection: Connection, size: int) -> bool:
-        """Allow time to read a long response, if its bytes can be buffered that long."""
+        """Allow time to read a long response; return False if too much is buffered already."""
         if size > SHORT_ANSWER:
             if sum(self._answers.values()) + size > ANSWERS_BYTES:
                 return False

@@ -1,7 +1,7 @@
-"""The client's part of a bundle as a server provides it for download, each file by its path.
+"""The files of the client's part of a bundle, which a server offers for download.
 
-Browsers need it, because they have no bundle folder.  Only files that the manifest names are
-provided, and never a trained state.  The server decides who may download them and how.
+Browsers download them, because they have no bundle folder.  Only files that the manifest names are
+available, and never a trained state.  The server decides who may download them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BINARY = "application/octet-stream"
 
 
 class ClientFiles:
-    """The files of the client's part that belongs to the server's part.
+    """The files of the client's part that a server offers for download.
 
     Args:
         client: the client's folder, or the loaded part.
@@ -29,7 +29,7 @@ class ClientFiles:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        UsageError: it is not the client's part of the same bundle.
+        UsageError: ``client`` is not the client's part of the same bundle.
     """
 
     def __init__(self, client: str | Path | PartyBundle, server: PartyManifest) -> None:
@@ -42,7 +42,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Return the file at a path like ``/client/manifest.json``, ``None`` for other paths."""
+        """Return the response for a URL path; ``None`` unless the path begins with ``/client/``."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

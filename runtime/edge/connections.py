@@ -1,7 +1,7 @@
-"""One connection of a server with its limits: how much may arrive, how fast and how slowly.
+"""A server's connection with limits on the size, rate and duration of what a client sends.
 
-It extends the protocol object of websockets, so that limits apply before bytes are buffered.
-:mod:`admissions` decides who may connect; the contents of messages are not known here.
+It extends the connection class of websockets, so that the limits apply before data are buffered.
+:mod:`admissions` decides who may connect.  This module does not know the contents of messages.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
 from splitonnx.runtime.edge.tokens import Identity
 
 REQUEST_BYTES = 16 << 10
-"""Most bytes of a handshake's HTTP request."""
+"""Largest HTTP request of a handshake, in bytes."""
 MAX_FRAGMENTS = 4096
 """Most fragments of one message; each costs some microseconds, however small it is."""
 KEPT_BYTES = 16 << 20
-"""Bytes of unread messages of one connection above which its sender must wait."""
+"""Bytes of unread messages above which the server stops reading from a connection."""
 LOST_SECONDS = 60.0
-"""Seconds without a byte, not even a pong, after which the other side is considered gone."""
+"""Seconds without any data, not even a pong, after which the client is considered gone."""
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to answer the closing handshake."""
 DISMISS_SECONDS = 1.0
-"""The same if another connection is waiting for the place."""
+"""Seconds for the closing handshake if the server cannot wait for it long."""
 ANSWER_SECONDS = 300.0
-"""Seconds in which a long HTTP response must be read; it stays in memory until then."""
+"""Seconds within which a long HTTP response must be read; it stays in memory until then."""
 ANSWER_CHECKS = 10
-"""How often in that time the share of the response that was read is compared with the time used."""
+"""How many times in that period the server checks that enough of the response has been read."""
 
 _TLS_HELLO = b"\x16\x03"
 
 
 class LimitedConnection(ServerConnection):
-    """One connection with its limits; ``identity`` is ``None`` until it shows a token."""
+    """A client's connection, with limits on what it may send and how long it may take.
+
+    ``identity`` is ``None`` until the client has shown a token.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class LimitedConnection(ServerConnection):
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start with the limits that apply before a token is shown."""
+        """Start the connection with the limits that apply until the client has shown a token."""
         super().connection_made(transport)
         self.recv_messages.pause = partial(self._pause, "queue")
         self.recv_messages.resume = partial(self._resume, "queue")
@@ -98,13 +101,13 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the connection and free its place."""
+        """Stop the timers, and free the connection's place on the server."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read bytes, within the limits on size and rate."""
+        """Process received bytes, and enforce the limits on their size and rate."""
         if not self._bytes and data.startswith(_TLS_HELLO):
             # an answer in HTTP makes TLS on the other side say what is wrong
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
@@ -138,7 +141,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("pace", wait, partial(self._resume, "pace"))
 
     def process_event(self, event: Event) -> None:
-        """Count received frames and the bytes that are buffered of them."""
+        """Process a received frame; pause or refuse the client if too much is buffered."""
         super().process_event(event)
         if not isinstance(event, Frame):
             return
@@ -157,23 +160,26 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Return the connection's owner; ``None`` until it shows a token."""
+        """Return the owner of the client's token, or ``None`` until a token is shown."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that apply before a token is shown."""
+        """Lift the limits that apply until a client has shown a token."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")
 
     def take(self, size: int) -> None:
-        """Record that the reader has taken ``size`` bytes of messages."""
+        """Record that the server has read ``size`` bytes, and resume receiving if possible."""
         self.kept -= size
         if self.kept <= KEPT_BYTES and "kept" in self._pauses:
             self._resume("kept")
 
     def open(self) -> None:
-        """Record the end of the handshake, and wait for a token unless one was shown already."""
+        """Record that the handshake is complete, and set a time limit for showing a token.
+
+        A client that has already shown a token has no such limit.
+        """
         self._timers.stop("handshake")
         self._listen()
         if self.owner is not None:
@@ -186,13 +192,13 @@ class LimitedConnection(ServerConnection):
         )
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow time to read a long HTTP response, as long as the client reads it steadily."""
+        """Allow more time to read a long HTTP response, as long as the client keeps reading."""
         self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
         self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
 
     def _check_pace(self, size: int, left: float) -> None:
-        """Close the connection if the client has not read its share of a response by this check."""
+        """Disconnect the client if it has not read its share of a response by the next check."""
         pause = ANSWER_SECONDS / ANSWER_CHECKS
 
         def check() -> None:
@@ -204,7 +210,7 @@ class LimitedConnection(ServerConnection):
         self._timers.start("answer", pause, check)
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """Close the connection without waiting for the other side."""
+        """Close the connection without waiting; send ``code`` and ``reason`` if possible."""
         if self.refusal is not None or self.transport.is_closing():
             return
         self.refusal = refusal
@@ -222,14 +228,14 @@ class LimitedConnection(ServerConnection):
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def cut_off(self, refusal: Refusal) -> None:
-        """Abort the connection at once, because the other side does not read."""
+        """Abort the connection at once, because the client does not read."""
         if self.refusal is None:
             self.refusal = refusal
             self._admission.on_refusal(refusal, self.name)
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection with a reason, or at once if the other side does not read."""
+        """Close the connection with a reason, or abort it if the client does not read."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()
@@ -240,8 +246,8 @@ class LimitedConnection(ServerConnection):
     def _listen(self) -> None:
         """Close the connection if nothing has arrived for too long.
 
-        Any byte is a sign of life: on a slow network a pong waits behind a message.  While this
-        side does not read, it cannot tell whether the other side is gone.
+        Any byte counts as a sign of life, because on a slow network a pong may wait behind a
+        message.  While the server itself does not read, it cannot know whether the client is gone.
         """
         if self._pauses:
             self._heard = self.loop.time()
@@ -252,7 +258,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("listen", LOST_SECONDS - silence, self._listen)
 
     def _note_fault(self) -> None:
-        """Return why the parser stopped, if it did."""
+        """Report the error that stopped the parser, if there was an error."""
         reason = self.protocol.parser_exc
         if self.refusal is None and isinstance(reason, PayloadTooBig | ProtocolError):
             big = isinstance(reason, PayloadTooBig)
@@ -260,7 +266,7 @@ class LimitedConnection(ServerConnection):
             self._admission.on_refusal(self.refusal, self.name)
 
     def _watch(self) -> None:
-        """Run the message's deadline while a message is being received and this side is reading."""
+        """Run the time limit of a message while the message arrives and the server is reading."""
         if not self.is_underway or self._pauses:
             self._timers.stop("message")
         elif "message" not in self._timers:

@@ -1,4 +1,4 @@
-"""File descriptors of this process: how many are allowed, and how many connections may use."""
+"""The limit on this process's file descriptors, and how many of them connections may use."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def find_limit() -> int:
 
 
 def find_ceiling() -> int:
-    """Return the descriptor number from which on a new connection is refused.
+    """Return the number of a file descriptor from which on new connections are refused.
 
-    The operating system assigns the lowest free number, so the number of a new connection shows how
-    many files are open.
+    The operating system assigns the lowest free number.  So the number of a new connection's
+    descriptor shows how many files are open.
     """
     limit = find_limit()
     return limit - min(RESERVE, limit // 4)
 
 
 def raise_limit(needed: int) -> int:
-    """Raise the descriptor limit to ``needed`` if permitted, and return the resulting limit."""
+    """Raise the limit on file descriptors to ``needed`` if permitted, and return the new limit."""
     limit = find_limit()
     if limit >= needed:
         return limit
@@ -48,7 +48,10 @@ def raise_limit(needed: int) -> int:
 
 
 class Rarely:
-    """Lets one log line through per interval, and counts the suppressed ones."""
+    """A rate limit for a log message: at most one per interval.
+
+    The events without a message are counted and reported with the next message.
+    """
 
     def __init__(self, clock: Callable[[], float], seconds: float = SECONDS) -> None:
         self._clock = clock
@@ -57,7 +60,10 @@ class Rarely:
         self._count = 0
 
     def count(self) -> int:
-        """Count an event; if a log line is due, return the events since the last one, else 0."""
+        """Count an event, and return how many events to report now.
+
+        The result is the number of events since the last report, or 0 if that report is too recent.
+        """
         self._count += 1
         now = self._clock()
         if self._next is not None and now < self._next:

@@ -1,6 +1,6 @@
 """HTTP on the websocket port: requests, responses, and the reasons for refusing a connection.
 
-This module does not decide who may get which response.
+:mod:`request_policies` decides which response a request gets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
 
 
 class Refusal(StrEnum):
-    """Why the server refused or closed a connection; few values, because they label a metric."""
+    """The reason why a server refused or closed a connection.
+
+    There are only a few reasons, because they are used as labels of a metric.
+    """
 
     WRONG_TOKEN = "WrongToken"
     WRONG_ORIGIN = "WrongOrigin"
@@ -47,7 +50,7 @@ STATUSES: Mapping[Refusal, HTTPStatus] = MappingProxyType(
         Refusal.TLS: HTTPStatus.BAD_REQUEST,
     }
 )
-"""The HTTP status of each refusal before there is a websocket; 503 (try again) for all others."""
+"""HTTP statuses for refusals during the handshake; all other refusals get 503 (try again)."""
 
 
 WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
@@ -59,12 +62,12 @@ WHY_BUSY: Mapping[Refusal, str] = MappingProxyType(
         ),
     }
 )
-"""The text for each refusal of a client because the server is full."""
+"""Texts of the responses to clients that are refused because the server is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpRequest:
-    """The parts of an HTTP request that responses depend on; a missing header is ``""``."""
+    """The parts of an HTTP request that determine the response; a missing header is ``""``."""
 
     path: str
     token: str | None
@@ -103,7 +106,10 @@ METHODS = ("GET", "HEAD")
 def make_response(
     status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
 ) -> Response:
-    """Make an HTTP response, after which the connection is closed."""
+    """Build an HTTP response with default headers; ``others`` adds or replaces headers.
+
+    The connection is closed after the response.
+    """
     headers = {
         "Content-Type": content_type,
         "Content-Length": str(len(body)),
@@ -120,7 +126,7 @@ def make_response(
 
 
 def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
-    """Read the parts of a request that responses depend on."""
+    """Convert a request of the websockets library to an :class:`HttpRequest`."""
     return HttpRequest(
         path=request.path,
         token=token,
@@ -132,10 +138,10 @@ def read_request(request: Request, token: str | None, roles: frozenset[Role]) ->
 
 
 def deny(status: HTTPStatus, sentence: str) -> Response:
-    """Make the response to a refused request, with one sentence as the reason."""
+    """Build the response to a refused request; ``sentence`` is the reason that it shows."""
     return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
 
 
 def deny_busy(refusal: Refusal) -> Response:
-    """Make the response to a request for which the server has no capacity now."""
+    """Build the response to a request that is refused because the server is full."""
     return deny(HTTPStatus.SERVICE_UNAVAILABLE, WHY_BUSY[refusal])

@@ -1,8 +1,8 @@
-"""Listening sockets that count accepted connections, before TLS or HTTP begins.
+"""Listening sockets that limit how many accepted connections may be in their handshake.
 
-Only the event loop knows a connection during its TLS handshake, which takes about 300 KiB of
-memory; so counting begins at ``accept`` and ends when the socket is closed.  This module knows
-neither TLS nor websockets.
+During its TLS handshake, a connection takes about 300 KiB of memory and is known only to asyncio's
+event loop.  So connections are counted from ``accept`` until the handshake is complete or the
+socket is closed.  This module knows neither TLS nor websockets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from splitonnx.errors import PortInUse, UsageError
 from splitonnx.runtime.edge.descriptors import SCARCE, find_ceiling
 
 BACKLOG = 128
-"""Connections that the operating system queues, and the most that are accepted at a time."""
+"""Most connections that the operating system queues, and that are accepted at a time."""
 
 GRACE_SECONDS = 1.0
 """Seconds that each connection has for its handshake, however many others arrive."""
@@ -35,13 +35,13 @@ _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 class HandshakeQuota:
-    """Limits how many of a server's sockets are between ``accept`` and the end of the handshake.
+    """A limit on how many of a server's sockets may be in their handshake at the same time.
 
-    ``capacity`` is the limit.  When one more arrives, the oldest is shut down if it has had
-    ``GRACE_SECONDS``, otherwise the newest.  So a flood of connections can neither keep other
-    clients out for long nor make the server start more handshakes than it can finish.  ``on_full``
-    is called for each of these, and ``on_scarce`` for each connection closed for lack of file
-    descriptors.
+    ``capacity`` is the limit.  If it is reached when a socket arrives, the oldest socket is shut
+    down; but if the oldest has had less than ``GRACE_SECONDS``, the new socket is refused instead.
+    So a flood of connections can neither keep other clients out for long nor make the server start
+    more handshakes than it can finish.  ``on_full`` is called each time, and ``on_scarce`` for each
+    connection that is closed because no file descriptors are left.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HandshakeQuota:
         self._dropped = 0
 
     def admit(self, client: AcceptedSocket) -> bool:
-        """Count a newly accepted socket, if there is room."""
+        """Count a newly accepted socket; return False if it must be closed instead."""
         if client.fileno() >= self._ceiling:
             self.on_scarce()
             return False
@@ -74,27 +74,27 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Run the garbage collector after every ``SWEEP`` connections that were ended early.
+        """Count a connection that was ended early, and collect garbage every ``SWEEP`` calls.
 
-        asyncio's memory for one connection is a reference cycle of few objects and 256 KiB.  The
-        collector counts objects and would let hundreds of these pile up.
+        For each connection, asyncio keeps a reference cycle of few objects but 256 KiB.  The
+        garbage collector counts objects, not bytes, so hundreds of such cycles would pile up.
         """
         self._dropped += 1
         if self._dropped % SWEEP == 0:
             gc.collect()
 
     def release(self, number: int) -> None:
-        """Stop counting a socket, given by its file number: its handshake is done."""
+        """Stop counting the socket with file descriptor ``number``, whose handshake is complete."""
         self._waiting.pop(number, None)
 
     def forget(self, client: AcceptedSocket) -> None:
-        """Remove a socket that is about to be closed."""
+        """Stop counting a socket that is about to be closed."""
         if self._waiting.get(client.fileno()) is client:
             del self._waiting[client.fileno()]
 
 
 class AcceptedSocket(socket.socket):
-    """An accepted socket that informs its quota when it is closed."""
+    """An accepted socket that informs its :class:`HandshakeQuota` when it is closed."""
 
     quota: HandshakeQuota | None = None
     came = 0.0
@@ -115,17 +115,19 @@ class AcceptedSocket(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket that counts what it accepts."""
+    """A listening socket that counts the connections it accepts in a :class:`HandshakeQuota`."""
 
     quota: HandshakeQuota
     _failed = -math.inf
 
     def accept(self) -> tuple[socket.socket, object]:
-        """Accept a connection if there is room for it.
+        """Accept the next connection for which the quota has room.
 
         Raises:
-            OSError: no file descriptor is left.  The event loop then waits a second; the error says
-                that no connection is waiting, otherwise the loop would retry and log at once.
+            OSError: no file descriptor is left; the event loop then pauses for a second.
+            BlockingIOError: no connection is waiting, too many in a row were refused, or no
+                descriptor was left a moment ago.  The last case keeps the event loop from retrying
+                at once.
         """
         if time.monotonic() - self._failed < RETRY_SECONDS / 2:
             raise BlockingIOError
@@ -149,11 +151,11 @@ class Listener(socket.socket):
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
     """Listen on every address of ``host``; an empty host means all addresses.
 
-    With port 0 any free port is chosen, the same for all addresses.
+    With port 0, any free port is chosen, the same for all addresses.
 
     Raises:
         PortInUse: another program uses the port.
-        UsageError: the address is not one of this machine's.
+        UsageError: this machine cannot listen on the address.
     """
     listeners: list[Listener] = []
     fault: OSError | None = None
@@ -202,7 +204,10 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle the event loop's exceptions, except scarce descriptors, which were reported."""
+    """Handle an exception in the event loop, unless it says that file descriptors are scarce.
+
+    The listener has already reported scarce file descriptors.
+    """
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):
         loop.default_exception_handler(context)

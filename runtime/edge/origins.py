@@ -1,7 +1,8 @@
-"""Which web pages may connect and which host names a server answers to, against DNS rebinding.
+"""Protection against DNS rebinding: which web pages may connect, and under which host names.
 
-Browsers send the page's origin with every websocket; other programs send none and are not checked.
-With a plain request to its own origin a browser sends no origin, but always the requested host.
+Browsers send the page's origin with every websocket handshake.  Other programs send no origin and
+are not checked.  With a plain request to its own server, a page sends no origin, but the browser
+always sends the requested host.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 
 class Origins:
-    """The web origins that may connect.
+    """The web origins that may connect, to be compared with each request.
 
-    With ``has_pages`` the server serves its own pages, whose origin equals the requested host.  The
-    same is true of a foreign page whose name was later pointed at this machine (DNS rebinding).  So
-    a matching name is not enough, unless the server ``is_locked`` by tokens or TLS, which such a
-    page does not have.
+    ``listed`` contains the origins that may always connect.  With ``has_pages``, the server serves
+    pages of its own, which may connect as well: their origin equals the requested host.  But the
+    same is true of an attacker's page whose host name was later pointed at this machine (DNS
+    rebinding).  So an equal name is accepted only if it is an IP address or ``localhost``, or if
+    the server ``is_locked``: it requires tokens or TLS, which the attacker's page does not have.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Origins:
         self._is_locked = is_locked
 
     def allow(self, origin: str, host: str | None) -> bool:
-        """Return whether a page of ``origin`` may connect to the server under the name ``host``."""
+        """Return whether a page from ``origin`` that asked for ``host`` may connect."""
         if origin in self._listed:
             return True
         if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):
@@ -41,22 +43,26 @@ class Origins:
         return self._is_locked or is_fixed(host)
 
     def answers_to(self, host: str | None) -> bool:
-        """Return whether a plain request for ``host`` is answered.
+        """Return whether the server answers a plain HTTP request for ``host``.
 
-        With DNS rebinding a foreign page could read the answer.  So unless the server is locked,
-        the host must be an IP address, ``localhost``, the name that the server listens on, or the
-        host of a listed origin.  A request without a host does not come from a browser.
+        With DNS rebinding, an attacker's page could read the answer.  So unless the server is
+        locked, the host must be an IP address, ``localhost``, the name that the server listens on,
+        or the host of a listed origin.  A request without a host is answered, because it does not
+        come from a browser.
         """
         return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
 
 
 def strip_port(host: str) -> str:
-    """Return a request's ``Host`` without its port, in lower case."""
+    """Return a ``Host`` header without the port, in lower case."""
     return re.sub(r":\d*$", "", host).lower()
 
 
 def is_fixed(host: str) -> bool:
-    """Return whether a request's ``Host`` is an IP address, which DNS rebinding cannot change."""
+    """Return whether a ``Host`` header is ``localhost`` or an IP address.
+
+    DNS rebinding cannot change to which machine these lead.
+    """
     name = strip_port(host)
     if name == "localhost":
         return True
@@ -68,7 +74,7 @@ def is_fixed(host: str) -> bool:
 
 
 def check_origins(origins: Sequence[str]) -> frozenset[str]:
-    """Check the web origins that may connect, such as ``https://lab.example``.
+    """Check the web origins that may connect, such as ``https://lab.example``, and return them.
 
     Raises:
         UsageError: an entry is not an origin.

@@ -1,7 +1,7 @@
-"""Web pages that a server serves: files read at the server's start and looked up by URL path.
+"""Web pages that a server serves: files that are read when the server starts, by URL path.
 
-A request is looked up among these files only, never on the disk.  The pages are public: a page that
-asks for a token cannot itself require one.  This module knows no sockets.
+Requests are answered only from these files in memory, never from the disk.  The pages are public,
+because a page that asks for a token cannot itself require a token.  This module knows no sockets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from splitonnx.runtime.edge.http import HttpRequest, HttpResponse
 
 INDEX = "index.html"
 PACKED = ".gz"
-"""Suffix of the gzip version of a file, stored beside it."""
+"""Suffix of the gzip version of a file, which is stored in the same folder."""
 MAX_FILES = 256
 """Most files in one folder."""
 MAX_FILE_BYTES = 64 << 20
 """Most bytes of one file; ONNX Runtime's largest build for browsers takes 28 MiB."""
 MAX_BYTES = 128 << 20
-"""Most bytes of one folder, all of which is kept in memory."""
+"""Most bytes of all files in one folder, all of which are kept in memory."""
 
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -40,7 +40,7 @@ CONTENT_TYPES = {
     ".wasm": "application/wasm",
     ".txt": "text/plain; charset=utf-8",
 }
-"""Content types by file suffix; any other suffix is served as bytes."""
+"""Content types by file suffix; files with other suffixes are served as bytes."""
 BYTES = "application/octet-stream"
 
 # A page may only run this server's files and connect to this server.
@@ -63,7 +63,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One file of the web pages; ``packed`` is its gzip version, if there is one."""
+    """One file of the web pages; ``packed`` is its gzip version, if it has one."""
 
     content_type: str
     body: bytes = field(repr=False)
@@ -72,7 +72,7 @@ class Page:
 
 
 class Pages:
-    """All web page files of one server, by URL path."""
+    """The web pages of a server, each with its URL path."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
@@ -93,7 +93,7 @@ class Pages:
 
 
 def read_pages(folder: Path) -> Pages:
-    """Read a folder of web pages, except hidden files.
+    """Read the web pages in a folder, except for hidden files.
 
     Raises:
         UsageError: the folder has no ``index.html``, too many or too large files, or a link to
@@ -116,7 +116,7 @@ def read_pages(folder: Path) -> Pages:
 
 
 def _read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
-    """Read files by their names in the folder, with ``/`` as separator."""
+    """Read files by their names in the folder; the resulting names have ``/`` as separator."""
     contents: dict[str, bytes] = {}
     total = 0
     for name in names:

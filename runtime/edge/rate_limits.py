@@ -1,4 +1,4 @@
-"""Limits on the rate and duration of one connection: a token bucket and deadlines."""
+"""Limits on the rate and duration of a connection: a token bucket, and timers for deadlines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """A token bucket: ``rate`` events per second may pass, and a burst of one second's worth.
+    """A token bucket that allows ``rate`` events per second, and bursts of as many events.
 
-    It has no clock of its own.
+    The caller passes the time to each call.
     """
 
     def __init__(self, rate: float, now: float) -> None:
@@ -18,14 +18,14 @@ class TokenBucket:
         self._seen = now
 
     def count(self, events: int, now: float) -> float:
-        """Count events that have happened, and return the seconds to wait before the next one."""
+        """Count ``events`` up to now, and return how many seconds to wait before the next event."""
         self._left = min(self._rate, self._left + (now - self._seen) * self._rate) - events
         self._seen = now
         return max(0.0, -self._left / self._rate)
 
 
 class Timers:
-    """Calls functions after a delay; each name has at most one running timer."""
+    """Timers that call functions after a delay, at most one running timer per name."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -1,7 +1,7 @@
-"""How HTTP requests are answered, and with which identity their sender is admitted.
+"""Decisions on HTTP requests: which response a request gets, and which identity its sender has.
 
-This module checks methods, hosts, origins and tokens.  It counts nothing and holds no connection;
-:mod:`admissions` limits how many may connect.
+This module checks methods, hosts, origins and tokens.  :mod:`admissions` limits how many clients
+may connect.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from splitonnx.runtime.edge.tokens import Identity, Role
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The decision on a request: an HTTP ``answer``, or a websocket if that is ``None``.
+    """The decision on a request: an HTTP ``answer``, or ``None`` to open a websocket.
 
-    ``identity`` is ``None`` if no token was shown; it may still arrive in a message.  ``refusal``
-    says why the request was refused, if it was.
+    ``identity`` is ``None`` if the request has no token; a token may still arrive in a message.
+    ``refusal`` is the reason to report if the request was refused.
     """
 
     identity: Identity | None = None
@@ -39,10 +39,10 @@ class Decision:
 
 
 class RequestPolicy:
-    """Decides on requests.
+    """The rules by which a server decides on HTTP requests.
 
-    Without ``authorize`` every client is admitted, under the common name of its TLS certificate if
-    one was requested, otherwise as owner ``""``.
+    Without ``authorize``, every client is admitted.  Its owner is then the common name in its TLS
+    certificate, or ``""`` if it has no certificate.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RequestPolicy:
         self._origins = origins
 
     def decide(self, request: Request, transport: asyncio.BaseTransport) -> Decision:
-        """Decide how to answer a request."""
+        """Decide how to answer a request that arrived on ``transport``."""
         if request.method not in METHODS:
             allowed = {"Allow": ", ".join(METHODS)}
             return _deny(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", allowed)

@@ -1,14 +1,14 @@
 """Bearer tokens: authentication of clients, the owner of each token, and its roles.
 
-A new token has 256 random bits and is shown once.  The server's file stores only its SHA-256, so
-that reading the file is not enough to log in; a slow hash, as for passwords, would gain nothing
-against random bits that cannot be guessed.  A line has an owner's name and a hash::
+A new token has 256 random bits and is shown once.  The server's file stores only its SHA-256 hash,
+so that nobody can log in with what the file contains.  A slow hash, as for passwords, is not
+needed, because the random bits cannot be guessed.  Each line has an owner's name, a hash and
+perhaps roles::
 
     clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 
-The hash may be followed by the token's roles; without any, the token has all of them.  An owner
-may have several tokens, each with its own roles, so that a token can be replaced without
-interruption.
+A token without roles in the file has all roles.  An owner may have several tokens, each with its
+own roles, so that a token can be replaced without interruption.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _logger = logging.getLogger("splitonnx.tokens")
 
 
 class Role(StrEnum):
-    """A permission of an owner on a server."""
+    """A permission that a token gives its owner on a server."""
 
     TRAIN = "train"
     """Open sessions: train, predict, and download the client's part."""
@@ -61,14 +61,14 @@ ALL_ROLES = frozenset(Role)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The owner of sessions, or ``""`` if nothing identifies a connection's client."""
+    """The owner of a token and its roles; the owner is ``""`` if nothing identifies a client."""
 
     owner: str
     roles: frozenset[Role] = ALL_ROLES
 
 
 class Tokens:
-    """The tokens that a server accepts: the hash of each, stored with its owner and roles."""
+    """The tokens that a server accepts: the hash of each token, with its owner and roles."""
 
     def __init__(self, entries: Iterable[tuple[Identity, bytes]]) -> None:
         self._entries = tuple(entries)
@@ -78,7 +78,7 @@ class Tokens:
 
     @classmethod
     def read(cls, path: str | Path) -> Tokens:
-        """Read a server's token file; warn if other users may read or change it.
+        """Read a server's token file, and warn if other users may read or change it.
 
         Raises:
             UnusableFile: the file is missing, has an invalid line, or contains no token.
@@ -94,7 +94,10 @@ class Tokens:
         return cls(entries)
 
     def find(self, token: str) -> Identity | None:
-        """Return the identity of a token; every entry is compared, against timing attacks."""
+        """Return the identity that belongs to a token, or ``None`` if the token is unknown.
+
+        Every entry is compared, so that the time taken reveals nothing about the tokens.
+        """
         shown = _hash(token)
         found = None
         for identity, known in self._entries:
@@ -104,9 +107,9 @@ class Tokens:
 
 
 def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
-    """Make a new token, append its hash to the server's file, and return the token.
+    """Create a new token, append its hash to the server's file, and return the token.
 
-    The token itself is stored nowhere.  Without ``roles`` it has all of them.
+    The token itself is not stored.  Without ``roles``, it has all roles.
 
     Raises:
         UsageError: ``name`` is not a valid name.
@@ -138,10 +141,12 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
 
 
 def read_token(path: str | Path | None) -> str | None:
-    """Read a client's token from a file that contains nothing else, or from the environment.
+    """Read a client's token from a file, or from the environment if ``path`` is ``None``.
+
+    The file must contain nothing but the token.  If the environment has no token, return ``None``.
 
     Raises:
-        UnusableFile: the file is missing or contains no token.
+        UnusableFile: the file is missing, or contains no token.
     """
     if path is None:
         token, source = os.environ.get(ENVIRONMENT), ENVIRONMENT
@@ -158,7 +163,7 @@ def read_token(path: str | Path | None) -> str | None:
 
 
 def warn_if_open(path: Path) -> None:
-    """Warn if other users of the machine may read or change a file of secrets."""
+    """Warn if other users of the machine may read or change a file that contains secrets."""
     if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         _logger.warning("others may read %s; run: chmod 600 %s", path, path)
 

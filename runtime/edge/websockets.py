@@ -1,6 +1,7 @@
-"""A server's websocket connections to its clients; :mod:`connections` limits each of them.
+"""A server's websocket connections to its clients.
 
-Every exception of websockets, TLS and the operating system is converted to one of ours here.
+:mod:`connections` enforces the limits on each connection.  Exceptions of websockets, TLS and the
+operating system are converted to exceptions of ``splitonnx.errors``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ PING_SECONDS = 20.0
 
 
 class Peer:
-    """A client's connection, as the server sees it; its methods raise ConnectionLost at its end."""
+    """A client's connection, as the server sees it.
+
+    The methods raise ConnectionLost if the connection has ended.
+    """
 
     def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
         self._connection = connection
@@ -47,31 +51,31 @@ class Peer:
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the token or certificate.
+        """Return the owner of the client's token or certificate.
 
-        It is ``""`` if no token is required, and ``None`` until a token is shown.
+        The result is ``""`` if no token is required, and ``None`` until a required token is shown.
         """
         return self._connection.owner
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of one, has arrived that was not received yet."""
+        """Return whether the client has sent any data that :meth:`receive` has not returned yet."""
         return self._connection.is_underway or self._connection.kept > 0
 
     @property
     def roles(self) -> frozenset[Role]:
-        """Return the client's roles: none until a token is shown."""
+        """Return the client's roles; the set is empty until the client has shown a token."""
         identity = self._connection.identity
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Lift the limits that apply before a token is shown.
+        """Lift the limits that apply until a client has shown a token.
 
         They may still apply to data that the client sends before it receives an answer.
 
         Raises:
-            ServerBusy: the limit on clients is reached, in total or for this owner; close with
-                ``BUSY``.
+            ServerBusy: the limit on clients is reached, in total or for this owner; close the
+                connection with code ``BUSY``.
         """
         limits = self._admission.limits
         match self._admission.admit(self._connection, identity):
@@ -83,7 +87,7 @@ class Peer:
                 raise ServerBusy(f"{limits.clients} clients")
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send chunks as one message; a client that does not read it in time is disconnected."""
+        """Send chunks as one message; disconnect the client if it does not read them in time."""
         seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -96,7 +100,7 @@ class Peer:
             raise self._explain(error) from error
 
     async def receive(self) -> bytes | bytearray:
-        """Wait for the next message, within the limits."""
+        """Wait for the next message; disconnect the client if it stays silent for too long."""
         fragments = self._connection.recv_streaming(decode=False)
         content = JoinedFragments()
         idle_seconds = self._admission.limits.idle_seconds
@@ -123,7 +127,7 @@ class Peer:
         await self._connection.close(code, reason.encode()[:120].decode(errors="ignore"))
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection without waiting; the other side learns the reason if it reads."""
+        """Close the connection without waiting; send the reason if the client is reading."""
         self._connection.dismiss(code, reason)
 
     def _explain(self, error: Exception) -> ConnectionLost:
@@ -151,22 +155,23 @@ async def serve(
     has_pages: bool = False,
     on_refusal: OnRefusal = _ignore,
 ) -> AsyncIterator[int]:
-    """Serve clients while the context is open, and yield the port; port 0 takes any free one.
+    """Serve clients while the context is open, and yield the port; port 0 takes any free port.
 
     ``handle`` is called for each client after its handshake, and the connection is closed when it
-    returns.  ``authorize`` receives the token from the request's header and returns its identity,
-    or ``None``, which is answered with HTTP 401.  A client without a token in the header is at
-    first unauthenticated, and ``handle`` may admit it.  Without ``authorize`` every client is
-    admitted, under the common name of the certificate that ``tls`` requests, otherwise as ``""``.
+    returns.  ``authorize`` gets the token from the request's header and returns the token's
+    identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that sends no
+    token in the header is connected without authentication, and ``handle`` may admit it later.
+    Without ``authorize``, every client is admitted; its owner is the common name in its
+    certificate, if ``tls`` requests certificates, and otherwise ``""``.
 
-    ``respond`` answers HTTP requests on the same port, before anything else handles them.  Requests
-    with an origin come from web pages: they are refused (403) unless ``origins`` contains the
-    origin or, with ``has_pages``, this server served the page.  ``on_refusal`` is called for
-    everything that is refused here.  At the end, clients are told that the server restarts (1012).
+    ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
+    pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,
+    this server served the page.  ``on_refusal`` is called for every refused request or connection.
+    When the context ends, clients are told that the server restarts (code 1012).
 
     Raises:
         PortInUse: another program uses the port.
-        UsageError: the address is not one of this machine's, or an origin is invalid.
+        UsageError: this machine cannot listen on the address, or an origin is invalid.
     """
     admission = Admission(
         limits or Limits(),
