@@ -1,6 +1,7 @@
-"""The server: it maps connections to sessions and messages to tasks, and sends the replies.
+"""The server: it receives messages from clients, trains in their sessions, and sends the replies.
 
-This package may import every other package of the runtime except the client and the channels.
-Limits on connections belong to the edge, their values to ``limits.py``, and running stages to the
-engine and the workers.  ``metrics.py`` lists the metrics that Prometheus collects.
+Modules here may import every other package of the runtime except ``client`` and ``channels``.  Code
+that limits connections belongs in ``edge``, the values of all limits in ``limits.py``, and code
+that runs stages in ``engine`` or ``workers``.  ``metrics.py`` lists the metrics that Prometheus
+collects.
 """

@@ -1,7 +1,7 @@
-"""How many sessions a server holds in memory, in total and per owner, and which is unloaded first.
+"""Limits on the number of sessions in a server's memory, in total and per owner.
 
-This module makes decisions from its arguments and changes nothing: the registry is responsible for
-sessions, threads and the disk.
+If there is no room for a session, this module chooses another session to unload.  The registry
+performs the decision: it is responsible for sessions, threads and the disk.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from splitonnx.errors import ServerBusy
 
 @dataclass(frozen=True, kw_only=True)
 class Occupant:
-    """A session in memory.
+    """A session that is in memory.
 
-    ``left`` is when its last connection ended, or ``None`` while it has one; ``is_busy`` is true if
-    it is already being unloaded.
+    ``left`` is the time when its last connection ended, or ``None`` while it has a connection.
+    ``is_busy`` is true if it is already being unloaded.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Occupant:
 
 
 class Capacity:
-    """Decides whether there is room for one more session.
+    """The capacity for sessions: it decides whether there is room for another session.
 
     Args:
         sessions: the most sessions in memory.
-        sessions_per_owner: the most sessions per owner; the owner ``""``, which may stand for many
-            clients, may have as many as all owners together.
-        can_unload: whether sessions can be written to disk to free their places.
+        sessions_per_owner: the most sessions per owner.  The owner ``""`` may stand for many
+            clients, so only the total limit applies to it.
+        can_unload: whether sessions can be written to disk to make room.
     """
 
     def __init__(self, *, sessions: int, sessions_per_owner: int, can_unload: bool) -> None:
@@ -48,13 +48,15 @@ class Capacity:
         opening: Sequence[str],
         tried: Collection[str],
     ) -> Occupant | None:
-        """Choose the session that must be unloaded, or waited for, before one more has room.
+        """Choose the session to unload before ``owner`` can open another session.
 
-        ``opening`` lists the owners of sessions that are being opened, and ``tried`` names the
+        ``opening`` lists the owners of sessions that are being opened.  ``tried`` names the
         sessions that were already chosen for the same new session without success.
 
         Returns:
-            ``None`` if there is room.
+            The session to unload, or to wait for if it is already being unloaded.  ``None`` if
+            there is
+            room.
 
         Raises:
             ServerBusy: no session can be unloaded.
@@ -69,7 +71,7 @@ class Capacity:
     def _choose(
         self, occupants: Sequence[Occupant], tried: Collection[str], limit: str
     ) -> Occupant:
-        """Choose the session without a connection for the longest time, else one being unloaded."""
+        """Choose the session that has been without a connection longest, or one being unloaded."""
         untried = [occupant for occupant in occupants if occupant.name not in tried]
         idle = [o for o in untried if o.left is not None and not o.is_busy]
         if idle and self._can_unload:

@@ -1,7 +1,7 @@
-"""State shared by a server's connections: sessions, turns, memory, and each session's connection.
+"""State that a server's connections share: sessions, turns, memory, and each session's connection.
 
-It aborts the open tasks of silent clients while others wait for their memory.  What a single
-connection does is in :mod:`handlers`.
+This module aborts the open tasks of silent clients if other clients are waiting for memory.
+:mod:`handlers` has the code for a single connection.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from splitonnx.runtime.wire.close_codes import RESTART
 
 
 class Holder(Protocol):
-    """The newest connection of a session."""
+    """The newest connection of a session, as far as :class:`ServerContext` uses it."""
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of one, has arrived from the client and is unread."""
+        """Return whether a message, or part of a message, has arrived and is not handled yet."""
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection without waiting; the other side learns the reason if it reads."""
+        """Close the connection without waiting; send the reason if the client is reading."""
 
 
 @dataclass(kw_only=True, eq=False)
 class ServerContext:
-    """State shared by a server's connections.
+    """State that all connections of a server share.
 
-    ``stop`` is set when the server is to stop, ``halt`` when it is to stop without waiting for
-    running steps.  ``compute`` schedules threads that run stages, and ``storage`` threads that use
-    the disk, so that greetings and saving do not wait for steps.  ``locks`` and ``holders`` have an
-    entry per session: its lock, and its newest connection.  ``waiting`` names the sessions whose
-    lock is held by a message that is not running: it waits for memory, or for the client to read a
-    reply.
+    ``stop`` is set when the server is to stop, and ``halt`` when it is to stop without waiting for
+    running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules threads
+    that use the disk, so that greetings and saving do not wait for steps.  ``locks`` has the lock
+    of each session, and ``holders`` its newest connection.  ``waiting`` names the sessions whose
+    lock is held by a message that is not running, because it waits for memory or for the client to
+    read a reply.
     """
 
     registry: Registry
@@ -59,7 +59,10 @@ class ServerContext:
     waiting: set[str] = field(default_factory=set)
 
     def give_up_idle(self) -> None:
-        """Abort open tasks whose clients keep others waiting for memory; they can start again."""
+        """Abort open tasks of silent clients if other clients are waiting for memory.
+
+        The silent clients can start their tasks again.
+        """
         assert self.budget is not None
         sessions = {session.id: session for session in self.registry.sessions}
         for task in self.budget.list_idle(self._is_sending):

@@ -1,7 +1,8 @@
-"""Dispatch one connection's messages to its session, from bytes to bytes, without a network.
+"""The dispatcher, which passes one connection's messages to its session and encodes the replies.
 
-The dispatcher connects the protocol, which knows the allowed messages, with the session that the
-greeting asks for.  The server handles threads, sockets and the order among a session's connections.
+It connects the protocol, which knows the allowed messages, with the session that the client's
+greeting asks for.  It uses no network.  :mod:`handlers` manages threads, sockets, and the order of
+messages if a session has several connections.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedMessage:
-    """A message that was decoded and checked; ``fingerprint`` identifies its bytes.
+    """A decoded and checked message; ``fingerprint`` identifies its bytes.
 
-    If the message belongs to a task, ``needed`` is an estimate of the task's memory.
+    If the message belongs to a task, ``needed`` is an estimate of the task's memory in bytes.
     """
 
     message: Message
@@ -63,14 +64,14 @@ class ReceivedMessage:
 
 
 class Dispatcher:
-    """The server's side of one connection, whose client belongs to ``owner``.
+    """The dispatcher of one connection, whose client belongs to ``owner``.
 
     ``roles`` are the client's permissions.  ``estimates`` computes the memory of a task, which may
-    be at most ``task_bytes``; without it nothing is estimated.
+    be at most ``task_bytes``; without ``estimates``, memory is not checked.
 
-    ``session`` is set after the greeting, and ``refused`` after an error ended the connection.
-    :meth:`read` may be called at any time; while another method runs, nothing else may use the same
-    session.
+    ``session`` is ``None`` until the client's greeting, and ``refused`` is ``None`` until an error
+    ends the connection.  :meth:`read` may be called at any time.  While another method runs,
+    nothing else may use the same session.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Dispatcher:
 
     @property
     def is_interrupted(self) -> bool:
-        """Return whether the session can be resumed after the error that ended the connection."""
+        """Return whether an error ended the connection, but the session can be resumed."""
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
@@ -113,14 +114,14 @@ class Dispatcher:
 
     @property
     def is_mid_step(self) -> bool:
-        """Return whether a training step of the session is open and waits for the client."""
+        """Return whether a training step of the session is unfinished and waits for the client."""
         return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
-        """Decode one message, act on it and yield the replies, each to be sent as one message.
+        """Decode one message, act on it, and yield the replies, each to be sent as one message.
 
-        An error becomes a Fault as the last reply and ends the connection.  An unfinished task is
-        aborted, and its changes to the state are discarded.
+        An error ends the connection and is reported in the last reply (see :meth:`refuse`).  The
+        unfinished task is then aborted, and its changes to the state are discarded.
         """
         try:
             received = self.read(content)
@@ -132,13 +133,14 @@ class Dispatcher:
         yield from self.answer(received)
 
     def enter(self, received: ReceivedMessage) -> Future[None] | None:
-        """Find the session that a greeting asks for; other messages need no session.
+        """Find or create the session that a greeting asks for; do nothing for other messages.
 
         Returns:
-            A future to wait for before calling this again, or ``None`` once the session is found.
+            A future to wait for before calling this method again, or ``None`` once the session is
+            found.
 
         Raises:
-            SplitonnxError: answer it with :meth:`refuse`.
+            SplitonnxError: the client cannot have this session; pass the error to :meth:`refuse`.
         """
         if isinstance(received.message, Hello):
             with attribute_errors_to_us("a greeting"):
@@ -152,7 +154,8 @@ class Dispatcher:
         """Decode and check one message; call :meth:`enter` next, and then :meth:`answer`.
 
         Raises:
-            SplitonnxError: answer it with :meth:`refuse`.
+            SplitonnxError: the message is not valid or not allowed; pass the error to
+                :meth:`refuse`.
         """
         with attribute_errors_to_us("the reading of a message"):
             message, tensors = self._protocol.receive(content)
@@ -174,9 +177,9 @@ class Dispatcher:
         return needed
 
     def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
-        """Act on a message and yield the replies, like :meth:`handle`.
+        """Act on a message that was read, and yield the replies, like :meth:`handle`.
 
-        The iterator must be exhausted, even if the replies can no longer be sent.
+        Exhaust the iterator even if the replies can no longer be sent.
         """
         try:
             with attribute_errors_to_us(f"a message '{type(received.message).__name__}'"):
@@ -185,9 +188,10 @@ class Dispatcher:
             yield from self.refuse(error)
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
-        """End the connection, and report the error to the client if possible.
+        """End the connection because of an error, and yield a message that reports the error.
 
-        An error that only interrupts the session is not reported, so that the client reconnects.
+        No message is yielded if the session can be resumed (:attr:`is_interrupted`), so that the
+        client reconnects.
         """
         self.refused = error
         if self._held is not None:
@@ -198,7 +202,10 @@ class Dispatcher:
             yield self._protocol.send(_describe(error))
 
     def end(self) -> None:
-        """Release the session, which stays for the client's next connection; call this once."""
+        """Record that this connection no longer uses the session; call this method once.
+
+        The session is kept for the client's next connection.
+        """
         if self.session is not None:
             self._registry.release(self.session)
 
@@ -260,10 +267,10 @@ class Dispatcher:
             self._registry.end(self._held)
 
     def check_session(self, name: str) -> Session:
-        """Return the session that a message names.
+        """Check that a message names this connection's session, and return the session.
 
         Raises:
-            RemoteProtocolError: it is not this connection's session.
+            RemoteProtocolError: ``name`` is not the name of this connection's session.
             StaleConnection: a newer connection has taken over the session.
         """
         session = self.session

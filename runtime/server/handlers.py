@@ -1,8 +1,8 @@
-"""The server's side of a connection: from the socket to the dispatcher and back.
+"""The connection handler, which passes messages between a client's connection and its dispatcher.
 
-One handler serves one connection on the event loop.  Slow work runs in threads when it is its
-owner's turn, and only one thread at a time works for a session.  If a reply can no longer be sent,
-the work that follows it continues.
+One handler serves one connection on the event loop.  Slow work runs in threads when it is the turn
+of the client's owner, and only one thread at a time works for a session.  If a reply can no longer
+be sent, the remaining work is still done.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class ConnectionHandler:
-    """Handles one connection, from its first message to its end."""
+    """The handler of one connection, from its first message to its end."""
 
     def __init__(self, context: ServerContext, peer: Peer) -> None:
         self._context = context
@@ -101,11 +101,11 @@ class ConnectionHandler:
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of one, has arrived from the client and is unread."""
+        """Return whether a message, or part of a message, has arrived and is not handled yet."""
         return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection without waiting; the other side learns the reason if it reads."""
+        """Close the connection without waiting; send the reason if the client is reading."""
         self._peer.dismiss(code, reason)
 
     def _release(self, dispatcher: Dispatcher) -> None:
@@ -141,7 +141,7 @@ class ConnectionHandler:
             await self._handle(dispatcher, content)
 
     async def _log_in(self, content: Chunk | bytearray) -> str:
-        """Find the owner of the token in an unauthenticated client's first message.
+        """Return the owner of the token that an unauthenticated client's first message contains.
 
         Raises:
             Unauthorized: the message contains no known token.

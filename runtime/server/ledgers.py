@@ -1,9 +1,9 @@
 """The ledger of a session: which messages of its newest steps were handled, and their replies.
 
-A step is made exactly once, however often its messages arrive: a message that was already handled
-is answered from the ledger.  The ledger covers the running step and the last finished step, whose
-replies may have been lost.  A client that sends the next step has received all earlier replies.
-Pure bookkeeping: it runs nothing, sends nothing and knows no tensors.
+Each step is made exactly once, even if its messages arrive several times: a repeated message gets
+the recorded replies.  The ledger covers the running step, and the last finished step, whose replies
+may have been lost.  A client that sends the next step has received all earlier replies.  The ledger
+only keeps records: it neither runs nor sends anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Reply = list[Chunk]
 
 
 class Verdict(Enum):
-    """How a message must be handled."""
+    """The way in which a message must be handled."""
 
     BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
     CONTINUE = auto()  # the next of the running step
@@ -28,9 +28,10 @@ class Verdict(Enum):
 
 
 class Fingerprint:
-    """The SHA-256 of a message's bytes, computed when it is first needed.
+    """The SHA-256 hash of a message's bytes, computed when it is first needed.
 
-    Computing it takes 0.6 ms per MiB, which would delay the reply; until then the bytes are kept.
+    The computation takes 0.6 ms per MiB, which would delay the reply.  Until then, the bytes are
+    kept.
     """
 
     def __init__(self, content: Chunk | bytearray) -> None:
@@ -38,7 +39,7 @@ class Fingerprint:
         self._digest = b""
 
     def take(self) -> bytes:
-        """Return the digest, and release the bytes."""
+        """Return the hash and release the bytes; the first call computes the hash."""
         if self._content is not None:
             self._digest = hashlib.sha256(self._content).digest()
             self._content = None
@@ -52,7 +53,7 @@ class _Turn:
 
 
 class Ledger:
-    """Records messages from ``step`` on, the next step to be made."""
+    """A ledger of messages that starts at ``step``, the next step to be made."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -61,27 +62,28 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """Return whether a step has begun and is not finished."""
+        """Return whether a step has begun but is not finished."""
         return bool(self._running)
 
     def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
-        """Return whether a client at ``step`` can continue without going back.
+        """Return whether a client that is at ``step`` can continue without going back.
 
-        ``is_open``: the client is in the middle of that step and will send its messages again.
-        Then the server may be one step ahead, if it still has the lost replies.  ``can_repeat``:
-        the client can also repeat the messages of the step before, whose last ones the server may
-        lack.
+        If ``is_open``, the client is in the middle of ``step`` and will send its messages again.
+        Then the server may be one step ahead, if it still has the replies that were lost.  If
+        ``can_repeat``, the client can also send the messages of the step before ``step`` again.
+        Then the server may be one step behind.
         """
         if step == self.step - 1:
             return is_open and bool(self._made)
         return step == self.step or (can_repeat and step == self.step + 1)
 
     def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
-        """Return how to handle message ``turn`` of ``step``, without changing the ledger.
+        """Return how to handle message ``turn`` of a step, without changing the ledger.
 
         Raises:
-            RemoteProtocolError: it belongs to another step, or an earlier message is missing.
-            StepConflict: the step was already made with other inputs.
+            RemoteProtocolError: the message belongs to another step, or an earlier message is
+                missing.
+            StepConflict: the message was already handled with other contents.
         """
         if step == self.step - 1 and self._made:
             self._compare(self._made, step, turn, fingerprint)
@@ -105,17 +107,17 @@ class Ledger:
         self._running.append(_Turn(fingerprint=fingerprint))
 
     def answer(self, reply: Iterable[Chunk]) -> Reply:
-        """Record one more reply to the newest message, and return the reply."""
+        """Record one more reply to the newest message, and return it as a list of chunks."""
         kept = list(reply)
         self._running[-1].replies.append(kept)
         return kept
 
     def count_replies(self) -> int:
-        """Return the number of replies of the running step so far."""
+        """Return how many replies the running step has so far."""
         return sum(len(turn.replies) for turn in self._running)
 
     def repeat(self, step: int, turn: int) -> Iterator[Reply]:
-        """Yield the replies to a message that was classified as REPEAT, in order."""
+        """Yield the recorded replies to a message that :meth:`classify` called a repetition."""
         turns = self._running if step == self.step else self._made
         yield from turns[turn].replies
 

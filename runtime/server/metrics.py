@@ -1,8 +1,8 @@
 """The server's metrics for Prometheus: sessions, steps, bytes, durations and refusals.
 
 Only this module imports prometheus_client.  Each server has its own registry of metrics, so that
-two servers in one process do not mix.  Labels have few values: phases of the bundle and names of
-error classes, never a session's id, an owner or an address.
+the metrics of two servers in one process are not mixed.  Labels have few values, such as phases and
+the names of error classes.  They never contain a session's id, an owner or an address.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from splitonnx.names import PREDICT, TRAIN
 Part = Literal["receive", "compute", "send", "checkpoint"]
 """Parts of a step on which a server spends time."""
 Direction = Literal["up", "down"]
-"""Up is from clients to the server."""
+"""``up`` is from clients to the server, ``down`` from the server to clients."""
 Outcome = Literal["saved", "failed"]
 """Outcome of writing a checkpoint."""
 
@@ -35,7 +35,8 @@ class Metrics:
     """The metrics of one server; safe to use from several threads.
 
     ``phases`` are the bundle's phases, such as ``train`` and ``predict``.  Labelled metrics are
-    created in advance, so that counting costs a dictionary lookup and an addition under a lock.
+    created in advance, so that counting takes only a dictionary lookup and an addition under a
+    lock.
     """
 
     def __init__(self, phases: Iterable[str] = (TRAIN, PREDICT)) -> None:
@@ -107,7 +108,7 @@ class Metrics:
         self._worker_deaths.inc()
 
     def count_refusal(self, reason: str) -> None:
-        """Count a refusal; ``reason`` is the name of an error's class or of a ``Refusal``."""
+        """Count a refusal; ``reason`` is the name of an error class, or a ``Refusal``."""
         if reason not in self._reasons:
             if len(self._reasons) >= MAX_REASONS:
                 reason = "other"
@@ -119,5 +120,5 @@ class Metrics:
         self._checkpoints.labels(outcome).inc()
 
     def render(self) -> tuple[str, bytes]:
-        """Return all metrics in Prometheus format: the content type and the text."""
+        """Return all metrics in Prometheus format, as a content type and the text."""
         return CONTENT_TYPE_LATEST, generate_latest(self._registry)

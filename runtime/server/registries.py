@@ -1,8 +1,8 @@
-"""The sessions that a server has in memory: found by greetings, unloaded when they are not needed.
+"""The registry of the sessions that a server has in memory.
 
-:mod:`capacities` decides how many there may be, :mod:`session_makers` from which state a session
-begins, and the session or the archive to which owner it belongs.  The sessions handle messages
-themselves; the caller decides when to look for sessions without a connection.
+It finds the session that a greeting asks for, and moves sessions to disk when they are not needed.
+:mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers` from which
+state a session starts.  The server decides when to look for sessions without a connection.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Registry:
-    """The sessions of one server's part; safe to use from several threads.
+    """The sessions that a server has in memory; safe to use from several threads.
 
     Args:
-        executor: has the state of the party's folder, and is never trained itself.
+        executor: has the state of the server's folder, and is never trained itself.
         sessions: the most sessions in memory.
-        sessions_per_owner: the most sessions per owner; the owner ``""``, which may stand for many
-            clients, may have as many as all owners together.
+        sessions_per_owner: the most sessions per owner.  The owner ``""`` may stand for many
+            clients, so only the total limit applies to it.
         memory_bytes: the most bytes that all states may use together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also load sessions that an earlier server left in the folder.
-        workers: processes that run the sessions' stages; without them this process does.
-        disk_per_owner: bytes per owner for checkpoints and outcomes; ``None`` for no limit.
+        workers: processes that run the sessions' stages; ``None`` to run them in this process.
+        disk_per_owner: the most bytes of checkpoints and outcomes per owner; ``None`` for no limit.
         keep_seconds: how long the files of unused sessions are kept; ``None`` for ever.
-        clock: returns seconds that never decrease.
+        clock: a function that returns seconds that never decrease.
     """
 
     def __init__(
@@ -106,13 +106,14 @@ class Registry:
         return tuple(self._sessions.values())
 
     def find(self, hello: Hello, owner: str) -> Session:
-        """Return the session that a greeting asks for, from memory or disk, or make a new one.
+        """Find the session that a greeting asks for, in memory or on disk, or create a new session.
 
-        It stays in memory until :meth:`release` has been called as often as this method.
+        The session stays in memory until :meth:`release` has been called once for each call of this
+        method.
 
         Raises:
             RemoteProtocolError: the session's name is invalid.
-            ForeignSession: the session, or the one it started from, belongs to another owner.
+            ForeignSession: the session, or the session it started from, belongs to another owner.
             ServerBusy: there is no room for another session.
             SessionLost: the session cannot be resumed at any of the client's steps.
             BundleMismatch: the trained states of the client and the server do not belong together.
@@ -123,10 +124,11 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """Like :meth:`find`, but return a future while a session is being unloaded.
+        """Find a session like :meth:`find`, but return a future if a session is still being moved.
 
-        This method does not wait, so that a slow disk delays nobody else.  The caller keeps
-        ``tried`` from one call to the next.
+        When the future is done, call this method again with the same set ``tried``.  The method
+        itself does not wait until a session has been written to disk, so a slow disk does not delay
+        other clients.
 
         Raises:
             SplitonnxError: see :meth:`find`.
@@ -171,7 +173,7 @@ class Registry:
         return session or self._maker.make(hello, owner)
 
     def release(self, session: Session) -> None:
-        """Record that the session has one connection less."""
+        """Record that a connection no longer uses the session."""
         with self._lock:
             self._users[session.id] -= 1
             if not self._users[session.id]:
@@ -180,7 +182,7 @@ class Registry:
                     self._left[session.id] = self._clock()
 
     def end(self, session: Session) -> None:
-        """Remove a session whose client is done; its saved files stay."""
+        """Remove a session from memory because its client is done; its saved files stay."""
         with self._lock:
             self._sessions.pop(session.id, None)
             self._left.pop(session.id, None)
@@ -189,7 +191,7 @@ class Registry:
     def unload_idle(self) -> None:
         """Move sessions that had no connection for too long from memory to disk.
 
-        Files that have not been used for longer than the archive keeps them are deleted.
+        Afterwards, delete the files of expired sessions.
         """
         with self._lock:
             overdue = [
@@ -213,7 +215,7 @@ class Registry:
             thread.join()
 
     def expire(self) -> None:
-        """Delete expired sessions from the archive, except those in memory."""
+        """Delete the files of sessions that were not used for too long, except those in memory."""
         if (archive := self._archive) is None:
             return
         try:
@@ -234,7 +236,7 @@ class Registry:
                 done.set_result(None)
 
     def _find_whole(self, name: str) -> Session | None:
-        """Find a session in memory; drop one whose worker has ended, to reload its checkpoints."""
+        """Find a session in memory; drop it if its worker has ended, to reload its checkpoint."""
         session = self._sessions.get(name)
         if session is None or not session.is_lost:
             return session
@@ -242,7 +244,7 @@ class Registry:
         return None
 
     def _find_room(self, owner: str, tried: set[str]) -> Future[None] | None:
-        """Free a place for one more session; return a future if that has to be waited for."""
+        """Make room for another session; return a future if the caller must wait for that."""
         occupants = [
             Occupant(
                 name=session.id,
@@ -262,7 +264,7 @@ class Registry:
         return self._start_unloading(self._sessions[leaving.name])
 
     def _start_unloading(self, session: Session) -> Future[None]:
-        """Write a session to disk in a separate thread; a greeting for it waits until then."""
+        """Write a session to disk in a separate thread; greetings for the session wait for it."""
         done = self._busy[session.id] = _promise()
         thread = threading.Thread(
             target=self._unload, args=(session, done), name="splitonnx-unload", daemon=True
@@ -293,7 +295,7 @@ class Registry:
 
 
 def _promise() -> Future[None]:
-    """Make a future that cannot be cancelled by those who wait for it."""
+    """Make a future that its waiters cannot cancel."""
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()
     return future

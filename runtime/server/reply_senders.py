@@ -1,6 +1,6 @@
-"""Sending a message's replies one after the other while the next ones are computed.
+"""A sender of replies, which sends earlier replies while later replies are being computed.
 
-This module knows neither the contents of a reply nor how it is sent.
+It knows neither the contents of a reply nor how a reply is sent.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from splitonnx.runtime.server.ledgers import Reply
 
 
 class ReplySender:
-    """Sends replies in order with the function ``send``; for use from one event loop.
+    """A sender of replies, in order, with the function ``send``; for use from one event loop.
 
-    If a reply cannot be sent, the following ones are dropped, and :attr:`sending` has the error.
+    If a reply cannot be sent, all later replies are dropped, and :attr:`sending` holds the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
@@ -27,7 +27,7 @@ class ReplySender:
         self._is_over = False
 
     def put(self, reply: Reply) -> None:
-        """Send a reply as soon as the replies before it were sent."""
+        """Add a reply, which is sent as soon as all earlier replies have been sent."""
         if self._is_over:
             return
         self._waiting.append(reply)
@@ -35,7 +35,7 @@ class ReplySender:
             self.sending = asyncio.create_task(self._send_waiting())
 
     def cancel(self) -> None:
-        """Stop sending, and ignore an error that was not read."""
+        """Stop sending; replies that were not sent are dropped, and an earlier error is ignored."""
         self._is_over = True
         if self.sending is not None and not self.sending.cancel():
             self._has_failed(self.sending)  # or the loop would report an error that nobody saw

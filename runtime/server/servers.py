@@ -1,8 +1,8 @@
-"""The server: it trains one part of a model in a separate session for each client.
+"""The server, which trains its part of a model in a separate session for each client.
 
-The event loop moves messages and answers pings.  ONNX Runtime works in threads, one message at a
-time per session.  While a reply is being sent, the work after it is already running, and it
-finishes even if the reply never arrives.
+The event loop receives and sends messages and answers pings.  ONNX Runtime works in threads, one
+message at a time per session.  While a reply is being sent, the computation after it is already
+running, and it finishes even if the reply never arrives.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Server:
-    """Serves a bundle's server part over websockets.
+    """A server that trains a bundle's server part with clients over websockets.
 
     Call :meth:`serve_forever`, or use the server as a context manager, which serves in a thread
     while the context is open::
@@ -80,27 +80,27 @@ class Server:
             Client("bundle/client", server.url).fit(data)
 
     Each client has its own session, which starts from the folder's state and outlives its
-    connections.  ``GET /health`` and ``GET /metrics`` are answered on the same port, and so is
-    ``GET /client/...`` if ``client`` is given.
+    connections.  The same port answers ``GET /health``, ``GET /metrics`` and, if ``client`` is
+    given, ``GET /client/...``.
 
     Args:
         bundle: the server's folder, or the loaded part.
         host: the address to listen on.
-        port: the port; 0 takes any free one.
+        port: the port; 0 takes any free port.
         threads: threads per operator; all cores by default.
         resume: resume the sessions that an earlier server left in the folder.
         limits: the server's limits.
         tokens: the accepted tokens; without them, every client is admitted.
         tls: certificates, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
         origins: web origins that may connect, such as ``https://example.org``.
-        insecure: listen on the network although nothing keeps unknown clients out.
+        insecure: allow listening on the network although nothing keeps unknown clients out.
         client: the client's folder, or the loaded part, for download by browsers.
-        web: a folder of web pages to serve, which may then connect under any address of this
-            server; ``/`` is its ``index.html``.
+        web: a folder of web pages to serve, with ``index.html`` at the path ``/``.  These pages may
+            connect to the server under each of its addresses.
         isolate: run the stages of each owner's sessions in a separate process; on by default if
             clients show tokens or certificates, or can connect over the network.
         keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
-            except for the newest outcome.  ``None``: they are never deleted.
+            except for the newest outcome; ``None`` to keep them for ever.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
@@ -201,16 +201,16 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Return the address for clients on this machine."""
+        """Return the URL under which clients on this machine reach the server."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
         scheme = "ws" if self._tls is None else "wss"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def serve_forever(self) -> None:
-        """Serve until SIGINT or SIGTERM; running steps are finished first.
+        """Serve until SIGINT or SIGTERM arrives, then finish the running steps and stop.
 
-        A second signal ends running stages; if that takes longer than ``HALT_SECONDS``, the process
-        ends with exit code 130.
+        A second signal ends running stages.  If that takes longer than ``HALT_SECONDS``, the
+        process ends with exit code 130.
 
         Raises:
             PortInUse: another program uses the port.
@@ -316,7 +316,7 @@ class Server:
         _logger.info("stopped")
 
     def _has_session(self, user: Hashable) -> bool:
-        """Return whether an owner, or a session without an owner, is in memory."""
+        """Return whether ``user`` is an owner, or a session without an owner, that is in memory."""
         return any(user in (session.owner, session.id) for session in self._registry.sessions)
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop, context: ServerContext) -> None:

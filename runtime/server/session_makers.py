@@ -1,7 +1,7 @@
-"""Make a server's sessions: from its own state, another session's state, or a checkpoint on disk.
+"""The creation of a server's sessions, from its own state, another session's, or a checkpoint.
 
-The state that a session starts from must belong to its owner, or to nobody.  The registry decides
-which sessions there may be.
+A session may start only from a state that belongs to its owner or to nobody.  The registry decides
+how many sessions there may be.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class SessionMaker:
-    """Makes sessions; ``base`` has the state of the party's folder, and is never trained itself.
+    """A maker of sessions, either new or loaded from disk.
 
-    ``archive`` holds the sessions on disk, or is ``None`` if there is no folder; ``workers`` run
-    the sessions' stages, or are ``None`` if this process runs them.
+    ``base`` has the state of the server's folder, and is never trained itself.  ``archive`` holds
+    the sessions on disk; it is ``None`` if there is no folder.  ``workers`` are the processes that
+    run the sessions' stages; without them, this process runs the stages.
     """
 
     def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
@@ -40,7 +41,7 @@ class SessionMaker:
         """Load a session from its newest checkpoint on disk; return ``None`` if it has none.
 
         Raises:
-            ForeignSession: it started from another owner's state.
+            ForeignSession: the session started from another owner's state.
         """
         store = None if self._archive is None else self._archive.open_store(hello.session)
         if store is None or not (steps := store.steps()):
@@ -58,11 +59,12 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Make a new session, but refuse one that is known to have existed before.
+        """Create a new session, unless the client has checkpoints from an earlier one of that name.
 
         Raises:
-            SessionLost: the session existed before and its state is lost.
-            BundleMismatch, ForeignSession: the state to start from is missing, or another owner's.
+            SessionLost: the client has such checkpoints, but the server has lost its state.
+            BundleMismatch, ForeignSession: the state to start from is missing, or belongs to
+                another owner.
             ServerBusy: no worker is available.
         """
         start = self._find_start(hello, owner)
@@ -80,7 +82,7 @@ class SessionMaker:
         )
 
     def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
-        """Make a session's executor, in a worker if there are workers."""
+        """Create a session's executor, in a worker process if the server uses workers."""
         if self._workers is None:
             return start.fork()
         is_untrained = start is self._untrained and start.party.trained is None
@@ -125,7 +127,7 @@ class SessionMaker:
 
 
 def _rewind(executor: Executor) -> Executor:
-    """Return an executor with the weights that training starts from."""
+    """Return a copy of an executor, with the weights that training started from."""
     party = executor.party
     untrained = PartyBundle(manifest=party.manifest, graphs={}, weights=party.weights)
     twin = executor.fork()

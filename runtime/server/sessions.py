@@ -1,8 +1,8 @@
-"""A session: one client's training with its own copy of the server's part, without a network.
+"""A session: one client's training with its own copy of the server's part of the model.
 
-A session outlives its connections.  It takes messages and yields replies, each as soon as it is
-ready, so that a gradient is sent before the server's own update runs.  The registry decides who may
-use a session and how many there are; the dispatcher converts bytes.
+A session outlives its connections.  It yields each reply as soon as the reply is ready, so that a
+gradient is sent before the server's own update runs.  The dispatcher decodes messages and encodes
+replies.  The registry decides who may use a session and how many sessions there are.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Session:
-    """The server's side of one training; the caller passes one message at a time.
+    """The server's side of one client's training, which handles one message at a time.
 
-    ``executor`` holds its state, and ``store`` its checkpoints in ``archive``; both are ``None`` if
-    there is no folder.  ``start`` is an executor with the state that the session started from, if
-    that is known.  ``generation`` is the newest connection's; ``tasks_done`` counts steps and
-    predictions.
+    ``executor`` holds the session's state.  ``store`` holds its checkpoints, and is part of
+    ``archive``; both are ``None`` if there is no folder.  ``start`` is an executor with the state
+    that the session started from, or ``None`` if that state is not known.  ``generation`` is the
+    number of the newest connection.  ``tasks_done`` counts finished steps and predictions.
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Session:
         return frozenset(key.phase for key in (self._running, self._query) if key is not None)
 
     def require_owner(self, owner: str) -> None:
-        """Check that the session belongs to an owner.
+        """Check that the session belongs to ``owner``.
 
         Raises:
-            ForeignSession: it belongs to another owner.
+            ForeignSession: the session belongs to another owner.
         """
         if self.owner != owner:
             raise ForeignSession(self.id)
 
     def greet(self, hello: Hello) -> int:
-        """Attach the session to a new connection; return the step at which both sides continue.
+        """Accept a new connection, and return the step at which both sides continue.
 
-        If the client's own step suits the server (:meth:`Ledger.suits`), both continue at it;
-        otherwise they go back to the newest step that both have.
+        If possible, that is the client's own step (see :meth:`Ledger.suits`).  Otherwise both sides
+        go back to the newest step of which both have the state.
 
         Raises:
-            StaleConnection: a connection of this generation or a newer one was there before.
+            StaleConnection: the session has had a connection of this generation or a newer one.
             SessionLost: there is no step at which both sides can continue.
         """
         if hello.generation <= self.generation:
@@ -107,7 +107,7 @@ class Session:
         return step
 
     def check_generation(self, generation: int) -> None:
-        """Raise an error unless the connection is the session's newest.
+        """Check that ``generation`` is the number of the session's newest connection.
 
         Raises:
             StaleConnection: a newer connection has taken over the session.
@@ -122,7 +122,7 @@ class Session:
         fingerprint: Fingerprint,
         encode: Encoder,
     ) -> Iterator[Reply]:
-        """Handle the wires of a task and yield the replies, each as soon as it is ready.
+        """Handle a message with tensors of a task, and yield each reply as soon as it is ready.
 
         ``fingerprint`` identifies the message's bytes.  A repeated message of a training step gets
         the same replies as the first time.  After an error, call :meth:`abandon`.
@@ -161,6 +161,9 @@ class Session:
     def save(self, message: Save) -> Saved | Unsaved:
         """Write the state to disk durably as a checkpoint and, if requested, as the outcome.
 
+        Returns:
+            ``Saved``, or ``Unsaved`` with the reason if the state cannot be written.
+
         Raises:
             RemoteProtocolError: the client is at another step.
         """
@@ -183,13 +186,13 @@ class Session:
         return Saved(session=self.id, step=message.step)
 
     def finish(self) -> None:
-        """End the session for good; delete its checkpoints if its outcome was published."""
+        """End the session for good; if its state was published, delete its checkpoints."""
         self.abandon()
         if self._store is not None and self._published == self.executor.step:
             self._store.remove()
 
     def unload(self) -> None:
-        """Write the state to disk, if necessary, before the session is removed from memory.
+        """Write the state to disk, unless it is there already, before the session leaves memory.
 
         An unfinished step is aborted.
 
@@ -204,11 +207,11 @@ class Session:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the state was lost with its worker."""
+        """Return whether the state was lost because the session's worker process has ended."""
         return self.executor.is_lost
 
     def close(self) -> None:
-        """Release the state after the session was removed from memory."""
+        """Release the state, after the session was removed from memory."""
         self.executor.close()
 
     def abandon(self) -> None:
@@ -235,7 +238,7 @@ class Session:
     def _handle_query(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
     ) -> Iterator[Reply]:
-        """Run a task that changes no state, and so can be computed again."""
+        """Run a task that changes no state, so that it can be computed again if it is repeated."""
         key = message.key
         if message.turn == 0:
             if self._query is not None:

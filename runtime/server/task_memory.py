@@ -1,6 +1,6 @@
-"""The memory that one connection's tasks reserve: waiting for it, keeping it, releasing it.
+"""The memory for the tasks of one connection: it is reserved, kept during a task, and released.
 
-The budget divides memory among owners; the estimates compute how much a task needs.
+:mod:`budgets` divides memory among owners, and :mod:`estimates` computes how much a task needs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from splitonnx.runtime.wire.close_codes import RESTART
 
 
 class TaskMemory:
-    """The memory of the tasks that one connection's messages belong to.
+    """The memory that is reserved for the tasks of one connection.
 
-    ``gone`` is done when the connection has ended, ``stopping`` when the server stops.
+    ``gone`` is done when the connection has ended, and ``stopping`` when the server stops.
     """
 
     def __init__(
@@ -41,11 +41,14 @@ class TaskMemory:
     async def reserve(
         self, session: Session, owner: Hashable, message: Tensors, needed: int
     ) -> None:
-        """Wait for the memory of the message's task, unless the connection or the server ends.
+        """Reserve ``needed`` bytes for a message's task, and wait until they are available.
+
+        If the connection ends or the server stops, waiting ends.
 
         Raises:
-            ConnectionLost: the connection or the server ended; the message is dropped.
-            ServerBusy, TaskTooLarge: the limit is too low, or not enough memory is left.
+            ConnectionLost: the connection ended or the server stops; the message is dropped.
+            ServerBusy: not enough memory is left for an open task.
+            TaskTooLarge: the task needs more memory than the limit allows.
         """
         budget, task = self._context.budget, (session.id, message.phase)
         if budget is None:
@@ -76,7 +79,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Free the memory of a session's finished tasks."""
+        """Release the memory of a session's finished tasks; its open tasks count as waiting."""
         budget = self._context.budget
         if budget is None or session is None:
             return
@@ -89,7 +92,10 @@ class TaskMemory:
 
     @contextmanager
     def letting_go(self, session: Session | None) -> Iterator[None]:
-        """Allow a session's open tasks to be aborted while a waiting message holds its lock."""
+        """Allow a session's open tasks to be aborted while the context is open.
+
+        This is for messages that hold the session's lock while they only wait.
+        """
         if session is None:
             yield
             return
