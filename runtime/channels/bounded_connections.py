@@ -102,7 +102,7 @@ class BoundedConnection(ClientConnection):
         super().close_socket()
 
     def take(self, size: int) -> None:
-        """Record that the caller has read ``size`` bytes, and resume reading if possible."""
+        """Record that a message of ``size`` bytes was taken, and resume reading if possible."""
         with self._flow_mutex:
             self._whole -= size
             if self._whole <= READ_AHEAD:

@@ -1,8 +1,8 @@
 """A client's channel to its server: a logical connection that reconnects automatically.
 
-After a reconnect, the channel sends the greeting and repeats the messages of the open task.  So its
-user sees each tensor sent and received exactly once.  In the greeting, both sides agree on the step
-at which they continue; the client is responsible for going back to that step.
+After a reconnect, the channel sends the greeting and repeats the messages of the open task.  So for
+the caller, each tensor is sent and received exactly once.  In the greeting, both sides agree on the
+step at which they continue; the caller must then go back to that step.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ResumePoint:
 
 
 class Channel:
-    """A client's connection to its server for one session, which reconnects when it is lost.
+    """A client's logical connection to its server for one session; it reconnects by itself.
 
     ``step`` is the step at which both sides continued after the last greeting.  It is the client's
     own step, or an earlier step whose state the client has kept.
@@ -139,7 +139,7 @@ class Channel:
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
-        """Close the open task, if any, because it is complete or was aborted."""
+        """Close the open task, if any; call this when the task is complete or was aborted."""
         if self._task is not None and self._task.key.phase == TRAIN:
             self._last = self._task
         self._task = None
@@ -172,8 +172,7 @@ class Channel:
     def receive_wires(self) -> Mapping[str, np.ndarray]:
         """Wait for the next message of the open task, and return its wires (named tensors).
 
-        After a reconnect the server may repeat messages; those that were received before are
-        skipped.
+        After a reconnect, the server may repeat earlier messages, which are skipped.
 
         Raises:
             StepsLost, ConnectionLost: see :meth:`send_wires`.

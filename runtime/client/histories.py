@@ -1,6 +1,6 @@
-"""The history of a training: one record per step and per evaluation, also as lines of JSON.
+"""The history of a training run: a record per step and per evaluation, also as JSON lines.
 
-This module only holds values; it runs nothing and prints nothing.
+This module only defines values; it writes and prints nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The record of one training step.
 
     ``step`` counts the steps since the bundle was created, from 1; ``epoch`` counts the epochs of
-    this fit, from 0; ``batch`` counts the batches of the epoch, from 1.  ``loss`` is the mean over
-    the batch before the update, and ``metrics`` holds the phase's other results.  ``seconds`` is
-    the wall time of the step; ``bytes_up`` and ``bytes_down`` are the bytes that the client sent
-    and received during the step.
+    this call of ``fit``, from 0; ``batch`` counts the batches of the epoch, from 1.  ``loss`` is
+    the mean over the batch before the update, and ``metrics`` holds the step's other results.
+    ``seconds`` is the wall time of the step; ``bytes_up`` and ``bytes_down`` are the bytes that the
+    client sent and received during the step.
     """
 
     step: int

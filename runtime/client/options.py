@@ -1,4 +1,4 @@
-"""The options of a fit, which the client passes to its training loop."""
+"""The options of ``fit``, which the client passes to its training loop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """The options of a fit; :meth:`Client.fit` explains them.
+    """The options of :meth:`Client.fit`, which explains them.
 
-    ``training`` is its ``data``, and ``held_out`` its ``eval_data``.
+    That method's ``data`` is called ``training`` here, and its ``eval_data`` is called
+    ``held_out``.
     """
 
     training: Dataset

@@ -30,7 +30,7 @@ _logger = logging.getLogger("splitonnx.client")
 
 
 class TaskRunner:
-    """A runner of a client's tasks, one after the other.
+    """A runner that performs a client's tasks, one at a time.
 
     ``channel`` is the connection to the server, or ``None`` for an unsplit model.  ``seed``
     determines the random masks of Dropout.  ``position`` is the position in the data that belongs

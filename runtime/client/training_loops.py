@@ -22,13 +22,13 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import DataPosition
 
 MOST_RETURNS = 100
-"""How many times in a row the server may lose steps before training makes progress again."""
+"""How many times in a row the server may lose steps without any new step in between."""
 
 
 class TrainingLoop:
     """The loop that trains and evaluates a client's part of a model by running tasks.
 
-    ``seed`` is passed to datasets for evaluation; training uses the seed in its data position.
+    ``seed`` is used for evaluation.  For training, the seed is part of the position in the data.
     """
 
     def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:

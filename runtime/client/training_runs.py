@@ -1,7 +1,7 @@
 """The records that let a client resume training: its session, checkpoints and position in the data.
 
 A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
-module reads and writes files; it runs no tasks and knows no server.
+module reads and writes files; it runs no tasks and does not contact the server.
 """
 
 from __future__ import annotations
