@@ -1,6 +1,6 @@
-"""The edge of a server: sockets, HTTP, tokens and connection limits, before messages are read.
+"""The network edge of a server: sockets, HTTP, tokens, and limits on connections.
 
 This package decides who may connect, how much and how fast clients may send, and how HTTP requests
-are answered.  The contents of messages, sessions and stages belong to the server package.  It may
-import the wire and ``limits.py``.
+are answered.  The server package handles the contents of messages, sessions and stages.  Modules
+here may import ``runtime.wire`` and ``limits.py``.
 """

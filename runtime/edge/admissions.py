@@ -1,8 +1,8 @@
 """Admission of connections: which clients are connected to a server, and whether more may connect.
 
-This module counts connections before and after authentication, and the bytes of long HTTP responses
-that are buffered for them.  :mod:`connections` enforces the limits on each single connection, and
-reports here when a connection opens or closes.
+This module counts authenticated and unauthenticated connections, and the bytes of long HTTP
+responses that are buffered for them.  :mod:`connections` enforces the limits on each connection,
+and calls this module when a connection opens or closes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ANSWERS_BYTES = 256 << 20
 
 
 class Connection(Protocol):
-    """The methods of a connection that :class:`Admission` uses."""
+    """The interface of a connection that :class:`Admission` uses."""
 
     name: str
 
@@ -48,7 +48,7 @@ class Connection(Protocol):
         """Return the asyncio transport that carries the connection's bytes."""
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that apply until a client has shown a token."""
+        """Record the client's identity, and lift the limits for clients without a token."""
 
     def wait_for_answer(self, size: int) -> None:
         """Allow more time to read a long HTTP response, as long as the client keeps reading."""
@@ -116,10 +116,11 @@ class Admission:
             self.quota.sweep()
 
     def admit(self, connection: Connection, identity: Identity) -> Refusal | None:
-        """Add a connection to the authenticated clients, unless the server has too many.
+        """Count a connection as authenticated, unless the limit on clients is reached.
 
         Returns:
-            ``None``, or the limit that is reached: clients in total, or clients of this owner.
+            ``None`` on success, or the reason for refusal: too many clients, in total or of this
+            owner.
         """
         if connection.owner is not None:
             return None

@@ -1,7 +1,7 @@
-"""A server's connection with limits on the size, rate and duration of what a client sends.
+"""A server's connection, with limits on the size, rate and duration of a client's messages.
 
-It extends the connection class of websockets, so that the limits apply before data are buffered.
-:mod:`admissions` decides who may connect.  This module does not know the contents of messages.
+:class:`LimitedConnection` extends the connection class of the websockets library, so that the
+limits apply before data are buffered.  :mod:`admissions` decides who may connect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOST_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
 """Seconds that the other side has to answer the closing handshake."""
 DISMISS_SECONDS = 1.0
-"""Seconds for the closing handshake if the server cannot wait for it long."""
+"""Seconds that a client has to answer the closing handshake if the server dismisses it."""
 ANSWER_SECONDS = 300.0
 """Seconds within which a long HTTP response must be read; it stays in memory until then."""
 ANSWER_CHECKS = 10
@@ -164,7 +164,7 @@ class LimitedConnection(ServerConnection):
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Lift the limits that apply until a client has shown a token."""
+        """Record the client's identity, and lift the limits for clients without a token."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")

@@ -25,7 +25,7 @@ def find_limit() -> int:
 
 
 def find_ceiling() -> int:
-    """Return the number of a file descriptor from which on new connections are refused.
+    """Return the lowest descriptor number at which a new connection is refused.
 
     The operating system assigns the lowest free number.  So the number of a new connection's
     descriptor shows how many files are open.
@@ -62,7 +62,7 @@ class Rarely:
     def count(self) -> int:
         """Count an event, and return how many events to report now.
 
-        The result is the number of events since the last report, or 0 if that report is too recent.
+        The result is the number of events since the last report, or 0 if no report is due yet.
         """
         self._count += 1
         now = self._clock()

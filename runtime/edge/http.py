@@ -138,7 +138,7 @@ def read_request(request: Request, token: str | None, roles: frozenset[Role]) ->
 
 
 def deny(status: HTTPStatus, sentence: str) -> Response:
-    """Build the response to a refused request; ``sentence`` is the reason that it shows."""
+    """Build the response to a refused request, with ``sentence`` as its text."""
     return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
 
 

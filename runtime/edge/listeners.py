@@ -2,7 +2,7 @@
 
 During its TLS handshake, a connection takes about 300 KiB of memory and is known only to asyncio's
 event loop.  So connections are counted from ``accept`` until the handshake is complete or the
-socket is closed.  This module knows neither TLS nor websockets.
+socket is closed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class HandshakeQuota:
     ``capacity`` is the limit.  If it is reached when a socket arrives, the oldest socket is shut
     down; but if the oldest has had less than ``GRACE_SECONDS``, the new socket is refused instead.
     So a flood of connections can neither keep other clients out for long nor make the server start
-    more handshakes than it can finish.  ``on_full`` is called each time, and ``on_scarce`` for each
-    connection that is closed because no file descriptors are left.
+    more handshakes than it can finish.  ``on_full`` is called each time this happens.
+    ``on_scarce`` is called for each connection that is closed because no file descriptors are left.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Count a connection that was ended early, and collect garbage every ``SWEEP`` calls.
+        """Count a connection that was ended early; collect garbage once every ``SWEEP`` calls.
 
-        For each connection, asyncio keeps a reference cycle of few objects but 256 KiB.  The
-        garbage collector counts objects, not bytes, so hundreds of such cycles would pile up.
+        For each connection, asyncio keeps a reference cycle that has few objects but takes 256 KiB.
+        The garbage collector counts objects, not bytes, so hundreds of such cycles would pile up.
         """
         self._dropped += 1
         if self._dropped % SWEEP == 0:
@@ -115,7 +115,7 @@ class AcceptedSocket(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket that counts the connections it accepts in a :class:`HandshakeQuota`."""
+    """A listening socket that counts its accepted connections in a :class:`HandshakeQuota`."""
 
     quota: HandshakeQuota
     _failed = -math.inf
@@ -204,9 +204,9 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an exception in the event loop, unless it says that file descriptors are scarce.
+    """Handle an exception in the event loop, but ignore a lack of file descriptors.
 
-    The listener has already reported scarce file descriptors.
+    :class:`Listener` has already reported that lack.
     """
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):

@@ -1,7 +1,7 @@
-"""Protection against DNS rebinding: which web pages may connect, and under which host names.
+"""Checks of a request's origin and host, which protect a server against DNS rebinding.
 
 Browsers send the page's origin with every websocket handshake.  Other programs send no origin and
-are not checked.  With a plain request to its own server, a page sends no origin, but the browser
+are not checked.  In a plain request to the page's own server, the browser sends no origin, but it
 always sends the requested host.
 """
 
@@ -17,7 +17,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 
 
 class Origins:
-    """The web origins that may connect, to be compared with each request.
+    """The web origins whose pages may connect to a server.
 
     ``listed`` contains the origins that may always connect.  With ``has_pages``, the server serves
     pages of its own, which may connect as well: their origin equals the requested host.  But the
@@ -35,7 +35,7 @@ class Origins:
         self._is_locked = is_locked
 
     def allow(self, origin: str, host: str | None) -> bool:
-        """Return whether a page from ``origin`` that asked for ``host`` may connect."""
+        """Return whether a page from ``origin`` may connect if it requested the name ``host``."""
         if origin in self._listed:
             return True
         if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):
@@ -61,7 +61,7 @@ def strip_port(host: str) -> str:
 def is_fixed(host: str) -> bool:
     """Return whether a ``Host`` header is ``localhost`` or an IP address.
 
-    DNS rebinding cannot change to which machine these lead.
+    DNS rebinding cannot redirect such a host to another machine.
     """
     name = strip_port(host)
     if name == "localhost":

@@ -1,7 +1,7 @@
-"""Web pages that a server serves: files that are read when the server starts, by URL path.
+"""The web pages of a server: files that are read when it starts, and served by URL path.
 
 Requests are answered only from these files in memory, never from the disk.  The pages are public,
-because a page that asks for a token cannot itself require a token.  This module knows no sockets.
+because a page that asks for a token cannot itself require a token.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One file of the web pages; ``packed`` is its gzip version, if it has one."""
+    """One file of the web pages; ``packed`` is its gzip version, or ``None``."""
 
     content_type: str
     body: bytes = field(repr=False)
@@ -72,7 +72,7 @@ class Page:
 
 
 class Pages:
-    """The web pages of a server, each with its URL path."""
+    """The web pages of a server, found by URL path."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)

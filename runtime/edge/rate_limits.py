@@ -9,7 +9,7 @@ from collections.abc import Callable
 class TokenBucket:
     """A token bucket that allows ``rate`` events per second, and bursts of as many events.
 
-    The caller passes the time to each call.
+    The caller passes the current time.
     """
 
     def __init__(self, rate: float, now: float) -> None:

@@ -30,7 +30,7 @@ class Decision:
     """The decision on a request: an HTTP ``answer``, or ``None`` to open a websocket.
 
     ``identity`` is ``None`` if the request has no token; a token may still arrive in a message.
-    ``refusal`` is the reason to report if the request was refused.
+    ``refusal`` is the reason to report, or ``None`` if nothing needs to be reported.
     """
 
     identity: Identity | None = None

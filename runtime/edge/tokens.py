@@ -109,7 +109,7 @@ class Tokens:
 def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     """Create a new token, append its hash to the server's file, and return the token.
 
-    The token itself is not stored.  Without ``roles``, it has all roles.
+    The token itself is not stored.  Without ``roles``, the token has all roles.
 
     Raises:
         UsageError: ``name`` is not a valid name.

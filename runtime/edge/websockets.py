@@ -69,9 +69,9 @@ class Peer:
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Lift the limits that apply until a client has shown a token.
+        """Record the client's identity, and lift the limits for clients without a token.
 
-        They may still apply to data that the client sends before it receives an answer.
+        The limits may still apply to data that the client sends before it receives an answer.
 
         Raises:
             ServerBusy: the limit on clients is reached, in total or for this owner; close the
@@ -158,10 +158,10 @@ async def serve(
     """Serve clients while the context is open, and yield the port; port 0 takes any free port.
 
     ``handle`` is called for each client after its handshake, and the connection is closed when it
-    returns.  ``authorize`` gets the token from the request's header and returns the token's
-    identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that sends no
-    token in the header is connected without authentication, and ``handle`` may admit it later.
-    Without ``authorize``, every client is admitted; its owner is the common name in its
+    returns.  ``authorize`` is called with the token from the request's header, and returns the
+    token's identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that
+    sends no token in the header is connected without authentication, and ``handle`` may admit it
+    later.  Without ``authorize``, every client is admitted; its owner is the common name in its
     certificate, if ``tls`` requests certificates, and otherwise ``""``.
 
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
