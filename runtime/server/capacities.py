@@ -1,7 +1,7 @@
 """Limits on the number of sessions in a server's memory, in total and per owner.
 
-If there is no room for a session, this module chooses another session to unload.  The registry
-performs the decision: it is responsible for sessions, threads and the disk.
+If there is no room for a session, this module chooses another session, and the registry unloads
+that session.
 """
 
 from __future__ import annotations
@@ -48,15 +48,14 @@ class Capacity:
         opening: Sequence[str],
         tried: Collection[str],
     ) -> Occupant | None:
-        """Choose the session to unload before ``owner`` can open another session.
+        """Choose which session to unload so that ``owner`` can open another session.
 
         ``opening`` lists the owners of sessions that are being opened.  ``tried`` names the
         sessions that were already chosen for the same new session without success.
 
         Returns:
             The session to unload, or to wait for if it is already being unloaded.  ``None`` if
-            there is
-            room.
+            there is room.
 
         Raises:
             ServerBusy: no session can be unloaded.

@@ -21,7 +21,7 @@ from splitonnx.runtime.wire.close_codes import RESTART
 
 
 class Holder(Protocol):
-    """The newest connection of a session, as far as :class:`ServerContext` uses it."""
+    """The interface of a session's newest connection."""
 
     @property
     def is_sending(self) -> bool:
@@ -39,8 +39,7 @@ class ServerContext:
     running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules threads
     that use the disk, so that greetings and saving do not wait for steps.  ``locks`` has the lock
     of each session, and ``holders`` its newest connection.  ``waiting`` names the sessions whose
-    lock is held by a message that is not running, because it waits for memory or for the client to
-    read a reply.
+    lock is held by a message that only waits, for memory or for the client to read a reply.
     """
 
     registry: Registry

@@ -1,8 +1,8 @@
 """The dispatcher, which passes one connection's messages to its session and encodes the replies.
 
-It connects the protocol, which knows the allowed messages, with the session that the client's
-greeting asks for.  It uses no network.  :mod:`handlers` manages threads, sockets, and the order of
-messages if a session has several connections.
+It checks messages with the protocol, and finds the session that the client's greeting asks for.  It
+uses no network.  :mod:`handlers` manages threads, sockets, and the order of messages if a session
+has several connections.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ class ReceivedMessage:
 class Dispatcher:
     """The dispatcher of one connection, whose client belongs to ``owner``.
 
-    ``roles`` are the client's permissions.  ``estimates`` computes the memory of a task, which may
-    be at most ``task_bytes``; without ``estimates``, memory is not checked.
+    ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm of a received gradient,
+    and ``batch`` the most rows of a tensor; ``None`` means no limit.  ``estimates`` computes the
+    memory of a task, which may be at most ``task_bytes``; without ``estimates``, memory is not
+    checked.
 
     ``session`` is ``None`` until the client's greeting, and ``refused`` is ``None`` until an error
     ends the connection.  :meth:`read` may be called at any time.  While another method runs,

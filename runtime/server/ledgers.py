@@ -1,9 +1,9 @@
 """The ledger of a session: which messages of its newest steps were handled, and their replies.
 
-Each step is made exactly once, even if its messages arrive several times: a repeated message gets
-the recorded replies.  The ledger covers the running step, and the last finished step, whose replies
-may have been lost.  A client that sends the next step has received all earlier replies.  The ledger
-only keeps records: it neither runs nor sends anything.
+Each step is performed exactly once, even if its messages arrive several times: a repeated message
+gets the recorded replies.  The ledger covers the running step, and the last finished step, whose
+replies may have been lost.  A client that sends the next step has received all earlier replies.
+The ledger only keeps records: it neither runs nor sends anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Reply = list[Chunk]
 
 
 class Verdict(Enum):
-    """The way in which a message must be handled."""
+    """The decision on how to handle a message."""
 
     BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
     CONTINUE = auto()  # the next of the running step
@@ -30,8 +30,7 @@ class Verdict(Enum):
 class Fingerprint:
     """The SHA-256 hash of a message's bytes, computed when it is first needed.
 
-    The computation takes 0.6 ms per MiB, which would delay the reply.  Until then, the bytes are
-    kept.
+    Computing it earlier would delay the reply by 0.6 ms per MiB.  Until then, the bytes are kept.
     """
 
     def __init__(self, content: Chunk | bytearray) -> None:
@@ -53,7 +52,7 @@ class _Turn:
 
 
 class Ledger:
-    """A ledger of messages that starts at ``step``, the next step to be made."""
+    """The ledger of a session whose next training step is ``step``."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -107,7 +106,7 @@ class Ledger:
         self._running.append(_Turn(fingerprint=fingerprint))
 
     def answer(self, reply: Iterable[Chunk]) -> Reply:
-        """Record one more reply to the newest message, and return it as a list of chunks."""
+        """Record one more reply to the newest message, and return the reply as a list of chunks."""
         kept = list(reply)
         self._running[-1].replies.append(kept)
         return kept
@@ -117,7 +116,7 @@ class Ledger:
         return sum(len(turn.replies) for turn in self._running)
 
     def repeat(self, step: int, turn: int) -> Iterator[Reply]:
-        """Yield the recorded replies to a message that :meth:`classify` called a repetition."""
+        """Yield the recorded replies to a message that :meth:`classify` marked as ``REPEAT``."""
         turns = self._running if step == self.step else self._made
         yield from turns[turn].replies
 

@@ -124,10 +124,10 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """Find a session like :meth:`find`, but return a future if a session is still being moved.
+        """Find a session like :meth:`find`, but return a future instead of waiting.
 
-        When the future is done, call this method again with the same set ``tried``.  The method
-        itself does not wait until a session has been written to disk, so a slow disk does not delay
+        The future is done when another thread has opened a session or written it to disk.  Then
+        call this method again with the same set ``tried``.  In this way, a slow disk does not delay
         other clients.
 
         Raises:

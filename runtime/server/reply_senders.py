@@ -1,7 +1,4 @@
-"""A sender of replies, which sends earlier replies while later replies are being computed.
-
-It knows neither the contents of a reply nor how a reply is sent.
-"""
+"""A queue that sends a message's replies in order, while later replies are being computed."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from splitonnx.runtime.server.ledgers import Reply
 
 
 class ReplySender:
-    """A sender of replies, in order, with the function ``send``; for use from one event loop.
+    """A queue of replies, which are sent in order with the function ``send``.
 
-    If a reply cannot be sent, all later replies are dropped, and :attr:`sending` holds the error.
+    Use it from one event loop only.  If a reply cannot be sent, all later replies are dropped, and
+    :attr:`sending` holds the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:

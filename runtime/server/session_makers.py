@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class SessionMaker:
-    """A maker of sessions, either new or loaded from disk.
+    """A factory for a server's sessions, which creates them or loads them from disk.
 
-    ``base`` has the state of the server's folder, and is never trained itself.  ``archive`` holds
-    the sessions on disk; it is ``None`` if there is no folder.  ``workers`` are the processes that
-    run the sessions' stages; without them, this process runs the stages.
+    ``base`` is an executor that holds the state of the server's folder; it is never trained itself.
+    ``archive`` holds the sessions on disk; it is ``None`` if there is no folder.  ``workers`` are
+    the processes that run the sessions' stages; without them, this process runs the stages.
     """
 
     def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
@@ -59,10 +59,11 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Create a new session, unless the client has checkpoints from an earlier one of that name.
+        """Create a new session; refuse if the client already has checkpoints of the session.
 
         Raises:
-            SessionLost: the client has such checkpoints, but the server has lost its state.
+            SessionLost: the client has checkpoints of the session, but the server has lost its
+                state.
             BundleMismatch, ForeignSession: the state to start from is missing, or belongs to
                 another owner.
             ServerBusy: no worker is available.
@@ -93,8 +94,8 @@ class SessionMaker:
         """Return the state that a session starts from: published, untrained, or another session's.
 
         Raises:
-            ForeignSession: it belongs to another owner; anyone may use a published state without an
-                owner.
+            ForeignSession: the state belongs to another owner.  Anyone may use a published state
+                that has no owner.
         """
         origin, step, published = hello.origin, hello.start, self._base.party
         if (origin, step) == (published.session, self._base.step):

@@ -1,4 +1,4 @@
-"""A session: one client's training with its own copy of the server's part of the model.
+"""A session: one client's training run, with its own copy of the server's part of the model.
 
 A session outlives its connections.  It yields each reply as soon as the reply is ready, so that a
 gradient is sent before the server's own update runs.  The dispatcher decodes messages and encodes
@@ -35,7 +35,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Session:
-    """The server's side of one client's training, which handles one message at a time.
+    """The server's side of one client's training run, which handles one message at a time.
 
     ``executor`` holds the session's state.  ``store`` holds its checkpoints, and is part of
     ``archive``; both are ``None`` if there is no folder.  ``start`` is an executor with the state

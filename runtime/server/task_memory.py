@@ -1,6 +1,6 @@
 """The memory for the tasks of one connection: it is reserved, kept during a task, and released.
 
-:mod:`budgets` divides memory among owners, and :mod:`estimates` computes how much a task needs.
+The budget divides memory among owners, and the estimates compute how much a task needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from splitonnx.runtime.wire.close_codes import RESTART
 class TaskMemory:
     """The memory that is reserved for the tasks of one connection.
 
-    ``gone`` is done when the connection has ended, and ``stopping`` when the server stops.
+    The asyncio task ``gone`` is done when the connection has ended, and ``stopping`` when the
+    server is to stop.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Release the memory of a session's finished tasks; its open tasks count as waiting."""
+        """Release the memory of finished tasks; open tasks count as idle from now on."""
         budget = self._context.budget
         if budget is None or session is None:
             return
@@ -94,7 +95,7 @@ class TaskMemory:
     def letting_go(self, session: Session | None) -> Iterator[None]:
         """Allow a session's open tasks to be aborted while the context is open.
 
-        This is for messages that hold the session's lock while they only wait.
+        Use this while a message holds the session's lock but only waits.
         """
         if session is None:
             yield
