@@ -36,8 +36,8 @@ class BoundedConnection(ClientConnection):
         self._flow_mutex = threading.Lock()
         self._pauses: set[str] = set()
         self._is_over = False
-        self._whole = 0  # bytes of messages that are complete and wait
-        self._arriving = 0  # bytes of the message under way
+        self._whole = 0  # bytes of complete messages that were not taken yet
+        self._arriving = 0  # bytes of the message that is arriving
         super().__init__(*arguments, **settings)
         self.recv_messages.pause = lambda: self._pause("frames")
         self.recv_messages.resume = lambda: self._resume("frames")

@@ -116,8 +116,8 @@ class Channel:
         self._backoff = backoff
         self._generation = 0
         self._wants_repeat = False
-        self._delays: Iterator[float] | None = None  # kept until something new arrives
-        self._lost_at: float | None = None  # likewise: when the first loss occurred
+        self._delays: Iterator[float] | None = None  # kept until a new message arrives
+        self._lost_at: float | None = None  # time of the first loss, kept as long
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
         self._task: OpenTask | None = None
@@ -263,7 +263,7 @@ class Channel:
             if last is None:
                 raise RemoteProtocolError("it wants messages again that the client does not have")
             self._send_all(last)
-            for _ in range(last.received):  # the answers came before
+            for _ in range(last.received):  # these replies were received before
                 last.check(self._receive(Tensors)[0])
         if self._task is not None:
             self._send_all(self._task)
@@ -314,7 +314,7 @@ class Channel:
                 if error.newest < self._generation or attempt == GREETINGS:
                     self._hang_up()
                     raise
-                self._generation = error.newest  # an earlier run of this client had it
+                self._generation = error.newest  # used by an earlier run of this client
             except SplitonnxError:
                 self._hang_up()
                 raise

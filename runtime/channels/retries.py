@@ -37,7 +37,7 @@ class Backoff:
     def __post_init__(self) -> None:
         for name in ("first", "longest", "give_up_after"):
             seconds: float | None = getattr(self, name)
-            if seconds is not None and not seconds >= 0:  # nor NaN, which no number is below
+            if seconds is not None and not seconds >= 0:  # this also rejects NaN
                 raise UsageError(f"{name} must be 0 seconds or more, not {seconds:g}")
         if self.first > self.longest:
             raise UsageError(

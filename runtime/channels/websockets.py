@@ -76,7 +76,7 @@ class WebSocketTransport:
     ) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._url = url.partition("?")[0]  # as errors tell it: what follows may be a secret
+        self._url = url.partition("?")[0]  # for errors; a query may contain secrets
         self._reply_seconds = reply_seconds
         self._message_seconds = message_seconds
         self._opened = ExitStack()  # websockets wants to be used as a context manager
@@ -189,7 +189,7 @@ def _translate_opening(url: str, error: Exception) -> ConnectionLost | Untrusted
     lost = describe_loss(url, error)
     cut = ssl.SSLError | InvalidMessage | ConnectionClosed | ConnectionResetError | BrokenPipeError
     if url.startswith("wss:") and isinstance(error, cut):
-        # asyncio closes before the alert that says so is on its way, as often as not
+        # asyncio often closes the connection before it has sent the TLS alert with the reason
         lost.reason += "; it may want a certificate of this side (--cert, --key)"
     return lost
 

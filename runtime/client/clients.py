@@ -240,7 +240,7 @@ class Client:
         )
         with self._training():
             if save:
-                self._run.hold()  # fail now rather than after the work
+                self._run.hold()  # fail now rather than after training
             if checkpoint_every is not None:
                 self._run.begin_run(restart=restart)
             self._executor.prepare(TRAIN)

@@ -72,7 +72,7 @@ class TaskRunner:
                 return self._exchange(key, learning_rate)
         except StepsLost:
             raise
-        except BaseException:  # Ctrl-C too: the server is told before it is raised further
+        except BaseException:  # including Ctrl-C: close the session before raising it
             self.close()
             raise
         finally:

@@ -26,7 +26,7 @@ from splitonnx.runtime.storage.checkpoints import (
 )
 from splitonnx.states import check_home
 
-# msgspec ends the process where two threads meet a type for the first time at once
+# msgspec crashes if two threads use a type for the first time at the same moment
 _POSITION = msgspec.json.Decoder(DataPosition)
 
 
@@ -200,7 +200,7 @@ class TrainingRun:
             return
         if not restart:
             raise UnfinishedRun(str(self._party.path), found.step)
-        assert self._party.path is not None  # that is where it was found
+        assert self._party.path is not None  # a run was found there
         for session in list_sessions(self._party.path):
             if session != self.session:
                 CheckpointStore(self._party.path, self._party.manifest, session).remove()

@@ -76,8 +76,8 @@ class Admission:
         host: str = "",
     ) -> None:
         self.limits = limits
-        # An unfinished TLS handshake takes much memory.  Without TLS, all of those who are let in
-        # one after the other get here some turns of the event loop later.
+        # An unfinished TLS handshake takes much memory.  Without TLS, a connection only
+        # waits for the event loop to start it, so the quota can allow more connections at a time.
         self.quota = HandshakeQuota(
             limits.unauthenticated if has_tls else limits.unauthenticated + 4 * BACKLOG,
             partial(on_refusal, Refusal.TOO_MANY_UNAUTHENTICATED, "somebody"),

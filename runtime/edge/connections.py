@@ -78,9 +78,9 @@ class LimitedConnection(ServerConnection):
         self._pauses: set[str] = set()
         self._bytes = 0  # received in total
         self.kept = 0  # bytes of unread messages
-        self._frames = 0  # since the bucket was last looked at
+        self._frames = 0  # since the last call of the bucket
         self._fragments = 0  # of the message being received
-        self.is_underway = False  # whether part of a message has come
+        self.is_underway = False  # whether part of a message has arrived
         self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -109,7 +109,7 @@ class LimitedConnection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         """Process received bytes, and enforce the limits on their size and rate."""
         if not self._bytes and data.startswith(_TLS_HELLO):
-            # an answer in HTTP makes TLS on the other side say what is wrong
+            # an HTTP response makes the client's TLS library report the actual problem
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
             return
         self._bytes += len(data)
@@ -119,7 +119,7 @@ class LimitedConnection(ServerConnection):
                 Refusal.MESSAGE_TOO_BIG, CloseCode.MESSAGE_TOO_BIG, "too much before a token"
             )
             return
-        # of a request there are no frames to wait for
+        # an HTTP request has no frames
         before = self._frames if self.request else -1
         super().data_received(data)
         if self.protocol.close_expected():

@@ -145,7 +145,7 @@ class Listener(socket.socket):
                 client.quota = self.quota
                 return client, address
             client.close()
-        raise BlockingIOError  # the event loop has other things to do
+        raise BlockingIOError  # return to the event loop, which has other work
 
 
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
@@ -167,7 +167,7 @@ def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
-                fault = error  # a machine without IPv6 has a name for it all the same
+                fault = error  # names may have IPv6 addresses even on a machine without IPv6
         if fault is not None and not listeners:
             raise fault
     except OSError as error:

@@ -50,9 +50,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # the client asks whether it changed
+    "Cache-Control": "no-cache",  # the browser asks whether the file changed
     "Content-Security-Policy": POLICY,
-    # Both together let a page share memory between threads, which ONNX Runtime's take.
+    # Together these let a page share memory between threads, which ONNX Runtime needs.
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",

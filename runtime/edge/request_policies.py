@@ -66,7 +66,7 @@ class RequestPolicy:
         if origin is not None and not self._origins.allow(origin, host):
             reason = "pages of this origin may not connect"
             return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_ORIGIN)
-        # programs may ask for a websocket by any name; browsers name the origin of every one
+        # websockets may use any host name: browsers send an origin with them, which was checked
         if "Upgrade" not in request.headers and not self._origins.answers_to(host):
             reason = "ask by address, or serve with --origin for the name"
             return _deny(HTTPStatus.FORBIDDEN, reason, refusal=Refusal.WRONG_HOST)

@@ -176,7 +176,7 @@ def _read_entry(words: list[str], place: str) -> tuple[Identity, bytes]:
     """
     match = _HASH.fullmatch(words[1]) if len(words) in (2, 3) else None
     if match is None or _NAME.fullmatch(words[0]) is None:
-        # the line itself is not shown: it may be a token in the clear
+        # the line itself is not shown, because it may contain a token
         reason = "not a name, a hash and perhaps roles; `splitonnx token NAME` writes such lines"
         raise UnusableFile(place, reason)
     try:

@@ -107,7 +107,7 @@ class Peer:
         try:
             async with asyncio.timeout(idle_seconds) as idle:
                 async for part in fragments:
-                    idle.reschedule(None)  # the connection times what has begun
+                    idle.reschedule(None)  # the connection limits the time of a started message
                     content.add(part)
                     self._connection.take(len(part))
         except TimeoutError as error:
@@ -204,10 +204,10 @@ async def serve(
                 process_request=answer,
                 compression=None,
                 max_size=admission.limits.unauthenticated_bytes,
-                open_timeout=ANSWER_SECONDS,  # the connection times the handshake
+                open_timeout=ANSWER_SECONDS,  # the connection limits the handshake's time
                 ssl_handshake_timeout=admission.limits.handshake_seconds if tls else None,
                 ping_interval=PING_SECONDS,
-                ping_timeout=None,  # the connection listens for more than pongs
+                ping_timeout=None,  # the connection accepts any byte as a sign of life
                 close_timeout=CLOSE_SECONDS,
                 server_header=None,
                 create_connection=cast(

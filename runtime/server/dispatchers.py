@@ -110,7 +110,7 @@ class Dispatcher:
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
-            case ServerBusy():  # there may be room when its task begins again
+            case ServerBusy():  # there may be memory when the task is repeated
                 return self._generation > 0
         return False
 
@@ -289,7 +289,7 @@ def _describe(error: SplitonnxError) -> Fault:
     match error:
         case StaleConnection():
             return Fault(code=code, reason=str(error), newest=error.newest)
-        case InternalRuntimeError():  # what an exception says may name what is the server's own
+        case InternalRuntimeError():  # an exception's text may reveal internals of the server
             return Fault(
                 code=code,
                 reason=f"a mistake in splitonnx, at the server: {error.subject} failed; please "

@@ -69,9 +69,9 @@ class ConnectionHandler:
         self._metrics = context.metrics
         self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
         self._dispatcher: Dispatcher | None = None
-        # Whose turn it is when this connection's is; turns keep it when the connection is gone.
+        # The owner that takes turns; an object of its own if the client has no owner.
         self._owner: Hashable = object()
-        self._has_message = False  # it arrived and is not handled yet
+        self._has_message = False  # a message arrived and is not handled yet
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
@@ -182,7 +182,7 @@ class ConnectionHandler:
             if receiving.cancel():
                 await asyncio.wait((receiving,))
             if not receiving.cancelled():
-                receiving.exception()  # was seen
+                receiving.exception()  # mark the exception as retrieved
         await self._peer.close(RESTART, "the server restarts")
         return None
 
@@ -242,7 +242,7 @@ class ConnectionHandler:
         try:
             turns = self._context.compute if is_work else self._context.storage
             await self._reply(dispatcher, dispatcher.answer(received), turns)
-        finally:  # what was done counts, whether or not the client could be told
+        finally:  # count the work even if the reply could not be sent
             if session is not None:
                 seconds = time.perf_counter() - begun
                 self._note(message, session, session.tasks_done > done, seconds)

@@ -22,9 +22,9 @@ Reply = list[Chunk]
 class Verdict(Enum):
     """The decision on how to handle a message."""
 
-    BEGIN = auto()  # the first of its step: give up whatever of that step was begun before
-    CONTINUE = auto()  # the next of the running step
-    REPEAT = auto()  # handled before: send the same replies again
+    BEGIN = auto()  # first message of its step: abort what was begun of the step
+    CONTINUE = auto()  # next message of the running step
+    REPEAT = auto()  # message was handled before: send the same replies again
 
 
 class Fingerprint:

@@ -66,7 +66,7 @@ class Metrics:
             "splitonnx_checkpoints", "Checkpoints, by outcome", ["outcome"], registry=registry
         )
         for outcome in OUTCOMES:
-            self._checkpoints.labels(outcome)  # so that it exists, with value 0
+            self._checkpoints.labels(outcome)  # create the series with value 0
         self._worker_deaths = Counter(
             "splitonnx_worker_deaths", "Workers that ended unasked", registry=registry
         )

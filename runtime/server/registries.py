@@ -80,8 +80,8 @@ class Registry:
         self._users: Counter[str] = Counter()
         self._left: dict[str, float] = {}
         self._unloaded: set[str] = set()
-        self._busy: dict[str, Future[None]] = {}  # being unloaded, opened or deleted
-        self._opening: dict[str, str] = {}  # with their owners
+        self._busy: dict[str, Future[None]] = {}  # sessions being unloaded, opened or deleted
+        self._opening: dict[str, str] = {}  # sessions being opened, with their owners
         self._threads: set[threading.Thread] = set()
         self._slots = threading.BoundedSemaphore(_WRITERS)
         self._archive: Archive | None = None

@@ -36,7 +36,7 @@ class ReplySender:
         """Stop sending; replies that were not sent are dropped, and an earlier error is ignored."""
         self._is_over = True
         if self.sending is not None and not self.sending.cancel():
-            self._has_failed(self.sending)  # or the loop would report an error that nobody saw
+            self._has_failed(self.sending)  # otherwise asyncio would report the error as unread
 
     async def _send_waiting(self) -> None:
         while self._waiting:

@@ -323,7 +323,7 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, self._take_signal, context)
-            except NotImplementedError:  # Windows has none, but wakes the loop all the same
+            except NotImplementedError:  # Windows has no such handlers, but a signal wakes the loop
                 take = partial(loop.call_soon_threadsafe, self._take_signal, context)
                 signal.signal(number, lambda *_, take=take: take())
 

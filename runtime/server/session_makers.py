@@ -105,7 +105,7 @@ class SessionMaker:
         if not origin and step == 0:
             return self._untrained
         if origin == published.session and owner and not published.owner:
-            return None  # that session is anyone's, but only at the step that was published
+            return None  # anyone may use that session's state, but only at the published step
         if self._archive is None or not is_session(origin):
             return None
         tensors = self._archive.find_tensors(origin, step, owner)

@@ -156,7 +156,7 @@ class Session:
             self.tasks_done += 1
             self._running = None
             self.ledger.commit()
-        fingerprint.take()  # after the replies, which need not wait for it
+        fingerprint.take()  # after the replies, so that they need not wait for the hash
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write the state to disk durably as a checkpoint and, if requested, as the outcome.

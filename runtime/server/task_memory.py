@@ -54,12 +54,11 @@ class TaskMemory:
         budget, task = self._context.budget, (session.id, message.phase)
         if budget is None:
             return
-        if message.turn > 0:  # the task has its memory, or is none that is open
+        if message.turn > 0:  # the task has its memory already, or is not open
             budget.extend(task, owner, needed)
             return
-        if budget.lacks(
-            task, owner, needed
-        ):  # its own, which begins again: what is open is not kept
+        # A task that begins again and needs more memory loses what it has, so it is aborted.
+        if budget.lacks(task, owner, needed):
             session.give_up(message.phase)
         granted = budget.ask(task, owner, needed)
         try:
