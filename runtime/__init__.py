@@ -1,1 +1,1 @@
-"""Train and run the parts of a bundle: run each stage when its inputs exist, exchange tensors."""
+"""The runtime: trains and runs the parts of a bundle, and moves tensors between the two parties."""

@@ -1,5 +1,5 @@
-"""Run stages: ONNX Runtime's sessions, a party's tasks, and estimates of their memory.
+"""The engine: runs stages with ONNX Runtime, keeps a party's tasks, and estimates their memory.
 
-This is the only package that imports ONNX Runtime.  It knows no connections, no clients' sessions
-and no files on disk.  It may import the gate.
+This is the only package that imports ONNX Runtime.  It knows nothing about connections or clients'
+sessions.  Modules here may import the gate.
 """

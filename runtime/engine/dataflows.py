@@ -1,7 +1,7 @@
-"""Which stages of a phase can run, which values can be sent, and which can be released.
+"""The data flow of a phase: which stages can run, and which values can be sent or released.
 
-Pure bookkeeping on names, based on the manifest's phase: it holds no tensors, runs nothing and
-sends nothing.
+Everything is computed from the names in the manifest.  This module holds no tensors, runs no stages
+and sends nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from splitonnx.manifests import Phase, Source, Stage
 
 
 class Dataflow:
-    """The inputs and outputs of one party's phase; computed once and valid for every task.
+    """The stages of one party's phase, and the values that they need and make.
 
-    ``receives`` and ``sends`` name the wires to and from this party.  ``stages`` are in the
-    manifest's order, which decides between several stages that can run.
+    One object serves all tasks of the phase.
+
+    ``receives`` and ``sends`` name the tensors that this party receives from and sends to the other
+    party.  ``stages`` are in the manifest's order: if several stages can run, the first one runs.
     """
 
     def __init__(self, phase: Phase, party: str) -> None:
@@ -28,22 +30,22 @@ class Dataflow:
             for stage in phase.stages
         }
         self.kept = frozenset(phase.results) | frozenset(phase.commits.values())
-        """Values that outlive the stages: results and the state's replacements."""
+        """Values that are still needed after all stages have run: results and new state."""
         self.uses = Counter(name for names in self.needs.values() for name in names)
         self.uses.update(self.sends)
-        """How many stages and outgoing wires take a value."""
+        """How many stages and outgoing wires use each value."""
 
     def wants(self, name: str) -> bool:
-        """Return whether anything needs this value, so that it must be kept."""
+        """Return whether a value must be kept because a stage, a wire or the result needs it."""
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:
-        """Start tracking a new task, without any values."""
+        """Start tracking a new task, for which no values are available yet."""
         return Progress(self)
 
 
 class Progress:
-    """The progress of one task."""
+    """The progress of one task: which values are available, and what remains to be run and sent."""
 
     def __init__(self, flow: Dataflow) -> None:
         self._flow = flow
@@ -54,32 +56,35 @@ class Progress:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether every stage ran and every wire was received and sent."""
+        """Return whether all stages have run and all wires have been received or sent."""
         return not self._waiting and not self._unsent and not self.missing
 
     @property
     def missing(self) -> frozenset[str]:
-        """Return the wires that have not arrived."""
+        """Return the names of the tensors that the other party has not sent yet."""
         return self._flow.receives - self._present
 
     def arrive(self, names: Iterable[str]) -> None:
-        """Record that values are available: data, scalars, wires, or stage outputs."""
+        """Record that values are available: input data, received tensors or stage outputs."""
         self._present.update(names)
 
     def next_stage(self) -> Stage | None:
-        """Return the first stage whose inputs are available, and count it as run, or ``None``."""
+        """Return the next stage whose inputs are all available, or ``None``.
+
+        Each stage is returned only once, and counts as run from then on.
+        """
         for index, stage in enumerate(self._waiting):
             if self._flow.needs[stage.name] <= self._present:
                 return self._waiting.pop(index)
         return None
 
     def next_wires(self) -> tuple[str, ...]:
-        """Return the outgoing wires that are available and were not returned before."""
+        """Return the names of outgoing tensors that have become available since the last call."""
         ready = tuple(name for name in self._unsent if name in self._present)
         self._unsent = [name for name in self._unsent if name not in self._present]
         return ready
 
     def release(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Record one use of each value; return the values that are no longer needed."""
+        """Record one use of each value, and return the values that are no longer needed."""
         self._uses.subtract(names := tuple(names))
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)

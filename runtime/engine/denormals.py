@@ -1,11 +1,11 @@
-"""Flush denormal numbers to zero in the calling thread during a computation.
+"""Flushing of denormal numbers to zero in the calling thread during a computation.
 
 Arithmetic on denormals is many times slower than on other numbers, so a client that sends them
-could slow a server down.  ONNX Runtime's own option affects the threads of its pool but not the
-calling thread.  With that option alone, the division of work among threads would decide which
-elements are flushed.  Therefore this module sets the calling thread's control register through the
+could slow a server down.  ONNX Runtime's own option affects the threads of its pool, but not the
+calling thread.  With that option alone, whether an element is flushed would depend on the thread
+that computes it.  Therefore this module sets the calling thread's control register through the
 platform's C library, and restores it afterwards.  If that has no effect, :data:`CAN_FLUSH` is false
-and nothing is flushed in any thread.
+and denormals are not flushed in any thread.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _SSE_FLUSH = 0x8040
 _ARM_FLUSH = 1 << 24
 """The bit "flush to zero" of FPCR."""
 _SIZE = 64
-"""Bytes, more than any platform's ``fenv_t`` has."""
+"""Size of a buffer in bytes; larger than any platform's ``fenv_t``."""
 _MOST_KNOWN = 64
-"""Most floating-point environments whose flushing version is cached."""
+"""Most floating-point environments for which the version that flushes denormals is cached."""
 _WINDOWS_FLUSH, _WINDOWS_MASK = 0x01000000, 0x03000000
 """``_DN_FLUSH`` and ``_MCW_DN`` of ``_controlfp_s``."""
 
 _SetFlush = Callable[[], Callable[[], None]]
-"""Sets the calling thread's bits and returns a function that restores them."""
+"""A function that sets the calling thread's bits and returns a function that restores them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Register:
-    """Where a platform's ``fenv_t`` has the control register, and its bits that flush."""
+    """The offset of the control register in a platform's ``fenv_t``, and the bits to set in it."""
 
     offset: int
     bits: int
@@ -91,7 +91,7 @@ def _make_windows() -> _SetFlush:
 
 
 def _find() -> _SetFlush | None:
-    """Find this platform's way, if it has one that acts."""
+    """Return the function that flushes denormals on this platform, or ``None`` if none works."""
     register = _REGISTERS.get((sys.platform, platform.machine()))
     try:
         if sys.platform == "win32":
@@ -106,7 +106,7 @@ def _find() -> _SetFlush | None:
 
 
 def _acts(set_flush: _SetFlush) -> bool:
-    """Return whether it flushes, and leaves the thread as it was."""
+    """Check that ``set_flush`` flushes denormals, and that its result restores the thread."""
     before = _halve_denormals()
     restore = set_flush()
     flushed = _halve_denormals()
@@ -121,20 +121,21 @@ def _halve_denormals() -> bytes:
 
 _SET_FLUSH = _find()
 CAN_FLUSH = _SET_FLUSH is not None
-"""Whether this platform's threads can flush denormals."""
+"""Whether threads can flush denormals on this platform."""
 
 
 def set_flush() -> Callable[[], None]:
-    """Flush denormals to zero in the calling thread, if possible.
+    """Flush denormals to zero in the calling thread, if the platform supports it.
 
-    Threads that it starts meanwhile also flush.  The returned function restores the thread.
+    Return a function that restores the thread's earlier setting.  Threads that this thread starts
+    in the meantime flush denormals, too.
     """
     return _do_nothing if _SET_FLUSH is None else _SET_FLUSH()
 
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormals to zero in the calling thread while the context is open."""
+    """Flush denormals to zero in the calling thread for the duration of a ``with`` block."""
     restore = set_flush()
     try:
         yield

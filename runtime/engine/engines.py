@@ -1,7 +1,8 @@
-"""Run stage graphs with ONNX Runtime, whichever build of it is installed.
+"""Loading and running of stage graphs with the installed ONNX Runtime.
 
-Only this module of the runtime imports onnxruntime, and no values or exceptions of onnxruntime
-leave it.  It knows graphs, arrays and threads, but not phases, wires or training.
+No other module of the runtime imports onnxruntime, and this module does not expose values or
+exceptions of onnxruntime.  It handles graphs, arrays and threads, but not phases, wires or training
+steps.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
 )
 _SILENT = 4
-"""ONNX Runtime's severity "fatal": what it logs as an error is raised as well, and the lines that
-it writes itself would go past our log."""
+"""ONNX Runtime's log severity "fatal".
+
+Errors are raised as exceptions anyway, and ONNX Runtime's own log lines would bypass our log.
+"""
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstalledRuntime:
-    """The installed ONNX Runtime; ``training`` is true if it has the gradient kernels."""
+    """The version of the installed ONNX Runtime, and whether it is the training build.
+
+    ``training`` is true for onnxruntime-training, which can compute gradients.
+    """
 
     version: str
     training: bool
@@ -48,7 +54,7 @@ class InstalledRuntime:
 
 
 def installed_runtime() -> InstalledRuntime:
-    """Return which ONNX Runtime is installed.
+    """Return the version of the installed ONNX Runtime and whether it is the training build.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
@@ -59,7 +65,10 @@ def installed_runtime() -> InstalledRuntime:
 
 
 class Tensor:
-    """A tensor of ONNX Runtime; opaque, made by :class:`Engine`."""
+    """A tensor in ONNX Runtime's memory, created by :class:`Engine`.
+
+    Use :meth:`Engine.to_array` to read its values.
+    """
 
     __slots__ = ("_session", "_value")
 
@@ -79,10 +88,11 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """An operator that a graph in ORT format needs; ``version`` is the opset that defined it.
+    """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
 
-    ``types`` is JSON for ONNX Runtime's build scripts and lists the element types that the operator
-    is used with; it is empty if the build cannot restrict them.
+    ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
+    operator is used with, as JSON for ONNX Runtime's build scripts.  It is empty if a build cannot
+    be restricted to some types of the operator.
     """
 
     domain: str
@@ -93,7 +103,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStage:
-    """A stage graph that is ready to run; ``outputs`` are the graph's outputs, in their order."""
+    """A stage graph that is ready to run; ``outputs`` are the names of its outputs, in order."""
 
     name: str
     outputs: tuple[str, ...]
@@ -101,15 +111,19 @@ class LoadedStage:
 
 
 class Engine:
-    """Loads stage graphs and runs them on the CPU.
+    """An engine that loads stage graphs into ONNX Runtime and runs them on the CPU.
 
     ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
-    Running releases Python's global interpreter lock.  ``trusted`` means that the caller trusts the
-    bundle's maker: only then may graphs be in ORT format, which the gate cannot check.  With
-    ``arena``, ONNX Runtime keeps the memory that a stage frees for the next run.  A stage that runs
-    longer than ``stage_seconds`` is ended between two operators; Ctrl-C ends a stage that runs in
-    the main thread. ``on_stuck`` is called with the name of a stage that cannot be ended.
-    Denormals are flushed to zero in every thread if the platform supports it (:mod:`denormals`).
+    Other Python threads can run while a stage is running.
+
+    ``trusted`` means that the caller trusts the bundle's maker.  Only then are graphs in ORT format
+    accepted, because the gate cannot check them.  With ``arena``, ONNX Runtime keeps the memory
+    that a stage frees, for the next run.
+
+    A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
+    Ctrl-C stops a stage that runs in the main thread.  ``on_stuck`` is called with the name of a
+    stage that does not stop when it should.  Denormals are flushed to zero in every thread if the
+    platform supports it (:mod:`denormals`).
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
@@ -131,14 +145,15 @@ class Engine:
         self._running = Runs(stage_seconds, on_stuck)
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
-        """Load a stage graph from bytes, after the gate has checked it.
+        """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        With ``training`` its nodes run exactly as they are, unoptimized: the graph was optimized
-        before it was differentiated, and split and unsplit runs must use the same kernels.  A graph
-        in ORT format always runs as it is, and is accepted only if the engine is ``trusted``.
+        With ``training``, the nodes run exactly as they are in the graph, without optimization.
+        The graph was already optimized before it was differentiated, and split and unsplit runs
+        must use the same kernels.  A graph in ORT format always runs as it is, and is accepted only
+        if the engine is ``trusted``.
 
         Raises:
-            ForbiddenGraph: the gate refused the graph, and ONNX Runtime did not see it.
+            ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
             WrongRuntime: the graph has operators of onnxruntime-training, which is not installed.
             StageFailed: ONNX Runtime refuses the graph for another reason.
         """
@@ -163,10 +178,10 @@ class Engine:
         return LoadedStage(name=name, outputs=outputs, session=session)
 
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
-        """Convert a stage graph to ORT format, for ONNX Runtime builds that read nothing else.
+        """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
 
-        The graph is optimized by rules that are valid on every processor and keep only standard
-        operators; with ``training`` it is not optimized, as in :meth:`load`.
+        The graph is optimized, but only by rules that are valid on every processor and that use
+        only standard operators.  With ``training`` it is not optimized, as in :meth:`load`.
 
         Raises:
             ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`load`.
@@ -199,22 +214,25 @@ class Engine:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
-        """Pass an array to ONNX Runtime, without a copy if it is contiguous and aligned.
+        """Pass an array to ONNX Runtime; it is copied only if it is not contiguous and aligned.
 
-        The array must not be changed afterwards.
+        Do not change the array afterwards, because the tensor may share its memory.
         """
         contiguous = np.require(array, requirements=["C", "A"])
         return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))
 
     def to_array(self, tensor: Tensor) -> np.ndarray:
-        """Return a read-only array that shares a tensor's memory and keeps it alive."""
+        """Return a tensor's values as a read-only array that shares the tensor's memory.
+
+        The array keeps that memory alive.
+        """
         if 0 in tensor._value.shape():  # it has no memory to share
             interface = tensor.__array_interface__
             return np.empty(interface["shape"], interface["typestr"])
         return np.asarray(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a stage and return all its outputs by name.
+        """Run a stage with the inputs in ``feeds``, and return all its outputs by name.
 
         Raises:
             StageFailed: an operator failed, or the inputs do not fit the graph.
@@ -243,14 +261,15 @@ class Engine:
         }
 
     def stop(self) -> None:
-        """Stop all running stages, from another thread, and run no more."""
+        """Stop all running stages and refuse to run any more; call this from another thread."""
         self._running.stop()
 
 
 def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
-    """List the kernels that graphs in ORT format together need in a reduced build.
+    """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
 
-    The graphs must have been written by :meth:`Engine.convert`; ONNX Runtime's tool reads them.
+    The graphs must have been written by :meth:`Engine.convert`.  They are read with a tool that is
+    part of onnxruntime.
     """
     _import_onnxruntime()
     from onnxruntime.tools import ort_format_model
@@ -295,7 +314,10 @@ def _bindings() -> Any:
 
 
 def _detach(value: Any) -> Any:
-    """Remove one output from its run's list, of which each item keeps all the others alive."""
+    """Detach one output from the list of its run's outputs.
+
+    Otherwise each output of the list would keep all the others alive.
+    """
     alone = _bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
     return type(value)(alone[0])

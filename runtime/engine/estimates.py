@@ -1,11 +1,14 @@
-"""Estimates of a task's memory, from its stages' graphs and the sizes of its wires.
+"""Estimates of how much memory a task needs, from its stages' graphs and the sizes of its tensors.
 
-The estimate walks through a stage node by node.  A node's output counts until its last use, when
-ONNX Runtime frees it, and a stage's outputs count until the end of the task.  Sizes come from the
-shapes that the graph declares.  An unknown dimension in an otherwise known shape is assumed to be
-the batch.  A value without a known shape is assumed to be as large as the operator's largest input
-if the operator keeps shapes, otherwise as large as the largest value in its graph.  Weights are not
-counted, because sessions hold them anyway.  Pure arithmetic: nothing is run.
+The estimate goes through each stage node by node.  A node's output counts until its last use, when
+ONNX Runtime frees it.  A stage's output counts until the last stage that uses it, or until the end
+of the task if it is sent or kept.
+
+Sizes come from the shapes that the graph declares.  If one dimension of a shape is unknown, it is
+assumed to be the batch.  If the shape is unknown, the value is assumed to be as large as the
+operator's largest input, provided that the operator keeps shapes; otherwise, it is assumed to be as
+large as the largest value in its graph.  Weights are not counted, because sessions hold them
+anyway.  Nothing is run for an estimate.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from splitonnx.runtime.engine.stage_graphs import Extent, Node, StageGraph, read
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FIXED = 1 << 20
-"""Bytes that every task needs: bookkeeping, small tensors, buffers of the kernels."""
+"""Bytes that every task needs for bookkeeping, small tensors and buffers of the kernels."""
 FRAGMENTATION = 1.35
-"""Measured ratio of the memory that ONNX Runtime's arenas take to the memory in use."""
+"""Measured ratio between the memory that ONNX Runtime's arenas allocate and the memory in use."""
 
 _ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-"""Operators whose output is their first input's memory."""
+"""Operators whose output shares the memory of their first input."""
 _KEEPS = """
     Abs Add And ArgMax ArgMin BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip
     Cos Div Elu Equal Erf Exp Flatten Floor Gather GatherElements Gelu Greater GreaterOrEqual
@@ -42,7 +45,7 @@ _KEEPING = frozenset(_KEEPS.split())
 
 
 class Estimates:
-    """Estimates for the tasks of one party's part; ``graphs`` are the stages' by file name."""
+    """Memory estimates for one party's tasks; ``graphs`` has the stages' graphs by file name."""
 
     def __init__(self, manifest: PartyManifest, graphs: Mapping[str, bytes]) -> None:
         self._phases = {phase.name: phase for phase in manifest.phases}
@@ -52,11 +55,17 @@ class Estimates:
         self._measure = lru_cache(maxsize=256)(self._walk_phase)
 
     def measure(self, phase: str, sizes: Mapping[str, int]) -> int:
-        """Estimate the most bytes that a task needs; ``sizes`` has its dimensions by name."""
+        """Estimate the peak memory of a task in bytes.
+
+        ``sizes`` maps the names of the task's dimensions to their sizes.
+        """
         return self._measure(phase, tuple(sorted(sizes.items())))
 
     def _walk_phase(self, name: str, bindings: tuple[tuple[str, int], ...]) -> int:
-        """Walk through the stages in order; a sent value is kept with the replies."""
+        """Estimate the peak memory of a phase by going through its stages in order.
+
+        A value that was sent counts until the end, because it is kept with the replies.
+        """
         phase, flow, sizes = self._phases[name], self._flows[name], dict(bindings)
         given = [*phase.data, *(w.tensor for w in phase.wires if w.tensor.name in flow.receives)]
         held = {spec.name: _count_bytes(_describe(spec), sizes) or 0 for spec in given}
@@ -76,7 +85,7 @@ class Estimates:
 
 
 class _Walk:
-    """Walks through one stage with known sizes; ``bytes`` has the size of each value."""
+    """The estimate for one stage with known dimensions; ``bytes`` has the size of each value."""
 
     def __init__(self, graph: StageGraph, sizes: Mapping[str, int]) -> None:
         self._graph = graph
@@ -88,7 +97,7 @@ class _Walk:
         self._measure_rest()
 
     def run(self, state: frozenset[str]) -> int:
-        """Return the most bytes in use at a time; the caller counts the inputs."""
+        """Return the most bytes that are in use at the same time, without the stage's inputs."""
         graph = self._graph
         free = {*graph.inputs, *graph.constants, *state}
         owners = self._find_owners()
@@ -125,7 +134,7 @@ class _Walk:
             self.bytes.setdefault(name, self._largest)
 
     def _find_owners(self) -> dict[str, str]:
-        """Map each value that shares another value's memory to that value."""
+        """Map each value that shares another value's memory to that other value."""
         owners: dict[str, str] = {}
         outputs = set(self._graph.outputs)
         for node in self._graph.nodes:
@@ -135,7 +144,7 @@ class _Walk:
         return owners
 
     def _find_last_uses(self, owners: Mapping[str, str]) -> dict[int, list[str]]:
-        """List the values that are not needed after each node, by node number."""
+        """Map the number of each node to the values that are not needed after the node has run."""
         last: dict[str, int] = {}
         for index, node in enumerate(self._graph.nodes):
             for name in (*node.results, *node.arguments, *node.captured):
@@ -146,7 +155,7 @@ class _Walk:
         return by_node
 
     def _count_scratch(self, node: Node) -> int:
-        """Estimate a kernel's own memory: an image's columns, or a body's values."""
+        """Estimate a kernel's own memory: an image's unfolded columns, or a body's values."""
         if node.has_body:
             return 2 * self._largest
         place = _IMAGES.get(node.operator)
@@ -168,8 +177,11 @@ _IMAGES: Mapping[str, tuple[int, int]] = {
     "ConvGrad": (0, 2),
     "ConvTranspose": (0, 1),
 }
-"""Operators that spread an image into columns: where its size is seen (-1: at the output), and
-which argument is the kernel."""
+"""Operators that unfold an image into columns.
+
+For each, the first number is the input whose size is the image's (-1 for the output), and the
+second is the input with the convolution kernel.
+"""
 
 
 def _describe(spec: TensorSpec) -> Extent:

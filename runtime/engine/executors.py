@@ -1,9 +1,10 @@
-"""One party's executor: its state and its open tasks, run as the manifest describes.
+"""The executor of one party, which keeps its state and runs its tasks.
 
-The executor feeds stages with state, data, scalars, stashes and received wires, and commits a
-task's outcome to the state atomically.  It does no network communication, and nothing in it is
-specific to neural networks: the caller sends and receives the wires.  Between stages, tensors stay
-in ONNX Runtime's memory.
+The executor passes each stage its inputs: state, input data, scalars, results of earlier stages and
+tensors from the other party.  When a task is finished, its changes to the state are committed
+atomically.  The executor does no network communication: the caller sends and receives the tensors.
+Nothing in it is specific to neural networks.  Between stages, tensors stay in ONNX Runtime's
+memory.
 """
 
 from __future__ import annotations
@@ -37,50 +38,50 @@ from splitonnx.tensors import check_array
 
 
 class SessionExecutor(Protocol):
-    """The executor of a server's session, either in this process or in a worker.
+    """The interface of a session's executor on a server, either in this process or in a worker.
 
     The methods are those of :class:`Executor`, and may also raise ``WorkerLost``.
     """
 
     @property
     def step(self) -> int:
-        """Return the number of updates committed so far."""
+        """Return the number of training steps committed so far."""
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the state was lost with its worker."""
+        """Return whether the state was lost because its worker ended."""
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        """Open a task."""
+        """Open a task with this party's data."""
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Pass wires from the other party to an open task."""
+        """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that are ready to send."""
+        """Run every stage whose inputs are available, and yield the tensors to send after each."""
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage of the task ran."""
+        """Return whether every stage of the task has run."""
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task and commit its state atomically."""
+        """Commit a finished task's changes to the state, close the task and return its results."""
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task."""
+        """Abort a task and discard its changes to the state."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the complete state."""
+        """Return all tensors of the state, including the optimizer's."""
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state."""
+        """Replace the state and the number of committed steps, and abort open tasks."""
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state to the party's folder as the training's outcome."""
+        """Write the state to the party's folder as the outcome of training."""
 
     def close(self) -> None:
-        """Release the state."""
+        """Close the executor and release its state."""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +94,11 @@ class _Task:
 
 
 class Executor:
-    """Runs one party's stages and keeps its state.
+    """An executor that runs one party's stages in this process and keeps the party's state.
 
-    ``step`` is the number of updates committed so far.  Several tasks may be open at the same time;
-    they share the state.  Not safe to use from two threads at a time.
+    ``step`` is the number of training steps committed so far.  Several tasks may be open at the
+    same time; they share the state.  An executor must not be used from two threads at the same
+    time.
     """
 
     def __init__(self, party: PartyBundle, engine: Engine) -> None:
@@ -110,10 +112,11 @@ class Executor:
         self._tasks: dict[TaskKey, _Task] = {}
 
     def fork(self) -> Executor:
-        """Make an independent executor that starts with this one's state.
+        """Return a new, independent executor that starts with this executor's state.
 
-        Both share the loaded stages, and each tensor until one of them replaces it.  They may run
-        in two threads, except for :meth:`prepare`: call it first for every phase that both use.
+        The two share the loaded stages, and share each tensor of the state until one of them
+        replaces it.  They may run in different threads, except for :meth:`prepare`: call it first
+        for every phase that both use.
         """
         twin = copy(self)
         twin._state = dict(self._state)
@@ -122,11 +125,11 @@ class Executor:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the state."""
+        """Return the size of the state in bytes."""
         return sum(array.nbytes for array in self.state().values())
 
     def prepare(self, phase: str) -> None:
-        """Load the stages of a phase now instead of at its first task.
+        """Load the stages of a phase now, instead of when its first task begins.
 
         Raises:
             WrongRuntime: a stage needs onnxruntime-training.
@@ -145,14 +148,15 @@ class Executor:
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        """Open a task with this party's data; arrays that the phase does not declare are ignored.
+        """Open a task with this party's data.
 
-        ``seed`` is the key of the random masks; ``learning_rate`` is for this step.  The arrays
-        must not be changed until the task is over.
+        Arrays in ``data`` that the phase does not declare are ignored.  ``seed`` is the key for the
+        random masks, and ``learning_rate`` applies to this step.  Do not change the arrays until
+        the task is over.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
-            LocalProtocolError: the task is already open, or trains another step than the next.
+            LocalProtocolError: the task is already open, or is not the next training step.
             UsageError: the seed or the learning rate is out of range for its tensor.
         """
         if key in self._tasks:
@@ -173,11 +177,12 @@ class Executor:
         self._tasks[key] = task
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Pass wires from the other party to an open task.
+        """Pass tensors from the other party to an open task.
 
         Raises:
-            RemoteProtocolError: a tensor is not a wire to this party, or arrived before.
-            ArrayMismatch, ValueOutOfRange: a tensor differs from its wire's declaration.
+            RemoteProtocolError: the task does not expect a tensor of that name, or has already
+                received it.
+            ArrayMismatch, ValueOutOfRange: a tensor does not match its declaration in the manifest.
         """
         task = self._task(key)
         if unexpected := tensors.keys() - task.progress.missing:
@@ -186,10 +191,10 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that are ready to send.
+        """Run every stage whose inputs are available, and yield the tensors to send after each.
 
-        Data that are sent to the other party come with the first group.  The arrays are read-only
-        views.  After an error, abandon the task.
+        Input data for the other party are part of the first group of tensors.  The arrays are
+        read-only views.  If an error is raised, abandon the task.
 
         Raises:
             StageFailed: an operator failed.
@@ -206,18 +211,22 @@ class Executor:
             yield self._collect_wires(task, wires)
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage ran, every wire arrived, and all outgoing were yielded."""
+        """Return whether a task is ready for :meth:`finish`.
+
+        That is when every stage has run, every expected tensor has arrived, and every outgoing
+        tensor was yielded.
+        """
         return self._task(key).progress.is_finished
 
     def results(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Return the phase's results before anything is committed; the task must be finished."""
+        """Return the results of a finished task, without committing its changes to the state."""
         task = self._finished(key)
         return {name: self._engine.to_array(task.values[name]) for name in task.phase.results}
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task, commit its state atomically, and return the phase's results.
+        """Commit a finished task's changes to the state, close the task and return its results.
 
-        A task of the phase ``train`` counts as one step.
+        The state changes atomically.  A task of the phase ``train`` counts as one step.
 
         Raises:
             LocalProtocolError: the task is not finished.
@@ -230,27 +239,29 @@ class Executor:
         return results
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task, if it is open; its changes to the state are discarded."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open."""
         self._tasks.pop(key, None)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the complete state, including the optimizer's, as read-only arrays.
+        """Return all tensors of the state, including the optimizer's, as read-only arrays.
 
-        Later updates do not change the arrays.  Their shapes and dtypes are those in the manifest.
+        Later updates do not change these arrays.  Their shapes and dtypes are those in the
+        manifest.
         """
         return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state with tensors as the manifest declares them, and abort open tasks.
+        """Replace the state with the tensors that the manifest declares, and abort open tasks.
 
-        The arrays must not be changed afterwards.
+        ``step`` is the number of training steps that led to this state.  Do not change the arrays
+        afterwards.
         """
         self._tasks.clear()
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
         self.step = step
 
     def check_outcome(self) -> None:
-        """Check that the state can be published, as far as possible without writing it.
+        """Check that the state can be published, as far as this is possible without writing.
 
         Raises:
             BundleError, StateNotFinite, NotSaved: see :meth:`publish`.
@@ -258,10 +269,11 @@ class Executor:
         _check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state to the party's folder as the outcome, completely or not at all.
+        """Write the state to the party's folder as the outcome of training.
 
-        ``session`` is the session that produced it, ``position`` the position in the data, and
-        ``owner`` the session's owner.
+        The outcome is written completely or not at all.  ``session`` is the session that trained
+        the state, ``position`` is where training stopped in the data, and ``owner`` is the
+        session's owner.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
@@ -279,11 +291,11 @@ class Executor:
 
     @property
     def is_lost(self) -> bool:
-        """Return false: the state in this process is never lost."""
+        """Return ``False``: a state in this process cannot get lost."""
         return False
 
     def close(self) -> None:
-        """Do nothing: in this process there is nothing to release."""
+        """Do nothing: an executor in this process has nothing to release."""
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:
@@ -323,7 +335,7 @@ class Executor:
         self._drop(task, task.flow.needs[stage.name])
 
     def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Collect outgoing wires; the replies must have the sizes that these wires bind."""
+        """Return outgoing tensors as arrays, and record the sizes that replies must have."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
         self._check_wires(task, arrays)
         self._drop(task, wires)
@@ -343,7 +355,7 @@ def publish_state(
     position: str,
     owner: str,
 ) -> None:
-    """Write a state to the party's folder as the training's outcome, completely or not at all.
+    """Write a state to the party's folder as the outcome of training, completely or not at all.
 
     Raises:
         BundleError: the bundle exists only in memory, or the folder cannot be written.
@@ -356,7 +368,7 @@ def publish_state(
 
 
 def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Check a state, and return the folder that it may be written to."""
+    """Check that a state may be published, and return the folder that it goes to."""
     if party.path is None:
         raise BundleError("bundle in memory", "it has no folder to save the state in")
     check_home(party.path, party.manifest.digest)
@@ -365,7 +377,7 @@ def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Pat
 
 
 def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
-    """Make the runtime's scalars, from values that may come from the other party."""
+    """Make the scalar inputs of stages from values that the other party may have sent."""
     numbers = (seed, key.step, key.micro_batch)
     if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
         raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")

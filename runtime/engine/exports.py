@@ -1,11 +1,12 @@
-"""Export a party's folder for mobile apps, with its stage graphs in ONNX Runtime's own format.
+"""Export of a party's folder for mobile apps, with stage graphs in ORT format.
 
-ONNX Runtime's mobile packages load that format, and builds reduced to a few operators load only
-that format.  The exported part works with the same server as the original: manifest, digest and
-weights are equal, only the graph files differ.  The export also lists the operators that a reduced
-build needs, in the format that ONNX Runtime's build scripts read.
+ORT format is ONNX Runtime's own file format.  The mobile packages of ONNX Runtime load it, and
+builds that are reduced to a few operators load nothing else.  The exported part works with the same
+server as the original: the digest and the weights are equal, and only the graph files differ.  The
+export also lists the operators that a reduced build needs, in the format that ONNX Runtime's build
+scripts read.
 
-This module knows the graphs' operators and sizes, but not what they compute.
+This module looks at the operators and sizes of graphs, but not at what they compute.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ from splitonnx.runtime.gate.protobufs import Place, Reader
 from splitonnx.states import STATE
 
 OPERATORS = "required_operators.config"
-"""List of required operators, for ``--include_ops_by_config`` of ONNX Runtime's build."""
-OPERATORS_AND_TYPES = "required_operators_and_types.config"
-"""The same with element types, for use with ``--enable_reduced_operator_type_support``."""
-OLDEST_RUNTIME = "1.19"
-"""The oldest ONNX Runtime whose mobile packages have every operator and opset of bundles.
+"""File name of the list of required operators.
 
-Older versions also have reduced packages, for opsets 12 to 15.
+Pass the file to ONNX Runtime's build with ``--include_ops_by_config``.
+"""
+OPERATORS_AND_TYPES = "required_operators_and_types.config"
+"""File name of the list of required operators and their element types.
+
+For use with ``--enable_reduced_operator_type_support`` of ONNX Runtime's build.
+"""
+OLDEST_RUNTIME = "1.19"
+"""The oldest ONNX Runtime whose mobile packages have every operator and opset that bundles use.
+
+Older versions also have reduced packages, but only for opsets 12 to 15.
 """
 
 _ONNX, _ORT = ".onnx", ".ort"
@@ -46,7 +53,7 @@ _ONNX, _ORT = ".onnx", ".ort"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedGraph:
-    """An exported stage graph: its file name in the export, and its bytes before and after."""
+    """An exported stage graph: its file name, its number of nodes and its size in both formats."""
 
     name: str
     nodes: int
@@ -56,10 +63,11 @@ class ExportedGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The result of an export; ``kernels`` are the operators that a reduced build needs.
+    """The result of an export: where it was written, which operators it needs and how large it is.
 
-    ``weights_bytes`` and ``state_bytes`` are the sizes of the tensor files; ``state_bytes`` is 0
-    before any training.  ``converter`` is the version of ONNX Runtime that wrote the graphs.
+    ``kernels`` are the operators that a reduced build needs.  ``weights_bytes`` and ``state_bytes``
+    are the sizes of the tensor files; ``state_bytes`` is 0 before any training.  ``converter`` is
+    the version of ONNX Runtime that wrote the graphs.
     """
 
     path: str
@@ -74,7 +82,10 @@ class Export:
 
     @property
     def total_bytes(self) -> int:
-        """Return the bytes that an app ships: graphs, weights and state, but no operator lists."""
+        """Return the size of everything that an app ships: graphs, weights and state.
+
+        The lists of operators are not shipped and not counted.
+        """
         graphs = sum(graph.ort_bytes for graph in self.graphs)
         return graphs + self.weights_bytes + self.state_bytes
 
@@ -82,17 +93,18 @@ class Export:
 def export(
     source: str | Path, target: str | Path | None = None, *, overwrite: bool = False
 ) -> Export:
-    """Export a party's folder for mobile apps, completely or not at all; ``source`` is not changed.
+    """Export a party's folder for mobile apps, completely or not at all.
 
-    ``target`` is by default next to ``source``, with the suffix ``-mobile``.  Weights and the
-    outcome of training are included, checkpoints of interrupted runs are not.  ``overwrite``
-    replaces an earlier export, but nothing else.
+    ``source`` is not changed.  The export is written to ``target``, by default a folder next to
+    ``source`` with the suffix ``-mobile``.  It includes the weights and the outcome of training,
+    but no checkpoints of interrupted runs.  With ``overwrite``, an earlier export is replaced;
+    anything else is never overwritten.
 
-    To check that every operator is available in its opset and for its element types, each graph is
-    loaded in the installed ONNX Runtime: the mobile packages have the same kernels.
+    Each graph is loaded in the installed ONNX Runtime, to check that every operator is available in
+    its opset and for its element types.  The mobile packages have the same kernels.
 
     Raises:
-        NotExportable: a graph has operators that only onnxruntime-training runs.
+        NotExportable: a graph has operators that only onnxruntime-training can run.
         BundleError, FormatError: the folder cannot be used, or the export cannot be written.
         ForbiddenGraph, StageFailed: a graph is not allowed in a bundle, or cannot be loaded.
         MissingExtra: ONNX Runtime is not installed.
@@ -132,7 +144,7 @@ def export(
 
 
 def choose_place(source: str | Path) -> Path:
-    """Return the default folder of an export, next to its source."""
+    """Return the default folder for an export: next to its source, with the suffix ``-mobile``."""
     try:
         folder = Path(source).resolve()
     except (OSError, ValueError) as error:  # a null byte in the name, say
@@ -189,7 +201,7 @@ def _is_export(manifest: PartyManifest) -> bool:
 
 
 def _list_exact(manifest: PartyManifest) -> set[str]:
-    """List the graphs whose nodes must run exactly as they are."""
+    """List the graphs that must run exactly as they are, without optimization."""
     if manifest.target != TRAINING:
         return set()
     trained = (phase for phase in manifest.phases if phase.name not in (PREDICT, EVALUATE))
@@ -203,7 +215,7 @@ def _refuse_training(manifest: PartyManifest, counts: dict[str, Counter[str]]) -
 
 
 def count_operators(name: str, graph: bytes) -> Counter[str]:
-    """Count a graph's nodes by operator, including those in bodies of If, Loop and Scan.
+    """Count the nodes of a graph by operator, including nodes inside If, Loop and Scan.
 
     Raises:
         ForbiddenGraph: the graph is not allowed in a bundle.
@@ -237,7 +249,7 @@ def _read_node(reader: Reader, place: Place) -> tuple[str, list[Place]]:
 
 
 def _list_operators(kernels: Iterable[Kernel], graphs: Iterable[str], *, with_types: bool) -> bytes:
-    """Write the operators that a build needs, one line per domain and version."""
+    """List the operators that a build needs, with one line per domain and opset version."""
     lines = ["# Generated by splitonnx export from:", *(f"# - {name}" for name in sorted(graphs))]
     groups: dict[tuple[str, int], list[str]] = {}
     for kernel in kernels:

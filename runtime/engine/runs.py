@@ -1,9 +1,8 @@
-"""Runs of stages, and ways to end them: by a time limit, by Ctrl-C, or all at once.
+"""Runs of stages, and ways to stop them: after a time limit, with Ctrl-C, or all at once.
 
-Native code cannot be interrupted from Python.  ONNX Runtime checks between two operators, and
-between two iterations of a loop, whether it was asked to end.  A single slow operator ends only
-when it is done.  A caller that cannot wait for that must run stages in a process that can be
-killed.
+Python cannot interrupt native code.  ONNX Runtime only checks between two operators, and between
+two iterations of a loop, whether it was asked to stop.  So a single slow operator always runs to
+its end.  If you cannot wait for that, run stages in a process that you can kill.
 """
 
 from __future__ import annotations
@@ -22,11 +21,17 @@ from typing import NoReturn, Protocol
 from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
 
 GRACE_SECONDS = 2.0
-"""Seconds in which a run must end after it was asked to; one large operator may take longer."""
+"""Seconds after which a run that was asked to stop, but still runs, is considered stuck.
+
+A single large operator may take longer.
+"""
 
 
 class RunOptions(Protocol):
-    """The part of ONNX Runtime's run options that is used here."""
+    """The part of ONNX Runtime's run options that is used here.
+
+    Setting ``terminate`` to ``True`` ends the run.
+    """
 
     terminate: bool
 
@@ -38,7 +43,7 @@ class _Ending(Enum):
 
 
 class Run:
-    """One run of a stage; ``deadline`` is a time of the monotonic clock."""
+    """One run of a stage; ``deadline`` is a time of ``time.monotonic()``."""
 
     __slots__ = ("_ending", "_options", "deadline", "stage")
 
@@ -55,7 +60,10 @@ class Run:
         self._options.terminate = True
 
     def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
-        """Raise the error for why the run was ended, else StageFailed with ``reason``."""
+        """Raise the exception that tells why the run was ended.
+
+        If nobody ended the run, raise ``StageFailed`` with ``reason``.
+        """
         match self._ending:
             case _Ending.LATE:
                 raise StageTooSlow(self.stage, seconds or 0.0) from error
@@ -67,10 +75,10 @@ class Run:
 
 
 class Runs:
-    """The runs of one engine; each may take ``seconds``, or any time with ``None``.
+    """The current runs of one engine, each limited to ``seconds``; ``None`` means no limit.
 
     ``on_stuck`` is called in a separate thread with the name of a stage that is still running
-    ``GRACE_SECONDS`` after it was asked to end.
+    ``GRACE_SECONDS`` after its time limit.
     """
 
     def __init__(
@@ -84,10 +92,10 @@ class Runs:
         self._watchdog: threading.Thread | None = None
 
     def begin(self, stage: str, options: RunOptions) -> Run:
-        """Watch a run until :meth:`finish`, which must be called in any case.
+        """Start watching a run; call :meth:`finish` when the run is over, even after an error.
 
         Raises:
-            StageStopped: :meth:`stop` was called, and nothing may run any more.
+            StageStopped: :meth:`stop` was called, and no stage may run any more.
         """
         run = Run(stage, options, time.monotonic() + (self.seconds or 0.0))
         with self._changed:
@@ -107,7 +115,7 @@ class Runs:
             self._running.discard(run)
 
     def stop(self) -> None:
-        """Stop all runs and start no more."""
+        """Stop all runs and allow no new ones."""
         with self._changed:
             self._is_stopped = True
             for run in self._running:
@@ -117,7 +125,7 @@ class Runs:
             self._watchdog.join()
 
     def _watch(self) -> None:
-        """Start the thread that watches the deadlines, unless it is running."""
+        """Start or wake the thread that watches the deadlines."""
         if self.seconds is None:
             return
         if self._watchdog is None:
@@ -129,7 +137,7 @@ class Runs:
             self._changed.notify()
 
     def _end_late(self) -> None:
-        """End runs after their deadline, until :meth:`stop`; sleep while nothing runs."""
+        """End runs that exceed their deadline, until :meth:`stop`; sleep while nothing runs."""
         with self._changed:
             while not self._is_stopped:
                 now = time.monotonic()
@@ -148,10 +156,10 @@ class Runs:
 
 
 class _Interrupts:
-    """Ends the main thread's run at Ctrl-C.
+    """Ends the run in the main thread when Ctrl-C is pressed.
 
-    Python's signal handlers run only after native code returns.  But the signal's number is written
-    to a file descriptor at once, and a separate thread reads it.
+    Python calls signal handlers only after native code has returned.  But it writes the signal's
+    number to a file descriptor at once, and a separate thread reads it there.
     """
 
     def __init__(self) -> None:
@@ -161,9 +169,10 @@ class _Interrupts:
         self._before = -1
 
     def arm(self, run: Run) -> None:
-        """End ``run`` at Ctrl-C until :meth:`disarm`; call this in the main thread.
+        """End ``run`` if Ctrl-C is pressed before :meth:`disarm`; call this in the main thread.
 
-        If the program has its own SIGINT handler, that handler is kept.
+        If the program has its own SIGINT handler, that handler stays in place and the run is not
+        ended.
         """
         if _get_handler(signal.SIGINT) is not signal.default_int_handler:
             return
@@ -173,7 +182,7 @@ class _Interrupts:
         self.run = run
 
     def disarm(self) -> None:
-        """Return Ctrl-C to Python."""
+        """Let Python handle Ctrl-C again."""
         self.run = None
         signal.set_wakeup_fd(self._before)
 
@@ -194,5 +203,5 @@ class _Interrupts:
 
 
 _get_handler = import_module("_signal").getsignal
-"""What ``signal.getsignal`` calls; that one looks each handler up in an enumeration, for 4 us."""
+"""The C function behind ``signal.getsignal``, which takes 4 us to convert the result to an enum."""
 _INTERRUPTS = _Interrupts()

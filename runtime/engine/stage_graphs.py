@@ -1,6 +1,7 @@
-"""The declarations in a stage's graph: the shapes of its values, and which nodes make and use them.
+"""A parser for stage graphs: the declared shapes of values, and the nodes that make and use them.
 
-Graphs that passed the gate are parsed by hand, like in the gate, without the onnx package.
+It only reads graphs that have passed the gate.  Like the gate, it parses them without the onnx
+package.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.protobufs import Place, Reader
 
 _UNTYPED = 32
-"""Bits of an element whose type is not declared."""
+"""Bits that are assumed for an element whose type is not declared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """The size of a value: bits per element, and dimensions as numbers or names.
+    """The declared size of a value: its bits per element and its dimensions.
 
-    ``dims`` is ``None`` if nothing is declared; an unknown dimension is ``""``.
+    Each dimension is a number, a name, or ``""`` if it is unknown.  ``dims`` is ``None`` if the
+    graph does not declare a shape.
     """
 
     bits: int
@@ -29,10 +31,10 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node: its operator, and the names of its inputs and outputs; ``""`` for omitted ones.
+    """A node of a graph: its operator, and the names of its inputs and outputs.
 
-    ``captured`` are the outer values that the bodies of an If, Loop or Scan use; ``has_body`` is
-    true if there are such bodies.
+    The name of an omitted input or output is ``""``.  ``has_body`` is true for an If, Loop or Scan,
+    and ``captured`` are the values from outside that its bodies use.
     """
 
     operator: str
@@ -44,9 +46,10 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class StageGraph:
-    """A graph's values by name, its nodes in the order of execution, its inputs and outputs.
+    """The contents of a stage's graph.
 
-    ``constants`` are the values stored in the graph.
+    ``values`` has the declared size of each value.  ``nodes`` are in the order in which they run.
+    ``constants`` are the names of values that are stored in the graph.
     """
 
     values: Mapping[str, Extent]
@@ -57,11 +60,11 @@ class StageGraph:
 
 
 def order_nodes(nodes: Sequence[Node]) -> list[Node]:
-    """Sort nodes into the order in which ONNX Runtime runs them: depth first, from the last leaf.
+    """Sort nodes into the order in which ONNX Runtime runs them.
 
-    A leaf is a node whose outputs are no other node's inputs; of several inputs, the one whose node
-    comes last in the graph is visited first.  (Source: GraphViewer and Graph::ReverseDFSFrom,
-    1.19.2.)
+    ONNX Runtime searches depth-first, starting from the last node whose outputs no other node uses.
+    If a node has several inputs, it first visits the input whose node comes last in the graph.
+    (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
     """
     makers = {name: index for index, node in enumerate(nodes) for name in node.results if name}
     sources = [
@@ -84,7 +87,7 @@ def order_nodes(nodes: Sequence[Node]) -> list[Node]:
 
 
 def read_stage(graph: bytes) -> StageGraph:
-    """Parse a stage's graph that has passed the gate.
+    """Parse a stage's graph that has already passed the gate.
 
     Raises:
         Malformed: the bytes are not a graph.
@@ -159,7 +162,7 @@ class _GraphReader:
         )
 
     def _list_arguments(self, body: Place) -> Iterator[str]:
-        """List the values that a body's nodes and nested bodies use, and its outputs."""
+        """Yield the names of all values that a body and its nested bodies use or return."""
         pending = [body]
         while pending:
             for name, *place in self._reader.read(pending.pop(), schemas.GRAPH):
@@ -220,10 +223,13 @@ class _GraphReader:
 
 
 def _count_bits(dtype: int) -> int:
-    """Count the bits of an element as it is computed with: 16-bit floats are widened beside."""
+    """Return the bits that an element takes during computation.
+
+    For a 16-bit float this includes a 32-bit copy beside it.
+    """
     bits = schemas.DTYPES.get(dtype, (_UNTYPED, ""))[0] or _UNTYPED
     return 48 if dtype in _HALVES else bits
 
 
 _HALVES = frozenset({10, 16})
-"""float16 and bfloat16."""
+"""The element types float16 and bfloat16."""
