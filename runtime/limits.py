@@ -1,8 +1,8 @@
-"""The limits of a server: every limit with its default value and its help text.
+"""The limits of a server, each with its default value and its help text.
 
-Each limit is defined here and nowhere else: the options of ``serve`` and the table in
-``docs/security.md`` are generated from the fields of :class:`Limits`.  This module only holds the
-values; other modules enforce them.
+Each limit is defined only here: the options of ``serve`` and the table in ``docs/security.md`` are
+generated from the fields of :class:`Limits`.  This module only holds the values; other modules
+enforce them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def _limit(default: _T, text: str, *, beyond: str, unset: str = "", earlier: str = "") -> _T:
-    """Declare a limit; see :class:`LimitHelp`."""
+    """Define a field of :class:`Limits`; :class:`LimitHelp` describes the arguments."""
     metadata = {"text": text, "beyond": beyond, "unset": unset, "earlier": earlier}
     found: _T = field(default=default, metadata=metadata)
     return found
@@ -30,7 +30,7 @@ def _limit(default: _T, text: str, *, beyond: str, unset: str = "", earlier: str
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of one server.
+    """The limits that a server enforces.
 
     Raises:
         UsageError: a limit is not positive, or two limits contradict each other.
@@ -154,17 +154,17 @@ class Limits:
 
     @property
     def memory(self) -> int:
-        """Return the most bytes that all sessions' states may use together.
+        """Return how many bytes the states of all sessions may take together.
 
-        By default this is half of the machine's memory.
+        The default is half of the machine's memory.
         """
         return self.memory_bytes or measure_memory() // 2
 
     @property
     def tasks(self) -> int:
-        """Return the most bytes that all running tasks may use together.
+        """Return how many bytes all running tasks may take together.
 
-        By default this is a quarter of the machine's memory.
+        The default is a quarter of the machine's memory.
         """
         return self.task_bytes or measure_memory() // 4
 
@@ -179,10 +179,11 @@ def measure_memory() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitHelp:
-    """The help text of one limit.
+    """The description of one limit, for the command line and the documentation.
 
-    ``unset`` says what applies if the default is ``None``, ``beyond`` what happens when the limit
-    is exceeded, and ``earlier`` is the limit's name in version 0.1.0 if that was different.
+    ``text`` says what is limited, and ``beyond`` says what happens when the limit is exceeded.
+    ``unset`` says what applies if the default is ``None``.  ``earlier`` is the limit's name in
+    version 0.1.0, if that was different.
     """
 
     name: str
@@ -195,7 +196,7 @@ class LimitHelp:
 
 
 def list_limits() -> tuple[LimitHelp, ...]:
-    """Return the help text of every limit."""
+    """Return the descriptions of all limits."""
     types = get_type_hints(Limits)
     return tuple(
         LimitHelp(name=f.name, type=types[f.name], default=getattr(Limits, f.name), **f.metadata)

@@ -1,7 +1,7 @@
-"""A client's connection to a server's part in the same process and thread, without a network.
+"""A connection between a client and a server in the same process and thread, without a network.
 
-It is meant for tests and for verifying a bundle.  It encodes and decodes messages like any other
-transport, and always works in the same order, so that a run can be repeated exactly.
+It is meant for tests and for verifying a bundle.  Messages are encoded and decoded like on any
+other connection.  Everything happens in a fixed order, so that a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from splitonnx.runtime.server.registries import Registry
 
 
 class MemoryTransport:
-    """A client's connection to a dispatcher in the same thread.
+    """A client's connection to a server in the same thread.
 
-    The server does its work while the client waits for a reply.  Work that is left after the reply
-    is done before the client's next message, in :meth:`drain` or in :meth:`close`.
+    The server works while the client waits for a reply.  Work that remains after the reply is done
+    before the client's next message, or in :meth:`drain` or :meth:`close`.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -32,7 +32,10 @@ class MemoryTransport:
 
     @property
     def executor(self) -> Executor:
-        """Return the server's executor for this session, which exists after the greeting."""
+        """Return the server's executor for this session.
+
+        It exists once the client has sent its greeting.
+        """
         if self._dispatcher.session is None:
             raise LocalProtocolError("nobody has said hello")
         executor = self._dispatcher.session.executor
@@ -40,7 +43,7 @@ class MemoryTransport:
         return executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Deliver one message to the dispatcher."""
+        """Send one message to the server, after the server has finished its earlier work."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()
@@ -49,7 +52,7 @@ class MemoryTransport:
         self._replies = self._dispatcher.handle(content)
 
     def receive(self) -> bytes:
-        """Run the server until its next reply."""
+        """Run the server until its next reply, and return the reply."""
         content = self._waiting.pop(0) if self._waiting else self._next_reply()
         if content is None:
             raise ConnectionLost("the server", "it has nothing to say")
@@ -57,12 +60,12 @@ class MemoryTransport:
         return content
 
     def drain(self) -> None:
-        """Run the server until it has handled every message, and keep its replies."""
+        """Run the server until its work is done, and keep the replies for :meth:`receive`."""
         while (content := self._next_reply()) is not None:
             self._waiting.append(content)
 
     def close(self) -> None:
-        """End the connection."""
+        """Finish the server's remaining work and close the connection; may be called twice."""
         if not self._closed:
             self.drain()
             self._dispatcher.end()
@@ -74,5 +77,5 @@ class MemoryTransport:
 
 
 def connect_in_memory(executor: Executor) -> MemoryTransport:
-    """Connect to a new in-memory server for ``executor``'s part, starting from its state."""
+    """Start a server in memory from an executor's current state, and return a connection to it."""
     return MemoryTransport(Dispatcher(Registry(executor)))

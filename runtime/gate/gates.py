@@ -1,13 +1,14 @@
-"""The gate before ONNX Runtime: a stage's graph is checked here first, and refused if it may harm.
+"""The gate: checks a stage's graph before ONNX Runtime loads it, and refuses harmful graphs.
 
-ONNX Runtime 1.19.2 opens any file, and reads any memory, that a graph's external data names; some
-other graphs crash the process.  So only graphs like those of ``splitonnx cut`` reach it: known
-operators of known domains, tensors whose data match their declarations, no external data, no
-functions, and limited sizes and nesting.  The bytes are read in one pass, without the onnx package.
+If a graph refers to external data, ONNX Runtime 1.19.2 opens any file and reads any memory address
+that the graph names.  Some other graphs crash the process.  So ONNX Runtime only gets graphs like
+those that ``splitonnx cut`` writes: known operators of known domains, tensors whose data match
+their declarations, no external data, no functions, and limited sizes and nesting.  The bytes are
+read in one pass, without the onnx package.
 
 The gate does not check whether shapes and types fit each other, nor how much time and memory the
-graph takes to run.  A small graph can still ask for a large tensor, or run for ever; and some
-graphs whose ranks do not fit crash ONNX Runtime's shape inference.
+graph takes to run.  A small graph can still ask for a large tensor, or run forever.  Some graphs
+with inconsistent ranks still crash ONNX Runtime's shape inference.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader, to_signed
 
 _LONGEST_KEPT = 256
-"""Bytes of a name, type or attribute that is remembered, so that it need be read but once."""
+"""Most bytes of a name, type or attribute that is cached, so that it is checked only once."""
 _MOST_KEPT = 1 << 14
-"""Of each kind."""
+"""Most entries of each cache."""
 
 
 def check_graph(stage: str, content: bytes) -> None:
-    """Check the bytes of a stage's graph; ``stage`` is its name for the error.
+    """Check the bytes of a stage's graph, and refuse graphs that could harm the process.
 
-    The time grows with the number of fields, which is at most ``STAGE.fields``; little memory is
-    needed.
+    ``stage`` is the stage's name for the error message.  The check takes time in proportion to the
+    number of fields, which is at most ``STAGE.fields``, and needs little memory.
 
     Raises:
         ForbiddenGraph: the graph is not one that ``splitonnx cut`` writes.
@@ -51,12 +52,12 @@ def check_graph(stage: str, content: bytes) -> None:
 
 
 def is_ort_format(content: bytes) -> bool:
-    """Return whether ONNX Runtime would read these bytes as a graph in its own format."""
+    """Return whether ONNX Runtime would take these bytes for its own file format (ORT format)."""
     return content[4:8] == b"ORTM"
 
 
 class _Gate:
-    """The check of one graph: its reader, the position, and the bodies still to be checked."""
+    """The check of one graph: its reader, its current subject, and the bodies left to check."""
 
     def __init__(self, stage: str, content: bytes) -> None:
         self._stage = stage
@@ -123,7 +124,7 @@ class _Gate:
                 self._check_other(name, (start, stop))
 
     def _give(self, name: str, given: set[str]) -> None:
-        """Record a name that may be defined once; duplicate outputs crash ONNX Runtime."""
+        """Record a name, which must be new: duplicate outputs would crash ONNX Runtime."""
         if name in given:
             self.refuse(f"the name '{name[:200]}' is given twice")
         if name:  # an optional result that is left out has none
@@ -264,7 +265,7 @@ class _Gate:
     def _check_size(
         self, dims: list[int], dtype: int, raw: int | None, counts: Counter[str]
     ) -> None:
-        """Compare the size that a tensor declares with the bytes or typed values that it has."""
+        """Check that a tensor's declared size matches its bytes or its typed values."""
         self._check_dtype(dtype)
         if math.prod(max(dim, 1) for dim in dims) > STAGE.elements:
             self.refuse(f"its shape is {dims}")
@@ -282,7 +283,7 @@ class _Gate:
             self.refuse(f"it claims {claimed} values, but holds {held}")
 
     def _check_value(self, place: Place) -> str:
-        """Check a value's declaration, and return its name."""
+        """Check the declaration of a value, and return its name."""
         label = ""
         for name, start, stop in self._reader.read(place, schemas.VALUE):
             if name == "name":
@@ -336,7 +337,7 @@ class _Gate:
                     self.refuse(f"it has a dimension of {to_signed(start)}")
 
     def _check_other(self, name: str, place: Place) -> None:
-        """Check fields without influence: comments, producers, pairs of texts."""
+        """Check fields that do not affect the computation: comments, producers, pairs of texts."""
         if name == "text":
             self._check_text(place)
         elif name == "metadata":
@@ -360,12 +361,12 @@ class _Gate:
         return name
 
     def _copy_short(self, place: Place) -> bytes:
-        """Return the bytes as a dictionary key, or ``None`` if they are too long to remember."""
+        """Return the bytes as a cache key, or ``b""`` if they are too long to be cached."""
         start, stop = place
         return self._content[start:stop] if stop - start <= _LONGEST_KEPT else b""
 
     def _list_numbers(self, place: Place) -> Iterator[int]:
-        """Return one number as a list, or the numbers of a packed list."""
+        """Return an iterator over a single number, or over the numbers of a packed list."""
         return self._reader.read_numbers(place) if place[1] else iter(place[:1])
 
     def _count_fixed(self, place: Place, width: int) -> int:

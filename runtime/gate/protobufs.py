@@ -1,12 +1,12 @@
-"""Parse Protocol Buffers by hand: the fields of a message, one after the other.
+"""A strict parser for Protocol Buffers, which reads a message field by field.
 
-The parser accepts only what serializers write.  It refuses fields and wire types that its table
-does not name, groups, repeated single fields (which each parser merges in its own way), numbers
-beyond 64 bits, and lengths beyond the message.  Nothing is copied or kept: a field is returned as
-its number, or as the position of its bytes.
-(Format: protobuf.dev/programming-guides/encoding.)
+It accepts only what serializers write.  It refuses fields and wire types that are not in its table,
+groups, single fields that occur twice (each parser merges these in its own way), numbers of more
+than 64 bits, and lengths that exceed the message.  Nothing is copied or stored: each field is
+returned as its number or as the position of its bytes.  (Format:
+protobuf.dev/programming-guides/encoding.)
 
-This module knows nothing of ONNX; the caller decides which fields contain which messages.
+This module knows nothing about ONNX; the caller decides which fields contain which messages.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import NamedTuple
 import numpy as np
 
 Place = tuple[int, int]
-"""Start and stop of a range of bytes."""
+"""The start and end of a range of bytes."""
 
 _ENDLESS = re.compile(rb"[\x80-\xff]{10}")
 _UNKNOWN = "field {} of {} (wire type {}) is not one that a bundle's graphs have"
 
 
 class Malformed(ValueError):
-    """The bytes are not a message of the expected kind; the text gives the reason."""
+    """Raised if bytes are not a message of the expected kind; the text gives the reason."""
 
 
 class Wire(IntEnum):
-    """How a field is encoded (its wire type), without groups."""
+    """The encoding of a field, which Protocol Buffers call its wire type; groups are left out."""
 
     NUMBER = 0
     FIXED64 = 1
@@ -39,13 +39,14 @@ class Wire(IntEnum):
 
 
 _WIDTHS: Mapping[Wire, int] = {Wire.FIXED64: 8, Wire.FIXED32: 4}
-"""Bytes that a field takes where that is known in advance."""
+"""The number of bytes that a field takes, for encodings with a fixed size."""
 
 
 class Field(NamedTuple):
-    """A field of a message: its name, its encoding, and whether it may be repeated.
+    """A field that a message may have: its name, number and encoding.
 
-    ``refusal`` is the reason why the field is forbidden, if it is.
+    ``repeated`` is true if the field may occur several times in a message.  ``refusal`` is the
+    reason why the field is forbidden, or empty if it is allowed.
     """
 
     name: str
@@ -56,14 +57,19 @@ class Field(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The fields of one kind of message, by tag: name, bit of a single field, width, refusal."""
+    """The fields that one kind of message may have.
+
+    ``fields`` maps each tag (field number and encoding) to four values: the field's name, the bit
+    that marks it as seen (0 for repeated fields), its fixed size in bytes (or 0), and the reason
+    why it is forbidden (or an empty string).
+    """
 
     kind: str
     fields: Mapping[int, tuple[str, int, int, str]]
 
 
 def make_table(kind: str, *fields: Field) -> Table:
-    """Make the table of a kind of message for :meth:`Reader.read`."""
+    """Build the table that :meth:`Reader.read` needs for one kind of message."""
     return Table(
         kind,
         {
@@ -79,17 +85,20 @@ def make_table(kind: str, *fields: Field) -> Table:
 
 
 class Reader:
-    """Reads messages from ``content``; in total at most ``max_fields`` fields."""
+    """A reader for the messages in ``content``; it reads at most ``max_fields`` fields in total."""
 
     def __init__(self, content: bytes, *, max_fields: int) -> None:
         self.content = content
         self._left = max_fields
 
     def read(self, place: Place, table: Table) -> Iterator[tuple[str, int, int]]:
-        """Yield a message's fields: name, start and stop of its bytes, or name, number and 0.
+        """Yield the fields of a message one after the other.
+
+        A number is yielded as ``(name, number, 0)``, and any other field as ``(name, start, stop)``
+        with the position of its bytes.
 
         Raises:
-            Malformed: the bytes at ``place`` are not such a message.
+            Malformed: the bytes at ``place`` are not a message of this kind.
         """
         content, fields = self.content, table.fields
         at, stop = place
@@ -132,7 +141,7 @@ class Reader:
         """Yield the numbers of a packed field.
 
         Raises:
-            Malformed: a number is cut short, or longer than 64 bits.
+            Malformed: a number is incomplete or has more than 64 bits.
         """
         at, stop = place
         while at < stop:
@@ -143,7 +152,7 @@ class Reader:
         """Count the numbers of a packed field without decoding each of them.
 
         Raises:
-            Malformed: a number is cut short, or longer than 64 bits.
+            Malformed: a number is incomplete or has more than 64 bits.
         """
         start, stop = place
         if start == stop:
@@ -153,7 +162,7 @@ class Reader:
         return int(np.count_nonzero(self._view(place) < 128))
 
     def read_text(self, place: Place, most: int) -> str:
-        """Read one line of text of at most ``most`` bytes.
+        """Read a single line of text that has at most ``most`` bytes.
 
         Raises:
             Malformed: the text is longer, not UTF-8, or contains control characters.
@@ -174,7 +183,7 @@ class Reader:
         return np.frombuffer(self.content, np.uint8, stop - start, start)
 
     def _read_number(self, at: int, stop: int) -> tuple[int, int]:
-        """Read a base-128 number, and return it with the position after it."""
+        """Read a number in base-128 encoding, and return it with the position after it."""
         content = self.content
         value = shift = 0
         while at < stop:
@@ -195,5 +204,5 @@ class Reader:
 
 
 def to_signed(value: int) -> int:
-    """Convert an unsigned 64-bit number to a signed one."""
+    """Convert an unsigned 64-bit number to the signed number with the same bits."""
     return value - (1 << 64) if value >> 63 else value

@@ -1,8 +1,8 @@
 """The ONNX messages that a bundle's graphs may contain, as tables for :mod:`protobufs`.
 
-Fields that are in no table, or have a refusal there, are refused: newer fields, and everything
-through which a graph could bring its own code, structure or external data.  Fields that the gate
-treats alike share a short name.
+A field is refused if it is missing from its table, or if the table gives a reason to refuse it.
+This includes fields of newer ONNX versions, and fields through which a graph could bring its own
+functions or unusual structures.  Fields that the gate checks in the same way share a short name.
 (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
 """
 
@@ -18,7 +18,7 @@ _NO_FUNCTIONS = "it has functions of its own, which bundles never have"
 
 
 def _list(wire: Wire, name: str, number: int) -> tuple[Field, Field]:
-    """Make both forms of a repeated number field: one by one, and packed as bytes."""
+    """Return a repeated number field in both encodings: one number at a time, and packed."""
     return Field(name, number, wire, repeated=True), Field(name, number, repeated=True)
 
 
@@ -150,5 +150,8 @@ DTYPES: Mapping[int, tuple[int, str]] = {
     21: (4, "int32_data"),
     22: (4, "int32_data"),
 }
-"""Element type -> bits per element, and the field with its values if there are no raw bytes."""
+"""For each element type: its bits per element, and the field that has its values.
+
+The values are in that field only if the tensor has no raw bytes.
+"""
 COMPLEX = frozenset({14, 15})

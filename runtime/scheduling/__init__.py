@@ -1,5 +1,5 @@
-"""Scheduling: turns to compute, memory for tasks, and a limited number of places.
+"""Scheduling: who may compute next, who gets memory for a task, and who gets a worker.
 
-Pure logic; the caller passes a clock.  This package knows owners only by name, and no connections
-or stages.  It imports none of the runtime's other packages.
+These modules know owners only by name, and know nothing about connections or stages.  The caller
+can pass a clock.  Modules here import none of the runtime's other packages.
 """

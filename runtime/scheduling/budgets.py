@@ -1,15 +1,19 @@
-"""The memory budget for tasks: how much is reserved, who waits for more, and who comes next.
+"""The memory budget for tasks: how much is reserved, who waits for memory, and who gets it next.
 
-A task reserves its memory before it begins, or waits for it.  Owners take turns (start-time fair
-queuing): among the waiting owners, the one who was granted memory the fewest times comes first, and
-nobody may pass it.  A new owner, or one that returns after a pause, starts level with the others.
-While others wait, an owner gets at most half of the memory.  Besides the shared memory there is a
-*reserve* of an eighth, only for owners that have no memory, so that an owner who has all the rest
-does not keep small tasks of others waiting.  An open task whose client sends nothing is *idle*.
-While others wait, its memory may be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS``
-if its client sends slowly.  If the number of workers is limited, tasks also wait for a worker
-(:mod:`places`).  Pure bookkeeping, except for the futures: the caller defines tasks and aborts
-them.
+A task reserves its memory before it begins, and waits if there is not enough.  Owners take turns
+(start-time fair queuing): among the waiting owners, the owner that was granted memory the fewest
+times comes first, and nobody may overtake it.  A new owner, or an owner that returns after a pause,
+starts level with the others.  While others wait, an owner gets at most half of the memory.
+
+Besides the shared memory there is a *reserve* of an eighth.  It is only for owners that have no
+memory yet, so that small tasks need not wait for an owner that has all the rest.
+
+An open task whose client sends nothing is *idle*. While others wait, the memory of an idle task may
+be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS`` if its client is still sending a
+message.  If the number of workers is limited, tasks also wait for a worker (:mod:`places`).
+
+Apart from the futures, this is pure bookkeeping: the caller defines what a task is, and aborts
+tasks.
 """
 
 from __future__ import annotations
@@ -24,16 +28,16 @@ from splitonnx.runtime.scheduling.growths import Growths, TaskKind
 from splitonnx.runtime.scheduling.places import Places
 
 IDLE_SECONDS = 10.0
-"""Seconds that a client may be silent within a task while others wait for the task's memory."""
+"""Seconds that a client may be silent during a task while other tasks wait for memory."""
 UPLOAD_SECONDS = 60.0
-"""Seconds within which the client must have sent its next message completely."""
+"""Seconds that a client may take to send its next message while other tasks wait for memory."""
 RESERVE = 8
-"""The reserve, for owners without memory, is the total divided by this."""
+"""The reserve, for owners without memory, is the total memory divided by this number."""
 _MOST_REMEMBERED = 1024
-"""Owners whose shares are remembered; above that, owners that are not waiting are forgotten."""
+"""Most owners whose grants are counted; above that, owners that do not wait are forgotten."""
 
 Task = tuple[str, str]
-"""The key of a task's memory: its session's name, and its phase."""
+"""The key of a task's memory: the name of its session, and its phase."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,11 +64,12 @@ class _Request:
 
 
 class Budget:
-    """Memory shared by the tasks of all sessions; for use from one event loop.
+    """Memory that the tasks of all sessions share; must be used from one event loop.
 
-    ``total`` is its size in bytes.  ``workers`` is the number of users that may have tasks at a
-    time, or ``None`` for no limit; a user is an owner, or a session without an owner.  ``is_there``
-    returns whether a user still has a session.  ``clock`` returns seconds that never decrease.
+    ``total`` is the size of the memory in bytes.  ``workers`` is how many users may have tasks at
+    the same time, or ``None`` for no limit.  A user is an owner, or a session without an owner.
+    ``is_there`` returns whether a user still has a session.  ``clock`` returns seconds and never
+    goes back.
     """
 
     def __init__(
@@ -88,11 +93,11 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """Return the bytes that are reserved of the shared memory."""
+        """Return how many bytes of the shared memory tasks have, not counting the reserve."""
         return sum(held.size for held in self._held.values() if not held.is_reserve)
 
     def check(self, size: int) -> None:
-        """Raise an error if a task could never get ``size`` bytes.
+        """Check that a task of ``size`` bytes is not too large for the budget.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit; the error names both.
@@ -101,12 +106,12 @@ class Budget:
             raise TaskTooLarge(size, self.total)
 
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
-        """Reserve memory for a new task; the returned future is done once the memory is granted.
+        """Request memory for a new task; the returned future is done once the memory is granted.
 
-        If similar tasks of this user grew lately, the size that they grew to is reserved.  A task
-        that already has as much keeps its memory.  A task that has less loses it at once, so abort
-        an open task before the call (:meth:`lacks`).  Cancelling the future before it is done
-        withdraws the request.
+        If similar tasks of this user grew lately, the request is for the size that they grew to.  A
+        task that already has enough memory keeps it.  A task that has too little loses its memory
+        at once; so if :meth:`lacks` returns true, abort the open task before this call.  Cancel the
+        future to withdraw the request.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.
@@ -131,21 +136,21 @@ class Budget:
         return future
 
     def lacks(self, task: Task, owner: Hashable, size: int) -> bool:
-        """Return whether a task has memory, but less than :meth:`ask` would reserve."""
+        """Return whether a task already has memory, but less than :meth:`ask` would request."""
         held = self._held.get(task)
         needed = self._growths.foresee(_find_kind(task, owner, size))
         return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Record that an open task continues and now needs ``size`` bytes; this never waits.
+        """Record that an open task continues and now needs ``size`` bytes, without waiting.
 
-        Two tasks that both waited for more memory could deadlock.  So a task that needs more than
-        is left, or more than its owner's share while others wait, gets nothing; it may begin again
-        with that size.
+        Two tasks that both wait for more memory could block each other forever.  So a task is
+        refused if it needs more than is left, or more than its owner's share while others wait.
+        The client may then begin the task again, with ``size`` bytes from the start.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.
-            ServerBusy: not enough memory is left.
+            ServerBusy: not enough memory is left, or the owner has its share while others wait.
         """
         self.check(size)
         held = self._held.get(task)
@@ -165,21 +170,22 @@ class Budget:
         held.idle_since = None
 
     def pause(self, task: Task) -> None:
-        """Record that an open task waits for its client's next message."""
+        """Record that an open task is waiting for its client's next message."""
         if task in self._held:
             self._held[task].idle_since = self._clock()
 
     def release(self, task: Task) -> None:
-        """Free the memory reserved for a task, if any."""
+        """Free the memory of a task, if it has any."""
         held = self._held.pop(task, None)
         if held is not None:
             self._growths.end(held.kind, held.needed)
             self._give()
 
     def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
-        """List the tasks that may be aborted, the longest idle first; empty if nobody waits.
+        """List the idle tasks that may be aborted to free memory, the longest idle first.
 
-        ``is_sending`` returns whether part of a task's next message has arrived.
+        The list is empty if no task waits for memory.  ``is_sending`` returns whether a part of a
+        task's next message has arrived.
         """
         self._give()  # a user's tenure may be over by now
         if not self._waiting:
@@ -194,7 +200,7 @@ class Budget:
         return [task for _, task in sorted(idle, key=lambda entry: entry[0])]
 
     def _note_end(self, future: asyncio.Future[None]) -> None:
-        """Serve the requests behind one that was withdrawn."""
+        """Grant the requests that waited behind a withdrawn request."""
         if future.cancelled():
             self._give()
 
@@ -222,7 +228,10 @@ class Budget:
             self._shares = {owner: n for owner, n in self._shares.items() if owner in owners}
 
     def _find_next(self) -> tuple[_Request, bool] | None:
-        """Return the next request to grant, and whether it uses the reserve; assign it a place."""
+        """Return the next request to grant, and whether it uses the reserve.
+
+        If the number of places is limited, also assign a place to the request's user.
+        """
         if not self._waiting:
             return None
         used, is_blocked = self.used, False
@@ -268,5 +277,5 @@ def _find_kind(task: Task, owner: Hashable, size: int) -> TaskKind:
 
 
 def _name_user(task: Task, owner: Hashable) -> Hashable:
-    """Return whose worker a task needs: a named owner's, or its session's."""
+    """Return the user whose worker a task needs: its owner, or its session if it has no owner."""
     return owner if isinstance(owner, str) else task[0]

@@ -1,9 +1,9 @@
-"""How much memory tasks came to need after their first message, to reserve it at once next time.
+"""A record of how far tasks grew after their first message, so that later tasks reserve enough.
 
-Some sizes are known only from a task's later messages, so its memory is not known when it begins.
-A client's tasks are much alike, so the next task reserves what earlier ones came to need.  Without
-that, a task could be interrupted while others hold the remaining memory, begin again with as little
-as before, and be interrupted again.
+Some sizes are known only from a task's later messages, so the memory that it needs is not known
+when it begins.  But the tasks of one client are much alike, so the next task reserves as much as
+earlier tasks needed in the end.  Otherwise a task could be interrupted because others hold the
+remaining memory, begin again with as little as before, and be interrupted again.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 _MOST_KINDS = 256
-"""Kinds of one user's tasks that are remembered; the one longest without a task is forgotten."""
+"""Most kinds of tasks remembered per user; the kind used least recently is forgotten."""
 _MOST_USERS = 256
-"""Users of whom something is remembered; one who is gone is forgotten first."""
+"""Most users remembered; users that are gone are forgotten first."""
 _DECAY = 16
-"""A task's unneeded memory, divided by this, is subtracted from the remembered size."""
+"""How slowly a remembered size shrinks when a task needs less.
+
+The remembered size shrinks by the difference, divided by this number.
+"""
 
 
 class TaskKind(NamedTuple):
-    """Tasks that are taken to be alike; ``first`` is the bytes that the first message needs."""
+    """A kind of tasks, which are expected to need similar amounts of memory.
+
+    ``first`` is how many bytes a task needs according to its first message.
+    """
 
     user: Hashable
     phase: str
@@ -31,10 +37,10 @@ class TaskKind(NamedTuple):
 class Growths:
     """The peak memory that tasks of each kind needed recently, in bytes.
 
-    A kind belongs to one user, so nobody makes another user's tasks wait for more memory.  Each
-    user may store the same number of kinds, so no user can push out another user's kinds.  If there
-    are too many users, those for whom ``is_there`` is false are forgotten first, and then those
-    that had no task for longest.
+    Each kind belongs to one user, so a user's large tasks do not make other users wait for more
+    memory.  Each user may store the same number of kinds, so no user can displace another user's
+    kinds.  If there are too many users, users for whom ``is_there`` returns false are forgotten
+    first, and then the users whose last task is the oldest.
     """
 
     def __init__(self, is_there: Callable[[Hashable], bool] = lambda _: True) -> None:
@@ -42,7 +48,11 @@ class Growths:
         self._most: OrderedDict[Hashable, OrderedDict[TaskKind, int]] = OrderedDict()
 
     def foresee(self, kind: TaskKind) -> int:
-        """Return the bytes that a task of a kind will need, by its first message or past tasks."""
+        """Return how many bytes a task of this kind will probably need.
+
+        This is the size remembered from past tasks.  If none is remembered, it is the size that the
+        first message needs.
+        """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:
             return kind.first
@@ -51,7 +61,7 @@ class Growths:
         return kinds[kind]
 
     def note(self, kind: TaskKind, size: int) -> None:
-        """Record that an open task of a kind needs ``size`` bytes, granted or not."""
+        """Record that an open task of this kind needs ``size`` bytes, granted or not."""
         if size <= self.foresee(kind):
             return
         if kind.user not in self._most and len(self._most) >= _MOST_USERS:
@@ -63,10 +73,10 @@ class Growths:
             kinds.popitem(last=False)
 
     def end(self, kind: TaskKind, size: int) -> None:
-        """Record that a task of a kind is over, and that it needed ``size`` bytes.
+        """Record that a task of this kind is over and needed ``size`` bytes in the end.
 
-        A task that needed less than remembered reduces the remembered size a little, so that a
-        single large task does not make all later ones wait for as much.
+        If the task needed less than is remembered, the remembered size shrinks a little.  So a
+        single large task does not make all later tasks wait for as much memory.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:
@@ -78,6 +88,6 @@ class Growths:
             del self._most[kind.user]
 
     def _choose_forgotten(self) -> Hashable:
-        """Return a user who is gone, or else the one that had no task for longest."""
+        """Return a user who is gone, or else the user whose last task is the oldest."""
         gone = (user for user in self._most if not self._is_there(user))
         return next(gone, next(iter(self._most)))

@@ -1,8 +1,8 @@
-"""A limited number of places: who has one, who must leave, and who gets one next.
+"""A limited number of places: who has a place, who must leave, and who gets a place next.
 
-A user keeps its place until somebody waits for one and ``TENURE_SECONDS`` have passed.  Then the
-user that has had its place longest leaves, once it is not working.  Pure bookkeeping: the caller
-defines what a place is, and who is working.
+A user keeps its place until somebody waits for a place and ``TENURE_SECONDS`` have passed.  Then
+the user that has had its place longest must leave as soon as it is not working.  This is pure
+bookkeeping: the caller defines what a place is (for example, a worker process), and who is working.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Collection, Hashable
 
 TENURE_SECONDS = 10.0
-"""Least seconds that a user keeps its place; freeing one costs the start of a process."""
+"""Seconds for which a user keeps its place even if others wait.
+
+Replacing a user costs the start of a process.
+"""
 
 
 class Places:
-    """``most`` places; ``clock`` returns seconds that never decrease.
+    """The users that have one of ``most`` places, and since when.
 
-    ``is_there`` returns whether a user may still need its place; users that are gone lose it at
-    once.
+    ``is_there`` returns whether a user may still need its place; a user that is gone loses its
+    place as soon as another user needs it.  ``clock`` returns seconds and never goes back.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class Places:
     def find_leaving(
         self, waiting: Collection[Hashable], at_work: Collection[Hashable]
     ) -> Hashable:
-        """Return the user that may begin no new work because others wait, or ``None``.
+        """Return the user that must not begin new work because others wait, or ``None``.
 
-        It is the user that :meth:`take` would evict next.
+        This is the user that :meth:`take` would evict next.  ``at_work`` are the users that are
+        working.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None
@@ -47,7 +51,11 @@ class Places:
         return next((user for user in old if user not in at_work), next(iter(old), None))
 
     def take(self, user: Hashable, at_work: Collection[Hashable]) -> bool:
-        """Assign a place, evicting its holder if necessary; return whether a place was assigned."""
+        """Assign a place to a user, and return whether the user has a place now.
+
+        If no place is free, another user is evicted if possible.  ``at_work`` are the users that
+        are working and cannot be evicted.
+        """
         if user in self._since:
             return True
         if not self._find_room(at_work):
@@ -59,7 +67,7 @@ class Places:
         return True
 
     def _find_room(self, at_work: Collection[Hashable]) -> bool:
-        """Return whether a place is free after users that are gone have lost theirs."""
+        """Return whether a place is free, after taking back the places of users that are gone."""
         if len(self._since) >= self._most:
             gone = [u for u in self._since if u not in at_work and not self._is_there(u)]
             for user in gone:

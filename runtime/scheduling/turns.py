@@ -1,10 +1,12 @@
-"""Turns: which owner computes next, so that no owner's work keeps the others waiting.
+"""A fair queue for work: decides which owner computes next, so that no owner blocks the others.
 
-Pieces of work queue by owner.  At most one piece per owner runs at a time, and the owner that has
-used the least time comes next.  This is start-time fair queuing (Goyal, Vin and Cheng, 1996); the
-length of a piece is the seconds that it took, known once it is done.  An owner that returns after a
-pause starts level with the others, without credit for the pause.  Pieces are not interrupted.  So
-that long ones cannot fill every place, one extra place is kept for owners whose pieces are short.
+Each owner has its own queue of pieces of work.  At most one piece per owner runs at a time, and the
+owner that has used the least time comes next.  This is start-time fair queuing (Goyal, Vin and
+Cheng, 1996), with the seconds that a piece took as its length, which is known once it is done.  An
+owner that returns after a pause starts level with the others and gets no credit for the pause.
+
+Pieces are not interrupted.  To prevent long pieces from filling every place, one extra place is
+kept for owners whose pieces are short.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 SHORT = 0.1
-"""Owners whose pieces take at most this many seconds share an extra place."""
+"""Longest time in seconds of a short piece; owners with only short pieces share an extra place."""
 _MOST_IDLE = 1024
-"""Owners that are remembered; above that, owners that are not waiting are forgotten."""
+"""Most owners that are remembered; above that, owners that do not wait are forgotten."""
 _FADING = 0.9
 """The factor by which an owner's remembered longest piece shrinks after each piece."""
 
@@ -32,11 +34,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(kw_only=True, eq=False)
 class _Line(Generic[_Piece]):
-    """An owner's pieces, each with its number in the order of arrival.
+    """The pieces of one owner, each with its number in the order of arrival.
 
-    ``start`` is the virtual time at which the next may begin.  ``longest`` is the seconds of the
-    longest recent piece, unknown before the first.  ``is_beside`` is true if the running piece uses
-    the place for short pieces.
+    ``start`` is the virtual time at which the next piece may begin.  ``longest`` is the time in
+    seconds of the longest recent piece, or ``None`` before the first piece.  ``is_beside`` is true
+    if the running piece uses the extra place for short pieces.
     """
 
     pieces: deque[tuple[int, _Piece]] = field(default_factory=deque)
@@ -47,10 +49,10 @@ class _Line(Generic[_Piece]):
 
 
 class FairQueue(Generic[_Piece]):
-    """The order in which waiting pieces run; pure bookkeeping, without threads or clocks.
+    """The order in which waiting pieces of work run; uses no threads and no clock.
 
-    ``places`` is how many pieces run at a time, at most one per owner.  One more may run if all
-    recent pieces of its owner were short.
+    ``places`` is how many pieces may run at the same time, at most one per owner.  One more piece
+    may run if all recent pieces of its owner were short.
     """
 
     def __init__(self, places: int) -> None:
@@ -63,7 +65,7 @@ class FairQueue(Generic[_Piece]):
         self._numbers = itertools.count()
 
     def add(self, owner: Hashable, piece: _Piece) -> None:
-        """Add a piece of work to the queue."""
+        """Add a piece of work to its owner's queue."""
         line = self._lines.get(owner)
         if line is None:
             line = self._lines[owner] = _Line(start=self._now)
@@ -73,7 +75,10 @@ class FairQueue(Generic[_Piece]):
         self._waiting += 1
 
     def take(self) -> tuple[Hashable, _Piece] | None:
-        """Remove and return the next piece that may run, if any; call :meth:`finish` after it."""
+        """Remove and return the next piece that may run, with its owner; ``None`` if there is none.
+
+        Call :meth:`finish` when the piece is done.
+        """
         if not self._waiting:
             return None
         ready = [
@@ -96,7 +101,7 @@ class FairQueue(Generic[_Piece]):
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
-        """Record that an owner's piece is done, and how long it took."""
+        """Record that an owner's running piece is done and took ``seconds``."""
         line = self._lines[owner]
         line.is_running = False
         line.start += seconds
@@ -111,7 +116,7 @@ class FairQueue(Generic[_Piece]):
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
 
     def remove(self, owner: Hashable, piece: _Piece) -> bool:
-        """Remove a piece that is no longer needed; return ``False`` if it has already begun."""
+        """Remove a waiting piece from the queue; return ``False`` if it has already begun."""
         line = self._lines.get(owner)
         number = next((n for n, own in line.pieces if own is piece), None) if line else None
         if line is None or number is None:
@@ -137,9 +142,11 @@ class _Work:
 
 
 class Turns:
-    """Runs pieces of work in threads in the order of a :class:`FairQueue`; waiting uses no thread.
+    """Runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
-    For use from one event loop.  ``clock`` returns seconds that never decrease.
+    A waiting piece does not occupy a thread.  Use this from one event loop only.  ``places`` is how
+    many pieces run at the same time, by default the number of CPUs.  ``clock`` returns seconds and
+    never goes back.
     """
 
     def __init__(
@@ -158,7 +165,8 @@ class Turns:
     def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
         """Run a function in a thread once it is its owner's turn.
 
-        Cancelling the future withdraws a waiting piece; a running piece continues to its end.
+        The returned future has the function's result.  Cancelling the future withdraws a piece that
+        is still waiting; a running piece continues to its end.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         work = _Work(function=function, future=future)
@@ -169,7 +177,7 @@ class Turns:
         return future
 
     def withdraw(self, future: asyncio.Future[Any]) -> bool:
-        """Remove a piece from the queue; return ``False`` if it has begun and so continues."""
+        """Remove a waiting piece from the queue; return ``False`` if it has already begun."""
         if future not in self._waiting:
             return False
         future.cancel()
@@ -177,7 +185,7 @@ class Turns:
         return True
 
     def close(self) -> None:
-        """Wait for the work that is already running, then stop the threads."""
+        """Wait until the running pieces are done, then stop the threads."""
         self._threads.shutdown()
 
     def _begin(self) -> None:
