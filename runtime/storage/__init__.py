@@ -1,6 +1,5 @@
-"""Files on disk: both sides' checkpoints, and a server's archive of its sessions.
+"""Files on disk: the checkpoints of both parties, and a server's archive of its sessions.
 
-``checkpoints.py`` writes the checkpoints of both sides.  Every file appears completely or not at
-all.  The callers decide to which owner a session belongs.  This package imports none of the
-runtime's other packages.
+Every file appears completely or not at all.  The callers decide which owner a session belongs to.
+Modules here import none of the runtime's other packages.
 """

@@ -1,9 +1,9 @@
-"""A server's archive of its sessions on disk: checkpoints and outcomes, their owners and sizes.
+"""A server's archive of its sessions on disk: checkpoints, outcomes, owners and disk usage.
 
-A session belongs to its owner even after it is finished or abandoned.  Anyone else who names it, to
-resume it, to start it again or to start training from it, is refused.  Each owner has a quota of
-bytes, and files of unused sessions are deleted after a time.  This module knows files; the registry
-knows which sessions are in memory.
+A session belongs to its owner even after it is finished or abandoned.  Nobody else may resume it,
+start it again, or start training from its result.  Each owner has a quota of bytes, and the files
+of unused sessions are deleted after some time.  This module handles files; the registry knows which
+sessions are in memory.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Archive:
-    """The sessions in a server's ``folder``; safe to use from several threads.
+    """The archive of the sessions in a server's ``folder``; safe to use from several threads.
 
     ``most_bytes`` is the quota per owner, and ``keep_seconds`` is how long the files of unused
-    sessions are kept; ``None`` means no limit.  ``clock`` returns the time that file timestamps are
-    compared with.
+    sessions are kept; ``None`` means no limit.  ``clock`` returns the current time, which is
+    compared with the timestamps of files.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Archive:
         self._most_state_bytes = 1024 + sum(map(_estimate, manifest.state))
 
     def open_store(self, session: str) -> CheckpointStore:
-        """Return the store of a session's checkpoints."""
+        """Return the checkpoint store of a session."""
         return CheckpointStore(self.folder, self._manifest, session)
 
     def require_owner(self, session: str, owner: str) -> None:
-        """Raise an error if files of the session belong to somebody other than ``owner``.
+        """Check that no file of the session belongs to somebody other than ``owner``.
 
         Raises:
             ForeignSession: the session belongs to another owner.
@@ -81,7 +81,9 @@ class Archive:
             raise ForeignSession(session)
 
     def find_tensors(self, session: str, step: int, owner: str) -> Mapping[str, np.ndarray] | None:
-        """Return a session's state at a step, from its outcome or a checkpoint; check its owner.
+        """Return a session's state at a step, or ``None`` if that state is not on disk.
+
+        The state comes from the session's outcome or from a checkpoint.
 
         Raises:
             ForeignSession: the session belongs to another owner.
@@ -97,14 +99,14 @@ class Archive:
     def saving(
         self, store: CheckpointStore, owner: str, *, publish: bool = False
     ) -> Iterator[None]:
-        """Allow writing to disk while the context is open, if the owner's quota permits it.
+        """Reserve space in the owner's quota while a ``with`` block writes to disk.
 
-        The folder must still be the one that was loaded.  With ``publish`` the quota must have room
-        for an outcome, too.
+        Also check that the folder is still the folder that was loaded.  The space is for a
+        checkpoint, and with ``publish`` also for an outcome.
 
         Raises:
             NotSaved: the folder was deleted or replaced.
-            DiskQuotaUsed: the owner's quota has not enough room left.
+            DiskQuotaUsed: the owner's quota does not have enough space left.
         """
         check_home(self.folder, self._manifest.digest)
         if self._most_bytes is None:
@@ -128,14 +130,17 @@ class Archive:
                 self._pending[owner] -= max(0, more)
 
     def list_expired(self) -> list[str]:
-        """List the sessions whose files are all too old; the newest outcome does not expire."""
+        """List the sessions whose files are all older than ``keep_seconds``.
+
+        The newest outcome in the folder never expires.
+        """
         if self._keep_seconds is None:
             return []
         oldest = self._clock() - self._keep_seconds
         return [name for name in self._list_sessions() if self._find_age(name) < oldest]
 
     def remove(self, session: str) -> None:
-        """Delete a session's checkpoints, and its outcome unless it is the newest."""
+        """Delete a session's checkpoints and its outcome, but keep the folder's newest outcome."""
         self.open_store(session).remove()
         if (outcome := list_outcomes(self.folder).get(session)) is not None:
             try:
@@ -177,7 +182,7 @@ class Archive:
         return total
 
     def _find_owner(self, session: str) -> str | None:
-        """Return the owner of a session on disk; known owners are not read again."""
+        """Return the owner of a session on disk, or ``None``; known owners are not read again."""
         if session not in self._owners and is_session(session):
             owners = self.open_store(session).owners()
             outcome = read_owner(self.folder, session)
@@ -189,7 +194,7 @@ class Archive:
 
 
 def _estimate(spec: StateSpec) -> int:
-    """Compute the most bytes that a tensor takes in a file, including its header entry."""
+    """Compute the most bytes that a tensor takes in a file, including its entry in the header."""
     count = math.prod(dim for dim in spec.tensor.shape if isinstance(dim, int))
     return count * DTYPES[spec.tensor.dtype].itemsize + 128 + 6 * len(spec.tensor.name)
 

@@ -1,15 +1,15 @@
-"""Checkpoints: a session's whole state on disk, so that training can continue after any fault.
+"""Checkpoints: a session's complete state on disk, so that training can continue after a failure.
 
 A session's checkpoints are safetensors files in their own folder::
 
     <party folder>/sessions/<session>/
-        <step>.safetensors       the newest few, two by default
+        <step>.safetensors       the newest checkpoints, two by default
         stopped.safetensors      the state at a graceful stop, if there was one
 
-Each file contains a SHA-256 of its content.  A file appears under its name completely and durably,
-or not at all.  A file that was truncated, altered or renamed, or belongs to another session or
-bundle, is never read as a checkpoint.  This module knows files; the callers decide when to write a
-checkpoint, and from which step both parties continue.
+Each file contains a SHA-256 checksum of its content.  A file appears under its name completely and
+durably, or not at all.  A file is not accepted as a checkpoint if it was truncated, altered or
+renamed, or if it belongs to another session or bundle.  This module handles files; the callers
+decide when to write a checkpoint, and from which step both parties continue.
 """
 
 from __future__ import annotations
@@ -43,11 +43,14 @@ from splitonnx.states import (
 
 FORMAT = "splitonnx.checkpoint/1"
 SESSIONS = "sessions"
-"""The folder inside a party's folder that has one folder per session."""
+"""The name of the folder in a party's folder that contains a folder for each session."""
 STOPPED = "stopped.safetensors"
 KEPT = 2
-"""Checkpoints kept per session.  The parties write them one after the other, so only the one before
-the newest is certain to exist on both sides."""
+"""How many checkpoints are kept per session.
+
+The parties write their checkpoints one after the other.  So the newest checkpoint may exist on one
+side only, and the one before it is needed to continue.
+"""
 
 _STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 _FACTS = "splitonnx"
@@ -61,9 +64,10 @@ _log = logging.getLogger(__name__)
 class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The position in the data at which the next step begins; only clients use it.
 
-    ``epoch`` counts from 0; ``batch`` is the number of its batches that were already trained.  The
-    other fields say how the data are split and shuffled, and must be equal when training resumes;
-    ``samples`` is the number of samples, or ``None`` if it is not known in advance.
+    ``epoch`` counts from 0, and ``batch`` is how many batches of this epoch were already trained.
+    The other fields describe how the data are split and shuffled, and must be the same when
+    training resumes.  ``samples`` is the number of samples, or ``None`` if it is not known in
+    advance.
     """
 
     epoch: _Count
@@ -76,10 +80,10 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """Everything that a party needs to continue a session after ``step`` updates.
+    """Everything that a party needs to continue a session after ``step`` training steps.
 
-    ``tensors`` has every tensor of the manifest's state, including the optimizer's and buffers.
-    ``owner`` is the session's owner on a server with tokens.
+    ``tensors`` has every tensor of the state in the manifest, including buffers and the optimizer's
+    tensors.  ``owner`` is the session's owner on a server with tokens.
     """
 
     session: str
@@ -90,7 +94,7 @@ class Checkpoint:
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The facts in a checkpoint's header besides the tensors."""
+    """The metadata in a checkpoint's header."""
 
     format: str
     party: str
@@ -108,14 +112,14 @@ _DECODER = msgspec.json.Decoder(_Facts)
 class CheckpointStore:
     """The checkpoints of one session in one party's folder; not safe for two threads at a time.
 
-    A checkpoint of a later step than the one being written is deleted: the session went back, and
-    that checkpoint does not belong to its present course.
+    Writing a checkpoint deletes all checkpoints of later steps.  They exist only if the session
+    went back to an earlier step, and would be wrong for the new course of training.
     """
 
     def __init__(
         self, folder: Path, manifest: PartyManifest, session: str, *, kept: int = KEPT
     ) -> None:
-        """Set the session's folder within a party's ``folder``; nothing is created yet.
+        """Set the session's folder within the party's ``folder``; nothing is created yet.
 
         Raises:
             UsageError: ``session`` is not 32 lower-case hexadecimal digits.
@@ -131,14 +135,16 @@ class CheckpointStore:
         self._broken: set[tuple[str, _Stamp]] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, completely or not at all, then delete all but the newest ``kept``.
+        """Write a checkpoint completely or not at all, then delete all but the newest ``kept``.
 
-        After the return it survives a power failure.  It replaces a stopped state.
+        Once this returns, the checkpoint survives a power failure.  The state of an earlier
+        graceful stop is deleted.
 
         Raises:
-            NotSaved: the disk is full, the folder is read-only, or the like; earlier checkpoints
-                are unchanged, and nothing of this one remains.
-            BundleError: its tensors are not the manifest's state, or it is another session's.
+            NotSaved: the disk is full, the folder is read-only, or the like.  Earlier checkpoints
+                are unchanged, and nothing of the new checkpoint remains.
+            BundleError: the tensors do not match the manifest, or the checkpoint belongs to another
+                session or owner.
         """
         self._put(checkpoint, _name_step(checkpoint.step))
         self.rewind(checkpoint.step)
@@ -147,7 +153,7 @@ class CheckpointStore:
         self._discard([self.folder / STOPPED])
 
     def write_stopped(self, checkpoint: Checkpoint) -> None:
-        """Write the state at a graceful stop, which replaces an earlier stopped state.
+        """Write the state at a graceful stop, and replace the state of an earlier stop.
 
         Raises:
             NotSaved, BundleError: see :meth:`write`.
@@ -156,10 +162,10 @@ class CheckpointStore:
         self.rewind(checkpoint.step)
 
     def steps(self) -> tuple[int, ...]:
-        """Return the steps of all valid checkpoints, including a stopped state, newest first.
+        """Return the steps of all valid checkpoints, newest first.
 
-        An invalid one is skipped and logged once.  A valid one is read again only if the file
-        changed.
+        The state at a graceful stop is included.  An invalid checkpoint is skipped and logged once.
+        A valid checkpoint is only read again if its file has changed.
 
         Raises:
             BundleError: the folder cannot be read.
@@ -173,10 +179,10 @@ class CheckpointStore:
     def read(self, step: int) -> Checkpoint:
         """Read the checkpoint of a step, and verify every byte of it.
 
-        Its tensors are memory-mapped from the file, read-only, in the manifest's order.
+        The tensors are read-only and memory-mapped from the file, in the manifest's order.
 
         Raises:
-            BundleError: there is no checkpoint of that step, or it is invalid.
+            BundleError: there is no checkpoint of that step, or the checkpoint is invalid.
         """
         path = self.folder / _name_step(step)
         stopped = self.folder / STOPPED
@@ -188,7 +194,7 @@ class CheckpointStore:
         return checkpoint
 
     def owners(self) -> set[str]:
-        """Return the owners named in the checkpoints; the tensors are not verified."""
+        """Return the owners named in the session's checkpoints, without verifying the tensors."""
         found = set()
         for path in self.list_files():
             with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
@@ -197,19 +203,23 @@ class CheckpointStore:
         return found
 
     def list_files(self) -> list[Path]:
-        """Return the files of all checkpoints, valid or not."""
+        """Return the paths of all checkpoints, valid or not."""
         names = _list_names(self.folder)
         return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
-        """Compute by how many bytes the files grow if a checkpoint of ``nbytes`` is added."""
+        """Compute how many more bytes the files will take with a new checkpoint of ``nbytes``.
+
+        The result is less than ``nbytes`` if old checkpoints will be deleted.
+        """
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
     def rewind(self, step: int) -> None:
-        """Delete the checkpoints of later steps: the session goes back to ``step``.
+        """Delete the checkpoints of later steps, because the session goes back to ``step``.
 
-        Otherwise a later step's checkpoint could be mistaken for one of the new course of training.
+        Otherwise an old checkpoint could be mistaken for a checkpoint of the new course of
+        training.
 
         Raises:
             NotSaved: the deletion cannot be made durable.
@@ -229,7 +239,8 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the session's checkpoints and its folder.
 
-        The newest checkpoint is deleted last, so that a kill halfway leaves the session unchanged.
+        The newest checkpoint is deleted last, so that the session can still be resumed if the
+        process is killed halfway.
         """
         clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))
@@ -260,7 +271,7 @@ class CheckpointStore:
         self._whole[name, _stamp(path)] = checkpoint.step
 
     def _settle(self) -> None:
-        """Create the folder durably, and delete the temporary files of a killed writer."""
+        """Create the folder durably, and delete temporary files that a killed process left."""
         self.folder.parent.mkdir(exist_ok=True)  # never the party's folder, if that was deleted
         self.folder.mkdir(exist_ok=True)
         if not self._settled:  # also where it stood already: its maker may have been killed
@@ -314,7 +325,7 @@ class CheckpointStore:
             raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
 
     def _check(self, path: Path) -> int | None:
-        """Return the step of a valid checkpoint; log an invalid one, and return ``None``."""
+        """Return the step of a valid checkpoint; log an invalid checkpoint and return ``None``."""
         try:
             key = path.name, _stamp(path)
         except OSError:
@@ -328,7 +339,7 @@ class CheckpointStore:
         return self._whole.get(key)
 
     def _find_steps(self) -> list[int]:
-        """List the steps of valid checkpoints, in no order."""
+        """List the steps of valid checkpoints, in no particular order."""
         return [step for step, path in self._list_steps() if self._check(path) is not None]
 
     def _list_steps(self) -> list[tuple[int, Path]]:
@@ -339,7 +350,7 @@ class CheckpointStore:
         ]
 
     def _discard(self, paths: Iterable[Path]) -> None:
-        """Delete files that are not needed; ignore a file that cannot be deleted."""
+        """Delete files that are not needed; only log files that cannot be deleted."""
         for path in paths:
             try:
                 path.unlink(missing_ok=True)
@@ -348,7 +359,7 @@ class CheckpointStore:
 
 
 def list_sessions(folder: Path) -> tuple[str, ...]:
-    """Return the sessions that have a checkpoint in a party's folder, last written first.
+    """Return the sessions that have a checkpoint in a party's folder, most recently written first.
 
     The checkpoints are not validated.
 
@@ -366,7 +377,7 @@ def list_sessions(folder: Path) -> tuple[str, ...]:
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Return the sessions that have a folder within a party's folder, in no order.
+    """Return the sessions that have a folder in a party's folder, in no particular order.
 
     Raises:
         BundleError: the folder cannot be read.

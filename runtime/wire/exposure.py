@@ -1,4 +1,4 @@
-"""Whether a server is reachable from the network, and the checks that must pass before it is."""
+"""Checks before a server listens on an address that others on the network can reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _logger = logging.getLogger("splitonnx.exposure")
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on is reachable from this machine only."""
+    """Return whether an address to listen on can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 def check_exposure(
     host: str, tokens: object | None, tls: ssl.SSLContext | None, *, insecure: bool = False
 ) -> None:
-    """Refuse to open a server to everybody on the network; warn if tokens would be unencrypted.
+    """Check that a server is not open to everybody on the network; warn if it does not use TLS.
 
     ``tokens`` is ``None`` if clients do not need a token.  A TLS context that requires client
     certificates also keeps unknown clients out.

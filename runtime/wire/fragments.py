@@ -1,4 +1,4 @@
-"""Splitting messages into fragments, so that no side buffers a second copy of a large message."""
+"""Splitting of messages into fragments, so that neither side buffers a large message twice."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from splitonnx.codecs import Chunk
 
 FRAGMENT = 1 << 20
-"""Bytes of one fragment; a smaller message is sent in one piece."""
+"""Size of a fragment in bytes; a smaller message is sent in one piece."""
 JOINED_BYTES = 4 << 20
-"""Messages up to this size are joined at their end: faster, but it briefly doubles the memory."""
+"""Size in bytes of the largest message whose fragments are joined at the end.
+
+This is faster than growing a buffer, but briefly takes twice the memory.
+"""
 
 
 def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
-    """Return a message's chunks as one piece, or as an iterator of fragments if it is large."""
+    """Return a small message as one piece, and a large message as an iterator of fragments."""
     if sum(map(len, chunks)) <= FRAGMENT:
         return b"".join(chunks)
     return _fragment(chunks)
@@ -27,7 +30,11 @@ def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
 
 
 class JoinedFragments:
-    """A message being received; a large message grows in place, so that it is not copied."""
+    """A message that arrives in fragments.
+
+    The fragments of a large message are appended to one buffer, so that they are not copied at the
+    end.
+    """
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -35,7 +42,7 @@ class JoinedFragments:
         self._size = 0
 
     def add(self, part: bytes) -> None:
-        """Add the next fragment."""
+        """Add the next fragment of the message."""
         self._size += len(part)
         if self._grown is None and self._size > JOINED_BYTES:
             self._grown = bytearray().join(self._parts)

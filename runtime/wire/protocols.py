@@ -1,9 +1,10 @@
-"""The protocol without input or output: it turns bytes into checked messages and back.
+"""The protocol between a client and a server, without any network input or output.
 
-A connection goes through states.  :data:`MOVES` lists which party may send which message in which
-state, and which state follows; the table is the same for both sides.  Before a message is used,
-the names, dtypes, shapes and ranges of its tensors are compared with the manifest.
-This module knows neither the network nor the meaning of the tensors.
+It decodes bytes to checked messages, and encodes messages to bytes.  An exchange of messages goes
+through states: :data:`MOVES` lists which party may send which message in which state, and which
+state follows.  The table is the same for both sides.  Before a message is used, the names, dtypes,
+shapes and value ranges of its tensors are compared with the manifest.  What the tensors mean does
+not matter here.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from splitonnx.tensors import check_array, check_rows
 
 
 class State(StrEnum):
-    """The state of an exchange of messages."""
+    """The state of an exchange of messages between a client and a server."""
 
     START = "start"
     GREETING = "greeting"  # the client said hello
@@ -73,14 +74,17 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
     (State.SAVING, SERVER, Fault): State.CLOSED,
     (State.SAVING, CLIENT, Bye): State.CLOSED,
 }
-"""(state, sender, message) -> next state; what is not in the table is not allowed."""
+"""The allowed messages: maps (state, sender, message type) to the state that follows.
+
+A message that is not in the table is not allowed.
+"""
 
 
 class Protocol:
-    """One side of an exchange of messages; ``role`` is this side's party, ``client`` or ``server``.
+    """One side of an exchange of messages; ``role`` is that side's party, ``client`` or ``server``.
 
-    ``state`` is the state of the exchange.  ``norm`` is the largest L2 norm that a gradient from
-    the other side may have, and ``batch`` is the most rows that its tensors may have.
+    ``state`` is the state of the exchange.  This side does not accept gradients with an L2 norm
+    above ``norm``, or tensors with more than ``batch`` rows; ``None`` means no limit.
     """
 
     def __init__(
@@ -118,18 +122,20 @@ class Protocol:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Return the sizes of the newest task's dimensions, as far as they are known."""
+        """Return the sizes of the dimensions that the newest task's tensors have shown so far."""
         return self._sizes
 
     def close(self) -> None:
-        """End the exchange without a message."""
+        """End the exchange without sending a message."""
         self.state = State.CLOSED
 
     def receive(self, content: Chunk | bytearray) -> tuple[Message, dict[str, np.ndarray]]:
-        """Decode and check a message and move to the next state; tensors are views of ``content``.
+        """Decode and check a message, and move to the next state.
+
+        The returned tensors are views of ``content``, not copies.
 
         Raises:
-            RemoteProtocolError: not a valid message, or not one that the other side may send now.
+            RemoteProtocolError: the message is invalid, or the other side may not send it now.
             BundleMismatch: the greeting shows that the two parts do not belong together.
             ArrayMismatch, ValueOutOfRange: a tensor differs from its declaration in the manifest.
             BatchTooLarge: a tensor has more rows than this side accepts.
@@ -162,7 +168,7 @@ class Protocol:
     def _check_tensors(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], *, sender: str
     ) -> None:
-        """Compare tensors with the wires that ``sender`` sends in the phase."""
+        """Compare tensors with the tensors that ``sender`` may send in the message's phase."""
         wires = {
             wire.tensor.name: wire
             for wire in self._manifest.phase(message.phase).wires
@@ -186,7 +192,10 @@ class Protocol:
 
 
 def list_wires(manifest: PartyManifest) -> Wires:
-    """List the wires of each phase that has any, in the form that a greeting contains."""
+    """Return the wires of each phase, as a greeting contains them.
+
+    A wire is a tensor that one party sends to the other.  Phases without wires are left out.
+    """
     return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
 
 

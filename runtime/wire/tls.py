@@ -1,7 +1,7 @@
 """TLS for both sides: contexts from certificate files, and readable descriptions of TLS failures.
 
-TLS 1.2 is the minimum; the server may require client certificates (mutual TLS).  This module opens
-no connection.
+The oldest version allowed is TLS 1.2.  The server may require client certificates (mutual TLS).
+This module opens no connections.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.files import open_regular
 
 MAX_FILE = 16 << 20
-"""Largest certificate file in bytes; an operating system's list of authorities is under 1 MiB."""
+"""Largest certificate file in bytes.
+
+An operating system's list of certificate authorities takes less than 1 MiB.
+"""
 
 
 def make_server_tls(
     certificate: str | Path, key: str | Path, *, client_authority: str | Path | None = None
 ) -> ssl.SSLContext:
-    """Make a server's TLS context.
+    """Create the TLS context of a server.
 
     ``certificate`` is a PEM file with the server's certificate, followed by any intermediate
-    certificates; ``key`` is a PEM file with its private key, without a password.  With
-    ``client_authority``, a PEM file, clients must show a certificate that this authority signed.
+    certificates.  ``key`` is a PEM file with its private key, without a password.
+    ``client_authority`` is a PEM file with a certificate authority; if it is given, clients must
+    show a certificate that this authority signed.
 
     Raises:
         UnusableFile: a file is missing, is not PEM, or the key does not match the certificate.
@@ -45,13 +49,14 @@ def make_client_tls(
     certificate: str | Path | None = None,
     key: str | Path | None = None,
 ) -> ssl.SSLContext:
-    """Make a client's TLS context; the server's name is always checked.
+    """Create the TLS context of a client, which always checks the server's name.
 
-    ``authority`` is a PEM file of trusted authorities, instead of the operating system's list.
-    ``certificate`` and ``key`` are the client's own, for a server that asks for them.
+    ``authority`` is a PEM file of trusted certificate authorities; by default, the operating
+    system's list is used.  ``certificate`` and ``key`` are the client's own, for servers that
+    require client certificates.
 
     Raises:
-        UsageError: a certificate without its key, or a key without its certificate.
+        UsageError: ``certificate`` is given without ``key``, or ``key`` without ``certificate``.
         UnusableFile: a file is missing, is not PEM, or the key does not match the certificate.
     """
     if (certificate is None) != (key is None):
@@ -68,7 +73,7 @@ def make_client_tls(
 
 
 def describe_failure(error: ssl.SSLError) -> str | None:
-    """Return why TLS does not trust the other side, or ``None`` for any other failure."""
+    """Return a readable reason for a TLS failure, or ``None`` if the failure is not a known one."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     reason = (error.reason or "").lower().replace("_", " ")

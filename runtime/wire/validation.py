@@ -1,6 +1,7 @@
-"""Check received tensors before a step uses them: for NaN, infinity and gradients out of bounds.
+"""Checks of received tensors for NaN, infinity and gradients whose norm is too large.
 
-This module checks the values of arrays; the protocol decides which tensors are checked.
+A step uses the tensors only if they pass.  This module checks the values of arrays; the protocol
+decides which tensors are checked.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import numpy as np
 from splitonnx.errors import NormTooLarge, NotFinite
 
 _CHUNK = 1 << 18
-"""Elements that are looked at together: no check takes memory in proportion to a message."""
+"""Elements that are checked at a time, so that large messages do not need more memory."""
 
 
 def check_finite(name: str, array: np.ndarray, where: str) -> None:
     """Check that a floating-point array contains neither NaN nor infinity.
 
+    ``where`` tells the reader of the error when the array arrived, such as ``step 3``.
+
     Raises:
-        NotFinite: the array does; the error names the array and ``where``.
+        NotFinite: the array contains NaN or infinity; the error contains ``name`` and ``where``.
     """
     if array.dtype.kind == "f" and not all(np.isfinite(chunk).all() for chunk in _split(array)):
         raise NotFinite(name, where)
@@ -30,7 +33,7 @@ def check_norm(name: str, array: np.ndarray, limit: float) -> None:
     """Check that the L2 norm of a floating-point array is at most ``limit``.
 
     Raises:
-        NormTooLarge: the norm is larger; the error names the array, the norm and the limit.
+        NormTooLarge: the norm is larger; the error contains the name, the norm and the limit.
     """
     if array.dtype.kind == "f" and (norm := math.sqrt(_sum_squares(array))) > limit:
         raise NormTooLarge(name, norm, limit)
@@ -42,6 +45,6 @@ def _split(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _sum_squares(array: np.ndarray) -> float:
-    """Sum the squares with room for large values; infinite beyond that of float64."""
+    """Sum the squares in float64, so that large values fit; return infinity if they do not."""
     with np.errstate(over="ignore"):
         return sum(float(np.square(c, dtype=np.float64).sum()) for c in _split(array))
