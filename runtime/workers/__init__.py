@@ -1,5 +1,6 @@
-"""Worker processes: separate processes that run the stages of untrusted clients.
+"""Worker processes, which run the stages of untrusted clients.
 
-This package has both ends, the server's and the worker's, with the messages and the shared memory
-between them.  It does not decide who may have a session.  It may import the engine and the gate.
+This package contains the server's side, the worker's side, and the messages and shared memory
+between them.  It does not decide who may have a session.  Modules here may import the packages
+``engine`` and ``gate``.
 """

@@ -1,10 +1,10 @@
 """Memory that a server shares with one of its workers, and the layout of tensors in it.
 
-Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges
-them; the worker maps the block that the server names.  On Linux a block is an anonymous file that
-the worker inherits, sealed so that neither process can shrink it while the other uses it.  On other
-systems it is named shared memory, which is created again when it has to grow.  This module knows
-arrays and bytes, but no processes.
+Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges the
+blocks; the worker maps the block that the server names.  On Linux, a block is an anonymous file
+that the worker inherits.  The file is sealed so that neither process can shrink it while the other
+uses it.  On other systems, a block is named shared memory, which is created again when it has to
+grow.  This module handles arrays and bytes, and knows nothing about processes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
-"""Every tensor begins at a multiple of this many bytes."""
+"""The first byte of every tensor is at a multiple of this number."""
 SMALLEST = 1 << 20
-"""Bytes of the smallest block."""
+"""Size of the smallest block in bytes."""
 MAX_RANK = STAGE.rank
 
 
 class Place(msgspec.Struct, frozen=True):
-    """The location of a block: the name under which the other process finds it, and its size."""
+    """The name by which the other process finds a block, and the block's size in bytes."""
 
     name: str
     size: int
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """The position of a tensor in a block; ``start`` is its first byte."""
+    """The position of a tensor in a block; ``start`` is the offset of its first byte."""
 
     name: str
     dtype: str
@@ -50,28 +50,34 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Block(Protocol):
-    """A block of memory that two processes share."""
+    """A block of memory that two processes share; the process that created it is its owner."""
 
     @property
     def place(self) -> Place:
-        """Return the name by which the other process finds the block, and its size."""
+        """Return the name by which the other process finds the block, and the block's size."""
 
     @property
     def view(self) -> memoryview:
-        """Return all bytes of the block."""
+        """Return a view of all bytes of the block."""
 
     def reserve(self, size: int) -> None:
-        """Enlarge the block to at least ``size`` bytes and discard its content; owner alone."""
+        """Enlarge the block to at least ``size`` bytes and discard its content.
+
+        Only the owner may call this.
+        """
 
     def empty(self) -> None:
-        """Discard the content, and free the memory until the next use; owner alone."""
+        """Discard the content, and free the memory until the block is used again.
+
+        Only the owner may call this.
+        """
 
     def close(self) -> None:
         """Release the block."""
 
 
 class FileBlock:
-    """A block in an anonymous file, which a child process inherits as a file descriptor."""
+    """A block in an anonymous file; a child process inherits the file's descriptor."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -80,7 +86,7 @@ class FileBlock:
 
     @classmethod
     def make(cls) -> FileBlock:
-        """Create an empty block, which this process owns."""
+        """Create a block that this process owns."""
         import fcntl
 
         number = os.memfd_create("splitonnx", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -95,12 +101,12 @@ class FileBlock:
 
     @property
     def place(self) -> Place:
-        """Return the file descriptor by which the other process finds the block, and its size."""
+        """Return the file descriptor that the other process inherits, and the block's size."""
         return Place(f"file:{self.number}", self._size)
 
     @property
     def view(self) -> memoryview:
-        """Return all bytes of the block."""
+        """Return a view of all bytes of the block."""
         assert self._memory is not None
         return memoryview(self._memory)
 
@@ -112,29 +118,32 @@ class FileBlock:
             self.map(size)
 
     def map(self, size: int) -> None:
-        """Map the first ``size`` bytes; arrays on the old mapping keep it alive."""
+        """Map the first ``size`` bytes of the file into memory.
+
+        Arrays that use an earlier mapping stay valid.
+        """
         self._memory = mmap.mmap(self.number, size)
         self._size = size
 
     def unmap(self) -> None:
-        """Release the mapping; no array may use it any more."""
+        """Release the mapping, which no array may use any more."""
         assert self._memory is not None
         self._memory.close()
         self._memory = None
 
     def empty(self) -> None:
-        """Free the block's memory until it is used again."""
+        """Discard the content, and free the memory until the block is used again."""
         assert self._memory is not None
         self._memory.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Release the block."""
+        """Release the mapping and close the file."""
         self._memory = None
         os.close(self.number)
 
 
 class NamedBlock:
-    """A block in named shared memory, whose name changes when it grows."""
+    """A block in named shared memory; the name changes when the block grows."""
 
     def __init__(self, memory: shared_memory.SharedMemory, *, is_owner: bool) -> None:
         self._memory = memory
@@ -142,23 +151,23 @@ class NamedBlock:
 
     @classmethod
     def make(cls) -> NamedBlock:
-        """Create a block, which this process owns."""
+        """Create a block that this process owns."""
         memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
         return cls(memory, is_owner=True)
 
     @property
     def place(self) -> Place:
-        """Return the name by which the other process finds the block, and its size."""
+        """Return the name by which the other process finds the block, and the block's size."""
         return Place(f"name:{self._memory.name}", self._memory.size)
 
     @property
     def view(self) -> memoryview:
-        """Return all bytes of the block."""
+        """Return a view of all bytes of the block."""
         assert self._memory.buf is not None
         return self._memory.buf
 
     def reserve(self, size: int) -> None:
-        """Enlarge the block to at least ``size`` bytes."""
+        """Enlarge the block to at least ``size`` bytes; if it grows, its content is lost."""
         before = self._memory.size
         if size > before:
             self.close()
@@ -166,12 +175,12 @@ class NamedBlock:
             self._memory = shared_memory.SharedMemory(create=True, size=size)
 
     def empty(self) -> None:
-        """Free the block's memory until it is used again."""
+        """Discard the content, and free the memory until the block is used again."""
         self.close()
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
     def close(self) -> None:
-        """Release the block; when its owner does so, the memory is deleted."""
+        """Release the block; if this process owns the block, delete the shared memory, too."""
         if self._is_owner:
             self._memory.unlink()
         with suppress(BufferError):  # an array still uses it and keeps the mapping
@@ -179,9 +188,9 @@ class NamedBlock:
 
 
 class SharedTensors:
-    """Tensors in an anonymous file that can no longer be changed; child processes inherit the file.
+    """Tensors in an anonymous file that can no longer be changed.
 
-    ``tensors`` are read-only arrays that map the file.
+    Child processes inherit the file. ``tensors`` are read-only arrays that map the file.
     """
 
     def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:
@@ -192,7 +201,10 @@ class SharedTensors:
 
     @classmethod
     def make(cls, tensors: Mapping[str, np.ndarray]) -> SharedTensors | None:
-        """Copy tensors to such a file; return ``None`` if the platform does not support it."""
+        """Copy tensors to a new shared file.
+
+        Return ``None`` if the platform does not support such files.
+        """
         if not hasattr(os, "memfd_create"):
             return None
         import fcntl
@@ -207,12 +219,17 @@ class SharedTensors:
         return cls(number, slots)
 
     def close(self) -> None:
-        """Close the file; arrays that map it keep its memory.  May be called twice."""
+        """Close the file; may be called twice.
+
+        Arrays that map the file stay valid.
+        """
         self._close()
 
 
 def look_up(number: int, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    """Map the tensors of an inherited file, read-only.
+    """Map the tensors of an inherited file as read-only arrays.
+
+    ``number`` is the file descriptor.
 
     Raises:
         FormatError: a slot is outside the file, or has an invalid dtype or shape.
@@ -227,7 +244,7 @@ def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | 
 
 
 def open_block(place: Place, known: Block | None) -> Block:
-    """Map a block that the other process created, or reuse ``known`` if it is the same block."""
+    """Map a block that the other process created, or return ``known`` if that is the same block."""
     if known is not None and known.place == place:
         return known
     kind, _, name = place.name.partition(":")
@@ -244,12 +261,12 @@ def open_block(place: Place, known: Block | None) -> Block:
 
 
 def measure(tensors: Iterable[np.ndarray]) -> int:
-    """Compute how many bytes tensors take in a block."""
+    """Compute how many bytes tensors take in a block, including padding."""
     return sum(array.nbytes + -array.nbytes % ALIGNMENT for array in tensors)
 
 
 def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
-    """Copy tensors into a block that is large enough."""
+    """Copy tensors into a block that is large enough, and return their positions."""
     slots, start, view = [], 0, block.view
     for name, array in tensors.items():
         slot = Slot(name, name_dtype(array.dtype), array.shape, start)
@@ -260,10 +277,12 @@ def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
 
 
 def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    """Copy tensors out of a block as read-only arrays; the slots may come from untrusted code.
+    """Copy tensors out of a block as read-only arrays.
+
+    The slots are checked, because they may come from untrusted code.
 
     Raises:
-        FormatError: a slot is outside the block, or has an invalid dtype or shape.
+        FormatError: a slot is outside the block, or has an invalid dtype, shape or truth value.
     """
     taken = {}
     for slot in slots:

@@ -1,8 +1,9 @@
-"""The heap of this process: keep freed memory for the next task, and skip permanent objects in GC.
+"""Tuning of this process's heap and garbage collector.
 
-ONNX Runtime's arenas never shrink below their largest task, so workers run without them and use the
-C library's heap.  It keeps freed memory, which saves the next task's page faults, and returns it to
-the system on demand.  This requires glibc; other C libraries return memory by themselves.
+ONNX Runtime's arenas never shrink below the size of their largest task, so workers run without
+arenas.  Instead they use the heap of the C library.  It keeps freed memory, so that the next task
+causes fewer page faults, and returns that memory to the system on demand.  This requires glibc;
+other C libraries return memory by themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _STATISTICS = Path("/proc/self/statm")
 
 
 class Heap:
-    """This process's heap, which keeps freed memory from one task to the next."""
+    """The heap of this process, which keeps freed memory from one task to the next."""
 
     def __init__(self) -> None:
         self._library = _find_glibc()
@@ -29,7 +30,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Return free memory to the system if there may be more than ``most`` bytes."""
+        """Return freed memory to the system if the heap may have kept more than ``most`` bytes."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:
@@ -49,11 +50,11 @@ class Heap:
 
 
 def keep_buffers() -> None:
-    """Make the heap keep the memory of messages of a few MiB, ``_KEPT_BUFFERS`` of them per thread.
+    """Make the heap keep the memory of freed messages of a few MiB for the next messages.
 
-    Otherwise the order in which blocks are freed decides whether their pages are returned and
-    faulted in again at each message.  That takes up to a twentieth of a step that sends 1 MiB each
-    way.
+    Up to ``_KEPT_BUFFERS`` bytes are kept per thread.  Otherwise the memory pages of a message may
+    be returned to the system and requested again for every message, depending on the order in which
+    blocks are freed.  That takes up to a twentieth of the time of a step that sends 1 MiB each way.
     """
     library = _find_glibc()
     if library is not None:
@@ -64,16 +65,17 @@ def keep_buffers() -> None:
 def exempt_loaded() -> None:
     """Exempt all present objects from garbage collection, during which no thread can run.
 
-    Most objects of a process that serves or trains belong to its modules and are never freed.  A
-    full collection that visits them takes 50 to 75 ms, in which no message is answered.  Call this
-    only in processes of ours: in others, present objects may become garbage later.
+    In a process that serves or trains, most objects belong to its modules and are never freed.  A
+    full collection that visits them takes 50 to 75 ms, and no message is answered in that time.
+    Call this only in processes that run nothing but splitonnx: in other programs, present objects
+    may become garbage later.
     """
     gc.collect()
     gc.freeze()
 
 
 def measure_private() -> int:
-    """Return the memory that this process does not share, in bytes; Linux only."""
+    """Return how many bytes of memory this process does not share with others; Linux only."""
     resident, shared = _STATISTICS.read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,8 +1,8 @@
-"""A worker: the process that runs the stages of one owner's sessions.
+"""The main program of a worker: a process that runs the stages of one owner's sessions.
 
-:mod:`processes` starts it.  It reads requests from stdin, writes answers to its original stdout,
-and exits when its server does.  It has only the party's bundle and its owner's sessions: no tokens,
-keys or sockets.
+The server starts it through :mod:`processes`.  The worker reads requests from stdin, writes answers
+to its original stdout, and exits when the server exits.  It has only the party's bundle and its
+owner's sessions: no tokens, keys or sockets.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from splitonnx.runtime.workers.messages import (
 )
 
 STUCK = 75
-"""Exit code of a worker that exits because a stage does not end."""
+"""Exit code of a worker that exits because one of its stages does not stop."""
 
 _requests = msgspec.msgpack.Decoder(Request)
 _grown = msgspec.msgpack.Decoder(Grown)
@@ -57,7 +57,7 @@ _Wires = Iterator[dict[str, np.ndarray]]
 
 
 class Host:
-    """The sessions of one worker."""
+    """A worker's sessions, and the loop that answers the server's requests."""
 
     def __init__(self, inlet: Pipe, outlet: Pipe) -> None:
         self._inlet = inlet
@@ -71,7 +71,7 @@ class Host:
         self._advancing: dict[tuple[int, TaskKey], _Wires] = {}
 
     def serve(self) -> None:
-        """Answer requests until the server ends."""
+        """Answer the server's requests until the server ends."""
         while True:
             try:
                 request = _requests.decode(read_frame(self._inlet))
@@ -188,7 +188,7 @@ class Host:
         return Given(tensors=put(self._outbox, tensors))
 
     def _end_for_stuck(self, stage: str) -> None:
-        """Report the stage that does not end to the server, and exit."""
+        """Report to the server that a stage does not stop, and exit."""
         error = StageTooSlow(stage, self._seconds)
         write_frame(self._outlet, describe_error(error, is_last=True))
         os._exit(STUCK)
@@ -213,7 +213,7 @@ def _leave_no_core() -> None:
 
 
 def _end_with_server(number: int) -> None:
-    """Exit as soon as the other end of a pipe is closed, even while a stage is running."""
+    """Exit as soon as the server closes its end of a pipe, even while a stage is running."""
     import select
 
     poll = select.poll()
@@ -224,7 +224,7 @@ def _end_with_server(number: int) -> None:
 
 
 def main() -> None:
-    """Serve the process that started this one."""
+    """Run a worker for the server process that started this process, until the server ends."""
     _leave_no_core()
     if sys.platform == "win32":
         import msvcrt

@@ -1,8 +1,8 @@
 """The messages between a server and its workers: requests, answers and errors, as bytes.
 
-Messages are msgspec structs in MessagePack with a length prefix; tensors are passed beside them in
-shared memory.  Nothing is unpickled.  A worker may have been compromised by the data it processed,
-so its answers are validated as strictly as messages from an unknown client.
+Each message is a msgspec struct, encoded as MessagePack with a length prefix.  Tensors are passed
+separately, in shared memory.  Nothing is unpickled.  A worker may have been compromised by the data
+that it processed, so its answers are validated as strictly as messages from an unknown client.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from splitonnx.messages import TaskKey
 from splitonnx.runtime.workers.blocks import Place, Slot
 
 MAX_ANSWER = 16 << 20
-"""Most bytes of an answer; a worker's largest answer lists the tensors of a state."""
+"""Largest size of an answer in bytes; the largest answers list the tensors of a state."""
 MAX_TEXT = 1000
-"""Most characters of one text in an error."""
+"""Most characters of a text in an error."""
 RAISED = frozenset(
     {
         "ArrayMismatch",
@@ -41,7 +41,7 @@ RAISED = frozenset(
         "WrongRuntime",
     }
 )
-"""Executor errors that a worker may raise in its server."""
+"""Errors that a worker may report to its server, which raises them again."""
 
 _LENGTH = struct.Struct("<Q")
 
@@ -49,10 +49,10 @@ Fact = str | int | float | bool | None | list[str | int]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The party to run.
+    """A request to load the party whose stages the worker runs.
 
-    ``weights`` are in the inherited file with this descriptor, or in the shared block;
-    ``memory_bytes`` limits the memory of the process.
+    ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
+    are in the shared block.  ``memory_bytes`` limits the memory of the process.
     """
 
     manifest: bytes
@@ -65,7 +65,11 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Begin or restore a session, from a state in the shared block or from the initial weights."""
+    """A request to begin or restore a session.
+
+    ``state`` is the position of the session's state in the shared block.  If it is ``None``, the
+    session begins with the initial weights.
+    """
 
     session: int
     step: int
@@ -73,14 +77,17 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments with which a task is opened."""
+    """The arguments for opening a task."""
 
     seed: int
     learning_rate: float
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Open a task if ``begin`` is given, pass wires to it, and run it until it sends wires."""
+    """A request to pass tensors to a task and to run the task until it has tensors to send.
+
+    If ``begin`` is given, the task is opened first.
+    """
 
     session: int
     key: TaskKey
@@ -89,14 +96,14 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Continue a task after it had wires to send."""
+    """A request to continue a task that stopped because it had tensors to send."""
 
     session: int
     key: TaskKey
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Commit a finished task."""
+    """A request to commit a finished task."""
 
     session: int
     key: TaskKey
@@ -109,7 +116,11 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Forget the tasks and sessions that the request names, and free their memory."""
+    """A request that has no action of its own.
+
+    The worker only drops the tasks and sessions that the :class:`Request` names, and frees their
+    memory.
+    """
 
 
 Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
@@ -119,7 +130,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request to the worker.
 
     First drop the tasks in ``abandoned`` and the sessions in ``closed``, then perform ``action``.
-    After a task, ``kept_bytes`` of the process's memory may stay allocated.
+    After a task, the process may keep ``kept_bytes`` of freed memory.
     """
 
     inbox: Place
@@ -131,31 +142,34 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The shared block for answers has the requested size."""
+    """The server's reply to :class:`Need`: the shared block for answers is now large enough."""
 
     outbox: Place
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer's tensors need a block of this many bytes."""
+    """A worker's request for a shared block of ``size`` bytes, which its answer's tensors need."""
 
     size: int
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The action is done; ``is_finished`` is true if the task can be committed."""
+    """The answer that an action is done; ``is_finished`` is true if the task can be committed."""
 
     is_finished: bool = False
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Tensors in the shared block: wires to send, or a state."""
+    """An answer with tensors in the shared block: tensors to send to the client, or a state."""
 
     tensors: tuple[Slot, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An error with its class and facts; ``is_last`` is true if the worker exits because of it."""
+    """The answer that an action failed, with the error's class and the values of its fields.
+
+    ``is_last`` is true if the worker exits because of the error.
+    """
 
     code: str
     facts: list[Fact]
@@ -170,14 +184,14 @@ class Pipe(Protocol):
     """One end of an unbuffered pipe."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Read at most ``size`` bytes; an empty result means the end."""
+        """Read at most ``size`` bytes; an empty result means that the other end was closed."""
 
     def write(self, content: bytes | memoryview, /) -> int | None:
         """Write some of the bytes, and return how many were written."""
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of the action with the positions of its tensors in the block."""
+    """Return a copy of an action that contains the positions of its tensors in the shared block."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)
@@ -197,7 +211,7 @@ def write_frame(pipe: Pipe, message: ToWorker | FromWorker) -> None:
 
 
 def read_frame(pipe: Pipe, most: int | None = None) -> bytes:
-    """Read a message's bytes.
+    """Read one message and return its bytes.
 
     Raises:
         EOFError: the other process has ended.

@@ -1,9 +1,11 @@
-"""The workers of a server: which owner has a worker, who may get one, and when it ends.
+"""The pool of a server's workers: which owner has a worker, who gets one, and when it ends.
 
-A worker serves one owner at a time and ends before another owner's worker starts.  So neither a
-crash nor an out-of-bounds read can affect another owner.  Clients without an owner have one worker
-per session.  An owner gets a worker at its first task and keeps it until another owner needs it.
-Then the states of its sessions are fetched, and passed to a new worker at their next task.
+A worker serves only one owner.  To serve another owner, it is ended and a new worker is started.
+So neither a crash nor an out-of-bounds read can affect another owner.  If a client has no owner,
+each of its sessions has its own worker.
+
+An owner gets a worker at its first task and keeps it until another owner needs its place.  Then the
+states of the owner's sessions are fetched, and are passed to a new worker at their next task.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from splitonnx.runtime.workers.processes import Worker, WorkerOptions
 from splitonnx.runtime.workers.remote_executors import RemoteExecutor
 
 MAX_DEATHS = 2
-"""How many workers one step may crash; the second time the client gets an error."""
+"""How many workers one step may crash before its client gets an error."""
 INTERRUPT_SECONDS = 0.1
-"""Seconds between two attempts to end running stages."""
+"""Seconds between two attempts to stop running stages."""
 MAX_REMEMBERED = 1024
 """Most steps that are remembered because they crashed a worker."""
 
@@ -35,10 +37,11 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class _Lease:
-    """An owner's worker, which starts when it is first needed, at the time ``since``.
+    """The worker of one owner; the process starts when it is first needed.
 
-    ``executors`` are those whose state the worker has or will get; the lock ``starting`` is held
-    while it starts or ends.
+    ``since`` is the time at which the owner got its place.  ``executors`` are the executors whose
+    state the worker has or will get.  The lock ``starting`` is held while the worker starts or
+    ends.
     """
 
     def __init__(self, options: WorkerOptions, kept_bytes: Callable[[], int], now: float) -> None:
@@ -51,12 +54,12 @@ class _Lease:
         self._is_over = self._is_interrupted = False
 
     def get_worker(self) -> Worker:
-        """Return the worker, and start a new one if the last one has ended.
+        """Return the worker; start a process if none is running.
 
         Raises:
             ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
             ServerBusy: the server is closing.
-            StageStopped: nothing may be started any more.
+            StageStopped: :meth:`interrupt` was called, and nothing may be started any more.
         """
         with self.starting:
             if self._is_interrupted and (self._worker is None or not self._worker.is_alive):
@@ -68,12 +71,12 @@ class _Lease:
             return self._worker
 
     def tidy(self) -> None:
-        """Ask the worker to free the memory that it may not keep; do not wait for it."""
+        """Ask the worker to free memory that it may not keep; return without waiting."""
         if self._worker is not None:
             self._worker.tidy()
 
     def interrupt(self) -> None:
-        """End the running stage and start no other; call this repeatedly until that is done."""
+        """Stop the running stage and start no other; call this repeatedly until it works."""
         self._is_interrupted = True
         if self._worker is not None:
             self._worker.interrupt()
@@ -118,11 +121,16 @@ class WorkerPool:
     def open(
         self, owner: str, session: str, tensors: Mapping[str, np.ndarray] | None, step: int
     ) -> RemoteExecutor:
-        """Make an executor for a session, with the given state or the untrained one."""
+        """Create an executor for a session.
+
+        The session begins with the state in ``tensors``, or untrained if that is ``None``.
+        """
         return RemoteExecutor(self, _name_user(owner, session), session, tensors, step)
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker of an executor's owner; start one if needed, even in another's place.
+        """Return the worker of an executor's owner, and start it if necessary.
+
+        If there are too many workers, a worker of another owner is ended first.
 
         Raises:
             ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
@@ -143,7 +151,7 @@ class WorkerPool:
                     lease.last_used = self._clock()
 
     def retire_idle(self, seconds: float) -> None:
-        """End the workers that have had no session for ``seconds``."""
+        """End the workers that have had no session for more than ``seconds``."""
         with self._lock:
             now = self._clock()
             for name, lease in list(self._leases.items()):
@@ -151,25 +159,31 @@ class WorkerPool:
                     self._leases.pop(name).end()
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Log that a worker ended, with the task that caused it, and return the error."""
+        """Log that a worker ended, and return the error to raise.
+
+        ``key`` is the task that caused this, if one did, and ``how`` says how the worker ended.
+        """
         error = WorkerLost(session, how, is_repeated=self._count_death(key))
         _logger.error("%s", error, extra={"session": session})
         return error
 
     def note_success(self, key: TaskKey) -> None:
-        """Reset the count of workers that a task crashed, because it has succeeded."""
+        """Forget that a task has crashed workers, because it has now succeeded."""
         if self._deaths:
             with self._lock:
                 self._deaths.pop(key, None)
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Log why no worker can be started, and return an error without that reason."""
+        """Log why no worker can be started, and return the error to raise.
+
+        The text of the error does not contain the reason.
+        """
         _logger.error("no worker can be started: %s", why, extra={"session": session})
         is_repeated = self._count_death(key)
         return WorkerLost(session, why, is_repeated=is_repeated, is_early=True)
 
     def _count_death(self, key: TaskKey | None) -> bool:
-        """Count a worker's crash; return whether the task has crashed as many as it may."""
+        """Count a crash, and return whether the task has now crashed ``MAX_DEATHS`` workers."""
         self._on_death()
         if key is None:
             return False
@@ -204,7 +218,7 @@ class WorkerPool:
             self._options.weights.close()
 
     def _find(self, executor: RemoteExecutor) -> _Lease | None:
-        """Return the owner's lease; make one if there is room for another."""
+        """Return the owner's lease; create it if there is a free place, or return ``None``."""
         with self._lock:
             if executor.user not in self._leases and len(self._leases) >= self._most:
                 return None
@@ -222,11 +236,11 @@ class WorkerPool:
         return lease
 
     def _compute_share(self) -> int:
-        """Compute how many bytes each worker may keep; a single worker may keep the total."""
+        """Compute how many bytes each worker may keep: an equal share of the total."""
         return self._options.kept_bytes // max(1, len(self._leases))
 
     def _take_over(self, executor: RemoteExecutor) -> _Lease:
-        """Free a place by ending the oldest worker that has no open task."""
+        """End the oldest worker that has no open task, and return a lease in its place."""
         with self._lock:
             by_age = sorted(self._leases.items(), key=lambda entry: entry[1].since)
         for waits in (False, True):
@@ -238,16 +252,20 @@ class WorkerPool:
         raise ServerBusy(f"{self._most} workers")
 
     def _unload(self, lease: _Lease, *, waits: bool) -> bool:
-        """Fetch every session's state unless one has an open task; return whether all were fetched.
+        """Fetch the states of all sessions of a worker; return whether all could be fetched.
 
-        ``waits``: also wait for a session that is being saved.
+        A session with an open task cannot be fetched.  With ``waits``, also wait for a session that
+        is being saved.
         """
         with self._lock:
             executors = list(lease.executors)
         return all(executor.unload(waits=waits) for executor in executors)
 
     def _replace(self, user: str, before: _Lease, executor: RemoteExecutor) -> _Lease | None:
-        """End a worker before another owner's worker starts."""
+        """End a worker before another owner's worker starts.
+
+        Return ``None`` if the worker got a new task in the meantime or is gone.
+        """
         with ExitStack() as stack:
             with self._lock:
                 is_needed = any(executor.is_loaded for executor in before.executors)
@@ -261,5 +279,5 @@ class WorkerPool:
 
 
 def _name_user(owner: str, session: str) -> str:
-    """Return whom a worker serves: an owner, or a session without an owner."""
+    """Return the name of a worker's user: an owner, or a session without an owner."""
     return f"owner {owner}" if owner else f"session {session}"

@@ -1,7 +1,7 @@
-"""A worker process as its server sees it: two blocks of shared memory, one request at a time.
+"""The server's side of a worker process: starts it, sends it requests and reads its answers.
 
-This module knows processes and pipes.  The requests are defined in :mod:`messages`, and
-:mod:`pools` decides which owner has which worker.
+The server and the worker share two blocks of memory.  A worker handles one request at a time.  The
+requests are defined in :mod:`messages`; :mod:`pools` decides which owner has which worker.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ from splitonnx.runtime.workers.messages import (
 )
 
 MAX_BLOCK = 1 << 36
-"""Most bytes of a block that a worker may ask for."""
+"""Size in bytes of the largest block that a worker may ask for."""
 MAX_LINES = 20
 """Most lines of a worker's stderr that are logged."""
 MAX_LINE = 300
-"""Most characters of such a line."""
+"""Most characters of a logged line."""
 START_SECONDS = 600.0
-"""Seconds in which a worker must load its bundle."""
+"""Seconds within which a worker must have loaded its bundle."""
 END_SECONDS = 1.0
-"""Seconds in which a worker must exit by itself."""
+"""Seconds within which a worker must exit by itself; then it is killed."""
 KEPT_VARIABLES = (
     "DYLD_LIBRARY_PATH",
     "LANG",
@@ -79,7 +79,7 @@ KEPT_VARIABLES = (
     "TMP",
     "TMPDIR",
 )
-"""Environment variables that a worker inherits; the server's others may contain secrets."""
+"""Environment variables that a worker inherits; other variables may contain secrets."""
 
 _T = TypeVar("_T")
 
@@ -88,9 +88,10 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 
 
 class WorkerEnded(Exception):
-    """The process ended, or had to be killed; ``how`` says how.  It lacks the session's name.
+    """Raised if the worker process ended, or had to be killed; ``how`` describes how.
 
-    ``is_before`` is true if it had ended before the request was sent.
+    ``is_before`` is true if the process ended before the request was sent.  The error does not name
+    the session; the caller adds its name.
     """
 
     def __init__(self, how: str, *, is_before: bool = False) -> None:
@@ -101,10 +102,12 @@ class WorkerEnded(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What every worker of a server runs, and its limits; ``weights`` are the party's, if shared.
+    """The options that all workers of a server share.
 
-    After a task all workers together may keep ``kept_bytes`` of memory, and again as much of the
-    memory that they share with their server.
+    ``party`` is the party that the workers run.  ``weights`` are the party's weights in a shared
+    file, or ``None`` if each worker gets its own copy.  After a task, all workers together may keep
+    ``kept_bytes`` of freed memory, and the same number of bytes of the memory that they share with
+    the server.
     """
 
     party: PartyBundle
@@ -116,7 +119,7 @@ class WorkerOptions:
 
 
 class _Kill:
-    """Ends a request that takes too long by killing the worker, in place of run options."""
+    """A substitute for run options: setting ``terminate`` kills the worker."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -131,11 +134,11 @@ class _Kill:
 
 
 class Worker:
-    """One worker process; the constructor returns when the process is ready.
+    """One worker process; the constructor returns when the process is ready for requests.
 
-    ``is_alive`` becomes false when the process ends, and everything it held is lost.
-    ``kept_bytes`` returns at each request how many bytes the worker may keep after a task, and
-    again as many of the memory that it shares with its server.
+    ``is_alive`` becomes false when the process ends; its sessions are then lost.  ``kept_bytes`` is
+    called for each request.  It returns how many bytes of freed memory the worker may keep after a
+    task; the same number applies to the memory that the worker shares with the server.
 
     Raises:
         ProcessFailed: the process cannot be started, or does not become ready.
@@ -179,9 +182,10 @@ class Worker:
     def ask(
         self, action: Action, tensors: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray] | Done:
-        """Send a request to the worker, and return its answer; tensors are copied.
+        """Send a request to the worker, wait for its answer and return it.
 
-        ``tensors`` belong to an action whose slots are filled here.
+        ``tensors`` are the tensors of an action that needs some.  They are copied to shared memory,
+        and their positions are added to the action.
 
         Raises:
             WorkerEnded: the process ended because of the request, or had ended before.
@@ -210,28 +214,29 @@ class Worker:
                 self._is_running = False
 
     def abandon(self, session: int, key: TaskKey) -> None:
-        """Forget a task, once the running request is done."""
+        """Make the worker drop a task as soon as it has answered the current request."""
         self._abandoned.append((session, key))
         self.tidy()
 
     def forget(self, session: int) -> None:
-        """Forget a session, once the running request is done."""
+        """Make the worker drop a session as soon as it has answered the current request."""
         self._closed.append(session)
         self.tidy()
 
     def tidy(self) -> None:
-        """Free memory that may not be kept, once the running request is done.
+        """Make the worker free memory that it may not keep.
 
-        This does not wait for it: the caller may be the event loop.
+        The worker first answers the current request.  This method returns at once, because the
+        caller may be the event loop.
         """
         if self.is_alive and not self._is_tidying:
             self._is_tidying = True
             threading.Thread(target=self._tidy, name="splitonnx-tidy", daemon=True).start()
 
     def interrupt(self) -> None:
-        """End the running stage, and run no more stages; states can still be fetched.
+        """Stop the running stage and run no more stages; states can still be fetched.
 
-        If a stage cannot be asked to end, the process is killed.
+        On Windows, the process is killed instead if a stage is running.
         """
         self._is_interrupted = True
         if not self._is_running:
@@ -242,7 +247,7 @@ class Worker:
             self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """End the process, by force if it is busy."""
+        """End the process; if it is still busy after ``END_SECONDS``, kill it."""
         if not self._lock.acquire(timeout=END_SECONDS):
             self._process.kill()  # whoever asked for it finds it ended, and lets go of the lock
             self._lock.acquire()
@@ -351,7 +356,7 @@ class Worker:
             self._outbox.empty()
 
     def _bury(self, error: BaseException) -> str:
-        """Kill the process, and return how it ended."""
+        """Make sure that the process has ended, and return how it ended."""
         self.is_alive = False
         code = self._release()
         if isinstance(error, FormatError | msgspec.DecodeError):
@@ -383,7 +388,7 @@ def _drain(queue: deque[_T]) -> tuple[_T, ...]:
 
 
 def _log_lines(stream: IO[bytes], pid: int) -> None:
-    """Log the first lines that a worker writes; read and drop the rest."""
+    """Log the first lines that a worker writes to stderr, and discard the rest."""
     left = MAX_LINES
     with stream, suppress(OSError, ValueError):
         while line := stream.readline(1 << 12):

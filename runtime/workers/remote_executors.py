@@ -1,9 +1,9 @@
 """An executor whose state and tasks are in a worker process.
 
 Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
-task, so that creating or restoring a session does not make others wait.  Between two tasks its
-state can be fetched, so that the worker can serve another owner; the next task passes the state to
-a worker again.
+task, so creating or restoring a session does not make others wait.  Between two tasks the state can
+be fetched, so that another owner can have the worker's place.  The next task then passes the state
+to a worker again.
 """
 
 from __future__ import annotations
@@ -41,30 +41,33 @@ from splitonnx.runtime.workers.processes import Worker, WorkerEnded
 
 
 class Owner(Protocol):
-    """The pool that an executor belongs to."""
+    """The interface of the pool that an executor belongs to."""
 
     @property
     def party(self) -> PartyBundle:
         """Return the party that the pool's workers run."""
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker that must receive an executor's state."""
+        """Return the worker that has an executor's state, or will get it."""
 
     def close_executor(self, executor: RemoteExecutor) -> None:
         """Forget an executor that is no longer needed."""
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Record that a worker ended, with the task that caused it, and return the error."""
+        """Record that a worker ended, and return the error to raise.
+
+        ``key`` is the task that caused this, if one did, and ``how`` says how the worker ended.
+        """
 
     def note_success(self, key: TaskKey) -> None:
         """Record that a task succeeded."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Record that no worker can be started, and return the error for it."""
+        """Record that no worker can be started, and return the error to raise."""
 
 
 class _Task:
-    """A task that is open here; ``begin`` is set until the worker has received it."""
+    """An open task; ``begin`` is set until the task has been sent to the worker."""
 
     def __init__(self, begin: Begin) -> None:
         self.begin: Begin | None = begin
@@ -73,10 +76,10 @@ class _Task:
 
 
 class RemoteExecutor:
-    """A session's executor in a worker; it is used like an :class:`~executors.Executor`.
+    """A session's executor in a worker, with the same methods as :class:`~executors.Executor`.
 
-    ``user`` names the owner or session that the worker serves.  Not safe to use from two threads at
-    a time, except for :meth:`unload`.
+    ``user`` names the owner or session that the worker serves.  Only :meth:`unload` may be called
+    while another thread uses the executor.
     """
 
     _numbers = iter(range(1 << 62))
@@ -103,21 +106,22 @@ class RemoteExecutor:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the worker that had the state has ended."""
+        """Return whether the state was lost because its worker ended."""
         return self._worker is not None and not self._worker.is_alive
 
     @property
     def is_loaded(self) -> bool:
-        """Return whether the state is in a worker, or is being sent to it."""
+        """Return whether the state is in a worker, or will be sent to a worker for an open task."""
         return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
     ) -> None:
-        """Open a task; the worker checks it together with the first wires.
+        """Open a task; the worker checks it later, together with the first tensors.
 
         Raises:
-            LocalProtocolError: the task has data of this side, which a server does not have.
+            LocalProtocolError: ``data`` is not empty, although a server has no data of its own; or
+                the task is already open.
         """
         if data:
             raise LocalProtocolError("a worker takes wires alone")
@@ -127,11 +131,14 @@ class RemoteExecutor:
             self._tasks[key] = _Task(Begin(seed=seed, learning_rate=learning_rate))
 
     def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Pass wires to an open task; :meth:`advance` sends them, and the worker checks them."""
+        """Record tensors from the other party for an open task.
+
+        :meth:`advance` sends them to the worker, which checks them.
+        """
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage that can run; after each, yield the wires that are ready to send.
+        """Run every stage whose inputs are available, and yield the tensors to send after each.
 
         Raises:
             WorkerLost: the worker ended during the task.
@@ -148,11 +155,17 @@ class RemoteExecutor:
         task.is_finished = given.is_finished
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage of the task ran and every wire was received and yielded."""
+        """Return whether a task is ready for :meth:`finish`.
+
+        That is when every stage has run, every expected tensor has arrived, and every outgoing
+        tensor was yielded.
+        """
         return self._task(key).is_finished
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Close a finished task and commit its state; a server's phases have no results.
+        """Close a finished task and commit its changes to the state.
+
+        Return an empty dictionary, because a server's phases have no results.
 
         Raises:
             LocalProtocolError: the task is not finished.
@@ -168,13 +181,13 @@ class RemoteExecutor:
         return {}
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task, if it is open; its changes to the state are discarded."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open."""
         task = self._tasks.pop(key, None)
         if task is not None and task.begin is None and self._worker is not None:
             self._worker.abandon(self._number, key)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Fetch the complete state.
+        """Return all tensors of the state, fetched from the worker if they are there.
 
         Raises:
             WorkerLost: the worker ended.
@@ -189,8 +202,8 @@ class RemoteExecutor:
     def unload(self, *, waits: bool) -> bool:
         """Fetch the state, so that the worker is not needed until the next task.
 
-        ``waits``: also wait for another thread that is fetching it.  Return ``False`` if a task is
-        open, or if the state cannot be fetched.
+        With ``waits``, also wait for another thread that is fetching the state.  Return ``False``
+        if a task is open, or if the state cannot be fetched.
         """
         if self._tasks or not self._lock.acquire(blocking=waits):
             return False
@@ -214,7 +227,7 @@ class RemoteExecutor:
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
         """Replace the state and abort open tasks.
 
-        The arrays must not be changed until the next task.
+        Do not change the arrays before the next task, because they are not copied.
         """
         with self._lock:
             self._tasks.clear()
@@ -224,7 +237,10 @@ class RemoteExecutor:
             self._worker, self._start, self.step = None, tensors, step
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state to the party's folder as its outcome; see ``Executor.publish``."""
+        """Write the state to the party's folder as the outcome of training.
+
+        See :meth:`executors.Executor.publish`.
+        """
         publish_state(
             self.party,
             self.state(),
