@@ -1,7 +1,7 @@
 """A connection between a client and a server in the same process and thread, without a network.
 
-It is meant for tests and for verifying a bundle.  Messages are encoded and decoded like on any
-other connection.  Everything happens in a fixed order, so that a run can be repeated exactly.
+It is meant for tests and for verifying a bundle.  Messages are encoded and decoded as on any other
+connection.  Everything happens in a fixed order, so that a run can be repeated exactly.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The engine: runs stages with ONNX Runtime, keeps a party's tasks, and estimates their memory.
+"""The engine: runs a party's stages and tasks with ONNX Runtime, and estimates their memory.
 
 This is the only package that imports ONNX Runtime.  It knows nothing about connections or clients'
-sessions.  Modules here may import the gate.
+sessions.  Modules here may import the package ``gate``.
 """

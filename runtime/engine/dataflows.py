@@ -15,10 +15,9 @@ from splitonnx.manifests import Phase, Source, Stage
 class Dataflow:
     """The stages of one party's phase, and the values that they need and make.
 
-    One object serves all tasks of the phase.
-
-    ``receives`` and ``sends`` name the tensors that this party receives from and sends to the other
-    party.  ``stages`` are in the manifest's order: if several stages can run, the first one runs.
+    One object serves all tasks of the phase.  ``receives`` and ``sends`` name the tensors that this
+    party receives from and sends to the other party.  ``stages`` are in the manifest's order: if
+    several stages can run, the first one runs.
     """
 
     def __init__(self, phase: Phase, party: str) -> None:
@@ -61,7 +60,7 @@ class Progress:
 
     @property
     def missing(self) -> frozenset[str]:
-        """Return the names of the tensors that the other party has not sent yet."""
+        """Return the names of the tensors that have not arrived from the other party yet."""
         return self._flow.receives - self._present
 
     def arrive(self, names: Iterable[str]) -> None:

@@ -91,8 +91,8 @@ class Kernel:
     """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
 
     ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
-    operator is used with, as JSON for ONNX Runtime's build scripts.  It is empty if a build cannot
-    be restricted to some types of the operator.
+    operator is used with, as JSON for ONNX Runtime's build scripts.  It is empty if a reduced build
+    cannot leave out types of this operator.
     """
 
     domain: str

@@ -60,7 +60,7 @@ class SessionExecutor(Protocol):
         """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available, and yield the tensors to send after each."""
+        """Run every stage whose inputs are available; after each, yield the tensors to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task has run."""
@@ -112,11 +112,11 @@ class Executor:
         self._tasks: dict[TaskKey, _Task] = {}
 
     def fork(self) -> Executor:
-        """Return a new, independent executor that starts with this executor's state.
+        """Return an independent executor with the same state and no open tasks.
 
-        The two share the loaded stages, and share each tensor of the state until one of them
-        replaces it.  They may run in different threads, except for :meth:`prepare`: call it first
-        for every phase that both use.
+        The two executors share the loaded stages, and share each tensor of the state until one of
+        them replaces it.  They may run in different threads, except for :meth:`prepare`: call it
+        first for every phase that both use.
         """
         twin = copy(self)
         twin._state = dict(self._state)
@@ -191,7 +191,7 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available, and yield the tensors to send after each.
+        """Run every stage whose inputs are available; after each, yield the tensors to send.
 
         Input data for the other party are part of the first group of tensors.  The arrays are
         read-only views.  If an error is raised, abandon the task.
@@ -213,8 +213,8 @@ class Executor:
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether a task is ready for :meth:`finish`.
 
-        That is when every stage has run, every expected tensor has arrived, and every outgoing
-        tensor was yielded.
+        A task is ready once every stage has run, every expected tensor has arrived, and every
+        outgoing tensor was yielded.
         """
         return self._task(key).progress.is_finished
 
@@ -261,7 +261,9 @@ class Executor:
         self.step = step
 
     def check_outcome(self) -> None:
-        """Check that the state can be published, as far as this is possible without writing.
+        """Check that the state can be published, without writing anything.
+
+        Publishing may still fail, for example if the disk is full.
 
         Raises:
             BundleError, StateNotFinite, NotSaved: see :meth:`publish`.
@@ -291,7 +293,7 @@ class Executor:
 
     @property
     def is_lost(self) -> bool:
-        """Return ``False``: a state in this process cannot get lost."""
+        """Return ``False``, because a state in this process cannot be lost."""
         return False
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class Run:
         self._options.terminate = True
 
     def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
-        """Raise the exception that tells why the run was ended.
+        """Raise the exception that fits the reason why the run was ended.
 
         If nobody ended the run, raise ``StageFailed`` with ``reason``.
         """

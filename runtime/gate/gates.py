@@ -1,4 +1,4 @@
-"""The gate: checks a stage's graph before ONNX Runtime loads it, and refuses harmful graphs.
+"""The gate: a check that a stage's graph must pass before ONNX Runtime loads it.
 
 If a graph refers to external data, ONNX Runtime 1.19.2 opens any file and reads any memory address
 that the graph names.  Some other graphs crash the process.  So ONNX Runtime only gets graphs like
@@ -31,13 +31,13 @@ _MOST_KEPT = 1 << 14
 
 
 def check_graph(stage: str, content: bytes) -> None:
-    """Check the bytes of a stage's graph, and refuse graphs that could harm the process.
+    """Check the bytes of a stage's graph, and refuse a graph that could harm the process.
 
     ``stage`` is the stage's name for the error message.  The check takes time in proportion to the
     number of fields, which is at most ``STAGE.fields``, and needs little memory.
 
     Raises:
-        ForbiddenGraph: the graph is not one that ``splitonnx cut`` writes.
+        ForbiddenGraph: the graph is not like those that ``splitonnx cut`` writes.
     """
     gate = _Gate(stage, content)
     if len(content) > STAGE.total_bytes:
@@ -52,7 +52,7 @@ def check_graph(stage: str, content: bytes) -> None:
 
 
 def is_ort_format(content: bytes) -> bool:
-    """Return whether ONNX Runtime would take these bytes for its own file format (ORT format)."""
+    """Return whether ONNX Runtime would read these bytes as its own file format (ORT format)."""
     return content[4:8] == b"ORTM"
 
 

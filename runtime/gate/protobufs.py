@@ -30,7 +30,7 @@ class Malformed(ValueError):
 
 
 class Wire(IntEnum):
-    """The encoding of a field, which Protocol Buffers call its wire type; groups are left out."""
+    """The encodings of a field, called wire types in Protocol Buffers; groups are not supported."""
 
     NUMBER = 0
     FIXED64 = 1

@@ -64,7 +64,7 @@ class _Request:
 
 
 class Budget:
-    """Memory that the tasks of all sessions share; must be used from one event loop.
+    """Memory that the tasks of all sessions share; use it from one event loop only.
 
     ``total`` is the size of the memory in bytes.  ``workers`` is how many users may have tasks at
     the same time, or ``None`` for no limit.  A user is an owner, or a session without an owner.
@@ -93,14 +93,14 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """Return how many bytes of the shared memory tasks have, not counting the reserve."""
+        """Return how many bytes of the shared memory are in use, not counting the reserve."""
         return sum(held.size for held in self._held.values() if not held.is_reserve)
 
     def check(self, size: int) -> None:
         """Check that a task of ``size`` bytes is not too large for the budget.
 
         Raises:
-            TaskTooLarge: ``size`` is over the limit; the error names both.
+            TaskTooLarge: ``size`` is over the limit; the error contains both numbers.
         """
         if size > self.total:
             raise TaskTooLarge(size, self.total)
@@ -142,7 +142,7 @@ class Budget:
         return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Record that an open task continues and now needs ``size`` bytes, without waiting.
+        """Record that an open task continues and now needs ``size`` bytes; never wait for memory.
 
         Two tasks that both wait for more memory could block each other forever.  So a task is
         refused if it needs more than is left, or more than its owner's share while others wait.

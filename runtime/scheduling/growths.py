@@ -1,8 +1,8 @@
-"""A record of how far tasks grew after their first message, so that later tasks reserve enough.
+"""A record of how much memory tasks needed after their first message.
 
 Some sizes are known only from a task's later messages, so the memory that it needs is not known
-when it begins.  But the tasks of one client are much alike, so the next task reserves as much as
-earlier tasks needed in the end.  Otherwise a task could be interrupted because others hold the
+when it begins.  But the tasks of one client are usually similar, so the next task reserves as much
+as earlier tasks needed in the end.  Otherwise a task could be interrupted because others hold the
 remaining memory, begin again with as little as before, and be interrupted again.
 """
 
@@ -24,7 +24,7 @@ The remembered size shrinks by the difference, divided by this number.
 
 
 class TaskKind(NamedTuple):
-    """A kind of tasks, which are expected to need similar amounts of memory.
+    """A kind of task; tasks of the same kind probably need similar amounts of memory.
 
     ``first`` is how many bytes a task needs according to its first message.
     """
@@ -50,8 +50,8 @@ class Growths:
     def foresee(self, kind: TaskKind) -> int:
         """Return how many bytes a task of this kind will probably need.
 
-        This is the size remembered from past tasks.  If none is remembered, it is the size that the
-        first message needs.
+        This is the size remembered from earlier tasks.  If no size is remembered, it is the size
+        that the first message needs.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:
@@ -61,7 +61,7 @@ class Growths:
         return kinds[kind]
 
     def note(self, kind: TaskKind, size: int) -> None:
-        """Record that an open task of this kind needs ``size`` bytes, granted or not."""
+        """Record that an open task needs ``size`` bytes, whether or not they are granted."""
         if size <= self.foresee(kind):
             return
         if kind.user not in self._most and len(self._most) >= _MOST_USERS:
@@ -73,10 +73,10 @@ class Growths:
             kinds.popitem(last=False)
 
     def end(self, kind: TaskKind, size: int) -> None:
-        """Record that a task of this kind is over and needed ``size`` bytes in the end.
+        """Record that a task is over and needed ``size`` bytes in the end.
 
-        If the task needed less than is remembered, the remembered size shrinks a little.  So a
-        single large task does not make all later tasks wait for as much memory.
+        If this is less than the remembered size, the remembered size shrinks a little.  So a single
+        large task does not make all later tasks wait for as much memory.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:

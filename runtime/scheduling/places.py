@@ -18,10 +18,11 @@ Replacing a user costs the start of a process.
 
 
 class Places:
-    """The users that have one of ``most`` places, and since when.
+    """A limited number of places, and the users that have them.
 
-    ``is_there`` returns whether a user may still need its place; a user that is gone loses its
-    place as soon as another user needs it.  ``clock`` returns seconds and never goes back.
+    ``most`` is the number of places.  ``is_there`` returns whether a user may still need its place;
+    a user that is gone loses its place as soon as another user needs it.  ``clock`` returns seconds
+    and never goes back.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Places:
         """Assign a place to a user, and return whether the user has a place now.
 
         If no place is free, another user is evicted if possible.  ``at_work`` are the users that
-        are working and cannot be evicted.
+        are working and so cannot be evicted.
         """
         if user in self._since:
             return True

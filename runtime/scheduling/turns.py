@@ -2,7 +2,7 @@
 
 Each owner has its own queue of pieces of work.  At most one piece per owner runs at a time, and the
 owner that has used the least time comes next.  This is start-time fair queuing (Goyal, Vin and
-Cheng, 1996), with the seconds that a piece took as its length, which is known once it is done.  An
+Cheng, 1996).  The length of a piece is the time that it took, so it is known only afterwards.  An
 owner that returns after a pause starts level with the others and gets no credit for the pause.
 
 Pieces are not interrupted.  To prevent long pieces from filling every place, one extra place is
@@ -49,7 +49,7 @@ class _Line(Generic[_Piece]):
 
 
 class FairQueue(Generic[_Piece]):
-    """The order in which waiting pieces of work run; uses no threads and no clock.
+    """The order in which waiting pieces of work run; it uses no threads and no clock.
 
     ``places`` is how many pieces may run at the same time, at most one per owner.  One more piece
     may run if all recent pieces of its owner were short.
@@ -75,9 +75,9 @@ class FairQueue(Generic[_Piece]):
         self._waiting += 1
 
     def take(self) -> tuple[Hashable, _Piece] | None:
-        """Remove and return the next piece that may run, with its owner; ``None`` if there is none.
+        """Remove the next piece that may run, and return it together with its owner.
 
-        Call :meth:`finish` when the piece is done.
+        Return ``None`` if no piece may run now.  Call :meth:`finish` when the piece is done.
         """
         if not self._waiting:
             return None
@@ -142,11 +142,11 @@ class _Work:
 
 
 class Turns:
-    """Runs pieces of work in threads, in the order of a :class:`FairQueue`.
+    """A scheduler that runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
-    A waiting piece does not occupy a thread.  Use this from one event loop only.  ``places`` is how
-    many pieces run at the same time, by default the number of CPUs.  ``clock`` returns seconds and
-    never goes back.
+    A waiting piece does not occupy a thread.  Use a scheduler from one event loop only.  ``places``
+    is how many pieces run at the same time, by default the number of CPUs.  ``clock`` returns
+    seconds and never goes back.
     """
 
     def __init__(

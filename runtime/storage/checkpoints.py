@@ -110,16 +110,16 @@ _DECODER = msgspec.json.Decoder(_Facts)
 
 
 class CheckpointStore:
-    """The checkpoints of one session in one party's folder; not safe for two threads at a time.
+    """The checkpoints of one session in one party's folder; not thread-safe.
 
-    Writing a checkpoint deletes all checkpoints of later steps.  They exist only if the session
-    went back to an earlier step, and would be wrong for the new course of training.
+    Writing a checkpoint deletes all checkpoints of later steps.  Such checkpoints exist only if the
+    session went back to an earlier step, and they do not fit the new course of training.
     """
 
     def __init__(
         self, folder: Path, manifest: PartyManifest, session: str, *, kept: int = KEPT
     ) -> None:
-        """Set the session's folder within the party's ``folder``; nothing is created yet.
+        """Choose the session's folder inside the party's ``folder``, without creating it.
 
         Raises:
             UsageError: ``session`` is not 32 lower-case hexadecimal digits.
@@ -141,8 +141,8 @@ class CheckpointStore:
         graceful stop is deleted.
 
         Raises:
-            NotSaved: the disk is full, the folder is read-only, or the like.  Earlier checkpoints
-                are unchanged, and nothing of the new checkpoint remains.
+            NotSaved: the checkpoint cannot be written, for example because the disk is full.
+                Earlier checkpoints are unchanged, and nothing of the new checkpoint remains.
             BundleError: the tensors do not match the manifest, or the checkpoint belongs to another
                 session or owner.
         """

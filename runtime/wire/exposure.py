@@ -1,4 +1,4 @@
-"""Checks before a server listens on an address that others on the network can reach."""
+"""Safety checks for a server that can be reached from the network."""
 
 from __future__ import annotations
 

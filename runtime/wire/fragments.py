@@ -1,4 +1,4 @@
-"""Splitting of messages into fragments, so that neither side buffers a large message twice."""
+"""Fragments of large messages, so that neither side keeps a second copy of a large message."""
 
 from __future__ import annotations
 

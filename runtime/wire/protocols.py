@@ -1,10 +1,10 @@
 """The protocol between a client and a server, without any network input or output.
 
-It decodes bytes to checked messages, and encodes messages to bytes.  An exchange of messages goes
-through states: :data:`MOVES` lists which party may send which message in which state, and which
-state follows.  The table is the same for both sides.  Before a message is used, the names, dtypes,
-shapes and value ranges of its tensors are compared with the manifest.  What the tensors mean does
-not matter here.
+It decodes and checks received messages, and encodes messages to be sent.  An exchange of messages
+goes through states: :data:`MOVES` lists which party may send which message in which state, and
+which state follows.  The table is the same for both sides.  Before a message is used, the names,
+dtypes, shapes and value ranges of its tensors are compared with the manifest.  This module does not
+know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Protocol:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Return the sizes of the dimensions that the newest task's tensors have shown so far."""
+        """Return the dimension sizes of the newest task that are known so far, by name."""
         return self._sizes
 
     def close(self) -> None:
@@ -192,7 +192,7 @@ class Protocol:
 
 
 def list_wires(manifest: PartyManifest) -> Wires:
-    """Return the wires of each phase, as a greeting contains them.
+    """Return the wires of each phase, for use in a greeting.
 
     A wire is a tensor that one party sends to the other.  Phases without wires are left out.
     """

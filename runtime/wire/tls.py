@@ -26,7 +26,7 @@ def make_server_tls(
     """Create the TLS context of a server.
 
     ``certificate`` is a PEM file with the server's certificate, followed by any intermediate
-    certificates.  ``key`` is a PEM file with its private key, without a password.
+    certificates.  ``key`` is a PEM file with the private key, without a password.
     ``client_authority`` is a PEM file with a certificate authority; if it is given, clients must
     show a certificate that this authority signed.
 
@@ -52,8 +52,8 @@ def make_client_tls(
     """Create the TLS context of a client, which always checks the server's name.
 
     ``authority`` is a PEM file of trusted certificate authorities; by default, the operating
-    system's list is used.  ``certificate`` and ``key`` are the client's own, for servers that
-    require client certificates.
+    system's list is used.  ``certificate`` and ``key`` are PEM files with the client's own
+    certificate and private key, for servers that ask for them.
 
     Raises:
         UsageError: ``certificate`` is given without ``key``, or ``key`` without ``certificate``.
@@ -73,7 +73,7 @@ def make_client_tls(
 
 
 def describe_failure(error: ssl.SSLError) -> str | None:
-    """Return a readable reason for a TLS failure, or ``None`` if the failure is not a known one."""
+    """Return a readable reason for a TLS failure, or ``None`` if the cause is not recognized."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     reason = (error.reason or "").lower().replace("_", " ")

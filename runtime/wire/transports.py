@@ -1,4 +1,4 @@
-"""The interface of a client's connection, over which it exchanges messages with a server."""
+"""The interface of a client's connection to a server."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from splitonnx.codecs import Chunk
 
 
 class Transport(Protocol):
-    """A client's connection to a server.
+    """A connection over which a client exchanges messages with a server.
 
-    ``bytes_sent`` and ``bytes_received`` are the total sizes of the complete messages.
+    ``bytes_sent`` and ``bytes_received`` count the bytes of complete messages.
     """
 
     bytes_sent: int
     bytes_received: int
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send one message, whose content is given in chunks.
+        """Send the concatenated chunks as one message.
 
         Raises:
             ConnectionLost: the message cannot be sent.

@@ -1,6 +1,6 @@
-"""Checks of received tensors for NaN, infinity and gradients whose norm is too large.
+"""Checks that received tensors are finite, and that the norms of gradients are not too large.
 
-A step uses the tensors only if they pass.  This module checks the values of arrays; the protocol
+Tensors are checked before a step uses them.  This module checks the values of arrays; the protocol
 decides which tensors are checked.
 """
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 18
 def check_finite(name: str, array: np.ndarray, where: str) -> None:
     """Check that a floating-point array contains neither NaN nor infinity.
 
-    ``where`` tells the reader of the error when the array arrived, such as ``step 3``.
+    ``where`` is added to the error message, for example ``step 3``.
 
     Raises:
         NotFinite: the array contains NaN or infinity; the error contains ``name`` and ``where``.

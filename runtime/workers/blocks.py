@@ -27,7 +27,7 @@ from splitonnx.graph_limits import STAGE
 from splitonnx.tensors import DTYPES, name_dtype
 
 ALIGNMENT = 64
-"""The first byte of every tensor is at a multiple of this number."""
+"""Every tensor in a block begins at a multiple of this many bytes."""
 SMALLEST = 1 << 20
 """Size of the smallest block in bytes."""
 MAX_RANK = STAGE.rank
@@ -126,7 +126,7 @@ class FileBlock:
         self._size = size
 
     def unmap(self) -> None:
-        """Release the mapping, which no array may use any more."""
+        """Release the mapping; no array may still be using it."""
         assert self._memory is not None
         self._memory.close()
         self._memory = None
@@ -190,7 +190,7 @@ class NamedBlock:
 class SharedTensors:
     """Tensors in an anonymous file that can no longer be changed.
 
-    Child processes inherit the file. ``tensors`` are read-only arrays that map the file.
+    Child processes inherit the file, and ``tensors`` are read-only arrays that map it.
     """
 
     def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:

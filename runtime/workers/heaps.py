@@ -50,11 +50,12 @@ class Heap:
 
 
 def keep_buffers() -> None:
-    """Make the heap keep the memory of freed messages of a few MiB for the next messages.
+    """Make the heap reuse the memory of freed messages instead of returning it to the system.
 
-    Up to ``_KEPT_BUFFERS`` bytes are kept per thread.  Otherwise the memory pages of a message may
-    be returned to the system and requested again for every message, depending on the order in which
-    blocks are freed.  That takes up to a twentieth of the time of a step that sends 1 MiB each way.
+    Up to ``_KEPT_BUFFERS`` bytes are kept per thread.  Otherwise, depending on the order in which
+    blocks are freed, the memory pages of a message may be returned to the system and requested
+    again for every message.  That takes up to a twentieth of the time of a step that sends 1 MiB
+    each way.
     """
     library = _find_glibc()
     if library is not None:
@@ -63,12 +64,12 @@ def keep_buffers() -> None:
 
 
 def exempt_loaded() -> None:
-    """Exempt all present objects from garbage collection, during which no thread can run.
+    """Exempt all objects that exist now from garbage collection.
 
-    In a process that serves or trains, most objects belong to its modules and are never freed.  A
-    full collection that visits them takes 50 to 75 ms, and no message is answered in that time.
-    Call this only in processes that run nothing but splitonnx: in other programs, present objects
-    may become garbage later.
+    In a process that serves or trains, most of these objects belong to modules and are never freed.
+    A full collection that visits them takes 50 to 75 ms.  During that time no thread can run, so no
+    message is answered.  Call this only in processes that run nothing but splitonnx: in other
+    programs, objects that exist now may become garbage later.
     """
     gc.collect()
     gc.freeze()

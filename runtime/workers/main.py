@@ -224,7 +224,7 @@ def _end_with_server(number: int) -> None:
 
 
 def main() -> None:
-    """Run a worker for the server process that started this process, until the server ends."""
+    """Answer the requests of the server that started this process, until the server ends."""
     _leave_no_core()
     if sys.platform == "win32":
         import msvcrt

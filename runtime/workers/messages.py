@@ -49,7 +49,7 @@ Fact = str | int | float | bool | None | list[str | int]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to load the party whose stages the worker runs.
+    """An action that loads the party whose stages the worker runs.
 
     ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
     are in the shared block.  ``memory_bytes`` limits the memory of the process.
@@ -65,7 +65,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to begin or restore a session.
+    """An action that begins or restores a session.
 
     ``state`` is the position of the session's state in the shared block.  If it is ``None``, the
     session begins with the initial weights.
@@ -77,14 +77,14 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments for opening a task."""
+    """The seed and the learning rate with which a task is opened."""
 
     seed: int
     learning_rate: float
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to pass tensors to a task and to run the task until it has tensors to send.
+    """An action that passes tensors to a task and runs the task until it has tensors to send.
 
     If ``begin`` is given, the task is opened first.
     """
@@ -96,27 +96,27 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to continue a task that stopped because it had tensors to send."""
+    """An action that continues a task which has paused because it had tensors to send."""
 
     session: int
     key: TaskKey
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to commit a finished task."""
+    """An action that commits a finished task."""
 
     session: int
     key: TaskKey
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request for the session's state."""
+    """An action that returns the session's state."""
 
     session: int
 
 
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request that has no action of its own.
+    """An action that does nothing itself.
 
     The worker only drops the tasks and sessions that the :class:`Request` names, and frees their
     memory.
@@ -127,10 +127,10 @@ Action = Start | Open | Work | Continue | Finish | Fetch | Tidy
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request to the worker.
+    """A request to the worker, with one action.
 
-    First drop the tasks in ``abandoned`` and the sessions in ``closed``, then perform ``action``.
-    After a task, the process may keep ``kept_bytes`` of freed memory.
+    The worker first drops the tasks in ``abandoned`` and the sessions in ``closed``, and then
+    performs ``action``.  After a task, it may keep ``kept_bytes`` of freed memory.
     """
 
     inbox: Place
@@ -235,7 +235,7 @@ def _read(pipe: Pipe, size: int) -> bytes:
 
 
 def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
-    """Convert an error to a message."""
+    """Convert an exception to a message."""
     facts: list[Fact] = []
     for field in dataclasses.fields(error):  # type: ignore[arg-type]  # all are dataclasses
         value = getattr(error, field.name)
@@ -246,7 +246,7 @@ def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
 
 
 def make_error(failed: Failed) -> SplitonnxError:
-    """Convert a message back to the error that it describes.
+    """Convert a message back to the exception that it describes.
 
     Raises:
         FormatError: the message does not describe a known error.

@@ -123,14 +123,15 @@ class WorkerPool:
     ) -> RemoteExecutor:
         """Create an executor for a session.
 
-        The session begins with the state in ``tensors``, or untrained if that is ``None``.
+        The session begins with the state in ``tensors``, or with the untrained state if ``tensors``
+        is ``None``.  ``step`` is the number of training steps that led to that state.
         """
         return RemoteExecutor(self, _name_user(owner, session), session, tensors, step)
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
         """Return the worker of an executor's owner, and start it if necessary.
 
-        If there are too many workers, a worker of another owner is ended first.
+        If the pool is full, a worker of another owner is ended first.
 
         Raises:
             ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.

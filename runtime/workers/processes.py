@@ -184,12 +184,12 @@ class Worker:
     ) -> dict[str, np.ndarray] | Done:
         """Send a request to the worker, wait for its answer and return it.
 
-        ``tensors`` are the tensors of an action that needs some.  They are copied to shared memory,
-        and their positions are added to the action.
+        ``tensors`` are sent along with the action.  They are copied to shared memory, and the
+        action is sent with their positions.
 
         Raises:
             WorkerEnded: the process ended because of the request, or had ended before.
-            SplitonnxError: the action failed in the worker, which can continue.
+            SplitonnxError: the action failed; the worker can usually continue.
         """
         with self._lock:
             if not self.is_alive:

@@ -63,7 +63,10 @@ class Owner(Protocol):
         """Record that a task succeeded."""
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Record that no worker can be started, and return the error to raise."""
+        """Record that no worker can be started, and return the error to raise.
+
+        ``key`` is the task that needed a worker, and ``why`` is the reason for the failure.
+        """
 
 
 class _Task:
@@ -138,7 +141,7 @@ class RemoteExecutor:
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available, and yield the tensors to send after each.
+        """Run every stage whose inputs are available; after each, yield the tensors to send.
 
         Raises:
             WorkerLost: the worker ended during the task.
@@ -157,8 +160,8 @@ class RemoteExecutor:
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether a task is ready for :meth:`finish`.
 
-        That is when every stage has run, every expected tensor has arrived, and every outgoing
-        tensor was yielded.
+        A task is ready once every stage has run, every expected tensor has arrived, and every
+        outgoing tensor was yielded.
         """
         return self._task(key).is_finished
 
@@ -251,7 +254,7 @@ class RemoteExecutor:
         )
 
     def close(self) -> None:
-        """Release the state in the worker."""
+        """Drop the session in the worker, and remove this executor from its pool."""
         if self._worker is not None:
             self._worker.forget(self._number)
         self._pool.close_executor(self)
