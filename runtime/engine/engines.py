@@ -118,7 +118,7 @@ class Engine:
 
     ``trusted`` means that the caller trusts the bundle's maker.  Only then are graphs in ORT format
     accepted, because the gate cannot check them.  With ``arena``, ONNX Runtime keeps the memory
-    that a stage frees, for the next run.
+    that a stage frees and reuses it in the next run.
 
     A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
     Ctrl-C stops a stage that runs in the main thread.  ``on_stuck`` is called with the name of a

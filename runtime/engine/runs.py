@@ -182,7 +182,7 @@ class _Interrupts:
         self.run = run
 
     def disarm(self) -> None:
-        """Let Python handle Ctrl-C again."""
+        """Return the handling of Ctrl-C to Python."""
         self.run = None
         signal.set_wakeup_fd(self._before)
 

@@ -70,7 +70,7 @@ class _Gate:
         self._names: dict[bytes, str] = {}  # cache: most occur several times
         self._attributes: set[bytes] = set()  # likewise, those that passed the check
         self._types: set[bytes] = set()
-        self._pending: list[tuple[Place, int]] = []  # bodies to be checked, and how deep they lie
+        self._pending: list[tuple[Place, int]] = []  # bodies to be checked, and their depth
 
     def refuse(self, reason: str) -> NoReturn:
         raise ForbiddenGraph(self._stage, self._subject, reason)

@@ -88,8 +88,8 @@ class Budget:
         self._clock = clock
         self._held: dict[Task, _Reservation] = {}
         self._waiting: list[_Request] = []  # in the order of arrival
-        self._shares: dict[Hashable, int] = {}  # how many times each owner was given some, but
-        self._level = 0  # no fewer than this: who comes, or comes back, has saved nothing up
+        self._shares: dict[Hashable, int] = {}  # how many times each owner was granted memory
+        self._level = 0  # the share at which owners that arrive or return start
 
     @property
     def used(self) -> int:

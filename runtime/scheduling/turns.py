@@ -61,7 +61,7 @@ class FairQueue(Generic[_Piece]):
         self._waiting = 0
         self._running = 0  # in the places that any owner may use
         self._is_beside = False  # whether the place for short pieces is taken
-        self._now = 0.0  # virtual: where the piece that began last was due
+        self._now = 0.0  # virtual time at which the piece that began last was due
         self._numbers = itertools.count()
 
     def add(self, owner: Hashable, piece: _Piece) -> None:

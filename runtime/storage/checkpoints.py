@@ -105,7 +105,7 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     position: DataPosition | None
 
 
-# msgspec ends the process where two threads meet a type for the first time at once
+# msgspec ends the process if two threads use a type for the first time at the same time
 _DECODER = msgspec.json.Decoder(_Facts)
 
 
@@ -274,7 +274,7 @@ class CheckpointStore:
         """Create the folder durably, and delete temporary files that a killed process left."""
         self.folder.parent.mkdir(exist_ok=True)  # never the party's folder, if that was deleted
         self.folder.mkdir(exist_ok=True)
-        if not self._settled:  # also where it stood already: its maker may have been killed
+        if not self._settled:  # also if it existed already: its maker may have been killed
             sync_folder(self.folder.parent.parent)
             sync_folder(self.folder.parent)
             self._settled = True

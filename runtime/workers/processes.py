@@ -249,7 +249,7 @@ class Worker:
     def end(self) -> None:
         """End the process; if it is still busy after ``END_SECONDS``, kill it."""
         if not self._lock.acquire(timeout=END_SECONDS):
-            self._process.kill()  # whoever asked for it finds it ended, and lets go of the lock
+            self._process.kill()  # the thread with the lock gets an error and releases it
             self._lock.acquire()
         try:
             if self.is_alive:
@@ -259,7 +259,7 @@ class Worker:
             self._lock.release()
 
     def _tidy(self) -> None:
-        self._is_tidying = False  # what comes from now on takes another thread
+        self._is_tidying = False  # from now on, another call starts another thread
         with suppress(WorkerEnded, SplitonnxError):  # the next user of the worker gets the error
             self.ask(Tidy())
 

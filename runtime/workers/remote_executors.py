@@ -221,7 +221,7 @@ class RemoteExecutor:
                 self._worker, self._start = None, given
             return True
         except WorkerEnded:
-            return True  # the session is lost, as its next message finds
+            return True  # the session is lost; its next message gets the error
         except SplitonnxError:
             return False
         finally:
