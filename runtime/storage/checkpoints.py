@@ -65,9 +65,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The position in the data at which the next step begins; only clients use it.
 
     ``epoch`` counts from 0, and ``batch`` is how many batches of this epoch were already trained.
-    The other fields describe how the data are split and shuffled, and must be the same when
-    training resumes.  ``samples`` is the number of samples, or ``None`` if it is not known in
-    advance.
+    The other fields describe how the data are split and shuffled, and must not change when training
+    resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
     """
 
     epoch: _Count
@@ -208,18 +207,14 @@ class CheckpointStore:
         return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
-        """Compute how many more bytes the files will take with a new checkpoint of ``nbytes``.
-
-        The result is less than ``nbytes`` if old checkpoints will be deleted.
-        """
+        """Compute by how many bytes the files grow when a checkpoint of ``nbytes`` is written."""
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
     def rewind(self, step: int) -> None:
         """Delete the checkpoints of later steps, because the session goes back to ``step``.
 
-        Otherwise an old checkpoint could be mistaken for a checkpoint of the new course of
-        training.
+        Otherwise an old checkpoint could be mistaken for one that is trained from ``step`` on.
 
         Raises:
             NotSaved: the deletion cannot be made durable.
@@ -239,8 +234,8 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the session's checkpoints and its folder.
 
-        The newest checkpoint is deleted last, so that the session can still be resumed if the
-        process is killed halfway.
+        The newest checkpoint is deleted last, so a process killed halfway leaves the session
+        usable.
         """
         clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))
