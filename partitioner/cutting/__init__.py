@@ -1,4 +1,4 @@
-"""Divide a model between parties: find legal cuts and wires, and build each party's stages.
+"""Divide a model between two parties: find legal cuts, and build the stages that each party runs.
 
-This package may import every other package except the reports.
+Modules here may import every other package of the partitioner except the reports.
 """

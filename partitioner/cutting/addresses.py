@@ -1,7 +1,10 @@
-"""Checks before kernels that compute memory addresses from values that a peer may choose.
+"""Add checks before kernels that compute memory addresses from values that a peer may choose.
 
-The kernels were tested on onnxruntime-training 1.19.2, each in its own process, with known bytes
-planted in memory:
+Each function adds its checks to a graph and returns the node's checked inputs by their index.  If a
+check fails while the graph runs, the stage ends with an error before the kernel is called.
+
+Without these checks, the kernels of onnxruntime-training 1.19.2 do the following.  Each was tested
+in its own process, with known bytes planted in memory:
 
 - GridSample reads outside the image when it reflects a distant coordinate, or reflects in an
   image of a single pixel.
@@ -41,19 +44,22 @@ Checked = Mapping[int, ir.Value]
 
 _GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 _PERIOD = 4.0
-"""Period of reflection, in half lengths of an image."""
+"""Reflected coordinates repeat after this distance, measured in half lengths of an image."""
 _REACH = 4
-"""How far RoiAlign boxes may extend, in image lengths, if the sample count grows with the box."""
+"""Limit of a RoiAlign box's coordinates, in image lengths, if larger boxes take more samples."""
 _FIXED_REACH = 1 << 20
-"""How far RoiAlign boxes may extend, in image lengths, if each bin has a fixed sample count."""
+"""Limit of a RoiAlign box's coordinates, in image lengths, if each bin takes a fixed number."""
 
 
 def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check the sampling coordinates of a GridSample that reflects at the image border.
+    """Limit the sampling coordinates of a GridSample that reflects at the image border.
 
-    Reflection is periodic, so each coordinate p is replaced by p mod 4, which reflects to the same
-    pixel and equals p within 4 half lengths.  Fail on a coordinate that is not a number, and on
-    reflection in an image that is one pixel wide.
+    Reflection repeats every 4 half lengths of the image, so each coordinate is replaced by its
+    remainder modulo 4, which reflects to the same pixel.  The check fails if a coordinate is not a
+    number or, with ``align_corners``, if the image is one pixel wide.
+
+    Raises:
+        UnsupportedModel: the image is already known to be one pixel wide.
     """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
@@ -79,11 +85,11 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check the image number of each RoiAlign box, and fail on boxes far outside the image.
+    """Check that each RoiAlign box names an existing image and is not far outside it.
 
     If the number of samples per bin depends on the box size, RoiAlign lists all samples at once, so
-    a box must end near the image.  With a fixed number of samples, a box may extend up to
-    2**20 image lengths.
+    coordinates are limited to 4 image lengths.  With a fixed number of samples, the limit is 2**20
+    image lengths.
     """
     image, boxes, numbers = node.inputs[:3]
     assert image is not None
@@ -110,7 +116,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each index of a MaxUnpool lies within its output."""
+    """Check that each index that a MaxUnpool reads is smaller than the size of its output."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
@@ -131,7 +137,7 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each cropped axis of a Pad is long enough for the values that it repeats."""
+    """Check that each axis of a Pad's input, after cropping, has all the values to be repeated."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None
@@ -166,7 +172,7 @@ def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
-    """Compute the least length of each axis from the widths of padding before and after it."""
+    """Compute how long each axis must be at least, given the padding before and after it."""
     most = np.maximum(widths.max(axis=0), 0)
     needed = (most > 0).astype(np.int64)
     lent = {"reflect": most + needed, "wrap": np.maximum(most, needed)}.get(mode, needed)
@@ -174,7 +180,11 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the column count of a Col2Im matches the positions of its block in the image."""
+    """Check that a Col2Im has one column for each position of its block in the image.
+
+    Raises:
+        UnsupportedModel: the number of the image's dimensions is not known.
+    """
     x, image, block = node.inputs[:3]
     assert x is not None
     assert image is not None
@@ -223,7 +233,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
 
 
 def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that AffineGrid has one matrix per image, of a shape that matches the image's rank."""
+    """Check that an AffineGrid gets one matrix per image, in the right shape for the image."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
     assert size is not None
@@ -241,7 +251,11 @@ def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Fail if the axis of a DFT is the last one, which holds the real and imaginary parts."""
+    """Check that a DFT does not transform the last axis, which holds real and imaginary parts.
+
+    Raises:
+        UnsupportedModel: the axis is already known to be the last one.
+    """
     x = node.inputs[0]
     assert x is not None
     axis = node.inputs[2] if len(node.inputs) > 2 else None
@@ -262,7 +276,7 @@ def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the weight shapes of an LSTM, GRU or RNN match its input and its hidden size."""
+    """Check that the weights of an LSTM, GRU or RNN fit the size of its input and hidden state."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None
@@ -286,7 +300,7 @@ def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def _differs(builder: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Value:
-    """Check whether two vectors of sizes differ in any element (BOOL, scalar)."""
+    """Build a BOOL scalar that is true if two vectors of sizes differ in any element."""
     distance = builder.op("Abs", note(builder.op("Sub", note(found, I64), note(wanted, I64)), I64))
     total = builder.op("ReduceSum", note(distance, I64), keepdims=0)
     return note(builder.op("Greater", note(total, I64), builder.integer(0)), BOOL)
@@ -310,7 +324,7 @@ def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_frames(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Fail if the frame length of an STFT is zero or negative."""
+    """Check that the frame length of an STFT is positive."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):

@@ -1,7 +1,7 @@
-"""Build a bundle from joint graphs: each party's stages, lowered to its target, and its manifest.
+"""Build a bundle from joint graphs: the stages and the manifest of each party.
 
-This is the partitioner's outermost layer: it writes the manifest and calls the modules that do the
-work.
+The graphs of a party with the portable target are lowered to standard operators.  This module
+writes the manifests; the modules that it calls do the rest.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from splitonnx.tensors import TensorSpec, name_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """One party's share of a phase: its entry in the manifest, and the graphs of its stages."""
+    """One party's part of a phase: its entry in the manifest, and the graphs of its stages."""
 
     phase: Phase
     graphs: Mapping[str, bytes]
@@ -102,7 +102,10 @@ def assemble(
 
 
 def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
-    """Store in the skeleton the weights that no party uses: those of outputs that read no input."""
+    """Store the weights that no party uses in the skeleton.
+
+    Only outputs that depend on no input use such weights.
+    """
     owned = {name for party in parties.values() for name in party.weights}
     orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
     restore_weights(prepared.skeleton.graph, orphans)
@@ -151,7 +154,10 @@ def _find_role(prepared: PreparedModel, training: JointGraph, name: str) -> Role
 
 
 def _digest(parties: Mapping[str, PartyBundle]) -> str:
-    """Hash everything that the parties must agree on: manifests, graphs by hash, weights."""
+    """Hash everything that the parties must agree on: the manifests and the weights.
+
+    The manifests contain the hashes of the graphs.
+    """
     total = hashlib.sha256()
     for name in sorted(parties):
         total.update(encode_manifest(parties[name].manifest))
@@ -163,7 +169,7 @@ def _digest(parties: Mapping[str, PartyBundle]) -> str:
 
 
 def _cut_phase(joint: JointGraph) -> list[StageCut]:
-    """Cut the stages of all parties out of a phase's joint graph."""
+    """Split a phase's joint graph into the stages of all parties."""
     return cut_stages(joint.graph, [wire.crossing for wire in joint.wires], joint.targets)
 
 
@@ -242,7 +248,7 @@ def _share_training(
     portable: bool,
     optimizer: Optimizer,
 ) -> _Share:
-    """Build the stages that compute a party's gradients, followed by its update."""
+    """Build a party's training stages: its gradients first, then the update of its parameters."""
     share = _share_phase(TRAIN, joint, every, party, portable)
     inputs = map_values(joint.graph)
     own = {
@@ -300,7 +306,10 @@ def _name_norms(party: str) -> str:
 
 
 def _order_norms(joint: JointGraph, own: Mapping[str, Sequence[TensorSpec]]) -> Norms:
-    """Return the position of each of the model's parameters in the parties' joined vectors."""
+    """Find each parameter's position in the parties' vectors of squared gradient norms.
+
+    The positions count through the vectors of all parties, one after the other.
+    """
     places: dict[str, int] = {}
     for place, spec in enumerate(spec for specs in own.values() for spec in specs):
         places.setdefault(spec.name, place)
@@ -318,7 +327,7 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
 
 
 def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
-    """Build the client's stage that computes loss and metric from a prediction and its labels."""
+    """Build the client's stage that computes the loss and metric of a prediction."""
     output = next(v for v in prepared.inference.graph.outputs if v.name == recipe.output)
     model, attached = build_evaluation(recipe.loss, output, find_activation(output, recipe.loss))
     lower(model.graph)

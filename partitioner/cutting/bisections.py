@@ -1,14 +1,14 @@
-"""Find every single tensor that divides a graph, in one walk forward and one backward.
+"""Find every tensor at which a model can be cut in two, in one forward and one backward walk.
 
-Dividing a graph at one tensor takes a walk through the whole graph, so trying each tensor
-separately would be quadratic.  But the tensors that alone divide a graph form a chain in which each
-depends on the one before.  The nodes that the client needs for one tensor are among those that it
-needs for the next, and the reverse holds for the server.  So one growing set per party is enough,
-and each walk visits every node once.
+Checking a single tensor takes a walk through the graph, so checking each tensor separately would
+take quadratic time.  But the tensors that divide a graph on their own form a chain in which each
+tensor depends on the previous one.  From one tensor to the next, the client only ever needs more
+nodes, and the server fewer.  So one growing set of nodes per party is enough, and each walk visits
+every node once.
 
 :func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are tried
-with it, up to a bound.  If raw inputs may cross beside a tensor, the candidates of
-:mod:`bottlenecks` are tried too.
+with that function, up to a limit.  If raw inputs may be sent together with a tensor, the tensors
+that :mod:`bottlenecks` finds are tried too.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -37,17 +37,17 @@ from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, re
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 
 MOST_VISITS = 4_000_000
-"""Most nodes visited by calls of :func:`divide`, each of which walks through the whole graph."""
+"""Limit of nodes visited by all calls of :func:`divide`; each call visits the entire graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """A tensor that alone divides a graph.
+    """A legal cut at a single tensor.
 
-    ``at`` holds the tensor, followed by the raw inputs that must be sent beside it.  ``client`` is
-    the number of elements in the trained parameters that the tensor depends on, ``server`` that of
-    the trained parameters that the server reads.  ``trained`` is true if the tensor depends on a
-    trained parameter.
+    ``at`` holds the tensor, followed by the raw inputs that must be sent with it.  ``client`` is
+    the number of elements in the trained parameters that the tensor depends on, and ``server`` the
+    number of elements in the trained parameters that the server reads.  ``trained`` is true if the
+    tensor depends on a trained parameter.
     """
 
     at: tuple[ir.Value, ...]
@@ -63,14 +63,14 @@ def find_bisections(
     trainable: Mapping[str, int],
     sent: Sequence[ir.Value] = (),
 ) -> list[Bisection]:
-    """Find every tensor that alone divides the graph in two, in the graph's order.
+    """Find every single tensor at which the graph can be cut in two, in the graph's order.
 
-    ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps the
-    trained ones to their number of elements.  The raw inputs ``sent`` may cross beside a tensor if
-    the cut requires it.
+    ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps each
+    trained weight to its number of elements.  The raw inputs in ``sent`` may be sent together with
+    a tensor if the cut requires it.
 
     Raises:
-        TooManyTries: too many tensors would each need a walk through the whole graph.
+        TooManyTries: trying tensors one by one would visit more than :data:`MOST_VISITS` nodes.
     """
     around = survey(graph, state=state, trainable=trainable)
     candidates = _list_candidates(graph, around, sent, trainable)
@@ -101,9 +101,9 @@ def _list_candidates(
     sent: Sequence[ir.Value],
     trainable: Collection[str],
 ) -> list[ir.Value]:
-    """List the tensors that are the only live data-dependent tensor just after they are computed.
+    """List the tensors that pass a quick test which every single-tensor cut passes.
 
-    Every single-tensor cut has this property, whatever the topological order.
+    Just after the tensor is computed, no other tensor that depends on data is still needed later.
     """
     lone = around.data - find_opened(graph, sent, around.data, trainable)
     needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
@@ -134,9 +134,9 @@ def _add_beside(
     sent: Sequence[ir.Value],
     trainable: Collection[str],
 ) -> list[ir.Value]:
-    """Add tensors that may divide the graph together with ``sent``.
+    """Add the tensors that may divide the graph if the inputs in ``sent`` are sent too.
 
-    Values that the server computes from ``sent`` may be live beside such a tensor.
+    At such a tensor, values that the server computes from these inputs may still be needed.
     """
     if not sent:
         return candidates
@@ -156,7 +156,10 @@ def _try(
     trainable: Mapping[str, int],
     around: Surroundings,
 ) -> Bisection:
-    """Try :func:`divide` with one tensor and the inputs in ``sent`` that must cross beside it."""
+    """Divide the graph at one tensor, and send the inputs in ``sent`` that the cut requires.
+
+    Return ``_REFUSED`` if the cut is not legal.
+    """
     with suppress(NotACut, SharedParameter):
         partition = _divide_at(graph, value, sent, state, trainable, around)
         before = {source.name for source in walk_back([value])[1]} & set(trainable)
@@ -199,14 +202,14 @@ def _divide_at(
 def _list_read(
     graph: ir.Graph, only: ir.Value, sent: Sequence[ir.Value], around: Surroundings
 ) -> list[ir.Value]:
-    """List the inputs in ``sent`` that the server reads if all of them cross beside the tensor."""
+    """List the inputs in ``sent`` that the server would read if all of them were sent."""
     ends = list_server_outputs(graph, [only], around.sizes)
     _, sources = walk_back(ends, {only, *sent}, around.sizes)
     return [value for value in sent if value in sources]
 
 
 class _Client:
-    """The nodes and weights that the client needs for each tensor of the chain."""
+    """The nodes and weights that the client needs for a cut at each tensor of the chain."""
 
     def __init__(self, around: Surroundings, trainable: Mapping[str, int]) -> None:
         self._around, self._trainable = around, trainable
@@ -219,15 +222,18 @@ class _Client:
         self._total = 0
         self._held = list(around.raw)
         self.entered: dict[ir.Node, int] = {}
-        """The place in the row at which the client first needs a node."""
+        """Map each node to the position in the chain from which on the client needs the node."""
         self.first_read: dict[str, int] = {}
-        """The place at which it first reads a trained parameter."""
+        """Map each trained parameter to the position from which on the client reads it."""
         self.elements: list[int] = []
         self.trained: list[bool] = []
         self.regular: list[bool] = []
 
     def advance(self, value: ir.Value) -> bool:
-        """Append a tensor to the chain if it depends on the last tensor in it."""
+        """Append a tensor to the chain if it depends on the chain's last tensor.
+
+        Return whether the tensor was appended.
+        """
         every, sources, met = self._all.explore([value], {})
         new, _, met_head = self._head.explore([value], {})
         if self._last is not None and not (self._last in met and self._last in met_head):
@@ -264,7 +270,10 @@ _Sizes = tuple[Amount, ...] | None
 
 
 class _Server:
-    """The nodes and weights that the server needs after each tensor of the chain, in reverse."""
+    """The nodes and weights that the server needs for a cut at each tensor of the chain.
+
+    The chain is walked from its end to its start.
+    """
 
     def __init__(
         self,
@@ -293,9 +302,10 @@ class _Server:
         self._elements = 0
 
     def classify(self, place: int) -> Bisection | None:
-        """Return the bisection at the tensor at ``place``, or ``None`` if this walk cannot decide.
+        """Check the cut at position ``place`` of the chain.
 
-        Must be called with descending values of ``place``.
+        Return ``_REFUSED`` if the cut is not legal, and ``None`` if this walk cannot decide.  Call
+        this method once for every position, from the last one to the first.
         """
         self._shared -= self._until.pop(place + 1, 0)
         targets = self._ends.pop(place, [])
@@ -354,13 +364,13 @@ class _Server:
                     self._share(self._client.first_read.get(value.name or ""), place)
 
     def _share(self, since: int | None, place: int) -> None:
-        """Record the nodes that the client has too, from position ``since`` in the chain on."""
+        """Record that both parties need a node or weight for cuts from ``since`` to ``place``."""
         if since is not None and since <= place:
             self._shared += 1
             self._until[since] += 1
 
     def _list_underived(self, held: ir.Value) -> list[ir.Node]:
-        """List the nodes whose sizes the server can neither compute nor read from the tensor."""
+        """List the nodes whose sizes the server can neither compute nor read from ``held``."""
         own = tuple(d for d in self._around.known.shape(held) or () if isinstance(d, Dim))
         found: list[ir.Node] = []
         for wanted, nodes in self._away.items():
@@ -372,9 +382,10 @@ class _Server:
         return found
 
     def _classify_size(self, node: ir.Node, place: int) -> bool | None:
-        """Return whether the cut tensor alone has the sizes; if not, the cut is not legal.
+        """Return whether the sizes that a node computes can be read from the cut tensor alone.
 
-        Return ``None`` if the server might compute the tensors that have the sizes.
+        If not, the cut is not legal.  Return ``None`` if the server might compute the tensors that
+        have these sizes.
         """
         makers = [v.producer() for v in self._around.sizes[node] if v is not self._row[place]]
         away = [maker for maker in makers if maker not in self._walk.nodes]

@@ -1,10 +1,10 @@
-"""Find the tensors that divide a graph if some inputs may cross beside the tensor of the cut.
+"""Find tensors at which a graph may be cut if some of its inputs are sent together with the tensor.
 
-Such a tensor is on every path from its own inputs to the graph's outputs, apart from paths through
-values that may cross.  In the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast
-Dominance Algorithm") a tensor is the ancestor of all tensors whose paths pass through it, so one
-walk over the tree checks all tensors.  This module ignores weights and sizes, so its results are
-only candidates.
+Every path from the tensor's own inputs to the graph's outputs must pass through the tensor.  Paths
+through values that may be sent do not count.  All tensors are checked in one walk over the tree of
+post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm"): in this tree, a
+tensor is the ancestor of every tensor whose paths all pass through it.  This module ignores weights
+and sizes, so the tensors that it finds still have to be tried.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def find_bottlenecks(
     data: Collection[ir.Value],
     free: Collection[ir.Value],
 ) -> list[ir.Value]:
-    """List the tensors that are on every path from their inputs to the graph's outputs.
+    """List the tensors through which every path from their inputs to the graph's outputs passes.
 
-    Paths through the tensors in ``free`` are ignored.  Only ``nodes``, given in the graph's order,
-    and the tensors ``data`` count.
+    Paths through the tensors in ``free`` are ignored.  Only the nodes in ``nodes``, which are in
+    the graph's order, and the tensors in ``data`` are considered.
     """
     tree = _Tree(nodes, data)
     excess = [0] * len(tree.parents)
@@ -48,9 +48,10 @@ def _is_free(place: _Place, free: Collection[ir.Value]) -> bool:
 
 
 class _Tree:
-    """The tree of post-dominators; nodes and values are numbered from the outputs, whose root is 0.
+    """The tree of post-dominators: the parent of each node or value is where all its paths meet.
 
-    ``parents`` holds, for each number, the nearest place that all paths from there pass.
+    Nodes and values are numbered from the graph's outputs backwards; number 0, the root, stands for
+    the outputs.  ``parents`` holds the parent of each number.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:
@@ -89,7 +90,7 @@ def _list_backwards(
     readers: Collection[ir.Value],
     data: Collection[ir.Value],
 ) -> Iterator[_Place]:
-    """List nodes and values so that each comes after everything that depends on it."""
+    """Yield nodes and values so that each comes after everything that depends on it."""
     made = set[ir.Value]()
     for node in reversed(nodes):
         outputs = [v for v in node.outputs if v in data and (v in readers or v.is_graph_output())]

@@ -1,10 +1,10 @@
-"""Define where a model can be cut: find tensors by name, and partition the graph at them.
+"""Define where a model can be cut, find tensors by name, and partition the graph at them.
 
 A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
-``tail_at`` (or the model's outputs), and everything else to the client.  The client may therefore
-have a skip connection from head to tail, or weights shared between them, without sending anything.
-A partition is legal if only the named tensors cross: no other activation, no raw input that is not
-named, and no trainable tensor used on both sides.
+``tail_at`` (or the model's outputs).  All other nodes belong to the client.  So a skip connection
+from head to tail, or weights that both share, stay with the client and are never sent.  A partition
+is legal if the parties exchange only the named tensors, and if no trained parameter is used by both
+parties.  Raw inputs, like all other tensors, are sent only if they are named.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -34,13 +34,14 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A legal partition of a graph, in nodes and values of that graph.
+    """A legal partition of a graph into the server's part and the client's part.
 
-    ``server`` holds the server's nodes; all other nodes are the client's.  Nodes that do not depend
-    on data, or only on its shape, may be needed by both parties: ``client`` holds all nodes that
-    the client needs.  ``remote_shapes`` maps each party to its nodes that read the shape of a
-    tensor which the party does not hold; each node is mapped to tensors that have the same sizes.
-    ``duplicated`` nodes depend on raw inputs that cross anyway, so each party computes them itself.
+    ``server`` holds the server's nodes; all other nodes belong to the client.  Nodes that do not
+    depend on data, or depend only on its shape, may be needed by both parties: ``client`` holds all
+    nodes that the client needs.  ``remote_shapes`` lists, for each party, the nodes that read the
+    shape of a tensor which the party does not have.  Each of these nodes is mapped to tensors from
+    whose shapes the party can read the same sizes.  The nodes in ``duplicated`` depend only on raw
+    inputs that are sent anyway, so each party computes them itself.
     """
 
     at: tuple[ir.Value, ...]
@@ -53,10 +54,10 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One party's side of a cut: its nodes, the source values it starts from, and its remote sizes.
+    """One party's side of a cut: its nodes, the values they start from, and its remote shapes.
 
-    ``remote_shapes`` is that party's entry in :attr:`Partition.remote_shapes`.  ``underived`` is
-    the reason if a size that the party needs cannot be derived, else ``None``.
+    ``remote_shapes`` is the party's entry in :attr:`Partition.remote_shapes`.  If the party needs a
+    size that it cannot derive, ``underived`` explains why; otherwise it is empty.
     """
 
     nodes: set[ir.Node]
@@ -67,7 +68,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """What each party needs if a graph is cut at ``at`` and ``tail_at``; the cut may be invalid."""
+    """Both parties' sides of a cut at ``at`` and ``tail_at``, before the cut is checked."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]
@@ -77,12 +78,12 @@ class Sides:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """Facts about a graph that hold wherever it is divided.
+    """Facts about a graph that are true wherever it is cut.
 
-    ``raw`` holds the graph's inputs, in order, ``data`` the values that depend on them, and
-    ``private`` the values computed from them without a trained parameter.  ``sizes`` maps each node
-    that computes sizes of data to the tensors whose shapes it reads; ``readers`` are the nodes that
-    read a shape.
+    ``raw`` holds the inputs that are data, in the graph's order.  ``data`` holds the values that
+    depend on these inputs, and ``private`` the values computed from them without a trained
+    parameter.  ``sizes`` maps each node that computes sizes of data to the tensors whose shapes it
+    reads.  ``readers`` holds the nodes among them that read a shape directly.
     """
 
     raw: Mapping[ir.Value, None]
@@ -100,10 +101,9 @@ def survey(
     trainable: Collection[str] = frozenset(),
     known: Inference | None = None,
 ) -> Surroundings:
-    """Collect the facts about a graph that :func:`divide` needs, whatever the cut is.
+    """Collect the facts about a graph that :func:`divide` needs for any cut.
 
-    ``known`` holds what is known of the graph's dimensions, if that is more than the graph itself
-    declares.
+    Pass ``known`` if more is known about the graph's dimensions than the graph itself declares.
     """
     known = known or Inference(graph.opset_imports[""])
     raw = {value: None for value in graph.inputs if value.name not in state}
@@ -120,7 +120,10 @@ def survey(
 
 
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
-    """Find the tensors for ``names``: each is a tensor, a node (all its outputs) or a glob pattern.
+    """Find the tensors that ``names`` refers to.
+
+    Each name is that of a tensor, that of a node (which refers to all of the node's outputs), or a
+    glob pattern for tensor names.
 
     Raises:
         UnknownTensor: a name or pattern matches nothing; the error suggests similar names.
@@ -158,15 +161,17 @@ def divide(
     trainable: Collection[str] = frozenset(),
     around: Surroundings | None = None,
 ) -> Partition:
-    """Divide ``graph`` at the given tensors, in three steps.
+    """Divide ``graph`` at the given tensors.
 
-    ``state`` names the graph inputs that are weights rather than data, ``trainable`` those of them
-    that are trained.  Without ``at`` everything belongs to the client.  ``around`` is the result of
-    :func:`survey` for the graph, if already computed.
+    ``state`` names the graph inputs that are weights rather than data, and ``trainable`` the
+    weights that are trained.  If ``at`` is empty, everything belongs to the client.  Pass
+    ``around``, the result of :func:`survey`, if it has already been computed.
 
     Raises:
-        NotACut: more than the named tensors would cross, or nothing would be left to the server.
-        SharedParameter: a trainable tensor would be used on both sides.
+        NotACut: tensors that are not named would have to be sent, a party does not use a named
+            tensor, or the server would have nothing to compute.
+        SharedParameter: both parties would use the same trained parameter.
+        UsageError: ``tail_at`` is given without ``at``.
     """
     if not at:
         if tail_at:
@@ -191,9 +196,10 @@ def divide(
 def trace_sides(
     graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
 ) -> Sides:
-    """Find the nodes and values that each party needs for its own outputs (step one of three).
+    """Find the nodes and values that each party needs for its own outputs: step one of three.
 
-    A node may be on both sides, and a side may start from values that it does not receive.
+    The result may not be a legal cut yet: both parties may need the same node, and a party may need
+    values that are not sent to it.
 
     Raises:
         NotACut: a named tensor depends on none of the model's inputs.
@@ -217,10 +223,10 @@ def trace_sides(
 
 
 def check_use(sides: Sides, data: Set[ir.Value]) -> None:
-    """Check that each party has nodes to run and uses the tensors that it receives (step two).
+    """Check that the server has nodes to run and each party uses what it receives: step two.
 
     Raises:
-        NotACut: nothing would be left to the server, or a party does not use a named tensor.
+        NotACut: the server would have nothing to compute, or a party does not use a named tensor.
     """
     names = _list_names(sides.at, sides.tail_at)
     if not any(node.inputs and set(node.outputs) & data for node in sides.server.nodes):
@@ -235,12 +241,12 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
 def find_duplicated(
     graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
 ) -> frozenset[ir.Node]:
-    """Find the data-dependent nodes that both parties compute, and check them (step three).
+    """Find the nodes that both parties compute from data, and check that they may: step three.
 
-    Both parties may compute a node if its data comes only from raw inputs that cross anyway.
+    Both parties may compute a node if it depends only on raw inputs that are sent anyway.
 
     Raises:
-        NotACut: more than the named tensors would cross; ``missing`` names them.
+        NotACut: other tensors would have to be sent too; the error's ``missing`` names them.
     """
     at, server, client, data = sides.at, sides.server, sides.client, around.data
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
@@ -265,10 +271,11 @@ def _list_names(at: Sequence[ir.Value], tail_at: Sequence[ir.Value]) -> list[str
 def find_lost(
     tensors: Sequence[ir.Value], trainable: Collection[str]
 ) -> tuple[ir.Value, list[str]] | None:
-    """Find an integer tensor in the cut that would block the gradients of parameters before it.
+    """Find an integer tensor in ``tensors`` that would keep gradients from trained parameters.
 
-    Return the tensor and the names of these parameters.  Parameters that get a gradient through
-    another tensor of ``tensors`` are not listed.
+    Return the tensor and the names of the parameters that would get no gradient, or ``None`` if
+    there is no such tensor.  A parameter that gets a gradient through another tensor of
+    ``tensors`` is not affected.
     """
     floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]
     served = {value.name for value in walk_back(floats)[1]}
@@ -285,7 +292,10 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Find the values computed from the data in ``named`` alone, without any trained parameter."""
+    """Find the values that can be computed from the data in ``named`` without trained parameters.
+
+    Values that also depend on other data are left out.
+    """
     trained = set(trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
     opened = set(named)
@@ -303,7 +313,10 @@ def _walk_side(
     sizes: Mapping[ir.Node, frozenset[ir.Value]],
     known: Inference,
 ) -> Side:
-    """Walk back from a party's outputs, except through shapes that it can read elsewhere."""
+    """Find one party's side by walking back from its outputs.
+
+    The walk does not follow a shape if the party can read the same sizes from another tensor.
+    """
     targets, reason = list(ends), ""
     readers = {node for node in sizes if reads_size(node)}
     while True:
@@ -341,16 +354,16 @@ def _walk_side(
 def list_server_outputs(
     graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
 ) -> list[ir.Value]:
-    """List the model outputs on the server's side of a cut without ``tail_at``.
+    """List the model outputs that the server computes if the cut has no ``tail_at``.
 
-    Outputs that the client's head computes stay with the client.
+    Outputs that the client's head already computes are not listed.
     """
     head, _ = walk_back(at, ends=sizes)
     return [value for value in graph.outputs if value.producer() not in head]
 
 
 def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> list[str]:
-    """Name the further tensors that would have to cross to make the partition legal."""
+    """List the names of other tensors that would have to be sent to make the cut legal."""
     at, tail_at = sides.at, sides.tail_at
     server, client = sides.server.nodes, sides.client.nodes
     beyond = find_dependents(graph, at)

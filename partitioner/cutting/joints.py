@@ -1,9 +1,9 @@
-"""Build the joint graph of a phase: both parties' nodes, the wires, and each party's targets.
+"""Build joint graphs: one graph per phase, with both parties' nodes and the tensors they exchange.
 
-``build_training`` builds the joint forward and backward graph, ``build_predict`` the forward
-graph of the inference form.  Both are split into stages in the same way (:mod:`stages`).  This
-module determines which party owns each gradient.  It does not depend on files, nor on the runtime
-that each part is built for.
+``build_training`` builds a graph with the forward and backward pass; ``build_predict`` builds the
+forward graph for inference.  :mod:`stages` then splits both in the same way.  This module also
+determines which party computes each gradient.  It does not depend on files, or on the runtime for
+which a part is built.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
 
 @dataclass(frozen=True, kw_only=True)
 class WireSpec:
-    """A crossing of a joint graph, and its description in the manifest."""
+    """A tensor that the parties exchange: its crossing and its description in the manifest."""
 
     crossing: Crossing
     tensor: TensorSpec
@@ -48,12 +48,14 @@ class WireSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class JointGraph:
-    """The joint graph of a phase, with its crossings and each party's targets.
+    """The joint graph of a phase, with its wires and the values that each party must compute.
 
-    ``results`` are returned to the client's caller.  ``gradients`` maps each trained parameter to
-    the name of its gradient, in the model's order.  ``owners`` maps each weight that the phase uses
-    to the parties that use it.  ``commits`` maps a running statistic to the value that replaces it.
-    ``data`` declares the arrays that the caller must supply.
+    ``wires`` are the tensors that the parties exchange.  ``targets`` maps each party to the values
+    that it must compute for itself.  ``results`` names the values returned to the client's caller.
+    ``data`` declares the arrays that the caller must supply.  ``owners`` maps each weight to the
+    parties that use it in this phase.  ``gradients`` maps each trained parameter to the name of its
+    gradient, in the model's order.  ``commits`` maps each running statistic to the value that
+    replaces it.
     """
 
     graph: ir.Graph
@@ -67,10 +69,10 @@ class JointGraph:
 
 
 def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Declare a graph's value in the manifest's form; unnamed dimensions are given names.
+    """Describe a graph's value for the manifest, and make up names for unnamed dimensions.
 
-    A gradient is declared with the dimensions of its forward value, so that both have the same
-    size.
+    Raises:
+        UsageError: the value's shape is not known, or its element type cannot be sent.
     """
     if value.dtype not in _DTYPE_NAMES or value.shape is None:
         raise UsageError(
@@ -88,7 +90,10 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
-    """Add the loss and the ports to the training form, then differentiate the whole graph once."""
+    """Build the joint graph of training: add loss and ports, then differentiate the entire graph.
+
+    ``at`` and ``tail_at`` name the tensors of the cut; ``output`` is the output for the loss.
+    """
     model = copy_model(prepared.training)
     graph = model.graph
     partition = _divide(prepared, graph, at, tail_at)
@@ -141,7 +146,10 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Add the ports to the inference form; the client receives the model's outputs."""
+    """Build the joint graph of prediction: add ports to the inference form.
+
+    The server sends the outputs that it computes to the client.
+    """
     graph = copy_model(prepared.inference).graph
     partition = _divide(prepared, graph, at, tail_at)
     ports = insert_ports(graph, partition, partition.server)
@@ -187,7 +195,7 @@ def _divide(
 
 
 def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
-    """Rewrite the graph, in place, so that each party computes sizes from its own tensors."""
+    """Make each party compute sizes from its own tensors by rewriting the graph in place."""
     if not partition.at:
         return partition
     remote_shapes, client = partition.remote_shapes, partition.client
@@ -209,7 +217,10 @@ def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:
 
 
 def _keep_statistics(prepared: PreparedModel, graph: ir.Graph) -> dict[str, str]:
-    """Add outputs for the running statistics of BatchNormalizations that the loss depends on."""
+    """Add the new running statistics to the graph's outputs, and map each statistic to its output.
+
+    Statistics of nodes that the loss does not depend on are left out.
+    """
     needed, _ = walk_back(graph.outputs)
     values = map_values(graph)
     kept = {n: v for n, v in prepared.next_buffers.items() if values[v].producer() in needed}
@@ -246,7 +257,10 @@ def _list_port_wires(
 
 
 def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -> list[WireSpec]:
-    """Find the gradient of each port's wire; a wire whose gradient is not needed has none."""
+    """List the gradients that are sent back: one for each port whose gradient was computed.
+
+    A gradient is declared with the shape of its forward value, so that both have the same size.
+    """
     values = map_values(graph)
     wires = []
     for port, tensor in ports:
@@ -269,7 +283,7 @@ def _trace_owners(
     wires: Sequence[WireSpec],
     targets: Mapping[str, Sequence[ir.Value]],
 ) -> dict[str, frozenset[str]]:
-    """Map each weight to its owners: the parties whose forward part uses it."""
+    """Map each weight to the parties that use it in the forward pass."""
     owners: dict[str, frozenset[str]] = {}
     for party, values in targets.items():
         stop = {w.crossing.value for w in wires if w.crossing.receiver == party}

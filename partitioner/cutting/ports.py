@@ -1,9 +1,9 @@
-"""Insert a port, an Identity node, on every edge that crosses a cut, before differentiation.
+"""Insert ports before differentiation: an Identity node for each tensor that the parties exchange.
 
-When a tensor ``t`` crosses, the port's output is ``t@server`` or ``t@client``, named after the
-receiver.  Only the receiving side reads the port's output, so the gradient of the port's output is
-a separate tensor that holds the contribution of that side alone.  This module does not compute
-gradients.
+For a tensor ``t``, the port's output is named after the receiver: ``t@server`` or ``t@client``.
+Only the receiver's nodes read this output.  So the gradient of the output is a separate tensor that
+contains only the receiver's contribution, which is what the receiver has to send back.  This module
+does not compute gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from splitonnx.partitioner.cutting.cuts import Partition
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """A crossing: the port's output (the wire), its sender, its readers and its kind."""
+    """An inserted port: its output, which is the tensor to send, with sender, receiver and kind."""
 
     value: ir.Value
     sender: str
@@ -34,8 +34,11 @@ def insert_ports(
 ) -> list[Port]:
     """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
-    ``server`` holds the server's nodes: those of the partition, and those of the loss if the server
-    computes it.
+    ``server`` holds the server's nodes in the partition, and the nodes of the loss if the server
+    computes the loss.
+
+    Raises:
+        UnsupportedModel: the body of a control-flow operator reads a cut tensor.
     """
     ports = []
     for value in partition.at:
@@ -61,7 +64,7 @@ def _insert(
     kind: WireKind,
     server: Collection[ir.Node],
 ) -> Port:
-    """Insert an Identity after ``value``, and make the receiving side's nodes read its output."""
+    """Insert an Identity after ``value``, and connect the receiver's nodes to its output."""
     receiver = SERVER if sender == CLIENT else CLIENT
     name = f"{name}@{receiver}"
     port = ir.node("Identity", [value], name=f"{name}/port")
@@ -88,7 +91,10 @@ def _insert(
 
 
 def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Add a copy on the client's side for a cut tensor that is also a model output."""
+    """Add an Identity for the client's copy of a cut tensor that is also a model output.
+
+    The Identity's output takes the name of ``value``; ``value`` itself is renamed and returned.
+    """
     name = value.name
     value.name = f"{name}.body"
     identity = ir.node("Identity", [value], name=f"{name}/tail")

@@ -1,6 +1,6 @@
-"""Prepare a model for cutting: build its training form and its inference form.
+"""Prepare a model for cutting: build one form of it for training and one for inference.
 
-The table in :mod:`passes` defines the steps and their order.
+The table in :mod:`passes` lists the steps in their order.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model in two forms, one for training and one for prediction.
+    """A model in two forms, ``training`` and ``inference``, with its weights taken out.
 
-    Both forms were made from ``skeleton``: the model itself with its weights as inputs and with all
-    of its outputs.  ``training`` and ``inference`` keep only the outputs that depend on the model's
-    inputs.  ``weights`` holds the tensors that became graph inputs, in the model's order, and
-    ``roles`` the role of each.  ``next_buffers`` maps a running statistic to the value in
+    Both forms are made from ``skeleton``, which is the model with its weights as graph inputs and
+    with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.
+    ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
+    each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
     ``training`` that replaces it after a step.
     """
 
@@ -37,7 +37,7 @@ class PreparedModel:
 
     @cached_property
     def state(self) -> frozenset[str]:
-        """Names of the graph inputs that are not data: the weights and the key for Dropout."""
+        """Names of the graph inputs that are not data: weights, and the key of random numbers."""
         return frozenset({*self.weights, KEY})
 
     @cached_property
@@ -54,15 +54,16 @@ def prepare(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> PreparedModel:
-    """Prepare a checked model by running :data:`PASSES` in order; ``model`` itself is consumed.
+    """Prepare a model that passed the gate, by running the passes in :data:`PASSES` in order.
 
-    ``batchnorm`` and ``dropout`` override the modes set in the model.  ``train`` and ``freeze``
-    hold regular expressions (``re.search``).  Parameters that match ``train`` are trained
+    The passes change ``model`` itself, so do not use it afterwards.  ``batchnorm`` and ``dropout``
+    override the modes set in the model.  ``train`` and ``freeze`` are regular expressions for
+    parameter names (``re.search``).  Parameters that match ``train`` are trained
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
     takes precedence.
 
     Raises:
-        UnsupportedModel: its operators cannot be converted to opset 18 to 21, or a pattern
+        UnsupportedModel: the model's operators cannot be converted to opset 18 to 21, or a pattern
             matches nothing.
         UsageError: a pattern is not a regular expression or has no effect.
     """

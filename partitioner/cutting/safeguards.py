@@ -1,15 +1,14 @@
-"""Add checks, made of operators, before kernels of ONNX Runtime 1.19 that trust their inputs.
+"""Add checks to a graph before kernels of ONNX Runtime 1.19 that trust their inputs.
 
 Some kernels crash the process, or read beyond a tensor, if a dimension is empty, if two dimensions
 that should be equal differ, or if a label is not a class.  Sizes that the parties agree on
-(:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal; all other sizes are
-checked by the graph itself.  The checks rely on Gather, which raises an error if an index is out of
-range, and on Reshape, which raises one if the number of elements differs; both run before the
-kernel.
+(:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal.  All other sizes are
+checked while the graph runs.  The checks are made of standard operators: Gather raises an error if
+an index is out of range, and Reshape raises an error if the number of elements differs.
 
-Checks are added after the ports, so that each check belongs to the party that runs the node and
-sends nothing, and before differentiation.  Bodies of control flow are checked too.  Kernels that
-compute addresses from values are handled in :mod:`addresses`.
+Checks are added after the ports, so that the party that runs the kernel also runs the check and
+nothing has to be sent.  They are added before differentiation, and also to the bodies of control
+flow.  Kernels that compute addresses from values are handled in :mod:`addresses`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
-"""Smallest integers of the types that processors divide natively; other types are widened first."""
+"""Smallest integers of the types in which processors divide; ONNX Runtime widens other types."""
 _INTEGERS = {
     *_SMALLEST,
     ir.DataType.INT8,
@@ -43,9 +42,9 @@ Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 
 
 def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
-    """Add checks, in place, before those nodes in ``nodes`` that need them.
+    """Insert checks into the graph before each node in ``nodes`` that needs them.
 
-    ``is_training`` means that the graph will be differentiated, so that gradient kernels run too.
+    Set ``is_training`` if the graph will be differentiated, to also protect gradient kernels.
     """
     tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:
@@ -61,9 +60,9 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 
 
 def is_bound(amount: Amount) -> bool:
-    """Return whether a dimension is known to be at least 1 in every task that the parties start.
+    """Return whether a dimension is certain to be at least 1 in every task.
 
-    This holds for sums of products of dimension names that the parties agree on.
+    This is so if the dimension is a sum of products of names whose sizes the parties agree on.
     """
     return amount != 0 and all(
         factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
@@ -72,7 +71,7 @@ def is_bound(amount: Amount) -> bool:
 
 
 def _check_gather(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that the batch dimensions of a Gather's data and indices are equal and not empty."""
+    """Check that a GatherND's data and indices have equal batch dimensions, none of them empty."""
     count = node.attributes.get_int("batch_dims", 0)
     data, indices = node.inputs[:2]
     if not count or data is None or indices is None:
@@ -89,24 +88,25 @@ def _check_gather(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_rows(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check the number of images: the gradient of a convolution divides by it."""
+    """Check that a convolution gets at least one image: its gradient divides by the number."""
     return _check_filled(builder, node, [0], 1)
 
 
 def _check_operands(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check every dimension of every operand: Einsum would read elements of empty tensors."""
+    """Check that no operand is empty, because Einsum would read beyond an empty tensor."""
     return _check_filled(builder, node, range(len(node.inputs)), None)
 
 
 def _check_source(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check every dimension of the averaged input: the gradient divides by the result's size."""
+    """Check that the input of a mean is not empty, because the gradient divides by a size."""
     return _check_filled(builder, node, [0], None)
 
 
 def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that no integer is divided by 0, nor the smallest one by -1: both crash the process.
+    """Check that no integer is divided by 0, and that the smallest integer is not divided by -1.
 
-    d' = d + [0][d = 0 or (d = -1 and n = smallest)]
+    Either would crash the process.  The divisor ``d`` of ``n`` is replaced by
+    ``d + [0][d = 0 or (d = -1 and n = smallest)]``: the lookup adds 0, or fails at index 1.
     """
     number, divisor = node.inputs[:2]
     if number is None or divisor is None:
@@ -158,7 +158,10 @@ def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 def _check_filled(
     builder: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
 ) -> dict[int, ir.Value]:
-    """Check that the first ``count`` dimensions of the operands are not empty, if unknown."""
+    """Check that the first ``count`` dimensions of each operand are at least 1.
+
+    No check is added for an operand whose dimensions are already known to be.
+    """
     checked = {}
     for index in operands:
         value = node.inputs[index]
@@ -174,7 +177,8 @@ def _check_filled(
 def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that each label is a class or the ignored label, and that each class has a weight.
 
-    labels' = range(C)[labels < 0 ? C : labels]
+    Labels are replaced by ``range(C)[labels < 0 ? C : labels]`` for ``C`` classes, a lookup that
+    fails for any other label.
     """
     scores, labels = node.inputs[:2]
     if scores is None or labels is None or labels.dtype is None:
@@ -203,11 +207,11 @@ def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir.Value:
-    """Return a value's shape, computed so that an empty dimension among the first ``count`` fails.
+    """Build a value's shape in a way that fails if one of the first ``count`` dimensions is empty.
 
-    Each size s_i is looked up at i, or at i + k, which is out of range, if the size is 0.  Concat
-    is not used: ONNX Runtime turns a Concat before a Reshape into a constant with a -1, which
-    matches any size.
+    Each size is looked up in the shape at its index.  If the size is 0, the number of dimensions is
+    added to the index, which is then out of range.  Concat is not used: ONNX Runtime turns a Concat
+    before a Reshape into a constant that contains -1, which matches any size.
     """
     shape = note(builder.op("Shape", value), ir.DataType.INT64)
     length, zero, one = builder.op("Size", shape), builder.integer(0), builder.integer(1)
@@ -221,7 +225,7 @@ def _check_sizes(builder: NodeBuilder, value: ir.Value, count: int | None) -> ir
 
 
 def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
-    """List a value's first dimensions; ``None`` for a dimension that is not known."""
+    """List a value's first ``count`` dimensions, with ``None`` for each unknown dimension."""
     if value.shape is None:
         return [None]
     return [

@@ -1,9 +1,9 @@
-"""Find and replace sizes that a party reads from the shape of a tensor that it does not hold.
+"""Make each party compute sizes from the shapes of its own tensors.
 
-Exporters write ``x.view(x.size(0), -1)`` as a Shape of any tensor that has the size, often one
-far before the cut.  Instead of sending integers, the reading party takes each size from the shape
-of a tensor that it does hold: two dimensions with the same symbols are the same size.  Each party
-computes for itself the values that depend on sizes alone.
+For ``x.view(x.size(0), -1)``, exporters write a Shape of some tensor that has the size, often a
+tensor far before the cut, which the other party holds.  Instead of receiving the size as an
+integer, the party then reads it from the shape of a tensor of its own: dimensions with the same
+symbol have the same size.  Values that depend on sizes alone are computed by each party itself.
 
 This module does not depend on losses or gradients.
 """
@@ -21,19 +21,19 @@ from splitonnx.partitioner.inference.dimensions import Amount, Dim, Undecided, l
 from splitonnx.partitioner.inference.inferences import Inference
 
 Places = Mapping[tuple[ir.Value, int], Amount]
-"""The dimensions that a party can read: maps (tensor, axis) to the size of that dimension."""
+"""The dimensions that a party can read from shapes: a mapping from (tensor, axis) to the size."""
 
 _MOST_SIZES = 64
-"""A node with more sizes than this is computed as usual, not derived from other shapes."""
+"""Limit of sizes per node; a node that computes more sizes is not derived from other shapes."""
 
 
 def find_sizes(
     graph: ir.Graph, data: Collection[ir.Value], known: Inference
 ) -> dict[ir.Node, frozenset[ir.Value]]:
-    """Map each node that computes sizes of data to the tensors whose shapes it reads.
+    """Find the nodes that compute sizes, and map each of them to the data whose shapes it reads.
 
-    A node computes sizes if all of its elements are known sums and products of dimensions.  Values
-    that are computed from sizes in another way (a mask, a Range) are not listed.
+    A node computes sizes if all elements of its output are known sums and products of dimensions.
+    Nodes that use sizes for something else, such as a mask or a Range, are not included.
     """
     sizes: dict[ir.Node, frozenset[ir.Value]] = {}
     origins: dict[ir.Value, frozenset[ir.Value]] = {}
@@ -57,7 +57,10 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Return a dimension that a node needs and no tensor in ``held`` has, or ``None``."""
+    """Return the name of a dimension that a node needs but no tensor in ``held`` has.
+
+    Return ``None`` if all dimensions can be read from the tensors in ``held``.
+    """
     content = known.content(size.outputs[0])
     if content is None:
         return "its rank"
@@ -72,7 +75,10 @@ def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) ->
 
 
 class SizeWatch:
-    """Tracks which size nodes can read their sizes from tensors that a party holds or computes."""
+    """Keeps track of the nodes whose sizes a party can read from tensors that it has.
+
+    A node waits until the party has all tensors whose shapes the node reads.
+    """
 
     def __init__(self, sizes: Mapping[ir.Node, frozenset[ir.Value]]) -> None:
         self._sizes = sizes
@@ -82,10 +88,11 @@ class SizeWatch:
     def enter(
         self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node]]:
-        """Add nodes; return the size nodes that must wait, and those that are now computable.
+        """Add nodes to the party's part.
 
-        A size node waits until ``nodes`` contains the producers of all tensors whose shapes it
-        reads; the tensors in ``held`` have no producer to wait for.
+        Return the new nodes that must wait, and all nodes that no longer have to wait.  ``nodes``
+        holds the nodes that the party already has, ``held`` the tensors that it has without
+        computing them.
         """
         away, near = [], []
         for node in new:
@@ -118,12 +125,13 @@ def derive_sizes(
     known: Inference,
     duplicated: Collection[ir.Node] = frozenset(),
 ) -> set[ir.Node]:
-    """Make ``party`` compute its sizes itself, in place; return the nodes that it then has.
+    """Rewrite the graph, in place, so that ``party`` computes sizes itself, and return its nodes.
 
-    ``nodes`` are the party's nodes, ``others`` those of the other party.  ``remote_shapes`` maps
-    each node that reads the size of a tensor which the party does not hold to the tensors that
-    provide the size instead.  Nodes that both parties have and that read sizes are duplicated, like
-    the nodes in ``duplicated``.  Afterwards the graph's nodes may be out of topological order.
+    ``nodes`` holds the party's nodes so far, and ``others`` the other party's nodes.  Each node in
+    ``remote_shapes`` reads the shape of a tensor that the party does not have; it is replaced by
+    nodes that read the same sizes from the tensors to which it is mapped.  The party also gets its
+    own copies of the nodes in ``duplicated``, and of nodes that both parties have and that read
+    sizes.  Afterwards the graph's nodes may be out of topological order.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}
@@ -181,7 +189,7 @@ def _list_places(held: Sequence[ir.Value], known: Inference) -> Places:
 def _write_size(
     builder: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
 ) -> ir.Value:
-    """Build a node's sizes, in the shape and type of its output."""
+    """Build the sizes that a node computes from shapes in ``held``, in the node's output form."""
     content, output = known.content(size.outputs[0]), size.outputs[0]
     assert content is not None
     places = _list_places(held, known)
@@ -204,7 +212,7 @@ def _join(builder: NodeBuilder, parts: Sequence[ir.Value]) -> ir.Value:
 
 
 def _write_amount(builder: NodeBuilder, amount: Amount, places: Places) -> ir.Value:
-    """Build a sum of products of sizes, as a vector of one element."""
+    """Build a vector of one element that contains a sum of products of sizes."""
     for (value, axis), dim in places.items():
         if dim == amount:
             return _write_atom(builder, (value, axis), 1, 0)

@@ -1,11 +1,12 @@
-"""Split a joint graph into stages: the graphs that each party runs without interruption.
+"""Split a joint graph into stages: the graphs that a party runs between two messages.
 
-Every party has targets: the wires that it sends, its gradients and its results.  Walking back from
-them to the wires that the party receives yields its nodes.  A value's *level* is the number of
-wires on the longest path to it, that is, how many messages must arrive before it can be computed.
-Everything that a party computes between two messages is one stage.  A node belongs to the first
-stage that needs it; a value that a later stage of the same party needs again is stashed.  Nothing
-is computed twice except values that depend on constants alone, and nothing but wires crosses.
+Every party has targets: the tensors that it sends (its wires), its gradients and its results.  A
+walk back from the targets, which stops at received tensors, finds the party's nodes.  A value's
+*level* is the number of wires on the longest path to it: so many messages must arrive, one after
+the other, before the value can be computed.  Nodes are grouped into stages by level.  A node
+belongs to the first stage that needs it, and a value that a later stage of the same party needs
+again is stashed.  Only values that depend on constants alone are computed twice, and only wires
+are sent.
 
 Forward and backward graphs are treated in the same way.
 """
@@ -22,7 +23,7 @@ from splitonnx.partitioner.graphs.traversals import list_inputs, walk_back
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """A value of the graph that one party sends and another receives."""
+    """A value of the graph that one party sends to the other."""
 
     value: ir.Value
     sender: str
@@ -38,7 +39,7 @@ class StageCut:
     view: ir.GraphView
 
     def extract(self) -> ir.Graph:
-        """Return the stage's graph as a copy, independent of the joint graph."""
+        """Return a copy of the stage's graph that is independent of the joint graph."""
         return self.view.clone()
 
     @property
@@ -55,10 +56,9 @@ class StageCut:
 def cut_stages(
     graph: ir.Graph, crossings: Sequence[Crossing], targets: Mapping[str, Sequence[ir.Value]]
 ) -> list[StageCut]:
-    """Cut ``graph`` into stages, in the order in which they can run.
+    """Split ``graph`` into stages and return them in an order in which they can run.
 
-    ``targets`` maps each party to the values that it must compute for itself; the wires that it
-    sends are added.
+    ``targets`` maps each party to the values that it must compute besides the values it sends.
     """
     received = {party: {c.value for c in crossings if c.receiver == party} for party in targets}
     wanted = {
@@ -79,7 +79,7 @@ def _find_levels(
     nodes: Mapping[str, Collection[ir.Node]],
     received: Mapping[str, Collection[ir.Value]],
 ) -> dict[tuple[str, ir.Value], int]:
-    """Count, for each party, the wires on the longest path to each value that it computes."""
+    """Compute the level of each value that a party computes; the keys are (party, value)."""
     senders = {crossing.value: crossing.sender for crossing in crossings}
     levels: dict[tuple[str, ir.Value], int] = {}
 

@@ -1,7 +1,8 @@
-"""Check, before a graph is written, that the runtime's gate will accept its operators.
+"""Check that the runtime will accept a graph's operators, before the graph is written.
 
-Only names, domains and versions of operators are compared with the gate's table.  A mistake in an
-earlier step is thus found when a model is cut, not when its bundle is run.
+The runtime refuses operators that its table does not list.  Comparing names, domains and versions
+with the same table finds a mistake in an earlier step when the model is cut, and not only when the
+bundle is run.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _HIGHEST = {"": HIGHEST_OPSET, TRAINING_DOMAIN: HIGHEST_TRAINING_OPSET}
 def check_operators(
     stage: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool
 ) -> frozenset[str]:
-    """Check every operator of a stage's graph and of its bodies; return the domains in use.
+    """Check every operator in a stage's graph and its bodies, and return the domains in use.
 
-    A portable graph may use standard operators only.
+    A portable graph may use only standard operators.
 
     Raises:
         ForbiddenOperator: the party's runtime would refuse an operator.

@@ -1,5 +1,5 @@
-"""The passes that prepare a model for cutting, and what each of them requires and ensures.
+"""The order of the passes that prepare a model for cutting, and the conditions of each pass.
 
-The passes are implemented in the packages normalization, inference and rewrites.  They do not
-depend on where the model is cut.
+Most passes are implemented in the packages ``normalization``, ``inference`` and ``rewrites``.  They
+do not depend on where the model is cut.
 """

@@ -1,4 +1,4 @@
-"""Make the training form and the inference form of a model: names, modes and outputs."""
+"""Set the node names, modes and outputs of a model's training form and inference form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEPT_OUTPUTS = {
     "LayerNormalization": ("mean", "inv_std"),
     "SoftmaxCrossEntropyLoss": ("log_prob",),
 }
-"""Optional outputs that the gradient of an operator reads."""
+"""Map operators to their optional outputs that the operator's gradient reads."""
 
 
 def declare_statistics(graph: ir.Graph) -> None:
@@ -33,13 +33,19 @@ def declare_statistics(graph: ir.Graph) -> None:
 
 
 def make_inference_form(graph: ir.Graph) -> None:
-    """Turn a model into its inference form, in place."""
+    """Turn a graph into its inference form, in place.
+
+    BatchNormalization then uses running statistics, and Dropout is removed.
+    """
     use_running_statistics(graph)
     remove_dropouts(graph)
 
 
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Remove the outputs that depend on no input (running statistics too) and outputs of text."""
+    """Keep only the graph outputs that depend on the model's data.
+
+    Running statistics and outputs of text are removed too.
+    """
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
     lost = {value for value in graph.outputs if value.dtype == ir.DataType.STRING} | statistics
@@ -49,7 +55,7 @@ def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Assign a unique name to every node; errors, cuts and the keys of Dropout refer to it."""
+    """Rename nodes so that each has a unique name, for error messages, cuts and random numbers."""
     taken: set[str] = set()
     for index, node in enumerate(graph):
         if not node.name or node.name in taken:
@@ -60,10 +66,10 @@ def name_nodes(graph: ir.Graph) -> None:
 
 
 def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
-    """Refuse a model whose running statistics are not weights.
+    """Check that the running statistics that training updates are weights of the model.
 
     Raises:
-        UnsupportedModel: the graph computes a running statistic.
+        UnsupportedModel: a running statistic is computed in the graph, so it cannot be updated.
     """
     for name in statistics:
         if name not in weights:

@@ -1,9 +1,9 @@
-"""The table of preparation passes: what each one requires, ensures and invalidates.
+"""The table of preparation passes, with the facts that each pass requires, ensures or invalidates.
 
-Both forms share all tensor names, so that one cut fits both.  Weights are moved out of the graph
-and become graph inputs, so that the graph to differentiate stays small, however large the weights
-are.  The passes know how operators behave in training and in inference; they do not depend on the
-cut, the loss or the gradients.
+The passes build a training form and an inference form.  Tensors have the same names in both forms,
+so that one cut fits both.  Weights become graph inputs, so that the graph to differentiate stays
+small however large the weights are.  The passes take into account how operators behave in training
+and in inference.  They do not depend on the cut, the loss or the gradients.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _NOTHING = Fact(0)
 
 @dataclass(kw_only=True)
 class Work:
-    """The state of a preparation: the model, changed in place by the passes, and their findings."""
+    """The state that the passes share: the model, which they change in place, and their results."""
 
     model: ir.Model
     batchnorm: BatchNormMode | None = None
@@ -110,10 +110,11 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One step of the preparation; ``work`` completes the phrase "while the model was ...".
+    """One step of the preparation.
 
-    The pass may run when the facts in ``requires`` hold.  Afterwards the facts in ``ensures`` hold,
-    and those in ``spoils`` no longer do.
+    ``run`` performs the pass, and ``work`` describes it in error messages: it completes "while the
+    model was ...".  The facts in ``requires`` must be true before the pass.  After the pass, the
+    facts in ``ensures`` are true, and the facts in ``spoils`` may be false.
     """
 
     work: str
@@ -135,11 +136,11 @@ def _lift_weights(work: Work) -> None:
 
 
 _MOST_CORRECTIONS = 32
-"""How often shapes are inferred again after a padding was corrected."""
+"""How often shapes are inferred again at most after a padding was made explicit."""
 
 
 def _make_paddings_explicit(work: Work) -> None:
-    """Make paddings explicit, one after the other if a size depends on an earlier padding.
+    """Make paddings explicit; infer shapes and repeat as long as more paddings become known.
 
     Raises:
         UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another.
@@ -180,7 +181,7 @@ def _widen(work: Work) -> None:
 
 
 def _fold_forms(work: Work) -> None:
-    """Fold bfloat16 constants, which was not possible in earlier passes."""
+    """Fold constants again if the forms were widened: bfloat16 could not be folded before."""
     for form in work.forms if work.masters is not work.weights else ():
         fold(form, work.weights)
 
@@ -201,7 +202,7 @@ def _assign_roles(work: Work) -> None:
 
 
 def _make_differentiable(work: Work) -> None:
-    """Rewrite the nodes that depend on trained weights into operators that have gradients."""
+    """Replace nodes that depend on trained weights and have no gradient by nodes that have one."""
     training = work.training
     trained = {name for name, role in work.roles.items() if role is Role.PARAMETER}
     if not trained:
@@ -382,4 +383,4 @@ PASSES: Sequence[Pass] = (
         ensures=_F.SHAPED,
     ),
 )
-"""The preparation passes, in order; an earlier pass ensures what a later pass requires."""
+"""The preparation passes in order: what a pass requires is ensured by an earlier pass."""
