@@ -1,5 +1,6 @@
-"""Losses, gradients of the whole model, and optimizer updates, built as graphs.
+"""Build losses, gradients and optimizer updates as graphs.
 
-A model is differentiated once, as a whole, before it is cut.  This package may import rewrites,
-normalization and the packages that these import.  It does not depend on where the cut is.
+The complete model is differentiated once, before it is split between the parties, so the modules
+here do not depend on where the cut is.  They may import ``rewrites``, ``normalization``, and the
+packages that these two import.
 """

@@ -1,4 +1,4 @@
-"""Differentiate a whole model with onnxruntime-training, whose code runs in :mod:`natives`.
+"""Differentiate a model with onnxruntime-training, which is called through :mod:`natives`.
 
 This module does not depend on cuts: it treats a port like any other Identity node.
 """
@@ -45,7 +45,7 @@ from splitonnx.partitioner.native.workers import Refused, call
 from splitonnx.partitioner.rewrites.selections import separate_splits
 
 GRADIENT = "_grad"
-"""Suffix of gradients: the builder names the gradient of a value ``x`` ``x_grad``."""
+"""Suffix of a gradient's name: the gradient builder names the gradient of ``x`` ``x_grad``."""
 
 WITHOUT_GRADIENT = frozenset(
     [
@@ -139,7 +139,7 @@ _TYPES = {kind.runtime: ir.DataType(kind.code) for kind in ELEMENT_TYPES}
 _SUBJECT = "the model to differentiate"
 
 _SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
-"""What precedes the reason in error messages of ONNX Runtime: the position in its source code."""
+"""Pattern after which ONNX Runtime's error messages state the reason."""
 
 _ADVICE = (
     "cut so that it is before every trained parameter, freeze the parameters before it, or "
@@ -150,9 +150,9 @@ _ADVICE = (
 def list_undifferentiable(
     graph: ir.Graph, parameters: Sequence[str], loss: str
 ) -> Iterator[NotDifferentiable]:
-    """Yield an error for each node between a parameter and the loss that has no gradient.
+    """Yield an error for each operator without a gradient between a parameter and the loss.
 
-    Call this before the gradient builder, which aborts the process on some operators.
+    Call this before the gradient builder, which aborts the process on some of these operators.
     """
     trained = set(parameters)
     moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
@@ -168,12 +168,12 @@ def list_undifferentiable(
 
 
 def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.Model:
-    """Return the joint graph: ``model`` with the gradients of ``loss`` for all parameters.
+    """Return the joint graph: ``model`` extended by the gradients of ``loss``.
 
-    The parameters must be graph inputs.  All outputs of ``model`` stay graph outputs, and the
-    gradient of each parameter is added as an output named ``<name>_grad``.  Training-mode
-    BatchNormalization is returned as ONNX Runtime's BatchNormInternal, and some patterns (GELU,
-    LayerNormalization) are returned fused.
+    The parameters must be graph inputs.  For each parameter, the result has an additional output
+    ``<name>_grad``.  The result may contain ONNX Runtime's own operators: training-mode
+    BatchNormalization becomes BatchNormInternal, and some patterns (GELU, LayerNormalization) are
+    fused into one node.
 
     Raises:
         NotDifferentiable: an operator has no gradient.
@@ -223,9 +223,9 @@ def _read_derived(content: bytes, opaques: Opaques) -> ir.Model:
 
 
 def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
-    """Insert a copy if a node reads a parameter twice, as in ``w * w``.
+    """Insert an Identity if a node reads the same parameter twice, as in ``w * w``.
 
-    The builder of 1.19.2 would write two gradients of the same name for such a graph input.
+    Otherwise the gradient builder of version 1.19.2 would give two gradients the same name.
     """
     trained = set(parameters)
     for value in [value for value in graph.inputs if value.name in trained]:
@@ -274,7 +274,10 @@ def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
 
 
 def _separate_splits(content: bytes, loss: str) -> bytes:
-    """Correct the gradient of every Split; the optimizer has made Splits of adjacent slices too."""
+    """Rewrite the Splits whose gradient would be wrong.
+
+    Call this after the optimizer, which replaces adjacent slices by Splits.
+    """
     if b"Split" not in content:
         return content
     model = read_model(onnx.load_from_string(content))
@@ -286,7 +289,7 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
 
 
 def _annotate(model: ir.Model) -> None:
-    """Set each value's type as ONNX Runtime infers it, and each gradient's shape to its value's."""
+    """Set missing types like ONNX Runtime, and give each gradient the shape of its value."""
     values = map_values(model.graph)
     types = list_types(model)
     for name, kind in types.items():
@@ -307,7 +310,10 @@ def _annotate(model: ir.Model) -> None:
 
 
 def _find_shape(node: ir.Node) -> ir.Shape | None:
-    """Return the shape of a value that a node saves for its gradient; shape inference lacks it."""
+    """Return the shape of an extra output that a node stores for its gradient.
+
+    Shape inference does not cover these outputs.
+    """
     if node.op_type == "BatchNormInternal" and node.inputs[1] is not None:
         return node.inputs[1].shape  # the batch's statistics, per channel like the scale
     if node.op_type == "MaxPool":

@@ -1,7 +1,7 @@
-"""Attach losses and their metrics to a graph, in standard ONNX operators.
+"""Add losses and their metrics to a graph, using standard ONNX operators.
 
-A loss is the mean over the batch.  ``labels`` is the name of the array of labels in the caller's
-data.  This module does not depend on cuts or gradients.
+A loss is the mean over the batch.  The labels are read from a graph input named ``labels``.  This
+module does not depend on cuts or gradients.
 """
 
 from __future__ import annotations
@@ -23,25 +23,30 @@ ACCURACY = "accuracy"
 
 @dataclass(frozen=True, kw_only=True)
 class AttachedLoss:
-    """The labels that an attached loss reads (``None`` if the model already has the labels)."""
+    """A loss that was added to a graph.
+
+    ``labels`` describes the labels that the loss reads; it is ``None`` if the loss is computed by
+    the model itself.  ``results`` names the loss and, if there is one, the metric.
+    """
 
     labels: TensorSpec | None
     results: tuple[str, ...]
 
 
 def list_losses() -> list[str]:
-    """List the names of losses that ``--loss`` accepts."""
+    """List the names of the losses that ``--loss`` accepts."""
     return [*_LOSSES, "from-model"]
 
 
 def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
-    """Add ``loss`` on ``output`` to ``graph``, and make the loss and its metric graph outputs.
+    """Compute ``loss`` from ``output`` in ``graph``, and make loss and metric graph outputs.
 
-    - ``cross-entropy``: output (N, C, ...) of raw scores, labels I64 (N, ...) in [0, C); metric
-      accuracy.
-    - ``mse``, ``l1``: labels F32 in the shape of the output.
-    - ``bce-with-logits``: output of raw scores, labels F32 of its shape, 0 to 1; metric accuracy.
-    - ``from-model``: ``output`` is the loss itself, a scalar.
+    - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
+      are I64 in [0, C); the metric is accuracy.
+    - ``mse``, ``l1``: the labels are F32 and have the output's shape; there is no metric.
+    - ``bce-with-logits``: the output holds raw scores; the labels are F32 from 0 to 1 and have the
+      output's shape; the metric is accuracy.
+    - ``from-model``: the output is itself the loss, a scalar.
 
     Raises:
         UsageError: there is no loss of this name.
@@ -66,7 +71,9 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
 
 
 def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
-    """Return the labels that ``loss`` on ``output`` reads, or ``None`` if the output is the loss.
+    """Return a description of the labels needed to compute ``loss`` from ``output``.
+
+    Return ``None`` for ``from-model``, which needs no labels.  The graph is not changed.
 
     Raises:
         UsageError, UnsupportedModel: as raised by :func:`attach_loss`.
@@ -85,11 +92,11 @@ def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
 
 
 def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
-    """Return the name of the raw scores if the model ends in the activation that its loss contains.
+    """Return the name of the tensor from which the loss should be computed.
 
-    ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid, so a model that ends in
-    the same activation would apply it twice.  An output that is itself a cut tensor is returned
-    unchanged.
+    Usually this is ``output``.  But ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a
+    Sigmoid.  If the model ends in the same activation, its input is used instead, so that the
+    activation is not applied twice.  If ``output`` is a tensor in ``cut``, it is always used.
     """
     value = map_values(graph)[output]
     node = value.producer()
@@ -100,7 +107,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 
 
 def find_activation(output: ir.Value, loss: str) -> str | None:
-    """Return the operator that computes ``output`` if ``loss`` contains it too, else ``None``."""
+    """Return the model's last activation if ``loss`` contains the same one, else ``None``."""
     node = output.producer()
     if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:
         return None
@@ -132,20 +139,24 @@ def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
 
 
 def _list_names(loss: str, output: ir.Value) -> Sequence[str]:
-    """List the value names that a loss needs."""
+    """List the names that adding a loss gives to values in the graph."""
     if loss == "from-model":
         return () if output.name == LOSS else (LOSS,)
     return (LABELS, LOSS, ACCURACY)
 
 
 def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Rename the model's inner values whose name the loss needs."""
+    """Rename intermediate values of the model whose names are needed for the loss."""
     for value in _find_hidden(graph, names):
         value.name = f"{value.name}.model"
 
 
 def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
-    """Find the model's inner values with one of the names; no other value may have such a name."""
+    """Find intermediate values of the model that have one of the names in ``names``.
+
+    Raises:
+        UnsupportedModel: an input or output of the model has one of these names.
+    """
     values = map_values(graph) if names else {}
     found = [(name, values[name]) for name in names if name in values]
     for name, value in found:
@@ -213,9 +224,11 @@ def _l1(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str
 
 
 def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    """max(x, 0) - x*y + log(1 + exp(-|x|)), with max(x, 0) as (x + |x|) / 2.
+    """Build the binary cross-entropy of scores ``x`` and labels ``y``, and the accuracy.
 
-    In this form the derivative at x = 0 is 1/2 - y, as it should be, because Abs has derivative 0.
+    The loss is the mean of ``max(x, 0) - x*y + log(1 + exp(-|x|))``.  Here ``max(x, 0)`` is written
+    as ``(x + |x|) / 2``, because then the derivative at 0 is ``1/2 - y``, which is correct: the
+    derivative of Abs at 0 is 0.
     """
     size = builder.op("Abs", scores)
     positive = builder.op("Mul", builder.op("Add", scores, size), _number(builder, 0.5))
@@ -243,10 +256,10 @@ _LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
 def build_evaluation(
     loss: str, output: ir.Value, activation: str | None
 ) -> tuple[ir.Model, AttachedLoss]:
-    """Build the model that computes loss and metric from a prediction and its labels.
+    """Build a model that computes the loss and metric from a prediction and its labels.
 
-    ``activation`` is the operator that turned the raw scores into the prediction.  It is undone
-    first, because the loss is computed from raw scores.
+    If ``activation`` is given, the prediction is the result of this operator.  Its inverse is
+    applied first, because the loss is computed from raw scores.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
     builder = NodeBuilder("splitonnx.scores")

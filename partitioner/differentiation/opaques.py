@@ -1,14 +1,14 @@
-"""Hide nodes from onnxruntime-training: remove them before it differentiates the graph.
+"""Hide some nodes from onnxruntime-training while it differentiates the graph.
 
-The optimizer of version 1.19.2 prepares every node that it sees for training, whether a gradient
-passes through it or not.  It turns LSTM and GRU into LSTMTraining and GRUTraining, which no other
-runtime has.  In the bodies of If, Loop and Scan it turns an inference-mode BatchNormalization into
-a training-mode one, which computes other values, and it refuses quantized operators there.  If no
-gradient passes through such a node, its results can be treated as data: each result becomes a graph
-input, and each value that the node reads becomes a graph output.  After differentiation the nodes
-are inserted again unchanged.
+The optimizer of version 1.19.2 prepares every node for training, even if no gradient passes through
+the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runtime supports.  In
+the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to training
+mode, which changes its results, and quantized operators are refused.
 
-This module handles names and messages; its caller has already decided where gradients pass.
+If no gradient passes through such an *opaque* node, its results can be treated as data.  The node
+is then removed: its results become graph inputs, and the values that it reads become graph outputs.
+After differentiation, the node is inserted again unchanged.  The caller must make sure that no
+gradient passes through the nodes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _RECURRENCES = frozenset({"GRU", "LSTM"})
 
 @dataclass(frozen=True, kw_only=True)
 class Opaques:
-    """The nodes and values removed from a graph, as protobuf messages or by name.
+    """The nodes removed from a graph, and the values that connect them to the graph.
 
-    ``constants`` are constants that the nodes read and that the optimizer may drop or rename.
-    ``exposed`` holds the names of outputs added only for these nodes.  ``results`` are the values
-    that the nodes compute, and ``outputs`` the names of those that are graph outputs.
+    ``constants`` holds the constants that the nodes read, because the optimizer may drop or rename
+    them.  ``exposed`` names the graph outputs that were added only for these nodes.  ``results``
+    holds the values that the nodes compute.  ``outputs`` names the results that are graph outputs.
     """
 
     nodes: Sequence[onnx.NodeProto] = ()
@@ -48,12 +48,15 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node without gradient must be hidden from onnxruntime-training."""
+    """Return whether a node must be hidden if no gradient passes through it."""
     return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:
-    """Remove every opaque node from a graph; no gradient may pass through one."""
+    """Remove every opaque node from a graph.
+
+    No gradient may pass through an opaque node.
+    """
     nodes = dict.fromkeys(node for node in graph if is_opaque(node))
     if not nodes:
         return Opaques(constants={}, results={})
@@ -83,7 +86,10 @@ def take_out_opaques(graph: ir.Graph) -> Opaques:
 
 
 def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
-    """Insert the removed nodes into the differentiated graph, which the caller must then sort."""
+    """Insert the removed nodes into the differentiated graph again.
+
+    The nodes are appended, so the caller must sort the graph.
+    """
     _drop(graph.input, taken.results)
     _drop(graph.output, taken.exposed)
     known = {name for node in graph.node for name in node.output}

@@ -1,9 +1,9 @@
-"""Build optimizer updates as graphs of standard ONNX operators.
+"""Build graphs of standard ONNX operators that update parameters like an optimizer.
 
-An update graph reads parameters, gradients and optimizer state, and returns new parameters and
-state.  The learning rate and the number of the update are scalar inputs, so the runtime may change
-them from step to step.  This module implements the formulas of torch.optim.  It depends on the
-cut only through the gradient norms that the parties exchange.
+An update graph reads parameters, gradients and optimizer state, and computes new parameters and
+state.  The learning rate and the number of the update are scalar inputs, so the runtime can change
+them from step to step.  The formulas are those of ``torch.optim``.  The cut matters only for
+clipping, for which the parties exchange the norms of their gradients.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _SINGLE, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 _DOUBLINGS = 6
 _TERMS = 7
-"""Terms of a series whose argument is below 0.3; the omitted rest is smaller than the rounding."""
+"""Number of terms of the series; its argument is below 0.3, so the rest is below rounding error."""
 _SATURATED = 18.0
-"""1 - exp(-18) rounds to 1 in single precision."""
+"""Limit of the exponent: 1 - exp(-18) rounds to 1 in single precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norms:
-    """The vectors of squared gradient norms that all parties together compute, for clipping.
+    """The vectors of squared gradient norms that the parties compute for clipping.
 
-    ``sizes`` maps each vector's name to its length.  Element ``order[i]`` of the vectors,
-    concatenated in the order of ``sizes``, belongs to the whole model's ``i``-th parameter.  Summed
-    in this order, the norm is bit for bit that of the uncut model.
+    ``sizes`` maps the name of each party's vector to its length.  ``order[i]`` is the position of
+    the model's ``i``-th parameter in the concatenated vectors.  If the squares are added in this
+    order, the norm has exactly the same bits as without a cut.
     """
 
     sizes: Mapping[str, int]
@@ -49,7 +49,10 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update graph, its optimizer state, and which output replaces which state."""
+    """An update graph and its optimizer state.
+
+    ``commits`` maps each parameter and state to the output that replaces it.
+    """
 
     graph: ir.Graph
     state: tuple[StateSpec, ...]
@@ -59,7 +62,10 @@ class Update:
 def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
-    """Build the graph that computes each parameter's squared gradient norm, in order, as F32[n]."""
+    """Build a graph that computes a vector (F32) with each parameter's squared gradient norm.
+
+    The vector has the order of ``parameters`` and the name ``output``.
+    """
     builder = _Graph("norms")
     squares = []
     for spec in parameters:
@@ -82,10 +88,10 @@ def build_update(
 ) -> Update:
     """Build the graph that updates ``parameters``.
 
-    ``gradients`` maps a parameter to the name of its gradient.  If ``optimizer.clip_norm`` is set,
-    the vectors of squared norms in ``norms`` become inputs too.  With ``portable``, the graph uses
-    double precision only if a parameter has it: ONNX Runtime's builds for GPUs in browsers have no
-    kernels for it.
+    ``gradients`` maps each parameter to the name of its gradient.  If ``optimizer.clip_norm`` is
+    set, the graph also reads the vectors described by ``norms``.  A ``portable`` graph uses double
+    precision only if a parameter is in double precision, because ONNX Runtime has no kernels for it
+    on GPUs in browsers.
     """
     builder = _Graph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())
@@ -114,7 +120,10 @@ def build_update(
 
 
 def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
-    """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
+    """Build the factor by which gradients are multiplied, or return ``None`` without clipping.
+
+    Like in ``torch.nn.utils.clip_grad_norm_``, it is ``min(1, clip_norm / (norm + 1e-6))``.
+    """
     if optimizer.clip_norm is None:
         return None
     assert norms is not None
@@ -128,7 +137,7 @@ def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> 
 
 
 class _SharedTerms:
-    """Scalars that every parameter's update needs, cast to the requested dtype."""
+    """The scalars that the updates of all parameters share; each is computed only once."""
 
     def __init__(
         self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
@@ -150,25 +159,30 @@ class _SharedTerms:
             }
 
     def get(self, name: str, dtype: ir.DataType) -> ir.Value:
-        """Return a scalar in ``dtype``, cast once."""
+        """Return the scalar ``name`` in ``dtype``; the cast is built only once."""
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._builder.cast(self._scalars[name], dtype)
         return self._terms[name, dtype]
 
 
 def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
-    """Build the corrections ``1 - beta**step`` in double precision; beta 0.999 needs the digits."""
+    """Build Adam's bias corrections ``1 - beta**step`` in double precision.
+
+    In single precision, this formula would lose too many digits for a beta of 0.999.
+    """
     exponent = builder.cast(step, _DOUBLE)
     powers = [builder.op("Pow", builder.number(beta, _DOUBLE), exponent) for beta in betas]
     return [builder.op("Sub", builder.number(1.0, _DOUBLE), power) for power in powers]
 
 
 def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
-    """Build the same corrections in single precision, accurate to some units in the last place.
+    """Build Adam's bias corrections in single precision, accurate to a few last places.
 
-    With ``q(y) = 1 - exp(-y)`` a correction is ``q(-log(beta) * step)``, and nothing cancels: a
-    small y has the series ``y * (1 - y/2 * (1 - y/3 * ...))``, and ``q(2 * y) = q * (2 - q)``.
-    Only sums and products are used, which all runtimes round alike.
+    The correction is ``q(-log(beta) * step)`` for the function ``q(y) = 1 - exp(-y)``.  The
+    argument is first divided by 64, so that few terms of the series
+    ``q(y) = y * (1 - y/2 * (1 - y/3 * ...))`` are enough.  Then ``q(2 * y) = q(y) * (2 - q(y))`` is
+    applied six times.  This avoids cancellation, and uses only sums and products, which all
+    runtimes round in the same way.
     """
     rates = [min(-math.log(beta), _SATURATED) if beta else _SATURATED for beta in betas]
     one, two = builder.number(1.0, _SINGLE), builder.number(2.0, _SINGLE)
@@ -222,7 +236,11 @@ def _update_adam(
     optimizer: Optimizer,
     shared: _SharedTerms,
 ) -> dict[str, ir.Value]:
-    """p -= lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)."""
+    """Build the update of one parameter by Adam or AdamW.
+
+    It subtracts ``lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)``, where ``m`` and ``v``
+    are the running averages of the gradient and its square, and ``t`` is the number of the update.
+    """
     assert isinstance(optimizer, Adam)
     dtype = _DTYPES[spec.dtype]
     if isinstance(optimizer, AdamW):
@@ -246,7 +264,7 @@ def _update_adam(
 
 
 class _Graph(NodeBuilder):
-    """A graph under construction: nodes and their graph inputs."""
+    """A graph that is being built: its nodes and its inputs."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -254,7 +272,7 @@ class _Graph(NodeBuilder):
         self._inputs: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
-        """Declare a graph input, or return it if already declared."""
+        """Return the graph input ``name``; declare it if it does not exist yet."""
         if name not in self._inputs:
             self._inputs[name] = ir.Value(
                 name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape))
@@ -262,7 +280,7 @@ class _Graph(NodeBuilder):
         return self._inputs[name]
 
     def finish(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
-        """Return the finished graph; each output is renamed to its key in ``outputs``."""
+        """Return the finished graph, with its outputs renamed to the keys of ``outputs``."""
         for output, value in outputs.items():
             value.name = output
         inputs = [value for value in self._inputs.values() if value.uses()]

@@ -1,4 +1,4 @@
-"""Check a model's form with onnx's own checker and type inference, without its weights' data."""
+"""Check a model with onnx's own checker and type inference, without reading its weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 _MOST_ELEMENTS = 1024
-"""Tensors with more elements hold weights, whose values do not affect any type."""
+"""Tensors with more elements are not passed to onnx: they are weights and do not affect types."""
 
 
 def check_form(model: ModelProto, label: str) -> None:
-    """Check operators, attributes and types against onnx's schemas.
+    """Check a model's operators, attributes and types against onnx's schemas.
 
     Raises:
-        NotAModel: onnx's checker or its type inference refuses the model.
-        NativeCrash: the checker or the inference crashes on the model.
+        NotAModel: onnx's checker or its type inference rejects the model.
+        NativeCrash: the checker or the type inference crashes on the model.
     """
     light = _strip(model)
     try:
@@ -34,7 +34,10 @@ def check_form(model: ModelProto, label: str) -> None:
 
 
 def _find_culprit(light: ModelProto) -> NodeProto:
-    """Find the node on which native code crashes, by bisection: each attempt costs a process."""
+    """Find the node on which native code crashes.
+
+    Each attempt takes a new process, so this uses bisection.
+    """
     safe, broken = 0, len(light.graph.node)
     part = ModelProto()
     while broken - safe > 1:
@@ -54,7 +57,7 @@ def _find_culprit(light: ModelProto) -> NodeProto:
 
 
 def _strip(model: ModelProto) -> ModelProto:
-    """Copy a model with its large weights replaced by inputs, so that checking copies none."""
+    """Copy a model, with its large weights replaced by inputs so that they are not copied."""
     light = ModelProto()
     light.ir_version = max(model.ir_version, 4)
     light.opset_import.extend(model.opset_import)

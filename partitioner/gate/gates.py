@@ -1,10 +1,10 @@
 """The gate: read a model and check it before any other code uses it.
 
-ONNX Runtime 1.19.2 reads any file, and memory, that a model's external data refers to.  So every
-model is first checked by our own code: only known domains and operators, external data only from
-the model's own folder, sizes that match the bytes, and names that are unique and defined before
-use.  Weights are memory-mapped, not copied.  This module checks that a model is well-formed;
-whether it can be trained is decided later.
+A model's external data can make ONNX Runtime 1.19.2 read any file or memory address.  So our own
+code checks each model first.  Domains and operators must be known, external data must be in the
+model's folder, sizes must match the number of bytes, and names must be unique and defined before
+they are used.  Weights are memory-mapped, not copied.  This module only checks that a model is
+valid; whether the model can be trained is checked later.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ from splitonnx.partitioner.graphs.faults import (
 from splitonnx.partitioner.graphs.readings import read_model
 
 MAX_PROTO_BYTES = 2**31 - 1
-"""Size limit of a Protocol Buffers message (2 GiB); larger models store weights externally."""
+"""Size limit of a Protocol Buffers message (2 GiB); larger models need external data."""
 
 ModelSource = str | Path | bytes | onnx.ModelProto
 
 
 def open_model(source: ModelSource) -> ir.Model:
-    """Read a model, check it, and return it ready for preparation.
+    """Read a model and check it.
 
-    External data is memory-mapped from files in the model's folder; a model given as bytes or as a
-    loaded object may have no external data.  ``source`` itself is not changed.
+    ``source`` is a path, the bytes of a model, or a loaded model, and is not changed.  External
+    data is memory-mapped from files in the model's folder.  Models that are given as bytes or as an
+    object must not have external data.
 
     Raises:
-        NotAModel: the bytes are not an ONNX model, or the model is not well-formed.
-        UnsupportedModel: it uses an unknown domain, operator or opset.
+        NotAModel: the source cannot be read or is not a valid ONNX model.
+        UnsupportedModel: the model uses an unknown domain, operator or opset.
         ForbiddenExternalData: a tensor's data is outside the model's folder.
     """
     proto, label, folder = _read(source)
@@ -120,7 +121,7 @@ def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
 
 
 def _map_external(model: ir.Model, files: DataFiles) -> None:
-    """Replace every external tensor by a tensor whose file is already memory-mapped."""
+    """Replace every external tensor by a tensor that reads the memory-mapped file."""
     graphs: list[ir.Graph] = [*model.graphs()]
     for function in model.functions.values():
         graphs += [function.graph, *function.subgraphs()]
@@ -136,7 +137,7 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
 
 
 def _forget_negative_dims(graph: ir.Graph) -> None:
-    """Mark dimensions of -1, which some exporters write for dynamic dimensions, as unknown."""
+    """Replace negative dimensions by unknown ones; some exporters write -1 for a dynamic size."""
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
         if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
             dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]

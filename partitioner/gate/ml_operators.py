@@ -1,9 +1,9 @@
-"""Rewrite operators of the domain ``ai.onnx.ml`` that exporters add around a network.
+"""Rewrite the operators of the domain ``ai.onnx.ml`` that exporters add around a network.
 
-skl2onnx scales the inputs of a perceptron (Scaler), selects the predicted label
-(ArrayFeatureExtractor) and wraps the probabilities in dictionaries (ZipMap).  Only these three
-operators are supported.  The other operators of the domain, mainly trees, have no gradient and are
-refused at the gate.
+For a perceptron, skl2onnx writes a Scaler for the inputs, an ArrayFeatureExtractor that selects the
+predicted label, and a ZipMap that puts the probabilities into dictionaries.  Only these three
+operators are supported.  The gate refuses the other operators of the domain, mainly trees, which
+have no gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _Rewrite = Callable[[NodeBuilder, ir.Node], ir.Value]
 
 
 def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model without ZipMap: its output becomes the tensor of probabilities itself.
+    """Return the model without ZipMap: outputs become tensors of probabilities, not dictionaries.
 
-    onnx-ir has no type for dictionaries.  If the model has no ZipMap, ``proto`` itself is returned,
-    else a changed copy.
+    onnx-ir has no type for dictionaries.  The result is a changed copy, or ``proto`` itself if the
+    model has no ZipMap.
     """
     if not any(node.domain == DOMAIN and node.op_type == "ZipMap" for node in proto.graph.node):
         return proto
@@ -46,7 +46,7 @@ def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def normalize_ml_operators(graph: ir.Graph) -> None:
-    """Rewrite the nodes of the domain in standard operators, in place."""
+    """Replace operators of the domain ``ai.onnx.ml`` by standard operators, in place."""
     for node in list(graph):
         if node.domain == DOMAIN:
             builder = NodeBuilder(f"{node.outputs[0].name or node.name}/normalized")
@@ -54,7 +54,7 @@ def normalize_ml_operators(graph: ir.Graph) -> None:
 
 
 def _rewrite_extractor(builder: NodeBuilder, node: ir.Node) -> ir.Value:
-    """Select columns of the last axis; a vector counts as one row."""
+    """Select elements along the last axis; a vector is treated as a single row."""
     source, picks = node.inputs
     assert source is not None
     assert picks is not None
@@ -65,7 +65,7 @@ def _rewrite_extractor(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 
 
 def _rewrite_scaler(builder: NodeBuilder, node: ir.Node) -> ir.Value:
-    """(x - offset) * scale, as F32."""
+    """Compute ``(x - offset) * scale`` in F32."""
     value = node.inputs[0]
     assert value is not None
     value = builder.cast(value, ir.DataType.FLOAT)
@@ -81,4 +81,4 @@ ESTIMATORS: Mapping[str, _Rewrite] = {
     "ArrayFeatureExtractor": _rewrite_extractor,
     "Scaler": _rewrite_scaler,
 }
-"""Map each supported operator of the domain to its rewrite; the gate refuses all others."""
+"""Map each supported operator of the domain to the function that rewrites it."""

@@ -1,4 +1,7 @@
-"""Check names and declared types: names are unique, defined before use, and readable."""
+"""Check a model's names, texts and declared types.
+
+Names must be printable, unique, and defined before they are used.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 
 
 def check_texts(model: ModelProto, label: str) -> None:
-    """Check that every name fits into one line of text, and that other text is valid UTF-8.
+    """Check that every name is printable and short, and that other texts are valid UTF-8.
 
     Raises:
         NotAModel: a name contains a line break or another control character, or is too long; a
@@ -78,7 +81,7 @@ def _check_text(names: Iterable[str], label: str) -> None:
 
 
 def _check_free_text(message: _Described, label: str) -> None:
-    """Check text that may have any content, including several lines."""
+    """Check descriptions and metadata, which may contain any text, including line breaks."""
     notes = [text for entry in message.metadata_props for text in (entry.key, entry.value)]
     if not all(isinstance(text, str) for text in (message.doc_string, *notes)):
         raise NotAModel(label, "it holds text that is not UTF-8")
@@ -87,10 +90,10 @@ def _check_free_text(message: _Described, label: str) -> None:
 
 
 def refuse_long(text: str | bytes, label: str) -> None:
-    """Refuse a text that is too long for a graph in a bundle.
+    """Raise an error if a text is too long for a graph in a bundle.
 
     Raises:
-        UnsupportedModel: it takes more than ``MODEL.text_bytes`` bytes.
+        UnsupportedModel: the text takes more than ``MODEL.text_bytes`` bytes.
     """
     if len(text) * 4 <= MODEL.text_bytes:  # no character takes more
         return
@@ -104,11 +107,13 @@ def refuse_long(text: str | bytes, label: str) -> None:
 
 
 def check_types(model: ModelProto, label: str) -> None:
-    """Check the declared types of values; inputs and outputs must be tensors.
+    """Check the declared types of all values.
 
     Raises:
-        NotAModel: an element type does not exist, or a rank is far too large.
-        UnsupportedModel: an input or output is a sequence, a map or the like.
+        NotAModel: an element type does not exist, or the number or the size of dimensions is far
+            too large.
+        UnsupportedModel: a model input or output is not a tensor, or a value has a type that is
+            not supported, such as a map.
     """
     for value in (*model.graph.input, *model.graph.output):
         kind = value.type.WhichOneof("value")
@@ -140,7 +145,7 @@ def _check_type(declared: TypeProto, value: ValueInfoProto, label: str) -> None:
 
 
 def check_names(model: ModelProto, label: str) -> None:
-    """Check that every name is defined once, before it is used.
+    """Check that every name is defined exactly once, and before it is used.
 
     Raises:
         NotAModel: two values have the same name, or a name is used but not defined.
@@ -151,7 +156,10 @@ def check_names(model: ModelProto, label: str) -> None:
 
 
 def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) -> None:
-    """Check a graph; ``scopes`` holds the names that the graphs around it have defined so far."""
+    """Check the names in a graph or body.
+
+    ``scopes`` holds the names that the surrounding graphs have defined so far.
+    """
     inputs = [value.name for value in graph.input]
     weights = [tensor.name for tensor in graph.initializer]
     for names in (inputs, weights, [value.name for value in graph.output]):
@@ -166,7 +174,7 @@ def _check_graph(graph: GraphProto, scopes: tuple[set[str], ...], label: str) ->
 
 
 def check_function(function: FunctionProto, label: str) -> None:
-    """Check that every name in a function is defined once, before it is used.
+    """Check that every name in a function is defined exactly once, and before it is used.
 
     Raises:
         NotAModel: two values have the same name, or a name is used but not defined.

@@ -1,4 +1,8 @@
-"""Check opsets, operators and functions: all known, with no recursion and bounded expansion."""
+"""Check a model's opsets, operators and functions.
+
+Opsets and operators must be known.  Functions must not be recursive, and inlining them must not
+yield too many nodes.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,11 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 def check_opsets(
     imports: Iterable[OperatorSetIdProto], label: str, default: int | None = None
 ) -> int:
-    """Return the version of ONNX's own operators among the imported opsets.
-
-    ``default`` is the version if none is imported.
+    """Return the imported version of ONNX's own operators, or ``default`` if none is imported.
 
     Raises:
-        NotAModel: no version is given, or a domain has two.
+        NotAModel: there is neither an imported version nor a default, or the same domain is
+            imported in two versions.
         UnsupportedModel: the installed onnx does not know the version.
     """
     newest = onnx.defs.onnx_opset_version()
@@ -47,12 +50,13 @@ def check_opsets(
 
 
 def check_operators(model: ModelProto, version: int, label: str) -> None:
-    """Check every node's operator, and that the model's functions can be inlined.
+    """Check that every operator is known, and that the model's functions can be inlined.
 
     Raises:
-        NotAModel: a function is declared twice, or called with too many arguments.
-        UnsupportedModel: an operator is not in ONNX's own domain; functions call themselves, are
-            nested too deep or expand to too many nodes; a function's opset is not known.
+        NotAModel: a function is declared twice or called with too many arguments, or an attribute
+            is not valid.
+        UnsupportedModel: an operator or a function's opset is not known; a function calls itself;
+            calls and bodies are nested too deep; or there are too many nodes.
     """
     functions: dict[Key, FunctionProto] = {}
     for function in model.functions:
@@ -109,7 +113,11 @@ def _find_key(node: NodeProto) -> Key:
 
 
 def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
-    """Return the operator's schema, or refuse it; operators of ``ai.onnx.ml`` have none here."""
+    """Return the schema of a node's operator, or ``None`` for an operator of ``ai.onnx.ml``.
+
+    Raises:
+        UnsupportedModel: the operator is not known or is deprecated.
+    """
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
         return None
     if node.domain not in STANDARD_DOMAINS:
@@ -184,7 +192,7 @@ def _measure(
     sizes: dict[Key, tuple[int, int]],
     path: tuple[Key, ...],
 ) -> tuple[int, int]:
-    """Count the nodes after expanding function calls, and the depth of their nesting."""
+    """Compute how many nodes there are after inlining functions, and how deep they are nested."""
     if len(path) > MODEL.depth:
         raise UnsupportedModel(f"function '{path[0][1]}'", f"calls nest over {MODEL.depth} deep")
     count, depth = 0, 0

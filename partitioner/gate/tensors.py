@@ -1,8 +1,8 @@
-"""Check tensors: sizes match the bytes, and external data is in the model's folder.
+"""Check that tensors have as many bytes as declared, and that external data may be read.
 
-Each external file is opened once, checked through the open file, and memory-mapped from it, so the
-data that is read later is the data that was checked.  ONNX Runtime 1.19.2 itself would read any
-file or memory address that a model names.
+External data must be in the model's folder: ONNX Runtime 1.19.2 itself would read any file or
+memory address that a model names.  Each external file is opened only once, and both checked and
+memory-mapped through the open file.  So the data that is read later is the data that was checked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from splitonnx.partitioner.gate.names import refuse_long
 
 @dataclass(kw_only=True)
 class DataFiles:
-    """The files in a model's folder that hold weights, each memory-mapped once.
+    """The files with a model's external data, each memory-mapped once.
 
-    If ``folder`` is ``None``, the model is in memory and may not read any file.
+    ``folder`` is the model's folder; if it is ``None``, the model may not read any file.
     """
 
     label: str
@@ -36,12 +36,13 @@ class DataFiles:
     _mapped: dict[str, mmap.mmap] = field(default_factory=dict)
 
     def check(self, tensor: TensorProto) -> None:
-        """Check a tensor's size and location by arithmetic, before any of its data is read.
+        """Check a tensor's type, size and location without reading its data.
 
         Raises:
-            NotAModel: its data type or shape is invalid, or its size in bytes does not match them.
-            UnsupportedModel: it holds a text that is too long.
-            ForbiddenExternalData: its data is outside the model's folder.
+            NotAModel: the tensor's data type or shape is invalid, its number of bytes does not
+                match them, or its file cannot be read.
+            UnsupportedModel: the tensor contains a text that is too long.
+            ForbiddenExternalData: the tensor's data is outside the model's folder.
         """
         subject = f"tensor '{tensor.name}'"
         dims = list(tensor.dims)
@@ -68,7 +69,10 @@ class DataFiles:
             self._refuse_size(subject, size, f"{_count_values(tensor)} elements")
 
     def read(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Return a checked external tensor with its bytes memory-mapped."""
+        """Return an external tensor whose data is memory-mapped.
+
+        :meth:`check` must have accepted the tensor before.
+        """
         mapping = self._mapped[str(tensor.location)]
         shape = tensor.shape.numpy()
         start = tensor.offset or 0
@@ -148,7 +152,7 @@ def _count_values(tensor: TensorProto) -> int:
 
 
 def _expect_values(tensor: TensorProto, elements: int, bits: int) -> int:
-    """Return how many typed values a tensor with this many elements has."""
+    """Return how many values a tensor stores in its typed field, given its number of elements."""
     if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
         return 2 * elements
     return -(-elements * bits // 8) if bits < 8 else elements

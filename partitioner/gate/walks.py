@@ -1,6 +1,6 @@
-"""Walk over a model's protobuf messages: its nodes, the bodies inside them, and its tensors.
+"""Iterate over the nodes, graphs and tensors in a model's protobuf messages.
 
-The walks descend into bodies of control flow; Protocol Buffers limit their nesting to 100.
+Bodies of control flow are included.  Protocol Buffers limits their nesting to 100.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from splitonnx.errors import UnsupportedModel
 
 
 def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Yield all nodes, each followed by the nodes of its bodies."""
+    """Yield the given nodes, each followed by the nodes in its bodies."""
     for node in nodes:
         yield node
         for body in list_bodies(node):
@@ -21,7 +21,7 @@ def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """Yield the graphs that a node holds: the branches of an If, the body of a Loop."""
+    """Yield the bodies of a node, such as the branches of an If or the body of a Loop."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -29,21 +29,21 @@ def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def list_all_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Yield the nodes of the graph, of its bodies and of the model's functions."""
+    """Yield all nodes of a model, including nodes in bodies and functions."""
     yield from list_nodes(model.graph.node)
     for function in model.functions:
         yield from list_nodes(function.node)
 
 
 def list_graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """Yield the model's graph and every body, including bodies in functions."""
+    """Yield a model's graph and all bodies, including bodies in functions."""
     yield model.graph
     for node in list_all_nodes(model):
         yield from list_bodies(node)
 
 
 def list_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Yield every tensor: initializers and tensors in attributes.
+    """Yield all tensors of a model: initializers and tensors in attributes.
 
     Raises:
         UnsupportedModel: a tensor is sparse.
@@ -66,6 +66,6 @@ def _refuse_sparse(name: str) -> None:
 
 
 def label_node(node: NodeProto) -> str:
-    """Return a node's label for error messages: its name, or else its first output's name."""
+    """Return a label for error messages, with the name of a node or else of its first output."""
     name = node.name or next((output for output in node.output if output), "")
     return f"node '{name}' ({node.op_type})"

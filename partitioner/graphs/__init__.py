@@ -1,5 +1,5 @@
-"""Build, read, write and walk graphs: nodes, names, bodies and dependencies.
+"""Tools for building, reading, writing and traversing graphs.
 
-This package does not depend on what a model computes, whether it can be trained or where it is cut.
-It imports no other package of the partitioner.
+They do not depend on what a model computes, whether it can be trained or where it is cut.  Modules
+here import no other package of the partitioner.
 """

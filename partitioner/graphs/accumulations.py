@@ -1,8 +1,8 @@
-"""Compute running sums and products along an axis, with shifts whose distance doubles.
+"""Build running sums and products along an axis from operators that have gradients.
 
-For ``n`` elements this takes ``log2(n)`` steps of a Pad and an Add or Mul, each of which has a
-gradient.  Nothing is divided, so zeros cause no errors.  This module does not depend on
-which operator the sums and products replace.
+Each step shifts the tensor with a Pad and combines it with the unshifted tensor by Add or Mul.  The
+distance doubles with each step, so ``n`` elements take about ``log2(n)`` steps.  There are no
+divisions, so zeros are harmless.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """An axis of a tensor: the tensor's ``rank``, the axis's ``length``, and the direction."""
+    """The axis of a tensor along which to accumulate, and the direction.
+
+    ``rank`` is the tensor's number of dimensions, ``length`` the axis's number of elements.
+    """
 
     axis: int
     rank: int
@@ -28,7 +31,10 @@ class Line:
 def accumulate(
     builder: NodeBuilder, kind: Literal["Add", "Mul"], x: ir.Value, line: Line, *, exclusive: bool
 ) -> ir.Value:
-    """Compute the running sum or product; it includes each element itself unless ``exclusive``."""
+    """Build the running sum (``kind`` "Add") or product ("Mul") of ``x`` along an axis.
+
+    With ``exclusive``, each result leaves out the element at its own position.
+    """
     dtype = x.dtype
     neutral = builder.number(0.0 if kind == "Add" else 1.0, dtype)
     if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils

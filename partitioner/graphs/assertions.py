@@ -1,8 +1,8 @@
-"""Build assertions in graphs from standard operators: values that exist only if a condition holds.
+"""Build assertions from standard operators: nodes that end a graph's run if a condition is true.
 
-Gather raises an error if an index is out of range.  So a lookup that is made to fail on a bad value
-ends the stage before the kernel that would trust the value.  The modules
-:mod:`safeguards` and :mod:`addresses` decide which kernels need assertions.
+The assertions use Gather, which raises an error if an index is out of range: a bad value leads to
+such an index.  The kernel to protect reads a value that depends on the Gather, so the run ends
+before the kernel.  :mod:`safeguards` and :mod:`addresses` decide which kernels need assertions.
 """
 
 from __future__ import annotations
@@ -16,25 +16,34 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
-    """Return a zero (I64, scalar), or an error if any element of ``bad`` (BOOL) is true."""
+    """Build a node that fails if any element of ``bad`` (BOOL) is true.
+
+    Otherwise its output is 0 (I64, scalar); pass this output to :func:`pass_if`.
+    """
     numbers = builder.cast(note(bad, BOOL), I64)
     count = builder.op("ReduceSum", numbers, keepdims=0)  # may be empty, which ReduceMax refuses
     return note(builder.op("Gather", builder.integers([0]), note(count, I64), axis=0), I64)
 
 
 def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
-    """Return a copy of ``value`` that depends on ``zero``, by adding ``zero`` to its shape."""
+    """Build a copy of ``value`` that exists only if the assertion with the output ``zero`` passes.
+
+    To make the copy depend on the assertion, ``zero`` is added to its shape.
+    """
     shape = note(builder.op("Shape", value), I64)
     return reshape(builder, value, note(builder.op("Add", shape, zero), I64))
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
-    """Reshape to a shape known to equal the value's; fail if the number of elements differs."""
+    """Build a Reshape that fails unless ``shape`` has as many elements as ``value``.
+
+    The result keeps the type and shape of ``value``.
+    """
     return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 
 
 def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
-    """Combine conditions with Or."""
+    """Build a condition that is true if any of ``conditions`` is."""
     joined, *others = conditions
     for condition in others:
         joined = note(builder.op("Or", joined, condition), BOOL)
@@ -49,7 +58,7 @@ def note(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None = No
 
 
 def require_rank(value: ir.Value) -> int:
-    """Return the number of a value's dimensions.
+    """Return a value's number of dimensions.
 
     Raises:
         UnsupportedModel: the number is not known.
@@ -62,7 +71,7 @@ def require_rank(value: ir.Value) -> int:
 
 
 def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list[int] | None:
-    """Return the dimensions from ``start`` to ``end`` if all of them are numbers, else ``None``."""
+    """Return a value's dimensions from ``start`` to ``end``, or ``None`` if any is unknown."""
     if value.shape is None:
         return None
     dims = list(value.shape)[start:end]

@@ -1,8 +1,8 @@
-"""Check attributes once, so that later steps can rely on their presence and type.
+"""Check once that nodes have the attributes that their operators require, and of the right types.
 
-onnx's checker does not check everything in bodies and functions, in particular not references to
-attributes, which are valid only in a function.  After this check, each attribute has its operator's
-type and the required ones are present.  Attribute values are checked by the code that uses them.
+onnx's own checker skips some checks in bodies and functions.  For example, it accepts references to
+attributes outside functions.  Later steps can rely on the presence and type of attributes; the
+values are checked by the code that uses them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from splitonnx.errors import NotAModel
 
 
 def check_attributes(graph: ir.Graph, opset: int) -> None:
-    """Check the attributes of every node, including nodes in bodies, against its schema.
+    """Check the attributes of every node, including nodes in bodies, against the operator's schema.
 
-    Functions must be inlined already.  A node without its own version belongs to ``opset``.
+    Functions must already be inlined.  ``opset`` is the version of nodes that declare no version.
 
     Raises:
         NotAModel: an attribute refers to a function's attribute outside a function, has another
@@ -47,7 +47,10 @@ _Attributes = Mapping[str, onnx.defs.OpSchema.Attribute]
 
 
 def _find_attributes(node: ir.Node, version: int) -> _Attributes | None:
-    """Return the attributes of the operator if it is in ONNX's own domain."""
+    """Return the attributes that a node's operator declares.
+
+    Return ``None`` if the operator is not in ONNX's own domain or not known.
+    """
     return _list_attributes(node.op_type, version) if node.domain in ("", "ai.onnx") else None
 
 

@@ -1,8 +1,4 @@
-"""Copy a body of control flow into the graph around it: one iteration of a loop, or one branch.
-
-The body's inputs are bound to outer values and everything gets a new name.  This module works for
-the body of any operator.
-"""
+"""Copy a body of control flow, such as one iteration of a loop, into the surrounding graph."""
 
 from __future__ import annotations
 
@@ -16,10 +12,11 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 def copy_body(
     body: ir.Graph, prefix: str, bound: Sequence[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Copy a body's nodes with its inputs bound to values of the outer graph.
+    """Copy a body's nodes so that they can be inserted into the surrounding graph.
 
-    Return the new nodes, in order and not yet in any graph, and the values that correspond to the
-    body's outputs.
+    The copies read the values in ``bound`` in place of the body's inputs.  All names start with
+    ``prefix``.  Return the new nodes in order, and the values that correspond to the body's
+    outputs.  The nodes are not in any graph yet.
     """
     copy = body.clone(allow_outer_scope_values=True)
     outputs = list(copy.outputs)

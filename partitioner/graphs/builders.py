@@ -1,6 +1,6 @@
-"""Build nodes, with automatic names and shared constants.
+"""Build nodes with automatic names, and create each constant only once.
 
-Losses, updates and lowerings use this module to write their formulas as nodes.
+Modules that write formulas as nodes, such as losses, updates and lowerings, use this module.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 
 DETACHED = "splitonnx.detached"
-"""Metadata key that marks an Identity node through which no gradient passes."""
+"""Metadata key of an Identity node through which no gradient may pass."""
 
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
 
 
 class MissingOutput(Exception):
-    """Raised if a node is replaced, but the replacement lacks an output that is used."""
+    """Raised if a node is to be replaced, but there is no replacement for an output in use."""
 
 
 class NodeBuilder:
@@ -34,7 +34,7 @@ class NodeBuilder:
         self._constants: dict[tuple[object, ...], ir.Value] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
-        """Append a node with one output and return the output."""
+        """Append a node with one output, and return this output."""
         return self.ops(kind, list(inputs), 1, attributes)[0]
 
     def ops(
@@ -44,7 +44,7 @@ class NodeBuilder:
         outputs: int,
         attributes: Mapping[str, Attribute],
     ) -> Sequence[ir.Value]:
-        """Append a node with several outputs and return the outputs."""
+        """Append a node with several outputs, and return these outputs."""
         name = f"{self._prefix}/{len(self.nodes)}"
         held = ir.convenience.convert_attributes(attributes) if attributes else ()
         made = [ir.Value(name=f"{name}_{i}" if i else name) for i in range(outputs)]
@@ -52,30 +52,34 @@ class NodeBuilder:
         return made
 
     def number(self, value: float, dtype: ir.DataType | None) -> ir.Value:
-        """Return a scalar constant; ``dtype`` is usually that of the other operand."""
+        """Return a scalar constant of the type ``dtype``.
+
+        Raises:
+            UnsupportedModel: ``dtype`` is ``None``, because the type of an input is not known.
+        """
         known = self._require(dtype)
         return self._constant((value, known), _make_tensor(value, known))
 
     def integers(self, values: Sequence[int]) -> ir.Value:
-        """Return a constant vector of I64."""
+        """Return an I64 vector as a constant."""
         key = (*values, "I64")
         return self._constant(key, _make_tensor(list(values), ir.DataType.INT64))
 
     def integer(self, value: int) -> ir.Value:
-        """Return a constant scalar of I64."""
+        """Return an I64 scalar as a constant."""
         return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
 
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return a constant tensor."""
+        """Return a tensor as a constant."""
         return self._constant((id(tensor), "tensor"), tensor)
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
-        """Return a constant tensor with the contents of an array, converted to ``dtype``."""
+        """Return an array as a constant, converted to ``dtype``."""
         known = self._require(dtype)
         return self.tensor(ir.tensor(array.astype(known.numpy()), dtype=known))
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Cast to ``dtype``, unless the value is known to have this type already."""
+        """Return ``value`` cast to ``dtype``, or ``value`` itself if it already has this type."""
         known = self._require(dtype)
         if value.dtype == known:
             return value
@@ -84,7 +88,10 @@ class NodeBuilder:
         return result
 
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
-        """Return a value's shape, or a slice of it, as an I64 vector; it is a constant if known."""
+        """Return a value's dimensions from ``start`` to ``end`` as an I64 vector.
+
+        The vector is a constant if these dimensions are known, else it is computed by Shape.
+        """
         dims = known_dims(value)
         piece = None if dims is None else dims[start:end]
         if piece is not None and all(dim is not None for dim in piece):
@@ -103,9 +110,10 @@ class NodeBuilder:
         return result
 
     def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
-        """Replace ``node`` by the nodes built so far; ``made`` replaces its outputs.
+        """Replace ``node`` in its graph by the nodes built so far.
 
-        Outputs keep their names, types and shapes; an output that is not used needs no replacement.
+        ``made`` holds the value that replaces each output of ``node``; it may be ``None`` for an
+        output that is not used.  The new values take over the names, types and shapes.
 
         Raises:
             MissingOutput: ``made`` has no value for an output that is used.
@@ -149,7 +157,7 @@ class NodeBuilder:
 
 
 def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProtocol:
-    """Make a tensor like ``ir.tensor``, without its checks of many possible argument types."""
+    """Create a tensor like ``ir.tensor``, but faster, for common argument types."""
     if type(value) not in (bool, float, int, list):
         return ir.tensor(value, dtype=dtype)
     array = np.array(value, dtype.numpy())
@@ -157,9 +165,9 @@ def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProto
 
 
 def known_dims(value: ir.Value) -> list[int | None] | None:
-    """List a value's dimensions, or return ``None`` if the rank is unknown.
+    """List a value's dimensions, with ``None`` for each unknown dimension.
 
-    A dimension that is not a number is listed as ``None``.
+    Return ``None`` if the number of dimensions is unknown.
     """
     if value.shape is None:
         return None
@@ -188,25 +196,25 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def take_input(node: ir.Node, index: int = 0) -> ir.Value:
-    """Return an input of a node that is always present for its operator."""
+    """Return an input that the node's operator requires."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """Return the first ``count`` inputs of a node, which are always present for its operator."""
+    """Return the first ``count`` inputs of a node, all of which its operator requires."""
     return [take_input(node, index) for index in range(count)]
 
 
 def known_array(value: ir.Value | None) -> np.ndarray | None:
-    """Return a value's contents if it is an initializer or a Constant's output, else ``None``."""
+    """Return a constant's contents, or ``None`` if the value is not a constant."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def release_bodies(node: ir.Node) -> None:
-    """Disconnect the bodies of a removed node from the outer values that they read."""
+    """Disconnect the nodes in a removed node's bodies from the values that they read."""
     for attribute in node.attributes.values():
         bodies: Sequence[ir.Graph] = ()
         if attribute.type == ir.AttributeType.GRAPH:

@@ -1,11 +1,11 @@
-"""Decide whether an error during the work on a model is caused by the model or by this package.
+"""Decide whether an error while a model is processed is the model's fault or this package's.
 
-The code relies on what an operator's definition guarantees of its inputs and attributes: ranks that
-match, a divisor that is not 0, a mode that exists.  A model may violate this in places that no
-checker covers.  The violation then raises one of Python's errors of values (:data:`FAULTS`), which
-is reported as an error in the model, with the node's name.  Any other error is a bug in this
-package.  It is reported as such, with the pass and the node, its traceback is logged, and no advice
-on the model is given.
+Code that handles a node assumes that the node's inputs and attributes are valid for its operator:
+ranks match, a divisor is not 0, a mode exists.  Checkers do not cover all of these assumptions.  If
+a model violates an assumption, Python raises an exception such as :class:`ValueError` (see
+:data:`FAULTS`), which is reported as an error in the model, with the node's name.  Any other
+exception is reported as a bug in this package, with the pass and the node, and its traceback is
+logged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from splitonnx.faults import log_mistake
 from splitonnx.partitioner.graphs.builders import MissingOutput
 
 FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
-"""Exceptions raised for a model whose values or ranks are not valid for an operator."""
+"""Exceptions that Python code raises if a model's values or ranks are not valid."""
 _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
-"""Exceptions that onnx-ir raises when it reads bytes that are not a model."""
+"""Exceptions that onnx-ir raises when it reads bytes that are not a valid model."""
 
 _NO_NUMBER = re.compile(r"only .* arrays can be converted to .*")
 _MOST_CHARACTERS = 160
@@ -35,9 +35,10 @@ _MOST_CHARACTERS = 160
 def attribute_errors_to(
     node: ir.Node, work: str, lost: str = "is read, but nothing makes it", advice: str = ""
 ) -> Iterator[None]:
-    """Report errors in the block as errors of ``node``; ``work`` completes "while it was ...".
+    """Convert exceptions in a ``with`` block that handles ``node`` into errors about this node.
 
-    ``lost`` and ``advice`` go into the error message if no replacement was built for an output.
+    ``work`` describes the block in error messages: it completes the phrase "while it was ...".
+    ``lost`` and ``advice`` are used in the message if an output of the node was not replaced.
 
     Raises:
         UnsupportedModel: the node's inputs or attributes are not valid for its operator.
@@ -62,9 +63,9 @@ def attribute_errors_to(
 
 @contextmanager
 def attribute_errors_to_pass(work: str) -> Iterator[None]:
-    """Report errors in a pass over the whole model with the pass and the node it was working on.
+    """Convert exceptions in a pass over a model into errors that name the pass and the node.
 
-    ``work`` completes "while it was ...".
+    ``work`` describes the pass in error messages: it completes the phrase "while it was ...".
 
     Raises:
         UnsupportedModel: the model is too large to be serialized.
@@ -85,10 +86,11 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
 
 @contextmanager
 def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterator[None]:
-    """Report errors while reading bytes; ``refuse`` makes the error to raise from the reason.
+    """Convert exceptions while a model's bytes are read into errors about the bytes.
 
-    onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  An exception that is
-    typical of a bug and is raised in our own code passes unchanged to the surrounding pass.
+    onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  ``refuse`` creates the
+    error to raise, given the reason.  Exceptions that look like a bug in this package, and come
+    from its own code, are not converted.
     """
     try:
         yield
@@ -99,20 +101,26 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
 
 
 def _shows_values(cause: BaseException) -> bool:
-    """Return whether values cause an error; numpy's error for an array as a number counts too."""
+    """Return whether an exception was caused by invalid values in the model.
+
+    This includes numpy's TypeError for an array that should be a single number.
+    """
     if isinstance(cause, TypeError):
         return _NO_NUMBER.fullmatch(str(cause)) is not None
     return isinstance(cause, FAULTS)
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Return whether an error was raised by this package's own code, not by a library it calls."""
+    """Return whether an exception was raised by this package itself and not by a library."""
     frames = [frame for frame, _ in traceback.walk_tb(find_cause(error).__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("splitonnx.")
 
 
 def _find_node(error: BaseException) -> ir.Node | None:
-    """Find the node that a pass was working on when it failed: the innermost variable ``node``."""
+    """Find the node that a pass was handling when it failed.
+
+    This is the value of the innermost local variable named ``node`` in the traceback.
+    """
     found = None
     for frame, _ in traceback.walk_tb(find_cause(error).__traceback__):
         local = frame.f_locals.get("node")
@@ -125,21 +133,24 @@ def _describe(node: ir.Node) -> str:
 
 
 def _report(subject: str, work: str, error: Exception) -> InternalModelError:
-    """Log an internal failure, and return the error that asks the user for a report."""
+    """Log a bug in this package, and return an error that asks the user to report it."""
     log_mistake(f"{subject}, while it was {work}", error)
     cause = find_cause(error)
     return InternalModelError(subject, work, f"{type(cause).__name__}: {explain(error)}")
 
 
 def find_cause(error: BaseException) -> BaseException:
-    """Return the first cause of an error."""
+    """Return the exception that originally caused an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def explain(error: BaseException) -> str:
-    """Return the message of an error's first cause; onnx-ir repeats it in each outer error."""
+    """Return the message of the exception that originally caused an error, shortened if needed.
+
+    onnx-ir wraps exceptions several times and repeats the message each time.
+    """
     text = " ".join(str(find_cause(error)).split())
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return printable[:_MOST_CHARACTERS] or "a type or shape that is not known"

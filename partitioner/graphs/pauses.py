@@ -1,8 +1,8 @@
-"""Pause garbage collection while a model is processed.
+"""Pause Python's garbage collector while a model is processed.
 
-A graph's nodes and values refer to one another, so Python's cyclic garbage collector scans all of
-them again and again while graphs grow, and finds nothing: it took nearly half of the time on a
-model of 10,000 nodes.
+The nodes and values of a graph refer to each other.  While a graph grows, the collector scans all
+of them again and again without finding anything to free.  On a model with 10,000 nodes, this took
+nearly half of the time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from contextlib import contextmanager
 
 _LOCK = threading.Lock()
 _COUNT = [0, False]
-"""The number of active pauses in all threads, and whether the collector was enabled before them."""
+"""The number of current pauses in all threads, and whether the collector was on before them."""
 
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Disable the garbage collector during the block; the last pause to end restores its state."""
+    """Disable the garbage collector during a ``with`` block.
+
+    If several threads do so at the same time, the last one to finish restores the previous state.
+    """
     with _LOCK:
         if not _COUNT[0]:
             _COUNT[1] = gc.isenabled()
@@ -38,8 +41,8 @@ def pause_collection() -> Iterator[None]:
 def pause_to_the_end() -> None:
     """Disable the garbage collector for the rest of the process, including its exit.
 
-    For a process that exits once its model is done: the operating system frees all memory at once,
-    but the collector would free millions of objects one by one.
+    Use this in a process that exits after it has processed a model.  The operating system then
+    frees all memory at once, while the collector would free millions of objects one by one.
     """
     gc.disable()
     atexit.register(gc.freeze)  # the interpreter's last collection leaves out what is frozen

@@ -1,15 +1,15 @@
-"""Compute random numbers that depend only on the seed, step, micro-batch and node.
+"""Build random numbers that depend only on the seed, step, micro-batch and node.
 
-onnxruntime draws from a generator inside the session that can be neither read nor set, so split
-and unsplit training would draw different numbers.  Here they are computed in the graph from the
-input ``splitonnx.key`` by integer operators, so that a step can be repeated exactly, on any
-runtime.  Element ``i`` gets the word ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
-"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  Its multiplications
-are done in 64 bits and truncated, because ONNX Runtime does not multiply uint32; the two halves of
-the key enter before and within the mixing.
+ONNX Runtime draws random numbers from a generator whose state can be neither read nor set, so split
+and unsplit training would draw different numbers.  Here, the graph computes the numbers with
+integer operators from its input ``splitonnx.key``, so that every runtime can repeat a step exactly.
 
-This module handles the random operators of the training form.  In the inference form they stay
-unchanged.
+Element ``i`` is ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser "lowbias32" of
+C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  ONNX Runtime cannot multiply uint32,
+so multiplications are done in 64 bits and truncated.  One half of the key is used before the mixing
+and the other half within it.
+
+Only the random operators of the training form are replaced; the inference form is not changed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from splitonnx.manifests import KEY
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
-"""Multipliers of lowbias32, as residues modulo 2**32 whose product with a uint32 fits in int64."""
+"""Multipliers of lowbias32, reduced modulo 2**32 so that products with a uint32 fit in int64."""
 _SPREAD = (0x3243F6A9, 0x2B7E1517, 0x1B873593)
-"""Odd constants below 2**30 that spread seed, step and micro-batch over the key."""
+"""Odd constants below 2**30 by which the seed, step and micro-batch are multiplied in the key."""
 _FLOAT = ir.DataType.FLOAT
 
 
 def find_key(graph: ir.Graph) -> ir.Value:
-    """Return the graph's input for the random key; add it if it is missing."""
+    """Return the graph's input for the random key, and add this input if it is missing."""
     for value in graph.inputs:
         if value.name == KEY:
             return value
@@ -42,7 +42,10 @@ def find_key(graph: ir.Graph) -> ir.Value:
 
 
 def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
-    """Draw integers below 2**32, as I64 in the given shape, for the node called ``name``."""
+    """Build random integers from 0 to 2**32 - 1, as I64 in the given shape.
+
+    Nodes with different names get different numbers for the same key.
+    """
 
     def word(value: ir.Value) -> ir.Value:
         return builder.cast(value, ir.DataType.UINT32)
@@ -81,9 +84,9 @@ def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) 
 
 
 def seed_random_operators(graph: ir.Graph) -> None:
-    """Rewrite every random operator, in place, to draw its numbers from the key.
+    """Replace every random operator, in place, by nodes that compute its numbers from the key.
 
-    If the node has a ``seed`` attribute, its value is mixed in together with the node's name.
+    The numbers depend on the node's name and, if it has one, on its ``seed`` attribute.
 
     Raises:
         UnsupportedModel: the rank of a Multinomial's input is not known.
@@ -95,7 +98,7 @@ def seed_random_operators(graph: ir.Graph) -> None:
 
 
 class _Source:
-    """The random numbers of one node."""
+    """Helper for building the random numbers of one node."""
 
     def __init__(self, builder: NodeBuilder, key: ir.Value, node: ir.Node) -> None:
         self.builder, self.node, self._key = builder, node, key
@@ -110,17 +113,17 @@ class _Source:
         return value
 
     def shape(self) -> ir.Value:
-        """Return the shape of the random numbers."""
+        """Return the shape of the node's output, which is that of its input if it has an input."""
         if self.node.inputs:
             return self.builder.shape(self.x)
         return self.builder.integers(self.node.attributes.get_ints("shape"))
 
     def number(self, name: str, default: float) -> ir.Value:
-        """Return a float attribute as a scalar."""
+        """Return a float attribute of the node as a scalar."""
         return self.builder.number(self.node.attributes.get_float(name, default), _FLOAT)
 
     def uniform(self, shape: ir.Value, *, label: str = "", above_zero: bool = False) -> ir.Value:
-        """Draw multiples of 2**-24 from [0, 1), or with ``above_zero`` from (0, 1]."""
+        """Build uniform random multiples of 2**-24 in [0, 1), or in (0, 1] with ``above_zero``."""
         builder = self.builder
         words = draw_words(builder, self._key, f"{self._name}{label}", shape)
         steps = builder.op("Div", words, builder.integer(2**8))
@@ -130,14 +133,14 @@ class _Source:
         return builder.op("Mul", steps, builder.number(2.0**-24, _FLOAT))
 
     def finish(self, value: ir.Value) -> ir.Value:
-        """Cast to the dtype that the node declares, by default that of its input."""
+        """Return ``value`` cast to the node's ``dtype``, which by default is that of its input."""
         declared = self.node.attributes.get_int("dtype", 0)
         dtype = self.x.dtype if not declared and self.node.inputs else None
         return self.builder.op("Cast", value, to=declared or (dtype or _FLOAT).value)
 
 
 def _draw_uniform(source: _Source) -> ir.Value:
-    """low + u * (high - low)."""
+    """Build uniform random numbers ``low + u * (high - low)``, for ``u`` in [0, 1)."""
     builder = source.builder
     low, high = source.number("low", 0.0), source.number("high", 1.0)
     scaled = builder.op("Mul", source.uniform(source.shape()), builder.op("Sub", high, low))
@@ -145,7 +148,10 @@ def _draw_uniform(source: _Source) -> ir.Value:
 
 
 def _draw_normal(source: _Source) -> ir.Value:
-    """mean + scale * sqrt(-2 ln u) * cos(2 pi v): the transform of Box and Muller."""
+    """Build normal random numbers ``mean + scale * sqrt(-2 ln u) * cos(2 pi v)``.
+
+    This is the Box-Muller transform, for uniform ``u`` in (0, 1] and ``v`` in [0, 1).
+    """
     builder, shape = source.builder, source.shape()
     u = source.uniform(shape, label="/u", above_zero=True)
     v = source.uniform(shape, label="/v")
@@ -158,7 +164,10 @@ def _draw_normal(source: _Source) -> ir.Value:
 
 
 def _draw_bernoulli(source: _Source) -> ir.Value:
-    """1 if u < p, else 0; a step function of p, so it has no gradient."""
+    """Build random numbers that are 1 with probability ``p``, else 0.
+
+    No gradient passes to ``p``, because the result is a step function of ``p``.
+    """
     builder, p = source.builder, source.x
     u = source.uniform(source.shape())
     chance = builder.op("Cast", builder.detach(p), to=_FLOAT.value)
@@ -166,7 +175,13 @@ def _draw_bernoulli(source: _Source) -> ir.Value:
 
 
 def _draw_multinomial(source: _Source) -> ir.Value:
-    """Count the classes whose cumulative probability is at most u."""
+    """Build random classes: count the classes whose cumulative probability is at most ``u``.
+
+    ``u`` is uniform in [0, 1).
+
+    Raises:
+        UnsupportedModel: the input is not known to have two dimensions.
+    """
     builder, scores, node = source.builder, source.x, source.node
     samples = node.attributes.get_int("sample_size", 1)
     if scores.shape is None or len(scores.shape) != 2:
@@ -205,6 +220,6 @@ _DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
 
 
 def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Set a value's type, so that it is not cast to the type it already has."""
+    """Set a value's type so that no Cast to the same type is built, and return the value."""
     value.type = ir.TensorType(dtype)
     return value

@@ -1,8 +1,8 @@
-"""Read and copy graphs with the same results as onnx-ir, at half the cost.
+"""Read and copy graphs in half the time that onnx-ir takes, with the same results.
 
-Common content is read here; rare content (bodies, functions, quantizations, metadata on values) is
-left to onnx-ir.  Values of equal shape share one shape object, which no code changes in place.
-This module does not depend on what a graph is used for.
+Models with less common content (bodies, functions, quantizations, metadata on values) are read by
+onnx-ir itself.  Values with the same shape share one shape object, so shapes must not be changed in
+place.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _BODY_KINDS = frozenset([onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS])
 
 
 class _Rare(Exception):
-    """Raised if a graph has rare content that is left to onnx-ir."""
+    """Raised if a graph has content that only onnx-ir can read."""
 
 
 def read_model(proto: onnx.ModelProto) -> ir.Model:
-    """Read a model from its protobuf message, like ``ir.from_proto``."""
+    """Convert a protobuf message to a model, like ``ir.from_proto``."""
     try:
         if proto.functions or proto.configuration:
             raise _Rare
@@ -45,7 +45,7 @@ def read_model(proto: onnx.ModelProto) -> ir.Model:
 
 
 def copy_model(model: ir.Model) -> ir.Model:
-    """Copy a model, like its ``clone`` method."""
+    """Return a copy of a model, like its ``clone`` method."""
     try:
         if model.functions:
             raise _Rare
@@ -59,7 +59,7 @@ def _get(proto: Any, field: str) -> Any:
 
 
 class _GraphReader:
-    """Reads one graph; equal shapes are read once."""
+    """Converts one graph from its protobuf message; equal types are converted only once."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
         if proto.quantization_annotation:
@@ -98,7 +98,7 @@ class _GraphReader:
         return value
 
     def _note(self, value: ir.Value, info: onnx.ValueInfoProto) -> ir.Value:
-        """Set a value's declared type."""
+        """Set a value's type and shape as declared in ``info``, and return the value."""
         if info.metadata_props:
             raise _Rare
         key = info.type.SerializeToString()
@@ -157,7 +157,7 @@ class _GraphReader:
 
 
 class _GraphCopier:
-    """Copies one graph; tensors and shapes are shared."""
+    """Copies one graph; the copy shares tensors and shapes with the original."""
 
     def __init__(self) -> None:
         self._values: dict[ir.Value, ir.Value] = {}

@@ -1,7 +1,7 @@
-"""Limit constants whose size depends on numbers in a model, before the constants are created.
+"""Limit the size of constants that are created while a model is rewritten.
 
-A model of a hundred bytes may ask for the interpolation weights of an image of a terabyte, or
-for a diagonal of a million rows.
+Without a limit, numbers in a model of a hundred bytes could ask for huge constants, such as the
+interpolation weights of an image of a terabyte or a diagonal of a million rows.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import known_dims
 
 MOST_CONSTANTS = 2**26
-"""Limit of elements in the constants that rewriting a model creates, intermediate ones included.
+"""Limit of elements in all constants that are created while a model is rewritten.
 
-A model that needs more is assumed to be malicious.
+Intermediate constants count too.  A model that needs more is assumed to be malicious.
 """
 _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at hand")
 
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Start a new count for :func:`limit`: all constants created in the block are one model's."""
+    """Count the constants of one model: :func:`limit` starts at zero in this ``with`` block."""
     token = _SPENT.set([0.0])
     try:
         yield
@@ -35,9 +35,9 @@ def count_constants() -> Iterator[None]:
 
 
 def limit(node: ir.Node, count: float) -> None:
-    """Count the elements of a node's constants, or refuse the node if the limit is exceeded.
+    """Check that a node may create constants with ``count`` elements, and add them to the total.
 
-    ``count`` is the number of elements.  Call this before creating the constants.
+    Call this before creating the constants.
 
     Raises:
         UnsupportedModel: the model's constants would have more than 2**26 elements in total.
@@ -55,10 +55,10 @@ def limit(node: ir.Node, count: float) -> None:
 
 
 def refuse_tables(graph: ir.Graph) -> None:
-    """Refuse nodes that compute a constant which is too large, because native code would fold it.
+    """Check that no node computes a huge value from constants, as native code would fold it.
 
     Raises:
-        UnsupportedModel: the constant would have more than 2**26 elements.
+        UnsupportedModel: such a value would have more than 2**26 elements.
     """
     constant = set(graph.initializers.values())
     for node in graph:

@@ -1,8 +1,8 @@
-"""Write graphs as onnx's protobuf messages: the same bytes as onnx-ir, at a third of the cost.
+"""Convert graphs to protobuf messages in a third of the time that onnx-ir takes.
 
-Common content is written here; rare content (metadata, functions, types other than tensors) is
-left to onnx-ir.  A view of some of a graph's nodes is written as their clone would be.  This
-module does not depend on what a graph is used for.
+The results have the same bytes.  Less common content (metadata, functions, types other than
+tensors) is written by onnx-ir itself.  A view of some of a graph's nodes is written without first
+copying the nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 _QUANTIZED = "quant_parameter_tensor_names"
-"""Metadata key under which onnx-ir keeps a value's quantization."""
+"""Metadata key under which onnx-ir stores a value's quantization parameters."""
 _Dims = tuple[int | str | None, ...]
 _Type = tuple[ir.DataType, _Dims | None]
 
@@ -31,7 +31,7 @@ def write_model(model: ir.Model) -> onnx.ModelProto:
 
 
 def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
-    """Return a copy of ``model`` with another graph and without functions."""
+    """Return a copy of ``model`` with the graph ``graph`` and without functions."""
     return ir.Model(
         graph,
         ir_version=model.ir_version,
@@ -52,7 +52,7 @@ def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProt
 
 
 def _copy_head(graph: _Graph) -> ir.Graph:
-    """Return a graph with the same name and metadata, but without nodes."""
+    """Return an empty graph with the same name, opsets and metadata."""
     return ir.Graph(
         [],
         [],
@@ -71,7 +71,7 @@ def _write(head: ir.Model, graph: _Graph) -> onnx.ModelProto:
 
 
 class _GraphWriter:
-    """Writes one graph; equal types are written once and copied."""
+    """Converts one graph to its protobuf message; equal types are converted only once."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
         self._proto = proto
@@ -117,7 +117,7 @@ class _GraphWriter:
             entries.add(name=value.name, type=self._types[kind])
 
     def _read_type(self, value: ir.Value) -> _Type | None:
-        """Return the part of a value that determines how it is written, apart from its name."""
+        """Return a value's type and shape, or ``None`` if onnx-ir must write the value."""
         kind, shape = value.type, value.shape
         if not isinstance(kind, ir.TensorType) or kind.denotation:
             return None
@@ -132,19 +132,26 @@ class _GraphWriter:
 
 
 def _read_dims(shape: ir.Shape) -> _Dims | None:
-    """Return a shape's dimensions, or ``None`` if one of them has a denotation."""
+    """Return a shape's dimensions, or ``None`` if any dimension has a denotation."""
     if any(shape.get_denotation(axis) for axis in range(len(shape))):
         return None
     return tuple(d if isinstance(d, int) else d.value for d in shape)
 
 
 def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
-    """Return whether ``meta`` has entries, without creating it by accessing the property."""
+    """Return whether the property ``meta`` has entries.
+
+    The property is not read if it does not exist yet, because reading it would create it.
+    """
     return getattr(noted, "_metadata", noted) is not None and bool(noted.meta)
 
 
 def _is_noted(value: ir.Value, known: Collection[str | None] = ()) -> bool:
-    """Return whether a value without an entry elsewhere has anything to be written."""
+    """Return whether a value needs an entry in ``value_info``.
+
+    A value needs no entry if it has no name, if its name is in ``known``, or if it has no type,
+    shape, description or metadata.
+    """
     if not value.name or value.name in known:
         return False
     noted = value.type is not None or value.shape is not None
@@ -165,7 +172,7 @@ def _write_node(graph: onnx.GraphProto, node: ir.Node) -> None:
 
 
 def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
-    """Convert a node to its protobuf message, with other names for its inputs and outputs."""
+    """Convert a node to its protobuf message, with the given names of inputs and outputs."""
     proto = onnx.NodeProto()
     _fill_node(proto, node, inputs, outputs)
     if node.overload:
@@ -176,7 +183,7 @@ def write_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> 
 def _fill_node(
     proto: onnx.NodeProto, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
-    """Write a node into ``proto``, with the given names of inputs and outputs."""
+    """Fill ``proto`` with a node's operator, attributes and the given input and output names."""
     proto.op_type = node.op_type
     proto.input.extend(inputs)
     proto.output.extend(outputs)

@@ -1,7 +1,7 @@
-"""Walk over a graph: find what a node reads and what a value depends on.
+"""Traverse a graph, to find the values that a node reads or that another value depends on.
 
-Outer values that the bodies of ``If``, ``Loop`` and ``Scan`` read count as read by the node that
-holds the body, so no dependency is missed.  This module does not depend on cuts.
+The bodies of ``If``, ``Loop`` and ``Scan`` may read values of the surrounding graph.  Such values
+count as read by the node that contains the body, so no dependency is missed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from splitonnx.partitioner.graphs.builders import DETACHED
 
 
 def list_inputs(node: ir.Node) -> list[ir.Value]:
-    """List every value that ``node`` reads, including outer values that its bodies read."""
+    """List all values that ``node`` reads, including values that its bodies read from outside."""
     values = [value for value in node.inputs if value is not None]
     for body in list_bodies(node):
         values.extend(_list_captures(body))
@@ -38,10 +38,10 @@ def walk_back(
     stop: Collection[ir.Value] = frozenset(),
     ends: Collection[ir.Node] = frozenset(),
 ) -> tuple[set[ir.Node], set[ir.Value]]:
-    """Collect the nodes that ``targets`` depend on, and the sources at which the walk ended.
+    """Return the nodes that ``targets`` depend on, and the source values they start from.
 
-    The walk does not go beyond a value in ``stop``, nor beyond a node in ``ends``, which is itself
-    collected.  A source is a stop value, a graph input or an initializer that was reached.
+    The walk backwards ends at source values: values in ``stop``, graph inputs and initializers.  It
+    also ends at nodes in ``ends``, which are returned but whose inputs are not followed.
     """
     nodes: set[ir.Node] = set()
     sources: set[ir.Value] = set()
@@ -59,7 +59,10 @@ def walk_back(
 
 
 class ResumedWalk:
-    """A backward walk that continues from one target to the next and visits each node once."""
+    """A walk backwards from one target after the other that visits each node only once.
+
+    ``nodes`` holds the known nodes; the caller adds the nodes that :meth:`explore` finds.
+    """
 
     def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:
         self.nodes: set[ir.Node] = set()
@@ -68,9 +71,10 @@ class ResumedWalk:
     def explore(
         self, targets: Iterable[ir.Value], stops: Mapping[ir.Value, int], most: int = -1
     ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Node]]:
-        """Return the newly found nodes, the sources reached, and the known nodes that were met.
+        """Walk back from ``targets`` until a known node or a source value is reached.
 
-        A value in ``stops`` is also a source if the number it maps to is at most ``most``.
+        Return the new nodes, the source values, and the known nodes that were reached.  Source
+        values are graph inputs, initializers, and values that ``stops`` maps to at most ``most``.
         """
         new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
         pending = list(targets)
@@ -89,7 +93,7 @@ class ResumedWalk:
 
 
 def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
-    """Collect ``roots`` and every value that is computed from one of them."""
+    """Return ``roots`` and all values that depend on any of them."""
     dependents = set(roots)
     for node in graph:  # in topological order
         if any(value in dependents for value in list_inputs(node)):
@@ -104,11 +108,11 @@ _RANDOM = frozenset(
 
 
 def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
-    """Collect the values that carry data: ``roots`` and all values computed from their elements.
+    """Return the values that depend on data: ``roots`` and all values computed from their elements.
 
-    Values that depend on data only through its shape (position ids, masks by position, the target
-    of a Reshape) do not carry data, and either party can compute them.  Randomly drawn values carry
-    data, because a second draw would differ.
+    Values that depend only on the shape of data (position ids, masks by position, the target of a
+    Reshape) are not included, because either party can compute them.  Random values are included,
+    because the other party would draw different ones.
     """
     data = set(roots)
     for node in graph:  # in topological order
@@ -119,14 +123,14 @@ def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
 
 
 def reads_size(node: ir.Node) -> bool:
-    """Return whether a node reads nothing but the shape of its input."""
+    """Return whether a node reads only the shape of its input, not its elements."""
     return node.op_type in ("Shape", "Size") and not node.domain
 
 
 def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
-    """Collect ``roots`` and every value from which a gradient could lead back to one of them.
+    """Return ``roots`` and all values from which a gradient could flow back to any of them.
 
-    A gradient does not pass a detached Identity or a value that is not a float.
+    No gradient flows through a detached Identity or a value that is not a float.
     """
     moving = set(roots)
     for node in graph:
@@ -136,12 +140,12 @@ def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
 
 
 def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
-    """Collect the graph inputs and initializers to which a gradient of ``targets`` leads back."""
+    """Return the graph inputs and initializers to which a gradient of ``targets`` could flow."""
     return {value for value in trace_gradients(targets) if value.producer() is None}
 
 
 def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
-    """Collect ``targets`` and every value to which a gradient of ``targets`` leads back."""
+    """Return ``targets`` and all values to which a gradient of ``targets`` could flow back."""
     seen: set[ir.Value] = set()
     pending = list(targets)
     while pending:
@@ -156,12 +160,12 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Return whether a value may carry a gradient; a value of unknown type may."""
+    """Return whether a value is a float or of unknown type, so that it may have a gradient."""
     return value.dtype is None or value.dtype.is_floating_point()
 
 
 def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Map each name to its value: inputs, initializers and outputs of the graph's own nodes."""
+    """Map names to a graph's inputs, initializers and node outputs; bodies are not included."""
     values = {value.name: value for value in graph.inputs if value.name}
     values.update(graph.initializers)
     for node in graph:
@@ -172,7 +176,7 @@ def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def prune(graph: ir.Graph) -> None:
-    """Remove the nodes that no output of the graph depends on."""
+    """Remove the nodes on which no output of the graph depends."""
     needed, _ = walk_back(graph.outputs)
     dead = [node for node in graph if node not in needed]
     for node in dead:
@@ -181,7 +185,7 @@ def prune(graph: ir.Graph) -> None:
 
 
 def list_bodies(node: ir.Node) -> list[ir.Graph]:
-    """List the bodies of a node."""
+    """List the bodies of a control-flow node."""
     bodies: list[ir.Graph] = []
     for attribute in node.attributes.data.values():  # as a dict; its own view is slow
         if attribute.type == ir.AttributeType.GRAPH:
@@ -201,11 +205,11 @@ def list_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def list_inner(node: ir.Node) -> list[ir.Node]:
-    """List the nodes in the bodies of a node, nested bodies included."""
+    """List the nodes in a node's bodies, including nested bodies."""
     return [inner for body in list_bodies(node) for inner in list_nodes(body)]
 
 
 def disconnect(nodes: Iterable[ir.Node]) -> None:
-    """Disconnect removed nodes from the values that they read, so that these do not seem used."""
+    """Disconnect removed nodes from their inputs, so that the inputs no longer count as used."""
     for node in nodes:
         node.resize_inputs(0)
