@@ -1,1 +1,1 @@
-"""Turn a model into a bundle: check, prepare, differentiate, lower it, and cut it into stages."""
+"""Turn a model into a bundle: check, prepare, differentiate and lower it, and split it in stages."""

@@ -20,12 +20,12 @@ from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
 MAX_INSIDE = 2**31 - 2**26
-"""Most bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
+"""Limit of bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Join:
-    """A joined model's bytes, and the weights stored in its external data file, in file order."""
+    """A joined model's bytes, and the weights in its external data file in the file's order."""
 
     content: bytes
     beside: Sequence[np.ndarray] = ()
@@ -36,9 +36,9 @@ class _Join:
 
 
 def merge(bundle: Bundle | str | Path) -> bytes:
-    """Join the parts of a bundle into one ONNX model with the weights as currently trained.
+    """Join the parts of a bundle into one ONNX model that contains the trained weights.
 
-    The model has the inputs and outputs of the original and is in inference form:
+    The model has the same inputs and outputs as the original model.  It is meant for inference:
     BatchNormalization uses its running statistics, and Dropout is removed.
 
     Args:
@@ -50,7 +50,7 @@ def merge(bundle: Bundle | str | Path) -> bytes:
     Raises:
         BundleError, FormatError: the folder cannot be read.
         BundleMismatch: the parties are at different steps.
-        UsageError: the model is too large for one file; :func:`write_merged` writes two.
+        UsageError: the model is too large for one file; :func:`write_merged` can write two files.
     """
     model = _join_parts(bundle)
     size = sum(tensor.nbytes for tensor in _list_tensors(model))
@@ -66,8 +66,9 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
     """Join the parts of a bundle like :func:`merge`, and write the model to ``path``.
 
     If the weights are too large for one ONNX file, they are written as external data to a second
-    file, whose name is ``path`` with ``.data`` appended.  They are streamed, so they need not fit
-    into memory.  The files appear only once they are complete, the model last.
+    file, whose name is ``path`` with ``.data`` appended.  The weights are streamed, so they do not
+    have to fit into memory.  Each file is moved to its place only when it is complete, and the
+    model file last.
 
     Returns:
         The number of bytes written.
@@ -105,7 +106,10 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
-    """Return the weights of all parties: trained values, or initial values if not ``trained``."""
+    """Return the weights of all parties, by name.
+
+    They have their trained values or, if ``trained`` is false, their initial values.
+    """
     weights: dict[str, np.ndarray] = {}
     for party in bundle.parties.values():
         source = party.state() if trained else party.weights
@@ -115,10 +119,12 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
-    """Return the prepared model: the bundle's skeleton with the parties' weights inserted.
+    """Insert the parties' weights into the bundle's skeleton, and return this complete model.
+
+    If ``trained`` is false, the weights have their initial values.
 
     Raises:
-        ModelError: the skeleton is not a model that could have been cut.
+        ModelError: the skeleton is not a valid model.
     """
     model = open_model(bundle.skeleton)
     restore_weights(model.graph, collect_weights(bundle, trained=trained))
@@ -144,7 +150,10 @@ def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
 
 
 def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
-    """Serialize a model; with ``beside``, store its weights in an external file of that name."""
+    """Serialize a model.
+
+    If ``beside`` is given, the weights are to be stored in an external file with this name.
+    """
     arrays: list[np.ndarray] = []
     if beside is not None:
         offset = 0

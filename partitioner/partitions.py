@@ -1,6 +1,7 @@
-"""Cut a model into a bundle: prepare it, attach the loss, differentiate it, split it into stages.
+"""Cut a model into a bundle.
 
-This module only calls these steps in order; each step is implemented in its own module.
+This module only calls the steps in their order: prepare the model, attach the loss, differentiate
+it, and split it into stages.  Each step is implemented in another module.
 """
 
 from __future__ import annotations
@@ -41,26 +42,27 @@ def cut(
     """Cut a model into a client part and a server part, ready for training.
 
     Args:
-        model: a path, the bytes of an ONNX model, or a loaded model.  It is not changed, except
-            that an ``onnx_ir`` model is assumed to be well-formed and is consumed.
+        model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
+            changed.  An ``onnx_ir`` model is changed and must not be used afterwards; it is assumed
+            to be valid.
         at: the tensors that the client sends to the server, given as tensor names, node names or
-            glob patterns.  The nodes before them are the client's head.  ``None`` does not cut
-            the model, for training without a server.
+            glob patterns.  The nodes before these tensors are the client's head.  If ``at`` is
+            ``None``, the model is not cut, for training without a server.
         tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
-            client then also has the nodes after them, the loss and the labels.
+            client then also has the nodes after these tensors, the loss and the labels.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
             ``output`` is itself the loss; see :func:`losses.attach_loss`.
         output: the model output from which the loss is computed; by default the first float
             output.
-        optimizer: ``AdamW(lr=1e-3)`` by default.
+        optimizer: the optimizer that updates the parameters; by default ``AdamW(lr=1e-3)``.
         batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
             ``frozen`` uses the running statistics; by default each node's own setting applies.
         dropout: ``keep`` turns every Dropout on, ``off`` turns every Dropout off; by default each
             node's own setting applies.
-        train: regular expressions for names of parameters to train.  An expression that matches
+        train: regular expressions for the names of parameters to train.  An expression that matches
             no parameter selects constants, which then become parameters.  ``train`` takes
             precedence over ``freeze``.
-        freeze: regular expressions; parameters whose name matches one keep their value.
+        freeze: regular expressions for the names of parameters that keep their values.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
 
@@ -106,7 +108,10 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def choose_output(prepared: PreparedModel, output: str | None) -> str:
-    """Return the output from which the loss is computed: ``output``, or the first if ``None``.
+    """Return the name of the output from which the loss is computed.
+
+    This is ``output`` if it is given.  Otherwise it is the first float output, or the first output
+    if none is a float.
 
     Raises:
         UsageError: the model has no such output, or no output that depends on its inputs.

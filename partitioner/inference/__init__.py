@@ -1,5 +1,6 @@
-"""Infer what is known of a model before any data arrives: shapes, types, constants, control flow.
+"""Infer everything about a model that does not depend on data: shapes, types and constants.
 
-The parts work together: rules compute shapes, constants are folded, and branches and loops that are
-known in advance are written out.  This package may import graphs and native.
+Rules compute shapes, constants are folded, and branches and loops whose conditions and lengths are
+known are replaced by the nodes that they would run.  Modules here may import ``graphs`` and
+``native``.
 """

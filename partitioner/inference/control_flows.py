@@ -1,8 +1,7 @@
-"""Resolve control flow that is known in advance: inline branches and unroll loops.
+"""Inline branches and unroll loops if their conditions and lengths do not depend on data.
 
-The gradient builder does not support If, Loop or Scan.  If the condition or trip count is known
-before any data arrives, the node is replaced by the nodes that it would run.  Otherwise it stays,
-with the reason recorded in its metadata.  This module does not depend on gradients.
+The gradient builder does not support If, Loop or Scan.  So such a node is replaced by the nodes
+that it would run, if possible.  Otherwise the node stays, and the reason is stored in its metadata.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list
 from splitonnx.partitioner.inference.inferences import Inference
 
 KEPT = "splitonnx.kept"
-"""Metadata key for the reason why a node's control flow could not be resolved in advance."""
+"""Metadata key of the reason why a control-flow node could not be replaced."""
 
 MOST_NODES = 20_000
-"""Limit of nodes that one model's control flow may be unrolled into; larger loops stay loops."""
+"""Limit of nodes created by unrolling the loops of one model; further loops stay loops."""
 
 
 class Unresolved(Exception):
-    """Raised if control flow depends on the data, or is too long to be written out."""
+    """Raised if control flow depends on data, or would take too many nodes."""
 
 
 def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
-    """Replace an If, Loop or Scan by the nodes that it would run; outputs keep their names.
+    """Replace an If, Loop or Scan by the nodes that it would run, and return these nodes in order.
 
-    ``spent`` is the number of nodes already written for the model's control flow.  Return the nodes
-    written, in order.
+    Outputs keep their names.  ``spent`` is the number of nodes that earlier calls created for this
+    model; it counts towards :data:`MOST_NODES`.
 
     Raises:
-        Unresolved: the control flow cannot be resolved; the node is unchanged.
+        Unresolved: the node cannot be replaced, and is not changed.
     """
     builder = NodeBuilder(node.name or node.op_type)
     try:
@@ -105,7 +104,7 @@ def _unroll_loop(
 
 
 def _is_endless(body: ir.Graph) -> bool:
-    """Return whether a loop's body returns its condition unchanged."""
+    """Return whether a loop's body returns its condition unchanged, so it never stops the loop."""
     again = body.outputs[0]
     node = again.producer()
     passed = again if node is None or node.op_type != "Identity" else node.inputs[0]
@@ -113,7 +112,7 @@ def _is_endless(body: ir.Graph) -> bool:
 
 
 def _measure_body(body: ir.Graph) -> int:
-    """Count the nodes that one iteration or branch writes, including nested bodies."""
+    """Count the nodes in a body, including nested bodies."""
     return max(len(list_nodes(body)), 1)
 
 
@@ -185,10 +184,10 @@ def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:
 def _take_apart(
     builder: NodeBuilder, source: ir.Value, length: int, axis: int, known: Inference
 ) -> list[ir.Value]:
-    """Return the slices of a sequence along ``axis``, with this axis removed.
+    """Build the slices of a tensor along ``axis``, with this axis removed.
 
-    This uses Split, because its gradient is a single Concat; a Gather for each step would have a
-    gradient the size of the whole tensor for each step.
+    This uses Split, whose gradient is a single Concat.  With a Gather for each slice, the gradient
+    of each slice would be as large as the complete tensor.
     """
     pieces: Sequence[ir.Value] = [source]
     if length > 1:
@@ -214,9 +213,9 @@ def _write_body(
     bound: Sequence[ir.Value | None],
     known: Inference,
 ) -> list[ir.Value]:
-    """Write one iteration of ``body`` with its inputs bound to values of the outer graph.
+    """Build one iteration of ``body``, which reads the values in ``bound`` as its inputs.
 
-    An input bound to ``None`` is a loop's condition, which is true while the loop runs.
+    ``None`` in ``bound`` stands for a loop's condition, which is true while the loop runs.
     """
     given = [_write_truth(builder) if value is None else value for value in bound]
     nodes, outputs = copy_body(body, prefix, given)

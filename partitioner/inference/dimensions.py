@@ -1,10 +1,10 @@
-"""Represent dimensions as symbols: sums of products of unknown sizes, compared if provable.
+"""Calculate with dimensions that are not known, such as ``4*N + 1`` for an unknown batch ``N``.
 
-An unknown size is an *atom*, such as the batch ``N``; ``4*N + 1`` can be used in arithmetic like
-a number.  Two dimensions are equal exactly if their sums are: the same atom is the same size
-within one run of a model.  An atom is at least 0.  The number of terms and factors and the length
-of the text are limited, since products of sums grow exponentially; a larger amount raises
-:class:`TooLarge`.  This module does not depend on graphs or operators.
+An unknown size like ``N`` is called an *atom*; it has the same value everywhere in one run of a
+model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
+number or such a dimension.  Comparisons return a result only if it is the same for all sizes.
+Products of sums grow exponentially, so the number of terms, the number of factors and the length of
+the text are limited; an amount beyond these limits raises :class:`TooLarge`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from typing import TypeVar
 from splitonnx.expressions import UNKNOWN, parse_terms
 
 MOST_TERMS = 32
-"""Limit of products in one sum."""
+"""Limit of terms in one sum."""
 MOST_FACTORS = 16
 """Limit of atoms in one product."""
 MOST_CHARACTERS = 2000
-"""Limit of characters in an amount's text, which may become the name of an atom when read back."""
+"""Limit of characters in the text of an amount; the text may become an atom's name."""
 _MOST_PAIRS = 256
-"""Limit of products of terms in one multiplication."""
+"""Limit of terms that one multiplication creates before equal terms are added up."""
 _LARGEST, _LARGEST_FACTOR = 2**63, 10**15
 
 
 class Undecided(Exception):
-    """Raised if a comparison or division holds for some sizes and not for others."""
+    """Raised if the result of an operation depends on sizes that are not known."""
 
 
 class TooLarge(Undecided):
-    """Raised if an amount exceeds this module's limits; nothing is known of it."""
+    """Raised if an amount exceeds this module's limits."""
 
 
 @dataclass(frozen=True)
 class Dim:
-    """A sum of products: ``terms`` pairs sorted atoms with a factor; at least one has an atom."""
+    """A dimension that is not known: a sum of products of atoms and integers.
+
+    Each term is a pair of its sorted atoms and its integer factor, such as ``(("N",), 4)`` for
+    ``4*N``.  At least one term has an atom.
+    """
 
     terms: tuple[tuple[tuple[str, ...], int], ...]
 
@@ -46,7 +50,7 @@ class Dim:
 
     @property
     def atoms(self) -> frozenset[str]:
-        """The atoms in this sum."""
+        """The atoms that occur in this sum."""
         return frozenset(atom for atoms, _ in self.terms for atom in atoms)
 
     def __add__(self, other: Amount) -> Amount:
@@ -78,22 +82,21 @@ class Dim:
 
 
 Amount = int | Dim
-"""A known number or a symbolic dimension."""
+"""A size: a number, or a dimension with unknown sizes."""
 
 
 Place = TypeVar("Place")
 
 
 def make_atom(name: str) -> Dim:
-    """Return a dimension that is a single unknown size."""
+    """Return a dimension that is a single atom."""
     return Dim((((name,), 1),))
 
 
 def parse_dim(text: str) -> Dim | int:
-    """Parse a symbolic dimension as exporters write it: ``N``, ``2*s77``, ``s0 + 1``.
+    """Parse a dimension's text as exporters write it, such as ``N``, ``2*s77`` or ``s0 + 1``.
 
-    Text that is not such a sum of products, or exceeds the limits, becomes the name of a single
-    atom.
+    If the text is not a sum of products, or exceeds the limits, it becomes the name of an atom.
     """
     try:
         return _collect(list(parse_terms(text)))
@@ -120,10 +123,10 @@ def multiply(left: Amount, right: Amount) -> Amount:
 
 
 def bound(amount: Amount) -> Amount:
-    """Return an amount unchanged, after checking that it fits in 64 bits if it is a number.
+    """Check that an amount fits in 64 bits if it is a number, and return it.
 
     Raises:
-        TooLarge: it is a number that takes more than 64 bits.
+        TooLarge: the amount is a number that takes more than 64 bits.
     """
     if not isinstance(amount, Dim) and not -_LARGEST <= amount < _LARGEST:
         raise TooLarge
@@ -131,7 +134,7 @@ def bound(amount: Amount) -> Amount:
 
 
 def sum_of(amounts: Iterable[Amount]) -> Amount:
-    """Return the sum of all amounts.
+    """Return the sum of ``amounts``.
 
     Raises:
         TooLarge: a sum exceeds the limits.
@@ -143,7 +146,7 @@ def sum_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def prod_of(amounts: Iterable[Amount]) -> Amount:
-    """Return the product of all amounts.
+    """Return the product of ``amounts``.
 
     Raises:
         TooLarge: a product exceeds the limits.
@@ -155,12 +158,12 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def is_positive(amount: Amount) -> bool:
-    """Return whether an amount is at least 1 for all values of its atoms."""
+    """Return whether an amount is certain to be at least 1, whatever its atoms are."""
     return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
 def is_natural(amount: Amount) -> bool:
-    """Return whether an amount is at least 0 for all values of its atoms."""
+    """Return whether an amount is certain to be at least 0, whatever its atoms are."""
     return all(factor >= 0 for _, factor in list_terms(amount))
 
 
@@ -168,7 +171,7 @@ def is_equal(left: Amount, right: Amount) -> bool:
     """Return whether two amounts are equal.
 
     Raises:
-        Undecided: they are equal for some sizes only.
+        Undecided: it depends on sizes that are not known.
     """
     difference = left - right
     if not isinstance(difference, Dim):
@@ -182,7 +185,7 @@ def is_less(left: Amount, right: Amount) -> bool:
     """Return whether ``left`` is less than ``right``.
 
     Raises:
-        Undecided: it depends on the sizes.
+        Undecided: it depends on sizes that are not known.
     """
     if is_positive(right - left):
         return True
@@ -192,10 +195,10 @@ def is_less(left: Amount, right: Amount) -> bool:
 
 
 def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
-    """Divide amounts if there is no remainder for any sizes.
+    """Divide an amount by another that divides it without a remainder.
 
     Raises:
-        Undecided: there may be a remainder.
+        Undecided: there may be a remainder for some sizes.
     """
     parts = list_terms(divisor)
     if len(parts) != 1 or parts[0][1] == 0:
@@ -214,7 +217,14 @@ def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
 
 
 def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
-    """Divide like ONNX divides integers; an inexact quotient becomes an atom of its own."""
+    """Divide amounts and round towards zero, like ONNX divides integers.
+
+    If there may be a remainder, the quotient becomes a new atom, such as ``(N)//(2)``.
+
+    Raises:
+        Undecided: the divisor may be 0, or one of the amounts may be negative.
+        TooLarge: the new atom's name would exceed the limit.
+    """
     if not isinstance(amount, Dim) and not isinstance(divisor, Dim):
         if divisor == 0:
             raise Undecided
@@ -227,10 +237,10 @@ def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
 
 
 def take_remainder(amount: Amount, divisor: Amount) -> Amount:
-    """Return the remainder of a division of amounts that are at least 0.
+    """Return the remainder of dividing two amounts that are at least 0.
 
     Raises:
-        Undecided: it depends on the sizes.
+        Undecided: it depends on sizes that are not known.
     """
     if not isinstance(amount, Dim) and not isinstance(divisor, Dim) and divisor:
         return amount % divisor
@@ -248,13 +258,13 @@ def _compose(sign: str, left: Amount, right: Amount) -> Dim:
 
 
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
-    """Find how to compute every atom of ``wanted`` from one of the ``known`` dimensions.
+    """Find out how to compute each atom of ``wanted`` from a dimension in ``known``.
 
-    Return for each atom (key of the known dimension, factor, offset), such that the dimension is
-    ``factor * atom + offset``.
+    Return for each atom a tuple (key, factor, offset).  It means that the dimension ``known[key]``
+    equals ``factor * atom + offset``.
 
     Raises:
-        Undecided: no known dimension yields an atom; the message is the atom's name.
+        Undecided: an atom cannot be computed from any dimension; the message is the atom's name.
     """
     atoms = wanted.atoms if isinstance(wanted, Dim) else frozenset[str]()
     return {atom: _solve_atom(atom, known) for atom in sorted(atoms)}
@@ -273,18 +283,18 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Return a new atom for a dimension that is not known at all."""
+    """Return an atom for an axis about whose size nothing is known."""
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 
 
 def is_unknown(amount: Amount) -> bool:
-    """Return whether an amount contains an atom of an unknown dimension."""
+    """Return whether an amount contains an atom that :func:`name_unknown` created."""
     return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
 
 
 def list_terms(amount: Amount) -> list[tuple[tuple[str, ...], int]]:
-    """List an amount's products as (atoms, factor)."""
+    """List an amount's terms as pairs of their atoms and their integer factor."""
     return list(amount.terms) if isinstance(amount, Dim) else [((), int(amount))]
 
 

@@ -1,7 +1,7 @@
-"""Use onnx to infer a single node's output types, and to compute its outputs from known inputs.
+"""Infer a single node's output types with onnx, or compute its outputs from known inputs.
 
-This module passes one node and what is known of its inputs to onnx; it does not use the rest of the
-graph.
+Only the node itself, and the types and contents of its inputs if they are known, are passed to
+onnx.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from splitonnx.partitioner.native.workers import Refused, call
 _Pairs = tuple[tuple[str, bytes], ...]
 
 _MOST_REMEMBERED = 1 << 12
-"""Limit in bytes of requests whose results are cached, including the contents of inputs."""
+"""Limit of bytes in a node and its inputs up to which the inferred types are cached."""
 
 
 _Declared = tuple[int, tuple[int | str, ...] | None]
-"""An element type, and the dimensions if their number is known."""
+"""A tensor's element type, and its dimensions or ``None`` if their number is not known."""
 
 
 class Schemas:
     """Infers the types of node outputs for one opset.
 
-    Results are cached for nodes that have no attributes and no inputs of known content.
+    Results are cached for nodes without attributes and without constant inputs.
     """
 
     def __init__(self, opset: int) -> None:
@@ -43,10 +43,10 @@ class Schemas:
     def infer(
         self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
     ) -> Sequence[onnx.TypeProto | None]:
-        """Return the type of each output, as onnx infers it from the types of the inputs.
+        """Infer the type of each output with onnx, or return ``None`` for an unknown type.
 
-        ``types`` and ``data`` name inputs by position: ``i0``, ``i1`` and so on.  ``data`` holds
-        the inputs whose contents are known.
+        ``types`` holds the types of the node's inputs, and ``data`` the contents of the inputs that
+        are known.  The keys of both are ``i0`` for the first input, ``i1`` for the second, etc.
 
         Raises:
             NativeCrash: onnx's inference crashes on the node.
@@ -86,7 +86,7 @@ def _infer_types(
 
 @lru_cache(maxsize=1 << 12)
 def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[str, bytes]:
-    """Infer the output types of a node; results are cached because deep networks repeat nodes."""
+    """Infer the output types of a node, and cache them, because deep networks repeat nodes."""
     try:
         return call(natives.infer_node, "a node", node, dict(kinds), dict(tensors), opset)
     except Refused:
@@ -96,9 +96,9 @@ def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[s
 def evaluate(
     node: ir.Node, contents: Sequence[np.ndarray | None], opset: int
 ) -> Sequence[np.ndarray | None]:
-    """Compute a node's outputs with onnx's reference implementation.
+    """Compute a node's outputs from the contents of its inputs, with onnx's reference evaluator.
 
-    Return ``None`` for each output if the reference implementation fails.
+    Return ``None`` for every output if the reference evaluator fails.
     """
     proto = _write_node(node)
     feeds = {f"i{index}": c for index, c in enumerate(contents) if c is not None}
@@ -119,7 +119,10 @@ def evaluate(
 
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:
-    """Serialize a node with generic names, so that the model's own names do not matter."""
+    """Convert a node to a protobuf message, with inputs named ``i0``, ... and outputs ``o0``, ...
+
+    Thus nodes that differ only in the names of their values become the same message.
+    """
     return write_node(
         node,
         [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)],

@@ -1,9 +1,9 @@
-"""Fold constants: compute in advance the parts of a model that do not depend on data.
+"""Fold constants: compute values of a model that do not depend on data.
 
 Values that depend only on constants and fixed dimensions become constants.  The target shape of a
-Reshape becomes constant if at most one dimension is unknown.  Branches and loops whose conditions
-and lengths are known are written out.  A dynamic batch stays dynamic.  Weights are graph inputs
-here, so they are never folded.  This module does not depend on cuts or gradients.
+Reshape becomes a constant if at most one dimension is unknown.  Branches and loops whose conditions
+and lengths are known are replaced by the nodes that they would run.  A dynamic batch stays dynamic.
+Weights are graph inputs at this point, so they are not folded.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 
 def fold(model: ir.Model, weights: Collection[str]) -> None:
-    """Fold a model's constants, in place; ``weights`` names the graph inputs that are not data.
+    """Fold the constants of a model, in place.
 
-    Values keep their names.  The dimensions of every computed value are set on it, including sums
-    and products of unknown dimensions (``2*N``).
+    ``weights`` names the graph inputs that are not data.  Values keep their names.  The dimensions
+    of all remaining values are set if they are known, also if they are sums and products of unknown
+    dimensions such as ``2*N``.
     """
     graph = model.graph
     known = Inference(graph.opset_imports[""])
@@ -45,7 +46,10 @@ def fold(model: ir.Model, weights: Collection[str]) -> None:
 def _fold_node(
     node: ir.Node, known: Inference, reached: set[ir.Value], spent: int
 ) -> Sequence[ir.Node]:
-    """Fold one node; return the nodes that replace it and must be folded next."""
+    """Fold one node.
+
+    If the node is replaced by other nodes, return them, because they must be folded next.
+    """
     trained = any(value in reached for value in list_inputs(node))
     if trained:
         reached.update(node.outputs)
@@ -65,7 +69,7 @@ def _fold_node(
 
 
 def note_shapes(graph: ir.Graph) -> None:
-    """Set the dimensions that can be inferred on a graph's values, if they are not set yet."""
+    """Infer and set those dimensions of a graph's values that are not set yet."""
     known = Inference(graph.opset_imports[""])
     for node in graph:
         if all(_is_noted(value) for value in node.outputs):
@@ -76,7 +80,10 @@ def note_shapes(graph: ir.Graph) -> None:
 
 
 def _is_noted(value: ir.Value) -> bool:
-    """Return whether inference adds nothing to a value; integers may be sizes, so they need it."""
+    """Return whether inference would add nothing to what is set on a value.
+
+    Integers are always inferred, because they may be sizes.
+    """
     if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
@@ -86,7 +93,10 @@ def _is_noted(value: ir.Value) -> bool:
 def _resolve(
     node: ir.Node, known: Inference, trained: bool, spent: int
 ) -> Sequence[ir.Node] | None:
-    """Write out control flow known in advance; loops only if a gradient may pass through them."""
+    """Replace control flow by the nodes that it would run, if they are known.
+
+    Loops are replaced only if ``trained`` is set, that is, if a gradient may pass through them.
+    """
     loop = node.op_type in ("Loop", "Scan")
     if node.domain or not (node.op_type == "If" or (loop and trained)):
         return None
@@ -98,9 +108,10 @@ def _resolve(
 
 
 def _name_type(node: ir.Node) -> None:
-    """Turn a CastLike into a Cast, which does not read the data of a second input.
+    """Make the output type of a GroupNormalization or CastLike explicit.
 
-    onnx's inference does not infer the type of a GroupNormalization.
+    onnx does not infer the type of a GroupNormalization.  A CastLike becomes a Cast, so that it no
+    longer reads its second input.
     """
     if node.op_type == "GroupNormalization" and node.inputs[0] is not None:
         node.outputs[0].type = node.inputs[0].type
@@ -113,7 +124,7 @@ def _name_type(node: ir.Node) -> None:
 
 
 def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
-    """Replace a node whose outputs are all known by constants."""
+    """Replace a node by constants if all of its outputs are known, and return whether they are."""
     outputs = [value for value in node.outputs if value.uses()]
     if node.op_type == "Constant" or any(value.is_graph_output() for value in node.outputs):
         return False
@@ -126,7 +137,7 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
 
 
 def _is_plain(content: np.ndarray | None, value: ir.Value) -> bool:
-    """Return whether a value's content is known and has the value's element type."""
+    """Return whether ``content`` is known, is numeric, and has the element type of ``value``."""
     if content is None or content.dtype.kind not in "biuf":
         return False
     return value.dtype is None or value.dtype.numpy() == content.dtype
@@ -137,7 +148,7 @@ def _fix_target(
     known: Inference,
     fix: Callable[[ir.Node, list[Amount], list[Amount]], list[int] | None],
 ) -> None:
-    """Make the target shape of a node a constant if one constant is right for every batch size."""
+    """Replace a node's target shape by a constant if the constant is right for all batch sizes."""
     source, target = node.inputs[0], known.content(node.inputs[1])
     dims = None if source is None else known.shape(source)
     if target is None or target.dtype != object or dims is None:
@@ -153,7 +164,10 @@ def _fix_target(
 
 
 def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
-    """Return the target with 0 for a dimension that stays, and -1 for the unknown dimension."""
+    """Return a constant target for a Reshape, or ``None`` if more than one dimension is unknown.
+
+    In the target, 0 keeps a dimension of the input, and -1 stands for the unknown dimension.
+    """
     copying = not node.attributes.get_int("allowzero", 0)
     if 0 in wanted and not copying:
         return None
@@ -169,7 +183,10 @@ def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> lis
 
 
 def _fix_expand(_: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
-    """Return the target with 1 for a dimension that the input has already."""
+    """Return a constant target for an Expand, or ``None`` if a new dimension is unknown.
+
+    In the target, 1 keeps a dimension of the input.
+    """
     own = [*[1] * (len(wanted) - len(dims)), *dims][-len(wanted) :] if wanted else []
     fixed = [1 if isinstance(d, Dim) and d == o else d for d, o in zip(wanted, own, strict=True)]
     return [d for d in fixed if isinstance(d, int)] if not any(

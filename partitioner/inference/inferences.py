@@ -1,8 +1,8 @@
-"""Infer what is known of a model's tensors before any data arrives: shapes and small contents.
+"""Infer the shapes of a model's tensors, and the contents of small tensors, without any data.
 
-onnx's own inference loses a dimension as soon as it is used in arithmetic.  This module keeps it as
-a :class:`dimensions.Dim`, also as an element of an integer tensor, so that a chain of Shape,
-Gather, Concat and Reshape loses nothing.  It infers the outputs of nodes and changes no node.
+onnx's own inference loses an unknown dimension as soon as the model does arithmetic with it.  This
+module keeps track of it as a :class:`dimensions.Dim`, also if it is an element of an integer
+tensor.  So it can follow a chain of Shape, Gather, Concat and Reshape.  Nodes are not changed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
 from splitonnx.partitioner.inference.shape_rules import RULES, Dims
 
 MOST_ELEMENTS = 1 << 16
-"""Larger constants are not computed in advance, because every stage would have to store them."""
+"""Limit of elements in a folded constant; every stage that uses a constant has to store it."""
 _MOST_SYMBOLS = 1 << 10
 _MOST_COMPUTED = 1 << 17
-"""Limit of symbolic elements computed in one graph; values beyond this limit are unknown."""
+"""Limit of elements of symbolic contents computed in one graph; further contents are unknown."""
 
 _MOVING = frozenset(
     ["Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
      "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"]
 )  # fmt: skip
-"""Operators that only move elements, whatever the elements are."""
+"""Operators that only move or copy elements, so that elements may also be symbols."""
 
 _COMPUTING = frozenset(
     ["Abs", "Add", "And", "Cast", "Ceil", "Clip", "ConstantOfShape", "Div", "Equal", "Exp", "Floor",
@@ -55,7 +55,7 @@ _COMPUTING = frozenset(
      "Xor"]
 )  # fmt: skip
 FOLDABLE = _MOVING | _COMPUTING
-"""Operators that are computed in advance if all of their inputs are constants."""
+"""Operators whose outputs are computed if all of their inputs are constants."""
 
 
 def _unless(rule: Callable[[Amount, Amount], bool]) -> Callable[[Amount, Amount], bool]:
@@ -85,17 +85,17 @@ _ARITHMETIC: Mapping[str, tuple[int, Callable[..., Any]]] = {
     "Sub": (2, lambda left, right: bound(left - right)),
     "Where": (3, _choose),
 }
-"""Operators on single elements, with the number of their inputs."""
+"""Map elementwise operators to their number of inputs and their function for amounts."""
 
 
 _Shapes = Sequence[Sequence[Amount | None] | None]
 
 
 class Inference:
-    """Infers and stores the shapes and contents of one graph's values.
+    """Infers and stores the shapes and contents of a graph's values.
 
-    Nodes must be visited in topological order.  If no visited node computes a value, its shape is
-    the declared one, and its content is known only if it is a small constant.
+    Call :meth:`visit` for each node in topological order.  For a value that no visited node
+    computes, the declared shape is used, and the content is known only if it is a small constant.
     """
 
     def __init__(self, opset: int) -> None:
@@ -108,7 +108,7 @@ class Inference:
         self._computed = 0
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Return a value's dimensions; ``None`` if not even their number is known."""
+        """Return a value's dimensions, or ``None`` if their number is not known."""
         if value in self._shapes:
             return self._shapes[value]
         if value.shape is not None:
@@ -121,7 +121,10 @@ class Inference:
         return self._shapes.get(value)
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return a value's known elements: an array of numbers, or of objects if some are Dims."""
+        """Return a value's elements, or ``None`` if they are not known.
+
+        The result is an array of numbers, or of objects if any element is a Dim.
+        """
         if value is None:
             return None
         if value not in self._contents:
@@ -129,15 +132,15 @@ class Inference:
         return self._contents[value]
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return a value's elements if all of them are known numbers, else ``None``."""
+        """Return a value's elements, or ``None`` if any element is not a known number."""
         content = self.content(value)
         return None if content is None or content.dtype == object else content
 
     def visit(self, node: ir.Node) -> None:
-        """Infer and record the outputs of ``node`` from what is known of its inputs.
+        """Infer and store the shapes and contents of a node's outputs.
 
         Raises:
-            UnsupportedModel: its inputs or attributes are not valid for the operator.
+            UnsupportedModel: the node's inputs or attributes are not valid for its operator.
         """
         if node.op_type == "Constant" or node.domain not in ("", "ai.onnx"):
             return
@@ -156,7 +159,7 @@ class Inference:
                 self._shapes[value] = list(content.shape)
 
     def note(self, value: ir.Value) -> None:
-        """Set the known shape of a value on the value itself."""
+        """Set a value's inferred shape on the value itself, if a shape was inferred."""
         dims = self._shapes.get(value)
         if dims is not None:
             written = tuple(d if isinstance(d, int) else str(d) for d in dims)
@@ -165,7 +168,7 @@ class Inference:
             value.shape = self._noted[written]
 
     def write(self, dim: Amount) -> int | str:
-        """Return a dimension in onnx's form, a number or a name that can be parsed again."""
+        """Return a dimension as onnx stores it: a number, or a text that can be parsed again."""
         if isinstance(dim, Dim):
             self._written[str(dim)] = dim
             return str(dim)
@@ -177,7 +180,10 @@ class Inference:
         return self._written.get(text) or parse_dim(text)
 
     def _complete(self, value: ir.Value, dims: Sequence[Amount | None]) -> Dims:
-        """Fill in the dimensions declared before, and create atoms for the rest."""
+        """Replace unknown dimensions by declared ones, or by new atoms if none are declared.
+
+        Declared numbers take precedence over inferred dimensions.
+        """
         noted: list[Any] = list(value.shape) if value.shape is not None else []
         if len(noted) != len(dims):
             noted = [None] * len(dims)
@@ -217,12 +223,15 @@ class Inference:
         return self._ask_schema(node)
 
     def _name_types(self, node: ir.Node, found: _Shapes) -> _Shapes:
-        """Infer element types of outputs with onnx; their shapes are known better already."""
+        """Set missing types of outputs as onnx infers them, but return the shapes in ``found``."""
         self._ask_schema(node)
         return found
 
     def _ask_schema(self, node: ir.Node) -> _Shapes:
-        """Infer one node with onnx, passing symbols as names and constants as contents."""
+        """Infer the output shapes of one node with onnx, and set missing types.
+
+        Unknown dimensions are passed to onnx as names; constant inputs with their contents.
+        """
         types, data = {}, {}
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -283,7 +292,7 @@ class Inference:
             return ()
 
     def _is_small(self, node: ir.Node, most: int) -> bool:
-        """Return whether no output or intermediate result has more than ``most`` elements."""
+        """Return whether no output of a node has more than ``most`` elements."""
         if node.op_type == "Range" and not self._is_short(node, most):
             return False
         for value in node.outputs:
@@ -293,7 +302,10 @@ class Inference:
         return True
 
     def _is_short(self, node: ir.Node, most: int) -> bool:
-        """Return whether a Range of numbers, including floats, has at most ``most`` elements."""
+        """Return whether a Range has at most ``most`` elements, also if it consists of floats.
+
+        A Range between symbols counts as short.
+        """
         start, limit, delta = (self.constant(value) for value in node.inputs)
         if start is None or limit is None or delta is None:
             return True  # a Range of symbols
@@ -346,7 +358,11 @@ class Inference:
     def _move(
         self, node: ir.Node, contents: Sequence[np.ndarray | None]
     ) -> Sequence[np.ndarray | None]:
-        """Move numbers that represent the symbols, with the operator itself."""
+        """Compute the outputs of an operator that moves elements, for inputs with symbols.
+
+        Numbers take the place of the symbols.  onnx moves these numbers, and then each number is
+        replaced by its symbol.
+        """
         count = len(contents) if node.op_type == "Concat" else 1
         if any(_has_symbols(content) for content in contents[count:]):
             return ()
@@ -384,7 +400,7 @@ def _take(symbols: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _as_array(content: Any, kind: ir.Value | ir.DataType | None = None) -> np.ndarray:
-    """Return an array of numbers if all elements are known, else an array of objects."""
+    """Return an array of numbers, or an array of objects if any element is a symbol."""
     array = np.asarray(content, object)
     if _has_symbols(array):
         return array

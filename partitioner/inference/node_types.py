@@ -1,10 +1,10 @@
-"""Infer the element types of a joint graph's values like ONNX Runtime.
+"""Infer the element types of a joint graph's values with ONNX Runtime.
 
-onnx's own inference stops at the training-only operators, which it does not know.  An ONNX Runtime
-session of the whole graph yields all types, but takes time quadratic in the number of nodes.  A
-large graph is therefore reduced to one node of each *kind*.  Nodes with the same operator,
-attributes, types and declared shapes have outputs of the same types, and use the same kernel or
-have none.
+onnx's own inference stops at training-only operators, which it does not know.  An ONNX Runtime
+session for the complete graph yields all types, but the time is quadratic in the number of nodes.
+A large graph is therefore reduced to one node of each *kind*.  Nodes are of the same kind if they
+have the same operator, attributes, types and declared shapes.  Their outputs then have the same
+types, and ONNX Runtime has a kernel either for all of them or for none.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 FEW_NODES = 2000
-"""Graphs of up to this many nodes are passed to ONNX Runtime as a whole."""
+"""Limit of nodes up to which the complete graph is passed to ONNX Runtime."""
 
 _SUBJECT = "the joint graph"
 _Type = tuple[int, tuple[int | str | None, ...] | None]
-"""An element type, and the dimensions if their number is known."""
+"""A tensor's element type, and its dimensions or ``None`` if their number is not known."""
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def list_types(model: ir.Model) -> Mapping[str, str]:
-    """Map the names of values to their types, in ONNX Runtime's notation.
+    """Map names of values to their types, in ONNX Runtime's notation.
 
-    The result has at least the values whose type is not declared.
+    The result contains at least all values whose type is not declared.
 
     Raises:
-        Refused: ONNX Runtime rejects the graph, for example because a node has no kernel.
+        Refused: ONNX Runtime rejects the graph, for example because it has no kernel for a node.
     """
     if len(model.graph) > FEW_NODES:
         try:
@@ -55,12 +55,12 @@ def _ask_graph(model: ir.Model) -> Mapping[str, str]:
 
 
 class _WithoutKind(Exception):
-    """Raised if a node has no kind: it holds a graph, or reads something other than a tensor."""
+    """Raised if a node has a body or reads something other than tensors of known type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kinds:
-    """A graph with one node of each kind, whose inputs are shared by type."""
+    """A graph with one node of each kind, and one input for each type."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     outputs: dict[Hashable, list[str]] = field(default_factory=dict)
@@ -71,7 +71,10 @@ class _Kinds:
         return self.inputs.setdefault(declared, f"i{len(self.inputs)}")
 
     def add(self, node: ir.Node, inputs: list[str]) -> list[str]:
-        """Add a node, unless its kind is present; return the names of its outputs in this graph."""
+        """Return the names of a node's outputs in this graph.
+
+        If there is no node of the same kind yet, the node is added first.
+        """
         attributes = [(a.name, a.type, _freeze(a)) for a in node.attributes.values()]
         types = tuple(_read_type(value) for value in node.outputs)
         named = tuple(bool(value.name) for value in node.outputs)
@@ -110,9 +113,10 @@ def _freeze(attribute: ir.Attr) -> Hashable:
 
 
 def _ask_kinds(model: ir.Model) -> Mapping[str, str]:
-    """Infer types with a graph that has one node of each kind.
+    """Infer types by asking ONNX Runtime for a graph with one node of each kind.
 
-    An input without a declared type is connected to the node of this graph that computes it.
+    If the type of a node's input is not declared, the input is connected to the node in this graph
+    that computes it.
     """
     kinds = _Kinds()
     stand_ins: dict[ir.Value, str] = {}

@@ -1,9 +1,9 @@
-"""Replace sequences and optionals that are known in advance by the tensors in them.
+"""Replace sequences and optionals by the tensors in them.
 
-A gradient cannot pass through a sequence.  But a list that an exporter writes (the outputs of a
-loop, the pieces of a split) has fixed length and positions, so every tensor taken from it can be
-traced to the tensor put into it.  Sequences that are not known in advance stay unchanged.  This
-module does not depend on gradients or cuts.
+No gradient can pass through a sequence.  But the lists that exporters write, such as the outputs of
+a loop or the pieces of a split, usually have a fixed length and fixed positions.  Then every tensor
+that is taken out of the sequence can be replaced by the tensor that was put in.  Other sequences
+stay unchanged.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.inference.control_flows import KEPT, MOST_NODES
 
 MOST_PIECES = 1 << 12
-"""Limit of tensors that one sequence is split into."""
+"""Limit of tensors into which one SplitToSequence is split."""
 MOST_HELD = 1 << 20
-"""Limit of tensors in all sequences of a model together; each insertion copies one sequence."""
+"""Limit of tensors in all sequences of a model together.
+
+Each operator that returns a sequence adds the length of this sequence to the count.
+"""
 
 Row = Sequence[ir.Value]
-"""The tensors in a sequence, or the at most one tensor in an optional."""
+"""The tensors in a sequence or an optional; an optional has at most one tensor."""
 
 
 class _Unknown(Exception):
-    """Raised if a length or a position is not known in advance."""
+    """Raised if a sequence's length or a position in it is not known, or a limit is exceeded."""
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:
-    """Replace nodes that read sequences, in place, by nodes that read the tensors in them.
+    """Make nodes read tensors directly and not through sequences, in place.
 
     Outputs keep their names.  Return whether any node was replaced.
     """
@@ -56,25 +59,33 @@ def flatten_sequences(graph: ir.Graph) -> bool:
 
 
 class _Rows:
-    """The tensors in each sequence and optional that is known."""
+    """The tensors in each known sequence and optional."""
 
     def __init__(self) -> None:
         self._known: dict[ir.Value, Row] = {}
         self._held = 0
         self.written = 0
-        """The number of nodes written for bodies."""
+        """The number of nodes created so far by copying bodies."""
 
     def __contains__(self, value: ir.Value | None) -> bool:
         return value in self._known
 
     def read(self, value: ir.Value | None) -> list[ir.Value]:
-        """Return the tensors of a sequence."""
+        """Return the tensors in a sequence.
+
+        Raises:
+            _Unknown: they are not known.
+        """
         if value is None or value not in self._known:
             raise _Unknown
         return list(self._known[value])
 
     def note(self, value: ir.Value, row: Row) -> None:
-        """Record the tensors in a sequence."""
+        """Store which tensors are in a sequence.
+
+        Raises:
+            _Unknown: there are more than :data:`MOST_HELD` tensors in all sequences.
+        """
         self._held += len(row)
         if self._held > MOST_HELD:
             raise _Unknown
@@ -86,7 +97,13 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def _read_position(node: ir.Node, index: int, length: int) -> int:
-    """Read a constant position in a sequence; a negative position counts from the end."""
+    """Return a position in a sequence that a node reads as a constant input.
+
+    A negative position counts from the end and is converted.
+
+    Raises:
+        _Unknown: the position is not a constant, or is out of range.
+    """
     value = node.inputs[index]
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None:
@@ -141,7 +158,10 @@ def _copy(rows: _Rows, node: ir.Node) -> None:
 
 
 def _split(rows: _Rows, node: ir.Node) -> None:
-    """Replace SplitToSequence by Split; pieces of length one lose the axis if ``keepdims`` is 0."""
+    """Replace SplitToSequence by Split.
+
+    If ``keepdims`` is 0 and no lengths are given, the axis is removed from the pieces.
+    """
     x, axis = node.inputs[0], node.attributes.get_int("axis", 0)
     assert x is not None
     given = node.inputs[1] if len(node.inputs) > 1 else None
@@ -163,7 +183,7 @@ def _split(rows: _Rows, node: ir.Node) -> None:
 
 
 def _measure_pieces(x: ir.Value, axis: int, given: ir.Value | None) -> tuple[list[int], bool]:
-    """Return each piece's length, and whether all are 1 because no lengths were given."""
+    """Return the length of each piece, and whether all are 1 because no lengths were given."""
     tensor = None if given is None else ir.convenience.get_const_tensor(given)
     if given is not None and tensor is None:
         raise _Unknown
@@ -197,7 +217,10 @@ def _concat(rows: _Rows, node: ir.Node) -> None:
 
 
 def _map(rows: _Rows, node: ir.Node) -> None:
-    """Replace SequenceMap by one copy of its body per element; inputs of tensors are shared."""
+    """Replace SequenceMap by one copy of its body per element of the sequence.
+
+    All copies read the same tensors for inputs that are not sequences.
+    """
     body = node.attributes["body"].as_graph()
     first, *others = node.inputs
     length = len(rows.read(first))
@@ -227,7 +250,7 @@ def _map(rows: _Rows, node: ir.Node) -> None:
 
 
 def _wrap(rows: _Rows, node: ir.Node) -> None:
-    """Handle Optional: an optional of a tensor holds the tensor; skip optionals of sequences."""
+    """Record which tensor, if any, an Optional contains; Optionals of sequences are skipped."""
     inputs = _list_inputs(node)
     if inputs and inputs[0] in rows:
         raise _Unknown
@@ -253,7 +276,7 @@ def _makes_sequence(value: ir.Value) -> bool:
 
 
 def _ask(rows: _Rows, node: ir.Node) -> None:
-    """Replace OptionalHasElement by a constant; a tensor always counts as an element."""
+    """Replace OptionalHasElement by a constant, which is always true for a tensor."""
     inputs = _list_inputs(node)
     if inputs and inputs[0] not in rows and not isinstance(inputs[0].type, ir.TensorType):
         raise _Unknown
@@ -276,4 +299,4 @@ _RULES: Mapping[str, Callable[[_Rows, ir.Node], None]] = {
     "SequenceMap": _map,
     "SplitToSequence": _split,
 }
-"""Map each operator to the function that handles its known sequences."""
+"""Map each operator on sequences or optionals to the function that handles it."""

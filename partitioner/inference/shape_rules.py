@@ -1,8 +1,8 @@
-"""Rules for the shapes of operators whose output shape depends on the contents of their inputs.
+"""Rules that infer output shapes which depend on the contents of a node's inputs.
 
-Each rule is a small function that takes a node and what is known of its inputs, and returns the
-shapes of its outputs.  A dimension is a number, a :class:`dimensions.Dim`, or ``None`` if it is not
-certain.  A rule returns ``None`` if it cannot infer anything.
+Each rule is a function for one operator.  It takes a node and the known shapes and contents of its
+inputs, and returns the shapes of its outputs.  A dimension is a number, a :class:`dimensions.Dim`,
+or ``None`` if it is not certain.  A rule returns ``None`` if it cannot infer anything.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ Dims = list[Amount]
 
 
 class Known(Protocol):
-    """An object that returns known shapes and contents of values; see :mod:`inferences`."""
+    """An object that returns the known shapes and contents of values.
+
+    It is implemented by :class:`inferences.Inference`.
+    """
 
     def shape(self, value: ir.Value) -> Dims | None:
-        """Return a value's dimensions if their number is known, else ``None``."""
+        """Return a value's dimensions, or ``None`` if their number is not known."""
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Return a value's elements as far as they are known."""
+        """Return a value's elements, or ``None`` if they are not known."""
 
 
 def _reshape(known: Known, node: ir.Node) -> list[Dims] | None:
@@ -155,7 +158,7 @@ def _slice(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:
 
 
 def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
-    """Return the length of a slice of a dimension if it is certain, else ``None``."""
+    """Return the length of a slice along a dimension, or ``None`` if it is not certain."""
     if all(not isinstance(a, Dim) for a in (dim, start, end, step)):
         return len(range(*slice(int(start), int(end), int(step)).indices(int(str(dim)))))
     try:
@@ -174,7 +177,7 @@ def _measure(dim: Amount, start: Any, end: Any, step: Any) -> Amount | None:
 
 
 def _clamp(dim: Amount, place: Any) -> Amount:
-    """Limit a slice's bound to the range 0 to ``dim``."""
+    """Convert the start or end of a slice to a position from 0 to ``dim``."""
     place = place if isinstance(place, Dim) else int(place)
     if isinstance(place, int) and place >= 2**31 - 1:
         return dim
@@ -192,7 +195,7 @@ Rule = Callable[[Known, ir.Node], Sequence[Sequence[Amount | None]] | None]
 
 
 def _keep(known: Known, node: ir.Node) -> list[Dims] | None:
-    """Return the shape of the first input, because onnx's inference does not know this operator."""
+    """Return the shape of the first input, for operators that onnx's inference does not cover."""
     source = known.shape(_first(node))
     return None if source is None else [source]
 

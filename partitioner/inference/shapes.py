@@ -1,7 +1,6 @@
-"""Infer shapes with onnx's own inference, and refuse shapes that crash ONNX Runtime.
+"""Infer types and shapes with onnx's own inference, and refuse shapes that crash ONNX Runtime.
 
-:mod:`inferences` infers more shapes; this module sets the type of every value that onnx's schemas
-cover.
+This covers every value whose type onnx's schemas define.  :mod:`inferences` infers more shapes.
 """
 
 from __future__ import annotations
@@ -24,23 +23,24 @@ from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
 _KERNELS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "DeformConv": 1, "QLinearConv": 3}
-"""Map each operator with windows to the index of the input that is its kernel."""
+"""Map each convolution operator to the index of the input that is its kernel."""
 MOST_ALONG = 1 << 32
-"""Limit of elements along a dimension.
+"""Limit of a single dimension.
 
-onnxruntime-training 1.19.2 counts up to the length of an image's dimensions.
+onnxruntime-training 1.19.2 has loops that count up to the length of an image's dimensions.
 """
 _MOST_BYTES = 1 << 10
-"""Initializers with more bytes hold weights, whose contents do not affect any type."""
+"""Initializers with more bytes are passed to onnx without contents, which do not affect types."""
 _MOST_DIMENSIONS = 32
 _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
 
 
 def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
-    """Set types and shapes on a model's values, in place, as far as onnx infers them.
+    """Set the types and shapes of a model's values, in place, as far as onnx can infer them.
 
-    onnx's data propagation is disabled, because it writes out each element of a vector, so a vector
-    of a billion elements would take all memory.  Constants are folded by :mod:`folds` instead.
+    onnx's data propagation stores each element of a vector separately, so a vector of a billion
+    elements would use up the memory.  It is therefore disabled; :mod:`folds` folds constants
+    instead.
 
     Raises:
         NotAModel: onnx infers a type that does not exist.
@@ -70,7 +70,10 @@ def _refuse_types(reason: str) -> NotAModel:
 
 @contextmanager
 def _lighten(graph: ir.Graph) -> Iterator[None]:
-    """Turn a graph's initializers into inputs during the block; only small ones keep contents."""
+    """Turn a graph's initializers into inputs during a ``with`` block.
+
+    Small initializers keep their contents, large ones do not.
+    """
     stored = list(graph.initializers.values())
     tensors = [value.const_value for value in stored]
     inputs = list(graph.inputs)
@@ -93,7 +96,7 @@ def _lighten(graph: ir.Graph) -> Iterator[None]:
 
 
 def _note_entries(graph: ir.Graph, typed: onnx.GraphProto) -> None:
-    """Set the types of a graph without bodies, without reading its nodes."""
+    """Set the types and shapes of a graph without bodies, as declared in its message ``typed``."""
     entries = {info.name: info.type for info in (*typed.value_info, *typed.input, *typed.output)}
     read: dict[bytes, tuple[ir.Shape | None, ir.DataType | None]] = {}
     made = (value for node in graph for value in node.outputs)
@@ -125,11 +128,11 @@ def _note_type(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | Non
 
 
 def check_ranks(graph: ir.Graph) -> None:
-    """Check that images and kernels have the same number of dimensions, and that it is reasonable.
+    """Check the dimensions of images, kernels and outputs, and the axes of normalizations.
 
-    Also check that a normalization's axis is an axis of its input.  onnx's checker checks neither.
-    On other models the inference of onnxruntime-training 1.19.2 reads beyond its vectors and
-    crashes the process.
+    Images and kernels must have the same number of dimensions, outputs must not be unreasonably
+    large, and a LayerNormalization's axis must exist.  onnx's checker does not check this, but
+    otherwise onnxruntime-training 1.19.2 reads beyond its vectors and crashes the process.
 
     Raises:
         NotAModel: a node's dimensions or axis are invalid.

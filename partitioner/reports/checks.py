@@ -1,6 +1,6 @@
-"""Check a model before it is cut: what prevents training, what is rewritten, where it can be cut.
+"""Check whether a model can be trained, which operators are rewritten, and where it can be cut.
 
-The check runs the same steps as a cut and collects their findings.  It writes no files.
+The check runs the same steps as a cut and collects their results.  It does not write any files.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 class Handling(StrEnum):
     """How an operator is handled in training.
 
-    ``native`` operators are differentiated directly, ``rewritten`` ones are replaced by other
-    operators.  ``forward only`` operators come before every trained parameter or compute integers.
-    Operators that are ``in the way`` have no gradient.
+    - ``native``: the operator is differentiated directly.
+    - ``rewritten``: it is replaced by other operators first.
+    - ``forward only``: it needs no gradient, because it comes before all trained parameters or
+      computes integers.
+    - ``in the way``: it needs a gradient but has none, which prevents training.
     """
 
     NATIVE = "native"
@@ -44,7 +46,7 @@ class Handling(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorUse:
-    """The number of nodes with the same operator and the same handling."""
+    """The number of nodes that have the same operator and are handled in the same way."""
 
     operator: str
     handling: Handling
@@ -53,14 +55,15 @@ class OperatorUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """The result of :func:`check`: what is known of a model before it is cut.
+    """The result of :func:`check`.
 
-    ``losses`` are those that fit the output.  Each sentence in ``obstacles`` is a reason why the
-    model cannot be trained; if there are none, it can.  Parameters are counted in elements:
-    ``parameters`` are trained, ``frozen`` are not, ``statistics`` are running statistics, and
-    ``conditional`` ones cannot be trained, because they are in branches and loops that depend on
-    the data.  ``remarks`` report what the export left out, and whether there are too many cuts to
-    try; in that case no cuts are listed.
+    ``losses`` names the losses that fit the output.  ``obstacles`` holds one sentence for each
+    reason why the model cannot be trained; if it is empty, the model can be trained.  The next four
+    fields count elements of weights: ``parameters`` in parameters that are trained, ``frozen`` in
+    parameters that are not, ``statistics`` in running statistics, and ``conditional`` in weights
+    that cannot be trained because they are in branches or loops that depend on data.  ``remarks``
+    tells what the export left out.  If finding all cuts would take too long, ``cuts`` is empty and
+    a remark says so.
     """
 
     opset: int
@@ -78,7 +81,7 @@ class Check:
 
     @property
     def trainable(self) -> bool:
-        """Return whether the model can be trained as it is, on either target."""
+        """Return whether the model can be trained as it is, for either target."""
         return not self.obstacles
 
 
@@ -93,12 +96,12 @@ def check(
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
-        loss: the loss to try; by default the first that fits.
-        output: the output from which the loss is computed; by default the first output.
+        loss: the loss to try; by default the first loss that fits the output.
+        output: the output from which the loss is computed; by default the first float output.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
-        UnsupportedModel: it cannot be prepared; the message names the node.
+        UnsupportedModel: the model cannot be prepared; the message names the node.
         UsageError: there is no such loss or output.
     """
     if loss is not None and loss not in list_losses():
@@ -131,7 +134,7 @@ def check(
 
 
 def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
-    """List the cuts; if that takes too much work, list none, and add a remark."""
+    """List the cuts, or return no cuts and a remark if finding them would take too long."""
     try:
         return tuple(list_cuts(prepared, None)), ()
     except TooManyTries as error:
@@ -141,7 +144,7 @@ def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple
 def _fit_losses(
     prepared: PreparedModel, output: str, losses: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the losses that fit the output, and the error messages of the rest."""
+    """Return the losses that fit the output, or the error messages if none of them fits."""
     fitting, reasons = [], []
     for loss in losses:
         try:
@@ -155,7 +158,7 @@ def _fit_losses(
 def _try_training(
     prepared: PreparedModel, loss: str, output: str
 ) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
-    """Differentiate and lower the whole model; return the obstacles found."""
+    """Differentiate and lower the uncut model, and return the obstacles to training."""
     faults = list(_list_faults(prepared, output))
     if faults:
         return faults, ()
@@ -172,7 +175,7 @@ def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferenti
 
 
 def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, ...]:
-    """Count the model's operators by how each node is handled in the training form."""
+    """Count the model's nodes by operator and by how they are handled in training."""
     graph = prepared.training.graph
     trained = set(prepared.trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])

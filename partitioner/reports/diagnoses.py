@@ -1,8 +1,8 @@
-"""Diagnose what an exporter did to a model, as far as the model shows it.
+"""Find out what an exporter did to a model, and what this means for training.
 
-A folded BatchNormalization leaves no trace of its own, so a remark describes what can be seen
-(which nodes, which exporter) and what that means for training.  This module never refuses
-a model.
+Some changes cannot be detected for sure: for example, a folded BatchNormalization leaves no trace.
+So the remarks describe what can be seen, such as nodes and the exporter's name, and what this means
+for training.  This module never refuses a model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _CALLS = {
     "tf2onnx": "Keras has no export that keeps it; train without, or export from the torch backend",
     "jax2onnx": "jax2onnx keeps BatchNorm where the module has one",
 }
-"""Map each exporter to advice for a model that it has folded."""
+"""Map exporters to advice on how to export a model without folding its BatchNormalizations."""
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _FEWEST_CONVOLUTIONS = 8
-"""A convolutional network with this many layers is rarely trained without normalization."""
+"""Number of convolutions from which on a model without normalization leads to a remark.
+
+Networks with so many convolutions are rarely trained without normalization.
+"""
 _NORMALIZATIONS = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 )
@@ -46,7 +49,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """A remark on a model: one sentence, and advice on what to do."""
+    """A remark on a model: a sentence that may include advice on what to do."""
 
     kind: Kind
     sentence: str
@@ -54,9 +57,9 @@ class Remark:
 
 @attribute_errors_to_pass("searched for what its export left out")
 def diagnose(model: ir.Model) -> list[Remark]:
-    """List remarks on what a model's export means for training.
+    """List remarks on what an exporter did to a model and what this means for training.
 
-    ``model`` must be as read from the file, before any preparation.
+    Pass the model as it was read from the file, before it is prepared.
     """
     return [remark for look in _LOOKS for remark in look(model)]
 
@@ -106,7 +109,7 @@ def _find_idle_dropouts(model: ir.Model) -> Iterator[Remark]:
 
 
 def _is_on(node: ir.Node) -> bool:
-    """Return whether the third input exists and is not known to be false."""
+    """Return whether a Dropout may be on: its third input exists and is not known to be false."""
     mode = node.inputs[2] if len(node.inputs) > 2 else None
     if mode is None:
         return False

@@ -1,4 +1,4 @@
-"""Inspect a model before cutting it: list the single tensors that divide it."""
+"""List the single tensors at which a model can be cut."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from splitonnx.tensors import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class CutCandidate:
-    """A single tensor at which the model can be cut in two.
+    """A single tensor at which a model can be cut in two.
 
-    ``op`` is the operator that computes the tensor.  Each element of ``shape`` is a number if the
-    dimension is known, else its symbol or ``None``.  ``bytes_up`` and ``bytes_down`` are the bytes
-    sent in one training step: the activation to the server, and its gradient back (0 if nothing
-    before the tensor is trained); they are ``None`` if the size is not known.  Parameters are
-    counted in elements.  ``sent`` are the raw inputs that must be named beside the tensor;
-    ``bytes_up`` includes them.
+    ``op`` is the operator that computes the tensor.  ``shape`` holds a number for each known
+    dimension, and a symbol or ``None`` for each unknown dimension.  ``bytes_up`` is the number of
+    bytes sent to the server in one training step, for the tensor and the inputs in ``sent``.
+    ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if nothing before the
+    tensor is trained.  Both are ``None`` if the size is not known.  ``client_parameters`` and
+    ``server_parameters`` count elements of trained parameters.  ``sent`` names the raw inputs that
+    must be sent together with the tensor.
     """
 
     tensor: str
@@ -48,13 +49,13 @@ class CutCandidate:
 def inspect(
     model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()
 ) -> list[CutCandidate]:
-    """List the legal single-tensor cuts of a model, from its input to its output.
+    """List the single tensors at which a model can be cut, from its input to its output.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
-        batch: the size of the first dimension of the model's inputs if it is not fixed; without
-            it, sizes in bytes are not known for a model with a dynamic batch.
-        sent: raw inputs, such as an attention mask, that may cross beside the tensor.
+        batch: the batch size, that is, the first dimension of the model's inputs, if the model
+            does not fix it.  Sizes in bytes cannot be computed if the batch size is not known.
+        sent: raw inputs, such as an attention mask, that may be sent together with the tensor.
 
     Raises:
         ModelError: the model cannot be read or prepared.
@@ -67,7 +68,10 @@ def inspect(
 def list_cuts(
     prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()
 ) -> list[CutCandidate]:
-    """List the legal single-tensor cuts of a prepared model; this may change its inference form."""
+    """List the single tensors at which a prepared model can be cut.
+
+    If ``batch`` is given, this changes the shapes in the model's inference form.
+    """
     form = prepared.inference
     if batch is not None:
         _fix_batch(form, prepared, batch)
@@ -82,7 +86,10 @@ def list_cuts(
 
 
 def _loses_gradient(bisection: Bisection) -> bool:
-    """Return whether the tensor is not a float although it depends on trained parameters."""
+    """Return whether a cut would block gradients.
+
+    This is so if the tensor depends on trained parameters but is not a float.
+    """
     dtype = bisection.at[0].dtype
     return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 
@@ -101,7 +108,10 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
 
 
 def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandidate:
-    """Describe a cut; ``makers`` maps names to values of the original model, known to the user."""
+    """Describe a cut.
+
+    ``makers`` maps names to values of the original model, whose operators the user knows.
+    """
     value, *sent = bisection.at
     producer = value.producer()
     assert producer is not None
@@ -121,7 +131,10 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
 
 
 def _declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
-    """Return a value's shape as the manifest would declare it, and the bytes per element."""
+    """Return a value's shape as the manifest would declare it, and its number of bytes per element.
+
+    Return ``()`` and 0 if the value cannot be declared.
+    """
     try:
         spec = declare(value)
     except SplitonnxError:
