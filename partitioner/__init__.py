@@ -1,1 +1,1 @@
-"""Turn a model into a bundle: check, prepare, differentiate and lower it, and split it in stages."""
+"""Turn a model into a bundle: check it, differentiate it, and split it into each party's stages."""
