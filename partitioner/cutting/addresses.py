@@ -85,7 +85,7 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each RoiAlign box names an existing image and is not far outside it.
+    """Check that each RoiAlign box refers to an existing image and is not far outside the image.
 
     If the number of samples per bin depends on the box size, RoiAlign lists all samples at once, so
     coordinates are limited to 4 image lengths.  With a fixed number of samples, the limit is 2**20
@@ -137,7 +137,7 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each axis of a Pad's input, after cropping, has all the values to be repeated."""
+    """Check that each axis of a Pad's input is long enough to be cropped and repeated as asked."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None

@@ -102,9 +102,9 @@ def assemble(
 
 
 def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
-    """Store the weights that no party uses in the skeleton.
+    """Store in the skeleton the weights that no party uses.
 
-    Only outputs that depend on no input use such weights.
+    These are weights that only affect outputs which do not depend on any input.
     """
     owned = {name for party in parties.values() for name in party.weights}
     orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
@@ -288,7 +288,10 @@ def _append(
     graph: ir.Graph,
     sources: Mapping[str, Source],
 ) -> None:
-    """Add a stage; inputs that ``sources`` does not list are read from the stash."""
+    """Append a stage to ``stages``, and its graph to ``graphs``.
+
+    Inputs that ``sources`` does not list are read from the stash.
+    """
     names = [value.name or "" for value in graph.inputs]
     stages.append(
         Stage(

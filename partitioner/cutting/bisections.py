@@ -101,9 +101,10 @@ def _list_candidates(
     sent: Sequence[ir.Value],
     trainable: Collection[str],
 ) -> list[ir.Value]:
-    """List the tensors that pass a quick test which every single-tensor cut passes.
+    """List the tensors at which a single-tensor cut may be possible, according to a quick test.
 
-    Just after the tensor is computed, no other tensor that depends on data is still needed later.
+    A tensor passes the test if, just after it is computed, no other tensor that depends on data is
+    needed later.  Every legal single-tensor cut passes, whatever the topological order.
     """
     lone = around.data - find_opened(graph, sent, around.data, trainable)
     needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})

@@ -48,10 +48,11 @@ def _is_free(place: _Place, free: Collection[ir.Value]) -> bool:
 
 
 class _Tree:
-    """The tree of post-dominators: the parent of each node or value is where all its paths meet.
+    """The tree of post-dominators.
 
-    Nodes and values are numbered from the graph's outputs backwards; number 0, the root, stands for
-    the outputs.  ``parents`` holds the parent of each number.
+    The parent of a node or value is the nearest place through which all paths from it to the
+    graph's outputs pass.  Nodes and values are numbered from the outputs backwards; number 0, the
+    root, stands for the outputs.  ``parents`` holds the parent of each number.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:

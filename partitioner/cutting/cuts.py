@@ -1,10 +1,10 @@
 """Define where a model can be cut, find tensors by name, and partition the graph at them.
 
 A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
-``tail_at`` (or the model's outputs).  All other nodes belong to the client.  So a skip connection
-from head to tail, or weights that both share, stay with the client and are never sent.  A partition
-is legal if the parties exchange only the named tensors, and if no trained parameter is used by both
-parties.  Raw inputs, like all other tensors, are sent only if they are named.
+``tail_at`` (or the model's outputs).  All other nodes belong to the client.  So skip connections
+from the client's head to its tail, and weights that head and tail share, are never sent.  A
+partition is legal if the parties exchange only the named tensors, and if no trained parameter is
+used by both parties.  Raw inputs, like all other tensors, are sent only if they are named.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -271,10 +271,10 @@ def _list_names(at: Sequence[ir.Value], tail_at: Sequence[ir.Value]) -> list[str
 def find_lost(
     tensors: Sequence[ir.Value], trainable: Collection[str]
 ) -> tuple[ir.Value, list[str]] | None:
-    """Find an integer tensor in ``tensors`` that would keep gradients from trained parameters.
+    """Find an integer tensor in ``tensors`` that would block the gradients of trained parameters.
 
-    Return the tensor and the names of the parameters that would get no gradient, or ``None`` if
-    there is no such tensor.  A parameter that gets a gradient through another tensor of
+    Return the tensor and the names of the parameters that would get no gradient, or ``None`` if no
+    tensor blocks a gradient.  A parameter that gets a gradient through another tensor in
     ``tensors`` is not affected.
     """
     floats = [v for v in tensors if v.dtype is not None and v.dtype.is_floating_point()]

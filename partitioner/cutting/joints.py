@@ -92,7 +92,7 @@ def build_training(
 ) -> JointGraph:
     """Build the joint graph of training: add loss and ports, then differentiate the entire graph.
 
-    ``at`` and ``tail_at`` name the tensors of the cut; ``output`` is the output for the loss.
+    ``at`` and ``tail_at`` name the tensors of the cut.  The loss is computed from ``output``.
     """
     model = copy_model(prepared.training)
     graph = model.graph

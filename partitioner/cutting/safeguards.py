@@ -27,7 +27,10 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
-"""Smallest integers of the types in which processors divide; ONNX Runtime widens other types."""
+"""Map the integer types that processors divide directly to their smallest integer.
+
+Integers of other types are converted to a wider type before they are divided.
+"""
 _INTEGERS = {
     *_SMALLEST,
     ir.DataType.INT8,
@@ -62,7 +65,8 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 def is_bound(amount: Amount) -> bool:
     """Return whether a dimension is certain to be at least 1 in every task.
 
-    This is so if the dimension is a sum of products of names whose sizes the parties agree on.
+    This is so for positive numbers, and for sums of products of named sizes that the parties agree
+    on.
     """
     return amount != 0 and all(
         factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)
@@ -98,7 +102,7 @@ def _check_operands(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
 
 
 def _check_source(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
-    """Check that the input of a mean is not empty, because the gradient divides by a size."""
+    """Check that the input of a mean is not empty: its gradient divides by the result's size."""
     return _check_filled(builder, node, [0], None)
 
 
@@ -160,7 +164,7 @@ def _check_filled(
 ) -> dict[int, ir.Value]:
     """Check that the first ``count`` dimensions of each operand are at least 1.
 
-    No check is added for an operand whose dimensions are already known to be.
+    No check is added if this is already known.
     """
     checked = {}
     for index in operands:
@@ -177,8 +181,8 @@ def _check_filled(
 def _check_labels(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Check that each label is a class or the ignored label, and that each class has a weight.
 
-    Labels are replaced by ``range(C)[labels < 0 ? C : labels]`` for ``C`` classes, a lookup that
-    fails for any other label.
+    For ``C`` classes, labels are looked up as ``range(C)[labels < 0 ? C : labels]``.  This returns
+    the same labels, or fails if a label is not a class.
     """
     scores, labels = node.inputs[:2]
     if scores is None or labels is None or labels.dtype is None:

@@ -1,9 +1,9 @@
 """Make each party compute sizes from the shapes of its own tensors.
 
-For ``x.view(x.size(0), -1)``, exporters write a Shape of some tensor that has the size, often a
-tensor far before the cut, which the other party holds.  Instead of receiving the size as an
-integer, the party then reads it from the shape of a tensor of its own: dimensions with the same
-symbol have the same size.  Values that depend on sizes alone are computed by each party itself.
+For ``x.view(x.size(0), -1)``, exporters write a Shape of some tensor that has the size.  Often this
+tensor is far before the cut, so that only the other party has it.  The size is then not sent.
+Instead, the party that needs it reads it from the shape of one of its own tensors: dimensions with
+the same symbol have the same size.  Each party also computes values that depend on sizes alone.
 
 This module does not depend on losses or gradients.
 """
@@ -88,11 +88,11 @@ class SizeWatch:
     def enter(
         self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node]]:
-        """Add nodes to the party's part.
+        """Add the nodes in ``new`` to the party's nodes.
 
-        Return the new nodes that must wait, and all nodes that no longer have to wait.  ``nodes``
-        holds the nodes that the party already has, ``held`` the tensors that it has without
-        computing them.
+        ``nodes`` holds all nodes of the party, and ``held`` the tensors that it has without
+        computing them.  Return the new nodes that must wait, and all nodes that can now read their
+        sizes.
         """
         away, near = [], []
         for node in new:
@@ -125,13 +125,14 @@ def derive_sizes(
     known: Inference,
     duplicated: Collection[ir.Node] = frozenset(),
 ) -> set[ir.Node]:
-    """Rewrite the graph, in place, so that ``party`` computes sizes itself, and return its nodes.
+    """Rewrite the graph, in place, so that ``party`` computes all sizes itself.
 
     ``nodes`` holds the party's nodes so far, and ``others`` the other party's nodes.  Each node in
     ``remote_shapes`` reads the shape of a tensor that the party does not have; it is replaced by
     nodes that read the same sizes from the tensors to which it is mapped.  The party also gets its
     own copies of the nodes in ``duplicated``, and of nodes that both parties have and that read
-    sizes.  Afterwards the graph's nodes may be out of topological order.
+    sizes.  Afterwards the graph's nodes may be out of topological order.  Return the party's nodes
+    after the change.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}
@@ -189,7 +190,10 @@ def _list_places(held: Sequence[ir.Value], known: Inference) -> Places:
 def _write_size(
     builder: NodeBuilder, size: ir.Node, held: Sequence[ir.Value], known: Inference
 ) -> ir.Value:
-    """Build the sizes that a node computes from shapes in ``held``, in the node's output form."""
+    """Build the sizes that a node computes, reading them from the shapes of tensors in ``held``.
+
+    The result has the type and the shape of the node's output.
+    """
     content, output = known.content(size.outputs[0]), size.outputs[0]
     assert content is not None
     places = _list_places(held, known)

@@ -150,9 +150,9 @@ _ADVICE = (
 def list_undifferentiable(
     graph: ir.Graph, parameters: Sequence[str], loss: str
 ) -> Iterator[NotDifferentiable]:
-    """Yield an error for each operator without a gradient between a parameter and the loss.
+    """Yield an error for each node that is between a parameter and the loss but has no gradient.
 
-    Call this before the gradient builder, which aborts the process on some of these operators.
+    Call this before the gradient builder, which aborts the process on some of these nodes.
     """
     trained = set(parameters)
     moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])
@@ -289,7 +289,7 @@ def _separate_splits(content: bytes, loss: str) -> bytes:
 
 
 def _annotate(model: ir.Model) -> None:
-    """Set missing types like ONNX Runtime, and give each gradient the shape of its value."""
+    """Set missing types as ONNX Runtime infers them, and give gradients their values' shapes."""
     values = map_values(model.graph)
     types = list_types(model)
     for name, kind in types.items():

@@ -39,7 +39,7 @@ def list_losses() -> list[str]:
 
 
 def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
-    """Compute ``loss`` from ``output`` in ``graph``, and make loss and metric graph outputs.
+    """Add nodes that compute ``loss`` and its metric from ``output``, and make these graph outputs.
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
       are I64 in [0, C); the metric is accuracy.
@@ -96,7 +96,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 
     Usually this is ``output``.  But ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a
     Sigmoid.  If the model ends in the same activation, its input is used instead, so that the
-    activation is not applied twice.  If ``output`` is a tensor in ``cut``, it is always used.
+    activation is not applied twice.  If ``output`` is a tensor in ``cut``, it is used in any case.
     """
     value = map_values(graph)[output]
     node = value.producer()
@@ -107,7 +107,10 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 
 
 def find_activation(output: ir.Value, loss: str) -> str | None:
-    """Return the model's last activation if ``loss`` contains the same one, else ``None``."""
+    """Return the operator that computes ``output`` if ``loss`` contains the same activation.
+
+    Otherwise return ``None``.
+    """
     node = output.producer()
     if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:
         return None

@@ -176,7 +176,7 @@ def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> 
 
 
 def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
-    """Build Adam's bias corrections in single precision, accurate to a few last places.
+    """Build Adam's bias corrections in single precision, accurate to a few units in the last place.
 
     The correction is ``q(-log(beta) * step)`` for the function ``q(y) = 1 - exp(-y)``.  The
     argument is first divided by 64, so that few terms of the series

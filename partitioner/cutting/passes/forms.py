@@ -55,7 +55,10 @@ def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Rename nodes so that each has a unique name, for error messages, cuts and random numbers."""
+    """Make sure that every node has a unique name.
+
+    Error messages, cuts and random numbers refer to nodes by their names.
+    """
     taken: set[str] = set()
     for index, node in enumerate(graph):
         if not node.name or node.name in taken:

@@ -136,7 +136,7 @@ def _lift_weights(work: Work) -> None:
 
 
 _MOST_CORRECTIONS = 32
-"""How often shapes are inferred again at most after a padding was made explicit."""
+"""Limit on how often shapes are inferred again because paddings were made explicit."""
 
 
 def _make_paddings_explicit(work: Work) -> None:
@@ -202,7 +202,7 @@ def _assign_roles(work: Work) -> None:
 
 
 def _make_differentiable(work: Work) -> None:
-    """Replace nodes that depend on trained weights and have no gradient by nodes that have one."""
+    """Replace nodes that depend on trained weights but have no gradient by nodes with gradients."""
     training = work.training
     trained = {name for name, role in work.roles.items() if role is Role.PARAMETER}
     if not trained:
