@@ -119,9 +119,9 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
-    """Insert the parties' weights into the bundle's skeleton, and return this complete model.
+    """Return the prepared model: the bundle's skeleton with the weights of all parties inserted.
 
-    If ``trained`` is false, the weights have their initial values.
+    The weights have their trained values or, if ``trained`` is false, their initial values.
 
     Raises:
         ModelError: the skeleton is not a valid model.

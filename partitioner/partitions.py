@@ -1,7 +1,6 @@
-"""Cut a model into a bundle.
+"""Cut a model into a bundle: prepare the model, add the loss, differentiate it, and split it.
 
-This module only calls the steps in their order: prepare the model, attach the loss, differentiate
-it, and split it into stages.  Each step is implemented in another module.
+This module only calls these steps in order.  Each step is implemented in another module.
 """
 
 from __future__ import annotations

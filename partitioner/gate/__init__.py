@@ -1,6 +1,6 @@
 """The gate: the checks that every model must pass before other code works with it.
 
-The gate checks a model's names, operators, tensors, sizes and form, directly on the protobuf
+The gate checks a model's names, operators, attributes, types and tensors directly in the protobuf
 messages.  It makes two changes, both in its own copy of the model: it replaces the dictionaries of
 ZipMap, which onnx-ir does not support, by tensors, and it marks negative dimensions as unknown.
 The caller's file or object is not changed.

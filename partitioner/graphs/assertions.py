@@ -26,9 +26,10 @@ def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
 
 
 def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
-    """Build a copy of ``value`` that exists only if the assertion with the output ``zero`` passes.
+    """Build a copy of ``value`` that is computed only if an assertion passes.
 
-    To make the copy depend on the assertion, ``zero`` is added to its shape.
+    ``zero`` is the output of :func:`refuse_where`.  It is added to the copy's shape, so that the
+    copy depends on the assertion.
     """
     shape = note(builder.op("Shape", value), I64)
     return reshape(builder, value, note(builder.op("Add", shape, zero), I64))
@@ -43,7 +44,7 @@ def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
 
 
 def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
-    """Build a condition that is true if any of ``conditions`` is."""
+    """Build a condition that is true if any of ``conditions`` is true."""
     joined, *others = conditions
     for condition in others:
         joined = note(builder.op("Or", joined, condition), BOOL)

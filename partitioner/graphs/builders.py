@@ -19,7 +19,7 @@ Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] 
 
 
 class MissingOutput(Exception):
-    """Raised if a node is to be replaced, but there is no replacement for an output in use."""
+    """Raised if the replacement of a node has no value for an output that is used."""
 
 
 class NodeBuilder:
@@ -101,7 +101,7 @@ class NodeBuilder:
         return self.op("Shape", value, start=start, end=end)
 
     def detach(self, value: ir.Value) -> ir.Value:
-        """Return a copy of a value through which no gradient passes."""
+        """Return a copy of ``value`` that no gradient passes through."""
         result = self.op("Identity", value)
         result.type, result.shape = value.type, value.shape
         node = result.producer()

@@ -27,7 +27,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Multipliers of lowbias32, reduced modulo 2**32 so that products with a uint32 fit in int64."""
 _SPREAD = (0x3243F6A9, 0x2B7E1517, 0x1B873593)
-"""Odd constants below 2**30 by which the seed, step and micro-batch are multiplied in the key."""
+"""Odd constants below 2**30; the key's seed, step and micro-batch are multiplied by them."""
 _FLOAT = ir.DataType.FLOAT
 
 

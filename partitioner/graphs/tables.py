@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Count the constants of one model: :func:`limit` starts at zero in this ``with`` block."""
+    """Start counting the constants of one model: :func:`limit` counts from zero in the block."""
     token = _SPENT.set([0.0])
     try:
         yield
@@ -55,7 +55,7 @@ def limit(node: ir.Node, count: float) -> None:
 
 
 def refuse_tables(graph: ir.Graph) -> None:
-    """Check that no node computes a huge value from constants, as native code would fold it.
+    """Check that no node computes a huge value from constants, because native code would fold it.
 
     Raises:
         UnsupportedModel: such a value would have more than 2**26 elements.

@@ -38,10 +38,10 @@ def walk_back(
     stop: Collection[ir.Value] = frozenset(),
     ends: Collection[ir.Node] = frozenset(),
 ) -> tuple[set[ir.Node], set[ir.Value]]:
-    """Return the nodes that ``targets`` depend on, and the source values they start from.
+    """Walk backwards from ``targets``, and return the nodes and the source values that are reached.
 
-    The walk backwards ends at source values: values in ``stop``, graph inputs and initializers.  It
-    also ends at nodes in ``ends``, which are returned but whose inputs are not followed.
+    The walk ends at source values: values in ``stop``, graph inputs and initializers.  It also ends
+    at nodes in ``ends``: these nodes are returned, but the walk does not continue to their inputs.
     """
     nodes: set[ir.Node] = set()
     sources: set[ir.Value] = set()
@@ -59,9 +59,9 @@ def walk_back(
 
 
 class ResumedWalk:
-    """A walk backwards from one target after the other that visits each node only once.
+    """A backward walk from several targets, one after the other, that visits each node only once.
 
-    ``nodes`` holds the known nodes; the caller adds the nodes that :meth:`explore` finds.
+    ``nodes`` holds the known nodes.  The caller must add the nodes that :meth:`explore` finds.
     """
 
     def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:

@@ -123,7 +123,7 @@ def multiply(left: Amount, right: Amount) -> Amount:
 
 
 def bound(amount: Amount) -> Amount:
-    """Check that an amount fits in 64 bits if it is a number, and return it.
+    """Return an amount, after checking that it fits in 64 bits if it is a number.
 
     Raises:
         TooLarge: the amount is a number that takes more than 64 bits.
@@ -171,7 +171,7 @@ def is_equal(left: Amount, right: Amount) -> bool:
     """Return whether two amounts are equal.
 
     Raises:
-        Undecided: it depends on sizes that are not known.
+        Undecided: the answer depends on sizes that are not known.
     """
     difference = left - right
     if not isinstance(difference, Dim):
@@ -185,7 +185,7 @@ def is_less(left: Amount, right: Amount) -> bool:
     """Return whether ``left`` is less than ``right``.
 
     Raises:
-        Undecided: it depends on sizes that are not known.
+        Undecided: the answer depends on sizes that are not known.
     """
     if is_positive(right - left):
         return True
@@ -195,7 +195,7 @@ def is_less(left: Amount, right: Amount) -> bool:
 
 
 def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
-    """Divide an amount by another that divides it without a remainder.
+    """Divide ``amount`` by ``divisor``, which must leave no remainder.
 
     Raises:
         Undecided: there may be a remainder for some sizes.
@@ -237,10 +237,10 @@ def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
 
 
 def take_remainder(amount: Amount, divisor: Amount) -> Amount:
-    """Return the remainder of dividing two amounts that are at least 0.
+    """Return the remainder of dividing ``amount`` by ``divisor``; both must be at least 0.
 
     Raises:
-        Undecided: it depends on sizes that are not known.
+        Undecided: the remainder depends on sizes that are not known.
     """
     if not isinstance(amount, Dim) and not isinstance(divisor, Dim) and divisor:
         return amount % divisor

@@ -1,7 +1,7 @@
 """Infer a single node's output types with onnx, or compute its outputs from known inputs.
 
-Only the node itself, and the types and contents of its inputs if they are known, are passed to
-onnx.
+onnx is given only the node and the known types and contents of its inputs, not the rest of the
+graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from splitonnx.partitioner.native.workers import Refused, call
 _Pairs = tuple[tuple[str, bytes], ...]
 
 _MOST_REMEMBERED = 1 << 12
-"""Limit of bytes in a node and its inputs up to which the inferred types are cached."""
+"""Limit of bytes in a request; the results of larger requests are not cached."""
 
 
 _Declared = tuple[int, tuple[int | str, ...] | None]
@@ -43,10 +43,10 @@ class Schemas:
     def infer(
         self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
     ) -> Sequence[onnx.TypeProto | None]:
-        """Infer the type of each output with onnx, or return ``None`` for an unknown type.
+        """Return the type of each output of a node, or ``None`` for a type that onnx cannot infer.
 
-        ``types`` holds the types of the node's inputs, and ``data`` the contents of the inputs that
-        are known.  The keys of both are ``i0`` for the first input, ``i1`` for the second, etc.
+        ``types`` holds the types of the node's inputs, and ``data`` the contents of constant
+        inputs.  Both use the keys ``i0`` for the first input, ``i1`` for the second, and so on.
 
         Raises:
             NativeCrash: onnx's inference crashes on the node.
@@ -119,9 +119,9 @@ def evaluate(
 
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:
-    """Convert a node to a protobuf message, with inputs named ``i0``, ... and outputs ``o0``, ...
+    """Convert a node to a protobuf message with generic names: inputs ``i0``, outputs ``o0``, etc.
 
-    Thus nodes that differ only in the names of their values become the same message.
+    So nodes that differ only in the names of their values become the same message.
     """
     return write_node(
         node,

@@ -26,9 +26,9 @@ from splitonnx.partitioner.inference.inferences import Inference
 def fold(model: ir.Model, weights: Collection[str]) -> None:
     """Fold the constants of a model, in place.
 
-    ``weights`` names the graph inputs that are not data.  Values keep their names.  The dimensions
-    of all remaining values are set if they are known, also if they are sums and products of unknown
-    dimensions such as ``2*N``.
+    ``weights`` names the graph inputs that are not data.  Values keep their names.  The inferred
+    dimensions are set on all remaining values, including sums and products of unknown dimensions
+    such as ``2*N``.
     """
     graph = model.graph
     known = Inference(graph.opset_imports[""])
@@ -69,7 +69,7 @@ def _fold_node(
 
 
 def note_shapes(graph: ir.Graph) -> None:
-    """Infer and set those dimensions of a graph's values that are not set yet."""
+    """Infer the dimensions of a graph's values, and set the dimensions that are not set yet."""
     known = Inference(graph.opset_imports[""])
     for node in graph:
         if all(_is_noted(value) for value in node.outputs):

@@ -1,4 +1,4 @@
-"""Rules that infer output shapes which depend on the contents of a node's inputs.
+"""Rules for inferring output shapes that depend on the contents of a node's inputs.
 
 Each rule is a function for one operator.  It takes a node and the known shapes and contents of its
 inputs, and returns the shapes of its outputs.  A dimension is a number, a :class:`dimensions.Dim`,

@@ -58,12 +58,12 @@ class Check:
     """The result of :func:`check`.
 
     ``losses`` names the losses that fit the output.  ``obstacles`` holds one sentence for each
-    reason why the model cannot be trained; if it is empty, the model can be trained.  The next four
-    fields count elements of weights: ``parameters`` in parameters that are trained, ``frozen`` in
-    parameters that are not, ``statistics`` in running statistics, and ``conditional`` in weights
-    that cannot be trained because they are in branches or loops that depend on data.  ``remarks``
-    tells what the export left out.  If finding all cuts would take too long, ``cuts`` is empty and
-    a remark says so.
+    reason why the model cannot be trained; if it is empty, the model can be trained.  Weights are
+    counted in elements: ``parameters`` counts trained parameters, ``frozen`` parameters that are
+    not trained, ``statistics`` running statistics, and ``conditional`` weights that cannot be
+    trained because they are in branches or loops that depend on data.  ``remarks`` describe what
+    the export changed.  If finding all cuts would take too long, ``cuts`` is empty, and a remark
+    gives the reason.
     """
 
     opset: int

@@ -30,7 +30,7 @@ class CutCandidate:
     dimension, and a symbol or ``None`` for each unknown dimension.  ``bytes_up`` is the number of
     bytes sent to the server in one training step, for the tensor and the inputs in ``sent``.
     ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if nothing before the
-    tensor is trained.  Both are ``None`` if the size is not known.  ``client_parameters`` and
+    tensor is trained.  A number of bytes is ``None`` if it is not known.  ``client_parameters`` and
     ``server_parameters`` count elements of trained parameters.  ``sent`` names the raw inputs that
     must be sent together with the tensor.
     """
