@@ -138,7 +138,7 @@ def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
     make_inference_form(model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():  # Dropout's ratio, for one
+        if not value.uses() and not value.is_graph_output():  # such as Dropout's ratio
             model.graph.initializers.pop(name)
     model.producer_name = "splitonnx"
     return model

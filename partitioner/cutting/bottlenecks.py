@@ -34,7 +34,7 @@ def find_bottlenecks(
         if not _is_free(place, free):
             number = tree.numbers[place]
             for after in tree.after(place):
-                excess[after] += 1  # these paths miss all from the reader to where they meet
+                excess[after] += 1  # these paths miss all places before the paths meet
                 excess[tree.parents[number]] -= 1
     for number in reversed(range(1, len(excess))):
         excess[tree.parents[number]] += excess[number]

@@ -348,7 +348,7 @@ def _walk_side(
             return Side(
                 nodes=nodes | near, sources=sources, remote_shapes=remote_shapes, underived=reason
             )
-        targets += more  # it may be that the party can compute the tensor itself
+        targets += more  # perhaps the party can compute the tensor itself
 
 
 def list_server_outputs(

@@ -95,7 +95,7 @@ def refuse_long(text: str | bytes, label: str) -> None:
     Raises:
         UnsupportedModel: the text takes more than ``MODEL.text_bytes`` bytes.
     """
-    if len(text) * 4 <= MODEL.text_bytes:  # no character takes more
+    if len(text) * 4 <= MODEL.text_bytes:  # a character takes at most 4 bytes
         return
     size = len(text.encode() if isinstance(text, str) else text)
     if size > MODEL.text_bytes:

@@ -150,7 +150,7 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
         for text in (attribute.s, *attribute.strings):
             refuse_long(text, label_node(node))
         if node.op_type == EINSUM and not EQUATION.fullmatch(attribute.s):
-            # onnx's inference may search such an equation forever
+            # onnx's inference may process such an equation forever
             raise NotAModel(label, f"{label_node(node)} has no equation of letters")
         if attribute.name in KINDS and attribute.i not in _DTYPES:
             raise NotAModel(label, f"{label_node(node)} names an unknown data type")

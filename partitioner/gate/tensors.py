@@ -124,7 +124,7 @@ class DataFiles:
                 raise ForbiddenExternalData(tensor, location)
             # O_NONBLOCK: opening a pipe without a writer would block
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links
             reason = f"the file '{location}' of tensor '{tensor}' is missing or cannot be read"
             raise NotAModel(self.label, reason) from error
         try:

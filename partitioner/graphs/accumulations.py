@@ -37,7 +37,7 @@ def accumulate(
     """
     dtype = x.dtype
     neutral = builder.number(0.0 if kind == "Add" else 1.0, dtype)
-    if exclusive and line.length < 2:  # nothing is left to shift, which ONNX Runtime's Pad spoils
+    if exclusive and line.length < 2:  # Pad leaves memory uninitialized if nothing is left
         return builder.op("Expand", neutral, builder.shape(x))
     if exclusive:
         x = _shift(builder, x, line, 1, neutral)

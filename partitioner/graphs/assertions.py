@@ -21,7 +21,7 @@ def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     Otherwise its output is 0 (I64, scalar); pass this output to :func:`pass_if`.
     """
     numbers = builder.cast(note(bad, BOOL), I64)
-    count = builder.op("ReduceSum", numbers, keepdims=0)  # may be empty, which ReduceMax refuses
+    count = builder.op("ReduceSum", numbers, keepdims=0)  # ReduceMax would refuse an empty tensor
     return note(builder.op("Gather", builder.integers([0]), note(count, I64), axis=0), I64)
 
 

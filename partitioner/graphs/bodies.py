@@ -35,5 +35,5 @@ def copy_body(
         node.name = f"{prefix}/{node.name or f'{node.op_type}_{index}'}"
         for value in node.outputs:
             value.name = f"{prefix}/{value.name}" if value.name else value.name
-            value.shape = None  # a body's shapes need not be those of this run
+            value.shape = None  # a body's shapes may differ from those of this run
     return [*constants.nodes, *nodes], [bindings.get(value, value) for value in outputs]

@@ -45,4 +45,4 @@ def pause_to_the_end() -> None:
     frees all memory at once, while the collector would free millions of objects one by one.
     """
     gc.disable()
-    atexit.register(gc.freeze)  # the interpreter's last collection leaves out what is frozen
+    atexit.register(gc.freeze)  # the last collection skips frozen objects

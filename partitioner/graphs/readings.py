@@ -108,7 +108,7 @@ class _GraphReader:
                 ir.serde.deserialize_type_proto_for_type(info.type),
             )
         shape, kind = self._types[key]
-        if type(kind) is ir.TensorType:  # each value has its own, which may be changed
+        if type(kind) is ir.TensorType:  # types may be changed, so each value gets its own
             kind = ir.TensorType(kind.dtype, denotation=kind.denotation)
         elif kind is not None:
             kind = ir.serde.deserialize_type_proto_for_type(info.type)

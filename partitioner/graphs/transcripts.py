@@ -125,7 +125,7 @@ class _GraphWriter:
             return None
         if shape is None:
             return kind.dtype, None
-        if id(shape) not in self._shapes:  # which is kept, so that no other has its number
+        if id(shape) not in self._shapes:  # the entry keeps the shape, so no other gets its id
             self._shapes[id(shape)] = shape, _read_dims(shape)
         dims = self._shapes[id(shape)][1]
         return None if dims is None else (kind.dtype, dims)

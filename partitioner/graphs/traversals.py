@@ -187,7 +187,7 @@ def prune(graph: ir.Graph) -> None:
 def list_bodies(node: ir.Node) -> list[ir.Graph]:
     """List the bodies of a control-flow node."""
     bodies: list[ir.Graph] = []
-    for attribute in node.attributes.data.values():  # as a dict; its own view is slow
+    for attribute in node.attributes.data.values():  # the attributes' own view is slow
         if attribute.type == ir.AttributeType.GRAPH:
             bodies.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:

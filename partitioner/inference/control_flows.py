@@ -48,7 +48,7 @@ def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequenc
             disconnect([written, *list_inner(written)])
         raise
     builder.replace(node, made)
-    disconnect(list_inner(node))  # the branch not taken, the body that was copied
+    disconnect(list_inner(node))  # the other branch, or the body that was copied
     return builder.nodes
 
 
@@ -237,7 +237,7 @@ def _hoist_constants(body: ir.Graph, node: ir.Node) -> None:
     for name, value in list(body.initializers.items()):
         body.initializers.pop(name)
         if name in taken and value.const_value is not None:
-            # a tensor of its own: to rename the old one would rename it in the user's model too
+            # a new tensor: renaming the old one would also rename it in the user's model
             content, value.const_value = value.const_value.numpy(), None
             value.name = f"{node.name}/{name}"
             value.const_value = ir.tensor(content, name=value.name)

@@ -113,7 +113,7 @@ def evaluate(
         with np.errstate(all="ignore"):
             made = ReferenceEvaluator(model).run(None, feeds)
     except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
-        return [None] * len(node.outputs)  # let the runtime say what is wrong with it
+        return [None] * len(node.outputs)  # the runtime will report the error
     assert isinstance(made, list)
     return [np.asarray(array) for array in made]
 

@@ -42,7 +42,7 @@ def list_types(model: ir.Model) -> Mapping[str, str]:
         try:
             return _ask_kinds(model)
         except (_WithoutKind, Refused, NativeCrash):
-            pass  # a kernel may need the whole graph, and be refused or crash without it
+            pass  # some kernels fail or crash without the complete graph
     return _ask_graph(model)
 
 

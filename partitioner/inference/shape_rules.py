@@ -82,7 +82,7 @@ def _broadcast(left: Amount, right: Amount) -> Amount | None:
     if left == 1:
         return right
     numbers = [d for d in (left, right) if isinstance(d, int)]
-    return numbers[0] if len(numbers) == 1 else None  # the other one can only be 1 or the same
+    return numbers[0] if len(numbers) == 1 else None  # the symbol is 1 or this number
 
 
 def _constant_of_shape(known: Known, node: ir.Node) -> list[Dims] | None:

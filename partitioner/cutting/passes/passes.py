@@ -291,7 +291,7 @@ PASSES: Sequence[Pass] = (
         run=_fold,
         requires=_F.LIFTED | _F.TYPED | _F.PADDED | _F.FLAT,
         ensures=_F.FOLDED,
-        spoils=_F.FLAT | _F.PADDED,  # unrolled loops, and what has a shape now
+        spoils=_F.FLAT | _F.PADDED,  # by unrolling loops and inferring more shapes
     ),
     Pass(
         work="relieved of the sequences of loops",
