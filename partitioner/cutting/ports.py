@@ -2,8 +2,8 @@
 
 For a tensor ``t``, the port's output is named after the receiver: ``t@server`` or ``t@client``.
 Only the receiver's nodes read this output.  So the gradient of the output is a separate tensor that
-contains only the receiver's contribution, which is what the receiver has to send back.  This module
-does not compute gradients.
+contains only the receiver's contribution, and this is the gradient that the receiver sends back.
+This module does not compute gradients.
 """
 
 from __future__ import annotations

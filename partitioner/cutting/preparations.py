@@ -1,4 +1,4 @@
-"""Prepare a model for cutting: build one form of it for training and one for inference.
+"""Prepare a model for cutting: build its training form and its inference form.
 
 The table in :mod:`passes` lists the steps in their order.
 """

@@ -26,7 +26,7 @@ class AttachedLoss:
     """A loss that was added to a graph.
 
     ``labels`` describes the labels that the loss reads; it is ``None`` if the loss is computed by
-    the model itself.  ``results`` names the loss and, if there is one, the metric.
+    the model itself.  ``results`` names the loss and, for losses with a metric, the metric.
     """
 
     labels: TensorSpec | None

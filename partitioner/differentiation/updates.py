@@ -2,7 +2,7 @@
 
 An update graph reads parameters, gradients and optimizer state, and computes new parameters and
 state.  The learning rate and the number of the update are scalar inputs, so the runtime can change
-them from step to step.  The formulas are those of ``torch.optim``.  The cut matters only for
+them from step to step.  The formulas are the same as in ``torch.optim``.  The cut matters only for
 clipping, for which the parties exchange the norms of their gradients.
 """
 

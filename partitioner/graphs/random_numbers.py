@@ -86,7 +86,7 @@ def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) 
 def seed_random_operators(graph: ir.Graph) -> None:
     """Replace every random operator, in place, by nodes that compute its numbers from the key.
 
-    The numbers depend on the node's name and, if it has one, on its ``seed`` attribute.
+    The numbers depend on the node's name, and on its ``seed`` attribute if it is set.
 
     Raises:
         UnsupportedModel: the rank of a Multinomial's input is not known.

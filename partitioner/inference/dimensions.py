@@ -283,7 +283,7 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Return an atom for an axis about whose size nothing is known."""
+    """Return an atom for a dimension about which nothing is known, named after value and axis."""
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 

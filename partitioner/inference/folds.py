@@ -80,9 +80,9 @@ def note_shapes(graph: ir.Graph) -> None:
 
 
 def _is_noted(value: ir.Value) -> bool:
-    """Return whether inference would add nothing to what is set on a value.
+    """Return whether a value's type and dimensions are complete, so that it can be skipped.
 
-    Integers are always inferred, because they may be sizes.
+    Integers are never skipped, because they may be sizes.
     """
     if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
