@@ -157,10 +157,7 @@ def _try(
     trainable: Mapping[str, int],
     around: Surroundings,
 ) -> Bisection:
-    """Divide the graph at one tensor, and send the inputs in ``sent`` that the cut requires.
-
-    Return ``_REFUSED`` if the cut is not legal.
-    """
+    """Cut at one tensor and the inputs in ``sent`` that it requires, or return ``_REFUSED``."""
     with suppress(NotACut, SharedParameter):
         partition = _divide_at(graph, value, sent, state, trainable, around)
         before = {source.name for source in walk_back([value])[1]} & set(trainable)
@@ -231,10 +228,7 @@ class _Client:
         self.regular: list[bool] = []
 
     def advance(self, value: ir.Value) -> bool:
-        """Append a tensor to the chain if it depends on the chain's last tensor.
-
-        Return whether the tensor was appended.
-        """
+        """Append a tensor if it depends on the chain's last tensor; return whether it does."""
         every, sources, met = self._all.explore([value], {})
         new, _, met_head = self._head.explore([value], {})
         if self._last is not None and not (self._last in met and self._last in met_head):

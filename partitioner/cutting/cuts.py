@@ -313,10 +313,7 @@ def _walk_side(
     sizes: Mapping[ir.Node, frozenset[ir.Value]],
     known: Inference,
 ) -> Side:
-    """Find one party's side by walking back from its outputs.
-
-    The walk does not follow a shape if the party can read the same sizes from another tensor.
-    """
+    """Find one party's side by walking back from its outputs, past shapes it can read elsewhere."""
     targets, reason = list(ends), ""
     readers = {node for node in sizes if reads_size(node)}
     while True:

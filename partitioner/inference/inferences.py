@@ -228,10 +228,7 @@ class Inference:
         return found
 
     def _ask_schema(self, node: ir.Node) -> _Shapes:
-        """Infer the output shapes of one node with onnx, and set missing types.
-
-        Unknown dimensions are passed to onnx as names; constant inputs with their contents.
-        """
+        """Infer a node's output shapes with onnx, with symbols as names, and set missing types."""
         types, data = {}, {}
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -302,10 +299,7 @@ class Inference:
         return True
 
     def _is_short(self, node: ir.Node, most: int) -> bool:
-        """Return whether a Range has at most ``most`` elements, also if it consists of floats.
-
-        A Range between symbols counts as short.
-        """
+        """Return whether a Range has at most ``most`` elements, or is between symbols."""
         start, limit, delta = (self.constant(value) for value in node.inputs)
         if start is None or limit is None or delta is None:
             return True  # a Range of symbols
@@ -358,11 +352,7 @@ class Inference:
     def _move(
         self, node: ir.Node, contents: Sequence[np.ndarray | None]
     ) -> Sequence[np.ndarray | None]:
-        """Compute the outputs of an operator that moves elements, for inputs with symbols.
-
-        Numbers take the place of the symbols.  onnx moves these numbers, and then each number is
-        replaced by its symbol.
-        """
+        """Compute how an operator moves symbols, by moving their indices in a table instead."""
         count = len(contents) if node.op_type == "Concat" else 1
         if any(_has_symbols(content) for content in contents[count:]):
             return ()
