@@ -1,9 +1,9 @@
-"""Rewrites: replace operators that have no gradient in onnxruntime-training by ones that have.
+"""Rewrite operators that have no gradient in onnxruntime-training with operators that have one.
 
-Rewriting comes before differentiation and changes only nodes that depend on a trained parameter.
-:data:`REWRITES` lists all supported operators.  Each entry is a small function that takes a node
-and returns the values that replace its outputs, or ``None`` if the node can stay unchanged.  The
-formulas are the definitions of the operators at onnx.ai/onnx/operators.
+Rewriting happens before differentiation.  It changes only nodes whose inputs depend on a trained
+parameter.  :data:`REWRITES` lists all supported operators.  Each entry is a small function that
+takes a node and returns the values that replace its outputs, or ``None`` if the node can stay
+unchanged.  The formulas are the definitions of the operators at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -144,17 +144,22 @@ REWRITES: Mapping[str, Rewrite] = {
 """Maps an operator to the function that rewrites it with operators that have a gradient."""
 
 _MOST_ROUNDS = 8
-"""A rewrite may use operators that need one themselves; LSTM, activation and its parts are 3."""
+"""The most rounds of rewriting.
+
+A rewrite may use operators that must be rewritten themselves: an LSTM, its activation functions and
+their parts take 3 rounds.
+"""
 
 
 _ADVICE = "cut so that it is before every trained parameter"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
-    """Replace, in place, every operator without a gradient that a trained parameter reaches.
+    """Rewrite, in place, all operators without a gradient that depend on a trained parameter.
 
-    ``trained`` names graph inputs.  Values keep their names.  Types and shapes are inferred again
-    after each round, so that a rewrite can use the results of an earlier one.
+    ``trained`` contains the names of the graph inputs that are trained parameters.  Values keep
+    their names.  A rewrite may use operators that need a rewrite themselves, so rewriting takes
+    several rounds; types and shapes are inferred again after each round.
 
     Raises:
         UnsupportedModel: a shape or a constant that a rewrite needs is unknown.
@@ -171,7 +176,7 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
     recurrences.refuse_long(node for node in graph if _is_due(node, moving))
     changed = False
     for node in list(graph):
-        if not _is_due(node, moving):  # nor what reads what was just rewritten
+        if not _is_due(node, moving):  # skips readers of nodes rewritten in this round
             continue
         rule = REWRITES[node.op_type]
         builder = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
@@ -184,7 +189,7 @@ def _rewrite_once(graph: ir.Graph, trained: Collection[str], label: str) -> bool
 
 
 def _is_due(node: ir.Node, moving: Collection[ir.Value]) -> bool:
-    """Return whether a gradient passes a node, and there is a way to rewrite it."""
+    """Return whether a node has an entry in REWRITES and a gradient passes through it."""
     if node.op_type not in REWRITES or node.domain not in ("", "ai.onnx"):
         return False
     passed = any(value in moving for value in list_inputs(node))

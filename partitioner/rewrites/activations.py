@@ -1,6 +1,6 @@
-"""Rewrite activation functions in operators that stay accurate for large inputs.
+"""Rewrites of activation functions.
 
-They have a gradient at 0, too.
+The replacements stay accurate for large inputs, and they have a gradient at 0.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from splitonnx.partitioner.rewrites.tangents import Tangent, follow_tangents
 Values = Sequence[ir.Value]
 
 _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
-"""alpha and gamma, as Selu's definition writes them."""
+"""alpha and gamma, with the digits that Selu's definition gives."""
 
 
 def _bend(
     builder: NodeBuilder, node: ir.Node, above: float, below: float, width: float = 1.0
 ) -> Sequence[ir.Value]:
-    """The operator itself, its slope ``above`` for x > 0, else ``below * exp(x / width)``."""
+    """Keep the operator and attach its slope: ``above`` for x > 0, else below * exp(x / width)."""
     x = take_input(node)
     point = builder.detach(x)
     value = builder.ops(node.op_type, [point], 1, dict(node.attributes))[0]
@@ -40,27 +40,38 @@ def _bend(
 
 
 def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """max(0, x) + min(0, alpha * (exp(x / alpha) - 1))."""
+    """Keep Celu and attach its derivative: 1 for x > 0, else exp(x / alpha).
+
+    onnxruntime-training has no gradient for Celu.
+    """
     return _bend(builder, node, 1.0, 1.0, node.attributes.get_float("alpha", 1.0))
 
 
 def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x for x > 0, else alpha * (exp(x) - 1)."""
+    """Keep Elu and attach its derivative: 1 for x > 0, else alpha * exp(x).
+
+    onnxruntime-training has no gradient for Elu.
+    """
     return _bend(builder, node, 1.0, node.attributes.get_float("alpha", 1.0))
 
 
 def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """gamma * (x for x > 0, else alpha * (exp(x) - 1))."""
+    """Keep Selu and attach its derivative: gamma for x > 0, else gamma * alpha * exp(x).
+
+    onnxruntime-training has no gradient for Selu.
+    """
     alpha = node.attributes.get_float("alpha", _SELU[0])
     gamma = node.attributes.get_float("gamma", _SELU[1])
     return _bend(builder, node, gamma, gamma * alpha)
 
 
 def rewrite_softplus(builder: NodeBuilder, node: ir.Node) -> Values:
-    """log(1 + exp(x)) as m + log(exp(-m) + exp(x - m)), m = max(x, 0).
+    """Rewrite Softplus, log(1 + exp(x)), with Relu, Exp and Log.
 
-    One of the two powers is 1 and neither can overflow.  The slope at 0 is 1/2, whatever slope Relu
-    has there.  Using Softplus's own kernel and attaching the derivative takes 1.7 times as long.
+    onnxruntime-training has no gradient for Softplus.  The formula is m + log(exp(-m) + exp(x - m))
+    with m = max(x, 0).  One of the two exponentials is always 1, and neither can overflow.  The
+    slope at 0 is 1/2, regardless of the slope of Relu at 0.  Keeping the Softplus operator and
+    attaching its derivative would take 1.7 times as long.
     """
     x = take_input(node)
     positive = builder.op("Relu", x)
@@ -72,13 +83,19 @@ def rewrite_softplus(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_mish(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * tanh(softplus(x))."""
+    """Rewrite Mish as x * tanh(softplus(x)).
+
+    onnxruntime-training has no gradient for Mish.
+    """
     x = take_input(node)
     return [builder.op("Mul", x, builder.op("Tanh", builder.op("Softplus", x)))]
 
 
 def rewrite_softsign(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / (1 + |x|)."""
+    """Rewrite Softsign as x / (1 + |x|).
+
+    onnxruntime-training has no gradient for Softsign.
+    """
     x = take_input(node)
     spread = builder.op("Add", builder.op("Abs", x), builder.number(1.0, x.dtype))
     return [builder.op("Div", x, spread)]
@@ -91,13 +108,19 @@ def _clip_line(builder: NodeBuilder, x: ir.Value, alpha: float, beta: float) -> 
 
 
 def rewrite_hard_sigmoid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """alpha * x + beta, clipped to the range from 0 to 1."""
+    """Rewrite HardSigmoid as alpha * x + beta, clipped to the range from 0 to 1.
+
+    onnxruntime-training has no gradient for HardSigmoid.
+    """
     alpha = node.attributes.get_float("alpha", 0.2)
     return [_clip_line(builder, take_input(node), alpha, node.attributes.get_float("beta", 0.5))]
 
 
 def rewrite_hard_swish(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * (x / 6 + 1 / 2, clipped to the range from 0 to 1)."""
+    """Rewrite HardSwish as the product of x and x / 6 + 1 / 2, clipped to the range from 0 to 1.
+
+    Only the second factor is clipped.  onnxruntime-training has no gradient for HardSwish.
+    """
     x = take_input(node)
     return [builder.op("Mul", x, _clip_line(builder, x, 1 / 6, 0.5))]
 
@@ -105,8 +128,8 @@ def rewrite_hard_swish(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Expand the tanh approximation of GELU: x / 2 * (1 + tanh(a * (x + b * x**3))).
 
-    Exact GELU is left unchanged.  For the approximation, onnxruntime-training would build the
-    gradient of exact GELU.  Formula: arXiv 1606.08415.
+    Here a = sqrt(2 / pi) and b = 0.044715 (arXiv 1606.08415).  Exact GELU is left unchanged.  For
+    the approximation, onnxruntime-training would build the gradient of exact GELU.
     """
     if node.attributes.get_string("approximate", "none") != "tanh":
         return None
@@ -119,9 +142,11 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """x for x >= 0, else alpha * x.
+    """Rewrite LeakyRelu with a negative ``alpha``: x for x >= 0, else alpha * x.
 
-    alpha must be > 0, because LeakyReluGrad derives the sign of x from the sign of y.
+    Other nodes are left unchanged.  LeakyReluGrad, the operator with which onnxruntime-training
+    computes the gradient, derives the sign of x from the sign of y; with a negative ``alpha`` the
+    two signs do not match.
     """
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
@@ -131,7 +156,10 @@ def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_prelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x for x >= 0, else slope * x."""
+    """Rewrite PRelu with Where: x for x >= 0, else slope * x.
+
+    onnxruntime-training has no gradient for PRelu.
+    """
     x = take_input(node)
     return [_choose_negative(builder, x, builder.op("Mul", x, node.inputs[1]))]
 
@@ -142,7 +170,10 @@ def _choose_negative(builder: NodeBuilder, x: ir.Value, scaled: ir.Value) -> ir.
 
 
 def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x for x > alpha, else 0."""
+    """Rewrite ThresholdedRelu with Where: x for x > alpha, else 0.
+
+    onnxruntime-training has no gradient for ThresholdedRelu.
+    """
     x = take_input(node)
     above = builder.op(
         "Greater", x, builder.number(node.attributes.get_float("alpha", 1.0), x.dtype)
@@ -151,7 +182,10 @@ def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x + bias for x < -lambd, x - bias for x > lambd, else 0."""
+    """Rewrite Shrink with Where: x + bias for x < -lambd, x - bias for x > lambd, else 0.
+
+    onnxruntime-training has no gradient for Shrink.
+    """
     x = take_input(node)
     edge = node.attributes.get_float("lambd", 0.5)
     bias = builder.number(node.attributes.get_float("bias", 0.0), x.dtype)
@@ -162,9 +196,10 @@ def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Clip with variable bounds as min(max(x, low), high).
+    """Rewrite Clip with computed bounds as min(max(x, low), high).
 
-    The gradient builder has no gradient for the bounds of Clip.
+    Clip is left unchanged if its bounds are constants.  onnxruntime-training has no gradient for
+    the bounds of Clip.
     """
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
@@ -176,10 +211,11 @@ def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_softmax(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Compute Softmax or LogSoftmax of float64 by its formula.
+    """Rewrite Softmax and LogSoftmax in float64 with Exp and ReduceSum.
 
-    onnxruntime-training has no kernel for its gradient in float64.  The largest element is
-    subtracted as a constant, because the result does not depend on it.
+    Nodes of other types are left unchanged.  onnxruntime-training has no float64 kernels for the
+    gradients of these operators.  The largest element is subtracted first, so that Exp cannot
+    overflow.  It is treated as a constant, because the result does not depend on it.
     """
     x = node.inputs[0]
     if x is None or x.dtype != ir.DataType.DOUBLE:

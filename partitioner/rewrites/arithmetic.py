@@ -1,4 +1,4 @@
-"""Arithmetic on tensors with broadcasting, the choice between tensors (Where), and casts."""
+"""Rewrites of arithmetic with broadcasting, of Where, and of casts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow
 Values = Sequence[ir.Value]
 
 _STRETCHED = "splitonnx.stretched"
-"""Key of the metadata of a Where whose branches were stretched, if inference sees it or not."""
+"""Metadata key of a Where whose branches were expanded, even if shape inference cannot tell."""
 
 
 def _list_inputs(node: ir.Node) -> list[ir.Value]:
@@ -23,12 +23,18 @@ def _list_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def rewrite_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Sum as a chain of Adds."""
+    """Rewrite Sum as a chain of Add nodes.
+
+    onnxruntime-training has no gradient for Sum.
+    """
     return [_add_up(builder, node)]
 
 
 def rewrite_mean(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Mean as the sum divided by the number of inputs."""
+    """Rewrite Mean as the sum of the inputs divided by their number.
+
+    onnxruntime-training has no gradient for Mean.
+    """
     total, count = _add_up(builder, node), len(node.inputs)
     first = _list_inputs(node)[0]
     return [total if count == 1 else builder.op("Div", total, builder.number(count, first.dtype))]
@@ -39,7 +45,11 @@ def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 
 
 def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x - y * q, where the integer quotient q of x and y is treated as a constant."""
+    """Keep Mod and attach its derivatives: 1 with respect to x, and -q with respect to y.
+
+    onnxruntime-training has no gradient for Mod.  The result is x - q * y with the integer quotient
+    q, which is treated as a constant.
+    """
     x, y = _list_inputs(node)
     points = [builder.detach(value) for value in (x, y)]
     value = builder.ops("Mod", points, 1, dict(node.attributes))[0]
@@ -54,12 +64,15 @@ def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """x ** y with slopes y * x ** (y - 1) and x ** y * log(x).
+    """Attach the derivatives of Pow if onnxruntime-training has none or wrong ones.
 
-    The gradient builder of 1.19.2 accepts a float exponent that is not a parameter.  Its gradient
-    is right if the exponent is a single number other than 0; but if an exponent of larger shape
-    broadcasts the base, the base's gradient is not summed.  The slope with respect to the exponent
-    is 0 where x is not positive, because x ** y is not a function of a real y there.
+    If the exponent is a constant single number other than 0, onnxruntime-training's gradient is
+    used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and
+    x ** y * log(x) with respect to the exponent y.  The latter is 0 if x is not positive, because x
+    ** y is then not a function of a real y.
+
+    The gradient builder of onnxruntime-training 1.19.2 accepts only exponents that are floats and
+    not parameters.  If the exponent broadcasts the base, it does not sum the base's gradient.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
@@ -92,10 +105,11 @@ def _slope_to_exponent(builder: NodeBuilder, base: ir.Value, value: ir.Value) ->
 
 
 def rewrite_where(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Where so that its branches are broadcast to the full shape in advance.
+    """Expand the branches of Where to the shape of the result.
 
-    The gradient builder of 1.19.2 does not sum the gradient of a branch over the axes along which
-    Where broadcasts it.
+    If Where broadcasts a branch, the gradient builder of onnxruntime-training 1.19.2 does not sum
+    the branch's gradient over the broadcast axes.  A node is left unchanged if each branch is a
+    constant or already has the shape of the result.
     """
     condition, *branches = _list_inputs(node)
     result = node.outputs[0].shape
@@ -126,9 +140,12 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
 
 
 def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove a Cast to the dtype that its input already has.
+    """Remove a Cast to the dtype that its input already has; leave other casts unchanged.
 
     The graph optimizer of onnxruntime-training 1.19.2 can fail on such a Cast.
+
+    Raises:
+        UnsupportedModel: the Cast is to a type of at most 8 bits, which has no gradient.
     """
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
@@ -136,7 +153,13 @@ def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite CastLike as a Cast to the dtype of its second input."""
+    """Rewrite CastLike as a Cast to the dtype of its second input.
+
+    onnxruntime-training has no gradient for CastLike.
+
+    Raises:
+        UnsupportedModel: that dtype is unknown, or has at most 8 bits and so no gradient.
+    """
     x, like = _list_inputs(node)
     if like.dtype is None:
         raise UnsupportedModel(
@@ -148,7 +171,7 @@ def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _require_wide(node: ir.Node, dtype: ir.DataType) -> ir.DataType:
-    """Refuse floats of 8 bits and fewer: ONNX Runtime computes no gradients in them."""
+    """Raise an error for floats of 8 bits or less, in which ONNX Runtime computes no gradients."""
     if dtype.bitwidth <= 8:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})",

@@ -1,9 +1,9 @@
-"""The cells of LSTM, GRU and RNN: one time step, in operators that have a gradient.
+"""The cells of LSTM, GRU and RNN: one time step, written with operators that have a gradient.
 
-Formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  What they leave open is
-done like in ONNX Runtime's own kernels: ``clip`` bounds the inputs of the gates and not the cell
-state, a coupled forget gate is 1 minus the input gate, and ``alpha`` and ``beta`` are assigned, in
-order, to the functions that use them.
+The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where these
+definitions are ambiguous, the cells do the same as ONNX Runtime's kernels: ``clip`` limits the
+inputs of the gates but not the cell state, a coupled forget gate is 1 minus the input gate, and the
+values of ``alpha`` and ``beta`` are assigned, in order, to the activation functions that use them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _DEFAULTS: dict[str, tuple[float, ...]] = {
     "scaledtanh": (0.0, 0.0),
     "thresholdedrelu": (0.0,),
 }
-"""Functions that take alpha, or alpha and beta, and what ONNX Runtime takes where none is given."""
+"""Activation functions with an alpha, or an alpha and a beta, and ONNX Runtime's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """An activation function with its settings, from the ``activations`` of a recurrence."""
+    """An activation function of a recurrent node, with its parameters alpha and beta, if any."""
 
     kind: str
     settings: tuple[float, ...] = ()
 
     def apply(self, builder: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Build the nodes that apply the function to ``x``."""
+        """Build the nodes that apply the function to ``x``, and return the result."""
         if self.kind in _PLAIN:
             return builder.op(_PLAIN[self.kind], x)
         alpha, beta = (*self.settings, 0.0)[:2]
@@ -60,7 +60,13 @@ class Function:
 
 
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
-    """List the activation functions of a recurrence, those of the forward direction first."""
+    """List the activation functions of a recurrent node, first those of the forward direction.
+
+    If the node names no functions, ``defaults`` are used for each direction.
+
+    Raises:
+        UnsupportedModel: a function is unknown, or the node has the wrong number of functions.
+    """
     names = list(node.attributes.get_strings("activations", [])) or [*defaults] * directions
     alphas = iter(node.attributes.get_floats("activation_alpha", []))
     betas = iter(node.attributes.get_floats("activation_beta", []))
@@ -84,11 +90,13 @@ def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The weights and settings for one step of one direction; ``dtype`` is the type of its values.
+    """The weights and settings for one time step in one direction.
 
-    ``recurrent`` is R of shape (gates * hidden, hidden).  ``bias`` is the recurrent bias, if it is
-    not already added to the input's bias.  ``peepholes`` are those of the input, output and forget
-    gate, each of shape (hidden).
+    ``hidden`` is the size of the hidden state, and ``dtype`` the type of all values.  ``recurrent``
+    is the matrix R of shape (gates * hidden, hidden); ``parts`` are the same weights split by
+    gates, if the cell needs them separately.  ``bias`` is the recurrent bias, unless it has already
+    been added to the bias of the input.  ``peepholes`` are the weights for the input, output and
+    forget gates, each of shape (hidden).  A ``coupled`` cell has no weights for its forget gate.
     """
 
     hidden: int
@@ -102,7 +110,10 @@ class Cell:
     parts: Sequence[ir.Value] = field(default_factory=tuple)
 
     def activate(self, builder: NodeBuilder, index: int, x: ir.Value) -> ir.Value:
-        """Clip a gate's input to ``clip`` and apply the activation function with this index."""
+        """Clip ``x``, the input of a gate, and apply the activation function at ``index``.
+
+        ``x`` is not clipped if ``clip`` is ``None``.
+        """
         if self.clip is not None:
             bounds = [builder.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
             x = builder.op("Clip", x, *bounds)
@@ -113,13 +124,21 @@ State = tuple[ir.Value, ...]
 
 
 def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = f(x + H R^T), where x already contains the input's part and all biases."""
+    """Compute the next state of an RNN: f(x + H R^T).
+
+    H is the previous state.  x already contains the input multiplied by its weights, and all
+    biases.
+    """
     pre = builder.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
     return (cell.activate(builder, 0, pre),)
 
 
 def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """H = (1 - z) * h + z * H, with the reset gate applied before the linear map."""
+    """Compute the next state of a GRU: (1 - z) * h + z * H.
+
+    H is the previous state, z the update gate, and h the candidate for the new state.  To compute
+    h, the reset gate is applied to H before H is multiplied by the recurrent weights.
+    """
     (before,) = state
     for_gates, for_hidden = inputs
     pre = builder.op("Gemm", before, cell.parts[0], for_gates, transB=1)
@@ -132,9 +151,10 @@ def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
 def step_linear_gru(
     builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State
 ) -> State:
-    """H = (1 - z) * h + z * H, with the reset gate applied after the linear map.
+    """Compute the next state of a GRU with ``linear_before_reset``: (1 - z) * h + z * H.
 
-    This is the form with ``linear_before_reset``, which torch uses.
+    The difference from :func:`step_gru` is that the reset gate is applied after H has been
+    multiplied by the recurrent weights.  torch uses this form.
     """
     (before,) = state
     for_gates, for_hidden = inputs
@@ -152,7 +172,12 @@ def _blend(builder: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Val
 
 
 def step_lstm(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
-    """C = f * C + i * c and H = o * h(C); a coupled cell has no rows for its forget gate."""
+    """Compute the next states of an LSTM: C' = f * C + i * c and H' = o * h(C').
+
+    C is the cell state and H the hidden state; i, f and o are the input, forget and output gates, c
+    is the candidate for the cell state, and h is an activation function.  A coupled cell has no
+    weights for its forget gate and uses f = 1 - i.
+    """
     hidden, before = state
     size = cell.hidden
     pre = builder.op("Gemm", hidden, cell.recurrent, inputs[0], transB=1)

@@ -1,10 +1,10 @@
-"""Convolutions: ConvTranspose and Col2Im, and Conv if its padding depends on the image size.
+"""Rewrites of ConvTranspose and Col2Im, and of Conv if its padding depends on the image size.
 
-A ConvTranspose of stride s places its windows s pixels apart, so each pixel of its output belongs
-to one of s phases per axis, and each phase is an ordinary convolution with every s-th element of
-the kernel.  One Conv with s times the output channels computes all phases at once; its channels are
-then rearranged into the image.  This needs as many multiplications as the operator itself, and no
-zeros are inserted into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at
+A ConvTranspose of stride s places its windows s pixels apart.  Each pixel of its output therefore
+belongs to one of s phases per axis, and each phase is an ordinary convolution with every s-th
+element of the kernel.  One Conv with s times the output channels computes all phases at once; its
+channels are then rearranged into the image.  This needs as many multiplications as ConvTranspose
+itself, and no zeros are inserted into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at
 onnx.ai/onnx/operators.
 """
 
@@ -37,10 +37,10 @@ Values = Sequence[ir.Value]
 
 @dataclass(frozen=True, kw_only=True)
 class _Transposed:
-    """A ConvTranspose; one entry for each spatial dimension.
+    """The attributes of a ConvTranspose, with one entry per spatial dimension.
 
-    ``kernel`` counts the elements of the weights, ``reach`` what they span once dilated;
-    ``before`` and ``after`` are cut off the output, or added to it where they are negative.
+    ``kernel`` is the size of the kernel.  ``before`` and ``after`` are the numbers of pixels to
+    remove from each end of the output; if they are negative, pixels are added instead.
     """
 
     kernel: tuple[int, ...]
@@ -52,17 +52,21 @@ class _Transposed:
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Pixels that a window spans."""
+        """The number of pixels that a window spans, including the gaps of a dilation."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Elements of the kernel that one phase has."""
+        """The number of kernel elements in one phase."""
         return tuple(-(-r // s) for r, s in zip(self.reach, self.strides, strict=True))
 
 
 def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size."""
+    """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size.
+
+    Other nodes are left unchanged.  The padding depends on the image size if ``auto_pad`` requests
+    it, which onnxruntime-training's gradient of Conv ignores.
+    """
     if not pads_by_size(node):
         return None
     padded = pad_by_size(builder, node, 0.0)
@@ -70,7 +74,11 @@ def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_conv_transpose(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute all phases with one Conv, rearrange its channels into the image, crop or pad it."""
+    """Rewrite ConvTranspose as one Conv that computes all phases.
+
+    The channels of this Conv are then rearranged into the image, which is cropped or padded if
+    necessary.  onnxruntime-training has no CPU kernel for the gradient of ConvTranspose.
+    """
     x, w = node.inputs[:2]
     assert x is not None
     assert w is not None
@@ -105,7 +113,7 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
     wanted = node.attributes.get_ints("output_shape", [])
     if wanted or mode.startswith("SAME"):
         parts = zip(kernel, dilations, strides, extra, strict=True)
-        # what the output would have over ``stride`` times the input
+        # the output size beyond ``stride`` times the input size
         surplus = [d * (k - 1) + 1 - s + e for k, d, s, e in parts]
         if wanted:
             sizes = require_sizes(node, x, 2)
@@ -117,7 +125,7 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
                 "with a kernel smaller than its stride, runtimes disagree on its automatic padding",
                 "export it with explicit pads",
             )
-        # an output that is larger than its windows reach ends in zeros
+        # an output that is larger than its windows cover ends in zeros
         before = [max(0, p) // 2 if mode == "SAME_UPPER" else (max(0, p) + 1) // 2 for p in surplus]
         after = [p - b for p, b in zip(surplus, before, strict=True)]
     else:
@@ -137,7 +145,7 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
 def _split_phases(
     builder: NodeBuilder, w: ir.Value, inputs: int, outputs: int, window: _Transposed
 ) -> ir.Value:
-    """[C, M/g, k...] to [M * s..., C/g, t...]: a convolution's weights, a phase a channel."""
+    """Rearrange weights [C, M/g, k...] for a Conv with a channel per phase: [M * s, C/g, t...]."""
     rank, groups = len(window.kernel), window.groups
     w = _dilate_weights(builder, w, inputs, outputs, window)
     full = [t * s for t, s in zip(window.taps, window.strides, strict=True)]
@@ -153,7 +161,9 @@ def _split_phases(
     w = builder.op("Transpose", w, perm=[0, 2, *phase_axes, 1, *taps_axes])
     channels = groups * outputs * math.prod(window.strides)
     w = builder.op("Reshape", w, builder.integers([channels, inputs // groups, *window.taps]))
-    for axis, taps in enumerate(window.taps):  # a convolution walks its kernel the other way
+    for axis, taps in enumerate(
+        window.taps
+    ):  # a convolution reads its kernel in the other direction
         if taps > 1:
             backwards = builder.integers(range(taps - 1, -1, -1))
             w = builder.op("Gather", w, backwards, axis=2 + axis)
@@ -181,7 +191,11 @@ def _dilate_weights(
 
 
 def rewrite_col2im(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Col2Im as a ConvTranspose that moves each element of a block into its window."""
+    """Rewrite Col2Im as a ConvTranspose that moves each element of a block into its window.
+
+    onnxruntime-training has no gradient for Col2Im.  The next round of rewriting replaces the
+    ConvTranspose.
+    """
     x = node.inputs[0]
     assert x is not None
     image = [int(n) for n in require_array(node, 1, "image's sizes")]

@@ -1,9 +1,9 @@
-"""DeformConv: a convolution that reads its pixels at positions which the graph computes.
+"""Rewrite of DeformConv, a convolution that reads pixels at positions computed in the graph.
 
-The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied with the
+The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied by the
 weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).  ONNX
-Runtime 1.19.2 has no kernel for the operator itself, so a model with it can be trained but not used
-for prediction there.
+Runtime 1.19.2 has no kernel for DeformConv, so a model with this operator can be trained, but ONNX
+Runtime cannot run it for prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_deform_conv(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Sample the windows' pixels, and multiply them by the mask and then by the weights."""
+    """Rewrite DeformConv: sample the pixels of all windows and multiply them by the weights.
+
+    If the node has a mask, the pixels are multiplied by the mask first.  onnxruntime-training has
+    no gradient for DeformConv.
+    """
     x, w, offset, bias, mask = [*node.inputs, None, None][:5]
     assert x is not None
     assert w is not None
@@ -80,7 +84,7 @@ def _place_windows(
     wanted: Sequence[Extent],
     kernel: Sequence[int],
 ) -> list[ir.Value]:
-    """Return each window's positions along each axis, without offset  # (1, k, L)."""
+    """Return the positions of each window along each axis, without offset: shape (1, k, L)."""
     dtype = x.dtype or ir.DataType.FLOAT
     strides = node.attributes.get_ints("strides", [1, 1])
     dilations = node.attributes.get_ints("dilations", [1, 1])

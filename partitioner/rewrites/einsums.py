@@ -1,8 +1,8 @@
-"""Rewrite Einsum as diagonals, sums, products and transpositions, contracted from left to right.
+"""Rewrite of Einsum with diagonals, sums, products and transpositions.
 
-Each axis is identified by its label.  The axes of an ellipsis get labels of their own; ``...0`` is
-the last of them.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of
-numpy.einsum.
+The operands are contracted from left to right.  Each axis is identified by its label.  The axes of
+an ellipsis get labels of their own; the last of them is ``...0``.  The formulas are those of
+Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
 Size = int | ir.Value
-"""The length of an axis: a number, or an I64 vector of one element that the graph computes."""
+"""The length of an axis: a number, or an int64 vector of one element that the graph computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Operand:
-    """A value with a label for each of its axes."""
+    """A value with one label per axis."""
 
     value: ir.Value
     labels: tuple[str, ...]
@@ -32,13 +32,13 @@ class _Operand:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sum:
-    """An equation under way: the builder that it is written with, and how long each axis is."""
+    """An equation that is being rewritten: the builder for its nodes, and the length of each axis."""
 
     builder: NodeBuilder
     sizes: Mapping[str, Size]
 
     def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
-        """Multiply two operands and sum over the labels that both have and nothing else needs."""
+        """Multiply two operands, and sum over labels that both have and that are not in ``kept``."""
         shared = [label for label in left.labels if label in right.labels]
         batch = tuple(label for label in shared if label in kept)
         summed = tuple(label for label in shared if label not in kept)
@@ -62,7 +62,7 @@ class _Sum:
         rows: tuple[str, ...],
         columns: tuple[str, ...],
     ) -> _Operand:
-        """Multiply element by element: batch, rows and columns side by side."""
+        """Multiply two operands elementwise, without summing; the axes are batch, rows, columns."""
         a = self.transpose(left, batch + rows)
         if columns and rows + batch:
             places = range(len(a.labels), len(a.labels) + len(columns))
@@ -80,21 +80,21 @@ class _Sum:
     def _group(
         self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
     ) -> ir.Value:
-        """Return a stack of matrices: batch axes, then one axis a group."""
+        """Return an operand as a stack of matrices: batch axes, then one axis per group of labels."""
         value = self.transpose(operand, batch + sum(groups, ())).value
         if all(len(group) == 1 for group in groups):
             return value
         return self._shape(value, batch, groups)
 
     def transpose(self, operand: _Operand, labels: tuple[str, ...]) -> _Operand:
-        """Bring the axes into this order."""
+        """Transpose an operand so that its axes have the order of ``labels``."""
         if operand.labels == labels:
             return operand
         perm = [operand.labels.index(label) for label in labels]
         return _Operand(value=self.builder.op("Transpose", operand.value, perm=perm), labels=labels)
 
     def total(self, operand: _Operand, gone: Collection[str]) -> _Operand:
-        """Sum over some labels."""
+        """Sum an operand over the labels in ``gone``."""
         axes = [axis for axis, label in enumerate(operand.labels) if label in gone]
         if not axes:
             return operand
@@ -103,7 +103,7 @@ class _Sum:
         return _Operand(value=value, labels=labels)
 
     def diagonal(self, operand: _Operand) -> _Operand:
-        """Reduce axes of the same label to their diagonal, until each label is there once."""
+        """Reduce axes with the same label to their diagonal, until each label occurs only once."""
         labels = operand.labels
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is None:
@@ -127,7 +127,7 @@ class _Sum:
     def _shape(
         self, value: ir.Value, batch: tuple[str, ...], groups: Sequence[tuple[str, ...]] = ()
     ) -> ir.Value:
-        """Reshape to an axis a label of ``batch`` and an axis a group; one may stay unknown."""
+        """Reshape to one axis per label of ``batch`` and one per group; one may be unknown."""
         found = [self._measure(group) for group in [*((label,) for label in batch), *groups]]
         unknown = [index for index, size in enumerate(found) if not isinstance(size, int)]
         if len(unknown) == 1:
@@ -150,7 +150,11 @@ class _Sum:
 
 
 def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Contract the operands from left to right, then transpose the result."""
+    """Rewrite Einsum with MatMul, Mul and ReduceSum, and transpose the result as requested.
+
+    The operands are contracted from left to right.  onnxruntime-training has no gradient for
+    Einsum.
+    """
     values = [value for value in node.inputs if value is not None]
     terms, result = _read_equation(node, values)
     operands = [_Operand(value=v, labels=t) for v, t in zip(values, terms, strict=True)]
@@ -174,7 +178,7 @@ def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
 def _read_equation(
     node: ir.Node, values: Sequence[ir.Value]
 ) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Return the labels of each operand's axes, and of the result's."""
+    """Return the labels of the axes of each operand, and of the result."""
     equation = (node.attributes.get_string("equation") or "").replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = []
@@ -201,7 +205,7 @@ def _read_equation(
 
 
 def _spell(term: str, hidden: int) -> tuple[str, ...]:
-    """Name the axes of a term; ``hidden`` of them stand for its ellipsis."""
+    """Return the labels of a term's axes; its ellipsis stands for ``hidden`` axes."""
     labels: list[str] = []
     for piece in re.findall(r"\.\.\.|.", term):
         labels += [f"...{i}" for i in reversed(range(hidden))] if piece == "..." else [piece]
@@ -211,7 +215,7 @@ def _spell(term: str, hidden: int) -> tuple[str, ...]:
 def _measure_labels(
     builder: NodeBuilder, operands: Sequence[_Operand]
 ) -> tuple[dict[str, Size], list[_Operand]]:
-    """Find how long each label's axes are; drop an axis of 1 that is spread over a longer one."""
+    """Find the length of each label's axes, and drop axes of length 1 that are broadcast."""
     sizes: dict[str, Size] = {}
     for operand in operands:
         dims = known_dims(operand.value) or []

@@ -1,7 +1,7 @@
-"""Extents: sizes of tensors for rewrites, as numbers if they are known, else computed in the graph.
+"""Extents: sizes of tensors, as numbers if they are known, else as values computed in the graph.
 
-A rewrite that uses extents keeps every dynamic dimension of the model dynamic.  This module deals
-with shapes and arithmetic on them, and does not depend on any operator.
+Rewrites that use extents keep every dynamic dimension of the model dynamic.  This module handles
+shapes and calculates with them; it does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, known_rank
 
 Extent = int | ir.Value
-"""A number, or an I64 vector of one element that the graph computes."""
+"""A number, or an int64 vector of one element that the graph computes."""
 
 
 def require_rank(node: ir.Node, value: ir.Value) -> int:
@@ -31,10 +31,10 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Return the dimensions of a value from ``start`` on, all as numbers.
+    """Return the sizes of a value's dimensions, from dimension ``start`` on, as numbers.
 
     Raises:
-        UnsupportedModel: a dimension is not known.
+        UnsupportedModel: one of these sizes is not known.
     """
     dims = known_dims(value)
     sizes = [] if dims is None else [dim for dim in dims[start:] if dim is not None]
@@ -48,7 +48,7 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the content of a constant input as an array.
+    """Return the content of a constant input as an array; ``what`` describes it in the error.
 
     Raises:
         UnsupportedModel: the input is computed in the graph.
@@ -60,15 +60,15 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
-    """Return the error that names a node and the reason why it cannot be rewritten."""
+    """Return the error for a node that cannot be rewritten, with the reason and some advice."""
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
 def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
-    """List the extents of a value.
+    """List the extents of all dimensions of a value.
 
     Raises:
-        UnsupportedModel: the value's rank is not known.
+        UnsupportedModel: the number of dimensions is not known.
     """
     require_rank(node, value)
     return [
@@ -78,7 +78,7 @@ def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[E
 
 
 def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return an extent as an I64 vector of one element."""
+    """Return an extent as an int64 vector of one element."""
     return builder.integers([extent]) if isinstance(extent, int) else extent
 
 
@@ -110,7 +110,7 @@ def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
 
 
 def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Join extents into one shape vector."""
+    """Concatenate extents into one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -127,7 +127,10 @@ def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Reshape a value; if exactly one extent is unknown, Reshape computes it."""
+    """Reshape a value to the given extents.
+
+    If exactly one extent is computed in the graph, the Reshape node infers it instead.
+    """
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
         extents = [extent if isinstance(extent, int) else -1 for extent in extents]
@@ -135,7 +138,7 @@ def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) ->
 
 
 def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return 0, 1, ... extent - 1 as an I64 vector."""
+    """Return the int64 vector 0, 1, ..., extent - 1."""
     if isinstance(extent, int):
         return builder.integers(range(extent))
     end = builder.op("Squeeze", extent, builder.integers([0]))
@@ -143,7 +146,7 @@ def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Cast an extent to another dtype for calculations."""
+    """Return an extent as a value of type ``dtype``, for calculations."""
     if isinstance(extent, int):
         return builder.number(extent, dtype)
     return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

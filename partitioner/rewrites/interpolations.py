@@ -1,7 +1,8 @@
-"""Interpolation along one axis: the elements that each output reads, and their weights.
+"""Interpolation along one axis: which input elements each output element reads, and their weights.
 
-Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing is done like in the onnx package's
-reference implementation.  This is pure arithmetic on sizes and scales; it does not build graphs.
+Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing works like in the reference
+implementation of the onnx package.  This module only calculates with sizes and scales; it does not
+build graphs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The way Resize samples an axis: from ``before`` elements to ``after`` elements.
+    """How Resize samples one axis: from ``before`` elements to ``after`` elements.
 
-    ``scale`` is the factor given by the model, which may differ from ``after / before`` by
-    rounding.  ``start`` and ``end`` bound the region of ``tf_crop_and_resize``.
+    ``scale`` is the factor in the model, which may differ from ``after / before`` because of
+    rounding.  ``coordinates`` is the node's ``coordinate_transformation_mode``.  ``start`` and
+    ``end`` are the bounds of the region in the mode ``tf_crop_and_resize``.
     """
 
     before: int
@@ -35,7 +37,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """The interpolation kernel: ``mode`` is linear or cubic, ``sharpness`` is a of cubic."""
+    """The interpolation kernel of a Resize.
+
+    ``mode`` is ``"linear"`` or ``"cubic"``, and ``sharpness`` is the coefficient a of the cubic
+    kernel.  With ``exclude_outside``, elements outside the input get the weight 0.
+    """
 
     mode: str
     sharpness: float = -0.75
@@ -44,7 +50,7 @@ class Kernel:
 
 
 def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Return the position of each output in the input's coordinates."""
+    """Return the position of each output element in the coordinates of the input."""
     y: np.ndarray = np.arange(sampling.after).astype(dtype)
     n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
     x: np.ndarray = (y + half) / scale - half
@@ -65,10 +71,10 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 
 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
-    """Return the index of the element that each output copies.
+    """Return the index of the input element that each output element copies.
 
-    It is computed in float32, like in ONNX Runtime, because rounding can decide which of two
-    neighbours is nearer.
+    The positions are computed in float32, like in ONNX Runtime, because rounding can decide which
+    of two neighbours is nearer.
     """
     x = find_coordinates(sampling, np.float32)
     match mode:
@@ -85,7 +91,7 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return which outputs lie outside of the input and get the extrapolation value."""
+    """Return a mask of the outputs outside the input, which get the extrapolation value."""
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
     x = find_coordinates(sampling)
@@ -94,13 +100,13 @@ def find_outside(sampling: Sampling) -> np.ndarray:
 
 
 def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
-    """Return the interpolation as a matrix  # (after, before)."""
+    """Return the weights of the interpolation as a matrix of shape (after, before)."""
     x = find_coordinates(sampling)
     n = sampling.before
     shrink = min(sampling.scale, 1.0) if kernel.antialias else 1.0
     radius = 1 if kernel.mode == "linear" else 2
     reach = int(np.ceil(radius / shrink))
-    # the element on the left is at most 1 away, so that an integer has one neighbour more there
+    # the left element is at most 1 away, so an integer position has one more neighbour there
     places = (np.ceil(x) - 1).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     distances = np.abs((x[:, None] - places) * shrink)
     weights = np.clip(1 - distances, 0, 1) if radius == 1 else _cubic(distances, kernel.sharpness)
@@ -117,7 +123,7 @@ def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
 
 
 def _cubic(distances: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic convolution (IEEE TASSP 29, 1981)."""
+    """Compute the weights of Keys' cubic convolution (IEEE TASSP 29, 1981)."""
     near = ((a + 2) * distances - (a + 3)) * distances**2 + 1
     far = ((a * distances - 5 * a) * distances + 8 * a) * distances - 4 * a
     return np.where(distances <= 1, near, np.where(distances < 2, far, 0.0))

@@ -1,6 +1,6 @@
-"""Operators that move data between channels and pixels: DepthToSpace and SpaceToDepth.
+"""Rewrites of DepthToSpace and SpaceToDepth, which move data between channels and pixels.
 
-:func:`spread_channels` is their general form.
+:func:`spread_channels` is the general form of DepthToSpace, for any number of spatial axes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rearrange blocks of channels into pixels; in mode DCR, the block precedes the channels."""
+    """Rewrite DepthToSpace with Reshape and Transpose.
+
+    onnxruntime-training has no gradient for DepthToSpace.  Along the channel axis, the block is
+    outermost in mode DCR and innermost in mode CRD.
+    """
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
@@ -26,7 +30,11 @@ def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_space_to_depth(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rearrange blocks of pixels into channels; in mode DCR, the default, the block is first."""
+    """Rewrite SpaceToDepth with Reshape and Transpose.
+
+    onnxruntime-training has no gradient for SpaceToDepth.  Along the channel axis of the result,
+    the block is outermost in mode DCR, the default, and innermost in mode CRD.
+    """
     x = node.inputs[0]
     assert x is not None
     block = node.attributes.get_int("blocksize")
@@ -48,13 +56,13 @@ def spread_channels(
     *,
     block_first: bool = False,
 ) -> ir.Value:
-    """Move the blocks in the channels of ``x`` to its spatial axes, which have ``extents``.
+    """Move blocks from the channel axis of ``x`` to its spatial axes.
 
-    (N, C * b..., L...) becomes (N, C, L * b...), with the batch size N, the channels C, the block
-    sizes b and the spatial sizes L, for any number of spatial axes.
+    The shape (N, C * b..., L...) becomes (N, C, L * b...), with the batch size N, the channels C,
+    the block sizes b and the spatial sizes L.  There may be any number of spatial axes.
 
-    ``extents`` are those of ``x``.  On the channel axis, C is the outer and the blocks are the
-    inner part; with ``block_first`` it is the other way round.
+    ``extents`` is the shape of ``x``.  On the channel axis, C is the outer part and the blocks are
+    the inner part; with ``block_first`` it is the other way round.
     """
     batch, channels, *spatial = extents
     rank, size = len(spatial), 1

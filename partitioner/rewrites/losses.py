@@ -1,4 +1,4 @@
-"""Loss operators inside a model: negative log-likelihood and cross-entropy."""
+"""Rewrites of loss operators inside a model: negative log-likelihood and cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
-    """-w[label] * x[label], reduced, with support for an ignored label."""
+    """Rewrite NegativeLogLikelihoodLoss as -w[label] * x[label], followed by the reduction.
+
+    Elements whose label is ``ignore_index`` do not count.  onnxruntime-training has no gradient for
+    this operator.
+    """
     x, labels = node.inputs[:2]
     assert x is not None
     assert labels is not None
@@ -20,9 +24,11 @@ def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite cross-entropy as LogSoftmax and negative log-likelihood if both outputs are used.
+    """Rewrite SoftmaxCrossEntropyLoss if its second output, the log-probabilities, is used.
 
-    The gradient of SoftmaxCrossEntropyLoss covers only its first output, not the log-probabilities.
+    It becomes a LogSoftmax and a negative log-likelihood.  onnxruntime-training's gradient of
+    SoftmaxCrossEntropyLoss covers only the first output.  A node whose second output is not used is
+    left unchanged.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None
@@ -40,7 +46,7 @@ def _pick(
     labels: ir.Value,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """Select each label's element along axis 1, weigh and reduce."""
+    """Select the element at each label along axis 1, multiply it by its weight, and reduce."""
     weights = node.inputs[2] if len(node.inputs) > 2 else None
     index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")

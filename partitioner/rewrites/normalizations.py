@@ -1,9 +1,8 @@
-"""Normalizations over an instance, a group, chosen axes or the last axes, by their formulas.
+"""Rewrites of normalizations over an instance, a group, given axes or the last axes.
 
-The gradient builder differentiates only LayerNormalization, and of that only the first output and
+Among these, onnxruntime-training differentiates only LayerNormalization: only its first output, and
 only if the scale has the shape of the normalized axes.  The variance is computed from the centred
-values, never as the mean of squares minus the square of the mean, which loses precision by
-cancellation.
+values.  The mean of squares minus the square of the mean would lose precision by cancellation.
 """
 
 from __future__ import annotations
@@ -20,7 +19,12 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Normalize each channel of each sample over its spatial axes; scale, bias are per channel."""
+    """Rewrite InstanceNormalization, for which onnxruntime-training has no gradient.
+
+    Each channel of each sample is normalized over its spatial axes.  If the image size is known,
+    this is done with LayerNormalization, else with the formula.  Scale and bias have one element
+    per channel.
+    """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
     normal = _normalize_rows(builder, node, x, list(range(2, rank)), 1e-5)
@@ -28,10 +32,11 @@ def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Normalize each group of channels of each sample.
+    """Rewrite GroupNormalization, for which onnxruntime-training has no gradient.
 
-    Scale and bias are per channel, as of opset 21.  In opset 18 the scale was per group, and onnx's
-    checker rejects that version as deprecated.
+    Each group of channels of each sample is normalized.  Scale and bias have one element per
+    channel, as in opset 21.  In opset 18 the scale had one per group, and onnx's checker rejects
+    that version as deprecated.
     """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -57,9 +62,11 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Write out LayerNormalization if its statistics are used or its scale is broadcast.
+    """Rewrite LayerNormalization if onnxruntime-training cannot differentiate it.
 
-    A missing bias becomes zero, because the gradient of LayerNormalization requires one.
+    It is replaced by its formula if the mean or the inverse deviation is used as an output, or if
+    the scale or the bias is broadcast.  If only the bias is missing, a bias of zeros is added,
+    because the gradient of LayerNormalization requires one.  Other nodes are left unchanged.
     """
     x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -83,7 +90,10 @@ def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467)."""
+    """Rewrite RMSNormalization as x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467).
+
+    onnxruntime-training has no gradient for RMSNormalization.
+    """
     x, scale = take_inputs(node, 2)
     axes = _last_axes(node, require_rank(node, x))
     wide = _widen(builder, x, _read_stash(node))
@@ -92,9 +102,10 @@ def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """(x - mean) / (deviation + 1e-9).
+    """Rewrite MeanVarianceNormalization as (x - mean) / (deviation + 1e-9).
 
-    Adding 1e-18 under the root keeps the gradient finite if all values of a slice are equal.
+    onnxruntime-training has no gradient for this operator.  The deviation is the root of the
+    variance plus 1e-18, so that the gradient stays finite if all values of a slice are equal.
     """
     (x,) = take_inputs(node, 1)
     axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
@@ -106,14 +117,17 @@ def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / norm along an axis, or zero if the norm is zero."""
+    """Rewrite LpNormalization as x / norm along an axis; the result is 0 if the norm is 0.
+
+    onnxruntime-training has no gradient for LpNormalization.
+    """
     (x,) = take_inputs(node, 1)
     axis = builder.integers([node.attributes.get_int("axis", -1)])
     if node.attributes.get_int("p", 2) == 1:
         norm = builder.op("ReduceSum", builder.op("Abs", x), axis, keepdims=1)
     else:
         square = builder.op("ReduceSum", builder.op("Mul", x, x), axis, keepdims=1)
-        # a root of zero has no gradient: where all is zero the norm counts as one
+        # the root of zero has no gradient, so a norm of zero is replaced by one
         norm = builder.op("Sqrt", _replace_zeros(builder, square, x.dtype))
     return [builder.op("Div", x, _replace_zeros(builder, norm, x.dtype))]
 
@@ -128,8 +142,8 @@ def _normalize_rows(
 ) -> ir.Value:
     """Return (x - mean) / sqrt(variance + epsilon) over the last axes.
 
-    Where their size is known it is a LayerNormalization of flat rows, whose gradient is one
-    fused kernel; else the formula.
+    If the sizes of these axes are known, flat rows are normalized with LayerNormalization, whose
+    gradient is one fused kernel.  Otherwise, the formula is used.
     """
     dims = (known_dims(x) or [])[axes[0] :] if axes else []
     sizes = [dim for dim in dims if dim is not None]
@@ -162,7 +176,7 @@ def _invert_root(
 def _scale_channels(
     builder: NodeBuilder, x: ir.Value, scale: ir.Value, bias: ir.Value, rank: int
 ) -> ir.Value:
-    """x * scale + bias with both spread along axis 1."""
+    """Return x * scale + bias; both have one element per channel."""
     if rank > 2:
         axes = builder.integers(range(1, rank - 1))
         scale, bias = builder.op("Unsqueeze", scale, axes), builder.op("Unsqueeze", bias, axes)
@@ -179,7 +193,7 @@ def _read_stash(node: ir.Node) -> ir.DataType:
 
 
 def _widen(builder: NodeBuilder, x: ir.Value, stash: ir.DataType) -> ir.Value:
-    """Cast to the type that statistics are taken in, unless that would lose digits."""
+    """Cast to the type in which statistics are computed, unless that would lose digits."""
     assert x.dtype is not None
     return builder.cast(x, stash) if x.dtype.itemsize < stash.itemsize else x
 

@@ -1,8 +1,8 @@
-"""Pad in the modes that repeat elements, and CenterCropPad.
+"""Rewrites of Pad and CenterCropPad.
 
-In constant mode, a gradient passes through Pad, also with negative widths, but not if Pad names its
-axes, which onnxruntime-training's gradient ignores.  The other modes copy elements, and the source
-of each element is a function of its position.  Formulas: Pad-21 and CenterCropPad-18 at
+In constant mode, onnxruntime-training differentiates Pad, also with negative widths, but its
+gradient ignores the axes that a Pad may name.  The other modes copy elements, and the position of
+an output element determines which element it copies.  Formulas: Pad-21 and CenterCropPad-18 at
 onnx.ai/onnx/operators.  Like in ONNX Runtime, negative widths are cropped before the rest is
 padded.
 """
@@ -30,7 +30,13 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_pad(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Pad as a Gather along each padded axis; constant mode becomes a Pad without axes."""
+    """Rewrite Pad if onnxruntime-training's gradient of Pad is missing or wrong.
+
+    The modes that copy elements become one Gather per padded axis.  In constant mode, a Pad that
+    names its axes becomes a Pad without named axes, and a padding value that is computed in the
+    graph is inserted with Where, so that it gets a gradient.  Any other Pad in constant mode is
+    left unchanged.
+    """
     x, *settings = node.inputs
     assert x is not None
     mode = node.attributes.get_string("mode", "constant")
@@ -57,7 +63,7 @@ def rewrite_pad(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def _find_places(builder: NodeBuilder, size: Extent, begin: int, end: int, mode: str) -> ir.Value:
-    """Return the element that each place of a padded axis copies, as I64 vector."""
+    """Return the index of the element that each position of a padded axis copies, as int64."""
     cut, kept = max(0, -begin), add(builder, size, min(0, begin) + min(0, end))
     begin, end = max(0, begin), max(0, end)
     if isinstance(kept, int):
@@ -73,7 +79,7 @@ def _find_places(builder: NodeBuilder, size: Extent, begin: int, end: int, mode:
         places = builder.op("Min", builder.op("Max", places, zero), last)
     elif mode == "wrap":
         places = builder.op("Mod", places, kept)
-    else:  # there and back again
+    else:  # reflect: forwards, then backwards
         period = builder.op("Max", builder.op("Add", last, last), one)
         places = builder.op("Mod", places, period)
         places = builder.op("Min", places, builder.op("Sub", period, places))
@@ -81,9 +87,10 @@ def _find_places(builder: NodeBuilder, size: Extent, begin: int, end: int, mode:
 
 
 def _pad_constantly(builder: NodeBuilder, node: ir.Node, x: ir.Value) -> Values:
-    """Pad along all axes; a value that is computed is chosen, for Pad has no gradient to it.
+    """Pad along all axes; insert a computed padding value with Where, so that it gets a gradient.
 
-    It may be infinite, as masks of attention are, so nothing is multiplied by it.
+    Multiplication would not work, because the value may be infinite, for example in attention
+    masks.
     """
     _, widths, value, axes = [*node.inputs, None, None][:4]
     assert widths is not None
@@ -114,7 +121,11 @@ def _widen(builder: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -
 
 
 def rewrite_center_crop_pad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite CenterCropPad as Pad, with negative widths for cropping; odd rests go to the end."""
+    """Rewrite CenterCropPad as a Pad whose widths are negative if elements are cropped.
+
+    If the number of elements to add or remove is odd, the extra element is at the end.
+     onnxruntime-training has no gradient for CenterCropPad.
+    """
     x, wanted = node.inputs[:2]
     assert x is not None
     assert wanted is not None

@@ -1,6 +1,6 @@
-"""Poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
+"""Rewrites of poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
-Its MaxPoolGrad and AveragePoolGrad need a fixed image size; MaxPoolGrad requires row-major indices,
+MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also needs row-major indices,
 and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13 at onnx.ai/onnx/operators.
 """
 
@@ -42,7 +42,11 @@ def _has_fixed_image(x: ir.Value) -> bool:
 
 
 def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Divide each window's sum by its count, if AveragePool's own gradient cannot be used."""
+    """Rewrite AveragePool as the sum of each window divided by its number of elements.
+
+    A node is left unchanged if onnxruntime-training's gradient can be used: if the image size is
+    fixed and the node has neither dilations nor ``ceil_mode``.
+    """
     x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
     spread = any(step != 1 for step in node.attributes.get_ints("dilations", []))
@@ -55,7 +59,13 @@ def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Use row-major indices for the gradient; with unknown image sizes, gather elements by them."""
+    """Rewrite MaxPool if onnxruntime-training's gradient cannot be used.
+
+    A node with column-major indices becomes a MaxPool with row-major indices, which the gradient
+    needs; the column-major indices are computed separately.  If the image size is unknown, the
+    largest elements are gathered by their indices, and padding that depends on this size becomes a
+    Pad.  Other nodes are left unchanged.
+    """
     x = take_input(node)
     if pads_by_size(node) and len(node.outputs) == 1:
         lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
@@ -69,14 +79,18 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
         places = builder.ops("MaxPool", [builder.detach(x)], 2, dict(node.attributes))[1]
     if _has_fixed_image(x):
         return [builder.ops("MaxPool", [x], 1, plain)[0], places]
-    read_windows(node)  # refuses what it cannot know
+    read_windows(node)  # raises an error if the windows are unknown
     indices = builder.ops("MaxPool", [builder.detach(x)], 2, plain)[1]
     everything = builder.op("Reshape", x, builder.integers([-1]))
     return [builder.op("Gather", everything, indices, axis=0), places or indices]
 
 
 def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Select the largest element of each channel, the first of equal ones."""
+    """Rewrite GlobalMaxPool with ArgMax and GatherElements.
+
+    If several elements of a channel are the largest, only the first gets the gradient.
+     onnxruntime-training has no gradient for GlobalMaxPool.
+    """
     x = take_input(node)
     rank = require_rank(node, x)
     flat = builder.op("Reshape", x, builder.integers([0, 0, -1]))
@@ -88,7 +102,10 @@ def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute the p-norm of each window."""
+    """Rewrite LpPool as the p-norm of each window; the gradient of a norm of 0 is 0.
+
+    onnxruntime-training has no gradient for LpPool.
+    """
     windows = read_windows(node)
     power = node.attributes.get_int("p", 2)
     total = sum_windows(builder, node, _raise(builder, take_input(node), power), windows)
@@ -96,7 +113,10 @@ def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_global_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute the p-norm of each channel."""
+    """Rewrite GlobalLpPool as the p-norm of each channel; the gradient of a norm of 0 is 0.
+
+    onnxruntime-training has no gradient for GlobalLpPool.
+    """
     x = take_input(node)
     power = node.attributes.get_int("p", 2)
     axes = builder.integers(range(2, require_rank(node, x)))
@@ -105,7 +125,7 @@ def rewrite_global_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _raise(builder: NodeBuilder, x: ir.Value, power: int) -> ir.Value:
-    """|x| ** p, with its type and shape."""
+    """Return |x| ** p with the type and shape of x."""
     if power == 2:
         raised = builder.op("Mul", x, x)
     else:
@@ -119,7 +139,7 @@ def _raise(builder: NodeBuilder, x: ir.Value, power: int) -> ir.Value:
 def _take_root(
     builder: NodeBuilder, total: ir.Value, power: int, dtype: ir.DataType | None
 ) -> ir.Value:
-    """The p-th root, with slope 0 at 0, where it has none."""
+    """Return the p-th root; its slope at 0, where the root has no derivative, is 0."""
     if power == 1:
         return total
     zero, one = builder.number(0.0, dtype), builder.number(1.0, dtype)
@@ -133,7 +153,11 @@ def _take_root(
 
 
 def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Write each element to its position in an image of zeros, and pad it to a requested shape."""
+    """Rewrite MaxUnpool with ScatterND, which writes the elements to an image of zeros.
+
+    If the node requests an output shape, the image is padded to this shape.  onnxruntime-training
+    has no gradient for MaxUnpool.
+    """
     x, indices, *further = node.inputs
     assert x is not None
     assert indices is not None
@@ -165,9 +189,10 @@ def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lrn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / (bias + alpha / size * the sum of squares of the neighbouring channels) ** beta.
+    """Rewrite LRN as x / (bias + alpha / size * s) ** beta.
 
-    The sum over neighbours is a convolution along the channels, which become the rows of an image.
+    s is the sum of the squares of the neighbouring channels.  It is computed by a convolution along
+    the channels, which become the rows of an image.  onnxruntime-training has no gradient for LRN.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

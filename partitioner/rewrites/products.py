@@ -1,4 +1,4 @@
-"""Matrix products with vectors, and determinants."""
+"""Rewrites of matrix products (Gemm and MatMul) and determinants."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, known
 Values = Sequence[ir.Value | None]
 
 _LARGEST_DETERMINANT = 24
-"""A determinant's gradient takes as many determinants as the matrix has elements."""
+"""The largest size of a matrix.  The gradient of Det needs one determinant per matrix element."""
 
 
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove the bias of a Gemm with beta 0, for which the gradient builder has no gradient."""
+    """Remove the bias of a Gemm with ``beta`` 0; leave other nodes unchanged.
+
+    onnxruntime-training has no gradient for such a bias, which has no effect on the result.
+    """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
     kept = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
@@ -26,7 +29,10 @@ def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Reshape a vector to a matrix; the gradient builder rejects a vector beside a stack."""
+    """Rewrite MatMul so that a vector becomes a matrix; leave other nodes unchanged.
+
+    onnxruntime-training's gradient builder rejects the product of a vector and a stack of matrices.
+    """
     a, b = node.inputs
     assert a is not None
     assert b is not None
@@ -44,10 +50,13 @@ def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The determinant as a constant, plus its first-order change: <cofactors, x - constant x>.
+    """Keep Det and attach its derivative, the matrix of cofactors.
 
-    The cofactors are determinants of minors, so that no inverse is needed and singular matrices
-    have a gradient, too.
+    onnxruntime-training has no gradient for Det.  The cofactors are determinants of minors.  No
+    inverse is needed, so singular matrices have a gradient, too.
+
+    Raises:
+        UnsupportedModel: the matrices are not square, too large, or of unknown size.
     """
     (x,) = node.inputs
     assert x is not None
@@ -69,7 +78,7 @@ def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _find_cofactors(builder: NodeBuilder, x: ir.Value, size: int) -> ir.Value:
-    """(..., n, n) to the cofactor of each element."""
+    """Return the cofactor of each element, in the shape (..., n, n) of ``x``."""
     rank = known_rank(x) or 0
     others = [[j for j in range(size) if j != i] for i in range(size)]
     index = builder.tensor(ir.tensor(np.array(others, np.int64)))

@@ -1,10 +1,10 @@
-"""LSTM, GRU and RNN unrolled in time.
+"""Rewrites of LSTM, GRU and RNN: unroll them in time.
 
-One matrix product computes the input's part of all steps, for both directions together; each step
-then needs one more product, with the hidden state.  The sequence length must be known; the batch
-size need not be.  If sequences have different lengths, they are masked: after its end, a sequence
-keeps its state and its outputs are zero.  Layout 1 is converted earlier
-(:mod:`recurrence_layouts`).
+One matrix product multiplies the inputs of all steps, for both directions, by their weights.  Each
+step then needs one more product, with the hidden state.  The sequence length must be known, but the
+batch size need not be.  If sequences have different lengths, they are masked: after its end, a
+sequence keeps its state and its outputs are zero.  Layout 1 is converted earlier, by
+:mod:`recurrence_layouts`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from splitonnx.partitioner.rewrites.cells import (
 )
 
 MOST_STEPS = 2_000
-"""The largest number of steps of all recurrences in a model; each step becomes some 20 nodes."""
+"""The most steps of all recurrent nodes of a model together; each step becomes about 20 nodes."""
 
 Values = Sequence[ir.Value | None]
 Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
@@ -35,7 +35,7 @@ Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A recurrence's node as read: its sizes and its inputs, ``None`` where one is not given."""
+    """The sizes and inputs of a recurrent node; inputs that the node does not have are ``None``."""
 
     node: ir.Node
     steps: int
@@ -52,7 +52,10 @@ class _Layer:
 
 
 def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an RNN: H = f(X W^T + H R^T + b)."""
+    """Unroll an RNN, which can be trained only in this form.
+
+    Each step computes H = f(X W^T + H R^T + b).
+    """
     layer = _read_layer(node, states=1)
     bias = _add_biases(builder, layer, 1)
     inputs = [[x] for x in _project(builder, layer, layer.weights, bias, [1])]
@@ -61,7 +64,11 @@ def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll a GRU; with ``linear_before_reset``, the recurrent bias is kept separate."""
+    """Unroll a GRU, which can be trained only in this form.
+
+    With ``linear_before_reset``, the reset gate also applies to the recurrent bias, which is
+    therefore kept separate from the bias of the input.
+    """
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
     if node.attributes.get_int("linear_before_reset", 0):
@@ -78,7 +85,10 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an LSTM; with ``input_forget``, the rows of the forget gate are dropped."""
+    """Unroll an LSTM, which can be trained only in this form.
+
+    With ``input_forget``, the forget gate follows from the input gate, so its weights are dropped.
+    """
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))
     weights, recurrent = layer.weights, layer.recurrent
@@ -92,10 +102,11 @@ def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Raise if the recurrences among ``nodes`` have too many steps to be unrolled.
+    """Raise an error if the recurrent nodes among ``nodes`` have too many steps to be unrolled.
 
     Raises:
-        UnsupportedModel: their total is too large; the error names the longest recurrence.
+        UnsupportedModel: all steps together are more than :data:`MOST_STEPS`; the error names the
+            longest recurrent node.
     """
     steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
     total = sum(steps.values())
@@ -154,7 +165,7 @@ def _read_direction(node: ir.Node) -> str:
 
 
 def _add_biases(builder: NodeBuilder, layer: _Layer, gates: int) -> ir.Value | None:
-    """(D, 2GH) to the sum of both biases, (D, GH)."""
+    """Return the sum of both biases: (D, 2GH) becomes (D, GH)."""
     if layer.bias is None:
         return None
     both = builder.op(
@@ -166,7 +177,7 @@ def _add_biases(builder: NodeBuilder, layer: _Layer, gates: int) -> ir.Value | N
 def _part_biases(
     builder: NodeBuilder, layer: _Layer, gates: int
 ) -> tuple[Sequence[ir.Value], ir.Value | None]:
-    """(D, 2GH) to the recurrent bias of each direction, (GH), and the input's, (D, GH)."""
+    """Split (D, 2GH) into the recurrent biases, (GH) per direction, and the input's, (D, GH)."""
     if layer.bias is None:
         return [], None
     size = gates * layer.hidden
@@ -175,7 +186,7 @@ def _part_biases(
 
 
 def _drop_forget(builder: NodeBuilder, layer: _Layer, value: ir.Value) -> ir.Value:
-    """Leave out the rows of the forget gate, the third of four, along axis 1."""
+    """Remove the rows of the forget gate, the third of four, along axis 1."""
     size, axis, one = layer.hidden, builder.integers([1]), builder.integers
     first = builder.op("Slice", value, one([0]), one([2 * size]), axis)
     last = builder.op("Slice", value, one([3 * size]), one([4 * size]), axis)
@@ -183,7 +194,7 @@ def _drop_forget(builder: NodeBuilder, layer: _Layer, value: ir.Value) -> ir.Val
 
 
 def _part_directions(builder: NodeBuilder, layer: _Layer, value: ir.Value) -> Sequence[ir.Value]:
-    """(D, ...) to D values (...)."""
+    """Split a value of shape (D, ...) into D values of shape (...)."""
     parts: Sequence[ir.Value] = [value]
     if layer.directions > 1:
         parts = builder.ops("Split", [value, builder.integers([1, 1])], 2, {"axis": 0})
@@ -197,7 +208,7 @@ def _project(
     bias: ir.Value | None,
     groups: Sequence[int],
 ) -> list[Sequence[ir.Value]]:
-    """Return X W^T + b, for each direction and group of gates a value (N, gates * H) a step."""
+    """Return X W^T + b: per direction and group of gates, one (N, gates * H) value per step."""
     rows = builder.op("Reshape", layer.x, builder.integers([-1, layer.size]))  # (TN, I)
     count = layer.directions * sum(groups) * layer.hidden
     weights = builder.op("Reshape", weights, builder.integers([count, layer.size]))
@@ -215,7 +226,7 @@ def _project(
 def _part_steps(
     builder: NodeBuilder, layer: _Layer, value: ir.Value, size: int
 ) -> Sequence[ir.Value]:
-    """(TN, size) to T values (N, size)."""
+    """Split a value of shape (TN, size) into T values of shape (N, size)."""
     if layer.steps == 1:
         return [value]
     attributes = {"axis": 0, "num_outputs": layer.steps}
@@ -226,7 +237,7 @@ def _part_steps(
 
 
 def _note(layer: _Layer, value: ir.Value, size: int) -> None:
-    """Note a value's shape (N, size): a batch that is not known has a name then."""
+    """Set the shape of a value to (N, size), with the name of the batch size if it is not known."""
     assert layer.x.shape is not None
     value.type, value.shape = layer.x.type, ir.Shape([layer.x.shape[1], size])
 
@@ -241,7 +252,7 @@ def _make_cells(
     parts: Sequence[int] = (),
     coupled: bool = False,
 ) -> list[Cell]:
-    """Make the cell of each direction; ``parts`` tells how to part the gates of R."""
+    """Make the cell of each direction; ``parts`` are the numbers of gates into which R is split."""
     functions = read_functions(layer.node, defaults, layer.directions)
     clip = layer.node.attributes.get_float("clip", 0.0)
     peepholes: list[Sequence[ir.Value]] = [()] * layer.directions
@@ -279,7 +290,10 @@ def _unroll(
     cells: Sequence[Cell],
     inputs: Sequence[Sequence[Sequence[ir.Value]]],
 ) -> Values:
-    """Run every direction and put Y, Y_h and Y_c together; ``inputs``: direction, group, step."""
+    """Compute all directions and return Y, Y_h and Y_c.
+
+    ``inputs`` is indexed by direction, group of gates, and step.
+    """
     masks = _make_masks(builder, layer)
     starts = _read_states(builder, layer)
     zero = builder.number(0.0, layer.x.dtype)
@@ -309,7 +323,7 @@ def _unroll(
 def _stack_sequences(
     builder: NodeBuilder, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
 ) -> ir.Value | None:
-    """Return Y of shape (T, D, N, H), where it is used."""
+    """Return Y of shape (T, D, N, H), or ``None`` if it is not used."""
     output = layer.node.outputs[0]
     if not output.uses() and not output.is_graph_output():
         return None
@@ -322,7 +336,7 @@ def _stack_sequences(
 
 
 def _read_states(builder: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
-    """Return the initial states of each direction, (N, H), zero where none is given."""
+    """Return the initial states of each direction, of shape (N, H); a missing state is zero."""
     zero: ir.Value | None = None
     found: list[Sequence[ir.Value]] = []
     for value in layer.states:
@@ -339,7 +353,10 @@ def _read_states(builder: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]
 
 
 def _make_masks(builder: NodeBuilder, layer: _Layer) -> list[ir.Value | None]:
-    """Return, for each step, which sequences have not ended, (N, 1); ``None`` where none has."""
+    """Return a mask of shape (N, 1) per step, true for sequences that have not ended.
+
+    The mask is ``None`` if no sequence has ended.
+    """
     masks: list[ir.Value | None] = [None] * layer.steps
     if layer.lengths is None:
         return masks

@@ -1,6 +1,7 @@
-"""Reductions along axes, and running sums and products.
+"""Rewrites of reductions along axes, and of CumSum.
 
-A reduction keeps its axes as its second input; only a product needs to know their values.
+The axes of a reduction stay its second input.  Only the rewrite of ReduceProd needs to know their
+values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _axes(node: ir.Node) -> ir.Value | None:
 
 
 def _is_empty(x: ir.Value) -> bool:
-    """Return whether a value has no elements, for which the gradient of a product fails."""
+    """Return whether a value has no elements; the gradient of a product fails for such values."""
     return 0 in (known_dims(x) or ())
 
 
@@ -40,7 +41,7 @@ def _keeps_dims(node: ir.Node) -> bool:
 def _reduce(
     builder: NodeBuilder, kind: str, node: ir.Node, x: ir.Value, keepdims: int | None = None
 ) -> ir.Value:
-    """Reduce ``x`` as ``node`` does, but with the operator ``kind``."""
+    """Reduce ``x`` with the operator ``kind``, and with the axes and attributes of ``node``."""
     kept = node.attributes.get_int("keepdims", 1) if keepdims is None else keepdims
     empty = node.attributes.get_int("noop_with_empty_axes", 0)
     axes = _axes(node)
@@ -49,7 +50,14 @@ def _reduce(
 
 
 def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The mean of the elements that equal the extreme, so that they share its gradient."""
+    """Rewrite ReduceMax and ReduceMin so that equal extremes share the gradient evenly.
+
+    The result is the mean of all elements that equal the extreme.  onnxruntime-training has no
+    gradient for these operators.
+
+    Raises:
+        UnsupportedModel: the input of ReduceMax has no elements.
+    """
     x = take_input(node)
     if _is_empty(x) and node.op_type == "ReduceMax":
         raise UnsupportedModel(
@@ -62,7 +70,7 @@ def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
     point = builder.detach(x)
     zero, one = builder.number(0.0, x.dtype), builder.number(1.0, x.dtype)
     extreme = _reduce(builder, node.op_type, node, point, keepdims=1)
-    # "beaten", not "equal": NaN is not beaten and so comes through
+    # "beaten" instead of "equal", because NaN is not beaten and must appear in the result
     beaten = builder.op("Less" if node.op_type == "ReduceMax" else "Greater", point, extreme)
     count = _reduce(builder, "ReduceSum", node, builder.op("Where", beaten, zero, one), keepdims=1)
     shares = builder.op("Mul", x, builder.op("Reciprocal", count))
@@ -70,17 +78,26 @@ def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_l1(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The sum of |x|."""
+    """Rewrite ReduceL1 as the sum of the absolute values.
+
+    onnxruntime-training has no gradient for ReduceL1.
+    """
     return [_reduce(builder, "ReduceSum", node, builder.op("Abs", take_input(node)))]
 
 
 def rewrite_log_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The logarithm of the sum."""
+    """Rewrite ReduceLogSum as the logarithm of the sum.
+
+    onnxruntime-training has no gradient for ReduceLogSum.
+    """
     return [builder.op("Log", _reduce(builder, "ReduceSum", node, take_input(node)))]
 
 
 def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
-    """The sum of x * x."""
+    """Rewrite ReduceSumSquare as the sum of x * x.
+
+    onnxruntime-training has no gradient for ReduceSumSquare.
+    """
     x = take_input(node)
     if _is_empty(x):
         return rewrite_step(builder, node)
@@ -88,10 +105,11 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite ReduceL2 and ReduceLogSumExp to a scalar: keep the dimensions, then reshape.
+    """Rewrite ReduceL2 and ReduceLogSumExp if they reduce a tensor to a scalar.
 
-    Without axes, the gradient builder of 1.19.2 cannot infer the type of their gradient; with all
-    axes, the gradient of ReduceL2 has one dimension too many.
+    The reduction keeps its dimensions and a Reshape then removes them; other nodes are left
+    unchanged.  Without axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
+    type of their gradient.  With all axes, the gradient of ReduceL2 has one dimension too many.
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
@@ -100,7 +118,11 @@ def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Multiply the halves of each axis until one element is left, so that zeros do no harm."""
+    """Rewrite ReduceProd: split each axis into halves and multiply them until one element is left.
+
+    onnxruntime-training has no gradient for ReduceProd.  Nothing is divided, so elements that are
+    zero cause no errors.  For an axis of unknown length, the derivative is attached instead.
+    """
     x = take_input(node)
     rank = require_rank(node, x)
     axes = _find_axes(node, rank)
@@ -135,7 +157,10 @@ def _multiply_halves(
 def _multiply_unknown(
     builder: NodeBuilder, x: ir.Value, axis: int, rank: int, dtype: ir.DataType | None
 ) -> ir.Value:
-    """The slope to an element is the product of the others: a square, its diagonal ones."""
+    """Attach the derivative of a product: for each element, the product of the other elements.
+
+    The other elements are the rows of a square matrix whose diagonal is set to one.
+    """
     last = [*(a for a in range(rank) if a != axis), axis]
     point = builder.detach(x)
     row = builder.op("Unsqueeze", builder.op("Transpose", point, perm=last), builder.integers([-2]))
@@ -157,7 +182,11 @@ def _multiply_unknown(
 
 
 def rewrite_running_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute CumSum by shifts, or, if the length is unknown, by a triangular matrix of ones."""
+    """Rewrite CumSum with sums of shifted copies.
+
+    If the length of the axis is unknown, the input is multiplied by a triangular matrix of ones
+    instead.  onnxruntime-training has no gradient for CumSum.
+    """
     x = take_input(node)
     line = _find_line(node, x)
     exclusive = bool(node.attributes.get_int("exclusive", 0))
@@ -187,7 +216,7 @@ def _multiply_triangle(builder: NodeBuilder, x: ir.Value, line: Line, exclusive:
 
 
 def _find_line(node: ir.Node, x: ir.Value) -> Line:
-    """Read the axis of a running operator; the length of one that is not known is -1."""
+    """Read the axis of a running operator; its length is -1 if it is not known."""
     rank = require_rank(node, x)
     axis = known_array(node.inputs[1])
     if axis is None:

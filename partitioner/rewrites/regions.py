@@ -1,9 +1,9 @@
-"""Regions of images pooled to a fixed size: RoiAlign and MaxRoiPool.
+"""Rewrites of RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
 
-Both read a number of pixels for each bin of each region, gathered as rows of all channels, and
-compute their sum or maximum.  The regions get no gradient.  The number of pixels per bin may depend
-on its region; each bin is allotted as many as the largest needs, and the surplus pixels do not
-count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
+Both operators read several pixels for each bin of each region, and compute their sum or maximum.
+The pixels are gathered as rows of all channels.  The regions get no gradient.  The number of
+pixels per bin may differ between regions; every bin gets as many as the largest bin needs, and the
+surplus pixels do not count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Values = Sequence[ir.Value]
 
 @dataclass(frozen=True, kw_only=True)
 class _Bins:
-    """The pixels of each bin along one axis  # (R, P, K); ``used`` is 0 for those too many.
+    """The pixels of each bin along one axis, as values of shape (R, P, K).
 
-    ``count`` is how many samples a bin has  # (R, 1)
+    ``used`` is 0 for surplus pixels.  ``count`` is the number of samples per bin, of shape (R, 1).
     """
 
     places: ir.Value
@@ -42,7 +42,7 @@ class _Bins:
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """One axis of the image, how many bins it has, and the regions' extents along it  # (R, 1)."""
+    """One axis of the image, its number of bins, and the extents of the regions of shape (R, 1)."""
 
     builder: NodeBuilder
     dtype: ir.DataType
@@ -60,16 +60,16 @@ class _Axis:
 
     @property
     def step(self) -> ir.Value:
-        """How long a bin is."""
+        """The length of a bin."""
         return self.builder.op("Div", self.extent, self.number(self.bins))
 
     def count_bins(self, start: int = 0) -> ir.Value:
-        """Return the bins' numbers  # (1, P)."""
+        """Return the numbers of the bins as a value of shape (1, P)."""
         row = np.arange(start, start + self.bins).reshape(1, -1)
         return self.builder.tensor(ir.tensor(row.astype(self.dtype.numpy())))
 
     def count_up(self, most: ir.Value) -> ir.Value:
-        """Return 0, 1, ... as numbers, as many as the largest count says."""
+        """Return 0, 1, ... as numbers; the largest element of ``most`` is their count."""
         builder = self.builder
         end = builder.op(
             "ReduceMax", builder.op("Cast", most, to=ir.DataType.INT64.value), keepdims=0
@@ -78,12 +78,16 @@ class _Axis:
         return builder.op("Cast", row, to=self.dtype.value)
 
     def widen(self, value: ir.Value) -> ir.Value:
-        """Append an axis to a value."""
+        """Append an axis of length 1 to a value."""
         return self.builder.op("Unsqueeze", value, self.builder.integers([-1]))
 
 
 def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Average bilinear samples, or take the largest weighted pixel of all samples."""
+    """Rewrite RoiAlign, for which onnxruntime-training has no gradient.
+
+    In the mode ``avg``, each bin is the average of its bilinear samples.  In the mode ``max``, it
+    is the largest weighted pixel of all its samples.
+    """
     x, rois, images = node.inputs[:3]
     assert x is not None
     assert rois is not None
@@ -162,7 +166,11 @@ def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
 
 
 def rewrite_max_roi_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Select the largest pixel of each bin, or 0 if it is empty; regions are rounded to pixels."""
+    """Rewrite MaxRoiPool, for which onnxruntime-training has no gradient.
+
+    The corners of the regions are rounded to pixels.  Each bin gets its largest pixel, or 0 if the
+    bin is empty.
+    """
     x, rois = node.inputs[:2]
     assert x is not None
     assert rois is not None
@@ -227,7 +235,7 @@ def _gather_bins(
     images: ir.Value,
     bins: Sequence[_Bins],
 ) -> tuple[ir.Value, ir.Value]:
-    """Return the pixels of each bin  # (R, P, K, Q, L, C), and their weights with C = 1."""
+    """Return the pixels of each bin, (R, P, K, Q, L, C), and their weights, with C = 1."""
     _, _, height, width = extents
     tall, wide = builder.integers([3, 4]), builder.integers([1, 2])
     first = builder.op("Mul", images, to_vector(builder, multiply(builder, [height, width])))
@@ -240,7 +248,7 @@ def _gather_bins(
 
 
 def _cross(builder: NodeBuilder, values: Sequence[ir.Value]) -> ir.Value:
-    """Multiply values of both axes for each pair of pixels  # (R, P, K, Q, L, 1)."""
+    """Multiply the values of both axes for each pair of pixels; the shape is (R, P, K, Q, L, 1)."""
     tall = builder.op("Unsqueeze", values[0], builder.integers([3, 4, 5]))
     wide = builder.op("Unsqueeze", values[1], builder.integers([1, 2, 5]))
     return builder.detach(builder.op("Mul", tall, wide))
@@ -249,7 +257,7 @@ def _cross(builder: NodeBuilder, values: Sequence[ir.Value]) -> ir.Value:
 def _find_largest(
     builder: NodeBuilder, values: ir.Value, bins: Sequence[_Bins], dtype: ir.DataType
 ) -> ir.Value:
-    """The largest of each bin's values that count  # (R, C, P, Q)."""
+    """Return the largest value of each bin, without surplus pixels, in the shape (R, C, P, Q)."""
     used = builder.op(
         "Greater", _cross(builder, [each.used for each in bins]), builder.number(0, dtype)
     )

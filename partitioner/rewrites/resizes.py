@@ -1,6 +1,7 @@
-"""Rewrite Resize, axis by axis, as a copy of elements or a product with a constant matrix.
+"""Rewrite of Resize, one axis after the other.
 
-Formulas: Resize-19 at onnx.ai/onnx/operators.
+An axis is resampled by copying elements or by multiplying with a matrix of weights.  Formulas:
+Resize-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_
 Values = Sequence[ir.Value]
 
 _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
-"""Coordinates that follow from the scale alone, whatever the image's size."""
+"""Coordinate modes in which the coordinates depend only on the scale, not on the image size."""
 
 
 def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Resample each axis that changes; if its size is unknown, the graph computes the weights."""
+    """Rewrite Resize: resample each axis whose size changes.
+
+    If the size of an axis is unknown, the graph computes the weights.  onnxruntime-training has no
+    CPU kernel for the gradient of Resize.
+    """
     x = node.inputs[0]
     assert x is not None
     mode = node.attributes.get_string("mode", "nearest")
@@ -77,7 +82,7 @@ def _stretch_axis(
     axis: int,
     scale: float | None,
 ) -> ir.Value:
-    """Sample an axis whose size before or after is not known; ``extents`` follows."""
+    """Resample an axis whose size before or after is not known, and update ``extents``."""
     x, mode = node.inputs[0], node.attributes.get_string("mode", "nearest")
     assert x is not None
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
@@ -123,13 +128,13 @@ def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:
 
 
 def _get_scales(node: ir.Node) -> ir.Value | None:
-    """Return the scales that the graph computes."""
+    """Return the scales if they are computed in the graph, else ``None``."""
     given = node.inputs[2] if len(node.inputs) > 2 else None
     return given if given is not None and known_array(given) is None else None
 
 
 def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
-    """Return each axis's factor, ``None`` where sizes are given instead, or it is computed."""
+    """Return the factor of each axis; ``None`` if it is computed, or if sizes are given."""
     axes = _read_axes(node, x)
     scales = known_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if scales is not None and scales.size:
@@ -138,7 +143,7 @@ def _read_factors(node: ir.Node, x: ir.Value) -> Mapping[int, float | None]:
 
 
 def _repeats(node: ir.Node, scale: float) -> bool:
-    """Return whether an axis repeats each of its elements, whatever its size."""
+    """Return whether resizing repeats each element of an axis, whatever the axis's size."""
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if scale == 1.0:
         return coordinates != "tf_crop_and_resize"
@@ -154,7 +159,7 @@ def _repeats(node: ir.Node, scale: float) -> bool:
 def _repeat_elements(
     builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent], repeats: Mapping[int, int]
 ) -> tuple[ir.Value, list[Extent]]:
-    """(N, C, H, W) to (N, C, H, 1, W, 1) to (N, C, H, h, W, w) to (N, C, H * h, W * w)."""
+    """Repeat elements: (N, C, H, W), (N, C, H, 1, W, 1), (N, C, H, h, W, w), (N, C, Hh, Ww)."""
     axes = sorted(axis for axis, times in repeats.items() if times > 1)
     places = [axis + 1 + count for count, axis in enumerate(axes)]
     spread = builder.op("Unsqueeze", x, builder.integers(places))
@@ -169,10 +174,10 @@ def _repeat_elements(
 def _read_samplings(
     node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
 ) -> dict[int, Sampling]:
-    """Decide, for each axis of ``factors``, how it is sampled.
+    """Find out how each axis of ``factors`` is sampled; leave out axes of unknown size.
 
     Raises:
-        UnsupportedModel: the size before or after is not known, or runtimes disagree.
+        UnsupportedModel: runtimes disagree about the result, or the region is not a constant.
     """
     sizes = _read_sizes(node, x, factors)
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
@@ -196,7 +201,7 @@ def _read_samplings(
 def _read_sizes(
     node: ir.Node, x: ir.Value, factors: Mapping[int, float | None]
 ) -> dict[int, tuple[int, int, float]]:
-    """Map an axis to its size before and after and its scale; leave out what stays unknown."""
+    """Map each axis to its size before and after and its scale; leave out axes of unknown size."""
     if _get_scales(node) is not None:
         return {}
     before, after = known_dims(x) or [], known_dims(node.outputs[0]) or []
@@ -252,7 +257,7 @@ def _multiply_axis(
     matrix: ir.Value,
     after: Extent,
 ) -> ir.Value:
-    """Multiply one axis by a matrix (after, before); the axes behind it are columns."""
+    """Multiply one axis by a matrix (after, before); the axes after it are treated as columns."""
     if axis == len(extents) - 1:
         return builder.op("MatMul", x, builder.op("Transpose", matrix, perm=[1, 0]))
     if axis == len(extents) - 2:
@@ -269,7 +274,7 @@ def _extrapolate(
     made: ir.Value,
     samplings: Mapping[int, Sampling],
 ) -> ir.Value:
-    """Write the extrapolation's value where a region reaches beyond the input."""
+    """Write the extrapolation value to outputs whose region is outside the input."""
     outside = {axis: find_outside(sampling) for axis, sampling in samplings.items()}
     if not any(places.any() for places in outside.values()):
         return made

@@ -1,9 +1,9 @@
-"""Sample images at positions that a graph computes: GridSample and AffineGrid.
+"""Rewrites of GridSample and AffineGrid, which sample images at positions computed in the graph.
 
-A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows,
-all channels at once.  The weights are polynomials of the position, so both image and positions get
-a gradient.  No gradient passes through the choice of the pixels that are read, or of the section of
-a reflection that a position is in.  Formulas: GridSample-20 and AffineGrid-20 at
+A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows
+that contain all channels.  The weights are polynomials of the position, so both the image and the
+positions get a gradient.  Which pixels are read, and how often a position is reflected at the
+borders, is treated as constant.  Formulas: GridSample-20 and AffineGrid-20 at
 onnx.ai/onnx/operators.
 """
 
@@ -35,7 +35,11 @@ Values = Sequence[ir.Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Taps:
-    """The pixels around each position along one axis: I64 indices, and weights  # (N, P, K)."""
+    """The pixels around each position along one axis.
+
+    ``places`` contains the int64 indices of the pixels and ``weights`` their weights.  Both have
+    the shape (N, P, K) for N images, P positions per image and K pixels per position.
+    """
 
     places: ir.Value
     weights: ir.Value
@@ -43,9 +47,11 @@ class Taps:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAxis:
-    """One axis of an image: its number of pixels, and how it continues beyond its borders.
+    """One axis of an image.
 
-    With ``corners``, the borders are at the centres of the outermost pixels instead of their edges.
+    ``size`` is the number of pixels, and ``padding`` the node's ``padding_mode``, which defines how
+    the image continues beyond its borders.  With ``corners``, the borders are at the centres of the
+    outermost pixels instead of at their edges.
     """
 
     builder: NodeBuilder
@@ -60,7 +66,7 @@ class ImageAxis:
 
     @property
     def length(self) -> ir.Value:
-        """The number of pixels."""
+        """The number of pixels, as a value of the image's dtype."""
         return to_number(self.builder, self.size, self.dtype)
 
     @property
@@ -79,12 +85,12 @@ class ImageAxis:
         return self.last if self.corners else self.builder.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
-        """Clamp a coordinate to the range of pixel centres."""
+        """Limit coordinates to the range between the first and the last pixel's centre."""
         builder = self.builder
         return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
     def fold(self, x: ir.Value) -> ir.Value:
-        """Reflect a coordinate at the borders until it is inside."""
+        """Reflect coordinates at the borders until they are inside."""
         builder = self.builder
         if self.corners and self.size == 1:
             return self.clamp(x)
@@ -99,7 +105,10 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Move coordinates that are beyond the borders inside."""
+        """Move coordinates beyond the borders inside, by clamping or reflecting them.
+
+        With the padding ``"zeros"``, the coordinates stay unchanged.
+        """
         builder = self.builder
         if self.padding == "reflection":
             return self.fold(x)
@@ -112,7 +121,10 @@ class ImageAxis:
         return x
 
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
-        """Return the pixels around each position ``x`` (N, P), and their weights."""
+        """Find the pixels around each position, and their weights.
+
+        ``x`` contains the positions and has the shape (N, P).
+        """
         builder = self.builder
         if mode == "nearest":
             base, offsets, weights = (
@@ -148,7 +160,7 @@ class ImageAxis:
         return builder.op("Concat", builder.op("Sub", self.number(1.0), part), part, axis=2)
 
     def _weigh_cubic(self, part: ir.Value) -> ir.Value:
-        """Keys' weights with a = -0.75, as polynomials of the part (N, P, 1) after the point."""
+        """Return Keys' weights with a = -0.75; ``part`` (N, P, 1) is the position's fraction."""
         a = -0.75
         builder = self.builder
         polynomials = np.array(
@@ -163,7 +175,11 @@ class ImageAxis:
 
 
 def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Sum the weighted pixels around each position of the grid, whose last axis has x before y."""
+    """Rewrite GridSample as the weighted sum of the pixels around each position of the grid.
+
+    The last axis of the grid contains x before y.  onnxruntime-training has no gradient for
+    GridSample.
+    """
     x, grid = node.inputs[:2]
     assert x is not None
     assert grid is not None
@@ -191,7 +207,7 @@ def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
         place = _denormalize(place, axis)
         if mode == "nearest":
             place = builder.op("Round", place)
-        if mode not in ("cubic", "bicubic"):  # of these the border moves pixels, not places
+        if mode not in ("cubic", "bicubic"):  # in cubic modes, padding moves pixels, not positions
             place = axis.bring_inside(place)
         taps.append(axis.list_taps(place, mode))
     rows = to_rows(builder, x, [batch, channels, *image])
@@ -201,7 +217,7 @@ def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
-    """Map -1 ... 1 to the axis's coordinates."""
+    """Map the range from -1 to 1 to the coordinates of the axis."""
     builder, one, half = axis.builder, axis.number(1.0), axis.number(0.5)
     raised = builder.op("Add", place, one)
     if axis.corners:
@@ -211,7 +227,7 @@ def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
 
 
 def to_rows(builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """(N, C, L...) to (N * L, C): one row per pixel."""
+    """Reshape images of shape (N, C, L...) to one row per pixel: (N * L, C)."""
     rank = len(extents)
     turned = builder.op("Transpose", x, perm=[0, *range(2, rank), 1])
     if isinstance(extents[1], int):
@@ -226,7 +242,11 @@ def weigh_taps(
     image: Sequence[Extent],
     taps: Sequence[Taps],
 ) -> ir.Value:
-    """Sum the pixels around each position, times their weights along all axes  # (N, P, C)."""
+    """Return the weighted sum of the pixels around each position, in the shape (N, P, C).
+
+    ``rows`` are the images from :func:`to_rows`.  The weight of a pixel is the product of its
+    weights along all axes.
+    """
     rank = len(taps)
     size = to_vector(builder, multiply(builder, image))
     first = builder.op("Mul", count_up(builder, batch), size)
@@ -252,7 +272,11 @@ def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
 
 
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Multiply the homogeneous coordinates of the base grid by each matrix."""
+    """Rewrite AffineGrid as the product of each matrix and the base grid.
+
+    The base grid contains constant homogeneous coordinates.  onnxruntime-training has no gradient
+    for AffineGrid.
+    """
     theta = node.inputs[0]
     assert theta is not None
     assert theta.dtype is not None

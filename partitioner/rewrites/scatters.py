@@ -1,8 +1,9 @@
-"""ScatterElements and ScatterND with a reduction, whose gradient onnxruntime-training gets wrong.
+"""Rewrites of ScatterElements and ScatterND with a reduction.
 
-Its gradient builder treats every reduction like "none".  Here each reduction has its own gradient:
-the winners of max and min share the gradient evenly, like in Max and Min; each factor of mul gets
-the product of the other factors, even if one of them is zero.  Indices may occur several times.
+onnxruntime-training builds wrong gradients for them, because it treats every reduction like "none".
+With the rewrites, each reduction has its own gradient.  For max and min, all elements that equal
+the result share the gradient evenly, like in Max and Min.  For mul, each factor gets the product of
+the other factors, even if one of them is zero.  Indices may occur several times.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Values = Sequence[ir.Value | None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where the updates of a scatter go, and how to read from there."""
+    """The positions to which a scatter writes its updates."""
 
     builder: NodeBuilder
     indices: ir.Value
@@ -40,11 +41,11 @@ class _Places:
         )
 
     def add(self, like: ir.Value, updates: ir.Value) -> ir.Value:
-        """Sum the updates that share a place, in the shape of ``like``."""
+        """Return a tensor in the shape of ``like`` with the sum of the updates at each position."""
         return self.scatter(self.fill(like, 0.0), updates, "add")
 
     def fill(self, like: ir.Value, number: float) -> ir.Value:
-        """Return a constant in the shape of ``like``."""
+        """Return a tensor in the shape of ``like`` that is filled with ``number``."""
         assert like.dtype is not None
         value = ir.tensor([number], dtype=like.dtype)
         return self.builder.op(
@@ -53,7 +54,12 @@ class _Places:
 
 
 def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite the reduction of data and updates as sums and products."""
+    """Rewrite ScatterElements and ScatterND with a reduction as sums and products.
+
+    onnxruntime-training builds a wrong gradient for a reduction.  A node is left unchanged if its
+    reduction is ``none``, or if it is ``add`` and the data are a constant, so that only the updates
+    need a gradient.
+    """
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]
     assert data is not None
@@ -71,13 +77,16 @@ def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def _is_constant(data: ir.Value) -> bool:
-    """The gradient of a sum to the updates alone is right."""
+    """Return whether the data are constant; then the gradient of a sum is right."""
     maker = data.producer()
     return maker is not None and maker.op_type in ("Constant", "ConstantOfShape")
 
 
 def _multiply(places: _Places, data: ir.Value, updates: ir.Value) -> ir.Value:
-    """The product of the updates at each place, with the product of the others as its slope."""
+    """Return the product of the updates at each position.
+
+    The derivative for each update is the product of the other updates.
+    """
     builder = places.builder
     fixed = builder.detach(updates)
     zero, one = builder.number(0.0, updates.dtype), builder.number(1.0, updates.dtype)
@@ -96,7 +105,7 @@ def _multiply(places: _Places, data: ir.Value, updates: ir.Value) -> ir.Value:
 
 
 def _select(places: _Places, data: ir.Value, updates: ir.Value, reduction: str) -> ir.Value:
-    """The winners at each place, each taken as many times as one in their number."""
+    """Return the mean of the elements that win at each position; they share the gradient."""
     builder = places.builder
     fixed_data, fixed = builder.detach(data), builder.detach(updates)
     best = places.scatter(fixed_data, fixed, reduction)

@@ -1,7 +1,8 @@
-"""Operators that select and move elements, rewritten with Gather, GatherND and Slice.
+"""Rewrites of operators that select or move elements, mostly with Gather, GatherND and Slice.
 
-Selection is linear, so each rewrite has exactly the operator's values, and a gradient that is added
-to the element that was selected.  Formulas: the definitions at onnx.ai/onnx/operators.
+Each rewrite gives exactly the same values as the operator.  The gradient of an output element is
+added to the gradient of the input element that was selected.  Formulas: the definitions at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ Values = Sequence[ir.Value | None]
 
 
 def _read_ints(node: ir.Node, index: int) -> list[int] | None:
-    """Read an integer input that is a constant; an optional one that is missing is empty."""
+    """Read a constant integer input.
+
+    Return ``None`` if the input is not a constant, and an empty list if it is missing.
+    """
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         return []
@@ -31,7 +35,7 @@ def _flatten(builder: NodeBuilder, value: ir.Value) -> ir.Value:
 
 
 def _count(builder: NodeBuilder, value: ir.Value, axis: int | None = None) -> ir.Value:
-    """Number the elements of a value, or its places along an axis: 0, 1, 2, ... as I64."""
+    """Number the elements of a value, or the positions along an axis: 0, 1, 2, ... as int64."""
     if axis is None:
         total = builder.op("Size", value)
     else:
@@ -40,7 +44,10 @@ def _count(builder: NodeBuilder, value: ir.Value, axis: int | None = None) -> ir
 
 
 def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Gather the elements at the positions where the condition is true."""
+    """Rewrite Compress as a Gather at the positions where the condition is true.
+
+    onnxruntime-training has no gradient for Compress.
+    """
     x, condition = take_input(node, 0), take_input(node, 1)
     places = _flatten(builder, builder.op("NonZero", condition))
     axis = node.attributes.get_int("axis", None)
@@ -50,9 +57,10 @@ def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Gather the first occurrence of each value; the positions themselves are constants.
+    """Rewrite Unique as a Gather of the first occurrence of each value.
 
-    If a value occurs several times, its complete gradient goes to the first occurrence.
+    If a value occurs several times, its complete gradient goes to the first occurrence.  The
+    positions themselves are treated as constants.  onnxruntime-training has no gradient for Unique.
     """
     x = take_input(node, 0)
     made = builder.ops("Unique", [builder.detach(x)], 4, dict(node.attributes))
@@ -65,7 +73,11 @@ def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
-    """GatherND at (length - 1 - t, b) within each sequence, and at (t, b) after its end."""
+    """Rewrite ReverseSequence with GatherND.
+
+    Within a sequence, step t becomes a copy of step length - 1 - t; steps after its end stay in
+    place.  onnxruntime-training has no gradient for ReverseSequence.
+    """
     x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
     batch = node.attributes.get_int("batch_axis", 1)
@@ -83,7 +95,11 @@ def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Slice as Gather if a step may be negative, which SliceGrad does not support."""
+    """Rewrite Slice with Gather if a step is negative or computed in the graph.
+
+    onnxruntime-training's SliceGrad does not support negative steps.  A node whose steps are
+    positive constants is left unchanged.
+    """
     x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
     if steps is not None and all(step > 0 for step in steps):
@@ -112,7 +128,11 @@ def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
-    """start + delta * (0, 1, 2, ...), whose length is treated as a constant."""
+    """Rewrite Range as start + delta * (0, 1, 2, ...), with gradients for ``start`` and ``delta``.
+
+    The length of the range is treated as a constant.  onnxruntime-training has no gradient for
+    Range.
+    """
     start, delta = take_input(node, 0), take_input(node, 2)
     detached = [builder.detach(value) for value in node.inputs if value is not None]
     places = builder.cast(_count(builder, builder.op("Range", *detached)), start.dtype)
@@ -120,7 +140,10 @@ def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
-    """off + hot * (on - off), as a choice between two scalars which get a gradient."""
+    """Rewrite OneHot as a Where between the values ``on`` and ``off``, which get a gradient.
+
+    onnxruntime-training has no gradient for OneHot.
+    """
     indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
     truth = builder.tensor(ir.tensor(np.array([0, 1], np.int64)))
@@ -130,7 +153,11 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Set the ``perm`` attribute, because onnxruntime-training's gradient requires it."""
+    """Set the ``perm`` attribute of a Transpose that does not have it.
+
+    onnxruntime-training's gradient of Transpose requires this attribute.  Without it, ONNX reverses
+    all axes.
+    """
     if "perm" in node.attributes:
         return None
     x = take_input(node, 0)
@@ -139,7 +166,11 @@ def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Make the inputs distinct; a repeated input would get two gradients of the same name."""
+    """Rewrite a Concat with repeated inputs so that all its inputs are distinct.
+
+    onnxruntime-training would give a repeated input two gradients of the same name, so repetitions
+    pass through an Identity first.  Other nodes are left unchanged.
+    """
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
         return None
@@ -152,9 +183,14 @@ def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove ``allowzero`` from Reshape, because the Reshape in its gradient would not have it.
+    """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
 
-    A shape that contains a zero belongs to a tensor without elements, which has no gradient.
+    The Reshape that onnxruntime-training builds as the gradient would not have the attribute.  If
+    the shape contains a zero, the attribute stays, because a tensor without elements gets no
+    gradient.
+
+    Raises:
+        UnsupportedModel: the shape is not a constant.
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
@@ -173,12 +209,12 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Replace each Split with unused outputs by Slices, in place; return whether there was any.
+    """Replace each Split that has unused outputs with Slices, in place.
 
-    ``needed`` are the values that get a gradient.  In onnxruntime-training 1.19.2, the gradient of
-    Split is the Concat of the gradients of its outputs; if one is missing, the result has a wrong
-    shape.  This must run after ``get_optimized_model``, which merges adjacent Slices into one
-    Split.
+    Return whether any Split was replaced.  ``needed`` contains the values that get a gradient.  In
+    onnxruntime-training 1.19.2, the gradient of Split is the Concat of the gradients of its
+    outputs; if one of these is missing, the result has a wrong shape.  This must run after
+    ``get_optimized_model``, which merges adjacent Slices into one Split.
     """
     changed = False
     for node in [node for node in graph if node.op_type == "Split" and not node.domain]:

@@ -1,4 +1,4 @@
-"""Step functions: constant between their jumps, so their gradient is zero wherever it exists."""
+"""Rewrites of step functions, which are constant between jumps and so have a gradient of zero."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def rewrite_step(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Apply Ceil, Floor, Round, Sign, ... to detached inputs, so that no gradient passes."""
+    """Keep a step function (Ceil, Floor, Round, Sign, ...) but stop the gradient at its inputs.
+
+    Its gradient is zero, and onnxruntime-training has none for these operators.
+    """
     inputs = [value if value is None else builder.detach(value) for value in node.inputs]
     return builder.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
 
 
 def rewrite_dynamic_quantize(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep the integers, but compute the scale as (max(x, 0) - min(x, 0)) / 255 with a gradient."""
+    """Rewrite DynamicQuantizeLinear so that its scale gets a gradient.
+
+    The scale is computed as (max(x, 0) - min(x, 0)) / 255.  The integers and the zero point get no
+    gradient.  onnxruntime-training has no gradient for DynamicQuantizeLinear.
+    """
     x = node.inputs[0]
     assert x is not None
     made = builder.ops(node.op_type, [builder.detach(x)], 3, {})

@@ -1,6 +1,7 @@
-"""Interpolation along an axis whose size is known only at run time: the graph computes the weights.
+"""Interpolation along an axis whose size is known only at run time.
 
-The formulas are those of :mod:`interpolations`, in float32 like in ONNX Runtime.
+The graph computes the weights, with the formulas of :mod:`interpolations`, in float32 like in ONNX
+Runtime.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from splitonnx.partitioner.rewrites.interpolations import Kernel
 
 _FLOAT = ir.DataType.FLOAT
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
-"""The coordinate modes that are supported here; the others need fixed sizes."""
+"""The coordinate modes that are supported for unknown sizes; other modes need fixed sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """An axis resampled from ``before`` to ``after`` elements; ``scale`` may be an F32 value."""
+    """How an axis of unknown size is resampled: from ``before`` to ``after`` elements.
+
+    ``scale`` is a number or a float32 value of the graph, and ``coordinates`` is one of the modes
+    in :data:`COORDINATES`.
+    """
 
     builder: NodeBuilder
     before: Extent
@@ -31,7 +36,10 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """Return the position of each output in the input's coordinates, of shape (after,)."""
+        """Return the position of each output element in the coordinates of the input.
+
+        The result has the shape (after,).
+        """
         builder = self.builder
         y = builder.op("Cast", count_up(builder, self.after), to=_FLOAT.value)
         one, half = builder.number(1.0, _FLOAT), builder.number(0.5, _FLOAT)
@@ -51,7 +59,7 @@ class Stretch:
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """Return the index of the element that each output copies, as I64."""
+        """Return the index of the input element that each output element copies, as int64."""
         builder, x = self.builder, self.find_coordinates()
         half = builder.number(0.5, _FLOAT)
         if mode == "round_prefer_floor":
@@ -63,7 +71,7 @@ class Stretch:
         return builder.op("Cast", places, to=ir.DataType.INT64.value)
 
     def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
-        """Return the interpolation as a matrix in F32  # (after, before)."""
+        """Return the weights of the interpolation as a float32 matrix of shape (after, before)."""
         return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
 
     def _weigh_linear(self) -> ir.Value:
@@ -75,7 +83,7 @@ class Stretch:
         return builder.op("Max", builder.op("Sub", one, distances), zero)
 
     def _weigh_cubic(self, kernel: Kernel) -> ir.Value:
-        """Weigh four neighbours each, and add up what falls on the same element."""
+        """Weigh four neighbours of each position, and add weights for the same element."""
         builder, a = self.builder, kernel.sharpness
         one = builder.number(1.0, _FLOAT)
         x = builder.op("Unsqueeze", self.find_coordinates(), builder.integers([1]))
@@ -115,7 +123,7 @@ class Stretch:
 
 
 def find_after(builder: NodeBuilder, before: Extent, scale: float | ir.Value) -> Extent:
-    """Return the size after scaling, rounded down."""
+    """Return the size of an axis after scaling, rounded down."""
     if not isinstance(scale, ir.Value):
         scale = builder.number(scale, _FLOAT)
     scaled = builder.op("Floor", builder.op("Mul", to_number(builder, before, _FLOAT), scale))

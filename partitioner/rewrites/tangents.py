@@ -1,9 +1,10 @@
-"""Attach explicit derivatives to values, for operators that no formula expresses well.
+"""Attach explicit derivatives to values, for operators that cannot be written well with others.
 
-``value + slope * (x - detach(x))`` has exactly the value of the operator itself, and the given
-slope.  It costs three elementwise operators in the forward pass and one in the backward pass, and
-nothing can overflow in a branch that is not used.  Its only limitation is an infinite ``x``, for
-which the result is NaN.  This module does not depend on any operator.
+The expression ``value + slope * (x - detach(x))`` has the same value as ``value`` alone and the
+derivative ``slope``, because no gradient passes through ``detach(x)``.  It costs three elementwise
+operators in the forward pass and one in the backward pass, and nothing can overflow in a branch
+that is not used.  If ``x`` is infinite, the result is NaN; this is its only limitation.  This
+module does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent:
-    """The derivative of a value with respect to one of its inputs.
+    """The derivative of a value with respect to one of its inputs, ``source``.
 
-    ``point`` is the detached ``source``; ``slope`` is the derivative, computed from detached
+    ``point`` is a detached copy of ``source``.  ``slope`` is the derivative, computed from detached
     values.
     """
 
@@ -30,10 +31,10 @@ class Tangent:
 
 
 def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Add the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
+    """Attach the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
 
-    Their shapes must be broadcastable.  Every slope must be finite, because zero times infinity
-    would make the value NaN; see :func:`bound_slope`.
+    The shapes of the tangents must be broadcastable to the shape of ``value``.  Every slope must be
+    finite, because zero times infinity would make the value NaN; see :func:`bound_slope`.
     """
     for tangent in tangents:
         step = builder.op("Sub", tangent.source, tangent.point)
@@ -42,6 +43,6 @@ def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Ta
 
 
 def bound_slope(builder: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Replace infinity by the largest number of ``dtype``; NaN stays NaN."""
+    """Replace infinite slopes with the largest number of ``dtype``; NaN stays NaN."""
     edge = float((dtype or ir.DataType.FLOAT).max)
     return builder.op("Clip", slope, builder.number(-edge, dtype), builder.number(edge, dtype))

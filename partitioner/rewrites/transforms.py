@@ -1,7 +1,7 @@
-"""Fourier transforms are linear, so they become products with a constant matrix or convolutions.
+"""Rewrites of DFT and STFT as products with a constant matrix, and as convolutions.
 
-The matrices are the results of numpy.fft for unit vectors.  They include truncation, zero padding
-and one-sided spectra.
+This works because Fourier transforms are linear.  The matrices are the results of numpy.fft for
+unit vectors, so they cover truncation, zero padding and one-sided spectra.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Multiply by the transform's matrix along the axis, with real and imaginary parts combined."""
+    """Rewrite DFT as a product with the matrix of the transform along the axis.
+
+    Real and imaginary parts are combined into one axis for this product.  onnxruntime-training has
+    no gradient for DFT.
+    """
     x = node.inputs[0]
     assert x is not None
     dims = known_dims(x)
@@ -50,7 +54,11 @@ def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Convolve with the windowed transform of one frame; the stride is the step between frames."""
+    """Rewrite STFT as a convolution with the windowed transform of one frame.
+
+    The stride of the convolution is the step between frames.  onnxruntime-training has no gradient
+    for STFT.
+    """
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]
     assert x is not None
@@ -82,7 +90,7 @@ def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _limit_matrix(node: ir.Node, length: int, parts: int, size: int) -> None:
-    """Refuse a matrix that is too large, or was on the way: complex, of twice the elements."""
+    """Raise an error if the matrix, or the complex array from which it is made, is too large."""
     rows = length * parts
     limit(node, rows * rows + 2 * rows * size)
 
@@ -90,7 +98,7 @@ def _limit_matrix(node: ir.Node, length: int, parts: int, size: int) -> None:
 def _make_matrix(
     length: int, parts: int, size: int, *, inverse: bool, onesided: bool
 ) -> np.ndarray:
-    """Transform each unit vector: (length, parts, frequencies, 2), 1 for 2 where all is real."""
+    """Transform each unit vector: (length, parts, frequencies, 2), or 1 for real results."""
     basis = np.eye(length * parts).reshape(length * parts, length, parts)
     signals = basis[..., 0] if parts == 1 else basis[..., 0] + 1j * basis[..., 1]
     if inverse and onesided:
@@ -109,7 +117,7 @@ def _constant(builder: NodeBuilder, array: np.ndarray, dtype: ir.DataType | None
 
 
 def _read_axis(node: ir.Node) -> int:
-    """Return the axis: an attribute until opset 19, an input since."""
+    """Return the axis, which is an attribute up to opset 19 and an input since opset 20."""
     stated = node.attributes.get("axis")
     if stated is not None:
         return stated.as_int()
@@ -121,10 +129,10 @@ def _read_axis(node: ir.Node) -> int:
 
 
 def _read_integer(node: ir.Node, index: int) -> int | None:
-    """Return a constant scalar input, ``None`` where there is none.
+    """Return a constant scalar input, or ``None`` if it is missing.
 
     Raises:
-        UnsupportedModel: it is not constant.
+        UnsupportedModel: the input is not constant.
     """
     value = node.inputs[index] if len(node.inputs) > index else None
     if value is None:

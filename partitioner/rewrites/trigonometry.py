@@ -1,4 +1,7 @@
-"""Trigonometric and hyperbolic functions and their inverses, each with its textbook derivative."""
+"""Rewrites of trigonometric and hyperbolic functions and their inverses.
+
+Each function gets its textbook derivative.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites.tangents import Tangent, bound_slope, follow_tangents
 
 Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
-"""Computes the derivative at x, given detached x and the function's value there."""
+"""Computes the derivative at x from detached x and from the value of the function at x."""
 
 
 def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep the operator and attach its derivative from :data:`SLOPES`."""
+    """Keep the operator and attach its derivative from :data:`SLOPES`.
+
+    onnxruntime-training has no gradient for the operators in :data:`SLOPES`.
+    """
     x = node.inputs[0]
     assert x is not None
     point = builder.detach(x)
@@ -33,7 +39,7 @@ def _slope_tan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _outside(builder: NodeBuilder, x: ir.Value) -> ir.Value:
-    """1 - x**2 as (1 - x) * (1 + x), which loses nothing close to 1."""
+    """Return 1 - x**2 as (1 - x) * (1 + x), which is accurate close to 1."""
     one = _one(builder, x)
     return builder.op("Mul", builder.op("Sub", one, x), builder.op("Add", one, x))
 
@@ -50,7 +56,7 @@ def _slope_acos(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _slope_atan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / (1 + x**2); where x**2 overflows that is the 0 it should be."""
+    """1 / (1 + x**2); if x**2 overflows, the result is 0, as it should be."""
     square = builder.op("Mul", x, x)
     return builder.op("Reciprocal", builder.op("Add", square, _one(builder, x)))
 
@@ -66,12 +72,12 @@ def _slope_cosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _slope_asinh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(1 + x**2), which is 1 / cosh(y); nothing overflows in that."""
+    """1 / sqrt(1 + x**2), computed as 1 / cosh(y), in which nothing overflows."""
     return builder.op("Reciprocal", builder.op("Cosh", y))
 
 
 def _slope_acosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(x**2 - 1), which is 1 / sinh(y)."""
+    """1 / sqrt(x**2 - 1), computed as 1 / sinh(y)."""
     return bound_slope(builder, builder.op("Reciprocal", builder.op("Sinh", y)), x.dtype)
 
 

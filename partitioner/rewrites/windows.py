@@ -1,4 +1,4 @@
-"""Pooling windows over images: their positions, sums and counts, and padding known at run time."""
+"""Pooling windows: their positions, their sums and counts, and padding known only at run time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from splitonnx.partitioner.rewrites.extents import refuse, require_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """The geometry of a pooling's windows, with one entry per spatial dimension.
+    """The windows of a pooling, with one entry per spatial dimension.
 
-    ``after`` is the padding that the windows reach, ``counted`` the padding that the model
-    declares; with ``ceil_mode`` the two differ.  ``sizes`` are those of the image, ``None`` if
-    unknown.
+    ``before`` and ``after`` are the padding that the windows cover, and ``counted`` is the end
+    padding that the model declares; with ``ceil_mode``, the windows may cover more.  ``sizes`` are
+    the sizes of the image, or ``None`` if unknown.
     """
 
     kernel: tuple[int, ...]
@@ -34,7 +34,7 @@ class Windows:
 
     @property
     def attributes(self) -> dict[str, Sequence[int]]:
-        """The attributes of a Conv or a pooling with these windows."""
+        """The attributes of a Conv or pooling node with these windows."""
         return {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -95,7 +95,9 @@ def _find_surplus(
 
 
 def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
-    """Sum each window, channel by channel, with a depthwise convolution of ones.
+    """Sum the elements of each window, separately for each channel.
+
+    A depthwise convolution whose weights are all ones computes the sums.
 
     Raises:
         UnsupportedModel: the number of channels is not known.
@@ -129,9 +131,9 @@ def _convolve(builder: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Wi
 def count_elements(
     builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
-    """Count the elements in each window, including those of the padding with ``include_padding``.
+    """Count the elements in each window; with ``include_padding``, padding counts as well.
 
-    The result broadcasts against the pooled image  # (1, 1, L...)
+    The result has the shape (1, 1, L...), so it can be broadcast to the pooled image.
     """
     assert x.dtype is not None
     limit(node, _estimate_counts(windows))
@@ -160,7 +162,7 @@ def count_elements(
 
 
 def _estimate_counts(windows: Windows) -> float:
-    """Estimate what counting takes: a table of the taps along each axis, and the counts."""
+    """Estimate the cost of counting: a table of the taps along each axis, and the counts."""
     total, counts = 0, 1
     for axis, size in enumerate(windows.sizes):
         kernel, dilation = windows.kernel[axis], windows.dilations[axis]
@@ -189,12 +191,14 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Return whether a node's ``auto_pad`` makes its padding depend on the image size."""
+    """Return whether ``auto_pad`` makes the padding of a node depend on the image size."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
 def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
-    """Pad a node's input with ``number`` according to its ``auto_pad``, once the size is known.
+    """Pad the input of a node with ``number``, as its ``auto_pad`` attribute requires.
+
+    The graph computes the widths of the padding from the image size.
 
     Raises:
         UnsupportedModel: the size of the windows is not known.
@@ -209,7 +213,7 @@ def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
     reach = builder.integers([d * (k - 1) for k, d in zip(kernel, dilations, strict=True)])
     zero, one, two = (builder.integers([n]) for n in (0, 1, 2))
     size = builder.shape(x, 2)
-    # the last window starts at the last multiple of the stride inside of the image
+    # the last window starts at the last multiple of the stride inside the image
     last = builder.op("Sub", size, one)
     start = builder.op("Mul", builder.op("Div", last, strides), strides)
     total = builder.op("Max", builder.op("Sub", builder.op("Add", start, reach), last), zero)
@@ -223,5 +227,5 @@ def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
-    """List a node's attributes without those for its padding."""
+    """Return the attributes of a node without those for padding."""
     return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}
