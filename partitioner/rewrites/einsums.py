@@ -32,13 +32,13 @@ class _Operand:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sum:
-    """An equation that is being rewritten: the builder for its nodes, and the length of each axis."""
+    """An equation that is being rewritten, with the builder of its nodes and the axes' lengths."""
 
     builder: NodeBuilder
     sizes: Mapping[str, Size]
 
     def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
-        """Multiply two operands, and sum over labels that both have and that are not in ``kept``."""
+        """Multiply two operands, and sum over labels that both have and that ``kept`` lacks."""
         shared = [label for label in left.labels if label in right.labels]
         batch = tuple(label for label in shared if label in kept)
         summed = tuple(label for label in shared if label not in kept)
@@ -80,7 +80,7 @@ class _Sum:
     def _group(
         self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
     ) -> ir.Value:
-        """Return an operand as a stack of matrices: batch axes, then one axis per group of labels."""
+        """Return an operand as a stack of matrices: batch axes, then one axis per group."""
         value = self.transpose(operand, batch + sum(groups, ())).value
         if all(len(group) == 1 for group in groups):
             return value
