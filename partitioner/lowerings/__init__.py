@@ -1,12 +1,13 @@
-"""Lowerings: replace training-only operators by standard ONNX operators.
+"""Lowerings: replace training-only operators with standard ONNX operators.
 
 A portable part runs on any ONNX Runtime, so it must not contain operators that only
-onnxruntime-training has.  :data:`LOWERINGS` lists all supported operators.  Each entry is a small
-function that takes a node and returns the values that replace its outputs; for example, the
-gradient of AveragePool is in ``pools.py``.  The formulas are the textbook derivatives of the
-forward operators, as onnx.ai/onnx/operators defines them.  ``fusions.py`` also belongs here: it
-keeps ONNX Runtime's optimizer from wrongly merging a Pad with a pooling.  This package may
-import graphs.
+onnxruntime-training has, such as AveragePoolGrad, the gradient of AveragePool.  :data:`LOWERINGS`
+lists all supported operators.  Each entry is a small function that takes a node and returns the
+values that replace its outputs.  The formulas are the textbook derivatives of the forward
+operators, as onnx.ai/onnx/operators defines them.
+
+``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging a Pad with
+a pooling.  Modules in this package may import :mod:`graphs`.
 """
 
 from __future__ import annotations
@@ -69,20 +70,20 @@ LOWERINGS: Mapping[str, Lowering] = {
     "TanhGrad": activations.lower_tanh_grad,
     "Trilu": shapes.lower_trilu,
 }
-"""Maps an operator to the function that rewrites it with standard operators."""
+"""Maps an operator to the function that replaces it with standard operators."""
 
 _MOST_READ = 32
 
 _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
-"""Standard operators for which the mobile builds of ONNX Runtime have no kernel."""
+"""Standard operators for which mobile builds of ONNX Runtime have no kernel."""
 
 
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
-    """Replace, in place, every operator that stock ONNX Runtime does not have.
+    """Replace, in place, every operator that stock ONNX Runtime or its mobile builds do not have.
 
     With ``defective``, replace only the operators whose kernel in onnxruntime-training 1.19.2
-    fails.  Values keep their names.  A dynamic batch stays dynamic; other dimensions are read from
-    the shapes noted on the graph's values if they are known.
+    fails.  Values keep their names.  A dynamic batch size stays dynamic; other dimensions are read
+    from the shapes of the graph's values if they are known.
 
     Raises:
         UnsupportedModel: an operator has no lowering, or a shape that its lowering needs is
@@ -111,10 +112,10 @@ def _find_lowering(node: ir.Node) -> Lowering:
 
 @contextmanager
 def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
-    """Redirect the graph's outputs to copies while nodes are replaced.
+    """Remove the outputs from the graph while nodes are replaced, and restore them afterwards.
 
-    onnx-ir goes through all outputs of a graph for each node that it takes out, and there are as
-    many as gradients; and through all that a node reads, for each.
+    For each node that it removes, onnx-ir goes through all outputs of the graph, and there are as
+    many outputs as gradients.  So nodes with at most 32 inputs hold the outputs meanwhile.
     """
     outputs = list(graph.outputs)
     readers = [
@@ -132,11 +133,11 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 
 
 def is_defective(node: ir.Node) -> bool:
-    """Return whether a node's kernel in onnxruntime-training 1.19.2 fails.
+    """Return whether the kernel of a node fails in onnxruntime-training 1.19.2.
 
-    AveragePoolGrad fails with a dynamic batch.  ConvGrad with groups writes beyond its output
-    unless there are two spatial dimensions, because Col2imNd is passed the extent of all groups.
-    This corrupts the heap, which shows as wrong values elsewhere in the graph or as a crash.
+    AveragePoolGrad fails with a dynamic batch size.  ConvGrad with groups writes beyond its output
+    unless there are two spatial dimensions, because Col2imNd gets the extent of all groups.  This
+    corrupts the heap, so wrong values appear elsewhere in the graph, or the process crashes.
     """
     if node.op_type == "ConvGrad":
         weights = node.inputs[2]
@@ -146,7 +147,7 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Return whether every ONNX Runtime, including mobile builds, can run a node at ``opset``."""
+    """Return whether every ONNX Runtime, including mobile builds, can run a node at this opset."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
     return _has_schema(node.op_type, opset)

@@ -1,4 +1,8 @@
-"""Gradients of activations; ``x`` is the input, ``y`` the output, ``dy`` the output's gradient."""
+"""Lowerings of activation functions and their gradients.
+
+In the formulas, ``x`` is the input of the activation function, ``y`` its output, and ``dy`` the
+gradient of the output.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,17 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 
 
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy for x > 0 (which is the same as y > 0), else 0."""
+    """Replace ReluGrad with Where: dy for x > 0, else 0.
+
+    The node may contain y instead of x, because y > 0 is true for the same elements.
+    """
     dy, x = take_inputs(node, 2)
     zero = builder.number(0.0, dy.dtype)
     return [builder.op("Where", builder.op("Greater", x, zero), dy, zero)]
 
 
 def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy for y > 0, else alpha * dy."""
+    """Replace LeakyReluGrad with Where: dy for y > 0, else alpha * dy."""
     dy, y = take_inputs(node, 2)
     alpha = builder.number(node.attributes.get_float("alpha", 0.01), dy.dtype)
     positive = builder.op("Greater", y, builder.number(0.0, dy.dtype))
@@ -30,27 +37,27 @@ def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_sigmoid_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * y * (1 - y)."""
+    """Replace SigmoidGrad with its formula: dy * y * (1 - y)."""
     dy, y = take_inputs(node, 2)
     rest = builder.op("Sub", builder.number(1.0, dy.dtype), y)
     return [builder.op("Mul", builder.op("Mul", dy, y), rest)]
 
 
 def lower_tanh_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * (1 - y**2)."""
+    """Replace TanhGrad with its formula: dy * (1 - y**2)."""
     dy, y = take_inputs(node, 2)
     square = builder.op("Mul", y, y)
     return [builder.op("Mul", dy, builder.op("Sub", builder.number(1.0, dy.dtype), square))]
 
 
 def lower_sin_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * cos(x)."""
+    """Replace SinGrad with its formula: dy * cos(x)."""
     dy, x = take_inputs(node, 2)
     return [builder.op("Mul", dy, builder.op("Cos", x))]
 
 
 def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """y * (dy - sum(dy * y))."""
+    """Replace SoftmaxGrad with its formula: y * (dy - sum(dy * y))."""
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
     total = builder.op("ReduceSum", builder.op("Mul", dy, y), axes, keepdims=1)
@@ -58,7 +65,7 @@ def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_log_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy - exp(y) * sum(dy)."""
+    """Replace LogSoftmaxGrad with its formula: dy - exp(y) * sum(dy)."""
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
     total = builder.op("ReduceSum", dy, axes, keepdims=1)
@@ -72,13 +79,21 @@ def _normal_cdf(builder: NodeBuilder, x: ir.Value, like: ir.Value) -> ir.Value:
 
 
 def lower_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * cdf(x) of the standard normal distribution (arXiv 1606.08415)."""
+    """Replace Gelu with its formula, x * cdf(x) (arXiv 1606.08415).
+
+    cdf is the cumulative distribution function of the standard normal distribution, computed with
+    Erf.
+    """
     x = take_input(node)
     return [builder.op("Mul", x, _normal_cdf(builder, x, x))]
 
 
 def lower_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * (cdf(x) + x * pdf(x))."""
+    """Replace GeluGrad with its formula: dy * (cdf(x) + x * pdf(x)).
+
+    cdf and pdf are the cumulative distribution function and the density of the standard normal
+    distribution.
+    """
     dy, x = take_inputs(node, 2)
     half = builder.op("Mul", builder.op("Mul", x, x), builder.number(-0.5, x.dtype))
     density = builder.op(
@@ -89,7 +104,7 @@ def lower_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _gelu_tanh(builder: NodeBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """tanh(a * (x + b * x**3)) and x**2."""
+    """Return tanh(a * (x + b * x**3)) and x**2."""
     scale, cubic = _GELU_TANH
     square = builder.op("Mul", x, x)
     bent = builder.op("Mul", square, builder.number(cubic * scale, x.dtype))
@@ -106,7 +121,11 @@ def _add_bias(builder: NodeBuilder, x: ir.Value, bias: ir.Value | None) -> ir.Va
 
 
 def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / 2 * (1 + tanh(a * (x + b * x**3))), with the bias added to x if there is one."""
+    """Replace FastGelu, a tanh approximation of GELU, with its formula.
+
+    The formula is x / 2 * (1 + tanh(a * (x + b * x**3))) with a = sqrt(2 / pi) and b = 0.044715.
+     If the node has a bias, the bias is added to x first.
+    """
     x = _add_bias(builder, take_input(node), node.inputs[1] if len(node.inputs) > 1 else None)
     tanh, _ = _gelu_tanh(builder, x)
     half = builder.op("Mul", x, builder.number(0.5, x.dtype))
@@ -114,7 +133,11 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), with t the tanh."""
+    """Replace FastGeluGrad, the gradient of FastGelu, with its formula.
+
+    The formula is dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), where t is the
+    tanh in :func:`lower_fast_gelu`, and a and b are the same as there.
+    """
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH
     tanh, square = _gelu_tanh(builder, x)
@@ -133,13 +156,16 @@ def _swish_gate(builder: NodeBuilder, node: ir.Node, x: ir.Value) -> tuple[ir.Va
 
 
 def lower_quick_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * sigmoid(alpha * x)."""
+    """Replace QuickGelu with its formula: x * sigmoid(alpha * x)."""
     x = take_input(node)
     return [builder.op("Mul", x, _swish_gate(builder, node, x)[0])]
 
 
 def lower_quick_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """dy * (s + alpha * x * s * (1 - s)), with s the sigmoid."""
+    """Replace QuickGeluGrad with its formula: dy * (s + alpha * x * s * (1 - s)).
+
+    Here s is sigmoid(alpha * x).
+    """
     dy, x = take_inputs(node, 2)
     gate, alpha = _swish_gate(builder, node, x)
     rest = builder.op("Sub", builder.number(1.0, x.dtype), gate)

@@ -1,4 +1,4 @@
-"""The gradient of Conv, for any number of spatial dimensions, groups, strides and dilations.
+"""Lowering of ConvGrad for any number of spatial dimensions, groups, strides and dilations.
 
 The gradient of the input is itself a convolution, with the weights flipped and their channels
 swapped; with a stride, it is a ConvTranspose.  The gradient of the weights is one matrix product of
@@ -23,10 +23,10 @@ _END = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class _Window:
-    """How a convolution's window moves; one entry for each spatial dimension.
+    """The attributes of a convolution, with one entry per spatial dimension.
 
-    ``before`` and ``after`` are the padding, ``size`` the input's and ``steps`` the output's
-    extent, ``None`` where they are not known.
+    ``before`` and ``after`` are the padding.  ``size`` is the extent of the input, ``None`` if it
+    is not known.
     """
 
     kernel: tuple[int, ...]
@@ -39,18 +39,22 @@ class _Window:
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Elements from a window's first to its last, less one."""
+        """The number of elements that a window spans, minus one."""
         return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilations, strict=True))
 
     @property
     def steps(self) -> tuple[int | None, ...]:
-        """The output's extent."""
+        """The extent of the output, ``None`` if it is not known."""
         parts = zip(self.size, self.before, self.after, self.reach, self.strides, strict=True)
         return tuple(None if n is None else (n + b + a - r - 1) // s + 1 for n, b, a, r, s in parts)
 
 
 def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
-    """Compute the gradients of Conv's input, weights and bias, each only if it is used."""
+    """Replace ConvGrad with Conv or ConvTranspose, a matrix product and a ReduceSum.
+
+    They compute the gradients of the input, the weights and the bias of Conv.  A gradient that is
+    not used is not computed.
+    """
     dy, x, w = node.inputs[:3]
     assert dy is not None
     assert x is not None
@@ -105,7 +109,7 @@ def _grad_input(
             dilations=window.dilations,
             group=window.groups,
         )
-    # the whole reach of the windows, then the part of it that is the input
+    # all elements that the windows cover, then the part that belongs to the input
     whole = builder.op(
         "ConvTranspose",
         dy,
@@ -118,7 +122,7 @@ def _grad_input(
 
 
 def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Value:
-    """[M, C/g, k...] to [C, M/g, k...], flipped along the kernel."""
+    """Rearrange weights [M, C/g, k...] to [C, M/g, k...], flipped along the kernel axes."""
     outputs, inputs, *kernel = known_dims(w) or []
     assert outputs is not None
     assert inputs is not None
@@ -145,10 +149,10 @@ def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Va
 
 
 def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
-    """Cut the input's part out of the windows' whole reach; what no window touched is 0."""
+    """Cut out of ``whole`` the part that belongs to the input; elements outside all windows are 0."""
     rank = len(window.kernel)
     axes = builder.integers(range(2, 2 + rank))
-    # the last window may end before the input does: by less than a stride
+    # the last window may end before the input, by less than a stride
     margin = [max(0, s - 1 - a) for s, a in zip(window.strides, window.after, strict=True)]
     if any(margin):
         whole = builder.op(
@@ -162,7 +166,7 @@ def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Win
 def _grad_weights(
     builder: NodeBuilder, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
 ) -> ir.Value:
-    """[M/g, N * L] by [N * L, k * C/g] in each group, L the windows of one image."""
+    """Multiply [M/g, N * L] by [N * L, k * C/g] in each group, with L windows per image."""
     outputs, inputs, *_ = known_dims(w) or []
     assert outputs is not None
     assert inputs is not None
@@ -189,7 +193,7 @@ def _grad_weights(
 def _gather_windows(
     builder: NodeBuilder, x: ir.Value, dy: ir.Value, window: _Window
 ) -> list[ir.Value]:
-    """For each element of the kernel, the elements of ``x`` [C, N, ...] that it meets."""
+    """Return, for each kernel element, the elements of ``x`` [C, N, ...] that it multiplies."""
     rank = len(window.kernel)
     if any(window.before) or any(window.after):
         pads = [0, 0, *window.before, 0, 0, *window.after]

@@ -1,11 +1,12 @@
 """Prevent ONNX Runtime's optimizer from merging a Pad with a pooling, which gives wrong results.
 
-Its rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.  But elements
-added by a Pad count in an average and can be the largest of a window, and elements added by
-``pads`` do not.  ONNX Runtime 1.19.2 silently computes wrong results for AveragePool and MaxPool,
-version 1.30 for MaxPool.  Other rules can make a Pad and a pooling adjacent first, because they
-remove operators without effect and move transposes.  A Pad that names its axes has the same meaning
-and is not merged.  This module handles no other rule of the optimizer.
+The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.
+But elements added by a Pad count in an average and can be the largest of a window, whereas
+elements added by ``pads`` do not and cannot.  ONNX Runtime 1.19.2 silently computes wrong results
+for AveragePool and MaxPool, version 1.30 for MaxPool.  Other rules can make a Pad and a pooling
+adjacent first, because they remove operators without effect and move transposes.  A Pad that names
+its axes has the same meaning and is not merged.  This module handles no other rule of the
+optimizer.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Make each Pad name all of its axes, in place, also inside bodies.
+    """Add the list of all axes to each Pad without axes, in place, also inside bodies.
 
-    A Pad that is read only by convolutions is left unchanged: for them the rule is right, and saves
-    a copy.
+    ONNX Runtime does not merge such a Pad with a pooling.  A Pad that is read only by convolutions
+    is left unchanged: for convolutions, merging is right and saves a copy.
     """
     for node in list(graph):
         for body in list_bodies(node):

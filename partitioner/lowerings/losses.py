@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient, with class weights and an ignored index."""
+"""Lowerings of softmax cross-entropy and its gradient, with class weights and an ignored index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ Values = Sequence[ir.Value | None]
 
 
 def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
-    """-w[label] * log_softmax(scores)[label], reduced; and log_softmax(scores)."""
+    """Replace SoftmaxCrossEntropyLoss, for which mobile builds of ONNX Runtime have no kernel.
+
+    The loss is -w[label] * log_softmax(scores)[label], reduced as the node requests.  The second
+    output is log_softmax(scores).
+    """
     scores, labels = node.inputs[:2]
     assert scores is not None
     assert labels is not None
@@ -36,7 +40,11 @@ def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """(softmax - one_hot(label)) * w[label] * dy, divided by the sum of w if the loss is a mean."""
+    """Replace SoftmaxCrossEntropyLossGrad with its formula.
+
+    The formula is (softmax - one_hot(label)) * w[label] * dy, divided by the sum of w if the loss
+    is a mean.
+    """
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None
     assert log_prob is not None
@@ -73,7 +81,7 @@ def _read_labels(
     weights: ir.Value | None,
     dtype: ir.DataType | None,
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Return labels that can be looked up, and each one's weight (``None``: all count 1)."""
+    """Return valid indices for the labels, and each label's weight, or ``None`` if all are 1."""
     index = builder.cast(labels, ir.DataType.INT64)
     ignored = node.attributes.get("ignore_index")
     factor = None

@@ -1,4 +1,4 @@
-"""Batch, layer and root-mean-square normalization in training mode, and their gradients."""
+"""Lowerings of batch, layer and RMS normalization in training mode, and of their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Values = Sequence[ir.Value | None]
 
 
 def _spread(builder: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
-    """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
+    """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1."""
     if rank == 2:
         return value
     spread = builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
@@ -21,10 +21,11 @@ def _spread(builder: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
 
 
 def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute Y, the new running statistics, the batch's mean and 1 / its deviation.
+    """Replace BatchNormInternal, the training form of BatchNormalization, with its formula.
 
-    The variance is the biased one, for the output and for the running statistic, as
-    BatchNormalization-14 defines it.
+    The outputs are Y, the new running mean and variance, the mean of the batch, and 1 divided by
+    the standard deviation of the batch.  Both the output and the running variance use the biased
+    variance, as BatchNormalization-14 defines.
     """
     x, scale, bias, mean, variance = take_inputs(node, 5)
     rank = require_rank(node, x)
@@ -50,7 +51,7 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute the gradients of BatchNormalization's input, scale and bias.
+    """Replace BatchNormalizationGrad with its formulas for the input, the scale and the bias.
 
     With h = (x - mean) * inverse and n elements per channel:
 
@@ -77,7 +78,7 @@ def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _normalized_axes(node: ir.Node, rank: int) -> tuple[list[int], list[int]]:
-    """Split the axes into those before ``axis`` and those normalized over."""
+    """Return the axes before ``axis``, and the axes from ``axis`` on, which are normalized."""
     axis = node.attributes.get_int("axis", -1) % rank
     return list(range(axis)), list(range(axis, rank))
 
@@ -85,14 +86,14 @@ def _normalized_axes(node: ir.Node, rank: int) -> tuple[list[int], list[int]]:
 def _sum_leading(
     builder: NodeBuilder, value: ir.Value, axes: list[int], like: ir.Value
 ) -> ir.Value:
-    """Sum over the leading axes, to the shape of the scale."""
+    """Sum over the leading axes, and reshape to the shape of the scale."""
     if axes:
         value = builder.op("ReduceSum", value, builder.integers(axes), keepdims=0)
     return builder.op("Reshape", value, builder.shape(like))
 
 
 def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute the gradients of LayerNormalization's input, scale and bias.
+    """Replace LayerNormalizationGrad with its formulas for the input, the scale and the bias.
 
     With h = (x - mean) * inverse and g = dy * scale:
 
@@ -114,7 +115,11 @@ def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 / the root."""
+    """Replace SimplifiedLayerNormalization, ONNX Runtime's RMS normalization, with its formula.
+
+    The outputs are x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 divided by this
+    root.
+    """
     x, scale = take_inputs(node, 2)
     _, normalized = _normalized_axes(node, require_rank(node, x))
     square = builder.op(
@@ -127,7 +132,12 @@ def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """With h = x * inverse and g = dy * scale: dx = inverse * (g - h * mean(g * h))."""
+    """Replace SimplifiedLayerNormalizationGrad with its formulas for the input and the scale.
+
+    With h = x * inverse and g = dy * scale:
+
+    dx = inverse * (g - h * mean(g * h)), dscale = sum(dy * h).
+    """
     dy, x, scale, inverse = take_inputs(node, 4)
     leading, normalized = _normalized_axes(node, require_rank(node, x))
     h = builder.op("Mul", x, inverse)

@@ -1,4 +1,7 @@
-"""Gradients of pooling, which read the input's extent from the shape noted on the gradient."""
+"""Lowerings of the gradients of MaxPool and AveragePool.
+
+They read the image size of the pooled input from the shape of the gradient that they compute.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Values = Sequence[ir.Value | None]
 
 
 def _read_extent(node: ir.Node) -> list[int]:
-    """The spatial extent of the pooled input, which is that of the gradient made here."""
+    """Return the image size of the pooled input, which is also the image size of its gradient."""
     dims = known_dims(node.outputs[0])
     if dims is None or None in dims[2:]:
         raise UnsupportedModel(
@@ -28,9 +31,10 @@ def _read_extent(node: ir.Node) -> list[int]:
 
 
 def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the element that was the maximum.
+    """Replace MaxPoolGrad with ScatterElements: add each gradient to the element that won.
 
-    MaxPool's second output counts positions over the complete input, including batch and channels.
+    The positions come from the second output of MaxPool, which counts over the complete input,
+    including batch and channels.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None
@@ -53,7 +57,15 @@ def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Divide each gradient by its window's count, then spread it by a depthwise ConvTranspose."""
+    """Replace AveragePoolGrad with a depthwise ConvTranspose.
+
+    Each gradient is divided by the number of elements in its window, and then added to each of
+    these elements.
+
+    Raises:
+        UnsupportedModel: the image size is not known, the AveragePool is dilated, or runtimes
+            disagree about its windows.
+    """
     dy = node.inputs[0]
     assert dy is not None
     extent = _read_extent(node)
@@ -89,7 +101,7 @@ def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     assert dtype is not None
     divisor = builder.tensor(ir.tensor(counts.astype(dtype.numpy())))
     shared = builder.op("Div", dy, divisor)
-    # channels join the batch, so that one kernel of ones serves them all
+    # channels become part of the batch, so that one kernel of ones is enough for all
     flat = builder.op("Reshape", shared, builder.integers([-1, 1, *steps]))
     ones = builder.tensor(ir.tensor(np.ones((1, 1, *kernel), dtype.numpy())))
     whole = builder.op("ConvTranspose", flat, ones, strides=strides)
@@ -118,12 +130,12 @@ def _count_windows(
     *,
     include: bool,
 ) -> np.ndarray:
-    """Count, for each window, the elements that it averages; with ``include`` padding too."""
+    """Count the elements that each window averages; with ``include``, padding counts as well."""
     counts = np.ones((1, 1, *([1] * len(extent))))
     rank = len(extent)
     for axis, (n, k, s, m) in enumerate(zip(extent, kernel, strides, steps, strict=True)):
         begin = np.arange(m) * s - pads[axis]
-        # a window that ceil_mode adds may reach beyond the padding: that part never counts
+        # a window added by ceil_mode may extend beyond the padding; that part never counts
         low, high = (-pads[axis], n + pads[axis + rank]) if include else (0, n)
         along = np.minimum(begin + k, high) - np.maximum(begin, low)
         shape = [1] * (2 + rank)

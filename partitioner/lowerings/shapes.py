@@ -1,4 +1,4 @@
-"""Operators that move, select or scale elements, their gradients, and the fused matrix product."""
+"""Lowerings of operators that move, select or scale elements, of gradients, and of FusedMatMul."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ def _zeros(builder: NodeBuilder, shape: ir.Value, dtype: ir.DataType | None) -> 
 
 
 def lower_scale(builder: NodeBuilder, node: ir.Node) -> Values:
-    """x * scale, or x / scale with ``scale_down``."""
+    """Replace Scale with x * scale, or with x / scale if ``scale_down`` is set."""
     x, scale = take_inputs(node, 2)
     kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
     return [builder.op(kind, x, builder.cast(scale, x.dtype))]
 
 
 def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Concatenate the inputs, and compute the extent of each input along the axis."""
+    """Replace ConcatTraining with Concat.
+
+    The second output of ConcatTraining, the length of each input along the axis, is computed with
+    Shape.
+    """
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
     rank = require_rank(node, values[0])
@@ -37,14 +41,17 @@ def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Split a value into parts of the given extents."""
+    """Replace SplitTraining, which has the lengths of its outputs as an input, with Split."""
     x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
     return builder.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
 
 def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Write each gradient to the element that was selected, for any starts, ends and steps."""
+    """Replace SliceGrad with ScatterElements: write each gradient to the element that was selected.
+
+    Elements that were not selected get zero.  Starts, ends and steps may have any values.
+    """
     dy, shape, *selection = node.inputs
     assert dy is not None
     assert shape is not None
@@ -64,13 +71,13 @@ def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the row that was gathered."""
+    """Replace GatherGrad with ScatterND: add each gradient to the row that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
     front = [*range(axis, axis + span), *range(axis), *range(axis + span, rank - 1 + span)]
     order = [axis, *(a for a in range(rank) if a != axis)]
-    if front != sorted(front):  # ORT takes any Transpose behind a Gemm for one that swaps axes
+    if front != sorted(front):  # ORT assumes that any Transpose after a Gemm swaps axes
         dy = builder.op("Transpose", dy, perm=front)
     if axis:
         shape = builder.op("Gather", shape, builder.integers(order), axis=0)
@@ -82,7 +89,10 @@ def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the element that was gathered."""
+    """Replace GatherElementsGrad with ScatterElements.
+
+    Each gradient is added to the element that was gathered.
+    """
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
     zeros = _zeros(builder, shape, dy.dtype)
@@ -90,7 +100,7 @@ def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Add each gradient to the slice that was gathered."""
+    """Replace GatherNDGrad with ScatterND: add each gradient to the slice that was gathered."""
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:
@@ -100,7 +110,7 @@ def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def _spell_batches(builder: NodeBuilder, indices: ir.Value, rank: int, batch: int) -> ir.Value:
-    """Write each index's own place along the batch axes in front of it."""
+    """Prefix each index with its own position along the batch axes."""
     front = builder.op("Shape", indices, start=0, end=rank - 1)
     span = builder.op("Concat", front, builder.integers([1]), axis=0)
     places = []
@@ -113,16 +123,16 @@ def _spell_batches(builder: NodeBuilder, indices: ir.Value, rank: int, batch: in
 
 
 def lower_trilu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace Trilu by the standard operator of the same name and meaning."""
+    """Replace ONNX Runtime's own Trilu with the standard operator of the same name and meaning."""
     upper = node.attributes.get_int("upper", 1)
     return [builder.op("Trilu", *node.inputs, upper=upper)]
 
 
 def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
-    """alpha * A @ B, with axes swapped according to the attributes.
+    """Replace FusedMatMul with MatMul: alpha * A @ B.
 
-    ``transBatch`` moves the first axis behind the batch axes; then ``trans`` swaps the last two
-    axes.
+    Before the product, the axes of A and B are moved as the attributes request: ``transBatch``
+    moves the first axis behind the other batch axes, then ``trans`` swaps the last two axes.
     """
     a, b = take_inputs(node, 2)
 
@@ -144,7 +154,10 @@ def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """da = dy / b, db = -dy * a / b**2, each summed over the axes that were broadcast."""
+    """Replace DivGrad with its formulas: da = dy / b and db = -dy * a / b**2.
+
+    Each gradient is summed over the axes along which its operand was broadcast.
+    """
     dy, a, b = take_inputs(node, 3)
     da = builder.op("Div", dy, b)
     db = builder.op("Neg", builder.op("Mul", da, builder.op("Div", a, b)))
@@ -154,7 +167,7 @@ def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def _sum_stretched(
     builder: NodeBuilder, value: ir.Value, own: ir.Value, other: ir.Value
 ) -> ir.Value:
-    """Sum a gradient over the axes along which ``own`` was stretched to meet ``other``."""
+    """Sum a gradient over the axes along which ``own`` was broadcast to the shape of ``other``."""
     dims = known_dims(own)
     if dims is not None and None not in dims and dims == known_dims(other):
         return value
@@ -165,7 +178,10 @@ def _sum_stretched(
 
 
 def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Compute the axes along which each of two shapes is broadcast to their common shape."""
+    """Replace BroadcastGradientArgs with standard operators on shapes.
+
+    They compute the axes along which each of two shapes is broadcast to the common shape.
+    """
     left, right = take_inputs(node, 2)
     return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]
 

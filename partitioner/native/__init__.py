@@ -1,5 +1,5 @@
-"""Run native code of onnx and ONNX Runtime in a separate process, behind functions of bytes.
+"""Run native code of onnx and ONNX Runtime in a separate process.
 
-So no model, however it was made, can crash the caller's process.  This package imports no other
-package of the partitioner.
+No model, however it was made, can then crash the caller's process.  The functions that run in this
+process take and return models as bytes.  This package imports no other package of the partitioner.
 """

@@ -1,10 +1,11 @@
-"""Functions of bytes that call native code of onnx and onnxruntime-training.
+"""Functions that call native code of onnx and onnxruntime-training; models are passed as bytes.
 
-This native code relies on a model being well-formed in places that no checker covers; on a
-malformed model it may crash or corrupt the process.  So it runs in a separate process, which runs
-this module with ``python -m``; :mod:`workers` starts the process and sends it requests.  This is
-the only module of the partitioner that imports onnxruntime-training, and it uses only the pybind
-layer of version 1.19.2 (no torch needed).  It does not check its arguments.
+This native code relies on a model being well-formed, also in ways that no checker covers.  A
+malformed model may crash or corrupt the process.  The code therefore runs in a separate process,
+which runs this module with ``python -m``; :mod:`workers` starts the process and sends it requests.
+
+This is the only module of the partitioner that imports onnxruntime-training.  It uses only the
+pybind layer of version 1.19.2, so torch is not needed.  It does not check its arguments.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import onnx
 SECONDS = 300
 """Time limit of one request; the process exits if a request takes longer."""
 BASE_BYTES = 4 << 30
-"""Address space that a request of any size may use beyond what the process uses already."""
+"""Extra address space for every request, beyond the space that the process uses already."""
 BYTES_PER_BYTE = 64
-"""Extra address space per byte of the request: graphs need more memory than their bytes."""
+"""Extra address space per byte of the request, because graphs need more memory than their bytes."""
 
 MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalError"})
-"""Kinds of exceptions that indicate a bug in the call, not an invalid model."""
+"""Names of exceptions that indicate a bug in the code, not an invalid model."""
 
 _LENGTH = struct.Struct("<Q")
 """The prefix of each request and response: its length in bytes."""
@@ -40,13 +41,19 @@ class StockRuntime(Exception):
 
 
 def check_form(content: bytes) -> None:
-    """Check a model and infer its types with onnx; contradictory types raise an error."""
+    """Check a model with onnx's checker and its type inference.
+
+    onnx raises an exception if the model is malformed or its types contradict each other.
+    """
     onnx.checker.check_model(content)
     onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=False)
 
 
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
-    """Return the model with the types and shapes that onnx infers, without data propagation."""
+    """Return the model with the types and shapes that onnx infers, without data propagation.
+
+    With ``check_type``, onnx raises an exception if types contradict each other.
+    """
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
     return made
@@ -55,7 +62,11 @@ def infer_shapes(content: bytes, check_type: bool) -> bytes:
 def infer_node(
     node: bytes, types: Mapping[str, bytes], data: Mapping[str, bytes], opset: int
 ) -> dict[str, bytes]:
-    """Return the types of a node's outputs, inferred by onnx from the types of its inputs."""
+    """Infer the types of a node's outputs with onnx, and return them by name.
+
+    ``types`` maps the node's inputs to their types, and ``data`` maps inputs with a known content
+    to this content.
+    """
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
         onnx.defs.get_schema(proto.op_type, opset, ""),
@@ -68,9 +79,10 @@ def infer_node(
 
 
 def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
-    """Return onnx's definition of a node as a function in operators of opset ``defined``.
+    """Return onnx's definition of an operator: a function that uses operators of opset ``defined``.
 
-    The node belongs to opset ``version``; ``types`` are the types of its inputs.
+    ``node`` is a node with this operator, in opset ``version``; ``types`` are the types of its
+    inputs.
     """
     kind = onnx.NodeProto.FromString(node).op_type
     schema: Any = onnx.defs.get_schema(kind, version, "")  # onnx's stubs lack its bodies
@@ -79,7 +91,7 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Convert a model to the form that the gradient builder accepts."""
+    """Run onnxruntime-training's optimizer, and return the model as its gradient builder needs it."""
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
     )
@@ -87,7 +99,7 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Return the model with the gradients of ``loss`` for all parameters."""
+    """Add the gradients of ``loss`` for all ``parameters`` to a model and return the result."""
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -96,7 +108,7 @@ def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> byt
 
 
 def list_types(content: bytes) -> dict[str, str]:
-    """Return the type of each of a model's outputs, in ONNX Runtime's notation."""
+    """Return the type of each output of a model, in ONNX Runtime's notation."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -131,21 +143,21 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
     "list_types": (list_types, "ONNX Runtime"),
     "optimize": (optimize, "onnxruntime-training's optimizer"),
 }
-"""Map the name of each callable function to the function and the name of the code that it runs."""
+"""Maps the name of each function to the function and to the name of the native code that it runs."""
 
 
 def write_frame(sink: BinaryIO, content: bytes) -> None:
-    """Write a request or response, prefixed with its length."""
+    """Write a request or response, with its length before it."""
     sink.write(_LENGTH.pack(len(content)))
     sink.write(content)
     sink.flush()
 
 
 def read_frame(source: BinaryIO) -> bytes:
-    """Read a request or response.
+    """Read a request or response and return its content.
 
     Raises:
-        EOFError: the other side has closed the pipe.
+        EOFError: the other process has closed the pipe.
     """
     head = source.read(_LENGTH.size)
     content = source.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
@@ -155,7 +167,7 @@ def read_frame(source: BinaryIO) -> bytes:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Process requests, one after the other, until the other side closes the pipe."""
+    """Process requests, one after the other, until the other process closes the pipe."""
     write_frame(sink, b"")  # ready
     while True:
         try:
@@ -188,9 +200,9 @@ def _limit_memory(size: int) -> None:
 
 
 def _answer(request: bytes) -> bytes:
-    """Call the requested function; return its result, or a description of the exception it raises.
+    """Call the requested function and return its result, or a description of its exception.
 
-    An exception that indicates a bug is described with its traceback.
+    If the exception indicates a bug, the description contains the traceback.
     """
     try:
         name, arguments = msgspec.msgpack.decode(request)
@@ -204,7 +216,10 @@ def _answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    """Process requests from the parent process on standard input and output."""
+    """Process the requests of the parent process, which come and are answered through pipes.
+
+    The pipes are the standard input and output of this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     if sys.platform != "win32":
         import resource

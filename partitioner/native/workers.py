@@ -1,8 +1,8 @@
-"""Run native code in a separate process, so that no model can crash the caller's process.
+"""Start and use the separate process for native code, so that no model can crash the caller.
 
-The process is started at the first call and serves all later calls.  If a model crashes it, the
-next call starts another.  It exits together with the caller's process.  This module handles
-processes and pipes; the functions that run in the process are in :mod:`natives`.
+The first call starts the process, and all later calls use it.  If a model crashes the process, the
+next call starts another.  The process exits together with the caller's process.  This module
+handles processes and pipes; the functions that run in the process are in :mod:`natives`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from splitonnx.faults import log_mistake
 from splitonnx.partitioner.native import natives
 
 _MOST_KEPT = 1 << 26
-"""After a request or response with more bytes the process is ended, to free its memory."""
+"""After a request or response with more bytes, the process is ended to free its memory."""
 
 _ADVICE = "check how the model was exported"
 
@@ -85,7 +85,7 @@ class _Worker:
         return natives.read_frame(self._answers)  # type: ignore[arg-type]
 
     def end(self) -> str:
-        """End the process; return its exit code or signal, which shows whether it had crashed."""
+        """End the process and return its exit code or signal, which shows whether it crashed."""
         self.release()
         try:
             code = self._process.wait(timeout=1)
@@ -104,15 +104,15 @@ class _Worker:
                 pipe.close()
 
     def forget(self) -> None:
-        """Close a forked process's copies of the pipes, and leave the worker to the parent."""
+        """Close a forked process's copies of the pipes; the process belongs to the parent."""
         self.release()
         self._process.returncode = 0  # only the parent may wait for it
 
 
 class Isolation:
-    """Manages the process for native code, shared by all calls, which run one after the other.
+    """Manages the process for native code.
 
-    The process starts at the first call.
+    The first call starts the process.  All calls share it and run one after the other.
     """
 
     def __init__(self) -> None:
@@ -134,8 +134,8 @@ class Isolation:
         Raises:
             Refused: the function raised an exception.
             InternalModelError: the exception indicates a bug in the function itself.
-            NativeCrash: the function crashed the process, took too long or needed more memory than
-                allowed; if the process has ended, the next call starts another.
+            NativeCrash: the function crashed the process, took too long, or needed more memory than
+                allowed.  If the process has ended, the next call starts another.
             ProcessFailed: the process cannot be started.
         """
         assert not named, "arguments go by their place"
@@ -175,12 +175,18 @@ class Isolation:
         return answer
 
     def end(self) -> str:
-        """End the process, if it is running, and return its exit code or signal."""
+        """End the process, if it is running, and return its exit code or signal.
+
+        If it is not running, return an empty string.
+        """
         worker, self._worker = self._worker, None
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Start over after a fork: two processes must not read from the same pipe."""
+        """Drop the process in the child after a fork: two processes must not share its pipes.
+
+        The next call in the child starts a new process.  The parent keeps the old process.
+        """
         worker, self._worker = self._worker, None
         self._lock = threading.Lock()
         if worker is not None:
@@ -188,7 +194,7 @@ class Isolation:
 
 
 def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalModelError:
-    """Log where a function failed in the process, and return the error that asks for a report."""
+    """Log where a function failed in the process, and return an error that asks for a report."""
     error.add_note(trace)
     log_mistake(f"{subject}, in {name}", error)
     work = f"given to {natives.NATIVES[name][1]}"
