@@ -149,7 +149,7 @@ def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Va
 
 
 def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
-    """Cut out of ``whole`` the part that belongs to the input; elements outside all windows are 0."""
+    """Cut the input's part out of ``whole``; elements outside all windows are 0."""
     rank = len(window.kernel)
     axes = builder.integers(range(2, 2 + rank))
     # the last window may end before the input, by less than a stride

@@ -91,7 +91,7 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Run onnxruntime-training's optimizer, and return the model as its gradient builder needs it."""
+    """Run onnxruntime-training's optimizer; its gradient builder needs the model in this form."""
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
     )
@@ -143,7 +143,7 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
     "list_types": (list_types, "ONNX Runtime"),
     "optimize": (optimize, "onnxruntime-training's optimizer"),
 }
-"""Maps the name of each function to the function and to the name of the native code that it runs."""
+"""Maps a function's name to the function and to the name of the native code that it runs."""
 
 
 def write_frame(sink: BinaryIO, content: bytes) -> None:

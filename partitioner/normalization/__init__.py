@@ -1,5 +1,6 @@
-"""Bring a model to the normal form that later passes expect, without changing what it computes.
+"""Convert a model to the normal form that later passes expect, without changing its results.
 
-This covers opsets, precisions, quantisation, parameters, and the implicit behaviour of operators.
-Gradients and cuts do not belong here.  It may use the gate, inference, graphs and the native room.
+The modules handle opsets, precisions, quantisation, parameters, and implicit behaviour of
+operators.  Gradients and cuts do not belong here.  Modules in this package may import the packages
+gate, graphs, inference and native.
 """

@@ -1,7 +1,8 @@
-"""BatchNormalization in training, frozen and inference form.
+"""Set BatchNormalization to its training, frozen or inference form.
 
 The gradient builder of onnxruntime-training 1.19.2 sets every BatchNormalization to training mode,
-even one that should be frozen.  Therefore a frozen BatchNormalization is replaced by its formula.
+even if the node should be frozen.  Therefore a frozen BatchNormalization is replaced by its
+formula.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ NEXT = "#next"
 
 
 def list_batchnorms(graph: ir.Graph) -> list[ir.Node]:
-    """List the graph's BatchNormalization nodes in order."""
+    """List the BatchNormalization nodes of a graph in order."""
     return [node for node in graph if node.op_type == "BatchNormalization" and not node.domain]
 
 
 def is_training(node: ir.Node) -> bool:
-    """Return whether a BatchNormalization normalises by the statistics of the batch."""
+    """Return whether a BatchNormalization node normalises with the statistics of the batch."""
     return node.attributes.get_int("training_mode", 0) == 1
 
 
 def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
-    """Set the mode of every BatchNormalization; return a map from running statistics to successors.
+    """Set the mode of every BatchNormalization, and return the successors of running statistics.
 
-    The successor of a running statistic is the value that replaces it after a step.  ``mode`` is
-    ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.
+    ``mode`` is ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.  The result
+    maps the name of each running statistic that is updated to its successor, the name of the value
+    that replaces it after a step.
+
+    Raises:
+        UnsupportedModel: two nodes share a running statistic.
     """
     successors: dict[str, str] = {}
     for node in list_batchnorms(graph):
@@ -54,19 +59,23 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
 
 
 def freeze_batchnorms(graph: ir.Graph) -> set[str]:
-    """Replace each BatchNormalization in inference mode by its formula; return its statistics."""
+    """Replace each BatchNormalization in inference mode by its formula.
+
+    onnxruntime-training would set these nodes to training mode.  Return the names of their running
+    statistics.
+    """
     statistics: set[str] = set()
     for node in list_batchnorms(graph):
         if is_training(node):
             continue
         statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
         with attribute_errors_to(node, "written as its formula"):
-            _write_out(graph, node)  # which takes the node's inputs away
+            _write_out(graph, node)  # removes the node's inputs
     return statistics
 
 
 def _write_out(graph: ir.Graph, node: ir.Node) -> None:
-    """y = (x - mean) * scale / sqrt(var + epsilon) + bias, per channel."""
+    """Replace a node by (x - mean) * scale / sqrt(var + epsilon) + bias, computed per channel."""
     x, scale, bias, mean, variance = node.inputs
     assert x is not None
     if x.shape is None:
@@ -79,7 +88,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     builder = NodeBuilder(node.name or "")
 
     def spread(value: ir.Value | None) -> ir.Value | None:
-        """[C] to [C, 1, ...], so that it broadcasts along axis 1."""
+        """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1."""
         return (
             builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
             if rank > 2
@@ -97,9 +106,9 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def use_running_statistics(graph: ir.Graph) -> None:
-    """Set every BatchNormalization to inference mode.
+    """Set every BatchNormalization to inference mode, in which it uses its running statistics.
 
-    A model output that was the next value of a running statistic becomes the statistic itself.
+    If a model output was the updated value of a running statistic, it becomes the statistic itself.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)

@@ -1,8 +1,9 @@
-"""Rewrite operators newer than opset 21 with operators of opset 21.
+"""Convert operators newer than opset 21 to operators of opset 21.
 
 :data:`DOWNGRADES` maps an operator to a function that takes a node and returns the values that
-replace its outputs, or ``None`` if the node can stay unchanged.  Operators that onnx defines by a
-function body are not included, because :mod:`opsets` expands them.  Source: onnx.defs.
+replace its outputs, or ``None`` if the node can stay.  Operators that onnx itself defines with
+other operators are not included, because :mod:`opsets` replaces them by these definitions.  Source:
+onnx.defs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ _ADVICE = "export the model without it"
 
 
 def _multiply_up(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """CumProd by shifts; for an unknown length the product over j of x[j] where j <= i, else 1."""
+    """Replace CumProd by products of shifted copies.
+
+    If the length of the axis is unknown, element i is the product over all j of x[j] if j <= i,
+    else 1.
+    """
     x, axis = node.inputs
     assert x is not None
     assert axis is not None
@@ -47,7 +52,7 @@ def _multiply_up(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _scatter_rows(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """TensorScatter: ``update`` written into the cache from each sample's own index on."""
+    """Replace TensorScatter: write ``update`` into the cache from each sample's own index on."""
     cache, update = node.inputs[:2]
     starts = node.inputs[2] if len(node.inputs) > 2 else None
     assert cache is not None
@@ -71,7 +76,7 @@ def _scatter_rows(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _divide_rest(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """Mod with fmod=0 takes floats since opset 28: A - floor(A / B) * B."""
+    """Replace Mod of floats with fmod=0, which is new in opset 28, by A - floor(A / B) * B."""
     a, b = node.inputs
     assert a is not None
     if node.attributes.get_int("fmod", 0) or a.dtype is None or not a.dtype.is_floating_point():
@@ -81,7 +86,7 @@ def _divide_rest(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | No
 
 
 def _unfold_space(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """SpaceToDepth in the order column, row, depth."""
+    """Replace SpaceToDepth in the mode CRD (column, row, depth) with Reshape and Transpose."""
     x, size = node.inputs[0], node.attributes["blocksize"].as_int()
     mode = node.attributes.pop("mode", None)
     if mode is None or mode.as_string() == "DCR":
@@ -99,17 +104,17 @@ def _unfold_space(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | N
 
 
 def _drop_rounding(builder: NodeBuilder, node: ir.Node) -> None:
-    """The rounding mode concerns float8e8m0 alone, a type that opset 21 has not."""
+    """Drop the rounding mode, which only affects float8e8m0, a type that opset 21 does not have."""
     node.attributes.pop("round_mode", None)
 
 
 def _drop_stash(builder: NodeBuilder, node: ir.Node) -> None:
-    """Range in 16 bits is computed in float32 either way (opset 21 has none in 16 bits)."""
+    """Drop the type in which Range computes 16-bit floats; they are computed in float32 anyway."""
     node.attributes.pop("stash_type", None)
 
 
 def _cast_dequantized(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """The type of the result may differ from the scale's since opset 23."""
+    """Cast the scale if the result has another type, which is possible since opset 23."""
     wanted = node.attributes.pop("output_dtype", None)
     scale = node.inputs[1]
     assert scale is not None
@@ -121,7 +126,7 @@ def _cast_dequantized(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]
 
 
 def _cast_quantized(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """The division may be more precise than input and scale since opset 23, which may differ."""
+    """Cast input and scale to the type of the division, which may differ since opset 23."""
     x, scale = node.inputs[:2]
     assert x is not None
     assert scale is not None
@@ -151,4 +156,4 @@ DOWNGRADES: Mapping[str, Adapter] = {
     "SpaceToDepth": _unfold_space,
     "TensorScatter": _scatter_rows,
 }
-"""Maps an operator to a function that rewrites what opset 22 or later changed, in opset 21."""
+"""Maps an operator to the function that converts a node of opset 22 or later to opset 21."""

@@ -1,6 +1,7 @@
-"""Dropout whose mask depends only on seed, step, micro-batch and node.
+"""Dropout with a mask that depends only on the seed, the step, the micro-batch and the node.
 
-Element ``i`` is kept if its word of :mod:`random_numbers` is below ``(1 - ratio) * 2**32``.
+Element ``i`` is kept if its random number from :mod:`random_numbers`, which is below ``2**32``, is
+less than ``(1 - ratio) * 2**32``.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
 
 
 def list_dropouts(graph: ir.Graph) -> list[ir.Node]:
-    """List the graph's Dropout nodes in order."""
+    """List the Dropout nodes of a graph in order."""
     return [node for node in graph if node.op_type == "Dropout" and not node.domain]
 
 
 def remove_dropouts(graph: ir.Graph) -> None:
-    """Replace every Dropout by an Identity under the same name, as in inference."""
+    """Replace every Dropout with an Identity of the same name, as in inference."""
     for node in list_dropouts(graph):
         _bypass(graph, node)
 
 
 def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
-    """Rewrite each active Dropout with a mask derived from the key, the others as Identity.
+    """Replace each active Dropout with a product of its input and a mask that can be reproduced.
 
-    ``mode`` is ``"keep"`` (all active), ``"off"`` (none active), or ``None`` to keep the mode of
-    each node.
+    The mask is computed from the graph's random key.  Inactive nodes, and nodes with the ratio 0,
+    become an Identity.  ``mode`` is ``"keep"`` (all nodes are active), ``"off"`` (none is active),
+    or ``None`` to keep the mode of each node.
+
+    Raises:
+        UnsupportedModel: the ratio or the mode of a node is not a constant.
     """
     for node in list_dropouts(graph):
         with attribute_errors_to(node, "given a seeded mask"):
@@ -92,7 +97,10 @@ def _write_out(graph: ir.Graph, node: ir.Node, key: ir.Value, ratio: float) -> N
     mask = _draw_mask(builder, x, key, node.name or "", 1.0 - ratio)
     scale = builder.number(1.0 / (1.0 - ratio), x.dtype)
     factor = builder.op("Mul", builder.cast(mask, x.dtype), scale)
-    factor.type, factor.shape = x.type, x.shape  # spares the gradient its broadcast analysis
+    factor.type, factor.shape = (
+        x.type,
+        x.shape,
+    )  # so that the gradient needs no analysis of broadcasts
     output = builder.op("Mul", x, factor)
     _take_over(graph, node, builder.nodes, output, mask)
 

@@ -1,10 +1,10 @@
-"""Make padding explicit before any other pass looks at it.
+"""Make padding explicit before any other pass uses it.
 
-onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients; with
-explicit ``pads`` it is right.  With ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes a window
-too many if the last window would start behind the image, and AveragePool counts elements beyond the
-padding, which the standard does not; with explicit padding both are right.  Formulas: Conv-11,
-MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
+onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
+``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes one window too many if the last window would
+start behind the image, and AveragePool counts elements beyond the padding, which the standard does
+not.  With explicit ``pads``, all of these are right.  Formulas: Conv-11, MaxPool-12 and
+AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Write out the ``pads`` of every convolution and pooling, in place, also inside bodies.
+    """Set explicit ``pads`` on every convolution and pooling, in place, also inside bodies.
 
     A node is left unchanged if its padding depends on an unknown size.  Return whether shapes must
-    be inferred again: onnx can count one window too many as well, and then the shapes that depend
-    on that window are removed.  Nodes behind such a window need the right shapes and are handled by
-    the next call.
+    be inferred again.  This is necessary because onnx, too, may count one window too many; the
+    shapes that depend on this window are then removed.  Nodes that read values without a shape are
+    handled by the next call.
+
+    Raises:
+        UnsupportedModel: ONNX Runtime does not support the padding that a pooling needs.
     """
     return _make_paddings_explicit(graph, set())
 
 
 def _make_paddings_explicit(graph: ir.Graph, wrong: set[ir.Value]) -> bool:
-    """Do so in one graph; add to ``wrong`` what has a wrong shape or depends on one that has."""
+    """Process one graph; add values with a wrong shape, and values computed from them, to ``wrong``."""
     found = False
     for node in list(graph):
         is_behind = any(value in wrong for value in list_inputs(node))
@@ -51,7 +54,7 @@ def _make_paddings_explicit(graph: ir.Graph, wrong: set[ir.Value]) -> bool:
 
 
 def _correct(node: ir.Node) -> bool:
-    """Make the padding of one node explicit; return whether its output has another shape."""
+    """Make the padding of one node explicit; return whether the shape of its output changes."""
     with attribute_errors_to(node, "given explicit padding"):
         counts = _make_padding_explicit(node)
     found = known_dims(node.outputs[0])
@@ -65,7 +68,10 @@ def _forget_shapes(values: Sequence[ir.Value], wrong: set[ir.Value]) -> None:
 
 
 def _make_padding_explicit(node: ir.Node) -> list[int]:
-    """Write the padding of one node out; return its windows per axis where onnx may be wrong."""
+    """Make the padding of one node explicit.
+
+    Return its number of windows per axis if onnx may have counted them wrongly, else an empty list.
+    """
     kernel = read_kernel(node)
     if kernel is None:
         return []
@@ -83,7 +89,7 @@ def _make_padding_explicit(node: ir.Node) -> list[int]:
 
 
 def _check_pads(node: ir.Node, kernel: Sequence[int]) -> None:
-    """Raise where ONNX Runtime takes no pooling so padded; a dilated window can need as much."""
+    """Raise an error if ONNX Runtime does not support so much padding, which dilations may need."""
     pads = node.attributes.get_ints("pads", [])
     if node.op_type == "Conv" or all(
         pad < k for pad, k in zip(pads, (*kernel, *kernel), strict=False)
@@ -98,7 +104,7 @@ def _check_pads(node: ir.Node, kernel: Sequence[int]) -> None:
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
-    """Return the extents of a window, or ``None`` if they are unknown."""
+    """Return the kernel size of a convolution or pooling, or ``None`` if it is unknown."""
     shape = node.attributes.get_ints("kernel_shape", [])
     if shape:
         return list(shape)
@@ -111,7 +117,7 @@ def read_kernel(node: ir.Node) -> list[int] | None:
 
 
 def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
-    """Count the windows along an axis with ``ceil_mode``; each starts before the end padding."""
+    """Count the windows along an axis with ``ceil_mode``; no window starts in the end padding."""
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count
 
@@ -132,7 +138,10 @@ def _find_pads(node: ir.Node, mode: str, kernel: Sequence[int]) -> list[int] | N
 
 
 def _make_ceiling_explicit(node: ir.Node, kernel: Sequence[int]) -> list[int]:
-    """Pad as much as the last windows need; what ``ceil_mode`` adds never counts.  Count them."""
+    """Pad as much as the last windows need, drop ``ceil_mode``, and return the window counts.
+
+    Padding that ``ceil_mode`` adds never counts in an average.
+    """
     rank = len(kernel)
     dims = known_dims(node.inputs[0]) if node.inputs[0] is not None else None
     if dims is None or None in dims[2:]:
@@ -159,7 +168,7 @@ def _make_ceiling_explicit(node: ir.Node, kernel: Sequence[int]) -> list[int]:
 
 
 def _pad_before(node: ir.Node, pads: Sequence[int]) -> None:
-    """Add zeros around a node's input, so that they count as elements of it."""
+    """Add zeros around a node's input with a Pad, so that they count as elements of the input."""
     graph, x = node.graph, node.inputs[0]
     assert graph is not None
     builder, rank = NodeBuilder(f"{node.outputs[0].name}/padded"), len(pads) // 2

@@ -1,9 +1,9 @@
 """Make reductions over no axes explicit before any other pass looks at them.
 
 With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
-ReduceL1 takes absolute values, ReduceLogSum logarithms (see ReduceSum-13 and related operators at
-onnx.ai/onnx/operators).  onnxruntime 1.19.2 does not: it copies the input, and fails if the axes
-are omitted altogether.
+ReduceL1 computes absolute values and ReduceLogSum logarithms (see ReduceSum-13 and related
+operators at onnx.ai/onnx/operators).  onnxruntime 1.19.2 does not do so: it copies the input, and
+it fails if the axes are omitted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ _REMAINDERS = {
     "ReduceSum": "Identity",
     "ReduceSumSquare": "Mul",
 }
-"""Reduction -> what it does to a single element."""
+"""Maps a reduction to the operator that it applies to a single element."""
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Replace each reduction over no axes by its elementwise function."""
+    """Replace each reduction over no axes by the function that it applies to each element.
+
+    Other reductions are left unchanged.
+    """
     for node in list(graph):
         kind = None if node.domain else _REMAINDERS.get(node.op_type)
         x = node.inputs[0] if kind else None

@@ -1,8 +1,8 @@
-"""Opsets and IR versions: convert every model to versions that onnxruntime-training supports.
+"""Convert models to an opset and IR version that onnxruntime-training supports.
 
-Each node is converted in its place, so that names, weights and bodies stay the same:
-:mod:`upgrades` converts older nodes; :mod:`downgrades` and the function bodies that onnx defines
-convert newer ones.  This module deals with versions and schemas, not with training or cuts.
+Each node is converted in place, so that names, weights and bodies stay the same.  :mod:`upgrades`
+converts older nodes.  Newer nodes are converted by :mod:`downgrades` or replaced by the function
+body with which onnx defines them.  This module handles versions and schemas, not training or cuts.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from splitonnx.partitioner.normalization.downgrades import DOWNGRADES
 from splitonnx.partitioner.normalization.upgrades import UPGRADES, Adapter, refuse
 
 LOWEST_OPSET = 18
-"""The lowest opset, because Dropout's mask needs BitwiseXor."""
+"""The lowest opset of a converted model; Dropout's mask needs BitwiseXor, new in opset 18."""
 IR_VERSION = HIGHEST_IR_VERSION
 
 _RENEWED = frozenset({"DFT", "GridSample", "GroupNormalization"})
-"""Operators whose meaning changed between opsets 18 and 21; a model with one is brought to 21."""
+"""Operators whose meaning changed between opsets 18 and 21; models with them get opset 21."""
 _BODIES = "splitonnx.bodies"
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _MOST_ROUNDS = 4
-"""Function bodies may hold operators that have a body of their own."""
+"""The most rounds; a function body may contain operators that have a function body themselves."""
 
 
 def inline_functions(model: ir.Model) -> None:
     """Inline the model's functions, in place.
 
-    A function may import another opset than the model.  Its nodes keep that opset until
-    :func:`adapt_opset` brings all nodes to the same opset.
+    A function may use another opset than the model.  Its nodes keep that opset until
+    :func:`adapt_opset` converts all nodes to the same opset.
     """
     _join_domains(model.opset_imports)
     own = model.opset_imports.get("", 1)
@@ -67,7 +67,7 @@ def _inline(model: ir.Model) -> None:
 
 
 def adapt_opset(model: ir.Model) -> None:
-    """Bring a model without functions to opset 18 to 21 and IR version 10, in place.
+    """Convert a model without functions to an opset from 18 to 21 and IR version 10, in place.
 
     Raises:
         UnsupportedModel: an operator cannot be converted; the error names it.
@@ -93,7 +93,7 @@ def adapt_opset(model: ir.Model) -> None:
 
 
 def _join_domains(imports: dict[str, int]) -> None:
-    """``ai.onnx`` is another spelling of the empty domain."""
+    """Replace the domain ``ai.onnx`` with its other name, the empty string."""
     version = imports.pop("ai.onnx", None)
     if version is not None:
         imports.setdefault("", version)
@@ -122,7 +122,7 @@ def _adapt(node: ir.Node, target: int) -> None:
     if node.version > target:
         _lower(node, target)
         return
-    node.attributes.pop("consumed_inputs", None)  # a hint on reusing memory, gone since opset 6
+    node.attributes.pop("consumed_inputs", None)  # a hint about reusing memory, removed in opset 6
     for version in range(node.version + 1, target + 1):
         adapter = UPGRADES.get((node.op_type, version))
         if adapter is not None and _apply(adapter, node, f"opset{version}"):
@@ -134,7 +134,7 @@ def _adapt(node: ir.Node, target: int) -> None:
 
 
 def _apply(adapter: Adapter, node: ir.Node, label: str) -> bool:
-    """Apply an adapter to a node; return whether other nodes replaced it."""
+    """Apply an adapter to a node; return whether it has been replaced by other nodes."""
     builder = NodeBuilder(f"{node.outputs[0].name or node.name}/{label}")
     made = adapter(builder, node)
     if made is not None:
@@ -146,7 +146,7 @@ def _apply(adapter: Adapter, node: ir.Node, label: str) -> bool:
 
 
 def _lower(node: ir.Node, target: int) -> None:
-    """Bring a node of a newer opset down to one that has the same meaning."""
+    """Convert a node of a newer opset to a node with the same meaning in an older opset."""
     assert node.version is not None
     newer, older = _find_schema(node.op_type, node.version), _find_schema(node.op_type, target)
     if newer is not None and older is not None and newer.since_version == older.since_version:
@@ -164,7 +164,7 @@ def _fits(node: ir.Node, schema: onnx.defs.OpSchema) -> bool:
 
 
 def _widen(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
-    """Compute in float32 what the older operator does not take in 16 bits."""
+    """Cast 16-bit inputs that the older operator does not support to float32, and results back."""
     narrow = [
         index
         for index, value in enumerate(node.inputs)
@@ -228,7 +228,7 @@ def _expand_newer(model: ir.Model, target: int) -> bool:
 
 
 def _define(node: ir.Node, opset: int, name: str) -> ir.Function:
-    """Make a function of what a node's operator means in other operators."""
+    """Make a function from onnx's definition of a node's operator."""
     _lighten(node)
     body, version = _read_body(node)
     _match_outputs(body, len(node.outputs))
@@ -244,7 +244,7 @@ def _define(node: ir.Node, opset: int, name: str) -> ir.Function:
 def _lighten(node: ir.Node) -> None:
     """Compute Attention's float64 softmax in float32: no runtime has its gradient in float64.
 
-    Its result is rounded to the type of the inputs anyway.
+    The result is rounded to the type of the inputs anyway.
     """
     wanted, source = (
         node.attributes.get("softmax_precision"),
@@ -256,7 +256,7 @@ def _lighten(node: ir.Node) -> None:
 
 
 def _name_body(function: ir.Function, node: ir.Node, version: int) -> None:
-    """Name what is in the body after the node that it replaces."""
+    """Name the nodes and values of a body after the node that it replaces."""
     prefix = node.outputs[0].name or node.name
     for inner in function.all_nodes():
         inner.version = version
@@ -268,7 +268,7 @@ def _name_body(function: ir.Function, node: ir.Node, version: int) -> None:
 
 
 def _match_outputs(body: onnx.FunctionProto, count: int) -> None:
-    """Set the number of the body's outputs; one that the node does not need may have no value."""
+    """Limit the body to ``count`` outputs, and add an Identity for each output without a value."""
     del body.output[count:]
     made = {name for node in body.node for name in node.output}
     for name in body.output:
@@ -277,7 +277,7 @@ def _match_outputs(body: onnx.FunctionProto, count: int) -> None:
 
 
 def _fill_defaults(node: ir.Node) -> None:
-    """Write out the attributes that a body may refer to."""
+    """Set the default of each attribute that is missing, because the body may refer to it."""
     assert node.version is not None
     schema = onnx.defs.get_schema(node.op_type, node.version, "")
     for name, attribute in schema.attributes.items():
@@ -286,7 +286,7 @@ def _fill_defaults(node: ir.Node) -> None:
 
 
 def _read_body(node: ir.Node) -> tuple[onnx.FunctionProto, int]:
-    """Return the operator's definition in other operators, and their opset."""
+    """Return the operator's definition in other operators, and the opset of these operators."""
     schema: Any = _find_schema(node.op_type, node.version or 1)  # onnx's stubs lack its bodies
     if schema is not None and schema.has_function:
         versions = [v for v in schema.function_opset_versions if v <= (node.version or v)]
@@ -304,7 +304,9 @@ def _read_body(node: ir.Node) -> tuple[onnx.FunctionProto, int]:
     content = call(natives.define, subject, proto, types, node.version or 1, versions[-1])
     body = onnx.FunctionProto()
     body.ParseFromString(content)
-    if not body.node or len(body.input) < len(node.inputs):  # an activation that is none, for one
+    if not body.node or len(body.input) < len(
+        node.inputs
+    ):  # for example, an unknown activation function
         raise refuse(node, "onnx gives no definition of it for these inputs", "export without it")
     return body, versions[-1]
 

@@ -1,18 +1,18 @@
 """Classify each stored float tensor by its use: as a parameter, a setting or a constant.
 
-The rules for a tensor of rank 1 and up (a scalar is a constant):
+A scalar is a constant.  The rules for other tensors:
 
 - a tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained;
 - BatchNormalization's mean and variance are running statistics;
 - a tensor in a place for weights (a Conv's kernel, a Gather's table) is a parameter;
-- a tensor that is only added, multiplied and so on is a parameter, unless it is a single number (an
-  epsilon, a scale; but not the bias of a layer with one output), a mask (it contains infinities) or
-  a grid (different whole numbers);
-- in other places, initializers are parameters; Constant nodes, which exporters use for literals,
-  are not.
+- a tensor that is only used in additions, multiplications and similar operations is a parameter,
+  unless it is a single number (such as an epsilon or a scale, but not the bias of a layer with one
+  output), a mask (it contains infinities) or a grid (different whole numbers);
+- a tensor in any other place is a parameter if it is an initializer, but not if it is a Constant
+  node, which exporters use for literals.
 
-``--train`` turns every tensor that is not a setting into a parameter.  This module knows operators;
-it does not deal with training.
+The option ``--train`` turns every tensor that is not a setting into a parameter.  This module knows
+operators; it does not deal with training.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SETTINGS: Mapping[str, Collection[int]] = {
     "SoftmaxCrossEntropyLoss": {2},
     "Upsample": {1},
 }
-"""Operator -> inputs that have no gradient there: settings, whatever the user wishes."""
+"""Maps an operator to its inputs without a gradient, which the user cannot train either."""
 
 _USUAL: Mapping[str, Collection[int]] = {
     "Attention": {3, 4, 5},
@@ -65,7 +65,7 @@ _USUAL: Mapping[str, Collection[int]] = {
     "Range": {0, 2},
     "RotaryEmbedding": {1, 2},
 }
-"""Operator -> inputs that have a gradient, but as a rule are masks, first states, exponents."""
+"""Maps an operator to inputs that have a gradient but often are masks, first states, exponents."""
 
 _PLACES: Mapping[str, Collection[int]] = {
     "BatchNormalization": {1, 2},
@@ -86,11 +86,11 @@ _PLACES: Mapping[str, Collection[int]] = {
     "RMSNormalization": {1},
     "RNN": {1, 2, 3},
 }
-"""Operator -> places for weights, where a Constant node is not a literal but a parameter."""
+"""Maps an operator to its inputs for weights, where even a Constant node is a parameter."""
 
 _ELEMENTWISE = frozenset({"Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum", "Where"})
 _LEARNT = frozenset({"Add", "Mul"})
-"""What a Constant node is added to or multiplied by may be a bias or a scale."""
+"""Operators for which a Constant node may be a bias or a scale."""
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 _LOOKERS = frozenset(
     {
@@ -105,18 +105,18 @@ _LOOKERS = frozenset(
         "Size",
     }
 )
-"""Operators that read values or shapes and pass no gradient, but do not hinder one elsewhere."""
+"""Operators that read values or shapes; no gradient passes through them, but this is no problem."""
 _PASSING = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
-"""Operators through which a weight comes to its place."""
+"""Operators between a weight and the operator that uses it as a weight."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
 _LOOKED_AT = 1 << 16
-"""Elements of a table that are read to tell what it is."""
+"""The number of elements that are read to recognise a mask or a grid."""
 
 
 class TensorKind(Enum):
-    """The classes of stored tensors; only a setting and a statistic can never be trained."""
+    """The classes of stored tensors; only settings and running statistics can never be trained."""
 
     PARAMETER = auto()
     CONSTANT = auto()
@@ -126,14 +126,14 @@ class TensorKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The class of a tensor, and the reason if it cannot be trained."""
+    """The class of a tensor, and the reason if the tensor cannot be trained."""
 
     kind: TensorKind
     reason: str = ""
 
 
 def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
-    """Classify ``tensor``, the stored float tensor of ``value``."""
+    """Classify ``tensor``, the stored float tensor of ``value``, by the operators that use it."""
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:
@@ -165,14 +165,14 @@ def _is_parameter(
 
 
 def _is_bias(node: ir.Node, index: int) -> bool:
-    """Return whether it is added to a linear layer's result, as the bias of a single output is."""
+    """Return whether an input is added to a linear layer's result, like the bias of one output."""
     other = node.inputs[1 - index] if index < 2 and len(node.inputs) == 2 else None
     source = other.producer() if other is not None else None
     return node.op_type == "Add" and source is not None and source.op_type in _LINEAR
 
 
 def _is_table(tensor: ir.TensorProtocol) -> bool:
-    """Return whether it looks like a mask or a grid: infinities, or whole numbers that differ."""
+    """Return whether a tensor looks like a mask (infinities) or a grid (distinct whole numbers)."""
     values = tensor.numpy().reshape(-1)[:_LOOKED_AT].astype(np.float64)
     if not np.isfinite(values).all():
         return True
@@ -182,7 +182,7 @@ def _is_table(tensor: ir.TensorProtocol) -> bool:
 
 
 def _list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Yield the places a value comes to, those behind a cast or a change of shape among them."""
+    """Yield the nodes and inputs that use a value, directly or after a cast or shape change."""
     for use in value.uses():
         node, index = use.node, use.idx
         if node.op_type in _PASSING and index == 0 and not node.domain:

@@ -1,11 +1,11 @@
-"""Precisions: a model in 16 or 64 bits is trained in float32, and merged in its own type.
+"""Train models with 16-bit or 64-bit floats in float32, and merge them in their own type.
 
-onnxruntime has hardly any gradient kernels in 16 bits, and 16-bit updates lose everything that is
-small compared with the weight.  So both forms of a model are converted to float32, including their
-weights, which become the master weights.  The skeleton keeps its types, and weights are rounded
-when they are restored.  A float64 model is converted only if its weights are float64; a few float64
-operations between float32 weights stay.  This module deals with types; the only operators that it
-knows are those with attributes that name a type.
+onnxruntime has hardly any gradient kernels in 16 bits, and updates in 16 bits lose everything that
+is small compared with the weight.  So both forms of a model are converted to float32, including
+their weights, which become the master weights.  The skeleton, from which the model is merged later,
+keeps its types, and weights are rounded when they are restored.  A float64 model is converted only
+if its weights are float64; a few float64 operations between float32 weights stay.  This module
+deals with types; the only operators that it knows are those with attributes that name a type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TYPE_ATTRIBUTES = (
     "dtype", "output_dtype", "precision", "softmax_precision", "stash_type", "to",
 )  # fmt: skip
 _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
-"""Data types that the runtime can pass to the graph, where they are cast."""
+"""Data types that the runtime can pass to the graph, which then casts them."""
 
 
 @attribute_errors_to_pass("brought to float32")
@@ -36,8 +36,8 @@ def widen(
 
     If the forms contain no other types, ``weights`` itself is returned.
 
-    Data inputs of float16 and float64 keep their type and are cast in the graph; data inputs of
-    bfloat16, which numpy does not have, become float32.  Names stay the same.
+    Data inputs of type float16 and float64 keep their type and are cast in the graph.  Data inputs
+    of type bfloat16, which numpy does not have, become float32.  Names stay the same.
 
     Raises:
         UnsupportedModel: a data input has a type that no runtime supports (float8, 4 bits).
@@ -93,7 +93,7 @@ def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
 def _retype_graph(
     graph: ir.Graph, replaced: Collection[ir.DataType], kept: Collection[ir.Value]
 ) -> bool:
-    """Retype a graph and its bodies; tell whether anything was of another type."""
+    """Change the types in a graph and its bodies; return whether any type was changed."""
     values = [value for value in graph.inputs if value not in kept]
     values += graph.initializers.values()
     changed = False
@@ -143,7 +143,7 @@ def _retype(kind: ir.TypeProtocol, replaced: Collection[ir.DataType]) -> ir.Type
 
 
 def _convert(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Return a tensor in float32; what is beyond its range but finite becomes its largest."""
+    """Return a tensor in float32; finite numbers beyond the range become the largest number."""
     array = tensor.numpy()
     if tensor.dtype is ir.DataType.DOUBLE:
         most = np.finfo(np.float32).max

@@ -1,14 +1,15 @@
 """Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
 
-Integers have no gradient.  So in the training form, QuantizeLinear followed by DequantizeLinear is
-written as its own value plus a difference that is zero but has a gradient: the gradient passes
-unchanged if x is inside the range that the integers represent, and is zero outside.  Scales and
+Integers have no gradient.  So in the training form, a QuantizeLinear followed by a DequantizeLinear
+is written as its own value plus a difference that is zero but has a gradient: if x is inside the
+range that the integers represent, the gradient passes unchanged, otherwise it is zero.  Scales and
 zero points are settings and stay the same.
 
-A weight stored as integers before a DequantizeLinear is lifted: its float value becomes the
-parameter, under the name of the integers, and a QuantizeLinear with the same scale quantises it, so
-that the model's values do not change.  Merging folds it into integers again.  Integers of 32 bits
-(biases) have no QuantizeLinear; they become plain floats, also in the merged model.
+If a DequantizeLinear reads a weight that is stored as integers, the weight is lifted.  Its float
+value becomes the parameter, under the name of the integers, and a QuantizeLinear with the same
+scale quantises it, so that the model's values do not change.  Merging converts it to integers
+again.  Integers of 32 bits (biases) get no QuantizeLinear; they become plain floats, also in the
+merged model.
 
 This module does not deal with cuts.  Formulas: QuantizeLinear-21 and DequantizeLinear-21 at
 onnx.ai/onnx/operators.
@@ -26,7 +27,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
 
 _LIFTED = "splitonnx.lifted"
-"""Key of the metadata of a QuantizeLinear that stands for integers of the model's own."""
+"""Metadata key of a QuantizeLinear that was added for a weight stored as integers."""
 
 _NARROW = frozenset(
     {
@@ -44,7 +45,7 @@ _NARROW = frozenset(
 _SELECTING = frozenset(
     {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 )
-"""Operators that move integers between the two of a pair, and so would move their gradient."""
+"""Operators that may move integers between a QuantizeLinear and its DequantizeLinear."""
 
 INTEGER_ARITHMETIC = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 """Operators that compute with integers throughout; a model made of them is in QOperator form."""
@@ -53,7 +54,10 @@ _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and Dequanti
 
 
 def lift_quantized(graph: ir.Graph) -> None:
-    """Replace integer weights, in place, by float weights that are quantised in the graph."""
+    """Replace integer weights, in place, with float weights that the graph quantises.
+
+    Only weights that a DequantizeLinear with a constant scale reads are replaced.
+    """
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:
         source = node.inputs[0]
         if source is None or not source.is_initializer() or source.is_graph_input():
@@ -71,7 +75,7 @@ def lift_quantized(graph: ir.Graph) -> None:
 def _lift_narrow(
     graph: ir.Graph, node: ir.Node, source: ir.Value, settings: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """Integers -> DequantizeLinear becomes float -> QuantizeLinear -> DequantizeLinear."""
+    """Replace integers -> DequantizeLinear by floats -> QuantizeLinear -> DequantizeLinear."""
     tensor, name = source.const_value, source.name or ""
     assert tensor is not None
     floats = _dequantize(node, tensor.numpy(), settings)
@@ -114,7 +118,7 @@ def _lift_wide(
 
 
 def fold_quantized(graph: ir.Graph) -> None:
-    """Turn lifted weights back into integers, in place: the inverse of :func:`lift_quantized`."""
+    """Convert lifted weights back to integers, in place: the inverse of :func:`lift_quantized`."""
     for node in [node for node in graph if _LIFTED in node.metadata_props]:
         value, quantized = node.inputs[0], node.outputs[0]
         settings = _read_settings(node)
@@ -138,12 +142,13 @@ def fold_quantized(graph: ir.Graph) -> None:
 
 
 def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
-    """Add the straight-through gradient to every pair that a trained parameter reaches, in place.
+    """Add the straight-through gradient to quantised values that depend on trained parameters.
 
-    A pair is a QuantizeLinear followed by DequantizeLinear.  Every QuantizeLinear is replaced by
-    its formula: the optimizer of onnxruntime-training 1.19.2 would turn a pair into FakeQuant,
-    which is not a standard operator and does not support scales per channel, and it rejects any
-    other QuantizeLinear.
+    This changes each pair of a QuantizeLinear and the DequantizeLinear after it, in place.  Every
+    QuantizeLinear that is still used is then replaced by its formula.  The optimizer of
+    onnxruntime-training 1.19.2 would turn a pair into FakeQuant, which is not a standard operator
+    and does not support scales per channel, and it rejects a QuantizeLinear that is not part of a
+    pair.
 
     Return whether any node was replaced.
 
@@ -179,7 +184,13 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 
 
 def refuse_integer_model(graph: ir.Graph) -> None:
-    """Raise if a model without parameters computes with integers: its weights are integers then."""
+    """Raise an error if a graph without parameters computes with integers.
+
+    Then the weights of the model are integers, and none of them can be trained.
+
+    Raises:
+        UnsupportedModel: the graph contains an operator of :data:`INTEGER_ARITHMETIC`.
+    """
     for node in graph:
         if node.op_type in INTEGER_ARITHMETIC and not node.domain:
             raise UnsupportedModel(
@@ -190,7 +201,7 @@ def refuse_integer_model(graph: ir.Graph) -> None:
 
 
 def _straighten(node: ir.Node) -> None:
-    """y = value for a detached x + (x - detached x, inside the range)."""
+    """Replace a pair by its value for a detached x, plus x - detached x inside the range."""
     chain = [node, *_trace(node)]
     quantize = chain[-1]
     x = quantize.inputs[0]
@@ -229,7 +240,7 @@ def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
 
 
 def _quantize(builder: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bool) -> ir.Value:
-    """Round x to what the integers represent; give those with ``whole``, else the floats."""
+    """Round x to a representable number; return it as integers with ``whole``, else as floats."""
     settings, dtype = _read_settings(quantize), _find_dtype(quantize)
     if settings is None:
         raise UnsupportedModel(
@@ -258,7 +269,7 @@ def _quantize(builder: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bo
 
 
 def _trace(node: ir.Node) -> Iterator[ir.Node]:
-    """Walk from a DequantizeLinear back to what quantised its integers, that included."""
+    """Yield the nodes before a DequantizeLinear, back to the one that quantised its input."""
     while True:
         value = node.inputs[0]
         maker = None if value is None else value.producer()
@@ -281,7 +292,7 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
 
 
 def _find_inside(builder: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
-    """Return which elements are between the least and the largest that the integers represent."""
+    """Return which elements are inside the range that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     if settings is None:
@@ -317,7 +328,7 @@ def _limit(dtype: ir.DataType) -> tuple[float, float]:
 
 
 def _read_settings(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read scale and zero point as arrays of one shape, if they are constants."""
+    """Read the scale and zero point as arrays of one shape; return ``None`` if not constant."""
     scale = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
     if scale is None:
         return None
@@ -342,7 +353,7 @@ def _spread(node: ir.Node, setting: np.ndarray, shape: tuple[int, ...]) -> np.nd
 
 
 def _spread_for(node: ir.Node, setting: np.ndarray, dims: list[int | None] | None) -> np.ndarray:
-    """Shape a scale so that it broadcasts: one for all, one along an axis, or one a block."""
+    """Reshape a scale for broadcasting; it has one element in all, per channel, or per block."""
     if setting.size == 1:
         return setting.reshape(())
     if dims is None:

@@ -1,6 +1,6 @@
-"""Convert recurrences from batch-first to time-first layout.
+"""Convert LSTM, GRU and RNN from batch-first to time-first layout.
 
-ONNX Runtime has no kernel for layout 1 of LSTM, GRU and RNN, neither for training nor for
+ONNX Runtime has no kernel for the batch-first layout (layout 1), neither for training nor for
 prediction.
 """
 
@@ -11,11 +11,14 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Recurrences and the inputs of theirs that hold a state."""
+"""Maps a recurrent operator to the indices of its inputs that contain a state."""
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
-    """Rewrite each recurrence of layout 1 as one of layout 0 between Transpose nodes, in place."""
+    """Replace each LSTM, GRU and RNN of layout 1 with one of layout 0, in place.
+
+    Transpose nodes before and after the new node convert its inputs and outputs.
+    """
     for node in list(graph):
         if node.op_type not in _STATES or node.domain:
             continue

@@ -2,7 +2,7 @@
 
 :data:`UPGRADES` maps an operator and the opset that changed it to a small function that converts a
 node of an older opset.  The function edits the node in place and returns ``None``, or it returns
-the values that replace the node's outputs, written in operators of opset 18 to 21.  Changes that
+the values that replace the node's outputs, computed by operators of opset 18 to 21.  Changes that
 are not listed only added types or optional features.  Sources: the operators' changelog and
 onnx.defs.
 """
@@ -25,7 +25,7 @@ def _set(node: ir.Node, name: str, value: int | float | str) -> None:
 
 
 def _append_inputs(node: ir.Node, *values: ir.Value | None) -> None:
-    """Make ``values`` the inputs behind the first; trailing ``None`` fall away."""
+    """Set the inputs after the first to ``values``, without ``None`` at the end."""
     kept = list(values)
     while kept and kept[-1] is None:
         kept.pop()
@@ -40,7 +40,7 @@ def _pop_ints(node: ir.Node, name: str) -> list[int] | None:
 
 
 def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
-    """Return the error that names a node which cannot be converted to another opset."""
+    """Return the error for a node that cannot be converted to another opset."""
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type} of opset {node.version})",
         reason,
@@ -49,7 +49,7 @@ def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
 
 
 def _drop(*names: str) -> Adapter:
-    """Attributes that had no meaning beside speed, or that the next version implies."""
+    """Remove attributes that only affected speed, or that the next version implies."""
 
     def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         for name in names:
@@ -66,7 +66,7 @@ def _rename(kind: str) -> Adapter:
 
 
 def _default(**values: int | float | str) -> Adapter:
-    """Write out defaults that are others, or none, in the next version."""
+    """Set attributes to defaults that the next version changed or removed."""
 
     def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         for name, value in values.items():
@@ -77,7 +77,7 @@ def _default(**values: int | float | str) -> Adapter:
 
 
 def _round(name: str) -> Adapter:
-    """An attribute that was a float and became an integer."""
+    """Convert an attribute that was a float and became an integer."""
 
     def adapt(builder: NodeBuilder, node: ir.Node) -> None:
         if name in node.attributes:
@@ -87,13 +87,13 @@ def _round(name: str) -> Adapter:
 
 
 def _axes_to_input(builder: NodeBuilder, node: ir.Node) -> None:
-    """Squeeze, Unsqueeze and ReduceX: axes became an input; none, or an empty list, means all."""
+    """Turn the axes of Squeeze, Unsqueeze and ReduceX into an input; no axes means all axes."""
     axes = _pop_ints(node, "axes")
     _append_inputs(node, builder.integers(axes) if axes else None)
 
 
 def _spread_legacy(builder: NodeBuilder, node: ir.Node) -> None:
-    """Before opset 7 the second operand's dimensions lay along the first's from ``axis`` on."""
+    """Align the second operand, which before opset 7 was broadcast from dimension ``axis`` on."""
     broadcast = node.attributes.pop("broadcast", None)
     axis = node.attributes.pop("axis", None)
     if broadcast is None or axis is None or not broadcast.as_int() or axis.as_int() < 0:
@@ -114,21 +114,21 @@ def _align(builder: NodeBuilder, node: ir.Node, axis: int) -> None:
 
 
 def _spread_slope(builder: NodeBuilder, node: ir.Node) -> None:
-    """PRelu's slope, one a channel, broadcasts from the right since opset 7."""
+    """Align PRelu's slope, which has one element per channel, for broadcasting since opset 7."""
     dims = known_dims(node.inputs[1]) if node.inputs[1] is not None else None
     if dims is not None and len(dims) == 1 and dims[0] != 1:
         _align(builder, node, 1)
 
 
 def _mode_batchnorm(builder: NodeBuilder, node: ir.Node) -> None:
-    """Up to opset 6 ``is_test`` said whether the batch's statistics are used."""
+    """Replace ``is_test``, which up to opset 6 selected the statistics of BatchNormalization."""
     testing = node.attributes.pop("is_test", None)
     if (testing is None or not testing.as_int()) and len(node.outputs) == 1:
-        node.resize_outputs(3)  # opset 7 to 13: who declares the statistics trains
+        node.resize_outputs(3)  # in opsets 7 to 13, a node with these outputs is in training mode
 
 
 def _unfold_batchnorm(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """``spatial=0`` had statistics for each feature, not for each channel."""
+    """Expand BatchNormalization with ``spatial=0``, whose statistics are per feature."""
     spatial = node.attributes.pop("spatial", None)
     x = node.inputs[0]
     if spatial is None or spatial.as_int() or (x is not None and known_rank(x) == 2):
@@ -146,7 +146,7 @@ def _unfold_batchnorm(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]
 
 
 def _declare_batchnorm(builder: NodeBuilder, node: ir.Node) -> None:
-    """From opset 14 an attribute says whether it trains, and saved statistics are gone."""
+    """Set ``training_mode``, which is new in opset 14, and remove the saved statistics."""
     if len(node.outputs) > 1:
         _set(node, "training_mode", 1)
         if any(v.uses() or v.is_graph_output() for v in node.outputs[3:]):
@@ -155,7 +155,7 @@ def _declare_batchnorm(builder: NodeBuilder, node: ir.Node) -> None:
 
 
 def _mode_dropout(builder: NodeBuilder, node: ir.Node) -> None:
-    """Up to opset 6 Dropout was on unless ``is_test`` said otherwise."""
+    """Replace ``is_test``: up to opset 6, Dropout was active unless it was set."""
     testing = node.attributes.pop("is_test", None)
     if testing is None or not testing.as_int():
         node.metadata_props[_WAS_ON] = "1"
@@ -176,7 +176,7 @@ def _feed_dropout(builder: NodeBuilder, node: ir.Node) -> None:
 
 
 def _name_cast(builder: NodeBuilder, node: ir.Node) -> None:
-    """``to`` was the type's name."""
+    """Convert ``to``, which was the name of a type, to the type's number."""
     name = node.attributes["to"].as_string()
     try:
         _set(node, "to", ir.DataType[name.upper()].value)
@@ -244,7 +244,7 @@ def _rename_sampling(builder: NodeBuilder, node: ir.Node) -> None:
 
 
 def _spread_groups(builder: NodeBuilder, node: ir.Node) -> None:
-    """GroupNormalization's scale and bias came one a group, since opset 21 one a channel."""
+    """Repeat GroupNormalization's scale and bias for each channel of a group, as of opset 21."""
     x = node.inputs[0]
     dims = known_dims(x) if x is not None else None
     groups = node.attributes["num_groups"].as_int()
@@ -258,7 +258,7 @@ def _spread_groups(builder: NodeBuilder, node: ir.Node) -> None:
 
 
 def _soften(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | None:
-    """Softmax and its kin ran over all dimensions from ``axis`` on, flattened."""
+    """Flatten all dimensions from ``axis`` on, over which older versions of Softmax normalised."""
     x = node.inputs[0]
     assert x is not None
     axis, dims = node.attributes.get_int("axis", 1), known_dims(x)
@@ -286,7 +286,7 @@ def _feed_upsample(builder: NodeBuilder, node: ir.Node) -> None:
 
 
 def _resize(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Upsample, and Resize of opset 10, which upsamples by flooring, downsamples by ceiling."""
+    """Replace Upsample, and Resize of opset 10, which rounded up when it downsampled."""
     x, scales = node.inputs[:2]
     assert x is not None
     assert scales is not None
@@ -316,7 +316,7 @@ def _write_resize(
 
 
 def _clear_resize(builder: NodeBuilder, node: ir.Node) -> None:
-    """Opset 11 wanted every input; an empty tensor stood for one that is not given."""
+    """Remove empty tensors, which stood for missing inputs in opset 11."""
     for index, value in enumerate(node.inputs):
         if index and value is not None:
             tensor = ir.convenience.get_const_tensor(value)

@@ -1,8 +1,8 @@
-"""Weights: find the parameters of a model, take them out of the graph and put them back.
+"""Find the parameters of a model, take them out of the graph, and put them back.
 
-A weight becomes a graph input, so that the graph to differentiate stays small however large the
-weights are.  The use of a tensor (:mod:`parameters`) and the user's patterns decide whether it is a
-weight.  This module deals with names, initializers and Constant nodes.
+A weight becomes a graph input, so that the graph to differentiate stays small even if the weights
+are large.  The use of a tensor (see :mod:`parameters`) and the user's patterns decide whether it is
+a weight.  This module deals with names, initializers and Constant nodes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,23 @@ _FLOATS = {
 }
 
 EVERYTHING = "."
-"""The pattern that matches every name; with ``freeze``, only what ``train`` names is trained."""
+"""The pattern that matches every name.
+
+If ``freeze`` contains this pattern, only the parameters that ``train`` matches are trained.
+"""
 INNER = "splitonnx.inner"
-"""The metadata key with the name of the node whose body contained the weight."""
+"""Metadata key for the name of the node whose body contained the weight."""
 
 
 def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
-    """Turn parameters and running statistics into graph inputs and return their tensors.
+    """Turn parameters and running statistics into graph inputs, and return their tensors by name.
 
-    They are stored as initializers, or as Constant nodes, like all weights in models from Paddle's
-    exporter.  Weights in the bodies of If, Loop and Scan are included (:func:`return_weights`
-    reverses that).  ``train`` contains regular expressions.  Each selects the parameters that it
-    matches; if it matches none, it selects the constants that it matches, which become parameters.
+    A weight may be an initializer, or a Constant node, like all weights in models from Paddle's
+    exporter.  Weights in the bodies of If, Loop and Scan are included; :func:`return_weights` can
+    put them back.
+
+    ``train`` contains regular expressions.  Each selects the parameters that it matches.  If it
+    matches no parameter, the constants that it matches become parameters.
 
     Raises:
         UnsupportedModel: a pattern matches nothing, or nothing that can be trained.
@@ -56,7 +61,10 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
 
 def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
-    """Turn weights that are used only inside bodies back into constants; they are not trainable."""
+    """Turn weights that are used only inside bodies back into constants.
+
+    Such weights cannot be trained.
+    """
     for value in [value for value in graph.inputs if INNER in value.metadata_props]:
         if all(use.node.graph is not graph for use in value.uses()):
             graph.inputs.remove(value)
@@ -73,7 +81,7 @@ def count_inner(graph: ir.Graph) -> int:
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
     """Turn graph inputs back into initializers: the inverse of :func:`lift_weights`.
 
-    A weight in 16 bits, which is trained in float32, is rounded to its own type.
+    A 16-bit weight, which is trained in float32, is rounded to its own type.
     """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
@@ -94,8 +102,8 @@ def assign_roles(
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
-    A name that matches a pattern of ``train`` is trained, even if it also matches one of
-    ``freeze``.
+    A weight whose name matches a pattern of ``train`` is trained, even if the name also matches a
+    pattern of ``freeze``.
 
     Raises:
         UnsupportedModel: a pattern of ``freeze`` matches no weight.
@@ -124,14 +132,19 @@ def assign_roles(
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
-    """Return patterns that match exactly these names."""
+    """Return one pattern per name that matches exactly this name."""
     return tuple(f"^{re.escape(name)}$" for name in names)
 
 
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Return a weight as a contiguous little-endian array, memory-mapped if its file is."""
+    """Return a weight as a contiguous little-endian array.
+
+    If the weight's file is memory-mapped, so is the array.
+    """
     array = tensor.numpy()
-    return np.ascontiguousarray(array).reshape(array.shape)  # which would make a scalar a vector
+    return np.ascontiguousarray(array).reshape(
+        array.shape
+    )  # ascontiguousarray turns a scalar into a vector
 
 
 def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.TensorProtocol]]]:
@@ -176,14 +189,14 @@ def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph
 
 
 def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
-    """Yield the stored tensors of bodies, with the node that holds each."""
+    """Yield the name of each stored tensor inside a body, with the node that has the body."""
     for holder, body in _list_bodies(graph):
         for name, _ in _list_stored(body):
             yield holder, name
 
 
 def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
-    """Yield every body in the graph, nested ones too, with the outermost node that holds it."""
+    """Yield every body in the graph, also nested ones, with the outermost node that contains it."""
     for holder in graph:
         for body in list_bodies(holder):
             yield holder, body
@@ -191,7 +204,7 @@ def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
 
 
 def _hoist(graph: ir.Graph) -> None:
-    """Move the parameters of bodies to the graph itself, whence the bodies capture them."""
+    """Move parameters from bodies to the main graph; the bodies then capture them."""
     bodies = list(_list_bodies(graph))
     taken = {value.name for node in list_nodes(graph) for value in node.outputs}
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
