@@ -21,7 +21,7 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace ReluGrad with Where: dy for x > 0, else 0.
 
-    The node may contain y instead of x, because y > 0 is true for the same elements.
+    The second input of the node may be y instead of x, because y > 0 is true for the same elements.
     """
     dy, x = take_inputs(node, 2)
     zero = builder.number(0.0, dy.dtype)
@@ -81,8 +81,8 @@ def _normal_cdf(builder: NodeBuilder, x: ir.Value, like: ir.Value) -> ir.Value:
 def lower_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace Gelu with its formula, x * cdf(x) (arXiv 1606.08415).
 
-    cdf is the cumulative distribution function of the standard normal distribution, computed with
-    Erf.
+    Here cdf is the cumulative distribution function of the standard normal distribution, computed
+    with Erf.
     """
     x = take_input(node)
     return [builder.op("Mul", x, _normal_cdf(builder, x, x))]
@@ -91,7 +91,7 @@ def lower_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GeluGrad with its formula: dy * (cdf(x) + x * pdf(x)).
 
-    cdf and pdf are the cumulative distribution function and the density of the standard normal
+    Here cdf and pdf are the cumulative distribution function and the density of the standard normal
     distribution.
     """
     dy, x = take_inputs(node, 2)
@@ -124,7 +124,7 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGelu, a tanh approximation of GELU, with its formula.
 
     The formula is x / 2 * (1 + tanh(a * (x + b * x**3))) with a = sqrt(2 / pi) and b = 0.044715.
-     If the node has a bias, the bias is added to x first.
+    If the node has a bias, the bias is added to x first.
     """
     x = _add_bias(builder, take_input(node), node.inputs[1] if len(node.inputs) > 1 else None)
     tanh, _ = _gelu_tanh(builder, x)
@@ -135,8 +135,8 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGeluGrad, the gradient of FastGelu, with its formula.
 
-    The formula is dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)), where t is the
-    tanh in :func:`lower_fast_gelu`, and a and b are the same as there.
+    The formula is dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)) with t = tanh(a
+    * (x + b * x**3)).  The constants a and b are those of :func:`lower_fast_gelu`.
     """
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH

@@ -52,8 +52,8 @@ class _Window:
 def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
     """Replace ConvGrad with Conv or ConvTranspose, a matrix product and a ReduceSum.
 
-    They compute the gradients of the input, the weights and the bias of Conv.  A gradient that is
-    not used is not computed.
+    Conv or ConvTranspose computes the gradient of the input, the matrix product the gradient of the
+    weights, and ReduceSum the gradient of the bias.  Gradients that are not used are not computed.
     """
     dy, x, w = node.inputs[:3]
     assert dy is not None

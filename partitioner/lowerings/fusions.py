@@ -1,9 +1,9 @@
 """Prevent ONNX Runtime's optimizer from merging a Pad with a pooling, which gives wrong results.
 
 The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.
-But elements added by a Pad count in an average and can be the largest of a window, whereas
-elements added by ``pads`` do not and cannot.  ONNX Runtime 1.19.2 silently computes wrong results
-for AveragePool and MaxPool, version 1.30 for MaxPool.  Other rules can make a Pad and a pooling
+This is wrong: elements added by a Pad count in an average and can be the largest of a window, but
+elements added by ``pads`` never count.  ONNX Runtime 1.19.2 silently computes wrong results for
+AveragePool and MaxPool, version 1.30 for MaxPool.  Other rules can make a Pad and a pooling
 adjacent first, because they remove operators without effect and move transposes.  A Pad that names
 its axes has the same meaning and is not merged.  This module handles no other rule of the
 optimizer.

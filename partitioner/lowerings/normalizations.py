@@ -53,7 +53,7 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BatchNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With h = (x - mean) * inverse and n elements per channel:
+    With n elements per channel, h = (x - mean) * inverse, and inverse = 1 / standard deviation:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
     """
@@ -95,7 +95,7 @@ def _sum_leading(
 def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace LayerNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With h = (x - mean) * inverse and g = dy * scale:
+    With h = (x - mean) * inverse, inverse = 1 / standard deviation, and g = dy * scale:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
     """
@@ -117,8 +117,8 @@ def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SimplifiedLayerNormalization, ONNX Runtime's RMS normalization, with its formula.
 
-    The outputs are x / sqrt(mean(x**2) + epsilon) * scale (arXiv 1910.07467), and 1 divided by this
-    root.
+    With inverse = 1 / sqrt(mean(x**2) + epsilon), the outputs are x * inverse * scale (arXiv
+    1910.07467) and inverse.
     """
     x, scale = take_inputs(node, 2)
     _, normalized = _normalized_axes(node, require_rank(node, x))
@@ -134,7 +134,7 @@ def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SimplifiedLayerNormalizationGrad with its formulas for the input and the scale.
 
-    With h = x * inverse and g = dy * scale:
+    With inverse = 1 / sqrt(mean(x**2) + epsilon), h = x * inverse, and g = dy * scale:
 
     dx = inverse * (g - h * mean(g * h)), dscale = sum(dy * h).
     """

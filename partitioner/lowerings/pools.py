@@ -31,10 +31,11 @@ def _read_extent(node: ir.Node) -> list[int]:
 
 
 def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace MaxPoolGrad with ScatterElements: add each gradient to the element that won.
+    """Replace MaxPoolGrad with ScatterElements.
 
-    The positions come from the second output of MaxPool, which counts over the complete input,
-    including batch and channels.
+    Each gradient is added to the element that was the maximum of its window.  The second output of
+    MaxPool contains the positions of these elements, counted over the complete input, including
+    batch and channels.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None

@@ -1,4 +1,4 @@
-"""Lowerings of operators that move, select or scale elements, of gradients, and of FusedMatMul."""
+"""Lowerings of operators that move, select or scale elements, and of their gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _zeros(builder: NodeBuilder, shape: ir.Value, dtype: ir.DataType | None) -> 
 
 
 def lower_scale(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace Scale with x * scale, or with x / scale if ``scale_down`` is set."""
+    """Replace Scale with Mul, or with Div if ``scale_down`` is set."""
     x, scale = take_inputs(node, 2)
     kind = "Div" if node.attributes.get_int("scale_down", 0) else "Mul"
     return [builder.op(kind, x, builder.cast(scale, x.dtype))]
@@ -129,10 +129,10 @@ def lower_trilu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace FusedMatMul with MatMul: alpha * A @ B.
+    """Replace FusedMatMul, which computes alpha * A @ B, with Transpose, MatMul and Mul.
 
-    Before the product, the axes of A and B are moved as the attributes request: ``transBatch``
-    moves the first axis behind the other batch axes, then ``trans`` swaps the last two axes.
+    First the axes of A and B are moved as the attributes request: ``transBatch`` moves the first
+    axis behind the other batch axes, then ``trans`` swaps the last two axes.
     """
     a, b = take_inputs(node, 2)
 
@@ -156,7 +156,7 @@ def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace DivGrad with its formulas: da = dy / b and db = -dy * a / b**2.
 
-    Each gradient is summed over the axes along which its operand was broadcast.
+    Each gradient is summed over the axes along which a or b was broadcast.
     """
     dy, a, b = take_inputs(node, 3)
     da = builder.op("Div", dy, b)
@@ -178,9 +178,10 @@ def _sum_stretched(
 
 
 def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace BroadcastGradientArgs with standard operators on shapes.
+    """Replace BroadcastGradientArgs with standard operators.
 
-    They compute the axes along which each of two shapes is broadcast to the common shape.
+    It has two shapes as inputs, and computes for each the axes along which it is broadcast to their
+    common shape.
     """
     left, right = take_inputs(node, 2)
     return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]

@@ -5,7 +5,7 @@ malformed model may crash or corrupt the process.  The code therefore runs in a 
 which runs this module with ``python -m``; :mod:`workers` starts the process and sends it requests.
 
 This is the only module of the partitioner that imports onnxruntime-training.  It uses only the
-pybind layer of version 1.19.2, so torch is not needed.  It does not check its arguments.
+pybind layer of version 1.19.2, so torch is not needed.  The functions do not check their arguments.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def infer_node(
 ) -> dict[str, bytes]:
     """Infer the types of a node's outputs with onnx, and return them by name.
 
-    ``types`` maps the node's inputs to their types, and ``data`` maps inputs with a known content
-    to this content.
+    ``types`` contains the types of the inputs by name, and ``data`` the content of the inputs whose
+    content is known.
     """
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
@@ -91,7 +91,7 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Run onnxruntime-training's optimizer; its gradient builder needs the model in this form."""
+    """Run onnxruntime-training's optimizer on a model, as its gradient builder requires."""
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
     )
@@ -99,7 +99,7 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Add the gradients of ``loss`` for all ``parameters`` to a model and return the result."""
+    """Add the gradients of ``loss`` with respect to ``parameters`` to a model, and return it."""
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -216,9 +216,9 @@ def _answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    """Process the requests of the parent process, which come and are answered through pipes.
+    """Process the requests of the parent process until it closes the pipe.
 
-    The pipes are the standard input and output of this process.
+    Requests arrive on the standard input, and responses go to the standard output.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     if sys.platform != "win32":

@@ -110,7 +110,7 @@ class _Worker:
 
 
 class Isolation:
-    """Manages the process for native code.
+    """The separate process for native code.
 
     The first call starts the process.  All calls share it and run one after the other.
     """
@@ -183,7 +183,7 @@ class Isolation:
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Drop the process in the child after a fork: two processes must not share its pipes.
+        """Abandon the process after a fork, in the child: two processes must not share its pipes.
 
         The next call in the child starts a new process.  The parent keeps the old process.
         """

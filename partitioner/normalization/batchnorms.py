@@ -61,8 +61,8 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
 def freeze_batchnorms(graph: ir.Graph) -> set[str]:
     """Replace each BatchNormalization in inference mode by its formula.
 
-    onnxruntime-training would set these nodes to training mode.  Return the names of their running
-    statistics.
+    Otherwise, onnxruntime-training would set these nodes to training mode.  Return the names of the
+    running statistics of the replaced nodes.
     """
     statistics: set[str] = set()
     for node in list_batchnorms(graph):
@@ -108,7 +108,7 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 def use_running_statistics(graph: ir.Graph) -> None:
     """Set every BatchNormalization to inference mode, in which it uses its running statistics.
 
-    If a model output was the updated value of a running statistic, it becomes the statistic itself.
+    If a model output is the updated value of a running statistic, it becomes the statistic itself.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)

@@ -1,7 +1,7 @@
 """Dropout with a mask that depends only on the seed, the step, the micro-batch and the node.
 
-Element ``i`` is kept if its random number from :mod:`random_numbers`, which is below ``2**32``, is
-less than ``(1 - ratio) * 2**32``.
+:mod:`random_numbers` computes a 32-bit random number for each element.  The element is kept if this
+number is less than ``(1 - ratio) * 2**32``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def remove_dropouts(graph: ir.Graph) -> None:
 
 
 def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
-    """Replace each active Dropout with a product of its input and a mask that can be reproduced.
+    """Replace each active Dropout by a multiplication with a reproducible random mask.
 
-    The mask is computed from the graph's random key.  Inactive nodes, and nodes with the ratio 0,
-    become an Identity.  ``mode`` is ``"keep"`` (all nodes are active), ``"off"`` (none is active),
-    or ``None`` to keep the mode of each node.
+    The mask is computed from the random key, an input of the graph.  Inactive nodes, and nodes with
+    the ratio 0, become an Identity.  ``mode`` is ``"keep"`` (all nodes are active), ``"off"`` (none
+    is active), or ``None`` to keep the mode of each node.
 
     Raises:
-        UnsupportedModel: the ratio or the mode of a node is not a constant.
+        UnsupportedModel: the ratio or the mode of a node is not a constant, or the ratio is not in
+            [0, 1).
     """
     for node in list_dropouts(graph):
         with attribute_errors_to(node, "given a seeded mask"):

@@ -2,8 +2,8 @@
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
 ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes one window too many if the last window would
-start behind the image, and AveragePool counts elements beyond the padding, which the standard does
-not.  With explicit ``pads``, all of these are right.  Formulas: Conv-11, MaxPool-12 and
+start after the end of the image, and AveragePool counts elements beyond the padding, contrary to
+the standard.  With explicit ``pads``, the results are right.  Formulas: Conv-11, MaxPool-12 and
 AveragePool-19 at onnx.ai/onnx/operators.
 """
 
@@ -25,9 +25,9 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     """Set explicit ``pads`` on every convolution and pooling, in place, also inside bodies.
 
     A node is left unchanged if its padding depends on an unknown size.  Return whether shapes must
-    be inferred again.  This is necessary because onnx, too, may count one window too many; the
-    shapes that depend on this window are then removed.  Nodes that read values without a shape are
-    handled by the next call.
+    be inferred again.  This is necessary if onnx has counted one window too many; all shapes that
+    depend on this window are then removed.  Nodes that read values without a shape are handled by
+    the next call.
 
     Raises:
         UnsupportedModel: ONNX Runtime does not support the padding that a pooling needs.
@@ -36,7 +36,7 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
 
 
 def _make_paddings_explicit(graph: ir.Graph, wrong: set[ir.Value]) -> bool:
-    """Process one graph; add values with a wrong shape, and values computed from them, to ``wrong``."""
+    """Process one graph; add values whose shape is wrong or depends on a wrong shape to ``wrong``."""
     found = False
     for node in list(graph):
         is_behind = any(value in wrong for value in list_inputs(node))
@@ -117,7 +117,11 @@ def read_kernel(node: ir.Node) -> list[int] | None:
 
 
 def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
-    """Count the windows along an axis with ``ceil_mode``; no window starts in the end padding."""
+    """Count the windows along an axis with ``ceil_mode``; no window starts in the end padding.
+
+    ``reach`` is the number of elements that a window spans, and ``before`` and ``after`` are the
+    padding.
+    """
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count
 

@@ -2,8 +2,8 @@
 
 With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
 ReduceL1 computes absolute values and ReduceLogSum logarithms (see ReduceSum-13 and related
-operators at onnx.ai/onnx/operators).  onnxruntime 1.19.2 does not do so: it copies the input, and
-it fails if the axes are omitted.
+operators at onnx.ai/onnx/operators).  onnxruntime 1.19.2 only copies the input, and it fails if the
+axes are omitted.
 """
 
 from __future__ import annotations

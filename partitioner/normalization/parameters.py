@@ -4,12 +4,12 @@ A scalar is a constant.  The rules for other tensors:
 
 - a tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained;
 - BatchNormalization's mean and variance are running statistics;
-- a tensor in a place for weights (a Conv's kernel, a Gather's table) is a parameter;
+- a tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter;
 - a tensor that is only used in additions, multiplications and similar operations is a parameter,
   unless it is a single number (such as an epsilon or a scale, but not the bias of a layer with one
   output), a mask (it contains infinities) or a grid (different whole numbers);
-- a tensor in any other place is a parameter if it is an initializer, but not if it is a Constant
-  node, which exporters use for literals.
+- any other tensor is a parameter if it is an initializer, but not if it comes from a Constant node,
+  which exporters use for literals.
 
 The option ``--train`` turns every tensor that is not a setting into a parameter.  This module knows
 operators; it does not deal with training.

@@ -1,11 +1,12 @@
 """Train models with 16-bit or 64-bit floats in float32, and merge them in their own type.
 
 onnxruntime has hardly any gradient kernels in 16 bits, and updates in 16 bits lose everything that
-is small compared with the weight.  So both forms of a model are converted to float32, including
-their weights, which become the master weights.  The skeleton, from which the model is merged later,
-keeps its types, and weights are rounded when they are restored.  A float64 model is converted only
-if its weights are float64; a few float64 operations between float32 weights stay.  This module
-deals with types; the only operators that it knows are those with attributes that name a type.
+is small compared with the weight.  So both forms of a model, for training and for prediction, are
+converted to float32, including their weights, which become the master weights.  The skeleton, from
+which the model is merged later, keeps its types, and weights are rounded when they are restored.  A
+float64 model is converted only if its weights are float64; a few float64 operations between float32
+weights stay.  This module deals with types; the only operators that it knows are those with
+attributes that name a type.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def widen(
 ) -> Mapping[str, ir.TensorProtocol]:
     """Convert forms of a model to float32, in place, and return their weights in float32.
 
-    If the forms contain no other types, ``weights`` itself is returned.
+    If nothing has to be converted, ``weights`` itself is returned.
 
     Data inputs of type float16 and float64 keep their type and are cast in the graph.  Data inputs
     of type bfloat16, which numpy does not have, become float32.  Names stay the same.

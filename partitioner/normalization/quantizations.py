@@ -186,7 +186,7 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 def refuse_integer_model(graph: ir.Graph) -> None:
     """Raise an error if a graph without parameters computes with integers.
 
-    Then the weights of the model are integers, and none of them can be trained.
+    The weights of such a model are integers, and none of them can be trained.
 
     Raises:
         UnsupportedModel: the graph contains an operator of :data:`INTEGER_ARITHMETIC`.

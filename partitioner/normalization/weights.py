@@ -63,7 +63,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
     """Turn weights that are used only inside bodies back into constants.
 
-    Such weights cannot be trained.
+    Weights inside bodies cannot be trained.
     """
     for value in [value for value in graph.inputs if INNER in value.metadata_props]:
         if all(use.node.graph is not graph for use in value.uses()):
@@ -132,14 +132,14 @@ def assign_roles(
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
-    """Return one pattern per name that matches exactly this name."""
+    """Return, for each name, a pattern that matches only this name."""
     return tuple(f"^{re.escape(name)}$" for name in names)
 
 
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     """Return a weight as a contiguous little-endian array.
 
-    If the weight's file is memory-mapped, so is the array.
+    If the weight is memory-mapped from a file, so is the array.
     """
     array = tensor.numpy()
     return np.ascontiguousarray(array).reshape(

@@ -42,7 +42,8 @@ def _bend(
 def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Celu and attach its derivative: 1 for x > 0, else exp(x / alpha).
 
-    onnxruntime-training has no gradient for Celu.
+    onnxruntime-training has no gradient for Celu, so its derivative is attached explicitly (see
+    :mod:`tangents`).
     """
     return _bend(builder, node, 1.0, 1.0, node.attributes.get_float("alpha", 1.0))
 
@@ -50,7 +51,8 @@ def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Elu and attach its derivative: 1 for x > 0, else alpha * exp(x).
 
-    onnxruntime-training has no gradient for Elu.
+    onnxruntime-training has no gradient for Elu, so its derivative is attached explicitly (see
+    :mod:`tangents`).
     """
     return _bend(builder, node, 1.0, node.attributes.get_float("alpha", 1.0))
 
@@ -58,7 +60,8 @@ def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Selu and attach its derivative: gamma for x > 0, else gamma * alpha * exp(x).
 
-    onnxruntime-training has no gradient for Selu.
+    onnxruntime-training has no gradient for Selu, so its derivative is attached explicitly (see
+    :mod:`tangents`).
     """
     alpha = node.attributes.get_float("alpha", _SELU[0])
     gamma = node.attributes.get_float("gamma", _SELU[1])
@@ -108,7 +111,7 @@ def _clip_line(builder: NodeBuilder, x: ir.Value, alpha: float, beta: float) -> 
 
 
 def rewrite_hard_sigmoid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite HardSigmoid as alpha * x + beta, clipped to the range from 0 to 1.
+    """Rewrite HardSigmoid as clip(alpha * x + beta, 0, 1).
 
     onnxruntime-training has no gradient for HardSigmoid.
     """
@@ -117,9 +120,9 @@ def rewrite_hard_sigmoid(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_hard_swish(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite HardSwish as the product of x and x / 6 + 1 / 2, clipped to the range from 0 to 1.
+    """Rewrite HardSwish as x * clip(x / 6 + 1 / 2, 0, 1).
 
-    Only the second factor is clipped.  onnxruntime-training has no gradient for HardSwish.
+    onnxruntime-training has no gradient for HardSwish.
     """
     x = take_input(node)
     return [builder.op("Mul", x, _clip_line(builder, x, 1 / 6, 0.5))]
@@ -142,11 +145,11 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite LeakyRelu with a negative ``alpha``: x for x >= 0, else alpha * x.
+    """Rewrite LeakyRelu with a negative ``alpha`` as a Where: x for x >= 0, else alpha * x.
 
-    Other nodes are left unchanged.  LeakyReluGrad, the operator with which onnxruntime-training
-    computes the gradient, derives the sign of x from the sign of y; with a negative ``alpha`` the
-    two signs do not match.
+    Other LeakyRelu nodes are left unchanged.  The gradient operator of onnxruntime-training,
+    LeakyReluGrad, derives the sign of x from the sign of y; with a negative ``alpha`` the two signs
+    do not match.
     """
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
@@ -215,7 +218,7 @@ def rewrite_softmax(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
     Nodes of other types are left unchanged.  onnxruntime-training has no float64 kernels for the
     gradients of these operators.  The largest element is subtracted first, so that Exp cannot
-    overflow.  It is treated as a constant, because the result does not depend on it.
+    overflow; it is treated as a constant, because it does not change the result.
     """
     x = node.inputs[0]
     if x is None or x.dtype != ir.DataType.DOUBLE:

@@ -1,4 +1,4 @@
-"""Rewrites of arithmetic with broadcasting, of Where, and of casts."""
+"""Rewrites of arithmetic operators with broadcasting, of Where, and of casts."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Mod and attach its derivatives: 1 with respect to x, and -q with respect to y.
 
-    onnxruntime-training has no gradient for Mod.  The result is x - q * y with the integer quotient
-    q, which is treated as a constant.
+    onnxruntime-training has no gradient for Mod, so its derivatives are attached explicitly (see
+    :mod:`tangents`).  The result of Mod is x - q * y; the integer quotient q is treated as a
+    constant.
     """
     x, y = _list_inputs(node)
     points = [builder.detach(value) for value in (x, y)]
@@ -66,13 +67,14 @@ def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Attach the derivatives of Pow if onnxruntime-training has none or wrong ones.
 
-    If the exponent is a constant single number other than 0, onnxruntime-training's gradient is
+    If the exponent is a single constant number other than 0, onnxruntime-training's gradient is
     used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and
-    x ** y * log(x) with respect to the exponent y.  The latter is 0 if x is not positive, because x
-    ** y is then not a function of a real y.
+    x ** y * log(x) with respect to the exponent y.  The derivative with respect to y is 0 if x is
+    not positive, because not every real power of such an x exists.
 
     The gradient builder of onnxruntime-training 1.19.2 accepts only exponents that are floats and
-    not parameters.  If the exponent broadcasts the base, it does not sum the base's gradient.
+    not parameters.  If the base is broadcast to the shape of the exponent, the builder does not sum
+    the base's gradient over the broadcast axes.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
@@ -145,7 +147,7 @@ def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
     The graph optimizer of onnxruntime-training 1.19.2 can fail on such a Cast.
 
     Raises:
-        UnsupportedModel: the Cast is to a type of at most 8 bits, which has no gradient.
+        UnsupportedModel: the new dtype is a float of 8 bits or less, which has no gradient.
     """
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
@@ -158,7 +160,8 @@ def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
     onnxruntime-training has no gradient for CastLike.
 
     Raises:
-        UnsupportedModel: that dtype is unknown, or has at most 8 bits and so no gradient.
+        UnsupportedModel: the new dtype is not known, or is a float of 8 bits or less, which has no
+            gradient.
     """
     x, like = _list_inputs(node)
     if like.dtype is None:

@@ -1,9 +1,9 @@
 """The cells of LSTM, GRU and RNN: one time step, written with operators that have a gradient.
 
-The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where these
-definitions are ambiguous, the cells do the same as ONNX Runtime's kernels: ``clip`` limits the
-inputs of the gates but not the cell state, a coupled forget gate is 1 minus the input gate, and the
-values of ``alpha`` and ``beta`` are assigned, in order, to the activation functions that use them.
+The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Details that these
+definitions leave open are the same as in ONNX Runtime's kernels: ``clip`` limits the inputs of the
+gates but not the cell state, a coupled forget gate is 1 minus the input gate, and the values of
+``alpha`` and ``beta`` are assigned, in order, to the activation functions that use them.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ State = tuple[ir.Value, ...]
 def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """Compute the next state of an RNN: f(x + H R^T).
 
-    H is the previous state.  x already contains the input multiplied by its weights, and all
-    biases.
+    H is the previous state, R contains the recurrent weights, and f is the activation function.
+    The term x already contains the input multiplied by its weights, and all biases.
     """
     pre = builder.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
     return (cell.activate(builder, 0, pre),)

@@ -64,8 +64,9 @@ class _Transposed:
 def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size.
 
-    Other nodes are left unchanged.  The padding depends on the image size if ``auto_pad`` requests
-    it, which onnxruntime-training's gradient of Conv ignores.
+    The attribute ``auto_pad`` makes the padding depend on the image size, but
+    onnxruntime-training's gradient of Conv ignores this attribute.  Other Conv nodes are left
+    unchanged.
     """
     if not pads_by_size(node):
         return None

@@ -48,7 +48,9 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the content of a constant input as an array; ``what`` describes it in the error.
+    """Return the content of a constant input as an array.
+
+    ``what`` names this content in the error message.
 
     Raises:
         UnsupportedModel: the input is computed in the graph.
@@ -129,7 +131,7 @@ def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
 def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
     """Reshape a value to the given extents.
 
-    If exactly one extent is computed in the graph, the Reshape node infers it instead.
+    If exactly one extent is computed in the graph, the Reshape node infers this extent itself.
     """
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:

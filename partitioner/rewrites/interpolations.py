@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How Resize samples one axis: from ``before`` elements to ``after`` elements.
+    """The parameters for resizing one axis from ``before`` elements to ``after`` elements.
 
     ``scale`` is the factor in the model, which may differ from ``after / before`` because of
     rounding.  ``coordinates`` is the node's ``coordinate_transformation_mode``.  ``start`` and
@@ -37,7 +37,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """The interpolation kernel of a Resize.
+    """The interpolation kernel of a Resize node.
 
     ``mode`` is ``"linear"`` or ``"cubic"``, and ``sharpness`` is the coefficient a of the cubic
     kernel.  With ``exclude_outside``, elements outside the input get the weight 0.
@@ -91,7 +91,10 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return a mask of the outputs outside the input, which get the extrapolation value."""
+    """Return a boolean mask of the output elements that lie outside the input.
+
+    These elements get the extrapolation value.
+    """
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
     x = find_coordinates(sampling)

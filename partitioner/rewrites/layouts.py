@@ -18,8 +18,8 @@ Values = Sequence[ir.Value]
 def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite DepthToSpace with Reshape and Transpose.
 
-    onnxruntime-training has no gradient for DepthToSpace.  Along the channel axis, the block is
-    outermost in mode DCR and innermost in mode CRD.
+    onnxruntime-training has no gradient for DepthToSpace.  On the channel axis, the block comes
+    before the channels in mode DCR, and after them in mode CRD.
     """
     x = node.inputs[0]
     assert x is not None
@@ -32,8 +32,8 @@ def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_space_to_depth(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite SpaceToDepth with Reshape and Transpose.
 
-    onnxruntime-training has no gradient for SpaceToDepth.  Along the channel axis of the result,
-    the block is outermost in mode DCR, the default, and innermost in mode CRD.
+    onnxruntime-training has no gradient for SpaceToDepth.  On the channel axis of the result, the
+    block comes before the channels in mode DCR, the default, and after them in mode CRD.
     """
     x = node.inputs[0]
     assert x is not None

@@ -14,8 +14,8 @@ Values = Sequence[ir.Value | None]
 def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite NegativeLogLikelihoodLoss as -w[label] * x[label], followed by the reduction.
 
-    Elements whose label is ``ignore_index`` do not count.  onnxruntime-training has no gradient for
-    this operator.
+    Here w contains the weights of the classes.  Elements whose label is ``ignore_index`` do not
+    count.  onnxruntime-training has no gradient for this operator.
     """
     x, labels = node.inputs[:2]
     assert x is not None
@@ -26,9 +26,9 @@ def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite SoftmaxCrossEntropyLoss if its second output, the log-probabilities, is used.
 
-    It becomes a LogSoftmax and a negative log-likelihood.  onnxruntime-training's gradient of
-    SoftmaxCrossEntropyLoss covers only the first output.  A node whose second output is not used is
-    left unchanged.
+    The node becomes a LogSoftmax and a negative log-likelihood, because onnxruntime-training's
+    gradient of SoftmaxCrossEntropyLoss covers only the first output.  A node whose second output is
+    not used is left unchanged.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None

@@ -1,8 +1,9 @@
 """Rewrites of normalizations over an instance, a group, given axes or the last axes.
 
-Among these, onnxruntime-training differentiates only LayerNormalization: only its first output, and
-only if the scale has the shape of the normalized axes.  The variance is computed from the centred
-values.  The mean of squares minus the square of the mean would lose precision by cancellation.
+Of these operators, onnxruntime-training differentiates only LayerNormalization.  It supports only
+the gradient of the first output, and only a scale with the shape of the normalized axes.  The
+rewrites compute the variance from the centred values.  The mean of squares minus the square of the
+mean would lose precision by cancellation.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite InstanceNormalization, for which onnxruntime-training has no gradient.
 
     Each channel of each sample is normalized over its spatial axes.  If the image size is known,
-    this is done with LayerNormalization, else with the formula.  Scale and bias have one element
-    per channel.
+    LayerNormalization does this, otherwise the formula is written out.  Scale and bias have one
+    element per channel.
     """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -35,8 +36,8 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GroupNormalization, for which onnxruntime-training has no gradient.
 
     Each group of channels of each sample is normalized.  Scale and bias have one element per
-    channel, as in opset 21.  In opset 18 the scale had one per group, and onnx's checker rejects
-    that version as deprecated.
+    channel, as in opset 21.  In opset 18, the scale had one element per group; onnx's checker
+    rejects that version as deprecated.
     """
     x, scale, bias = take_inputs(node, 3)
     rank = require_rank(node, x)
@@ -64,9 +65,10 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite LayerNormalization if onnxruntime-training cannot differentiate it.
 
-    It is replaced by its formula if the mean or the inverse deviation is used as an output, or if
-    the scale or the bias is broadcast.  If only the bias is missing, a bias of zeros is added,
-    because the gradient of LayerNormalization requires one.  Other nodes are left unchanged.
+    The node is replaced by its formula if its second or third output is used (the mean and the
+    inverse deviation), or if the scale or the bias is broadcast.  If only the bias is missing, a
+    bias of zeros is added, because the gradient of LayerNormalization requires one.  Other nodes
+    are left unchanged.
     """
     x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None

@@ -32,10 +32,10 @@ Values = Sequence[ir.Value]
 def rewrite_pad(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Pad if onnxruntime-training's gradient of Pad is missing or wrong.
 
-    The modes that copy elements become one Gather per padded axis.  In constant mode, a Pad that
-    names its axes becomes a Pad without named axes, and a padding value that is computed in the
-    graph is inserted with Where, so that it gets a gradient.  Any other Pad in constant mode is
-    left unchanged.
+    In the modes ``reflect``, ``edge`` and ``wrap``, Pad becomes one Gather per padded axis.  In
+    constant mode, a Pad that names its axes becomes a Pad without named axes.  A padding value that
+    is computed in the graph is inserted with Where, so that it gets a gradient.  Any other Pad in
+    constant mode is left unchanged.
     """
     x, *settings = node.inputs
     assert x is not None
@@ -124,7 +124,7 @@ def rewrite_center_crop_pad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite CenterCropPad as a Pad whose widths are negative if elements are cropped.
 
     If the number of elements to add or remove is odd, the extra element is at the end.
-     onnxruntime-training has no gradient for CenterCropPad.
+    onnxruntime-training has no gradient for CenterCropPad.
     """
     x, wanted = node.inputs[:2]
     assert x is not None

@@ -1,7 +1,8 @@
 """Rewrites of poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
-MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also needs row-major indices,
-and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13 at onnx.ai/onnx/operators.
+Its gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also
+needs row-major indices, and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13
+at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GlobalMaxPool with ArgMax and GatherElements.
 
-    If several elements of a channel are the largest, only the first gets the gradient.
-     onnxruntime-training has no gradient for GlobalMaxPool.
+    If several elements of a channel are the largest, only the first of them gets the gradient.
+    onnxruntime-training has no gradient for GlobalMaxPool.
     """
     x = take_input(node)
     rank = require_rank(node, x)
@@ -191,8 +192,9 @@ def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lrn(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite LRN as x / (bias + alpha / size * s) ** beta.
 
-    s is the sum of the squares of the neighbouring channels.  It is computed by a convolution along
-    the channels, which become the rows of an image.  onnxruntime-training has no gradient for LRN.
+    Here s is the sum of the squares of the neighbouring channels.  It is computed by a convolution
+    along the channels, which become the rows of an image.  onnxruntime-training has no gradient for
+    LRN.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

@@ -17,9 +17,9 @@ _LARGEST_DETERMINANT = 24
 
 
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove the bias of a Gemm with ``beta`` 0; leave other nodes unchanged.
+    """Remove the bias of a Gemm whose ``beta`` is 0; leave other nodes unchanged.
 
-    onnxruntime-training has no gradient for such a bias, which has no effect on the result.
+    Such a bias has no effect on the result, but onnxruntime-training has no gradient for it.
     """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
@@ -52,8 +52,9 @@ def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Det and attach its derivative, the matrix of cofactors.
 
-    onnxruntime-training has no gradient for Det.  The cofactors are determinants of minors.  No
-    inverse is needed, so singular matrices have a gradient, too.
+    onnxruntime-training has no gradient for Det, so its derivative is attached explicitly (see
+    :mod:`tangents`).  The cofactors are determinants of minors.  No inverse is needed, so singular
+    matrices have a gradient, too.
 
     Raises:
         UnsupportedModel: the matrices are not square, too large, or of unknown size.

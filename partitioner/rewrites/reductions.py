@@ -1,7 +1,6 @@
 """Rewrites of reductions along axes, and of CumSum.
 
-The axes of a reduction stay its second input.  Only the rewrite of ReduceProd needs to know their
-values.
+The axes may be computed in the graph, except those of ReduceProd and CumSum.
 """
 
 from __future__ import annotations
@@ -107,9 +106,10 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite ReduceL2 and ReduceLogSumExp if they reduce a tensor to a scalar.
 
-    The reduction keeps its dimensions and a Reshape then removes them; other nodes are left
-    unchanged.  Without axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
-    type of their gradient.  With all axes, the gradient of ReduceL2 has one dimension too many.
+    If such a node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
+    type of its gradient; if a ReduceL2 has all axes, its gradient has one dimension too many.  So
+    the reduction keeps its dimensions, and a Reshape then removes them.  Other nodes are left
+    unchanged.
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None

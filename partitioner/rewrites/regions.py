@@ -1,9 +1,10 @@
 """Rewrites of RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
 
 Both operators read several pixels for each bin of each region, and compute their sum or maximum.
-The pixels are gathered as rows of all channels.  The regions get no gradient.  The number of
-pixels per bin may differ between regions; every bin gets as many as the largest bin needs, and the
-surplus pixels do not count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
+The pixels are gathered as rows that contain all channels.  The regions get no gradient.  The
+number of pixels per bin may differ between regions; every bin gets as many as the largest bin
+needs, and the surplus pixels do not count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at
+onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rewrite of Resize, one axis after the other.
 
-An axis is resampled by copying elements or by multiplying with a matrix of weights.  Formulas:
+An axis is resized by copying elements or by a product with a matrix of weights.  Formulas:
 Resize-19 at onnx.ai/onnx/operators.
 """
 
@@ -38,10 +38,10 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 
 
 def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Resize: resample each axis whose size changes.
+    """Rewrite Resize with Gather, Expand or MatMul for each axis whose size changes.
 
-    If the size of an axis is unknown, the graph computes the weights.  onnxruntime-training has no
-    CPU kernel for the gradient of Resize.
+    If the size of an axis is unknown, the graph computes the indices or weights.
+    onnxruntime-training has no CPU kernel for the gradient of Resize.
     """
     x = node.inputs[0]
     assert x is not None

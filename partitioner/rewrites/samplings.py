@@ -2,8 +2,8 @@
 
 A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows
 that contain all channels.  The weights are polynomials of the position, so both the image and the
-positions get a gradient.  Which pixels are read, and how often a position is reflected at the
-borders, is treated as constant.  Formulas: GridSample-20 and AffineGrid-20 at
+positions get a gradient.  The choice of the pixels to read and the number of reflections at the
+borders are treated as constants.  Formulas: GridSample-20 and AffineGrid-20 at
 onnx.ai/onnx/operators.
 """
 
@@ -105,7 +105,7 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Move coordinates beyond the borders inside, by clamping or reflecting them.
+        """Move coordinates from beyond the borders inside, by clamping or reflecting them.
 
         With the padding ``"zeros"``, the coordinates stay unchanged.
         """
@@ -123,7 +123,8 @@ class ImageAxis:
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
         """Find the pixels around each position, and their weights.
 
-        ``x`` contains the positions and has the shape (N, P).
+        ``x`` contains the positions and has the shape (N, P); ``mode`` is the interpolation mode of
+        the node.
         """
         builder = self.builder
         if mode == "nearest":
@@ -272,7 +273,7 @@ def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
 
 
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite AffineGrid as the product of each matrix and the base grid.
+    """Rewrite AffineGrid as the product of the base grid and each affine matrix.
 
     The base grid contains constant homogeneous coordinates.  onnxruntime-training has no gradient
     for AffineGrid.

@@ -57,8 +57,8 @@ def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite ScatterElements and ScatterND with a reduction as sums and products.
 
     onnxruntime-training builds a wrong gradient for a reduction.  A node is left unchanged if its
-    reduction is ``none``, or if it is ``add`` and the data are a constant, so that only the updates
-    need a gradient.
+    reduction is ``none``, or if it adds the updates to constant data, because then only the updates
+    need a gradient and theirs is right.
     """
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]

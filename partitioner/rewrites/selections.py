@@ -155,8 +155,8 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Set the ``perm`` attribute of a Transpose that does not have it.
 
-    onnxruntime-training's gradient of Transpose requires this attribute.  Without it, ONNX reverses
-    all axes.
+    onnxruntime-training's gradient of Transpose requires this attribute.  A Transpose without it
+    reverses all axes.
     """
     if "perm" in node.attributes:
         return None
@@ -168,8 +168,8 @@ def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite a Concat with repeated inputs so that all its inputs are distinct.
 
-    onnxruntime-training would give a repeated input two gradients of the same name, so repetitions
-    pass through an Identity first.  Other nodes are left unchanged.
+    onnxruntime-training would give a repeated input two gradients of the same name, so each
+    repetition is replaced by an Identity of the input.  Other nodes are left unchanged.
     """
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
@@ -185,9 +185,9 @@ def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
 
-    The Reshape that onnxruntime-training builds as the gradient would not have the attribute.  If
-    the shape contains a zero, the attribute stays, because a tensor without elements gets no
-    gradient.
+    onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
+    attribute.  If the shape contains a zero, the attribute stays, because a tensor without elements
+    gets no gradient.
 
     Raises:
         UnsupportedModel: the shape is not a constant.

@@ -10,9 +10,9 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def rewrite_step(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep a step function (Ceil, Floor, Round, Sign, ...) but stop the gradient at its inputs.
+    """Keep a step function (Ceil, Floor, Round, Sign, ...) but let no gradient pass through it.
 
-    Its gradient is zero, and onnxruntime-training has none for these operators.
+    Its derivative is zero wherever it exists, and onnxruntime-training has no gradient for it.
     """
     inputs = [value if value is None else builder.detach(value) for value in node.inputs]
     return builder.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))

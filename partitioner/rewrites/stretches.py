@@ -23,7 +23,7 @@ COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel"
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """How an axis of unknown size is resampled: from ``before`` to ``after`` elements.
+    """The parameters for resizing an axis of unknown size from ``before`` to ``after`` elements.
 
     ``scale`` is a number or a float32 value of the graph, and ``coordinates`` is one of the modes
     in :data:`COORDINATES`.
@@ -123,7 +123,7 @@ class Stretch:
 
 
 def find_after(builder: NodeBuilder, before: Extent, scale: float | ir.Value) -> Extent:
-    """Return the size of an axis after scaling, rounded down."""
+    """Return the size that an axis has after scaling, rounded down."""
     if not isinstance(scale, ir.Value):
         scale = builder.number(scale, _FLOAT)
     scaled = builder.op("Floor", builder.op("Mul", to_number(builder, before, _FLOAT), scale))

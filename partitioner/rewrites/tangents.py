@@ -1,10 +1,11 @@
-"""Attach explicit derivatives to values, for operators that cannot be written well with others.
+"""Attach explicit derivatives to the results of operators, for operators without a gradient.
 
 The expression ``value + slope * (x - detach(x))`` has the same value as ``value`` alone and the
-derivative ``slope``, because no gradient passes through ``detach(x)``.  It costs three elementwise
-operators in the forward pass and one in the backward pass, and nothing can overflow in a branch
-that is not used.  If ``x`` is infinite, the result is NaN; this is its only limitation.  This
-module does not depend on any operator.
+derivative ``slope``, because no gradient passes through ``detach(x)``.  This is used for operators
+that cannot be written well with other operators.  It costs three elementwise operators in the
+forward pass and one in the backward pass, and nothing can overflow in a branch that is not used.
+The only limitation is that the result is NaN if ``x`` is infinite.  This module does not depend on
+any operator.
 """
 
 from __future__ import annotations

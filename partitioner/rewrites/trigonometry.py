@@ -19,7 +19,8 @@ Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
 def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """Keep the operator and attach its derivative from :data:`SLOPES`.
 
-    onnxruntime-training has no gradient for the operators in :data:`SLOPES`.
+    onnxruntime-training has no gradient for these operators, so their derivatives are attached
+    explicitly (see :mod:`tangents`).
     """
     x = node.inputs[0]
     assert x is not None
