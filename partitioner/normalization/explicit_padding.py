@@ -36,7 +36,7 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
 
 
 def _make_paddings_explicit(graph: ir.Graph, wrong: set[ir.Value]) -> bool:
-    """Process one graph; add values whose shape is wrong or depends on a wrong shape to ``wrong``."""
+    """Process one graph; collect values whose shape is wrong, also indirectly, in ``wrong``."""
     found = False
     for node in list(graph):
         is_behind = any(value in wrong for value in list_inputs(node))

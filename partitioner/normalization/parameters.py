@@ -105,7 +105,7 @@ _LOOKERS = frozenset(
         "Size",
     }
 )
-"""Operators that read values or shapes; no gradient passes through them, but this is no problem."""
+"""Operators that pass no gradient to a tensor; the tensor can be trained through its other uses."""
 _PASSING = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )

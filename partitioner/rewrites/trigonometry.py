@@ -35,7 +35,7 @@ def _one(builder: NodeBuilder, x: ir.Value) -> ir.Value:
 
 
 def _slope_tan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 + tan(x)**2."""
+    """Return 1 + tan(x)**2."""
     return builder.op("Add", builder.op("Mul", y, y), _one(builder, x))
 
 
@@ -46,44 +46,44 @@ def _outside(builder: NodeBuilder, x: ir.Value) -> ir.Value:
 
 
 def _slope_asin(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(1 - x**2)."""
+    """Return 1 / sqrt(1 - x**2)."""
     below = builder.op("Sqrt", _outside(builder, x))
     return bound_slope(builder, builder.op("Reciprocal", below), x.dtype)
 
 
 def _slope_acos(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """-1 / sqrt(1 - x**2)."""
+    """Return -1 / sqrt(1 - x**2)."""
     return builder.op("Neg", _slope_asin(builder, x, y))
 
 
 def _slope_atan(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / (1 + x**2); if x**2 overflows, the result is 0, as it should be."""
+    """Return 1 / (1 + x**2); if x**2 overflows, the result is 0, as it should be."""
     square = builder.op("Mul", x, x)
     return builder.op("Reciprocal", builder.op("Add", square, _one(builder, x)))
 
 
 def _slope_sinh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """cosh(x)."""
+    """Return cosh(x)."""
     return bound_slope(builder, builder.op("Cosh", x), x.dtype)
 
 
 def _slope_cosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """sinh(x)."""
+    """Return sinh(x)."""
     return bound_slope(builder, builder.op("Sinh", x), x.dtype)
 
 
 def _slope_asinh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(1 + x**2), computed as 1 / cosh(y), in which nothing overflows."""
+    """Return 1 / sqrt(1 + x**2), computed as 1 / cosh(y), in which nothing overflows."""
     return builder.op("Reciprocal", builder.op("Cosh", y))
 
 
 def _slope_acosh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / sqrt(x**2 - 1), computed as 1 / sinh(y)."""
+    """Return 1 / sqrt(x**2 - 1), computed as 1 / sinh(y)."""
     return bound_slope(builder, builder.op("Reciprocal", builder.op("Sinh", y)), x.dtype)
 
 
 def _slope_atanh(builder: NodeBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """1 / (1 - x**2)."""
+    """Return 1 / (1 - x**2)."""
     return bound_slope(builder, builder.op("Reciprocal", _outside(builder, x)), x.dtype)
 
 
