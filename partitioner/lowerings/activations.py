@@ -1,4 +1,4 @@
-"""Lowerings of activation functions and their gradients.
+"""Replace activation functions and their gradients with standard ONNX operators.
 
 In the formulas, ``x`` is the input of the activation function, ``y`` its output, and ``dy`` the
 gradient of the output.
@@ -135,8 +135,9 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGeluGrad, the gradient of FastGelu, with its formula.
 
-    The formula is dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)) with t = tanh(a
-    * (x + b * x**3)).  The constants a and b are those of :func:`lower_fast_gelu`.
+    With t = tanh(a * (x + b * x**3)) and the constants a and b of :func:`lower_fast_gelu`:
+
+    dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)).
     """
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH

@@ -1,4 +1,4 @@
-"""Lowering of ConvGrad for any number of spatial dimensions, groups, strides and dilations.
+"""Replace ConvGrad for any number of spatial dimensions, groups, strides and dilations.
 
 The gradient of the input is itself a convolution, with the weights flipped and their channels
 swapped; with a stride, it is a ConvTranspose.  The gradient of the weights is one matrix product of

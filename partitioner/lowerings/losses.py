@@ -1,4 +1,7 @@
-"""Lowerings of softmax cross-entropy and its gradient, with class weights and an ignored index."""
+"""Replace softmax cross-entropy and its gradient with standard ONNX operators.
+
+Class weights and an ignored index are supported.
+"""
 
 from __future__ import annotations
 

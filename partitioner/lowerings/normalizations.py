@@ -1,4 +1,7 @@
-"""Lowerings of batch, layer and RMS normalization in training mode, and of their gradients."""
+"""Replace batch, layer and RMS normalization in training mode, and their gradients.
+
+The replacements use only standard ONNX operators.
+"""
 
 from __future__ import annotations
 

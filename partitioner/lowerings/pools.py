@@ -1,6 +1,6 @@
-"""Lowerings of the gradients of MaxPool and AveragePool.
+"""Replace the gradients of MaxPool and AveragePool with standard ONNX operators.
 
-They read the image size of the pooled input from the shape of the gradient that they compute.
+The image size of the pooled input is read from the shape of the gradient that is computed here.
 """
 
 from __future__ import annotations

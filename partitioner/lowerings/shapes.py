@@ -1,4 +1,7 @@
-"""Lowerings of operators that move, select or scale elements, and of their gradients."""
+"""Replace operators that move, select or scale elements, and their gradients.
+
+The replacements use only standard ONNX operators.
+"""
 
 from __future__ import annotations
 
@@ -180,8 +183,8 @@ def _sum_stretched(
 def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BroadcastGradientArgs with standard operators.
 
-    It has two shapes as inputs, and computes for each the axes along which it is broadcast to their
-    common shape.
+    BroadcastGradientArgs has two shapes as inputs.  For each shape, it computes the axes along
+    which the shape is broadcast to the common shape.
     """
     left, right = take_inputs(node, 2)
     return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]

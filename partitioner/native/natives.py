@@ -99,7 +99,7 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Add the gradients of ``loss`` with respect to ``parameters`` to a model, and return it."""
+    """Return the model with the gradients of ``loss`` with respect to ``parameters`` added."""
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -147,7 +147,7 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
 
 
 def write_frame(sink: BinaryIO, content: bytes) -> None:
-    """Write a request or response, with its length before it."""
+    """Write the length of a request or response, and then its content."""
     sink.write(_LENGTH.pack(len(content)))
     sink.write(content)
     sink.flush()
@@ -157,7 +157,7 @@ def read_frame(source: BinaryIO) -> bytes:
     """Read a request or response and return its content.
 
     Raises:
-        EOFError: the other process has closed the pipe.
+        EOFError: the other process has closed its end of the pipe.
     """
     head = source.read(_LENGTH.size)
     content = source.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
@@ -167,7 +167,7 @@ def read_frame(source: BinaryIO) -> bytes:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Process requests, one after the other, until the other process closes the pipe."""
+    """Process requests, one after the other, until ``source`` ends."""
     write_frame(sink, b"")  # ready
     while True:
         try:
@@ -216,7 +216,7 @@ def _answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    """Process the requests of the parent process until it closes the pipe.
+    """Process the requests of the parent process until it closes the standard input.
 
     Requests arrive on the standard input, and responses go to the standard output.
     """

@@ -108,7 +108,8 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 def use_running_statistics(graph: ir.Graph) -> None:
     """Set every BatchNormalization to inference mode, in which it uses its running statistics.
 
-    If a model output is the updated value of a running statistic, it becomes the statistic itself.
+    If a model output is the updated value of a running statistic, the output becomes the statistic
+    itself.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)

@@ -1,4 +1,4 @@
-"""Make reductions over no axes explicit before any other pass looks at them.
+"""Replace reductions over no axes before any other pass looks at them.
 
 With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
 ReduceL1 computes absolute values and ReduceLogSum logarithms (see ReduceSum-13 and related

@@ -147,8 +147,8 @@ def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     This changes each pair of a QuantizeLinear and the DequantizeLinear after it, in place.  Every
     QuantizeLinear that is still used is then replaced by its formula.  The optimizer of
     onnxruntime-training 1.19.2 would turn a pair into FakeQuant, which is not a standard operator
-    and does not support scales per channel, and it rejects a QuantizeLinear that is not part of a
-    pair.
+    and does not support scales per channel.  The optimizer also rejects a QuantizeLinear that is
+    not part of a pair.
 
     Return whether any node was replaced.
 

@@ -1,4 +1,4 @@
-"""Rewrites of activation functions.
+"""Rewrite activation functions so that they can be differentiated.
 
 The replacements stay accurate for large inputs, and they have a gradient at 0.
 """

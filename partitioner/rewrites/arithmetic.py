@@ -1,4 +1,4 @@
-"""Rewrites of arithmetic operators with broadcasting, of Where, and of casts."""
+"""Rewrite arithmetic operators, Where and casts so that they can be differentiated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Attach the derivatives of Pow if onnxruntime-training has none or wrong ones.
+    """Attach the derivatives of Pow if onnxruntime-training's own are missing or wrong.
 
     If the exponent is a single constant number other than 0, onnxruntime-training's gradient is
     used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and

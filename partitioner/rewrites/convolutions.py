@@ -1,4 +1,6 @@
-"""Rewrites of ConvTranspose and Col2Im, and of Conv if its padding depends on the image size.
+"""Rewrite ConvTranspose, Col2Im and some Conv nodes so that they can be differentiated.
+
+A Conv is rewritten if its padding depends on an unknown image size.
 
 A ConvTranspose of stride s places its windows s pixels apart.  Each pixel of its output therefore
 belongs to one of s phases per axis, and each phase is an ordinary convolution with every s-th
@@ -75,10 +77,11 @@ def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_conv_transpose(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ConvTranspose as one Conv that computes all phases.
+    """Rewrite ConvTranspose as one Conv that computes all phases of the output.
 
-    The channels of this Conv are then rearranged into the image, which is cropped or padded if
-    necessary.  onnxruntime-training has no CPU kernel for the gradient of ConvTranspose.
+    A phase consists of every s-th pixel, where s is the stride.  The channels of the Conv are
+    rearranged into the image, which is then cropped or padded if necessary.  onnxruntime-training
+    has no CPU kernel for the gradient of ConvTranspose.
     """
     x, w = node.inputs[:2]
     assert x is not None

@@ -1,4 +1,4 @@
-"""Rewrite of DeformConv, a convolution that reads pixels at positions computed in the graph.
+"""Rewrite DeformConv, a convolution that reads pixels at positions computed in the graph.
 
 The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied by the
 weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).  ONNX

@@ -1,4 +1,4 @@
-"""Rewrite of Einsum with diagonals, sums, products and transpositions.
+"""Rewrite Einsum with diagonals, sums, products and transpositions.
 
 The operands are contracted from left to right.  Each axis is identified by its label.  The axes of
 an ellipsis get labels of their own; the last of them is ``...0``.  The formulas are those of

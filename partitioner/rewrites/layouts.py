@@ -1,4 +1,4 @@
-"""Rewrites of DepthToSpace and SpaceToDepth, which move data between channels and pixels.
+"""Rewrite DepthToSpace and SpaceToDepth, which move data between channels and pixels.
 
 :func:`spread_channels` is the general form of DepthToSpace, for any number of spatial axes.
 """

@@ -1,4 +1,4 @@
-"""Rewrites of loss operators inside a model: negative log-likelihood and cross-entropy."""
+"""Rewrite loss operators inside a model: negative log-likelihood and cross-entropy."""
 
 from __future__ import annotations
 

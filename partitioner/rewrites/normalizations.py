@@ -1,9 +1,9 @@
-"""Rewrites of normalizations over an instance, a group, given axes or the last axes.
+"""Rewrite normalizations over an instance, a group, given axes or the last axes.
 
 Of these operators, onnxruntime-training differentiates only LayerNormalization.  It supports only
 the gradient of the first output, and only a scale with the shape of the normalized axes.  The
-rewrites compute the variance from the centred values.  The mean of squares minus the square of the
-mean would lose precision by cancellation.
+rewrites compute the variance from the centred values, because the mean of squares minus the square
+of the mean would lose precision by cancellation.
 """
 
 from __future__ import annotations

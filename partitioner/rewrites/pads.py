@@ -1,4 +1,4 @@
-"""Rewrites of Pad and CenterCropPad.
+"""Rewrite Pad and CenterCropPad so that they can be differentiated.
 
 In constant mode, onnxruntime-training differentiates Pad, also with negative widths, but its
 gradient ignores the axes that a Pad may name.  The other modes copy elements, and the position of

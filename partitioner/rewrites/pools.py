@@ -1,4 +1,4 @@
-"""Rewrites of poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
+"""Rewrite poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
 Its gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also
 needs row-major indices, and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13
@@ -103,7 +103,7 @@ def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite LpPool as the p-norm of each window; the gradient of a norm of 0 is 0.
+    """Rewrite LpPool as the p-norm of each window; if a norm is 0, its gradient is 0.
 
     onnxruntime-training has no gradient for LpPool.
     """
@@ -114,7 +114,7 @@ def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_global_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite GlobalLpPool as the p-norm of each channel; the gradient of a norm of 0 is 0.
+    """Rewrite GlobalLpPool as the p-norm of each channel; if a norm is 0, its gradient is 0.
 
     onnxruntime-training has no gradient for GlobalLpPool.
     """

@@ -1,4 +1,4 @@
-"""Rewrites of matrix products (Gemm and MatMul) and determinants."""
+"""Rewrite matrix products (Gemm and MatMul) and determinants so that they can be differentiated."""
 
 from __future__ import annotations
 

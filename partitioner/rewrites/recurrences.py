@@ -1,9 +1,9 @@
-"""Rewrites of LSTM, GRU and RNN: unroll them in time.
+"""Rewrite LSTM, GRU and RNN: unroll them in time.
 
 One matrix product multiplies the inputs of all steps, for both directions, by their weights.  Each
 step then needs one more product, with the hidden state.  The sequence length must be known, but the
 batch size need not be.  If sequences have different lengths, they are masked: after its end, a
-sequence keeps its state and its outputs are zero.  Layout 1 is converted earlier, by
+sequence keeps its state and its outputs are zero.  The batch-first layout is converted earlier, by
 :mod:`recurrence_layouts`.
 """
 

@@ -1,4 +1,4 @@
-"""Rewrites of reductions along axes, and of CumSum.
+"""Rewrite reductions along axes, and CumSum, so that they can be differentiated.
 
 The axes may be computed in the graph, except those of ReduceProd and CumSum.
 """

@@ -1,4 +1,4 @@
-"""Rewrites of RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
+"""Rewrite RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
 
 Both operators read several pixels for each bin of each region, and compute their sum or maximum.
 The pixels are gathered as rows that contain all channels.  The regions get no gradient.  The
@@ -86,8 +86,8 @@ class _Axis:
 def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite RoiAlign, for which onnxruntime-training has no gradient.
 
-    In the mode ``avg``, each bin is the average of its bilinear samples.  In the mode ``max``, it
-    is the largest weighted pixel of all its samples.
+    In the mode ``avg``, each bin becomes the average of its bilinear samples.  In the mode ``max``,
+    each bin becomes the largest weighted pixel of all its samples.
     """
     x, rois, images = node.inputs[:3]
     assert x is not None

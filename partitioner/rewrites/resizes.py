@@ -1,4 +1,4 @@
-"""Rewrite of Resize, one axis after the other.
+"""Rewrite Resize, one axis after the other.
 
 An axis is resized by copying elements or by a product with a matrix of weights.  Formulas:
 Resize-19 at onnx.ai/onnx/operators.

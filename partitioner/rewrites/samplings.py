@@ -1,4 +1,4 @@
-"""Rewrites of GridSample and AffineGrid, which sample images at positions computed in the graph.
+"""Rewrite GridSample and AffineGrid, which sample images at positions computed in the graph.
 
 A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows
 that contain all channels.  The weights are polynomials of the position, so both the image and the

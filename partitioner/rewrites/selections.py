@@ -1,4 +1,4 @@
-"""Rewrites of operators that select or move elements, mostly with Gather, GatherND and Slice.
+"""Rewrite operators that select or move elements, mostly with Gather, GatherND and Slice.
 
 Each rewrite gives exactly the same values as the operator.  The gradient of an output element is
 added to the gradient of the input element that was selected.  Formulas: the definitions at

@@ -1,4 +1,4 @@
-"""Rewrites of step functions, which are constant between jumps and so have a gradient of zero."""
+"""Rewrite step functions, which are constant between jumps and so have a gradient of zero."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rewrites of trigonometric and hyperbolic functions and their inverses.
+"""Attach derivatives to trigonometric and hyperbolic functions and their inverses.
 
-Each function gets its textbook derivative.
+The derivatives are those from textbooks.
 """
 
 from __future__ import annotations
