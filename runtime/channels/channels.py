@@ -53,10 +53,7 @@ from splitonnx.runtime.wire.protocols import Protocol, list_wires
 from splitonnx.runtime.wire.transports import Transport
 
 GREETINGS = 10
-"""Most greetings in a row that the server may reject as outdated.
-
-After that, the client assumes that another client uses the same session.
-"""
+"""Most rejected greetings in a row; then the client assumes that another one has its session."""
 
 Dial: TypeAlias = Callable[[], Transport]
 """Opens a new connection, or raises ConnectionLost if that is not possible now."""
@@ -87,8 +84,7 @@ class Channel:
         transport: a connection that is already open.
         manifest: the client's manifest.
         session: the session's name.
-        find_resume_point: a function that returns the steps from which the client can resume;
-            called for each greeting.
+        find_resume_point: returns the steps from which the client can resume, for each greeting.
         backoff: how long to wait between attempts to reconnect.
         patient: whether to retry the first connection, too, if it fails.
 
@@ -194,12 +190,9 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step`` as a checkpoint.
+        """Ask the server to save its state at ``step``; return ``""``, or why it could not.
 
         With ``publish``, the server also writes the state as the outcome of the training.
-
-        Returns:
-            The reason why the server could not save the state, or ``""`` if it did.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.

@@ -46,15 +46,26 @@ def pool_at_once(
         for i in range(rank)
     ]
     sizes = [max((counts[i] - 1) * strides[i] + reaches[i], 0) for i in range(rank)]
-    field = np.full((*x_shape[:2], *(max(*pair) for pair in zip(sizes, padded.shape[2:], strict=True))), np.nan)
+    field = np.full(
+        (*x_shape[:2], *(max(*pair) for pair in zip(sizes, padded.shape[2:], strict=True))), np.nan
+    )
     field[(..., *kept)] = padded[(..., *kept)] if padded.ndim else padded
-    values = np.stack([
-        field[(..., *(
-            slice(at * step, at * step + (count - 1) * stride + 1, stride)
-            for at, step, count, stride in zip(offset, dilations, counts, strides, strict=True)
-        ))]
-        for offset in itertools.product(*map(range, kernel))
-    ])
+    values = np.stack(
+        [
+            field[
+                (
+                    ...,
+                    *(
+                        slice(at * step, at * step + (count - 1) * stride + 1, stride)
+                        for at, step, count, stride in zip(
+                            offset, dilations, counts, strides, strict=True
+                        )
+                    ),
+                )
+            ]
+            for offset in itertools.product(*map(range, kernel))
+        ]
+    )
     pooled = np.zeros((*x_shape[:2], *out_shape), padded.dtype)
     pooled[(..., *map(slice, counts))] = _reduce(values, pooling_type, p)
     return pooled
