@@ -13,7 +13,10 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -23,7 +26,8 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
 from splitonnx.names import Target
-from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner import partitions
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.parameters import TensorKind, classify_tensor
 from splitonnx.partitioner.partitions import cut
@@ -144,11 +148,11 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
     problem, data = build_problem(case)
     loss = problem.graph.output[0].name
     try:
-        bundle = cut(
-            problem, at=None, loss="from-model", output=loss, train=_list_trained(problem),
-            client_target=target, server_target=target,
-        )  # fmt: skip
-        prepared = prepare(open_model(problem), train=_list_trained(problem))
+        with _noting_what_is_prepared() as prepared:
+            bundle = cut(
+                problem, at=None, loss="from-model", output=loss, train=_list_trained(problem),
+                client_target=target, server_target=target,
+            )  # fmt: skip
     except SplitonnxError as error:
         return Outcome(
             case=case.name,
@@ -174,12 +178,35 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
         parameters=parameters,
         error=worst,
         loss_error=_compare_losses(float(found["loss"]), expected.loss, data),
-        rewritten=case.operator not in {node.op_type for node in prepared.training.graph},
+        rewritten=case.operator not in prepared.operators,
         worst=where,
         graph=bundle.client.graphs[STEP],
         feeds=feeds,
         found=found,
     )
+
+
+@dataclass(kw_only=True)
+class _Prepared:
+    """What :func:`cut` made of a model before it was differentiated."""
+
+    trainable: Collection[str] = ()
+    operators: Collection[str] = ()
+
+
+@contextmanager
+def _noting_what_is_prepared() -> Iterator[_Prepared]:
+    """Note what the model is that a cut differentiates; preparing it twice takes long."""
+    noted = _Prepared()
+
+    def note(*args: Any, **options: Any) -> PreparedModel:
+        prepared = prepare(*args, **options)
+        noted.trainable = set(prepared.trainable)
+        noted.operators = {node.op_type for node in prepared.training.graph}
+        return prepared
+
+    with patch.object(partitions, "prepare", note):
+        yield noted
 
 
 def _compare_losses(found: float, expected: float, data: Mapping[str, np.ndarray]) -> float:

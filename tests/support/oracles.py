@@ -17,6 +17,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_grid_sample
 
 from tests.support.doubles import DOUBLES
+from tests.support.pools import replace_pools
 
 STEP = 1e-6
 
@@ -72,6 +73,8 @@ class GridSample(op_grid_sample.GridSample):
 # DeformConv of onnx's own evaluator takes its class by this name
 op_grid_sample.GridSample = GridSample  # type: ignore[misc]
 
+
+replace_pools()
 
 _NARROW = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
