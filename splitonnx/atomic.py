@@ -160,8 +160,8 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
     """Create or replace the folder ``target`` atomically.
 
     ``write`` is called with the path of a temporary folder and must create the content there.  If
-    ``target`` exists, every folder that contains a file named ``marker`` is locked during the
-    replacement: ``target`` itself and its direct subfolders.
+    ``target`` exists, then ``target`` and each direct subfolder are locked during the replacement
+    if they contain a file named ``marker``.
 
     Raises:
         FolderInUse: one of the folders to lock is being served or trained.
@@ -212,7 +212,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Restore the old folder if a process was killed while it replaced ``target``."""
+    """Restore the old folder if a process was killed while it was replacing ``target``."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):

@@ -77,8 +77,8 @@ class PartyBundle:
     def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
         """Read a party's folder.
 
-        The weights are memory-mapped, or read into memory with ``is_held``.  If another program
-        truncates a mapped file, a process that reads it is killed by SIGBUS.
+        The weights are memory-mapped; with ``is_held``, they are read into memory instead.  If
+        another program truncates a mapped file, a process that reads it is killed by SIGBUS.
 
         If ``session`` is given and the folder still has the state that this session produced, that
         state is read; otherwise the newest state is read.

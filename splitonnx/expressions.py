@@ -36,7 +36,7 @@ def parse_terms(text: str) -> Terms:
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Compute a dimension from the sizes of its atoms.
+    """Compute a dimension from the sizes of its atoms (the names and quotients in it).
 
     Return ``None`` if a size is missing or a divisor is less than 1.
     """
@@ -51,7 +51,7 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
-    """Return the size of an atom, or compute it if the atom is a quotient.
+    """Return the size of an atom: look it up in ``sizes``, or compute it if it is a quotient.
 
     Return ``None`` if a size is missing or a divisor is less than 1.
     """
@@ -67,7 +67,7 @@ def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a dimension is a single atom that is not a quotient."""
+    """Return whether a dimension is a name, such as ``N``, and not an expression."""
     return parse_terms(text) == (((text,), 1),) and not is_quotient(text)
 
 
@@ -77,7 +77,7 @@ def is_quotient(atom: str) -> bool:
 
 
 def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int | None:
-    """Compute the size of the only unknown atom in a dimension whose own size is known.
+    """Compute the size of the only unknown atom (name or quotient) in a dimension of known size.
 
     ``atom`` is the unknown atom, ``text`` is the dimension, ``size`` is the dimension's size, and
     ``sizes`` are the sizes of the other atoms.  Return ``None`` if the dimension is not linear in
@@ -97,7 +97,10 @@ def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int 
 
 
 def find_unbound(text: str, sizes: Mapping[str, int]) -> list[str]:
-    """List the atoms of a dimension that have no known size, without duplicates."""
+    """List the atoms (names and quotients) in a dimension whose sizes are not known.
+
+    The list has no duplicates.
+    """
     atoms = dict.fromkeys(atom for atoms, _ in parse_terms(text) for atom in atoms)
     return [atom for atom in atoms if evaluate_atom(atom, sizes) is None]
 

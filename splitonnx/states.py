@@ -117,8 +117,8 @@ def read_state(
     The newest outcome is read if ``session`` is empty, or if the folder has no outcome of that
     session.  Return ``None`` if the folder has no outcome to read.
 
-    The tensors are memory-mapped, or read into memory with ``is_held``.  In both cases the checksum
-    of the file is verified.
+    The tensors are memory-mapped; with ``is_held``, they are read into memory instead.  In both
+    cases the checksum of the file is verified.
 
     Raises:
         BundleError, FormatError: the outcome cannot be read, or does not match the manifest.
@@ -177,7 +177,8 @@ def check_home(folder: Path, digest: str) -> None:
     """Check that ``folder`` still belongs to the bundle with this digest.
 
     Raises:
-        NotSaved: the folder was deleted or replaced after it was loaded; it is not created again.
+        NotSaved: the folder was deleted or replaced after it was loaded; the folder is not created
+        again.
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)

@@ -3,9 +3,10 @@
 Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
 number, a string or ``None``.  A string is a name that has the same size throughout a task, such as
 ``"N"``, or an expression of names, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
-``None`` allows any size from 1 up.  Names and expressions also have a size of at least 1, because
-native kernels rely on that.  Only the outputs of the model may have dimensions of size 0: no kernel
-reads them, and their size may depend on values.  This module depends on numpy and not on ONNX.
+``None`` allows any size of at least 1.  Names and expressions also have a size of at least 1,
+because native kernels rely on that.  Only the outputs of the model may have dimensions of size 0:
+no kernel reads them, and their size may depend on values.  This module depends on numpy and not on
+ONNX.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Return the safetensors name of a numpy dtype, or numpy's own name if it has none."""
+    """Return the safetensors name of a numpy dtype, or else numpy's own name for the dtype."""
     return _NAMES.get(dtype, str(dtype))
 
 

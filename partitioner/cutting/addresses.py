@@ -9,8 +9,8 @@ in its own process, with known bytes planted in memory:
 - GridSample reads outside the image when it reflects a distant coordinate, or reflects in an
   image of a single pixel.
 - RoiAlign accepts any image number and any box size.
-- MaxUnpool crashes the process on an index beyond its output.
-- Pad reflects and wraps beyond the end of an axis, and leaves memory uninitialized if an axis is
+- MaxUnpool crashes the process on an index outside its output.
+- Pad reads outside an axis when it reflects or wraps, and leaves memory uninitialized if an axis is
   cropped to length zero.
 - Col2Im, AffineGrid, LSTM, GRU, RNN and convolutions with a bias do not check that sizes match.
 - DFT along the axis of the imaginary parts leaves memory uninitialized.
@@ -137,7 +137,7 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each axis of a Pad's input is long enough to be cropped and repeated as asked."""
+    """Check that each axis of a Pad's input is long enough for the requested padding or cropping."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None
@@ -233,7 +233,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
 
 
 def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that an AffineGrid gets one matrix per image, in the right shape for the image."""
+    """Check that an AffineGrid gets one matrix per image, of the right shape for the image."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
     assert size is not None
@@ -276,7 +276,7 @@ def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the weights of an LSTM, GRU or RNN fit the size of its input and hidden state."""
+    """Check that the weights of an LSTM, GRU or RNN fit the sizes of its input and hidden state."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None

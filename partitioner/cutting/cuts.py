@@ -68,7 +68,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Both parties' sides of a cut at ``at`` and ``tail_at``, before the cut is checked."""
+    """The two sides of an unchecked cut at ``at`` and ``tail_at``, one side per party."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]
@@ -78,7 +78,7 @@ class Sides:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """Facts about a graph that are true wherever it is cut.
+    """Facts about a graph that do not depend on where it is cut.
 
     ``raw`` holds the inputs that are data, in the graph's order.  ``data`` holds the values that
     depend on these inputs, and ``private`` the values computed from them without a trained
@@ -196,7 +196,7 @@ def divide(
 def trace_sides(
     graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
 ) -> Sides:
-    """Find the nodes and values that each party needs for its own outputs: step one of three.
+    """Find the nodes and values that each party needs for its own outputs (step 1 of 3).
 
     The result may not be a legal cut yet: both parties may need the same node, and a party may need
     values that are not sent to it.
@@ -223,7 +223,7 @@ def trace_sides(
 
 
 def check_use(sides: Sides, data: Set[ir.Value]) -> None:
-    """Check that the server has nodes to run and each party uses what it receives: step two.
+    """Check that the server has nodes to run and each party uses what it receives (step 2 of 3).
 
     Raises:
         NotACut: the server would have nothing to compute, or a party does not use a named tensor.
@@ -241,7 +241,7 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
 def find_duplicated(
     graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
 ) -> frozenset[ir.Node]:
-    """Find the nodes that both parties compute from data, and check that they may: step three.
+    """Find the nodes that both parties compute from data, and check that they may (step 3 of 3).
 
     Both parties may compute a node if it depends only on raw inputs that are sent anyway.
 

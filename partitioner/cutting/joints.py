@@ -39,7 +39,7 @@ _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
 
 @dataclass(frozen=True, kw_only=True)
 class WireSpec:
-    """A tensor that the parties exchange: its crossing and its description in the manifest."""
+    """A tensor that the parties exchange, with its sender, its receiver and its manifest entry."""
 
     crossing: Crossing
     tensor: TensorSpec
@@ -90,7 +90,7 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
-    """Build the joint graph of training: add loss and ports, then differentiate the entire graph.
+    """Build the joint graph of training: add loss and :mod:`ports`, then differentiate the graph.
 
     ``at`` and ``tail_at`` name the tensors of the cut.  The loss is computed from ``output``.
     """
@@ -146,7 +146,7 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Build the joint graph of prediction: add ports to the inference form.
+    """Build the joint graph of prediction: add :mod:`ports` to the inference form.
 
     The server sends the outputs that it computes to the client.
     """

@@ -21,7 +21,7 @@ from splitonnx.partitioner.cutting.cuts import Partition
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An inserted port: its output, which is the tensor to send, with sender, receiver and kind."""
+    """An inserted port: its output (the tensor to send), its sender, its receiver and its kind."""
 
     value: ir.Value
     sender: str

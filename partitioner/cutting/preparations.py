@@ -63,9 +63,10 @@ def prepare(
     takes precedence.
 
     Raises:
-        UnsupportedModel: the model's operators cannot be converted to opset 18 to 21, or a pattern
-            matches nothing.
-        UsageError: a pattern is not a regular expression or has no effect.
+        UnsupportedModel: the model's operators cannot be converted to an opset from 18 to 21; or a
+            pattern matches no parameter, or only parameters that cannot be trained.
+        UsageError: a pattern is not a regular expression, or a pattern of ``freeze`` matches only
+            parameters that ``train`` selects.
     """
     work = Work(model=model, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)
     for step in PASSES:

@@ -1,6 +1,6 @@
 """Add checks to a graph before kernels of ONNX Runtime 1.19 that trust their inputs.
 
-Some kernels crash the process, or read beyond a tensor, if a dimension is empty, if two dimensions
+Some kernels crash the process, or read outside a tensor, if a dimension is empty, if two dimensions
 that should be equal differ, or if a label is not a class.  Sizes that the parties agree on
 (:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal.  All other sizes are
 checked while the graph runs.  The checks are made of standard operators: Gather raises an error if
@@ -65,8 +65,8 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 def is_bound(amount: Amount) -> bool:
     """Return whether a dimension is certain to be at least 1 in every task.
 
-    This is so for positive numbers, and for sums of products of named sizes that the parties agree
-    on.
+    This is true for positive numbers, and for sums of products of named sizes that the parties
+    agree on.
     """
     return amount != 0 and all(
         factor > 0 and not any(UNKNOWN in atom or is_quotient(atom) for atom in atoms)

@@ -75,7 +75,7 @@ def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) ->
 
 
 class SizeWatch:
-    """Keeps track of the nodes whose sizes a party can read from tensors that it has.
+    """A record of the nodes whose sizes a party can read from tensors that it has.
 
     A node waits until the party has all tensors whose shapes the node reads.
     """

@@ -62,9 +62,10 @@ class Update:
 def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
-    """Build a graph that computes a vector (F32) with each parameter's squared gradient norm.
+    """Build a graph that computes the squared gradient norm of each parameter.
 
-    The vector has the order of ``parameters`` and the name ``output``.
+    The norms form one float32 vector, in the order of ``parameters``; ``output`` is its name in the
+    graph.
     """
     builder = _Graph("norms")
     squares = []

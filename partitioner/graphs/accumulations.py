@@ -19,7 +19,8 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 class Line:
     """The axis of a tensor along which to accumulate, and the direction.
 
-    ``rank`` is the tensor's number of dimensions, ``length`` the axis's number of elements.
+    ``rank`` is the tensor's number of dimensions, and ``length`` the number of elements along the
+    axis.
     """
 
     axis: int

@@ -1,4 +1,4 @@
-"""Check once that nodes have the attributes that their operators require, and of the right types.
+"""Check once that nodes have the attributes that their operators require, with the right types.
 
 onnx's own checker skips some checks in bodies and functions.  For example, it accepts references to
 attributes outside functions.  Later steps can rely on the presence and type of attributes; the

@@ -23,7 +23,7 @@ class MissingOutput(Exception):
 
 
 class NodeBuilder:
-    """Builds a sequence of nodes; every node and value is named ``<prefix>/<number>``.
+    """A builder for a sequence of nodes; every node and value is named ``<prefix>/<number>``.
 
     ``nodes`` holds the nodes built so far, in order.
     """

@@ -1,6 +1,6 @@
 """Calculate with dimensions that are not known, such as ``4*N + 1`` for an unknown batch ``N``.
 
-An unknown size like ``N`` is called an *atom*; it has the same value everywhere in one run of a
+An unknown size such as ``N`` is called an *atom*; it has the same value everywhere in one run of a
 model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
 number or such a dimension.  Comparisons return a result only if it is the same for all sizes.
 Products of sums grow exponentially, so the number of terms, the number of factors and the length of
@@ -39,8 +39,8 @@ class TooLarge(Undecided):
 class Dim:
     """A dimension that is not known: a sum of products of atoms and integers.
 
-    Each term is a pair of its sorted atoms and its integer factor, such as ``(("N",), 4)`` for
-    ``4*N``.  At least one term has an atom.
+    Each term is a pair of its sorted atoms (unknown sizes) and its integer factor, such as
+    ``(("N",), 4)`` for ``4*N``.  At least one term has an atom.
     """
 
     terms: tuple[tuple[tuple[str, ...], int], ...]
@@ -50,7 +50,7 @@ class Dim:
 
     @property
     def atoms(self) -> frozenset[str]:
-        """The atoms that occur in this sum."""
+        """The atoms (unknown sizes) in this sum."""
         return frozenset(atom for atoms, _ in self.terms for atom in atoms)
 
     def __add__(self, other: Amount) -> Amount:
@@ -89,14 +89,15 @@ Place = TypeVar("Place")
 
 
 def make_atom(name: str) -> Dim:
-    """Return a dimension that is a single atom."""
+    """Return a dimension that is a single unknown size (an atom)."""
     return Dim((((name,), 1),))
 
 
 def parse_dim(text: str) -> Dim | int:
     """Parse a dimension's text as exporters write it, such as ``N``, ``2*s77`` or ``s0 + 1``.
 
-    If the text is not a sum of products, or exceeds the limits, it becomes the name of an atom.
+    If the text is not a sum of products, or exceeds the limits, the complete text becomes the name
+    of an unknown size.
     """
     try:
         return _collect(list(parse_terms(text)))
@@ -105,7 +106,7 @@ def parse_dim(text: str) -> Dim | int:
 
 
 def add(left: Amount, right: Amount) -> Amount:
-    """Add two amounts.
+    """Add two amounts (numbers or dimensions).
 
     Raises:
         TooLarge: the sum exceeds the limits.
@@ -114,7 +115,7 @@ def add(left: Amount, right: Amount) -> Amount:
 
 
 def multiply(left: Amount, right: Amount) -> Amount:
-    """Multiply two amounts.
+    """Multiply two amounts (numbers or dimensions).
 
     Raises:
         TooLarge: the product exceeds the limits.
@@ -123,10 +124,10 @@ def multiply(left: Amount, right: Amount) -> Amount:
 
 
 def bound(amount: Amount) -> Amount:
-    """Return an amount, after checking that it fits in 64 bits if it is a number.
+    """Return ``amount``; if it is a number, check first that it fits in 64 bits.
 
     Raises:
-        TooLarge: the amount is a number that takes more than 64 bits.
+        TooLarge: ``amount`` is a number that does not fit in 64 bits.
     """
     if not isinstance(amount, Dim) and not -_LARGEST <= amount < _LARGEST:
         raise TooLarge
@@ -158,12 +159,12 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def is_positive(amount: Amount) -> bool:
-    """Return whether an amount is certain to be at least 1, whatever its atoms are."""
+    """Return whether an amount is known to be at least 1 for all values of its unknown sizes."""
     return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
 def is_natural(amount: Amount) -> bool:
-    """Return whether an amount is certain to be at least 0, whatever its atoms are."""
+    """Return whether an amount is known to be at least 0 for all values of its unknown sizes."""
     return all(factor >= 0 for _, factor in list_terms(amount))
 
 
@@ -217,13 +218,13 @@ def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
 
 
 def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
-    """Divide amounts and round towards zero, like ONNX divides integers.
+    """Divide two amounts and round towards zero, as ONNX does when it divides integers.
 
-    If there may be a remainder, the quotient becomes a new atom, such as ``(N)//(2)``.
+    If there may be a remainder, the quotient becomes a new unknown size, such as ``(N)//(2)``.
 
     Raises:
         Undecided: the divisor may be 0, or one of the amounts may be negative.
-        TooLarge: the new atom's name would exceed the limit.
+        TooLarge: the name of the new unknown size would exceed the limit.
     """
     if not isinstance(amount, Dim) and not isinstance(divisor, Dim):
         if divisor == 0:
@@ -258,13 +259,13 @@ def _compose(sign: str, left: Amount, right: Amount) -> Dim:
 
 
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
-    """Find out how to compute each atom of ``wanted`` from a dimension in ``known``.
+    """Find out how to compute each unknown size in ``wanted`` from a dimension in ``known``.
 
-    Return for each atom a tuple (key, factor, offset).  It means that the dimension ``known[key]``
-    equals ``factor * atom + offset``.
+    Return a tuple (key, factor, offset) for each unknown size.  It means that the dimension
+    ``known[key]`` equals ``factor * size + offset``.
 
     Raises:
-        Undecided: an atom cannot be computed from any dimension; the message is the atom's name.
+        Undecided: a size cannot be computed from any dimension; the message is the size's name.
     """
     atoms = wanted.atoms if isinstance(wanted, Dim) else frozenset[str]()
     return {atom: _solve_atom(atom, known) for atom in sorted(atoms)}
@@ -283,18 +284,18 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Return an atom for a dimension about which nothing is known, named after value and axis."""
+    """Return a new unknown size, named after the value and the axis that have this size."""
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 
 
 def is_unknown(amount: Amount) -> bool:
-    """Return whether an amount contains an atom that :func:`name_unknown` created."""
+    """Return whether an amount contains an unknown size that :func:`name_unknown` created."""
     return isinstance(amount, Dim) and any(UNKNOWN in atom for atom in amount.atoms)
 
 
 def list_terms(amount: Amount) -> list[tuple[tuple[str, ...], int]]:
-    """List an amount's terms as pairs of their atoms and their integer factor."""
+    """List the terms of an amount, each as a pair of its unknown sizes and its integer factor."""
     return list(amount.terms) if isinstance(amount, Dim) else [((), int(amount))]
 
 

@@ -31,7 +31,7 @@ _Declared = tuple[int, tuple[int | str, ...] | None]
 
 
 class Schemas:
-    """Infers the types of node outputs for one opset.
+    """Type inference for the outputs of single nodes, for one opset.
 
     Results are cached for nodes without attributes and without constant inputs.
     """

@@ -92,7 +92,7 @@ _Shapes = Sequence[Sequence[Amount | None] | None]
 
 
 class Inference:
-    """Infers and stores the shapes and contents of a graph's values.
+    """The inferred shapes and contents of a graph's values.
 
     Call :meth:`visit` for each node in topological order.  For a value that no visited node
     computes, the declared shape is used, and the content is known only if it is a small constant.

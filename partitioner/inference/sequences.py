@@ -35,7 +35,7 @@ class _Unknown(Exception):
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:
-    """Make nodes read tensors directly and not through sequences, in place.
+    """Change nodes, in place, to read tensors directly and not through sequences.
 
     Outputs keep their names.  Return whether any node was replaced.
     """

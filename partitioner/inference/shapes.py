@@ -131,8 +131,9 @@ def check_ranks(graph: ir.Graph) -> None:
     """Check the dimensions of images, kernels and outputs, and the axes of normalizations.
 
     Images and kernels must have the same number of dimensions, outputs must not be unreasonably
-    large, and a LayerNormalization's axis must exist.  onnx's checker does not check this, but
-    otherwise onnxruntime-training 1.19.2 reads beyond its vectors and crashes the process.
+    large, and a LayerNormalization's axis must exist.  onnx's checker does not check this.  If
+    these conditions are not met, onnxruntime-training 1.19.2 reads outside its vectors and crashes
+    the process.
 
     Raises:
         NotAModel: a node's dimensions or axis are invalid.

@@ -135,9 +135,9 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 def is_defective(node: ir.Node) -> bool:
     """Return whether the kernel of a node fails in onnxruntime-training 1.19.2.
 
-    AveragePoolGrad fails with a dynamic batch size.  ConvGrad with groups writes beyond its output
-    unless there are two spatial dimensions, because Col2imNd gets the extent of all groups.  This
-    corrupts the heap, so wrong values appear elsewhere in the graph, or the process crashes.
+    AveragePoolGrad fails with a dynamic batch size.  ConvGrad with groups writes outside its output
+    unless there are two spatial dimensions, because Col2imNd gets the size of all groups together.
+    This corrupts the heap, so wrong values appear elsewhere in the graph, or the process crashes.
     """
     if node.op_type == "ConvGrad":
         weights = node.inputs[2]

@@ -19,7 +19,7 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 
 
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace ReluGrad with Where: dy for x > 0, else 0.
+    """Replace ReluGrad with a Where that selects dy if x > 0, and 0 otherwise.
 
     The second input of the node may be y instead of x, because y > 0 is true for the same elements.
     """
@@ -29,7 +29,7 @@ def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace LeakyReluGrad with Where: dy for y > 0, else alpha * dy."""
+    """Replace LeakyReluGrad with a Where that selects dy if y > 0, and alpha * dy otherwise."""
     dy, y = take_inputs(node, 2)
     alpha = builder.number(node.attributes.get_float("alpha", 0.01), dy.dtype)
     positive = builder.op("Greater", y, builder.number(0.0, dy.dtype))

@@ -18,10 +18,11 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Add the list of all axes to each Pad without axes, in place, also inside bodies.
+    """Keep ONNX Runtime from merging Pad nodes into poolings, by listing all their axes explicitly.
 
-    ONNX Runtime does not merge such a Pad with a pooling.  A Pad that is read only by convolutions
-    is left unchanged: for convolutions, merging is right and saves a copy.
+    ONNX Runtime does not merge a Pad that lists its axes.  The graph and its bodies are changed in
+    place.  A Pad whose output only convolutions read is left unchanged, because merging it into a
+    convolution is correct and saves a copy.
     """
     for node in list(graph):
         for body in list_bodies(node):

@@ -51,7 +51,7 @@ def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SliceGrad with ScatterElements: write each gradient to the element that was selected.
+    """Replace SliceGrad with a ScatterElements that writes each gradient to the selected element.
 
     Elements that were not selected get zero.  Starts, ends and steps may have any values.
     """
@@ -74,7 +74,7 @@ def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace GatherGrad with ScatterND: add each gradient to the row that was gathered."""
+    """Replace GatherGrad with a ScatterND that adds each gradient to the gathered row."""
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
@@ -103,7 +103,7 @@ def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace GatherNDGrad with ScatterND: add each gradient to the slice that was gathered."""
+    """Replace GatherNDGrad with a ScatterND that adds each gradient to the gathered slice."""
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:

@@ -175,7 +175,7 @@ class Isolation:
         return answer
 
     def end(self) -> str:
-        """End the process, if it is running, and return its exit code or signal.
+        """Stop the process if it is running, and return its exit code or signal.
 
         If it is not running, return an empty string.
         """
@@ -183,7 +183,7 @@ class Isolation:
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Abandon the process after a fork, in the child: two processes must not share its pipes.
+        """Abandon the process in a forked child, because two processes must not share its pipes.
 
         The next call in the child starts a new process.  The parent keeps the old process.
         """

@@ -2,7 +2,7 @@
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
 ``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes one window too many if the last window would
-start after the end of the image, and AveragePool counts elements beyond the padding, contrary to
+start after the end of the image, and AveragePool counts elements outside the padding, contrary to
 the standard.  With explicit ``pads``, the results are right.  Formulas: Conv-11, MaxPool-12 and
 AveragePool-19 at onnx.ai/onnx/operators.
 """

@@ -46,7 +46,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
     matches no parameter, the constants that it matches become parameters.
 
     Raises:
-        UnsupportedModel: a pattern matches nothing, or nothing that can be trained.
+        UnsupportedModel: a pattern matches no tensor, or only tensors that cannot be trained.
         UsageError: a pattern is not a regular expression.
     """
     _hoist(graph)
@@ -107,7 +107,8 @@ def assign_roles(
 
     Raises:
         UnsupportedModel: a pattern of ``freeze`` matches no weight.
-        UsageError: a pattern is not a regular expression, or ``freeze`` has no effect.
+        UsageError: a pattern is not a regular expression, or a pattern of ``freeze`` matches only
+            weights that ``train`` selects.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     frozen: set[str] = set()

@@ -40,7 +40,7 @@ def _bend(
 
 
 def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Keep Celu and attach its derivative: 1 for x > 0, else exp(x / alpha).
+    """Keep Celu and attach its derivative, which is 1 if x > 0 and exp(x / alpha) otherwise.
 
     onnxruntime-training has no gradient for Celu, so its derivative is attached explicitly (see
     :mod:`tangents`).
@@ -49,7 +49,7 @@ def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Keep Elu and attach its derivative: 1 for x > 0, else alpha * exp(x).
+    """Keep Elu and attach its derivative, which is 1 if x > 0 and alpha * exp(x) otherwise.
 
     onnxruntime-training has no gradient for Elu, so its derivative is attached explicitly (see
     :mod:`tangents`).
@@ -58,10 +58,10 @@ def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Keep Selu and attach its derivative: gamma for x > 0, else gamma * alpha * exp(x).
+    """Keep Selu and attach its derivative.
 
-    onnxruntime-training has no gradient for Selu, so its derivative is attached explicitly (see
-    :mod:`tangents`).
+    The derivative is gamma if x > 0, and gamma * alpha * exp(x) otherwise.  onnxruntime-training
+    has no gradient for Selu, so its derivative is attached explicitly (see :mod:`tangents`).
     """
     alpha = node.attributes.get_float("alpha", _SELU[0])
     gamma = node.attributes.get_float("gamma", _SELU[1])
@@ -145,7 +145,7 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite LeakyRelu with a negative ``alpha`` as a Where: x for x >= 0, else alpha * x.
+    """Rewrite LeakyRelu with a negative ``alpha`` as a Where that selects x or alpha * x.
 
     Other LeakyRelu nodes are left unchanged.  The gradient operator of onnxruntime-training,
     LeakyReluGrad, derives the sign of x from the sign of y; with a negative ``alpha`` the two signs
@@ -159,7 +159,7 @@ def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_prelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite PRelu with Where: x for x >= 0, else slope * x.
+    """Rewrite PRelu as a Where that selects x if x >= 0, and slope * x otherwise.
 
     onnxruntime-training has no gradient for PRelu.
     """
@@ -173,7 +173,7 @@ def _choose_negative(builder: NodeBuilder, x: ir.Value, scaled: ir.Value) -> ir.
 
 
 def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ThresholdedRelu with Where: x for x > alpha, else 0.
+    """Rewrite ThresholdedRelu as a Where that selects x if x > alpha, and 0 otherwise.
 
     onnxruntime-training has no gradient for ThresholdedRelu.
     """
@@ -185,8 +185,9 @@ def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Shrink with Where: x + bias for x < -lambd, x - bias for x > lambd, else 0.
+    """Rewrite Shrink with Where nodes that select one of three values.
 
+    The result is x + bias if x < -lambd, x - bias if x > lambd, and 0 otherwise.
     onnxruntime-training has no gradient for Shrink.
     """
     x = take_input(node)

@@ -70,7 +70,7 @@ def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
     If the exponent is a single constant number other than 0, onnxruntime-training's gradient is
     used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and
     x ** y * log(x) with respect to the exponent y.  The derivative with respect to y is 0 if x is
-    not positive, because not every real power of such an x exists.
+    not positive, because not every power of a negative number or zero exists.
 
     The gradient builder of onnxruntime-training 1.19.2 accepts only exponents that are floats and
     not parameters.  If the base is broadcast to the shape of the exponent, the builder does not sum
@@ -144,7 +144,7 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
 def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove a Cast to the dtype that its input already has; leave other casts unchanged.
 
-    The graph optimizer of onnxruntime-training 1.19.2 can fail on such a Cast.
+    The graph optimizer of onnxruntime-training 1.19.2 can fail on a Cast that changes nothing.
 
     Raises:
         UnsupportedModel: the new dtype is a float of 8 bits or less, which has no gradient.

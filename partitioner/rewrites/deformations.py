@@ -1,9 +1,9 @@
 """Rewrite DeformConv, a convolution that reads pixels at positions computed in the graph.
 
-The pixels are sampled like in GridSample, with zeros beyond the image, and multiplied by the
-weights as one matrix.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv 1811.11168).  ONNX
-Runtime 1.19.2 has no kernel for DeformConv, so a model with this operator can be trained, but ONNX
-Runtime cannot run it for prediction.
+The pixels are sampled as in GridSample, with zeros outside the image, and then multiplied by the
+weights in a single matrix product.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv
+1811.11168).  ONNX Runtime 1.19.2 has no kernel for DeformConv, so a model with this operator can be
+trained, but ONNX Runtime cannot run it for prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Values = Sequence[ir.Value]
 
 
 def rewrite_deform_conv(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite DeformConv: sample the pixels of all windows and multiply them by the weights.
+    """Rewrite DeformConv by sampling the pixels of all windows and multiplying them by the weights.
 
     If the node has a mask, the pixels are multiplied by the mask first.  onnxruntime-training has
     no gradient for DeformConv.

@@ -67,7 +67,7 @@ def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
 
 
 def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[Extent]:
-    """List the extents of all dimensions of a value.
+    """List the extents (sizes) of all dimensions of a value.
 
     Raises:
         UnsupportedModel: the number of dimensions is not known.
@@ -80,12 +80,12 @@ def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[E
 
 
 def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return an extent as an int64 vector of one element."""
+    """Return an extent (a size) as an int64 vector with one element."""
     return builder.integers([extent]) if isinstance(extent, int) else extent
 
 
 def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
-    """Return the product of extents."""
+    """Return the product of extents (sizes)."""
     known, result = 1, None
     for extent in extents:
         if isinstance(extent, int):
@@ -98,21 +98,21 @@ def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
 
 
 def divide(builder: NodeBuilder, extent: Extent, by: int) -> Extent:
-    """Return an extent divided by ``by``, rounded down."""
+    """Return an extent (a size) divided by ``by`` and rounded down."""
     if isinstance(extent, int):
         return extent // by
     return extent if by == 1 else builder.op("Div", extent, builder.integers([by]))
 
 
 def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
-    """Return the sum of an extent and a number."""
+    """Return the sum of an extent (a size) and a number."""
     if isinstance(extent, int):
         return extent + number
     return extent if number == 0 else builder.op("Add", extent, builder.integers([number]))
 
 
 def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Concatenate extents into one shape vector."""
+    """Concatenate extents (sizes) into one shape vector."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -129,7 +129,7 @@ def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Reshape a value to the given extents.
+    """Reshape a value to the given extents (sizes).
 
     If exactly one extent is computed in the graph, the Reshape node infers this extent itself.
     """
@@ -148,7 +148,7 @@ def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Return an extent as a value of type ``dtype``, for calculations."""
+    """Return an extent (a size) as a value of type ``dtype``, for calculations."""
     if isinstance(extent, int):
         return builder.number(extent, dtype)
     return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

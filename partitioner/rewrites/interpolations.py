@@ -1,8 +1,7 @@
 """Interpolation along one axis: which input elements each output element reads, and their weights.
 
-Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing works like in the reference
-implementation of the onnx package.  This module only calculates with sizes and scales; it does not
-build graphs.
+Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing works as in the reference implementation
+of the onnx package.  This module only calculates with sizes and scales; it does not build graphs.
 """
 
 from __future__ import annotations
@@ -71,10 +70,10 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 
 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
-    """Return the index of the input element that each output element copies.
+    """For each output element, return the index of the input element that it copies.
 
-    The positions are computed in float32, like in ONNX Runtime, because rounding can decide which
-    of two neighbours is nearer.
+    The positions are computed in float32, as in ONNX Runtime, because rounding can decide which of
+    two neighbours is nearer.
     """
     x = find_coordinates(sampling, np.float32)
     match mode:
@@ -91,7 +90,7 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return a boolean mask of the output elements that lie outside the input.
+    """Return a boolean mask of the output elements whose positions are outside the input.
 
     These elements get the extrapolation value.
     """

@@ -1,10 +1,10 @@
 """Rewrite Pad and CenterCropPad so that they can be differentiated.
 
-In constant mode, onnxruntime-training differentiates Pad, also with negative widths, but its
-gradient ignores the axes that a Pad may name.  The other modes copy elements, and the position of
-an output element determines which element it copies.  Formulas: Pad-21 and CenterCropPad-18 at
-onnx.ai/onnx/operators.  Like in ONNX Runtime, negative widths are cropped before the rest is
-padded.
+In constant mode, onnxruntime-training differentiates Pad even if widths are negative, but its
+gradient ignores the list of axes that a Pad may have.  The other modes copy elements, and the
+position of an output element determines which element it copies.  Formulas: Pad-21 and
+CenterCropPad-18 at onnx.ai/onnx/operators.  As in ONNX Runtime, axes are first cropped by negative
+widths and then padded by positive widths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewrite LSTM, GRU and RNN: unroll them in time.
+"""Rewrite LSTM, GRU and RNN by unrolling them in time.
 
 One matrix product multiplies the inputs of all steps, for both directions, by their weights.  Each
 step then needs one more product, with the hidden state.  The sequence length must be known, but the

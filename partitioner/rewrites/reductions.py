@@ -118,7 +118,7 @@ def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ReduceProd: split each axis into halves and multiply them until one element is left.
+    """Rewrite ReduceProd by halving each axis and multiplying the halves until one element is left.
 
     onnxruntime-training has no gradient for ReduceProd.  Nothing is divided, so elements that are
     zero cause no errors.  For an axis of unknown length, the derivative is attached instead.

@@ -49,9 +49,9 @@ class Taps:
 class ImageAxis:
     """One axis of an image.
 
-    ``size`` is the number of pixels, and ``padding`` the node's ``padding_mode``, which defines how
-    the image continues beyond its borders.  With ``corners``, the borders are at the centres of the
-    outermost pixels instead of at their edges.
+    ``size`` is the number of pixels, and ``padding`` the node's ``padding_mode``, which defines the
+    values outside the image.  With ``corners``, the borders are at the centres of the outermost
+    pixels instead of at their edges.
     """
 
     builder: NodeBuilder
@@ -66,7 +66,7 @@ class ImageAxis:
 
     @property
     def length(self) -> ir.Value:
-        """The number of pixels, as a value of the image's dtype."""
+        """The number of pixels along this axis, as a value of the image's dtype."""
         return to_number(self.builder, self.size, self.dtype)
 
     @property
@@ -90,7 +90,7 @@ class ImageAxis:
         return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
     def fold(self, x: ir.Value) -> ir.Value:
-        """Reflect coordinates at the borders until they are inside."""
+        """Reflect coordinates at the borders until they are inside the image."""
         builder = self.builder
         if self.corners and self.size == 1:
             return self.clamp(x)
@@ -105,7 +105,7 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Move coordinates from beyond the borders inside, by clamping or reflecting them.
+        """Move coordinates that are outside the image into it, by clamping or reflecting them.
 
         With the padding ``"zeros"``, the coordinates stay unchanged.
         """

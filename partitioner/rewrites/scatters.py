@@ -2,8 +2,8 @@
 
 onnxruntime-training builds wrong gradients for them, because it treats every reduction like "none".
 With the rewrites, each reduction has its own gradient.  For max and min, all elements that equal
-the result share the gradient evenly, like in Max and Min.  For mul, the derivative of each factor
-is the product of the other factors, even if one of them is zero.  Indices may occur several times.
+the result share the gradient evenly, as in Max and Min.  For mul, the derivative of each factor is
+the product of the other factors, even if one of them is zero.  Indices may occur several times.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Interpolation along an axis whose size is known only at run time.
 
-The graph computes the weights, with the formulas of :mod:`interpolations`, in float32 like in ONNX
+The graph computes the weights, with the formulas of :mod:`interpolations`, in float32 as in ONNX
 Runtime.
 """
 
@@ -59,7 +59,7 @@ class Stretch:
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """Return the index of the input element that each output element copies, as int64."""
+        """For each output element, return the int64 index of the input element that it copies."""
         builder, x = self.builder, self.find_coordinates()
         half = builder.number(0.5, _FLOAT)
         if mode == "round_prefer_floor":

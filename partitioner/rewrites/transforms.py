@@ -19,10 +19,10 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite DFT as a product with the matrix of the transform along the axis.
+    """Rewrite DFT as a multiplication by the DFT matrix along the axis.
 
-    Real and imaginary parts are combined into one axis for this product.  onnxruntime-training has
-    no gradient for DFT.
+    Real and imaginary parts are combined into one axis for this multiplication.
+    onnxruntime-training has no gradient for DFT.
     """
     x = node.inputs[0]
     assert x is not None

@@ -87,7 +87,7 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Close the connection, without the closing handshake if too many bytes are unread."""
+        """Close the connection; skip the closing handshake if too many bytes are unread."""
         if "bytes" in self._pauses:
             self.close_socket()
         else:
@@ -102,7 +102,7 @@ class BoundedConnection(ClientConnection):
         super().close_socket()
 
     def take(self, size: int) -> None:
-        """Record that a message of ``size`` bytes was taken, and resume reading if possible."""
+        """Record that the caller has read ``size`` bytes, and resume reading if possible."""
         with self._flow_mutex:
             self._whole -= size
             if self._whole <= READ_AHEAD:

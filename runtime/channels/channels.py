@@ -74,7 +74,7 @@ class ResumePoint:
 
 
 class Channel:
-    """A client's logical connection to its server for one session; it reconnects by itself.
+    """A client's logical connection to its server for one session; it reconnects automatically.
 
     ``step`` is the step at which both sides continued after the last greeting.  It is the client's
     own step, or an earlier step whose state the client has kept.
@@ -84,9 +84,10 @@ class Channel:
         transport: a connection that is already open.
         manifest: the client's manifest.
         session: the session's name.
-        find_resume_point: returns the steps from which the client can resume, for each greeting.
+        find_resume_point: called before each greeting; returns the steps from which the client can
+        resume.
         backoff: how long to wait between attempts to reconnect.
-        patient: whether to retry the first connection, too, if it fails.
+        patient: whether to also retry the first connection if it fails.
 
     Raises:
         ConnectionLost, ServerBusy: the server cannot be reached, or it is full.
@@ -190,7 +191,7 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step``; return ``""``, or why it could not.
+        """Ask the server to save its state at ``step``; return ``""``, or the reason if it fails.
 
         With ``publish``, the server also writes the state as the outcome of the training.
 

@@ -73,7 +73,7 @@ class Client:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        FolderInUse: ``resume`` is set, and another client trains in the folder.
+        FolderInUse: ``resume`` is set, and another client is training in the folder.
         UsageError: a server is missing, or was given although the model is not split; or the seed
             or ``give_up_after`` is negative.
         ConnectionLost: the server cannot be reached.
@@ -204,7 +204,7 @@ class Client:
             DataError: the data do not fit the model or contain NaN, or a loss is not finite.
             StageFailed: a stage cannot be loaded or run.
             UnfinishedRun: the folder holds an interrupted run; resume it, or use ``restart``.
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
             UsageError: a number is out of range; this client is already running a fit; or the
                 resumed run started with a different seed, batch size, shuffling or number of
                 samples.
@@ -309,7 +309,7 @@ class Client:
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
             NotSaved: the server could not save, or the state of the client's part is not finite.
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
             StepsLost: the server lost steps, and both sides went back to an earlier step;
                 :meth:`fit` with ``save`` repeats the lost steps.
             ConnectionLost, RemoteFault: the server is gone, or reported an internal error.

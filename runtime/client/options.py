@@ -17,7 +17,7 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """The options of :meth:`Client.fit`, which explains them.
+    """The options of :meth:`Client.fit`; see that method for their meaning.
 
     That method's ``data`` is called ``training`` here, and its ``eval_data`` is called
     ``held_out``.

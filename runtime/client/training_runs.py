@@ -61,7 +61,7 @@ class TrainingRun:
         until :meth:`release`.
 
         Raises:
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
         """
         party = executor.party
         lock = FolderLock.acquire(party.path) if resume and party.path is not None else None
@@ -80,7 +80,7 @@ class TrainingRun:
         """Lock the folder against other clients until :meth:`release`; may be called twice.
 
         Raises:
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
         """
         if self._lock is None and self._party.path is not None:
             self._lock = FolderLock.acquire(self._party.path)
@@ -110,7 +110,7 @@ class TrainingRun:
         Raises:
             NotSaved: the checkpoint cannot be written; earlier checkpoints are kept.
             BundleError: the bundle exists only in memory.
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
         """
         if self._store is None:
             raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
@@ -133,7 +133,7 @@ class TrainingRun:
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
         """
         self.hold()
         text = "" if position is None else msgspec.json.encode(position).decode()
@@ -165,7 +165,7 @@ class TrainingRun:
     def take_position(self, start: DataPosition) -> DataPosition:
         """Return the position in the data to begin at: ``start``, or where the run was interrupted.
 
-        The position of an interrupted run is returned only once.
+        The position of an interrupted run is returned only by the first call.
 
         Raises:
             UsageError: the resumed run started with a different seed, batch size, shuffling or
@@ -187,12 +187,12 @@ class TrainingRun:
     def begin_run(self, *, restart: bool) -> None:
         """Lock the folder, and check that it has no unfinished run of another session.
 
-        With ``restart``, such a run is not an error: the checkpoints of all other sessions are
-        deleted.
+        With ``restart``, an unfinished run is not an error: the checkpoints of all other sessions
+        are deleted.
 
         Raises:
             UnfinishedRun: the folder has an unfinished run.
-            FolderInUse: another client trains in the folder.
+            FolderInUse: another client is training in the folder.
         """
         self.hold()
         found = find_unfinished(self._party)
@@ -207,7 +207,7 @@ class TrainingRun:
 
 
 def find_unfinished(party: PartyBundle) -> Checkpoint | None:
-    """Return the newest checkpoint of the last unfinished run; ``None`` if all are finished."""
+    """Return the newest checkpoint of the last unfinished run, or ``None`` if all are finished."""
     if party.path is None:
         return None
     for session in list_sessions(party.path):

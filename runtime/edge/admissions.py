@@ -95,7 +95,7 @@ class Admission:
     def enter(self, connection: Connection) -> None:
         """Add a new connection, whose client has not shown a token yet.
 
-        If too many such connections are open, the oldest is closed.
+        If too many connections without a token are open, the oldest of them is closed.
         """
         if len(self._unauthenticated) >= self.limits.unauthenticated:
             self._send_away(Refusal.TOO_MANY_UNAUTHENTICATED)

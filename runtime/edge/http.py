@@ -83,7 +83,10 @@ class HttpRequest:
 
 
 class HttpResponse(NamedTuple):
-    """An HTTP response; ``headers`` are added to the default headers, or replace them."""
+    """An HTTP response.
+
+    ``headers`` are added to the default headers, and replace those of the same name.
+    """
 
     status: int
     content_type: str
@@ -106,9 +109,10 @@ METHODS = ("GET", "HEAD")
 def make_response(
     status: int, content_type: str, body: bytes, others: Mapping[str, str] = MappingProxyType({})
 ) -> Response:
-    """Build an HTTP response with default headers; ``others`` adds or replaces headers.
+    """Build an HTTP response with default headers.
 
-    The connection is closed after the response.
+    ``others`` are added to the default headers, and replace those of the same name.  The connection
+    is closed after the response.
     """
     headers = {
         "Content-Type": content_type,

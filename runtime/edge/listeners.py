@@ -1,8 +1,8 @@
 """Listening sockets that limit how many accepted connections may be in their handshake.
 
 During its TLS handshake, a connection takes about 300 KiB of memory and is known only to asyncio's
-event loop.  So connections are counted from ``accept`` until the handshake is complete or the
-socket is closed.
+event loop.  So connections are counted from the moment they are accepted until the handshake is
+complete or the socket is closed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HandshakeQuota:
     """A limit on how many of a server's sockets may be in their handshake at the same time.
 
     ``capacity`` is the limit.  If it is reached when a socket arrives, the oldest socket is shut
-    down; but if the oldest has had less than ``GRACE_SECONDS``, the new socket is refused instead.
+    down; but if that socket is less than ``GRACE_SECONDS`` old, the new socket is refused instead.
     So a flood of connections can neither keep other clients out for long nor make the server start
     more handshakes than it can finish.  ``on_full`` is called each time this happens.
     ``on_scarce`` is called for each connection that is closed because no file descriptors are left.
@@ -74,10 +74,11 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Count a connection that was ended early; collect garbage once every ``SWEEP`` calls.
+        """Count a connection that was closed early, and regularly run the garbage collector.
 
-        For each connection, asyncio keeps a reference cycle that has few objects but takes 256 KiB.
-        The garbage collector counts objects, not bytes, so hundreds of such cycles would pile up.
+        The collector runs once per ``SWEEP`` calls.  For each connection, asyncio keeps a reference
+        cycle that has few objects but takes 256 KiB.  The garbage collector counts objects, not
+        bytes, so hundreds of such cycles would pile up.
         """
         self._dropped += 1
         if self._dropped % SWEEP == 0:
@@ -204,9 +205,9 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an exception in the event loop, but ignore a lack of file descriptors.
+    """Handle an exception in the event loop, but ignore errors caused by a lack of descriptors.
 
-    :class:`Listener` has already reported that lack.
+    :class:`Listener` has already reported these errors.
     """
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in SCARCE):

@@ -61,7 +61,7 @@ def strip_port(host: str) -> str:
 def is_fixed(host: str) -> bool:
     """Return whether a ``Host`` header is ``localhost`` or an IP address.
 
-    DNS rebinding cannot redirect such a host to another machine.
+    DNS rebinding cannot redirect these hosts to another machine.
     """
     name = strip_port(host)
     if name == "localhost":

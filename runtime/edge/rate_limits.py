@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """A token bucket that allows ``rate`` events per second, and bursts of as many events.
+    """A token bucket that allows ``rate`` events per second, and bursts of up to ``rate`` events.
 
     The caller passes the current time.
     """

@@ -41,8 +41,8 @@ class Decision:
 class RequestPolicy:
     """The rules by which a server decides on HTTP requests.
 
-    Without ``authorize``, every client is admitted.  Its owner is then the common name in its TLS
-    certificate, or ``""`` if it has no certificate.
+    Without ``authorize``, every client is admitted, and the common name in its TLS certificate is
+    used as the owner (``""`` if it has no certificate).
     """
 
     def __init__(

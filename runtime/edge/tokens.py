@@ -1,9 +1,9 @@
 """Bearer tokens: authentication of clients, the owner of each token, and its roles.
 
 A new token has 256 random bits and is shown once.  The server's file stores only its SHA-256 hash,
-so that nobody can log in with what the file contains.  A slow hash, as for passwords, is not
-needed, because the random bits cannot be guessed.  Each line has an owner's name, a hash and
-perhaps roles::
+so that nobody can log in with the content of the file.  A slow hash, as for passwords, is not
+needed, because the random bits cannot be guessed.  Each line has an owner's name, a hash and,
+optionally, roles::
 
     clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 

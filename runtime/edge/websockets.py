@@ -39,7 +39,7 @@ PING_SECONDS = 20.0
 
 
 class Peer:
-    """A client's connection, as the server sees it.
+    """The server's side of a client's connection.
 
     The methods raise ConnectionLost if the connection has ended.
     """
@@ -161,8 +161,8 @@ async def serve(
     returns.  ``authorize`` is called with the token from the request's header, and returns the
     token's identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that
     sends no token in the header is connected without authentication, and ``handle`` may admit it
-    later.  Without ``authorize``, every client is admitted; its owner is the common name in its
-    certificate, if ``tls`` requests certificates, and otherwise ``""``.
+    later.  Without ``authorize``, every client is admitted.  If ``tls`` requests certificates, the
+    owner is then the common name in the client's certificate; otherwise, it is ``""``.
 
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
     pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,

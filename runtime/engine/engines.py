@@ -121,9 +121,9 @@ class Engine:
     that a stage frees and reuses it in the next run.
 
     A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
-    Ctrl-C stops a stage that runs in the main thread.  ``on_stuck`` is called with the name of a
-    stage that does not stop when it should.  Denormals are flushed to zero in every thread if the
-    platform supports it (:mod:`denormals`).
+    Ctrl-C stops a stage that is running in the main thread.  ``on_stuck`` is called with the name
+    of a stage that does not stop when it should.  Denormals are flushed to zero in every thread if
+    the platform supports it (:mod:`denormals`).
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.

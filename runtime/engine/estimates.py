@@ -45,7 +45,7 @@ _KEEPING = frozenset(_KEEPS.split())
 
 
 class Estimates:
-    """Memory estimates for one party's tasks; ``graphs`` has the stages' graphs by file name."""
+    """Memory estimates for one party's tasks; ``graphs`` maps file names to the stages' graphs."""
 
     def __init__(self, manifest: PartyManifest, graphs: Mapping[str, bytes]) -> None:
         self._phases = {phase.name: phase for phase in manifest.phases}

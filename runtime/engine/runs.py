@@ -30,7 +30,7 @@ A single large operator may take longer.
 class RunOptions(Protocol):
     """The part of ONNX Runtime's run options that is used here.
 
-    Setting ``terminate`` to ``True`` ends the run.
+    Setting ``terminate`` to ``True`` stops the run.
     """
 
     terminate: bool
@@ -54,15 +54,15 @@ class Run:
         self._ending: _Ending | None = None
 
     def end(self, ending: _Ending) -> None:
-        """Ask ONNX Runtime to end the run."""
+        """Ask ONNX Runtime to stop the run."""
         if self._ending is None:
             self._ending = ending
         self._options.terminate = True
 
     def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
-        """Raise the exception that fits the reason why the run was ended.
+        """Raise the exception that describes why the run was stopped.
 
-        If nobody ended the run, raise ``StageFailed`` with ``reason``.
+        If nobody stopped the run, raise ``StageFailed`` with ``reason``.
         """
         match self._ending:
             case _Ending.LATE:

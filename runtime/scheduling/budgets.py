@@ -108,10 +108,10 @@ class Budget:
     def ask(self, task: Task, owner: Hashable, size: int) -> asyncio.Future[None]:
         """Request memory for a new task; the returned future is done once the memory is granted.
 
-        If similar tasks of this user grew lately, the request is for the size that they grew to.  A
-        task that already has enough memory keeps it.  A task that has too little loses its memory
-        at once; so if :meth:`lacks` returns true, abort the open task before this call.  Cancel the
-        future to withdraw the request.
+        If similar tasks of this user recently needed more memory than ``size``, that larger amount
+        is requested.  A task that already has enough memory keeps it.  A task that has too little
+        loses its memory at once; so if :meth:`lacks` returns true, abort the open task before this
+        call.  Cancel the future to withdraw the request.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.

@@ -30,9 +30,9 @@ class Capacity:
     """The capacity for sessions: it decides whether there is room for another session.
 
     Args:
-        sessions: the most sessions in memory.
-        sessions_per_owner: the most sessions per owner.  The owner ``""`` may stand for many
-            clients, so only the total limit applies to it.
+        sessions: the largest number of sessions in memory.
+        sessions_per_owner: the largest number of sessions per owner.  The owner ``""`` may stand
+            for many clients, so only the total limit applies to it.
         can_unload: whether sessions can be written to disk to make room.
     """
 

@@ -39,7 +39,8 @@ class ServerContext:
     running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules threads
     that use the disk, so that greetings and saving do not wait for steps.  ``locks`` has the lock
     of each session, and ``holders`` its newest connection.  ``waiting`` names the sessions whose
-    lock is held by a message that only waits, for memory or for the client to read a reply.
+    lock is held by a message that is only waiting, either for memory or for the client to read a
+    reply.
     """
 
     registry: Registry

@@ -66,14 +66,14 @@ class ReceivedMessage:
 class Dispatcher:
     """The dispatcher of one connection, whose client belongs to ``owner``.
 
-    ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm of a received gradient,
-    and ``batch`` the most rows of a tensor; ``None`` means no limit.  ``estimates`` computes the
-    memory of a task, which may be at most ``task_bytes``; without ``estimates``, memory is not
-    checked.
+    ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm allowed for a received
+    gradient, and ``batch`` the largest number of rows allowed for a tensor; ``None`` means no
+    limit.  ``estimates`` computes the memory of a task, which may be at most ``task_bytes``;
+    without ``estimates``, memory is not checked.
 
-    ``session`` is ``None`` until the client's greeting, and ``refused`` is ``None`` until an error
-    ends the connection.  :meth:`read` may be called at any time.  While another method runs,
-    nothing else may use the same session.
+    ``session`` is ``None`` until the client has sent its greeting, and ``refused`` is ``None``
+    until an error ends the connection.  :meth:`read` may be called at any time.  While another
+    method runs, nothing else may use the same session.
     """
 
     def __init__(

@@ -45,9 +45,9 @@ class Registry:
 
     Args:
         executor: has the state of the server's folder, and is never trained itself.
-        sessions: the most sessions in memory.
-        sessions_per_owner: the most sessions per owner.  The owner ``""`` may stand for many
-            clients, so only the total limit applies to it.
+        sessions: the largest number of sessions in memory.
+        sessions_per_owner: the largest number of sessions per owner.  The owner ``""`` may stand
+            for many clients, so only the total limit applies to it.
         memory_bytes: the most bytes that all states may use together; ``None`` for no limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also load sessions that an earlier server left in the folder.
@@ -182,7 +182,7 @@ class Registry:
                     self._left[session.id] = self._clock()
 
     def end(self, session: Session) -> None:
-        """Remove a session from memory because its client is done; its saved files stay."""
+        """Remove a session from memory because its client is done; its saved files are kept."""
         with self._lock:
             self._sessions.pop(session.id, None)
             self._left.pop(session.id, None)

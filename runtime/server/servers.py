@@ -104,7 +104,7 @@ class Server:
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
-        FolderInUse: another server uses the folder.
+        FolderInUse: another server is using the folder.
         UsageError: the bundle is not a server's part, ``client`` is not its client's part, ``web``
             has no page, or nothing keeps unknown clients out.
         WrongRuntime, StageFailed: a stage cannot be loaded.
@@ -209,7 +209,7 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until SIGINT or SIGTERM arrives, then finish the running steps and stop.
 
-        A second signal ends running stages.  If that takes longer than ``HALT_SECONDS``, the
+        A second signal stops running stages.  If that takes longer than ``HALT_SECONDS``, the
         process ends with exit code 130.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The creation of a server's sessions, from its own state, another session's, or a checkpoint.
+"""Create a server's sessions from the server's state, another session's state, or a checkpoint.
 
 A session may start only from a state that belongs to its owner or to nobody.  The registry decides
 how many sessions there may be.

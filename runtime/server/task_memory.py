@@ -94,7 +94,7 @@ class TaskMemory:
     def letting_go(self, session: Session | None) -> Iterator[None]:
         """Allow a session's open tasks to be aborted while the context is open.
 
-        Use this while a message holds the session's lock but only waits.
+        Use this while a message holds the session's lock but is only waiting.
         """
         if session is None:
             yield

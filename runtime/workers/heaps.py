@@ -76,7 +76,7 @@ def exempt_loaded() -> None:
 
 
 def measure_private() -> int:
-    """Return how many bytes of memory this process does not share with others; Linux only."""
+    """Return how many bytes of memory this process does not share with others (on Linux only)."""
     resident, shared = _STATISTICS.read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 

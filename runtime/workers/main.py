@@ -71,7 +71,7 @@ class Host:
         self._advancing: dict[tuple[int, TaskKey], _Wires] = {}
 
     def serve(self) -> None:
-        """Answer the server's requests until the server ends."""
+        """Answer the server's requests until the server exits."""
         while True:
             try:
                 request = _requests.decode(read_frame(self._inlet))
@@ -224,7 +224,7 @@ def _end_with_server(number: int) -> None:
 
 
 def main() -> None:
-    """Answer the requests of the server that started this process, until the server ends."""
+    """Answer the requests of the server that started this process, until the server exits."""
     _leave_no_core()
     if sys.platform == "win32":
         import msvcrt

@@ -52,7 +52,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that loads the party whose stages the worker runs.
 
     ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
-    are in the shared block.  ``memory_bytes`` limits the memory of the process.
+    are in the shared memory block.  ``memory_bytes`` limits the memory of the process.
     """
 
     manifest: bytes
@@ -67,8 +67,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that begins or restores a session.
 
-    ``state`` is the position of the session's state in the shared block.  If it is ``None``, the
-    session begins with the initial weights.
+    ``state`` is the position of the session's state in the shared memory block.  If it is ``None``,
+    the session begins with the initial weights.
     """
 
     session: int
@@ -96,7 +96,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An action that continues a task which has paused because it had tensors to send."""
+    """An action that continues a task that was paused to send tensors."""
 
     session: int
     key: TaskKey
@@ -142,13 +142,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The server's reply to :class:`Need`: the shared block for answers is now large enough."""
+    """The server's reply to :class:`Need`: the shared memory block is now large enough."""
 
     outbox: Place
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's request for a shared block of ``size`` bytes, which its answer's tensors need."""
+    """A worker's request for a shared memory block of ``size`` bytes for its answer's tensors."""
 
     size: int
 
@@ -160,7 +160,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An answer with tensors in the shared block: tensors to send to the client, or a state."""
+    """An answer with tensors in the shared memory block: tensors for the client, or a state."""
 
     tensors: tuple[Slot, ...]
 
@@ -191,7 +191,7 @@ class Pipe(Protocol):
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of an action that contains the positions of its tensors in the shared block."""
+    """Return a copy of an action, with the positions of its tensors in the shared memory block."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)

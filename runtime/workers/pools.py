@@ -1,6 +1,6 @@
-"""The pool of a server's workers: which owner has a worker, who gets one, and when it ends.
+"""The pool of a server's workers: which owner has a worker, who gets one, and when it is stopped.
 
-A worker serves only one owner.  To serve another owner, it is ended and a new worker is started.
+A worker serves only one owner.  To serve another owner, it is stopped and a new worker is started.
 So neither a crash nor an out-of-bounds read can affect another owner.  If a client has no owner,
 each of its sessions has its own worker.
 
@@ -82,7 +82,7 @@ class _Lease:
             self._worker.interrupt()
 
     def end(self) -> None:
-        """End the worker for good."""
+        """Stop the worker for good."""
         with self.starting:
             self._is_over = True
             if self._worker is not None:
@@ -129,9 +129,9 @@ class WorkerPool:
         return RemoteExecutor(self, _name_user(owner, session), session, tensors, step)
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker of an executor's owner, and start it if necessary.
+        """Return the worker for the owner of an executor, starting it if necessary.
 
-        If the pool is full, a worker of another owner is ended first.
+        If the pool is full, a worker of another owner is stopped first.
 
         Raises:
             ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
@@ -152,7 +152,7 @@ class WorkerPool:
                     lease.last_used = self._clock()
 
     def retire_idle(self, seconds: float) -> None:
-        """End the workers that have had no session for more than ``seconds``."""
+        """Stop the workers that have had no session for more than ``seconds``."""
         with self._lock:
             now = self._clock()
             for name, lease in list(self._leases.items()):
@@ -162,7 +162,8 @@ class WorkerPool:
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Log that a worker ended, and return the error to raise.
 
-        ``key`` is the task that caused this, if one did, and ``how`` says how the worker ended.
+        ``key`` is the task that caused this, or ``None`` if no task did.  ``how`` describes how the
+        worker ended.
         """
         error = WorkerLost(session, how, is_repeated=self._count_death(key))
         _logger.error("%s", error, extra={"session": session})
@@ -196,7 +197,7 @@ class WorkerPool:
         return deaths >= MAX_DEATHS
 
     def interrupt(self) -> None:
-        """Stop all running stages and start no more until :meth:`close`."""
+        """Stop all running stages and run no more stages; states can still be fetched."""
         threading.Thread(target=self._interrupt, name="splitonnx-interrupt", daemon=True).start()
 
     def _interrupt(self) -> None:
@@ -208,7 +209,7 @@ class WorkerPool:
             self._is_closed.wait(INTERRUPT_SECONDS)
 
     def close(self) -> None:
-        """End all workers; may be called twice."""
+        """Stop all workers; may be called twice."""
         self._is_closed.set()
         with self._lock:
             leases = list(self._leases.values())
@@ -241,7 +242,7 @@ class WorkerPool:
         return self._options.kept_bytes // max(1, len(self._leases))
 
     def _take_over(self, executor: RemoteExecutor) -> _Lease:
-        """End the oldest worker that has no open task, and return a lease in its place."""
+        """Stop the oldest worker that has no open task, and return a lease in its place."""
         with self._lock:
             by_age = sorted(self._leases.items(), key=lambda entry: entry[1].since)
         for waits in (False, True):
@@ -263,7 +264,7 @@ class WorkerPool:
         return all(executor.unload(waits=waits) for executor in executors)
 
     def _replace(self, user: str, before: _Lease, executor: RemoteExecutor) -> _Lease | None:
-        """End a worker before another owner's worker starts.
+        """Stop a worker before another owner's worker starts.
 
         Return ``None`` if the worker got a new task in the meantime or is gone.
         """

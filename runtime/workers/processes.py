@@ -247,7 +247,7 @@ class Worker:
             self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """End the process; if it is still busy after ``END_SECONDS``, kill it."""
+        """Stop the process; if it is still busy after ``END_SECONDS``, kill it."""
         if not self._lock.acquire(timeout=END_SECONDS):
             self._process.kill()  # the thread with the lock gets an error and releases it
             self._lock.acquire()

@@ -56,7 +56,8 @@ class Owner(Protocol):
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Record that a worker ended, and return the error to raise.
 
-        ``key`` is the task that caused this, if one did, and ``how`` says how the worker ended.
+        ``key`` is the task that caused this, or ``None`` if no task did.  ``how`` describes how the
+        worker ended.
         """
 
     def note_success(self, key: TaskKey) -> None:
@@ -190,7 +191,7 @@ class RemoteExecutor:
             self._worker.abandon(self._number, key)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return all tensors of the state, fetched from the worker if they are there.
+        """Return all tensors of the state, fetched from the worker if it has them.
 
         Raises:
             WorkerLost: the worker ended.

@@ -25,7 +25,7 @@ class Group:
 
 
 def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
-    """Return a keyword-only function parameter that stands for one option.
+    """Return a keyword-only function parameter that represents one option.
 
     ``annotation`` contains typer's settings for the option.
     """
@@ -47,7 +47,7 @@ def group_fields(group: Any) -> Group:
 
 
 def list_given(group: Any) -> list[str]:
-    """List the names of the options whose values in a dataclass are not the defaults."""
+    """List the names of the options in a dataclass whose values differ from the defaults."""
     return [
         f"--{field.name.replace('_', '-')}"
         for field in fields(group)

@@ -1,4 +1,4 @@
-"""The appearance of ``--help``: an example for each command, and switches without a value type."""
+"""Format ``--help``: add an example to each command, and omit the value type of switches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
 
 
 class Command(TyperCommand):
-    """A command whose help shows switches without the type of their value."""
+    """A command whose ``--help`` omits the value type of switches (options without a value)."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""
@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The group of all commands, whose help shows switches without the type of their value, too."""
+    """The group of all commands; its ``--help`` also omits the value type of switches."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""

@@ -84,8 +84,8 @@ class JsonFormatter(logging.Formatter):
 class Brake(logging.Filter):
     """A logging filter that limits the number of lines per second.
 
-    So a flood of messages does not fill the disk.  Errors are always written.  After lines were
-    dropped, the next line has their number in the field ``left_out``.
+    This keeps a flood of messages from filling the disk.  Errors are always written.  After lines
+    were dropped, the next line contains the number of dropped lines in the field ``left_out``.
     """
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:

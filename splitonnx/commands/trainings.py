@@ -88,7 +88,7 @@ class RunOptions:
     ] = WhenUnsaved.STOP
 
     def count_steps(self, samples: int | None) -> int | None:
-        """Return the number of steps of the run; ``None`` if the number of samples is unknown."""
+        """Return the number of steps, or ``None`` if the number of samples is unknown."""
         return None if samples is None else self.epochs * math.ceil(samples / self.batch_size)
 
 

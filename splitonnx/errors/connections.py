@@ -14,7 +14,7 @@ class ProtocolError(SplitonnxError):
 
 @dataclass(eq=False)
 class LocalProtocolError(ProtocolError):
-    """This side tried to send something that the protocol does not allow now, which is a bug."""
+    """Due to a bug, this side tried to send something that the protocol forbids at this point."""
 
     reason: str
 
@@ -80,7 +80,7 @@ class SessionLost(ProtocolError):
     """The client and the server have no common step from which the session could continue.
 
     ``wanted`` are the steps from which the client could continue, and ``present`` are the steps
-    from which the server could.
+    from which the server could continue.
     """
 
     session: str

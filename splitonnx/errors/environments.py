@@ -95,7 +95,7 @@ class InternalRuntimeError(SplitonnxError):
 class StageTooSlow(SplitonnxError):
     """A stage was stopped because it exceeded its time limit.
 
-    The state is the same as before the stage's task.
+    The task that the stage belongs to has not changed the party's state.
     """
 
     stage: str

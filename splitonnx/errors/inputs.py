@@ -25,7 +25,7 @@ class MissingArray(DataError):
 
 @dataclass(eq=False)
 class ArrayMismatch(DataError):
-    """An array, or a tensor in a message, has a different dtype or shape than declared."""
+    """An array, or a tensor in a message, does not have the declared dtype or shape."""
 
     name: str
     expected: str
@@ -204,7 +204,11 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """A file or message is not valid safetensors, or not valid JSON for splitonnx."""
+    """A file or message does not have a valid format.
+
+    It is not valid safetensors or JSON, or its JSON does not have the structure that splitonnx
+    expects.
+    """
 
     subject: str
     reason: str

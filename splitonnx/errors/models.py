@@ -94,7 +94,7 @@ class NotDifferentiable(ModelError):
 
 @dataclass(eq=False)
 class ForbiddenOperator(SplitonnxError):
-    """A generated graph has an operator that its runtime does not run: a bug in splitonnx."""
+    """Because of a bug in splitonnx, a generated graph has an operator that its runtime refuses."""
 
     stage: str
     node: str
@@ -132,9 +132,9 @@ class UnknownTensor(CutError):
 class NotACut(CutError):
     """The named tensors do not divide the model into two parts.
 
-    ``missing`` are the other tensors that would have to cross the cut as well.  ``raw`` are the
-    model's inputs, such as an attention mask, that are among the missing tensors or from which
-    alone some of the missing tensors are computed.
+    ``missing`` are the other tensors that would have to cross the cut as well.  ``raw`` lists
+    inputs of the model, such as an attention mask.  Each of them is missing itself, or a missing
+    tensor is computed only from inputs in this list.
     """
 
     tensors: Sequence[str]
