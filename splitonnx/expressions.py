@@ -1,8 +1,8 @@
 """Parse and evaluate symbolic dimensions such as ``N``, ``4*N + 1`` or ``(H + -1)//(2) + 1``.
 
 A dimension is written as a sum of products of integers and *atoms*.  An atom is a name, such as
-``N``, or a quotient of two sums that is rounded down, such as ``(H + -1)//(2)``.  Any text that is
-not such a sum is treated as a single atom.  The partitioner writes these texts
+``N``, or a quotient of two sums that is rounded down, such as ``(H + -1)//(2)``.  Any other text is
+treated as a single atom.  The partitioner writes these texts
 (``partitioner/inference/dimensions.py``) into manifests and into the shapes in graphs.  The runtime
 evaluates them when the sizes are known.
 """

@@ -1,6 +1,6 @@
 """Log unexpected exceptions with their traceback, as bugs in this package.
 
-The code that catches such an exception raises an error of splitonnx instead.  That error says which
+The code that catches the exception raises an error of splitonnx instead.  That error says which
 work failed and asks the user to report the bug.
 """
 

@@ -84,7 +84,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The server's reply to a greeting: it has the same bundle, and both sides start at ``step``.
+    """The server's reply to a greeting: both sides have the same bundle and start at ``step``.
 
     ``step`` is the client's current step, or a step for which the client has a checkpoint.
     ``wants_repeat`` means that the server has not completed the previous step, so the client must

@@ -137,7 +137,7 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each axis of a Pad's input is long enough for the requested padding or cropping."""
+    """Check that each axis of a Pad's input is long enough to be cropped or padded as requested."""
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None

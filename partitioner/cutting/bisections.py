@@ -63,7 +63,7 @@ def find_bisections(
     trainable: Mapping[str, int],
     sent: Sequence[ir.Value] = (),
 ) -> list[Bisection]:
-    """Find every single tensor at which the graph can be cut in two, in the graph's order.
+    """Find all single tensors at which the graph can be cut in two, in the graph's order.
 
     ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps each
     trained weight to its number of elements.  The raw inputs in ``sent`` may be sent together with

@@ -19,7 +19,7 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model in two forms, ``training`` and ``inference``, with its weights taken out.
+    """A model in two forms, ``training`` and ``inference``, whose weights became graph inputs.
 
     Both forms are made from ``skeleton``, which is the model with its weights as graph inputs and
     with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.

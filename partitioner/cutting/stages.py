@@ -5,8 +5,8 @@ walk back from the targets, which stops at received tensors, finds the party's n
 *level* is the number of wires on the longest path to it.  This is the number of messages that must
 arrive, one after the other, before the value can be computed.  Nodes are grouped into stages by
 level.  A node belongs to the first stage that needs it, and a value that a later stage of the same
-party needs again is stashed.  Only values that depend on constants alone are computed twice, and
-only wires are sent.
+party needs again is kept for that stage.  Only values that depend on constants alone are computed
+twice, and only wires are sent.
 
 Forward and backward graphs are treated in the same way.
 """

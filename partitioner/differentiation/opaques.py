@@ -5,10 +5,10 @@ the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runt
 the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to training
 mode, which changes its results, and quantized operators are refused.
 
-Such a node is called *opaque* here.  If no gradient passes through it, its results can be treated
-as data.  The node is then removed: its results become graph inputs, and the values that it reads
-become graph outputs.  After differentiation, the node is inserted again unchanged.  The caller must
-make sure that no gradient passes through opaque nodes.
+These nodes are called *opaque* here.  If no gradient passes through an opaque node, its results can
+be treated as data.  The node is then removed: its results become graph inputs, and the values that
+it reads become graph outputs.  After differentiation, the node is inserted again unchanged.  The
+caller must make sure that no gradient passes through opaque nodes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node must be hidden if no gradient passes through it."""
+    """Return whether a node is opaque: it must be hidden if no gradient passes through it."""
     return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
 
 

@@ -58,7 +58,7 @@ def refuse_tables(graph: ir.Graph) -> None:
     """Check that no node computes a huge value from constants, because native code would fold it.
 
     Raises:
-        UnsupportedModel: such a value would have more than 2**26 elements.
+        UnsupportedModel: a value would have more than 2**26 elements.
     """
     constant = set(graph.initializers.values())
     for node in graph:

@@ -1,7 +1,8 @@
 """Inline branches and unroll loops if their conditions and lengths do not depend on data.
 
-The gradient builder does not support If, Loop or Scan.  So such a node is replaced by the nodes
-that it would run, if possible.  Otherwise the node stays, and the reason is stored in its metadata.
+The gradient builder does not support If, Loop or Scan.  So, if possible, each of these nodes is
+replaced by the nodes that it would run.  Otherwise, the node is left unchanged, and the reason is
+stored in its metadata.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ An unknown size such as ``N`` is called an *atom*; it has the same value everywh
 model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
 number or such a dimension.  Comparisons return a result only if it is the same for all sizes.
 Products of sums grow exponentially, so the number of terms, the number of factors and the length of
-the text are limited; an amount beyond these limits raises :class:`TooLarge`.
+the text are limited; an amount that exceeds these limits raises :class:`TooLarge`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool
 
 
 def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
-    """Set the types and shapes of a model's values, in place, as far as onnx can infer them.
+    """Set all types and shapes that onnx can infer for a model's values, in place.
 
     onnx's data propagation stores each element of a vector separately, so a vector of a billion
     elements would use up the memory.  It is therefore disabled; :mod:`folds` folds constants

@@ -22,7 +22,7 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Set explicit ``pads`` on every convolution and pooling, in place, also inside bodies.
+    """Set explicit ``pads`` on every convolution and pooling of a graph and its bodies, in place.
 
     A node is left unchanged if its padding depends on an unknown size.  Return whether shapes must
     be inferred again.  This is necessary if onnx has counted one window too many; all shapes that

@@ -118,7 +118,7 @@ def _lift_wide(
 
 
 def fold_quantized(graph: ir.Graph) -> None:
-    """Convert lifted weights back to integers, in place: the inverse of :func:`lift_quantized`."""
+    """Convert the weights that :func:`lift_quantized` replaced back to integers, in place."""
     for node in [node for node in graph if _LIFTED in node.metadata_props]:
         value, quantized = node.inputs[0], node.outputs[0]
         settings = _read_settings(node)
@@ -186,7 +186,7 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 def refuse_integer_model(graph: ir.Graph) -> None:
     """Raise an error if a graph without parameters computes with integers.
 
-    The weights of such a model are integers, and none of them can be trained.
+    The weights of an integer model are integers, and none of them can be trained.
 
     Raises:
         UnsupportedModel: the graph contains an operator of :data:`INTEGER_ARITHMETIC`.

@@ -60,7 +60,7 @@ class Function:
 
 
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
-    """List the activation functions of a recurrent node, first those of the forward direction.
+    """List the activation functions of a recurrent node, starting with the forward direction.
 
     If the node names no functions, ``defaults`` are used for each direction.
 

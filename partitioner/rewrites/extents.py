@@ -31,7 +31,7 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Return the sizes of a value's dimensions, from dimension ``start`` on, as numbers.
+    """Return the sizes of a value's dimensions, beginning with dimension ``start``, as numbers.
 
     Raises:
         UnsupportedModel: one of these sizes is not known.

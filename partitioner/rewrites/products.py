@@ -19,7 +19,7 @@ _LARGEST_DETERMINANT = 24
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove the bias of a Gemm whose ``beta`` is 0; leave other nodes unchanged.
 
-    Such a bias has no effect on the result, but onnxruntime-training has no gradient for it.
+    With ``beta`` 0, the bias has no effect, but onnxruntime-training has no gradient for it.
     """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
@@ -54,7 +54,7 @@ def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
 
     onnxruntime-training has no gradient for Det, so its derivative is attached explicitly (see
     :mod:`tangents`).  The cofactors are determinants of minors.  No inverse is needed, so singular
-    matrices have a gradient, too.
+    matrices also have a gradient.
 
     Raises:
         UnsupportedModel: the matrices are not square, too large, or of unknown size.

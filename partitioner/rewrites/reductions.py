@@ -106,8 +106,8 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite ReduceL2 and ReduceLogSumExp if they reduce a tensor to a scalar.
 
-    If such a node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
-    type of its gradient; if a ReduceL2 has all axes, its gradient has one dimension too many.  So
+    If the node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
+    type of its gradient.  If a ReduceL2 has all axes, its gradient has one dimension too many.  So
     the reduction keeps its dimensions, and a Reshape then removes them.  Other nodes are left
     unchanged.
     """

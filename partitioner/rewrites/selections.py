@@ -209,7 +209,7 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Replace each Split that has unused outputs with Slices, in place.
+    """Replace each Split that has unused outputs by Slice nodes, in place.
 
     Return whether any Split was replaced.  ``needed`` contains the values that get a gradient.  In
     onnxruntime-training 1.19.2, the gradient of Split is the Concat of the gradients of its

@@ -1,4 +1,4 @@
-"""Attach explicit derivatives to the results of operators, for operators without a gradient.
+"""Attach explicit derivatives to the results of operators that have no gradient.
 
 The expression ``value + slope * (x - detach(x))`` has the same value as ``value`` alone and the
 derivative ``slope``, because no gradient passes through ``detach(x)``.  This is used for operators

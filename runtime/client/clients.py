@@ -63,8 +63,8 @@ class Client:
             trusts.
         threads: threads per operator; all cores by default.
         seed: seed of shuffling and Dropout.
-        resume: continue the interrupted run in the folder, if there is such a run.  The client
-            starts with the run's state, and :meth:`fit` starts at the run's position in the data.
+        resume: continue the interrupted run in the folder, if there was one.  The client starts
+            with the run's state, and :meth:`fit` starts at the run's position in the data.
         give_up_after: seconds without a connection after which the client gives up, including the
             time for the first connection.  With ``None``, the client tries the first connection
             only once (or, with ``resume``, until it succeeds), and reconnects without a time limit.

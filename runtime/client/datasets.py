@@ -34,7 +34,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check that the arrays match ``specs``, as far as possible before batches are read.
+        """Check the arrays against ``specs``, as far as this is possible before batches are read.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.

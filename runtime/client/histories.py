@@ -1,4 +1,4 @@
-"""The history of a training run: a record per step and per evaluation, also as JSON lines.
+"""The history of a training run: one record per step, and one record per evaluation.
 
 This module only defines values; it writes and prints nothing.
 """

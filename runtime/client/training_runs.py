@@ -58,7 +58,7 @@ class TrainingRun:
 
         The state of an unfinished session is loaded into ``executor``.  If there is no unfinished
         session, training starts from the folder's state.  With ``resume``, the folder stays locked
-        until :meth:`release`.
+        until :meth:`release` is called.
 
         Raises:
             FolderInUse: another client is training in the folder.
@@ -77,7 +77,9 @@ class TrainingRun:
         return run
 
     def hold(self) -> None:
-        """Lock the folder against other clients until :meth:`release`; may be called twice.
+        """Lock the folder against other clients until :meth:`release` is called.
+
+        This method may be called twice.
 
         Raises:
             FolderInUse: another client is training in the folder.

@@ -42,7 +42,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Return the response for a URL path; ``None`` unless the path begins with ``/client/``."""
+        """Return the response for a URL path, or ``None`` if it is not in ``/client/``."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

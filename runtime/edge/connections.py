@@ -141,7 +141,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("pace", wait, partial(self._resume, "pace"))
 
     def process_event(self, event: Event) -> None:
-        """Process a received frame; pause or refuse the client if too much is buffered."""
+        """Process a received frame; pause or refuse the client if too many bytes are buffered."""
         super().process_event(event)
         if not isinstance(event, Frame):
             return
@@ -178,7 +178,7 @@ class LimitedConnection(ServerConnection):
     def open(self) -> None:
         """Record that the handshake is complete, and set a time limit for showing a token.
 
-        A client that has already shown a token has no such limit.
+        There is no time limit for a client that has already shown a token.
         """
         self._timers.stop("handshake")
         self._listen()

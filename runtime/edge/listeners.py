@@ -155,7 +155,7 @@ def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener
     With port 0, any free port is chosen, the same for all addresses.
 
     Raises:
-        PortInUse: another program uses the port.
+        PortInUse: another program is using the port.
         UsageError: this machine cannot listen on the address.
     """
     listeners: list[Listener] = []

@@ -63,7 +63,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One file of the web pages; ``packed`` is its gzip version, or ``None``."""
+    """A file of the web pages; ``packed`` is its gzip version, or ``None`` if it has none."""
 
     content_type: str
     body: bytes = field(repr=False)

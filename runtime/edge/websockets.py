@@ -167,10 +167,10 @@ async def serve(
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
     pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,
     this server served the page.  ``on_refusal`` is called for every refused request or connection.
-    When the context ends, clients are told that the server restarts (code 1012).
+    When the context ends, clients are told that the server is restarting (code 1012).
 
     Raises:
-        PortInUse: another program uses the port.
+        PortInUse: another program is using the port.
         UsageError: this machine cannot listen on the address, or an origin is invalid.
     """
     admission = Admission(

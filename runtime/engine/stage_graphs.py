@@ -48,8 +48,8 @@ class Node:
 class StageGraph:
     """The contents of a stage's graph.
 
-    ``values`` has the declared size of each value.  ``nodes`` are in the order in which they run.
-    ``constants`` are the names of values that are stored in the graph.
+    ``values`` maps the name of each value to its declared size.  ``nodes`` are in the order in
+    which they run.  ``constants`` are the names of values that are stored in the graph.
     """
 
     values: Mapping[str, Extent]

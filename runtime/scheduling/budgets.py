@@ -66,10 +66,10 @@ class _Request:
 class Budget:
     """Memory that the tasks of all sessions share; use it from one event loop only.
 
-    ``total`` is the size of the memory in bytes.  ``workers`` is how many users may have tasks at
-    the same time, or ``None`` for no limit.  A user is an owner, or a session without an owner.
-    ``is_there`` returns whether a user still has a session.  ``clock`` returns seconds and never
-    goes back.
+    ``total`` is the size of the memory in bytes.  ``workers`` is the number of users that may have
+    tasks at the same time, or ``None`` for no limit.  A user is an owner, or a session without an
+    owner.  ``is_there`` returns whether a user still has a session.  ``clock`` returns seconds and
+    never goes back.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ The remembered size shrinks by the difference, divided by this number.
 class TaskKind(NamedTuple):
     """A kind of task; tasks of the same kind probably need similar amounts of memory.
 
-    ``first`` is how many bytes a task needs according to its first message.
+    ``first`` is the number of bytes that a task needs according to its first message.
     """
 
     user: Hashable

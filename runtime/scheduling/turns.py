@@ -51,8 +51,8 @@ class _Line(Generic[_Piece]):
 class FairQueue(Generic[_Piece]):
     """The order in which waiting pieces of work run; it uses no threads and no clock.
 
-    ``places`` is how many pieces may run at the same time, at most one per owner.  One more piece
-    may run if all recent pieces of its owner were short.
+    ``places`` is the number of pieces that may run at the same time, at most one per owner.  One
+    more piece may run if all recent pieces of its owner were short.
     """
 
     def __init__(self, places: int) -> None:
@@ -145,8 +145,8 @@ class Turns:
     """A scheduler that runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
     A waiting piece does not occupy a thread.  Use a scheduler from one event loop only.  ``places``
-    is how many pieces run at the same time, by default the number of CPUs.  ``clock`` returns
-    seconds and never goes back.
+    is the number of pieces that run at the same time, by default the number of CPUs.  ``clock``
+    returns seconds and never goes back.
     """
 
     def __init__(

@@ -37,10 +37,10 @@ class ServerContext:
 
     ``stop`` is set when the server is to stop, and ``halt`` when it is to stop without waiting for
     running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules threads
-    that use the disk, so that greetings and saving do not wait for steps.  ``locks`` has the lock
-    of each session, and ``holders`` its newest connection.  ``waiting`` names the sessions whose
-    lock is held by a message that is only waiting, either for memory or for the client to read a
-    reply.
+    that use the disk, so that greetings and saving do not wait for steps.  ``locks`` contains the
+    lock of each session, and ``holders`` each session's newest connection.  ``waiting`` names the
+    sessions whose lock is held by a message that is only waiting, either for memory or for the
+    client to read a reply.
     """
 
     registry: Registry

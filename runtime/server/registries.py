@@ -48,11 +48,13 @@ class Registry:
         sessions: the largest number of sessions in memory.
         sessions_per_owner: the largest number of sessions per owner.  The owner ``""`` may stand
             for many clients, so only the total limit applies to it.
-        memory_bytes: the most bytes that all states may use together; ``None`` for no limit.
+        memory_bytes: the largest number of bytes that all states may use together; ``None`` for no
+            limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also load sessions that an earlier server left in the folder.
         workers: processes that run the sessions' stages; ``None`` to run them in this process.
-        disk_per_owner: the most bytes of checkpoints and outcomes per owner; ``None`` for no limit.
+        disk_per_owner: the largest number of bytes for an owner's checkpoints and outcomes;
+            ``None`` for no limit.
         keep_seconds: how long the files of unused sessions are kept; ``None`` for ever.
         clock: a function that returns seconds that never decrease.
     """

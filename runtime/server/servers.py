@@ -213,7 +213,7 @@ class Server:
         process ends with exit code 130.
 
         Raises:
-            PortInUse: another program uses the port.
+            PortInUse: another program is using the port.
             KeyboardInterrupt: a second signal arrived, and the sessions were written to disk.
         """
         raise_limit(self._limits.clients + 2 * self._limits.unauthenticated + FILES)

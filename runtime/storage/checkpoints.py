@@ -64,9 +64,9 @@ _log = logging.getLogger(__name__)
 class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The position in the data at which the next step begins; only clients use it.
 
-    ``epoch`` counts from 0, and ``batch`` is how many batches of this epoch were already trained.
-    The other fields describe how the data are split and shuffled, and must not change when training
-    resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
+    ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that were already
+    trained.  The other fields describe how the data are split and shuffled, and must not change
+    when training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
     """
 
     epoch: _Count
@@ -81,8 +81,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Checkpoint:
     """Everything that a party needs to continue a session after ``step`` training steps.
 
-    ``tensors`` has every tensor of the state in the manifest, including buffers and the optimizer's
-    tensors.  ``owner`` is the session's owner on a server with tokens.
+    ``tensors`` contains every tensor of the state in the manifest, including buffers and the
+    optimizer's tensors.  ``owner`` is the session's owner on a server with tokens.
     """
 
     session: str

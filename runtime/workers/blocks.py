@@ -180,7 +180,7 @@ class NamedBlock:
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
     def close(self) -> None:
-        """Release the block; if this process owns the block, delete the shared memory, too."""
+        """Release the block; if this process owns the block, also delete the shared memory."""
         if self._is_owner:
             self._memory.unlink()
         with suppress(BufferError):  # an array still uses it and keeps the mapping

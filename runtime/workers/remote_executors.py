@@ -83,7 +83,7 @@ class RemoteExecutor:
     """A session's executor in a worker, with the same methods as :class:`~executors.Executor`.
 
     ``user`` names the owner or session that the worker serves.  Only :meth:`unload` may be called
-    while another thread uses the executor.
+    while another thread is using the executor.
     """
 
     _numbers = iter(range(1 << 62))

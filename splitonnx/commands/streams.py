@@ -1,6 +1,6 @@
 """Replace standard streams that were closed before the process started (``>&-``).
 
-Python sets such a stream to ``None``.  The next file that is opened gets the stream's file
+Python sets a closed stream to ``None``.  The next file that is opened gets the stream's file
 descriptor, so the output of native code would be written into that file.
 """
 

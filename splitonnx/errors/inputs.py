@@ -130,8 +130,8 @@ class BundleError(SplitonnxError):
 class FolderInUse(SplitonnxError):
     """A party's folder is already being served or trained.
 
-    ``process`` is the ID of the process that uses the folder, or ``None`` if it is unknown.
-    ``is_own`` means that this process uses it.
+    ``process`` is the ID of the process that is using the folder, or ``None`` if it is unknown.
+    ``is_own`` means that this process is using it.
     """
 
     path: str

@@ -99,12 +99,12 @@ class Work:
 
     @property
     def training(self) -> ir.Model:
-        """The training form."""
+        """The training form of the model."""
         return self.forms[0]
 
     @property
     def inference(self) -> ir.Model:
-        """The inference form."""
+        """The inference form of the model."""
         return self.forms[1]
 
 
