@@ -144,7 +144,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner of a session's outcome, or ``None`` if it is missing or unreadable."""
+    """Return the owner of a session's outcome, or ``None`` if there is no readable outcome."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
@@ -165,7 +165,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the files of earlier outcomes in a party's folder, by session."""
+    """Map each session with an earlier outcome in a party's folder to the file of this outcome."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):
@@ -178,7 +178,7 @@ def check_home(folder: Path, digest: str) -> None:
 
     Raises:
         NotSaved: the folder was deleted or replaced after it was loaded; the folder is not created
-        again.
+            again.
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)

@@ -1,6 +1,6 @@
 """Rewrite poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
-Its gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also
+The gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also
 needs row-major indices, and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13
 at onnx.ai/onnx/operators.
 """

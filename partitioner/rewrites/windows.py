@@ -227,5 +227,5 @@ def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
-    """Return the attributes of a node without those for padding."""
+    """Return the attributes of a node, except the attributes for padding."""
     return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}

@@ -85,7 +85,7 @@ class Channel:
         manifest: the client's manifest.
         session: the session's name.
         find_resume_point: called before each greeting; returns the steps from which the client can
-        resume.
+            resume.
         backoff: how long to wait between attempts to reconnect.
         patient: whether to also retry the first connection if it fails.
 

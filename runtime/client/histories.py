@@ -55,7 +55,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples_per_second(self) -> float:
-        """Return the mean number of samples per second, without the time between steps."""
+        """Return the mean number of samples per second, excluding the time between steps."""
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
 

@@ -104,7 +104,7 @@ class TaskRunner:
             _logger.warning("%s; training continues", error)
 
     def publish(self) -> None:
-        """Make both sides write their state as the outcome of the training, the server first.
+        """Make the server, and then the client, write its state as the outcome of the training.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.

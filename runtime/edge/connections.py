@@ -228,14 +228,14 @@ class LimitedConnection(ServerConnection):
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def cut_off(self, refusal: Refusal) -> None:
-        """Abort the connection at once, because the client does not read."""
+        """Abort the connection at once, because the client is not reading."""
         if self.refusal is None:
             self.refusal = refusal
             self._admission.on_refusal(refusal, self.name)
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection with a reason, or abort it if the client does not read."""
+        """Close the connection with a reason, or abort it if the client is not reading."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()

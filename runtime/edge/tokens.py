@@ -61,7 +61,7 @@ ALL_ROLES = frozenset(Role)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The owner of a token and its roles; the owner is ``""`` if nothing identifies a client."""
+    """The owner of a token and its roles; the owner is ``""`` if nothing identifies the client."""
 
     owner: str
     roles: frozenset[Role] = ALL_ROLES

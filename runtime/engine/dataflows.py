@@ -13,7 +13,7 @@ from splitonnx.manifests import Phase, Source, Stage
 
 
 class Dataflow:
-    """The stages of one party's phase, and the values that they need and make.
+    """The stages of one party's phase, and the values that they need and produce.
 
     One object serves all tasks of the phase.  ``receives`` and ``sends`` name the tensors that this
     party receives from and sends to the other party.  ``stages`` are in the manifest's order: if

@@ -116,7 +116,7 @@ class Metrics:
         self._refusals.labels(reason).inc()
 
     def count_checkpoint(self, outcome: Outcome) -> None:
-        """Count a checkpoint that was written or could not be written."""
+        """Count an attempt to write a checkpoint, whether it succeeded or failed."""
         self._checkpoints.labels(outcome).inc()
 
     def render(self) -> tuple[str, bytes]:

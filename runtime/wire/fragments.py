@@ -1,4 +1,4 @@
-"""Fragments of large messages, so that neither side keeps a second copy of a large message."""
+"""Split and join large messages, so that neither side keeps a second copy of a large message."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Owner(Protocol):
         """Return the party that the pool's workers run."""
 
     def get_worker(self, executor: RemoteExecutor) -> Worker:
-        """Return the worker that has an executor's state, or will get it."""
+        """Return the worker that has an executor's state, or that will receive the state."""
 
     def close_executor(self, executor: RemoteExecutor) -> None:
         """Forget an executor that is no longer needed."""

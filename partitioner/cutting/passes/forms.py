@@ -44,7 +44,7 @@ def make_inference_form(graph: ir.Graph) -> None:
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
     """Keep only the graph outputs that depend on the model's data.
 
-    Running statistics and outputs of text are removed too.
+    Outputs that are running statistics or texts are also removed.
     """
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
