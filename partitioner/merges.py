@@ -45,7 +45,7 @@ def merge(bundle: Bundle | str | Path) -> bytes:
         bundle: a bundle, or the path of a bundle folder.
 
     Returns:
-        The model's bytes (opset 18 to 21, IR version 10), weights included.
+        The bytes of the model (opset 18 to 21, IR version 10), including its weights.
 
     Raises:
         BundleError, FormatError: the folder cannot be read.
@@ -108,7 +108,7 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
     """Return the weights of all parties, by name.
 
-    They have their trained values or, if ``trained`` is false, their initial values.
+    The weights have their trained values or, if ``trained`` is false, their initial values.
     """
     weights: dict[str, np.ndarray] = {}
     for party in bundle.parties.values():

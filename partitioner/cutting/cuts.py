@@ -83,7 +83,7 @@ class Surroundings:
     ``raw`` holds the inputs that are data, in the graph's order.  ``data`` holds the values that
     depend on these inputs, and ``private`` the values computed from them without a trained
     parameter.  ``sizes`` maps each node that computes sizes of data to the tensors whose shapes it
-    reads.  ``readers`` holds the nodes among them that read a shape directly.
+    reads.  ``readers`` holds the nodes in ``sizes`` that read a shape directly.
     """
 
     raw: Mapping[ir.Value, None]
@@ -122,8 +122,8 @@ def survey(
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
     """Find the tensors that ``names`` refers to.
 
-    Each name is that of a tensor, that of a node (which refers to all of the node's outputs), or a
-    glob pattern for tensor names.
+    Each name is the name of a tensor, the name of a node (which stands for all of its outputs), or
+    a glob pattern for tensor names.
 
     Raises:
         UnknownTensor: a name or pattern matches nothing; the error suggests similar names.

@@ -1,9 +1,10 @@
 """Make each party compute sizes from the shapes of its own tensors.
 
-For ``x.view(x.size(0), -1)``, exporters write a Shape of some tensor that has the size.  Often this
-tensor is far before the cut, so that only the other party has it.  The size is then not sent.
-Instead, the party that needs it reads it from the shape of one of its own tensors: dimensions with
-the same symbol have the same size.  Each party also computes values that depend on sizes alone.
+For ``x.view(x.size(0), -1)``, exporters write a Shape node that reads some tensor with this size.
+Often this tensor is far before the cut, so only the other party has it.  The size is then not sent.
+Instead, the party that needs the size reads it from the shape of one of its own tensors: dimensions
+with the same symbol have the same size.  Each party also computes values that depend on sizes
+alone.
 
 This module does not depend on losses or gradients.
 """

@@ -152,7 +152,7 @@ def list_undifferentiable(
 ) -> Iterator[NotDifferentiable]:
     """Yield an error for each node that is between a parameter and the loss but has no gradient.
 
-    Call this before the gradient builder, which aborts the process on some of these nodes.
+    Call this before running the gradient builder, which aborts the process on some of these nodes.
     """
     trained = set(parameters)
     moving = find_moving(graph, [v for v in graph.inputs if v.name in trained])

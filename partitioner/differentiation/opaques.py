@@ -5,10 +5,10 @@ the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runt
 the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to training
 mode, which changes its results, and quantized operators are refused.
 
-These nodes are called *opaque* here.  If no gradient passes through an opaque node, its results can
-be treated as data.  The node is then removed: its results become graph inputs, and the values that
-it reads become graph outputs.  After differentiation, the node is inserted again unchanged.  The
-caller must make sure that no gradient passes through opaque nodes.
+LSTM, GRU, and nodes with bodies are called *opaque* here.  If no gradient passes through an opaque
+node, its results can be treated as data.  The node is then removed: its results become graph
+inputs, and the values that it reads become graph outputs.  After differentiation, the node is
+inserted again unchanged.  The caller must make sure that no gradient passes through opaque nodes.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class DataFiles:
     def read(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
         """Return an external tensor whose data is memory-mapped.
 
-        :meth:`check` must have accepted the tensor before.
+        The tensor must have passed :meth:`check`.
         """
         mapping = self._mapped[str(tensor.location)]
         shape = tensor.shape.numpy()

@@ -1,9 +1,9 @@
 """Build assertions from standard operators: nodes that stop a graph's run if a condition is true.
 
 The assertions use Gather, which raises an error if an index is out of range: a bad value leads to
-an index that is out of range.  The kernel to protect reads a value that depends on the Gather, so
-the run stops before the kernel.  :mod:`safeguards` and :mod:`addresses` decide which kernels need
-assertions.
+an index that is out of range.  The protected kernel reads a value that depends on the Gather, so
+the run stops before the kernel is called.  :mod:`safeguards` and :mod:`addresses` decide which
+kernels need assertions.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ class NodeBuilder:
         """Replace ``node`` in its graph by the nodes built so far.
 
         ``made`` holds the value that replaces each output of ``node``; it may be ``None`` for an
-        output that is not used.  The new values take over the names, types and shapes.
+        output that is not used.  The new values take over the names, types and shapes of the
+        outputs.
 
         Raises:
             MissingOutput: ``made`` has no value for an output that is used.

@@ -1,4 +1,4 @@
-"""Decide whether an error while a model is processed is the model's fault or this package's.
+"""Decide whether an error in processing a model is caused by the model or by this package.
 
 Code that handles a node assumes that the node's inputs and attributes are valid for its operator:
 ranks match, a divisor is not 0, a mode exists.  Checkers do not cover all of these assumptions.  If
@@ -86,7 +86,7 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
 
 @contextmanager
 def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterator[None]:
-    """Convert exceptions while a model's bytes are read into errors about the bytes.
+    """Convert exceptions from reading a model's bytes into errors about the bytes.
 
     onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  ``refuse`` creates the
     error to raise, given the reason.  Exceptions that look like a bug in this package, and come

@@ -1,7 +1,7 @@
 """Limit the size of constants that are created while a model is rewritten.
 
-Without a limit, numbers in a model of a hundred bytes could ask for huge constants, such as the
-interpolation weights of an image of a terabyte or a diagonal of a million rows.
+Without a limit, a model of a hundred bytes could request huge constants, such as the interpolation
+weights of an image of a terabyte or a diagonal of a million rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Start counting the constants of one model: :func:`limit` counts from zero in the block."""
+    """Count the constants of one model: within the ``with`` block, :func:`limit` starts at zero."""
     token = _SPENT.set([0.0])
     try:
         yield
@@ -55,7 +55,7 @@ def limit(node: ir.Node, count: float) -> None:
 
 
 def refuse_tables(graph: ir.Graph) -> None:
-    """Check that no node computes a huge value from constants, because native code would fold it.
+    """Check that no node computes a huge value from constants, which native code would precompute.
 
     Raises:
         UnsupportedModel: a value would have more than 2**26 elements.

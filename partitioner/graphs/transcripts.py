@@ -1,6 +1,6 @@
 """Convert graphs to protobuf messages in a third of the time that onnx-ir takes.
 
-The results have the same bytes.  Less common content (metadata, functions, types other than
+The results are the same, byte for byte.  Less common content (metadata, functions, types other than
 tensors) is written by onnx-ir itself.  A view of some of a graph's nodes yields the same message as
 a clone of these nodes.
 """
@@ -31,7 +31,7 @@ def write_model(model: ir.Model) -> onnx.ModelProto:
 
 
 def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
-    """Return a copy of ``model`` with the graph ``graph`` and without functions."""
+    """Return a copy of ``model`` that has ``graph`` as its graph, and no functions."""
     return ir.Model(
         graph,
         ir_version=model.ir_version,

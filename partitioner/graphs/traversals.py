@@ -1,6 +1,6 @@
 """Traverse a graph, to find the values that a node reads or that another value depends on.
 
-The bodies of ``If``, ``Loop`` and ``Scan`` may read values of the surrounding graph.  Such values
+The bodies of ``If``, ``Loop`` and ``Scan`` may read values of the surrounding graph.  These values
 count as read by the node that contains the body, so no dependency is missed.
 """
 

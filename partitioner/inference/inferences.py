@@ -1,7 +1,7 @@
 """Infer the shapes of a model's tensors, and the contents of small tensors, without any data.
 
 onnx's own inference loses an unknown dimension as soon as the model does arithmetic with it.  This
-module keeps track of it as a :class:`dimensions.Dim`, also if it is an element of an integer
+module keeps track of it as a :class:`dimensions.Dim`, even if it is an element of an integer
 tensor.  So it can follow a chain of Shape, Gather, Concat and Reshape.  Nodes are not changed.
 """
 

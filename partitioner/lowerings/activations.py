@@ -135,7 +135,8 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGeluGrad, the gradient of FastGelu, with its formula.
 
-    With t = tanh(a * (x + b * x**3)) and the constants a and b of :func:`lower_fast_gelu`:
+    With t = tanh(a * (x + b * x**3)) and the constants a and b of :func:`lower_fast_gelu`, the
+    formula is:
 
     dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)).
     """

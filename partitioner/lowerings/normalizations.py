@@ -56,7 +56,8 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BatchNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With n elements per channel, h = (x - mean) * inverse, and inverse = 1 / standard deviation:
+    With n elements per channel, h = (x - mean) * inverse, and inverse = 1 / standard deviation, the
+    gradients are:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
     """
@@ -98,7 +99,8 @@ def _sum_leading(
 def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace LayerNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With h = (x - mean) * inverse, inverse = 1 / standard deviation, and g = dy * scale:
+    With h = (x - mean) * inverse, inverse = 1 / standard deviation, and g = dy * scale, the
+    gradients are:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
     """
@@ -137,7 +139,8 @@ def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SimplifiedLayerNormalizationGrad with its formulas for the input and the scale.
 
-    With inverse = 1 / sqrt(mean(x**2) + epsilon), h = x * inverse, and g = dy * scale:
+    With inverse = 1 / sqrt(mean(x**2) + epsilon), h = x * inverse, and g = dy * scale, the
+    gradients are:
 
     dx = inverse * (g - h * mean(g * h)), dscale = sum(dy * h).
     """

@@ -1,4 +1,4 @@
-"""Replace reductions over no axes before any other pass looks at them.
+"""Replace reductions that have no axes before any other pass reads them.
 
 With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
 ReduceL1 computes absolute values and ReduceLogSum logarithms (see ReduceSum-13 and related
@@ -28,7 +28,7 @@ _REMAINDERS = {
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Replace each reduction over no axes by the function that it applies to each element.
+    """Replace each reduction that has no axes by the function that it applies to each element.
 
     Other reductions are left unchanged.
     """

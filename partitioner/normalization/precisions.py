@@ -4,9 +4,9 @@ onnxruntime has hardly any gradient kernels in 16 bits, and updates in 16 bits l
 is small compared with the weight.  So both forms of a model, for training and for prediction, are
 converted to float32, including their weights, which become the master weights.  The skeleton, from
 which the model is merged later, keeps its types, and weights are rounded when they are restored.  A
-float64 model is converted only if its weights are float64; a few float64 operations between float32
-weights stay.  This module deals with types; the only operators that it knows are those with
-attributes that name a type.
+float64 model is converted only if its weights are float64; float64 operations in a model with
+float32 weights are kept.  This module deals with types; the only operators that it knows are those
+with attributes that name a type.
 """
 
 from __future__ import annotations

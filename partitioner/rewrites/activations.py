@@ -147,9 +147,9 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite LeakyRelu with a negative ``alpha`` as a Where that selects x or alpha * x.
 
-    Other LeakyRelu nodes are left unchanged.  The gradient operator of onnxruntime-training,
-    LeakyReluGrad, derives the sign of x from the sign of y; with a negative ``alpha`` the two signs
-    do not match.
+    The result is x if x >= 0, and alpha * x otherwise.  Other LeakyRelu nodes are left unchanged.
+    The gradient operator of onnxruntime-training, LeakyReluGrad, derives the sign of x from the
+    sign of y; with a negative ``alpha`` the two signs do not match.
     """
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:

@@ -62,7 +62,7 @@ def spread_channels(
     the block sizes b and the spatial sizes L.  There may be any number of spatial axes.
 
     ``extents`` is the shape of ``x``.  On the channel axis, C is the outer part and the blocks are
-    the inner part; with ``block_first`` it is the other way round.
+    the inner part; with ``block_first``, this order is reversed.
     """
     batch, channels, *spatial = extents
     rank, size = len(spatial), 1

@@ -19,7 +19,7 @@ _LARGEST_DETERMINANT = 24
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove the bias of a Gemm whose ``beta`` is 0; leave other nodes unchanged.
 
-    With ``beta`` 0, the bias has no effect, but onnxruntime-training has no gradient for it.
+    If ``beta`` is 0, the bias has no effect, but onnxruntime-training has no gradient for it.
     """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None

@@ -58,7 +58,7 @@ def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
     onnxruntime-training builds a wrong gradient for a reduction.  A node is left unchanged if its
     reduction is ``none``, or if it adds the updates to constant data, because then only the updates
-    need a gradient and theirs is right.
+    need a gradient, and onnxruntime-training's gradient of the updates is right.
     """
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]

@@ -1,7 +1,7 @@
 """Interpolation along an axis whose size is known only at run time.
 
-The graph computes the weights, with the formulas of :mod:`interpolations`, in float32 as in ONNX
-Runtime.
+The graph computes the weights, with the formulas of :mod:`interpolations`, in float32, as ONNX
+Runtime does.
 """
 
 from __future__ import annotations

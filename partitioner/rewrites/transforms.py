@@ -1,4 +1,4 @@
-"""Rewrite DFT as a product with a constant matrix, and STFT as a convolution.
+"""Rewrite DFT as a multiplication by a constant matrix, and STFT as a convolution.
 
 This works because Fourier transforms are linear.  The matrices are the results of numpy.fft for
 unit vectors, so they cover truncation, zero padding and one-sided spectra.

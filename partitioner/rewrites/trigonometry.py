@@ -1,6 +1,6 @@
 """Attach derivatives to trigonometric and hyperbolic functions and their inverses.
 
-The derivatives are those from textbooks.
+This module uses the textbook derivatives.
 """
 
 from __future__ import annotations
