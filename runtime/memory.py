@@ -34,7 +34,7 @@ class MemoryTransport:
     def executor(self) -> Executor:
         """Return the server's executor for this session.
 
-        It exists once the client has sent its greeting.
+        The executor exists once the client has sent its greeting.
         """
         if self._dispatcher.session is None:
             raise LocalProtocolError("nobody has said hello")

@@ -46,7 +46,9 @@ class Backoff:
             )
 
     def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt, without end; the first wait is 0."""
+        """Yield the seconds to wait before each attempt; the first is 0, and the sequence is
+        endless.
+        """
         yield 0.0
         bound = self.first
         while True:

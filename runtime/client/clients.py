@@ -1,4 +1,4 @@
-"""The public client, which trains, evaluates and predicts with its part of a model and a server.
+"""The public client, which trains, evaluates and predicts together with a server.
 
 :class:`Client` connects the data, the executor of the client's part, and the channel to the server.
 Without a server, it trains an unsplit model.
@@ -54,7 +54,8 @@ class Client:
     unsplit model it is ``None``, and the client trains alone.  If a connection breaks, the client
     reconnects (unless it was given an open transport) and training continues as if nothing had
     happened.  Use the client as a context manager, or call :meth:`close`.  If an error occurs in
-    the middle of a task, the client closes, and its own state stays as it was before that task.
+    the middle of a task, the client is closed, and its own state remains as it was before that
+    task.
 
     Args:
         bundle: see above.
@@ -260,7 +261,7 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Make one training step on a batch and return its results, ``loss`` first.
+        """Perform one training step on a batch and return its results, ``loss`` first.
 
         Raises:
             UsageError: this client is running a fit.

@@ -1,7 +1,7 @@
 """The files of the client's part of a bundle, which a server offers for download.
 
-Browsers download them, because they have no bundle folder.  Only files that the manifest names are
-available, and never a trained state.  The server decides who may download them.
+Browsers download these files, because a browser has no bundle folder.  Only files that the manifest
+names are available, and never a trained state.  The server decides who may download the files.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class Listener(socket.socket):
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
     """Listen on every address of ``host``; an empty host means all addresses.
 
-    With port 0, any free port is chosen, the same for all addresses.
+    With port 0, a free port is chosen; it is the same for all addresses.
 
     Raises:
         PortInUse: another program is using the port.

@@ -1,4 +1,4 @@
-"""The engine: runs a party's stages and tasks with ONNX Runtime, and estimates their memory.
+"""The engine, which runs a party's stages with ONNX Runtime, and estimates the memory of tasks.
 
 This is the only package that imports ONNX Runtime.  It knows nothing about connections or clients'
 sessions.  Modules here may import the package ``gate``.

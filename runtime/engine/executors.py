@@ -60,7 +60,7 @@ class SessionExecutor(Protocol):
         """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available; after each, yield the tensors to send."""
+        """Run all stages whose inputs are available; after each stage, yield the tensors to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task has run."""
@@ -191,7 +191,7 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available; after each, yield the tensors to send.
+        """Run all stages whose inputs are available; after each stage, yield the tensors to send.
 
         Input data for the other party are part of the first group of tensors.  The arrays are
         read-only views.  If an error is raised, abandon the task.
@@ -297,7 +297,7 @@ class Executor:
         return False
 
     def close(self) -> None:
-        """Do nothing: an executor in this process has nothing to release."""
+        """Do nothing, because an executor in this process has nothing to release."""
 
     def _task(self, key: TaskKey) -> _Task:
         if key not in self._tasks:

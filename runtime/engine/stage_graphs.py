@@ -1,4 +1,4 @@
-"""A parser for stage graphs: the declared shapes of values, and the nodes that make and use them.
+"""A parser that reads the nodes of stage graphs, and the declared shapes of their values.
 
 It only reads graphs that have passed the gate.  Like the gate, it parses them without the onnx
 package.

@@ -1,4 +1,4 @@
-"""The gate: decides from a graph's bytes whether ONNX Runtime may load the graph.
+"""The gate, which decides from a graph's bytes whether ONNX Runtime may load the graph.
 
 It parses Protocol Buffers by hand.  It knows ONNX's messages and the operators that bundles use,
 but it imports neither onnx nor ONNX Runtime, and runs nothing.  Modules here import none of the

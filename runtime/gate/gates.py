@@ -7,7 +7,7 @@ their declarations, no external data, no functions, and limited sizes and nestin
 read in one pass, without the onnx package.
 
 The gate does not check whether shapes and types fit each other, nor how much time and memory the
-graph takes to run.  A small graph can still ask for a large tensor, or run forever.  Some graphs
+graph takes to run.  A small graph can still request a large tensor, or run forever.  Some graphs
 with inconsistent ranks still crash ONNX Runtime's shape inference.
 """
 

@@ -5,12 +5,12 @@ A task reserves its memory before it begins, and waits if there is not enough.  
 times comes first, and nobody may overtake it.  A new owner, or an owner that returns after a pause,
 starts level with the others.  While others wait, an owner gets at most half of the memory.
 
-Besides the shared memory there is a *reserve* of an eighth.  It is only for owners that have no
-memory yet, so that small tasks need not wait for an owner that has all the rest.
+Besides the shared memory there is a *reserve*, an eighth of its size.  It is only for owners that
+have no memory yet, so that small tasks need not wait for an owner that has all the shared memory.
 
-An open task whose client sends nothing is *idle*. While others wait, the memory of an idle task may
-be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS`` if its client is still sending a
-message.  If the number of workers is limited, tasks also wait for a worker (:mod:`places`).
+An open task whose client sends nothing is *idle*.  While others wait, the memory of an idle task
+can be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS`` if its client is still sending
+a message.  If the number of workers is limited, tasks also wait for a worker (:mod:`places`).
 
 Apart from the futures, this is pure bookkeeping: the caller defines what a task is, and aborts
 tasks.
@@ -142,7 +142,7 @@ class Budget:
         return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Record that an open task continues and now needs ``size`` bytes; never wait for memory.
+        """Record, without waiting, that an open task continues and now needs ``size`` bytes.
 
         Two tasks that both wait for more memory could block each other forever.  So a task is
         refused if it needs more than is left, or more than its owner's share while others wait.

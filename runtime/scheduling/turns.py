@@ -1,4 +1,4 @@
-"""A fair queue for work: decides which owner computes next, so that no owner blocks the others.
+"""A fair queue that decides which owner computes next, so that no owner blocks the others.
 
 Each owner has its own queue of pieces of work.  At most one piece per owner runs at a time, and the
 owner that has used the least time comes next.  This is start-time fair queuing (Goyal, Vin and

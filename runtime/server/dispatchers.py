@@ -116,7 +116,9 @@ class Dispatcher:
 
     @property
     def is_mid_step(self) -> bool:
-        """Return whether a training step of the session is unfinished and waits for the client."""
+        """Return whether the session has an unfinished training step that is waiting for the
+        client.
+        """
         return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:

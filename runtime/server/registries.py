@@ -1,8 +1,8 @@
 """The registry of the sessions that a server has in memory.
 
 It finds the session that a greeting asks for, and moves sessions to disk when they are not needed.
-:mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers` from which
-state a session starts.  The server decides when to look for sessions without a connection.
+:mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers` decides from
+which state a session starts.  The server decides when to look for sessions without a connection.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Session:
         """Accept a new connection, and return the step at which both sides continue.
 
         If possible, that is the client's own step (see :meth:`Ledger.suits`).  Otherwise both sides
-        go back to the newest step whose state both sides have.
+        go back to the newest step whose state both have.
 
         Raises:
             StaleConnection: the session has had a connection of this generation or a newer one.

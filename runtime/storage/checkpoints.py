@@ -111,8 +111,8 @@ _DECODER = msgspec.json.Decoder(_Facts)
 class CheckpointStore:
     """The checkpoints of one session in one party's folder; not thread-safe.
 
-    Writing a checkpoint deletes all checkpoints of later steps.  Such checkpoints exist only if the
-    session went back to an earlier step, and they do not fit the new course of training.
+    Writing a checkpoint deletes all checkpoints of later steps.  These checkpoints exist only if
+    the session went back to an earlier step, and they do not fit the new course of training.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class CheckpointStore:
         return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
-        """Compute by how many bytes the files grow when a checkpoint of ``nbytes`` is written."""
+        """Return by how many bytes the files grow if a checkpoint of ``nbytes`` is written."""
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
@@ -234,8 +234,8 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the session's checkpoints and its folder.
 
-        The newest checkpoint is deleted last, so a process killed halfway leaves the session
-        usable.
+        The newest checkpoint is deleted last, so the session remains usable if the process is
+        killed halfway.
         """
         clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))

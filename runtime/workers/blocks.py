@@ -3,8 +3,8 @@
 Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges the
 blocks; the worker maps the block that the server names.  On Linux, a block is an anonymous file
 that the worker inherits.  The file is sealed so that neither process can shrink it while the other
-uses it.  On other systems, a block is named shared memory, which is created again when it has to
-grow.  This module handles arrays and bytes, and knows nothing about processes.
+is using it.  On other systems, a block is named shared memory, which is created again when it has
+to grow.  This module handles arrays and bytes, and knows nothing about processes.
 """
 
 from __future__ import annotations

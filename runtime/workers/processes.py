@@ -1,4 +1,4 @@
-"""The server's side of a worker process: starts it, sends it requests and reads its answers.
+"""The server's side of a worker process: start it, send it requests, and read its answers.
 
 The server and the worker share two blocks of memory.  A worker handles one request at a time.  The
 requests are defined in :mod:`messages`; :mod:`pools` decides which owner has which worker.

@@ -1,9 +1,9 @@
 """An executor whose state and tasks are in a worker process.
 
 Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
-task, so creating or restoring a session does not make others wait.  Between two tasks the state can
-be fetched, so that another owner can have the worker's place.  The next task then passes the state
-to a worker again.
+task, so creating or restoring a session does not make other clients wait.  Between two tasks the
+state can be fetched, so that another owner can have the worker's place.  The next task then passes
+the state to a worker again.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class RemoteExecutor:
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run every stage whose inputs are available; after each, yield the tensors to send.
+        """Run all stages whose inputs are available; after each stage, yield the tensors to send.
 
         Raises:
             WorkerLost: the worker ended during the task.
