@@ -1,1 +1,1 @@
-"""The runtime, which trains and runs a bundle's parts, and moves tensors between the two parties."""
+"""The runtime, which trains and runs a bundle's parts, and moves tensors between the parties."""

@@ -46,9 +46,7 @@ class Backoff:
             )
 
     def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt; the first is 0, and the sequence is
-        endless.
-        """
+        """Yield the seconds to wait before each attempt, without end; the first wait is 0."""
         yield 0.0
         bound = self.first
         while True:

@@ -60,7 +60,7 @@ class SessionExecutor(Protocol):
         """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available; after each stage, yield the tensors to send."""
+        """Run all stages with available inputs; after each stage, yield the tensors to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task has run."""
@@ -191,7 +191,7 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available; after each stage, yield the tensors to send.
+        """Run all stages with available inputs; after each stage, yield the tensors to send.
 
         Input data for the other party are part of the first group of tensors.  The arrays are
         read-only views.  If an error is raised, abandon the task.

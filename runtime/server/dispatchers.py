@@ -116,9 +116,7 @@ class Dispatcher:
 
     @property
     def is_mid_step(self) -> bool:
-        """Return whether the session has an unfinished training step that is waiting for the
-        client.
-        """
+        """Return whether an unfinished training step of the session is waiting for the client."""
         return self._held is not None and self._held.ledger.is_open
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:

@@ -142,7 +142,7 @@ class RemoteExecutor:
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available; after each stage, yield the tensors to send.
+        """Run all stages with available inputs; after each stage, yield the tensors to send.
 
         Raises:
             WorkerLost: the worker ended during the task.
