@@ -1,7 +1,7 @@
 """Log unexpected exceptions with their traceback, as bugs in this package.
 
-The code that catches the exception raises an error of splitonnx instead.  That error says which
-work failed and asks the user to report the bug.
+The code that catches an unexpected exception raises an error of splitonnx instead.  That error says
+what failed, and asks the user to report the bug.
 """
 
 from __future__ import annotations

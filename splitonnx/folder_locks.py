@@ -3,7 +3,7 @@
 The lock is advisory.  The operating system holds it on the file ``.lock`` in the folder, and
 releases it when the process ends.  The file contains the process ID.  If the file cannot be created
 because the folder is read-only or the disk is full, the folder itself is locked; Windows does not
-support that.  Two locks in the same process exclude each other, like locks in two processes.
+support that.  Two locks in the same process exclude each other, as locks in two processes do.
 """
 
 from __future__ import annotations

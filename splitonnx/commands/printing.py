@@ -180,7 +180,7 @@ def print_export(export: Export) -> None:
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
-    """Print the file that was written, and the name, dtype and shape of each array in it."""
+    """Print the path of the output file, and the name, dtype and shape of each array in it."""
     from splitonnx.tensors import describe
 
     arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())

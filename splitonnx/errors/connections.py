@@ -62,7 +62,8 @@ class ServerBusy(ProtocolError):
 class StaleConnection(ProtocolError):
     """A newer connection has taken over the session.
 
-    ``generation`` is the number of this connection, and ``newest`` is the number of the newest one.
+    ``generation`` is the number of this connection, and ``newest`` is the number of the newest
+    connection.
     """
 
     generation: int
