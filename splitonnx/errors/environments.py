@@ -32,7 +32,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime package cannot do what was requested; another package is needed."""
+    """The installed ONNX Runtime cannot do what was requested; another package of it is needed."""
 
     installed: str
     needed: str
