@@ -50,6 +50,12 @@ def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
         return Path(note.read_text())
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what is loaded from garbage collections, since it lives until the end anyway."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def collector() -> Iterator[None]:
     """Turn the garbage collector on again: a command turns it off for the rest of its process."""
