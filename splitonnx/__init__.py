@@ -1,8 +1,8 @@
 """Split learning on ONNX: cut a model into two parts and train them on different machines.
 
-The result is the same as that of training the uncut model.  The names below are imported when they
-are first used, so that ``import splitonnx`` is fast and a device that only trains does not need
-``onnx``::
+Training the parts gives the same result as training the uncut model.  The names below are imported
+when they are first used.  Therefore ``import splitonnx`` is fast, and a device that only trains
+does not need ``onnx``::
 
     from splitonnx import AdamW, Client, Server, cut, merge, verify
 """

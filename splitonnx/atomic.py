@@ -5,7 +5,7 @@ writer can find and remove the temporary files of a process that was killed.
 
 Linux and macOS can swap the names of two folders in one step, so a folder that is being replaced
 never disappears.  On other systems the replacement takes two renames.  If the process is killed
-between them, :func:`recover` restores the old folder later.
+between them, :func:`recover` can restore the old folder later.
 
 This module does not interpret the content of files.
 """
@@ -47,10 +47,12 @@ _Found = TypeVar("_Found")
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write chunks to a file, without copying large chunks, and wait until they are on disk.
+    """Write chunks of bytes to a file and wait until they are on disk.
+
+    Large chunks are not copied.
 
     Raises:
-        OSError: the file cannot be written; a partly written file remains.
+        OSError: the file cannot be written; a partly written file may remain.
     """
     from splitonnx.chunks import iter_chunks  # imports numpy, which --help does not need
 
@@ -122,9 +124,9 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove temporary tensor files that killed processes left in a folder.
+    """Remove the temporary tensor files that killed processes left behind in a folder.
 
-    Files that running processes are still writing are not removed.
+    Files that are still being written by running processes are kept.
 
     Raises:
         OSError: the folder cannot be read.
@@ -140,7 +142,9 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until new, renamed and deleted names in a folder are on disk; do nothing on Windows.
+    """Wait until all changes to the names in a folder are on disk; do nothing on Windows.
+
+    Such changes are new, renamed and deleted files and folders.
 
     Raises:
         OSError: the folder cannot be opened, or the disk fails.
@@ -159,9 +163,9 @@ def sync_folder(folder: Path) -> None:
 def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> None:
     """Create or replace the folder ``target`` atomically.
 
-    ``write`` is called with the path of a temporary folder and must create the content there.  If
-    ``target`` exists, then ``target`` and each direct subfolder are locked during the replacement
-    if they contain a file named ``marker``.
+    ``write`` is called with the path of a temporary folder and must create the content there.
+    If ``target`` exists, it and its direct subfolders are locked during the replacement; folders
+    without a file named ``marker`` are not locked.
 
     Raises:
         FolderInUse: one of the folders to lock is being served or trained.
@@ -190,7 +194,7 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
 
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
-    """Read the files of a folder; read them again if the folder was replaced meanwhile.
+    """Read files from a folder, and start again if the folder was replaced in the meantime.
 
     ``read`` reads the files and returns the result.  ``errors`` are the exceptions that ``read``
     may raise if it finds a mixture of old and new files.  They are passed on only if the folder was
@@ -225,7 +229,7 @@ def exchange(one: Path, other: Path) -> bool:
     """Swap the names of two folders in one step; return ``False`` if the system cannot do that.
 
     Raises:
-        OSError: the system supports it, but the exchange failed.
+        OSError: the system can swap names, but the swap failed.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -245,7 +249,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def is_other_alive(process: int) -> bool:
-    """Return whether another running process has this process ID.
+    """Return whether ``process`` is the ID of another process that is running.
 
     The result is always ``False`` on Windows.
     """

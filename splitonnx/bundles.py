@@ -1,9 +1,9 @@
 """Load and save bundles: folders that contain a cut model, with one subfolder per party.
 
-A party is the client or the server.  Its folder contains everything that it needs.  Files are
-written completely or not at all.  Everything that is read is checked against the manifest and its
-checksums before it is used.  This module handles files, hashes and tensors; it neither reads nor
-runs graphs.
+A party is the client or the server.  Its folder contains everything that it needs.  Folders are
+written atomically.  All content that is read is checked against the manifest and its checksums
+before it is used.  This module handles files, hashes and tensors; it neither decodes nor runs
+graphs.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class PartyBundle:
         The weights are memory-mapped; with ``is_held``, they are read into memory instead.  If
         another program truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        If ``session`` is given and the folder still has the state that this session produced, that
-        state is read; otherwise the newest state is read.
+        ``session`` is the ID of a training session.  If the folder still contains the state
+        produced by that session, this state is read; otherwise the newest state is read.
 
         Raises:
             BundleError: the folder is missing or incomplete, a file was altered, or the weights or
@@ -109,11 +109,11 @@ class PartyBundle:
         overwrite: bool = False,
         beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the party's folder completely, or not at all.
+        """Write the party's folder atomically.
 
-        ``beside`` maps the names of additional files to their content; they are written to the same
-        folder.  With ``overwrite``, an existing party folder is replaced.  Any other existing file
-        or folder is never replaced.
+        ``beside`` maps the names of additional files, which are written to the same folder, to
+        their content.  ``overwrite`` permits replacing an existing party folder, but not any other
+        file or folder.
 
         Raises:
             BundleError: ``path`` exists already, or the folder cannot be written there.
@@ -167,9 +167,9 @@ class PartyBundle:
     def state(self) -> dict[str, np.ndarray]:
         """Return the tensors to continue training from.
 
-        These are the trained tensors.  Before the first update, they are the initial weights, and
-        zeros for the optimizer's state.  The result contains every tensor of the manifest's state,
-        in the same order and with the declared dtype and shape.
+        After the first update, these are the trained tensors.  Before it, they are the initial
+        weights and, for the optimizer's state, zeros.  The result contains every tensor of the
+        manifest's state, in the same order and with the declared dtype and shape.
         """
         if self.trained is not None:
             return {
@@ -235,10 +235,9 @@ class Bundle:
         return cls(manifest=manifest, parties=parties, skeleton=skeleton)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the bundle's folder completely, or not at all.
+        """Write the bundle's folder atomically.
 
-        With ``overwrite``, an existing bundle is replaced.  Any other existing file or folder is
-        never replaced.
+        ``overwrite`` permits replacing an existing bundle, but not any other file or folder.
 
         Raises:
             BundleError: ``path`` exists already, or the bundle cannot be written there.

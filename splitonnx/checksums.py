@@ -1,9 +1,9 @@
-"""Add a SHA-256 checksum to tensor files, and verify it to detect changes.
+"""Add a SHA-256 checksum to tensor files, and verify it to detect altered files.
 
 The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
-file, with 64 zeros in place of the checksum itself.  It detects accidents but not attacks, because
-an attacker can change the checksum as well.  This module works on bytes and does not access the
-file system.
+file, with 64 zeros in place of the checksum itself.  It detects accidental changes but not attacks,
+because an attacker can change the checksum as well.  This module works on bytes and does not access
+the file system.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BLANK = "0" * 64
 def encode_with_checksum(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> list[Chunk]:
-    """Encode tensors and metadata as the chunks of a tensor file that contains its checksum.
+    """Encode tensors and metadata as a tensor file that contains its own checksum.
 
-    The tensors are not copied.
+    The file is returned as a list of chunks.  The tensors are not copied.
 
     Raises:
         FormatError: a tensor has an element type that cannot be written.

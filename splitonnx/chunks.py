@@ -1,8 +1,8 @@
 """Process large tensors in chunks, to hash or write them without holding them in memory.
 
 A tensor that is mapped from a file uses no memory until it is read.  Each chunk's memory is
-released before the next chunk is read.  This module works on buffers and memory mappings; it does
-not depend on a file format.
+released before the next chunk is read.  This module works on buffers and memory mappings; it is
+independent of file formats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def iter_chunks(content: bytes | memoryview | np.ndarray) -> Iterator[memoryview
 
 
 def hold(content: memoryview) -> memoryview:
-    """Copy bytes into this process's memory, so that later changes to their file have no effect."""
+    """Copy bytes of a mapped file into memory, so that later changes to the file have no effect."""
     memory = memoryview(mmap.mmap(-1, max(1, len(content))))[: len(content)]
     start = 0
     for piece in iter_chunks(content):

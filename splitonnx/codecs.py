@@ -76,7 +76,7 @@ def decode_tensors(
         max_header: the largest allowed size of the header, in bytes.
 
     Raises:
-        FormatError: the bytes are not exactly one complete, well-formed message.
+        FormatError: ``content`` is not exactly one complete, well-formed message.
     """
     view = memoryview(content).toreadonly().cast("B")
     header, start = _read_header(view, max_header)

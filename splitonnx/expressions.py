@@ -1,8 +1,8 @@
 """Parse and evaluate symbolic dimensions such as ``N``, ``4*N + 1`` or ``(H + -1)//(2) + 1``.
 
 A dimension is written as a sum of products of integers and *atoms*.  An atom is a name, such as
-``N``, or a quotient of two sums that is rounded down, such as ``(H + -1)//(2)``.  Any other text is
-treated as a single atom.  The partitioner writes these texts
+``N``, or the quotient of two sums, rounded down, such as ``(H + -1)//(2)``.  Any other text is
+treated as a single atom.  The partitioner writes these dimensions
 (``partitioner/inference/dimensions.py``) into manifests and into the shapes in graphs.  The runtime
 evaluates them when the sizes are known.
 """
@@ -30,7 +30,10 @@ _NUMBER = re.compile(r"-?[0-9]{1,15}")
 
 @lru_cache(maxsize=1 << 14)
 def parse_terms(text: str) -> Terms:
-    """Parse a dimension into a sum of products."""
+    """Parse a dimension into a sum of products of atoms (names and quotients) and integers.
+
+    Text that cannot be parsed becomes a single atom.
+    """
     terms = _parse_sum(text) if len(text) <= _LONGEST else None
     return (((text,), 1),) if terms is None else terms
 
@@ -51,9 +54,10 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
-    """Return the size of an atom: look it up in ``sizes``, or compute it if it is a quotient.
+    """Return the size of an atom (a name or a quotient).
 
-    Return ``None`` if a size is missing or a divisor is less than 1.
+    The size is looked up in ``sizes``.  If ``sizes`` does not contain the size of a quotient, it is
+    computed.  Return ``None`` if a size is missing or a divisor is less than 1.
     """
     if atom in sizes:
         return sizes[atom]
@@ -97,9 +101,9 @@ def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int 
 
 
 def find_unbound(text: str, sizes: Mapping[str, int]) -> list[str]:
-    """List the atoms (names and quotients) in a dimension whose sizes are not known.
+    """List the atoms (names and quotients) of unknown size in a dimension, without duplicates.
 
-    The list has no duplicates.
+    An atom has a known size if it is in ``sizes`` or can be computed from them.
     """
     atoms = dict.fromkeys(atom for atoms, _ in parse_terms(text) for atom in atoms)
     return [atom for atom in atoms if evaluate_atom(atom, sizes) is None]

@@ -19,10 +19,10 @@ _EXTRAS = {"onnx": "cpu", "onnx_ir": "cpu", "onnxruntime": "portable"}
 def load(module: str, purpose: str) -> ModuleType:
     """Import and return ``module``.
 
-    ``purpose`` describes the feature that needs the module, for the error message.
+    ``purpose`` describes the feature that needs the module; it is used in the error message.
 
     Raises:
-        MissingExtra: the module needs a package that is not installed and that an extra installs.
+        MissingExtra: the module needs a missing package, which an extra installs.
     """
     try:
         return import_module(module)
@@ -34,12 +34,12 @@ def load(module: str, purpose: str) -> ModuleType:
 
 
 def miss(package: str, extra: str, purpose: str) -> MissingExtra:
-    """Return the error for a missing package that ``extra`` would install."""
+    """Return the error to raise for a missing package that ``extra`` would install."""
     is_available = extra != "cpu" or has_training_wheel()
     return MissingExtra(package, extra, purpose, is_available=is_available)
 
 
 def has_training_wheel() -> bool:
-    """Return whether onnxruntime-training 1.19.2 has a wheel for this Python and machine."""
+    """Return whether onnxruntime-training 1.19.2 has a wheel for this Python and this machine."""
     is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
     return is_common and sys.version_info < (3, 13)

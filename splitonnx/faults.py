@@ -1,7 +1,7 @@
-"""Log unexpected exceptions with their traceback, as bugs in this package.
+"""Log unexpected exceptions as bugs in this package, with their tracebacks.
 
-The code that catches an unexpected exception raises an error of splitonnx instead.  That error says
-what failed, and asks the user to report the bug.
+The code that catches an unexpected exception raises an error of splitonnx instead.  Its message
+says what failed, and asks the user to report the bug.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOGGER = "splitonnx.faults"
 
 
 def log_mistake(subject: str, error: BaseException) -> None:
-    """Log an unexpected exception, with its traceback, as a bug in this package.
+    """Log an unexpected exception as a bug in this package, with its traceback.
 
     ``subject`` describes the work that failed.
     """
@@ -32,10 +32,10 @@ def log_mistake(subject: str, error: BaseException) -> None:
 
 @contextmanager
 def attribute_errors_to_us(subject: str) -> Iterator[None]:
-    """Convert unexpected exceptions inside the context to an internal error of this package.
+    """Convert unexpected exceptions inside the context to internal errors of this package.
 
-    ``subject`` describes the work inside the context.  Errors that splitonnx raises on purpose pass
-    through unchanged, and so does ``MemoryError``.
+    ``subject`` describes the work inside the context.  ``MemoryError`` and the errors that
+    splitonnx raises on purpose pass through unchanged.
 
     Raises:
         InternalRuntimeError: an unexpected exception was raised.

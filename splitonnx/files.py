@@ -1,8 +1,8 @@
 """Open regular files, and refuse pipes, devices and folders.
 
-Reading from a pipe that has no writer would wait forever, and a device such as ``/dev/zero`` never
-ends.  Therefore every file that a user or a bundle names is opened with this module.  This module
-does not depend on a file format.
+Reading from a pipe without a writer would block forever, and the content of a device such as
+``/dev/zero`` is endless.  Therefore every file named by a user or a bundle is opened with this
+module.  It is independent of file formats.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def open_regular(path: str | Path, most: int | None = None) -> int:
     """Open a regular file for reading and return its file descriptor; symbolic links are followed.
 
     Raises:
-        OSError: the file is missing, is a pipe, a device or a folder, or has more than ``most``
-            bytes; ``strerror`` contains the reason.
+        OSError: the file is missing, is not a regular file, has more than ``most`` bytes, or cannot
+            be opened; ``strerror`` contains the reason.
     """
     try:
         _check(path, os.stat(path), most)  # some devices act on being opened
@@ -48,7 +48,8 @@ def read_regular(path: str | Path, most: int) -> bytes:
     """Read and return the content of a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: see :func:`open_regular`.
+        OSError: the file has more than ``most`` bytes, or cannot be opened or read; ``strerror``
+            contains the reason.
     """
     with open(open_regular(path, most), "rb") as file:
         size = os.fstat(file.fileno()).st_size  # read() allocates as much as it is asked for
@@ -59,10 +60,10 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def map_regular(path: str | Path) -> memoryview:
-    """Memory-map a regular file, read-only; its bytes are read from disk when they are accessed.
+    """Memory-map a regular file read-only; its bytes are read from disk when they are accessed.
 
     Raises:
-        OSError: see :func:`open_regular`; or the file is empty.
+        OSError: the file is empty, or cannot be opened; ``strerror`` contains the reason.
     """
     handle = open_regular(path)
     try:

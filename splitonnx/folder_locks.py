@@ -3,7 +3,7 @@
 The lock is advisory.  The operating system holds it on the file ``.lock`` in the folder, and
 releases it when the process ends.  The file contains the process ID.  If the file cannot be created
 because the folder is read-only or the disk is full, the folder itself is locked; Windows does not
-support that.  Two locks in the same process exclude each other, as locks in two processes do.
+support that.  Locks exclude each other within one process as well as between processes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FolderLock:
 
     @classmethod
     def acquire(cls, folder: Path) -> Self:
-        """Lock a folder, or raise immediately if it is locked already.
+        """Lock a folder, or raise an error immediately if the folder is already locked.
 
         Raises:
             FolderInUse: the folder is locked by this process or another process.

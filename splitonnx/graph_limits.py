@@ -1,9 +1,10 @@
 """Size limits for the models that ``cut`` accepts, and for the graphs that the runtimes run.
 
 The gates check models and graphs from untrusted sources against these limits and against the lists
-in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` writes both tables for
-the JavaScript client.  The limits for a stage's graph are higher than the limits for the model that
-it was cut from, because gradients and their expansion into simpler operators add nodes.
+in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` generates the copies
+of these limits and lists for the JavaScript client.  The limits for a stage's graph are higher than
+the limits for the model that it was cut from, because gradients and their expansion into simpler
+operators add nodes.
 """
 
 from __future__ import annotations

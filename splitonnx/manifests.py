@@ -3,13 +3,13 @@
 A manifest describes graphs and the values that they exchange, so that a runtime needs no knowledge
 of neural networks.  A bundle's folder contains::
 
-    manifest.json           BundleManifest: how it was cut
+    manifest.json           BundleManifest: how the model was cut
     model.onnx              the model in inference form, without its trainable weights
     client/ server/         one complete folder per party:
         manifest.json       PartyManifest
         *.onnx              one file per stage
         weights.safetensors the weights that training starts from
-        state.safetensors   the state after training, if there was any
+        state.safetensors   the state after training; missing before the first training
 
 A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``).  It
 consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
@@ -146,7 +146,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     ``outputs`` declares the outputs of the model that ``predict`` returns.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
     in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
-    :func:`has_valid_checksum`), so only manifests in files have it.
+    :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
     """
 
     format: str
@@ -167,7 +167,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of a cut: enough to cut the same model again, or to train it without a cut."""
+    """The settings of a cut, with which the same model can be cut again, or be trained uncut."""
 
     at: tuple[str, ...]
     tail_at: tuple[str, ...]
@@ -217,7 +217,7 @@ def encode_manifest(manifest: PartyManifest | BundleManifest) -> bytes:
 
 
 def has_valid_checksum(content: bytes) -> bool:
-    """Return whether the content of a manifest file matches the checksum that it contains.
+    """Return whether the content of a manifest file matches the checksum stored in the file.
 
     Files of earlier versions contain no checksum and always pass.
     """
@@ -230,14 +230,15 @@ def has_valid_checksum(content: bytes) -> bool:
 
 
 def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Manifest:
-    """Decode a manifest, and check its declarations of state and of tensors to be sent.
+    """Decode a manifest, and check its declarations of state tensors and of tensors to be sent.
 
-    ``source`` is the name of the file, for error messages.
+    ``kind`` is the expected class.  ``source`` is the name of the file; it is used in error
+    messages.
 
     Raises:
         FormatError: the bytes are not JSON, a field is missing or has the wrong type, the format
-            version is not supported, the state is not valid, or a tensor to be sent has an
-            undeclared dimension.
+            version is not supported, a declaration of a state tensor is not valid, or a dimension
+            of a tensor to be sent is neither a number nor an expression.
     """
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)

@@ -1,7 +1,7 @@
 """The messages between client and server, and their encoding.
 
 Every message has the safetensors format: its tensors are stored as usual, and its other fields are
-stored as JSON in the metadata, under ``splitonnx``.  So any safetensors reader can inspect a
+stored as JSON in the metadata, under ``splitonnx``.  Therefore any safetensors reader can inspect a
 recorded message.  This module defines the messages; :mod:`splitonnx.runtime.wire.protocols` defines
 when each message may be sent.
 """
@@ -102,7 +102,7 @@ class Tensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Tensors of a task, sent by either side.
 
     The client chooses ``seed`` and ``learning_rate``.  ``turn`` counts the sender's messages in
-    this task, starting from 0.  A message that is sent again is identical byte for byte.
+    this task, starting from 0.  If a message is sent again, it has exactly the same bytes.
     """
 
     session: str
@@ -123,7 +123,7 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The client's request that the server save its state at ``step``.
 
     When the server has saved its state, the client saves its own.  ``publish`` means that the state
-    is also the outcome of the training, and not only a checkpoint to go back to.
+    is not only a checkpoint to go back to, but also the outcome of the training.
     """
 
     session: str
@@ -152,12 +152,16 @@ class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A report that an error occurred on the sender's side; the connection is then closed.
 
-    ``code`` is the name of the error's class, and ``reason`` describes the error.  The other fields
-    are set for some errors only.  For ``StaleConnection``, ``newest`` is the generation of the
-    session's newest connection.  For ``NotFinite`` and ``BatchTooLarge``, ``subject`` is the name
-    of the tensor.  For ``NotFinite``, ``reason`` is the place where the tensor was found.  For
-    ``BatchTooLarge``, ``needed`` is the number of rows received, and ``limit`` is the largest
-    number allowed.
+    ``code`` is the name of the error's class.  ``reason`` describes the error, except as listed
+    here.  The other fields are set only for these errors:
+
+    - ``BatchTooLarge``: ``subject`` is the name of the tensor, ``needed`` is the number of rows
+      received, and ``limit`` is the largest number allowed.
+    - ``NotFinite``: ``subject`` is the name of the tensor, and ``reason`` is where it was found.
+    - ``NotPermitted``: ``subject`` is the missing role, and ``reason`` is the forbidden action.
+    - ``ServerBusy``: ``reason`` is the name of the limit.
+    - ``StaleConnection``: ``newest`` is the generation of the session's newest connection.
+    - ``TaskTooLarge``: ``needed`` and ``limit`` are sizes in bytes.
     """
 
     code: str

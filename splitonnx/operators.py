@@ -69,7 +69,10 @@ def is_known(operator: str, domain: str) -> bool:
 
 
 def is_standard(operator: str, domain: str) -> bool:
-    """Return whether an operator is standard, so that a portable part's graphs may contain it."""
+    """Return whether an operator is standard.
+
+    The graphs of a portable part may contain no other operators.
+    """
     return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
 
 

@@ -1,8 +1,8 @@
 """Optimizers, described by their kind and hyperparameters; this module computes nothing.
 
 Semantics and defaults are those of torch.optim, so that settings can be copied from PyTorch.
-Gradient clipping (``clip_norm``) uses the global norm over all parameters of all parties, like
-``torch.nn.utils.clip_grad_norm_``.
+Gradient clipping (``clip_norm``) uses the global norm over all parameters of all parties, as
+``torch.nn.utils.clip_grad_norm_`` does.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
     """Build an optimizer from a dictionary of settings; missing settings get their defaults.
 
     Raises:
-        UsageError: the optimizer or a setting does not exist, or a setting is out of range.
+        UsageError: there is no such optimizer or setting, or a value is out of range.
     """
     name = description.get("name")
     kind = _KINDS.get(str(name))

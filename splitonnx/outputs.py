@@ -1,7 +1,7 @@
 """Check whether an output can be written before starting the work that produces it.
 
-The situation may change before the output is written, so the code that writes it must still handle
-errors.  This module does not create anything.
+Conditions may change before the output is written, and therefore the code that writes it must still
+handle errors.  This module does not create anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST_NAME = 255
 
 
 def check_file_place(path: Path) -> None:
-    """Check that a file can be written to ``path``, as far as this can be known in advance.
+    """Check that a file can be written to ``path``, as far as this is known in advance.
 
     Raises:
         OSError: the file cannot be written, for example because ``path`` is a folder or a device;
@@ -30,7 +30,7 @@ def check_file_place(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Check that a file or folder can be created at ``path``, as far as this can be known now.
+    """Check that a file or folder can be created at ``path``, as far as this is known in advance.
 
     Raises:
         OSError: the name is not valid, or the parent is not a folder or is not writable;

@@ -1,10 +1,10 @@
 """Read and write the outcomes of training: the state of a party's tensors after a finished run.
 
-A party's folder holds the newest outcome in ``state.safetensors``.  Before the outcome of another
-session replaces it, it is moved to ``outcomes/<session>.safetensors``.  So a server that trains
-with many clients keeps one outcome per client.  Files are written completely or not at all.  Each
-file contains a SHA-256 of its own bytes, which is verified when the file is read.  This module
-deals with files and tensors, not with graphs or checkpoints.
+In a party's folder, the newest outcome is in ``state.safetensors``.  Before it is replaced by the
+outcome of another session, it is moved to ``outcomes/<session>.safetensors``.  Thus a server that
+trains with many clients keeps one outcome per client.  Files are written atomically.  Each file
+contains its own SHA-256 checksum, which is verified when the file is read.  This module deals with
+files and tensors, not with graphs or checkpoints.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ _IDENTITY = msgspec.json.Decoder(_Identity)
 class State:
     """All tensors of a party's state after ``step`` updates.
 
-    ``session`` is the session that produced the state, or empty if that is unknown.  ``position``
-    is the position of that session in the training data, encoded by the runtime.  ``owner`` is the
-    owner of the session on a server that requires tokens, and empty on other servers.
+    ``session`` is the ID of the session that produced the state, or empty if the ID is unknown.
+    ``position`` is the position of that session in the training data, encoded by the runtime.
+    ``owner`` is the owner of the session on a server that requires tokens, and empty on other
+    servers.
     """
 
     tensors: Mapping[str, np.ndarray] = field(repr=False)
@@ -78,7 +79,7 @@ def is_session(name: str) -> bool:
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write a party's state into its folder ``path`` as the newest outcome, atomically.
+    """Write a party's state atomically to its folder ``path`` as the newest outcome.
 
     ``digest`` is the digest of the bundle.
 
@@ -112,13 +113,13 @@ def write_state(path: str | Path, state: State, digest: str) -> None:
 def read_state(
     folder: Path, manifest: PartyManifest, session: str = "", *, is_held: bool = False
 ) -> State | None:
-    """Read the outcome of ``session`` from a party's folder, or the newest outcome.
+    """Read the outcome of a session from a party's folder, or the newest outcome.
 
-    The newest outcome is read if ``session`` is empty, or if the folder has no outcome of that
-    session.  Return ``None`` if the folder has no outcome to read.
+    The newest outcome is read if ``session`` is empty or is the ID of a session without an outcome
+    in the folder.  Return ``None`` if the folder contains no outcome to read.
 
     The tensors are memory-mapped; with ``is_held``, they are read into memory instead.  In both
-    cases the checksum of the file is verified.
+    cases, the checksum of the file is verified.
 
     Raises:
         BundleError, FormatError: the outcome cannot be read, or does not match the manifest.
@@ -165,7 +166,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Map each session with an earlier outcome in a party's folder to the file of this outcome."""
+    """Find the files with earlier outcomes in a party's folder, and key them by session ID."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):
@@ -174,11 +175,11 @@ def list_outcomes(folder: Path) -> dict[str, Path]:
 
 
 def check_home(folder: Path, digest: str) -> None:
-    """Check that ``folder`` still belongs to the bundle with this digest.
+    """Check that ``folder`` still belongs to the bundle with the digest ``digest``.
 
     Raises:
-        NotSaved: the folder was deleted or replaced after it was loaded; the folder is not created
-            again.
+        NotSaved: the folder was deleted or replaced after the bundle was loaded; a deleted folder
+            is not created again.
     """
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)
@@ -190,7 +191,7 @@ def check_home(folder: Path, digest: str) -> None:
 
 
 def map_file(path: Path) -> memoryview:
-    """Memory-map a regular file, read-only; its bytes are read from disk when they are accessed.
+    """Memory-map a regular file read-only; its bytes are read from disk when they are accessed.
 
     Raises:
         BundleError: the file is missing, empty, unreadable, or not a regular file.
@@ -210,11 +211,11 @@ def decode_state(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Decode the tensors and the metadata of a tensor file; the tensors are views of ``content``.
 
-    ``declared`` lists the tensors that the file must contain.  ``path`` is the name of the file,
-    for error messages.
+    ``declared`` lists the tensors that the file must contain.  ``path`` is the name of the file; it
+    is used in error messages.
 
     Raises:
-        FormatError: the bytes are not one complete, well-formed tensor file.
+        FormatError: ``content`` is not one complete, well-formed tensor file.
         BundleError: a tensor is missing or undeclared, or has the wrong dtype or shape.
     """
     try:
@@ -248,7 +249,7 @@ def check_state(
 def check_finite_state(
     path: Path, tensors: Mapping[str, np.ndarray], declared: Iterable[StateSpec]
 ) -> None:
-    """Check that no tensor that training changes contains NaN or infinity.
+    """Check that the tensors changed by training are free of NaN and infinity.
 
     Raises:
         StateNotFinite: a tensor contains NaN or infinity; earlier checkpoints are kept.

@@ -1,8 +1,8 @@
 """Declarations of tensors (name, element type, shape), and checks of arrays against them.
 
 Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
-number, a string or ``None``.  A string is a name that has the same size throughout a task, such as
-``"N"``, or an expression of names, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
+number, a string or ``None``.  A string is a name, such as ``"N"``, which stands for the same size
+throughout a task, or an expression, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
 ``None`` allows any size of at least 1.  Names and expressions also have a size of at least 1,
 because native kernels rely on that.  Only the outputs of the model may have dimensions of size 0:
 no kernel reads them, and their size may depend on values.  This module depends on numpy and not on
@@ -34,14 +34,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Return the safetensors name of a numpy dtype, or else numpy's own name for the dtype."""
+    """Return the safetensors name of a numpy dtype, or numpy's own name if there is none."""
     return _NAMES.get(dtype, str(dtype))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The declaration of a tensor: its name, element type and shape.
 
-    ``bounds`` is the range of values that an integer tensor may contain; its upper end is excluded.
+    The values of an integer tensor with ``bounds`` are at least ``bounds[0]`` and less than
+    ``bounds[1]``.
     """
 
     name: str
@@ -69,9 +70,9 @@ def check_array(
     """Check that ``array`` has the dtype, shape and value range that ``spec`` declares.
 
     ``sizes`` maps the names and expressions in shapes to their sizes, as far as they are known in
-    this task.  Sizes that ``array`` determines are added to ``sizes``.  If a name already has a
-    different size there, the array does not match.  With ``is_output``, a symbolic dimension may be
-    0 unless it is known to have another size.
+    this task.  Sizes that ``array`` determines are added to ``sizes``.  If a name or expression
+    already has a different size, the array does not match.  ``is_output`` means that ``array`` is
+    an output of the model; a symbolic dimension whose size is not known yet may then be 0.
 
     Raises:
         ArrayMismatch: the dtype or shape differs.
@@ -93,7 +94,7 @@ def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
     """Check that ``array`` has at most ``limit`` rows, unless ``spec`` fixes the number of rows.
 
     Raises:
-        BatchTooLarge: the array has too many rows; the error contains their number and the limit.
+        BatchTooLarge: the array has more than ``limit`` rows.
     """
     is_free = bool(spec.shape) and not isinstance(spec.shape[0], int)
     if is_free and array.ndim and array.shape[0] > limit:

@@ -33,8 +33,8 @@ from splitonnx.runtime.memory import connect_in_memory
 class StepComparison:
     """The comparison of split and unsplit training after one step.
 
-    ``differences`` maps ``loss`` and every parameter and running statistic to its relative
-    difference: the largest absolute difference divided by the largest absolute value.
+    ``differences`` maps ``loss`` and the name of every parameter and running statistic to the
+    relative difference: the largest absolute difference divided by the largest absolute value.
     """
 
     step: int
@@ -88,11 +88,11 @@ def verify(
         steps: the number of optimizer steps to compare.
         batch_size: the number of samples per step.
         rtol: the largest relative difference that counts as equal.
-        seed: the seed of shuffling and Dropout, the same in both runs.
+        seed: the seed for shuffling and Dropout in both runs.
 
     Raises:
         UsageError: ``steps`` is less than one, or the data contain no samples.
-        SplitonnxError: any error of cutting or training.
+        SplitonnxError: another error occurred during cutting or training.
     """
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if steps < 1:
@@ -141,7 +141,7 @@ def compare_steps(
 
 
 def leave_whole(bundle: Bundle) -> Bundle:
-    """Build an uncut bundle with the same model, loss, optimizer and initial weights."""
+    """Build an uncut bundle with the model, loss, optimizer and initial weights of ``bundle``."""
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]
     trained = [spec.tensor.name for spec in specs if spec.role is Role.PARAMETER]

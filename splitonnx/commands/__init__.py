@@ -2,8 +2,8 @@
 
 Each command is a thin wrapper around a function of the library.  A command imports most modules
 only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  Errors
-of splitonnx are printed as one line on stderr, with exit code 2.  After Ctrl-C, the exit code is
-130.
+that splitonnx raises on purpose are printed as one line on stderr, and the exit code is 2.  After
+Ctrl-C, the exit code is 130.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def show_options(
         ),
     ] = False,
 ) -> None:
-    """Split learning on ONNX: cut any model, and train its parts apart with the same result."""
+    """Split learning on ONNX: cut a model into two parts and train them on different machines."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write output files completely or not at all."""
+"""Write output files atomically, and check in advance that they can be written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from splitonnx.outputs import check_file_place, check_place
 
 
 def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None:
-    """Raise if an output exists already or cannot be written.
+    """Raise an error if an output exists already or cannot be written.
 
-    Commands call this before they start their work, so that the work is not wasted.
+    Commands call this function before they start their work, so that no work is wasted.
 
     Raises:
         UnwritableFile: ``path`` exists and ``force`` is not set, or ``path`` is not writable.

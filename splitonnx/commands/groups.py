@@ -47,7 +47,7 @@ def group_fields(group: Any) -> Group:
 
 
 def list_given(group: Any) -> list[str]:
-    """List the names of the options in a dataclass whose values differ from the defaults."""
+    """List the names of those options in ``group`` that do not have their default values."""
     return [
         f"--{field.name.replace('_', '-')}"
         for field in fields(group)
@@ -58,8 +58,9 @@ def list_given(group: Any) -> list[str]:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that has one option for each field of its option groups.
 
-    This is a decorator.  A parameter of the command is a group if it is annotated with a dataclass,
-    or with ``Annotated`` and a :class:`Group`.  The options are in the order of the parameters.
+    This function is a decorator.  A parameter of the command is a group if it is annotated with a
+    dataclass, or with ``Annotated`` and a :class:`Group`.  The options have the same order as the
+    parameters.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: group for name, hint in hints.items() if (group := _find_group(hint))}

@@ -1,4 +1,4 @@
-"""Format the log of a command: as lines of text for people, or as one JSON object per line.
+"""Format the log of a command as lines of text for people, or as one JSON object per line.
 
 Both formats read the fields of an event from the ``extra={...}`` argument of standard logging.  A
 log may contain text that peers sent, so control characters are escaped.  Otherwise a peer could
@@ -48,7 +48,7 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record as one line of text."""
+        """Format a record as one line of text, followed by its traceback if it has one."""
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         sentence = escape(record.getMessage())
         known = {name: escape(str(value)) for name, value in get_fields(record).items()}
@@ -84,8 +84,8 @@ class JsonFormatter(logging.Formatter):
 class Brake(logging.Filter):
     """A logging filter that limits the number of lines per second.
 
-    This keeps a flood of messages from filling the disk.  Errors are always written.  After lines
-    were dropped, the next line contains the number of dropped lines in the field ``left_out``.
+    This keeps a flood of messages from filling the disk.  Errors are always written.  If lines were
+    dropped, the next line that is written contains their number in the field ``left_out``.
     """
 
     def __init__(self, lines_per_second: float = LINES_PER_SECOND) -> None:
@@ -112,7 +112,7 @@ def get_fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def escape(text: str) -> str:
-    r"""Escape unprintable characters as ``\x1b`` or ``\u202e``, and a line break as ``\n``."""
+    r"""Escape unprintable characters; for example, a line break becomes ``\n``."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -122,7 +122,7 @@ def escape(text: str) -> str:
 def logging_to_stderr(
     level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT
 ) -> Iterator[None]:
-    """Write splitonnx's log to stderr inside the context, and restore the logger afterwards."""
+    """Log to stderr inside the context, and restore the previous logging settings afterwards."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     handler.addFilter(Brake())

@@ -157,14 +157,14 @@ LogLevelOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """The options that choose which messages a command logs, and in which format."""
+    """The options that determine which messages a command logs, and in which format."""
 
     quiet: QuietOption = False
     log_format: LogFormatOption = LogFormat.TEXT
     log_level: LogLevelOption = None
 
     def choose_level(self) -> LogLevel:
-        """Return the lowest level of messages that are logged.
+        """Return the lowest level at which messages are logged.
 
         Raises:
             UsageError: the options contradict each other.
@@ -181,10 +181,11 @@ def make_optimizer(
     weight_decay: float | None,
     clip_norm: float | None,
 ) -> Optimizer:
-    """Build an optimizer from command-line options; an option that is ``None`` gets its default.
+    """Build an optimizer from command-line options; options that are ``None`` get their defaults.
 
     Raises:
-        UsageError: the optimizer does not exist or lacks an option, or an option is out of range.
+        UsageError: there is no such optimizer, it does not have an option that was given, or a
+            value is out of range.
     """
     settings = {
         "lr": lr,
@@ -197,12 +198,12 @@ def make_optimizer(
 
 
 def refuse_both(first: str, second: str, *given: object) -> None:
-    """Raise if two options that exclude each other were both given.
+    """Raise an error if two mutually exclusive options were both given.
 
     ``first`` and ``second`` are the names of the options, and ``given`` are their values.
 
     Raises:
-        UsageError: both options were given; the error names them.
+        UsageError: both options were given; the message contains their names.
     """
     if all(given):
         raise UsageError(f"{first} and {second} exclude each other")

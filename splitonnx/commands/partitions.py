@@ -52,7 +52,7 @@ def check(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether a model can be trained, which operators are rewritten, and what is in the way.
+    """Check whether a model can be trained; list the rewritten operators and any obstacles.
 
     The exit code is 1 if the model cannot be trained.
     """
@@ -81,7 +81,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tensors at which a model can be cut, and how much data each cut would send."""
+    """List the tensors at which a model can be cut, and how much data each cut sends per step."""
     pause_to_the_end()
     cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
     if as_json:
@@ -168,9 +168,9 @@ def merge(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Merge a bundle's parts into one plain ONNX model for inference, with trained weights.
+    """Merge a bundle's parts into one plain ONNX model for inference, with the trained weights.
 
-    Weights that are too large for one ONNX file (2 GiB) are written to FILE.data beside it.
+    If the weights are too large for one ONNX file (2 GiB), they are written to FILE.data.
     """
     refuse_existing(output, force=force)
     size = splitonnx.write_merged(bundle, output, overwrite=force)
@@ -227,8 +227,8 @@ def export(
 ) -> None:
     """Export a party's folder for mobile apps, with graphs in ORT format.
 
-    The exported party can train with the same server.  A party cut with training operators cannot
-    be exported.
+    The exported party can train with the same server.  A party whose graphs need training operators
+    cannot be exported.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     assert purpose is Purpose.MOBILE

@@ -45,7 +45,7 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 
 def print_check(check: Check, path: Path) -> None:
-    """Print the result of ``check``: how each operator is handled, and the verdict."""
+    """Print how each operator of a model is handled, and whether the model can be trained."""
     from splitonnx.partitioner.reports.checks import Handling
     from splitonnx.partitioner.reports.diagnoses import Kind
 
@@ -157,7 +157,7 @@ def summarize_export(export: Export) -> dict[str, Any]:
 
 
 def print_export(export: Export) -> None:
-    """Print the size of each exported graph, and the oldest ONNX Runtime that can run them."""
+    """Print the sizes of the exported graphs, and the oldest ONNX Runtime that can run them all."""
     table = _make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
@@ -188,7 +188,7 @@ def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
 
 
 def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary for each step, and then a dictionary with the verdict."""
+    """Yield one dictionary for each step that was compared, and then one with the verdict."""
     for step in verification.steps:
         yield {
             "step": step.step + 1,
@@ -315,7 +315,7 @@ class Bar(TrainingDisplay):
             yield
 
     def show_step(self, record: StepRecord) -> None:
-        """Move the bar to the step in ``record``; if a run is resumed, the first step is not 0."""
+        """Move the bar to the step of ``record``, and show the step's loss and other figures."""
         assert self._progress is not None
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}

@@ -1,4 +1,4 @@
-"""Format long tables of cuts as plain lines, because rich takes a millisecond per row."""
+"""Format long tables of cuts as plain lines, because rich needs a millisecond for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ FEW_ROWS = 500
 def format_rows(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
 ) -> Iterator[str]:
-    """Yield the lines of a table; the first ``left`` columns are left-aligned."""
+    """Yield the lines of a table.
+
+    The first ``left`` columns are left-aligned, and the others are right-aligned.
+    """
     columns = zip(headings, *rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
 

@@ -106,7 +106,7 @@ class ServerSecurity:
         """Read the server's certificate and key; return ``None`` if they were not given.
 
         Raises:
-            UsageError: an option was given without another option that it needs.
+            UsageError: an option was given without another one that it requires.
             UnusableFile: a file cannot be read or is not valid.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -194,7 +194,7 @@ class ClientSecurity:
 
         Raises:
             UsageError: an option was given without a server, or without another option that it
-                needs.
+                requires.
             UnusableFile: a file cannot be read or is not valid.
         """
         if server is None:

@@ -1,4 +1,4 @@
-"""The commands that run a bundle's parts without changing them: serve and predict."""
+"""The commands ``serve`` and ``predict``, which run the parts of a bundle."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def serve(
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
 
-    The server shuts down gracefully: it finishes running steps, writes sessions to disk, and asks
-    clients to reconnect later.
+    The server shuts down gracefully: it completes the steps in progress, saves sessions to disk,
+    and asks clients to reconnect later.
     """
     with logging_to_stderr(logs.choose_level(), logs.log_format):
         splitonnx.Server(

@@ -16,10 +16,10 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def replace_closed_streams() -> None:
-    """Open a replacement for each closed standard stream.
+    """Replace each standard stream that is closed.
 
-    Writing to a closed stdout raises an error, as if the disk were full.  Output to a closed stderr
-    is discarded.
+    Writing to the replacement for stdout raises an error, as if the disk were full.  Output to the
+    replacement for stderr is discarded.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -47,7 +47,7 @@ def _occupy(number: int) -> None:
 
 
 def explain_failed_print(error: OSError) -> str | None:
-    """Return why writing to stdout failed, or ``None`` if ``error`` has another cause."""
+    """Return why writing to stdout failed; return ``None`` if ``error`` has another cause."""
     if error.filename:
         return None
     if error.errno == errno.EBADF and not _can_write(sys.stdout.fileno()):
@@ -64,5 +64,5 @@ def _can_write(descriptor: int) -> bool:
 
 
 def discard_unprinted(stream: TextIO) -> None:
-    """Discard a stream's buffered output, so that Python does not fail to write it at exit."""
+    """Discard a stream's buffered output, so that Python does not fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""The ``train`` command: split training with a server, or training without a cut as a baseline."""
+"""The ``train`` command: train a bundle with a server, or an uncut model as a baseline."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class WhenUnsaved(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options for the length of the training, and for resuming an interrupted run."""
+    """Options for the length of a training run, for its checkpoints, and for resuming it."""
 
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1
     batch_size: BatchSizeOption = 32
@@ -88,13 +88,13 @@ class RunOptions:
     ] = WhenUnsaved.STOP
 
     def count_steps(self, samples: int | None) -> int | None:
-        """Return the number of steps, or ``None`` if the number of samples is unknown."""
+        """Return the number of steps to train, or ``None`` if the number of samples is unknown."""
         return None if samples is None else self.epochs * math.ceil(samples / self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """The options for ``--local``: how to train a model without a cut, and where to write it."""
+    """The options for ``--local``: how to train an uncut model, and where to write the result."""
 
     merged: Annotated[
         Path | None,
@@ -127,8 +127,9 @@ class LocalOptions:
         """Build a bundle from a model without cutting it.
 
         Raises:
-            UsageError: the options contradict each other, or the output exists.
-            UnsupportedModel: the model cannot be trained.
+            UsageError: the options contradict each other, or a value is out of range.
+            UnwritableFile: the output file exists already or cannot be written.
+            ModelError: the model cannot be trained.
         """
         if self.force and self.merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
@@ -154,7 +155,7 @@ class LocalOptions:
         )
 
     def write(self, bundle: Bundle, client: splitonnx.Client) -> None:
-        """Write the trained model, if an output file was given."""
+        """Write the trained model if an output file was given."""
         if self.merged is None:
             return
         trained = replace(bundle.client, trained=client.state(), step=client.steps)
@@ -186,7 +187,7 @@ def train(
     whole: LocalOptions,
     security: ClientSecurity,
 ) -> None:
-    """Train a bundle with its server and save both halves, or with --local train an uncut model.
+    """Train a bundle with its server and save both parts; with --local, train an uncut model.
 
     The options under "What is trained, and how" require --local; for a bundle, they were chosen
     when the model was cut.

@@ -1,7 +1,7 @@
 """All errors that splitonnx raises on purpose, grouped by their cause.
 
-An exception stores the facts as attributes and builds its message from them in ``__str__``: what
-was expected, what was found, and what to do next.  The command line prints that message on one line
+An exception stores facts as attributes, from which ``__str__`` builds the message.  The message
+says what was expected, what was found, and what to do next.  The command line prints it on one line
 and exits with code 2.  These modules do not depend on models, file formats or the network.
 """
 

@@ -24,7 +24,7 @@ class LocalProtocolError(ProtocolError):
 
 @dataclass(eq=False)
 class RemoteProtocolError(ProtocolError):
-    """The other side sent something that the protocol does not allow."""
+    """The other side sent something that the protocol forbids."""
 
     reason: str
 
@@ -100,9 +100,9 @@ class SessionLost(ProtocolError):
 class WorkerLost(ProtocolError):
     """The process that ran a session's stages ended unexpectedly; ``how`` describes how it ended.
 
-    ``is_repeated`` means that a worker was lost at the same step before, so the step is not tried
-    again.  ``is_early`` means that the worker ended before it was ready, so the client's messages
-    are not the cause.
+    ``is_repeated`` means that an earlier worker was lost at the same step; the step is then not
+    tried again.  ``is_early`` means that the worker ended before it was ready, and therefore the
+    client's messages are not the cause.
     """
 
     session: str
@@ -154,7 +154,7 @@ class StepConflict(ProtocolError):
 
 @dataclass(eq=False)
 class StepsLost(ProtocolError):
-    """The server lost its newest steps, so both sides went back to ``step`` and continue there."""
+    """The server lost its newest steps, and both sides went back to ``step``."""
 
     step: int
 
@@ -167,7 +167,7 @@ class StepsLost(ProtocolError):
 
 @dataclass(eq=False)
 class RemoteFault(ProtocolError):
-    """The other side reported an error of its own."""
+    """The other side reported an error; ``code`` is the name of the error's class."""
 
     code: str
     reason: str
@@ -178,11 +178,11 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """The connection failed, broke, or was silent for too long; trying again may help.
+    """No connection could be made, or it broke or was silent for too long; trying again may help.
 
     ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
     4001: another client has taken over the session), or the HTTP status with which the handshake
-    was refused (503: the server is full).  If there was no such number, ``code`` is ``None``.
+    was refused (503: the server is full).  If there is neither, ``code`` is ``None``.
     """
 
     peer: str
@@ -236,7 +236,7 @@ class UntrustedPeer(ProtocolError):
 
 @dataclass(eq=False)
 class Redirected(ProtocolError):
-    """The server answered with a redirect, which a client does not follow."""
+    """The server answered with a redirect; clients do not follow redirects."""
 
     status: int
     target: str

@@ -11,7 +11,8 @@ from splitonnx.errors.roots import SplitonnxError, flatten
 class MissingExtra(SplitonnxError):
     """An optional package is missing; an extra of splitonnx installs it.
 
-    ``is_available`` means that all packages of the extra have wheels for this Python and machine.
+    ``is_available`` means that all packages of the extra have wheels for this version of Python and
+    this machine.
     """
 
     module: str
@@ -32,7 +33,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed ONNX Runtime cannot do what was requested; another package of it is needed."""
+    """The installed package of ONNX Runtime cannot do what was requested; another one is needed."""
 
     installed: str
     needed: str
@@ -95,7 +96,7 @@ class InternalRuntimeError(SplitonnxError):
 class StageTooSlow(SplitonnxError):
     """A stage was stopped because it exceeded its time limit.
 
-    The task that the stage belongs to has not changed the party's state.
+    The stage's task has not changed the party's state.
     """
 
     stage: str
@@ -110,7 +111,7 @@ class StageTooSlow(SplitonnxError):
 
 @dataclass(eq=False)
 class StageStopped(SplitonnxError):
-    """A stage was stopped because its process is about to end."""
+    """A stage was stopped because its process is shutting down."""
 
     stage: str
 

@@ -50,7 +50,7 @@ class ValueOutOfRange(DataError):
 
 @dataclass(eq=False)
 class BatchTooLarge(DataError):
-    """A tensor in a message has more rows than the receiver allows, so it was not used."""
+    """A tensor in a message was rejected because it has more rows than the receiver allows."""
 
     name: str
     rows: int
@@ -65,7 +65,10 @@ class BatchTooLarge(DataError):
 
 @dataclass(eq=False)
 class TaskTooLarge(DataError):
-    """A task was not started because it needs more memory than the server allows for all tasks."""
+    """A task was not started because it needs more memory than the server allows.
+
+    The server's limit applies to all tasks together.
+    """
 
     needed: int
     limit: int
@@ -204,10 +207,9 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """A file or message does not have a valid format.
+    """A file or message does not have the expected format.
 
-    It is not valid safetensors or JSON, or its JSON does not have the structure that splitonnx
-    expects.
+    It is not valid safetensors or not valid JSON, or the JSON does not have the expected structure.
     """
 
     subject: str

@@ -64,7 +64,7 @@ class InternalModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
-    """The file with a tensor's external data is outside the model's folder."""
+    """A tensor's data are stored in an external file that is outside the model's folder."""
 
     tensor: str
     location: str
@@ -94,7 +94,7 @@ class NotDifferentiable(ModelError):
 
 @dataclass(eq=False)
 class ForbiddenOperator(SplitonnxError):
-    """Because of a bug in splitonnx, a generated graph has an operator that its runtime refuses."""
+    """Due to a bug in splitonnx, a graph contains an operator that the graph's runtime rejects."""
 
     stage: str
     node: str
@@ -132,9 +132,9 @@ class UnknownTensor(CutError):
 class NotACut(CutError):
     """The named tensors do not divide the model into two parts.
 
-    ``missing`` are the other tensors that would have to cross the cut as well.  ``raw`` lists
-    inputs of the model, such as an attention mask.  Each of them is missing itself, or a missing
-    tensor is computed only from inputs in this list.
+    ``missing`` are the other tensors that would have to cross the cut as well.  If some of them are
+    inputs of the model (such as an attention mask), or are computed only from inputs of the model,
+    ``raw`` lists these inputs.
     """
 
     tensors: Sequence[str]

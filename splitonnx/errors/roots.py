@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def quote(names: Iterable[str]) -> str:
-    """Quote names and join them for an error message, such as ``'a', 'b'``."""
+    """Quote names for an error message and join them with commas, as in ``'a', 'b'``."""
     return ", ".join(f"'{name}'" for name in names)
 
 
