@@ -89,10 +89,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray]) -> None:
-    """Write a file atomically, replacing an existing file with the same name.
+    """Write a file atomically, replacing any existing file with the same name.
 
     Raises:
-        OSError: the file cannot be written; nothing has changed.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     with replacing(path) as fresh:
         write_file(fresh, chunks)
@@ -102,7 +102,7 @@ def append_line(path: Path, line: bytes) -> None:
     """Append a line to a file and wait until it is on disk.
 
     If the file does not end with a line break, add a line break first.  If the file does not exist,
-    create it with access for its owner only.
+    create it so that only its owner can access it.
 
     Raises:
         OSError: the line cannot be written; the file is unchanged.
@@ -142,9 +142,9 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until all changes to the names in a folder are on disk; do nothing on Windows.
+    """Wait until new, renamed and deleted entries of a folder have been recorded on disk.
 
-    Such changes are new, renamed and deleted files and folders.
+    On Windows, this function does nothing.
 
     Raises:
         OSError: the folder cannot be opened, or the disk fails.
@@ -169,7 +169,7 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
     Raises:
         FolderInUse: one of the folders to lock is being served or trained.
-        OSError: the folder cannot be written; nothing has changed.
+        OSError: the folder cannot be written; an existing folder is unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)

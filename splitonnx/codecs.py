@@ -40,10 +40,10 @@ Chunk = bytes | memoryview
 def encode_tensors(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> list[Chunk]:
-    """Encode tensors as the chunks of one safetensors message, without copying the tensors.
+    """Encode tensors and metadata as one safetensors message, without copying the tensors.
 
-    Tensors with larger element types come first, so that every tensor is aligned to the size of its
-    elements.
+    The message is returned as a list of chunks.  Tensors with larger element types come first, so
+    that every tensor is aligned to the size of its elements.
 
     Raises:
         FormatError: a tensor has an element type that cannot be encoded.

@@ -39,7 +39,7 @@ def parse_terms(text: str) -> Terms:
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Compute a dimension from the sizes of its atoms (the names and quotients in it).
+    """Compute the size of a dimension from the sizes of its atoms (names and quotients).
 
     Return ``None`` if a size is missing or a divisor is less than 1.
     """

@@ -22,7 +22,7 @@ def load(module: str, purpose: str) -> ModuleType:
     ``purpose`` describes the feature that needs the module; it is used in the error message.
 
     Raises:
-        MissingExtra: the module needs a missing package, which an extra installs.
+        MissingExtra: a package that the module needs is missing, and an extra would install it.
     """
     try:
         return import_module(module)

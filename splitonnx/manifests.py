@@ -9,7 +9,7 @@ of neural networks.  A bundle's folder contains::
         manifest.json       PartyManifest
         *.onnx              one file per stage
         weights.safetensors the weights that training starts from
-        state.safetensors   the state after training; missing before the first training
+        state.safetensors   the state after training; absent from a new bundle
 
 A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``).  It
 consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
@@ -142,7 +142,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     """The manifest of one party, stored as ``manifest.json`` in the party's folder.
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
-    each graph file to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default.
+    each graph file to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default rate.
     ``outputs`` declares the outputs of the model that ``predict`` returns.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
     in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
@@ -167,7 +167,10 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of a cut, with which the same model can be cut again, or be trained uncut."""
+    """The settings of a cut.
+
+    They suffice to cut the same model again, or to train it without a cut.
+    """
 
     at: tuple[str, ...]
     tail_at: tuple[str, ...]

@@ -56,7 +56,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The client's greeting: its bundle, its session, and its current step.
 
     ``session`` is the ID of a new session or of a session to continue: 32 hex digits, chosen by the
-    client.  The session began at step ``start``, from a state that session ``origin`` produced;
+    client.  The session began at step ``start``, from a state produced by the session ``origin``;
     ``origin`` is empty for an untrained bundle.  ``generation`` counts the session's connections
     and must be larger than in any earlier connection.  ``kept`` are the steps for which the client
     has checkpoints; without checkpoints, it can go back to ``start``.  ``is_open`` means that the

@@ -1,4 +1,4 @@
-"""Read and write the outcomes of training: the state of a party's tensors after a finished run.
+"""Read and write the outcomes of training: the states of a party's tensors after finished runs.
 
 In a party's folder, the newest outcome is in ``state.safetensors``.  Before it is replaced by the
 outcome of another session, it is moved to ``outcomes/<session>.safetensors``.  Thus a server that
@@ -166,7 +166,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Find the files with earlier outcomes in a party's folder, and key them by session ID."""
+    """Return the files of the earlier outcomes in a party's folder, by session ID."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):

@@ -41,8 +41,8 @@ def name_dtype(dtype: np.dtype[np.generic]) -> str:
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The declaration of a tensor: its name, element type and shape.
 
-    The values of an integer tensor with ``bounds`` are at least ``bounds[0]`` and less than
-    ``bounds[1]``.
+    If ``bounds`` is set, the values of an integer tensor must be at least ``bounds[0]`` and less
+    than ``bounds[1]``.
     """
 
     name: str

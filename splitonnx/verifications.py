@@ -106,7 +106,7 @@ def verify(
 def compare_steps(
     bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[StepComparison]:
-    """Train ``steps`` steps both split and unsplit, and yield the comparison after each step."""
+    """Train for ``steps`` steps, both split and unsplit, and yield a comparison after each step."""
     whole = leave_whole(bundle)
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
     server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None

@@ -1,8 +1,8 @@
 """The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
 
 Each command is a thin wrapper around a function of the library.  A command imports most modules
-only when it runs, so that ``--help`` is fast and a device's commands do not need ``onnx``.  Errors
-that splitonnx raises on purpose are printed as one line on stderr, and the exit code is 2.  After
+only when it runs, so that ``--help`` is fast and a device can train without ``onnx``.  Errors that
+splitonnx raises on purpose are printed as one line on stderr, and the exit code is 2.  After
 Ctrl-C, the exit code is 130.
 """
 

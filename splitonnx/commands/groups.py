@@ -58,9 +58,9 @@ def list_given(group: Any) -> list[str]:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that has one option for each field of its option groups.
 
-    This function is a decorator.  A parameter of the command is a group if it is annotated with a
-    dataclass, or with ``Annotated`` and a :class:`Group`.  The options have the same order as the
-    parameters.
+    This function is a decorator.  A parameter of the decorated command is a group if it is
+    annotated with a dataclass, or with ``Annotated`` and a :class:`Group`.  The options have the
+    same order as the parameters.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: group for name, hint in hints.items() if (group := _find_group(hint))}

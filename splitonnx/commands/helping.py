@@ -55,7 +55,7 @@ def _hide_types(parameters: list[Any]) -> list[Any]:
 
 
 def show_version(is_asked: bool) -> None:
-    """If ``--version`` was given, print the installed version and exit."""
+    """Print the installed version and exit if ``--version`` was given."""
     if is_asked:
         print(f"splitonnx {version('splitonnx')}")
         raise typer.Exit

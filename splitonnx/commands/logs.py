@@ -106,7 +106,7 @@ class Brake(logging.Filter):
 
 
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
-    """Return the fields from ``FIELDS`` that a record has."""
+    """Return those fields of a record that are listed in ``FIELDS``."""
     given = {name: getattr(record, name, None) for name in FIELDS}
     return {name: value for name, value in given.items() if value is not None}
 

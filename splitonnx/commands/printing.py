@@ -37,7 +37,7 @@ def print_json(value: object) -> None:
 
 
 def print_json_lines(values: Iterable[object]) -> None:
-    """Print one JSON line per value and flush it."""
+    """Print each value as one line of JSON, and flush the output after each line."""
     import msgspec
 
     for value in values:
@@ -157,7 +157,7 @@ def summarize_export(export: Export) -> dict[str, Any]:
 
 
 def print_export(export: Export) -> None:
-    """Print the sizes of the exported graphs, and the oldest ONNX Runtime that can run them all."""
+    """Print the size of each exported graph, and the oldest ONNX Runtime that runs all graphs."""
     table = _make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
@@ -266,7 +266,7 @@ class Silence(TrainingDisplay):
 
 
 class Lines(TrainingDisplay):
-    """A display that prints one JSON line per step and per evaluation on stdout."""
+    """A display that prints each step and each evaluation to stdout as one line of JSON."""
 
     def show_step(self, record: StepRecord) -> None:
         """Print the step's record as a JSON line."""
@@ -281,7 +281,7 @@ class Lines(TrainingDisplay):
 
 
 class Bar(TrainingDisplay):
-    """A display with a progress bar on stderr, a line per evaluation, and a summary on stdout."""
+    """A display with a progress bar and evaluations on stderr, and a summary on stdout."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -342,7 +342,7 @@ class Bar(TrainingDisplay):
         self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
 
     def summarize(self, history: History, saved: str) -> None:
-        """Print the totals of the training, and where it was saved."""
+        """Print the totals of the training, and where the result was saved."""
         steps = history.steps
         up = sum(record.bytes_up for record in steps)
         down = sum(record.bytes_down for record in steps)

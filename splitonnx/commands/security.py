@@ -103,7 +103,7 @@ class ServerSecurity:
     isolate: IsolateOption = None
 
     def make_tls(self) -> ssl.SSLContext | None:
-        """Read the server's certificate and key; return ``None`` if they were not given.
+        """Build the TLS context from the certificate and key; return ``None`` if none were given.
 
         Raises:
             UsageError: an option was given without another one that it requires.

@@ -189,8 +189,8 @@ def train(
 ) -> None:
     """Train a bundle with its server and save both parts; with --local, train an uncut model.
 
-    The options under "What is trained, and how" require --local; for a bundle, they were chosen
-    when the model was cut.
+    The options under "What is trained, and how" require --local; for a bundle, these settings were
+    chosen when the model was cut.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_both("--resume", "--restart", run.resume, run.restart)

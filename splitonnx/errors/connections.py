@@ -98,7 +98,7 @@ class SessionLost(ProtocolError):
 
 @dataclass(eq=False)
 class WorkerLost(ProtocolError):
-    """The process that ran a session's stages ended unexpectedly; ``how`` describes how it ended.
+    """A worker, the process that runs a session's stages, ended unexpectedly; ``how`` says how.
 
     ``is_repeated`` means that an earlier worker was lost at the same step; the step is then not
     tried again.  ``is_early`` means that the worker ended before it was ready, and therefore the
@@ -178,7 +178,7 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """No connection could be made, or it broke or was silent for too long; trying again may help.
+    """The connection could not be made, broke, or was silent too long; trying again may help.
 
     ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
     4001: another client has taken over the session), or the HTTP status with which the handshake

@@ -11,7 +11,10 @@ def quote(names: Iterable[str]) -> str:
 
 
 def flatten(text: str, most: int = 300) -> str:
-    """Convert untrusted text to one printable line of at most ``most`` characters."""
+    """Convert untrusted text to one printable line.
+
+    If the text has more than ``most`` characters, ``...`` replaces the rest.
+    """
     line = "".join(char if char.isprintable() else "?" for char in text[:most])
     return f"{line}..." if len(text) > most else line
 
