@@ -164,8 +164,8 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
     """Create or replace the folder ``target`` atomically.
 
     ``write`` is called with the path of a temporary folder and must create the content there.
-    If ``target`` exists, it and its direct subfolders are locked during the replacement; folders
-    without a file named ``marker`` are not locked.
+    If ``target`` exists, it and its direct subfolders are locked during the replacement, provided
+    that they contain a file named ``marker``.
 
     Raises:
         FolderInUse: one of the folders to lock is being served or trained.

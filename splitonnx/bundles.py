@@ -80,8 +80,8 @@ class PartyBundle:
         The weights are memory-mapped; with ``is_held``, they are read into memory instead.  If
         another program truncates a mapped file, a process that reads it is killed by SIGBUS.
 
-        ``session`` is the ID of a training session.  If the folder still contains the state
-        produced by that session, this state is read; otherwise the newest state is read.
+        ``session`` is the ID of a training session.  If the folder contains the state produced by
+        that session, this state is read; otherwise the newest state is read.
 
         Raises:
             BundleError: the folder is missing or incomplete, a file was altered, or the weights or

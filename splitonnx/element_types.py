@@ -1,8 +1,8 @@
 """The element types of tensors, with their names in each format and library.
 
 Files and messages use the names of the safetensors format, ONNX uses numbers, ONNX Runtime uses
-words, and numpy uses dtypes.  All tables that translate between them are built from
-``ELEMENT_TYPES``.
+names of its own (``tensor(float)``), and numpy uses dtypes.  All tables that translate between them
+are built from ``ELEMENT_TYPES``.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ of neural networks.  A bundle's folder contains::
 
 A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``).  It
 consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
-the manifest records for each input of a stage where its value comes from (:class:`Source`).  The
-manifest is the complete contract between the partitioner and the runtime, and between the Python
-runtime and runtimes in other languages.
+the manifest declares the source of each input of a stage (:class:`Source`).  The manifest is the
+complete contract between the partitioner and the runtime, and between the Python runtime and
+runtimes in other languages.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     """The manifest of one party, stored as ``manifest.json`` in the party's folder.
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
-    each graph file to its SHA-256 in hex.  ``learning_rate`` is the optimizer's default rate.
-    ``outputs`` declares the outputs of the model that ``predict`` returns.  ``weights`` is the
-    SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
-    in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
+    each graph file to its SHA-256 in hex.  ``learning_rate`` is the default learning rate.
+    ``outputs`` declares the model outputs that ``predict`` returns.  ``weights`` is the SHA-256 of
+    ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty in bundles
+    of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
     :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
     """
 
@@ -162,7 +162,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
 
     def phase(self, name: str) -> Phase:
-        """Return the phase with this name, or an empty phase if the party has no work in it."""
+        """Return the phase with this name, or an empty phase if the party has no such phase."""
         return next((p for p in self.phases if p.name == name), Phase(name=name))
 
 

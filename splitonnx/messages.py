@@ -152,8 +152,8 @@ class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A report that an error occurred on the sender's side; the connection is then closed.
 
-    ``code`` is the name of the error's class.  ``reason`` describes the error, except as listed
-    here.  The other fields are set only for these errors:
+    ``code`` is the name of the error's class, and ``reason`` describes the error.  For some errors,
+    the fields have a special meaning:
 
     - ``BatchTooLarge``: ``subject`` is the name of the tensor, ``needed`` is the number of rows
       received, and ``limit`` is the largest number allowed.
@@ -173,7 +173,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The client's last message: it has finished."""
+    """The client's last message, which says that the client has finished."""
 
 
 Message = Login | Hello | Welcome | Tensors | Save | Saved | Unsaved | Fault | Bye
@@ -193,7 +193,7 @@ def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.nd
     """Decode a message and its tensors; the tensors are views of ``content``.
 
     Raises:
-        FormatError: the bytes are not a valid message.
+        FormatError: ``content`` is not a valid message.
     """
     tensors, metadata = decode_tensors(content, max_header=MAX_HEADER)
     if metadata.keys() != {_FIELD}:

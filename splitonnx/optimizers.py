@@ -28,8 +28,8 @@ def _check_clip(clip_norm: float | None) -> None:
 class SGD:
     """Stochastic gradient descent with optional momentum and weight decay.
 
-    A step with the gradient ``g`` computes the velocity ``v = momentum * v + g`` and then updates
-    the parameter: ``p -= lr * v``.  ``weight_decay`` adds ``weight_decay * p`` to the gradient.
+    For each parameter ``p`` with the gradient ``g``, a step adds ``weight_decay * p`` to ``g``,
+    computes the velocity ``v = momentum * v + g``, and updates the parameter: ``p -= lr * v``.
     """
 
     lr: float = 1e-2
@@ -48,7 +48,7 @@ class SGD:
 class Adam:
     """The Adam optimizer (arXiv 1412.6980).
 
-    ``weight_decay`` adds ``weight_decay * p`` to the gradient of each parameter ``p``.
+    Weight decay adds ``weight_decay * p`` to the gradient of each parameter ``p``.
     """
 
     lr: float = 1e-3

@@ -18,7 +18,7 @@ _LONGEST_NAME = 255
 
 
 def check_file_place(path: Path) -> None:
-    """Check that a file can be written to ``path``, as far as this is known in advance.
+    """Check, as far as possible in advance, that a file can be written to ``path``.
 
     Raises:
         OSError: the file cannot be written, for example because ``path`` is a folder or a device;
@@ -30,7 +30,7 @@ def check_file_place(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Check that a file or folder can be created at ``path``, as far as this is known in advance.
+    """Check, as far as possible in advance, that a file or folder can be created at ``path``.
 
     Raises:
         OSError: the name is not valid, or the parent is not a folder or is not writable;

@@ -33,7 +33,7 @@ def make_parameter(name: str, annotation: Any, default: Any) -> Parameter:
 
 
 def group_fields(group: Any) -> Group:
-    """Return a group with one option for each field of a dataclass."""
+    """Return a :class:`Group` with one option for each field of a dataclass."""
     hints = get_type_hints(group, include_extras=True)
     parameters = [
         make_parameter(

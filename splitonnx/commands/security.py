@@ -103,7 +103,7 @@ class ServerSecurity:
     isolate: IsolateOption = None
 
     def make_tls(self) -> ssl.SSLContext | None:
-        """Build the TLS context from the certificate and key; return ``None`` if none were given.
+        """Build the TLS context from the certificate and key; return ``None`` if neither was given.
 
         Raises:
             UsageError: an option was given without another one that it requires.
@@ -125,7 +125,7 @@ class ServerSecurity:
         """Read the server's token file; return ``None`` if it was not given.
 
         Raises:
-            UnusableFile: the file is not a token file.
+            UnusableFile: the file is missing or is not a valid token file.
         """
         if self.token_file is None:
             return None

@@ -98,11 +98,11 @@ class SessionLost(ProtocolError):
 
 @dataclass(eq=False)
 class WorkerLost(ProtocolError):
-    """A worker, the process that runs a session's stages, ended unexpectedly; ``how`` says how.
+    """The process that ran a session's stages (its worker) ended unexpectedly.
 
-    ``is_repeated`` means that an earlier worker was lost at the same step; the step is then not
-    tried again.  ``is_early`` means that the worker ended before it was ready, and therefore the
-    client's messages are not the cause.
+    ``how`` describes how it ended.  ``is_repeated`` means that an earlier worker was lost at the
+    same step; the step is then not tried again.  ``is_early`` means that the worker ended before it
+    was ready, and therefore the client's messages are not the cause.
     """
 
     session: str

@@ -1,4 +1,4 @@
-"""Errors in the environment: missing packages, failed processes or stages, and wrong options."""
+"""Errors in the environment: missing packages, failed processes or stages, and invalid options."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class InternalRuntimeError(SplitonnxError):
 class StageTooSlow(SplitonnxError):
     """A stage was stopped because it exceeded its time limit.
 
-    The stage's task has not changed the party's state.
+    The interrupted task has not changed the party's state.
     """
 
     stage: str
