@@ -1,13 +1,13 @@
 """Lowerings: replace training-only operators with standard ONNX operators.
 
-A portable part runs on any ONNX Runtime, so it must not contain operators that only
-onnxruntime-training has, such as AveragePoolGrad, the gradient of AveragePool.  :data:`LOWERINGS`
-lists all supported operators.  Each entry is a small function that takes a node and returns the
-values that replace its outputs.  The formulas are the textbook derivatives of the forward
-operators, as onnx.ai/onnx/operators defines them.
+Every build of ONNX Runtime must be able to run a portable part, so the part must not contain
+operators that only onnxruntime-training has, such as AveragePoolGrad, the gradient of AveragePool.
+:data:`LOWERINGS` lists all supported operators.  Each entry is a small function that takes a node
+and returns replacements for the node's outputs.  The formulas are the textbook derivatives of the
+forward operators, which are defined at onnx.ai/onnx/operators.
 
-``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging a Pad with
-a pooling.  Modules in this package may import :mod:`graphs`.
+``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging Pad nodes
+into pooling nodes.  Modules in this package may import :mod:`graphs`.
 """
 
 from __future__ import annotations
@@ -79,15 +79,14 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 
 
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
-    """Replace, in place, every operator that stock ONNX Runtime or its mobile builds do not have.
+    """Replace, in place, all operators that standard ONNX Runtime or its mobile builds lack.
 
-    With ``defective``, replace only the operators whose kernel in onnxruntime-training 1.19.2
-    fails.  Values keep their names.  A dynamic batch size stays dynamic; other dimensions are read
-    from the shapes of the graph's values if they are known.
+    If ``defective`` is true, replace only the operators whose kernel in onnxruntime-training 1.19.2
+    fails.  The replaced values keep their names.  A dynamic batch size stays dynamic; other sizes
+    are read from the shapes in the graph, where they are known.
 
     Raises:
-        UnsupportedModel: an operator has no lowering, or a shape that its lowering needs is
-            unknown.
+        UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.
     """
     opset = graph.opset_imports[""]
     nodes = list(graph)
@@ -135,9 +134,10 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 def is_defective(node: ir.Node) -> bool:
     """Return whether the kernel of a node fails in onnxruntime-training 1.19.2.
 
-    AveragePoolGrad fails with a dynamic batch size.  ConvGrad with groups writes outside its output
-    unless there are two spatial dimensions, because Col2imNd gets the size of all groups together.
-    This corrupts the heap, so wrong values appear elsewhere in the graph, or the process crashes.
+    AveragePoolGrad fails if the batch size is dynamic.  ConvGrad with groups writes outside its
+    output unless there are two spatial dimensions, because the kernel passes the size of all groups
+    together to the function Col2imNd, which expects the size of one group.  This corrupts the heap:
+    other values in the graph become wrong, or the process crashes.
     """
     if node.op_type == "ConvGrad":
         weights = node.inputs[2]
@@ -147,7 +147,7 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Return whether every ONNX Runtime, including mobile builds, can run a node at this opset."""
+    """Return whether all builds of ONNX Runtime, even mobile ones, can run a node at this opset."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
     return _has_schema(node.op_type, opset)

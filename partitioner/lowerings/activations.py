@@ -21,7 +21,7 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace ReluGrad with a Where that selects dy if x > 0, and 0 otherwise.
 
-    The second input of the node may be y instead of x, because y > 0 is true for the same elements.
+    The second input of the node may also be y, because y > 0 exactly where x > 0.
     """
     dy, x = take_inputs(node, 2)
     zero = builder.number(0.0, dy.dtype)
@@ -57,7 +57,10 @@ def lower_sin_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SoftmaxGrad with its formula: y * (dy - sum(dy * y))."""
+    """Replace SoftmaxGrad with its formula: y * (dy - sum(dy * y)).
+
+    The sum is computed along the axis of the node.
+    """
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
     total = builder.op("ReduceSum", builder.op("Mul", dy, y), axes, keepdims=1)
@@ -65,7 +68,10 @@ def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_log_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace LogSoftmaxGrad with its formula: dy - exp(y) * sum(dy)."""
+    """Replace LogSoftmaxGrad with its formula: dy - exp(y) * sum(dy).
+
+    The sum is computed along the axis of the node.
+    """
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
     total = builder.op("ReduceSum", dy, axes, keepdims=1)

@@ -1,9 +1,9 @@
 """Replace ConvGrad for any number of spatial dimensions, groups, strides and dilations.
 
-The gradient of the input is itself a convolution, with the weights flipped and their channels
-swapped; with a stride, it is a ConvTranspose.  The gradient of the weights is one matrix product of
-the output's gradient and the windows of the input.  One strided Slice per kernel element gathers
-the windows (im2col).
+The gradient of the input is itself a convolution whose weights are flipped and have their input and
+output channels swapped; if there is a stride, it is a ConvTranspose.  The gradient of the weights
+is a single product of two matrices: the gradient of the output, and the windows of the input.  The
+windows are gathered by one strided Slice per kernel element (im2col).
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class _Window:
 def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | None]:
     """Replace ConvGrad with Conv or ConvTranspose, a matrix product and a ReduceSum.
 
-    Conv or ConvTranspose computes the gradient of the input, the matrix product the gradient of the
-    weights, and ReduceSum the gradient of the bias.  Gradients that are not used are not computed.
+    Conv or ConvTranspose computes the gradient of the input, the matrix product computes the
+    gradient of the weights, and ReduceSum the gradient of the bias.  Unused gradients are not
+    computed.
     """
     dy, x, w = node.inputs[:3]
     assert dy is not None

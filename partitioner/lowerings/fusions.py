@@ -1,12 +1,14 @@
-"""Prevent ONNX Runtime's optimizer from merging a Pad with a pooling, which gives wrong results.
+"""Prevent ONNX Runtime's optimizer from merging Pad nodes into pooling nodes.
 
-The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling after it.
-This is wrong: elements added by a Pad count in an average and can be the largest of a window, but
-elements added by ``pads`` never count.  ONNX Runtime 1.19.2 silently computes wrong results for
-AveragePool and MaxPool, version 1.30 for MaxPool.  Other rules can make a Pad and a pooling
-adjacent first, because they remove operators without effect and move transposes.  A Pad that names
-its axes has the same meaning and is not merged.  This module handles no other rule of the
-optimizer.
+The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling node after
+it.  The results are then wrong, because elements added by a Pad count in an average and can be the
+largest of a window, but elements added by ``pads`` never count.  ONNX Runtime 1.19.2 silently
+computes wrong results for AveragePool and MaxPool, and version 1.30 does so for MaxPool.  A Pad
+need not be adjacent to the pooling node at first, because other rules remove operators without
+effect and move transposes.
+
+A Pad that lists its axes explicitly computes the same values, but PadFusion does not apply to it.
+This module handles no other rule of the optimizer.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 
 
 def separate_pads(graph: ir.Graph) -> None:
-    """Keep ONNX Runtime from merging Pad nodes into poolings, by listing all their axes explicitly.
+    """Keep ONNX Runtime from merging Pad nodes into pooling nodes.
 
-    ONNX Runtime does not merge a Pad that lists its axes.  The graph and its bodies are changed in
-    place.  A Pad whose output only convolutions read is left unchanged, because merging it into a
-    convolution is correct and saves a copy.
+    ONNX Runtime does not merge a Pad that lists its axes, so all axes are listed explicitly.  The
+    graph and its subgraph bodies are changed in place.  A Pad whose output is read only by
+    convolutions is left unchanged, because merging it into a convolution is correct and saves a
+    copy.
     """
     for node in list(graph):
         for body in list_bodies(node):

@@ -17,8 +17,9 @@ Values = Sequence[ir.Value | None]
 def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SoftmaxCrossEntropyLoss, for which mobile builds of ONNX Runtime have no kernel.
 
-    The loss is -w[label] * log_softmax(scores)[label] with the class weights w, reduced as the node
-    requests.  The second output is log_softmax(scores).
+    The loss is -w[label] * log_softmax(scores)[label], where w contains the class weights.  It is
+    then reduced as the node's attribute ``reduction`` requires.  The second output is
+    log_softmax(scores).
     """
     scores, labels = node.inputs[:2]
     assert scores is not None
@@ -45,8 +46,8 @@ def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SoftmaxCrossEntropyLossGrad with its formula.
 
-    The formula is (softmax - one_hot(label)) * w[label] * dy with the class weights w.  If the loss
-    is a mean, the result is divided by the sum of w over all labels.
+    The formula is (softmax - one_hot(label)) * w[label] * dy, where w contains the class weights.
+    If the loss is a mean, the result is divided by the sum of w[label] over all labels.
     """
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None

@@ -1,6 +1,7 @@
 """Replace batch, layer and RMS normalization in training mode, and their gradients.
 
-The replacements use only standard ONNX operators.
+The replacements use only standard ONNX operators.  In the formulas, ``x`` is the input of the
+normalization, and ``dy`` the gradient of its output.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def _spread(builder: NodeBuilder, value: ir.Value, rank: int) -> ir.Value:
 def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BatchNormInternal, the training form of BatchNormalization, with its formula.
 
-    The outputs are Y, the new running mean and variance, the mean of the batch, and 1 divided by
-    the standard deviation of the batch.  Both the output and the running variance use the biased
-    variance, as BatchNormalization-14 defines.
+    The outputs are Y, the new running mean, the new running variance, the mean of the batch, and
+    the inverse of the batch's standard deviation.  Both Y and the running variance are computed
+    from the biased variance, as BatchNormalization-14 defines.
     """
     x, scale, bias, mean, variance = take_inputs(node, 5)
     rank = require_rank(node, x)

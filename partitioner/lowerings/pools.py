@@ -1,6 +1,6 @@
 """Replace the gradients of MaxPool and AveragePool with standard ONNX operators.
 
-The image size of the pooled input is read from the shape of the gradient that is computed here.
+The result of these gradients has the shape of the pooled input, so the image size is read from it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _read_extent(node: ir.Node) -> list[int]:
 def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace MaxPoolGrad with ScatterElements.
 
-    Each gradient is added to the element that was the maximum of its window.  The second output of
-    MaxPool contains the positions of these elements, counted over the complete input, including
-    batch and channels.
+    Each gradient is added at the position of the largest element of its window.  These positions
+    are the second output of MaxPool; they index the flattened input, including the batch and
+    channel axes.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None
@@ -60,12 +60,12 @@ def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace AveragePoolGrad with a depthwise ConvTranspose.
 
-    Each gradient is divided by the number of elements in its window, and then added to each of
-    these elements.
+    Each gradient is divided by the number of elements in its window, and the quotient is added at
+    the position of each of these elements.
 
     Raises:
-        UnsupportedModel: the image size is not known, the AveragePool is dilated, or runtimes
-            disagree about its windows.
+        UnsupportedModel: the image size is unknown, the AveragePool is dilated, or a window extends
+            beyond padding that counts in the average, which runtimes handle differently.
     """
     dy = node.inputs[0]
     assert dy is not None

@@ -1,4 +1,4 @@
-"""Replace operators that move, select or scale elements, and their gradients.
+"""Replace operators that move, select or scale elements, and the gradients of such operators.
 
 The replacements use only standard ONNX operators.
 """
@@ -29,8 +29,8 @@ def lower_scale(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace ConcatTraining with Concat.
 
-    The second output of ConcatTraining, the length of each input along the axis, is computed with
-    Shape.
+    The second output of ConcatTraining contains the length of each input along the axis; it is
+    computed with Shape.
     """
     axis = node.attributes.get_int("axis")
     values = [value for value in node.inputs if value is not None]
@@ -44,16 +44,17 @@ def lower_concat(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SplitTraining, which has the lengths of its outputs as an input, with Split."""
+    """Replace SplitTraining, which reads the lengths of its outputs from an input, with Split."""
     x, extents = take_inputs(node, 2)
     axis = node.attributes.get_int("axis", 0)
     return builder.ops("Split", [x, extents], len(node.outputs), {"axis": axis})
 
 
 def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SliceGrad with a ScatterElements that writes each gradient to the selected element.
+    """Replace SliceGrad with ScatterElements.
 
-    Elements that were not selected get zero.  Starts, ends and steps may have any values.
+    Each gradient is written at the position from which its element was selected; all other
+    positions contain zero.  The starts, ends and steps may have any values.
     """
     dy, shape, *selection = node.inputs
     assert dy is not None
@@ -74,7 +75,10 @@ def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace GatherGrad with a ScatterND that adds each gradient to the gathered row."""
+    """Replace GatherGrad with ScatterND.
+
+    Each gradient is added at the position from which its row was gathered.
+    """
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
     axis = node.attributes.get_int("axis", 0) % rank
@@ -94,7 +98,7 @@ def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GatherElementsGrad with ScatterElements.
 
-    Each gradient is added to the element that was gathered.
+    Each gradient is added at the position from which its element was gathered.
     """
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
@@ -103,7 +107,10 @@ def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace GatherNDGrad with a ScatterND that adds each gradient to the gathered slice."""
+    """Replace GatherNDGrad with ScatterND.
+
+    Each gradient is added at the position from which its slice was gathered.
+    """
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)
     if batch:
@@ -134,8 +141,9 @@ def lower_trilu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FusedMatMul, which computes alpha * A @ B, with Transpose, MatMul and Mul.
 
-    First the axes of A and B are moved as the attributes request: ``transBatch`` moves the first
-    axis behind the other batch axes, then ``trans`` swaps the last two axes.
+    Before the product, the axes of A are permuted as the attributes require: ``transBatchA`` moves
+    the first axis behind the other batch axes, and ``transA`` then swaps the last two axes.  The
+    corresponding attributes apply to B.
     """
     a, b = take_inputs(node, 2)
 
@@ -159,7 +167,7 @@ def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace DivGrad with its formulas: da = dy / b and db = -dy * a / b**2.
 
-    Each gradient is summed over the axes along which a or b was broadcast.
+    If a or b was broadcast, its gradient is summed over the broadcast axes.
     """
     dy, a, b = take_inputs(node, 3)
     da = builder.op("Div", dy, b)
@@ -183,8 +191,8 @@ def _sum_stretched(
 def lower_broadcast_axes(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BroadcastGradientArgs with standard operators.
 
-    BroadcastGradientArgs has two shapes as inputs.  For each shape, it computes the axes along
-    which the shape is broadcast to the common shape.
+    BroadcastGradientArgs takes two shapes.  For each of them, it computes the axes that are
+    broadcast when the two shapes are combined.
     """
     left, right = take_inputs(node, 2)
     return [_find_stretched(builder, left, right), _find_stretched(builder, right, left)]

@@ -1,6 +1,6 @@
 """Run native code of onnx and ONNX Runtime in a separate process.
 
-This way, even a malformed model cannot crash the caller's process.  The functions that run in the
-separate process take and return models as bytes.  This package imports no other package of the
-partitioner.
+The process protects the caller: even a malformed model cannot crash the caller's own process.  The
+functions that run in the separate process take and return models as bytes.  This package imports no
+other package of the partitioner.
 """

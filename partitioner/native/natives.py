@@ -1,8 +1,9 @@
 """Functions that call native code of onnx and onnxruntime-training; models are passed as bytes.
 
-This native code relies on a model being well-formed, also in ways that no checker covers.  A
-malformed model may crash or corrupt the process.  The code therefore runs in a separate process,
-which runs this module with ``python -m``; :mod:`workers` starts the process and sends it requests.
+The native code assumes that a model is well-formed, but no checker verifies all of its assumptions,
+so a malformed model can crash or corrupt the process.  The functions therefore run in a separate
+process.  :mod:`workers` starts that process, which runs this module with ``python -m``, and sends
+it requests.
 
 This is the only module of the partitioner that imports onnxruntime-training.  It uses only the
 pybind layer of version 1.19.2, so torch is not needed.  The functions do not check their arguments.
@@ -41,9 +42,9 @@ class StockRuntime(Exception):
 
 
 def check_form(content: bytes) -> None:
-    """Check a model with onnx's checker and its type inference.
+    """Check a model with onnx's checker and type inference.
 
-    onnx raises an exception if the model is malformed or its types contradict each other.
+    onnx raises an exception if the model is malformed or if its types contradict each other.
     """
     onnx.checker.check_model(content)
     onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=False)
@@ -52,7 +53,7 @@ def check_form(content: bytes) -> None:
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
     """Return the model with the types and shapes that onnx infers, without data propagation.
 
-    With ``check_type``, onnx raises an exception if types contradict each other.
+    If ``check_type`` is true, contradictory types make onnx raise an exception.
     """
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
@@ -62,10 +63,10 @@ def infer_shapes(content: bytes, check_type: bool) -> bytes:
 def infer_node(
     node: bytes, types: Mapping[str, bytes], data: Mapping[str, bytes], opset: int
 ) -> dict[str, bytes]:
-    """Infer the types of a node's outputs with onnx, and return them by name.
+    """Infer the types of a node's outputs with onnx, and return them by output name.
 
-    ``types`` contains the types of the inputs by name, and ``data`` the content of the inputs whose
-    content is known.
+    ``types`` maps the name of each input to its type, and ``data`` maps the name of each input with
+    known content to that content.  ``opset`` is the opset of the node.
     """
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
@@ -79,10 +80,10 @@ def infer_node(
 
 
 def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
-    """Return onnx's definition of an operator: a function that uses operators of opset ``defined``.
+    """Return the function with which onnx defines the operator of ``node``.
 
-    ``node`` is a node with this operator, in opset ``version``; ``types`` are the types of its
-    inputs.
+    ``version`` is the opset of the node, and ``defined`` is the opset of the operators in the
+    function.  ``types`` contains the types of the node's inputs.
     """
     kind = onnx.NodeProto.FromString(node).op_type
     schema: Any = onnx.defs.get_schema(kind, version, "")  # onnx's stubs lack its bodies
@@ -91,7 +92,10 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Run onnxruntime-training's optimizer on a model, as its gradient builder requires."""
+    """Return a model as optimized by onnxruntime-training, whose gradient builder requires this.
+
+    ``parameters`` contains the names of the trained parameters.
+    """
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
     )
@@ -147,7 +151,7 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
 
 
 def write_frame(sink: BinaryIO, content: bytes) -> None:
-    """Write the length of a request or response, and then its content."""
+    """Write a request or response, preceded by its length."""
     sink.write(_LENGTH.pack(len(content)))
     sink.write(content)
     sink.flush()
@@ -167,7 +171,10 @@ def read_frame(source: BinaryIO) -> bytes:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Process requests, one after the other, until ``source`` ends."""
+    """Process the requests in ``source`` one after the other, and write the responses to ``sink``.
+
+    Return when ``source`` ends.
+    """
     write_frame(sink, b"")  # ready
     while True:
         try:
@@ -216,9 +223,9 @@ def _answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    """Process the requests of the parent process until it closes the standard input.
+    """Process requests from the parent process until it closes this process's standard input.
 
-    Requests arrive on the standard input, and responses go to the standard output.
+    Requests are read from standard input, and responses are written to standard output.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     if sys.platform != "win32":

@@ -1,7 +1,7 @@
 """Start and use the separate process for native code, so that no model can crash the caller.
 
-The first call starts the process, and all later calls use it.  If a model crashes the process, the
-next call starts another.  The process exits together with the caller's process.  This module
+The first call starts the process, and later calls reuse it.  If a model crashes the process, the
+next call starts a new one.  The process exits together with the caller's process.  This module
 handles processes and pipes; the functions that run in the process are in :mod:`natives`.
 """
 
@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 
 class Refused(RuntimeError):
-    """Raised if native code raised an exception; ``kind`` is the name of the exception's class."""
+    """Raised if native code raises an exception; ``kind`` is the class name of that exception."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -127,15 +127,15 @@ class Isolation:
     def call(
         self, function: Callable[P, R], subject: str, *arguments: P.args, **named: P.kwargs
     ) -> R:
-        """Call a function of :mod:`natives` in the process for native code.
+        """Call a function of :mod:`natives` in the separate process for native code.
 
-        ``subject`` names the model or node in error messages.
+        ``subject`` is the name of the model or node for error messages.
 
         Raises:
             Refused: the function raised an exception.
             InternalModelError: the exception indicates a bug in the function itself.
             NativeCrash: the function crashed the process, took too long, or needed more memory than
-                allowed.  If the process has ended, the next call starts another.
+                allowed.  If the process has ended, the next call starts a new one.
             ProcessFailed: the process cannot be started.
         """
         assert not named, "arguments go by their place"
@@ -175,9 +175,9 @@ class Isolation:
         return answer
 
     def end(self) -> str:
-        """Stop the process if it is running, and return its exit code or signal.
+        """Stop the process, and return its exit code or the signal that ended it.
 
-        If it is not running, return an empty string.
+        If no process is running, return an empty string.
         """
         worker, self._worker = self._worker, None
         return worker.end() if worker is not None else ""

@@ -17,7 +17,7 @@ NEXT = "#next"
 
 
 def list_batchnorms(graph: ir.Graph) -> list[ir.Node]:
-    """List the BatchNormalization nodes of a graph in order."""
+    """List the BatchNormalization nodes of a graph in graph order."""
     return [node for node in graph if node.op_type == "BatchNormalization" and not node.domain]
 
 
@@ -27,11 +27,11 @@ def is_training(node: ir.Node) -> bool:
 
 
 def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
-    """Set the mode of every BatchNormalization, and return the successors of running statistics.
+    """Set the mode of every BatchNormalization, and return how running statistics are updated.
 
     ``mode`` is ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.  The result
-    maps the name of each running statistic that is updated to its successor, the name of the value
-    that replaces it after a step.
+    has an entry for each running statistic that training updates.  It maps the name of the
+    statistic to the name of the graph value that replaces it after each step.
 
     Raises:
         UnsupportedModel: two nodes share a running statistic.
@@ -59,10 +59,10 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
 
 
 def freeze_batchnorms(graph: ir.Graph) -> set[str]:
-    """Replace each BatchNormalization in inference mode by its formula.
+    """Replace each BatchNormalization in inference mode with its formula.
 
-    Otherwise, onnxruntime-training would set these nodes to training mode.  Return the names of the
-    running statistics of the replaced nodes.
+    This is necessary because onnxruntime-training would set the node to training mode.  Return the
+    names of the running statistics that the replaced nodes used.
     """
     statistics: set[str] = set()
     for node in list_batchnorms(graph):
@@ -108,8 +108,8 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 def use_running_statistics(graph: ir.Graph) -> None:
     """Set every BatchNormalization to inference mode, in which it uses its running statistics.
 
-    If a model output is the updated value of a running statistic, the output becomes the statistic
-    itself.
+    If the updated value of a running statistic is used, for example as a model output, the
+    statistic itself takes its place.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)

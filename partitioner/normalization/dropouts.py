@@ -1,6 +1,6 @@
 """Dropout with a mask that depends only on the seed, the step, the micro-batch and the node.
 
-:mod:`random_numbers` computes a 32-bit random number for each element.  The element is kept if this
+:mod:`random_numbers` computes a random 32-bit number for each element.  The element is kept if its
 number is less than ``(1 - ratio) * 2**32``.
 """
 
@@ -15,22 +15,22 @@ from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
 
 
 def list_dropouts(graph: ir.Graph) -> list[ir.Node]:
-    """List the Dropout nodes of a graph in order."""
+    """List the Dropout nodes of a graph in graph order."""
     return [node for node in graph if node.op_type == "Dropout" and not node.domain]
 
 
 def remove_dropouts(graph: ir.Graph) -> None:
-    """Replace every Dropout with an Identity of the same name, as in inference."""
+    """Replace every Dropout with an Identity of the same name, as for inference."""
     for node in list_dropouts(graph):
         _bypass(graph, node)
 
 
 def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
-    """Replace each active Dropout by a multiplication with a reproducible random mask.
+    """Replace each active Dropout with a multiplication by a reproducible random mask.
 
-    The mask is computed from the random key, an input of the graph.  Inactive nodes, and nodes with
-    the ratio 0, become an Identity.  ``mode`` is ``"keep"`` (all nodes are active), ``"off"`` (none
-    is active), or ``None`` to keep the mode of each node.
+    The mask is computed from the random key, which is an input of the graph.  A Dropout that is
+    inactive or has the ratio 0 is replaced with an Identity.  ``mode`` is ``"keep"`` to activate
+    all nodes, ``"off"`` to deactivate them, or ``None`` to keep the mode of each node.
 
     Raises:
         UnsupportedModel: the ratio or the mode of a node is not a constant, or the ratio is not in

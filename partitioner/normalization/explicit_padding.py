@@ -1,10 +1,10 @@
 """Make padding explicit before any other pass uses it.
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
-``ceil_mode``, MaxPool of ONNX Runtime 1.19.2 computes one window too many if the last window would
-start after the end of the image, and AveragePool counts elements outside the padding, contrary to
-the standard.  With explicit ``pads``, the results are right.  Formulas: Conv-11, MaxPool-12 and
-AveragePool-19 at onnx.ai/onnx/operators.
+``ceil_mode``, ONNX Runtime 1.19.2 has two errors: MaxPool computes one window too many if the last
+window would start after the end of the image, and AveragePool counts elements outside the padding,
+contrary to the standard.  With explicit ``pads``, all results are correct.  The formulas are those
+of Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:
-    """Set explicit ``pads`` on every convolution and pooling of a graph and its bodies, in place.
+    """Set explicit ``pads`` on the convolutions and pooling nodes of a graph.
 
-    A node is left unchanged if its padding depends on an unknown size.  Return whether shapes must
-    be inferred again.  This is necessary if onnx has counted one window too many; all shapes that
-    depend on this window are then removed.  Nodes that read values without a shape are handled by
-    the next call.
+    The nodes of the graph and of its subgraph bodies are changed in place.  A node is left
+    unchanged if its padding depends on an unknown size.
+
+    Return whether shapes must be inferred again, followed by another call of this function.  This
+    is necessary if onnx counted one window too many for a node.  All shapes that depend on this
+    window are then removed, and the nodes that read values without a shape are left to the next
+    call.
 
     Raises:
-        UnsupportedModel: ONNX Runtime does not support the padding that a pooling needs.
+        UnsupportedModel: a pooling node needs padding that ONNX Runtime does not support.
     """
     return _make_paddings_explicit(graph, set())
 
@@ -104,7 +107,7 @@ def _check_pads(node: ir.Node, kernel: Sequence[int]) -> None:
 
 
 def read_kernel(node: ir.Node) -> list[int] | None:
-    """Return the kernel size of a convolution or pooling, or ``None`` if it is unknown."""
+    """Return the kernel size of a convolution or pooling node, or ``None`` if it is unknown."""
     shape = node.attributes.get_ints("kernel_shape", [])
     if shape:
         return list(shape)
@@ -117,10 +120,11 @@ def read_kernel(node: ir.Node) -> list[int] | None:
 
 
 def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
-    """Count the windows along an axis with ``ceil_mode``; no window starts in the end padding.
+    """Count the windows along an axis of ``size`` elements if the node has ``ceil_mode``.
 
     ``reach`` is the number of elements that a window spans, and ``before`` and ``after`` are the
-    padding.
+    widths of the padding at the start and the end.  A window that would start in the padding at the
+    end does not count.
     """
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count

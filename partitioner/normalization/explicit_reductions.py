@@ -1,9 +1,9 @@
-"""Replace reductions that have no axes before any other pass reads them.
+"""Replace reductions without axes before any other pass reads them.
 
-With ``noop_with_empty_axes``, a reduction without axes still applies its function to each element:
-ReduceL1 computes absolute values and ReduceLogSum logarithms (see ReduceSum-13 and related
-operators at onnx.ai/onnx/operators).  onnxruntime 1.19.2 only copies the input, and it fails if the
-axes are omitted.
+If a reduction has no axes but ``noop_with_empty_axes`` is set, it still applies its function to
+each element: ReduceL1 computes absolute values and ReduceLogSum computes logarithms (see
+ReduceSum-13 and related operators at onnx.ai/onnx/operators).  However, onnxruntime 1.19.2 only
+copies the input, or fails if the ``axes`` input is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REMAINDERS = {
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Replace each reduction that has no axes by the function that it applies to each element.
+    """Replace each reduction over no axes with the function that it applies to each element.
 
     Other reductions are left unchanged.
     """

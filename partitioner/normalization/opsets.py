@@ -1,8 +1,9 @@
 """Convert models to an opset and IR version that onnxruntime-training supports.
 
-Each node is converted in place, so that names, weights and bodies stay the same.  :mod:`upgrades`
-converts older nodes.  Newer nodes are converted by :mod:`downgrades` or replaced by the function
-body with which onnx defines them.  This module handles versions and schemas, not training or cuts.
+Each node is converted in place, and therefore names, weights and subgraph bodies are preserved.
+:mod:`upgrades` converts older nodes.  Newer nodes are converted by :mod:`downgrades` or replaced
+with onnx's own definition of their operator as a function.  This module handles versions and
+schemas; it deals neither with training nor with cutting the model into parts.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _MOST_ROUNDS = 4
 def inline_functions(model: ir.Model) -> None:
     """Inline the model's functions, in place.
 
-    A function may use another opset than the model.  Its nodes keep that opset until
-    :func:`adapt_opset` converts all nodes to the same opset.
+    The opset of a function may differ from the opset of the model.  The inlined nodes keep the
+    opset of their function until :func:`adapt_opset` converts all nodes to a common opset.
     """
     _join_domains(model.opset_imports)
     own = model.opset_imports.get("", 1)
@@ -67,10 +68,12 @@ def _inline(model: ir.Model) -> None:
 
 
 def adapt_opset(model: ir.Model) -> None:
-    """Convert a model without functions to an opset from 18 to 21 and IR version 10, in place.
+    """Convert a model to an opset between 18 and 21 and to IR version 10, in place.
+
+    The model must not contain functions.
 
     Raises:
-        UnsupportedModel: an operator cannot be converted; the error names it.
+        UnsupportedModel: an operator cannot be converted; the error names the operator.
     """
     model.ir_version = IR_VERSION
     own = model.opset_imports.get("", 1)

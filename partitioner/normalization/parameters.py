@@ -1,18 +1,18 @@
 """Classify each stored float tensor by its use: as a parameter, a setting or a constant.
 
-A scalar is a constant.  The rules for other tensors:
+A scalar is a constant.  The rules for other tensors are:
 
-- a tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained;
-- BatchNormalization's mean and variance are running statistics;
-- a tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter;
-- a tensor that is only used in additions, multiplications and similar operations is a parameter,
-  unless it is a single number (such as an epsilon or a scale, but not the bias of a layer with one
-  output), a mask (it contains infinities) or a grid (different whole numbers);
-- any other tensor is a parameter if it is an initializer, but not if it comes from a Constant node,
-  which exporters use for literals.
+- A tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained.
+- BatchNormalization's mean and variance are running statistics.
+- A tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter.
+- A tensor that is used only in additions, multiplications and similar operations is a parameter,
+  with three exceptions: a single number (such as an epsilon or a scale, but not the bias of a layer
+  with one output), a mask (a tensor with infinities) and a grid (distinct whole numbers).
+- Any other initializer is a parameter.  Any other tensor of a Constant node is not, because
+  exporters use Constant nodes for literals.
 
-The option ``--train`` turns every tensor that is not a setting into a parameter.  This module knows
-operators; it does not deal with training.
+With the option ``--train``, a constant that the user names also becomes a parameter.  This module
+knows operators; it does not deal with training.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ _LOOKED_AT = 1 << 16
 
 
 class TensorKind(Enum):
-    """The classes of stored tensors; only settings and running statistics can never be trained."""
+    """The classes of stored tensors.
+
+    A constant can become a parameter if the user requests it.  Settings and running statistics can
+    never be trained.
+    """
 
     PARAMETER = auto()
     CONSTANT = auto()
@@ -126,14 +130,17 @@ class TensorKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The class of a tensor, and the reason if the tensor cannot be trained."""
+    """The class of a tensor, and if it cannot be trained, the reason."""
 
     kind: TensorKind
     reason: str = ""
 
 
 def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
-    """Classify ``tensor``, the stored float tensor of ``value``, by the operators that use it."""
+    """Classify a stored float tensor by the operators that use it.
+
+    ``value`` is the graph value that contains ``tensor``.
+    """
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:

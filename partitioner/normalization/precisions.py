@@ -1,12 +1,14 @@
 """Train models with 16-bit or 64-bit floats in float32, and merge them in their own type.
 
-onnxruntime has hardly any gradient kernels in 16 bits, and updates in 16 bits lose everything that
-is small compared with the weight.  So both forms of a model, for training and for prediction, are
-converted to float32, including their weights, which become the master weights.  The skeleton, from
-which the model is merged later, keeps its types, and weights are rounded when they are restored.  A
-float64 model is converted only if its weights are float64; float64 operations in a model with
-float32 weights are kept.  This module deals with types; the only operators that it knows are those
-with attributes that name a type.
+onnxruntime has hardly any gradient kernels for 16-bit floats, and updates in 16 bits lose
+everything that is small compared with the weight.  Therefore, both forms of a model, for training
+and for prediction, are converted to float32.  This includes their weights, which become the master
+weights.  The skeleton, from which the trained model is merged later, keeps its types, and the
+weights are rounded to these types when they are restored.
+
+A float64 model is converted only if its weights are float64; if they are float32, its float64
+operations are kept.  This module deals with types; the only operators that it knows are those with
+an attribute that specifies a type.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ def widen(
 ) -> Mapping[str, ir.TensorProtocol]:
     """Convert forms of a model to float32, in place, and return their weights in float32.
 
-    If nothing has to be converted, ``weights`` itself is returned.
+    If nothing needs to be converted, the result is ``weights`` itself.  Names stay unchanged.
 
-    Data inputs of type float16 and float64 keep their type and are cast in the graph.  Data inputs
-    of type bfloat16, which numpy does not have, become float32.  Names stay the same.
+    Data inputs of type float16 and float64 keep their type; the graph casts them.  Data inputs of
+    type bfloat16 become float32, because numpy has no bfloat16.
 
     Raises:
         UnsupportedModel: a data input has a type that no runtime supports (float8, 4 bits).

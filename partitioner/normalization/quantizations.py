@@ -1,18 +1,18 @@
 """Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
 
-Integers have no gradient.  So in the training form, a QuantizeLinear followed by a DequantizeLinear
-is written as its own value plus a difference that is zero but has a gradient: if x is inside the
-range that the integers represent, the gradient passes unchanged, otherwise it is zero.  Scales and
-zero points are settings and stay the same.
+Integers have no gradient.  In the training form, a QuantizeLinear followed by a DequantizeLinear is
+therefore replaced with its own value plus a difference that is zero but has a gradient.  The
+gradient passes unchanged if x is inside the range that the integers represent; otherwise it is
+zero.  Scales and zero points are settings and stay the same.
 
-If a DequantizeLinear reads a weight that is stored as integers, the weight is lifted.  Its float
-value becomes the parameter, under the name of the integers, and a QuantizeLinear with the same
-scale quantises it, so that the model's values do not change.  Merging converts it to integers
-again.  Integers of 32 bits (biases) get no QuantizeLinear; they become plain floats, also in the
-merged model.
+A weight that is stored as integers and read by a DequantizeLinear is converted to a float parameter
+with the same name.  A QuantizeLinear with the same scale quantises this parameter, so the results
+of the model do not change.  When the model is merged, the parameter is converted back to integers.
+Biases of 32-bit integers get no QuantizeLinear; they become plain floats, in the merged model as
+well.
 
-This module does not deal with cuts.  Formulas: QuantizeLinear-21 and DequantizeLinear-21 at
-onnx.ai/onnx/operators.
+This module does not deal with cutting the model.  The formulas are those of QuantizeLinear-21 and
+DequantizeLinear-21 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and Dequanti
 def lift_quantized(graph: ir.Graph) -> None:
     """Replace integer weights, in place, with float weights that the graph quantises.
 
-    Only weights that a DequantizeLinear with a constant scale reads are replaced.
+    A weight is replaced only if a DequantizeLinear with a constant scale reads it.
     """
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:
         source = node.inputs[0]
@@ -118,7 +118,7 @@ def _lift_wide(
 
 
 def fold_quantized(graph: ir.Graph) -> None:
-    """Convert the weights that :func:`lift_quantized` replaced back to integers, in place."""
+    """Convert weights back to integers, in place, after :func:`lift_quantized` made them floats."""
     for node in [node for node in graph if _LIFTED in node.metadata_props]:
         value, quantized = node.inputs[0], node.outputs[0]
         settings = _read_settings(node)
@@ -144,11 +144,11 @@ def fold_quantized(graph: ir.Graph) -> None:
 def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     """Add the straight-through gradient to quantised values that depend on trained parameters.
 
-    This changes each pair of a QuantizeLinear and the DequantizeLinear after it, in place.  Every
-    QuantizeLinear that is still used is then replaced by its formula.  The optimizer of
-    onnxruntime-training 1.19.2 would turn a pair into FakeQuant, which is not a standard operator
-    and does not support scales per channel.  The optimizer also rejects a QuantizeLinear that is
-    not part of a pair.
+    Each pair of a QuantizeLinear and the DequantizeLinear after it is changed in place.  Every
+    QuantizeLinear that is still used after this is replaced with its formula.  If pairs were kept,
+    the optimizer of onnxruntime-training 1.19.2 would turn them into FakeQuant, which is not a
+    standard operator and does not support per-channel scales.  The optimizer also rejects a
+    QuantizeLinear that is not part of a pair.
 
     Return whether any node was replaced.
 
@@ -184,9 +184,9 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
 
 
 def refuse_integer_model(graph: ir.Graph) -> None:
-    """Raise an error if a graph without parameters computes with integers.
+    """Raise an error if a graph without trained parameters computes with integers.
 
-    The weights of an integer model are integers, and none of them can be trained.
+    In such a graph, the weights are integers, and none of them can be trained.
 
     Raises:
         UnsupportedModel: the graph contains an operator of :data:`INTEGER_ARITHMETIC`.

@@ -15,7 +15,7 @@ _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
-    """Replace each LSTM, GRU and RNN of layout 1 with one of layout 0, in place.
+    """Replace, in place, each LSTM, GRU and RNN that has layout 1 with one that has layout 0.
 
     Transpose nodes before and after the new node convert its inputs and outputs.
     """

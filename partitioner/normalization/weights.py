@@ -1,8 +1,8 @@
-"""Find the parameters of a model, take them out of the graph, and put them back.
+"""Find the parameters of a model, remove them from the graph, and restore them.
 
-A weight becomes a graph input, so that the graph to differentiate stays small even if the weights
-are large.  The use of a tensor (see :mod:`parameters`) and the user's patterns decide whether it is
-a weight.  This module deals with names, initializers and Constant nodes.
+A weight becomes a graph input, and therefore the graph to differentiate stays small even if the
+weights are large.  Whether a tensor is a weight depends on its use (see :mod:`parameters`) and on
+the user's patterns.  This module deals with names, initializers and Constant nodes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ INNER = "splitonnx.inner"
 def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.TensorProtocol]:
     """Turn parameters and running statistics into graph inputs, and return their tensors by name.
 
-    A weight may be an initializer, or a Constant node, like all weights in models from Paddle's
-    exporter.  Weights in the bodies of If, Loop and Scan are included; :func:`return_weights` can
-    put them back.
+    A weight may be stored in an initializer or a Constant node; models from Paddle's exporter use
+    only Constant nodes.  Weights in the subgraph bodies of If, Loop and Scan are included;
+    :func:`return_weights` can restore them.
 
     ``train`` contains regular expressions.  Each selects the parameters that it matches.  If it
     matches no parameter, the constants that it matches become parameters.
@@ -61,9 +61,9 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
 
 def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
-    """Turn weights that are used only inside bodies back into constants.
+    """Turn weights that only subgraph bodies use back into constants.
 
-    Weights inside bodies cannot be trained.
+    Such weights cannot be trained.  They are also removed from ``weights``.
     """
     for value in [value for value in graph.inputs if INNER in value.metadata_props]:
         if all(use.node.graph is not graph for use in value.uses()):
@@ -79,9 +79,10 @@ def count_inner(graph: ir.Graph) -> int:
 
 
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
-    """Turn graph inputs back into initializers: the inverse of :func:`lift_weights`.
+    """Turn graph inputs back into initializers that contain the values in ``weights``.
 
-    A 16-bit weight, which is trained in float32, is rounded to its own type.
+    This is the inverse of :func:`lift_weights`.  A 16-bit weight is trained in float32; it is
+    rounded to its own type here.
     """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
@@ -102,13 +103,15 @@ def assign_roles(
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
-    A weight whose name matches a pattern of ``train`` is trained, even if the name also matches a
+    ``weights`` contains the names of all weights, and ``statistics`` the names of all running
+    statistics.  The statistics in ``buffers`` are updated by training; the others become frozen
+    weights.  A weight that matches a pattern of ``train`` is trained, even if it also matches a
     pattern of ``freeze``.
 
     Raises:
         UnsupportedModel: a pattern of ``freeze`` matches no weight.
-        UsageError: a pattern is not a regular expression, or a pattern of ``freeze`` matches only
-            weights that ``train`` selects.
+        UsageError: a pattern is not a regular expression, or ``train`` selects all the weights that
+            a pattern of ``freeze`` matches.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     frozen: set[str] = set()
@@ -140,7 +143,7 @@ def pin_names(names: Collection[str]) -> tuple[str, ...]:
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     """Return a weight as a contiguous little-endian array.
 
-    If the weight is memory-mapped from a file, so is the array.
+    If the tensor is memory-mapped from a file, the array is memory-mapped as well.
     """
     array = tensor.numpy()
     return np.ascontiguousarray(array).reshape(

@@ -1,11 +1,11 @@
 """Attach explicit derivatives to the results of operators that have no gradient.
 
-The expression ``value + slope * (x - detach(x))`` has the same value as ``value`` alone and the
-derivative ``slope``, because no gradient passes through ``detach(x)``.  This is used for operators
-that cannot be written well with other operators.  It costs three elementwise operators in the
-forward pass and one in the backward pass, and nothing can overflow in a branch that is not used.
-The only limitation is that the result is NaN if ``x`` is infinite.  This module does not depend on
-any operator.
+The expression ``value + slope * (x - detach(x))`` equals ``value``, but its derivative is
+``slope``, because no gradient passes through ``detach(x)``.  This is used for operators that cannot
+be expressed well with other operators.  The forward pass costs three elementwise operators and the
+backward pass one, and there are no unused branches that could overflow.  The only limitation is
+that the result is NaN if ``x`` is infinite.  This module does not depend on any particular
+operator.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent:
-    """The derivative of a value with respect to one of its inputs, ``source``.
+    """The derivative of a value with respect to ``source``, one of the inputs of its operator.
 
-    ``point`` is a detached copy of ``source``.  ``slope`` is the derivative, computed from detached
-    values.
+    ``point`` is a copy of ``source`` through which no gradient passes.  ``slope`` is the derivative
+    at this point; no gradient passes through it either.
     """
 
     source: ir.Value
@@ -32,10 +32,15 @@ class Tangent:
 
 
 def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Tangent]) -> ir.Value:
-    """Attach the derivatives in ``tangents`` to ``value``, which is computed from detached inputs.
+    """Return a tensor that equals ``value`` and has the derivatives in ``tangents``.
 
-    The shapes of the tangents must be broadcastable to the shape of ``value``.  Every slope must be
-    finite, because zero times infinity would make the value NaN; see :func:`bound_slope`.
+    ``value`` has no gradient, because it is computed from detached inputs.  For each tangent, the
+    term ``slope * (source - point)`` is added to it.  The term is zero, because ``point`` is a copy
+    of ``source``, but its derivative with respect to ``source`` is ``slope``, because no gradient
+    passes through ``point``.
+
+    The terms must be broadcastable to the shape of ``value``.  Every slope must be finite, because
+    zero times infinity would make the result NaN; see :func:`bound_slope`.
     """
     for tangent in tangents:
         step = builder.op("Sub", tangent.source, tangent.point)
@@ -44,6 +49,9 @@ def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Ta
 
 
 def bound_slope(builder: NodeBuilder, slope: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Replace infinite slopes with the largest number of ``dtype``; NaN stays NaN."""
+    """Replace infinite slopes (derivatives) with the largest finite number of ``dtype``.
+
+    The sign of a slope is kept, and NaN stays NaN.
+    """
     edge = float((dtype or ir.DataType.FLOAT).max)
     return builder.op("Clip", slope, builder.number(-edge, dtype), builder.number(edge, dtype))

@@ -1,4 +1,7 @@
-"""Pooling windows: their positions, their sums and counts, and padding known only at run time."""
+"""Pooling windows: their positions, sums and numbers of elements.
+
+This module also handles padding that is known only at run time.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ from splitonnx.partitioner.rewrites.extents import refuse, require_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """The windows of a pooling, with one entry per spatial dimension.
+    """The windows of a pooling node; each field has one entry per spatial dimension of the image.
 
-    ``before`` and ``after`` are the padding that the windows cover, and ``counted`` is the end
-    padding that the model declares; with ``ceil_mode``, the windows may cover more.  ``sizes`` are
-    the sizes of the image, or ``None`` if unknown.
+    ``before`` is the width of the padding at the start of a dimension, and ``after`` is how far the
+    windows extend beyond its end.  ``counted`` is the width of the padding at the end that the
+    model declares; it differs from ``after`` if the node has ``ceil_mode``.  ``sizes`` contains the
+    sizes of the image, with ``None`` for each unknown size.
     """
 
     kernel: tuple[int, ...]
@@ -34,7 +38,7 @@ class Windows:
 
     @property
     def attributes(self) -> dict[str, Sequence[int]]:
-        """The attributes of a Conv or pooling node with these windows."""
+        """The strides, dilations and padding as attributes of a Conv or pooling node."""
         return {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -97,10 +101,10 @@ def _find_surplus(
 def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
     """Sum the elements of each window, separately for each channel.
 
-    A depthwise convolution whose weights are all ones computes the sums.
+    The sums are computed by a depthwise convolution whose weights are all ones.
 
     Raises:
-        UnsupportedModel: the number of channels is not known.
+        UnsupportedModel: the number of channels is unknown.
     """
     channels = (known_dims(x) or [None, None])[1]
     if channels is None or x.dtype is None:
@@ -131,9 +135,10 @@ def _convolve(builder: NodeBuilder, x: ir.Value, kernel: np.ndarray, windows: Wi
 def count_elements(
     builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows, *, include_padding: bool
 ) -> ir.Value:
-    """Count the elements in each window; with ``include_padding``, padding counts as well.
+    """Count the elements in each window, including the padding if ``include_padding`` is true.
 
-    The result has the shape (1, 1, L...), so it can be broadcast to the pooled image.
+    The result has the shape (1, 1, L...), where L... are the sizes of the pooled image, so it can
+    be broadcast to that image.
     """
     assert x.dtype is not None
     limit(node, _estimate_counts(windows))
@@ -196,12 +201,12 @@ def pads_by_size(node: ir.Node) -> bool:
 
 
 def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
-    """Pad the input of a node with ``number``, as its ``auto_pad`` attribute requires.
+    """Pad the input of a node with ``number``, as the node's ``auto_pad`` attribute requires.
 
     The graph computes the widths of the padding from the image size.
 
     Raises:
-        UnsupportedModel: the size of the windows is not known.
+        UnsupportedModel: the size of the windows is unknown.
     """
     x, kernel = node.inputs[0], read_kernel(node)
     assert x is not None
@@ -227,5 +232,5 @@ def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
 
 
 def list_plain(node: ir.Node) -> dict[str, ir.Attr]:
-    """Return the attributes of a node, except the attributes for padding."""
+    """Return the attributes of a node, without those that describe its padding."""
     return {n: v for n, v in node.attributes.items() if n not in ("auto_pad", "pads")}
