@@ -1,8 +1,8 @@
 """Rewrite operators that have no gradient in onnxruntime-training with operators that have one.
 
-Rewriting happens before differentiation.  It changes only nodes whose inputs depend on a trained
-parameter.  :data:`REWRITES` lists all supported operators.  Each entry is a small function that
-takes a node and returns the values that replace its outputs, or ``None`` if the node can stay
+Rewriting happens before differentiation.  It changes only nodes with an input that depends on a
+trained parameter.  :data:`REWRITES` lists all supported operators.  Each entry is a small function
+that takes a node and returns replacements for the node's outputs, or ``None`` if the node can stay
 unchanged.  The formulas are the definitions of the operators at onnx.ai/onnx/operators.
 """
 
@@ -155,14 +155,15 @@ _ADVICE = "cut so that it is before every trained parameter"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
-    """Rewrite, in place, all operators without a gradient that depend on a trained parameter.
+    """Rewrite, in place, all operators that have no gradient but depend on a trained parameter.
 
-    ``trained`` contains the names of the graph inputs that are trained parameters.  Values keep
-    their names.  A rewrite may use operators that need a rewrite themselves, so rewriting takes
-    several rounds; types and shapes are inferred again after each round.
+    ``trained`` contains the names of the graph inputs that are trained parameters.  The outputs of
+    rewritten nodes keep their names.  A rewrite may use operators that need a rewrite themselves,
+    and therefore rewriting takes several rounds; types and shapes are inferred again after each
+    round.
 
     Raises:
-        UnsupportedModel: a shape or a constant that a rewrite needs is unknown.
+        UnsupportedModel: a rewrite needs a shape or a constant that is unknown.
     """
     with count_constants():
         for index in range(_MOST_ROUNDS):

@@ -1,6 +1,6 @@
 """Rewrite activation functions so that they can be differentiated.
 
-The replacements stay accurate for large inputs, and they have a gradient at 0.
+The replacements stay accurate for large inputs and have a gradient at 0.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_softplus(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite Softplus, log(1 + exp(x)), with Relu, Exp and Log.
 
-    onnxruntime-training has no gradient for Softplus.  The formula is m + log(exp(-m) + exp(x - m))
-    with m = max(x, 0).  One of the two exponentials is always 1, and neither can overflow.  The
-    slope at 0 is 1/2, regardless of the slope of Relu at 0.  Keeping the Softplus operator and
-    attaching its derivative would take 1.7 times as long.
+    onnxruntime-training has no gradient for Softplus.  The formula is m + log(exp(-m) + exp(x -
+    m)), where m = max(x, 0).  One of the two exponentials is always 1, and neither can overflow.
+    The derivative at 0 is 1/2, regardless of the derivative of Relu at 0.  Keeping the Softplus
+    operator and attaching its derivative would be slower by a factor of 1.7.
     """
     x = take_input(node)
     positive = builder.op("Relu", x)
@@ -129,10 +129,11 @@ def rewrite_hard_swish(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Expand the tanh approximation of GELU: x / 2 * (1 + tanh(a * (x + b * x**3))).
+    """Rewrite the tanh approximation of GELU as x / 2 * (1 + tanh(a * (x + b * x**3))).
 
-    Here a = sqrt(2 / pi) and b = 0.044715 (arXiv 1606.08415).  Exact GELU is left unchanged.  For
-    the approximation, onnxruntime-training would build the gradient of exact GELU.
+    Here a = sqrt(2 / pi) and b = 0.044715 (arXiv 1606.08415).  Without this rewrite,
+    onnxruntime-training would use the gradient of exact GELU for the approximation.  Exact GELU is
+    left unchanged.
     """
     if node.attributes.get_string("approximate", "none") != "tanh":
         return None
@@ -147,9 +148,9 @@ def rewrite_gelu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite LeakyRelu with a negative ``alpha`` as a Where that selects x or alpha * x.
 
-    The result is x if x >= 0, and alpha * x otherwise.  Other LeakyRelu nodes are left unchanged.
-    The gradient operator of onnxruntime-training, LeakyReluGrad, derives the sign of x from the
-    sign of y; with a negative ``alpha`` the two signs do not match.
+    The result is x if x >= 0, and alpha * x otherwise.  LeakyReluGrad, the gradient operator of
+    onnxruntime-training, derives the sign of x from the sign of y, but if ``alpha`` is negative, y
+    is never negative.  Other LeakyRelu nodes are left unchanged.
     """
     alpha = node.attributes.get_float("alpha", 0.01)
     if alpha >= 0:
@@ -187,8 +188,8 @@ def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite Shrink with Where nodes that select one of three values.
 
-    The result is x + bias if x < -lambd, x - bias if x > lambd, and 0 otherwise.
-    onnxruntime-training has no gradient for Shrink.
+    The result is x + bias if x < -lambd, x - bias if x > lambd, and 0 otherwise; ``bias`` and
+    ``lambd`` are attributes of the node.  onnxruntime-training has no gradient for Shrink.
     """
     x = take_input(node)
     edge = node.attributes.get_float("lambd", 0.5)
@@ -200,10 +201,10 @@ def rewrite_shrink(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Clip with computed bounds as min(max(x, low), high).
+    """Rewrite Clip as min(max(x, low), high) if a bound is computed in the graph.
 
-    Clip is left unchanged if its bounds are constants.  onnxruntime-training has no gradient for
-    the bounds of Clip.
+    onnxruntime-training has no gradient for the bounds of Clip.  If both bounds are constants or
+    missing, Clip is left unchanged.
     """
     bounds = [*node.inputs[1:], None, None][:2]
     if all(bound is None or known_array(bound) is not None for bound in bounds):
@@ -215,11 +216,11 @@ def rewrite_clip(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_softmax(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite Softmax and LogSoftmax in float64 with Exp and ReduceSum.
+    """Rewrite float64 Softmax and LogSoftmax nodes with Exp and ReduceSum.
 
-    Nodes of other types are left unchanged.  onnxruntime-training has no float64 kernels for the
-    gradients of these operators.  The largest element is subtracted first, so that Exp cannot
-    overflow; it is treated as a constant, because it does not change the result.
+    onnxruntime-training has no float64 kernels for the gradients of these operators.  Nodes of
+    other types are left unchanged.  The largest element is subtracted first, so that Exp cannot
+    overflow.  It is treated as a constant, because subtracting it does not change the result.
     """
     x = node.inputs[0]
     if x is None or x.dtype != ir.DataType.DOUBLE:

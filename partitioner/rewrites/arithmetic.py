@@ -47,9 +47,9 @@ def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Mod and attach its derivatives: 1 with respect to x, and -q with respect to y.
 
-    onnxruntime-training has no gradient for Mod, so its derivatives are attached explicitly (see
-    :mod:`tangents`).  The result of Mod is x - q * y; the integer quotient q is treated as a
-    constant.
+    Here q is the integer quotient of x and y.  The result of Mod is x - q * y, and q is treated as
+    a constant.  onnxruntime-training has no gradient for Mod, so its derivatives are attached
+    explicitly (see :mod:`tangents`).
     """
     x, y = _list_inputs(node)
     points = [builder.detach(value) for value in (x, y)]
@@ -65,16 +65,16 @@ def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Attach the derivatives of Pow if onnxruntime-training's own are missing or wrong.
+    """Attach derivatives to Pow, x ** y, if those of onnxruntime-training are missing or wrong.
 
-    If the exponent is a single constant number other than 0, onnxruntime-training's gradient is
+    If the exponent y is a single constant number other than 0, onnxruntime-training's gradient is
     used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and
-    x ** y * log(x) with respect to the exponent y.  The derivative with respect to y is 0 if x is
-    not positive, because not every power of a negative number or zero exists.
+    x ** y * log(x) with respect to y.  The derivative with respect to y is 0 if x is not positive,
+    because the logarithm of x does not exist then.
 
-    The gradient builder of onnxruntime-training 1.19.2 accepts only exponents that are floats and
-    not parameters.  If the base is broadcast to the shape of the exponent, the builder does not sum
-    the base's gradient over the broadcast axes.
+    The gradient builder of onnxruntime-training 1.19.2 accepts only floating-point exponents that
+    are not parameters.  If the base is broadcast to the shape of the exponent, the builder does not
+    sum the base's gradient over the broadcast axes.
     """
     x, y = _list_inputs(node)
     exponent = known_array(y)
@@ -109,7 +109,7 @@ def _slope_to_exponent(builder: NodeBuilder, base: ir.Value, value: ir.Value) ->
 def rewrite_where(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Expand the branches of Where to the shape of the result.
 
-    If Where broadcasts a branch, the gradient builder of onnxruntime-training 1.19.2 does not sum
+    If Where broadcasts a branch, the gradient builder of onnxruntime-training 1.19.2 fails to sum
     the branch's gradient over the broadcast axes.  A node is left unchanged if each branch is a
     constant or already has the shape of the result.
     """
@@ -142,12 +142,12 @@ def _is_same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
 
 
 def rewrite_cast(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove a Cast to the dtype that its input already has; leave other casts unchanged.
+    """Remove a Cast if its input already has the requested dtype; leave other casts unchanged.
 
     The graph optimizer of onnxruntime-training 1.19.2 can fail on a Cast that changes nothing.
 
     Raises:
-        UnsupportedModel: the new dtype is a float of 8 bits or less, which has no gradient.
+        UnsupportedModel: the requested dtype is a float of 8 bits or less, which has no gradient.
     """
     (x,) = _list_inputs(node)
     to = _require_wide(node, ir.DataType(node.attributes.get_int("to")))
@@ -160,7 +160,7 @@ def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
     onnxruntime-training has no gradient for CastLike.
 
     Raises:
-        UnsupportedModel: the new dtype is not known, or is a float of 8 bits or less, which has no
+        UnsupportedModel: this dtype is unknown, or it is a float of 8 bits or less, which has no
             gradient.
     """
     x, like = _list_inputs(node)

@@ -1,9 +1,9 @@
 """The cells of LSTM, GRU and RNN: one time step, written with operators that have a gradient.
 
-The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Details that these
-definitions leave open are the same as in ONNX Runtime's kernels: ``clip`` limits the inputs of the
-gates but not the cell state, a coupled forget gate is 1 minus the input gate, and the values of
-``alpha`` and ``beta`` are assigned, in order, to the activation functions that use them.
+The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where these
+definitions leave details open, the cells behave like ONNX Runtime's kernels: ``clip`` limits the
+inputs of the gates but not the cell state, a coupled forget gate is 1 minus the input gate, and the
+values of ``alpha`` and ``beta`` are assigned, in order, to the activation functions that use them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,20 @@ _DEFAULTS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """An activation function of a recurrent node, with its parameters alpha and beta, if any."""
+    """An activation function of a recurrent node.
+
+    ``kind`` is its name in lower case.  ``settings`` contains its parameters alpha and beta, or as
+    many of them as the function has.
+    """
 
     kind: str
     settings: tuple[float, ...] = ()
 
     def apply(self, builder: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """Build the nodes that apply the function to ``x``, and return the result."""
+        """Apply the function to ``x``, a value of type ``dtype``, and return the result.
+
+        The nodes for this are added to ``builder``.
+        """
         if self.kind in _PLAIN:
             return builder.op(_PLAIN[self.kind], x)
         alpha, beta = (*self.settings, 0.0)[:2]
@@ -60,9 +67,9 @@ class Function:
 
 
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
-    """List the activation functions of a recurrent node, starting with the forward direction.
+    """List the activation functions of a recurrent node, with those of the forward direction first.
 
-    If the node names no functions, ``defaults`` are used for each direction.
+    If the node does not name its functions, each of its ``directions`` uses ``defaults``.
 
     Raises:
         UnsupportedModel: a function is unknown, or the node has the wrong number of functions.
@@ -90,13 +97,17 @@ def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The weights and settings for one time step in one direction.
+    """The weights and settings of a recurrent node for one direction.
 
-    ``hidden`` is the size of the hidden state, and ``dtype`` the type of all values.  ``recurrent``
-    is the matrix R of shape (gates * hidden, hidden); ``parts`` are the same weights split by
-    gates, if the cell needs them separately.  ``bias`` is the recurrent bias, unless it has already
-    been added to the bias of the input.  ``peepholes`` are the weights for the input, output and
-    forget gates, each of shape (hidden).  A ``coupled`` cell has no weights for its forget gate.
+    ``hidden`` is the size of the hidden state, and ``dtype`` is the type of all values.
+    ``functions`` are the activation functions; the inputs of gates are limited to [-clip, clip]
+    first, unless ``clip`` is ``None``.
+
+    ``recurrent`` is the matrix R of shape (gates * hidden, hidden).  ``parts`` contains the same
+    weights with one matrix per gate, for cells that need them separately.  ``bias`` is the
+    recurrent bias, unless it has already been added to the bias of the input.  ``peepholes``
+    contains the weights with which the input, output and forget gates read the cell state, each of
+    shape (hidden).  A ``coupled`` cell has no weights for its forget gate.
     """
 
     hidden: int
@@ -110,9 +121,9 @@ class Cell:
     parts: Sequence[ir.Value] = field(default_factory=tuple)
 
     def activate(self, builder: NodeBuilder, index: int, x: ir.Value) -> ir.Value:
-        """Clip ``x``, the input of a gate, and apply the activation function at ``index``.
+        """Apply the activation function at ``index`` to ``x``, the input of a gate.
 
-        ``x`` is not clipped if ``clip`` is ``None``.
+        Unless ``clip`` is ``None``, ``x`` is limited to the range [-clip, clip] first.
         """
         if self.clip is not None:
             bounds = [builder.number(sign * self.clip, self.dtype) for sign in (-1, 1)]
@@ -127,7 +138,7 @@ def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
     """Compute the next state of an RNN: f(x + H R^T).
 
     H is the previous state, R contains the recurrent weights, and f is the activation function.
-    The term x already contains the input multiplied by its weights, and all biases.
+    The term x already includes all biases and the product of the input and its weights.
     """
     pre = builder.op("Gemm", state[0], cell.recurrent, inputs[0], transB=1)
     return (cell.activate(builder, 0, pre),)
@@ -136,8 +147,8 @@ def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
 def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """Compute the next state of a GRU: (1 - z) * h + z * H.
 
-    H is the previous state, z the update gate, and h the candidate for the new state.  To compute
-    h, the reset gate is applied to H before H is multiplied by the recurrent weights.
+    H is the previous state, z is the update gate, and h is the candidate for the new state.  To
+    compute h, H is multiplied by the reset gate and then by the recurrent weights.
     """
     (before,) = state
     for_gates, for_hidden = inputs
@@ -153,8 +164,8 @@ def step_linear_gru(
 ) -> State:
     """Compute the next state of a GRU with ``linear_before_reset``: (1 - z) * h + z * H.
 
-    The difference from :func:`step_gru` is that the reset gate is applied after H has been
-    multiplied by the recurrent weights.  torch uses this form.
+    The symbols have the same meaning as in :func:`step_gru`.  To compute h, H is multiplied by the
+    recurrent weights first and by the reset gate afterwards.  torch uses this form.
     """
     (before,) = state
     for_gates, for_hidden = inputs
@@ -174,9 +185,9 @@ def _blend(builder: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Val
 def step_lstm(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
     """Compute the next states of an LSTM: C' = f * C + i * c and H' = o * h(C').
 
-    C is the cell state and H the hidden state; i, f and o are the input, forget and output gates, c
-    is the candidate for the cell state, and h is an activation function.  A coupled cell has no
-    weights for its forget gate and uses f = 1 - i.
+    C is the previous cell state, and C' and H' are the next cell state and hidden state.  The gates
+    are i (input), f (forget) and o (output); c is the candidate for the cell state, and h is an
+    activation function.  A coupled cell has no weights for its forget gate and uses f = 1 - i.
     """
     hidden, before = state
     size = cell.hidden

@@ -2,12 +2,12 @@
 
 A Conv is rewritten if its padding depends on an unknown image size.
 
-A ConvTranspose of stride s places its windows s pixels apart.  Each pixel of its output therefore
-belongs to one of s phases per axis, and each phase is an ordinary convolution with every s-th
-element of the kernel.  One Conv with s times the output channels computes all phases at once; its
-channels are then rearranged into the image.  This needs as many multiplications as ConvTranspose
-itself, and no zeros are inserted into the image.  Formulas: ConvTranspose-11 and Col2Im-18 at
-onnx.ai/onnx/operators.
+The windows of a ConvTranspose with stride s are s pixels apart.  Along each axis, the pixels of its
+output therefore fall into s phases, and each phase is an ordinary convolution with every s-th
+element of the kernel.  For each axis, a single Conv with s times as many output channels computes
+all phases at once.  Its channels are then rearranged into the image.  This requires as many
+multiplications as the ConvTranspose itself, and no zeros are inserted into the image.  The formulas
+are those of ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ class _Transposed:
 def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size.
 
-    The attribute ``auto_pad`` makes the padding depend on the image size, but
-    onnxruntime-training's gradient of Conv ignores this attribute.  Other Conv nodes are left
-    unchanged.
+    This is the case if the node has the attribute ``auto_pad``, which onnxruntime-training's
+    gradient of Conv ignores.  Other Conv nodes are left unchanged.
     """
     if not pads_by_size(node):
         return None
@@ -77,11 +76,11 @@ def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_conv_transpose(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ConvTranspose as one Conv that computes all phases of the output.
+    """Rewrite ConvTranspose as a single Conv that computes all phases of the output.
 
-    A phase consists of every s-th pixel, where s is the stride.  The channels of the Conv are
-    rearranged into the image, which is then cropped or padded if necessary.  onnxruntime-training
-    has no CPU kernel for the gradient of ConvTranspose.
+    With stride s, each phase consists of every s-th pixel along an axis.  The channels of the Conv
+    are rearranged into the image, which is then cropped or padded if necessary.
+    onnxruntime-training has no CPU kernel for the gradient of ConvTranspose.
     """
     x, w = node.inputs[:2]
     assert x is not None
@@ -195,10 +194,10 @@ def _dilate_weights(
 
 
 def rewrite_col2im(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Col2Im as a ConvTranspose that moves each element of a block into its window.
+    """Rewrite Col2Im as a ConvTranspose that adds the elements of each block to the image.
 
-    onnxruntime-training has no gradient for Col2Im.  The next round of rewriting replaces the
-    ConvTranspose.
+    onnxruntime-training has no gradient for Col2Im.  In the next round of rewriting, the
+    ConvTranspose is rewritten as well.
     """
     x = node.inputs[0]
     assert x is not None

@@ -1,9 +1,9 @@
 """Rewrite DeformConv, a convolution that reads pixels at positions computed in the graph.
 
 The pixels are sampled as in GridSample, with zeros outside the image, and then multiplied by the
-weights in a single matrix product.  Formula: DeformConv-19 at onnx.ai/onnx/operators (arXiv
-1811.11168).  ONNX Runtime 1.19.2 has no kernel for DeformConv, so a model with this operator can be
-trained, but ONNX Runtime cannot run it for prediction.
+weights in a single matrix product.  The formula is that of DeformConv-19 at onnx.ai/onnx/operators
+(arXiv 1811.11168).  ONNX Runtime 1.19.2 has no kernel for DeformConv, so it can train a rewritten
+model, but it cannot run the original model for prediction.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Values = Sequence[ir.Value]
 def rewrite_deform_conv(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite DeformConv by sampling the pixels of all windows and multiplying them by the weights.
 
-    If the node has a mask, the pixels are multiplied by the mask first.  onnxruntime-training has
-    no gradient for DeformConv.
+    If the node has a mask, it is applied to the sampled pixels first.  onnxruntime-training has no
+    gradient for DeformConv.
     """
     x, w, offset, bias, mask = [*node.inputs, None, None][:5]
     assert x is not None

@@ -1,8 +1,8 @@
-"""Rewrite Einsum with diagonals, sums, products and transpositions.
+"""Rewrite Einsum as a sequence of diagonals, sums, products and transpositions.
 
-The operands are contracted from left to right.  Each axis is identified by its label.  The axes of
-an ellipsis get labels of their own; the last of them is ``...0``.  The formulas are those of
-Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+The operands are contracted from left to right.  Each axis is identified by its label.  The axes
+that an ellipsis stands for get their own labels; the label of the last one is ``...0``.  The
+formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Sum:
 
 
 def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Einsum with MatMul, Mul and ReduceSum, and transpose the result as requested.
+    """Rewrite Einsum with MatMul, Mul and ReduceSum, and transpose the result if necessary.
 
     The operands are contracted from left to right.  onnxruntime-training has no gradient for
     Einsum.

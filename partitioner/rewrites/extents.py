@@ -1,7 +1,8 @@
-"""Extents: sizes of tensors, as numbers if they are known, else as values computed in the graph.
+"""Extents: the sizes of a tensor's dimensions, as numbers or as values computed in the graph.
 
-Rewrites that use extents keep every dynamic dimension of the model dynamic.  This module handles
-shapes and calculates with them; it does not depend on any operator.
+An extent is a number if the size is known, and a value of the graph otherwise.  Rewrites that use
+extents keep every dynamic dimension of the model dynamic.  This module handles shapes and
+calculates with them; it does not depend on any operator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
     """Return the number of dimensions of a value.
 
     Raises:
-        UnsupportedModel: the number of dimensions is not known.
+        UnsupportedModel: the number of dimensions is unknown.
     """
     rank = known_rank(value)
     if rank is None:
@@ -31,10 +32,10 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
-    """Return the sizes of a value's dimensions, beginning with dimension ``start``, as numbers.
+    """Return the sizes of a value's dimensions from dimension ``start`` on, as numbers.
 
     Raises:
-        UnsupportedModel: one of these sizes is not known.
+        UnsupportedModel: one of these sizes is unknown.
     """
     dims = known_dims(value)
     sizes = [] if dims is None else [dim for dim in dims[start:] if dim is not None]
@@ -48,12 +49,12 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the content of a constant input as an array.
+    """Return the content of a node's constant input, the one at ``index``, as an array.
 
-    ``what`` names this content in the error message.
+    ``what`` describes this content in the error message.
 
     Raises:
-        UnsupportedModel: the input is computed in the graph.
+        UnsupportedModel: the input is not a constant but computed in the graph.
     """
     array = known_array(node.inputs[index])
     if array is None:
@@ -62,7 +63,10 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
-    """Return the error for a node that cannot be rewritten, with the reason and some advice."""
+    """Return the error for a node that cannot be rewritten.
+
+    ``reason`` is what prevents the rewrite, and ``advice`` is how the user can avoid the error.
+    """
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
 
@@ -70,7 +74,7 @@ def read_extents(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> list[E
     """List the extents (sizes) of all dimensions of a value.
 
     Raises:
-        UnsupportedModel: the number of dimensions is not known.
+        UnsupportedModel: the number of dimensions is unknown.
     """
     require_rank(node, value)
     return [
@@ -85,7 +89,7 @@ def to_vector(builder: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
-    """Return the product of extents (sizes)."""
+    """Return the product of several extents (sizes)."""
     known, result = 1, None
     for extent in extents:
         if isinstance(extent, int):
@@ -98,21 +102,21 @@ def multiply(builder: NodeBuilder, extents: Sequence[Extent]) -> Extent:
 
 
 def divide(builder: NodeBuilder, extent: Extent, by: int) -> Extent:
-    """Return an extent (a size) divided by ``by`` and rounded down."""
+    """Divide an extent (a size) by ``by``, and round the result down."""
     if isinstance(extent, int):
         return extent // by
     return extent if by == 1 else builder.op("Div", extent, builder.integers([by]))
 
 
 def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
-    """Return the sum of an extent (a size) and a number."""
+    """Add a number to an extent (a size)."""
     if isinstance(extent, int):
         return extent + number
     return extent if number == 0 else builder.op("Add", extent, builder.integers([number]))
 
 
 def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Concatenate extents (sizes) into one shape vector."""
+    """Concatenate extents (sizes) into one int64 vector, the shape that consists of them."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:
@@ -131,7 +135,7 @@ def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
 def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) -> ir.Value:
     """Reshape a value to the given extents (sizes).
 
-    If exactly one extent is computed in the graph, the Reshape node infers this extent itself.
+    If exactly one extent is computed in the graph, the Reshape node infers it from the others.
     """
     unknown = [extent for extent in extents if not isinstance(extent, int)]
     if len(unknown) == 1:
@@ -140,7 +144,7 @@ def reshape(builder: NodeBuilder, value: ir.Value, extents: Sequence[Extent]) ->
 
 
 def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
-    """Return the int64 vector 0, 1, ..., extent - 1."""
+    """Return the numbers from 0 to ``extent - 1`` as an int64 vector."""
     if isinstance(extent, int):
         return builder.integers(range(extent))
     end = builder.op("Squeeze", extent, builder.integers([0]))
@@ -148,7 +152,7 @@ def count_up(builder: NodeBuilder, extent: Extent) -> ir.Value:
 
 
 def to_number(builder: NodeBuilder, extent: Extent, dtype: ir.DataType | None) -> ir.Value:
-    """Return an extent (a size) as a value of type ``dtype``, for calculations."""
+    """Convert an extent (a size) to a value of type ``dtype``, for calculations."""
     if isinstance(extent, int):
         return builder.number(extent, dtype)
     return builder.op("Cast", extent, to=(dtype or ir.DataType.FLOAT).value)

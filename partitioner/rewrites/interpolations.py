@@ -1,7 +1,8 @@
 """Interpolation along one axis: which input elements each output element reads, and their weights.
 
-Formulas: Resize-19 at onnx.ai/onnx/operators; antialiasing works as in the reference implementation
-of the onnx package.  This module only calculates with sizes and scales; it does not build graphs.
+The formulas are those of Resize-19 at onnx.ai/onnx/operators; antialiasing works as in the
+reference implementation of the onnx package.  This module only calculates with sizes and scales; it
+does not build graphs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 class Sampling:
     """The parameters for resizing one axis from ``before`` elements to ``after`` elements.
 
-    ``scale`` is the factor in the model, which may differ from ``after / before`` because of
-    rounding.  ``coordinates`` is the node's ``coordinate_transformation_mode``.  ``start`` and
-    ``end`` are the bounds of the region in the mode ``tf_crop_and_resize``.
+    ``scale`` is the scale factor in the model, which may differ slightly from ``after / before``
+    because ``after`` is rounded.  ``coordinates`` is the node's ``coordinate_transformation_mode``.
+    In the mode ``tf_crop_and_resize``, ``start`` and ``end`` are the bounds of the region to
+    resize, as fractions of the axis.
     """
 
     before: int
@@ -39,7 +41,8 @@ class Kernel:
     """The interpolation kernel of a Resize node.
 
     ``mode`` is ``"linear"`` or ``"cubic"``, and ``sharpness`` is the coefficient a of the cubic
-    kernel.  With ``exclude_outside``, elements outside the input get the weight 0.
+    kernel.  If ``antialias`` is true, the kernel is stretched when the axis becomes smaller.  If
+    ``exclude_outside`` is true, elements outside the input get the weight 0.
     """
 
     mode: str
@@ -49,7 +52,7 @@ class Kernel:
 
 
 def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Return the position of each output element in the coordinates of the input."""
+    """For each output element, return its position in the coordinates of the input."""
     y: np.ndarray = np.arange(sampling.after).astype(dtype)
     n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
     x: np.ndarray = (y + half) / scale - half
@@ -72,8 +75,9 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
     """For each output element, return the index of the input element that it copies.
 
-    The positions are computed in float32, as in ONNX Runtime, because rounding can decide which of
-    two neighbours is nearer.
+    ``mode`` is the node's ``nearest_mode``, which defines how positions are rounded.  The positions
+    are computed in float32, as in ONNX Runtime, because rounding can decide which of two neighbours
+    is nearer.
     """
     x = find_coordinates(sampling, np.float32)
     match mode:
@@ -90,9 +94,9 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return a boolean mask of the output elements whose positions are outside the input.
+    """Return a boolean mask that marks the output elements whose positions are outside the input.
 
-    These elements get the extrapolation value.
+    The marked elements get the extrapolation value.
     """
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)
@@ -102,7 +106,10 @@ def find_outside(sampling: Sampling) -> np.ndarray:
 
 
 def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
-    """Return the weights of the interpolation as a matrix of shape (after, before)."""
+    """Return the weights of the interpolation as a matrix of shape (after, before).
+
+    Each row contains the weights with which one output element adds up the input elements.
+    """
     x = find_coordinates(sampling)
     n = sampling.before
     shrink = min(sampling.scale, 1.0) if kernel.antialias else 1.0

@@ -1,6 +1,6 @@
 """Rewrite DepthToSpace and SpaceToDepth, which move data between channels and pixels.
 
-:func:`spread_channels` is the general form of DepthToSpace, for any number of spatial axes.
+:func:`spread_channels` generalizes DepthToSpace to any number of spatial axes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Values = Sequence[ir.Value]
 def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite DepthToSpace with Reshape and Transpose.
 
-    onnxruntime-training has no gradient for DepthToSpace.  On the channel axis, the block comes
-    before the channels in mode DCR, and after them in mode CRD.
+    The channel axis of the input combines the pixels of a block with the output channels.  The
+    block comes first in mode DCR, and the channels come first in mode CRD.  onnxruntime-training
+    has no gradient for DepthToSpace.
     """
     x = node.inputs[0]
     assert x is not None
@@ -32,8 +33,9 @@ def rewrite_depth_to_space(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_space_to_depth(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite SpaceToDepth with Reshape and Transpose.
 
-    onnxruntime-training has no gradient for SpaceToDepth.  On the channel axis of the result, the
-    block comes before the channels in mode DCR, the default, and after them in mode CRD.
+    The channel axis of the result combines the pixels of a block with the input channels.  The
+    block comes first in mode DCR, the default, and the channels come first in mode CRD.
+    onnxruntime-training has no gradient for SpaceToDepth.
     """
     x = node.inputs[0]
     assert x is not None
@@ -58,11 +60,12 @@ def spread_channels(
 ) -> ir.Value:
     """Move blocks from the channel axis of ``x`` to its spatial axes.
 
-    The shape (N, C * b..., L...) becomes (N, C, L * b...), with the batch size N, the channels C,
-    the block sizes b and the spatial sizes L.  There may be any number of spatial axes.
+    The shape (N, C * b..., L...) becomes (N, C, L * b...), where N is the batch size, C is the
+    number of channels, b... are the block sizes, and L... are the spatial sizes.  There may be any
+    number of spatial axes.
 
-    ``extents`` is the shape of ``x``.  On the channel axis, C is the outer part and the blocks are
-    the inner part; with ``block_first``, this order is reversed.
+    ``extents`` is the shape of ``x``.  On its channel axis, C comes before the block; with
+    ``block_first``, the block comes before C.
     """
     batch, channels, *spatial = extents
     rank, size = len(spatial), 1

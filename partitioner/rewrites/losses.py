@@ -1,4 +1,4 @@
-"""Rewrite loss operators inside a model: negative log-likelihood and cross-entropy."""
+"""Rewrite loss operators that are part of a model: negative log-likelihood and cross-entropy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Values = Sequence[ir.Value | None]
 def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite NegativeLogLikelihoodLoss as -w[label] * x[label], followed by the reduction.
 
-    Here w contains the weights of the classes.  Elements whose label is ``ignore_index`` do not
+    Here w contains the weights of the classes.  Elements with the label ``ignore_index`` do not
     count.  onnxruntime-training has no gradient for this operator.
     """
     x, labels = node.inputs[:2]
@@ -26,9 +26,9 @@ def rewrite_nll_loss(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite SoftmaxCrossEntropyLoss if its second output, the log-probabilities, is used.
 
-    The node becomes a LogSoftmax and a negative log-likelihood, because onnxruntime-training's
-    gradient of SoftmaxCrossEntropyLoss covers only the first output.  A node whose second output is
-    not used is left unchanged.
+    The node is replaced with a LogSoftmax and a negative log-likelihood, because
+    onnxruntime-training's gradient of SoftmaxCrossEntropyLoss covers only the first output.  A node
+    whose second output is unused is left unchanged.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None

@@ -1,9 +1,9 @@
-"""Rewrite normalizations over an instance, a group, given axes or the last axes.
+"""Rewrite normalizations of instances, of groups, over given axes and over the last axes.
 
-Of these operators, onnxruntime-training differentiates only LayerNormalization.  It supports only
-the gradient of the first output, and only a scale with the shape of the normalized axes.  The
-rewrites compute the variance from the centred values, because the mean of squares minus the square
-of the mean would lose precision by cancellation.
+Of these operators, onnxruntime-training differentiates only LayerNormalization, and even there it
+supports only the gradient of the first output, and only a scale with the shape of the normalized
+axes.  The rewrites compute the variance from the centred values; computing it as the mean of the
+squares minus the square of the mean would lose precision by cancellation.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Values = Sequence[ir.Value | None]
 def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite InstanceNormalization, for which onnxruntime-training has no gradient.
 
-    Each channel of each sample is normalized over its spatial axes.  If the image size is known,
-    LayerNormalization does this, otherwise the formula is written out.  Scale and bias have one
+    Each channel of each sample is normalized over its spatial axes: with LayerNormalization if the
+    image size is known, and with the explicit formula otherwise.  The scale and the bias have one
     element per channel.
     """
     x, scale, bias = take_inputs(node, 3)
@@ -35,8 +35,8 @@ def rewrite_instance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GroupNormalization, for which onnxruntime-training has no gradient.
 
-    Each group of channels of each sample is normalized.  Scale and bias have one element per
-    channel, as in opset 21.  In opset 18, the scale had one element per group; onnx's checker
+    Each group of channels of each sample is normalized.  The scale and the bias have one element
+    per channel, as in opset 21.  In opset 18, they had one element per group, but onnx's checker
     rejects that version as deprecated.
     """
     x, scale, bias = take_inputs(node, 3)
@@ -65,8 +65,8 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite LayerNormalization if onnxruntime-training cannot differentiate it.
 
-    The node is replaced by its formula if its second or third output is used (the mean and the
-    inverse deviation), or if the scale or the bias is broadcast.  If only the bias is missing, a
+    The node is replaced with its formula if its second output (the mean) or its third (the inverse
+    deviation) is used, or if the scale or the bias is broadcast.  If only the bias is missing, a
     bias of zeros is added, because the gradient of LayerNormalization requires one.  Other nodes
     are left unchanged.
     """
@@ -106,8 +106,8 @@ def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite MeanVarianceNormalization as (x - mean) / (deviation + 1e-9).
 
-    onnxruntime-training has no gradient for this operator.  The deviation is the root of the
-    variance plus 1e-18, so that the gradient stays finite if all values of a slice are equal.
+    The deviation is the square root of the variance plus 1e-18.  This keeps the gradient finite if
+    all the normalized elements are equal.  onnxruntime-training has no gradient for this operator.
     """
     (x,) = take_inputs(node, 1)
     axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
@@ -119,9 +119,9 @@ def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_norm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite LpNormalization as x / norm along an axis; the result is 0 if the norm is 0.
+    """Rewrite LpNormalization as x / norm, where the norm is computed along one axis.
 
-    onnxruntime-training has no gradient for LpNormalization.
+    The result is 0 if the norm is 0.  onnxruntime-training has no gradient for LpNormalization.
     """
     (x,) = take_inputs(node, 1)
     axis = builder.integers([node.attributes.get_int("axis", -1)])

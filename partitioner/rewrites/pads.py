@@ -1,10 +1,10 @@
 """Rewrite Pad and CenterCropPad so that they can be differentiated.
 
-In constant mode, onnxruntime-training differentiates Pad even if widths are negative, but its
-gradient ignores the list of axes that a Pad may have.  The other modes copy elements, and the
-position of an output element determines which element it copies.  Formulas: Pad-21 and
-CenterCropPad-18 at onnx.ai/onnx/operators.  As in ONNX Runtime, axes are first cropped by negative
-widths and then padded by positive widths.
+onnxruntime-training can differentiate a Pad in constant mode, even with negative widths, but its
+gradient ignores the optional list of axes.  In the other modes, each output element is a copy of an
+input element, and its position determines which one.  As in ONNX Runtime, negative widths crop the
+axes first, and positive widths pad them afterwards.  The formulas are those of Pad-21 and
+CenterCropPad-18 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rewrite_pad(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Pad if onnxruntime-training's gradient of Pad is missing or wrong.
 
     In the modes ``reflect``, ``edge`` and ``wrap``, Pad becomes one Gather per padded axis.  In
-    constant mode, a Pad that names its axes becomes a Pad without named axes.  A padding value that
+    constant mode, a Pad that lists its axes becomes a Pad over all axes, and a padding value that
     is computed in the graph is inserted with Where, so that it gets a gradient.  Any other Pad in
     constant mode is left unchanged.
     """
@@ -121,9 +121,9 @@ def _widen(builder: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -
 
 
 def rewrite_center_crop_pad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite CenterCropPad as a Pad whose widths are negative if elements are cropped.
+    """Rewrite CenterCropPad as a Pad, in which negative widths remove elements.
 
-    If the number of elements to add or remove is odd, the extra element is at the end.
+    If the number of elements to add or remove is odd, the extra element is at the end of the axis.
     onnxruntime-training has no gradient for CenterCropPad.
     """
     x, wanted = node.inputs[:2]

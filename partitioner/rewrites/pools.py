@@ -1,8 +1,8 @@
-"""Rewrite poolings whose gradient is missing or wrong in onnxruntime-training 1.19.2.
+"""Rewrite pooling nodes whose gradient is missing or wrong in onnxruntime-training 1.19.2.
 
-The gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  MaxPoolGrad also
-needs row-major indices, and AveragePoolGrad ignores dilations.  Formulas: the poolings and LRN-13
-at onnx.ai/onnx/operators.
+The gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  In addition,
+MaxPoolGrad needs row-major indices, and AveragePoolGrad ignores dilations.  The formulas are those
+of the pooling operators and LRN-13 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _has_fixed_image(x: ir.Value) -> bool:
 
 
 def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite AveragePool as the sum of each window divided by its number of elements.
+    """Rewrite AveragePool as the sum of each window divided by the number of its elements.
 
-    A node is left unchanged if onnxruntime-training's gradient can be used: if the image size is
-    fixed and the node has neither dilations nor ``ceil_mode``.
+    A node is left unchanged if onnxruntime-training's gradient can be used.  This is the case if
+    the image size is fixed and the node has neither dilations nor ``ceil_mode``.
     """
     x = take_input(node)
     included = bool(node.attributes.get_int("count_include_pad", 0))
@@ -64,8 +64,8 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
     A node with column-major indices becomes a MaxPool with row-major indices, which the gradient
     needs; the column-major indices are computed separately.  If the image size is unknown, the
-    largest elements are gathered by their indices, and padding that depends on this size becomes a
-    Pad.  Other nodes are left unchanged.
+    largest elements are gathered by their indices, and padding that depends on the image size is
+    added by a separate Pad.  Other nodes are left unchanged.
     """
     x = take_input(node)
     if pads_by_size(node) and len(node.outputs) == 1:
@@ -89,7 +89,7 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GlobalMaxPool with ArgMax and GatherElements.
 
-    If several elements of a channel are the largest, only the first of them gets the gradient.
+    If the maximum of a channel occurs several times, only its first occurrence gets the gradient.
     onnxruntime-training has no gradient for GlobalMaxPool.
     """
     x = take_input(node)
@@ -103,9 +103,9 @@ def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite LpPool as the p-norm of each window; if a norm is 0, its gradient is 0.
+    """Rewrite LpPool as the p-norm of the elements in each window.
 
-    onnxruntime-training has no gradient for LpPool.
+    If a norm is 0, its gradient is 0.  onnxruntime-training has no gradient for LpPool.
     """
     windows = read_windows(node)
     power = node.attributes.get_int("p", 2)
@@ -114,9 +114,9 @@ def rewrite_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_global_lp_pool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite GlobalLpPool as the p-norm of each channel; if a norm is 0, its gradient is 0.
+    """Rewrite GlobalLpPool as the p-norm of the elements of each channel.
 
-    onnxruntime-training has no gradient for GlobalLpPool.
+    If a norm is 0, its gradient is 0.  onnxruntime-training has no gradient for GlobalLpPool.
     """
     x = take_input(node)
     power = node.attributes.get_int("p", 2)
@@ -154,10 +154,10 @@ def _take_root(
 
 
 def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite MaxUnpool with ScatterND, which writes the elements to an image of zeros.
+    """Rewrite MaxUnpool with ScatterND, which writes the elements into an image of zeros.
 
-    If the node requests an output shape, the image is padded to this shape.  onnxruntime-training
-    has no gradient for MaxUnpool.
+    If the node requests an output shape, the image is then padded to that shape.
+    onnxruntime-training has no gradient for MaxUnpool.
     """
     x, indices, *further = node.inputs
     assert x is not None
@@ -192,9 +192,9 @@ def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lrn(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite LRN as x / (bias + alpha / size * s) ** beta.
 
-    Here s is the sum of the squares of the neighbouring channels.  It is computed by a convolution
-    along the channels, which become the rows of an image.  onnxruntime-training has no gradient for
-    LRN.
+    Here s is the sum of the squares of ``size`` neighbouring channels.  It is computed by a
+    convolution, for which the channels are treated as the rows of an image.  The other names are
+    attributes of the node.  onnxruntime-training has no gradient for LRN.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

@@ -1,4 +1,4 @@
-"""Rewrite matrix products (Gemm and MatMul) and determinants so that they can be differentiated."""
+"""Rewrite Gemm, MatMul and Det so that they can be differentiated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LARGEST_DETERMINANT = 24
 
 
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove the bias of a Gemm whose ``beta`` is 0; leave other nodes unchanged.
+    """Remove the bias from a Gemm if its ``beta`` is 0; leave other nodes unchanged.
 
-    If ``beta`` is 0, the bias has no effect, but onnxruntime-training has no gradient for it.
+    Such a bias has no effect, but onnxruntime-training has no gradient for it.
     """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None
@@ -29,7 +29,7 @@ def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_matmul(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite MatMul so that a vector becomes a matrix; leave other nodes unchanged.
+    """Rewrite MatMul with a vector as a product of matrices; leave other nodes unchanged.
 
     onnxruntime-training's gradient builder rejects the product of a vector and a stack of matrices.
     """
@@ -53,8 +53,8 @@ def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Det and attach its derivative, the matrix of cofactors.
 
     onnxruntime-training has no gradient for Det, so its derivative is attached explicitly (see
-    :mod:`tangents`).  The cofactors are determinants of minors.  No inverse is needed, so singular
-    matrices also have a gradient.
+    :mod:`tangents`).  Each cofactor is computed as the determinant of a minor.  This requires no
+    inverse, and therefore singular matrices also have a gradient.
 
     Raises:
         UnsupportedModel: the matrices are not square, too large, or of unknown size.

@@ -1,10 +1,10 @@
 """Rewrite LSTM, GRU and RNN by unrolling them in time.
 
-One matrix product multiplies the inputs of all steps, for both directions, by their weights.  Each
-step then needs one more product, with the hidden state.  The sequence length must be known, but the
-batch size need not be.  If sequences have different lengths, they are masked: after its end, a
-sequence keeps its state and its outputs are zero.  The batch-first layout is converted earlier, by
-:mod:`recurrence_layouts`.
+A single matrix product multiplies the inputs of all steps by their weights, for both directions at
+once.  Each step then needs only one more product, that of the hidden state and its weights.  The
+sequence length must be known, but the batch size may be unknown.  Sequences of different lengths
+are masked: after its end, a sequence keeps its state, and its outputs are zero.  The batch-first
+layout is converted earlier, by :mod:`recurrence_layouts`.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class _Layer:
 
 
 def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an RNN, which can be trained only in this form.
+    """Unroll an RNN in time; onnxruntime-training cannot train it in any other form.
 
-    Each step computes H = f(X W^T + H R^T + b).
+    Each step computes H' = f(X W^T + H R^T + b) from the input X and the previous state H.  W and R
+    are the weights, b is the sum of the biases, and f is the activation function.
     """
     layer = _read_layer(node, states=1)
     bias = _add_biases(builder, layer, 1)
@@ -64,10 +65,10 @@ def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll a GRU, which can be trained only in this form.
+    """Unroll a GRU in time; onnxruntime-training cannot train it in any other form.
 
-    With ``linear_before_reset``, the reset gate also applies to the recurrent bias, which is
-    therefore kept separate from the bias of the input.
+    With ``linear_before_reset``, the reset gate also applies to the recurrent bias, and therefore
+    this bias is not added to the bias of the input.
     """
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
@@ -85,9 +86,10 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an LSTM, which can be trained only in this form.
+    """Unroll an LSTM in time; onnxruntime-training cannot train it in any other form.
 
-    With ``input_forget``, the forget gate follows from the input gate, so its weights are dropped.
+    With ``input_forget``, the forget gate is computed from the input gate, so its weights are
+    removed.
     """
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))
@@ -102,11 +104,11 @@ def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Raise an error if the recurrent nodes among ``nodes`` have too many steps to be unrolled.
+    """Raise an error if unrolling the recurrent nodes among ``nodes`` would take too many steps.
 
     Raises:
-        UnsupportedModel: all steps together are more than :data:`MOST_STEPS`; the error names the
-            longest recurrent node.
+        UnsupportedModel: all nodes together have more than :data:`MOST_STEPS` steps; the error
+            names the node with the most steps.
     """
     steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
     total = sum(steps.values())

@@ -49,10 +49,10 @@ def _reduce(
 
 
 def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ReduceMax and ReduceMin so that equal extremes share the gradient evenly.
+    """Rewrite ReduceMax and ReduceMin so that several equal extremes share the gradient evenly.
 
-    The result is the mean of all elements that equal the extreme.  onnxruntime-training has no
-    gradient for these operators.
+    The result is computed as the mean of all elements that equal the extreme.  onnxruntime-training
+    has no gradient for these operators.
 
     Raises:
         UnsupportedModel: the input of ReduceMax has no elements.
@@ -106,10 +106,10 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite ReduceL2 and ReduceLogSumExp if they reduce a tensor to a scalar.
 
-    If the node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
-    type of its gradient.  If a ReduceL2 has all axes, its gradient has one dimension too many.  So
-    the reduction keeps its dimensions, and a Reshape then removes them.  Other nodes are left
-    unchanged.
+    If such a node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
+    type of its gradient.  If a ReduceL2 lists all axes, its gradient has one dimension too many.
+    Therefore, the rewritten reduction keeps its dimensions, and a Reshape removes them afterwards.
+    Other nodes are left unchanged.
     """
     if _keeps_dims(node) or (_axes(node) is not None and known_rank(node.outputs[0]) != 0):
         return None
@@ -118,10 +118,12 @@ def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ReduceProd by halving each axis and multiplying the halves until one element is left.
+    """Rewrite ReduceProd with Mul nodes.
 
-    onnxruntime-training has no gradient for ReduceProd.  Nothing is divided, so elements that are
-    zero cause no errors.  For an axis of unknown length, the derivative is attached instead.
+    Along each axis, the first half of the elements is multiplied by the second half until one
+    element is left.  For an axis of unknown length, the derivative is attached explicitly instead
+    (see :mod:`tangents`).  No divisions are needed, so zeros cause no errors.  onnxruntime-training
+    has no gradient for ReduceProd.
     """
     x = take_input(node)
     rank = require_rank(node, x)
@@ -182,7 +184,7 @@ def _multiply_unknown(
 
 
 def rewrite_running_sum(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite CumSum with sums of shifted copies.
+    """Rewrite CumSum as a sum of shifted copies of the input.
 
     If the length of the axis is unknown, the input is multiplied by a triangular matrix of ones
     instead.  onnxruntime-training has no gradient for CumSum.

@@ -1,10 +1,10 @@
 """Rewrite RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
 
-Both operators read several pixels for each bin of each region, and compute their sum or maximum.
-The pixels are gathered as rows that contain all channels.  The regions get no gradient.  The
-number of pixels per bin may differ between regions; every bin gets as many as the largest bin
-needs, and the surplus pixels do not count.  Formulas: RoiAlign-16 and MaxRoiPool-1 at
-onnx.ai/onnx/operators.
+Both operators divide each region into bins, read several pixels for each bin, and compute their sum
+or maximum.  The pixels are gathered as rows that contain all channels.  The regions get no
+gradient.  Bins may need different numbers of pixels; as many pixels are gathered for every bin as
+the largest bin needs, and the surplus pixels are ignored.  The formulas are those of RoiAlign-16
+and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class _Axis:
 def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite RoiAlign, for which onnxruntime-training has no gradient.
 
-    In the mode ``avg``, each bin becomes the average of its bilinear samples.  In the mode ``max``,
-    each bin becomes the largest weighted pixel of all its samples.
+    Each region is divided into bins, and each bin becomes one output element.  In the mode ``avg``,
+    this is the average of its bilinear samples.  In the mode ``max``, it is the largest weighted
+    pixel among all its samples.
     """
     x, rois, images = node.inputs[:3]
     assert x is not None
@@ -169,8 +170,8 @@ def _sample_bins(axis: _Axis, ratio: int) -> _Bins:
 def rewrite_max_roi_pool(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite MaxRoiPool, for which onnxruntime-training has no gradient.
 
-    The corners of the regions are rounded to pixels.  Each bin gets its largest pixel, or 0 if the
-    bin is empty.
+    The corners of the regions are rounded to whole pixels, and each region is divided into bins.
+    The result for a bin is its largest pixel, or 0 if the bin is empty.
     """
     x, rois = node.inputs[:2]
     assert x is not None

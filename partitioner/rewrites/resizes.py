@@ -1,7 +1,7 @@
 """Rewrite Resize, one axis after the other.
 
-An axis is resized by copying elements or by a product with a matrix of weights.  Formulas:
-Resize-19 at onnx.ai/onnx/operators.
+Each axis is resized by copying its elements or by a product with a matrix of weights.  The formulas
+are those of Resize-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SIZELESS = ("asymmetric", "half_pixel", "pytorch_half_pixel")
 
 
 def rewrite_resize(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite Resize with Gather, Expand or MatMul for each axis whose size changes.
+    """Rewrite Resize with Gather, Expand or MatMul for each axis that is resized.
 
-    If the size of an axis is unknown, the graph computes the indices or weights.
+    If the size of an axis is unknown, the indices or weights for it are computed in the graph.
     onnxruntime-training has no CPU kernel for the gradient of Resize.
     """
     x = node.inputs[0]

@@ -1,10 +1,10 @@
 """Rewrite GridSample and AffineGrid, which sample images at positions computed in the graph.
 
 A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows
-that contain all channels.  The weights are polynomials of the position, so both the image and the
-positions get a gradient.  The choice of the pixels to read and the number of reflections at the
-borders are treated as constants.  Formulas: GridSample-20 and AffineGrid-20 at
-onnx.ai/onnx/operators.
+that contain all channels.  The weights are polynomials in the position, and therefore both the
+image and the positions get a gradient.  Which pixels are read, and how often a position is
+reflected at the borders, is treated as constant.  The formulas are those of GridSample-20 and
+AffineGrid-20 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ Values = Sequence[ir.Value]
 class Taps:
     """The pixels around each position along one axis.
 
-    ``places`` contains the int64 indices of the pixels and ``weights`` their weights.  Both have
-    the shape (N, P, K) for N images, P positions per image and K pixels per position.
+    ``places`` contains the int64 indices of the pixels, and ``weights`` contains their weights.
+    Both have the shape (N, P, K), where N is the number of images, P is the number of positions per
+    image, and K is the number of pixels per position.
     """
 
     places: ir.Value
@@ -49,9 +50,10 @@ class Taps:
 class ImageAxis:
     """One axis of an image.
 
-    ``size`` is the number of pixels, and ``padding`` the node's ``padding_mode``, which defines the
-    values outside the image.  With ``corners``, the borders are at the centres of the outermost
-    pixels instead of at their edges.
+    ``size`` is the number of pixels along the axis, and ``dtype`` is the type of the pixels.
+    ``padding`` is the node's ``padding_mode``, which defines the values outside the image.  If
+    ``corners`` is true, the borders of the image are at the centres of the outermost pixels instead
+    of at their outer edges.
     """
 
     builder: NodeBuilder
@@ -61,7 +63,7 @@ class ImageAxis:
     corners: bool
 
     def number(self, value: float) -> ir.Value:
-        """Return a constant of the image's dtype."""
+        """Return a constant of the image's dtype with the given value."""
         return self.builder.number(value, self.dtype)
 
     @property
@@ -71,17 +73,17 @@ class ImageAxis:
 
     @property
     def last(self) -> ir.Value:
-        """The coordinate of the last pixel."""
+        """The coordinate of the last pixel's centre."""
         return self.builder.op("Sub", self.length, self.number(1.0))
 
     @property
     def low(self) -> ir.Value:
-        """The coordinate of the lower border."""
+        """The coordinate of the border at the start of the axis."""
         return self.number(0.0 if self.corners else -0.5)
 
     @property
     def high(self) -> ir.Value:
-        """The coordinate of the upper border."""
+        """The coordinate of the border at the end of the axis."""
         return self.last if self.corners else self.builder.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
@@ -90,7 +92,7 @@ class ImageAxis:
         return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
     def fold(self, x: ir.Value) -> ir.Value:
-        """Reflect coordinates at the borders until they are inside the image."""
+        """Reflect coordinates at the borders of the image until they are inside it."""
         builder = self.builder
         if self.corners and self.size == 1:
             return self.clamp(x)
@@ -105,9 +107,9 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Move coordinates that are outside the image into it, by clamping or reflecting them.
+        """Clamp or reflect coordinates outside the image, as the padding requires.
 
-        With the padding ``"zeros"``, the coordinates stay unchanged.
+        With the padding ``"zeros"``, the coordinates are left unchanged.
         """
         builder = self.builder
         if self.padding == "reflection":
@@ -121,10 +123,10 @@ class ImageAxis:
         return x
 
     def list_taps(self, x: ir.Value, mode: str) -> Taps:
-        """Find the pixels around each position, and their weights.
+        """Find the pixels around each position along this axis, and their weights.
 
-        ``x`` contains the positions and has the shape (N, P); ``mode`` is the interpolation mode of
-        the node.
+        ``x`` contains the positions and has the shape (N, P), where N is the number of images and P
+        is the number of positions per image.  ``mode`` is the interpolation mode of the node.
         """
         builder = self.builder
         if mode == "nearest":
@@ -178,7 +180,7 @@ class ImageAxis:
 def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GridSample as the weighted sum of the pixels around each position of the grid.
 
-    The last axis of the grid contains x before y.  onnxruntime-training has no gradient for
+    On the last axis of the grid, x comes before y.  onnxruntime-training has no gradient for
     GridSample.
     """
     x, grid = node.inputs[:2]
@@ -228,7 +230,11 @@ def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
 
 
 def to_rows(builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Reshape images of shape (N, C, L...) to one row per pixel: (N * L, C)."""
+    """Convert images of shape (N, C, L...) to one row of channels per pixel.
+
+    N is the number of images, C is the number of channels, and L... are the sizes of an image,
+    which is given as ``extents``.  The result has the shape (N * prod(L...), C).
+    """
     rank = len(extents)
     turned = builder.op("Transpose", x, perm=[0, *range(2, rank), 1])
     if isinstance(extents[1], int):
@@ -243,10 +249,12 @@ def weigh_taps(
     image: Sequence[Extent],
     taps: Sequence[Taps],
 ) -> ir.Value:
-    """Return the weighted sum of the pixels around each position, in the shape (N, P, C).
+    """Return the weighted sum of the pixels around each position.
 
-    ``rows`` are the images from :func:`to_rows`.  The weight of a pixel is the product of its
-    weights along all axes.
+    ``rows`` contains the pixels of ``batch`` images, from :func:`to_rows`.  ``image`` contains the
+    sizes of an image, and ``taps`` the pixels to read along each axis.  The weight of a pixel is
+    the product of its weights along all axes.  The result has the shape (N, P, C) for N images, P
+    positions per image, and C channels.
     """
     rank = len(taps)
     size = to_vector(builder, multiply(builder, image))
@@ -275,8 +283,8 @@ def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite AffineGrid as the product of the base grid and each affine matrix.
 
-    The base grid contains constant homogeneous coordinates.  onnxruntime-training has no gradient
-    for AffineGrid.
+    The base grid contains the homogeneous coordinates of all pixels, which are constants.
+    onnxruntime-training has no gradient for AffineGrid.
     """
     theta = node.inputs[0]
     assert theta is not None

@@ -1,9 +1,10 @@
-"""Rewrite ScatterElements and ScatterND with a reduction.
+"""Rewrite ScatterElements and ScatterND nodes that have a reduction.
 
 onnxruntime-training builds wrong gradients for them, because it treats every reduction like "none".
-With the rewrites, each reduction has its own gradient.  For max and min, all elements that equal
-the result share the gradient evenly, as in Max and Min.  For mul, the derivative of each factor is
-the product of the other factors, even if one of them is zero.  Indices may occur several times.
+The rewrites give each reduction its own gradient.  For max and min, all elements that equal the
+result share the gradient evenly, as in Max and Min.  For mul, the derivative with respect to each
+factor is the product of the other factors, even if one of them is zero.  Indices may occur several
+times.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class _Places:
 
 
 def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite ScatterElements and ScatterND with a reduction as sums and products.
+    """Rewrite ScatterElements and ScatterND nodes that have a reduction as sums and products.
 
-    onnxruntime-training builds a wrong gradient for a reduction.  A node is left unchanged if its
-    reduction is ``none``, or if it adds the updates to constant data, because then only the updates
-    need a gradient, and onnxruntime-training's gradient of the updates is right.
+    onnxruntime-training builds wrong gradients for reductions.  A node is left unchanged if its
+    reduction is ``none``.  It is also left unchanged if it adds updates to constant data: only the
+    updates need a gradient then, and onnxruntime-training builds this gradient correctly.
     """
     reduction = node.attributes.get_string("reduction", "none")
     data, indices, updates = node.inputs[:3]

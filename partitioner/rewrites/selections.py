@@ -1,7 +1,7 @@
 """Rewrite operators that select or move elements, mostly with Gather, GatherND and Slice.
 
-Each rewrite gives exactly the same values as the operator.  The gradient of an output element is
-added to the gradient of the input element that was selected.  Formulas: the definitions at
+The rewritten operators give exactly the same values.  The gradient of each output element is added
+to the gradient of the input element from which it was copied.  The formulas are the definitions at
 onnx.ai/onnx/operators.
 """
 
@@ -59,8 +59,9 @@ def rewrite_compress(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite Unique as a Gather of the first occurrence of each value.
 
-    If a value occurs several times, its complete gradient goes to the first occurrence.  The
-    positions themselves are treated as constants.  onnxruntime-training has no gradient for Unique.
+    The gradient of a value goes to its first occurrence, even if the value occurs several times.
+    The positions of the values are treated as constants.  onnxruntime-training has no gradient for
+    Unique.
     """
     x = take_input(node, 0)
     made = builder.ops("Unique", [builder.detach(x)], 4, dict(node.attributes))
@@ -75,8 +76,8 @@ def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite ReverseSequence with GatherND.
 
-    Within a sequence, step t becomes a copy of step length - 1 - t; steps after its end stay in
-    place.  onnxruntime-training has no gradient for ReverseSequence.
+    Within a sequence, step t becomes a copy of step length - 1 - t, and the steps after the end of
+    the sequence stay in place.  onnxruntime-training has no gradient for ReverseSequence.
     """
     x, lengths = take_input(node, 0), take_input(node, 1)
     time = node.attributes.get_int("time_axis", 0)
@@ -97,8 +98,8 @@ def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_slice(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Slice with Gather if a step is negative or computed in the graph.
 
-    onnxruntime-training's SliceGrad does not support negative steps.  A node whose steps are
-    positive constants is left unchanged.
+    onnxruntime-training's SliceGrad does not support negative steps.  A node is left unchanged if
+    all its steps are positive constants.
     """
     x, starts, ends = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     steps = _read_ints(node, 4)
@@ -140,7 +141,7 @@ def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite OneHot as a Where between the values ``on`` and ``off``, which get a gradient.
+    """Rewrite OneHot as a Where that selects the value ``on`` or ``off``, so that both get a gradient.
 
     onnxruntime-training has no gradient for OneHot.
     """
@@ -153,10 +154,9 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Set the ``perm`` attribute of a Transpose that does not have it.
+    """Set the attribute ``perm`` of a Transpose that lacks it to the reverse order of all axes.
 
-    onnxruntime-training's gradient of Transpose requires this attribute.  A Transpose without it
-    reverses all axes.
+    This is the default, but onnxruntime-training's gradient of Transpose requires the attribute.
     """
     if "perm" in node.attributes:
         return None
@@ -168,8 +168,9 @@ def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite a Concat with repeated inputs so that all its inputs are distinct.
 
-    onnxruntime-training would give a repeated input two gradients of the same name, so each
-    repetition is replaced by an Identity of the input.  Other nodes are left unchanged.
+    Otherwise, onnxruntime-training would create two gradients with the same name for a repeated
+    input.  Each repetition is replaced with an Identity of the input.  Other nodes are left
+    unchanged.
     """
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
@@ -186,8 +187,8 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
 
     onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
-    attribute.  If the shape contains a zero, the attribute stays, because a tensor without elements
-    gets no gradient.
+    attribute.  If a tensor has no elements, the attribute is kept, because such a tensor gets no
+    gradient.
 
     Raises:
         UnsupportedModel: the shape is not a constant.
@@ -209,12 +210,13 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Replace each Split that has unused outputs by Slice nodes, in place.
+    """Replace each Split that has unused outputs with Slice nodes, in place.
 
-    Return whether any Split was replaced.  ``needed`` contains the values that get a gradient.  In
-    onnxruntime-training 1.19.2, the gradient of Split is the Concat of the gradients of its
-    outputs; if one of these is missing, the result has a wrong shape.  This must run after
-    ``get_optimized_model``, which merges adjacent Slices into one Split.
+    Return whether any Split was replaced.  An output is unused if it is not in ``needed``, the
+    values that get a gradient.  In onnxruntime-training 1.19.2, the gradient of Split is the Concat
+    of the gradients of its outputs, and the result has a wrong shape if one of these gradients is
+    missing.  This function must be called after ``get_optimized_model``, which merges adjacent
+    Slices into one Split.
     """
     changed = False
     for node in [node for node in graph if node.op_type == "Split" and not node.domain]:

@@ -10,9 +10,10 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def rewrite_step(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep a step function (Ceil, Floor, Round, Sign, ...) but let no gradient pass through it.
+    """Keep a step function such as Ceil, Floor, Round or Sign, but let no gradient pass through it.
 
-    Its derivative is zero wherever it exists, and onnxruntime-training has no gradient for it.
+    The derivative of a step function is zero wherever it exists, and onnxruntime-training has no
+    gradient for these operators.
     """
     inputs = [value if value is None else builder.detach(value) for value in node.inputs]
     return builder.ops(node.op_type, inputs, len(node.outputs), dict(node.attributes))
@@ -21,8 +22,8 @@ def rewrite_step(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
 def rewrite_dynamic_quantize(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
     """Rewrite DynamicQuantizeLinear so that its scale gets a gradient.
 
-    The scale is computed as (max(x, 0) - min(x, 0)) / 255.  The integers and the zero point get no
-    gradient.  onnxruntime-training has no gradient for DynamicQuantizeLinear.
+    The scale is computed as (max(x, 0) - min(x, 0)) / 255.  The other outputs, the integers and the
+    zero point, get no gradient.  onnxruntime-training has no gradient for DynamicQuantizeLinear.
     """
     x = node.inputs[0]
     assert x is not None

@@ -1,7 +1,7 @@
 """Interpolation along an axis whose size is known only at run time.
 
-The graph computes the weights, with the formulas of :mod:`interpolations`, in float32, as ONNX
-Runtime does.
+The weights are computed in the graph with the formulas of :mod:`interpolations`, and in float32, as
+ONNX Runtime does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel"
 class Stretch:
     """The parameters for resizing an axis of unknown size from ``before`` to ``after`` elements.
 
-    ``scale`` is a number or a float32 value of the graph, and ``coordinates`` is one of the modes
-    in :data:`COORDINATES`.
+    ``scale`` is the scale factor, a number or a float32 value of the graph.  ``coordinates`` is the
+    node's ``coordinate_transformation_mode``, one of :data:`COORDINATES`.
     """
 
     builder: NodeBuilder
@@ -36,7 +36,7 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """Return the position of each output element in the coordinates of the input.
+        """For each output element, return its position in the coordinates of the input.
 
         The result has the shape (after,).
         """
@@ -59,7 +59,11 @@ class Stretch:
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """For each output element, return the int64 index of the input element that it copies."""
+        """For each output element, return the index of the input element that it copies.
+
+        The indices are an int64 vector.  ``mode`` is the node's ``nearest_mode``, which defines how
+        positions are rounded.
+        """
         builder, x = self.builder, self.find_coordinates()
         half = builder.number(0.5, _FLOAT)
         if mode == "round_prefer_floor":
@@ -71,7 +75,10 @@ class Stretch:
         return builder.op("Cast", places, to=ir.DataType.INT64.value)
 
     def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
-        """Return the weights of the interpolation as a float32 matrix of shape (after, before)."""
+        """Return the weights of the interpolation as a float32 matrix of shape (after, before).
+
+        Each row contains the weights with which one output element adds up the input elements.
+        """
         return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
 
     def _weigh_linear(self) -> ir.Value:
@@ -123,7 +130,7 @@ class Stretch:
 
 
 def find_after(builder: NodeBuilder, before: Extent, scale: float | ir.Value) -> Extent:
-    """Return the size that an axis has after scaling, rounded down."""
+    """Return the size of an axis after scaling: ``before * scale``, rounded down."""
     if not isinstance(scale, ir.Value):
         scale = builder.number(scale, _FLOAT)
     scaled = builder.op("Floor", builder.op("Mul", to_number(builder, before, _FLOAT), scale))

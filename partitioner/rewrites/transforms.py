@@ -1,7 +1,8 @@
 """Rewrite DFT as a multiplication by a constant matrix, and STFT as a convolution.
 
-This works because Fourier transforms are linear.  The matrices are the results of numpy.fft for
-unit vectors, so they cover truncation, zero padding and one-sided spectra.
+This is possible because Fourier transforms are linear.  The matrices are computed by applying
+numpy.fft to unit vectors, and therefore they include truncation, zero padding and one-sided
+spectra.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ Values = Sequence[ir.Value | None]
 
 
 def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite DFT as a multiplication by the DFT matrix along the axis.
+    """Rewrite DFT as a multiplication by the DFT matrix along the transformed axis.
 
-    Real and imaginary parts are combined into one axis for this multiplication.
+    For this multiplication, that axis and the axis of real and imaginary parts are merged.
     onnxruntime-training has no gradient for DFT.
     """
     x = node.inputs[0]
@@ -54,10 +55,11 @@ def rewrite_dft(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite STFT as a convolution with the windowed transform of one frame.
+    """Rewrite STFT as a convolution.
 
-    The stride of the convolution is the step between frames.  onnxruntime-training has no gradient
-    for STFT.
+    The kernels of the convolution are the DFT matrix of one frame, multiplied by the window
+    function.  Its stride is the step between frames.  onnxruntime-training has no gradient for
+    STFT.
     """
     given = [*node.inputs, *[None] * 4]
     x, window = given[0], given[2]

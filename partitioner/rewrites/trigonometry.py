@@ -1,6 +1,6 @@
 """Attach derivatives to trigonometric and hyperbolic functions and their inverses.
 
-This module uses the textbook derivatives.
+The derivatives are the usual ones from textbooks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
 
 
 def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep the operator and attach its derivative from :data:`SLOPES`.
+    """Keep a trigonometric or hyperbolic operator and attach its derivative from :data:`SLOPES`.
 
     onnxruntime-training has no gradient for these operators, so their derivatives are attached
     explicitly (see :mod:`tangents`).

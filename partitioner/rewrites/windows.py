@@ -196,7 +196,7 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Return whether ``auto_pad`` makes the padding of a node depend on the image size."""
+    """Return whether the padding of a node depends on the image size, because of ``auto_pad``."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
