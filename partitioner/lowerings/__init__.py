@@ -1,6 +1,6 @@
 """Lowerings: replace training-only operators with standard ONNX operators.
 
-Every build of ONNX Runtime must be able to run a portable part, so the part must not contain
+A portable part of a model must run on every build of ONNX Runtime.  It must therefore not contain
 operators that only onnxruntime-training has, such as AveragePoolGrad, the gradient of AveragePool.
 :data:`LOWERINGS` lists all supported operators.  Each entry is a small function that takes a node
 and returns replacements for the node's outputs.  The formulas are the textbook derivatives of the
@@ -81,9 +81,9 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     """Replace, in place, all operators that standard ONNX Runtime or its mobile builds lack.
 
-    If ``defective`` is true, replace only the operators whose kernel in onnxruntime-training 1.19.2
-    fails.  The replaced values keep their names.  A dynamic batch size stays dynamic; other sizes
-    are read from the shapes in the graph, where they are known.
+    If ``defective`` is true, replace only those operators whose kernel in onnxruntime-training
+    1.19.2 fails.  The outputs of replaced nodes keep their names.  A dynamic batch size stays
+    dynamic; other sizes are read from the shapes in the graph, where they are known.
 
     Raises:
         UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.
@@ -147,7 +147,10 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Return whether all builds of ONNX Runtime, even mobile ones, can run a node at this opset."""
+    """Return whether every build of ONNX Runtime, even a mobile one, can run a node.
+
+    ``opset`` is the opset of the node.
+    """
     if node.domain not in ("", "ai.onnx") or node.op_type in _WITHOUT_KERNEL:
         return False
     return _has_schema(node.op_type, opset)

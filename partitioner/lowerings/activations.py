@@ -21,7 +21,8 @@ _GELU_TANH = (math.sqrt(2 / math.pi), 0.044715)
 def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace ReluGrad with a Where that selects dy if x > 0, and 0 otherwise.
 
-    The second input of the node may also be y, because y > 0 exactly where x > 0.
+    Here dy is the gradient of the output y.  The second input of the node may be y instead of x,
+    because y is positive exactly where x is.
     """
     dy, x = take_inputs(node, 2)
     zero = builder.number(0.0, dy.dtype)
@@ -29,7 +30,10 @@ def lower_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace LeakyReluGrad with a Where that selects dy if y > 0, and alpha * dy otherwise."""
+    """Replace LeakyReluGrad with a Where that selects dy if y > 0, and alpha * dy otherwise.
+
+    Here dy is the gradient of the output y, and ``alpha`` is an attribute of the node.
+    """
     dy, y = take_inputs(node, 2)
     alpha = builder.number(node.attributes.get_float("alpha", 0.01), dy.dtype)
     positive = builder.op("Greater", y, builder.number(0.0, dy.dtype))
@@ -37,21 +41,30 @@ def lower_leaky_relu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_sigmoid_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SigmoidGrad with its formula: dy * y * (1 - y)."""
+    """Replace SigmoidGrad with its formula: dy * y * (1 - y).
+
+    Here dy is the gradient of the output y.
+    """
     dy, y = take_inputs(node, 2)
     rest = builder.op("Sub", builder.number(1.0, dy.dtype), y)
     return [builder.op("Mul", builder.op("Mul", dy, y), rest)]
 
 
 def lower_tanh_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace TanhGrad with its formula: dy * (1 - y**2)."""
+    """Replace TanhGrad with its formula: dy * (1 - y**2).
+
+    Here dy is the gradient of the output y.
+    """
     dy, y = take_inputs(node, 2)
     square = builder.op("Mul", y, y)
     return [builder.op("Mul", dy, builder.op("Sub", builder.number(1.0, dy.dtype), square))]
 
 
 def lower_sin_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SinGrad with its formula: dy * cos(x)."""
+    """Replace SinGrad with its formula: dy * cos(x).
+
+    Here dy is the gradient of the output.
+    """
     dy, x = take_inputs(node, 2)
     return [builder.op("Mul", dy, builder.op("Cos", x))]
 
@@ -59,7 +72,7 @@ def lower_sin_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SoftmaxGrad with its formula: y * (dy - sum(dy * y)).
 
-    The sum is computed along the axis of the node.
+    Here dy is the gradient of the output y.  The sum is computed along the axis of the node.
     """
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
@@ -70,7 +83,7 @@ def lower_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_log_softmax_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace LogSoftmaxGrad with its formula: dy - exp(y) * sum(dy).
 
-    The sum is computed along the axis of the node.
+    Here dy is the gradient of the output y.  The sum is computed along the axis of the node.
     """
     dy, y = take_inputs(node, 2)
     axes = builder.integers([node.attributes.get_int("axis", -1)])
@@ -97,8 +110,8 @@ def lower_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GeluGrad with its formula: dy * (cdf(x) + x * pdf(x)).
 
-    Here cdf and pdf are the cumulative distribution function and the density of the standard normal
-    distribution.
+    Here dy is the gradient of the output, and cdf and pdf are the cumulative distribution function
+    and the density of the standard normal distribution.
     """
     dy, x = take_inputs(node, 2)
     half = builder.op("Mul", builder.op("Mul", x, x), builder.number(-0.5, x.dtype))
@@ -129,7 +142,7 @@ def _add_bias(builder: NodeBuilder, x: ir.Value, bias: ir.Value | None) -> ir.Va
 def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGelu, a tanh approximation of GELU, with its formula.
 
-    The formula is x / 2 * (1 + tanh(a * (x + b * x**3))) with a = sqrt(2 / pi) and b = 0.044715.
+    The formula is x / 2 * (1 + tanh(a * (x + b * x**3))), where a = sqrt(2 / pi) and b = 0.044715.
     If the node has a bias, the bias is added to x first.
     """
     x = _add_bias(builder, take_input(node), node.inputs[1] if len(node.inputs) > 1 else None)
@@ -141,10 +154,12 @@ def lower_fast_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_fast_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace FastGeluGrad, the gradient of FastGelu, with its formula.
 
-    With t = tanh(a * (x + b * x**3)) and the constants a and b of :func:`lower_fast_gelu`, the
-    formula is:
+    The formula is:
 
     dy * ((1 + t) / 2 + x / 2 * (1 - t**2) * a * (1 + 3 * b * x**2)).
+
+    Here dy is the gradient of the output, t is tanh(a * (x + b * x**3)), and a and b are the
+    constants of :func:`lower_fast_gelu`.
     """
     dy, x = take_inputs(node, 2)
     scale, cubic = _GELU_TANH
@@ -164,7 +179,10 @@ def _swish_gate(builder: NodeBuilder, node: ir.Node, x: ir.Value) -> tuple[ir.Va
 
 
 def lower_quick_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace QuickGelu with its formula: x * sigmoid(alpha * x)."""
+    """Replace QuickGelu with its formula: x * sigmoid(alpha * x).
+
+    Here ``alpha`` is an attribute of the node.
+    """
     x = take_input(node)
     return [builder.op("Mul", x, _swish_gate(builder, node, x)[0])]
 
@@ -172,7 +190,8 @@ def lower_quick_gelu(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_quick_gelu_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace QuickGeluGrad with its formula: dy * (s + alpha * x * s * (1 - s)).
 
-    Here s is sigmoid(alpha * x).
+    Here dy is the gradient of the output, s is sigmoid(alpha * x), and ``alpha`` is an attribute of
+    the node.
     """
     dy, x = take_inputs(node, 2)
     gate, alpha = _swish_gate(builder, node, x)

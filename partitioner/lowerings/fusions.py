@@ -3,9 +3,9 @@
 The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling node after
 it.  The results are then wrong, because elements added by a Pad count in an average and can be the
 largest of a window, but elements added by ``pads`` never count.  ONNX Runtime 1.19.2 silently
-computes wrong results for AveragePool and MaxPool, and version 1.30 does so for MaxPool.  A Pad
-need not be adjacent to the pooling node at first, because other rules remove operators without
-effect and move transposes.
+computes wrong results for AveragePool and MaxPool, and version 1.30 does so for MaxPool.  The Pad
+need not be adjacent to the pooling node at first, because other rules remove operators that have no
+effect, and move transposes.
 
 A Pad that lists its axes explicitly computes the same values, but PadFusion does not apply to it.
 This module handles no other rule of the optimizer.

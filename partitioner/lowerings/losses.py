@@ -46,8 +46,9 @@ def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SoftmaxCrossEntropyLossGrad with its formula.
 
-    The formula is (softmax - one_hot(label)) * w[label] * dy, where w contains the class weights.
-    If the loss is a mean, the result is divided by the sum of w[label] over all labels.
+    The formula is (softmax(scores) - one_hot(label)) * w[label] * dy, where w contains the class
+    weights and dy is the gradient of the loss.  If the loss is a mean, the result is divided by the
+    sum of w[label] over all labels.
     """
     dy, log_prob, labels = node.inputs[:3]
     assert dy is not None

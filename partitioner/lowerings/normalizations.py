@@ -57,10 +57,12 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace BatchNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With n elements per channel, h = (x - mean) * inverse, and inverse = 1 / standard deviation, the
-    gradients are:
+    The formulas are:
 
     dbias = sum(dy), dscale = sum(dy * h), dx = scale * inverse * (dy - (dbias + h * dscale) / n).
+
+    Here dy is the gradient of the output, n is the number of elements per channel, inverse is 1 /
+    standard deviation, and h is (x - mean) * inverse.
     """
     dy, x, scale, mean, inverse = take_inputs(node, 5)
     rank = require_rank(node, x)
@@ -100,10 +102,12 @@ def _sum_leading(
 def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace LayerNormalizationGrad with its formulas for the input, the scale and the bias.
 
-    With h = (x - mean) * inverse, inverse = 1 / standard deviation, and g = dy * scale, the
-    gradients are:
+    The formulas are:
 
     dx = inverse * (g - mean(g) - h * mean(g * h)), dscale = sum(dy * h), dbias = sum(dy).
+
+    Here dy is the gradient of the output, inverse is 1 / standard deviation, h is (x - mean) *
+    inverse, and g is dy * scale.
     """
     dy, x, scale, mean, inverse = take_inputs(node, 5)
     leading, normalized = _normalized_axes(node, require_rank(node, x))
@@ -123,8 +127,8 @@ def lower_layer_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SimplifiedLayerNormalization, ONNX Runtime's RMS normalization, with its formula.
 
-    With inverse = 1 / sqrt(mean(x**2) + epsilon), the outputs are x * inverse * scale (arXiv
-    1910.07467) and inverse.
+    The first output is x * inverse * scale, and the second output is inverse, where inverse is 1 /
+    sqrt(mean(x**2) + epsilon) (arXiv 1910.07467).
     """
     x, scale = take_inputs(node, 2)
     _, normalized = _normalized_axes(node, require_rank(node, x))
@@ -140,10 +144,12 @@ def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SimplifiedLayerNormalizationGrad with its formulas for the input and the scale.
 
-    With inverse = 1 / sqrt(mean(x**2) + epsilon), h = x * inverse, and g = dy * scale, the
-    gradients are:
+    The formulas are:
 
     dx = inverse * (g - h * mean(g * h)), dscale = sum(dy * h).
+
+    Here dy is the gradient of the output, inverse is 1 / sqrt(mean(x**2) + epsilon), h is x *
+    inverse, and g is dy * scale.
     """
     dy, x, scale, inverse = take_inputs(node, 4)
     leading, normalized = _normalized_axes(node, require_rank(node, x))

@@ -1,6 +1,7 @@
 """Replace the gradients of MaxPool and AveragePool with standard ONNX operators.
 
-The result of these gradients has the shape of the pooled input, so the image size is read from it.
+The results of these gradients have the shape of the pooled input, from which the image size is
+therefore read.
 """
 
 from __future__ import annotations

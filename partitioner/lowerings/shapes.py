@@ -165,8 +165,9 @@ def lower_matmul(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_div_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace DivGrad with its formulas: da = dy / b and db = -dy * a / b**2.
+    """Replace DivGrad, the gradient of a / b, with its formulas.
 
+    The formulas are da = dy / b and db = -dy * a / b**2, where dy is the gradient of the output.
     If a or b was broadcast, its gradient is summed over the broadcast axes.
     """
     dy, a, b = take_inputs(node, 3)

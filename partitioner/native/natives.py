@@ -53,7 +53,7 @@ def check_form(content: bytes) -> None:
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
     """Return the model with the types and shapes that onnx infers, without data propagation.
 
-    If ``check_type`` is true, contradictory types make onnx raise an exception.
+    With ``check_type``, onnx raises an exception if types contradict each other.
     """
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
@@ -92,9 +92,10 @@ def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> b
 
 
 def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
-    """Return a model as optimized by onnxruntime-training, whose gradient builder requires this.
+    """Optimize a model with onnxruntime-training, and return the result.
 
-    ``parameters`` contains the names of the trained parameters.
+    The gradient builder expects a model that was optimized in this way.  ``parameters`` contains
+    the names of the trained parameters.
     """
     optimized: bytes = _import_builder().get_optimized_model(
         content, set(parameters), _make_options()
@@ -103,7 +104,11 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
 
 
 def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Return the model with the gradients of ``loss`` with respect to ``parameters`` added."""
+    """Return a model that also computes the gradients of ``loss`` with respect to ``parameters``.
+
+    ``loss`` is the name of a value, and ``parameters`` contains the names of the trained
+    parameters.
+    """
     options, wanted = _make_options(), set(parameters)
     builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
     builder.build()
@@ -112,7 +117,10 @@ def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> byt
 
 
 def list_types(content: bytes) -> dict[str, str]:
-    """Return the type of each output of a model, in ONNX Runtime's notation."""
+    """Return the types of a model's outputs by name, in ONNX Runtime's notation.
+
+    An example of this notation is ``tensor(float)``.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -171,9 +179,9 @@ def read_frame(source: BinaryIO) -> bytes:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Process the requests in ``source`` one after the other, and write the responses to ``sink``.
+    """Process the requests from ``source`` one after the other, until ``source`` ends.
 
-    Return when ``source`` ends.
+    The responses are written to ``sink``.
     """
     write_frame(sink, b"")  # ready
     while True:

@@ -29,9 +29,9 @@ def is_training(node: ir.Node) -> bool:
 def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
     """Set the mode of every BatchNormalization, and return how running statistics are updated.
 
-    ``mode`` is ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.  The result
-    has an entry for each running statistic that training updates.  It maps the name of the
-    statistic to the name of the graph value that replaces it after each step.
+    ``mode`` is ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.  If training
+    updates a running statistic, the result maps its name to the name of the graph value that
+    replaces it after each step.
 
     Raises:
         UnsupportedModel: two nodes share a running statistic.

@@ -2,9 +2,9 @@
 
 onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
 ``ceil_mode``, ONNX Runtime 1.19.2 has two errors: MaxPool computes one window too many if the last
-window would start after the end of the image, and AveragePool counts elements outside the padding,
-contrary to the standard.  With explicit ``pads``, all results are correct.  The formulas are those
-of Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
+window would start after the end of the image, and AveragePool, contrary to the standard, counts
+elements outside the padding.  With explicit ``pads``, all results are correct.  The formulas are
+those of Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     The nodes of the graph and of its subgraph bodies are changed in place.  A node is left
     unchanged if its padding depends on an unknown size.
 
-    Return whether shapes must be inferred again, followed by another call of this function.  This
-    is necessary if onnx counted one window too many for a node.  All shapes that depend on this
-    window are then removed, and the nodes that read values without a shape are left to the next
-    call.
+    Return whether the caller must infer shapes again and repeat the call.  This is the case if onnx
+    counted one window too many for a node.  All shapes that depend on this window are then removed,
+    and nodes that read values without a shape are left to the repeated call.
 
     Raises:
         UnsupportedModel: a pooling node needs padding that ONNX Runtime does not support.

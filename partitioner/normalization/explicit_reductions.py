@@ -28,9 +28,10 @@ _REMAINDERS = {
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Replace each reduction over no axes with the function that it applies to each element.
+    """Replace each reduction that reduces no axes with the function that it applies to an element.
 
-    Other reductions are left unchanged.
+    Such a reduction has ``noop_with_empty_axes`` set and no axes.  Other reductions are left
+    unchanged.
     """
     for node in list(graph):
         kind = None if node.domain else _REMAINDERS.get(node.op_type)

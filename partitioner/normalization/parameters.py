@@ -130,7 +130,7 @@ class TensorKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The class of a tensor, and if it cannot be trained, the reason."""
+    """The class of a tensor and, if the tensor cannot be trained, the reason."""
 
     kind: TensorKind
     reason: str = ""
@@ -139,7 +139,7 @@ class Verdict:
 def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
     """Classify a stored float tensor by the operators that use it.
 
-    ``value`` is the graph value that contains ``tensor``.
+    ``value`` is the graph value that holds ``tensor``.
     """
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}

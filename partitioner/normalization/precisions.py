@@ -1,10 +1,10 @@
-"""Train models with 16-bit or 64-bit floats in float32, and merge them in their own type.
+"""Train models with 16-bit or 64-bit floats in float32, and merge them in their original type.
 
-onnxruntime has hardly any gradient kernels for 16-bit floats, and updates in 16 bits lose
-everything that is small compared with the weight.  Therefore, both forms of a model, for training
-and for prediction, are converted to float32.  This includes their weights, which become the master
-weights.  The skeleton, from which the trained model is merged later, keeps its types, and the
-weights are rounded to these types when they are restored.
+onnxruntime has hardly any gradient kernels for 16-bit floats, and a 16-bit update is lost if it is
+small compared with the weight.  Therefore, both forms of a model, for training and for prediction,
+are converted to float32.  This includes their weights, which become the master weights.  The
+skeleton, from which the trained model is merged later, keeps its types, and the weights are rounded
+to these types when they are restored.
 
 A float64 model is converted only if its weights are float64; if they are float32, its float64
 operations are kept.  This module deals with types; the only operators that it knows are those with
@@ -35,9 +35,10 @@ _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]
 ) -> Mapping[str, ir.TensorProtocol]:
-    """Convert forms of a model to float32, in place, and return their weights in float32.
+    """Convert the training and prediction forms of a model to float32, and return their weights.
 
-    If nothing needs to be converted, the result is ``weights`` itself.  Names stay unchanged.
+    The forms are changed in place, and names stay unchanged.  The returned weights are float32; if
+    nothing needs to be converted, ``weights`` itself is returned.
 
     Data inputs of type float16 and float64 keep their type; the graph casts them.  Data inputs of
     type bfloat16 become float32, because numpy has no bfloat16.

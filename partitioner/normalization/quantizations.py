@@ -2,14 +2,14 @@
 
 Integers have no gradient.  In the training form, a QuantizeLinear followed by a DequantizeLinear is
 therefore replaced with its own value plus a difference that is zero but has a gradient.  The
-gradient passes unchanged if x is inside the range that the integers represent; otherwise it is
-zero.  Scales and zero points are settings and stay the same.
+gradient of an element passes unchanged if the element is inside the range that the integers
+represent; otherwise it is zero.  Scales and zero points are settings and stay the same.
 
 A weight that is stored as integers and read by a DequantizeLinear is converted to a float parameter
-with the same name.  A QuantizeLinear with the same scale quantises this parameter, so the results
-of the model do not change.  When the model is merged, the parameter is converted back to integers.
-Biases of 32-bit integers get no QuantizeLinear; they become plain floats, in the merged model as
-well.
+with the same name.  A QuantizeLinear with the same scale quantises this parameter, and therefore
+the results of the model do not change.  When the model is merged, the parameter is converted back
+to integers.  Biases stored as 32-bit integers get no QuantizeLinear; they become plain floats, even
+in the merged model.
 
 This module does not deal with cutting the model.  The formulas are those of QuantizeLinear-21 and
 DequantizeLinear-21 at onnx.ai/onnx/operators.
@@ -118,7 +118,7 @@ def _lift_wide(
 
 
 def fold_quantized(graph: ir.Graph) -> None:
-    """Convert weights back to integers, in place, after :func:`lift_quantized` made them floats."""
+    """Convert the float weights from :func:`lift_quantized` back to integers, in place."""
     for node in [node for node in graph if _LIFTED in node.metadata_props]:
         value, quantized = node.inputs[0], node.outputs[0]
         settings = _read_settings(node)

@@ -1,10 +1,10 @@
 """Convert operators of opsets 1 to 20 to opsets 18 to 21, node by node.
 
 :data:`UPGRADES` maps an operator, together with the opset that changed it, to a small function that
-converts an older node.  The function edits the node in place and returns ``None``, or returns
-values that replace the node's outputs and are computed by operators of opset 18 to 21.  The changes
-that are not listed only added types or optional features.  The sources are the operators' changelog
-and onnx.defs.
+converts an older node.  The function either edits the node in place and returns ``None``, or
+returns replacements for the node's outputs, computed by operators of opset 18 to 21.  Changes to
+operators that only added types or optional features are not listed.  The sources are the operators'
+changelog and onnx.defs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _pop_ints(node: ir.Node, name: str) -> list[int] | None:
 def refuse(node: ir.Node, reason: str, advice: str = "") -> UnsupportedModel:
     """Return the error for a node that cannot be converted to another opset.
 
-    ``reason`` is what prevents the conversion, and ``advice`` is how the user can avoid the error.
+    ``reason`` states what prevents the conversion, and ``advice`` how the user can avoid the error.
     """
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type} of opset {node.version})",

@@ -136,7 +136,7 @@ def assign_roles(
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
-    """Return, for each name, a pattern that matches only this name."""
+    """For each name, return a regular expression that matches only that name."""
     return tuple(f"^{re.escape(name)}$" for name in names)
 
 

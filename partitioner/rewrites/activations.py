@@ -42,8 +42,8 @@ def _bend(
 def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Celu and attach its derivative, which is 1 if x > 0 and exp(x / alpha) otherwise.
 
-    onnxruntime-training has no gradient for Celu, so its derivative is attached explicitly (see
-    :mod:`tangents`).
+    Here ``alpha`` is an attribute of the node.  onnxruntime-training has no gradient for Celu, so
+    its derivative is attached explicitly (see :mod:`tangents`).
     """
     return _bend(builder, node, 1.0, 1.0, node.attributes.get_float("alpha", 1.0))
 
@@ -51,8 +51,8 @@ def rewrite_celu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Elu and attach its derivative, which is 1 if x > 0 and alpha * exp(x) otherwise.
 
-    onnxruntime-training has no gradient for Elu, so its derivative is attached explicitly (see
-    :mod:`tangents`).
+    Here ``alpha`` is an attribute of the node.  onnxruntime-training has no gradient for Elu, so
+    its derivative is attached explicitly (see :mod:`tangents`).
     """
     return _bend(builder, node, 1.0, node.attributes.get_float("alpha", 1.0))
 
@@ -60,8 +60,9 @@ def rewrite_elu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Keep Selu and attach its derivative.
 
-    The derivative is gamma if x > 0, and gamma * alpha * exp(x) otherwise.  onnxruntime-training
-    has no gradient for Selu, so its derivative is attached explicitly (see :mod:`tangents`).
+    The derivative is gamma if x > 0, and gamma * alpha * exp(x) otherwise, where ``gamma`` and
+    ``alpha`` are attributes of the node.  onnxruntime-training has no gradient for Selu, so its
+    derivative is attached explicitly (see :mod:`tangents`).
     """
     alpha = node.attributes.get_float("alpha", _SELU[0])
     gamma = node.attributes.get_float("gamma", _SELU[1])
@@ -71,10 +72,13 @@ def rewrite_selu(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_softplus(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite Softplus, log(1 + exp(x)), with Relu, Exp and Log.
 
-    onnxruntime-training has no gradient for Softplus.  The formula is m + log(exp(-m) + exp(x -
-    m)), where m = max(x, 0).  One of the two exponentials is always 1, and neither can overflow.
-    The derivative at 0 is 1/2, regardless of the derivative of Relu at 0.  Keeping the Softplus
-    operator and attaching its derivative would be slower by a factor of 1.7.
+    onnxruntime-training has no gradient for Softplus.  With m = max(x, 0), the formula is:
+
+    m + log(exp(-m) + exp(x - m)).
+
+    One of the two exponentials is always 1, and neither can overflow.  The derivative at 0 is 1/2,
+    regardless of the derivative of Relu at 0.  Keeping the Softplus operator and attaching its
+    derivative would take 1.7 times as long.
     """
     x = take_input(node)
     positive = builder.op("Relu", x)
@@ -113,7 +117,8 @@ def _clip_line(builder: NodeBuilder, x: ir.Value, alpha: float, beta: float) -> 
 def rewrite_hard_sigmoid(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite HardSigmoid as clip(alpha * x + beta, 0, 1).
 
-    onnxruntime-training has no gradient for HardSigmoid.
+    Here ``alpha`` and ``beta`` are attributes of the node.  onnxruntime-training has no gradient
+    for HardSigmoid.
     """
     alpha = node.attributes.get_float("alpha", 0.2)
     return [_clip_line(builder, take_input(node), alpha, node.attributes.get_float("beta", 0.5))]
@@ -162,7 +167,7 @@ def rewrite_leaky_relu(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_prelu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite PRelu as a Where that selects x if x >= 0, and slope * x otherwise.
 
-    onnxruntime-training has no gradient for PRelu.
+    Here ``slope`` is the second input of the node.  onnxruntime-training has no gradient for PRelu.
     """
     x = take_input(node)
     return [_choose_negative(builder, x, builder.op("Mul", x, node.inputs[1]))]
@@ -176,7 +181,8 @@ def _choose_negative(builder: NodeBuilder, x: ir.Value, scaled: ir.Value) -> ir.
 def rewrite_thresholded_relu(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite ThresholdedRelu as a Where that selects x if x > alpha, and 0 otherwise.
 
-    onnxruntime-training has no gradient for ThresholdedRelu.
+    Here ``alpha`` is an attribute of the node.  onnxruntime-training has no gradient for
+    ThresholdedRelu.
     """
     x = take_input(node)
     above = builder.op(

@@ -45,11 +45,12 @@ def _add_up(builder: NodeBuilder, node: ir.Node) -> ir.Value:
 
 
 def rewrite_mod(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Keep Mod and attach its derivatives: 1 with respect to x, and -q with respect to y.
+    """Keep Mod and attach its derivatives with respect to its inputs x and y.
 
-    Here q is the integer quotient of x and y.  The result of Mod is x - q * y, and q is treated as
-    a constant.  onnxruntime-training has no gradient for Mod, so its derivatives are attached
-    explicitly (see :mod:`tangents`).
+    The result of Mod is x - q * y, where q is the integer quotient of x and y.  Because q is
+    treated as a constant, the derivatives are 1 with respect to x and -q with respect to y.
+    onnxruntime-training has no gradient for Mod, so its derivatives are attached explicitly (see
+    :mod:`tangents`).
     """
     x, y = _list_inputs(node)
     points = [builder.detach(value) for value in (x, y)]
@@ -160,8 +161,8 @@ def rewrite_cast_like(builder: NodeBuilder, node: ir.Node) -> Values:
     onnxruntime-training has no gradient for CastLike.
 
     Raises:
-        UnsupportedModel: this dtype is unknown, or it is a float of 8 bits or less, which has no
-            gradient.
+        UnsupportedModel: the dtype of the second input is unknown, or it is a float of 8 bits or
+            less, which has no gradient.
     """
     x, like = _list_inputs(node)
     if like.dtype is None:

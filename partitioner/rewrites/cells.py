@@ -38,8 +38,8 @@ _DEFAULTS: dict[str, tuple[float, ...]] = {
 class Function:
     """An activation function of a recurrent node.
 
-    ``kind`` is its name in lower case.  ``settings`` contains its parameters alpha and beta, or as
-    many of them as the function has.
+    ``kind`` is the function's name in lower case.  ``settings`` contains the values of its
+    parameters, first alpha and then beta, if the function has them.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Function:
     def apply(self, builder: NodeBuilder, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """Apply the function to ``x``, a value of type ``dtype``, and return the result.
 
-        The nodes for this are added to ``builder``.
+        The nodes that compute the result are added to ``builder``.
         """
         if self.kind in _PLAIN:
             return builder.op(_PLAIN[self.kind], x)
@@ -69,7 +69,8 @@ class Function:
 def read_functions(node: ir.Node, defaults: Sequence[str], directions: int) -> list[Function]:
     """List the activation functions of a recurrent node, with those of the forward direction first.
 
-    If the node does not name its functions, each of its ``directions`` uses ``defaults``.
+    ``directions`` is the number of directions.  If the node does not name its functions,
+    ``defaults`` is used for each direction.
 
     Raises:
         UnsupportedModel: a function is unknown, or the node has the wrong number of functions.

@@ -4,10 +4,10 @@ A Conv is rewritten if its padding depends on an unknown image size.
 
 The windows of a ConvTranspose with stride s are s pixels apart.  Along each axis, the pixels of its
 output therefore fall into s phases, and each phase is an ordinary convolution with every s-th
-element of the kernel.  For each axis, a single Conv with s times as many output channels computes
-all phases at once.  Its channels are then rearranged into the image.  This requires as many
-multiplications as the ConvTranspose itself, and no zeros are inserted into the image.  The formulas
-are those of ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
+element of the kernel.  One Conv computes all phases of all axes at once, in separate output
+channels, which are then rearranged into the image.  This requires as many multiplications as the
+ConvTranspose itself, and no zeros are inserted into the image.  The formulas are those of
+ConvTranspose-11 and Col2Im-18 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class _Transposed:
 def rewrite_conv(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite Conv as a Pad and a Conv if its padding depends on an unknown image size.
 
-    This is the case if the node has the attribute ``auto_pad``, which onnxruntime-training's
-    gradient of Conv ignores.  Other Conv nodes are left unchanged.
+    This is the case if ``auto_pad`` is ``SAME_UPPER`` or ``SAME_LOWER``.  onnxruntime-training's
+    gradient of Conv ignores this attribute.  Other Conv nodes are left unchanged.
     """
     if not pads_by_size(node):
         return None

@@ -49,12 +49,12 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the content of a node's constant input, the one at ``index``, as an array.
+    """Return the content of a node's input at ``index``, which must be a constant, as an array.
 
     ``what`` describes this content in the error message.
 
     Raises:
-        UnsupportedModel: the input is not a constant but computed in the graph.
+        UnsupportedModel: the input is computed in the graph.
     """
     array = known_array(node.inputs[index])
     if array is None:
@@ -65,7 +65,7 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
     """Return the error for a node that cannot be rewritten.
 
-    ``reason`` is what prevents the rewrite, and ``advice`` is how the user can avoid the error.
+    ``reason`` states what prevents the rewrite, and ``advice`` how the user can avoid the error.
     """
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 
@@ -116,7 +116,7 @@ def add(builder: NodeBuilder, extent: Extent, number: int) -> Extent:
 
 
 def join(builder: NodeBuilder, extents: Sequence[Extent]) -> ir.Value:
-    """Concatenate extents (sizes) into one int64 vector, the shape that consists of them."""
+    """Concatenate extents (sizes) into an int64 vector that can be used as a shape."""
     parts: list[ir.Value] = []
     row: list[int] = []
     for extent in extents:

@@ -108,7 +108,7 @@ def find_outside(sampling: Sampling) -> np.ndarray:
 def weigh_neighbours(sampling: Sampling, kernel: Kernel) -> np.ndarray:
     """Return the weights of the interpolation as a matrix of shape (after, before).
 
-    Each row contains the weights with which one output element adds up the input elements.
+    Each row contains the weights of all input elements for one output element.
     """
     x = find_coordinates(sampling)
     n = sampling.before

@@ -1,4 +1,4 @@
-"""Rewrite normalizations of instances, of groups, over given axes and over the last axes.
+"""Rewrite operators that normalize instances, groups, or elements along certain axes.
 
 Of these operators, onnxruntime-training differentiates only LayerNormalization, and even there it
 supports only the gradient of the first output, and only a scale with the shape of the normalized
@@ -106,8 +106,8 @@ def rewrite_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_mean_variance_norm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite MeanVarianceNormalization as (x - mean) / (deviation + 1e-9).
 
-    The deviation is the square root of the variance plus 1e-18.  This keeps the gradient finite if
-    all the normalized elements are equal.  onnxruntime-training has no gradient for this operator.
+    The deviation is computed as sqrt(variance + 1e-18), which keeps the gradient finite if all the
+    normalized elements are equal.  onnxruntime-training has no gradient for this operator.
     """
     (x,) = take_inputs(node, 1)
     axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))

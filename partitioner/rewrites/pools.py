@@ -192,9 +192,9 @@ def rewrite_max_unpool(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lrn(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite LRN as x / (bias + alpha / size * s) ** beta.
 
-    Here s is the sum of the squares of ``size`` neighbouring channels.  It is computed by a
-    convolution, for which the channels are treated as the rows of an image.  The other names are
-    attributes of the node.  onnxruntime-training has no gradient for LRN.
+    Here ``bias``, ``alpha``, ``beta`` and ``size`` are attributes of the node, and s is the sum of
+    the squares of ``size`` neighbouring channels.  This sum is computed by a convolution, for which
+    the channels are treated as the rows of an image.  onnxruntime-training has no gradient for LRN.
     """
     x = take_input(node)
     size = node.attributes.get_int("size")

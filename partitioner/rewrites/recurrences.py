@@ -68,7 +68,7 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
     """Unroll a GRU in time; onnxruntime-training cannot train it in any other form.
 
     With ``linear_before_reset``, the reset gate also applies to the recurrent bias, and therefore
-    this bias is not added to the bias of the input.
+    this bias is kept separate from the bias of the input.
     """
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
@@ -88,7 +88,7 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Unroll an LSTM in time; onnxruntime-training cannot train it in any other form.
 
-    With ``input_forget``, the forget gate is computed from the input gate, so its weights are
+    With ``input_forget``, the forget gate is computed from the input gate, and its own weights are
     removed.
     """
     layer = _read_layer(node, states=2)

@@ -1,10 +1,10 @@
 """Rewrite RoiAlign and MaxRoiPool, which pool regions of images to a fixed size.
 
-Both operators divide each region into bins, read several pixels for each bin, and compute their sum
-or maximum.  The pixels are gathered as rows that contain all channels.  The regions get no
-gradient.  Bins may need different numbers of pixels; as many pixels are gathered for every bin as
-the largest bin needs, and the surplus pixels are ignored.  The formulas are those of RoiAlign-16
-and MaxRoiPool-1 at onnx.ai/onnx/operators.
+Both operators divide each region into bins, read several pixels for each bin, and compute the
+average or the maximum of these pixels.  The pixels are gathered as rows that contain all channels.
+The regions get no gradient.  Bins may need different numbers of pixels; as many pixels are gathered
+for every bin as the largest bin needs, and the surplus pixels are ignored.  The formulas are those
+of RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite RoiAlign, for which onnxruntime-training has no gradient.
 
     Each region is divided into bins, and each bin becomes one output element.  In the mode ``avg``,
-    this is the average of its bilinear samples.  In the mode ``max``, it is the largest weighted
-    pixel among all its samples.
+    the element is the average of the bilinear samples in the bin.  In the mode ``max``, it is the
+    largest weighted pixel of all these samples.
     """
     x, rois, images = node.inputs[:3]
     assert x is not None

@@ -2,8 +2,8 @@
 
 A sample is the weighted sum of the pixels around its position.  The pixels are gathered as rows
 that contain all channels.  The weights are polynomials in the position, and therefore both the
-image and the positions get a gradient.  Which pixels are read, and how often a position is
-reflected at the borders, is treated as constant.  The formulas are those of GridSample-20 and
+image and the positions get a gradient.  The choice of the pixels to read and the number of
+reflections at the borders are treated as constants.  The formulas are those of GridSample-20 and
 AffineGrid-20 at onnx.ai/onnx/operators.
 """
 
@@ -87,7 +87,7 @@ class ImageAxis:
         return self.last if self.corners else self.builder.op("Sub", self.length, self.number(0.5))
 
     def clamp(self, x: ir.Value) -> ir.Value:
-        """Limit coordinates to the range between the first and the last pixel's centre."""
+        """Limit coordinates to the range from the first to the last pixel's centre."""
         builder = self.builder
         return builder.op("Min", builder.op("Max", x, self.number(0.0)), self.last)
 
@@ -230,10 +230,11 @@ def _denormalize(place: ir.Value, axis: ImageAxis) -> ir.Value:
 
 
 def to_rows(builder: NodeBuilder, x: ir.Value, extents: Sequence[Extent]) -> ir.Value:
-    """Convert images of shape (N, C, L...) to one row of channels per pixel.
+    """Convert images to one row of channels per pixel.
 
-    N is the number of images, C is the number of channels, and L... are the sizes of an image,
-    which is given as ``extents``.  The result has the shape (N * prod(L...), C).
+    ``extents`` is the shape of the images, (N, C, L...), where N is the number of images, C is the
+    number of channels, and L... are the sizes of an image.  The result has the shape (N *
+    prod(L...), C).
     """
     rank = len(extents)
     turned = builder.op("Transpose", x, perm=[0, *range(2, rank), 1])
@@ -283,7 +284,7 @@ def _count_axes(node: ir.Node, image: Sequence[object]) -> int:
 def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite AffineGrid as the product of the base grid and each affine matrix.
 
-    The base grid contains the homogeneous coordinates of all pixels, which are constants.
+    The base grid is a constant that contains the homogeneous coordinates of all pixels.
     onnxruntime-training has no gradient for AffineGrid.
     """
     theta = node.inputs[0]

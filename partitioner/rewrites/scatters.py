@@ -55,7 +55,7 @@ class _Places:
 
 
 def rewrite_scatter(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Rewrite ScatterElements and ScatterND nodes that have a reduction as sums and products.
+    """Rewrite ScatterElements and ScatterND as sums and products if they have a reduction.
 
     onnxruntime-training builds wrong gradients for reductions.  A node is left unchanged if its
     reduction is ``none``.  It is also left unchanged if it adds updates to constant data: only the

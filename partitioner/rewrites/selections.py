@@ -76,7 +76,7 @@ def rewrite_unique(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_reverse_sequence(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite ReverseSequence with GatherND.
 
-    Within a sequence, step t becomes a copy of step length - 1 - t, and the steps after the end of
+    Within a sequence of length n, step t becomes a copy of step n - 1 - t; steps after the end of
     the sequence stay in place.  onnxruntime-training has no gradient for ReverseSequence.
     """
     x, lengths = take_input(node, 0), take_input(node, 1)
@@ -141,9 +141,9 @@ def rewrite_range(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite OneHot as a Where that selects the value ``on`` or ``off``, so that both get a gradient.
+    """Rewrite OneHot as a Where that selects the value ``on`` or ``off``.
 
-    onnxruntime-training has no gradient for OneHot.
+    With this rewrite, both values get a gradient.  onnxruntime-training has no gradient for OneHot.
     """
     indices, depth, values = take_input(node, 0), take_input(node, 1), take_input(node, 2)
     axis = node.attributes.get_int("axis", -1)
@@ -187,8 +187,8 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
 
     onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
-    attribute.  If a tensor has no elements, the attribute is kept, because such a tensor gets no
-    gradient.
+    attribute.  If the input has no elements, the attribute is kept, because a tensor without
+    elements gets no gradient.
 
     Raises:
         UnsupportedModel: the shape is not a constant.

@@ -1,4 +1,7 @@
-"""Rewrite step functions, which are constant between jumps and so have a gradient of zero."""
+"""Rewrite step functions so that no gradient passes through them.
+
+Step functions are constant between their jumps, and therefore their derivative is zero.
+"""
 
 from __future__ import annotations
 

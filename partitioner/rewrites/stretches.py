@@ -77,7 +77,7 @@ class Stretch:
     def weigh_neighbours(self, kernel: Kernel) -> ir.Value:
         """Return the weights of the interpolation as a float32 matrix of shape (after, before).
 
-        Each row contains the weights with which one output element adds up the input elements.
+        Each row contains the weights of all input elements for one output element.
         """
         return self._weigh_linear() if kernel.mode == "linear" else self._weigh_cubic(kernel)
 

@@ -35,9 +35,9 @@ def follow_tangents(builder: NodeBuilder, value: ir.Value, tangents: Sequence[Ta
     """Return a tensor that equals ``value`` and has the derivatives in ``tangents``.
 
     ``value`` has no gradient, because it is computed from detached inputs.  For each tangent, the
-    term ``slope * (source - point)`` is added to it.  The term is zero, because ``point`` is a copy
-    of ``source``, but its derivative with respect to ``source`` is ``slope``, because no gradient
-    passes through ``point``.
+    term ``slope * (source - point)`` is added to ``value``.  The term is zero, because ``point`` is
+    a copy of ``source``, but its derivative with respect to ``source`` is ``slope``, because no
+    gradient passes through ``point``.
 
     The terms must be broadcastable to the shape of ``value``.  Every slope must be finite, because
     zero times infinity would make the result NaN; see :func:`bound_slope`.

@@ -58,7 +58,7 @@ def rewrite_stft(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite STFT as a convolution.
 
     The kernels of the convolution are the DFT matrix of one frame, multiplied by the window
-    function.  Its stride is the step between frames.  onnxruntime-training has no gradient for
+    function.  The stride is the step between frames.  onnxruntime-training has no gradient for
     STFT.
     """
     given = [*node.inputs, *[None] * 4]

@@ -17,10 +17,11 @@ Slope = Callable[[NodeBuilder, ir.Value, ir.Value], ir.Value]
 
 
 def rewrite_function(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value]:
-    """Keep a trigonometric or hyperbolic operator and attach its derivative from :data:`SLOPES`.
+    """Keep an operator and attach its derivative from :data:`SLOPES`.
 
-    onnxruntime-training has no gradient for these operators, so their derivatives are attached
-    explicitly (see :mod:`tangents`).
+    The operators are trigonometric and hyperbolic functions and their inverses.
+    onnxruntime-training has no gradient for them, so their derivatives are attached explicitly (see
+    :mod:`tangents`).
     """
     x = node.inputs[0]
     assert x is not None

@@ -50,7 +50,7 @@ def read_windows(node: ir.Node) -> Windows:
     """Read the windows of a pooling node.
 
     Raises:
-        UnsupportedModel: the windows depend on an image size that is not known.
+        UnsupportedModel: the windows depend on an unknown image size.
     """
     x = node.inputs[0]
     assert x is not None
@@ -196,7 +196,7 @@ def _count_elements(windows: Windows, sizes: Sequence[int], *, include_padding: 
 
 
 def pads_by_size(node: ir.Node) -> bool:
-    """Return whether the padding of a node depends on the image size, because of ``auto_pad``."""
+    """Return whether ``auto_pad`` makes the padding of a node depend on the image size."""
     return node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
