@@ -1,8 +1,8 @@
-"""A client's websocket connection that limits buffering and follows no redirects.
+"""A client's websocket connection that limits buffering and does not follow redirects.
 
-The websockets library reads ahead in a separate thread.  It limits the number of buffered frames,
-but not their size.  This module limits the bytes.  Other modules handle time limits and the
-contents of messages.
+The websockets library reads ahead in a separate thread.  The library limits the number of buffered
+frames, but not their size.  This module limits the number of buffered bytes.  Other modules handle
+time limits and the contents of messages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _DATA = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 class BoundedConnection(ClientConnection):
     """A client's connection that buffers at most ``READ_AHEAD`` bytes plus one message.
 
-    Only complete messages count towards the limit.  So a message that is still arriving is always
-    read to its end, even if it is larger than ``READ_AHEAD``.
+    Only complete messages count towards the limit.  Therefore, a message that is still arriving is
+    always read to its end, even if it is larger than ``READ_AHEAD``.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -53,11 +53,12 @@ class BoundedConnection(ClientConnection):
         user_agent_header: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Perform the opening handshake, but raise TLS errors unchanged and follow no redirects.
+        """Perform the opening handshake without hiding TLS errors or following redirects.
 
         With TLS 1.3, the server checks a client's certificate only after the client has finished
-        its own TLS handshake, so the server's TLS error may arrive here.  A redirect would send the
-        handshake, and with it the client's credentials, to an address that the user did not choose.
+        its side of the TLS handshake, so the server's TLS error may arrive here.  Following a
+        redirect would send the handshake, and with it the client's credentials, to an address that
+        the user did not choose.
 
         Raises:
             ssl.SSLError: the server rejects the client's certificate.
@@ -74,7 +75,7 @@ class BoundedConnection(ClientConnection):
             raise
 
     def process_event(self, event: Event) -> None:
-        """Process a received frame, and pause reading if too many bytes are unread."""
+        """Process a received frame, and pause reading if there are too many unread bytes."""
         super().process_event(event)
         if not isinstance(event, Frame) or event.opcode not in _DATA:
             return
@@ -87,14 +88,14 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Close the connection; skip the closing handshake if too many bytes are unread."""
+        """Close the connection; skip the closing handshake if there are too many unread bytes."""
         if "bytes" in self._pauses:
             self.close_socket()
         else:
             super().close(code, reason)
 
     def close_socket(self) -> None:
-        """Close the socket, and wake the thread that reads from it so that the thread ends."""
+        """Close the socket, and wake the thread that reads from it so that the thread can end."""
         with self._flow_mutex:
             self._is_over = True
             for reason in tuple(self._pauses):
@@ -102,7 +103,7 @@ class BoundedConnection(ClientConnection):
         super().close_socket()
 
     def take(self, size: int) -> None:
-        """Record that the caller has read ``size`` bytes, and resume reading if possible."""
+        """Record that the caller has read ``size`` bytes, and resume receiving if possible."""
         with self._flow_mutex:
             self._whole -= size
             if self._whole <= READ_AHEAD:

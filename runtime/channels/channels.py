@@ -1,8 +1,8 @@
 """A client's channel to its server: a logical connection that reconnects automatically.
 
-After a reconnect, the channel sends the greeting and repeats the messages of the open task.  So for
-the caller, each tensor is sent and received exactly once.  In the greeting, both sides agree on the
-step at which they continue; the caller must then go back to that step.
+After reconnecting, the channel sends the greeting and repeats the messages of the open task, so the
+caller sends and receives each tensor exactly once.  In the greeting, both sides agree on the step
+at which they continue; if that step is earlier than the client's, the caller must go back to it.
 """
 
 from __future__ import annotations
@@ -77,20 +77,19 @@ class Channel:
     """A client's logical connection to its server for one session; it reconnects automatically.
 
     ``step`` is the step at which both sides continued after the last greeting.  It is the client's
-    own step, or an earlier step whose state the client has kept.
+    current step at that time, or an earlier step whose state the client has kept.
 
     Args:
         dial: a function that opens a connection; ``None`` if ``transport`` is the only connection.
-        transport: a connection that is already open.
+        transport: an open connection to use first; ``None`` to open one with ``dial``.
         manifest: the client's manifest.
         session: the session's name.
-        find_resume_point: called before each greeting; returns the steps from which the client can
-            resume.
-        backoff: how long to wait between attempts to reconnect.
-        patient: whether to also retry the first connection if it fails.
+        find_resume_point: a function that returns the steps from which the client can resume.
+        backoff: how long to wait between attempts to reconnect, and when to give up.
+        patient: whether to retry if the first connection fails.
 
     Raises:
-        ConnectionLost, ServerBusy: the server cannot be reached, or it is full.
+        ConnectionLost, ServerBusy: the server cannot be reached or is full.
         BundleMismatch, RemoteFault: the server refuses the client.
     """
 
@@ -125,7 +124,7 @@ class Channel:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Return the numbers of bytes sent and received so far, over all connections."""
+        """Return the numbers of bytes sent and received so far, across all connections."""
         sent, received = self._past_traffic
         if self._transport is None:
             return sent, received
@@ -136,7 +135,7 @@ class Channel:
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
-        """Close the open task, if any; call this when the task is complete or was aborted."""
+        """Close the open task, if any; call this when the task is complete or has been aborted."""
         if self._task is not None and self._task.key.phase == TRAIN:
             self._last = self._task
         self._task = None
@@ -144,7 +143,8 @@ class Channel:
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
         """Send wires (named tensors) of the open task to the server, reconnecting if necessary.
 
-        Do not change the arrays until the task is closed, because they may have to be sent again.
+        Do not change the arrays until :meth:`end` is called, because they may have to be sent
+        again.
 
         Raises:
             StepsLost: the server is at an earlier step; the task must be aborted.
@@ -191,9 +191,9 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step``; return ``""``, or the reason if it fails.
+        """Ask the server to save its state at ``step``; return the error, or ``""`` on success.
 
-        With ``publish``, the server also writes the state as the outcome of the training.
+        With ``publish``, the server also saves the state as the outcome of the training.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
@@ -213,7 +213,7 @@ class Channel:
     def close(self, *, for_good: bool = True) -> None:
         """End the session with a Bye message and close the connection; may be called twice.
 
-        With ``for_good=False`` only the connection is closed, and the server keeps the session.
+        With ``for_good=False``, only the connection is closed, and the server keeps the session.
         """
         if self._transport is not None and for_good:
             with suppress(ProtocolError):  # the other side may be gone already

@@ -1,6 +1,6 @@
-"""A client's credentials, and the TLS settings that decide which servers it trusts.
+"""A client's credentials, and the TLS settings that determine which servers it trusts.
 
-This module opens no connection.
+This module does not open connections.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _logger = logging.getLogger("splitonnx.credentials")
 class Credentials:
     """A client's credentials, the TLS authorities it trusts, and the largest message it accepts.
 
-    ``token`` is sent in a header of the handshake's HTTP request.  ``tls`` is used for ``wss://``
-    addresses; without it, the client trusts the operating system's certificate authorities.
-    ``message_bytes`` limits the size of a message from the server; the connection is closed if a
-    message is larger.
+    ``token`` is sent in a header of the handshake's HTTP request.  ``tls`` is the TLS context for
+    ``wss://`` addresses; without it, the client trusts the operating system's certificate
+    authorities.  ``message_bytes`` limits the size of a message from the server; the connection is
+    closed if a message is larger.
 
     Raises:
         UsageError: ``message_bytes`` is not positive.
@@ -42,11 +42,11 @@ class Credentials:
 
 
 def check_url(url: str, credentials: Credentials) -> None:
-    """Check a server's address against the credentials, and warn if a token is sent unencrypted.
+    """Check a server's address, and warn if the client's token would be sent unencrypted.
 
     Raises:
-        UsageError: the address is not valid, it contains a user name or password, or it does not
-            begin with ``wss://`` although ``credentials`` has TLS settings.
+        UsageError: the address is invalid, it contains a user name or password, or it does not
+            begin with ``wss://`` although ``credentials`` has a TLS context.
     """
     try:
         parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""A client's record of an open task: the messages sent, and the reply that is expected next."""
+"""A client's record of an open task: the messages sent, and which reply is expected next."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from splitonnx.messages import TaskKey, Tensors
 class OpenTask:
     """A task in progress: the messages sent, and the number of replies received.
 
-    ``due`` is the number of the reply that is expected next.  After a reconnect, every message is
-    sent again, and ``due`` restarts at 0.  The server may then repeat its replies, in order and
-    each at most once.
+    ``due`` is the number of the reply that is expected next, counted from 0.  After a reconnect,
+    every message is sent again, and ``due`` is reset to 0.  The server may then repeat its replies,
+    in order and each at most once.
     """
 
     key: TaskKey
@@ -29,8 +29,7 @@ class OpenTask:
         """Check that a message is the reply that is expected next, and count it.
 
         Raises:
-            RemoteProtocolError: the message belongs to another task, is a repetition, or is too
-                early.
+            RemoteProtocolError: the message belongs to another task or is out of order.
         """
         if message.key != self.key:
             raise RemoteProtocolError(f"it answered {message.key}, open is {self.key}")

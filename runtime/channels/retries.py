@@ -19,12 +19,13 @@ LONGEST_DELAY = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Backoff:
-    """The times to wait between attempts to reconnect, and when to give up.
+    """How long to wait between attempts to reconnect, and when to give up.
 
-    Each wait is a random time between half of a bound and the bound.  The bound starts at ``first``
-    and doubles after each attempt, up to ``longest``.  Because the waits are random, the clients of
-    a restarted server do not all reconnect at once.  The client gives up ``give_up_after`` seconds
-    after the connection was lost; with ``None``, it retries forever.
+    The first attempt is made at once.  Each later wait is chosen at random between half of an upper
+    bound and that bound.  The bound starts at ``first`` and doubles after each attempt, up to
+    ``longest``.  Because the waits are random, the clients of a restarted server do not all
+    reconnect at once.  The client gives up ``give_up_after`` seconds after the connection was lost;
+    with ``None``, it retries forever.
 
     Raises:
         UsageError: a time is negative or not a number, or ``first`` is longer than ``longest``.
@@ -46,7 +47,10 @@ class Backoff:
             )
 
     def delays(self) -> Iterator[float]:
-        """Yield the seconds to wait before each attempt, without end; the first wait is 0."""
+        """Yield the number of seconds to wait before each attempt; the first is 0.
+
+        The iterator never ends.
+        """
         yield 0.0
         bound = self.first
         while True:

@@ -2,8 +2,8 @@
 
 Each message is sent in binary fragments of 1 MiB, so that neither side needs a second copy of a
 large message in its buffers.  Messages are not compressed, because compression does not make
-tensors smaller.  Exceptions of websockets, TLS and the operating system are converted to exceptions
-of ``splitonnx.errors``.
+tensors smaller.  Exceptions raised by the websockets library, by TLS and by the operating system
+are converted to exceptions of ``splitonnx.errors``.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class WebSocketTransport:
 
     Raises:
         ConnectionLost: no server answers, or the server is full; the client may try again.
-        Unauthorized: the server requires a token, rejects this token, or rejects this web origin.
-        UntrustedPeer: TLS does not trust the server's certificate, or the server does not trust the
-            client's certificate.
-        Redirected: the server redirects to another address.
-        UsageError: ``url`` is not a websocket address.
+        Unauthorized: the server requires a token, or rejects the client's token or web origin.
+        UntrustedPeer: the client does not trust the server's certificate, or the server does not
+            trust the client's certificate.
+        Redirected: the server redirects the client to another address.
+        UsageError: ``url`` is not a websocket address, or does not fit the credentials.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class WebSocketTransport:
             raise _translate_opening(self._url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send chunks as one message."""
+        """Send the concatenated chunks as one message."""
         try:
             self._socket.send(split_message(chunks))
         except (OSError, WebSocketException) as error:
@@ -120,7 +120,7 @@ class WebSocketTransport:
     def receive(self) -> bytes:
         """Wait for the next message and return it.
 
-        There is one time limit for the start of the message, and another for the rest of it.
+        One time limit applies until the message starts, and another until it is complete.
         """
         begin_by = time.monotonic() + self._reply_seconds
         end_by: float | None = None

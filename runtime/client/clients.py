@@ -1,7 +1,7 @@
 """The public client, which trains, evaluates and predicts together with a server.
 
-:class:`Client` connects the data, the executor of the client's part, and the channel to the server.
-Without a server, it trains an unsplit model.
+:class:`Client` connects the data, the executor that runs the client's part, and the channel to the
+server.  Without a server, it trains an unsplit model.
 """
 
 from __future__ import annotations
@@ -49,34 +49,32 @@ _ALREADY_TRAINING = "this client is already training"
 class Client:
     """A client that trains and runs its part of a split model together with a server.
 
-    ``bundle`` is the client's folder, or the loaded part.  ``server`` is a URL such as
-    ``ws://127.0.0.1:8765``, a function that opens a transport, or an open transport.  For an
-    unsplit model it is ``None``, and the client trains alone.  If a connection breaks, the client
-    reconnects (unless it was given an open transport) and training continues as if nothing had
-    happened.  Use the client as a context manager, or call :meth:`close`.  If an error occurs in
-    the middle of a task, the client is closed, and its own state remains as it was before that
-    task.
+    A client can also train an unsplit model without a server.  If a connection breaks, the client
+    reconnects (unless it was given an open transport), and training continues as if nothing had
+    happened.  Use the client as a context manager, or call :meth:`close`.  If an error occurs
+    during a task, the client is closed, and its state remains as it was before that task.
 
     Args:
-        bundle: see above.
-        server: see above.
+        bundle: the client's folder, or the client's part if it is already loaded.
+        server: a URL such as ``ws://127.0.0.1:8765``, a function that opens a transport, or an open
+            transport; ``None`` for an unsplit model.
         credentials: how this client authenticates itself to the server, and which servers it
-            trusts.
-        threads: threads per operator; all cores by default.
-        seed: seed of shuffling and Dropout.
-        resume: continue the interrupted run in the folder, if there was one.  The client starts
-            with the run's state, and :meth:`fit` starts at the run's position in the data.
-        give_up_after: seconds without a connection after which the client gives up, including the
-            time for the first connection.  With ``None``, the client tries the first connection
-            only once (or, with ``resume``, until it succeeds), and reconnects without a time limit.
+            trusts; allowed only if ``server`` is a URL.
+        threads: number of threads per operator; by default, all cores are used.
+        seed: seed for shuffling and Dropout.
+        resume: continue the interrupted run in the folder, if there is one.  The client starts with
+            the run's state, and :meth:`fit` starts at the run's position in the data.
+        give_up_after: number of seconds after which the client stops trying to connect or
+            reconnect.  With ``None``, the client tries to connect only once at first (or, with
+            ``resume``, until it succeeds), and later reconnects without a time limit.
         trusted: treat the bundle as trusted code.  Its graphs may then be in ORT format, which is
             not checked before ONNX Runtime loads it.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
         FolderInUse: ``resume`` is set, and another client is training in the folder.
-        UsageError: a server is missing, or was given although the model is not split; or the seed
-            or ``give_up_after`` is negative.
+        UsageError: the model is split but ``server`` is missing, the model is not split but
+            ``server`` is given, or another argument is invalid.
         ConnectionLost: the server cannot be reached.
         BundleMismatch, ServerBusy, RemoteFault: the server refuses the client.
     """
@@ -150,7 +148,7 @@ class Client:
 
     @property
     def steps(self) -> int:
-        """Return how many training steps this part has made since the bundle was created."""
+        """Return how many training steps this part has performed since the bundle was created."""
         return self._executor.step
 
     @property
@@ -160,7 +158,7 @@ class Client:
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """Return the steps of this run's checkpoints, newest first."""
+        """Return the steps at which this run has checkpoints, newest first."""
         return self._run.find_resume_point(self.steps).kept
 
     def fit(

@@ -96,8 +96,8 @@ def read_pages(folder: Path) -> Pages:
     """Read the web pages in a folder, except for hidden files.
 
     Raises:
-        UsageError: the folder has no ``index.html``, too many or too large files, or a link to
-            something that is not one of its own files.
+        UsageError: ``index.html`` is missing, there are too many files, a file is too large or
+            cannot be read, or a link points outside the folder's own files.
     """
     if not (folder / INDEX).is_file():
         raise UsageError(f"{folder} has no {INDEX}; name a page's folder (`make web` builds one)")

@@ -217,7 +217,10 @@ class Registry:
             thread.join()
 
     def expire(self) -> None:
-        """Delete the files of sessions that were not used for too long, except those in memory."""
+        """Delete the files of sessions that have been unused for too long.
+
+        Sessions that are in memory keep their files.
+        """
         if (archive := self._archive) is None:
             return
         try:

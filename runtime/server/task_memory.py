@@ -94,7 +94,9 @@ class TaskMemory:
     def letting_go(self, session: Session | None) -> Iterator[None]:
         """Allow a session's open tasks to be aborted while the context is open.
 
-        Use this while a message holds the session's lock but is only waiting.
+        Use this while the connection's handler holds the session's lock, but is only waiting for
+        memory or for the client to read a reply.  The tasks may then be aborted even though the
+        lock is held.
         """
         if session is None:
             yield
