@@ -180,37 +180,43 @@ class Client:
         """Train for a number of epochs and return the history.
 
         A resumed client starts at the position in the data where its run was interrupted, and
-        trains the rest of ``epochs``.  If the server lost steps, both sides return to the newest
-        checkpoint that both have, or to the start of this fit, and repeat the lost steps exactly.
+        trains until ``epochs`` are complete.  If the server lost steps, both sides return to the
+        newest checkpoint that both have, or to the start of this call, and repeat the lost steps
+        exactly.
 
         Args:
             data: see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
             epochs: number of passes over the data.
-            batch_size: samples per step; a smaller last batch is skipped if the model's batch size
-                is fixed.
+            batch_size: number of samples per step; a smaller last batch is skipped if the model's
+                batch size is fixed.
             eval_data: data to evaluate on after each epoch.
             learning_rate: a number, or a function that computes it from the number of steps so far;
-                by default the optimizer's own learning rate.
-            shuffle: shuffle the data again in each epoch.
-            checkpoint_every: steps between two checkpoints, which both sides keep in their folders.
-            when_unsaved: whether training stops or continues if a checkpoint cannot be written.
+                by default, the optimizer's own learning rate.
+            shuffle: shuffle the data anew for each epoch.
+            checkpoint_every: number of steps between checkpoints, which both sides write to their
+                folders; by default, no checkpoints are written.
+            when_unsaved: ``"stop"`` or ``"continue"``: what to do if a checkpoint cannot be
+                written.
             restart: discard an interrupted run in the folder.
-            save: call :meth:`save` at the end; if the server lost steps, repeat them first.
-            on_step: called with the record of each step.
-            on_epoch: called with the record of each evaluation.
+            save: call :meth:`save` at the end; if the server has lost steps by then, they are
+                repeated first.
+            on_step: a function that is called with the record of each step.
+            on_epoch: a function that is called with the record of each evaluation.
 
         Raises:
-            DataError: the data do not fit the model or contain NaN, or a loss is not finite.
+            DataError: the data do not fit the model, the data contain NaN or infinity, or a loss is
+                not finite.
             StageFailed: a stage cannot be loaded or run.
-            UnfinishedRun: the folder holds an interrupted run; resume it, or use ``restart``.
+            UnfinishedRun: the folder contains an interrupted run; resume it, or use ``restart``.
             FolderInUse: another client is training in the folder.
-            UsageError: a number is out of range; this client is already running a fit; or the
-                resumed run started with a different seed, batch size, shuffling or number of
+            UsageError: a number is out of range; another call of this method is still running; or
+                the resumed run started with a different seed, batch size, shuffling or number of
                 samples.
-            NotSaved: a checkpoint cannot be written.
-            StepsLost: the server lost steps that were made before this fit began, or lost the same
-                steps again and again.
-            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
+            NotSaved: a checkpoint or the trained state cannot be saved.
+            StepsLost: the server lost steps that were performed before this call, or repeatedly
+                lost the same steps.
+            ConnectionLost, RemoteFault: the connection was lost, or the server reported an internal
+                error.
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         training = open_dataset(data)
@@ -259,10 +265,10 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Perform one training step on a batch and return its results, ``loss`` first.
+        """Perform one training step on a batch, and return its results, starting with ``loss``.
 
         Raises:
-            UsageError: this client is running a fit.
+            UsageError: a call of :meth:`fit` is still running.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         check_batch(batch, self._phase(TRAIN).data)
@@ -307,11 +313,13 @@ class Client:
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
-            NotSaved: the server could not save, or the state of the client's part is not finite.
+            NotSaved: the server could not save its state, or the client's state contains NaN or
+                infinity.
             FolderInUse: another client is training in the folder.
-            StepsLost: the server lost steps, and both sides went back to an earlier step;
+            StepsLost: the server lost steps, and both sides went back to an earlier step; calling
                 :meth:`fit` with ``save`` repeats the lost steps.
-            ConnectionLost, RemoteFault: the server is gone, or reported an internal error.
+            ConnectionLost, RemoteFault: the connection was lost, or the server reported an internal
+                error.
         """
         with ExitStack() as undo:
             undo.callback(self._release_unless_training)

@@ -1,7 +1,7 @@
-"""Datasets: named arrays that are checked and split into batches for training.
+"""Datasets: named arrays that are checked and split into batches.
 
-Arrays are checked against the tensors that a phase in the manifest declares.  This module reads
-numpy's file formats, but does not know what the arrays mean.
+The arrays are checked against the tensors that the manifest declares for a phase.  This module
+reads numpy's file formats, but does not interpret the contents of the arrays.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
 
 
 class Dataset(ABC):
-    """A dataset of named arrays, which is read in batches; created by :func:`open_dataset`."""
+    """A dataset of named arrays that is read in batches; created by :func:`open_dataset`."""
 
     size: int | None
     """Number of samples, or ``None`` if it is not known in advance."""
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check the arrays against ``specs``, as far as this is possible before batches are read.
+        """Check the arrays against ``specs``, the declared tensors.
+
+        If the batches come from an iterable, each batch is checked later, when it is read.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
@@ -53,17 +55,17 @@ class Dataset(ABC):
         """Yield the batches of one epoch; the same arguments always yield the same batches.
 
         If the number of samples is not a multiple of ``batch_size``, the last batch is smaller;
-        ``drop_last`` skips that batch.
+        with ``drop_last``, that batch is skipped.
 
         Raises:
             NotFinite: a floating-point array of the next batch contains NaN or infinity.
-            UnusableData: the data cannot be read for another epoch, or the next batch is not a
-                dictionary of arrays.
+            UnusableData: the data can be read only once, or the next batch is not a dictionary of
+                arrays.
         """
 
 
 class ArrayDataset(Dataset):
-    """A dataset of arrays with the same number of rows; each row belongs to one sample."""
+    """A dataset of arrays that all have one row per sample."""
 
     size: int
 
@@ -80,7 +82,7 @@ class ArrayDataset(Dataset):
         self._arrays = arrays
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check the type, shape and values of every array; any number of rows is accepted."""
+        """Check the type, shape and values of every array; any number of rows is allowed."""
         check_batch(self._arrays, [_any_rows(spec) for spec in specs])
 
     def batches(
@@ -118,7 +120,7 @@ class BatchDataset(Dataset):
         self._spent = False
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Store ``specs``; each batch is checked against them when it is read."""
+        """Store ``specs``, against which each batch is checked when it is read."""
         self._specs = specs
 
     def batches(
@@ -130,7 +132,7 @@ class BatchDataset(Dataset):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the iterable's batches; all arguments are ignored."""
+        """Yield the batches of the iterable; all arguments are ignored."""
         if self._spent:
             raise UnusableData(
                 "the data", "an iterator lasts for one epoch; pass a list or a dataset"
@@ -149,13 +151,13 @@ class BatchDataset(Dataset):
 def open_dataset(source: DataSource) -> Dataset:
     """Create a dataset from an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
 
-    The arrays must have the names of the model's inputs, and ``labels`` for the targets.  The first
-    dimension of each array counts the samples.  Files in a folder are memory-mapped and read as
-    needed.  Batches are an iterable of dictionaries of arrays, which determines their size and
-    order.
+    The arrays must have the names of the model's inputs; the array of targets is named ``labels``.
+    Each array has one row per sample.  Files in a folder are memory-mapped and read as needed.
+    Batches are an iterable of dictionaries of arrays; the iterable determines the size and order of
+    the batches.
 
     Raises:
-        UnusableData: the file cannot be read or contains Python objects, or its arrays differ in
+        UnusableData: a file cannot be read or contains Python objects, or the arrays differ in
             their number of rows.
     """
     if isinstance(source, Dataset):
@@ -175,14 +177,14 @@ def open_dataset(source: DataSource) -> Dataset:
 
 
 def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
-    """Check that ``batch`` has every array in ``specs``, with the declared type and shape.
+    """Check that ``batch`` contains every array that ``specs`` declares, with its type and shape.
 
-    Arrays are not converted; if a dtype is wrong, the error says how to convert the array.
+    Arrays are not converted; if a dtype is wrong, the error explains how to convert the array.
 
     Raises:
         MissingArray: an array is missing.
         ArrayMismatch: the dtype or shape of an array is wrong.
-        ValueOutOfRange: an integer, usually a label, is out of its bounds.
+        ValueOutOfRange: an integer, usually a label, is out of range.
     """
     sizes: dict[str, int] = {}
     for spec in specs:
@@ -199,12 +201,12 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
     """Check that the floating-point arrays of a batch contain neither NaN nor infinity.
 
-    ``where`` is the text before the row number in the error.  ``rows`` holds the number of each row
-    in the dataset; without it, rows are counted within the batch.
+    ``where`` is placed before the row number in the error message.  ``rows`` contains the number of
+    each row in the dataset; without it, rows are counted within the batch.
 
     Raises:
-        NotFinite: an array contains NaN or infinity; the error names the array and its first bad
-            row.
+        NotFinite: an array contains NaN or infinity; the error names the array and the first
+            affected row.
     """
     for name, array in batch.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():

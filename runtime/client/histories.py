@@ -1,6 +1,6 @@
 """The history of a training run: one record per step, and one record per evaluation.
 
-This module only defines values; it writes and prints nothing.
+This module only defines the records; it does not write or print them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import msgspec
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The record of one training step.
 
-    ``step`` counts the steps since the bundle was created, from 1; ``epoch`` counts the epochs of
-    this call of ``fit``, from 0; ``batch`` counts the batches of the epoch, from 1.  ``loss`` is
-    the mean over the batch before the update, and ``metrics`` holds the step's other results.
-    ``seconds`` is the wall time of the step; ``bytes_up`` and ``bytes_down`` are the bytes that the
-    client sent and received during the step.
+    ``step`` counts the steps since the bundle was created, starting from 1.  ``epoch`` counts the
+    epochs of the training run, starting from 0, and ``batch`` counts the batches of the epoch,
+    starting from 1.  ``loss`` is the batch's mean loss before the update, and ``metrics`` contains
+    the other results of the step.  ``seconds`` is the wall time of the step.  ``bytes_up`` and
+    ``bytes_down`` are the numbers of bytes that the client sent and received during the step.
     """
 
     step: int
@@ -39,7 +39,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """The result of an evaluation after an epoch: the mean of each metric over all samples.
 
-    ``epoch`` counts from 0.
+    ``epoch`` is the number of the epoch, starting from 0.  ``seconds`` is how long the evaluation
+    took.
     """
 
     epoch: int
@@ -48,7 +49,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """The records of one call of :meth:`Client.fit`, in order."""
+    """The records of one call of :meth:`Client.fit`, in chronological order."""
 
     steps: list[StepRecord] = []
     evaluations: list[Evaluation] = []
@@ -60,11 +61,11 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
         return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
 
     def forget(self, step: int, epoch: int) -> None:
-        """Remove the records after ``step`` and the evaluations from ``epoch`` on."""
+        """Remove the records after ``step``, and the evaluations from ``epoch`` onwards."""
         self.steps[:] = [record for record in self.steps if record.step <= step]
         self.evaluations[:] = [one for one in self.evaluations if one.epoch < epoch]
 
     def as_json(self) -> Iterator[str]:
-        """Yield one line of JSON per record: every step, then every evaluation."""
+        """Yield one line of JSON per record: first the steps, then the evaluations."""
         for record in (*self.steps, *self.evaluations):
             yield msgspec.json.encode(record).decode()

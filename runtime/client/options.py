@@ -19,8 +19,7 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 class FitOptions:
     """The options of :meth:`Client.fit`; see that method for their meaning.
 
-    That method's ``data`` is called ``training`` here, and its ``eval_data`` is called
-    ``held_out``.
+    ``training`` is that method's ``data``, and ``held_out`` is its ``eval_data``.
     """
 
     training: Dataset
@@ -35,7 +34,7 @@ class FitOptions:
 
 
 def require_positive(**counts: int | None) -> None:
-    """Check that each argument is at least 1 or ``None``.
+    """Check that each argument is ``None`` or at least 1.
 
     Raises:
         UsageError: an argument is less than 1; the error names the argument.

@@ -1,7 +1,7 @@
-"""The task runner, which runs a client's tasks, together with the server if the model is split.
+"""The task runner, which runs a client's tasks together with the server if the model is split.
 
-This module connects the executor of the client's part, the training run and the channel.  It makes
-both sides write their checkpoints, and goes back to an earlier step if the server lost steps.  The
+This module connects the executor that runs the client's part, the training run, and the channel.
+It makes both sides write checkpoints, and returns to an earlier step if the server lost steps.  The
 training loop handles data, epochs and records.
 """
 
@@ -33,9 +33,9 @@ class TaskRunner:
     """A runner that performs a client's tasks, one at a time.
 
     ``channel`` is the connection to the server, or ``None`` for an unsplit model.  ``seed``
-    determines the random masks of Dropout.  ``position`` is the position in the data that belongs
-    to the current state, or ``None`` if it is not known.  The caller sets it, and the runner
-    changes it when steps are lost.
+    determines the random masks of Dropout.  ``position`` is the position in the data that
+    corresponds to the current state, or ``None`` if it is not known.  The caller sets it, and the
+    runner changes it when steps are lost.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class TaskRunner:
     def perform(
         self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
     ) -> dict[str, np.ndarray]:
-        """Run one task to its end, commit its changes to the state, and return its results.
+        """Run one task to completion, commit its changes to the state, and return its results.
 
         Raises:
-            StepsLost: the server lost steps; both sides are at an earlier step and can continue.
-            DataError, StageFailed, ProtocolError: the task was aborted, and the runner is closed.
+            StepsLost: the server lost steps; both sides have gone back to an earlier step and can
+                continue.
+            DataError, StageFailed, ProtocolError: the task failed and was aborted; the runner is
+                closed.
         """
         self._require_open()
         number = self.executor.step if phase == TRAIN else next(self._others)
@@ -83,9 +85,9 @@ class TaskRunner:
     def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
         """Make both sides write a checkpoint, one after the other.
 
-        Each side keeps its two newest checkpoints.  Both sides have a checkpoint of the same step
-        as long as neither of them is two checkpoints ahead.  Therefore, if the client could not
-        write its last checkpoint, the client writes first; otherwise the server does.
+        Each side keeps its two newest checkpoints.  As long as neither side gets two checkpoints
+        ahead of the other, both have a checkpoint of the same step.  Therefore, if the client could
+        not write its last checkpoint, the client writes first; otherwise, the server writes first.
 
         Raises:
             NotSaved: a side could not write its checkpoint, and ``when_unsaved`` is ``"stop"``.
@@ -104,11 +106,12 @@ class TaskRunner:
             _logger.warning("%s; training continues", error)
 
     def publish(self) -> None:
-        """Make the server, and then the client, write its state as the outcome of the training.
+        """Make the server and then the client save their states as the outcome of the training.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
-            NotSaved: the server could not save, or the state of the client is not finite.
+            NotSaved: the server could not save its state, or the client's state contains NaN or
+                infinity.
             StepsLost, ProtocolError: see :meth:`perform`.
         """
         if self._channel is not None:
@@ -124,9 +127,9 @@ class TaskRunner:
     def close(self) -> None:
         """End the session and close the connection; may be called twice.
 
-        If the run can still be resumed, only the connection is closed: ending the session would
-        make the server delete its checkpoints.  A run can be resumed if it has checkpoints and is
-        not finished, or if the server has published its state and the client has not.
+        If the run can still be resumed, only the connection is closed, because ending the session
+        would make the server delete its checkpoints.  A run can be resumed if it is unfinished and
+        has checkpoints, or if the server has published its state but the client has not.
         """
         try:
             if not self._closed and self._channel is not None:

@@ -1,4 +1,4 @@
-"""The training loop: it runs epochs, records the results, and repeats steps that were lost.
+"""The training loop, which runs epochs, records the results, and repeats lost steps.
 
 The task runner performs the tasks and communicates with the server.
 """
@@ -28,7 +28,8 @@ MOST_RETURNS = 100
 class TrainingLoop:
     """The loop that trains and evaluates a client's part of a model by running tasks.
 
-    ``seed`` is used for evaluation.  For training, the seed is part of the position in the data.
+    ``seed`` is the seed for evaluation.  For training, the seed is part of the position in the
+    data.
     """
 
     def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:
@@ -40,10 +41,10 @@ class TrainingLoop:
     def fit(self, options: FitOptions, start: DataPosition) -> History:
         """Train from a position in the data to the end of the last epoch, and return the history.
 
-        If the server lost steps, both sides go back and repeat them.
+        If the server lost steps, both sides go back and repeat the lost steps.
 
         Raises:
-            StepsLost: the lost steps were made before this call, or steps are lost again and again.
+            StepsLost: the lost steps were performed before this call, or steps are lost repeatedly.
             SplitonnxError: see :meth:`Client.fit`.
         """
         history = History()
@@ -144,7 +145,7 @@ class TrainingLoop:
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
     ) -> dict[str, np.ndarray]:
-        """Run one task of the given phase on a batch, and return its results."""
+        """Run one task of the given phase on a batch, and return the results of the task."""
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return self._runner.perform(

@@ -1,7 +1,7 @@
 """The records that let a client resume training: its session, checkpoints and position in the data.
 
 A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
-module reads and writes files; it runs no tasks and does not contact the server.
+module reads and writes files; it does not run tasks or contact the server.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrainingRun:
 
     @classmethod
     def open(cls, executor: Executor, *, resume: bool) -> Self:
-        """Start a new session, or with ``resume`` continue the unfinished session in the folder.
+        """Start a new session or, with ``resume``, continue the unfinished session in the folder.
 
         The state of an unfinished session is loaded into ``executor``.  If there is no unfinished
         session, training starts from the folder's state.  With ``resume``, the folder stays locked
@@ -77,9 +77,7 @@ class TrainingRun:
         return run
 
     def hold(self) -> None:
-        """Lock the folder against other clients until :meth:`release` is called.
-
-        This method may be called twice.
+        """Lock the folder until :meth:`release` is called; may be called twice.
 
         Raises:
             FolderInUse: another client is training in the folder.
@@ -107,7 +105,7 @@ class TrainingRun:
             return True
 
     def write(self, executor: Executor, position: DataPosition | None) -> None:
-        """Write the executor's state to disk as a durable checkpoint.
+        """Write the executor's state and the position in the data to disk as a durable checkpoint.
 
         Raises:
             NotSaved: the checkpoint cannot be written; earlier checkpoints are kept.
@@ -131,7 +129,7 @@ class TrainingRun:
         self.is_behind = False
 
     def publish(self, executor: Executor, position: DataPosition | None) -> None:
-        """Write the state as the training's outcome, and delete the run's checkpoints.
+        """Save the state as the outcome of the training, and delete the run's checkpoints.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
@@ -165,9 +163,10 @@ class TrainingRun:
         return None
 
     def take_position(self, start: DataPosition) -> DataPosition:
-        """Return the position in the data to begin at: ``start``, or where the run was interrupted.
+        """Return the position in the data at which training begins.
 
-        The position of an interrupted run is returned only by the first call.
+        For a resumed run, the first call returns the position where the run was interrupted.  In
+        all other cases, the result is ``start``.
 
         Raises:
             UsageError: the resumed run started with a different seed, batch size, shuffling or
@@ -187,13 +186,13 @@ class TrainingRun:
         return kept
 
     def begin_run(self, *, restart: bool) -> None:
-        """Lock the folder, and check that it has no unfinished run of another session.
+        """Lock the folder, and check that it does not contain an unfinished run of another session.
 
-        With ``restart``, an unfinished run is not an error: the checkpoints of all other sessions
-        are deleted.
+        With ``restart``, an unfinished run is not an error; instead, the checkpoints of all other
+        sessions are deleted.
 
         Raises:
-            UnfinishedRun: the folder has an unfinished run.
+            UnfinishedRun: the folder contains an unfinished run.
             FolderInUse: another client is training in the folder.
         """
         self.hold()
@@ -209,7 +208,7 @@ class TrainingRun:
 
 
 def find_unfinished(party: PartyBundle) -> Checkpoint | None:
-    """Return the newest checkpoint of the last unfinished run, or ``None`` if all are finished."""
+    """Return the newest checkpoint of the latest unfinished run, or ``None`` if there is none."""
     if party.path is None:
         return None
     for session in list_sessions(party.path):
