@@ -1,7 +1,7 @@
 """Admission of connections: which clients are connected to a server, and whether more may connect.
 
 This module counts authenticated and unauthenticated connections, and the bytes of long HTTP
-responses that are buffered for them.  :mod:`connections` enforces the limits on each connection,
+responses that are buffered for clients.  :mod:`connections` enforces the limits on each connection,
 and calls this module when a connection opens or closes.
 """
 
@@ -35,30 +35,30 @@ ANSWERS_BYTES = 256 << 20
 
 
 class Connection(Protocol):
-    """The interface of a connection that :class:`Admission` uses."""
+    """The interface through which :class:`Admission` uses a connection."""
 
     name: str
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` until a token is shown."""
+        """Return the owner of the client's token, or ``None`` if no token has been shown yet."""
 
     @property
     def transport(self) -> asyncio.BaseTransport:
         """Return the asyncio transport that carries the connection's bytes."""
 
     def become_client(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits for clients without a token."""
+        """Record the client's identity, and lift the limits on clients without a token."""
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow more time to read a long HTTP response, as long as the client keeps reading."""
+        """Allow the client more time to read a long HTTP response, as long as it keeps reading."""
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
         """Close the connection without waiting; send ``code`` and ``reason`` if possible."""
 
 
 class Admission:
-    """The admission of clients to one server: it decides which connections are accepted.
+    """Admission control for a server, which decides which connections are accepted.
 
     ``host`` is the address that the server listens on.
     """
@@ -93,7 +93,7 @@ class Admission:
         self._answers: dict[Connection, int] = {}  # bytes of the longer responses
 
     def enter(self, connection: Connection) -> None:
-        """Add a new connection, whose client has not shown a token yet.
+        """Add a new connection whose client has not shown a token yet.
 
         If too many connections without a token are open, the oldest of them is closed.
         """
@@ -116,11 +116,11 @@ class Admission:
             self.quota.sweep()
 
     def admit(self, connection: Connection, identity: Identity) -> Refusal | None:
-        """Count a connection as authenticated, unless the limit on clients is reached.
+        """Count a connection as authenticated, unless the limit on clients has been reached.
 
         Returns:
-            ``None`` on success, or the reason for refusal: too many clients, in total or of this
-            owner.
+            ``None`` on success, or the reason for refusal if there are too many clients in total or
+            too many clients of this owner.
         """
         if connection.owner is not None:
             return None

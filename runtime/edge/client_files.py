@@ -1,7 +1,8 @@
 """The files of the client's part of a bundle, which a server offers for download.
 
-Browsers download these files, because a browser has no bundle folder.  Only files that the manifest
-names are available, and never a trained state.  The server decides who may download the files.
+Browsers download these files, because a browser has no bundle folder.  The files are the manifest
+and those that it names; a trained state is never included.  The server decides who may download the
+files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ClientFiles:
     """The files of the client's part that a server offers for download.
 
     Args:
-        client: the client's folder, or the loaded part.
+        client: the client's folder, or the client's part if it is already loaded.
         server: the manifest of the server's part.
 
     Raises:
@@ -42,7 +43,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Return the response for a URL path, or ``None`` if it is not in ``/client/``."""
+        """Return the response for a URL path, or ``None`` if the path is not in ``/client/``."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

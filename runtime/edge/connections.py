@@ -42,7 +42,7 @@ _TLS_HELLO = b"\x16\x03"
 
 
 class LimitedConnection(ServerConnection):
-    """A client's connection, with limits on what it may send and how long it may take.
+    """A connection that limits what the client may send and how long it may take.
 
     ``identity`` is ``None`` until the client has shown a token.
     """
@@ -101,7 +101,7 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers, and free the connection's place on the server."""
+        """Stop the timers, and stop counting the connection."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
@@ -141,7 +141,11 @@ class LimitedConnection(ServerConnection):
             self._timers.start("pace", wait, partial(self._resume, "pace"))
 
     def process_event(self, event: Event) -> None:
-        """Process a received frame; pause or refuse the client if too many bytes are buffered."""
+        """Process a received frame.
+
+        If there are too many unread bytes, reading pauses.  If a message has too many fragments,
+        the client is refused.
+        """
         super().process_event(event)
         if not isinstance(event, Frame):
             return
@@ -160,11 +164,11 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` until a token is shown."""
+        """Return the owner of the client's token, or ``None`` if no token has been shown yet."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits for clients without a token."""
+        """Record the client's identity, and lift the limits on clients without a token."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")
@@ -192,7 +196,7 @@ class LimitedConnection(ServerConnection):
         )
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow more time to read a long HTTP response, as long as the client keeps reading."""
+        """Allow the client more time to read a long HTTP response, as long as it keeps reading."""
         self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
         self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
@@ -228,14 +232,14 @@ class LimitedConnection(ServerConnection):
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def cut_off(self, refusal: Refusal) -> None:
-        """Abort the connection at once, because the client is not reading."""
+        """Abort the connection immediately, because the client is not reading."""
         if self.refusal is None:
             self.refusal = refusal
             self._admission.on_refusal(refusal, self.name)
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection with a reason, or abort it if the client is not reading."""
+        """Close the connection and send the reason, or abort it if the client is not reading."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()

@@ -27,15 +27,18 @@ def find_limit() -> int:
 def find_ceiling() -> int:
     """Return the lowest descriptor number at which a new connection is refused.
 
-    The operating system assigns the lowest free number.  So the number of a new connection's
-    descriptor shows how many files are open.
+    The operating system always assigns the lowest free number, so the number of a new connection's
+    descriptor indicates how many files are open.
     """
     limit = find_limit()
     return limit - min(RESERVE, limit // 4)
 
 
 def raise_limit(needed: int) -> int:
-    """Raise the limit on file descriptors to ``needed`` if permitted, and return the new limit."""
+    """Raise the limit on file descriptors to ``needed``, and return the resulting limit.
+
+    If ``needed`` is more than the operating system permits, the limit is raised as far as possible.
+    """
     limit = find_limit()
     if limit >= needed:
         return limit
@@ -50,7 +53,7 @@ def raise_limit(needed: int) -> int:
 class Rarely:
     """A rate limit for a log message: at most one per interval.
 
-    The events without a message are counted and reported with the next message.
+    Events that are not logged are counted and reported with the next message.
     """
 
     def __init__(self, clock: Callable[[], float], seconds: float = SECONDS) -> None:

@@ -21,7 +21,7 @@ from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
 class Refusal(StrEnum):
     """The reason why a server refused or closed a connection.
 
-    There are only a few reasons, because they are used as labels of a metric.
+    There are only a few reasons, because each of them is a label value of a metric.
     """
 
     WRONG_TOKEN = "WrongToken"
@@ -85,7 +85,7 @@ class HttpRequest:
 class HttpResponse(NamedTuple):
     """An HTTP response.
 
-    ``headers`` are added to the default headers, and replace those of the same name.
+    ``headers`` are sent in addition to the default headers, and override those with the same name.
     """
 
     status: int
@@ -111,8 +111,8 @@ def make_response(
 ) -> Response:
     """Build an HTTP response with default headers.
 
-    ``others`` are added to the default headers, and replace those of the same name.  The connection
-    is closed after the response.
+    ``others`` are sent in addition to the default headers, and override those with the same name.
+    The connection is closed after the response.
     """
     headers = {
         "Content-Type": content_type,

@@ -1,8 +1,8 @@
-"""Listening sockets that limit how many accepted connections may be in their handshake.
+"""Listening sockets that limit how many accepted connections may be in their handshake at once.
 
 During its TLS handshake, a connection takes about 300 KiB of memory and is known only to asyncio's
-event loop.  So connections are counted from the moment they are accepted until the handshake is
-complete or the socket is closed.
+event loop.  Therefore, connections are counted from the moment they are accepted until the
+handshake is complete or the socket is closed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 class HandshakeQuota:
     """A limit on how many of a server's sockets may be in their handshake at the same time.
 
-    ``capacity`` is the limit.  If it is reached when a socket arrives, the oldest socket is shut
-    down; but if that socket is less than ``GRACE_SECONDS`` old, the new socket is refused instead.
-    So a flood of connections can neither keep other clients out for long nor make the server start
-    more handshakes than it can finish.  ``on_full`` is called each time this happens.
-    ``on_scarce`` is called for each connection that is closed because no file descriptors are left.
+    ``capacity`` is the limit.  If the limit is reached when a new socket arrives, ``on_full`` is
+    called and the oldest socket is shut down.  However, if the oldest socket is less than
+    ``GRACE_SECONDS`` old, the new socket is refused instead.  In this way, a flood of connections
+    can neither keep other clients out for long nor make the server start more handshakes than it
+    can finish.  ``on_scarce`` is called each time a connection cannot be accepted because too few
+    file descriptors are left.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class HandshakeQuota:
     def sweep(self) -> None:
         """Count a connection that was closed early, and regularly run the garbage collector.
 
-        The collector runs once per ``SWEEP`` calls.  For each connection, asyncio keeps a reference
-        cycle that has few objects but takes 256 KiB.  The garbage collector counts objects, not
-        bytes, so hundreds of such cycles would pile up.
+        The collector runs once every ``SWEEP`` calls.  For each of these connections, asyncio
+        leaves a reference cycle that has few objects but takes 256 KiB.  Python's automatic
+        collection depends on the number of objects, not of bytes, so hundreds of such cycles would
+        pile up.
         """
         self._dropped += 1
         if self._dropped % SWEEP == 0:
@@ -95,13 +97,13 @@ class HandshakeQuota:
 
 
 class AcceptedSocket(socket.socket):
-    """An accepted socket that informs its :class:`HandshakeQuota` when it is closed."""
+    """An accepted socket that notifies its :class:`HandshakeQuota` when it is closed."""
 
     quota: HandshakeQuota | None = None
     came = 0.0
 
     def shut_down(self) -> None:
-        """Shut the connection down; the event loop then notices its end and closes the socket."""
+        """Shut down the connection, so that the event loop notices and closes the socket."""
         try:
             self.shutdown(socket.SHUT_RDWR)
         except OSError:  # the other side closed first
@@ -126,9 +128,8 @@ class Listener(socket.socket):
 
         Raises:
             OSError: no file descriptor is left; the event loop then pauses for a second.
-            BlockingIOError: no connection is waiting, too many in a row were refused, or no
-                descriptor was left a moment ago.  The last case keeps the event loop from retrying
-                at once.
+            BlockingIOError: no connection is waiting, too many in a row were refused, or file
+                descriptors ran out a moment ago and the event loop should not retry yet.
         """
         if time.monotonic() - self._failed < RETRY_SECONDS / 2:
             raise BlockingIOError

@@ -1,8 +1,8 @@
 """Checks of a request's origin and host, which protect a server against DNS rebinding.
 
 Browsers send the page's origin with every websocket handshake.  Other programs send no origin and
-are not checked.  In a plain request to the page's own server, the browser sends no origin, but it
-always sends the requested host.
+are not checked.  In a plain HTTP request to the page's own server, the browser sends no origin, but
+it always sends the requested host.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 class Origins:
     """The web origins whose pages may connect to a server.
 
-    ``listed`` contains the origins that may always connect.  With ``has_pages``, the server serves
-    pages of its own, which may connect as well: their origin equals the requested host.  But the
-    same is true of an attacker's page whose host name was later pointed at this machine (DNS
-    rebinding).  So an equal name is accepted only if it is an IP address or ``localhost``, or if
-    the server ``is_locked``: it requires tokens or TLS, which the attacker's page does not have.
+    ``listed`` contains the origins that may always connect.  With ``has_pages``, the server's own
+    pages may connect as well: their origin equals the requested host.  In a DNS rebinding attack,
+    however, the same is true of an attacker's page, whose host name was later pointed at this
+    machine.  Therefore, a matching host is accepted only if it is an IP address or ``localhost``,
+    or if the server ``is_locked``.  A locked server requires tokens or TLS, so an attacker's page
+    cannot connect to it.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Origins:
         self._is_locked = is_locked
 
     def allow(self, origin: str, host: str | None) -> bool:
-        """Return whether a page from ``origin`` may connect if it requested the name ``host``."""
+        """Return whether a page from ``origin`` may connect if it sends its request to ``host``."""
         if origin in self._listed:
             return True
         if not self._has_pages or not host or origin not in (f"http://{host}", f"https://{host}"):

@@ -1,4 +1,4 @@
-"""The web pages of a server: files that are read when it starts, and served by URL path.
+"""The web pages of a server: files that are read when the server starts and served by URL path.
 
 Requests are answered only from these files in memory, never from the disk.  The pages are public,
 because a page that asks for a token cannot itself require a token.
@@ -63,7 +63,10 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A file of the web pages; ``packed`` is its gzip version, or ``None`` if it has none."""
+    """A file that belongs to the web pages.
+
+    ``packed`` is the gzip version of the file, or ``None`` if there is none.  ``tag`` is its ETag.
+    """
 
     content_type: str
     body: bytes = field(repr=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class TokenBucket:
     """A token bucket that allows ``rate`` events per second, and bursts of up to ``rate`` events.
 
-    The caller passes the current time.
+    The caller passes the current time in seconds.
     """
 
     def __init__(self, rate: float, now: float) -> None:
@@ -18,14 +18,14 @@ class TokenBucket:
         self._seen = now
 
     def count(self, events: int, now: float) -> float:
-        """Count ``events`` up to now, and return how many seconds to wait before the next event."""
+        """Count ``events``, and return how many seconds to wait before the next one."""
         self._left = min(self._rate, self._left + (now - self._seen) * self._rate) - events
         self._seen = now
         return max(0.0, -self._left / self._rate)
 
 
 class Timers:
-    """Timers that call functions after a delay, at most one running timer per name."""
+    """Named timers that call functions after a delay; each name has at most one running timer."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -29,8 +29,8 @@ from splitonnx.runtime.edge.tokens import Identity, Role
 class Decision:
     """The decision on a request: an HTTP ``answer``, or ``None`` to open a websocket.
 
-    ``identity`` is ``None`` if the request has no token; a token may still arrive in a message.
-    ``refusal`` is the reason to report, or ``None`` if nothing needs to be reported.
+    ``identity`` is ``None`` if the client has not identified itself; it may still send a token in a
+    message.  ``refusal`` is the reason to report, or ``None`` if nothing needs to be reported.
     """
 
     identity: Identity | None = None
@@ -41,8 +41,8 @@ class Decision:
 class RequestPolicy:
     """The rules by which a server decides on HTTP requests.
 
-    Without ``authorize``, every client is admitted, and the common name in its TLS certificate is
-    used as the owner (``""`` if it has no certificate).
+    ``authorize`` checks tokens.  Without it, every client is admitted, and its owner is the common
+    name in its TLS certificate (``""`` if it has no certificate).
     """
 
     def __init__(

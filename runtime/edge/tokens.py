@@ -1,9 +1,9 @@
-"""Bearer tokens: authentication of clients, the owner of each token, and its roles.
+"""Bearer tokens: authentication of clients, and the owner and roles of each token.
 
-A new token has 256 random bits and is shown once.  The server's file stores only its SHA-256 hash,
-so that nobody can log in with the content of the file.  A slow hash, as for passwords, is not
-needed, because the random bits cannot be guessed.  Each line has an owner's name, a hash and,
-optionally, roles::
+A new token has 256 random bits and is shown once.  The server's file stores only the token's
+SHA-256 hash, so that nobody can log in with the contents of the file.  A slow hash, as used for
+passwords, is not needed, because the random bits cannot be guessed.  Each line has an owner's name,
+a hash and, optionally, roles::
 
     clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 
@@ -46,7 +46,7 @@ _logger = logging.getLogger("splitonnx.tokens")
 
 
 class Role(StrEnum):
-    """A permission that a token gives its owner on a server."""
+    """A permission that a token grants its owner on a server."""
 
     TRAIN = "train"
     """Open sessions: train, predict, and download the client's part."""
@@ -61,7 +61,7 @@ ALL_ROLES = frozenset(Role)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The owner of a token and its roles; the owner is ``""`` if nothing identifies the client."""
+    """The owner and roles of a token; the owner is ``""`` if nothing identifies the client."""
 
     owner: str
     roles: frozenset[Role] = ALL_ROLES
@@ -96,7 +96,7 @@ class Tokens:
     def find(self, token: str) -> Identity | None:
         """Return the identity that belongs to a token, or ``None`` if the token is unknown.
 
-        Every entry is compared, so that the time taken reveals nothing about the tokens.
+        Every entry is compared, so that the response time reveals nothing about the tokens.
         """
         shown = _hash(token)
         found = None
@@ -107,9 +107,10 @@ class Tokens:
 
 
 def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
-    """Create a new token, append its hash to the server's file, and return the token.
+    """Create a token for ``name``, append its hash to the server's file, and return the token.
 
-    The token itself is not stored.  Without ``roles``, the token has all roles.
+    ``name`` is the name of the token's owner.  The token itself is not stored.  Without ``roles``,
+    the token has all roles.
 
     Raises:
         UsageError: ``name`` is not a valid name.
@@ -143,10 +144,11 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
 def read_token(path: str | Path | None) -> str | None:
     """Read a client's token from a file, or from the environment if ``path`` is ``None``.
 
-    The file must contain nothing but the token.  If the environment has no token, return ``None``.
+    The file must contain nothing but the token.  If the environment variable is not set, the result
+    is ``None``.
 
     Raises:
-        UnusableFile: the file is missing, or contains no token.
+        UnusableFile: the file is missing, or the file or variable does not contain a valid token.
     """
     if path is None:
         token, source = os.environ.get(ENVIRONMENT), ENVIRONMENT

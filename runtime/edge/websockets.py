@@ -1,7 +1,7 @@
 """A server's websocket connections to its clients.
 
-:mod:`connections` enforces the limits on each connection.  Exceptions of websockets, TLS and the
-operating system are converted to exceptions of ``splitonnx.errors``.
+:mod:`connections` enforces the limits on each connection.  Exceptions raised by the websockets
+library, by TLS and by the operating system are converted to exceptions of ``splitonnx.errors``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Peer:
     def owner(self) -> str | None:
         """Return the owner of the client's token or certificate.
 
-        The result is ``""`` if no token is required, and ``None`` until a required token is shown.
+        The result is ``""`` if the client needs neither, and ``None`` if it has not shown a
+        required token yet.
         """
         return self._connection.owner
 
@@ -69,13 +70,14 @@ class Peer:
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits for clients without a token.
+        """Record the client's identity, and lift the limits on clients without a token.
 
-        The limits may still apply to data that the client sends before it receives an answer.
+        Data that the client sends before it receives an answer may still be subject to those
+        limits.
 
         Raises:
-            ServerBusy: the limit on clients is reached, in total or for this owner; close the
-                connection with code ``BUSY``.
+            ServerBusy: there are too many clients, in total or of this owner; the caller must close
+                the connection with code ``BUSY``.
         """
         limits = self._admission.limits
         match self._admission.admit(self._connection, identity):
@@ -155,14 +157,14 @@ async def serve(
     has_pages: bool = False,
     on_refusal: OnRefusal = _ignore,
 ) -> AsyncIterator[int]:
-    """Serve clients while the context is open, and yield the port; port 0 takes any free port.
+    """Serve clients while the context is open, and yield the port; port 0 selects any free port.
 
-    ``handle`` is called for each client after its handshake, and the connection is closed when it
-    returns.  ``authorize`` is called with the token from the request's header, and returns the
+    ``handle`` is called for each client after its handshake, and the connection is closed when the
+    call returns.  ``authorize`` is called with the token from the request's header, and returns the
     token's identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that
     sends no token in the header is connected without authentication, and ``handle`` may admit it
     later.  Without ``authorize``, every client is admitted.  If ``tls`` requests certificates, the
-    owner is then the common name in the client's certificate; otherwise, it is ``""``.
+    client's owner is then the common name in its certificate; otherwise, the owner is ``""``.
 
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
     pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,
