@@ -1,4 +1,4 @@
-"""The server: it receives messages from clients, runs their training, and sends the replies.
+"""The server, which receives messages from clients, trains its part of the model, and replies.
 
 Modules here may import every other package of the runtime except ``client`` and ``channels``.  Code
 that limits connections belongs in ``edge``, the values of all limits in ``limits.py``, and code

@@ -1,7 +1,7 @@
 """Limits on the number of sessions in a server's memory, in total and per owner.
 
-If there is no room for a session, this module chooses another session, and the registry unloads
-that session.
+If there is no room for a new session, this module chooses a session to unload, and the registry
+unloads it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from splitonnx.errors import ServerBusy
 class Occupant:
     """A session that is in memory.
 
-    ``left`` is the time when its last connection ended, or ``None`` while it has a connection.
-    ``is_busy`` is true if it is already being unloaded.
+    ``left`` is the time when the session's last connection ended, or ``None`` while it has a
+    connection.  ``is_busy`` is true if the session is already being unloaded.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Occupant:
 
 
 class Capacity:
-    """The capacity for sessions: it decides whether there is room for another session.
+    """The capacity of a server, which determines whether there is room for another session.
 
     Args:
         sessions: the largest number of sessions in memory.
@@ -50,12 +50,13 @@ class Capacity:
     ) -> Occupant | None:
         """Choose which session to unload so that ``owner`` can open another session.
 
-        ``opening`` lists the owners of sessions that are being opened.  ``tried`` names the
-        sessions that were already chosen for the same new session without success.
+        ``occupants`` are the sessions in memory, and ``opening`` lists the owners of sessions that
+        are being opened.  ``tried`` contains the names of the sessions that were already chosen to
+        make room for the new session; they are not chosen again.
 
         Returns:
-            The session to unload, or to wait for if it is already being unloaded.  ``None`` if
-            there is room.
+            The session to unload, or to wait for if it is already being unloaded; ``None`` if there
+            is room.
 
         Raises:
             ServerBusy: no session can be unloaded.

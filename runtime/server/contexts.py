@@ -1,7 +1,7 @@
-"""State that a server's connections share: sessions, turns, memory, and each session's connection.
+"""State that a server's connections share: sessions, threads, memory, and newest connections.
 
 This module aborts the open tasks of silent clients if other clients are waiting for memory.
-:mod:`handlers` has the code for a single connection.
+:mod:`handlers` contains the code for a single connection.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Holder(Protocol):
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of a message, has arrived and is not handled yet."""
+        """Return whether a message, or part of one, has arrived but has not been handled yet."""
 
     def dismiss(self, code: int, reason: str) -> None:
         """Close the connection without waiting; send the reason if the client is reading."""
@@ -35,12 +35,12 @@ class Holder(Protocol):
 class ServerContext:
     """State that all connections of a server share.
 
-    ``stop`` is set when the server is to stop, and ``halt`` when it is to stop without waiting for
-    running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules threads
-    that use the disk, so that greetings and saving do not wait for steps.  ``locks`` contains the
-    lock of each session, and ``holders`` each session's newest connection.  ``waiting`` names the
-    sessions whose lock is held by a message that is only waiting, either for memory or for the
-    client to read a reply.
+    ``stop`` is set when the server should stop, and ``halt`` when it should stop without waiting
+    for running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules
+    threads that use the disk, so that greetings and saving do not wait for steps.  ``locks``
+    contains the lock of each session, and ``holders`` contains the newest connection of each
+    session.  ``waiting`` contains the names of sessions whose lock is held by a handler that is
+    only waiting for memory, or for the client to read a reply.
     """
 
     registry: Registry
@@ -61,7 +61,7 @@ class ServerContext:
     def give_up_idle(self) -> None:
         """Abort open tasks of silent clients if other clients are waiting for memory.
 
-        The silent clients can start their tasks again.
+        The silent clients can start their tasks again later.
         """
         assert self.budget is not None
         sessions = {session.id: session for session in self.registry.sessions}

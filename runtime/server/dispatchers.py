@@ -1,8 +1,8 @@
-"""The dispatcher, which passes one connection's messages to its session and encodes the replies.
+"""The dispatcher, which passes a connection's messages to the session and encodes the replies.
 
-It checks messages with the protocol, and finds the session that the client's greeting asks for.  It
-uses no network.  :mod:`handlers` manages threads, sockets, and the order of messages if a session
-has several connections.
+The dispatcher checks messages against the protocol, and finds the session that the client's
+greeting asks for.  It does not use the network.  :mod:`handlers` manages threads, sockets, and the
+order of messages if a session has several connections.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedMessage:
-    """A decoded and checked message; ``fingerprint`` identifies its bytes.
+    """A decoded and checked message; ``fingerprint`` is the hash of its encoded bytes.
 
     If the message belongs to a task, ``needed`` is an estimate of the task's memory in bytes.
     """
@@ -67,13 +67,13 @@ class Dispatcher:
     """The dispatcher of one connection, whose client belongs to ``owner``.
 
     ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm allowed for a received
-    gradient, and ``batch`` the largest number of rows allowed for a tensor; ``None`` means no
-    limit.  ``estimates`` computes the memory of a task, which may be at most ``task_bytes``;
-    without ``estimates``, memory is not checked.
+    gradient, and ``batch`` is the largest number of rows allowed for a tensor; ``None`` means no
+    limit.  ``estimates`` computes how much memory a task needs, and ``task_bytes`` is the largest
+    amount allowed.  Without ``estimates``, memory is not checked.
 
     ``session`` is ``None`` until the client has sent its greeting, and ``refused`` is ``None``
-    until an error ends the connection.  :meth:`read` may be called at any time.  While another
-    method runs, nothing else may use the same session.
+    until an error ends the connection.  :meth:`read` may be called at any time.  While any other
+    method runs, nothing else may use the session.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Dispatcher:
 
     @property
     def is_interrupted(self) -> bool:
-        """Return whether an error ended the connection, but the session can be resumed."""
+        """Return whether an error ended the connection but the session can be resumed."""
         match self.refused:
             case StageStopped() | WorkerLost(is_repeated=False):
                 return True
@@ -122,7 +122,7 @@ class Dispatcher:
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
         """Decode one message, act on it, and yield the replies, each to be sent as one message.
 
-        An error ends the connection and is reported in the last reply (see :meth:`refuse`).  The
+        An error ends the connection and is reported in the last reply (see :meth:`refuse`).  Any
         unfinished task is then aborted, and its changes to the state are discarded.
         """
         try:
@@ -138,11 +138,11 @@ class Dispatcher:
         """Find or create the session that a greeting asks for; do nothing for other messages.
 
         Returns:
-            A future to wait for before calling this method again, or ``None`` once the session is
-            found.
+            A future to wait for before calling this method again, or ``None`` if there is nothing
+            to wait for.
 
         Raises:
-            SplitonnxError: the client cannot have this session; pass the error to :meth:`refuse`.
+            SplitonnxError: the client cannot use this session; pass the error to :meth:`refuse`.
         """
         if isinstance(received.message, Hello):
             with attribute_errors_to_us("a greeting"):
@@ -179,7 +179,7 @@ class Dispatcher:
         return needed
 
     def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
-        """Act on a message that was read, and yield the replies, like :meth:`handle`.
+        """Act on a message from :meth:`read`, and yield the replies, as :meth:`handle` does.
 
         Exhaust the iterator even if the replies can no longer be sent.
         """
@@ -192,7 +192,7 @@ class Dispatcher:
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
         """End the connection because of an error, and yield a message that reports the error.
 
-        No message is yielded if the session can be resumed (:attr:`is_interrupted`), so that the
+        If the session can be resumed (:attr:`is_interrupted`), no message is yielded, and the
         client reconnects.
         """
         self.refused = error

@@ -1,8 +1,8 @@
 """The connection handler, which passes messages between a client's connection and its dispatcher.
 
-One handler serves one connection on the event loop.  Slow work runs in threads when it is the turn
-of the client's owner, and only one thread at a time works for a session.  If a reply can no longer
-be sent, the remaining work is still done.
+One handler serves one connection on the event loop.  Slow work is done in threads when it is the
+turn of the client's owner, and only one thread at a time works for a session.  If a reply can no
+longer be sent, any remaining work is still done.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ConnectionHandler:
 
     @property
     def is_sending(self) -> bool:
-        """Return whether a message, or part of a message, has arrived and is not handled yet."""
+        """Return whether a message, or part of one, has arrived but has not been handled yet."""
         return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:

@@ -1,9 +1,10 @@
-"""The ledger of a session: which messages of its newest steps were handled, and their replies.
+"""The ledger of a session: the handled messages of its newest steps, and the replies to them.
 
 Each step is performed exactly once, even if its messages arrive several times: a repeated message
-gets the recorded replies.  The ledger covers the running step, and the last finished step, whose
-replies may have been lost.  A client that sends the next step has received all earlier replies.
-The ledger only keeps records: it neither runs nor sends anything.
+is answered with the recorded replies.  The ledger covers the running step and the last finished
+step, whose replies may have been lost.  Earlier steps need no records, because a client that begins
+a step has received all replies of the steps before it.  The ledger only keeps records: it neither
+runs nor sends anything.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Verdict(Enum):
 class Fingerprint:
     """The SHA-256 hash of a message's bytes, computed when it is first needed.
 
-    Computing it earlier would delay the reply by 0.6 ms per MiB.  Until then, the bytes are kept.
+    Computing it earlier would delay the reply by 0.6 ms per MiB.  The bytes are kept until the hash
+    has been computed.
     """
 
     def __init__(self, content: Chunk | bytearray) -> None:
@@ -61,28 +63,28 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """Return whether a step has begun but is not finished."""
+        """Return whether a step has begun but has not finished."""
         return bool(self._running)
 
     def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
         """Return whether a client that is at ``step`` can continue without going back.
 
-        If ``is_open``, the client is in the middle of ``step`` and will send its messages again.
-        Then the server may be one step ahead, if it still has the replies that were lost.  If
-        ``can_repeat``, the client can also send the messages of the step before ``step`` again.
-        Then the server may be one step behind.
+        ``is_open`` means that the client is in the middle of ``step`` and will send the step's
+        messages again.  In that case, the server may be one step ahead, if it still has the replies
+        that were lost.  ``can_repeat`` means that the client can also send the messages of the
+        previous step again.  In that case, the server may be one step behind.
         """
         if step == self.step - 1:
             return is_open and bool(self._made)
         return step == self.step or (can_repeat and step == self.step + 1)
 
     def classify(self, step: int, turn: int, fingerprint: Fingerprint) -> Verdict:
-        """Return how to handle message ``turn`` of a step, without changing the ledger.
+        """Decide how to handle message number ``turn`` of a step, without changing the ledger.
 
         Raises:
             RemoteProtocolError: the message belongs to another step, or an earlier message is
                 missing.
-            StepConflict: the message was already handled with other contents.
+            StepConflict: a message with this number, but different contents, was already handled.
         """
         if step == self.step - 1 and self._made:
             self._compare(self._made, step, turn, fingerprint)

@@ -1,8 +1,8 @@
 """The server's metrics for Prometheus: sessions, steps, bytes, durations and refusals.
 
 Only this module imports prometheus_client.  Each server has its own registry of metrics, so that
-the metrics of two servers in one process are not mixed.  Labels have few values, such as phases and
-the names of error classes.  They never contain a session's id, an owner or an address.
+two servers in one process do not mix their metrics.  Labels have few values, such as phases and the
+names of error classes.  They never contain a session's id, an owner or an address.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Metrics:
         self._reconnects.inc()
 
     def count_worker_death(self) -> None:
-        """Count a worker that ended unexpectedly."""
+        """Count a worker process that ended unexpectedly."""
         self._worker_deaths.inc()
 
     def count_refusal(self, reason: str) -> None:
@@ -120,5 +120,5 @@ class Metrics:
         self._checkpoints.labels(outcome).inc()
 
     def render(self) -> tuple[str, bytes]:
-        """Return all metrics in Prometheus format, as a content type and the text."""
+        """Return the content type and the text of all metrics in Prometheus format."""
         return CONTENT_TYPE_LATEST, generate_latest(self._registry)

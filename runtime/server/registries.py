@@ -1,8 +1,9 @@
 """The registry of the sessions that a server has in memory.
 
-It finds the session that a greeting asks for, and moves sessions to disk when they are not needed.
-:mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers` decides from
-which state a session starts.  The server decides when to look for sessions without a connection.
+The registry finds the session that a greeting asks for, and moves sessions to disk when they are
+not needed.  :mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers`
+decides from which state a session starts.  The server decides when to look for sessions without a
+connection.
 """
 
 from __future__ import annotations
@@ -44,19 +45,20 @@ class Registry:
     """The sessions that a server has in memory; safe to use from several threads.
 
     Args:
-        executor: has the state of the server's folder, and is never trained itself.
+        executor: an executor that holds the state of the server's folder; it is never trained
+            itself.
         sessions: the largest number of sessions in memory.
         sessions_per_owner: the largest number of sessions per owner.  The owner ``""`` may stand
             for many clients, so only the total limit applies to it.
-        memory_bytes: the largest number of bytes that all states may use together; ``None`` for no
+        memory_bytes: the largest number of bytes that all states together may use; ``None`` for no
             limit.
         unattended_seconds: how long a session without a connection stays in memory.
         resume: also load sessions that an earlier server left in the folder.
         workers: processes that run the sessions' stages; ``None`` to run them in this process.
-        disk_per_owner: the largest number of bytes for an owner's checkpoints and outcomes;
-            ``None`` for no limit.
-        keep_seconds: how long the files of unused sessions are kept; ``None`` for ever.
-        clock: a function that returns seconds that never decrease.
+        disk_per_owner: the largest number of bytes that an owner's checkpoints and outcomes may
+            use; ``None`` for no limit.
+        keep_seconds: how long the files of unused sessions are kept; ``None`` to keep them forever.
+        clock: a function that returns the time in seconds, which must never decrease.
     """
 
     def __init__(
@@ -110,8 +112,8 @@ class Registry:
     def find(self, hello: Hello, owner: str) -> Session:
         """Find the session that a greeting asks for, in memory or on disk, or create a new session.
 
-        The session stays in memory until :meth:`release` has been called once for each call of this
-        method.
+        The session stays in memory until :meth:`release` has been called once for every call of
+        this method.
 
         Raises:
             RemoteProtocolError: the session's name is invalid.
@@ -126,11 +128,11 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """Find a session like :meth:`find`, but return a future instead of waiting.
+        """Find a session as :meth:`find` does, but return a future instead of waiting.
 
-        The future is done when another thread has opened a session or written it to disk.  Then
-        call this method again with the same set ``tried``.  In this way, a slow disk does not delay
-        other clients.
+        The future is done when another thread has opened a session or written one to disk.  Then
+        call this method again with the same set ``tried``, which records the sessions that were
+        chosen to make room.  In this way, a slow disk does not delay other clients.
 
         Raises:
             SplitonnxError: see :meth:`find`.
@@ -184,14 +186,14 @@ class Registry:
                     self._left[session.id] = self._clock()
 
     def end(self, session: Session) -> None:
-        """Remove a session from memory because its client is done; its saved files are kept."""
+        """Remove a finished session from memory; its saved files are kept."""
         with self._lock:
             self._sessions.pop(session.id, None)
             self._left.pop(session.id, None)
             session.close()
 
     def unload_idle(self) -> None:
-        """Move sessions that had no connection for too long from memory to disk.
+        """Move sessions that have had no connection for too long from memory to disk.
 
         Afterwards, delete the files of expired sessions.
         """

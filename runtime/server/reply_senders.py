@@ -1,4 +1,4 @@
-"""A queue that sends a message's replies in order, while later replies are being computed."""
+"""A queue that sends the replies to a message in order while later replies are being computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from splitonnx.runtime.server.ledgers import Reply
 
 
 class ReplySender:
-    """A queue of replies, which are sent in order with the function ``send``.
+    """A queue of replies that are sent in order with the function ``send``.
 
-    Use it from one event loop only.  If a reply cannot be sent, all later replies are dropped, and
-    :attr:`sending` holds the error.
+    Use the queue from one event loop only.  If a reply cannot be sent, all later replies are
+    dropped, and the task :attr:`sending` ends with the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
@@ -33,7 +33,7 @@ class ReplySender:
             self.sending = asyncio.create_task(self._send_waiting())
 
     def cancel(self) -> None:
-        """Stop sending; replies that were not sent are dropped, and an earlier error is ignored."""
+        """Stop sending, drop the replies that have not been sent, and ignore any earlier error."""
         self._is_over = True
         if self.sending is not None and not self.sending.cancel():
             self._has_failed(self.sending)  # otherwise asyncio would report the error as unread

@@ -1,8 +1,8 @@
 """The server, which trains its part of a model in a separate session for each client.
 
 The event loop receives and sends messages and answers pings.  ONNX Runtime works in threads, one
-message at a time per session.  While a reply is being sent, the computation after it is already
-running, and it finishes even if the reply never arrives.
+message at a time per session.  While a reply is being sent, the next computation is already
+running, and it is completed even if the reply never arrives.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _logger = logging.getLogger("splitonnx.server")
 
 
 class Server:
-    """A server that trains a bundle's server part with clients over websockets.
+    """A server that trains a bundle's server part together with clients over websockets.
 
     Call :meth:`serve_forever`, or use the server as a context manager, which serves in a thread
     while the context is open::
@@ -79,34 +79,34 @@ class Server:
         with Server("bundle/server", port=0) as server:
             Client("bundle/client", server.url).fit(data)
 
-    Each client has its own session, which starts from the folder's state and outlives its
+    Each client has its own session, which starts from the folder's state and outlives the client's
     connections.  The same port answers ``GET /health``, ``GET /metrics`` and, if ``client`` is
     given, ``GET /client/...``.
 
     Args:
-        bundle: the server's folder, or the loaded part.
+        bundle: the server's folder, or the server's part if it is already loaded.
         host: the address to listen on.
-        port: the port; 0 takes any free port.
-        threads: threads per operator; all cores by default.
+        port: the port to listen on; 0 selects any free port.
+        threads: number of threads per operator; by default, all cores are used.
         resume: resume the sessions that an earlier server left in the folder.
         limits: the server's limits.
         tokens: the accepted tokens; without them, every client is admitted.
-        tls: certificates, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
+        tls: the TLS context, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
         origins: web origins that may connect, such as ``https://example.org``.
         insecure: allow listening on the network although nothing keeps unknown clients out.
-        client: the client's folder, or the loaded part, for download by browsers.
+        client: the client's folder, or the loaded part, which browsers may download.
         web: a folder of web pages to serve, with ``index.html`` at the path ``/``.  These pages may
             connect to the server under each of its addresses.
         isolate: run the stages of each owner's sessions in a separate process; on by default if
             clients show tokens or certificates, or can connect over the network.
         keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
-            except for the newest outcome; ``None`` to keep them for ever.
+            except for the newest outcome; ``None`` to keep them forever.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
         FolderInUse: another server is using the folder.
-        UsageError: the bundle is not a server's part, ``client`` is not its client's part, ``web``
-            has no page, or nothing keeps unknown clients out.
+        UsageError: ``bundle`` is not a server's part, ``client`` does not belong to it, nothing
+            keeps unknown clients out, or another argument is invalid.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -209,8 +209,8 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until SIGINT or SIGTERM arrives, then finish the running steps and stop.
 
-        A second signal stops running stages.  If that takes longer than ``HALT_SECONDS``, the
-        process ends with exit code 130.
+        A second signal stops running stages.  If stopping then takes longer than ``HALT_SECONDS``,
+        the process ends with exit code 130.
 
         Raises:
             PortInUse: another program is using the port.

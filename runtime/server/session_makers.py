@@ -38,7 +38,7 @@ class SessionMaker:
         self._workers = workers
 
     def load(self, hello: Hello, owner: str) -> Session | None:
-        """Load a session from its newest checkpoint on disk; return ``None`` if it has none.
+        """Load a session from its newest checkpoint on disk; return ``None`` if there is none.
 
         Raises:
             ForeignSession: the session started from another owner's state.
@@ -59,11 +59,11 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Create a new session; refuse if the client already has checkpoints of the session.
+        """Create a new session, unless the client already has checkpoints of that session.
 
         Raises:
-            SessionLost: the client has checkpoints of the session, but the server has lost its
-                state.
+            SessionLost: the client has checkpoints of the session, but the server has lost the
+                session.
             BundleMismatch, ForeignSession: the state to start from is missing, or belongs to
                 another owner.
             ServerBusy: no worker is available.

@@ -69,7 +69,10 @@ class Session:
 
     @property
     def is_saved(self) -> bool:
-        """Return whether the state can be restored: it is on disk, or unchanged since the start."""
+        """Return whether the state can be restored.
+
+        This is possible if the state is on disk, or has not changed since the session started.
+        """
         return self._saved == self.executor.step
 
     @property
@@ -89,11 +92,11 @@ class Session:
     def greet(self, hello: Hello) -> int:
         """Accept a new connection, and return the step at which both sides continue.
 
-        If possible, that is the client's own step (see :meth:`Ledger.suits`).  Otherwise both sides
-        go back to the newest step whose state both have.
+        If possible, that is the client's current step (see :meth:`Ledger.suits`).  Otherwise, both
+        sides go back to the newest step whose state both have.
 
         Raises:
-            StaleConnection: the session has had a connection of this generation or a newer one.
+            StaleConnection: the session has already had a connection of this or a newer generation.
             SessionLost: there is no step at which both sides can continue.
         """
         if hello.generation <= self.generation:
@@ -124,8 +127,9 @@ class Session:
     ) -> Iterator[Reply]:
         """Handle a message with tensors of a task, and yield each reply as soon as it is ready.
 
-        ``fingerprint`` identifies the message's bytes.  A repeated message of a training step gets
-        the same replies as the first time.  After an error, call :meth:`abandon`.
+        ``fingerprint`` is the hash of the message's bytes.  ``encode`` converts a reply and its
+        tensors to chunks.  A repeated message of a training step gets the same replies as the first
+        time.  After an error, call :meth:`abandon`.
 
         Raises:
             RemoteProtocolError, StepConflict: the message is not allowed now.
@@ -159,13 +163,13 @@ class Session:
         fingerprint.take()  # after the replies, so that they need not wait for the hash
 
     def save(self, message: Save) -> Saved | Unsaved:
-        """Write the state to disk durably as a checkpoint and, if requested, as the outcome.
+        """Write a durable checkpoint and, if requested, the outcome of the training.
 
         Returns:
             ``Saved``, or ``Unsaved`` with the reason if the state cannot be written.
 
         Raises:
-            RemoteProtocolError: the client is at another step.
+            RemoteProtocolError: the client is at another step, or a step is unfinished.
         """
         if message.step != self.executor.step or self.ledger.is_open:
             raise RemoteProtocolError(
@@ -186,15 +190,15 @@ class Session:
         return Saved(session=self.id, step=message.step)
 
     def finish(self) -> None:
-        """End the session for good; if its state was published, delete its checkpoints."""
+        """End the session for good; if its current state was published, delete its checkpoints."""
         self.abandon()
         if self._store is not None and self._published == self.executor.step:
             self._store.remove()
 
     def unload(self) -> None:
-        """Write the state to disk, unless it is there already, before the session leaves memory.
+        """Write the state to disk, unless it is already there, before the session leaves memory.
 
-        An unfinished step is aborted.
+        Any unfinished task is aborted first.
 
         Raises:
             NotSaved: the state cannot be written.
@@ -211,7 +215,7 @@ class Session:
         return self.executor.is_lost
 
     def close(self) -> None:
-        """Release the state, after the session was removed from memory."""
+        """Release the state after the session has been removed from memory."""
         self.executor.close()
 
     def abandon(self) -> None:

@@ -1,4 +1,4 @@
-"""The memory for the tasks of one connection: it is reserved, kept during a task, and released.
+"""Memory for the tasks of a connection: it is reserved, kept during a task, and then released.
 
 The budget divides memory among owners, and the estimates compute how much a task needs.
 """
@@ -22,8 +22,8 @@ from splitonnx.runtime.wire.close_codes import RESTART
 class TaskMemory:
     """The memory that is reserved for the tasks of one connection.
 
-    The asyncio task ``gone`` is done when the connection has ended, and ``stopping`` when the
-    server is to stop.
+    The asyncio task ``gone`` is done when the connection has ended, and the asyncio task
+    ``stopping`` is done when the server begins to stop.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class TaskMemory:
         Waiting ends if the connection ends or the server stops.
 
         Raises:
-            ConnectionLost: the connection ended or the server stops; the message is dropped.
-            ServerBusy: not enough memory is left for an open task.
+            ConnectionLost: the connection ended or the server is stopping; the message is dropped.
+            ServerBusy: an open task needs more memory than is left.
             TaskTooLarge: the task needs more memory than the limit allows.
         """
         budget, task = self._context.budget, (session.id, message.phase)
@@ -79,7 +79,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Release the memory of finished tasks; open tasks count as idle from now on."""
+        """Release the memory of finished tasks, and count open tasks as idle from now on."""
         budget = self._context.budget
         if budget is None or session is None:
             return
