@@ -2,7 +2,8 @@
 
 After reconnecting, the channel sends the greeting and repeats the messages of the open task, so the
 caller sends and receives each tensor exactly once.  In the greeting, both sides agree on the step
-at which they continue; if that step is earlier than the client's, the caller must go back to it.
+at which they continue; if that step is earlier than the client's current step, the caller must go
+back to it.
 """
 
 from __future__ import annotations
@@ -124,14 +125,14 @@ class Channel:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Return the numbers of bytes sent and received so far, across all connections."""
+        """Return how many bytes have been sent and received so far, across all connections."""
         sent, received = self._past_traffic
         if self._transport is None:
             return sent, received
         return sent + self._transport.bytes_sent, received + self._transport.bytes_received
 
     def begin(self, key: TaskKey) -> None:
-        """Open a task, and keep its messages so that they can be sent again after a reconnect."""
+        """Open a task, whose messages are kept so that they can be sent again after a reconnect."""
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
@@ -191,7 +192,7 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step``; return the error, or ``""`` on success.
+        """Ask the server to save its state at ``step``; return ``""``, or why it failed.
 
         With ``publish``, the server also saves the state as the outcome of the training.
 

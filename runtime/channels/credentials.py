@@ -25,8 +25,8 @@ class Credentials:
 
     ``token`` is sent in a header of the handshake's HTTP request.  ``tls`` is the TLS context for
     ``wss://`` addresses; without it, the client trusts the operating system's certificate
-    authorities.  ``message_bytes`` limits the size of a message from the server; the connection is
-    closed if a message is larger.
+    authorities.  ``message_bytes`` limits the size of a message from the server; if a message is
+    larger, the connection is closed.
 
     Raises:
         UsageError: ``message_bytes`` is not positive.

@@ -28,7 +28,7 @@ class Backoff:
     with ``None``, it retries forever.
 
     Raises:
-        UsageError: a time is negative or not a number, or ``first`` is longer than ``longest``.
+        UsageError: a time is negative or NaN, or ``first`` is longer than ``longest``.
     """
 
     first: float = FIRST_DELAY

@@ -62,7 +62,7 @@ class WebSocketTransport:
         UntrustedPeer: the client does not trust the server's certificate, or the server does not
             trust the client's certificate.
         Redirected: the server redirects the client to another address.
-        UsageError: ``url`` is not a websocket address, or does not fit the credentials.
+        UsageError: ``url`` is not a websocket address, or does not match the credentials.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The public client, which trains, evaluates and predicts together with a server.
 
-:class:`Client` connects the data, the executor that runs the client's part, and the channel to the
-server.  Without a server, it trains an unsplit model.
+:class:`Client` connects the data, the channel to the server, and the executor that runs the
+client's part.  Without a server, the client trains an unsplit model.
 """
 
 from __future__ import annotations
@@ -180,23 +180,23 @@ class Client:
         """Train for a number of epochs and return the history.
 
         A resumed client starts at the position in the data where its run was interrupted, and
-        trains until ``epochs`` are complete.  If the server lost steps, both sides return to the
-        newest checkpoint that both have, or to the start of this call, and repeat the lost steps
-        exactly.
+        trains until all ``epochs`` are complete.  If the server lost steps, both sides return to
+        the newest checkpoint that both have, or to the start of this call, and repeat the lost
+        steps exactly.
 
         Args:
-            data: see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
+            data: the training data; see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
             epochs: number of passes over the data.
             batch_size: number of samples per step; a smaller last batch is skipped if the model's
                 batch size is fixed.
-            eval_data: data to evaluate on after each epoch.
-            learning_rate: a number, or a function that computes it from the number of steps so far;
-                by default, the optimizer's own learning rate.
+            eval_data: the data on which the model is evaluated after each epoch.
+            learning_rate: a number, or a function that computes the rate from the number of steps
+                so far; by default, the optimizer's own learning rate.
             shuffle: shuffle the data anew for each epoch.
             checkpoint_every: number of steps between checkpoints, which both sides write to their
                 folders; by default, no checkpoints are written.
-            when_unsaved: ``"stop"`` or ``"continue"``: what to do if a checkpoint cannot be
-                written.
+            when_unsaved: what to do if a checkpoint cannot be written: ``"stop"`` or
+                ``"continue"``.
             restart: discard an interrupted run in the folder.
             save: call :meth:`save` at the end; if the server has lost steps by then, they are
                 repeated first.

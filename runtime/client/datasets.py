@@ -153,8 +153,8 @@ def open_dataset(source: DataSource) -> Dataset:
 
     The arrays must have the names of the model's inputs; the array of targets is named ``labels``.
     Each array has one row per sample.  Files in a folder are memory-mapped and read as needed.
-    Batches are an iterable of dictionaries of arrays; the iterable determines the size and order of
-    the batches.
+    Batches are passed as an iterable of dictionaries of arrays; the iterable determines the size
+    and order of the batches.
 
     Raises:
         UnusableData: a file cannot be read or contains Python objects, or the arrays differ in
@@ -177,7 +177,7 @@ def open_dataset(source: DataSource) -> Dataset:
 
 
 def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
-    """Check that ``batch`` contains every array that ``specs`` declares, with its type and shape.
+    """Check that ``batch`` contains every array in ``specs``, with the declared type and shape.
 
     Arrays are not converted; if a dtype is wrong, the error explains how to convert the array.
 
@@ -201,8 +201,9 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:
     """Check that the floating-point arrays of a batch contain neither NaN nor infinity.
 
-    ``where`` is placed before the row number in the error message.  ``rows`` contains the number of
-    each row in the dataset; without it, rows are counted within the batch.
+    ``where`` is placed before the row number in the error message.  ``rows`` contains, for each row
+    of the batch, its number in the dataset; without ``rows``, the error counts rows within the
+    batch.
 
     Raises:
         NotFinite: an array contains NaN or infinity; the error names the array and the first

@@ -1,6 +1,6 @@
 """The task runner, which runs a client's tasks together with the server if the model is split.
 
-This module connects the executor that runs the client's part, the training run, and the channel.
+This module connects the training run, the channel, and the executor that runs the client's part.
 It makes both sides write checkpoints, and returns to an earlier step if the server lost steps.  The
 training loop handles data, epochs and records.
 """
@@ -51,7 +51,7 @@ class TaskRunner:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Return the numbers of bytes sent and received so far."""
+        """Return how many bytes have been sent and received so far."""
         return (0, 0) if self._channel is None else self._channel.traffic
 
     def perform(

@@ -30,7 +30,7 @@ class ClientFiles:
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        UsageError: ``client`` is not the client's part of the same bundle.
+        UsageError: ``client`` is not the client's part of the server's bundle.
     """
 
     def __init__(self, client: str | Path | PartyBundle, server: PartyManifest) -> None:
@@ -43,7 +43,7 @@ class ClientFiles:
         self._files = {MANIFEST: manifest, WEIGHTS: b"".join(weights), **party.graphs}
 
     def answer(self, path: str) -> HttpResponse | None:
-        """Return the response for a URL path, or ``None`` if the path is not in ``/client/``."""
+        """Return the response for a URL path, or ``None`` if the path is not under ``/client/``."""
         if not path.startswith(FOLDER):
             return None
         name = path.removeprefix(FOLDER)

@@ -101,7 +101,7 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers, and stop counting the connection."""
+        """Stop the timers and stop counting the connection."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
@@ -239,7 +239,7 @@ class LimitedConnection(ServerConnection):
         self.transport.abort()
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection and send the reason, or abort it if the client is not reading."""
+        """Send the reason and close the connection, or abort it if the client is not reading."""
         if self.protocol.state is OPEN and not self.transport.get_write_buffer_size():
             self.protocol.fail(code, reason)
             self.send_data()

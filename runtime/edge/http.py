@@ -21,7 +21,7 @@ from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
 class Refusal(StrEnum):
     """The reason why a server refused or closed a connection.
 
-    There are only a few reasons, because each of them is a label value of a metric.
+    There are only a few reasons, because each one is used as a label value of a metric.
     """
 
     WRONG_TOKEN = "WrongToken"
@@ -130,7 +130,7 @@ def make_response(
 
 
 def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
-    """Convert a request of the websockets library to an :class:`HttpRequest`."""
+    """Convert a request from the websockets library to an :class:`HttpRequest`."""
     return HttpRequest(
         path=request.path,
         token=token,

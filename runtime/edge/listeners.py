@@ -59,7 +59,7 @@ class HandshakeQuota:
         self._dropped = 0
 
     def admit(self, client: AcceptedSocket) -> bool:
-        """Count a newly accepted socket; return False if it must be closed instead."""
+        """Count a newly accepted socket; return ``False`` if it must be closed instead."""
         if client.fileno() >= self._ceiling:
             self.on_scarce()
             return False
@@ -78,7 +78,7 @@ class HandshakeQuota:
         """Count a connection that was closed early, and regularly run the garbage collector.
 
         The collector runs once every ``SWEEP`` calls.  For each of these connections, asyncio
-        leaves a reference cycle that has few objects but takes 256 KiB.  Python's automatic
+        leaves behind a reference cycle that has few objects but takes 256 KiB.  Python's automatic
         collection depends on the number of objects, not of bytes, so hundreds of such cycles would
         pile up.
         """
@@ -151,9 +151,10 @@ class Listener(socket.socket):
 
 
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
-    """Listen on every address of ``host``; an empty host means all addresses.
+    """Listen on every address of ``host``, and return the listening sockets.
 
-    With port 0, a free port is chosen; it is the same for all addresses.
+    An empty host means all addresses.  With port 0, a free port is chosen; it is the same for all
+    addresses.
 
     Raises:
         PortInUse: another program is using the port.

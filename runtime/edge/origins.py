@@ -46,10 +46,10 @@ class Origins:
     def answers_to(self, host: str | None) -> bool:
         """Return whether the server answers a plain HTTP request for ``host``.
 
-        With DNS rebinding, an attacker's page could read the answer.  So unless the server is
-        locked, the host must be an IP address, ``localhost``, the name that the server listens on,
-        or the host of a listed origin.  A request without a host is answered, because it does not
-        come from a browser.
+        With DNS rebinding, an attacker's page could read the answer.  Therefore, unless the server
+        is locked, the host must be an IP address, ``localhost``, the name that the server listens
+        on, or the host of a listed origin.  A request without a host is answered, because it does
+        not come from a browser.
         """
         return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
 

@@ -75,7 +75,7 @@ class Page:
 
 
 class Pages:
-    """The web pages of a server, found by URL path."""
+    """The web pages of a server, which are looked up by URL path."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)

@@ -1,4 +1,4 @@
-"""State that a server's connections share: sessions, threads, memory, and newest connections.
+"""State that all connections of a server share, such as sessions, threads and memory.
 
 This module aborts the open tasks of silent clients if other clients are waiting for memory.
 :mod:`handlers` contains the code for a single connection.

@@ -1,7 +1,7 @@
 """The connection handler, which passes messages between a client's connection and its dispatcher.
 
 One handler serves one connection on the event loop.  Slow work is done in threads when it is the
-turn of the client's owner, and only one thread at a time works for a session.  If a reply can no
+turn of the client's owner, and only one thread at a time works on a session.  If a reply can no
 longer be sent, any remaining work is still done.
 """
 

@@ -84,7 +84,8 @@ class Ledger:
         Raises:
             RemoteProtocolError: the message belongs to another step, or an earlier message is
                 missing.
-            StepConflict: a message with this number, but different contents, was already handled.
+            StepConflict: a message with this number but different contents has already been
+                handled.
         """
         if step == self.step - 1 and self._made:
             self._compare(self._made, step, turn, fingerprint)

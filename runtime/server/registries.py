@@ -1,9 +1,9 @@
 """The registry of the sessions that a server has in memory.
 
-The registry finds the session that a greeting asks for, and moves sessions to disk when they are
-not needed.  :mod:`capacities` decides how many sessions may be in memory, and :mod:`session_makers`
-decides from which state a session starts.  The server decides when to look for sessions without a
-connection.
+The registry finds the session that a greeting asks for, and moves sessions to disk when they are no
+longer needed.  :mod:`capacities` decides how many sessions may be in memory, and
+:mod:`session_makers` decides from which state a session starts.  The server decides when to look
+for sessions without a connection.
 """
 
 from __future__ import annotations

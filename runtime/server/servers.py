@@ -94,9 +94,9 @@ class Server:
         tls: the TLS context, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
         origins: web origins that may connect, such as ``https://example.org``.
         insecure: allow listening on the network although nothing keeps unknown clients out.
-        client: the client's folder, or the loaded part, which browsers may download.
+        client: the client's part (its folder, or loaded), which browsers may download.
         web: a folder of web pages to serve, with ``index.html`` at the path ``/``.  These pages may
-            connect to the server under each of its addresses.
+            connect to the server at any of its addresses.
         isolate: run the stages of each owner's sessions in a separate process; on by default if
             clients show tokens or certificates, or can connect over the network.
         keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,

@@ -1,6 +1,6 @@
 """A session: one client's training run, with its own copy of the server's part of the model.
 
-A session outlives its connections.  It yields each reply as soon as the reply is ready, so that a
+A session outlives its connections.  The session yields each reply as soon as it is ready, so that a
 gradient is sent before the server's own update runs.  The dispatcher decodes messages and encodes
 replies.  The registry decides who may use a session and how many sessions there are.
 """

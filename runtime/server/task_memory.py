@@ -44,7 +44,7 @@ class TaskMemory:
     ) -> None:
         """Reserve ``needed`` bytes for a message's task, and wait until they are available.
 
-        Waiting ends if the connection ends or the server stops.
+        The wait ends early if the connection ends or the server stops.
 
         Raises:
             ConnectionLost: the connection ended or the server is stopping; the message is dropped.
