@@ -192,7 +192,7 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step``; return ``""``, or why it failed.
+        """Ask the server to save its state at ``step``; return ``""`` on success, or the reason.
 
         With ``publish``, the server also saves the state as the outcome of the training.
 

@@ -202,8 +202,7 @@ def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> No
     """Check that the floating-point arrays of a batch contain neither NaN nor infinity.
 
     ``where`` is placed before the row number in the error message.  ``rows`` contains, for each row
-    of the batch, its number in the dataset; without ``rows``, the error counts rows within the
-    batch.
+    of the batch, its number in the dataset; by default, rows are counted within the batch.
 
     Raises:
         NotFinite: an array contains NaN or infinity; the error names the array and the first

@@ -94,7 +94,7 @@ class Server:
         tls: the TLS context, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
         origins: web origins that may connect, such as ``https://example.org``.
         insecure: allow listening on the network although nothing keeps unknown clients out.
-        client: the client's part (its folder, or loaded), which browsers may download.
+        client: the client's folder or loaded part, which browsers may download.
         web: a folder of web pages to serve, with ``index.html`` at the path ``/``.  These pages may
             connect to the server at any of its addresses.
         isolate: run the stages of each owner's sessions in a separate process; on by default if
