@@ -67,8 +67,8 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
 
     If the weights are too large for one ONNX file, they are written as external data to a second
     file, whose name is ``path`` with ``.data`` appended.  The weights are streamed, so they do not
-    have to fit into memory.  Each file is moved to its place only when it is complete, and the
-    model file last.
+    have to fit into memory.  Each file is moved into place only when it is complete, and the model
+    file is moved last.
 
     Returns:
         The number of bytes written.

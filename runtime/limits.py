@@ -154,7 +154,7 @@ class Limits:
 
     @property
     def memory(self) -> int:
-        """Return how many bytes the states of all sessions may take together.
+        """Return how many bytes of memory the states of all sessions together may occupy.
 
         The default is half of the machine's memory.
         """
@@ -162,7 +162,7 @@ class Limits:
 
     @property
     def tasks(self) -> int:
-        """Return how many bytes all running tasks may take together.
+        """Return how many bytes of memory all running tasks together may occupy.
 
         The default is a quarter of the machine's memory.
         """
@@ -182,8 +182,8 @@ class LimitHelp:
     """The description of one limit, for the command line and the documentation.
 
     ``text`` says what is limited, and ``beyond`` says what happens when the limit is exceeded.
-    ``unset`` says what applies if the default is ``None``.  ``earlier`` is the limit's name in
-    version 0.1.0, if that was different.
+    ``unset`` says what applies if the limit's default is ``None``.  ``earlier`` is the limit's name
+    in version 0.1.0 if it was different.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """A connection between a client and a server in the same process and thread, without a network.
 
 It is meant for tests and for verifying a bundle.  Messages are encoded and decoded as on any other
-connection.  Everything happens in a fixed order, so that a run can be repeated exactly.
+connection.  Everything happens in a fixed order, so a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from splitonnx.runtime.server.registries import Registry
 class MemoryTransport:
     """A client's connection to a server in the same thread.
 
-    The server works while the client waits for a reply.  Work that remains after the reply is done
-    before the client's next message, or in :meth:`drain` or :meth:`close`.
+    The server works while the client waits for a reply.  Any remaining work is done before the
+    client's next message is sent, or when :meth:`drain` or :meth:`close` is called.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -43,7 +43,7 @@ class MemoryTransport:
         return executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send one message to the server, after the server has finished its earlier work."""
+        """Send one message to the server, once the server has finished its remaining work."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()
@@ -65,7 +65,7 @@ class MemoryTransport:
             self._waiting.append(content)
 
     def close(self) -> None:
-        """Finish the server's remaining work and close the connection; may be called twice."""
+        """Finish the server's remaining work and close the connection, if it is still open."""
         if not self._closed:
             self.drain()
             self._dispatcher.end()

@@ -1,14 +1,15 @@
 """Add checks before kernels that compute memory addresses from values that a peer may choose.
 
-Each function adds its checks to a graph and returns the node's checked inputs by their index.  If a
-check fails while the graph runs, the stage ends with an error before the kernel is called.
+Each function builds checks for one node.  It returns a mapping from the index of each checked input
+to the value that replaces this input.  If a check fails while the graph runs, the stage ends with
+an error before the kernel is called.
 
-Without these checks, the kernels of onnxruntime-training 1.19.2 do the following.  Each was tested
-in its own process, with known bytes planted in memory:
+Without these checks, the kernels of onnxruntime-training 1.19.2 do the following.  Each case was
+tested in its own process, with known bytes planted in memory:
 
-- GridSample reads outside the image when it reflects a distant coordinate, or reflects in an
+- GridSample reads outside the image if it reflects a distant coordinate, or if it reflects in an
   image of a single pixel.
-- RoiAlign accepts any image number and any box size.
+- RoiAlign accepts any image (batch) index and any box size.
 - MaxUnpool crashes the process on an index outside its output.
 - Pad reads outside an axis when it reflects or wraps, and leaves memory uninitialized if an axis is
   cropped to length zero.
@@ -52,14 +53,15 @@ _FIXED_REACH = 1 << 20
 
 
 def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Limit the sampling coordinates of a GridSample that reflects at the image border.
+    """Limit the sampling coordinates of a GridSample node that reflects at the image border.
 
-    Reflection repeats every 4 half lengths of the image, so each coordinate is replaced by its
-    remainder modulo 4, which reflects to the same pixel.  The check fails if a coordinate is not a
-    number or, with ``align_corners``, if the image is one pixel wide.
+    Coordinates from -1 to 1 are inside the image, and reflection repeats with period 4.  So each
+    coordinate is replaced by its remainder modulo 4, which reflects to the same pixel.  The check
+    fails if a coordinate is NaN or infinite.  With ``align_corners``, it also fails if an axis of
+    the image is only one pixel long.
 
     Raises:
-        UnsupportedModel: the image is already known to be one pixel wide.
+        UnsupportedModel: with ``align_corners``, an axis is already known to be one pixel long.
     """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
@@ -85,11 +87,11 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each RoiAlign box refers to an existing image and is not far outside the image.
+    """Check that each box of a RoiAlign node refers to an existing image and is not far outside it.
 
-    If the number of samples per bin depends on the box size, RoiAlign lists all samples at once, so
-    coordinates are limited to 4 image lengths.  With a fixed number of samples, the limit is 2**20
-    image lengths.
+    RoiAlign divides each box into bins and samples the image in each bin.  If the number of samples
+    depends on the box size, RoiAlign stores all samples at once, so coordinates are limited to 4
+    image lengths.  If the number is fixed, the limit is 2**20 image lengths.
     """
     image, boxes, numbers = node.inputs[:3]
     assert image is not None
@@ -116,7 +118,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each index that a MaxUnpool reads is smaller than the size of its output."""
+    """Check that each index read by a MaxUnpool node is smaller than the size of its output."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
@@ -137,7 +139,10 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each axis of a Pad's input is long enough to be cropped or padded as requested."""
+    """Check that a Pad node's input is long enough on each axis for the requested padding.
+
+    Negative padding crops the input.
+    """
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
     assert widths is not None
@@ -180,7 +185,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a Col2Im has one column for each position of its block in the image.
+    """Check that a Col2Im node has one column per position of the block in the image.
 
     Raises:
         UnsupportedModel: the number of the image's dimensions is not known.
@@ -233,7 +238,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
 
 
 def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that an AffineGrid gets one matrix per image, of the right shape for the image."""
+    """Check that an AffineGrid node gets one matrix per image, with a shape that fits the image."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
     assert size is not None
@@ -251,7 +256,7 @@ def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a DFT does not transform the last axis, which holds real and imaginary parts.
+    """Check that a DFT node does not transform the last axis (of real and imaginary parts).
 
     Raises:
         UnsupportedModel: the axis is already known to be the last one.
@@ -276,7 +281,7 @@ def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the weights of an LSTM, GRU or RNN fit the sizes of its input and hidden state."""
+    """Check that the weights of an LSTM, GRU or RNN node fit its input size and hidden size."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None
@@ -307,7 +312,10 @@ def _differs(builder: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Valu
 
 
 def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the bias of a Conv, ConvTranspose or QLinearConv has one element per filter."""
+    """Check that a convolution's bias has one element per filter.
+
+    The node is a Conv, ConvTranspose or QLinearConv.
+    """
     at, weights_at = (8, 3) if node.op_type == "QLinearConv" else (2, 1)
     bias, weights = [*node.inputs, *[None] * 9][at], node.inputs[weights_at]
     if bias is None or weights is None:
@@ -324,7 +332,7 @@ def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_frames(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the frame length of an STFT is positive."""
+    """Check that the frame length of an STFT node is positive."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):

@@ -7,8 +7,8 @@ nodes, and the server fewer.  So one growing set of nodes per party is enough, a
 every node once.
 
 :func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are tried
-with that function, up to a limit.  If raw inputs may be sent together with a tensor, the tensors
-that :mod:`bottlenecks` finds are tried too.
+with that function, up to a limit.  If raw inputs (inputs that are data) may be sent together with a
+tensor, the tensors that :mod:`bottlenecks` finds are tried too.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -44,10 +44,10 @@ MOST_VISITS = 4_000_000
 class Bisection:
     """A legal cut at a single tensor.
 
-    ``at`` holds the tensor, followed by the raw inputs that must be sent with it.  ``client`` is
-    the number of elements in the trained parameters that the tensor depends on, and ``server`` the
-    number of elements in the trained parameters that the server reads.  ``trained`` is true if the
-    tensor depends on a trained parameter.
+    ``at`` holds the tensor, followed by the raw inputs that must be sent with it.  ``client``
+    counts the elements of the trained parameters that the tensor depends on, and ``server`` the
+    elements of the trained parameters that the server reads.  ``trained`` is true if the tensor
+    depends on a trained parameter.
     """
 
     at: tuple[ir.Value, ...]

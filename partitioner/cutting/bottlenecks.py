@@ -1,10 +1,10 @@
-"""Find tensors at which a graph may be cut if some of its inputs are sent together with the tensor.
+"""Find tensors at which a graph may be cut if some graph inputs are sent together with them.
 
-Every path from the tensor's own inputs to the graph's outputs must pass through the tensor.  Paths
-through values that may be sent do not count.  All tensors are checked in one walk over the tree of
-post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm"): in this tree, a
-tensor is the ancestor of every tensor whose paths all pass through it.  This module ignores weights
-and sizes, so the tensors that it finds still have to be tried.
+Such a tensor lies on every path from its sources (the values from which it is computed) to the
+graph's outputs.  Paths through values that may be sent are ignored.  All tensors are checked in one
+walk over the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance
+Algorithm"): in this tree, a tensor is the ancestor of every tensor whose paths all pass through it.
+This module ignores weights and sizes, so the tensors that it finds still have to be tried.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def find_bottlenecks(
     data: Collection[ir.Value],
     free: Collection[ir.Value],
 ) -> list[ir.Value]:
-    """List the tensors through which every path from their inputs to the graph's outputs passes.
+    """List the tensors that lie on every path from their sources to the graph's outputs.
 
-    Paths through the tensors in ``free`` are ignored.  Only the nodes in ``nodes``, which are in
-    the graph's order, and the tensors in ``data`` are considered.
+    A tensor's sources are the values from which it is computed.  Paths through the tensors in
+    ``free`` are ignored.  Only the nodes in ``nodes``, which are in the graph's order, and the
+    tensors in ``data`` are considered.
     """
     tree = _Tree(nodes, data)
     excess = [0] * len(tree.parents)

@@ -38,10 +38,10 @@ class Partition:
 
     ``server`` holds the server's nodes; all other nodes belong to the client.  Nodes that do not
     depend on data, or depend only on its shape, may be needed by both parties: ``client`` holds all
-    nodes that the client needs.  ``remote_shapes`` lists, for each party, the nodes that read the
-    shape of a tensor which the party does not have.  Each of these nodes is mapped to tensors from
-    whose shapes the party can read the same sizes.  The nodes in ``duplicated`` depend only on raw
-    inputs that are sent anyway, so each party computes them itself.
+    nodes that the client needs.  ``remote_shapes`` holds, per party, the nodes that read the shape
+    of a tensor that the party lacks.  It maps each of them to other tensors from which the party
+    can read the same sizes.  The nodes in ``duplicated`` depend only on raw inputs that are sent
+    anyway, so each party computes them itself.
     """
 
     at: tuple[ir.Value, ...]
@@ -54,7 +54,7 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One party's side of a cut: its nodes, the values they start from, and its remote shapes.
+    """One party's side of a cut: its nodes, the values that they start from, and its remote shapes.
 
     ``remote_shapes`` is the party's entry in :attr:`Partition.remote_shapes`.  If the party needs a
     size that it cannot derive, ``underived`` explains why; otherwise it is empty.
@@ -68,7 +68,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """The two sides of an unchecked cut at ``at`` and ``tail_at``, one side per party."""
+    """Both parties' sides of a cut at the tensors ``at`` and ``tail_at``, not checked yet."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]
@@ -103,7 +103,7 @@ def survey(
 ) -> Surroundings:
     """Collect the facts about a graph that :func:`divide` needs for any cut.
 
-    Pass ``known`` if more is known about the graph's dimensions than the graph itself declares.
+    ``known`` may hold inferred dimensions that the graph itself does not declare.
     """
     known = known or Inference(graph.opset_imports[""])
     raw = {value: None for value in graph.inputs if value.name not in state}
@@ -161,15 +161,16 @@ def divide(
     trainable: Collection[str] = frozenset(),
     around: Surroundings | None = None,
 ) -> Partition:
-    """Divide ``graph`` at the given tensors.
+    """Divide ``graph`` between the client and the server at the given tensors.
 
-    ``state`` names the graph inputs that are weights rather than data, and ``trainable`` the
-    weights that are trained.  If ``at`` is empty, everything belongs to the client.  Pass
-    ``around``, the result of :func:`survey`, if it has already been computed.
+    The client sends ``at`` to the server; in a U-shaped cut, the server sends ``tail_at`` back.  If
+    ``at`` is empty, everything belongs to the client.  ``state`` names the graph inputs that are
+    weights rather than data, and ``trainable`` the trained weights.  ``around`` is the result of
+    :func:`survey`, if it has already been computed.
 
     Raises:
-        NotACut: tensors that are not named would have to be sent, a party does not use a named
-            tensor, or the server would have nothing to compute.
+        NotACut: tensors other than ``at`` and ``tail_at`` would have to be sent, a party does not
+            use a tensor that it receives, or the server would have nothing to compute.
         SharedParameter: both parties would use the same trained parameter.
         UsageError: ``tail_at`` is given without ``at``.
     """
@@ -202,7 +203,7 @@ def trace_sides(
     values that are not sent to it.
 
     Raises:
-        NotACut: a named tensor depends on none of the model's inputs.
+        NotACut: a cut tensor depends on none of the model's inputs.
     """
     raw, sizes, known = list(around.raw), around.sizes, around.known
     for value in (*at, *tail_at):
@@ -226,7 +227,7 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
     """Check that the server has nodes to run and each party uses what it receives (step 2 of 3).
 
     Raises:
-        NotACut: the server would have nothing to compute, or a party does not use a named tensor.
+        NotACut: the server has nothing to compute, or a party does not use a tensor it receives.
     """
     names = _list_names(sides.at, sides.tail_at)
     if not any(node.inputs and set(node.outputs) & data for node in sides.server.nodes):
@@ -241,9 +242,9 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
 def find_duplicated(
     graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
 ) -> frozenset[ir.Node]:
-    """Find the nodes that both parties compute from data, and check that they may (step 3 of 3).
+    """Find the nodes that both parties compute from data, and check them (step 3 of 3).
 
-    Both parties may compute a node if it depends only on raw inputs that are sent anyway.
+    Both parties may compute a node only if it depends only on raw inputs that are sent anyway.
 
     Raises:
         NotACut: other tensors would have to be sent too; the error's ``missing`` names them.
@@ -292,9 +293,9 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Find the values that can be computed from the data in ``named`` without trained parameters.
+    """Find the values that can be computed from the tensors ``named`` without trained parameters.
 
-    Values that also depend on other data are left out.
+    Values that also depend on other tensors in ``data`` are left out.
     """
     trained = set(trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])

@@ -51,11 +51,11 @@ class JointGraph:
     """The joint graph of a phase, with its wires and the values that each party must compute.
 
     ``wires`` are the tensors that the parties exchange.  ``targets`` maps each party to the values
-    that it must compute for itself.  ``results`` names the values returned to the client's caller.
-    ``data`` declares the arrays that the caller must supply.  ``owners`` maps each weight to the
-    parties that use it in this phase.  ``gradients`` maps each trained parameter to the name of its
-    gradient, in the model's order.  ``commits`` maps each running statistic to the value that
-    replaces it.
+    that it must compute besides the tensors that it sends.  ``results`` names the values returned
+    to the client's caller.  ``data`` declares the arrays that the caller must supply.  ``owners``
+    maps each weight to the parties that use it in this phase.  ``gradients`` maps each trained
+    parameter to the name of its gradient, in the model's order.  ``commits`` maps each running
+    statistic to the value that replaces it.
     """
 
     graph: ir.Graph
@@ -69,7 +69,7 @@ class JointGraph:
 
 
 def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Describe a graph's value for the manifest, and make up names for unnamed dimensions.
+    """Describe a graph's value for the manifest, and generate names for unnamed dimensions.
 
     Raises:
         UsageError: the value's shape is not known, or its element type cannot be sent.
@@ -90,7 +90,9 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 def build_training(
     prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
 ) -> JointGraph:
-    """Build the joint graph of training: add loss and :mod:`ports`, then differentiate the graph.
+    """Build the joint graph of training: add the loss and the ports, then differentiate.
+
+    Ports mark the tensors that the parties exchange (:mod:`ports`).
 
     ``at`` and ``tail_at`` name the tensors of the cut.  The loss is computed from ``output``.
     """
@@ -146,7 +148,9 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Build the joint graph of prediction: add :mod:`ports` to the inference form.
+    """Build the joint graph of prediction: add the ports to the inference form.
+
+    Ports mark the tensors that the parties exchange (:mod:`ports`).
 
     The server sends the outputs that it computes to the client.
     """

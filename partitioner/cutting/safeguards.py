@@ -1,10 +1,10 @@
 """Add checks to a graph before kernels of ONNX Runtime 1.19 that trust their inputs.
 
-Some kernels crash the process, or read outside a tensor, if a dimension is empty, if two dimensions
-that should be equal differ, or if a label is not a class.  Sizes that the parties agree on
-(:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal.  All other sizes are
-checked while the graph runs.  The checks are made of standard operators: Gather raises an error if
-an index is out of range, and Reshape raises an error if the number of elements differs.
+Some kernels crash the process, or read outside a tensor, if a dimension is 0, if two dimensions
+that should be equal differ, or if a label is not a valid class index.  Sizes that the parties agree
+on (:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal.  All other sizes
+are checked while the graph runs.  The checks are made of standard operators: Gather raises an error
+if an index is out of range, and Reshape raises an error if the number of elements differs.
 
 Checks are added after the ports, so that the party that runs the kernel also runs the check and
 nothing has to be sent.  They are added before differentiation, and also to the bodies of control
@@ -45,9 +45,10 @@ Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 
 
 def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
-    """Insert checks into the graph before each node in ``nodes`` that needs them.
+    """Insert checks before each node in ``nodes`` that needs them.
 
-    Set ``is_training`` if the graph will be differentiated, to also protect gradient kernels.
+    Set ``is_training`` if the graph will be differentiated, so that gradient kernels are protected
+    too.
     """
     tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:

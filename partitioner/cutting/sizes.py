@@ -58,7 +58,7 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Return the name of a dimension that a node needs but no tensor in ``held`` has.
+    """Return the name of a dimension that a node needs and that no tensor in ``held`` has.
 
     Return ``None`` if all dimensions can be read from the tensors in ``held``.
     """
@@ -91,9 +91,9 @@ class SizeWatch:
     ) -> tuple[list[ir.Node], list[ir.Node]]:
         """Add the nodes in ``new`` to the party's nodes.
 
-        ``nodes`` holds all nodes of the party, and ``held`` the tensors that it has without
-        computing them.  Return the new nodes that must wait, and all nodes that can now read their
-        sizes.
+        ``nodes`` holds all nodes of the party, including the new ones, and ``held`` the tensors
+        that the party has without computing them.  Return the new nodes that must wait, and all
+        nodes whose sizes the party can now read.
         """
         away, near = [], []
         for node in new:
@@ -129,11 +129,12 @@ def derive_sizes(
     """Rewrite the graph, in place, so that ``party`` computes all sizes itself.
 
     ``nodes`` holds the party's nodes so far, and ``others`` the other party's nodes.  Each node in
-    ``remote_shapes`` reads the shape of a tensor that the party does not have; it is replaced by
+    ``remote_shapes`` reads the shape of a tensor that the party does not have.  It is replaced by
     nodes that read the same sizes from the tensors to which it is mapped.  The party also gets its
-    own copies of the nodes in ``duplicated``, and of nodes that both parties have and that read
-    sizes.  Afterwards the graph's nodes may be out of topological order.  Return the party's nodes
-    after the change.
+    own copies of the nodes in ``duplicated``, and of the size computations that both parties share.
+
+    Afterwards, the graph's nodes may be out of topological order.  Return the party's nodes after
+    the change.
     """
     own, sized = set(nodes), set[ir.Value]()
     replaced: dict[ir.Value, ir.Value] = {}

@@ -1,8 +1,8 @@
 """Check that the runtime will accept a graph's operators, before the graph is written.
 
-The runtime refuses operators that its table does not list.  Comparing names, domains and versions
-with the same table finds a mistake in an earlier step when the model is cut, and not only when the
-bundle is run.
+The runtime refuses operators that its table does not list.  This module compares names, domains and
+versions with the same table.  So a mistake in an earlier step is found when the model is cut, and
+not only when the bundle is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HIGHEST = {"": HIGHEST_OPSET, TRAINING_DOMAIN: HIGHEST_TRAINING_OPSET}
 def check_operators(
     stage: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool
 ) -> frozenset[str]:
-    """Check every operator in a stage's graph and its bodies, and return the domains in use.
+    """Check every operator in a stage's graph and its subgraph bodies, and return their domains.
 
     A portable graph may use only standard operators.
 

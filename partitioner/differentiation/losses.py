@@ -39,7 +39,7 @@ def list_losses() -> list[str]:
 
 
 def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
-    """Add nodes that compute ``loss`` and its metric from ``output``, and make these graph outputs.
+    """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
       are I64 in [0, C); the metric is accuracy.
@@ -94,9 +94,10 @@ def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
 def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
     """Return the name of the tensor from which the loss should be computed.
 
-    Usually this is ``output``.  But ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a
-    Sigmoid.  If the model ends in the same activation, its input is used instead, so that the
-    activation is not applied twice.  If ``output`` is a tensor in ``cut``, it is used in any case.
+    Usually this is ``output``.  But ``cross-entropy`` itself applies a Softmax, and
+    ``bce-with-logits`` a Sigmoid.  If ``output`` is the result of the activation that the loss
+    applies, the loss is computed from the activation's input, so that the activation is not applied
+    twice.  But if ``output`` is one of the tensors in ``cut``, it is used in any case.
     """
     value = map_values(graph)[output]
     node = value.producer()
@@ -107,7 +108,9 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 
 
 def find_activation(output: ir.Value, loss: str) -> str | None:
-    """Return the operator that computes ``output`` if ``loss`` contains the same activation.
+    """Return the activation that computes ``output``, if ``loss`` itself applies this activation.
+
+    The activation is ``Softmax`` for ``cross-entropy`` and ``Sigmoid`` for ``bce-with-logits``.
 
     Otherwise return ``None``.
     """
@@ -261,8 +264,9 @@ def build_evaluation(
 ) -> tuple[ir.Model, AttachedLoss]:
     """Build a model that computes the loss and metric from a prediction and its labels.
 
-    If ``activation`` is given, the prediction is the result of this operator.  Its inverse is
-    applied first, because the loss is computed from raw scores.
+    ``output`` describes the prediction.  If ``activation`` (``Softmax`` or ``Sigmoid``) is given,
+    the prediction is the result of this operator.  The activation's inverse is then applied first,
+    because the loss is computed from raw scores.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
     builder = NodeBuilder("splitonnx.scores")

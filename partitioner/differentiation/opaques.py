@@ -1,9 +1,9 @@
 """Hide some nodes from onnxruntime-training while it differentiates the graph.
 
-The optimizer of version 1.19.2 prepares every node for training, even if no gradient passes through
-the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runtime supports.  In
-the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to training
-mode, which changes its results, and quantized operators are refused.
+The graph optimizer of version 1.19.2 prepares every node for training, even if no gradient passes
+through the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runtime
+supports.  In the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to
+training mode, which changes its results, and quantized operators are refused.
 
 LSTM, GRU, and nodes with bodies are called *opaque* here.  If no gradient passes through an opaque
 node, its results can be treated as data.  The node is then removed: its results become graph
@@ -35,9 +35,10 @@ _RECURRENCES = frozenset({"GRU", "LSTM"})
 class Opaques:
     """The nodes removed from a graph, and the values that connect them to the graph.
 
-    ``constants`` holds the constants that the nodes read, because the optimizer may drop or rename
-    them.  ``exposed`` names the graph outputs that were added only for these nodes.  ``results``
-    holds the values that the nodes compute.  ``outputs`` names the results that are graph outputs.
+    ``constants`` holds the constants that the nodes read, because the graph optimizer may drop or
+    rename these constants.  ``exposed`` names the graph outputs that were added only for these
+    nodes.  ``results`` holds the values that the nodes compute.  ``outputs`` names the results that
+    are graph outputs.
     """
 
     nodes: Sequence[onnx.NodeProto] = ()

@@ -1,9 +1,9 @@
-"""Build graphs of standard ONNX operators that update parameters like an optimizer.
+"""Build graphs of standard ONNX operators that update parameters as an optimizer does.
 
 An update graph reads parameters, gradients and optimizer state, and computes new parameters and
-state.  The learning rate and the number of the update are scalar inputs, so the runtime can change
-them from step to step.  The formulas are the same as in ``torch.optim``.  The cut matters only for
-clipping, for which the parties exchange the norms of their gradients.
+state.  The learning rate and the step number are scalar inputs, so they can change from step to
+step.  The formulas are the same as in ``torch.optim``.  The cut matters only for gradient clipping,
+for which the parties exchange the norms of their gradients.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def build_update(
 
     ``gradients`` maps each parameter to the name of its gradient.  If ``optimizer.clip_norm`` is
     set, the graph also reads the vectors described by ``norms``.  A ``portable`` graph uses double
-    precision only if a parameter is in double precision, because ONNX Runtime has no kernels for it
-    on GPUs in browsers.
+    precision only if a parameter has double precision, because ONNX Runtime has no double-precision
+    kernels for GPUs in browsers.
     """
     builder = _Graph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())

@@ -1,4 +1,4 @@
-"""The gate: the checks that every model must pass before other code works with it.
+"""The gate: the checks that every model must pass before any other code uses it.
 
 The gate checks a model's names, operators, attributes, types and tensors directly in the protobuf
 messages.  It makes two changes, both in its own copy of the model: it replaces the dictionaries of

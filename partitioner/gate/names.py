@@ -110,8 +110,8 @@ def check_types(model: ModelProto, label: str) -> None:
     """Check the declared types of all values.
 
     Raises:
-        NotAModel: an element type does not exist, or the number or the size of dimensions is far
-            too large.
+        NotAModel: an element type does not exist, a value has far too many dimensions, or a
+            dimension is far too large.
         UnsupportedModel: a model input or output is not a tensor, or a value has a type that is
             not supported, such as a map.
     """

@@ -28,12 +28,11 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 def check_opsets(
     imports: Iterable[OperatorSetIdProto], label: str, default: int | None = None
 ) -> int:
-    """Return the imported version of ONNX's own operators, or ``default`` if none is imported.
+    """Return the opset version of ONNX's own operators, or ``default`` if the model has none.
 
     Raises:
-        NotAModel: there is neither an imported version nor a default, or the same domain is
-            imported in two versions.
-        UnsupportedModel: the installed onnx does not know the version.
+        NotAModel: there is neither an opset version nor a default, or a domain has two versions.
+        UnsupportedModel: the installed onnx does not know the opset version.
     """
     newest = onnx.defs.onnx_opset_version()
     found: dict[str, int] = {}

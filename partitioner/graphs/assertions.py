@@ -1,9 +1,9 @@
 """Build assertions from standard operators: nodes that stop a graph's run if a condition is true.
 
-The assertions use Gather, which raises an error if an index is out of range: a bad value leads to
-an index that is out of range.  The protected kernel reads a value that depends on the Gather, so
-the run stops before the kernel is called.  :mod:`safeguards` and :mod:`addresses` decide which
-kernels need assertions.
+The assertions use Gather, which raises an error if an index is out of range: each assertion
+computes an index that is out of range if its condition is true.  The protected kernel reads a value
+that depends on the Gather, so the run stops before the kernel is called.  :mod:`safeguards` and
+:mod:`addresses` decide which kernels need assertions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
 
 
 def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
-    """Build a Reshape that fails unless ``shape`` has as many elements as ``value``.
+    """Build a Reshape that fails unless ``value`` has as many elements as ``shape`` describes.
 
-    The result keeps the type and shape of ``value``.
+    The Reshape must not change the shape: the result is declared like ``value``.
     """
     return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 
@@ -53,7 +53,7 @@ def either(builder: NodeBuilder, *conditions: ir.Value) -> ir.Value:
 
 
 def note(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None = None) -> ir.Value:
-    """Set a value's type and shape, and return the value."""
+    """Set the declared type and shape of a value, and return the value."""
     value.type = None if dtype is None else ir.TensorType(dtype)
     value.shape = shape
     return value

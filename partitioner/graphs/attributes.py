@@ -1,8 +1,8 @@
-"""Check once that nodes have the attributes that their operators require, with the right types.
+"""Check the presence and the types of the attributes that operators require, once for all steps.
 
 onnx's own checker skips some checks in bodies and functions.  For example, it accepts references to
-attributes outside functions.  Later steps can rely on the presence and type of attributes; the
-values are checked by the code that uses them.
+attributes outside functions.  Later steps can rely on these checks; the values of attributes are
+checked by the code that uses them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def check_attributes(graph: ir.Graph, opset: int) -> None:
     Functions must already be inlined.  ``opset`` is the version of nodes that declare no version.
 
     Raises:
-        NotAModel: an attribute refers to a function's attribute outside a function, has another
-            type than its operator requires, or is missing.
+        NotAModel: an attribute is missing, has the wrong type, or refers to a function's attribute
+            although the node is outside a function.
     """
     for node in graph.all_nodes():
         declared = _find_attributes(node, node.version or opset)

@@ -14,9 +14,9 @@ def copy_body(
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     """Copy a body's nodes so that they can be inserted into the surrounding graph.
 
-    The copies read the values in ``bound`` in place of the body's inputs.  All names start with
+    ``bound`` holds the value that replaces each of the body's inputs.  All new names start with
     ``prefix``.  Return the new nodes in order, and the values that correspond to the body's
-    outputs.  The nodes are not in any graph yet.
+    outputs.  The new nodes do not belong to any graph yet.
     """
     copy = body.clone(allow_outer_scope_values=True)
     outputs = list(copy.outputs)

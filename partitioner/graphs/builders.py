@@ -34,7 +34,7 @@ class NodeBuilder:
         self._constants: dict[tuple[object, ...], ir.Value] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
-        """Append a node with one output, and return this output."""
+        """Append a node with one output, and return the output."""
         return self.ops(kind, list(inputs), 1, attributes)[0]
 
     def ops(
@@ -44,7 +44,7 @@ class NodeBuilder:
         outputs: int,
         attributes: Mapping[str, Attribute],
     ) -> Sequence[ir.Value]:
-        """Append a node with several outputs, and return these outputs."""
+        """Append a node with several outputs, and return the outputs."""
         name = f"{self._prefix}/{len(self.nodes)}"
         held = ir.convenience.convert_attributes(attributes) if attributes else ()
         made = [ir.Value(name=f"{name}_{i}" if i else name) for i in range(outputs)]
@@ -90,7 +90,7 @@ class NodeBuilder:
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
         """Return a value's dimensions from ``start`` to ``end`` as an I64 vector.
 
-        The vector is a constant if these dimensions are known, else it is computed by Shape.
+        The vector is a constant if these dimensions are known; otherwise, a Shape node computes it.
         """
         dims = known_dims(value)
         piece = None if dims is None else dims[start:end]
@@ -110,7 +110,7 @@ class NodeBuilder:
         return result
 
     def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
-        """Replace ``node`` in its graph by the nodes built so far.
+        """Replace ``node`` in its graph with the nodes built so far.
 
         ``made`` holds the value that replaces each output of ``node``; it may be ``None`` for an
         output that is not used.  The new values take over the names, types and shapes of the
@@ -197,14 +197,14 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def take_input(node: ir.Node, index: int = 0) -> ir.Value:
-    """Return an input that the node's operator requires."""
+    """Return a node's input at ``index``; the operator must require this input."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """Return the first ``count`` inputs of a node, all of which its operator requires."""
+    """Return a node's first ``count`` inputs; the operator must require all of them."""
     return [take_input(node, index) for index in range(count)]
 
 
@@ -215,7 +215,7 @@ def known_array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def release_bodies(node: ir.Node) -> None:
-    """Disconnect the nodes in a removed node's bodies from the values that they read."""
+    """Disconnect the subgraph bodies of a removed node from the values that they read."""
     for attribute in node.attributes.values():
         bodies: Sequence[ir.Graph] = ()
         if attribute.type == ir.AttributeType.GRAPH:

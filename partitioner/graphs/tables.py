@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Count the constants of one model: within the ``with`` block, :func:`limit` starts at zero."""
+    """Count a model's constants separately: in the ``with`` block, :func:`limit` counts from zero."""
     token = _SPENT.set([0.0])
     try:
         yield
@@ -55,7 +55,9 @@ def limit(node: ir.Node, count: float) -> None:
 
 
 def refuse_tables(graph: ir.Graph) -> None:
-    """Check that no node computes a huge value from constants, which native code would precompute.
+    """Check that no node computes a huge value from constants.
+
+    Native code would compute such a value in advance, and store it.
 
     Raises:
         UnsupportedModel: a value would have more than 2**26 elements.

@@ -74,7 +74,7 @@ class ResumedWalk:
         """Walk back from ``targets`` until a known node or a source value is reached.
 
         Return the new nodes, the source values, and the known nodes that were reached.  Source
-        values are graph inputs, initializers, and values that ``stops`` maps to at most ``most``.
+        values are graph inputs, initializers, and each ``value`` with ``stops[value] <= most``.
         """
         new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
         pending = list(targets)
@@ -165,7 +165,10 @@ def is_float(value: ir.Value) -> bool:
 
 
 def map_values(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Map names to a graph's inputs, initializers and node outputs; bodies are not included."""
+    """Return a graph's inputs, initializers and node outputs by name.
+
+    Values inside subgraph bodies (of If, Loop and Scan nodes) are not included.
+    """
     values = {value.name: value for value in graph.inputs if value.name}
     values.update(graph.initializers)
     for node in graph:

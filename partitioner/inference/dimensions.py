@@ -2,9 +2,10 @@
 
 An unknown size such as ``N`` is called an *atom*; it has the same value everywhere in one run of a
 model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
-number or such a dimension.  Comparisons return a result only if it is the same for all sizes.
-Products of sums grow exponentially, so the number of terms, the number of factors and the length of
-the text are limited; an amount that exceeds these limits raises :class:`TooLarge`.
+number or such a dimension.  A comparison returns a result only if the result is the same for all
+values of the atoms.  Products of sums grow exponentially, so the number of terms, the number of
+factors and the length of the text are limited; an amount that exceeds these limits raises
+:class:`TooLarge`.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def multiply(left: Amount, right: Amount) -> Amount:
 
 
 def bound(amount: Amount) -> Amount:
-    """Return ``amount``; if it is a number, check first that it fits in 64 bits.
+    """Return ``amount`` unchanged; if it is a number, first check that it fits in 64 bits.
 
     Raises:
         TooLarge: ``amount`` is a number that does not fit in 64 bits.
@@ -220,7 +221,8 @@ def divide_exactly(amount: Amount, divisor: Amount) -> Amount:
 def divide_rounding(amount: Amount, divisor: Amount) -> Amount:
     """Divide two amounts and round towards zero, as ONNX does when it divides integers.
 
-    If there may be a remainder, the quotient becomes a new unknown size, such as ``(N)//(2)``.
+    If there may be a remainder, the quotient is a new unknown size with a name such as
+    ``(N)//(2)``.
 
     Raises:
         Undecided: the divisor may be 0, or one of the amounts may be negative.

@@ -96,7 +96,7 @@ def _infer(node: bytes, kinds: _Pairs, tensors: _Pairs, opset: int) -> Mapping[s
 def evaluate(
     node: ir.Node, contents: Sequence[np.ndarray | None], opset: int
 ) -> Sequence[np.ndarray | None]:
-    """Compute a node's outputs from the contents of its inputs, with onnx's reference evaluator.
+    """Compute a node's outputs from its inputs' contents, with onnx's reference evaluator.
 
     Return ``None`` for every output if the reference evaluator fails.
     """

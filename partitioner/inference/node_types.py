@@ -3,8 +3,9 @@
 onnx's own inference stops at training-only operators, which it does not know.  An ONNX Runtime
 session for the complete graph yields all types, but the time is quadratic in the number of nodes.
 A large graph is therefore reduced to one node of each *kind*.  Nodes are of the same kind if they
-have the same operator, attributes, types and declared shapes.  Their outputs then have the same
-types, and ONNX Runtime has a kernel either for all of them or for none.
+have the same operator and attributes, and if their inputs and outputs have the same declared types
+and shapes.  Then all their inferred types are the same too, and ONNX Runtime has a kernel either
+for all of them or for none.
 """
 
 from __future__ import annotations

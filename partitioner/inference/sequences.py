@@ -35,9 +35,9 @@ class _Unknown(Exception):
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:
-    """Change nodes, in place, to read tensors directly and not through sequences.
+    """Make nodes read tensors directly instead of through sequences, in place.
 
-    Outputs keep their names.  Return whether any node was replaced.
+    Outputs keep their names.  Return ``True`` if any node was replaced.
     """
     rows = _Rows()
     replaced = []

@@ -130,10 +130,10 @@ def _note_type(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | Non
 def check_ranks(graph: ir.Graph) -> None:
     """Check the dimensions of images, kernels and outputs, and the axes of normalizations.
 
-    Images and kernels must have the same number of dimensions, outputs must not be unreasonably
-    large, and a LayerNormalization's axis must exist.  onnx's checker does not check this.  If
-    these conditions are not met, onnxruntime-training 1.19.2 reads outside its vectors and crashes
-    the process.
+    A node's image and kernel must have the same number of dimensions, outputs must not have too
+    many or too large dimensions, and the axis of a LayerNormalization must exist.  onnx's checker
+    does not check these conditions.  If they are violated, onnxruntime-training 1.19.2 reads
+    outside its vectors and crashes the process.
 
     Raises:
         NotAModel: a node's dimensions or axis are invalid.

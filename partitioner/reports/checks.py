@@ -81,7 +81,7 @@ class Check:
 
     @property
     def trainable(self) -> bool:
-        """Return whether the model can be trained as it is, for either target."""
+        """Return whether the model can be trained without changes, for either target runtime."""
         return not self.obstacles
 
 

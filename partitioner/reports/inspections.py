@@ -29,10 +29,10 @@ class CutCandidate:
     ``op`` is the operator that computes the tensor.  ``shape`` holds a number for each known
     dimension, and a symbol or ``None`` for each unknown dimension.  ``bytes_up`` is the number of
     bytes sent to the server in one training step, for the tensor and the inputs in ``sent``.
-    ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if nothing before the
-    tensor is trained.  A number of bytes is ``None`` if it is not known.  ``client_parameters`` and
-    ``server_parameters`` count elements of trained parameters.  ``sent`` names the raw inputs that
-    must be sent together with the tensor.
+    ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if the tensor does not
+    depend on a trained parameter.  A number of bytes is ``None`` if it is not known.
+    ``client_parameters`` and ``server_parameters`` count elements of trained parameters.  ``sent``
+    names the raw inputs that must be sent together with the tensor.
     """
 
     tensor: str
@@ -70,7 +70,8 @@ def list_cuts(
 ) -> list[CutCandidate]:
     """List the single tensors at which a prepared model can be cut.
 
-    If ``batch`` is given, this changes the shapes in the model's inference form.
+    If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
+    size.  The raw inputs in ``sent`` may be sent together with the tensor.
     """
     form = prepared.inference
     if batch is not None:

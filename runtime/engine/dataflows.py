@@ -13,11 +13,11 @@ from splitonnx.manifests import Phase, Source, Stage
 
 
 class Dataflow:
-    """The stages of one party's phase, and the values that they need and produce.
+    """One party's stages in a phase, and the values that these stages need and produce.
 
     One object serves all tasks of the phase.  ``receives`` and ``sends`` name the tensors that this
-    party receives from and sends to the other party.  ``stages`` are in the manifest's order: if
-    several stages can run, the first one runs.
+    party receives from and sends to the other party.  ``stages`` are in the manifest's order; if
+    several stages can run, the first of them runs.
     """
 
     def __init__(self, phase: Phase, party: str) -> None:
@@ -35,7 +35,7 @@ class Dataflow:
         """How many stages and outgoing wires use each value."""
 
     def wants(self, name: str) -> bool:
-        """Return whether a value must be kept because a stage, a wire or the result needs it."""
+        """Return whether a stage or a wire uses a value, or whether it is a result or new state."""
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:

@@ -116,9 +116,9 @@ class Engine:
     ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
     Other Python threads can run while a stage is running.
 
-    ``trusted`` means that the caller trusts the bundle's maker.  Only then are graphs in ORT format
-    accepted, because the gate cannot check them.  With ``arena``, ONNX Runtime keeps the memory
-    that a stage frees and reuses it in the next run.
+    Set ``trusted`` only if you trust whoever made the bundle.  Only then are graphs in ORT format
+    accepted, because the gate cannot check such graphs.  With ``arena``, ONNX Runtime keeps the
+    memory that a stage frees and reuses it in the next run.
 
     A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
     Ctrl-C stops a stage that is running in the main thread.  ``on_stuck`` is called with the name
@@ -184,7 +184,7 @@ class Engine:
         only standard operators.  With ``training`` it is not optimized, as in :meth:`load`.
 
         Raises:
-            ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`load`.
+            ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`load`.
         """
         check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
@@ -261,7 +261,7 @@ class Engine:
         }
 
     def stop(self) -> None:
-        """Stop all running stages and refuse to run any more; call this from another thread."""
+        """Stop all running stages and run no more stages; call this from another thread."""
         self._running.stop()
 
 

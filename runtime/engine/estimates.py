@@ -5,10 +5,10 @@ ONNX Runtime frees it.  A stage's output counts until the last stage that uses i
 of the task if it is sent or kept.
 
 Sizes come from the shapes that the graph declares.  If one dimension of a shape is unknown, it is
-assumed to be the batch.  If the shape is unknown, the value is assumed to be as large as the
-operator's largest input, provided that the operator keeps shapes; otherwise, it is assumed to be as
-large as the largest value in its graph.  Weights are not counted, because sessions hold them
-anyway.  Nothing is run for an estimate.
+assumed to be the batch size.  If a node's output has no declared shape, it is assumed to be as
+large as the node's largest input if the operator preserves shapes, and otherwise as large as the
+largest value in the graph.  Weights are not counted, because sessions hold them anyway.  Nothing is
+run for an estimate.
 """
 
 from __future__ import annotations

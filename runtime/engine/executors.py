@@ -60,7 +60,7 @@ class SessionExecutor(Protocol):
         """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages with available inputs; after each stage, yield the tensors to send."""
+        """Run all stages whose inputs are available, and yield the tensors to send after each."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task has run."""
@@ -97,8 +97,7 @@ class Executor:
     """An executor that runs one party's stages in this process and keeps the party's state.
 
     ``step`` is the number of training steps committed so far.  Several tasks may be open at the
-    same time; they share the state.  An executor must not be used from two threads at the same
-    time.
+    same time; they share the state.  Two threads must not use an executor at the same time.
     """
 
     def __init__(self, party: PartyBundle, engine: Engine) -> None:
@@ -115,8 +114,8 @@ class Executor:
         """Return an independent executor with the same state and no open tasks.
 
         The two executors share the loaded stages, and share each tensor of the state until one of
-        them replaces it.  They may run in different threads, except for :meth:`prepare`: call it
-        first for every phase that both use.
+        them replaces it.  They may run in different threads, but :meth:`prepare` must not.  So call
+        it before the fork for every phase that both executors will use.
         """
         twin = copy(self)
         twin._state = dict(self._state)
@@ -150,9 +149,9 @@ class Executor:
     ) -> None:
         """Open a task with this party's data.
 
-        Arrays in ``data`` that the phase does not declare are ignored.  ``seed`` is the key for the
-        random masks, and ``learning_rate`` applies to this step.  Do not change the arrays until
-        the task is over.
+        Arrays in ``data`` that the phase does not declare are ignored.  ``seed`` determines the
+        random numbers of this task (such as Dropout masks), and ``learning_rate`` is the learning
+        rate of this step.  Do not change the arrays until the task is over.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
@@ -191,10 +190,10 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages with available inputs; after each stage, yield the tensors to send.
+        """Run all stages whose inputs are available, and yield the tensors to send after each.
 
-        Input data for the other party are part of the first group of tensors.  The arrays are
-        read-only views.  If an error is raised, abandon the task.
+        If this party's data must be sent, they are among the first tensors.  The arrays are
+        read-only views.  If this raises an error, abandon the task.
 
         Raises:
             StageFailed: an operator failed.
@@ -266,16 +265,16 @@ class Executor:
         Publishing may still fail, for example if the disk is full.
 
         Raises:
-            BundleError, StateNotFinite, NotSaved: see :meth:`publish`.
+            BundleError, StateNotFinite, NotSaved: as raised by :meth:`publish`.
         """
         _check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state to the party's folder as the outcome of training.
 
-        The outcome is written completely or not at all.  ``session`` is the session that trained
-        the state, ``position`` is where training stopped in the data, and ``owner`` is the
-        session's owner.
+        The outcome is written atomically.  ``session`` is the session that trained the state, and
+        ``owner`` is the session's owner.  ``position`` is the position in the data at which
+        training stopped.
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
@@ -357,7 +356,9 @@ def publish_state(
     position: str,
     owner: str,
 ) -> None:
-    """Write a state to the party's folder as the outcome of training, completely or not at all.
+    """Write a state to the party's folder as the outcome of training.
+
+    The outcome is written atomically.
 
     Raises:
         BundleError: the bundle exists only in memory, or the folder cannot be written.

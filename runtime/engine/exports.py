@@ -1,10 +1,10 @@
 """Export of a party's folder for mobile apps, with stage graphs in ORT format.
 
-ORT format is ONNX Runtime's own file format.  The mobile packages of ONNX Runtime load it, and
-builds that are reduced to a few operators load nothing else.  The exported part works with the same
-server as the original: the digest and the weights are equal, and only the graph files differ.  The
-export also lists the operators that a reduced build needs, in the format that ONNX Runtime's build
-scripts read.
+ORT format is ONNX Runtime's own file format.  ONNX Runtime's mobile packages can load it, and it is
+the only format that reduced builds (with only a few operators) can load.  The exported part works
+with the same server as the original: it has the same digest and weights, and only the graph files
+differ.  The export also lists the operators that a reduced build needs, in the format that ONNX
+Runtime's build scripts read.
 
 This module looks at the operators and sizes of graphs, but not at what they compute.
 """
@@ -93,15 +93,16 @@ class Export:
 def export(
     source: str | Path, target: str | Path | None = None, *, overwrite: bool = False
 ) -> Export:
-    """Export a party's folder for mobile apps, completely or not at all.
+    """Export a party's folder for mobile apps.
 
-    ``source`` is not changed.  The export is written to ``target``, by default a folder next to
-    ``source`` with the suffix ``-mobile``.  It includes the weights and the outcome of training,
-    but no checkpoints of interrupted runs.  With ``overwrite``, an earlier export is replaced;
-    anything else is never overwritten.
+    ``source`` is not changed.  The export is written atomically to ``target``, by default a folder
+    next to ``source`` with the suffix ``-mobile``.  It includes the weights and the outcome of
+    training, but no checkpoints of interrupted runs.  With ``overwrite``, an earlier export is
+    replaced; anything else is never overwritten.
 
-    Each graph is loaded in the installed ONNX Runtime, to check that every operator is available in
-    its opset and for its element types.  The mobile packages have the same kernels.
+    Each graph is loaded into the installed ONNX Runtime, to check that there is a kernel for every
+    operator, its opset and its element types.  The mobile packages contain the same kernels, so
+    they can also run the graph.
 
     Raises:
         NotExportable: a graph has operators that only onnxruntime-training can run.

@@ -43,7 +43,7 @@ class _Ending(Enum):
 
 
 class Run:
-    """One run of a stage; ``deadline`` is a time of ``time.monotonic()``."""
+    """One run of a stage; it should end before ``deadline``, a time of ``time.monotonic()``."""
 
     __slots__ = ("_ending", "_options", "deadline", "stage")
 
@@ -115,7 +115,7 @@ class Runs:
             self._running.discard(run)
 
     def stop(self) -> None:
-        """Stop all runs and allow no new ones."""
+        """Stop all runs, and allow no new runs."""
         with self._changed:
             self._is_stopped = True
             for run in self._running:

@@ -33,8 +33,8 @@ class Extent:
 class Node:
     """A node of a graph: its operator, and the names of its inputs and outputs.
 
-    The name of an omitted input or output is ``""``.  ``has_body`` is true for an If, Loop or Scan,
-    and ``captured`` are the values from outside that its bodies use.
+    The name of an omitted input or output is ``""``.  ``has_body`` is true for If, Loop and Scan
+    nodes, and ``captured`` names the values from outside that their subgraph bodies use.
     """
 
     operator: str

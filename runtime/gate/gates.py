@@ -6,9 +6,9 @@ those that ``splitonnx cut`` writes: known operators of known domains, tensors w
 their declarations, no external data, no functions, and limited sizes and nesting.  The bytes are
 read in one pass, without the onnx package.
 
-The gate does not check whether shapes and types fit each other, nor how much time and memory the
-graph takes to run.  A small graph can still request a large tensor, or run forever.  Some graphs
-with inconsistent ranks still crash ONNX Runtime's shape inference.
+The gate does not check whether shapes and types fit together, or how much time and memory the graph
+takes to run.  A small graph can still request a large tensor, or run forever.  Some graphs with
+inconsistent ranks still crash ONNX Runtime's shape inference.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _MOST_KEPT = 1 << 14
 def check_graph(stage: str, content: bytes) -> None:
     """Check the bytes of a stage's graph, and refuse a graph that could harm the process.
 
-    ``stage`` is the stage's name for the error message.  The check takes time in proportion to the
-    number of fields, which is at most ``STAGE.fields``, and needs little memory.
+    ``stage`` is the stage's name for the error message.  The check takes time proportional to the
+    number of fields in the graph's message, which is at most ``STAGE.fields``.  It needs little
+    memory.
 
     Raises:
         ForbiddenGraph: the graph is not like those that ``splitonnx cut`` writes.

@@ -1,10 +1,10 @@
 """A strict parser for Protocol Buffers, which reads a message field by field.
 
-It accepts only what serializers write.  It refuses fields and wire types that are not in its table,
-groups, single fields that occur twice (each parser merges these in its own way), numbers of more
-than 64 bits, and lengths that exceed the message.  Nothing is copied or stored: each field is
-returned as its number or as the position of its bytes.  (Format:
-protobuf.dev/programming-guides/encoding.)
+It accepts only what serializers write.  It refuses a message if a field or its wire type is not in
+the table, if a field occurs twice that may occur only once (parsers differ in how they merge such
+fields), if there is a group, if a number has more than 64 bits, or if a length exceeds the message.
+Nothing is copied or stored: each field is returned as its number or as the position of its bytes.
+(Format: protobuf.dev/programming-guides/encoding.)
 
 This module knows nothing about ONNX; the caller decides which fields contain which messages.
 """
@@ -94,8 +94,9 @@ class Reader:
     def read(self, place: Place, table: Table) -> Iterator[tuple[str, int, int]]:
         """Yield the fields of a message one after the other.
 
-        A number is yielded as ``(name, number, 0)``, and any other field as ``(name, start, stop)``
-        with the position of its bytes.
+        ``place`` is the position of the message's bytes, and ``table`` lists the fields that it may
+        have.  A number is yielded as ``(name, number, 0)``, and any other field as ``(name, start,
+        stop)`` with the position of its bytes.
 
         Raises:
             Malformed: the bytes at ``place`` are not a message of this kind.
@@ -162,7 +163,7 @@ class Reader:
         return int(np.count_nonzero(self._view(place) < 128))
 
     def read_text(self, place: Place, most: int) -> str:
-        """Read a single line of text that has at most ``most`` bytes.
+        """Read a single line of text of at most ``most`` bytes.
 
         Raises:
             Malformed: the text is longer, not UTF-8, or contains control characters.

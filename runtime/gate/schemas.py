@@ -2,8 +2,8 @@
 
 A field is refused if it is missing from its table, or if the table gives a reason to refuse it.
 This includes fields of newer ONNX versions, and fields through which a graph could bring its own
-functions or unusual structures.  Fields that the gate checks in the same way share a short name.
-(Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
+functions or unusual structures.  Fields that the gate checks in the same way have the same name
+here.  (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
 """
 
 from __future__ import annotations

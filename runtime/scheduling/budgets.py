@@ -109,9 +109,10 @@ class Budget:
         """Request memory for a new task; the returned future is done once the memory is granted.
 
         If similar tasks of this user recently needed more memory than ``size``, that larger amount
-        is requested.  A task that already has enough memory keeps it.  A task that has too little
-        loses its memory at once; so if :meth:`lacks` returns true, abort the open task before this
-        call.  Cancel the future to withdraw the request.
+        is requested.  If an earlier task of the same session and phase is still open, ``task``
+        takes over its memory if there is enough of it; otherwise, that memory is freed at once.
+        Therefore, if :meth:`lacks` returns true, abort the earlier task before this call.  Cancel
+        the future to withdraw the request.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.
@@ -136,7 +137,10 @@ class Budget:
         return future
 
     def lacks(self, task: Task, owner: Hashable, size: int) -> bool:
-        """Return whether a task already has memory, but less than :meth:`ask` would request."""
+        """Return whether an earlier task has memory, but less than :meth:`ask` would request.
+
+        The earlier task has the same session and phase as ``task``, and is still open.
+        """
         held = self._held.get(task)
         needed = self._growths.foresee(_find_kind(task, owner, size))
         return held is not None and held.size < needed
@@ -144,13 +148,15 @@ class Budget:
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
         """Record, without waiting, that an open task continues and now needs ``size`` bytes.
 
-        Two tasks that both wait for more memory could block each other forever.  So a task is
-        refused if it needs more than is left, or more than its owner's share while others wait.
-        The client may then begin the task again, with ``size`` bytes from the start.
+        A task is refused if it needs more memory than is left, or more than its owner's share while
+        others wait.  It does not wait, because two open tasks that wait for more memory could block
+        each other forever.  The client may then begin the task again, with ``size`` bytes from the
+        start.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.
-            ServerBusy: not enough memory is left, or the owner has its share while others wait.
+            ServerBusy: not enough memory is left, or the owner has reached its share while others
+                wait.
         """
         self.check(size)
         held = self._held.get(task)
@@ -184,8 +190,8 @@ class Budget:
     def list_idle(self, is_sending: Callable[[Task], bool] = lambda _: False) -> list[Task]:
         """List the idle tasks that may be aborted to free memory, the longest idle first.
 
-        The list is empty if no task waits for memory.  ``is_sending`` returns whether a part of a
-        task's next message has arrived.
+        The list is empty if no task waits for memory.  ``is_sending`` returns whether the first
+        part of a task's next message has already arrived.
         """
         self._give()  # a user's tenure may be over by now
         if not self._waiting:

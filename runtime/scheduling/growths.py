@@ -2,8 +2,9 @@
 
 Some sizes are known only from a task's later messages, so the memory that it needs is not known
 when it begins.  But the tasks of one client are usually similar, so the next task reserves as much
-as earlier tasks needed in the end.  Otherwise a task could be interrupted because others hold the
-remaining memory, begin again with as little as before, and be interrupted again.
+as earlier tasks needed in the end.  Otherwise, a task could be interrupted because other tasks hold
+the remaining memory.  It would begin again with as little memory as before, and be interrupted
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TaskKind(NamedTuple):
 
 
 class Growths:
-    """The peak memory that tasks of each kind needed recently, in bytes.
+    """The peak memory, in bytes, that recent tasks of each kind needed.
 
     Each kind belongs to one user, so a user's large tasks do not make other users wait for more
     memory.  Each user may store the same number of kinds, so no user can displace another user's

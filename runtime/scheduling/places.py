@@ -40,10 +40,12 @@ class Places:
     def find_leaving(
         self, waiting: Collection[Hashable], at_work: Collection[Hashable]
     ) -> Hashable:
-        """Return the user that must not begin new work because others wait, or ``None``.
+        """Return the user that must soon give up its place, or ``None`` if no user must.
 
-        This is the user that :meth:`take` would evict next.  ``at_work`` are the users that are
-        working.
+        This user must not begin new work.  ``waiting`` are the users that wait for a place, and
+        ``at_work`` are the users that are working.
+
+        This is the user that :meth:`take` would evict next.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None

@@ -5,8 +5,8 @@ owner that has used the least time comes next.  This is start-time fair queuing 
 Cheng, 1996).  The length of a piece is the time that it took, so it is known only afterwards.  An
 owner that returns after a pause starts level with the others and gets no credit for the pause.
 
-Pieces are not interrupted.  To prevent long pieces from filling every place, one extra place is
-kept for owners whose pieces are short.
+Pieces are not interrupted.  So that long pieces cannot occupy every place, one extra place is kept
+for owners whose pieces are short.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Files on disk: the checkpoints of both parties, and a server's archive of its sessions.
 
-Every file appears completely or not at all.  The callers decide which owner a session belongs to.
-Modules here import none of the runtime's other packages.
+Every file is written atomically.  The callers decide which owner a session belongs to.  Modules
+here import none of the runtime's other packages.
 """

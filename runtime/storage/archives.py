@@ -42,8 +42,8 @@ class Archive:
     """The archive of the sessions in a server's ``folder``; safe to use from several threads.
 
     ``most_bytes`` is the quota per owner, and ``keep_seconds`` is how long the files of unused
-    sessions are kept; ``None`` means no limit.  ``clock`` returns the current time, which is
-    compared with the timestamps of files.
+    sessions are kept; ``None`` means no limit.  ``clock`` returns the current time, for comparison
+    with the timestamps of files.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Archive:
         return CheckpointStore(self.folder, self._manifest, session)
 
     def require_owner(self, session: str, owner: str) -> None:
-        """Check that no file of the session belongs to somebody other than ``owner``.
+        """Check that all files of a session belong to ``owner``.
 
         Raises:
             ForeignSession: the session belongs to another owner.
@@ -101,8 +101,8 @@ class Archive:
     ) -> Iterator[None]:
         """Reserve space in the owner's quota while a ``with`` block writes to disk.
 
-        Also check that the folder is still the folder that was loaded.  The space is for a
-        checkpoint, and with ``publish`` also for an outcome.
+        The space is for a checkpoint and, with ``publish``, for an outcome too.  Before that, check
+        that the folder was not replaced after it was loaded.
 
         Raises:
             NotSaved: the folder was deleted or replaced.

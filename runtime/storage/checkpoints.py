@@ -6,10 +6,10 @@ A session's checkpoints are safetensors files in their own folder::
         <step>.safetensors       the newest checkpoints, two by default
         stopped.safetensors      the state at a graceful stop, if there was one
 
-Each file contains a SHA-256 checksum of its content.  A file appears under its name completely and
-durably, or not at all.  A file is not accepted as a checkpoint if it was truncated, altered or
-renamed, or if it belongs to another session or bundle.  This module handles files; the callers
-decide when to write a checkpoint, and from which step both parties continue.
+Each file is written atomically and durably, and contains a SHA-256 checksum of its content.  A file
+is not accepted as a checkpoint if it was truncated, altered or renamed, or if it belongs to another
+session or bundle.  This module handles files; the callers decide when to write a checkpoint, and
+from which step both parties continue.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ _log = logging.getLogger(__name__)
 class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The position in the data at which the next step begins; only clients use it.
 
-    ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that were already
-    trained.  The other fields describe how the data are split and shuffled, and must not change
-    when training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
+    ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that are already
+    done.  The other fields describe how the data are split and shuffled, and must not change when
+    training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
     """
 
     epoch: _Count
@@ -111,8 +111,8 @@ _DECODER = msgspec.json.Decoder(_Facts)
 class CheckpointStore:
     """The checkpoints of one session in one party's folder; not thread-safe.
 
-    Writing a checkpoint deletes all checkpoints of later steps.  These checkpoints exist only if
-    the session went back to an earlier step, and they do not fit the new course of training.
+    Writing a checkpoint deletes all checkpoints of later steps.  Such checkpoints exist only if the
+    session went back to an earlier step, and are then obsolete.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class CheckpointStore:
         self._broken: set[tuple[str, _Stamp]] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint completely or not at all, then delete all but the newest ``kept``.
+        """Write a checkpoint atomically, then delete all but the newest ``kept`` checkpoints.
 
         Once this returns, the checkpoint survives a power failure.  The state of an earlier
         graceful stop is deleted.
@@ -155,7 +155,7 @@ class CheckpointStore:
         """Write the state at a graceful stop, and replace the state of an earlier stop.
 
         Raises:
-            NotSaved, BundleError: see :meth:`write`.
+            NotSaved, BundleError: as raised by :meth:`write`.
         """
         self._put(checkpoint, STOPPED)
         self.rewind(checkpoint.step)
@@ -163,8 +163,8 @@ class CheckpointStore:
     def steps(self) -> tuple[int, ...]:
         """Return the steps of all valid checkpoints, newest first.
 
-        The state at a graceful stop is included.  An invalid checkpoint is skipped and logged once.
-        A valid checkpoint is only read again if its file has changed.
+        The state at a graceful stop is included.  Invalid checkpoints are skipped, and each is
+        logged once.  A valid checkpoint is read again only if its file has changed.
 
         Raises:
             BundleError: the folder cannot be read.
@@ -207,14 +207,17 @@ class CheckpointStore:
         return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
-        """Return by how many bytes the files grow if a checkpoint of ``nbytes`` is written."""
+        """Estimate how many more bytes the files will occupy after a checkpoint is written.
+
+        ``nbytes`` is its size; the sizes of the older checkpoints that it replaces are subtracted.
+        """
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
     def rewind(self, step: int) -> None:
         """Delete the checkpoints of later steps, because the session goes back to ``step``.
 
-        Otherwise an old checkpoint could be mistaken for one that is trained from ``step`` on.
+        Otherwise, they could later be mistaken for checkpoints of the resumed training.
 
         Raises:
             NotSaved: the deletion cannot be made durable.
@@ -234,8 +237,7 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the session's checkpoints and its folder.
 
-        The newest checkpoint is deleted last, so the session remains usable if the process is
-        killed halfway.
+        The newest checkpoint is deleted last, so an interruption leaves the session usable.
         """
         clear_unfinished(self.folder)
         self._discard(path for _, path in sorted(self._list_steps()))

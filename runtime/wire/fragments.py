@@ -1,4 +1,4 @@
-"""Split and join large messages, so that neither side keeps a second copy of a large message."""
+"""Split and join large messages, so that neither side holds a large message in memory twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ This is faster than growing a buffer, but briefly takes twice the memory.
 
 
 def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
-    """Return a small message as one piece, and a large message as an iterator of fragments."""
+    """Return a message's bytes if it is small, or an iterator of fragments if it is large."""
     if sum(map(len, chunks)) <= FRAGMENT:
         return b"".join(chunks)
     return _fragment(chunks)
@@ -32,8 +32,8 @@ def _fragment(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
 class JoinedFragments:
     """A message that arrives in fragments.
 
-    The fragments of a large message are appended to one buffer, so that they are not copied at the
-    end.
+    The fragments of a large message are appended to one buffer as they arrive, so that they need
+    not be copied again in :meth:`join`.
     """
 
     def __init__(self) -> None:

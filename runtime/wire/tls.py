@@ -28,7 +28,7 @@ def make_server_tls(
     ``certificate`` is a PEM file with the server's certificate, followed by any intermediate
     certificates.  ``key`` is a PEM file with the private key, without a password.
     ``client_authority`` is a PEM file with a certificate authority; if it is given, clients must
-    show a certificate that this authority signed.
+    present a certificate that this authority signed.
 
     Raises:
         UnusableFile: a file is missing or is not PEM, or the key does not match the certificate.

@@ -18,7 +18,7 @@ class Transport(Protocol):
     bytes_received: int
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send the concatenated chunks as one message.
+        """Send ``chunks``, one after the other, as a single message.
 
         Raises:
             ConnectionLost: the message cannot be sent.
@@ -32,4 +32,4 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Close the connection; may be called twice."""
+        """Close the connection; do nothing if it is already closed."""

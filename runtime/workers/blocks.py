@@ -3,8 +3,9 @@
 Each worker has two blocks of shared memory, one per direction.  The server creates and enlarges the
 blocks; the worker maps the block that the server names.  On Linux, a block is an anonymous file
 that the worker inherits.  The file is sealed so that neither process can shrink it while the other
-is using it.  On other systems, a block is named shared memory, which is created again when it has
-to grow.  This module handles arrays and bytes, and knows nothing about processes.
+is using it.  On other systems, a block is named shared memory; when it has to grow, it is replaced
+by a larger one with another name.  This module handles arrays and bytes, and knows nothing about
+processes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Block(Protocol):
         """
 
     def empty(self) -> None:
-        """Discard the content, and free the memory until the block is used again.
+        """Discard the content and return its memory to the system; the block can be used again.
 
         Only the owner may call this.
         """
@@ -132,7 +133,7 @@ class FileBlock:
         self._memory = None
 
     def empty(self) -> None:
-        """Discard the content, and free the memory until the block is used again."""
+        """Discard the content and return its memory to the system; the block can be used again."""
         assert self._memory is not None
         self._memory.madvise(mmap.MADV_REMOVE)
 
@@ -175,7 +176,7 @@ class NamedBlock:
             self._memory = shared_memory.SharedMemory(create=True, size=size)
 
     def empty(self) -> None:
-        """Discard the content, and free the memory until the block is used again."""
+        """Replace the block by a new one of the smallest size; the content is lost."""
         self.close()
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 
@@ -219,7 +220,7 @@ class SharedTensors:
         return cls(number, slots)
 
     def close(self) -> None:
-        """Close the file; may be called twice.
+        """Close the file; do nothing if it is already closed.
 
         Arrays that map the file stay valid.
         """
@@ -244,7 +245,10 @@ def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | 
 
 
 def open_block(place: Place, known: Block | None) -> Block:
-    """Map a block that the other process created, or return ``known`` if that is the same block."""
+    """Map a block that the other process created.
+
+    ``known`` is the block that was mapped before; if it is the same block, return it.
+    """
     if known is not None and known.place == place:
         return known
     kind, _, name = place.name.partition(":")
@@ -282,7 +286,8 @@ def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     The slots are checked, because they may come from untrusted code.
 
     Raises:
-        FormatError: a slot is outside the block, or has an invalid dtype, shape or truth value.
+        FormatError: a slot is outside the block or has an invalid dtype or shape, or a Boolean
+            tensor contains a byte other than 0 and 1.
     """
     taken = {}
     for slot in slots:

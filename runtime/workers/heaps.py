@@ -30,7 +30,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Return freed memory to the system if the heap may have kept more than ``most`` bytes."""
+        """Return freed memory to the system if the heap may hold more than ``most`` bytes of it."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:
@@ -52,10 +52,9 @@ class Heap:
 def keep_buffers() -> None:
     """Make the heap reuse the memory of freed messages instead of returning it to the system.
 
-    Up to ``_KEPT_BUFFERS`` bytes are kept per thread.  Otherwise, depending on the order in which
-    blocks are freed, the memory pages of a message may be returned to the system and requested
-    again for every message.  That takes up to a twentieth of the time of a step that sends 1 MiB
-    each way.
+    Up to ``_KEPT_BUFFERS`` bytes are kept per thread.  Without this, depending on the order in
+    which blocks are freed, memory pages may be returned to the system and requested again for every
+    message.  That takes up to a twentieth of the time of a step that sends 1 MiB each way.
     """
     library = _find_glibc()
     if library is not None:
@@ -76,7 +75,7 @@ def exempt_loaded() -> None:
 
 
 def measure_private() -> int:
-    """Return how many bytes of memory this process does not share with others (on Linux only)."""
+    """Return how many bytes of private (not shared) memory this process uses; Linux only."""
     resident, shared = _STATISTICS.read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 

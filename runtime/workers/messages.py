@@ -148,7 +148,7 @@ class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's request for a shared memory block of ``size`` bytes for its answer's tensors."""
+    """A worker's request to enlarge the shared memory block to ``size`` bytes for its answer."""
 
     size: int
 
@@ -191,7 +191,7 @@ class Pipe(Protocol):
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of an action, with the positions of its tensors in the shared memory block."""
+    """Return a copy of an action that has ``slots`` as the positions of its tensors."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)
@@ -211,11 +211,11 @@ def write_frame(pipe: Pipe, message: ToWorker | FromWorker) -> None:
 
 
 def read_frame(pipe: Pipe, most: int | None = None) -> bytes:
-    """Read one message and return its bytes.
+    """Read one message and return its bytes, without the length prefix.
 
     Raises:
         EOFError: the other process has ended.
-        FormatError: the message is larger than ``most``.
+        FormatError: the message has more than ``most`` bytes.
     """
     (size,) = _LENGTH.unpack(_read(pipe, _LENGTH.size))
     if most is not None and size > most:

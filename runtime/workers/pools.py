@@ -162,8 +162,8 @@ class WorkerPool:
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Log that a worker ended, and return the error to raise.
 
-        ``key`` is the task that caused this, or ``None`` if no task did.  ``how`` describes how the
-        worker ended.
+        ``key`` is the task that made the worker end, or ``None`` if no task did.  ``how`` describes
+        how the worker ended.
         """
         error = WorkerLost(session, how, is_repeated=self._count_death(key))
         _logger.error("%s", error, extra={"session": session})
@@ -209,7 +209,7 @@ class WorkerPool:
             self._is_closed.wait(INTERRUPT_SECONDS)
 
     def close(self) -> None:
-        """Stop all workers; may be called twice."""
+        """Stop all workers; do nothing if they are already stopped."""
         self._is_closed.set()
         with self._lock:
             leases = list(self._leases.values())

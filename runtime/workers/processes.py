@@ -90,8 +90,8 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 class WorkerEnded(Exception):
     """Raised if the worker process ended, or had to be killed; ``how`` describes how.
 
-    ``is_before`` is true if the process ended before the request was sent.  The error does not name
-    the session; the caller adds its name.
+    ``is_before`` is true if the process had already ended when the request was made.  The error
+    does not name the session; the caller adds its name.
     """
 
     def __init__(self, how: str, *, is_before: bool = False) -> None:
@@ -105,9 +105,9 @@ class WorkerOptions:
     """The options that all workers of a server share.
 
     ``party`` is the party that the workers run.  ``weights`` are the party's weights in a shared
-    file, or ``None`` if each worker gets its own copy.  After a task, all workers together may keep
-    ``kept_bytes`` of freed memory, and the same number of bytes of the memory that they share with
-    the server.
+    file, or ``None`` if each worker gets its own copy.  After their tasks, all workers together may
+    keep ``kept_bytes`` of freed private memory, and the same number of bytes of the memory that
+    they share with the server.
     """
 
     party: PartyBundle

@@ -56,8 +56,8 @@ class Owner(Protocol):
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
         """Record that a worker ended, and return the error to raise.
 
-        ``key`` is the task that caused this, or ``None`` if no task did.  ``how`` describes how the
-        worker ended.
+        ``key`` is the task that made the worker end, or ``None`` if no task did.  ``how`` describes
+        how the worker ended.
         """
 
     def note_success(self, key: TaskKey) -> None:
@@ -142,11 +142,12 @@ class RemoteExecutor:
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages with available inputs; after each stage, yield the tensors to send.
+        """Run all stages whose inputs are available, and yield the tensors to send after each.
 
         Raises:
             WorkerLost: the worker ended during the task.
-            SplitonnxError: see ``deliver`` and ``advance`` of :class:`~executors.Executor`.
+            SplitonnxError: as raised by ``deliver`` and ``advance`` of
+                :class:`~executors.Executor`.
         """
         task = self._task(key)
         begin, wires = task.begin, task.wires

@@ -22,7 +22,7 @@ _KEPT_OUTPUTS = {
 
 
 def declare_statistics(graph: ir.Graph) -> None:
-    """Add the optional node outputs that gradients need."""
+    """Add the optional node outputs that are needed to compute gradients."""
     for node in graph:
         kinds = _KEPT_OUTPUTS.get(node.op_type, ())
         if node.domain or len(node.outputs) > len(kinds) or not kinds:
@@ -44,7 +44,7 @@ def make_inference_form(graph: ir.Graph) -> None:
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
     """Keep only the graph outputs that depend on the model's data.
 
-    Outputs that are running statistics or texts are also removed.
+    Running statistics and string outputs are also removed.
     """
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}
@@ -69,7 +69,7 @@ def name_nodes(graph: ir.Graph) -> None:
 
 
 def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:
-    """Check that the running statistics that training updates are weights of the model.
+    """Check that all running statistics updated by training are weights of the model.
 
     Raises:
         UnsupportedModel: a running statistic is computed in the graph, so it cannot be updated.

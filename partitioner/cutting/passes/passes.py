@@ -112,9 +112,9 @@ class Work:
 class Pass:
     """One step of the preparation.
 
-    ``run`` performs the pass, and ``work`` describes it in error messages: it completes "while the
-    model was ...".  The facts in ``requires`` must be true before the pass.  After the pass, the
-    facts in ``ensures`` are true, and the facts in ``spoils`` may be false.
+    ``run`` performs the pass.  ``work`` describes the pass in error messages, after the words
+    "while the model was".  The facts in ``requires`` must be true before the pass.  After the pass,
+    the facts in ``ensures`` are true, and the facts in ``spoils`` may be false.
     """
 
     work: str
