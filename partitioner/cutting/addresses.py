@@ -1,4 +1,4 @@
-"""Add checks before kernels that compute memory addresses from values that a peer may choose.
+"""Add checks before kernels that compute memory addresses from values chosen by a peer.
 
 Each function builds checks for one node.  It returns a mapping from the index of each checked input
 to the value that replaces this input.  If a check fails while the graph runs, the stage ends with

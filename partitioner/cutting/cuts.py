@@ -3,8 +3,8 @@
 A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
 ``tail_at`` (or the model's outputs).  All other nodes belong to the client.  So skip connections
 from the client's head to its tail, and weights that head and tail share, are never sent.  A
-partition is legal if the parties exchange only the named tensors, and if no trained parameter is
-used by both parties.  Raw inputs, like all other tensors, are sent only if they are named.
+partition is legal if the parties exchange only the cut tensors, and if no trained parameter is used
+by both parties.  Raw inputs, like all other tensors, are sent only if they are cut tensors.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -293,7 +293,7 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Find the values that can be computed from the tensors ``named`` without trained parameters.
+    """Find the values computable from the tensors in ``named`` without trained parameters.
 
     Values that also depend on other tensors in ``data`` are left out.
     """

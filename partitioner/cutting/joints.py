@@ -92,9 +92,8 @@ def build_training(
 ) -> JointGraph:
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
-    Ports mark the tensors that the parties exchange (:mod:`ports`).
-
-    ``at`` and ``tail_at`` name the tensors of the cut.  The loss is computed from ``output``.
+    Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
+    the tensors of the cut.  The loss is computed from ``output``.
     """
     model = copy_model(prepared.training)
     graph = model.graph
@@ -150,9 +149,8 @@ def build_training(
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
     """Build the joint graph of prediction: add the ports to the inference form.
 
-    Ports mark the tensors that the parties exchange (:mod:`ports`).
-
-    The server sends the outputs that it computes to the client.
+    Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
+    the tensors of the cut.  The server sends the outputs that it computes to the client.
     """
     graph = copy_model(prepared.inference).graph
     partition = _divide(prepared, graph, at, tail_at)

@@ -38,7 +38,7 @@ def insert_ports(
     computes the loss.
 
     Raises:
-        UnsupportedModel: the body of a control-flow operator reads a cut tensor.
+        UnsupportedModel: a subgraph body of a control-flow operator reads a cut tensor.
     """
     ports = []
     for value in partition.at:

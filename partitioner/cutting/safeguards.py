@@ -7,8 +7,8 @@ are checked while the graph runs.  The checks are made of standard operators: Ga
 if an index is out of range, and Reshape raises an error if the number of elements differs.
 
 Checks are added after the ports, so that the party that runs the kernel also runs the check and
-nothing has to be sent.  They are added before differentiation, and also to the bodies of control
-flow.  Kernels that compute addresses from values are handled in :mod:`addresses`.
+nothing has to be sent.  They are added before differentiation, and also inside the subgraph bodies
+of control-flow nodes.  Kernels that compute addresses from values are handled in :mod:`addresses`.
 """
 
 from __future__ import annotations

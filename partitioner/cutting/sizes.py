@@ -1,10 +1,10 @@
 """Make each party compute sizes from the shapes of its own tensors.
 
 For ``x.view(x.size(0), -1)``, exporters write a Shape node that reads some tensor with this size.
-Often this tensor is far before the cut, so only the other party has it.  The size is then not sent.
-Instead, the party that needs the size reads it from the shape of one of its own tensors: dimensions
-with the same symbol have the same size.  Each party also computes values that depend on sizes
-alone.
+Often this tensor is far before the cut, so only the other party has it.  The size itself is not
+sent.  Instead, the party that needs the size reads it from the shape of one of its own tensors:
+dimensions with the same symbol have the same size.  Each party also computes values that depend on
+sizes alone.
 
 This module does not depend on losses or gradients.
 """

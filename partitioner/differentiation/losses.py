@@ -97,7 +97,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
     Usually this is ``output``.  But ``cross-entropy`` itself applies a Softmax, and
     ``bce-with-logits`` a Sigmoid.  If ``output`` is the result of the activation that the loss
     applies, the loss is computed from the activation's input, so that the activation is not applied
-    twice.  But if ``output`` is one of the tensors in ``cut``, it is used in any case.
+    twice.  But if ``output`` is one of the cut tensors ``cut``, it is always used itself.
     """
     value = map_values(graph)[output]
     node = value.producer()
@@ -110,9 +110,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
 def find_activation(output: ir.Value, loss: str) -> str | None:
     """Return the activation that computes ``output``, if ``loss`` itself applies this activation.
 
-    The activation is ``Softmax`` for ``cross-entropy`` and ``Sigmoid`` for ``bce-with-logits``.
-
-    Otherwise return ``None``.
+    Otherwise, return ``None``.  ``cross-entropy`` applies Softmax, and ``bce-with-logits`` Sigmoid.
     """
     node = output.producer()
     if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:

@@ -2,12 +2,12 @@
 
 The graph optimizer of version 1.19.2 prepares every node for training, even if no gradient passes
 through the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runtime
-supports.  In the bodies of If, Loop and Scan, a BatchNormalization in inference mode is switched to
-training mode, which changes its results, and quantized operators are refused.
+supports.  In the subgraph bodies of If, Loop and Scan, a BatchNormalization in inference mode is
+switched to training mode, which changes its results, and quantized operators are refused.
 
-LSTM, GRU, and nodes with bodies are called *opaque* here.  If no gradient passes through an opaque
-node, its results can be treated as data.  The node is then removed: its results become graph
-inputs, and the values that it reads become graph outputs.  After differentiation, the node is
+LSTM, GRU, and nodes with subgraph bodies are called *opaque* here.  If no gradient passes through
+an opaque node, its results can be treated as data.  The node is then removed: its results become
+graph inputs, and the values that it reads become graph outputs.  After differentiation, the node is
 inserted again unchanged.  The caller must make sure that no gradient passes through opaque nodes.
 """
 

@@ -2,7 +2,7 @@
 
 The gate checks a model's names, operators, attributes, types and tensors directly in the protobuf
 messages.  It makes two changes, both in its own copy of the model: it replaces the dictionaries of
-ZipMap, which onnx-ir does not support, by tensors, and it marks negative dimensions as unknown.
+ZipMap, which onnx-ir does not support, with tensors, and it marks negative dimensions as unknown.
 The caller's file or object is not changed.
 
 Modules here may import ``graphs``, ``inference`` and ``native``.

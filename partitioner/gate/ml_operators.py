@@ -46,7 +46,7 @@ def unwrap_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def normalize_ml_operators(graph: ir.Graph) -> None:
-    """Replace operators of the domain ``ai.onnx.ml`` by standard operators, in place."""
+    """Replace operators of the domain ``ai.onnx.ml`` with standard operators, in place."""
     for node in list(graph):
         if node.domain == DOMAIN:
             builder = NodeBuilder(f"{node.outputs[0].name or node.name}/normalized")

@@ -2,8 +2,7 @@
 
 External data must be in the model's folder: ONNX Runtime 1.19.2 itself would read any file or
 memory address that a model names.  Each external file is opened only once, and is both checked and
-memory-mapped through the open file.  So the data that are read later are the data that were
-checked.
+memory-mapped through the open file.  So the data that is read later is the data that was checked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Iterate over the nodes, graphs and tensors in a model's protobuf messages.
 
-Bodies of control flow are included.  Protocol Buffers limits their nesting to 100.
+The subgraph bodies of control-flow nodes are included.  Protocol Buffers limits their nesting to
+100 levels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from splitonnx.errors import UnsupportedModel
 
 
 def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Yield the given nodes, each followed by the nodes in its bodies."""
+    """Yield the given nodes, each followed by the nodes in its subgraph bodies."""
     for node in nodes:
         yield node
         for body in list_bodies(node):
@@ -21,7 +22,7 @@ def list_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """Yield the bodies of a node, such as the branches of an If or the body of a Loop."""
+    """Yield the subgraph bodies of a node, such as the branches of an If or the body of a Loop."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -29,14 +30,14 @@ def list_bodies(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def list_all_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Yield all nodes of a model, including nodes in bodies and functions."""
+    """Yield all nodes of a model, including nodes in subgraph bodies and in functions."""
     yield from list_nodes(model.graph.node)
     for function in model.functions:
         yield from list_nodes(function.node)
 
 
 def list_graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """Yield a model's graph and all bodies, including bodies in functions."""
+    """Yield a model's graph and all subgraph bodies, including those in functions."""
     yield model.graph
     for node in list_all_nodes(model):
         yield from list_bodies(node)

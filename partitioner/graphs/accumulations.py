@@ -1,7 +1,7 @@
 """Build running sums and products along an axis from operators that have gradients.
 
-Each step shifts the tensor with a Pad and combines it with the unshifted tensor by Add or Mul.  The
-distance doubles with each step, so ``n`` elements take about ``log2(n)`` steps.  There are no
+Each step shifts the tensor with a Pad node and adds it to the unshifted tensor, or multiplies both.
+The distance doubles with each step, so ``n`` elements take about ``log2(n)`` steps.  There are no
 divisions, so zeros are harmless.
 """
 
@@ -20,7 +20,7 @@ class Line:
     """The axis of a tensor along which to accumulate, and the direction.
 
     ``rank`` is the tensor's number of dimensions, and ``length`` the number of elements along the
-    axis.
+    axis.  With ``reverse``, accumulation begins at the end of the axis.
     """
 
     axis: int

@@ -1,8 +1,8 @@
 """Check the presence and the types of the attributes that operators require, once for all steps.
 
-onnx's own checker skips some checks in bodies and functions.  For example, it accepts references to
-attributes outside functions.  Later steps can rely on these checks; the values of attributes are
-checked by the code that uses them.
+onnx's own checker skips some checks in subgraph bodies and functions.  For example, it accepts
+references to a function's attributes in nodes outside functions.  Later steps can rely on these
+checks; the values of attributes are checked by the code that uses them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from splitonnx.errors import NotAModel
 
 
 def check_attributes(graph: ir.Graph, opset: int) -> None:
-    """Check the attributes of every node, including nodes in bodies, against the operator's schema.
+    """Check the attributes of every node against the schema of the node's operator.
 
-    Functions must already be inlined.  ``opset`` is the version of nodes that declare no version.
+    Nodes in subgraph bodies are included.  Functions must already be inlined.  ``opset`` is the
+    version of nodes that declare no version.
 
     Raises:
         NotAModel: an attribute is missing, has the wrong type, or refers to a function's attribute

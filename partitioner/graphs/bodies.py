@@ -1,4 +1,4 @@
-"""Copy a body of control flow, such as one iteration of a loop, into the surrounding graph."""
+"""Copy a control-flow node's subgraph body, such as a loop's, into the surrounding graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 def copy_body(
     body: ir.Graph, prefix: str, bound: Sequence[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Copy a body's nodes so that they can be inserted into the surrounding graph.
+    """Copy a subgraph body's nodes so that they can be inserted into the surrounding graph.
 
     ``bound`` holds the value that replaces each of the body's inputs.  All new names start with
     ``prefix``.  Return the new nodes in order, and the values that correspond to the body's

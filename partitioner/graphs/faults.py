@@ -69,7 +69,7 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
 
     Raises:
         UnsupportedModel: the model is too large to be serialized.
-        InternalModelError: the pass has a bug, because the gate accepted the model.
+        InternalModelError: the pass failed although the gate accepted the model; this is a bug.
     """
     try:
         yield
@@ -89,8 +89,8 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
     """Convert exceptions from reading a model's bytes into errors about the bytes.
 
     onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  ``refuse`` creates the
-    error to raise, given the reason.  Exceptions that look like a bug in this package, and come
-    from its own code, are not converted.
+    error to raise, given the reason.  Exceptions that come from this package's own code and look
+    like a bug are not converted.
     """
     try:
         yield

@@ -4,10 +4,10 @@ ONNX Runtime draws random numbers from a generator whose state can be neither re
 and unsplit training would draw different numbers.  Here, the graph computes the numbers with
 integer operators from its input ``splitonnx.key``, so that every runtime can repeat a step exactly.
 
-Element ``i`` is ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser "lowbias32" of
-C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  ONNX Runtime cannot multiply uint32,
-so multiplications are done in 64 bits and truncated.  One half of the key is used before the mixing
-and the other half within it.
+Element ``i`` of a random tensor is ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
+"lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  ONNX Runtime cannot
+multiply uint32, so multiplications are done in 64 bits and truncated.  One half of the key is used
+before the mixing and the other half within it.
 
 Only the random operators of the training form are replaced; the inference form is not changed.
 """
@@ -84,7 +84,7 @@ def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) 
 
 
 def seed_random_operators(graph: ir.Graph) -> None:
-    """Replace every random operator, in place, by nodes that compute its numbers from the key.
+    """Replace every random operator, in place, with nodes that compute its numbers from the key.
 
     The numbers depend on the node's name, and on its ``seed`` attribute if it is set.
 

@@ -1,8 +1,8 @@
 """Read and copy graphs in half the time that onnx-ir takes, with the same results.
 
-Models with less common content (bodies, functions, quantizations, metadata on values) are read by
-onnx-ir itself.  Values with the same shape share one shape object, so shapes must not be changed in
-place.
+Models with less common content (subgraph bodies, functions, quantization, metadata on values) are
+read by onnx-ir itself.  Values with the same shape share one shape object, so shapes must not be
+changed in place.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _read_dims(shape: ir.Shape) -> _Dims | None:
 
 
 def has_metadata(noted: ir.Value | ir.Node | ir.Graph) -> bool:
-    """Return whether the property ``meta`` has entries.
+    """Return whether a value, node or graph has entries in its property ``meta``.
 
     The property is not read if it does not exist yet, because reading it would create it.
     """

@@ -1,7 +1,7 @@
 """Traverse a graph, to find the values that a node reads or that another value depends on.
 
-The bodies of ``If``, ``Loop`` and ``Scan`` may read values of the surrounding graph.  These values
-count as read by the node that contains the body, so no dependency is missed.
+The subgraph bodies of ``If``, ``Loop`` and ``Scan`` nodes may read values of the surrounding graph.
+These values count as read by the node that contains the body, so no dependency is missed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from splitonnx.partitioner.graphs.builders import DETACHED
 
 
 def list_inputs(node: ir.Node) -> list[ir.Value]:
-    """List all values that ``node`` reads, including values that its bodies read from outside."""
+    """List all values that ``node`` reads, including outside values read by its subgraph bodies."""
     values = [value for value in node.inputs if value is not None]
     for body in list_bodies(node):
         values.extend(_list_captures(body))
@@ -130,7 +130,7 @@ def reads_size(node: ir.Node) -> bool:
 def find_moving(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
     """Return ``roots`` and all values from which a gradient could flow back to any of them.
 
-    No gradient flows through a detached Identity or a value that is not a float.
+    No gradient flows through detached Identity nodes or through values that are not floats.
     """
     moving = set(roots)
     for node in graph:
@@ -160,7 +160,7 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Return whether a value is a float or of unknown type, so that it may have a gradient."""
+    """Return whether a value may have a gradient: its type is a float type or unknown."""
     return value.dtype is None or value.dtype.is_floating_point()
 
 
@@ -188,7 +188,7 @@ def prune(graph: ir.Graph) -> None:
 
 
 def list_bodies(node: ir.Node) -> list[ir.Graph]:
-    """List the bodies of a control-flow node."""
+    """List the subgraph bodies of a control-flow node."""
     bodies: list[ir.Graph] = []
     for attribute in node.attributes.data.values():  # the attributes' own view is slow
         if attribute.type == ir.AttributeType.GRAPH:
@@ -199,7 +199,7 @@ def list_bodies(node: ir.Node) -> list[ir.Graph]:
 
 
 def list_nodes(graph: ir.Graph) -> list[ir.Node]:
-    """List a graph's nodes, each followed by the nodes in its bodies."""
+    """List a graph's nodes, each followed by the nodes in its subgraph bodies."""
     nodes = []
     for node in graph:
         nodes.append(node)
@@ -208,7 +208,7 @@ def list_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def list_inner(node: ir.Node) -> list[ir.Node]:
-    """List the nodes in a node's bodies, including nested bodies."""
+    """List the nodes in a node's subgraph bodies, including nested bodies."""
     return [inner for body in list_bodies(node) for inner in list_nodes(body)]
 
 

@@ -28,7 +28,9 @@ class Unresolved(Exception):
 
 
 def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
-    """Replace an If, Loop or Scan by the nodes that it would run, and return these nodes in order.
+    """Replace an If, Loop or Scan with the nodes that it would run.
+
+    Return these nodes in order.
 
     Outputs keep their names.  ``spent`` is the number of nodes that earlier calls created for this
     model; it counts towards :data:`MOST_NODES`.

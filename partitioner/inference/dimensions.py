@@ -1,4 +1,4 @@
-"""Calculate with dimensions that are not known, such as ``4*N + 1`` for an unknown batch ``N``.
+"""Calculate with unknown dimensions, such as ``4*N + 1`` for an unknown batch size ``N``.
 
 An unknown size such as ``N`` is called an *atom*; it has the same value everywhere in one run of a
 model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
@@ -263,7 +263,7 @@ def _compose(sign: str, left: Amount, right: Amount) -> Dim:
 def solve(wanted: Amount, known: Mapping[Place, Amount]) -> dict[str, tuple[Place, int, int]]:
     """Find out how to compute each unknown size in ``wanted`` from a dimension in ``known``.
 
-    Return a tuple (key, factor, offset) for each unknown size.  It means that the dimension
+    Return a tuple (key, factor, offset) for each unknown size.  The tuple means that the dimension
     ``known[key]`` equals ``factor * size + offset``.
 
     Raises:

@@ -1,8 +1,8 @@
 """Infer the element types of a joint graph's values with ONNX Runtime.
 
 onnx's own inference stops at training-only operators, which it does not know.  An ONNX Runtime
-session for the complete graph yields all types, but the time is quadratic in the number of nodes.
-A large graph is therefore reduced to one node of each *kind*.  Nodes are of the same kind if they
+session for the complete graph yields all types, but takes time quadratic in the number of nodes.  A
+large graph is therefore reduced to one node of each *kind*.  Nodes are of the same kind if they
 have the same operator and attributes, and if their inputs and outputs have the same declared types
 and shapes.  Then all their inferred types are the same too, and ONNX Runtime has a kernel either
 for all of them or for none.

@@ -1,4 +1,4 @@
-"""Replace sequences and optionals by the tensors in them.
+"""Replace sequences and optionals with the tensors in them.
 
 No gradient can pass through a sequence.  But the lists that exporters write, such as the outputs of
 a loop or the pieces of a split, usually have a fixed length and fixed positions.  Then every tensor

@@ -1,8 +1,8 @@
 """Find out what an exporter did to a model, and what this means for training.
 
-Some changes cannot be detected for sure: for example, a folded BatchNormalization leaves no trace.
-So the remarks describe what can be seen, such as nodes and the exporter's name, and what this means
-for training.  This module never refuses a model.
+Some changes cannot be detected with certainty: for example, a folded BatchNormalization leaves no
+trace.  So the remarks describe what can be seen, such as nodes and the exporter's name, and what
+this means for training.  This module never refuses a model.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def inspect(
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
-        batch: the batch size, that is, the first dimension of the model's inputs, if the model
-            does not fix it.  Sizes in bytes cannot be computed if the batch size is not known.
-        sent: raw inputs, such as an attention mask, that may be sent together with the tensor.
+        batch: the batch size (the first dimension of the model's inputs), for models that do not
+            fix it. Sizes in bytes cannot be computed if the batch size is not known.
+        sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
 
     Raises:
         ModelError: the model cannot be read or prepared.
@@ -71,7 +71,7 @@ def list_cuts(
     """List the single tensors at which a prepared model can be cut.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
-    size.  The raw inputs in ``sent`` may be sent together with the tensor.
+    size.  The raw inputs in ``sent`` may be sent together with a tensor.
     """
     form = prepared.inference
     if batch is not None:

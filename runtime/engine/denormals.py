@@ -1,11 +1,11 @@
 """Flushing of denormal numbers to zero in the calling thread during a computation.
 
-Arithmetic on denormals is many times slower than on other numbers, so a client that sends them
-could slow a server down.  ONNX Runtime's own option affects the threads of its pool, but not the
-calling thread.  With that option alone, whether an element is flushed would depend on the thread
-that computes it.  Therefore this module sets the calling thread's control register through the
-platform's C library, and restores it afterwards.  If that has no effect, :data:`CAN_FLUSH` is false
-and denormals are not flushed in any thread.
+Arithmetic on denormals (tiny numbers close to zero) is many times slower than on other numbers, so
+a client could slow a server down by sending denormals.  ONNX Runtime's own option affects the
+threads of its pool, but not the calling thread.  With that option alone, whether an element is
+flushed would depend on the thread that computes it.  Therefore this module sets the calling
+thread's control register through the platform's C library, and restores it afterwards.  If setting
+the register has no effect, :data:`CAN_FLUSH` is false and denormals are not flushed in any thread.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ CAN_FLUSH = _SET_FLUSH is not None
 def set_flush() -> Callable[[], None]:
     """Flush denormals to zero in the calling thread, if the platform supports it.
 
-    Return a function that restores the thread's earlier setting.  Threads started before this
-    function is called also flush denormals.
+    Return a function that restores the thread's earlier setting.  Until then, threads that this
+    thread starts also flush denormals.
     """
     return _do_nothing if _SET_FLUSH is None else _SET_FLUSH()
 

@@ -147,10 +147,10 @@ class Engine:
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        With ``training``, the nodes run exactly as they are in the graph, without optimization.
-        The graph was already optimized before it was differentiated, and split and unsplit runs
-        must use the same kernels.  A graph in ORT format always runs as it is, and is accepted only
-        if the engine is ``trusted``.
+        With ``training``, the graph is not optimized, and its nodes run exactly as they are: it was
+        already optimized before it was differentiated, and split and unsplit runs must use the same
+        kernels.  A graph in ORT format always runs as it is, and is accepted only if the engine is
+        ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -214,7 +214,7 @@ class Engine:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
-        """Pass an array to ONNX Runtime; it is copied only if it is not contiguous and aligned.
+        """Pass an array to ONNX Runtime; it is copied unless it is contiguous and aligned.
 
         Do not change the array afterwards, because the tensor may share its memory.
         """

@@ -60,7 +60,7 @@ class SessionExecutor(Protocol):
         """Pass tensors from the other party to an open task."""
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available, and yield the tensors to send after each."""
+        """Run all stages whose inputs are available; after each, yield the tensors to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether every stage of the task has run."""
@@ -114,8 +114,8 @@ class Executor:
         """Return an independent executor with the same state and no open tasks.
 
         The two executors share the loaded stages, and share each tensor of the state until one of
-        them replaces it.  They may run in different threads, but :meth:`prepare` must not.  So call
-        it before the fork for every phase that both executors will use.
+        them replaces it.  They may run in different threads, but :meth:`prepare` is not
+        thread-safe.  So call it before the fork, for every phase that both executors will use.
         """
         twin = copy(self)
         twin._state = dict(self._state)
@@ -190,7 +190,7 @@ class Executor:
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available, and yield the tensors to send after each.
+        """Run all stages whose inputs are available; after each, yield the tensors to send.
 
         If this party's data must be sent, they are among the first tensors.  The arrays are
         read-only views.  If this raises an error, abandon the task.
@@ -213,7 +213,7 @@ class Executor:
         """Return whether a task is ready for :meth:`finish`.
 
         A task is ready once every stage has run, every expected tensor has arrived, and every
-        outgoing tensor was yielded.
+        outgoing tensor has been yielded.
         """
         return self._task(key).progress.is_finished
 

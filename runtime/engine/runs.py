@@ -43,7 +43,7 @@ class _Ending(Enum):
 
 
 class Run:
-    """One run of a stage; it should end before ``deadline``, a time of ``time.monotonic()``."""
+    """One run of a stage; it is stopped at ``deadline``, measured by ``time.monotonic()``."""
 
     __slots__ = ("_ending", "_options", "deadline", "stage")
 

@@ -1,4 +1,4 @@
-"""A parser that reads the nodes of stage graphs, and the declared shapes of their values.
+"""A parser for the nodes of stage graphs, and for the declared shapes of their values.
 
 It only reads graphs that have passed the gate.  Like the gate, it parses them without the onnx
 package.
@@ -63,8 +63,8 @@ def order_nodes(nodes: Sequence[Node]) -> list[Node]:
     """Sort nodes into the order in which ONNX Runtime runs them.
 
     ONNX Runtime searches depth-first, starting from the last node whose outputs no other node uses.
-    If a node has several inputs, it first visits the input whose node comes last in the graph.
-    (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
+    If a node has several inputs, it first visits the input computed by the node that is last in the
+    graph.  (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
     """
     makers = {name: index for index, node in enumerate(nodes) for name in node.results if name}
     sources = [

@@ -68,8 +68,8 @@ class Budget:
 
     ``total`` is the size of the memory in bytes.  ``workers`` is the number of users that may have
     tasks at the same time, or ``None`` for no limit.  A user is an owner, or a session without an
-    owner.  ``is_there`` returns whether a user still has a session.  ``clock`` returns seconds and
-    never goes back.
+    owner.  ``is_there`` returns whether a user still has a session.  ``clock`` is a monotonic clock
+    in seconds.
     """
 
     def __init__(

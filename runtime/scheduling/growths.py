@@ -39,9 +39,9 @@ class Growths:
     """The peak memory, in bytes, that recent tasks of each kind needed.
 
     Each kind belongs to one user, so a user's large tasks do not make other users wait for more
-    memory.  Each user may store the same number of kinds, so no user can displace another user's
-    kinds.  If there are too many users, users for whom ``is_there`` returns false are forgotten
-    first, and then the users whose last task is the oldest.
+    memory.  The number of kinds per user is limited, so no user can displace another user's kinds.
+    If there are too many users, users for whom ``is_there`` returns false are forgotten first, and
+    then the users whose last task is the oldest.
     """
 
     def __init__(self, is_there: Callable[[Hashable], bool] = lambda _: True) -> None:

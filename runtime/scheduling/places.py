@@ -21,8 +21,8 @@ class Places:
     """A limited number of places, and the users that have them.
 
     ``most`` is the number of places.  ``is_there`` returns whether a user may still need its place;
-    a user that is gone loses its place as soon as another user needs it.  ``clock`` returns seconds
-    and never goes back.
+    a user that is gone loses its place as soon as another user needs it.  ``clock`` is a monotonic
+    clock in seconds.
     """
 
     def __init__(
@@ -42,10 +42,9 @@ class Places:
     ) -> Hashable:
         """Return the user that must soon give up its place, or ``None`` if no user must.
 
-        This user must not begin new work.  ``waiting`` are the users that wait for a place, and
-        ``at_work`` are the users that are working.
-
-        This is the user that :meth:`take` would evict next.
+        This is the user that :meth:`take` would evict next; it must not begin new work.
+        ``waiting`` are the users that wait for a place, and ``at_work`` are the users that are
+        working.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None

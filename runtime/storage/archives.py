@@ -101,8 +101,8 @@ class Archive:
     ) -> Iterator[None]:
         """Reserve space in the owner's quota while a ``with`` block writes to disk.
 
-        The space is for a checkpoint and, with ``publish``, for an outcome too.  Before that, check
-        that the folder was not replaced after it was loaded.
+        First check that the folder was not replaced after it was loaded.  The reserved space is for
+        a checkpoint and, with ``publish``, for an outcome too.
 
         Raises:
             NotSaved: the folder was deleted or replaced.

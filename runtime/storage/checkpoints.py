@@ -81,8 +81,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Checkpoint:
     """Everything that a party needs to continue a session after ``step`` training steps.
 
-    ``tensors`` contains every tensor of the state in the manifest, including buffers and the
-    optimizer's tensors.  ``owner`` is the session's owner on a server with tokens.
+    ``tensors`` contains every tensor of the state that the manifest declares, including buffers and
+    the optimizer's tensors.  ``owner`` is the session's owner on a server with tokens.
     """
 
     session: str

@@ -122,7 +122,7 @@ class Protocol:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Return the dimension sizes of the newest task that are known so far, by name."""
+        """Return the sizes of the newest task's named dimensions, as far as they are known."""
         return self._sizes
 
     def close(self) -> None:

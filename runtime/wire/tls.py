@@ -31,7 +31,7 @@ def make_server_tls(
     present a certificate that this authority signed.
 
     Raises:
-        UnusableFile: a file is missing or is not PEM, or the key does not match the certificate.
+        UnusableFile: a file is missing or not PEM, or the key does not match the certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -57,7 +57,7 @@ def make_client_tls(
 
     Raises:
         UsageError: ``certificate`` is given without ``key``, or ``key`` without ``certificate``.
-        UnusableFile: a file is missing or is not PEM, or the key does not match the certificate.
+        UnusableFile: a file is missing or not PEM, or the key does not match the certificate.
     """
     if (certificate is None) != (key is None):
         raise UsageError("a certificate and its key go together; name both --cert and --key")

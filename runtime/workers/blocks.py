@@ -176,7 +176,7 @@ class NamedBlock:
             self._memory = shared_memory.SharedMemory(create=True, size=size)
 
     def empty(self) -> None:
-        """Replace the block by a new one of the smallest size; the content is lost."""
+        """Replace the block with a new one of the smallest size; the content is lost."""
         self.close()
         self._memory = shared_memory.SharedMemory(create=True, size=SMALLEST)
 

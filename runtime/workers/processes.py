@@ -88,7 +88,7 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 
 
 class WorkerEnded(Exception):
-    """Raised if the worker process ended, or had to be killed; ``how`` describes how.
+    """Raised if the worker process ended or had to be killed; ``how`` describes what happened.
 
     ``is_before`` is true if the process had already ended when the request was made.  The error
     does not name the session; the caller adds its name.

@@ -124,8 +124,8 @@ class RemoteExecutor:
         """Open a task; the worker checks it later, together with the first tensors.
 
         Raises:
-            LocalProtocolError: ``data`` is not empty, although a server has no data of its own; or
-                the task is already open.
+            LocalProtocolError: the task is already open, or ``data`` is not empty although a server
+                has no data of its own.
         """
         if data:
             raise LocalProtocolError("a worker takes wires alone")
@@ -142,7 +142,7 @@ class RemoteExecutor:
         self._task(key).wires = tensors
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available, and yield the tensors to send after each.
+        """Run all stages whose inputs are available; after each, yield the tensors to send.
 
         Raises:
             WorkerLost: the worker ended during the task.
@@ -163,7 +163,7 @@ class RemoteExecutor:
         """Return whether a task is ready for :meth:`finish`.
 
         A task is ready once every stage has run, every expected tensor has arrived, and every
-        outgoing tensor was yielded.
+        outgoing tensor has been yielded.
         """
         return self._task(key).is_finished
 
