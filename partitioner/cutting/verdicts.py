@@ -26,7 +26,7 @@ _HIGHEST = {"": HIGHEST_OPSET, TRAINING_DOMAIN: HIGHEST_TRAINING_OPSET}
 def check_operators(
     stage: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool
 ) -> frozenset[str]:
-    """Check every operator in a stage's graph and its subgraph bodies, and return their domains.
+    """Check all operators in a stage's graph and its subgraph bodies, and return their domains.
 
     A portable graph may use only standard operators.
 

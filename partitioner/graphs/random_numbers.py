@@ -32,7 +32,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def find_key(graph: ir.Graph) -> ir.Value:
-    """Return the graph's input for the random key, and add this input if it is missing."""
+    """Return the graph's input for the random key; add the input if it is missing."""
     for value in graph.inputs:
         if value.name == KEY:
             return value

@@ -43,7 +43,7 @@ class Schemas:
     def infer(
         self, node: ir.Node, types: Mapping[str, _Declared], data: Mapping[str, onnx.TensorProto]
     ) -> Sequence[onnx.TypeProto | None]:
-        """Return the type of each output of a node, or ``None`` for a type that onnx cannot infer.
+        """Return the types of a node's outputs, with ``None`` for each type that onnx cannot infer.
 
         ``types`` holds the types of the node's inputs, and ``data`` the contents of constant
         inputs.  Both use the keys ``i0`` for the first input, ``i1`` for the second, and so on.

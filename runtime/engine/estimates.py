@@ -1,8 +1,8 @@
 """Estimates of how much memory a task needs, from its stages' graphs and the sizes of its tensors.
 
-The estimate goes through each stage node by node.  A node's output counts until its last use, when
-ONNX Runtime frees it.  A stage's output counts until the last stage that uses it, or until the end
-of the task if it is sent or kept.
+The estimate goes through each stage node by node.  A node's output is counted until its last use,
+when ONNX Runtime frees it.  A stage's output is counted until the last stage that uses it has run,
+or until the end of the task if the output is sent or kept.
 
 Sizes come from the shapes that the graph declares.  If one dimension of a shape is unknown, it is
 assumed to be the batch size.  If a node's output has no declared shape, it is assumed to be as

@@ -192,8 +192,8 @@ class Executor:
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
         """Run all stages whose inputs are available; after each, yield the tensors to send.
 
-        If this party's data must be sent, they are among the first tensors.  The arrays are
-        read-only views.  If this raises an error, abandon the task.
+        The first tensors include any of this party's data that must be sent.  The arrays are
+        read-only views.  If this method raises an error, abandon the task.
 
         Raises:
             StageFailed: an operator failed.

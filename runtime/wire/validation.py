@@ -20,7 +20,7 @@ _CHUNK = 1 << 18
 def check_finite(name: str, array: np.ndarray, where: str) -> None:
     """Check that a floating-point array contains neither NaN nor infinity.
 
-    ``where`` is added to the error message, for example ``step 3``.
+    ``name`` is the array's name, and ``where`` says where it was received, such as ``step 3``.
 
     Raises:
         NotFinite: the array contains NaN or infinity; the error contains ``name`` and ``where``.
@@ -33,7 +33,8 @@ def check_norm(name: str, array: np.ndarray, limit: float) -> None:
     """Check that the L2 norm of a floating-point array is at most ``limit``.
 
     Raises:
-        NormTooLarge: the norm is larger; the error contains the name, the norm and the limit.
+        NormTooLarge: the norm is larger; the error contains the array's name, the norm and the
+            limit.
     """
     if array.dtype.kind == "f" and (norm := math.sqrt(_sum_squares(array))) > limit:
         raise NormTooLarge(name, norm, limit)

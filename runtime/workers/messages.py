@@ -118,7 +118,7 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that does nothing itself.
 
-    The worker only drops the tasks and sessions that the :class:`Request` names, and frees their
+    The worker only drops the tasks and sessions named in the :class:`Request`, and frees their
     memory.
     """
 
@@ -148,7 +148,7 @@ class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's request to enlarge the shared memory block to ``size`` bytes for its answer."""
+    """A worker's request to enlarge the shared memory block to ``size`` bytes, to fit its answer."""
 
     size: int
 

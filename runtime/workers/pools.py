@@ -134,7 +134,7 @@ class WorkerPool:
         If the pool is full, a worker of another owner is stopped first.
 
         Raises:
-            ProcessFailed, SplitonnxError: no worker can be started; see :class:`Worker`.
+            ProcessFailed, SplitonnxError: no worker can be started.
             ServerBusy: every worker belongs to another owner and has an open task.
         """
         lease = self._find(executor)
