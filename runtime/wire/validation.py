@@ -20,7 +20,7 @@ _CHUNK = 1 << 18
 def check_finite(name: str, array: np.ndarray, where: str) -> None:
     """Check that a floating-point array contains neither NaN nor infinity.
 
-    ``name`` is the array's name, and ``where`` says where it was received, such as ``step 3``.
+    ``name`` is the array's name, and ``where`` describes its origin, such as ``step 3``.
 
     Raises:
         NotFinite: the array contains NaN or infinity; the error contains ``name`` and ``where``.

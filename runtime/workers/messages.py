@@ -148,7 +148,7 @@ class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's request to enlarge the shared memory block to ``size`` bytes, to fit its answer."""
+    """A worker's request to enlarge the shared memory block to ``size`` bytes for an answer."""
 
     size: int
 
