@@ -30,21 +30,21 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# The linters take one core, and beside them the clients in JavaScript are tried, one after another.
-# Then what measures time or memory has the machine to itself; the rest runs in three processes, since
-# each often waits for others that it started.  pytest's closing line is to be the last, that of the
-# larger part.
-HERE := not sweep and not browser
+# The linters take one core, and beside them the clients in JavaScript are tried, and the page is built.
+# Then what measures memory has the machine to itself; the rest, the pages in Chromium with it, runs in
+# three processes, since each often waits for others that it started.  pytest's closing line is to be
+# the last, that of the larger part.
+HERE := not sweep
 ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory --jobs 2 lint test-clients
 	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
-	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
+	$(BIN)/python -m pytest -m "not alone and $(HERE)$(if $(strip $(PAGE_MISSES)), and not browser)" -n 3 --dist worksteal
 
 test-clients: $(VENV)/.test
 	$(MAKE) --no-print-directory test-js
 	$(MAKE) --no-print-directory test-mobile
-	$(MAKE) --no-print-directory test-browser
+	$(MAKE) --no-print-directory page
 
 # The client in JavaScript, against servers of this environment.
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
@@ -96,10 +96,8 @@ $(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* $(addprefix runtime/js/src/,*.
 CHROMIUM := $(shell command -v "$${SPLITONNX_CHROMIUM:-chromium}" || command -v chromium-browser)
 PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
 
-test-browser: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
-ifeq ($(strip $(PAGE_MISSES)),)
-	$(BIN)/python -m pytest -m browser tests/browser
-else
+page: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
+ifneq ($(strip $(PAGE_MISSES)),)
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
 

@@ -1,7 +1,7 @@
 """Log unexpected exceptions as bugs in this package, with their tracebacks.
 
-The code that catches an unexpected exception raises an error of splitonnx instead.  Its message
-says what failed, and asks the user to report the bug.
+The code that catches an unexpected exception raises one of splitonnx's own errors instead.  The
+message of that error says what failed, and asks the user to report the bug.
 """
 
 from __future__ import annotations

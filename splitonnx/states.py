@@ -145,7 +145,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner of a session's outcome, or ``None`` if there is no readable outcome."""
+    """Return the owner recorded in a session's outcome, or ``None`` if it cannot be read."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:

@@ -188,7 +188,7 @@ def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Check that a Col2Im node has one column per position of the block in the image.
 
     Raises:
-        UnsupportedModel: the number of the image's dimensions is not known.
+        UnsupportedModel: the image's number of dimensions is not known.
     """
     x, image, block = node.inputs[:3]
     assert x is not None

@@ -1,4 +1,4 @@
-"""Check a model's names, texts and declared types.
+"""Check a model's names, strings and declared types.
 
 Names must be printable, unique, and defined before they are used.
 """
@@ -36,12 +36,12 @@ _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 
 
 def check_texts(model: ModelProto, label: str) -> None:
-    """Check that every name is printable and short, and that other texts are valid UTF-8.
+    """Check that every name is printable and short, and that other strings are valid UTF-8.
 
     Raises:
         NotAModel: a name contains a line break or another control character, or is too long; a
-            text is not UTF-8.
-        UnsupportedModel: a text is too long.
+            string is not UTF-8.
+        UnsupportedModel: a string is too long.
     """
     check = partial(_check_text, label=label)
     free = partial(_check_free_text, label=label)
@@ -90,10 +90,10 @@ def _check_free_text(message: _Described, label: str) -> None:
 
 
 def refuse_long(text: str | bytes, label: str) -> None:
-    """Raise an error if a text is too long for a graph in a bundle.
+    """Raise an error if a string is too long for a graph in a bundle.
 
     Raises:
-        UnsupportedModel: the text takes more than ``MODEL.text_bytes`` bytes.
+        UnsupportedModel: the string takes more than ``MODEL.text_bytes`` bytes.
     """
     if len(text) * 4 <= MODEL.text_bytes:  # a character takes at most 4 bytes
         return

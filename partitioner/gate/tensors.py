@@ -41,7 +41,7 @@ class DataFiles:
         Raises:
             NotAModel: the tensor's data type or shape is invalid, its number of bytes does not
                 match them, or its file cannot be read.
-            UnsupportedModel: the tensor contains a text that is too long.
+            UnsupportedModel: the tensor contains a string that is too long.
             ForbiddenExternalData: the tensor's data is outside the model's folder.
         """
         subject = f"tensor '{tensor.name}'"

@@ -159,7 +159,7 @@ class Inference:
                 self._shapes[value] = list(content.shape)
 
     def note(self, value: ir.Value) -> None:
-        """Set a value's inferred shape on the value itself, if a shape was inferred."""
+        """Store the inferred shape of a value, if there is one, on the value itself."""
         dims = self._shapes.get(value)
         if dims is not None:
             written = tuple(d if isinstance(d, int) else str(d) for d in dims)

@@ -1,4 +1,4 @@
-"""Rewrite operators that have no gradient in onnxruntime-training with operators that have one.
+"""Replace operators without a gradient in onnxruntime-training with operators that have one.
 
 Rewriting happens before differentiation.  It changes only nodes with an input that depends on a
 trained parameter.  :data:`REWRITES` lists all supported operators.  Each entry is a small function

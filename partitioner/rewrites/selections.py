@@ -154,7 +154,7 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Set the attribute ``perm`` of a Transpose that lacks it to the reverse order of all axes.
+    """If a Transpose has no attribute ``perm``, set it to all axes in reverse order.
 
     This is the default, but onnxruntime-training's gradient of Transpose requires the attribute.
     """

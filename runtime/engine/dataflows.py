@@ -35,7 +35,7 @@ class Dataflow:
         """How many stages and outgoing wires use each value."""
 
     def wants(self, name: str) -> bool:
-        """Return whether a stage or a wire uses a value, or whether it is a result or new state."""
+        """Return whether a value is used by a stage or a wire, or is a result or new state."""
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:

@@ -77,7 +77,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The seed and the learning rate with which a task is opened."""
+    """The seed and the learning rate with which a task is started."""
 
     seed: int
     learning_rate: float
@@ -191,7 +191,7 @@ class Pipe(Protocol):
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of an action that has ``slots`` as the positions of its tensors."""
+    """Return a copy of an action in which the positions of its tensors are set to ``slots``."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)

@@ -224,7 +224,7 @@ class Worker:
         self.tidy()
 
     def tidy(self) -> None:
-        """Make the worker free memory that it may not keep.
+        """Make the worker release the memory that it is not allowed to keep.
 
         The worker first answers the current request.  This method returns at once, because the
         caller may be the event loop.

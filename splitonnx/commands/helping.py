@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The group of all commands; its ``--help`` also omits the value type of switches."""
+    """The group of all commands; its ``--help`` shows no value type for switches, like theirs."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""
