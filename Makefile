@@ -10,6 +10,10 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
 
+# Hundreds of processes import the same modules.  They keep the bytecode, even where an image's
+# PYTHONDONTWRITEBYTECODE would have each of them compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What is installed stands in requirements/*.txt with its hashes, and only wheels are taken.  Where a
 # platform has none, `make LOCKED= ...` takes what pyproject.toml allows, unchecked.
 LOCKED ?= yes
