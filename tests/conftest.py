@@ -27,10 +27,14 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def make_environment(folder: Path, *requirements: str) -> Path:
-    """Make a fresh virtual environment, install ``requirements``, and return its python."""
-    venv.create(folder, with_pip=True)
+    """Make a fresh virtual environment, install ``requirements``, and return its python.
+
+    This environment's pip installs them.  What is never imported there is not compiled.
+    """
+    venv.create(folder)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    run(python, "-m", "pip", "install", "--quiet", *requirements, cwd=ROOT)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-compile", *requirements, cwd=ROOT)
     return python
 
 

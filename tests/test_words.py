@@ -135,12 +135,18 @@ def read_all() -> dict[str, str]:
 
 def list_words(text: str) -> set[str]:
     """List the words of a text in small letters, and those that its names consist of."""
-    found = set(re.findall(r"[A-Za-z_]+", text))
-    parts = {part for name in found for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
-    tails = {name[start.end() :] for name in found for start in re.finditer("^_*|_", name)}
-    return {word.lower() for word in {*found, *parts, *tails}}
+    return set().union(*map(split_name, set(re.findall(r"[A-Za-z_]+", text))))
 
 
+@cache
+def split_name(name: str) -> frozenset[str]:
+    """List a name, its parts and its tails in small letters."""
+    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    tails = [name[start.end() :] for start in re.finditer("^_*|_", name)]
+    return frozenset(word.lower() for word in (name, *parts, *tails))
+
+
+@cache
 def list_names(path: str, text: str) -> set[str]:
     """List the identifiers of a module of Python or TypeScript."""
     if path.endswith(".py"):
@@ -153,22 +159,23 @@ def list_names(path: str, text: str) -> set[str]:
 @cache
 def find_words() -> dict[str, set[str]]:
     """Find the files of each word."""
-    return _group({path: list_words(text) for path, text in read_all().items()})
-
-
-@cache
-def find_names() -> dict[str, set[str]]:
-    """Find the files of each identifier."""
-    code = {path: text for path, text in read_all().items() if path.endswith((".py", ".ts"))}
-    return _group({path: list_names(path, text) for path, text in code.items()})
-
-
-def _group(found: dict[str, set[str]]) -> dict[str, set[str]]:
     places: dict[str, set[str]] = {}
-    for path, words in found.items():
-        for word in words:
+    for path, text in read_all().items():
+        for word in list_words(text):
             places.setdefault(word, set()).add(path)
     return places
+
+
+def find_name(name: str, folder: str) -> set[str]:
+    """Find the files of a folder that have an identifier; only where it stands are names listed."""
+    return {
+        path
+        for path, text in read_all().items()
+        if path.startswith(folder)
+        and path.endswith((".py", ".ts"))
+        and name in text
+        and name in list_names(path, text)
+    }
 
 
 @pytest.mark.parametrize("word", ANYWHERE)
@@ -184,7 +191,7 @@ def test_a_word_that_was_given_up_stands_nowhere(word: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_was_given_up_stands_nowhere_in_code(name: str) -> None:
     folder, better = NAMES[name]
-    places = {path for path in find_names().get(name, ()) if path.startswith(folder)}
+    places = find_name(name, folder)
     assert not places, f"write {better}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 
@@ -16,7 +17,13 @@ def flip(path: Path, position: int) -> None:
 def flips(path: Path) -> Iterator[None]:
     """Flip one bit of each byte in turn; after the last one the file is as before."""
     content = path.read_bytes()
-    for position in range(len(content)):
-        flip(path, position)
-        yield
-        path.write_bytes(content)
+    with path.open("r+b", buffering=0) as file:
+        for position, byte in enumerate(content):
+            _write(file, position, byte ^ 1 << position % 8)
+            yield
+            _write(file, position, byte)
+
+
+def _write(file: FileIO, position: int, byte: int) -> None:
+    file.seek(position)
+    file.write(bytes([byte]))

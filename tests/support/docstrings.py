@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -34,15 +35,16 @@ class Docstring:
     is_function: bool = False
 
 
-def list_docstrings(root: Path = ROOT) -> list[Docstring]:
+@cache
+def list_docstrings(root: Path = ROOT) -> tuple[Docstring, ...]:
     """List the public docstrings of the three folders, ordered by file and line."""
-    return [
+    return tuple(
         found
         for folder in FOLDERS
         for path in sorted((root / folder).rglob("*.py"))
         if not _is_left_out(path.relative_to(root))
         for found in _walk(path.relative_to(root).as_posix(), "", ast.parse(path.read_text()))
-    ]
+    )
 
 
 def draw_sample(seed: int, size: int = SIZE, root: Path = ROOT) -> list[Docstring]:
