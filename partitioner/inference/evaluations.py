@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.graphs.transcripts import write_node
@@ -102,6 +101,26 @@ def evaluate(
     """
     proto = _write_node(node)
     feeds = {f"i{index}": c for index, c in enumerate(contents) if c is not None}
+    try:
+        with np.errstate(all="ignore"):
+            made = _run_constant(proto) or _run_reference(proto, feeds, opset)
+    except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
+        return [None] * len(node.outputs)  # the runtime will report the error
+    return [np.asarray(array) for array in made]
+
+
+def _run_constant(proto: onnx.NodeProto) -> list[np.ndarray]:
+    """Return the tensor of a ``Constant`` as the evaluator would, or nothing for other nodes."""
+    held = proto.attribute
+    is_tensor = (proto.op_type, proto.domain, [a.name for a in held]) == ("Constant", "", ["value"])
+    return [onnx.numpy_helper.to_array(held[0].t)] if is_tensor else []
+
+
+def _run_reference(
+    proto: onnx.NodeProto, feeds: Mapping[str, np.ndarray], opset: int
+) -> list[np.ndarray]:
+    from onnx.reference import ReferenceEvaluator  # slow to import, and few models need it
+
     graph = onnx.helper.make_graph(
         [proto],
         "fold",
@@ -109,13 +128,9 @@ def evaluate(
         [onnx.ValueInfoProto(name=name) for name in proto.output],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    try:
-        with np.errstate(all="ignore"):
-            made = ReferenceEvaluator(model).run(None, feeds)
-    except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
-        return [None] * len(node.outputs)  # the runtime will report the error
+    made = ReferenceEvaluator(model).run(None, dict(feeds))
     assert isinstance(made, list)
-    return [np.asarray(array) for array in made]
+    return made
 
 
 def _write_node(node: ir.Node) -> onnx.NodeProto:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to import, and a command's log needs the token bucket alone
+    import asyncio
 
 
 class TokenBucket:

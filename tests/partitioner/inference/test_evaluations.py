@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.inference import evaluations
 from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
+from tests.conftest import ROOT, run
 
 FLOAT = TensorProto.FLOAT
 
@@ -127,3 +130,40 @@ def test_a_division_by_zero_does_not_warn() -> None:
     assert found is not None
     assert np.isinf(found[0])
     assert np.isnan(found[1])
+
+
+STORED = [
+    np.array(3.5, np.float32),
+    np.zeros((0, 2), np.int64),
+    np.array([True, False]),
+    np.array([["a", "ä"]], object),
+    np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
+    np.arange(3, dtype=ml_dtypes.int4),
+]
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda stored: str(stored.dtype))
+def test_a_constant_is_what_the_evaluator_says(stored: np.ndarray) -> None:
+    proto = helper.make_node("Constant", [], ["o0"], value=numpy_helper.from_array(stored))
+    (found,) = evaluations._run_constant(proto)
+    (expected,) = evaluations._run_reference(proto, {}, 21)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tolist() == expected.tolist() == stored.tolist()
+
+
+def test_no_other_node_is_taken_for_a_constant() -> None:
+    value = numpy_helper.from_array(np.ones(1, np.float32))
+    for kind, attributes in (
+        ("ConstantOfShape", {"value": value}),
+        ("Constant", {"value_int": 1}),
+        ("Constant", {"value": value, "domain": "ours"}),
+        ("Constant", {}),
+    ):
+        proto = helper.make_node(kind, [], ["o0"], **attributes)
+        assert evaluations._run_constant(proto) == []
+
+
+def test_the_evaluator_is_imported_where_it_is_needed_alone() -> None:
+    model = ROOT / "examples" / "digits.onnx"
+    script = f"import sys, splitonnx; splitonnx.inspect({str(model)!r}); print(*sys.modules)"
+    assert "onnx.reference" not in run(sys.executable, "-c", script, cwd=ROOT).split()
