@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,17 @@ def test_the_readme_shows_every_command() -> None:
     assert shown == {*training, "token", "export"}
 
 
+@cache
+def find_commands() -> dict[str, Any]:
+    """Find the commands of the command line by their names."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
 @pytest.mark.parametrize("line", list_commands("splitonnx"))
 def test_the_command_line_takes_what_the_pages_show(line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
-    group: Any = typer.main.get_command(app)
-    group.commands[name].make_context(name, arguments)  # raises where an option is unknown
+    find_commands()[name].make_context(name, arguments)  # raises where an option is unknown
 
 
 @pytest.mark.parametrize("line", list_commands("make"))
