@@ -24,6 +24,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.support.oracles import sample_gradients, to_inference
+from tests.support.wholes import share_wholes
 from tests.support.zoo import ZOO
 
 BATCH, STEPS = 8, 5
@@ -37,6 +38,18 @@ def list_cuts(name: str) -> tuple[str, ...]:
 VANILLA = [(name, tensor) for name in ZOO for tensor in list_cuts(name)]
 U_SHAPED = [(name, *pair) for name in ZOO for pair in combinations(list_cuts(name), 2)]
 SEVERAL = [name for name, entry in ZOO.items() if entry.several]
+
+
+@pytest.fixture(autouse=True)
+def wholes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build what all cuts of a network are compared with once a network."""
+    share_wholes(monkeypatch)
+
+
+@cache
+def cut_zoo(name: str, at: str, tail: str | None = None) -> Bundle:
+    """Cut a network of the zoo, once for all tests of the same place."""
+    return cut(ZOO[name].build(), at=at, tail_at=tail or (), loss=ZOO[name].loss)
 
 
 def count_kernels(bundle: Bundle) -> Counter[str]:
@@ -70,21 +83,18 @@ def _computing(counts: Counter[str]) -> Counter[str]:
 
 @pytest.mark.parametrize(("name", "tensor"), VANILLA)
 def test_a_vanilla_cut_trains_as_the_whole_model(name: str, tensor: str) -> None:
-    assert_equal_to_whole(name, cut(ZOO[name].build(), at=tensor, loss=ZOO[name].loss))
+    assert_equal_to_whole(name, cut_zoo(name, tensor))
 
 
 @pytest.mark.parametrize(("name", "first", "last"), U_SHAPED)
 def test_a_u_shaped_cut_trains_as_the_whole_model(name: str, first: str, last: str) -> None:
-    entry = ZOO[name]
-    assert_equal_to_whole(name, cut(entry.build(), at=first, tail_at=last, loss=entry.loss))
+    assert_equal_to_whole(name, cut_zoo(name, first, last))
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_labels_alone_may_stay_on_the_client(name: str) -> None:
-    entry = ZOO[name]
-    model = entry.build()
-    output = model.graph.output[0].name
-    bundle = cut(model, at=list_cuts(name)[0], tail_at=output, loss=entry.loss)
+    output = ZOO[name].build().graph.output[0].name
+    bundle = cut_zoo(name, list_cuts(name)[0], output)
     assert_equal_to_whole(name, bundle)
     assert bundle.server is not None
     wires = bundle.server.manifest.phase("train").wires
@@ -144,8 +154,8 @@ def test_parts_joined_again_are_the_original_model(name: str, tensor: str) -> No
     inputs = {key: data[key] for key in entry.inputs}
     original = onnxruntime.InferenceSession(to_inference(model).SerializeToString())
     expected = original.run(None, inputs)[0]
-    for tail in ((), model.graph.output[0].name):
-        bundle = cut(model, at=tensor, tail_at=tail, loss=entry.loss)
+    for tail in (None, model.graph.output[0].name):
+        bundle = cut_zoo(name, tensor, tail)
         merged = onnxruntime.InferenceSession(merge(bundle))
         assert [v.name for v in merged.get_inputs()] == [v.name for v in original.get_inputs()]
         np.testing.assert_allclose(merged.run(None, inputs)[0], expected, rtol=1e-5, atol=1e-6)
@@ -165,11 +175,10 @@ def test_the_server_holds_nothing_of_head_and_tail() -> None:
     assert not set(bundle.server.weights) & set(bundle.client.weights)
 
 
-def test_the_raw_input_does_not_cross() -> None:
-    for name, tensor in VANILLA:
-        bundle = cut(ZOO[name].build(), at=tensor, loss=ZOO[name].loss)
-        crossing = {w.tensor.name for w in bundle.client.manifest.phase("train").wires}
-        assert not crossing & {f"{data}@server" for data in ZOO[name].inputs}
+@pytest.mark.parametrize(("name", "tensor"), VANILLA)
+def test_the_raw_input_does_not_cross(name: str, tensor: str) -> None:
+    wires = cut_zoo(name, tensor).client.manifest.phase("train").wires
+    assert not {w.tensor.name for w in wires} & {f"{data}@server" for data in ZOO[name].inputs}
 
 
 def build_with_more_outputs() -> onnx.ModelProto:
