@@ -143,19 +143,23 @@ def hold(case: Case, *, oracle: str = "both") -> set[str]:
     lower(joint.graph, defective=True)
     lowered = joint.clone()
     lower(lowered.graph)
-    for found in (run(joint, {**feeds, "r": factors}), run(lowered, {**feeds, "r": factors})):
+    results = [run(form, {**feeds, "r": factors}) for form in (joint, lowered)]
+    for found in results:
         assert found["y"].shape == expected.shape
         np.testing.assert_allclose(found["y"], expected, rtol=1e-4, atol=1e-4)
-        for name in case.trained:
-            gradient = found[f"{name}_grad"]
-            assert gradient.shape == feeds[name].shape
-            scale = max(1.0, float(np.abs(gradient).max()))
-            slopes = differentiate_numerically(
+    for name in case.trained:
+        slopes = list(
+            differentiate_numerically(
                 lambda: float((evaluate() * factors).sum()),
                 wide[name],
                 entries=5,
                 step=0.01 if oracle == "kernel" else 1e-5,
             )
+        )
+        for found in results:
+            gradient = found[f"{name}_grad"]
+            assert gradient.shape == feeds[name].shape
+            scale = max(1.0, float(np.abs(gradient).max()))
             for index, slope in slopes:
                 assert abs(gradient[index] - slope) <= 1e-3 * scale, (name, index)
     return used
