@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.merges import merge
-from tests.support.trials import Subject, choose_places, compare, train, train_stock, try_places
+from tests.support.trials import SmallSubject, compare, train, train_stock, try_places
 
 FOLDER = Path(__file__).parents[1] / "exports"
 EXPORTS = sorted(path.stem for path in FOLDER.glob("*.onnx"))
@@ -46,16 +47,17 @@ def draw_data(name: str, model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return data | {"labels": random.integers(0, classes, shape)}
 
 
-def read_subject(name: str) -> Subject:
+@cache
+def read_subject(name: str) -> SmallSubject:
     model = load(name)
     loss = "mse" if name == "sklearn-regressor" else "cross-entropy"
-    return Subject(model=model, data=draw_data(name, model), batch=BATCH, loss=loss)
+    return SmallSubject(model=model, data=draw_data(name, model), batch=BATCH, loss=loss)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_an_exported_model_trains_split_as_unsplit(name: str) -> None:
     subject = read_subject(name)
-    for trial in try_places(subject, choose_places(subject)):
+    for trial in try_places(subject, subject.places):
         assert trial.difference <= 1e-5, trial
 
 
@@ -64,7 +66,7 @@ def test_every_exported_model_trains_on_stock_onnxruntime(
 ) -> None:
     subjects = {tmp_path / name: read_subject(name) for name in EXPORTS}
     bundles = {
-        folder: (subject.cut(*choose_places(subject)[-1], "portable"), subject)
+        folder: (subject.cut(*subject.places[-1], "portable"), subject)
         for folder, subject in subjects.items()
     }
     for folder, trained in train_stock(portable_python, bundles).items():
@@ -78,7 +80,7 @@ def test_a_merged_model_predicts_as_the_exported_one(name: str) -> None:
     subject = read_subject(name)
     data = {key: array for key, array in subject.data.items() if key != "labels"}
     names, expected = run_original(name, data)
-    place, *_ = choose_places(subject)
+    place, *_ = subject.places
     merged = onnxruntime.InferenceSession(merge(subject.cut(*place, "training")))
     assert [value.name for value in merged.get_outputs()] == names
     for found, result in zip(merged.run(None, data), expected, strict=True):

@@ -23,7 +23,6 @@ from tests.support.onnx_models import (
 from tests.support.trials import (
     Place,
     Subject,
-    choose_places,
     compare,
     train,
     train_stock,
@@ -95,14 +94,14 @@ def disturb(subject: Subject) -> Subject:
 
 def test_a_light_network_trains_split_as_unsplit_in_small_images() -> None:
     subject = build_light("light_squeezenet", image=48)
-    assert_equal(subject, choose_places(subject))
+    assert_equal(subject, subject.places)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", LIGHT)
 def test_every_light_network_trains_split_as_unsplit(name: str) -> None:
     subject = build_light(name)
-    assert_equal(subject, choose_places(subject))
+    assert_equal(subject, subject.places)
 
 
 @pytest.mark.sweep
@@ -111,7 +110,7 @@ def test_every_light_network_trains_on_stock_onnxruntime(
     name: str, portable_python: Path, tmp_path: Path
 ) -> None:
     subject = build_light(name)
-    assert_equal_on_stock(portable_python, tmp_path, subject, choose_places(subject))
+    assert_equal_on_stock(portable_python, tmp_path, subject, subject.places)
 
 
 def build_case(folder: str, name: str) -> Subject:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from splitonnx.tensors import DTYPES, TensorSpec
 
 ROWS = 2
 """What every symbolic dimension is."""
+_SCALAR: tuple[np.dtype[Any], tuple[int, ...]] = (np.dtype(np.float32), ())
+"""What an output is of which no manifest tells."""
 
 
 class HashingEngine(Engine):
@@ -34,6 +37,7 @@ class HashingEngine(Engine):
         self._specs: dict[str, TensorSpec] = {}
         for manifest in manifests:
             self._learn(manifest)
+        self._forms = {name: _read_form(spec) for name, spec in self._specs.items()}
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Look a stage up by its name and its file's digest."""
@@ -67,10 +71,11 @@ class HashingEngine(Engine):
         self._specs.update((spec.name, spec) for spec in manifest.outputs)
 
     def _draw(self, name: str, seed: bytes) -> np.ndarray:
-        spec = self._specs.get(name)
-        dtype = np.dtype(np.float32) if spec is None else DTYPES[spec.dtype]
-        dims = () if spec is None else spec.shape
-        shape = tuple(dim if isinstance(dim, int) else ROWS for dim in dims)
-        size = int(np.prod(shape))
-        stream = hashlib.shake_128(seed + name.encode()).digest(2 * size)
+        dtype, shape = self._forms.get(name, _SCALAR)
+        stream = hashlib.shake_128(seed + name.encode()).digest(2 * math.prod(shape))
         return (np.frombuffer(stream, np.uint16) / 65536).astype(dtype).reshape(shape)
+
+
+def _read_form(spec: TensorSpec) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    shape = tuple(dim if isinstance(dim, int) else ROWS for dim in spec.shape)
+    return np.dtype(DTYPES[spec.dtype]), shape

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,30 @@ class Subject:
             server_target=target,
         )
 
+    @cached_property
+    def places(self) -> list[Place]:
+        """A cut behind the first trained layer, one in the middle and a U-shaped one."""
+        found = inspect(self.model)
+        names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
+        first, middle, last = names[0], names[len(names) // 2], names[-1]
+        return [(first, None), (middle, None), (first, last)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallSubject(Subject):
+    """A subject whose bundles are kept, since several tests ask for the same; it is a small one."""
+
+    bundles: dict[tuple[str | None, str | None, Target], Bundle] = field(
+        init=False, repr=False, default_factory=dict
+    )
+
+    def cut(self, at: str | None, tail: str | None, target: Target) -> Bundle:
+        """Cut the model for one target, or give the bundle that was cut before."""
+        key = (at, tail, target)
+        if key not in self.bundles:
+            self.bundles[key] = super().cut(at, tail, target)
+        return self.bundles[key]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -89,14 +114,6 @@ class Trial:
     difference: float
     losses: np.ndarray
     unmoved: Collection[str]
-
-
-def choose_places(subject: Subject) -> list[Place]:
-    """Choose a cut behind the first trained layer, one in the middle and a U-shaped one."""
-    found = inspect(subject.model)
-    names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
-    first, middle, last = names[0], names[len(names) // 2], names[-1]
-    return [(first, None), (middle, None), (first, last)]
 
 
 def try_places(

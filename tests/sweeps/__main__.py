@@ -25,7 +25,6 @@ from tests.support.trials import (
     TARGETS,
     Place,
     Subject,
-    choose_places,
     compare,
     find_unmoved,
     train,
@@ -78,7 +77,7 @@ def try_network(path: Path) -> dict[str, Any]:
         batch=BATCH,
     )
     try:
-        places = PLACES.get(path.stem) or choose_places(subject)
+        places = PLACES.get(path.stem) or subject.places
         row |= {"cuts": places, **try_targets(subject, places)}
     except (SplitonnxError, AssertionError) as error:
         row["error"] = f"{type(error).__name__}: {error}"

@@ -238,36 +238,58 @@ def _line_up(lead: int, pieces: Sequence[tuple[int, Event]]) -> list[Event]:
     return script
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A training through one fault: the steps that were looked at, and what it came to."""
+
+    place: int
+    crashed: bool
+    steps: Sequence[int]
+    published: Sequence[str]
+
+
+@cache
+def try_fault(shape: str, event: Event) -> Sequence[Trial]:
+    """Train with a fault in each place of a training, and check every state on the way."""
+    course = make_course(shape, hashed=True)
+    return [try_place(course, event, place) for place in range(course.events)]
+
+
+def try_place(course: Course, event: Event, place: int) -> Trial:
+    side = Side(course.bundle, course.engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
+    side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
+    steps, crashed = list[int](), False
+
+    def look(client: Client) -> None:
+        check(course, side, client)
+        steps.append(client.steps)
+
+    try:
+        side.train(look)
+    except ClientCrash:
+        crashed = True
+        side.train(look)
+    published = side.published()
+    shutil.rmtree(side.folder.parent)
+    return Trial(place=place, crashed=crashed, steps=steps, published=published)
+
+
 @pytest.mark.parametrize("event", FAULTS)
 @pytest.mark.parametrize("shape", ["vanilla", "u-shaped, clipped"])
 def test_each_fault_in_each_place_of_a_training(shape: str, event: Event) -> None:
     course = make_course(shape, hashed=True)
-    for place in range(course.events):
-        side = Side(course.bundle, course.engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
-        side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
-
-        def look(client: Client, side: Side = side) -> None:
-            check(course, side, client)
-
-        try:
-            side.train(look)
-        except ClientCrash:
-            side.train(look)
-        assert side.published() == course.published, place
-        shutil.rmtree(side.folder.parent)
+    trials = try_fault(shape, event)
+    assert len(trials) == course.events
+    for trial in trials:
+        assert trial.published == course.published, trial.place
 
 
 @pytest.mark.parametrize("event", LOSSES)
 @pytest.mark.parametrize("shape", ["vanilla", "u-shaped, clipped"])
 def test_a_lost_connection_costs_no_step(shape: str, event: Event) -> None:
-    course = make_course(shape, hashed=True)
-    for place in range(course.events):
-        side = Side(course.bundle, course.engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
-        side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
-        steps: list[int] = []
-        side.train(lambda client, steps=steps: steps.append(client.steps))  # type: ignore[misc]
-        assert steps == [*range(1, STEPS + 1), STEPS], place
-        shutil.rmtree(side.folder.parent)
+    for trial in try_fault(shape, event):
+        assert not trial.crashed, trial.place
+        assert trial.steps == [*range(1, STEPS + 1), STEPS], trial.place
 
 
 @pytest.mark.parametrize("event", LOSSES)
