@@ -15,6 +15,7 @@ from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
+from tests.support.wholes import share_wholes
 from tests.support.zoo import FLOAT, Net
 
 STEPS, BATCH, LENGTH = 3, 6, 3
@@ -97,7 +98,10 @@ def draw(name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("target", ["training", "portable"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cut_trains_as_the_whole_model(name: str, target: Target) -> None:
+def test_a_cut_trains_as_the_whole_model(
+    name: str, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share_wholes(monkeypatch)
     model = MODELS[name]()
     tensors = [found.tensor for found in inspect(model)]
     assert len(tensors) > 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,6 +70,17 @@ class GridSample(op_grid_sample.GridSample):
         places = zip(n, dims, strict=False)
         return np.array([self._gs_denormalize(v, dim, align_corners) for v, dim in places])
 
+    @classmethod
+    def eval(cls, *arrays: Any, **attributes: Any) -> Any:
+        """Evaluate it for DeformConv, which samples the same places anew for each channel."""
+        key = (*((a.tobytes(), a.dtype.str, a.shape) for a in arrays), *sorted(attributes.items()))
+        if key not in _SAMPLED:
+            _SAMPLED[key] = super().eval(*arrays, **attributes)
+        return _SAMPLED[key]
+
+
+_SAMPLED: dict[tuple[tuple[Any, ...], ...], Any] = {}
+"""What was sampled, by the content of the arrays and the attributes."""
 
 # DeformConv of onnx's own evaluator takes its class by this name
 op_grid_sample.GridSample = GridSample  # type: ignore[misc]
