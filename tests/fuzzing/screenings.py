@@ -1,5 +1,8 @@
 """The command line on bad models: each run in a forked process with limits on time and memory.
 
+The process for native code is forked from that one in turn, for starting and importing would be
+most of the work.
+
 ``python -m tests.fuzzing.screenings FOLDER`` runs ``cut`` and ``inspect`` on the model in every
 folder inside FOLDER and prints what came of each, one line of JSON a run.
 """
@@ -11,16 +14,32 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
-from splitonnx.commands import main
+from splitonnx.commands import app, main
+from splitonnx.errors import SplitonnxError
 from splitonnx.partitioner import partitions
 from splitonnx.partitioner.reports import inspections
+from tests.support import forked_natives
 
 _SECONDS = 60
 _PROCESSOR_SECONDS = 30
 """Beyond either, the system ends the process, and its exit code says so."""
 _MEMORY = 2 << 30
+_CUT = ("--at", "act1", "--loss", "mse")
+
+
+def load(folder: Path) -> None:
+    """Import what the forked processes would each import anew."""
+    assert inspections
+    assert partitions
+    forked_natives.load()
+    missing = str(folder / "missing")
+    for words in (["cut", missing, *_CUT, "-o", missing], ["inspect", missing]):
+        with suppress(SplitonnxError):  # what reads the words is loaded by its first use
+            app(words, standalone_mode=False)
 
 
 def screen(folder: Path, command: str, *options: str) -> dict[str, object]:
@@ -55,7 +74,10 @@ def _run(folder: Path, errors: Path, printed: Path, arguments: list[str]) -> Non
         signal.alarm(_SECONDS)
         os.chdir(folder)
         sys.argv = ["splitonnx", *arguments]
-        main()
+        with patch(
+            "splitonnx.partitioner.native.workers.subprocess.Popen", forked_natives.ForkedNatives
+        ):
+            main()
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else 70
     except BaseException:  # noqa: BLE001
@@ -68,10 +90,9 @@ def _run(folder: Path, errors: Path, printed: Path, arguments: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    assert inspections
-    assert partitions
+    load(Path(sys.argv[1]))
     for path in sorted(Path(sys.argv[1]).iterdir()):
         if path.is_dir():
-            cut = ["--at", "act1", "--loss", "mse", "-o", str(path / "bundle")]
-            print(json.dumps(screen(path, "cut", *cut)), flush=True)
+            output = str(path / "bundle")
+            print(json.dumps(screen(path, "cut", *_CUT, "-o", output)), flush=True)
             print(json.dumps(screen(path, "inspect")), flush=True)
