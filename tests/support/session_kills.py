@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ import numpy as np
 
 from splitonnx import commands
 from splitonnx.bundles import PartyBundle
+from splitonnx.errors import SplitonnxError
+from splitonnx.runtime.workers.heaps import exempt_loaded
 from tests.support import tiny
 from tests.support.tracing import Stop, trace
 
@@ -171,10 +173,22 @@ def _describe(folder: Path, killed: Stop | None) -> Training:
     )
 
 
-def run(folder: Path, side: str, stride: int) -> list[Training]:
-    """Train with a kill before every change, or every ``stride``-th, and once without."""
+def _load(folder: Path) -> None:
+    """Import what the forked processes would each import anew, and let none collect it again."""
     for name in LOADED:
         importlib.import_module(name)
+    missing = folder / "missing"
+    data = ("--data", missing, "--batch-size", BATCH, "--server", "ws://127.0.0.1:1")
+    for words in (("serve", missing, "--port", 0), ("train", missing, *data)):
+        with suppress(SplitonnxError):  # what reads the words is loaded by its first use
+            commands.app(list(map(str, words)), standalone_mode=False)
+    assert threading.active_count() == 1
+    exempt_loaded()
+
+
+def run(folder: Path, side: str, stride: int) -> list[Training]:
+    """Train with a kill before every change, or every ``stride``-th, and once without."""
+    _load(folder)
     before = folder / "before"
     tiny.split_bundle().save(before)
     np.savez(before / "data.npz", **cast(Any, tiny.batch(0, BATCH * STEPS)))
