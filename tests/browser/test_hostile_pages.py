@@ -7,15 +7,16 @@ server once that is honest.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from splitonnx import Server
 from splitonnx.bundles import PartyBundle
-from tests.support.browsers import DIST, Screen, cut_digits, running_chromium
+from tests.support.browsers import DIST, Screen
 from tests.support.lying_servers import LyingServer
 from tests.support.page_lies import (
     ANSWERS,
@@ -30,6 +31,7 @@ from tests.support.page_lies import (
     in_greeting,
     in_step,
 )
+from tests.support.page_trainings import TRAINED, Training, assert_same_state
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -44,9 +46,10 @@ ENOUGH = 128 * MIB
 
 
 @pytest.fixture(scope="module")
-def part(tmp_path_factory: pytest.TempPathFactory) -> PartyBundle:
-    """The client's part; the server's lies beside it."""
-    return PartyBundle.load(cut_digits(tmp_path_factory.mktemp("digits")) / "client")
+def part(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> PartyBundle:
+    """The client's part of a copy; the server's lies beside it."""
+    own = shutil.copytree(bundle, tmp_path_factory.mktemp("hostile") / "bundle")
+    return PartyBundle.load(Path(own) / "client")
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +58,6 @@ def honest(part: PartyBundle) -> Iterator[Server]:
     folder = part.path.parent / "server"
     with Server(folder, port=0, threads=1, client=part, web=DIST) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_chromium() as chromium:
-        yield chromium
-
-
-@pytest.fixture(scope="module")
-def undisturbed(honest: Server, browser: Browser) -> dict[str, np.ndarray]:
-    """The weights that the page trains where nobody lies."""
-    with LyingServer(honest.port) as server, browser.new_context() as context:
-        screen = train(context.new_page(), server)
-        screen.wait_for_status("Trained, and ready")
-        return screen.read_state()
 
 
 @pytest.fixture
@@ -187,18 +175,15 @@ def test_a_frame_that_is_none_is_a_lost_connection(liar: LyingServer, page: Page
 
 
 def test_the_weights_are_those_of_a_training_without_a_lie(
-    liar: LyingServer, page: Page, undisturbed: dict[str, np.ndarray]
+    liar: LyingServer, page: Page, undisturbed: Training
 ) -> None:
     liar.tell, complaint = LATER["a gradient of another shape"]
     screen = train(page, liar)
     expect_complaint(screen, complaint)
     liar.be_honest()
     page.reload()
-    screen.wait_for_status("Trained, and ready")
-    state = screen.read_state()
-    assert state.keys() == undisturbed.keys()
-    for name, array in undisturbed.items():
-        np.testing.assert_array_equal(state[name], array)
+    screen.wait_for_status(TRAINED)
+    assert_same_state(screen.read_state(), undisturbed.state)
 
 
 def list_steps(screen: Screen) -> set[int]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import urlopen
@@ -19,62 +17,24 @@ import pytest
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
 from splitonnx.runtime.edge.tokens import Tokens, add_token
-from tests.support.browsers import DIST, Relay, Screen, cut_digits, read_digits, running_chromium
+from tests.support.browsers import DIST, Relay, Screen, read_digits
+from tests.support.page_trainings import (
+    STEPS,
+    TRAINED,
+    TrainedPage,
+    Training,
+    assert_same,
+    read_training,
+    serve,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
-STEPS = 45
-"""Of one pass through 1,437 digits, 32 a step."""
 AGREEMENT = 1e-3
 """Between a browser's arithmetic and that of a Python client's ONNX Runtime."""
-TRAINED = "Trained, and ready"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cut_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture
-def own(bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle, which a test may train."""
-    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_chromium() as chromium:
-        yield chromium
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One pass: the loss of each step, and the device's weights afterwards."""
-
-    losses: dict[int, float]
-    state: dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    bundle: Path, browser: Browser, tmp_path_factory: pytest.TempPathFactory
-) -> Training:
-    """What the page trains where nothing goes wrong."""
-    own = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("undisturbed") / "bundle"))
-    with serve(own) as server, browser.new_context() as context:
-        screen = Screen(context.new_page(), server.url)
-        screen.wait_for_status("Ready")
-        screen.start(passes=1)
-        screen.wait_for_status(TRAINED)
-        assert screen.problems == []
-        return Training(losses=screen.losses(), state=screen.read_state())
-
-
-def serve(bundle: Path, *, port: int = 0, resume: bool = False) -> Server:
-    return Server(bundle / "server", port=port, client=bundle / "client", web=DIST, resume=resume)
 
 
 def count_steps(server: Server) -> int:
@@ -85,14 +45,6 @@ def count_steps(server: Server) -> int:
         )
     assert found
     return int(float(found[1]))
-
-
-def assert_same(actual: Training, expected: Training) -> None:
-    """Hold two trainings in the browser against each other: equal to the bit."""
-    assert actual.losses == expected.losses
-    assert actual.state.keys() == expected.state.keys()
-    for name, array in expected.state.items():
-        np.testing.assert_array_equal(actual.state[name], array)
 
 
 def test_the_page_trains_as_a_python_client_does(own: Path, undisturbed: Training) -> None:
@@ -125,34 +77,31 @@ def test_a_reload_goes_on_at_the_very_step(
             screen.wait_for_step(step)
             screen.page.reload()
         screen.wait_for_status(TRAINED)
-        assert_same(Training(losses=screen.losses(), state=screen.read_state()), undisturbed)
+        assert_same(read_training(screen), undisturbed)
         # A page that is gone has no messages to send again: what the server made of a step that
         # the page had not written down is given up, and made once more, the same to the bit.
         assert STEPS <= count_steps(server) <= STEPS + 2
 
 
-def test_a_reload_just_after_the_end_trains_nothing_again(own: Path, browser: Browser) -> None:
-    with serve(own) as server, browser.new_context() as context:
-        screen = Screen(context.new_page(), server.url)
-        screen.wait_for_status("Ready")
-        screen.start(passes=1)
-        screen.wait_for_status(TRAINED)
-        screen.page.evaluate(
-            """async () => {
-              const open = indexedDB.open("splitonnx-page");
-              await new Promise((resolve) => { open.onsuccess = resolve; });
-              const writing = open.result.transaction("head", "readwrite");
-              const plan = { epochs: 1, batchSize: 32, drawings: 0 };
-              const traffic = { up: 1, down: 1 };
-              writing.objectStore("head").put({ course: { plan, start: 0 }, traffic }, "head");
-              await new Promise((resolve) => { writing.oncomplete = resolve; });
-              open.result.close();
-            }"""
-        )
-        screen.page.reload()
-        screen.wait_for_status(TRAINED)
-        assert screen.page.inner_text("#steps") == str(STEPS)
-        assert count_steps(server) == STEPS
+def test_a_reload_just_after_the_end_trains_nothing_again(trained: TrainedPage) -> None:
+    screen = trained.screen
+    assert count_steps(trained.server) == STEPS
+    screen.page.evaluate(
+        """async () => {
+          const open = indexedDB.open("splitonnx-page");
+          await new Promise((resolve) => { open.onsuccess = resolve; });
+          const writing = open.result.transaction("head", "readwrite");
+          const plan = { epochs: 1, batchSize: 32, drawings: 0 };
+          const traffic = { up: 1, down: 1 };
+          writing.objectStore("head").put({ course: { plan, start: 0 }, traffic }, "head");
+          await new Promise((resolve) => { writing.oncomplete = resolve; });
+          open.result.close();
+        }"""
+    )
+    screen.page.reload()
+    screen.wait_for_status(TRAINED)
+    assert screen.page.inner_text("#steps") == str(STEPS)
+    assert count_steps(trained.server) == STEPS
 
 
 def test_a_lost_connection_costs_no_step(
@@ -170,7 +119,7 @@ def test_a_lost_connection_costs_no_step(
             screen.wait_for_step(step)
             relay.cut()
         screen.wait_for_status(TRAINED)
-        assert_same(Training(losses=screen.losses(), state=screen.read_state()), undisturbed)
+        assert_same(read_training(screen), undisturbed)
         assert count_steps(server) == STEPS
 
 
@@ -186,7 +135,7 @@ def test_a_server_that_starts_anew_is_gone_on_with(
         screen.wait_for_status("Connection lost")
         with serve(own, port=server.port, resume=True):
             screen.wait_for_status(TRAINED)
-            assert_same(Training(losses=screen.losses(), state=screen.read_state()), undisturbed)
+            assert_same(read_training(screen), undisturbed)
 
 
 def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,36 +11,28 @@ import trustme
 from splitonnx import Server
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.wire.tls import make_server_tls
-from tests.support.browsers import DIST, Screen, cut_digits, running_chromium
+from tests.support.browsers import DIST, Screen
+from tests.support.page_trainings import STEPS, TRAINED
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
-STEPS = 45
-"""Of one pass through 1,437 digits, 32 a step."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_chromium() as chromium:
-        yield chromium
-
 
 def test_a_page_over_tls_trains_over_tls_and_keeps_its_token_to_itself(
-    browser: Browser, tmp_path: Path
+    browser: Browser, own: Path, tmp_path: Path
 ) -> None:
-    bundle = cut_digits(tmp_path)
     certificate = tmp_path / "server.pem"
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
     token = add_token(tmp_path / "tokens", "ana")
     with (
         Server(
-            bundle / "server",
+            own / "server",
             port=0,
-            client=bundle / "client",
+            client=own / "client",
             web=DIST,
+            threads=1,
             tls=make_server_tls(certificate, certificate),
             tokens=Tokens.read(tmp_path / "tokens"),
         ) as server,
@@ -56,7 +47,7 @@ def test_a_page_over_tls_trains_over_tls_and_keeps_its_token_to_itself(
         assert page.evaluate("[location.protocol, crossOriginIsolated]") == ["https:", True]
         screen.wait_for_status("Ready")
         screen.start(passes=1)
-        screen.wait_for_status("Trained, and ready")
+        screen.wait_for_status(TRAINED)
         assert screen.problems == []
         assert list(screen.losses()) == list(range(1, STEPS + 1))
     assert sockets == [f"{server.url}/"]

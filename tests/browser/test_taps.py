@@ -6,20 +6,30 @@ How soon the taps are answered is measured by ``make taps``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.browsers import cut_digits, tracing
-from tests.support.taps import holding_a_phone
+from tests.browser.conftest import FEW_OPTIMIZED
+from tests.support.browsers import launching_chromium, tracing
+from tests.support.taps import opening_a_phone
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Playwright
 
 pytestmark = pytest.mark.browser
 
 TAPS = 30
 
 
-def test_taps_are_answered_between_the_tasks_of_a_training(tmp_path: Path) -> None:
+def test_taps_are_answered_between_the_tasks_of_a_training(
+    playwright: Playwright, own: Path
+) -> None:
     """A tap waits for the task that the page is at, not for the training or for a step of it."""
-    with holding_a_phone(cut_digits(tmp_path), is_alone=False) as (screen, finger):
+    with (
+        launching_chromium(playwright, FEW_OPTIMIZED) as browser,  # with no other page to be traced
+        opening_a_phone(own, browser) as (screen, finger),
+    ):
         screen.start(passes=10)
         screen.wait_for_step(5)
         with tracing(finger.devtools) as tasks:

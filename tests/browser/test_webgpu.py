@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
+from tests.browser.conftest import FEW_OPTIMIZED
 from tests.conftest import ROOT
-from tests.support.browsers import PATIENCE, cut_digits, find_chromium, read_digits
+from tests.support.browsers import PATIENCE, cut_digits, launching_chromium, read_digits
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Playwright
 
 pytestmark = pytest.mark.browser
 
@@ -44,18 +44,10 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--disable-dev-shm-usage", "--enable-unsafe-webgpu"]  # without a GPU, SwiftShader
-    if os.geteuid() == 0:
-        arguments.append("--no-sandbox")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=arguments)
-        try:
-            yield chromium
-        finally:
-            chromium.close()
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    """Chromium with WebGPU: without a GPU, by SwiftShader."""
+    with launching_chromium(playwright, FEW_OPTIMIZED, "--enable-unsafe-webgpu") as chromium:
+        yield chromium
 
 
 def build_page(folder: Path, name: str) -> Path:
@@ -121,11 +113,12 @@ def train_here(bundle: Path) -> Training:
         return Training(losses=[step.loss for step in history.steps], state=client.state())
 
 
-def test_a_page_trains_on_webgpu_as_a_python_client_does(browser: Browser, tmp_path: Path) -> None:
-    bundle = cut_digits(tmp_path)
-    with open_page(browser, build_page(tmp_path, "onnxruntime-web/webgpu"), bundle) as page:
+def test_a_page_trains_on_webgpu_as_a_python_client_does(
+    browser: Browser, own: Path, tmp_path: Path
+) -> None:
+    with open_page(browser, build_page(tmp_path, "onnxruntime-web/webgpu"), own) as page:
         trainings = [train_there(page, place) for place in ("cpu", "gpu-buffer")]
-    expected = train_here(bundle)
+    expected = train_here(own)
     for made in trainings:
         assert made.error == ""
         assert len(made.losses) == STEPS

@@ -23,7 +23,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.partitioner.partitions import cut
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, CDPSession, Page
+    from playwright.sync_api import Browser, CDPSession, Page, Playwright
 
 DIST = Path(__file__).parents[2] / "examples" / "browser" / "dist"
 PATIENCE = 60_000
@@ -70,15 +70,21 @@ def running_chromium() -> Iterator[Browser]:
     """Run Chromium without a window."""
     from playwright.sync_api import sync_playwright
 
-    arguments = ["--disable-dev-shm-usage"]  # which is small in containers
+    with sync_playwright() as playwright, launching_chromium(playwright) as browser:
+        yield browser
+
+
+@contextmanager
+def launching_chromium(playwright: Playwright, *options: str) -> Iterator[Browser]:
+    """Run Chromium without a window, with options of its command line."""
+    arguments = ["--disable-dev-shm-usage", *options]  # which is small in containers
     if os.geteuid() == 0:
         arguments.append("--no-sandbox")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=arguments)
-        try:
-            yield browser
-        finally:
-            browser.close()
+    browser = playwright.chromium.launch(executable_path=find_chromium(), args=arguments)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 @contextmanager

@@ -71,16 +71,27 @@ def sparing_a_core() -> Iterator[int | None]:
 
 
 @contextmanager
-def holding_a_phone(bundle: Path, *, is_alone: bool = True) -> Iterator[tuple[Screen, Finger]]:
-    """Serve a bundle and open its page at a phone's size, ready to train, under a finger.
+def holding_a_phone(bundle: Path, *, is_alone: bool) -> Iterator[tuple[Screen, Finger]]:
+    """Open a phone in a browser of its own.
 
     Where its thread ``is_alone``, it has a core of its own, if there is one to spare.
     """
     with (
         sparing_a_core() if is_alone else nullcontext() as core,
+        running_chromium() as browser,
+        opening_a_phone(bundle, browser, core=core) as phone,
+    ):
+        yield phone
+
+
+@contextmanager
+def opening_a_phone(
+    bundle: Path, browser: Browser, *, core: int | None = None
+) -> Iterator[tuple[Screen, Finger]]:
+    """Serve a bundle and open its page at a phone's size, ready to train, under a finger."""
+    with (
         # one thread: the server of a phone does not take the phone's processor
         Server(bundle / "server", port=0, client=bundle / "client", web=DIST, threads=1) as server,
-        running_chromium() as browser,
         browser.new_context(
             viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
         ) as context,
