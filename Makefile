@@ -63,11 +63,11 @@ endif
 # The React Native example, against the declarations of the packages that it names, and its files
 # against a phone's.
 RN := examples/react-native
+JS_SOURCES := $(wildcard $(addprefix runtime/js/src/,*.ts */*.ts))
 RN_MODULES := $(RN)/node_modules/.package-lock.json
 
-test-mobile: $(if $(NODE_20),runtime/js/node_modules/.package-lock.json $(RN_MODULES))
+test-mobile: $(if $(NODE_20),runtime/js/dist/index.js $(RN_MODULES))
 ifeq ($(NODE_20),yes)
-	cd runtime/js && npm run build --silent
 	rm -rf $(RN)/node_modules/@splitonnx/client/dist
 	cp -r runtime/js/dist $(RN)/node_modules/@splitonnx/client/
 	cd $(RN) && npm test --silent
@@ -78,6 +78,11 @@ endif
 $(RN_MODULES): $(RN)/package-lock.json
 	cd $(RN) && npm ci --silent
 	@touch $@
+
+# Built anew only where it is older than what it is made of: test-js leaves it fresh.  A build with
+# errors is no build.
+runtime/js/dist/index.js: $(JS_SOURCES) runtime/js/tsconfig.json runtime/js/node_modules/.package-lock.json
+	cd runtime/js && npm run build --silent || { rm -f dist/index.js; exit 1; }
 
 runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
 	cd runtime/js && npm ci --silent --ignore-scripts
@@ -91,7 +96,7 @@ PAGE := examples/browser
 web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
 	@echo "$(BIN)/splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
 
-$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/* $(addprefix runtime/js/src/,*.ts */*.ts)) $(PAGE)/index.html \
+$(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/*) $(JS_SOURCES) $(PAGE)/index.html \
 		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs
