@@ -29,7 +29,7 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-clients test-js test-mobile test-browser web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-js test-mobile test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -109,6 +109,9 @@ page: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/
 ifneq ($(strip $(PAGE_MISSES)),)
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
+
+test-browser: page
+	$(if $(strip $(PAGE_MISSES)),,$(BIN)/python -m pytest -m browser tests/browser)
 
 # It drives the system's Chromium, and fetches none.
 $(VENV)/.browser: $(VENV)/.test
