@@ -31,7 +31,7 @@ from splitonnx.partitioner.graphs.traversals import find_movers, map_values, pru
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.lowerings.fusions import separate_pads
+from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.tensors import DTYPES, TensorSpec
 
 _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
@@ -114,7 +114,7 @@ def build_training(
     port_wires = [(port, declare(port.value)) for port in ports]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
-    separate_pads(derived)  # Pads whose axes were removed for their gradient
+    prevent_wrong_fusions(derived)  # of Pads whose axes were removed, and of gradients
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

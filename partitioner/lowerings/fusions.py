@@ -1,4 +1,4 @@
-"""Prevent ONNX Runtime's optimizer from merging Pad nodes into pooling nodes.
+"""Prevent ONNX Runtime's optimizer from merging nodes if the result would be wrong.
 
 The optimizer's rule PadFusion adds the widths of a Pad to the ``pads`` of the pooling node after
 it.  The results are then wrong, because elements added by a Pad count in an average and can be the
@@ -8,6 +8,11 @@ need not be adjacent to the pooling node at first, because other rules remove op
 effect, and move transposes.
 
 A Pad that lists its axes explicitly computes the same values, but PadFusion does not apply to it.
+
+The rules that merge a Transpose into a MatMul or Gemm assume that a Transpose of a matrix swaps its
+two axes.  If it swaps nothing, ONNX Runtime 1.19.2 computes wrong results from the optimization
+level BASIC on.  An Identity computes the same values, and the optimizer removes it correctly.
+
 This module handles no other rule of the optimizer.
 """
 
@@ -17,6 +22,12 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import list_bodies
+
+
+def prevent_wrong_fusions(graph: ir.Graph) -> None:
+    """Rewrite, in place, all nodes that ONNX Runtime's optimizer would merge wrongly."""
+    separate_pads(graph)
+    replace_null_transposes(graph)
 
 
 def separate_pads(graph: ir.Graph) -> None:
@@ -53,3 +64,25 @@ def _name_axes(node: ir.Node, rank: int) -> None:
     graph.insert_before(node, builder.nodes)
     node.resize_inputs(4)
     node.replace_input_with(3, axes)
+
+
+def replace_null_transposes(graph: ir.Graph) -> None:
+    """Replace each Transpose that permutes nothing with an Identity, in place.
+
+    This includes the Transposes in the bodies of control flow operators.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            replace_null_transposes(body)
+        if node.op_type == "Transpose" and not node.domain and _permutes_nothing(node):
+            node.op_type = "Identity"
+            node.attributes.pop("perm", None)
+
+
+def _permutes_nothing(node: ir.Node) -> bool:
+    permutation = node.attributes.get("perm")
+    if permutation is not None:
+        axes = list(permutation.as_ints())
+        return axes == sorted(axes)
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return shape is not None and len(shape) <= 1

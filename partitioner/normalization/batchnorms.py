@@ -3,17 +3,28 @@
 The gradient builder of onnxruntime-training 1.19.2 sets every BatchNormalization to training mode,
 even if the node should be frozen.  Therefore a frozen BatchNormalization is replaced by its
 formula.
+
+Exporters write two other normalizations as a BatchNormalization in training mode: weight
+standardization, whose input is a weight, and instance normalization, whose samples were moved into
+the channels.  Neither has running statistics; both normalize with their own values in inference,
+too.  They are replaced by their formula as well, so that no mode applies to them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
+from splitonnx.partitioner.graphs.traversals import find_data
 
 NEXT = "#next"
+
+_REPEATING = frozenset({"Concat", "ConstantOfShape", "Expand", "Tile"})
+"""Operators with which statistics are repeated for each sample; a stored statistic has none."""
 
 
 def list_batchnorms(graph: ir.Graph) -> list[ir.Node]:
@@ -123,3 +134,72 @@ def use_running_statistics(graph: ir.Graph) -> None:
                     graph, node, [], [stand_in], [output], [stand_in.outputs[0]]
                 )
         node.resize_outputs(1)
+
+
+def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
+    """Replace each BatchNormalization without running statistics by its formula, in place.
+
+    Return whether there were any.  These are the nodes in training mode whose input depends on
+    weights alone, or whose running statistics are repeated in the graph, once per sample.  A node
+    whose rank is not known is left alone.
+    """
+    found = False
+    data = find_data(graph, [value for value in graph.inputs if value.name not in weights])
+    for node in list_batchnorms(graph):
+        x = node.inputs[0]
+        if x is None or x.shape is None or not is_training(node):
+            continue
+        if x not in data or any(_is_repeated(value) for value in node.inputs[3:5]):
+            with attribute_errors_to(node, "written as its formula"):
+                _write_out_as_own(node, x, len(x.shape))
+            found = True
+    return found
+
+
+def _is_repeated(statistic: ir.Value | None) -> bool:
+    producer = None if statistic is None else statistic.producer()
+    if producer is None:
+        return False
+    if producer.op_type in _REPEATING and not producer.domain:
+        return True
+    return any(_is_repeated(value) for value in producer.inputs)
+
+
+def _write_out_as_own(node: ir.Node, x: ir.Value, rank: int) -> None:
+    """Replace a node by (x - mean) / sqrt(var + epsilon) * scale + bias, per channel.
+
+    The variance is the biased one.  The two other outputs are the running statistics after one
+    step, ``old * momentum + own * (1 - momentum)``, as the operator defines them.
+    """
+    _, scale, bias, mean, variance = node.inputs
+    builder = NodeBuilder(node.name or "")
+    axes = builder.integers([axis for axis in range(rank) if axis != 1])
+    others = builder.integers(list(range(1, rank - 1)))
+
+    def spread(value: ir.Value | None) -> ir.Value | None:
+        """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1."""
+        return builder.op("Unsqueeze", value, others) if rank > 2 else value
+
+    own_mean = builder.op("ReduceMean", x, axes, keepdims=1)
+    centred = builder.op("Sub", x, own_mean)
+    own_variance = builder.op("ReduceMean", builder.op("Mul", centred, centred), axes, keepdims=1)
+    epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
+    deviation = builder.op("Sqrt", builder.op("Add", own_variance, epsilon))
+    normal = builder.op("Div", centred, deviation)
+    output = builder.op("Add", builder.op("Mul", normal, spread(scale)), spread(bias))
+    momentum = node.attributes.get_float("momentum", 0.9)
+
+    def follow(old: ir.Value | None, own: ir.Value) -> ir.Value:
+        flat = builder.op("Reshape", own, builder.integers([-1]))
+        kept = builder.op("Mul", old, builder.number(momentum, x.dtype))
+        return builder.op(
+            "Add", kept, builder.op("Mul", flat, builder.number(1 - momentum, x.dtype))
+        )
+
+    made = [output]
+    for old, value, own in zip(
+        (mean, variance), node.outputs[1:3], (own_mean, own_variance), strict=False
+    ):
+        used = bool(value.uses()) or value.is_graph_output()
+        made.append(follow(old, own) if used else output)
+    builder.replace(node, made)

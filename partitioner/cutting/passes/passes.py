@@ -32,10 +32,11 @@ from splitonnx.partitioner.graphs.tables import refuse_tables
 from splitonnx.partitioner.inference.folds import fold, note_shapes
 from splitonnx.partitioner.inference.sequences import flatten_sequences
 from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
-from splitonnx.partitioner.lowerings.fusions import separate_pads
+from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
     train_batchnorms,
+    write_out_own_statistics,
 )
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
 from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
@@ -172,6 +173,11 @@ def _flatten_sequences_of_loops(work: Work) -> None:
         fold(work.model, work.weights)
 
 
+def _write_out_own_statistics(work: Work) -> None:
+    if write_out_own_statistics(work.model.graph, work.weights):
+        infer_shapes(work.model)
+
+
 def _part_forms(work: Work) -> None:
     work.forms = (copy_model(work.model), copy_model(work.model))
 
@@ -238,12 +244,7 @@ PASSES: Sequence[Pass] = (
     Pass(
         work="relieved of inputs with stored values", run=_drop_inputs_of_weights, ensures=_F.STORED
     ),
-    Pass(
-        work="given names of nodes",
-        run=_on_graph(name_nodes),
-        requires=_F.INLINED,
-        ensures=_F.NAMED,
-    ),
+    Pass(work="given names", run=_on_graph(name_nodes), requires=_F.INLINED, ensures=_F.NAMED),
     Pass(
         work="given float weights for integers",
         run=_on_graph(lift_quantized),
@@ -316,7 +317,16 @@ PASSES: Sequence[Pass] = (
         requires=_F.TYPED | _F.FOLDED,
         ensures=_F.PADDED,
     ),
-    Pass(work="given pads apart from poolings", run=_on_graph(separate_pads), requires=_F.PADDED),
+    Pass(
+        work="given formulas of normalizations with statistics of their own",
+        run=_write_out_own_statistics,
+        requires=_F.TYPED | _F.LIFTED,
+    ),
+    Pass(
+        work="kept from wrong fusions",
+        run=_on_graph(prevent_wrong_fusions),
+        requires=_F.TYPED | _F.PADDED,
+    ),
     Pass(
         work="given explicit axes of reductions",
         run=_on_graph(make_reductions_explicit),
