@@ -1,9 +1,12 @@
-"""Replace reductions without axes before any other pass reads them.
+"""Make the axes of operators explicit before any other pass reads them.
 
 If a reduction has no axes but ``noop_with_empty_axes`` is set, it still applies its function to
 each element: ReduceL1 computes absolute values and ReduceLogSum computes logarithms (see
 ReduceSum-13 and related operators at onnx.ai/onnx/operators).  However, onnxruntime 1.19.2 only
 copies the input, or fails if the ``axes`` input is missing.
+
+Axes are vectors of the shape [n].  Some exporters write a single axis as a scalar.  ONNX Runtime
+accepts this in one operator and refuses it in another, for example in that of the gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.graphs.traversals import list_bodies
 
 _REMAINDERS = {
     "ReduceL1": "Abs",
@@ -25,6 +29,43 @@ _REMAINDERS = {
     "ReduceSumSquare": "Mul",
 }
 """Maps a reduction to the operator that it applies to a single element."""
+
+
+_AXES = {
+    "Pad": (3,),
+    "Slice": (1, 2, 3, 4),
+    "Squeeze": (1,),
+    "TopK": (1,),
+    "Unsqueeze": (1,),
+    **dict.fromkeys(_REMAINDERS, (1,)),
+}
+"""Maps operators to their inputs that are vectors of axes, or of one number per axis."""
+
+
+def make_axes_vectors(graph: ir.Graph) -> bool:
+    """Turn axes that are scalars into vectors of one axis; return whether there were any.
+
+    The nodes of subgraphs are changed as well.
+    """
+    found = False
+    for node in list(graph):
+        for body in list_bodies(node):
+            found |= make_axes_vectors(body)
+        for index in _AXES.get(node.op_type, ()) if not node.domain else ():
+            axes = node.inputs[index] if index < len(node.inputs) else None
+            if axes is not None and _is_scalar(axes):
+                builder = NodeBuilder(f"{node.outputs[0].name}/axes{index}")
+                vector = builder.op("Reshape", axes, builder.integers([1]))
+                graph.insert_before(node, builder.nodes)
+                node.replace_input_with(index, vector)
+                found = True
+    return found
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    tensor = value.const_value
+    shape = value.shape if tensor is None else tensor.shape
+    return shape is not None and len(shape) == 0
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:

@@ -40,7 +40,10 @@ from splitonnx.partitioner.normalization.batchnorms import (
 )
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
 from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
-from splitonnx.partitioner.normalization.explicit_reductions import make_reductions_explicit
+from splitonnx.partitioner.normalization.explicit_reductions import (
+    make_axes_vectors,
+    make_reductions_explicit,
+)
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
 from splitonnx.partitioner.normalization.quantizations import (
@@ -119,17 +122,14 @@ class Pass:
     """
 
     work: str
-    run: Callable[[Work], None]
+    run: Callable[[Work], object]
     requires: Fact = _NOTHING
     ensures: Fact = _NOTHING
     spoils: Fact = _NOTHING
 
 
-def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], None]:
-    def run(work: Work) -> None:
-        change(work.model.graph)
-
-    return run
+def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
+    return lambda work: change(work.model.graph)
 
 
 def _lift_weights(work: Work) -> None:
@@ -171,6 +171,12 @@ def _flatten_sequences_of_loops(work: Work) -> None:
     if flatten_sequences(work.model.graph):
         infer_shapes(work.model)
         fold(work.model, work.weights)
+
+
+def _infer(work: Work) -> None:
+    infer_shapes(work.model)
+    if make_axes_vectors(work.model.graph):
+        infer_shapes(work.model)
 
 
 def _write_out_own_statistics(work: Work) -> None:
@@ -230,10 +236,6 @@ def _finish_forms(work: Work) -> None:
         keep_data_outputs(form.graph, work.weights)
 
 
-def _drop_inputs_of_weights(work: Work) -> None:
-    RemoveInitializersFromInputsPass()(work.model)
-
-
 _F = Fact
 PASSES: Sequence[Pass] = (
     Pass(
@@ -242,7 +244,9 @@ PASSES: Sequence[Pass] = (
         ensures=_F.INLINED,
     ),
     Pass(
-        work="relieved of inputs with stored values", run=_drop_inputs_of_weights, ensures=_F.STORED
+        work="relieved of inputs with stored values",
+        run=lambda work: RemoveInitializersFromInputsPass()(work.model),
+        ensures=_F.STORED,
     ),
     Pass(work="given names", run=_on_graph(name_nodes), requires=_F.INLINED, ensures=_F.NAMED),
     Pass(
@@ -276,7 +280,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="typed",
-        run=lambda work: infer_shapes(work.model),
+        run=_infer,
         requires=_F.ADAPTED | _F.USUAL,
         ensures=_F.TYPED,
     ),
