@@ -81,8 +81,8 @@ def replace_null_transposes(graph: ir.Graph) -> None:
 
 def _permutes_nothing(node: ir.Node) -> bool:
     permutation = node.attributes.get("perm")
-    if permutation is not None:
-        axes = list(permutation.as_ints())
-        return axes == sorted(axes)
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return shape is not None and len(shape) <= 1
+    if permutation is None:
+        return shape is not None and len(shape) <= 1
+    axes = list(permutation.as_ints())  # one that does not fit the tensor is left to be refused
+    return axes == list(range(len(axes))) and shape is not None and len(shape) == len(axes)
