@@ -7,8 +7,7 @@ activation read what other sessions had left in memory.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,19 +26,25 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
-from tests.support import tiny
+from tests.support import forked_cases, tiny
 from tests.support.zoo import FLOAT, INT64, ZOO, Arrays, Net
 
 ENGINE = Engine(threads=1)
 
 
+@pytest.fixture(scope="module")
+def try_model() -> Iterator[forked_cases.Run]:
+    """Try a model in a process of its own, since a fault ends it."""
+    with forked_cases.forking("tests.support.wire_shapes") as run:
+        yield run
+
+
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("extent", [[], pytest.param(["--every"], marks=pytest.mark.sweep)])
-def test_a_wrong_dimension_is_refused_on_either_side(name: str, extent: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.wire_shapes", name, *extent],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_a_wrong_dimension_is_refused_on_either_side(
+    name: str, extent: list[str], try_model: forked_cases.Run
+) -> None:
+    done = try_model(name, *extent)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     ends = json.loads(done.stdout)
     assert ends["server ArrayMismatch"] > ends["cuts"]
