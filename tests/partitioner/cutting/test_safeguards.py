@@ -5,9 +5,10 @@ The cases run in a process of their own, so that a signal is a test's failure.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,24 +22,39 @@ from splitonnx.partitioner.inference.dimensions import make_atom, parse_dim
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.executors import Executor
+from tests.conftest import build_once
 from tests.support.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
+Run = tuple[int, dict[str, str]]
+"""The exit status of all cases of a target, and the end of each of their tasks."""
 
-@cache
-def run_cases(target: str) -> tuple[int, dict[str, str]]:
-    """Run all cases in one child; what follows a crash is missing."""
+
+@pytest.fixture
+def ran(target: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What came of all cases in one child, once for pytest's processes; a crash ends it."""
+    made = build_once(
+        tmp_path_factory, f"crash-cases-{target}", lambda folder: run_cases(target, folder)
+    )
+    status, ends = json.loads(made.read_text())
+    return status, ends
+
+
+def run_cases(target: str, folder: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.crash_cases", target],
         capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
-    return done.returncode, dict(line.split(": ") for line in done.stdout.splitlines())
+    ends = dict(line.split(": ") for line in done.stdout.splitlines())
+    made = folder / "ends.json"
+    made.write_text(json.dumps([done.returncode, ends]))
+    return made
 
 
 @pytest.mark.parametrize("target", ["training", "portable"])
 @pytest.mark.parametrize("name", CASES)
-def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, target: str) -> None:
-    status, ends = run_cases(target)
+def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, ran: Run) -> None:
+    status, ends = ran
     assert ends[f"{name}, train good"] == ends[f"{name}, predict good"] == "done"
     assert ends[f"{name}, train bad"] == CASES[name].end
     assert ends[f"{name}, predict bad"] in ("StageFailed", "done")
@@ -46,8 +62,8 @@ def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, target: str) -
 
 
 @pytest.mark.parametrize("target", ["training", "portable"])
-def test_a_server_that_lies_ends_no_client(target: str) -> None:
-    status, ends = run_cases(target)
+def test_a_server_that_lies_ends_no_client(ran: Run) -> None:
+    status, ends = ran
     assert ends[f"{LIAR}, predict bad"] == "done"  # it samples near the image
     assert status == 0
 
