@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from tests.support.pools import replace_pools
 from tests.support.zoo import ZOO
 
 _SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
@@ -43,6 +44,7 @@ def _load_models(*folders: str) -> Iterator[ModelProto]:
 
 def _collect_cases() -> Iterator[ModelProto]:
     """Yield the onnx package's test cases of single operators."""
+    replace_pools()  # it computes what each model gives, which nobody asks here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx.backend.test.case.node import collect_testcases
