@@ -1,4 +1,4 @@
-"""Write files and folders atomically: completely or not at all.
+"""Write files and folders atomically: either all of the new content appears, or nothing changes.
 
 Content is first written under a temporary name.  This name contains the process ID, so that a later
 writer can find and remove the temporary files of a process that was killed.
@@ -194,11 +194,11 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
 
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
-    """Read files from a folder, and start again if the folder was replaced in the meantime.
+    """Read files from a folder, and try again if the folder was replaced during the reading.
 
     ``read`` reads the files and returns the result.  ``errors`` are the exceptions that ``read``
-    may raise if it finds a mixture of old and new files.  They are passed on only if the folder was
-    not replaced.
+    may raise if it finds a mixture of old and new files.  If the folder was replaced, such an
+    exception also leads to another attempt.
     """
     for _ in range(_MOST_READS):
         recover(folder)
@@ -216,7 +216,7 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
 
 
 def recover(target: Path) -> None:
-    """Restore the old folder if a process was killed while it was replacing ``target``."""
+    """Restore the old folder if a process was killed while replacing ``target``."""
     if target.exists() or not target.name:
         return
     for aside in _list_own(target, r"previous"):

@@ -1,9 +1,9 @@
 """Load and save bundles: folders that contain a cut model, with one subfolder per party.
 
-A party is the client or the server.  Its folder contains everything that it needs.  Folders are
-written atomically.  All content that is read is checked against the manifest and its checksums
-before it is used.  This module handles files, hashes and tensors; it neither decodes nor runs
-graphs.
+A party is the client or the server.  Each party's folder contains everything that the party needs.
+Folders are written atomically.  All content that is read is checked against the manifest and its
+checksums before it is used.  This module handles files, hashes and tensors; it neither decodes nor
+runs graphs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class PartyBundle:
     ) -> None:
         """Write the party's folder atomically.
 
-        ``beside`` maps the names of additional files, which are written to the same folder, to
+        ``beside`` contains additional files to write to the same folder: it maps their names to
         their content.  ``overwrite`` permits replacing an existing party folder, but not any other
         file or folder.
 

@@ -1,6 +1,6 @@
 """Add a SHA-256 checksum to tensor files, and verify it to detect altered files.
 
-The checksum is in the header's metadata under ``sha256``.  It is computed over every byte of the
+The checksum is stored in the header's metadata under ``sha256``.  It is computed over the whole
 file, with 64 zeros in place of the checksum itself.  It detects accidental changes but not attacks,
 because an attacker can change the checksum as well.  This module works on bytes and does not access
 the file system.

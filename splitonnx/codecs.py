@@ -1,13 +1,12 @@
 """Encode and decode tensors in the safetensors format, for messages and for weight files.
 
-A message consists of the length of its header (8 bytes, little-endian), a JSON header padded with
-spaces to a multiple of 64 bytes, and the raw tensors.  The header maps each name to its ``dtype``,
-``shape`` and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
+A message or file consists of the length of its header (8 bytes, little-endian), a JSON header
+padded with spaces to a multiple of 64 bytes, and the raw tensors.  The header maps each name to its
+``dtype``, ``shape`` and ``data_offsets``; ``__metadata__`` maps strings to strings.  (Format:
 github.com/huggingface/safetensors.)
 
-The decoder does not trust its input.  It checks every size before it reads any data, requires that
-the tensors fill the bytes without gaps, overlaps or trailing bytes, and never executes code from
-the input.
+The decoder does not trust its input.  It checks every size before it reads any data, and it never
+executes code from the input.  It rejects gaps between tensors, overlaps, and trailing bytes.
 
 This module handles only bytes and tensors; :mod:`splitonnx.messages` defines the messages.
 """

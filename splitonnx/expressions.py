@@ -56,8 +56,8 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int | None:
 def evaluate_atom(atom: str, sizes: Mapping[str, int]) -> int | None:
     """Return the size of an atom (a name or a quotient).
 
-    The size is looked up in ``sizes``.  If ``sizes`` does not contain the size of a quotient, it is
-    computed.  Return ``None`` if a size is missing or a divisor is less than 1.
+    The size is looked up in ``sizes``.  A quotient that is not in ``sizes`` is computed from the
+    sizes of its parts.  Return ``None`` if a size is missing or a divisor is less than 1.
     """
     if atom in sizes:
         return sizes[atom]

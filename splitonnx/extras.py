@@ -34,7 +34,10 @@ def load(module: str, purpose: str) -> ModuleType:
 
 
 def miss(package: str, extra: str, purpose: str) -> MissingExtra:
-    """Return the error to raise for a missing package that ``extra`` would install."""
+    """Return the error to raise for a missing package that ``extra`` would install.
+
+    ``purpose`` describes the feature that needs the package.
+    """
     is_available = extra != "cpu" or has_training_wheel()
     return MissingExtra(package, extra, purpose, is_available=is_available)
 

@@ -2,8 +2,9 @@
 
 The lock is advisory.  The operating system holds it on the file ``.lock`` in the folder, and
 releases it when the process ends.  The file contains the process ID.  If the file cannot be created
-because the folder is read-only or the disk is full, the folder itself is locked; Windows does not
-support that.  Locks exclude each other within one process as well as between processes.
+because the folder is read-only or the disk is full, the folder itself is locked instead, except on
+Windows, where a folder cannot be locked.  A process cannot lock a folder that it has already
+locked.
 """
 
 from __future__ import annotations

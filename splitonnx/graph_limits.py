@@ -1,10 +1,10 @@
 """Size limits for the models that ``cut`` accepts, and for the graphs that the runtimes run.
 
-The gates check models and graphs from untrusted sources against these limits and against the lists
-in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables`` generates the copies
-of these limits and lists for the JavaScript client.  The limits for a stage's graph are higher than
-the limits for the model that it was cut from, because gradients and their expansion into simpler
-operators add nodes.
+The modules that check models and graphs from untrusted sources are called gates.  They use these
+limits and the lists in :mod:`splitonnx.operators`.  ``python -m tests.support.typescript_tables``
+generates the copies of these limits and lists for the JavaScript client.  The limits for a stage's
+graph are higher than the limits for the model that it was cut from, because gradients and their
+expansion into simpler operators add nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GraphLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits(GraphLimits):
-    """Limits for a user's model, checked by the partitioner's gate."""
+    """Limits for a user's model; the partitioner checks them when it reads the model."""
 
     nodes: int = 250_000
     """The number of nodes after each function call is replaced by the nodes of the function."""
@@ -39,7 +39,7 @@ class ModelLimits(GraphLimits):
 
 @dataclass(frozen=True, kw_only=True)
 class StageLimits(GraphLimits):
-    """Limits for a stage's graph, checked by the gates of both runtimes."""
+    """Limits for a stage's graph, checked by the Python runtime and by the JavaScript client."""
 
     total_bytes: int = (1 << 31) - 1
     """The size of a graph in bytes, which is the limit of Protocol Buffers."""

@@ -162,7 +162,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
 
     def phase(self, name: str) -> Phase:
-        """Return the phase with this name, or an empty phase if the party has no such phase."""
+        """Return the phase with the given name, or an empty phase if the party has none."""
         return next((p for p in self.phases if p.name == name), Phase(name=name))
 
 

@@ -69,9 +69,9 @@ def is_known(operator: str, domain: str) -> bool:
 
 
 def is_standard(operator: str, domain: str) -> bool:
-    """Return whether an operator is standard.
+    """Return whether an operator is defined by the ONNX standard.
 
-    The graphs of a portable part may contain no other operators.
+    A part that was cut for the target ``portable`` contains no other operators.
     """
     return operator in STANDARD_OPERATORS and domain in STANDARD_DOMAINS
 

@@ -89,7 +89,7 @@ def list_optimizers() -> list[str]:
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, float | str | None]:
-    """Convert an optimizer to a dictionary of its settings, with its kind under ``name``."""
+    """Convert an optimizer to a dictionary of its settings; the key ``name`` contains its kind."""
     return {"name": type(optimizer).__name__.lower(), **asdict(optimizer)}
 
 

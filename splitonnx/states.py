@@ -79,7 +79,7 @@ def is_session(name: str) -> bool:
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write a party's state atomically to its folder ``path`` as the newest outcome.
+    """Write ``state`` atomically to the party's folder ``path`` as the newest outcome.
 
     ``digest`` is the digest of the bundle.
 
@@ -166,7 +166,7 @@ def read_newest(folder: Path) -> dict[str, str]:
 
 
 def list_outcomes(folder: Path) -> dict[str, Path]:
-    """Return the files of the earlier outcomes in a party's folder, by session ID."""
+    """Map session IDs to the files of the earlier outcomes in a party's folder."""
     found = {}
     for path in (folder / OUTCOMES).glob("*.safetensors"):
         if is_session(path.stem):

@@ -3,10 +3,10 @@
 Element types have the names of the safetensors format (``F32``, ``I64``, ...).  A dimension is a
 number, a string or ``None``.  A string is a name, such as ``"N"``, which stands for the same size
 throughout a task, or an expression, such as ``"4*N + 1"`` (see :mod:`splitonnx.expressions`).
-``None`` allows any size of at least 1.  Names and expressions also have a size of at least 1,
-because native kernels rely on that.  Only the outputs of the model may have dimensions of size 0:
-no kernel reads them, and their size may depend on values.  This module depends on numpy and not on
-ONNX.
+``None`` allows any size of at least 1.  Names and expressions also stand for sizes of at least 1,
+because native kernels depend on this.  Only the outputs of the model may have dimensions of size 0:
+no kernel reads these outputs, and their shapes may depend on the input data.  This module depends
+on numpy and not on ONNX.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Return the safetensors name of a numpy dtype, or numpy's own name if there is none."""
+    """Return the safetensors name of a numpy dtype, or its numpy name if it has no other."""
     return _NAMES.get(dtype, str(dtype))
 
 

@@ -77,7 +77,7 @@ def verify(
 ) -> Verification:
     """Train a model both split and unsplit, and compare the results after each step.
 
-    Both runs start from the bundle's initial weights, even if the bundle was trained already.
+    Both runs start from the bundle's initial weights, even if the bundle has already been trained.
     Nothing is written.  Both runs use one thread, so the difference is exactly 0 wherever both run
     the same kernels.
 

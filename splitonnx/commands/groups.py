@@ -47,7 +47,7 @@ def group_fields(group: Any) -> Group:
 
 
 def list_given(group: Any) -> list[str]:
-    """List the names of those options in ``group`` that do not have their default values."""
+    """List the names of the options in ``group`` whose values differ from the defaults."""
     return [
         f"--{field.name.replace('_', '-')}"
         for field in fields(group)

@@ -1,4 +1,7 @@
-"""Format ``--help``: add an example to each command, and omit the value type of switches."""
+"""Format ``--help``: add an example to each command, and omit the value type of switches.
+
+A switch is an option without a value.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The group of all commands; its ``--help`` shows no value type for switches, like theirs."""
+    """The group of all commands; its ``--help`` also omits the value type of switches."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""

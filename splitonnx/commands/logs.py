@@ -106,7 +106,7 @@ class Brake(logging.Filter):
 
 
 def get_fields(record: logging.LogRecord) -> dict[str, object]:
-    """Return those fields of a record that are listed in ``FIELDS``."""
+    """Return the fields of a log record that are listed in ``FIELDS``."""
     given = {name: getattr(record, name, None) for name in FIELDS}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -92,7 +92,10 @@ def print_cuts(cuts: Iterable[CutCandidate]) -> None:
 
 
 def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Return a summary of a bundle: its recipe, and what each party trains, runs and sends."""
+    """Return a summary of a bundle as a dictionary.
+
+    It contains the settings of the cut, and what each party trains, runs and sends.
+    """
     from splitonnx.manifests import Role
 
     def count(name: str, role: Role) -> int:
@@ -157,7 +160,7 @@ def summarize_export(export: Export) -> dict[str, Any]:
 
 
 def print_export(export: Export) -> None:
-    """Print the size of each exported graph, and the oldest ONNX Runtime that runs all graphs."""
+    """Print the size of each exported graph, and the oldest ONNX Runtime that can run them all."""
     table = _make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
@@ -315,7 +318,7 @@ class Bar(TrainingDisplay):
             yield
 
     def show_step(self, record: StepRecord) -> None:
-        """Move the bar to the step of ``record``, and show the step's loss and other figures."""
+        """Advance the bar to the step in ``record``, and show the step's loss and other figures."""
         assert self._progress is not None
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}

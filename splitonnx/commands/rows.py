@@ -1,4 +1,7 @@
-"""Format long tables of cuts as plain lines, because rich needs a millisecond for each row."""
+"""Format long tables of cuts as plain lines.
+
+The Rich library would take about a millisecond to format each row.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.inspections import CutCandidate
 
 FEW_ROWS = 500
-"""Tables up to this number of rows are printed by rich, which wraps text to fit the terminal."""
+"""The Rich library prints tables of up to this many rows; it wraps text to fit the terminal."""
 
 
 def format_rows(

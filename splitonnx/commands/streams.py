@@ -47,7 +47,7 @@ def _occupy(number: int) -> None:
 
 
 def explain_failed_print(error: OSError) -> str | None:
-    """Return why writing to stdout failed; return ``None`` if ``error`` has another cause."""
+    """Return the reason why printing failed, or ``None`` if ``error`` has another cause."""
     if error.filename:
         return None
     if error.errno == errno.EBADF and not _can_write(sys.stdout.fileno()):

@@ -126,6 +126,8 @@ class LocalOptions:
     def prepare(self, model: Path, lr: float | None) -> Bundle:
         """Build a bundle from a model without cutting it.
 
+        ``lr`` is the learning rate, or ``None`` for the optimizer's default.
+
         Raises:
             UsageError: the options contradict each other, or a value is out of range.
             UnwritableFile: the output file exists already or cannot be written.

@@ -50,7 +50,7 @@ class BundleMismatch(ProtocolError):
 
 @dataclass(eq=False)
 class ServerBusy(ProtocolError):
-    """The server has reached its limit of clients or sessions; ``limit`` names the limit."""
+    """The server has no free capacity; ``limit`` describes the limit that was reached."""
 
     limit: str
 
@@ -101,8 +101,8 @@ class WorkerLost(ProtocolError):
     """The process that ran a session's stages (its worker) ended unexpectedly.
 
     ``how`` describes how it ended.  ``is_repeated`` means that an earlier worker was lost at the
-    same step; the step is then not tried again.  ``is_early`` means that the worker ended before it
-    was ready, and therefore the client's messages are not the cause.
+    same step; the step is then not attempted again.  ``is_early`` means that the worker ended
+    before it was ready, so the client's messages cannot be the cause.
     """
 
     session: str
@@ -129,7 +129,7 @@ class WorkerLost(ProtocolError):
 
 @dataclass(eq=False)
 class ForeignSession(ProtocolError):
-    """The requested session belongs to the owner of another token."""
+    """The requested session does not belong to the owner of the client's token."""
 
     session: str
 
@@ -178,7 +178,7 @@ class RemoteFault(ProtocolError):
 
 @dataclass(eq=False)
 class ConnectionLost(ProtocolError):
-    """The connection could not be made, broke, or was silent too long; trying again may help.
+    """The connection failed, was interrupted, or was silent for too long; a retry may help.
 
     ``code`` is the close code of the WebSocket (1012: the server is restarting, 1013: it is full,
     4001: another client has taken over the session), or the HTTP status with which the handshake

@@ -33,7 +33,7 @@ class MissingExtra(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
-    """The installed package of ONNX Runtime cannot do what was requested; another one is needed."""
+    """The installed ONNX Runtime package lacks a required feature; another package is needed."""
 
     installed: str
     needed: str
@@ -96,7 +96,7 @@ class InternalRuntimeError(SplitonnxError):
 class StageTooSlow(SplitonnxError):
     """A stage was stopped because it exceeded its time limit.
 
-    The interrupted task has not changed the party's state.
+    The interrupted task did not change the party's state.
     """
 
     stage: str

@@ -109,7 +109,7 @@ class NormTooLarge(DataError):
 
 @dataclass(eq=False)
 class UnusableData(DataError):
-    """The file or iterable with the data cannot be read as arrays."""
+    """The file or iterable that was given as data does not provide usable arrays."""
 
     source: str
     reason: str
@@ -207,9 +207,10 @@ class ForbiddenGraph(SplitonnxError):
 
 @dataclass(eq=False)
 class FormatError(SplitonnxError):
-    """A file or message does not have the expected format.
+    """A file, message or tensor does not have the expected format.
 
-    It is not valid safetensors or not valid JSON, or the JSON does not have the expected structure.
+    For example, a tensor file is not valid safetensors, a manifest is not valid JSON or lacks a
+    field, or a tensor has an element type that cannot be encoded.
     """
 
     subject: str
@@ -247,7 +248,7 @@ class UnwritableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class UnfinishedRun(SplitonnxError):
-    """A new training run cannot start because an earlier run in this folder was interrupted."""
+    """A new training run cannot start because an earlier run in the folder was interrupted."""
 
     path: str
     step: int

@@ -118,7 +118,7 @@ class CutError(SplitonnxError):
 
 @dataclass(eq=False)
 class UnknownTensor(CutError):
-    """The model has no tensor or node with this name."""
+    """The model has no tensor or node with the given name."""
 
     name: str
     nearest: Sequence[str] = ()
@@ -132,7 +132,7 @@ class UnknownTensor(CutError):
 class NotACut(CutError):
     """The named tensors do not divide the model into two parts.
 
-    ``missing`` are the other tensors that would have to cross the cut as well.  If some of them are
+    ``missing`` are the additional tensors that would have to cross the cut.  If some of them are
     inputs of the model (such as an attention mask), or are computed only from inputs of the model,
     ``raw`` lists these inputs.
     """
