@@ -70,8 +70,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The block must write the file and wait until its content is on disk, for example with
     :func:`write_file`.  The file is then renamed to ``path``, and the new name is on disk before
-    this function returns.  If the block raises, the temporary file is deleted and ``path`` is
-    unchanged.
+    this function returns.  If the block raises an exception, the temporary file is deleted and
+    ``path`` is unchanged.
 
     Raises:
         OSError: the file cannot be moved to ``path``.
@@ -194,7 +194,7 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
 
 
 def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Exception]) -> _Found:
-    """Read files from a folder, and try again if the folder was replaced during the reading.
+    """Read files from a folder; if the folder is replaced in the meantime, read them again.
 
     ``read`` reads the files and returns the result.  ``errors`` are the exceptions that ``read``
     may raise if it finds a mixture of old and new files.  If the folder was replaced, such an
@@ -249,7 +249,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def is_other_alive(process: int) -> bool:
-    """Return whether ``process`` is the ID of another process that is running.
+    """Return whether ``process`` is the ID of another running process.
 
     The result is always ``False`` on Windows.
     """

@@ -165,7 +165,7 @@ class PartyBundle:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the tensors to continue training from.
+        """Return the tensors from which training continues.
 
         After the first update, these are the trained tensors.  Before it, they are the initial
         weights and, for the optimizer's state, zeros.  The result contains every tensor of the

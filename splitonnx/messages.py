@@ -157,7 +157,8 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     - ``BatchTooLarge``: ``subject`` is the name of the tensor, ``needed`` is the number of rows
       received, and ``limit`` is the largest number allowed.
-    - ``NotFinite``: ``subject`` is the name of the tensor, and ``reason`` says where.
+    - ``NotFinite``: ``subject`` is the name of the tensor, and ``reason`` says where the
+      value occurred.
     - ``NotPermitted``: ``subject`` is the missing role, and ``reason`` is the forbidden action.
     - ``ServerBusy``: ``reason`` is the name of the limit.
     - ``StaleConnection``: ``newest`` is the generation of the session's newest connection.

@@ -97,7 +97,7 @@ def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
     """Build an optimizer from a dictionary of settings; missing settings get their defaults.
 
     Raises:
-        UsageError: there is no such optimizer or setting, or a value is out of range.
+        UsageError: the optimizer or a setting is unknown, or a value is out of range.
     """
     name = description.get("name")
     kind = _KINDS.get(str(name))

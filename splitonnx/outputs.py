@@ -33,7 +33,7 @@ def check_place(path: Path) -> None:
     """Check, as far as possible in advance, that a file or folder can be created at ``path``.
 
     Raises:
-        OSError: the name is not valid, or the parent is not a folder or is not writable;
+        OSError: the name is not valid, or the nearest existing parent is not a writable folder;
             ``strerror`` contains the reason.
     """
     name = _encode(path.name, path)

@@ -31,7 +31,7 @@ def refuse_existing(path: Path, *, force: bool, is_folder: bool = False) -> None
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary output file that replaces ``path`` if the block succeeds.
 
-    If the block raises, the temporary file is deleted.
+    If the block raises an exception, the temporary file is deleted.
 
     Raises:
         UnwritableFile: the file cannot be written.

@@ -184,8 +184,8 @@ def make_optimizer(
     """Build an optimizer from command-line options; options that are ``None`` get their defaults.
 
     Raises:
-        UsageError: there is no such optimizer, it does not have an option that was given, or a
-            value is out of range.
+        UsageError: the optimizer is unknown or lacks an option that was given, or a value is out
+            of range.
     """
     settings = {
         "lr": lr,

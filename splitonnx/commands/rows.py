@@ -1,6 +1,7 @@
 """Format long tables of cuts as plain lines.
 
-The Rich library would take about a millisecond to format each row.
+The Rich library is not used for long tables, because it takes about a millisecond to format each
+row.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class UnwritableFile(SplitonnxError):
 
 @dataclass(eq=False)
 class UnfinishedRun(SplitonnxError):
-    """A new training run cannot start because an earlier run in the folder was interrupted."""
+    """A new training run cannot start because an earlier run in its folder was interrupted."""
 
     path: str
     step: int
