@@ -43,7 +43,7 @@ class MemoryTransport:
         return executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send one message to the server, once the server has finished its remaining work."""
+        """Send one message to the server, after the server has finished its remaining work."""
         if self._closed:
             raise ConnectionLost("the server", "the connection is closed")
         self.drain()

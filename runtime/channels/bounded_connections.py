@@ -56,9 +56,9 @@ class BoundedConnection(ClientConnection):
         """Perform the opening handshake without hiding TLS errors or following redirects.
 
         With TLS 1.3, the server checks a client's certificate only after the client has finished
-        its side of the TLS handshake, so the server's TLS error may arrive here.  Following a
-        redirect would send the handshake, and with it the client's credentials, to an address that
-        the user did not choose.
+        its side of the TLS handshake, so the server's TLS error may arrive during the opening
+        handshake. Following a redirect would send the handshake, and with it the client's
+        credentials, to an address that the user did not choose.
 
         Raises:
             ssl.SSLError: the server rejects the client's certificate.

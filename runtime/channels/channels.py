@@ -1,9 +1,9 @@
 """A client's channel to its server: a logical connection that reconnects automatically.
 
-After reconnecting, the channel sends the greeting and repeats the messages of the open task, so the
-caller sends and receives each tensor exactly once.  In the greeting, both sides agree on the step
-at which they continue; if that step is earlier than the client's current step, the caller must go
-back to it.
+After reconnecting, the channel sends the greeting and repeats the messages of the unfinished task,
+so the caller sends and receives each tensor exactly once.  In the greeting, both sides agree on the
+step at which they continue; if that step is earlier than the client's current step, the caller must
+go back to it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ResumePoint:
 class Channel:
     """A client's logical connection to its server for one session; it reconnects automatically.
 
-    ``step`` is the step at which both sides continued after the last greeting.  It is the client's
+    ``step`` is the step at which both sides continued after the last greeting.  It was the client's
     current step at that time, or an earlier step whose state the client has kept.
 
     Args:
@@ -192,7 +192,7 @@ class Channel:
                 return tensors
 
     def save(self, step: int, *, publish: bool = False) -> str:
-        """Ask the server to save its state at ``step``; return ``""`` on success, or the reason.
+        """Ask the server to save its state at ``step``; return the reason for failure, or ``""``.
 
         With ``publish``, the server also saves the state as the outcome of the training.
 

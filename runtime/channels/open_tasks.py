@@ -1,4 +1,4 @@
-"""A client's record of an open task: the messages sent, and which reply is expected next."""
+"""A client's record of an open task: the messages sent, and the number of replies received."""
 
 from __future__ import annotations
 

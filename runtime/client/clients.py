@@ -265,7 +265,7 @@ class Client:
             self._is_training.release()
 
     def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
-        """Perform one training step on a batch, and return its results, starting with ``loss``.
+        """Perform one training step on a batch, and return the step's results, ``loss`` first.
 
         Raises:
             UsageError: a call of :meth:`fit` is still running.

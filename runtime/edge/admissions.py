@@ -48,7 +48,7 @@ class Connection(Protocol):
         """Return the asyncio transport that carries the connection's bytes."""
 
     def become_client(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits on clients without a token."""
+        """Record the client's identity, and lift the limits on unauthenticated connections."""
 
     def wait_for_answer(self, size: int) -> None:
         """Allow the client more time to read a long HTTP response, as long as it keeps reading."""

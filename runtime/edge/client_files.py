@@ -1,7 +1,7 @@
 """The files of the client's part of a bundle, which a server offers for download.
 
-Browsers download these files, because a browser has no bundle folder.  The files are the manifest
-and those that it names; a trained state is never included.  The server decides who may download the
+Browsers download these files, because a browser has no bundle folder.  They are the manifest and
+the files that it names; a trained state is never included.  The server decides who may download the
 files.
 """
 

@@ -168,7 +168,7 @@ class LimitedConnection(ServerConnection):
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits on clients without a token."""
+        """Record the client's identity, and lift the limits on unauthenticated connections."""
         self.identity = identity
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")

@@ -1,4 +1,4 @@
-"""The limit on this process's file descriptors, and how many of them connections may use."""
+"""The limit on this process's file descriptors, and the share of it that connections may use."""
 
 from __future__ import annotations
 

@@ -75,10 +75,10 @@ class HandshakeQuota:
         return True
 
     def sweep(self) -> None:
-        """Count a connection that was closed early, and regularly run the garbage collector.
+        """Count a connection that the server closed early; regularly run the garbage collector.
 
-        The collector runs once every ``SWEEP`` calls.  For each of these connections, asyncio
-        leaves behind a reference cycle that has few objects but takes 256 KiB.  Python's automatic
+        The collector runs once every ``SWEEP`` calls.  For each such connection, asyncio leaves
+        behind a reference cycle that has few objects but takes 256 KiB.  Python's automatic
         collection depends on the number of objects, not of bytes, so hundreds of such cycles would
         pile up.
         """

@@ -20,11 +20,11 @@ class Origins:
     """The web origins whose pages may connect to a server.
 
     ``listed`` contains the origins that may always connect.  With ``has_pages``, the server's own
-    pages may connect as well: their origin equals the requested host.  In a DNS rebinding attack,
-    however, the same is true of an attacker's page, whose host name was later pointed at this
-    machine.  Therefore, a matching host is accepted only if it is an IP address or ``localhost``,
-    or if the server ``is_locked``.  A locked server requires tokens or TLS, so an attacker's page
-    cannot connect to it.
+    pages may connect as well: their origin matches the requested host.  In a DNS rebinding attack,
+    however, an attacker's page matches too, because the attacker has made the page's host name
+    resolve to this machine.  Therefore, a matching host is accepted only if it is an IP address or
+    ``localhost``, or if the server ``is_locked``.  A locked server requires tokens or TLS, so an
+    attacker's page cannot connect to it.
     """
 
     def __init__(

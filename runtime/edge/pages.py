@@ -1,7 +1,7 @@
 """The web pages of a server: files that are read when the server starts and served by URL path.
 
 Requests are answered only from these files in memory, never from the disk.  The pages are public,
-because a page that asks for a token cannot itself require a token.
+because the page on which users enter their tokens cannot itself require a token.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_pages(folder: Path) -> Pages:
 
     Raises:
         UsageError: ``index.html`` is missing, there are too many files, a file is too large or
-            cannot be read, or a link points outside the folder's own files.
+            cannot be read, or a symbolic link leads outside the folder or to a hidden file.
     """
     if not (folder / INDEX).is_file():
         raise UsageError(f"{folder} has no {INDEX}; name a page's folder (`make web` builds one)")

@@ -41,8 +41,8 @@ class Decision:
 class RequestPolicy:
     """The rules by which a server decides on HTTP requests.
 
-    ``authorize`` checks tokens.  Without it, every client is admitted, and its owner is the common
-    name in its TLS certificate (``""`` if it has no certificate).
+    ``authorize`` checks tokens.  Without it, every client is admitted.  A client's owner is then
+    the common name in its TLS certificate, or ``""`` if it has no certificate.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ class Peer:
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits on clients without a token.
+        """Record the client's identity, and lift the limits on unauthenticated connections.
 
         Data that the client sends before it receives an answer may still be subject to those
         limits.
@@ -161,10 +161,10 @@ async def serve(
 
     ``handle`` is called for each client after its handshake, and the connection is closed when the
     call returns.  ``authorize`` is called with the token from the request's header, and returns the
-    token's identity.  If it returns ``None``, the client is refused with HTTP 401.  A client that
-    sends no token in the header is connected without authentication, and ``handle`` may admit it
-    later.  Without ``authorize``, every client is admitted.  If ``tls`` requests certificates, the
-    client's owner is then the common name in its certificate; otherwise, the owner is ``""``.
+    token's identity, or ``None`` to refuse the client with HTTP 401.  A client that sends no token
+    in the header is connected without authentication, and ``handle`` may admit it later.  Without
+    ``authorize``, every client is admitted; its owner is the common name in its certificate if
+    ``tls`` requests certificates, and ``""`` otherwise.
 
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
     pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,

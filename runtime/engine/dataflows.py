@@ -17,7 +17,7 @@ class Dataflow:
 
     One object serves all tasks of the phase.  ``receives`` and ``sends`` name the tensors that this
     party receives from and sends to the other party.  ``stages`` are in the manifest's order; if
-    several stages can run, the first of them runs.
+    several stages can run, the first one in this order runs.
     """
 
     def __init__(self, phase: Phase, party: str) -> None:
@@ -35,7 +35,7 @@ class Dataflow:
         """How many stages and outgoing wires use each value."""
 
     def wants(self, name: str) -> bool:
-        """Return whether a value is used by a stage or a wire, or is a result or new state."""
+        """Return whether a value is used by a stage, sent, or kept as a result or new state."""
         return self.uses[name] > 0 or name in self.kept
 
     def start(self) -> Progress:
@@ -55,7 +55,7 @@ class Progress:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether all stages have run and all wires have been received or sent."""
+        """Return whether all stages have run and all tensors have been received or sent."""
         return not self._waiting and not self._unsent and not self.missing
 
     @property

@@ -91,8 +91,8 @@ class Kernel:
     """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
 
     ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
-    operator is used with, as JSON for ONNX Runtime's build scripts.  It is empty if a reduced build
-    cannot leave out types of this operator.
+    operator is used with, as JSON for ONNX Runtime's build scripts; the text is empty if a reduced
+    build cannot leave out types of this operator.
     """
 
     domain: str
@@ -147,10 +147,10 @@ class Engine:
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        With ``training``, the graph is not optimized, and its nodes run exactly as they are: it was
-        already optimized before it was differentiated, and split and unsplit runs must use the same
-        kernels.  A graph in ORT format always runs as it is, and is accepted only if the engine is
-        ``trusted``.
+        With ``training``, the graph's nodes run exactly as they are, without further optimization:
+        it was already optimized before it was differentiated, and split and unsplit runs must use
+        the same kernels.  A graph in ORT format always runs as it is, and is accepted only if the
+        engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -181,7 +181,7 @@ class Engine:
         """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
 
         The graph is optimized, but only by rules that are valid on every processor and that use
-        only standard operators.  With ``training`` it is not optimized, as in :meth:`load`.
+        only standard operators.  With ``training``, it is not optimized, as in :meth:`load`.
 
         Raises:
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`load`.

@@ -1,4 +1,4 @@
-"""The executor of one party, which keeps its state and runs its tasks.
+"""The executor, which keeps a party's state and runs the party's tasks.
 
 The executor passes each stage its inputs: state, input data, scalars, results of earlier stages and
 tensors from the other party.  When a task is finished, its changes to the state are committed
@@ -49,7 +49,7 @@ class SessionExecutor(Protocol):
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the state was lost because its worker ended."""
+        """Return whether the state was lost because the worker that held it ended."""
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
@@ -115,7 +115,8 @@ class Executor:
 
         The two executors share the loaded stages, and share each tensor of the state until one of
         them replaces it.  They may run in different threads, but :meth:`prepare` is not
-        thread-safe.  So call it before the fork, for every phase that both executors will use.
+        thread-safe.  Therefore, call :meth:`prepare` before the fork for every phase that both
+        executors will use.
         """
         twin = copy(self)
         twin._state = dict(self._state)

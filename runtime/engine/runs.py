@@ -1,7 +1,7 @@
 """Runs of stages, and ways to stop them: after a time limit, with Ctrl-C, or all at once.
 
-Python cannot interrupt native code.  ONNX Runtime only checks between two operators, and between
-two iterations of a loop, whether it was asked to stop.  So a single slow operator always runs to
+Python cannot interrupt native code.  ONNX Runtime checks for a request to stop only between two
+operators, and between two iterations of a loop.  Therefore, a single slow operator always runs to
 its end.  If you cannot wait for that, run stages in a process that you can kill.
 """
 

@@ -1,7 +1,7 @@
 """A parser for the nodes of stage graphs, and for the declared shapes of their values.
 
-It only reads graphs that have passed the gate.  Like the gate, it parses them without the onnx
-package.
+The parser is used only for graphs that have passed the gate.  Like the gate, it does not need the
+onnx package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Node:
     """A node of a graph: its operator, and the names of its inputs and outputs.
 
     The name of an omitted input or output is ``""``.  ``has_body`` is true for If, Loop and Scan
-    nodes, and ``captured`` names the values from outside that their subgraph bodies use.
+    nodes, and ``captured`` names the values of enclosing graphs that their subgraphs use.
     """
 
     operator: str
@@ -63,8 +63,8 @@ def order_nodes(nodes: Sequence[Node]) -> list[Node]:
     """Sort nodes into the order in which ONNX Runtime runs them.
 
     ONNX Runtime searches depth-first, starting from the last node whose outputs no other node uses.
-    If a node has several inputs, it first visits the input computed by the node that is last in the
-    graph.  (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
+    At a node with several inputs, the search first visits the input that is computed by the node
+    that is last in the graph.  (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
     """
     makers = {name: index for index, node in enumerate(nodes) for name in node.results if name}
     sources = [

@@ -1,10 +1,10 @@
 """The gate: a check that a stage's graph must pass before ONNX Runtime loads it.
 
 If a graph refers to external data, ONNX Runtime 1.19.2 opens any file and reads any memory address
-that the graph names.  Some other graphs crash the process.  So ONNX Runtime only gets graphs like
-those that ``splitonnx cut`` writes: known operators of known domains, tensors whose data match
-their declarations, no external data, no functions, and limited sizes and nesting.  The bytes are
-read in one pass, without the onnx package.
+that the graph names.  Some other graphs crash the process.  Therefore, ONNX Runtime is given only
+graphs like those that ``splitonnx cut`` writes: known operators of known domains, tensors whose
+data match their declarations, no external data, no functions, and limited sizes and nesting.  The
+bytes are read in one pass, without the onnx package.
 
 The gate does not check whether shapes and types fit together, or how much time and memory the graph
 takes to run.  A small graph can still request a large tensor, or run forever.  Some graphs with

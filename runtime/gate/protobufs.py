@@ -1,7 +1,7 @@
 """A strict parser for Protocol Buffers, which reads a message field by field.
 
 It accepts only what serializers write.  It refuses a message if a field or its wire type is not in
-the table, if a field occurs twice that may occur only once (parsers differ in how they merge such
+the table, if a field that may occur only once occurs twice (parsers differ in how they merge such
 fields), if there is a group, if a number has more than 64 bits, or if a length exceeds the message.
 Nothing is copied or stored: each field is returned as its number or as the position of its bytes.
 (Format: protobuf.dev/programming-guides/encoding.)
@@ -94,9 +94,9 @@ class Reader:
     def read(self, place: Place, table: Table) -> Iterator[tuple[str, int, int]]:
         """Yield the fields of a message one after the other.
 
-        ``place`` is the position of the message's bytes, and ``table`` lists the fields that it may
-        have.  A number is yielded as ``(name, number, 0)``, and any other field as ``(name, start,
-        stop)`` with the position of its bytes.
+        ``place`` is where the message's bytes start and stop, and ``table`` lists the fields that
+        the message may have.  A number is yielded as ``(name, number, 0)``, and any other field as
+        ``(name, start, stop)``, where ``start`` and ``stop`` delimit the field's bytes.
 
         Raises:
             Malformed: the bytes at ``place`` are not a message of this kind.

@@ -12,8 +12,8 @@ An open task whose client sends nothing is *idle*.  While others wait, the memor
 can be taken back after ``IDLE_SECONDS``, or after ``UPLOAD_SECONDS`` if its client is still sending
 a message.  If the number of workers is limited, tasks also wait for a worker (:mod:`places`).
 
-Apart from the futures, this is pure bookkeeping: the caller defines what a task is, and aborts
-tasks.
+This module only keeps records and completes the futures of waiting tasks: the caller defines what a
+task is, and aborts tasks.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A record of how much memory tasks needed after their first message.
 
-Some sizes are known only from a task's later messages, so the memory that it needs is not known
-when it begins.  But the tasks of one client are usually similar, so the next task reserves as much
-as earlier tasks needed in the end.  Otherwise, a task could be interrupted because other tasks hold
-the remaining memory.  It would begin again with as little memory as before, and be interrupted
-again.
+Some sizes are known only from a task's later messages, so the memory that the task needs is not
+known when the task begins.  However, the tasks of one client are usually similar, so the next task
+reserves as much memory as earlier tasks needed in the end.  Otherwise, a task could be interrupted
+because other tasks hold the remaining memory.  The task would begin again with as little memory as
+before, and be interrupted again.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Growths:
     def end(self, kind: TaskKind, size: int) -> None:
         """Record that a task is over and needed ``size`` bytes in the end.
 
-        If this is less than the remembered size, the remembered size shrinks a little.  So a single
-        large task does not make all later tasks wait for as much memory.
+        If ``size`` is less than the remembered size, the remembered size shrinks a little.
+        Therefore, a single large task does not make all later tasks wait for as much memory.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:

@@ -1,8 +1,9 @@
-"""A limited number of places: who has a place, who must leave, and who gets a place next.
+"""The sharing of a limited number of places, such as worker processes, among users.
 
-A user keeps its place until somebody waits for a place and ``TENURE_SECONDS`` have passed.  Then
-the user that has had its place longest must leave as soon as it is not working.  This is pure
-bookkeeping: the caller defines what a place is (for example, a worker process), and who is working.
+A user (such as a token's owner) keeps its place until another user waits for a place and
+``TENURE_SECONDS`` have passed.  Then the user that has had its place longest must leave as soon as
+it is not working.  This module only keeps records: the caller defines what a place is, and which
+users are working.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """A fair queue that decides which owner computes next, so that no owner blocks the others.
 
-Each owner has its own queue of pieces of work.  At most one piece per owner runs at a time, and the
-owner that has used the least time comes next.  This is start-time fair queuing (Goyal, Vin and
-Cheng, 1996).  The length of a piece is the time that it took, so it is known only afterwards.  An
-owner that returns after a pause starts level with the others and gets no credit for the pause.
+A *piece of work* is a function that runs in a thread.  Each owner has its own queue of pieces.  At
+most one piece per owner runs at a time, and the owner that has used the least time comes next.
+This is start-time fair queuing (Goyal, Vin and Cheng, 1996).  How long a piece takes is known only
+when it is done.  An owner that returns after a pause starts level with the others and gets no
+credit for the pause.
 
-Pieces are not interrupted.  So that long pieces cannot occupy every place, one extra place is kept
-for owners whose pieces are short.
+The number of pieces that run at the same time is limited.  Running pieces are not interrupted.
+Therefore, one more piece may run if its owner's pieces are short, so that other owners' long pieces
+cannot block it.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ class FairQueue(Generic[_Piece]):
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
-        """Record that an owner's running piece is done and took ``seconds``."""
+        """Record that an owner's running piece is done, and that it took ``seconds``."""
         line = self._lines[owner]
         line.is_running = False
         line.start += seconds
@@ -163,10 +165,10 @@ class Turns:
         self._waiting: dict[asyncio.Future[Any], tuple[Hashable, _Work]] = {}
 
     def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
-        """Run a function in a thread once it is its owner's turn.
+        """Run a function in a thread, as a piece of the owner's work.
 
-        The returned future has the function's result.  Cancelling the future withdraws a piece that
-        is still waiting; a running piece continues to its end.
+        The returned future receives the function's result.  Cancelling the future removes a waiting
+        piece from the queue; a running piece continues to its end.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         work = _Work(function=function, future=future)

@@ -55,8 +55,8 @@ class Capacity:
         make room for the new session; they are not chosen again.
 
         Returns:
-            The session to unload, or to wait for if it is already being unloaded; ``None`` if there
-            is room.
+            The session to unload, or ``None`` if there is room.  If the session is already being
+            unloaded, the caller only waits for it.
 
         Raises:
             ServerBusy: no session can be unloaded.

@@ -1,8 +1,8 @@
 """The connection handler, which passes messages between a client's connection and its dispatcher.
 
-One handler serves one connection on the event loop.  Slow work is done in threads when it is the
-turn of the client's owner, and only one thread at a time works on a session.  If a reply can no
-longer be sent, any remaining work is still done.
+One handler serves one connection on the event loop.  Slow work runs in threads, and only one thread
+at a time works on a session.  A fair queue (see :mod:`turns`) decides which client's work runs
+next.  If a reply can no longer be sent, any remaining work is still done.
 """
 
 from __future__ import annotations

@@ -128,11 +128,11 @@ class Registry:
         return found
 
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
-        """Find a session as :meth:`find` does, but return a future instead of waiting.
+        """Find a session as :meth:`find` does, but return a future if that requires waiting.
 
-        The future is done when another thread has opened a session or written one to disk.  Then
-        call this method again with the same set ``tried``, which records the sessions that were
-        chosen to make room.  In this way, a slow disk does not delay other clients.
+        The future is done when another thread has opened a session or written one to disk.  After
+        that, call this method again with the same set ``tried``, in which this method records the
+        sessions that it chose to unload.  In this way, a slow disk does not delay other clients.
 
         Raises:
             SplitonnxError: see :meth:`find`.

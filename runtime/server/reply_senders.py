@@ -14,7 +14,7 @@ class ReplySender:
     """A queue of replies that are sent in order with the function ``send``.
 
     Use the queue from one event loop only.  If a reply cannot be sent, all later replies are
-    dropped, and the task :attr:`sending` ends with the error.
+    dropped, and the asyncio task :attr:`sending` ends with the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:

@@ -1,4 +1,4 @@
-"""Memory for the tasks of a connection: it is reserved, kept during a task, and then released.
+"""Memory for a connection's tasks, which is reserved before a task and released after it.
 
 The budget divides memory among owners, and the estimates compute how much a task needs.
 """

@@ -136,7 +136,7 @@ class CheckpointStore:
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint atomically, then delete all but the newest ``kept`` checkpoints.
 
-        Once this returns, the checkpoint survives a power failure.  The state of an earlier
+        Once this method returns, the checkpoint survives a power failure.  The state of an earlier
         graceful stop is deleted.
 
         Raises:
@@ -209,7 +209,7 @@ class CheckpointStore:
     def estimate_growth(self, nbytes: int) -> int:
         """Estimate how many more bytes the files will occupy after a checkpoint is written.
 
-        ``nbytes`` is its size; the sizes of the older checkpoints that it replaces are subtracted.
+        ``nbytes`` is the new checkpoint's size; the sizes of replaced checkpoints are subtracted.
         """
         older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())

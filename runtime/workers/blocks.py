@@ -42,7 +42,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """The position of a tensor in a block; ``start`` is the offset of its first byte."""
+    """A tensor's position, dtype and shape; ``start`` is the offset of its first byte."""
 
     name: str
     dtype: str
@@ -64,13 +64,13 @@ class Block(Protocol):
     def reserve(self, size: int) -> None:
         """Enlarge the block to at least ``size`` bytes and discard its content.
 
-        Only the owner may call this.
+        Only the owner may call this method.
         """
 
     def empty(self) -> None:
         """Discard the content and return its memory to the system; the block can be used again.
 
-        Only the owner may call this.
+        Only the owner may call this method.
         """
 
     def close(self) -> None:
@@ -230,10 +230,10 @@ class SharedTensors:
 def look_up(number: int, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """Map the tensors of an inherited file as read-only arrays.
 
-    ``number`` is the file descriptor.
+    ``number`` is the file descriptor, and ``slots`` are the tensors' positions in the file.
 
     Raises:
-        FormatError: a slot is outside the file, or has an invalid dtype or shape.
+        FormatError: a position is outside the file, or a dtype or shape is invalid.
     """
     view = memoryview(mmap.mmap(number, 0, access=mmap.ACCESS_READ))
     return {slot.name: _look(view, slot) for slot in slots}
@@ -247,7 +247,8 @@ def make_block(*, named: bool = not hasattr(os, "memfd_create")) -> FileBlock | 
 def open_block(place: Place, known: Block | None) -> Block:
     """Map a block that the other process created.
 
-    ``known`` is the block that was mapped before; if it is the same block, return it.
+    ``known`` is the block that was mapped before, if any.  If that block is still at ``place``,
+    return it instead of mapping it again.
     """
     if known is not None and known.place == place:
         return known
@@ -283,10 +284,11 @@ def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
 def take(block: Block, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """Copy tensors out of a block as read-only arrays.
 
-    The slots are checked, because they may come from untrusted code.
+    ``slots`` are the tensors' positions.  They are checked, because they may come from untrusted
+    code.
 
     Raises:
-        FormatError: a slot is outside the block or has an invalid dtype or shape, or a Boolean
+        FormatError: a position is outside the block, a dtype or shape is invalid, or a Boolean
             tensor contains a byte other than 0 and 1.
     """
     taken = {}

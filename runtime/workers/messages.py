@@ -67,8 +67,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that begins or restores a session.
 
-    ``state`` is the position of the session's state in the shared memory block.  If it is ``None``,
-    the session begins with the initial weights.
+    ``state`` lists the positions of the state's tensors in the shared memory block.  If it is
+    ``None``, the session begins with the initial weights.
     """
 
     session: int
@@ -130,7 +130,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request to the worker, with one action.
 
     The worker first drops the tasks in ``abandoned`` and the sessions in ``closed``, and then
-    performs ``action``.  After a task, it may keep ``kept_bytes`` of freed memory.
+    performs ``action``.  After a task, the worker may keep ``kept_bytes`` of freed memory.
     """
 
     inbox: Place
@@ -191,7 +191,7 @@ class Pipe(Protocol):
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of an action in which the positions of its tensors are set to ``slots``."""
+    """Return a copy of an action whose tensors are at the positions ``slots`` in shared memory."""
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)
@@ -235,7 +235,7 @@ def _read(pipe: Pipe, size: int) -> bytes:
 
 
 def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
-    """Convert an exception to a message."""
+    """Convert an exception to a :class:`Failed` answer, so that the server can raise it again."""
     facts: list[Fact] = []
     for field in dataclasses.fields(error):  # type: ignore[arg-type]  # all are dataclasses
         value = getattr(error, field.name)
@@ -246,10 +246,10 @@ def describe_error(error: SplitonnxError, *, is_last: bool = False) -> Failed:
 
 
 def make_error(failed: Failed) -> SplitonnxError:
-    """Convert a message back to the exception that it describes.
+    """Convert a :class:`Failed` answer back to the exception that it describes.
 
     Raises:
-        FormatError: the message does not describe a known error.
+        FormatError: the answer does not describe an error that a worker may report.
     """
     kind = getattr(splitonnx.errors, failed.code, None) if failed.code in RAISED else None
     if kind is None or len(failed.facts) != len(dataclasses.fields(kind)):

@@ -1,11 +1,12 @@
 """The pool of a server's workers: which owner has a worker, who gets one, and when it is stopped.
 
 A worker serves only one owner.  To serve another owner, it is stopped and a new worker is started.
-So neither a crash nor an out-of-bounds read can affect another owner.  If a client has no owner,
-each of its sessions has its own worker.
+Therefore, neither a crash nor an out-of-bounds read can affect another owner.  If a client has no
+owner, each of its sessions has its own worker.
 
-An owner gets a worker at its first task and keeps it until another owner needs its place.  Then the
-states of the owner's sessions are fetched, and are passed to a new worker at their next task.
+An owner gets a worker at its first task, and keeps it until the pool is full and another owner
+needs a worker.  Before the worker is stopped, the states of the owner's sessions are fetched.  Each
+state is passed to a new worker at the session's next task.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """An executor whose state and tasks are in a worker process.
 
 Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
-task, so creating or restoring a session does not make other clients wait.  Between two tasks the
-state can be fetched, so that another owner can have the worker's place.  The next task then passes
-the state to a worker again.
+task, so creating or restoring a session does not make other clients wait.  Between two tasks,
+the state can be fetched, so that the worker can be stopped to make room for another owner's.  The
+next task then passes the state to a new worker.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RemoteExecutor:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the state was lost because its worker ended."""
+        """Return whether the state was lost because the worker that held it ended."""
         return self._worker is not None and not self._worker.is_alive
 
     @property
