@@ -1,6 +1,6 @@
 """The ONNX messages that a bundle's graphs may contain, as tables for :mod:`protobufs`.
 
-A field is refused if it is missing from its table, or if the table gives a reason to refuse it.
+A field is refused if its message's table does not list it, or gives a reason to refuse it.
 This includes fields of newer ONNX versions, and fields through which a graph could bring its own
 functions or unusual structures.  Fields that the gate checks in the same way have the same name
 here.  (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)

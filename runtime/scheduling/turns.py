@@ -147,8 +147,8 @@ class Turns:
     """A scheduler that runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
     A waiting piece does not occupy a thread.  Use a scheduler from one event loop only.  ``places``
-    is the number of pieces that run at the same time, by default the number of CPUs.  ``clock`` is
-    a monotonic clock in seconds.
+    is the number of pieces that may run at the same time, by default the number of CPUs.  ``clock``
+    is a monotonic clock in seconds.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""State that all connections of a server share, such as sessions, threads and memory.
+"""The state shared by all connections of a server, such as sessions, threads and memory.
 
 This module aborts the open tasks of silent clients if other clients are waiting for memory.
 :mod:`handlers` contains the code for a single connection.
@@ -33,7 +33,7 @@ class Holder(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class ServerContext:
-    """State that all connections of a server share.
+    """The state shared by all connections of a server.
 
     ``stop`` is set when the server should stop, and ``halt`` when it should stop without waiting
     for running steps.  ``compute`` schedules threads that run stages.  ``storage`` schedules

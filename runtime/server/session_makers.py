@@ -59,7 +59,7 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Create a new session, unless the client already has checkpoints of that session.
+        """Create a new session for a client that has no checkpoints of the session.
 
         Raises:
             SessionLost: the client has checkpoints of the session, but the server has lost the

@@ -184,8 +184,7 @@ class Worker:
     ) -> dict[str, np.ndarray] | Done:
         """Send a request to the worker, wait for its answer and return it.
 
-        ``tensors`` are sent along with the action.  They are copied to shared memory, and the
-        action is sent with their positions.
+        ``tensors`` are copied to shared memory, and the action is sent with their positions.
 
         Raises:
             WorkerEnded: the process ended because of the request, or had ended before.

@@ -1,7 +1,7 @@
 """An executor whose state and tasks are in a worker process.
 
-Nothing is sent to the worker before it is needed.  A session is opened in the worker at its first
-task, so creating or restoring a session does not make other clients wait.  Between two tasks,
+Data are sent to the worker only when they are needed.  A session is opened in the worker at its
+first task, so creating or restoring a session does not make other clients wait.  Between two tasks,
 the state can be fetched, so that the worker can be stopped to make room for another owner's.  The
 next task then passes the state to a new worker.
 """
@@ -192,7 +192,7 @@ class RemoteExecutor:
             self._worker.abandon(self._number, key)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return all tensors of the state, fetched from the worker if it has them.
+        """Return all tensors of the state, and fetch them from the worker if necessary.
 
         Raises:
             WorkerLost: the worker ended.
