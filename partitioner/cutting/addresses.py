@@ -118,7 +118,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each index read by a MaxUnpool node is smaller than the size of its output."""
+    """Check that each index read by a MaxUnpool node is less than the number of output elements."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
@@ -185,7 +185,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a Col2Im node has one column per position of the block in the image.
+    """Check that the input of a Col2Im node has one column for each block of the image.
 
     Raises:
         UnsupportedModel: the image's number of dimensions is not known.
@@ -256,7 +256,7 @@ def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a DFT node does not transform the last axis (of real and imaginary parts).
+    """Check that a DFT node does not transform the last axis, which holds real and imaginary parts.
 
     Raises:
         UnsupportedModel: the axis is already known to be the last one.

@@ -1,14 +1,14 @@
-"""Find every tensor at which a model can be cut in two, in one forward and one backward walk.
+"""Find every tensor that is a legal cut of a model on its own, by walking the graph only twice.
 
-Checking a single tensor takes a walk through the graph, so checking each tensor separately would
-take quadratic time.  But the tensors that divide a graph on their own form a chain in which each
-tensor depends on the previous one.  From one tensor to the next, the client only ever needs more
-nodes, and the server fewer.  So one growing set of nodes per party is enough, and each walk visits
-every node once.
+Checking one tensor takes a walk through the graph, so checking each tensor separately would take
+quadratic time.  However, all tensors that are legal cuts on their own form a chain in which each
+tensor depends on the previous one.  From one tensor to the next, the client needs more nodes and
+the server needs fewer.  One growing set of nodes per party is therefore enough: one forward and one
+backward walk, which visit each node once, check the entire chain.
 
-:func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are tried
-with that function, up to a limit.  If raw inputs (inputs that are data) may be sent together with a
-tensor, the tensors that :mod:`bottlenecks` finds are tried too.
+:func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are
+checked with that function, up to a limit.  If raw inputs (inputs that are data) may be sent
+together with a tensor, the tensors that :mod:`bottlenecks` finds are also checked.
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -63,14 +63,14 @@ def find_bisections(
     trainable: Mapping[str, int],
     sent: Sequence[ir.Value] = (),
 ) -> list[Bisection]:
-    """Find all single tensors at which the graph can be cut in two, in the graph's order.
+    """List each tensor that is a legal cut of the graph on its own, in the graph's order.
 
     ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps each
     trained weight to its number of elements.  The raw inputs in ``sent`` may be sent together with
     a tensor if the cut requires it.
 
     Raises:
-        TooManyTries: trying tensors one by one would visit more than :data:`MOST_VISITS` nodes.
+        TooManyTries: checking tensors one by one would visit more than :data:`MOST_VISITS` nodes.
     """
     around = survey(graph, state=state, trainable=trainable)
     candidates = _list_candidates(graph, around, sent, trainable)

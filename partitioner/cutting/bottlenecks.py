@@ -1,10 +1,11 @@
-"""Find tensors at which a graph may be cut if some graph inputs are sent together with them.
+"""Find tensors at which a graph may be cut if some graph inputs are sent together with the tensor.
 
-Such a tensor lies on every path from its sources (the values from which it is computed) to the
-graph's outputs.  Paths through values that may be sent are ignored.  All tensors are checked in one
-walk over the tree of post-dominators (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance
-Algorithm"): in this tree, a tensor is the ancestor of every tensor whose paths all pass through it.
-This module ignores weights and sizes, so the tensors that it finds still have to be tried.
+A tensor is such a candidate if every path from its sources (the values from which it is computed)
+to the graph's outputs passes through it.  Paths through values that may be sent are ignored.  All
+candidates are found in one walk over the post-dominator tree (Cooper, Harvey and Kennedy, "A
+Simple, Fast Dominance Algorithm"), in which the parent of a node or value is the nearest node or
+value through which all of its paths to the outputs pass.  Because this module ignores weights and
+sizes, :mod:`bisections` checks each candidate again.
 """
 
 from __future__ import annotations

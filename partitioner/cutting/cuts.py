@@ -1,8 +1,8 @@
-"""Define where a model can be cut, find tensors by name, and partition the graph at them.
+"""Define which cuts of a model are legal, find tensors by name, and partition a graph at them.
 
-A *partition* assigns to the server the nodes between the cut tensors ``at`` and the cut tensors
-``tail_at`` (or the model's outputs).  All other nodes belong to the client.  So skip connections
-from the client's head to its tail, and weights that head and tail share, are never sent.  A
+In a *partition*, the nodes between the cut tensors ``at`` and ``tail_at`` (or the model's outputs)
+belong to the server, and all other nodes to the client.  Therefore, a skip connection from nodes
+before ``at`` to nodes after ``tail_at``, or a weight that both of them use, is never sent.  A
 partition is legal if the parties exchange only the cut tensors, and if no trained parameter is used
 by both parties.  Raw inputs, like all other tensors, are sent only if they are cut tensors.
 
@@ -54,7 +54,7 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One party's side of a cut: its nodes, the values that they start from, and its remote shapes.
+    """One party's side of a cut: its nodes, their source values, and its remote shapes.
 
     ``remote_shapes`` is the party's entry in :attr:`Partition.remote_shapes`.  If the party needs a
     size that it cannot derive, ``underived`` explains why; otherwise it is empty.
@@ -197,7 +197,7 @@ def divide(
 def trace_sides(
     graph: ir.Graph, at: Sequence[ir.Value], tail_at: Sequence[ir.Value], around: Surroundings
 ) -> Sides:
-    """Find the nodes and values that each party needs for its own outputs (step 1 of 3).
+    """Find the nodes and values that each party needs for its own outputs.
 
     The result may not be a legal cut yet: both parties may need the same node, and a party may need
     values that are not sent to it.
@@ -224,7 +224,7 @@ def trace_sides(
 
 
 def check_use(sides: Sides, data: Set[ir.Value]) -> None:
-    """Check that the server has nodes to run and each party uses what it receives (step 2 of 3).
+    """Check that the server has nodes to run, and that each party uses the tensors it receives.
 
     Raises:
         NotACut: the server has nothing to compute, or a party does not use a tensor it receives.
@@ -242,7 +242,7 @@ def check_use(sides: Sides, data: Set[ir.Value]) -> None:
 def find_duplicated(
     graph: ir.Graph, sides: Sides, around: Surroundings, trainable: Collection[str]
 ) -> frozenset[ir.Node]:
-    """Find the nodes that both parties compute from data, and check them (step 3 of 3).
+    """Find the nodes that both parties compute from data, and check that this is allowed.
 
     Both parties may compute a node only if it depends only on raw inputs that are sent anyway.
 

@@ -2,8 +2,8 @@
 
 ``build_training`` builds a graph with the forward and backward pass; ``build_predict`` builds the
 forward graph for inference.  :mod:`stages` then splits both in the same way.  This module also
-determines which party computes each gradient.  It does not depend on files, or on the runtime for
-which a part is built.
+determines which party computes each gradient.  It depends neither on files nor on the target
+runtime.
 """
 
 from __future__ import annotations

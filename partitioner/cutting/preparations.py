@@ -1,6 +1,6 @@
 """Prepare a model for cutting: build its training form and its inference form.
 
-The table in :mod:`passes` lists the steps in their order.
+The table in :mod:`passes` lists the steps in the order in which they run.
 """
 
 from __future__ import annotations

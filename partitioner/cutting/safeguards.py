@@ -6,9 +6,10 @@ on (:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal
 are checked while the graph runs.  The checks are made of standard operators: Gather raises an error
 if an index is out of range, and Reshape raises an error if the number of elements differs.
 
-Checks are added after the ports, so that the party that runs the kernel also runs the check and
-nothing has to be sent.  They are added before differentiation, and also inside the subgraph bodies
-of control-flow nodes.  Kernels that compute addresses from values are handled in :mod:`addresses`.
+Checks are added after the ports, so that each check is run by the party that runs the kernel, and
+no additional tensor is sent.  They are added before differentiation, and also inside the subgraph
+bodies of control-flow nodes.  Kernels that compute addresses from values are handled in
+:mod:`addresses`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
 
 
 def is_bound(amount: Amount) -> bool:
-    """Return whether a dimension is certain to be at least 1 in every task.
+    """Return whether a dimension is certain to be at least 1 whenever the graph runs.
 
     This is true for positive numbers, and for sums of products of named sizes that the parties
     agree on.

@@ -58,7 +58,7 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Return the name of a dimension that a node needs and that no tensor in ``held`` has.
+    """Return the name of a dimension that a node needs but no tensor in ``held`` has.
 
     Return ``None`` if all dimensions can be read from the tensors in ``held``.
     """

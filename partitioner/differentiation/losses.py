@@ -42,10 +42,10 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
-      are I64 in [0, C); the metric is accuracy.
-    - ``mse``, ``l1``: the labels are F32 and have the output's shape; there is no metric.
-    - ``bce-with-logits``: the output holds raw scores; the labels are F32 from 0 to 1 and have the
-      output's shape; the metric is accuracy.
+      are int64 in [0, C); the metric is accuracy.
+    - ``mse``, ``l1``: the labels are float32 and have the output's shape; there is no metric.
+    - ``bce-with-logits``: the output holds raw scores; the labels are float32 from 0 to 1 and have
+      the output's shape; the metric is accuracy.
     - ``from-model``: the output is itself the loss, a scalar.
 
     Raises:
@@ -94,10 +94,10 @@ def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
 def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
     """Return the name of the tensor from which the loss should be computed.
 
-    Usually this is ``output``.  But ``cross-entropy`` itself applies a Softmax, and
-    ``bce-with-logits`` a Sigmoid.  If ``output`` is the result of the activation that the loss
-    applies, the loss is computed from the activation's input, so that the activation is not applied
-    twice.  But if ``output`` is one of the cut tensors ``cut``, it is always used itself.
+    Usually this is ``output``.  However, ``cross-entropy`` itself applies a Softmax, and
+    ``bce-with-logits`` a Sigmoid.  If ``output`` is already the result of this activation, the
+    loss is computed from the activation's input, so that the activation is not applied twice.
+    A tensor in ``cut`` (the cut tensors) is always used directly.
     """
     value = map_values(graph)[output]
     node = value.producer()

@@ -55,7 +55,7 @@ def check_operators(model: ModelProto, version: int, label: str) -> None:
         NotAModel: a function is declared twice or called with too many arguments, or an attribute
             is not valid.
         UnsupportedModel: an operator or a function's opset is not known; a function calls itself;
-            calls and bodies are nested too deep; or there are too many nodes.
+            function calls and subgraph bodies are nested too deeply; or there are too many nodes.
     """
     functions: dict[Key, FunctionProto] = {}
     for function in model.functions:

@@ -1,8 +1,8 @@
 """Build running sums and products along an axis from operators that have gradients.
 
-Each step shifts the tensor with a Pad node and adds it to the unshifted tensor, or multiplies both.
-The distance doubles with each step, so ``n`` elements take about ``log2(n)`` steps.  There are no
-divisions, so zeros are harmless.
+Each step shifts the tensor with a Pad node, and adds or multiplies the shifted and the unshifted
+tensor.  The distance of the shift doubles with each step, so ``n`` elements take about ``log2(n)``
+steps.  There are no divisions, so zeros are harmless.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
-    """Build a node that fails if any element of ``bad`` (BOOL) is true.
+    """Build a node that fails if any element of the boolean tensor ``bad`` is true.
 
-    Otherwise its output is 0 (I64, scalar); pass this output to :func:`pass_if`.
+    Otherwise, its output is an int64 scalar 0, which the caller must pass to :func:`pass_if`.
     """
     numbers = builder.cast(note(bad, BOOL), I64)
     count = builder.op("ReduceSum", numbers, keepdims=0)  # ReduceMax would refuse an empty tensor
@@ -39,7 +39,7 @@ def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
 def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
     """Build a Reshape that fails unless ``value`` has as many elements as ``shape`` describes.
 
-    The Reshape must not change the shape: the result is declared like ``value``.
+    The Reshape must not change the shape, because the result gets the declared shape of ``value``.
     """
     return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 
@@ -73,7 +73,7 @@ def require_rank(value: ir.Value) -> int:
 
 
 def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list[int] | None:
-    """Return a value's dimensions from ``start`` to ``end``, or ``None`` if any is unknown."""
+    """Return the dimensions ``start:end`` of a value, or ``None`` if any of them is unknown."""
     if value.shape is None:
         return None
     dims = list(value.shape)[start:end]

@@ -1,8 +1,8 @@
-"""Check the presence and the types of the attributes that operators require, once for all steps.
+"""Check that nodes have the attributes that their operators require, with the right types.
 
-onnx's own checker skips some checks in subgraph bodies and functions.  For example, it accepts
-references to a function's attributes in nodes outside functions.  Later steps can rely on these
-checks; the values of attributes are checked by the code that uses them.
+onnx's own checker skips some of these checks in subgraph bodies and functions.  For example, it
+accepts references to a function's attributes in nodes outside functions.  Later steps can rely on
+the checks here; the values of attributes are checked by the code that uses them.
 """
 
 from __future__ import annotations

@@ -61,12 +61,12 @@ class NodeBuilder:
         return self._constant((value, known), _make_tensor(value, known))
 
     def integers(self, values: Sequence[int]) -> ir.Value:
-        """Return an I64 vector as a constant."""
+        """Return an int64 vector as a constant."""
         key = (*values, "I64")
         return self._constant(key, _make_tensor(list(values), ir.DataType.INT64))
 
     def integer(self, value: int) -> ir.Value:
-        """Return an I64 scalar as a constant."""
+        """Return an int64 scalar as a constant."""
         return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
 
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
@@ -88,7 +88,7 @@ class NodeBuilder:
         return result
 
     def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
-        """Return a value's dimensions from ``start`` to ``end`` as an I64 vector.
+        """Return the dimensions ``start:end`` of a value as an int64 vector.
 
         The vector is a constant if these dimensions are known; otherwise, a Shape node computes it.
         """

@@ -22,7 +22,8 @@ _COUNT = [0, False]
 def pause_collection() -> Iterator[None]:
     """Disable the garbage collector during a ``with`` block.
 
-    If several threads do so at the same time, the last one to finish restores the previous state.
+    If several threads disable it at the same time, the previous state is restored when the last of
+    them leaves its block.
     """
     with _LOCK:
         if not _COUNT[0]:

@@ -42,7 +42,7 @@ def find_key(graph: ir.Graph) -> ir.Value:
 
 
 def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) -> ir.Value:
-    """Build random integers from 0 to 2**32 - 1, as I64 in the given shape.
+    """Build an int64 tensor of the given shape, with random integers from 0 to 2**32 - 1.
 
     Nodes with different names get different numbers for the same key.
     """

@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Count one model's constants: in the ``with`` block, :func:`limit` starts counting at zero."""
+    """Count a model's constants separately: :func:`limit` starts at zero in the ``with`` block."""
     token = _SPENT.set([0.0])
     try:
         yield

@@ -24,7 +24,10 @@ MOST_NODES = 20_000
 
 
 class Unresolved(Exception):
-    """Raised if control flow depends on data, or would take too many nodes."""
+    """Raised if a node cannot be replaced with the nodes that it would run.
+
+    It depends on data, or unrolling it would add too many nodes.
+    """
 
 
 def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:

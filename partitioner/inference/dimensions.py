@@ -3,9 +3,9 @@
 An unknown size such as ``N`` is called an *atom*; it has the same value everywhere in one run of a
 model, and is at least 0.  A dimension is a sum of products of atoms and integers.  An *amount* is a
 number or such a dimension.  A comparison returns a result only if the result is the same for all
-values of the atoms.  Products of sums grow exponentially, so the number of terms, the number of
-factors and the length of the text are limited; an amount that exceeds these limits raises
-:class:`TooLarge`.
+values of the atoms.  Products of sums grow exponentially.  The number of terms, the number of
+factors and the length of the amount as text are therefore limited, and an amount that exceeds these
+limits raises :class:`TooLarge`.
 """
 
 from __future__ import annotations

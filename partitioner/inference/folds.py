@@ -2,8 +2,8 @@
 
 Values that depend only on constants and fixed dimensions become constants.  The target shape of a
 Reshape becomes a constant if at most one dimension is unknown.  Branches and loops whose conditions
-and lengths are known are replaced by the nodes that they would run.  A dynamic batch stays dynamic.
-Weights are graph inputs at this point, so they are not folded.
+and lengths are known are replaced by the nodes that they would run.  A dynamic batch size stays
+dynamic.  Weights are graph inputs at this point, so they are not folded.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 onnx's own inference loses an unknown dimension as soon as the model does arithmetic with it.  This
 module keeps track of it as a :class:`dimensions.Dim`, even if it is an element of an integer
-tensor.  So it can follow a chain of Shape, Gather, Concat and Reshape.  Nodes are not changed.
+tensor, and can therefore follow a chain of Shape, Gather, Concat and Reshape.  Nodes are not
+changed.
 """
 
 from __future__ import annotations

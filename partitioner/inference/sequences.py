@@ -1,9 +1,9 @@
 """Replace sequences and optionals with the tensors in them.
 
-No gradient can pass through a sequence.  But the lists that exporters write, such as the outputs of
-a loop or the pieces of a split, usually have a fixed length and fixed positions.  Then every tensor
-that is taken out of the sequence can be replaced by the tensor that was put in.  Other sequences
-stay unchanged.
+No gradient can pass through a sequence.  However, the sequences that exporters write, such as the
+outputs of a loop or of a SplitToSequence, usually have a fixed length and are read at fixed
+positions.  Every tensor that is read from such a sequence can be replaced by the tensor that was
+inserted there.  Other sequences stay unchanged.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
     """Set all types and shapes that onnx can infer for a model's values, in place.
 
     onnx's data propagation stores each element of a vector separately, so a vector of a billion
-    elements would use up the memory.  It is therefore disabled; :mod:`folds` folds constants
-    instead.
+    elements would use up all memory.  Data propagation is therefore disabled; :mod:`folds` folds
+    constants instead.
 
     Raises:
         NotAModel: onnx infers a type that does not exist.

@@ -1,4 +1,4 @@
-"""List the single tensors at which a model can be cut."""
+"""List each tensor that is a valid cut of a model on its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from splitonnx.tensors import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class CutCandidate:
-    """A single tensor at which a model can be cut in two.
+    """A tensor that is a valid cut of a model on its own, or together with raw inputs.
 
     ``op`` is the operator that computes the tensor.  ``shape`` holds a number for each known
     dimension, and a symbol or ``None`` for each unknown dimension.  ``bytes_up`` is the number of
@@ -49,7 +49,7 @@ class CutCandidate:
 def inspect(
     model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()
 ) -> list[CutCandidate]:
-    """List the single tensors at which a model can be cut, from its input to its output.
+    """List each tensor that is a valid cut of a model on its own, in the order of the graph.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
@@ -68,7 +68,7 @@ def inspect(
 def list_cuts(
     prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()
 ) -> list[CutCandidate]:
-    """List the single tensors at which a prepared model can be cut.
+    """List each tensor that is a valid cut of a prepared model on its own.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
     size.  The raw inputs in ``sent`` may be sent together with a tensor.

@@ -57,7 +57,7 @@ def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 def name_nodes(graph: ir.Graph) -> None:
     """Make sure that every node has a unique name.
 
-    Error messages, cuts and random numbers refer to nodes by their names.
+    Error messages and cuts refer to nodes by name, and random numbers depend on the names.
     """
     taken: set[str] = set()
     for index, node in enumerate(graph):
