@@ -83,7 +83,7 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
 
     If ``defective`` is true, replace only those operators whose kernel in onnxruntime-training
     1.19.2 fails.  The outputs of replaced nodes keep their names.  A dynamic batch size stays
-    dynamic; other sizes are read from the shapes in the graph, where they are known.
+    dynamic; other sizes are taken from the graph's declared shapes if these are known.
 
     Raises:
         UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.

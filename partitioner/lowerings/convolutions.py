@@ -1,8 +1,8 @@
 """Replace ConvGrad for any number of spatial dimensions, groups, strides and dilations.
 
-The gradient of the input is itself a convolution whose weights are flipped and have their input and
-output channels swapped; if there is a stride, it is a ConvTranspose.  The gradient of the weights
-is a single product of two matrices: the gradient of the output, and the windows of the input.  The
+The gradient of the input is itself a convolution, with flipped weights and with swapped input and
+output channels; if there is a stride, it is a ConvTranspose instead.  The gradient of the weights
+is a single product of two matrices: the gradient of the output and the windows of the input.  The
 windows are gathered by one strided Slice per kernel element (im2col).
 """
 

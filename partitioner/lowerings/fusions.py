@@ -10,10 +10,11 @@ effect, and move transposes.
 A Pad that lists its axes explicitly computes the same values, but PadFusion does not apply to it.
 
 The rules that merge a Transpose into a MatMul or Gemm assume that a Transpose of a matrix swaps its
-two axes.  If it swaps nothing, ONNX Runtime 1.19.2 computes wrong results from the optimization
-level BASIC on.  An Identity computes the same values, and the optimizer removes it correctly.
+two axes.  If a Transpose leaves the axes in their order, ONNX Runtime 1.19.2 computes wrong results
+at the optimization level BASIC and above.  An Identity computes the same values as such a
+Transpose, and the optimizer removes it correctly.
 
-This module handles no other rule of the optimizer.
+This module handles no other rules of the optimizer.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def _name_axes(node: ir.Node, rank: int) -> None:
 
 
 def replace_null_transposes(graph: ir.Graph) -> None:
-    """Replace each Transpose that permutes nothing with an Identity, in place.
+    """Replace, in place, each Transpose that leaves the axes in their order with an Identity.
 
-    This includes the Transposes in the bodies of control flow operators.
+    Nodes in the subgraph bodies of control-flow nodes are replaced as well.
     """
     for node in list(graph):
         for body in list_bodies(node):

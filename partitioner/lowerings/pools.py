@@ -1,7 +1,7 @@
 """Replace the gradients of MaxPool and AveragePool with standard ONNX operators.
 
-The results of these gradients have the shape of the pooled input, from which the image size is
-therefore read.
+Each of these gradients has the shape of the pooling node's input.  The size of the input image is
+therefore read from the declared shape of the gradient.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def _read_extent(node: ir.Node) -> list[int]:
 def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace MaxPoolGrad with ScatterElements.
 
-    Each gradient is added at the position of the largest element of its window.  These positions
-    are the second output of MaxPool; they index the flattened input, including the batch and
-    channel axes.
+    Each element of the output's gradient is added at the position of the largest element in its
+    window.  These positions are the second output of MaxPool; they index the flattened input,
+    including the batch and channel axes.
     """
     dy, indices = node.inputs[:2]
     assert dy is not None
@@ -61,12 +61,12 @@ def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace AveragePoolGrad with a depthwise ConvTranspose.
 
-    Each gradient is divided by the number of elements in its window, and the quotient is added at
-    the position of each of these elements.
+    Each element of the output's gradient is divided by the number of elements in its window, and
+    the quotient is added at the position of each of these elements.
 
     Raises:
-        UnsupportedModel: the image size is unknown, the AveragePool is dilated, or a window extends
-            beyond padding that counts in the average, which runtimes handle differently.
+        UnsupportedModel: the image size is unknown; the AveragePool is dilated; or a window extends
+            beyond padding that counts in the average, a case that runtimes handle differently.
     """
     dy = node.inputs[0]
     assert dy is not None

@@ -53,8 +53,8 @@ def lower_split(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SliceGrad with ScatterElements.
 
-    Each gradient is written at the position from which its element was selected; all other
-    positions contain zero.  The starts, ends and steps may have any values.
+    Each element of the output's gradient is written at the position from which the output element
+    was selected; all other positions contain zero.  The starts, ends and steps may have any values.
     """
     dy, shape, *selection = node.inputs
     assert dy is not None
@@ -77,7 +77,8 @@ def lower_slice_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GatherGrad with ScatterND.
 
-    Each gradient is added at the position from which its row was gathered.
+    Each row of the output's gradient is added at the position from which the output row was
+    gathered.
     """
     shape, indices, dy = take_inputs(node, 3)
     rank, span = require_rank(node, node.outputs[0]), require_rank(node, indices)
@@ -98,7 +99,8 @@ def lower_gather_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GatherElementsGrad with ScatterElements.
 
-    Each gradient is added at the position from which its element was gathered.
+    Each element of the output's gradient is added at the position from which the output element
+    was gathered.
     """
     dy, shape, indices = take_inputs(node, 3)
     axis = node.attributes.get_int("axis", 0)
@@ -109,7 +111,8 @@ def lower_gather_elements_grad(builder: NodeBuilder, node: ir.Node) -> Values:
 def lower_gather_nd_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace GatherNDGrad with ScatterND.
 
-    Each gradient is added at the position from which its slice was gathered.
+    Each slice of the output's gradient is added at the position from which the output slice was
+    gathered.
     """
     shape, indices, dy = take_inputs(node, 3)
     batch = node.attributes.get_int("batch_dims", 0)

@@ -119,8 +119,8 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
 def use_running_statistics(graph: ir.Graph) -> None:
     """Set every BatchNormalization to inference mode, in which it uses its running statistics.
 
-    If the updated value of a running statistic is used, for example as a model output, the
-    statistic itself takes its place.
+    If the updated value of a running statistic is used, for example as a model output, it is
+    replaced with the running statistic itself.
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)
@@ -139,9 +139,9 @@ def use_running_statistics(graph: ir.Graph) -> None:
 def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
     """Replace each BatchNormalization without running statistics by its formula, in place.
 
-    Return whether there were any.  These are the nodes in training mode whose input depends on
-    weights alone, or whose running statistics are repeated in the graph, once per sample.  A node
-    whose rank is not known is left alone.
+    A node in training mode has no running statistics if its input depends only on weights, or if
+    the graph repeats its statistics once per sample.  A node is left unchanged if the rank of its
+    input is not known.  Return whether any node was replaced.
     """
     found = False
     data = find_data(graph, [value for value in graph.inputs if value.name not in weights])

@@ -29,7 +29,7 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
 
     Return whether the caller must infer shapes again and repeat the call.  This is the case if onnx
     counted one window too many for a node.  All shapes that depend on this window are then removed,
-    and nodes that read values without a shape are left to the repeated call.
+    and nodes that read values without a shape are not changed before the repeated call.
 
     Raises:
         UnsupportedModel: a pooling node needs padding that ONNX Runtime does not support.
@@ -123,7 +123,7 @@ def count_windows(size: int, reach: int, stride: int, before: int, after: int) -
 
     ``reach`` is the number of elements that a window spans, and ``before`` and ``after`` are the
     widths of the padding at the start and the end.  A window that would start in the padding at the
-    end does not count.
+    end is not counted.
     """
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count

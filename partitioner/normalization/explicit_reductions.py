@@ -5,8 +5,9 @@ each element: ReduceL1 computes absolute values and ReduceLogSum computes logari
 ReduceSum-13 and related operators at onnx.ai/onnx/operators).  However, onnxruntime 1.19.2 only
 copies the input, or fails if the ``axes`` input is missing.
 
-Axes are vectors of the shape [n].  Some exporters write a single axis as a scalar.  ONNX Runtime
-accepts this in one operator and refuses it in another, for example in that of the gradient.
+Inputs that list axes must be vectors, but some exporters write a single axis as a scalar.  ONNX
+Runtime accepts such a scalar for some operators but not for others, which may include the operators
+of the gradient.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _AXES = {
 
 
 def make_axes_vectors(graph: ir.Graph) -> bool:
-    """Turn axes that are scalars into vectors of one axis; return whether there were any.
+    """Convert each scalar input that specifies an axis to a vector with one element.
 
-    The nodes of subgraphs are changed as well.
+    Nodes in subgraph bodies are changed as well.  Return whether any input was converted.
     """
     found = False
     for node in list(graph):
@@ -69,9 +70,9 @@ def _is_scalar(value: ir.Value) -> bool:
 
 
 def make_reductions_explicit(graph: ir.Graph) -> None:
-    """Replace each reduction that reduces no axes with the function that it applies to an element.
+    """Replace each reduction over no axes with an elementwise operator, such as Abs for ReduceL1.
 
-    Such a reduction has ``noop_with_empty_axes`` set and no axes.  Other reductions are left
+    Such a reduction has no axes, and ``noop_with_empty_axes`` is set.  Other reductions are left
     unchanged.
     """
     for node in list(graph):

@@ -12,7 +12,7 @@ A scalar is a constant.  The rules for other tensors are:
   exporters use Constant nodes for literals.
 
 With the option ``--train``, a constant that the user names also becomes a parameter.  This module
-knows operators; it does not deal with training.
+depends on the meaning of operators, but not on how a model is trained.
 """
 
 from __future__ import annotations

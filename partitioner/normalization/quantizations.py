@@ -1,15 +1,15 @@
 """Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
 
-Integers have no gradient.  In the training form, a QuantizeLinear followed by a DequantizeLinear is
-therefore replaced with its own value plus a difference that is zero but has a gradient.  The
+Integers have no gradient.  In the training form, each pair of QuantizeLinear and DequantizeLinear
+therefore becomes its own output plus a term that is always zero but carries the gradient.  The
 gradient of an element passes unchanged if the element is inside the range that the integers
-represent; otherwise it is zero.  Scales and zero points are settings and stay the same.
+represent, and is zero otherwise.  Scales and zero points are not trained.
 
 A weight that is stored as integers and read by a DequantizeLinear is converted to a float parameter
-with the same name.  A QuantizeLinear with the same scale quantises this parameter, and therefore
-the results of the model do not change.  When the model is merged, the parameter is converted back
-to integers.  Biases stored as 32-bit integers get no QuantizeLinear; they become plain floats, even
-in the merged model.
+with the same name.  A QuantizeLinear with the same scale quantises this parameter, so the results
+of the model do not change.  When the model is merged, the parameter is converted back to integers.
+Biases stored as 32-bit integers get no QuantizeLinear; they become plain floats, even in the merged
+model.
 
 This module does not deal with cutting the model.  The formulas are those of QuantizeLinear-21 and
 DequantizeLinear-21 at onnx.ai/onnx/operators.
@@ -144,11 +144,11 @@ def fold_quantized(graph: ir.Graph) -> None:
 def pass_gradients(graph: ir.Graph, trained: Collection[str]) -> bool:
     """Add the straight-through gradient to quantised values that depend on trained parameters.
 
-    Each pair of a QuantizeLinear and the DequantizeLinear after it is changed in place.  Every
-    QuantizeLinear that is still used after this is replaced with its formula.  If pairs were kept,
-    the optimizer of onnxruntime-training 1.19.2 would turn them into FakeQuant, which is not a
-    standard operator and does not support per-channel scales.  The optimizer also rejects a
-    QuantizeLinear that is not part of a pair.
+    Each pair of a QuantizeLinear and the DequantizeLinear after it is replaced in place.  If the
+    pairs were kept, the optimizer of onnxruntime-training 1.19.2 would turn them into FakeQuant,
+    which is not a standard operator and does not support per-channel scales.  The optimizer also
+    rejects a QuantizeLinear that is not part of a pair.  Therefore, each QuantizeLinear that
+    remains in use is replaced with its formula.
 
     Return whether any node was replaced.
 

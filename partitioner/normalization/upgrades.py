@@ -1,4 +1,4 @@
-"""Convert operators of opsets 1 to 20 to opsets 18 to 21, node by node.
+"""Upgrade nodes of opsets 1 to 20 to operators of an opset from 18 to 21.
 
 :data:`UPGRADES` maps an operator, together with the opset that changed it, to a small function that
 converts an older node.  The function either edits the node in place and returns ``None``, or

@@ -61,7 +61,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
 
 def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
-    """Turn weights that only subgraph bodies use back into constants.
+    """Convert weights that are used only in subgraph bodies back to constants.
 
     Such weights cannot be trained.  They are also removed from ``weights``.
     """
@@ -73,7 +73,7 @@ def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> No
 
 
 def count_inner(graph: ir.Graph) -> int:
-    """Count the elements of the weights that :func:`return_weights` turned back into constants."""
+    """Count the elements of the weights that :func:`return_weights` converted back to constants."""
     inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
     return sum(value.const_value.size for value in inner if value.const_value is not None)
 

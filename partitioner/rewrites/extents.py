@@ -49,9 +49,9 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the content of a node's input at ``index``, which must be a constant, as an array.
+    """Return the value of a node's input as an array; the input at ``index`` must be a constant.
 
-    ``what`` describes this content in the error message.
+    ``what`` describes the value in the error message.
 
     Raises:
         UnsupportedModel: the input is computed in the graph.

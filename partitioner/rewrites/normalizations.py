@@ -1,9 +1,9 @@
 """Rewrite operators that normalize instances, groups, or elements along certain axes.
 
-Of these operators, onnxruntime-training differentiates only LayerNormalization, and even there it
-supports only the gradient of the first output, and only a scale with the shape of the normalized
-axes.  The rewrites compute the variance from the centred values; computing it as the mean of the
-squares minus the square of the mean would lose precision by cancellation.
+Of these operators, onnxruntime-training differentiates only LayerNormalization.  It supports only
+the gradient of the first output, and the scale must have the shape of the normalized axes.  The
+rewrites compute the variance from the centred values; computing it as the mean of the squares minus
+the square of the mean would lose precision by cancellation.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def rewrite_group_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_layer_norm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite LayerNormalization if onnxruntime-training cannot differentiate it.
 
-    The node is replaced with its formula if its second output (the mean) or its third (the inverse
-    deviation) is used, or if the scale or the bias is broadcast.  If only the bias is missing, a
-    bias of zeros is added, because the gradient of LayerNormalization requires one.  Other nodes
-    are left unchanged.
+    The node is replaced with its formula if its second output (the mean) or its third output (the
+    inverse of the standard deviation) is used, or if the scale or the bias is broadcast.  If only
+    the bias is missing, a bias of zeros is added, because the gradient of LayerNormalization
+    requires one.  Other nodes are left unchanged.
     """
     x, scale = take_inputs(node, 2)
     bias = node.inputs[2] if len(node.inputs) > 2 else None

@@ -1,9 +1,9 @@
 """Rewrite Pad and CenterCropPad so that they can be differentiated.
 
 onnxruntime-training can differentiate a Pad in constant mode, even with negative widths, but its
-gradient ignores the optional list of axes.  In the other modes, each output element is a copy of an
-input element, and its position determines which one.  As in ONNX Runtime, negative widths crop the
-axes first, and positive widths pad them afterwards.  The formulas are those of Pad-21 and
+gradient ignores the optional list of axes.  In the other modes, each output element is a copy of
+the input element that its position determines.  As in ONNX Runtime, negative widths crop the axes
+first, and positive widths pad them afterwards.  The formulas are those of Pad-21 and
 CenterCropPad-18 at onnx.ai/onnx/operators.
 """
 

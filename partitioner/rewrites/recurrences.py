@@ -104,7 +104,7 @@ def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Raise an error if unrolling the recurrent nodes among ``nodes`` would take too many steps.
+    """Raise an error if the recurrent nodes in ``nodes`` have too many time steps to be unrolled.
 
     Raises:
         UnsupportedModel: all nodes together have more than :data:`MOST_STEPS` steps; the error

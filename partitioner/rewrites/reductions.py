@@ -120,10 +120,10 @@ def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_product(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite ReduceProd with Mul nodes.
 
-    Along each axis, the first half of the elements is multiplied by the second half until one
-    element is left.  For an axis of unknown length, the derivative is attached explicitly instead
-    (see :mod:`tangents`).  No divisions are needed, so zeros cause no errors.  onnxruntime-training
-    has no gradient for ReduceProd.
+    Along each axis, the first half of the elements is repeatedly multiplied by the second half,
+    until one element is left.  For an axis of unknown length, the derivative is attached explicitly
+    instead (see :mod:`tangents`).  No divisions are needed, so zeros cause no errors.
+    onnxruntime-training has no gradient for ReduceProd.
     """
     x = take_input(node)
     rank = require_rank(node, x)

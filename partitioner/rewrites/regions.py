@@ -2,9 +2,9 @@
 
 Both operators divide each region into bins, read several pixels for each bin, and compute the
 average or the maximum of these pixels.  The pixels are gathered as rows that contain all channels.
-The regions get no gradient.  Bins may need different numbers of pixels; as many pixels are gathered
-for every bin as the largest bin needs, and the surplus pixels are ignored.  The formulas are those
-of RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
+The regions get no gradient.  Bins may need different numbers of pixels, so each bin gathers as many
+pixels as the largest bin needs, and its surplus pixels are ignored.  The formulas are those of
+RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def rewrite_roi_align(builder: NodeBuilder, node: ir.Node) -> Values:
 
     Each region is divided into bins, and each bin becomes one output element.  In the mode ``avg``,
     the element is the average of the bilinear samples in the bin.  In the mode ``max``, it is the
-    largest weighted pixel of all these samples.
+    largest of the weighted pixels from which these samples are computed.
     """
     x, rois, images = node.inputs[:3]
     assert x is not None
