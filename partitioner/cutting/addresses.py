@@ -185,7 +185,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the input of a Col2Im node has one column for each block of the image.
+    """Check that the input of a Col2Im node has one column for each block position in the image.
 
     Raises:
         UnsupportedModel: the image's number of dimensions is not known.

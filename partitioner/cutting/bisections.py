@@ -1,10 +1,10 @@
-"""Find every tensor that is a legal cut of a model on its own, by walking the graph only twice.
+"""Find every tensor that is a legal cut of a model on its own.
 
 Checking one tensor takes a walk through the graph, so checking each tensor separately would take
-quadratic time.  However, all tensors that are legal cuts on their own form a chain in which each
-tensor depends on the previous one.  From one tensor to the next, the client needs more nodes and
-the server needs fewer.  One growing set of nodes per party is therefore enough: one forward and one
-backward walk, which visit each node once, check the entire chain.
+quadratic time.  However, tensors that are legal cuts on their own usually form a chain in which
+each tensor depends on the previous one.  From one tensor to the next, the client needs more nodes
+and the server needs fewer.  One growing set of nodes per party is therefore enough, and the entire
+chain is checked in one forward and one backward walk, each of which visits every node once.
 
 :func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are
 checked with that function, up to a limit.  If raw inputs (inputs that are data) may be sent

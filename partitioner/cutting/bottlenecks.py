@@ -1,4 +1,4 @@
-"""Find tensors at which a graph may be cut if some graph inputs are sent together with the tensor.
+"""Find tensors at which a graph may be cut if they are sent together with some graph inputs.
 
 A tensor is such a candidate if every path from its sources (the values from which it is computed)
 to the graph's outputs passes through it.  Paths through values that may be sent are ignored.  All

@@ -95,9 +95,9 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
     """Return the name of the tensor from which the loss should be computed.
 
     Usually this is ``output``.  However, ``cross-entropy`` itself applies a Softmax, and
-    ``bce-with-logits`` a Sigmoid.  If ``output`` is already the result of this activation, the
-    loss is computed from the activation's input, so that the activation is not applied twice.
-    A tensor in ``cut`` (the cut tensors) is always used directly.
+    ``bce-with-logits`` a Sigmoid.  If ``output`` is already the result of the activation that the
+    loss applies, the loss is computed from the input of this activation, so that it is not applied
+    twice.  However, ``output`` itself is always used if it is in ``cut``, the cut tensors.
     """
     value = map_values(graph)[output]
     node = value.producer()

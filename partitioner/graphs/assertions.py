@@ -19,7 +19,7 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Build a node that fails if any element of the boolean tensor ``bad`` is true.
 
-    Otherwise, its output is an int64 scalar 0, which the caller must pass to :func:`pass_if`.
+    Otherwise, its output is the int64 scalar 0, which the caller must pass to :func:`pass_if`.
     """
     numbers = builder.cast(note(bad, BOOL), I64)
     count = builder.op("ReduceSum", numbers, keepdims=0)  # ReduceMax would refuse an empty tensor

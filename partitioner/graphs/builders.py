@@ -112,9 +112,8 @@ class NodeBuilder:
     def replace(self, node: ir.Node, made: Sequence[ir.Value | None]) -> None:
         """Replace ``node`` in its graph with the nodes built so far.
 
-        ``made`` holds the value that replaces each output of ``node``; it may be ``None`` for an
-        output that is not used.  The new values take over the names, types and shapes of the
-        outputs.
+        ``made`` holds one value for each output of ``node``, or ``None`` for an output that is not
+        used.  The new values take over the names, types and shapes of the outputs.
 
         Raises:
             MissingOutput: ``made`` has no value for an output that is used.

@@ -26,7 +26,7 @@ MOST_NODES = 20_000
 class Unresolved(Exception):
     """Raised if a node cannot be replaced with the nodes that it would run.
 
-    It depends on data, or unrolling it would add too many nodes.
+    Either the node depends on data, or unrolling it would add too many nodes.
     """
 
 

@@ -1,9 +1,9 @@
 """Convert operators newer than opset 21 to operators of opset 21.
 
 :data:`DOWNGRADES` maps an operator to a function that takes a node and returns replacements for its
-outputs, or ``None`` if the node can stay unchanged.  Operators that onnx defines as functions of
-other operators are not listed, because :mod:`opsets` replaces them with these definitions.  The
-source is onnx.defs.
+outputs, or ``None`` if the node can stay unchanged.  Some newer operators are not listed, because
+onnx defines them as functions of other operators, and :mod:`opsets` replaces them with these
+definitions.  The source is onnx.defs.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _AXES = {
 
 
 def make_axes_vectors(graph: ir.Graph) -> bool:
-    """Convert each scalar input that specifies an axis to a vector with one element.
+    """Convert scalar inputs that should hold one number per axis to vectors with one element.
 
     Nodes in subgraph bodies are changed as well.  Return whether any input was converted.
     """
