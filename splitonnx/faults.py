@@ -32,9 +32,9 @@ def log_mistake(subject: str, error: BaseException) -> None:
 
 @contextmanager
 def attribute_errors_to_us(subject: str) -> Iterator[None]:
-    """Convert unexpected exceptions inside the context to internal errors of this package.
+    """Convert unexpected exceptions in the ``with`` block to internal errors of this package.
 
-    ``subject`` describes the work inside the context.  ``MemoryError`` and the errors that
+    ``subject`` describes the work in this block.  ``MemoryError`` and the errors that
     splitonnx raises on purpose pass through unchanged.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Find tensors at which a graph may be cut if they are sent together with some graph inputs.
+"""Find candidate cut tensors: those at which a graph may be cut if some inputs are sent as well.
 
-A tensor is such a candidate if every path from its sources (the values from which it is computed)
-to the graph's outputs passes through it.  Paths through values that may be sent are ignored.  All
-candidates are found in one walk over the post-dominator tree (Cooper, Harvey and Kennedy, "A
+A tensor is a candidate if every path from its sources (the values from which it is computed) to the
+graph's outputs passes through it.  Paths through the graph inputs that may be sent are ignored.
+All candidates are found in one walk over the post-dominator tree (Cooper, Harvey and Kennedy, "A
 Simple, Fast Dominance Algorithm"), in which the parent of a node or value is the nearest node or
-value through which all of its paths to the outputs pass.  Because this module ignores weights and
+value that lies on all of its paths to the outputs.  Because this module ignores weights and
 sizes, :mod:`bisections` checks each candidate again.
 """
 

@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Count a model's constants separately: :func:`limit` starts at zero in the ``with`` block."""
+    """Keep a separate total of constants in the ``with`` block; :func:`limit` checks this total."""
     token = _SPENT.set([0.0])
     try:
         yield

@@ -139,7 +139,7 @@ def sum_of(amounts: Iterable[Amount]) -> Amount:
     """Return the sum of ``amounts``.
 
     Raises:
-        TooLarge: a sum exceeds the limits.
+        TooLarge: the sum, or an intermediate sum, exceeds the limits.
     """
     total: Amount = 0
     for amount in amounts:
@@ -151,7 +151,7 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
     """Return the product of ``amounts``.
 
     Raises:
-        TooLarge: a product exceeds the limits.
+        TooLarge: the product, or an intermediate product, exceeds the limits.
     """
     result: Amount = 1
     for amount in amounts:

@@ -27,9 +27,9 @@ def make_paddings_explicit(graph: ir.Graph) -> bool:
     The nodes of the graph and of its subgraph bodies are changed in place.  A node is left
     unchanged if its padding depends on an unknown size.
 
-    Return whether the caller must infer shapes again and repeat the call.  This is the case if onnx
-    counted one window too many for a node.  All shapes that depend on this window are then removed,
-    and nodes that read values without a shape are not changed before the repeated call.
+    Return whether the caller must infer shapes again and repeat the call.  This is necessary if
+    onnx counted one window too many for a node.  All shapes derived from the wrong count are then
+    removed, and nodes whose inputs have no shape are left for the next call.
 
     Raises:
         UnsupportedModel: a pooling node needs padding that ONNX Runtime does not support.

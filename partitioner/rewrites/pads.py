@@ -2,9 +2,9 @@
 
 onnxruntime-training can differentiate a Pad in constant mode, even with negative widths, but its
 gradient ignores the optional list of axes.  In the other modes, each output element is a copy of
-the input element that its position determines.  As in ONNX Runtime, negative widths crop the axes
-first, and positive widths pad them afterwards.  The formulas are those of Pad-21 and
-CenterCropPad-18 at onnx.ai/onnx/operators.
+one input element, which depends only on the output element's position.  As in ONNX Runtime,
+negative widths crop the axes first, and positive widths pad them afterwards.  The formulas are
+those of Pad-21 and CenterCropPad-18 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rewrite DFT as a multiplication by a constant matrix, and STFT as a convolution.
 
 This is possible because Fourier transforms are linear.  The matrices are computed by applying
-numpy.fft to unit vectors, and therefore they include truncation, zero padding and one-sided
+numpy.fft to unit vectors, so they already account for truncation, zero padding and one-sided
 spectra.
 """
 

@@ -28,8 +28,8 @@ MOST_RETURNS = 100
 class TrainingLoop:
     """The loop that trains and evaluates a client's part of a model by running tasks.
 
-    ``seed`` is the seed for evaluation.  For training, the seed is part of the position in the
-    data.
+    ``seed`` is used only for evaluation.  The seed for training is stored with the position in the
+    training data.
     """
 
     def __init__(self, executor: Executor, runner: TaskRunner, *, seed: int) -> None:

@@ -207,7 +207,7 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an exception in the event loop, but ignore errors caused by a lack of descriptors.
+    """Handle an exception in the event loop, but ignore errors from a lack of file descriptors.
 
     :class:`Listener` has already reported these errors.
     """

@@ -70,14 +70,14 @@ class Peer:
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Record the client's identity, and lift the limits on unauthenticated connections.
+        """Record the client's identity, and end the limits that apply until a client is known.
 
         Data that the client sends before it receives an answer may still be subject to those
         limits.
 
         Raises:
-            ServerBusy: there are too many clients, in total or of this owner; the caller must close
-                the connection with code ``BUSY``.
+            ServerBusy: there are too many clients, in total or for this owner; the caller must
+                close the connection with code ``BUSY``.
         """
         limits = self._admission.limits
         match self._admission.admit(self._connection, identity):

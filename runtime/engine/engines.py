@@ -1,7 +1,7 @@
-"""Loading and running of stage graphs with the installed ONNX Runtime.
+"""Load and run stage graphs with the installed ONNX Runtime.
 
-No other module of the runtime imports onnxruntime, and this module does not expose values or
-exceptions of onnxruntime.  It handles graphs, arrays and threads, but not phases, wires or training
+No other module of the runtime imports onnxruntime, and this module does not expose onnxruntime's
+own values or exceptions.  It handles graphs, arrays and threads, but not phases, wires or training
 steps.
 """
 

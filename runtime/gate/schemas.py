@@ -1,9 +1,10 @@
 """The ONNX messages that a bundle's graphs may contain, as tables for :mod:`protobufs`.
 
-A field is refused if its message's table does not list it, or gives a reason to refuse it.
+A field is refused if its message's table either omits it or lists it with a reason to refuse it.
 This includes fields of newer ONNX versions, and fields through which a graph could bring its own
-functions or unusual structures.  Fields that the gate checks in the same way have the same name
-here.  (Source: github.com/onnx/onnx, onnx/onnx-ml.proto, IR version 10.)
+functions or unusual structures.  The tables give the same name to all fields that the gate checks
+in the same way, even if ONNX names them differently.  (Source: github.com/onnx/onnx,
+onnx/onnx-ml.proto, IR version 10.)
 """
 
 from __future__ import annotations

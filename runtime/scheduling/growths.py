@@ -1,4 +1,4 @@
-"""A record of how much memory tasks needed after their first message.
+"""A record of how much more memory tasks needed after their first message.
 
 Some sizes are known only from a task's later messages, so the memory that the task needs is not
 known when the task begins.  However, the tasks of one client are usually similar, so the next task

@@ -118,7 +118,7 @@ class FairQueue(Generic[_Piece]):
             self._lines = {k: line for k, line in self._lines.items() if self._is_needed(line)}
 
     def remove(self, owner: Hashable, piece: _Piece) -> bool:
-        """Remove a waiting piece from the queue; return ``False`` if it has already begun."""
+        """Remove a waiting piece of work; return ``False`` if it has already started."""
         line = self._lines.get(owner)
         number = next((n for n, own in line.pieces if own is piece), None) if line else None
         if line is None or number is None:
@@ -179,7 +179,7 @@ class Turns:
         return future
 
     def withdraw(self, future: asyncio.Future[Any]) -> bool:
-        """Remove a waiting piece from the queue; return ``False`` if it has already begun."""
+        """Remove a waiting piece of work; return ``False`` if it has already started."""
         if future not in self._waiting:
             return False
         future.cancel()

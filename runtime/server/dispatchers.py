@@ -181,7 +181,7 @@ class Dispatcher:
     def answer(self, received: ReceivedMessage) -> Iterator[Reply]:
         """Act on a message from :meth:`read`, and yield the replies, as :meth:`handle` does.
 
-        Exhaust the iterator even if the replies can no longer be sent.
+        The caller must exhaust the iterator, even if the replies can no longer be sent.
         """
         try:
             with attribute_errors_to_us(f"a message '{type(received.message).__name__}'"):

@@ -209,8 +209,8 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until SIGINT or SIGTERM arrives, then finish the running steps and stop.
 
-        A second signal stops running stages.  If stopping then takes longer than ``HALT_SECONDS``,
-        the process ends with exit code 130.
+        A second signal stops the stages that are still running.  If stopping then takes longer than
+        ``HALT_SECONDS``, the process ends with exit code 130.
 
         Raises:
             PortInUse: another program is using the port.

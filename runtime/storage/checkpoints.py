@@ -163,8 +163,8 @@ class CheckpointStore:
     def steps(self) -> tuple[int, ...]:
         """Return the steps of all valid checkpoints, newest first.
 
-        The state at a graceful stop is included.  Invalid checkpoints are skipped, and each is
-        logged once.  A valid checkpoint is read again only if its file has changed.
+        The state saved at a graceful stop counts as a checkpoint.  Invalid checkpoints are skipped,
+        and each is logged once.  A valid checkpoint is read again only if its file has changed.
 
         Raises:
             BundleError: the folder cannot be read.

@@ -191,7 +191,10 @@ class Pipe(Protocol):
 
 
 def fill_slots(action: Action, slots: tuple[Slot, ...]) -> Action:
-    """Return a copy of an action whose tensors are at the positions ``slots`` in shared memory."""
+    """Return a copy of ``action`` that refers to its tensors by ``slots``.
+
+    A slot is a tensor's position in the shared memory block.
+    """
     match action:
         case Start():
             return msgspec.structs.replace(action, weights=slots)

@@ -122,7 +122,7 @@ def escape(text: str) -> str:
 def logging_to_stderr(
     level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT
 ) -> Iterator[None]:
-    """Log to stderr inside the context, and restore the previous logging settings afterwards."""
+    """Log to stderr during a ``with`` block, and then restore the previous logging settings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     handler.addFilter(Brake())

@@ -232,7 +232,7 @@ class TrainingDisplay(ABC):
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show progress inside the context; ``steps`` is the expected number of steps, if known."""
+        """Show progress during a ``with`` block; ``steps`` is the expected number, if known."""
         yield
 
     @abstractmethod
@@ -294,7 +294,7 @@ class Bar(TrainingDisplay):
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show the progress bar inside the context."""
+        """Show the progress bar while the ``with`` block runs."""
         self._steps = steps
         from rich.progress import (
             BarColumn,
