@@ -34,21 +34,21 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# The linters take one core, and beside them the clients in JavaScript are tried, and the page is built.
-# Then what measures memory has the machine to itself; the rest, the pages in Chromium with it, runs in
-# three processes, since each often waits for others that it started.  pytest's closing line is to be
-# the last, that of the larger part.
-HERE := not sweep
+# The linters take one core, and beside them the page is built; then the clients in JavaScript are
+# tried, in Chromium beside those without.  What measures memory has the machine to itself; the rest
+# runs in three processes, since each often waits for others that it started.  pytest's closing line
+# is to be the last, that of the larger part.
+HERE := not sweep and not browser
 ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
 test: $(VENV)/.test
-	$(MAKE) --no-print-directory --jobs 2 lint test-clients
+	$(MAKE) --no-print-directory --jobs 2 lint page
+	$(MAKE) --no-print-directory --jobs 2 test-clients test-browser
 	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
-	$(BIN)/python -m pytest -m "not alone and $(HERE)$(if $(strip $(PAGE_MISSES)), and not browser)" -n 3 --dist worksteal
+	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
 
 test-clients: $(VENV)/.test
 	$(MAKE) --no-print-directory test-js
 	$(MAKE) --no-print-directory test-mobile
-	$(MAKE) --no-print-directory page
 
 # The client in JavaScript, against servers of this environment.
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
