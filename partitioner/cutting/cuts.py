@@ -253,13 +253,13 @@ def find_duplicated(
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
     opened = find_opened(graph, set(at) & around.private, data, trainable)
     shared = {node for node in both if not set(node.outputs) <= opened}
-    leaks = server.sources & set(around.raw) - set(at)
+    leaks = [value for value in around.raw if value in server.sources and value not in at]
     if not shared and not leaks:
         return frozenset(both)
     names = _list_names(at, sides.tail_at)
     if reason := server.underived or client.underived:
         raise NotACut(names, reason=reason)
-    missing = _find_missing(graph, sides, (data - opened) | set(at))
+    missing = _find_missing(graph, sides, (data - opened) | set(at)) or _list_names(leaks, [])
     _, sources = walk_back([v for v in around.private if v.name in missing], ends=around.sizes)
     bare = [value.name or "" for value in around.raw if value in sources]
     raise NotACut(names, missing=missing, raw=bare)
