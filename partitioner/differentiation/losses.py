@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.names import LOSS
-from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.tensors import TensorSpec
 
 LABELS = "labels"
 ACCURACY = "accuracy"
+
+EDGE = 1e-3
+"""How far a Clip may keep probabilities from 0 and 1 and still only keep a logarithm finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,30 +99,112 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
     """Return the name of the tensor from which the loss should be computed.
 
     Usually this is ``output``.  However, ``cross-entropy`` itself applies a Softmax, and
-    ``bce-with-logits`` a Sigmoid.  If ``output`` is already the result of the activation that the
-    loss applies, the loss is computed from the input of this activation, so that it is not applied
-    twice.  However, ``output`` itself is always used if it is in ``cut``, the cut tensors.
+    ``bce-with-logits`` a Sigmoid.  If the model applies the same activation last, the loss is
+    computed from the input of this activation, so that it is not applied twice.  Nodes that move
+    or convert the activation's result are then applied to its input instead.
+
+    If a tensor in ``cut``, the cut tensors, stands between the activation and the loss, the party
+    with the loss does not have this input.  The activation is then inverted.
     """
     value = map_values(graph)[output]
-    node = value.producer()
-    if find_activation(value, loss) is None or node is None or value in cut:
+    found = find_activation(value, loss)
+    if found is None:
         return output
-    assert node.inputs[0] is not None
-    return node.inputs[0].name or output
+    builder = NodeBuilder("splitonnx.scores")
+    if {value, *found.passed} & set(cut):
+        scores = _invert(builder, value, found.kind)
+    else:
+        scores = _replay(builder, found)
+    graph.extend(builder.nodes)
+    return scores.name or output
 
 
-def find_activation(output: ir.Value, loss: str) -> str | None:
-    """Return the activation that computes ``output``, if ``loss`` itself applies this activation.
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """The activation that a model applies last: its operator, and its input.
+
+    ``passed`` are the results of the activation and of the nodes between it and the output, and
+    ``nodes`` are those of these nodes that move or convert elements, in order.
+    """
+
+    kind: str
+    source: ir.Value
+    passed: tuple[ir.Value, ...]
+    nodes: tuple[ir.Node, ...]
+
+
+def find_activation(output: ir.Value, loss: str) -> Activation | None:
+    """Return the activation that ``output`` ends with, if ``loss`` itself applies this activation.
 
     Otherwise, return ``None``.  ``cross-entropy`` applies Softmax, and ``bce-with-logits`` Sigmoid.
+    Between the activation and ``output``, these are looked through: Identity, Cast between floats,
+    a Clip that only keeps a logarithm finite, and nodes that change the shape but, for Softmax, not
+    the first two dimensions (N and the classes).
     """
-    node = output.producer()
-    if node is None or node.op_type != _ACTIVATIONS.get(loss) or node.domain:
-        return None
-    rank = len(output.shape) if output.shape is not None else 0
-    if node.op_type == "Softmax" and node.attributes.get_int("axis", -1) not in (1, 1 - rank):
-        return None
-    return node.op_type
+    kind, value = _ACTIVATIONS.get(loss), output
+    passed: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    while (node := value.producer()) is not None and not node.domain:
+        passed.append(value)
+        source = node.inputs[0]
+        if node.op_type == kind and source is not None:
+            if kind == "Softmax" and not _is_over_classes(node, value):
+                return None
+            made = tuple(reversed(nodes))
+            return Activation(kind=kind, source=source, passed=tuple(passed), nodes=made)
+        if source is None or not _is_looked_through(node, source, value, kind):
+            return None
+        if node.op_type in (_MOVES | {"Cast"}):
+            nodes.append(node)
+        value = source
+    return None
+
+
+_MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+def _is_over_classes(node: ir.Node, value: ir.Value) -> bool:
+    rank = len(value.shape) if value.shape is not None else 0
+    return node.attributes.get_int("axis", -1) in (1, 1 - rank)
+
+
+def _is_looked_through(node: ir.Node, source: ir.Value, result: ir.Value, kind: str | None) -> bool:
+    if node.op_type == "Identity":
+        return True
+    if node.op_type == "Cast":
+        return all(v.dtype is not None and v.dtype.is_floating_point() for v in (source, result))
+    if node.op_type == "Clip":
+        low, high = (known_array(v) for v in (*node.inputs[1:3], None, None)[:2])
+        return low is not None and high is not None and _keeps_probabilities(low, high)
+    if node.op_type not in _MOVES:
+        return False
+    before, after = (list(v.shape)[:2] if v.shape is not None else None for v in (source, result))
+    return kind == "Sigmoid" or (before is not None and len(before) == 2 and before == after)
+
+
+def _keeps_probabilities(low: np.ndarray, high: np.ndarray) -> bool:
+    return bool(np.all((low >= 0) & (low <= EDGE) & (high >= 1 - EDGE) & (high <= 1)))
+
+
+def _replay(builder: NodeBuilder, found: Activation) -> ir.Value:
+    """Apply the nodes behind an activation to its input."""
+    value = found.source
+    for node in found.nodes:
+        value = builder.ops(node.op_type, [value, *node.inputs[1:]], 1, node.attributes)[0]
+        result = node.outputs[0]
+        value.type, value.shape = result.type, result.shape
+    return value
+
+
+def _invert(builder: NodeBuilder, value: ir.Value, kind: str) -> ir.Value:
+    """Compute raw scores from which the activation computes ``value``."""
+    floor = _number(builder, 1e-30)
+    scores = builder.op("Log", builder.op("Max", value, floor))  # softmax(log p) is p
+    if kind == "Sigmoid":
+        rest = builder.op("Sub", _number(builder, 1.0), value)
+        scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
+    scores.type, scores.shape = value.type, value.shape
+    return scores
 
 
 def _refuse_no_loss(value: ir.Value) -> None:
@@ -258,24 +344,17 @@ _LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
 
 
 def build_evaluation(
-    loss: str, output: ir.Value, activation: str | None
+    loss: str, output: ir.Value, activation: Activation | None
 ) -> tuple[ir.Model, AttachedLoss]:
     """Build a model that computes the loss and metric from a prediction and its labels.
 
-    ``output`` describes the prediction.  If ``activation`` (``Softmax`` or ``Sigmoid``) is given,
-    the prediction is the result of this operator.  The activation's inverse is then applied first,
+    ``output`` describes the prediction.  If ``activation`` is given, the prediction is the result
+    of this Softmax or Sigmoid.  The activation's inverse is then applied first,
     because the loss is computed from raw scores.
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
     builder = NodeBuilder("splitonnx.scores")
-    scores = source
-    if activation is not None:
-        floor = _number(builder, 1e-30)
-        scores = builder.op("Log", builder.op("Max", source, floor))  # softmax(log p) is p
-        if activation == "Sigmoid":
-            rest = builder.op("Sub", _number(builder, 1.0), source)
-            scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
-        scores.type, scores.shape = output.type, output.shape
+    scores = source if activation is None else _invert(builder, source, activation.kind)
     graph = ir.Graph([source], [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18})
     attached = attach_loss(graph, loss, scores.name or "")
     return ir.Model(graph, ir_version=10), attached
