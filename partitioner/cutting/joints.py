@@ -155,10 +155,11 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Build the joint graph of prediction: add the ports to the inference form.
+    """Build the joint graph for prediction by adding the ports to the inference form.
 
-    Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
-    the tensors of the cut.  The server sends the outputs that it computes to the client.
+    Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` names the tensors that
+    the client sends, and ``tail_at`` those that the server sends back in a U-shaped cut.  The
+    server also sends the outputs that it computes to the client.
     """
     graph = copy_model(prepared.inference).graph
     partition = _divide(prepared, graph, at, tail_at)

@@ -1,4 +1,4 @@
-"""Add checks to a graph before kernels of ONNX Runtime 1.19 that trust their inputs.
+"""Add checks before operators whose kernels in ONNX Runtime 1.19 do not validate their inputs.
 
 Some kernels crash the process, or read outside a tensor, if a dimension is 0, if two dimensions
 that should be equal differ, or if a label is not a valid class index.  Sizes that the parties agree

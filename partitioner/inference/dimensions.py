@@ -286,7 +286,7 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Return a new unknown size, named after the value and the axis that have this size."""
+    """Return a symbol for the unknown size of one axis of a value, named after both."""
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 

@@ -65,8 +65,8 @@ def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     the quotient is added at the position of each of these elements.
 
     Raises:
-        UnsupportedModel: the image size is unknown; the AveragePool is dilated; or a window extends
-            beyond padding that counts in the average, a case that runtimes handle differently.
+        UnsupportedModel: the image size is unknown; the AveragePool is dilated; or the average
+            counts padding and a window extends beyond it, a case in which runtimes disagree.
     """
     dy = node.inputs[0]
     assert dy is not None

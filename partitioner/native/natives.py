@@ -80,7 +80,7 @@ def infer_node(
 
 
 def define(node: bytes, types: Sequence[bytes], version: int, defined: int) -> bytes:
-    """Return the function with which onnx defines the operator of ``node``.
+    """Return the ONNX function that defines the operator of ``node``.
 
     ``version`` is the opset of the node, and ``defined`` is the opset of the operators in the
     function.  ``types`` contains the types of the node's inputs.

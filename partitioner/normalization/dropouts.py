@@ -30,7 +30,7 @@ def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
 
     The mask is computed from the random key, which is an input of the graph.  A Dropout that is
     inactive or has the ratio 0 is replaced with an Identity.  ``mode`` is ``"keep"`` to activate
-    all nodes, ``"off"`` to deactivate them, or ``None`` to keep the mode of each node.
+    all nodes, or ``"off"`` to deactivate them; if it is ``None``, each node's own mode applies.
 
     Raises:
         UnsupportedModel: the ratio or the mode of a node is not a constant, or the ratio is not in

@@ -1,7 +1,7 @@
 """Find the parameters of a model, remove them from the graph, and restore them.
 
-A weight becomes a graph input, and therefore the graph to differentiate stays small even if the
-weights are large.  Whether a tensor is a weight depends on its use (see :mod:`parameters`) and on
+A weight becomes a graph input, so the graph that is differentiated stays small even if the weights
+are large.  Whether a tensor is a weight depends on its use (see :mod:`parameters`) and on
 the user's patterns.  This module deals with names, initializers and Constant nodes.
 """
 
