@@ -85,6 +85,7 @@ MODULES = {
     "displays": "output",
     "draws": "random_operators",
     "estimators": "ml_operators",
+    "extents": "shape_rules",
     "frontiers": "traversals",
     "isolations": "workers",
     "locks": "security",

@@ -103,12 +103,12 @@ def _unfold_space(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value] | N
     return [builder.op("Reshape", turned, builder.op("Concat", n, depth, h, w, axis=0))]
 
 
-def _drop_rounding(builder: NodeBuilder, node: ir.Node) -> None:
+def _remove_rounding(builder: NodeBuilder, node: ir.Node) -> None:
     """Drop the rounding mode, which only affects float8e8m0, a type that opset 21 does not have."""
     node.attributes.pop("round_mode", None)
 
 
-def _drop_stash(builder: NodeBuilder, node: ir.Node) -> None:
+def _remove_stash(builder: NodeBuilder, node: ir.Node) -> None:
     """Drop the type in which Range computes 16-bit floats; they are computed in float32 anyway."""
     node.attributes.pop("stash_type", None)
 
@@ -146,13 +146,13 @@ def _refuse_signed_shift(builder: NodeBuilder, node: ir.Node) -> None:
 
 DOWNGRADES: Mapping[str, Adapter] = {
     "BitShift": _refuse_signed_shift,
-    "Cast": _drop_rounding,
-    "CastLike": _drop_rounding,
+    "Cast": _remove_rounding,
+    "CastLike": _remove_rounding,
     "CumProd": _multiply_up,
     "DequantizeLinear": _cast_dequantized,
     "Mod": _divide_rest,
     "QuantizeLinear": _cast_quantized,
-    "Range": _drop_stash,
+    "Range": _remove_stash,
     "SpaceToDepth": _unfold_space,
     "TensorScatter": _scatter_rows,
 }

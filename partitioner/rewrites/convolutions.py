@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.tables import limit
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.layouts import spread_channels
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     add,
     multiply,
@@ -31,7 +32,6 @@ from splitonnx.partitioner.rewrites.extents import (
     require_sizes,
     reshape,
 )
-from splitonnx.partitioner.rewrites.layouts import spread_channels
 from splitonnx.partitioner.rewrites.windows import list_plain, pad_by_size, pads_by_size
 
 Values = Sequence[ir.Value]

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.samplings import ImageAxis, to_rows, weigh_taps
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     count_up,
     multiply,
@@ -24,7 +25,6 @@ from splitonnx.partitioner.rewrites.extents import (
     require_sizes,
     reshape,
 )
-from splitonnx.partitioner.rewrites.samplings import ImageAxis, to_rows, weigh_taps
 
 Values = Sequence[ir.Value]
 

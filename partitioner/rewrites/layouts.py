@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.rewrites.extents import Extent, divide, multiply, read_extents, reshape
+from splitonnx.partitioner.rewrites.shape_rules import (
+    Extent,
+    divide,
+    multiply,
+    read_extents,
+    reshape,
+)
 
 Values = Sequence[ir.Value]
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, take_input
 from splitonnx.partitioner.graphs.tables import limit
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     add,
     join,

@@ -16,14 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.samplings import to_rows
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     multiply,
     read_extents,
     to_number,
     to_vector,
 )
-from splitonnx.partitioner.rewrites.samplings import to_rows
 
 Values = Sequence[ir.Value]
 

@@ -13,7 +13,14 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims
 from splitonnx.partitioner.graphs.tables import limit
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.interpolations import (
+    Kernel,
+    Sampling,
+    find_nearest,
+    find_outside,
+    weigh_neighbours,
+)
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     multiply,
     read_extents,
@@ -21,13 +28,6 @@ from splitonnx.partitioner.rewrites.extents import (
     require_rank,
     reshape,
     to_number,
-)
-from splitonnx.partitioner.rewrites.interpolations import (
-    Kernel,
-    Sampling,
-    find_nearest,
-    find_outside,
-    weigh_neighbours,
 )
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
 

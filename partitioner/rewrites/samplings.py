@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.tables import limit
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     count_up,
     multiply,

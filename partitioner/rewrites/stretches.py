@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.rewrites.extents import Extent, count_up, to_number
 from splitonnx.partitioner.rewrites.interpolations import Kernel
+from splitonnx.partitioner.rewrites.shape_rules import Extent, count_up, to_number
 
 _FLOAT = ir.DataType.FLOAT
 COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.normalization.explicit_padding import count_windows, read_kernel
-from splitonnx.partitioner.rewrites.extents import refuse, require_rank
+from splitonnx.partitioner.rewrites.shape_rules import refuse, require_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ Ctrl-C, the exit code is 130.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ import typer
 
 from splitonnx.commands import partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
+from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
     discard_unprinted,
     explain_failed_print,
@@ -67,10 +67,9 @@ def show_options(
 def main() -> None:
     """Run the command line; this is the entry point of ``splitonnx``."""
     replace_closed_streams()
-    for logger in ("onnx_ir", LOGGER):  # not written to stderr, only to the log of serve
-        logging.getLogger(logger).addHandler(logging.NullHandler())
     try:
-        code = app(prog_name="splitonnx", standalone_mode=False)
+        with silencing("onnx_ir", LOGGER):
+            code = app(prog_name="splitonnx", standalone_mode=False)
         sys.stdout.flush()
     except SplitonnxError as error:
         if os.environ.get(TRACEBACK):

@@ -119,6 +119,27 @@ def escape(text: str) -> str:
 
 
 @contextmanager
+def silencing(*names: str) -> Iterator[None]:
+    """Keep the named loggers from stderr during a ``with`` block.
+
+    Importing onnxruntime-training adds a handler to the root logger, which would print a bug's
+    traceback before the line that reports the bug.  :func:`logging_to_stderr` logs nevertheless.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.propagate for logger in loggers]
+    silent = logging.NullHandler()  # otherwise, Python prints what no handler takes
+    for logger in loggers:
+        logger.addHandler(silent)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(silent)
+            logger.propagate = propagate
+
+
+@contextmanager
 def logging_to_stderr(
     level: LogLevel = LogLevel.INFO, log_format: LogFormat = LogFormat.TEXT
 ) -> Iterator[None]:

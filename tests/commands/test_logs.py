@@ -14,6 +14,7 @@ from splitonnx.commands.logs import (
     LogLevel,
     escape,
     logging_to_stderr,
+    silencing,
 )
 
 _logger = logging.getLogger("splitonnx.test")
@@ -98,3 +99,15 @@ def test_afterwards_logging_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> 
     assert (root.handlers, root.level, root.propagate) == before
     _logger.info("unheard")
     assert capsys.readouterr().err == ""
+
+
+def test_silenced_loggers_print_nothing_and_are_as_they_were_afterwards(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("splitonnx.test_logs.silenced")
+    with silencing(logger.name):
+        logger.error("not to be seen")
+        assert not caplog.records
+    assert capsys.readouterr().err == ""
+    logger.error("to be seen")
+    assert caplog.messages == ["to be seen"]

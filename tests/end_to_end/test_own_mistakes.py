@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -144,12 +145,21 @@ main()
 TRACED = {"SPLITONNX_TRACEBACK": "1"}
 
 
-@pytest.mark.parametrize("words", [["check"], ["cut", "--at", "relu", "-o", "bundle"]])
+WORDS = [
+    ["check"],
+    ["cut", "--at", "relu", "-o", "bundle"],
+    ["train", "--local", "--loss", "mse", "--data", "data.npz"],
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("is_traced", [False, True])
 def test_the_command_line_owns_up_in_one_line(
     words: list[str], is_traced: bool, tmp_path: Path
 ) -> None:
     onnx.save(build(), tmp_path / "model.onnx")
+    x, labels = np.zeros((4, 2, 4, 4), np.float32), np.zeros((4, 2), np.float32)
+    np.savez(tmp_path / "data.npz", x=x, labels=labels)
     name, *options = words
     done = subprocess.run(
         [sys.executable, "-c", PLANTING, name, "model.onnx", *options],

@@ -11,8 +11,8 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.rewrites import interpolations
-from splitonnx.partitioner.rewrites.extents import Extent, to_vector
 from splitonnx.partitioner.rewrites.interpolations import Kernel, Sampling
+from splitonnx.partitioner.rewrites.shape_rules import Extent, to_vector
 from splitonnx.partitioner.rewrites.stretches import COORDINATES, Stretch, find_after
 
 SIZES = [(4, 8), (5, 3), (6, 7), (4, 1), (1, 4)]

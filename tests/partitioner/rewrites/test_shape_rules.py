@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
-from splitonnx.partitioner.rewrites.extents import (
+from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
     add,
     count_up,
