@@ -54,7 +54,7 @@ class _Tree:
 
     The parent of a node or value is the nearest place through which all paths from it to the
     graph's outputs pass.  Nodes and values are numbered from the outputs backwards; number 0, the
-    root, stands for the outputs.  ``parents`` holds the parent of each number.
+    root, represents the outputs.  ``parents`` holds the parent of each number.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:

@@ -122,7 +122,7 @@ def survey(
 def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
     """Find the tensors that ``names`` refers to.
 
-    Each name is the name of a tensor, the name of a node (which stands for all of its outputs), or
+    Each name is the name of a tensor, the name of a node (meaning all of its outputs), or
     a glob pattern for tensor names.
 
     Raises:

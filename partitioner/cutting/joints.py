@@ -27,13 +27,7 @@ from splitonnx.partitioner.differentiation.gradients import GRADIENT, differenti
 from splitonnx.partitioner.differentiation.losses import attach_loss, skip_activation
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
-from splitonnx.partitioner.graphs.traversals import (
-    find_movers,
-    list_inputs,
-    map_values,
-    prune,
-    walk_back,
-)
+from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
@@ -117,9 +111,8 @@ def build_training(
     prune(graph)
 
     data = _declare_data(prepared, graph, labels)
-    read = {value for node in graph for value in list_inputs(node)} | set(graph.outputs)
-    # A tensor that the loss does not depend on crosses for prediction alone.
-    port_wires = [(port, declare(port.value)) for port in ports if port.value in read]
+    needed = map_values(graph)  # a tensor that the loss does not need is sent only for prediction
+    port_wires = [(port, declare(port.value)) for port in ports if port.value.name in needed]
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
     prevent_wrong_fusions(derived)  # of Pads whose axes were removed, and of gradients

@@ -103,7 +103,7 @@ def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.
     computed from the input of this activation, so that it is not applied twice.  Nodes that move
     or convert the activation's result are then applied to its input instead.
 
-    If a tensor in ``cut``, the cut tensors, stands between the activation and the loss, the party
+    If a tensor in ``cut``, the cut tensors, is between the activation and the loss, the party
     with the loss does not have this input.  The activation is then inverted.
     """
     value = map_values(graph)[output]
@@ -142,11 +142,13 @@ def find_activation(output: ir.Value, loss: str) -> Activation | None:
     the first two dimensions (N and the classes).
     """
     kind, value = _ACTIVATIONS.get(loss), output
+    if kind is None:
+        return None
     passed: list[ir.Value] = []
     nodes: list[ir.Node] = []
     while (node := value.producer()) is not None and not node.domain:
         passed.append(value)
-        source = node.inputs[0]
+        source = node.inputs[0] if node.inputs else None
         if node.op_type == kind and source is not None:
             if kind == "Softmax" and not _is_over_classes(node, value):
                 return None
@@ -168,7 +170,7 @@ def _is_over_classes(node: ir.Node, value: ir.Value) -> bool:
     return node.attributes.get_int("axis", -1) in (1, 1 - rank)
 
 
-def _is_looked_through(node: ir.Node, source: ir.Value, result: ir.Value, kind: str | None) -> bool:
+def _is_looked_through(node: ir.Node, source: ir.Value, result: ir.Value, kind: str) -> bool:
     if node.op_type == "Identity":
         return True
     if node.op_type == "Cast":

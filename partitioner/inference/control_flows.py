@@ -221,7 +221,7 @@ def _write_body(
 ) -> list[ir.Value]:
     """Build one iteration of ``body``, which reads the values in ``bound`` as its inputs.
 
-    ``None`` in ``bound`` stands for a loop's condition, which is true while the loop runs.
+    ``None`` in ``bound`` represents a loop's condition, which is true while the loop runs.
     """
     given = [_write_truth(builder) if value is None else value for value in bound]
     nodes, outputs = copy_body(body, prefix, given)

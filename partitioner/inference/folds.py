@@ -166,7 +166,7 @@ def _fix_target(
 def _fix_reshape(node: ir.Node, dims: list[Amount], wanted: list[Amount]) -> list[int] | None:
     """Return a constant target for a Reshape, or ``None`` if more than one dimension is unknown.
 
-    In the target, 0 keeps a dimension of the input, and -1 stands for the unknown dimension.
+    In the target, 0 keeps a dimension of the input, and -1 represents the unknown dimension.
     """
     copying = not node.attributes.get_int("allowzero", 0)
     if 0 in wanted and not copying:

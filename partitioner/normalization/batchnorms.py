@@ -19,7 +19,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
-from splitonnx.partitioner.graphs.traversals import find_data
+from splitonnx.partitioner.graphs.traversals import find_data, walk_back
 
 NEXT = "#next"
 
@@ -98,22 +98,23 @@ def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     rank = len(x.shape)
     builder = NodeBuilder(node.name or "")
 
-    def spread(value: ir.Value | None) -> ir.Value | None:
-        """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1."""
-        return (
-            builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
-            if rank > 2
-            else value
-        )
-
     epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
     deviation = builder.op("Sqrt", builder.op("Add", variance, epsilon))
     factor = builder.op("Div", scale, deviation)
-    scaled = builder.op("Mul", builder.op("Sub", x, spread(mean)), spread(factor))
-    output = builder.op("Add", scaled, spread(bias))
+    scaled = builder.op(
+        "Mul", builder.op("Sub", x, _spread(builder, mean, rank)), _spread(builder, factor, rank)
+    )
+    output = builder.op("Add", scaled, _spread(builder, bias, rank))
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], builder.nodes, [node.outputs[0]], [output]
     )
+
+
+def _spread(builder: NodeBuilder, value: ir.Value | None, rank: int) -> ir.Value | None:
+    """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1 of a tensor."""
+    if rank <= 2:
+        return value
+    return builder.op("Unsqueeze", value, builder.integers(range(1, rank - 1)))
 
 
 def use_running_statistics(graph: ir.Graph) -> None:
@@ -143,26 +144,25 @@ def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
     the graph repeats its statistics once per sample.  A node is left unchanged if the rank of its
     input is not known.  Return whether any node was replaced.
     """
+    training = [node for node in list_batchnorms(graph) if is_training(node)]
+    if not training:
+        return False
     found = False
     data = find_data(graph, [value for value in graph.inputs if value.name not in weights])
-    for node in list_batchnorms(graph):
-        x = node.inputs[0]
-        if x is None or x.shape is None or not is_training(node):
+    for node in training:
+        x, *_, mean, variance = node.inputs
+        if x is None or x.shape is None:
             continue
-        if x not in data or any(_is_repeated(value) for value in node.inputs[3:5]):
+        if x not in data or _is_repeated(mean, variance):
             with attribute_errors_to(node, "written as its formula"):
                 _write_out_as_own(node, x, len(x.shape))
             found = True
     return found
 
 
-def _is_repeated(statistic: ir.Value | None) -> bool:
-    producer = None if statistic is None else statistic.producer()
-    if producer is None:
-        return False
-    if producer.op_type in _REPEATING and not producer.domain:
-        return True
-    return any(_is_repeated(value) for value in producer.inputs)
+def _is_repeated(*statistics: ir.Value | None) -> bool:
+    nodes, _ = walk_back([value for value in statistics if value is not None])
+    return any(node.op_type in _REPEATING and not node.domain for node in nodes)
 
 
 def _write_out_as_own(node: ir.Node, x: ir.Value, rank: int) -> None:
@@ -174,19 +174,14 @@ def _write_out_as_own(node: ir.Node, x: ir.Value, rank: int) -> None:
     _, scale, bias, mean, variance = node.inputs
     builder = NodeBuilder(node.name or "")
     axes = builder.integers([axis for axis in range(rank) if axis != 1])
-    others = builder.integers(list(range(1, rank - 1)))
-
-    def spread(value: ir.Value | None) -> ir.Value | None:
-        """Reshape [C] to [C, 1, ...], so that it is broadcast along axis 1."""
-        return builder.op("Unsqueeze", value, others) if rank > 2 else value
-
     own_mean = builder.op("ReduceMean", x, axes, keepdims=1)
     centred = builder.op("Sub", x, own_mean)
     own_variance = builder.op("ReduceMean", builder.op("Mul", centred, centred), axes, keepdims=1)
     epsilon = builder.number(node.attributes.get_float("epsilon", 1e-5), x.dtype)
     deviation = builder.op("Sqrt", builder.op("Add", own_variance, epsilon))
     normal = builder.op("Div", centred, deviation)
-    output = builder.op("Add", builder.op("Mul", normal, spread(scale)), spread(bias))
+    scaled = builder.op("Mul", normal, _spread(builder, scale, rank))
+    output = builder.op("Add", scaled, _spread(builder, bias, rank))
     momentum = node.attributes.get_float("momentum", 0.9)
 
     def follow(old: ir.Value | None, own: ir.Value) -> ir.Value:

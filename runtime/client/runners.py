@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -70,17 +70,21 @@ class TaskRunner:
         key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
         self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
         try:
-            with self._going_back():
-                return self._exchange(key, learning_rate)
-        except StepsLost:
-            raise
-        except BaseException:  # including Ctrl-C: close the session before raising it
-            self.close()
-            raise
+            with ExitStack() as ending:
+                ending.push(self._close_after)
+                with self._going_back():
+                    return self._exchange(key, learning_rate)
         finally:
             self.executor.abandon(key)
             if self._channel is not None:
                 self._channel.end()
+
+    def _close_after(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Close the session after any error, including Ctrl-C, except if steps were lost."""
+        if kind is not None and not issubclass(kind, StepsLost):
+            self.close()
 
     def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
         """Make both sides write a checkpoint, one after the other.

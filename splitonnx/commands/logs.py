@@ -147,19 +147,15 @@ def logging_to_stderr(
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     handler.addFilter(Brake())
-    ours, theirs = logging.getLogger("splitonnx"), logging.getLogger("websockets")
-    before = ours.level, ours.propagate, theirs.propagate
+    ours = logging.getLogger("splitonnx")
+    before = ours.level, ours.propagate
     ours.addHandler(handler)
     ours.setLevel(level.value.upper())
     ours.propagate = False  # other packages may add handlers to the root logger
-    # Without this, a caller that does not speak WebSocket would cause a traceback.
-    silent = logging.NullHandler()
-    theirs.addHandler(silent)
-    theirs.propagate = False
     try:
-        yield
+        with silencing("websockets"):  # a caller that speaks no WebSocket would cause a traceback
+            yield
     finally:
         ours.removeHandler(handler)
-        theirs.removeHandler(silent)
         ours.setLevel(before[0])
-        ours.propagate, theirs.propagate = before[1:]
+        ours.propagate = before[1]
