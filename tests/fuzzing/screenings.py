@@ -16,7 +16,6 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import patch
 
 from splitonnx.commands import app, main
 from splitonnx.errors import SplitonnxError
@@ -74,9 +73,7 @@ def _run(folder: Path, errors: Path, printed: Path, arguments: list[str]) -> Non
         signal.alarm(_SECONDS)
         os.chdir(folder)
         sys.argv = ["splitonnx", *arguments]
-        with patch(
-            "splitonnx.partitioner.native.workers.subprocess.Popen", forked_natives.ForkedNatives
-        ):
+        with forked_natives.forking_natives():
             main()
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else 70

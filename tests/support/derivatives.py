@@ -69,9 +69,21 @@ def assert_differentiable(
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     trained = list(parameters) or [n for n, w in weights.items() if w.dtype == "f" and w.ndim]
     labels = draw_labels(model, data)
-    expected = list(sample_gradients(model, "mse", {**data, "labels": labels}, trained))
-    for found in take_step(model, data, trained):
-        largest = max([abs(slope) for _, _, slope in expected])
+    hold_steps(take_step(model, data, trained), model, "mse", {**data, "labels": labels}, trained)
+
+
+def hold_steps(
+    steps: Sequence[Arrays],
+    model: onnx.ModelProto,
+    loss: str,
+    data: Mapping[str, np.ndarray],
+    parameters: Sequence[str],
+) -> None:
+    """Hold the gradients that training steps gave against finite differences of a model."""
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    expected = list(sample_gradients(model, loss, data, list(parameters)))
+    largest = max(abs(slope) for *_, slope in expected)
+    for found in steps:
         for name, index, slope in expected:
             gradient = found.get(f"{name}_grad", np.zeros_like(weights[name]))
             assert abs(float(gradient[index]) - slope) <= RTOL * largest, (name, index)

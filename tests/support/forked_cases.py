@@ -17,7 +17,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
-from unittest.mock import patch
 
 from tests.conftest import ROOT
 from tests.support import forked_natives
@@ -74,9 +73,7 @@ def _fork(main: Callable[[], None], words: list[str]) -> tuple[int, str, str]:
 def _run(main: Callable[[], None]) -> NoReturn:
     code = 1
     try:
-        with patch(
-            "splitonnx.partitioner.native.workers.subprocess.Popen", forked_natives.ForkedNatives
-        ):
+        with forked_natives.forking_natives():
             main()
         code = 0
     finally:

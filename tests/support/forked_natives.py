@@ -1,8 +1,7 @@
 """The process for native code, forked from one that has imported all that it imports.
 
-``patch("splitonnx.partitioner.native.workers.subprocess.Popen", ForkedNatives)`` spares a process
-that cuts a single model most of what it computes.  That the process starts as a fresh interpreter
-is for ``tests/partitioner/native/test_workers.py``.
+:func:`forking_natives` spares a process that cuts one model most of what it computes.  That the
+process starts as a fresh interpreter is for ``tests/partitioner/native/test_workers.py``.
 """
 
 from __future__ import annotations
@@ -12,11 +11,18 @@ import multiprocessing
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from unittest.mock import patch
 
 from splitonnx.partitioner.native import natives
 
 _LOADED = ("onnxruntime", "onnxruntime.capi._pybind_state")
 """What the process imports at its first use; it starts no thread."""
+
+
+def forking_natives() -> AbstractContextManager[object]:
+    """Fork the process for native code during a ``with`` block."""
+    return patch("splitonnx.partitioner.native.workers.subprocess.Popen", ForkedNatives)
 
 
 def load() -> None:

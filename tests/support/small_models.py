@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import numpy_helper
 
 from splitonnx.bundles import Bundle
 from splitonnx.partitioner.merges import merge
@@ -20,7 +19,8 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from tests.conftest import ROOT
 from tests.support.case_trials import run_step
-from tests.support.oracles import make_evaluator, sample_gradients
+from tests.support.derivatives import hold_steps
+from tests.support.oracles import make_evaluator
 
 Arrays = dict[str, np.ndarray]
 MODELS = ROOT / "tests" / "cases" / "models"
@@ -83,10 +83,4 @@ def hold_step(
     loss: str = "cross-entropy",
 ) -> None:
     """Hold the gradients of an uncut bundle against differences of the model as it is."""
-    found = run_step(bundle, data)
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    expected = list(sample_gradients(model, loss, data, list(trained)))
-    largest = max(abs(slope) for *_, slope in expected)
-    for name, index, slope in expected:
-        gradient = found.get(f"{name}_grad", np.zeros_like(weights[name]))
-        assert abs(float(gradient[index]) - slope) <= 1e-3 * largest, (name, index)
+    hold_steps([run_step(bundle, data)], model, loss, data, trained)
