@@ -1,11 +1,14 @@
-"""Cut a model into a bundle: prepare the model, add the loss, differentiate it, and split it.
+"""Cut a model into a bundle: prepare it, add the loss, differentiate, split and compare it.
 
 This module only calls these steps in order.  Each step is implemented in another module.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from functools import partial
 
 import onnx_ir as ir
 
@@ -15,11 +18,22 @@ from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormMode, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.conformance.comparisons import (
+    MOST_BYTES,
+    USUAL_BYTES,
+    compare_with_original,
+)
 from splitonnx.partitioner.cutting.joints import build_predict, build_training
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float
+from splitonnx.partitioner.merges import merge
+
+NO_CHECK = "SPLITONNX_NO_CHECK"
+"""The environment variable with which cuts are not compared with the model by default."""
+
+_log = logging.getLogger(__name__)
 
 
 @pause_collection()
@@ -37,6 +51,7 @@ def cut(
     freeze: Sequence[str] = (),
     client_target: Target = TRAINING,
     server_target: Target = TRAINING,
+    check: bool | None = None,
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
 
@@ -64,6 +79,10 @@ def cut(
         freeze: regular expressions for the names of parameters that keep their values.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
+        check: compare what was cut with the model on random inputs, by onnx's reference evaluator
+            and by ONNX Runtime without optimizations.  What cannot be compared is logged as a
+            warning.  By default, models with up to 256 MiB of weights are compared, unless the
+            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -73,6 +92,7 @@ def cut(
         CutError: the tensors do not exist or do not divide the model.
         UsageError: arguments contradict each other.
         ForbiddenOperator: an internal error; the bundle would not run.
+        DifferentResult: an internal error; the parts would compute something else than the model.
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     for target in (client_target, server_target):
@@ -97,7 +117,14 @@ def cut(
     )
     training = build_training(prepared, names_at, names_tail, loss, output)
     predict = build_predict(prepared, names_at, names_tail)
-    return assemble(prepared, training, predict, recipe, optimizer)
+    bundle = assemble(prepared, training, predict, recipe, optimizer)
+    wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
+    if wanted and not isinstance(model, ir.Model):
+        most_bytes = USUAL_BYTES if check is None else MOST_BYTES
+        merged = partial(merge, bundle)
+        for remark in compare_with_original(model, prepared, bundle, merged, most_bytes):
+            _log.warning("%s", remark)
+    return bundle
 
 
 def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

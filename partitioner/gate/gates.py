@@ -76,6 +76,23 @@ def open_model(source: ModelSource) -> ir.Model:
     return model
 
 
+def read_original(source: ModelSource) -> onnx.ModelProto:
+    """Read a model that passed :func:`open_model`, as it is, with its external data inside.
+
+    A loaded model is returned itself; do not change the result.
+
+    Raises:
+        NotAModel: the model cannot be read any more.
+    """
+    proto, label, folder = _read(source)
+    if folder is not None:
+        try:
+            onnx.load_external_data_for_model(proto, str(folder))
+        except FAULTS as error:
+            raise NotAModel(label, explain(error)) from error
+    return proto
+
+
 def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
     with attribute_errors_to_bytes(partial(NotAModel, label)):
         return read_model(proto)

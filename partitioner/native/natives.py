@@ -17,10 +17,13 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
 import onnx
 
 SECONDS = 300
@@ -129,6 +132,75 @@ def list_types(content: bytes) -> dict[str, str]:
     return {output.name: output.type for output in session.get_outputs()}
 
 
+def run_session(
+    content: bytes, batches: Sequence[Mapping[str, bytes]], is_optimized: bool
+) -> list[dict[str, bytes]]:
+    """Run a model with ONNX Runtime on each of the batches, and return its outputs by name.
+
+    Inputs and outputs are serialized tensors; an output of another type is left out.  Without
+    ``is_optimized``, the session runs the graph as it is.
+    """
+    import onnxruntime
+
+    options = _make_options()
+    if is_optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return [_encode(names, session.run(names, _decode(batch))) for batch in batches]
+
+
+def run_reference(
+    content: bytes, batches: Sequence[Mapping[str, bytes]], seconds: float
+) -> list[dict[str, bytes]]:
+    """Run a model with onnx's reference evaluator on each of the batches, as in `run_session`.
+
+    Raises:
+        TimeoutError: this would take more than ``seconds`` of processor time.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    with _limit_time(seconds), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy warns of what overflows
+        evaluator = ReferenceEvaluator(onnx.ModelProto.FromString(content))
+        names = evaluator.output_names
+        return [_encode(names, evaluator.run(None, _decode(batch))) for batch in batches]
+
+
+@contextmanager
+def _limit_time(seconds: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` in the block after some processor time; Windows has no such limit."""
+    if sys.platform == "win32":
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _decode(tensors: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
+        for name, content in tensors.items()
+    }
+
+
+def _encode(names: Sequence[str], values: Any) -> dict[str, bytes]:
+    return {
+        name: onnx.numpy_helper.from_array(np.asarray(value)).SerializeToString()
+        for name, value in zip(names, values, strict=True)
+        if isinstance(value, np.ndarray | np.generic)
+    }
+
+
 def _import_builder() -> Any:
     from onnxruntime.capi import _pybind_state
 
@@ -154,6 +226,8 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
     "infer_shapes": (infer_shapes, "onnx's inference of shapes"),
     "list_types": (list_types, "ONNX Runtime"),
     "optimize": (optimize, "onnxruntime-training's optimizer"),
+    "run_reference": (run_reference, "onnx's reference evaluator"),
+    "run_session": (run_session, "ONNX Runtime"),
 }
 """Maps a function's name to the function and to the name of the native code that it runs."""
 

@@ -126,6 +126,15 @@ def cut(
     freeze: FreezeOption = None,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare what was cut with the model, on random inputs; by default up to 256 MiB "
+            "of weights.",
+            show_default=False,
+        ),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -149,6 +158,7 @@ def cut(
         freeze=freeze or (),
         client_target=(client_target or Target.TRAINING).value,
         server_target=(server_target or Target.TRAINING).value,
+        check=check,
     )
     made.save(bundle, overwrite=force)
     if as_json:

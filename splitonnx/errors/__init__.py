@@ -62,6 +62,7 @@ from splitonnx.errors.inputs import (
 )
 from splitonnx.errors.models import (
     CutError,
+    DifferentResult,
     ForbiddenExternalData,
     ForbiddenOperator,
     IntegerCut,
@@ -90,6 +91,7 @@ __all__ = [
     "ConnectionLost",
     "CutError",
     "DataError",
+    "DifferentResult",
     "DiskQuotaUsed",
     "FolderInUse",
     "ForbiddenExternalData",

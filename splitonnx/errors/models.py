@@ -63,6 +63,30 @@ class InternalModelError(SplitonnxError):
 
 
 @dataclass(eq=False)
+class DifferentResult(SplitonnxError):
+    """What was made of a model computes something else than the model, because of a bug.
+
+    ``made`` says what was compared, ``tensor`` is the output that differs, ``first`` is the first
+    tensor of the model that differs, and ``size`` is the difference relative to the largest value
+    expected.
+    """
+
+    subject: str
+    made: str
+    tensor: str
+    first: str
+    size: float
+
+    def __str__(self) -> str:
+        start = "" if self.first == self.tensor else f", from tensor '{self.first}' on"
+        return (
+            f"a mistake in splitonnx, not in the model: {self.made} differs from {self.subject} by "
+            f"{self.size:.1e} of the largest value in '{self.tensor}'{start}; please report it "
+            "with the model; --no-check (check=False) leaves out this comparison"
+        )
+
+
+@dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
     """A tensor's data are stored in an external file that is outside the model's folder."""
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+import pytest
 
 import splitonnx
 from splitonnx.bundles import Bundle
+from splitonnx.partitioner.cutting.conformance import dataflow
 from tests.support.commands import AT, MODEL, TAIL_AT, Command
 from tests.support.zoo import ZOO
 
@@ -64,6 +68,24 @@ def test_cut_writes_a_bundle_with_the_options_given(command: Command, tmp_path: 
     }
     assert (recipe.batchnorm, recipe.dropout, recipe.freeze) == ("frozen", "off", ("^block1",))
     assert (recipe.client_target, recipe.server_target) == ("portable", "training")
+
+
+def test_cut_compares_the_parts_with_the_model(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataflow.run_session
+
+    def run_wrong(*given: Any, is_optimized: bool) -> list[dict[str, np.ndarray]]:
+        made = run(*given, is_optimized=is_optimized)
+        factor = 2 if is_optimized else 1
+        return [{name: factor * array for name, array in values.items()} for values in made]
+
+    monkeypatch.setattr(dataflow, "run_session", run_wrong)
+    cut = ("cut", MODEL, "--at", AT, "-o", tmp_path / "bundle")
+    line = command.fail(*cut, "--check")
+    assert "a mistake in splitonnx, not in the model: what the parts predict differs" in line
+    assert not (tmp_path / "bundle").exists()
+    command.succeed(*cut, "--no-check")
 
 
 def test_cut_takes_several_tensors(command: Command, tmp_path: Path) -> None:

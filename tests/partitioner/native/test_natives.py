@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import os
 from collections.abc import Sequence
 
 import msgspec
@@ -143,6 +144,56 @@ def test_types_come_as_onnx_runtime_writes_them() -> None:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("mask", "shape"))
     found = list_types(model.SerializeToString())
     assert found == {"y": "tensor(float)", "mask": "tensor(bool)", "shape": "tensor(int64)"}
+
+
+def test_models_run_in_both_evaluators_on_serialized_tensors() -> None:
+    content = make_model(helper.make_node("Relu", ["x"], ["y"]))
+    array = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)
+    batch = {"x": numpy_helper.from_array(array).SerializeToString()}
+    for made in (
+        natives.run_session(content, [batch, batch], True),
+        natives.run_session(content, [batch, batch], False),
+        natives.run_reference(content, [batch, batch], 10.0),
+    ):
+        assert len(made) == 2
+        for outputs in made:
+            found = numpy_helper.to_array(onnx.TensorProto.FromString(outputs["y"]))
+            np.testing.assert_array_equal(found, np.maximum(array, 0))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_the_reference_evaluator_is_stopped_after_its_time() -> None:
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["on"], ["still"]),
+            helper.make_node("Add", ["state", "one"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["count", "on", "start"], ["end"], body=body)],
+        "endless",
+        [],
+        [helper.make_tensor_value_info("end", TensorProto.FLOAT, [])],
+        [
+            numpy_helper.from_array(np.array(2**62), "count"),
+            numpy_helper.from_array(np.array(True), "on"),
+            numpy_helper.from_array(np.array(0, np.float32), "start"),
+            numpy_helper.from_array(np.array(1, np.float32), "one"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    with pytest.raises(TimeoutError):
+        natives.run_reference(model.SerializeToString(), [{}], 0.2)
 
 
 def test_a_stock_runtime_is_told_from_the_training_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,118 @@
+"""Run models in the process for native code, and the parts of a bundle as both parties would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.errors import NativeCrash
+from splitonnx.manifests import Source, Stage
+from splitonnx.names import PREDICT
+from splitonnx.partitioner.cutting.conformance.samples import Arrays, decode, encode
+from splitonnx.partitioner.native import natives, workers
+
+SECONDS = 1.0
+"""Processor time of the reference evaluator, whose loops in Python can take very long."""
+
+
+class NotRun(Exception):
+    """Raised if a model cannot be run on these inputs; the text says why."""
+
+
+def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
+    """Run a model with onnx's reference evaluator, and return its outputs for each batch.
+
+    Raises:
+        NotRun: the evaluator refuses the model or the inputs, or is too slow.
+    """
+    given = [encode(batch) for batch in batches]
+    return _decode(
+        lambda: workers.call(natives.run_reference, subject, content, given, SECONDS),
+    )
+
+
+def run_session(
+    content: bytes, batches: Sequence[Arrays], subject: str, *, is_optimized: bool
+) -> list[Arrays]:
+    """Run a model with ONNX Runtime, and return its outputs for each batch.
+
+    Raises:
+        NotRun: ONNX Runtime refuses the model or the inputs.
+    """
+    given = [encode(batch) for batch in batches]
+    return _decode(lambda: workers.call(natives.run_session, subject, content, given, is_optimized))
+
+
+def run_split(bundle: Bundle, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
+    """Predict with the parts of a bundle, stage by stage, and return all values by name.
+
+    A tensor that one party sends reaches the other under the same name.
+
+    Raises:
+        NotRun: ONNX Runtime refuses a stage or its inputs.
+    """
+    values = [dict(batch) for batch in batches]
+    for party, stage in _order_stages(bundle):
+        states = {i.name: party.weights[i.name] for i in stage.inputs if i.source is Source.STATE}
+        read = [i.name for i in stage.inputs if i.source is not Source.STATE]
+        given = [{name: value[name] for name in read} | states for value in values]
+        made = run_session(party.graphs[stage.graph], given, subject, is_optimized=True)
+        for value, outputs in zip(values, made, strict=True):
+            value.update(outputs)
+    return values
+
+
+def _order_stages(bundle: Bundle) -> list[tuple[PartyBundle, Stage]]:
+    """List the stages of prediction so that each comes after those whose outputs it reads."""
+    waiting = [
+        (party, stage)
+        for party in bundle.parties.values()
+        for phase in party.manifest.phases
+        if phase.name == PREDICT
+        for stage in phase.stages
+    ]
+    made = {name for _, stage in waiting for name in stage.outputs}
+    ordered = []
+    while waiting:
+        ready = [entry for entry in waiting if not _list_read(entry[1]) & made]
+        assert ready, "stages wait for each other"
+        ordered += ready
+        waiting = [entry for entry in waiting if entry not in ready]
+        made -= {name for _, stage in ready for name in stage.outputs}
+    return ordered
+
+
+def _list_read(stage: Stage) -> set[str]:
+    return {i.name for i in stage.inputs if i.source in (Source.WIRE, Source.STASH)}
+
+
+def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
+    try:
+        return [decode(outputs) for outputs in run()]
+    except (workers.Refused, NativeCrash) as error:
+        raise NotRun(str(error)) from error
+
+
+def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:
+    """Turn the inputs named in ``weights`` into initializers, in place; serialize the model."""
+    kept = [value for value in model.graph.input if value.name not in weights]
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    for name, array in weights.items():
+        if name in types:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(dtype), name))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def expose(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make every tensor that a model's graph computes an output, in place, and return the model."""
+    known = {value.name for value in model.graph.output}
+    made = [name for node in model.graph.node for name in node.output if name]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made if name not in known)
+    return model

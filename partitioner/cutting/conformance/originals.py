@@ -1,0 +1,174 @@
+"""Bring the model given into the form that a bundle computes, without the passes that prepare it.
+
+In inference, BatchNormalization uses its running statistics, and Dropout does nothing.  In
+training, both follow the modes that the user chose.  Everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+import onnx.inliner
+
+_RANDOM = frozenset(
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+_REPEATING = frozenset({"Concat", "ConstantOfShape", "Expand", "Tile"})
+"""Operators that make statistics for each sample; stored running statistics have none of these."""
+
+
+_TRAINING_MODE = 14
+"""The opset from which on BatchNormalization has the attribute ``training_mode``."""
+
+
+def copy_original(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model, with its functions inlined."""
+    if model.functions:
+        inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
+        return inlined
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied
+
+
+def find_random(model: onnx.ModelProto) -> str | None:
+    """Return the name of a node that draws random numbers in inference, or ``None``."""
+    for node in iter_nodes(model.graph):
+        if node.op_type in _RANDOM and not node.domain:
+            return node.name or node.output[0]
+    return None
+
+
+def set_inference_modes(model: onnx.ModelProto) -> None:
+    """Set every BatchNormalization and Dropout to inference, in place.
+
+    A BatchNormalization keeps its own statistics where no running ones are stored: if its input
+    does not depend on the data, or if its statistics are made for each sample.
+    """
+    keeping = _find_without_statistics(model)
+    for node in iter_nodes(model.graph):
+        if (
+            node.op_type == "BatchNormalization"
+            and not node.domain
+            and node.output[0] not in keeping
+        ):
+            _use_running_statistics(model.graph, node)
+        if node.op_type == "Dropout" and not node.domain:
+            del node.input[2:]
+
+
+def set_training_modes(model: onnx.ModelProto, batchnorm: str | None, dropout: str | None) -> bool:
+    """Set every BatchNormalization and Dropout to the modes chosen for training, in place.
+
+    Return whether the result can be compared, which is not so if a Dropout is on.
+    """
+    keeping = _find_without_statistics(model)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    opset = next((found.version for found in model.opset_import if not found.domain), 0)
+    for node in iter_nodes(model.graph):
+        if node.domain:
+            continue
+        if node.op_type == "BatchNormalization" and batchnorm and node.output[0] not in keeping:
+            if batchnorm == "frozen":
+                _use_running_statistics(model.graph, node)
+            elif opset >= _TRAINING_MODE:
+                _set_training(node)
+            else:
+                return False
+        if node.op_type == "Dropout":
+            if dropout == "keep" or (dropout is None and _may_drop(node, constants)):
+                return False
+            del node.input[2:]
+    return True
+
+
+def iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from iter_nodes(inner)
+
+
+def _may_drop(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
+    if len(node.input) < 3 or not node.input[2]:
+        return False
+    known = constants.get(node.input[2])
+    return known is None or bool(onnx.numpy_helper.to_array(known).any())
+
+
+def _set_training(node: onnx.NodeProto) -> None:
+    _forget_mode(node)
+    node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+
+
+def _use_running_statistics(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
+    """Set a node to inference; an output for new statistics then gets the stored ones."""
+    updated = [(old, new) for old, new in zip(node.input[3:5], node.output[1:3], strict=False)]
+    del node.output[1:]
+    _forget_mode(node)
+    for old, new in updated:
+        if new:
+            graph.node.insert(0, onnx.helper.make_node("Identity", [old], [new]))
+
+
+def _forget_mode(node: onnx.NodeProto) -> None:
+    for attribute in list(node.attribute):
+        if attribute.name == "training_mode":
+            node.attribute.remove(attribute)
+
+
+def _find_without_statistics(model: onnx.ModelProto) -> set[str]:
+    """Find the BatchNormalization nodes in training mode that have no running statistics.
+
+    They are given by the names of their first outputs.
+    """
+    graph = model.graph
+    given = {tensor.name for tensor in graph.initializer}
+    dependent = {value.name for value in graph.input} - given
+    makers: dict[str, onnx.NodeProto] = {}
+    found = set()
+    for node in graph.node:
+        read = {*node.input, *_list_outer(node)}
+        if node.op_type == "BatchNormalization" and not node.domain and _is_training(node):
+            own = node.input[0] not in dependent
+            if own or any(_is_repeated(name, makers) for name in node.input[3:5]):
+                found.add(node.output[0])
+        if read & dependent:
+            dependent.update(node.output)
+        makers.update((name, node) for name in node.output if name)
+    return found
+
+
+def _is_training(node: onnx.NodeProto) -> bool:
+    return any(a.name == "training_mode" and a.i == 1 for a in node.attribute)
+
+
+def _list_outer(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names that the subgraphs of a node read."""
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in iter_nodes(graph):
+                yield from inner.input
+
+
+def _is_repeated(name: str, makers: dict[str, onnx.NodeProto]) -> bool:
+    waiting, seen = [name], {name}
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is None:
+            continue
+        if node.op_type in _REPEATING:
+            return True
+        waiting += set(node.input) - seen
+        seen.update(node.input)
+    return False

@@ -1,0 +1,107 @@
+"""Draw random inputs for a model from the shapes and types that it declares.
+
+A symbolic size is a batch if it is the first of an input, and otherwise a length.  The domain of
+integers and of lengths is not declared, so several draws are offered, and the first that the model
+accepts is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import onnx
+
+Arrays = dict[str, np.ndarray]
+
+_BATCHES = ((2, 3), (1,))
+"""The batch sizes of a draw: two, and one for models whose symbolic batch works with 1 alone."""
+_LENGTHS = (8, 32, 4, 64, 224, 1)
+"""Values tried for symbolic sizes that are not the batch."""
+_INTEGERS = (8, 2, 1)
+"""Integers are drawn below these limits, in this order, since tables of indices may be small."""
+
+
+def iter_draws(model: onnx.ModelProto, seed: int) -> Iterator[list[Arrays]]:
+    """Yield draws to try in turn; each holds the inputs of a model at one or two batch sizes.
+
+    An input whose type is not a tensor of numbers or booleans ends the iteration at once.
+    """
+    inputs = list_inputs(model)
+    if not all(_is_numeric(value) for value in inputs):
+        return
+    has_batch = any(_is_symbolic(value, 0) for value in inputs)
+    has_length = any(
+        _is_symbolic(value, axis) for value in inputs for axis in range(1, len(_dims(value)))
+    )
+    has_integers = any(_dtype(value).kind in "iu" for value in inputs)
+    lengths = _LENGTHS if has_length else _LENGTHS[:1]
+    limits = _INTEGERS if has_integers else _INTEGERS[:1]
+    for sizes, length, limit in product(_BATCHES, lengths, limits):
+        random = np.random.default_rng(seed)
+        yield [
+            {value.name: _draw(random, value, batch, length, limit) for value in inputs}
+            for batch in (sizes if has_batch else sizes[:1])
+        ]
+
+
+def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
+    """List the inputs that a caller must supply: those without an initializer."""
+    given = {tensor.name for tensor in model.graph.initializer}
+    given |= {tensor.values.name for tensor in model.graph.sparse_initializer}
+    return [value for value in model.graph.input if value.name not in given]
+
+
+def encode(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Encode arrays as serialized ``TensorProto`` messages, for another process."""
+    return {
+        name: onnx.numpy_helper.from_array(array).SerializeToString()
+        for name, array in arrays.items()
+    }
+
+
+def decode(tensors: Mapping[str, bytes]) -> Arrays:
+    """Decode arrays that :func:`encode`, or another process, encoded."""
+    return {
+        name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
+        for name, content in tensors.items()
+    }
+
+
+def _draw(
+    random: np.random.Generator, value: onnx.ValueInfoProto, batch: int, length: int, limit: int
+) -> np.ndarray:
+    shape = [
+        dim.dim_value if not _is_symbolic(value, axis) else length if axis else batch
+        for axis, dim in enumerate(_dims(value))
+    ]
+    dtype = _dtype(value)
+    if dtype.kind == "b":
+        return random.random(shape) < 0.5
+    if dtype.kind in "iu":
+        return random.integers(0, limit, shape).astype(dtype)
+    return random.standard_normal(shape).astype(dtype)
+
+
+def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+    dims: Sequence[onnx.TensorShapeProto.Dimension] = value.type.tensor_type.shape.dim
+    return dims
+
+
+def _is_symbolic(value: onnx.ValueInfoProto, axis: int) -> bool:
+    dims = _dims(value)
+    return axis < len(dims) and (not dims[axis].HasField("dim_value") or dims[axis].dim_value < 0)
+
+
+def _dtype(value: onnx.ValueInfoProto) -> np.dtype:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+
+
+def _is_numeric(value: onnx.ValueInfoProto) -> bool:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        return False
+    if tensor.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        return False
+    return _dtype(value).kind in "biuf" or tensor.elem_type == onnx.TensorProto.BFLOAT16

@@ -1,0 +1,219 @@
+"""Every cut is compared with the model given; planted faults of the partitioner are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import DifferentResult
+from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.conformance.dataflow import run_split
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import NO_CHECK, cut
+from tests.support.nets import FLOAT, Net
+
+Plant = Callable[[ir.Graph], None]
+
+PARTITIONS = "splitonnx.partitioner.partitions"
+COMPARISONS = "splitonnx.partitioner.cutting.conformance.comparisons"
+
+
+def build_model() -> onnx.ModelProto:
+    """Build a model in which each of the faults below makes a difference."""
+    net = Net()
+    first = net.op("MatMul", "x", net.weight("w0", 6, 6), out="first")
+    active = net.op("LeakyRelu", first, out="active", alpha=0.3)
+    second = net.op("MatMul", active, net.weight("w1", 6, 6), out="second")
+    gap = net.op("Sub", second, net.op("Tanh", second, out="bent"), out="gap")
+    shares = net.op("Softmax", gap, out="shares", axis=1)
+    return net.finish(
+        {"x": (FLOAT, ["N", 6])}, net.op("MatMul", shares, net.weight("w2", 6, 3), out="y"), 3
+    )
+
+
+def find_node(graph: ir.Graph, kind: str) -> ir.Node:
+    return next(node for node in graph if node.op_type == kind)
+
+
+def drop_node(graph: ir.Graph) -> None:
+    node = find_node(graph, "LeakyRelu")
+    source = node.inputs[0]
+    assert source is not None
+    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+
+
+def swap_inputs(graph: ir.Graph) -> None:
+    node = find_node(graph, "Sub")
+    first, second = node.inputs
+    node.replace_input_with(0, second)
+    node.replace_input_with(1, first)
+
+
+def change_attribute(graph: ir.Graph) -> None:
+    find_node(graph, "LeakyRelu").attributes["alpha"] = ir.AttrFloat32("alpha", 0.2)
+
+
+def take_another_weight(graph: ir.Graph) -> None:
+    first, second = (
+        node
+        for node in graph
+        if node.op_type == "MatMul" and node.inputs[1] and node.inputs[1].name in ("w0", "w1")
+    )
+    second.replace_input_with(1, first.inputs[1])
+
+
+def change_axis(graph: ir.Graph) -> None:
+    find_node(graph, "Softmax").attributes["axis"] = ir.AttrInt64("axis", 0)
+
+
+PLANTS: dict[Plant, str] = {
+    drop_node: "second",
+    swap_inputs: "gap",
+    change_attribute: "active",
+    take_another_weight: "second",
+    change_axis: "shares",
+}
+"""Each fault, and the first tensor that is wrong because of it."""
+FORMS: dict[str, Callable[[PreparedModel], ir.Model]] = {
+    "what the parts predict": lambda prepared: prepared.inference,
+    "the merged model": lambda prepared: prepared.skeleton,
+    "the model prepared for training": lambda prepared: prepared.training,
+}
+
+
+@pytest.mark.parametrize("made", FORMS)
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_fault_planted_in_any_form_is_caught(
+    plant: Plant, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare_wrongly(*arguments: ir.Model, **options: object) -> PreparedModel:
+        prepared = prepare(*arguments, **options)  # type: ignore[arg-type]
+        plant(FORMS[made](prepared).graph)
+        return prepared
+
+    monkeypatch.setattr(f"{PARTITIONS}.prepare", prepare_wrongly)
+    with pytest.raises(DifferentResult) as caught:
+        cut(build_model(), at="second", check=True)
+    assert caught.value.made == made
+    assert caught.value.tensor == "y"
+    if made != "the merged model":  # its tensors have no names to compare
+        assert caught.value.first == PLANTS[plant]
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_fault_planted_in_every_form_is_caught(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_wrongly(model: onnx.ModelProto) -> ir.Model:
+        opened = open_model(model)
+        plant(opened.graph)
+        return opened
+
+    monkeypatch.setattr(f"{PARTITIONS}.open_model", open_wrongly)
+    with pytest.raises(DifferentResult) as caught:
+        cut(build_model(), at="second", check=True)
+    assert caught.value.first == PLANTS[plant]
+
+
+def test_a_fault_planted_in_a_part_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def assemble_wrongly(*arguments: PreparedModel, **options: object) -> Bundle:
+        bundle = assemble(*arguments, **options)  # type: ignore[arg-type]
+        assert bundle.server is not None
+        weights = {name: array * 1.01 for name, array in bundle.server.weights.items()}
+        server = replace(bundle.server, weights=weights)
+        return replace(bundle, parties={"client": bundle.client, "server": server})
+
+    monkeypatch.setattr(f"{PARTITIONS}.assemble", assemble_wrongly)
+    with pytest.raises(DifferentResult) as caught:
+        cut(build_model(), at="second", check=True)
+    assert (caught.value.made, caught.value.first) == ("what the parts predict", "y")
+
+
+def test_the_message_owns_up_and_names_the_tensors() -> None:
+    error = DifferentResult("m.onnx", "the merged model", "y", "gap", 0.25)
+    assert str(error) == (
+        "a mistake in splitonnx, not in the model: the merged model differs from m.onnx by 2.5e-01 "
+        "of the largest value in 'y', from tensor 'gap' on; please report it with the model; "
+        "--no-check (check=False) leaves out this comparison"
+    )
+
+
+def test_a_right_cut_is_made_without_a_remark(caplog: pytest.LogCaptureFixture) -> None:
+    cut(build_model(), at="second", check=True)
+    assert not caplog.records
+
+
+def test_nothing_is_compared_where_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{PARTITIONS}.compare_with_original", lambda *_: pytest.fail("compared"))
+    cut(build_model(), at="second", check=False)
+    monkeypatch.setenv(NO_CHECK, "1")
+    cut(build_model(), at="second")
+
+
+def test_cuts_are_compared_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def note(*given: object) -> list[str]:
+        called.append(given)
+        return []
+
+    monkeypatch.setattr(f"{PARTITIONS}.compare_with_original", note)
+    monkeypatch.delenv(NO_CHECK, raising=False)
+    cut(build_model(), at="second")
+    assert len(called) == 1
+
+
+def test_a_model_too_large_is_said_not_to_be_compared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{PARTITIONS}.MOST_BYTES", 100)
+    cut(build_model(), at="second", check=True)
+    assert "was not compared" in caplog.text
+
+
+def test_a_model_that_draws_numbers_is_said_not_to_be_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build_model()
+    node = helper.make_node("RandomNormalLike", ["second"], ["noise"], name="draw")
+    model.graph.node.append(node)
+    model.graph.output.append(helper.make_tensor_value_info("noise", FLOAT, ["N", 6]))
+    cut(model, at="second", check=True)
+    assert "node 'draw' draws random numbers" in caplog.text
+
+
+def test_a_small_difference_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_slightly_wrong(*given: object, **named: object) -> list[dict[str, np.ndarray]]:
+        made = run_split(*given, **named)  # type: ignore[arg-type]
+        return [{name: array * 1.0003 for name, array in values.items()} for values in made]
+
+    monkeypatch.setattr(f"{COMPARISONS}.run_split", run_slightly_wrong)
+    cut(build_model(), at="second", check=True)
+    assert "what the parts predict differs by 3.0e-04 from the model, in 'y'" in caplog.text
+
+
+def test_a_difference_that_another_draw_does_not_confirm_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def run_wrong_once(*given: object, **named: object) -> list[dict[str, np.ndarray]]:
+        made = run_split(*given, **named)  # type: ignore[arg-type]
+        calls.append(1)
+        factor = 2.0 if len(calls) == 1 else 1.0
+        return [{name: array * factor for name, array in values.items()} for values in made]
+
+    monkeypatch.setattr(f"{COMPARISONS}.run_split", run_wrong_once)
+    cut(build_model(), at="second", check=True)
+    assert not caplog.records
+    assert len(calls) == 2

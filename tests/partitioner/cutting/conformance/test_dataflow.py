@@ -1,0 +1,88 @@
+"""Models run in another process; a bundle's parts run there as both parties would."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.partitioner.cutting.conformance.dataflow import (
+    NotRun,
+    expose,
+    inline_weights,
+    run_reference,
+    run_session,
+    run_split,
+)
+from splitonnx.partitioner.partitions import cut
+from tests.support import small_models
+from tests.support.nets import FLOAT, Net
+from tests.support.zoo import build_chain, build_two_streams
+
+BATCHES = [
+    {"x": np.random.default_rng(rows).standard_normal((rows, 6)).astype(np.float32)}
+    for rows in (2, 3)
+]
+
+
+def evaluate(model: onnx.ModelProto) -> list[np.ndarray]:
+    return [small_models.evaluate(model, batch)[model.graph.output[0].name] for batch in BATCHES]
+
+
+def test_both_evaluators_run_every_batch() -> None:
+    model = build_chain()
+    content, name = model.SerializeToString(), model.graph.output[0].name
+    for made in (
+        run_reference(content, BATCHES, "it"),
+        run_session(content, BATCHES, "it", is_optimized=False),
+    ):
+        for outputs, expected in zip(made, evaluate(model), strict=True):
+            np.testing.assert_allclose(outputs[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("at", "tail_at"), [(None, ()), (["r1", "g2"], ())])
+def test_the_parts_of_a_bundle_predict_as_the_whole(
+    at: list[str] | None, tail_at: tuple[str, ...]
+) -> None:
+    model = build_two_streams()
+    bundle = cut(model, at=at, tail_at=tail_at)
+    name = model.graph.output[0].name
+    for values, expected in zip(run_split(bundle, BATCHES, "it"), evaluate(model), strict=True):
+        np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_three_stages_of_a_u_shaped_cut_run_in_order() -> None:
+    net = Net()
+    first = net.op("Relu", net.op("MatMul", "x", net.weight("w0", 6, 6), out="m0"), out="first")
+    last = net.op("Relu", net.op("MatMul", first, net.weight("w1", 6, 6), out="m1"), out="last")
+    model = net.finish(
+        {"x": (FLOAT, ["N", 6])}, net.op("MatMul", last, net.weight("w2", 6, 3), out="y"), 3
+    )
+    bundle = cut(model, at="first", tail_at="last")
+    for values, expected in zip(run_split(bundle, BATCHES, "it"), evaluate(model), strict=True):
+        np.testing.assert_allclose(values["y"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_a_model_refuses_are_told() -> None:
+    content = build_chain().SerializeToString()
+    wrong = [{"x": np.zeros((2, 7), np.float32)}]
+    with pytest.raises(NotRun):
+        run_session(content, wrong, "it", is_optimized=False)
+    with pytest.raises(NotRun):
+        run_reference(content, wrong, "it")
+
+
+def test_every_tensor_of_an_exposed_model_is_an_output() -> None:
+    model = expose(build_chain())
+    (values,) = run_session(model.SerializeToString(), BATCHES[:1], "it", is_optimized=False)
+    assert {name for node in model.graph.node for name in node.output} == values.keys()
+
+
+def test_weights_that_are_inputs_become_initializers_of_their_type() -> None:
+    net = Net()
+    model = net.finish(
+        {"x": (FLOAT, ["N", 6]), "b": (FLOAT, [6])}, net.op("Add", "x", "b", out="y"), 6
+    )
+    content = inline_weights(model, {"b": np.arange(6.0), "other": np.ones(2)})
+    (values,) = run_session(content, BATCHES[:1], "it", is_optimized=False)
+    np.testing.assert_allclose(values["y"], BATCHES[0]["x"] + np.arange(6, dtype=np.float32))

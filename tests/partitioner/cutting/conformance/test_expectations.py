@@ -1,0 +1,99 @@
+"""What a model computes is said by two evaluators, and what both cannot run is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
+from splitonnx.partitioner.cutting.conformance.expectations import (
+    COARSE,
+    EXACT,
+    Expectation,
+    expect,
+)
+from tests.support.nets import FLOAT, INT64, Net
+from tests.support.small_models import load_model
+from tests.support.zoo import build_chain
+
+
+def make_expectation(reference: float | None, session: float | None) -> Expectation:
+    """Make what two evaluators could say of a model whose largest value is 1."""
+
+    def give(value: float | None) -> list[dict[str, np.ndarray]] | None:
+        return None if value is None else [{"y": np.array([1.0, value])}]
+
+    return Expectation(
+        model=build_chain(), batches=[{}], reference=give(reference), session=give(session)
+    )
+
+
+def test_both_evaluators_run_a_usual_model_at_two_batch_sizes() -> None:
+    expectation = expect(build_chain(), "it", 0)
+    assert [len(batch["x"]) for batch in expectation.batches] == [2, 3]
+    assert expectation.reference is not None
+    assert expectation.session is not None
+    assert expectation.noise < 1e-5
+
+
+def test_a_model_that_onnx_runtime_cannot_run_is_left_to_the_reference() -> None:
+    expectation = expect(load_model("39_lstm_layout1"), "it", 0)
+    assert expectation.session is None
+    assert expectation.reference is not None
+
+
+def test_a_model_that_works_with_one_sample_alone_is_run_with_it() -> None:
+    net = Net()
+    one = net.constant("one", np.array([1, 6]))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
+    assert [len(batch["x"]) for batch in expect(model, "it", 0).batches] == [1]
+
+
+def test_integers_are_drawn_small_enough_for_a_table() -> None:
+    net = Net()
+    model = net.finish(
+        {"x": (INT64, ["N", 5])}, net.op("Gather", net.weight("table", 2, 3), "x", out="y"), 5, 3
+    )
+    expectation = expect(model, "it", 0)
+    assert {batch["x"].max() for batch in expectation.batches} == {1}
+
+
+def test_a_model_that_nobody_can_run_is_told() -> None:
+    net = Net()
+    impossible = net.constant("impossible", np.array([5, 7]))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", impossible, out="y"), 7)
+    with pytest.raises(NotRun, match="reshape"):
+        expect(model, "it", 0)
+
+
+def test_rounding_of_both_evaluators_widens_what_is_allowed() -> None:
+    assert make_expectation(0.5, 0.5).allowed == EXACT
+    assert make_expectation(0.5, None).allowed == EXACT
+    assert make_expectation(0.5, 0.5001).allowed == pytest.approx(20 * 1e-4)
+
+
+def test_a_contradiction_allows_no_more_but_each_evaluators_result() -> None:
+    expectation = make_expectation(0.5, 0.9)
+    assert expectation.is_contradictory
+    assert expectation.allowed == EXACT
+    for value, size in ((0.5, 0), (0.9, 0), (0.7, 0.2)):
+        found = expectation.find_difference([{"y": np.array([1.0, value])}])
+        assert found.size == pytest.approx(size)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_a_model_in_16_bits_is_allowed_its_coarse_numbers(kind: int) -> None:
+    model = build_chain()
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["narrow"], to=kind))
+    made = Expectation(model=model, batches=[], reference=[], session=None)
+    assert made.allowed == COARSE
+
+
+def test_a_quantized_model_is_allowed_its_coarse_numbers() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(build_chain())
+    model.graph.node.add(op_type="QuantizeLinear", input=["x", "s"], output=["q"])
+    made = Expectation(model=model, batches=[], reference=[], session=None)
+    assert made.allowed == COARSE

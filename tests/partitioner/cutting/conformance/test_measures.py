@@ -1,0 +1,50 @@
+"""Differences are measured relative to the largest value expected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from splitonnx.partitioner.cutting.conformance.measures import find_largest, measure
+
+
+def test_a_difference_is_relative_to_the_largest_value() -> None:
+    assert measure(np.array([10.0, 1.5]), np.array([10.0, 1.0])) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_same_values_that_are_not_finite_are_equal(value: float) -> None:
+    assert measure(np.array([value, 1.0]), np.array([value, 1.0])) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_only_one_side_has_not_finite_differs_without_limit(value: float) -> None:
+    assert measure(np.array([value, 1.0]), np.array([1.0, 1.0])) == np.inf
+    assert measure(np.array([1.0, 1.0]), np.array([value, 1.0])) == np.inf
+
+
+def test_another_shape_differs_without_limit() -> None:
+    assert measure(np.zeros((2, 1)), np.zeros(2)) == np.inf
+
+
+def test_integers_booleans_and_strings_are_measured() -> None:
+    assert measure(np.array([1, 4]), np.array([1, 4])) == 0
+    assert measure(np.array([1, 3]), np.array([1, 4])) == 0.25
+    assert measure(np.array([True]), np.array([False])) > 1
+    assert measure(np.array(["a"], object), np.array(["b"], object)) == np.inf
+    assert measure(np.array(["a"], object), np.array(["a"], object)) == 0
+
+
+def test_empty_arrays_are_equal() -> None:
+    assert measure(np.zeros((0, 3)), np.zeros((0, 3))) == 0
+
+
+def test_the_largest_difference_names_its_tensor_and_batch() -> None:
+    expected = [{"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}]
+    found = [{"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2), "b": np.full(2, 3.0)}]
+    largest = find_largest(expected, found)
+    assert (largest.tensor, largest.batch, largest.size) == ("b", 1, 2.0)
+
+
+def test_a_tensor_that_only_one_side_has_is_left_out() -> None:
+    assert find_largest([{"a": np.ones(2)}], [{"b": np.ones(2)}]).size == 0

@@ -1,0 +1,144 @@
+"""The model given is brought into the form of a bundle, by nothing that prepares models."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from splitonnx.partitioner.cutting.conformance.originals import (
+    copy_original,
+    find_random,
+    set_inference_modes,
+    set_training_modes,
+)
+from tests.support.nets import FLOAT, Net
+from tests.support.small_models import evaluate, load_model
+
+DATA = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+
+
+def build_normalized(*, training: bool) -> onnx.ModelProto:
+    """Build a model with one BatchNormalization behind a product."""
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w", 4, 3), out="hidden")
+    return net.finish(
+        {"x": (FLOAT, ["N", 4])}, net.batchnorm(hidden, 3, out="y", training=training), 3
+    )
+
+
+def build_dropping() -> onnx.ModelProto:
+    """Build a model with one Dropout that is on."""
+    net = Net()
+    return net.finish({"x": (FLOAT, ["N", 4])}, net.dropout("x", 0.5, out="y"), 4)
+
+
+def run(model: onnx.ModelProto) -> np.ndarray:
+    return evaluate(model, {"x": DATA})[model.graph.output[0].name]
+
+
+def normalize(mean: np.ndarray | float, variance: np.ndarray | float) -> np.ndarray:
+    """Compute the BatchNormalization of `build_normalized` in numpy, with these statistics."""
+    weights = {
+        t.name: numpy_helper.to_array(t) for t in build_normalized(training=True).graph.initializer
+    }
+    hidden = DATA @ weights["w"]
+    mean = hidden.mean(0) if mean is None else mean
+    scaled = (hidden - mean) / np.sqrt(variance + 1e-5)
+    result: np.ndarray = scaled * weights["y.bn.scale"] + weights["y.bn.bias"]
+    return result
+
+
+def test_batchnorm_uses_its_running_statistics_in_inference() -> None:
+    model = build_normalized(training=True)
+    set_inference_modes(model)
+    np.testing.assert_allclose(run(model), normalize(0.1, 1.5), rtol=1e-4, atol=1e-5)
+
+
+def test_new_running_statistics_are_the_stored_ones_in_inference() -> None:
+    model = build_normalized(training=True)
+    model.graph.output.append(helper.make_tensor_value_info("y.bn.mean_next", FLOAT, [3]))
+    set_inference_modes(model)
+    found = evaluate(model, {"x": DATA})["y.bn.mean_next"]
+    np.testing.assert_allclose(found, np.full(3, 0.1, np.float32))
+
+
+@pytest.mark.parametrize("name", ["32_stdconv", "13_instancenorm_as_bn"])
+def test_a_normalization_without_running_statistics_keeps_its_own(name: str) -> None:
+    model = load_model(name)
+    given = model.SerializeToString(deterministic=True)
+    set_inference_modes(model)
+    assert model.SerializeToString(deterministic=True) == given
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batchnorm_follows_the_mode_chosen_for_training(training: bool) -> None:
+    model = build_normalized(training=not training)
+    assert set_training_modes(model, "train" if training else "frozen", None)
+    hidden = DATA @ numpy_helper.to_array(model.graph.initializer[0])
+    expected = normalize(hidden.mean(0), hidden.var(0)) if training else normalize(0.1, 1.5)
+    np.testing.assert_allclose(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_mode_batchnorm_stays_as_it_is_in_training() -> None:
+    model = build_normalized(training=True)
+    given = copy_original(model)
+    assert set_training_modes(model, None, None)
+    assert model == given
+
+
+def test_an_old_batchnorm_cannot_be_set_to_training() -> None:
+    model = build_normalized(training=False)
+    model.opset_import[0].version = 13
+    assert not set_training_modes(model, "train", None)
+
+
+def test_dropout_does_nothing_in_inference() -> None:
+    model = build_dropping()
+    set_inference_modes(model)
+    np.testing.assert_array_equal(run(model), DATA)
+
+
+@pytest.mark.parametrize(("mode", "comparable"), [(None, False), ("keep", False), ("off", True)])
+def test_a_model_whose_dropout_is_on_cannot_be_compared_in_training(
+    mode: str | None, comparable: bool
+) -> None:
+    assert set_training_modes(build_dropping(), None, mode) == comparable
+
+
+def test_functions_are_inlined_in_the_copy_alone() -> None:
+    twice = helper.make_function(
+        "own", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])],
+        [helper.make_opsetid("", 18)],
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Twice", ["x"], ["y"], domain="own")], "model",
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", 4])],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, functions=[twice], opset_imports=opsets)
+    copied = copy_original(model)
+    assert [node.op_type for node in copied.graph.node] == ["Add"]
+    assert [node.op_type for node in model.graph.node] == ["Twice"]
+    np.testing.assert_array_equal(run(copied), 2 * DATA)
+
+
+def test_a_node_that_draws_random_numbers_is_found_in_branches_too() -> None:
+    net = Net()
+    assert (
+        find_random(net.finish({"x": (FLOAT, ["N", 4])}, net.op("Relu", "x", out="y"), 4)) is None
+    )
+    drawn = helper.make_graph(
+        [helper.make_node("RandomNormalLike", ["x"], ["noise"], name="draw")], "then", [],
+        [helper.make_tensor_value_info("noise", FLOAT, None)],
+    )  # fmt: skip
+    net = Net()
+    on = net.constant("on", np.array(True))
+    model = net.finish(
+        {"x": (FLOAT, ["N", 4])},
+        net.op("If", on, out="y", then_branch=drawn, else_branch=drawn),
+        4,
+    )
+    assert find_random(model) == "draw"

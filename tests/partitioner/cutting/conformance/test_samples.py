@@ -1,0 +1,86 @@
+"""Inputs are drawn from what a model declares."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from splitonnx.partitioner.cutting.conformance.samples import (
+    decode,
+    encode,
+    iter_draws,
+    list_inputs,
+)
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+def make_model(*inputs: onnx.ValueInfoProto) -> onnx.ModelProto:
+    """Make a model of one node, with these inputs."""
+    output = helper.make_tensor_value_info("y", FLOAT, None)
+    node = helper.make_node("Identity", [inputs[0].name], ["y"])
+    return helper.make_model(helper.make_graph([node], "model", list(inputs), [output]))
+
+
+def test_a_symbolic_batch_is_drawn_with_two_sizes_and_one_alone_after_them() -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", 3]))
+    sizes = [[len(batch["x"]) for batch in draw] for draw in iter_draws(model, 0)]
+    assert sizes == [[2, 3], [1]]
+
+
+def test_a_fixed_batch_is_kept() -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, [4, 3]))
+    draws = list(iter_draws(model, 0))
+    assert all([batch["x"].shape for batch in draw] == [(4, 3)] for draw in draws)
+
+
+def test_several_lengths_are_tried_for_symbolic_sizes_behind_the_batch() -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", "T", 3]))
+    lengths = [draw[0]["x"].shape[1] for draw in iter_draws(model, 0)]
+    assert lengths[:3] == [8, 32, 4]
+
+
+def test_integers_are_drawn_below_smaller_and_smaller_limits() -> None:
+    model = make_model(helper.make_tensor_value_info("x", INT64, ["N", 100]))
+    assert [draw[0]["x"].max() for draw in iter_draws(model, 0)][:3] == [7, 1, 0]
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", 3]))
+    first, again, other = (next(iter_draws(model, seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first[0]["x"], again[0]["x"])
+    assert not np.array_equal(first[0]["x"], other[0]["x"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(TensorProto.BOOL, np.bool_), (TensorProto.DOUBLE, np.float64), (TensorProto.UINT8, np.uint8)],
+)
+def test_every_type_of_numbers_is_drawn(dtype: int, expected: type) -> None:
+    model = make_model(helper.make_tensor_value_info("x", dtype, ["N"]))
+    assert next(iter_draws(model, 0))[0]["x"].dtype == expected
+
+
+def test_nothing_is_drawn_for_strings_or_sequences() -> None:
+    text = helper.make_tensor_value_info("x", TensorProto.STRING, ["N"])
+    sequence = helper.make_tensor_sequence_value_info("x", FLOAT, ["N"])
+    assert not list(iter_draws(make_model(text), 0))
+    assert not list(iter_draws(make_model(sequence), 0))
+
+
+def test_an_input_with_an_initializer_is_not_drawn() -> None:
+    model = make_model(
+        helper.make_tensor_value_info("x", FLOAT, ["N"]),
+        helper.make_tensor_value_info("w", FLOAT, [2]),
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "w"))
+    assert [value.name for value in list_inputs(model)] == ["x"]
+
+
+def test_arrays_are_the_same_after_encoding_and_decoding() -> None:
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(True), "c": np.zeros((0, 2))}
+    for name, array in decode(encode(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
