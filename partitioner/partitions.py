@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Recipe
-from splitonnx.names import TARGETS, TRAINING, BatchNormMode, DropoutMode, Target
+from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.comparisons import (
@@ -25,6 +26,13 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
 )
 from splitonnx.partitioner.cutting.joints import build_predict, build_training
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.differentiation.losses import (
+    LABELS,
+    LossOptions,
+    describe_scores,
+    find_class_axis,
+)
+from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float
@@ -45,10 +53,16 @@ def cut(
     loss: str = "cross-entropy",
     output: str | None = None,
     optimizer: Optimizer | None = None,
-    batchnorm: BatchNormMode | None = None,
+    batchnorm: BatchNormModes = None,
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
+    ties: Sequence[tuple[str, str]] = (),
+    stop_gradients: str | Sequence[str] = (),
+    class_axis: int | None = None,
+    labels: str = LABELS,
     client_target: Target = TRAINING,
     server_target: Target = TRAINING,
     check: bool | None = None,
@@ -70,13 +84,25 @@ def cut(
             output.
         optimizer: the optimizer that updates the parameters; by default ``AdamW(lr=1e-3)``.
         batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
-            ``frozen`` uses the running statistics; by default each node's own setting applies.
+            ``frozen`` uses the running statistics; by default each node's own setting applies.  A
+            dictionary maps regular expressions for the names of nodes and of their tensors to
+            modes; the last one that matches a node applies.
         dropout: ``keep`` turns every Dropout on, ``off`` turns every Dropout off; by default each
             node's own setting applies.
         train: regular expressions for the names of parameters to train.  An expression that matches
             no parameter selects constants, which then become parameters.  ``train`` takes
             precedence over ``freeze``.
         freeze: regular expressions for the names of parameters that keep their values.
+        dims: sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
+            size is a number, or a symbol if it is not to be fixed any more.
+        bind: values of inputs that always have the same value, such as a sampling rate: one number
+            for all elements, or as many numbers as elements.  The data then need not have them.
+        ties: pairs of parameters that are one.  Their numbers must be equal, also if one of them is
+            transposed; the second is then replaced by the first.
+        stop_gradients: the tensors through which no gradient passes, named as in ``at``.
+        class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
+            axis 1, or the last axis if only the size of this one is known.
+        labels: the name of the labels among the data.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
         check: compare what was cut with the model on random inputs, by onnx's reference evaluator
@@ -98,8 +124,21 @@ def cut(
     for target in (client_target, server_target):
         if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
-    opened = model if isinstance(model, ir.Model) else open_model(model)
-    prepared = prepare(opened, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    if adjustments and isinstance(model, ir.Model):
+        raise UsageError("dims and bind are for models that are not opened yet")
+    opened = model if isinstance(model, ir.Model) else open_model(model, adjustments)
+    stops = _list_names(stop_gradients)
+    prepared = prepare(
+        opened,
+        batchnorm=batchnorm,
+        dropout=dropout,
+        train=train,
+        freeze=freeze,
+        bound=adjustments.bindings,
+        ties=ties,
+        stop_gradients=stops,
+    )
     names_at, names_tail = _list_names(at), _list_names(tail_at)
     output = choose_output(prepared, output)
     recipe = Recipe(
@@ -112,19 +151,42 @@ def cut(
         dropout=dropout,
         train=tuple(train),
         freeze=tuple(freeze),
+        dims=dict(adjustments.dims),
+        bound={name: np.asarray(value).ravel().tolist() for name, value in (bind or {}).items()},
+        ties=tuple(ties),
+        stop_gradients=stops,
+        class_axis=class_axis,
+        labels=labels,
         client_target=client_target,
         server_target=server_target,
     )
-    training = build_training(prepared, names_at, names_tail, loss, output)
+    options = LossOptions(class_axis=class_axis, labels=labels)
+    _say_class_axis(prepared, loss, output, options)
+    training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     bundle = assemble(prepared, training, predict, recipe, optimizer)
     wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
     if wanted and not isinstance(model, ir.Model):
         most_bytes = USUAL_BYTES if check is None else MOST_BYTES
         merged = partial(merge, bundle)
-        for remark in compare_with_original(model, prepared, bundle, merged, most_bytes):
+        for remark in compare_with_original(
+            model, prepared, bundle, merged, adjustments, most_bytes
+        ):
             _log.warning("%s", remark)
     return bundle
+
+
+def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
+    """Log a warning if the classes are taken from another axis than axis 1 without being told."""
+    graph = prepared.training.graph
+    axis = find_class_axis(graph, loss, output, options)
+    if axis != 1 and options.class_axis is None:
+        _log.warning(
+            "cross-entropy takes the last axis of %s as the classes, since only its size is known; "
+            "--class-axis %d says the same without this line",
+            describe_scores(graph, output),
+            axis,
+        )
 
 
 def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from splitonnx.errors import FormatError
-from splitonnx.names import TRAINING, BatchNormMode, DropoutMode, Target
+from splitonnx.names import TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
@@ -169,7 +169,9 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a cut.
 
-    They suffice to cut the same model again, or to train it without a cut.
+    They suffice to cut the same model again, or to train it without a cut.  ``class_axis`` is the
+    axis of the output that holds the classes, and ``labels`` is the name of the labels among the
+    data.
     """
 
     at: tuple[str, ...]
@@ -177,10 +179,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     loss: str
     output: str
     optimizer: dict[str, float | str | None]
-    batchnorm: BatchNormMode | None = None
+    batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
+    dims: dict[str, int | str] = {}
+    bound: dict[str, list[float]] = {}
+    ties: tuple[tuple[str, str], ...] = ()
+    stop_gradients: tuple[str, ...] = ()
+    class_axis: int | None = None
+    labels: str = "labels"
     client_target: Target = TRAINING
     server_target: Target = TRAINING
 

@@ -15,6 +15,9 @@ Target: TypeAlias = Literal["portable", "training"]
 """The operators of a party's graphs: standard ones only, or also ORT's fused gradient kernels."""
 BatchNormMode: TypeAlias = Literal["train", "frozen"]
 """The statistics that BatchNormalization uses: those of the batch, or the running statistics."""
+BatchNormModes: TypeAlias = BatchNormMode | dict[str, BatchNormMode] | None
+"""One mode for every BatchNormalization, or modes by regular expressions for the names of nodes and
+of their tensors, of which the last that matches applies; ``None`` keeps each node's own mode."""
 DropoutMode: TypeAlias = Literal["keep", "off"]
 """Dropout is active during training (``keep``) or never (``off``)."""
 PORTABLE: Final = "portable"

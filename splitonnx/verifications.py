@@ -141,7 +141,10 @@ def compare_steps(
 
 
 def leave_whole(bundle: Bundle) -> Bundle:
-    """Build an uncut bundle with the model, loss, optimizer and initial weights of ``bundle``."""
+    """Build an uncut bundle with the model, loss, optimizer and initial weights of ``bundle``.
+
+    Ties and stops of gradients are part of the model already.
+    """
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]
     trained = [spec.tensor.name for spec in specs if spec.role is Role.PARAMETER]
@@ -155,6 +158,8 @@ def leave_whole(bundle: Bundle) -> Bundle:
         dropout=recipe.dropout,
         train=pin_names(trained),  # independent of the patterns in the recipe
         freeze=["."],
+        class_axis=recipe.class_axis,
+        labels=recipe.labels,
         client_target=recipe.server_target,
     )
 

@@ -14,5 +14,4 @@ def test_phases_parties_and_the_loss_are_called_as_ever() -> None:
 def test_the_command_line_offers_the_same_targets_and_modes() -> None:
     assert [target.value for target in options.Target] == list(names.TARGETS)
     assert set(names.TARGETS) == {names.PORTABLE, names.TRAINING}
-    assert {mode.value for mode in options.BatchNorm} == {"train", "frozen"}
     assert {mode.value for mode in options.Dropout} == {"keep", "off"}

@@ -40,7 +40,12 @@ from splitonnx.partitioner.cutting.joints import JointGraph, declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
-from splitonnx.partitioner.differentiation.losses import build_evaluation, find_activation
+from splitonnx.partitioner.differentiation.final_activations import find_activation
+from splitonnx.partitioner.differentiation.losses import (
+    LossOptions,
+    build_evaluation,
+    find_class_axis,
+)
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.transcripts import write_graph
@@ -331,8 +336,12 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
 
 def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
     """Build the client's stage that computes the loss and metric of a prediction."""
-    output = next(v for v in prepared.inference.graph.outputs if v.name == recipe.output)
-    model, attached = build_evaluation(recipe.loss, output, find_activation(output, recipe.loss))
+    graph, loss = prepared.inference.graph, recipe.loss
+    output = next(v for v in graph.outputs if v.name == recipe.output)
+    options = LossOptions(class_axis=recipe.class_axis, labels=recipe.labels)
+    axis = find_class_axis(graph, loss, recipe.output, options)
+    found = find_activation(output, loss, axis)
+    model, attached = build_evaluation(loss, output, found, options)
     lower(model.graph)
     label = f"{EVALUATE}"
     labels = (attached.labels,) if attached.labels else ()

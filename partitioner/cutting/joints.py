@@ -23,8 +23,14 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.sizes import derive_sizes
 from splitonnx.partitioner.cutting.stages import Crossing
+from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
-from splitonnx.partitioner.differentiation.losses import attach_loss, skip_activation
+from splitonnx.partitioner.differentiation.losses import (
+    USUAL,
+    LossOptions,
+    attach_loss,
+    find_class_axis,
+)
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
@@ -88,7 +94,12 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 
 @attribute_errors_to_pass("differentiated")
 def build_training(
-    prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], loss: str, output: str
+    prepared: PreparedModel,
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    loss: str,
+    output: str,
+    options: LossOptions = USUAL,
 ) -> JointGraph:
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
@@ -98,9 +109,10 @@ def build_training(
     model = copy_model(prepared.training)
     graph = model.graph
     partition = _divide(prepared, graph, at, tail_at)
-    scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at})
+    axis = find_class_axis(graph, loss, output, options)
+    scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at}, axis)
     known = set(graph)
-    attached = attach_loss(graph, loss, scores)
+    attached = attach_loss(graph, loss, scores, options)
     graph.outputs[:] = [value for value in graph.outputs if value.name in attached.results]
     reports = SERVER if partition.at and not partition.tail_at else CLIENT
     server = set(partition.server) | (set(graph) - known if reports == SERVER else set())

@@ -5,15 +5,16 @@ The table in :mod:`passes` lists the steps in the order in which they run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import onnx_ir as ir
 
 from splitonnx.manifests import KEY, Role
-from splitonnx.names import BatchNormMode, DropoutMode
-from splitonnx.partitioner.cutting.passes.passes import PASSES, Work
+from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.cutting.passes.passes import PASSES
+from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 
@@ -49,10 +50,13 @@ class PreparedModel:
 def prepare(
     model: ir.Model,
     *,
-    batchnorm: BatchNormMode | None = None,
+    batchnorm: BatchNormModes = None,
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
+    bound: Collection[str] = (),
+    ties: Sequence[tuple[str, str]] = (),
+    stop_gradients: Sequence[str] = (),
 ) -> PreparedModel:
     """Prepare a model that passed the gate, by running the passes in :data:`PASSES` in order.
 
@@ -60,7 +64,9 @@ def prepare(
     override the modes set in the model.  ``train`` and ``freeze`` are regular expressions for
     parameter names (``re.search``).  Parameters that match ``train`` are trained
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
-    takes precedence.
+    takes precedence.  ``bound`` names inputs that were bound to values, which are not trained.
+    ``ties`` are pairs of parameters that are joined (:mod:`ties`), and
+    ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
 
     Raises:
         UnsupportedModel: the model's operators cannot be converted to an opset from 18 to 21; or a
@@ -68,7 +74,16 @@ def prepare(
         UsageError: a pattern is not a regular expression, or a pattern of ``freeze`` matches only
             parameters that ``train`` selects.
     """
-    work = Work(model=model, batchnorm=batchnorm, dropout=dropout, train=train, freeze=freeze)
+    work = Work(
+        model=model,
+        batchnorm=batchnorm,
+        dropout=dropout,
+        train=train,
+        freeze=freeze,
+        bound=bound,
+        ties=ties,
+        stop_gradients=stop_gradients,
+    )
     for step in PASSES:
         with attribute_errors_to_pass(step.work):
             step.run(work)

@@ -1,28 +1,43 @@
 """Add losses and their metrics to a graph, using standard ONNX operators.
 
-A loss is the mean over the batch.  The labels are read from a graph input named ``labels``.  This
-module does not depend on cuts or gradients.
+A loss is the mean over the batch.  The labels are read from a graph input, usually named
+``labels``.  This module does not depend on cuts or gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.names import LOSS
-from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.differentiation.final_activations import (
+    Activation,
+    invert_activation,
+)
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.tensors import TensorSpec
 
 LABELS = "labels"
 ACCURACY = "accuracy"
 
-EDGE = 1e-3
-"""How far a Clip may keep probabilities from 0 and 1 and still only keep a logarithm finite."""
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What a loss assumes of its labels and scores.
+
+    ``class_axis`` is the axis of the scores that holds the classes; ``None`` derives it from the
+    shape (:func:`choose_class_axis`).  ``labels`` is the name of the labels among the data.
+    """
+
+    class_axis: int | None = None
+    labels: str = LABELS
+
+
+USUAL = LossOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +57,14 @@ def list_losses() -> list[str]:
     return [*_LOSSES, "from-model"]
 
 
-def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
+def attach_loss(
+    graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL
+) -> AttachedLoss:
     """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
-      are int64 in [0, C); the metric is accuracy.
+      are int64 in [0, C); the metric is accuracy.  The classes may be on another axis, which the
+      labels then lack.
     - ``mse``, ``l1``: the labels are float32 and have the output's shape; there is no metric.
     - ``bce-with-logits``: the output holds raw scores; the labels are float32 from 0 to 1 and have
       the output's shape; the metric is accuracy.
@@ -57,15 +75,17 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
         UnsupportedModel: the output does not fit the loss.
     """
     value = map_values(graph)[output]
-    labels = fit_loss(graph, loss, output)
-    _clear_names(graph, _list_names(loss, value))
+    labels = fit_loss(graph, loss, output, options)
+    _clear_names(graph, _list_names(loss, value, options))
     if labels is None:
         return _adopt_loss(graph, value)
-    _, build = _LOSSES[loss]
     source = _make_input(labels)
     graph.inputs.append(source)
     builder = NodeBuilder("splitonnx.loss")
-    results = build(builder, value, source)
+    scores = value
+    if loss == CROSS_ENTROPY:
+        scores = _move_classes(builder, value, choose_class_axis(value, options.class_axis))
+    results = _LOSSES[loss](builder, scores, source)
     graph.extend(builder.nodes)
     for name, result in results.items():
         result.name = name
@@ -74,7 +94,9 @@ def attach_loss(graph: ir.Graph, loss: str, output: str) -> AttachedLoss:
     return AttachedLoss(labels=labels, results=tuple(results))
 
 
-def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
+def fit_loss(
+    graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL
+) -> TensorSpec | None:
     """Return a description of the labels needed to compute ``loss`` from ``output``.
 
     Return ``None`` for ``from-model``, which needs no labels.  The graph is not changed.
@@ -87,126 +109,16 @@ def fit_loss(graph: ir.Graph, loss: str, output: str) -> TensorSpec | None:
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
     if loss == "from-model":
         _refuse_no_loss(value)
-    _find_hidden(graph, _list_names(loss, value))
+    _find_hidden(graph, _list_names(loss, value, options))
     if loss == "from-model":
         return None
     if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
         raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")
-    return _LOSSES[loss][0](value)
-
-
-def skip_activation(graph: ir.Graph, loss: str, output: str, cut: Collection[ir.Value]) -> str:
-    """Return the name of the tensor from which the loss should be computed.
-
-    Usually this is ``output``.  However, ``cross-entropy`` itself applies a Softmax, and
-    ``bce-with-logits`` a Sigmoid.  If the model applies the same activation last, the loss is
-    computed from the input of this activation, so that it is not applied twice.  Nodes that move
-    or convert the activation's result are then applied to its input instead.
-
-    If a tensor in ``cut``, the cut tensors, is between the activation and the loss, the party
-    with the loss does not have this input.  The activation is then inverted.
-    """
-    value = map_values(graph)[output]
-    found = find_activation(value, loss)
-    if found is None:
-        return output
-    builder = NodeBuilder("splitonnx.scores")
-    if {value, *found.passed} & set(cut):
-        scores = _invert(builder, value, found.kind)
-    else:
-        scores = _replay(builder, found)
-    graph.extend(builder.nodes)
-    return scores.name or output
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activation:
-    """The activation that a model applies last: its operator, and its input.
-
-    ``passed`` are the results of the activation and of the nodes between it and the output, and
-    ``nodes`` are those of these nodes that move or convert elements, in order.
-    """
-
-    kind: str
-    source: ir.Value
-    passed: tuple[ir.Value, ...]
-    nodes: tuple[ir.Node, ...]
-
-
-def find_activation(output: ir.Value, loss: str) -> Activation | None:
-    """Return the activation that ``output`` ends with, if ``loss`` itself applies this activation.
-
-    Otherwise, return ``None``.  ``cross-entropy`` applies Softmax, and ``bce-with-logits`` Sigmoid.
-    Between the activation and ``output``, these are looked through: Identity, Cast between floats,
-    a Clip that only keeps a logarithm finite, and nodes that change the shape but, for Softmax, not
-    the first two dimensions (N and the classes).
-    """
-    kind, value = _ACTIVATIONS.get(loss), output
-    if kind is None:
-        return None
-    passed: list[ir.Value] = []
-    nodes: list[ir.Node] = []
-    while (node := value.producer()) is not None and not node.domain:
-        passed.append(value)
-        source = node.inputs[0] if node.inputs else None
-        if node.op_type == kind and source is not None:
-            if kind == "Softmax" and not _is_over_classes(node, value):
-                return None
-            made = tuple(reversed(nodes))
-            return Activation(kind=kind, source=source, passed=tuple(passed), nodes=made)
-        if source is None or not _is_looked_through(node, source, value, kind):
-            return None
-        if node.op_type in (_MOVES | {"Cast"}):
-            nodes.append(node)
-        value = source
-    return None
-
-
-_MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze"})
-
-
-def _is_over_classes(node: ir.Node, value: ir.Value) -> bool:
-    rank = len(value.shape) if value.shape is not None else 0
-    return node.attributes.get_int("axis", -1) in (1, 1 - rank)
-
-
-def _is_looked_through(node: ir.Node, source: ir.Value, result: ir.Value, kind: str) -> bool:
-    if node.op_type == "Identity":
-        return True
-    if node.op_type == "Cast":
-        return all(v.dtype is not None and v.dtype.is_floating_point() for v in (source, result))
-    if node.op_type == "Clip":
-        low, high = (known_array(v) for v in (*node.inputs[1:3], None, None)[:2])
-        return low is not None and high is not None and _keeps_probabilities(low, high)
-    if node.op_type not in _MOVES:
-        return False
-    before, after = (list(v.shape)[:2] if v.shape is not None else None for v in (source, result))
-    return kind == "Sigmoid" or (before is not None and len(before) == 2 and before == after)
-
-
-def _keeps_probabilities(low: np.ndarray, high: np.ndarray) -> bool:
-    return bool(np.all((low >= 0) & (low <= EDGE) & (high >= 1 - EDGE) & (high <= 1)))
-
-
-def _replay(builder: NodeBuilder, found: Activation) -> ir.Value:
-    """Apply the nodes behind an activation to its input."""
-    value = found.source
-    for node in found.nodes:
-        value = builder.ops(node.op_type, [value, *node.inputs[1:]], 1, node.attributes)[0]
-        result = node.outputs[0]
-        value.type, value.shape = result.type, result.shape
-    return value
-
-
-def _invert(builder: NodeBuilder, value: ir.Value, kind: str) -> ir.Value:
-    """Compute raw scores from which the activation computes ``value``."""
-    floor = _number(builder, 1e-30)
-    scores = builder.op("Log", builder.op("Max", value, floor))  # softmax(log p) is p
-    if kind == "Sigmoid":
-        rest = builder.op("Sub", _number(builder, 1.0), value)
-        scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
-    scores.type, scores.shape = value.type, value.shape
-    return scores
+    if options.class_axis is not None and loss != CROSS_ENTROPY:
+        raise UsageError(f"--class-axis is for {CROSS_ENTROPY}; {loss} has no classes")
+    if loss == CROSS_ENTROPY:
+        return _describe_classes(value, options)
+    return TensorSpec(name=options.labels, dtype="F32", shape=_dims(value))
 
 
 def _refuse_no_loss(value: ir.Value) -> None:
@@ -230,11 +142,11 @@ def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
     return AttachedLoss(labels=None, results=(LOSS,))
 
 
-def _list_names(loss: str, output: ir.Value) -> Sequence[str]:
+def _list_names(loss: str, output: ir.Value, options: LossOptions) -> Sequence[str]:
     """List the names that adding a loss gives to values in the graph."""
     if loss == "from-model":
         return () if output.name == LOSS else (LOSS,)
-    return (LABELS, LOSS, ACCURACY)
+    return (options.labels, LOSS, ACCURACY)
 
 
 def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
@@ -256,7 +168,8 @@ def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
             raise UnsupportedModel(
                 f"'{name}'",
                 "the model's own input or output bears the name of what the loss adds",
-                "rename it, or use --loss from-model if the model ends in its loss",
+                "rename it, or use --loss from-model if the model ends in its loss; --labels gives "
+                "the labels another name",
             )
     return [value for _, value in found]
 
@@ -271,18 +184,81 @@ def _dims(value: ir.Value) -> tuple[int | str | None, ...]:
     return tuple(d if isinstance(d, int) else d.value for d in value.shape)
 
 
-def _class_labels(output: ir.Value) -> TensorSpec:
+def find_class_axis(graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL) -> int:
+    """Return the axis of ``output`` that holds the classes; it is 1 for losses without classes.
+
+    Raises:
+        UsageError, UnsupportedModel: the output does not fit the loss.
+    """
+    fit_loss(graph, loss, output, options)
+    if loss != CROSS_ENTROPY:
+        return 1
+    return choose_class_axis(map_values(graph)[output], options.class_axis)
+
+
+def choose_class_axis(output: ir.Value, given: int | None) -> int:
+    """Return the axis of ``output`` that holds the classes, counted from 0.
+
+    This is ``given``, which may count from the end.  Without it, it is axis 1, or the last axis if
+    only the size of this one is known.
+
+    Raises:
+        UnsupportedModel: no axis fits; or both fit, and the labels' shape does not tell which one
+            is meant.
+        UsageError: ``given`` is not an axis of ``output`` behind the batch.
+    """
     dims = _dims(output)
-    if len(dims) < 2 or not isinstance(dims[1], int):
+    subject, rank = f"output '{output.name}'", len(dims)
+    if given is not None and not (0 < given < rank or -rank < given < 0):
+        raise UsageError(
+            f"--class-axis {given} is not an axis of {subject} {list(dims)} behind the batch"
+        )
+    axes = (1, rank - 1) if given is None else (given % rank,)
+    fitting = list(dict.fromkeys(axis for axis in axes if rank > 1 and isinstance(dims[axis], int)))
+    if not fitting:
         raise UnsupportedModel(
-            f"output '{output.name}'",
+            subject,
             f"cross-entropy needs scores of shape (N, C, ...) with C known, not {list(dims)}",
         )
-    return TensorSpec(name=LABELS, dtype="I64", shape=(dims[0], *dims[2:]), bounds=(0, dims[1]))
+    if len(fitting) > 1 and _without(dims, fitting[0]) == _without(dims, fitting[1]):
+        raise UnsupportedModel(
+            subject,
+            f"its scores {list(dims)} may have their classes on axis 1 or on the last axis, and "
+            f"labels {list(_without(dims, 1))} fit both",
+            f"say which one is meant with --class-axis 1 or --class-axis {rank - 1}",
+        )
+    return fitting[0]
 
 
-def _float_labels(output: ir.Value) -> TensorSpec:
-    return TensorSpec(name=LABELS, dtype="F32", shape=_dims(output))
+def describe_scores(graph: ir.Graph, output: str) -> str:
+    """Return an output's name and shape for messages."""
+    return f"output '{output}' {list(_dims(map_values(graph)[output]))}"
+
+
+def _without(dims: Sequence[int | str | None], axis: int) -> tuple[int | str | None, ...]:
+    return (*dims[:axis], *dims[axis + 1 :])
+
+
+def _describe_classes(output: ir.Value, options: LossOptions) -> TensorSpec:
+    """Describe labels that are numbers of classes."""
+    dims, axis = _dims(output), choose_class_axis(output, options.class_axis)
+    classes = dims[axis]
+    assert isinstance(classes, int)
+    return TensorSpec(
+        name=options.labels, dtype="I64", shape=_without(dims, axis), bounds=(0, classes)
+    )
+
+
+def _move_classes(builder: NodeBuilder, scores: ir.Value, axis: int) -> ir.Value:
+    """Move the axis of the classes to axis 1."""
+    rank = len(_dims(scores))
+    if axis == 1:
+        return scores
+    order = [0, axis, *(other for other in range(1, rank) if other != axis)]
+    moved = builder.op("Transpose", scores, perm=order)
+    moved.type = scores.type
+    moved.shape = ir.Shape([scores.shape[place] for place in order]) if scores.shape else None
+    return moved
 
 
 def _number(builder: NodeBuilder, number: float) -> ir.Value:
@@ -333,20 +309,18 @@ def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[st
     return {LOSS: loss, ACCURACY: _match_rate(builder, guess, truth)}
 
 
-_ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
-
-_Spec = Callable[[ir.Value], TensorSpec]
 _Build = Callable[[NodeBuilder, ir.Value, ir.Value], Mapping[str, ir.Value]]
-_LOSSES: Mapping[str, tuple[_Spec, _Build]] = {
-    "cross-entropy": (_class_labels, _cross_entropy),
-    "mse": (_float_labels, _mse),
-    "l1": (_float_labels, _l1),
-    "bce-with-logits": (_float_labels, _bce),
+CROSS_ENTROPY = "cross-entropy"
+_LOSSES: Mapping[str, _Build] = {
+    CROSS_ENTROPY: _cross_entropy,
+    "mse": _mse,
+    "l1": _l1,
+    "bce-with-logits": _bce,
 }
 
 
 def build_evaluation(
-    loss: str, output: ir.Value, activation: Activation | None
+    loss: str, output: ir.Value, activation: Activation | None, options: LossOptions = USUAL
 ) -> tuple[ir.Model, AttachedLoss]:
     """Build a model that computes the loss and metric from a prediction and its labels.
 
@@ -356,7 +330,7 @@ def build_evaluation(
     """
     source = ir.Value(name=output.name, type=output.type, shape=output.shape)
     builder = NodeBuilder("splitonnx.scores")
-    scores = source if activation is None else _invert(builder, source, activation.kind)
+    scores = source if activation is None else invert_activation(builder, source, activation.kind)
     graph = ir.Graph([source], [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18})
-    attached = attach_loss(graph, loss, scores.name or "")
+    attached = attach_loss(graph, loss, scores.name or "", options)
     return ir.Model(graph, ir_version=10), attached

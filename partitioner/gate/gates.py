@@ -21,6 +21,7 @@ import onnx_ir as ir
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.files import read_regular
 from splitonnx.graph_limits import MODEL
+from splitonnx.partitioner.gate.adjustments import NONE, Adjustments, adjust
 from splitonnx.partitioner.gate.forms import check_form
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
 from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
@@ -41,8 +42,8 @@ MAX_PROTO_BYTES = 2**31 - 1
 ModelSource = str | Path | bytes | onnx.ModelProto
 
 
-def open_model(source: ModelSource) -> ir.Model:
-    """Read a model and check it.
+def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model:
+    """Read a model, change what it declares of its inputs, and check it.
 
     ``source`` is a path, the bytes of a model, or a loaded model, and is not changed.  External
     data is memory-mapped from files in the model's folder.  Models that are given as bytes or as an
@@ -52,8 +53,9 @@ def open_model(source: ModelSource) -> ir.Model:
         NotAModel: the source cannot be read or is not a valid ONNX model.
         UnsupportedModel: the model uses an unknown domain, operator or opset.
         ForbiddenExternalData: a tensor's data is outside the model's folder.
+        UsageError: an adjustment does not fit the model's inputs.
     """
-    proto, label, folder = _read(source)
+    proto, label, folder = _read_adjusted(source, adjustments)
     files = DataFiles(label=label, folder=folder)
     with attribute_errors_to_pass("checked by the gate"):
         try:
@@ -76,15 +78,17 @@ def open_model(source: ModelSource) -> ir.Model:
     return model
 
 
-def read_original(source: ModelSource) -> onnx.ModelProto:
-    """Read a model that passed :func:`open_model`, as it is, with its external data inside.
+def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.ModelProto:
+    """Read a model that passed :func:`open_model`, with its external data inside.
+
+    Only its inputs are changed, as ``adjustments`` say.
 
     A loaded model is returned itself; do not change the result.
 
     Raises:
         NotAModel: the model cannot be read any more.
     """
-    proto, label, folder = _read(source)
+    proto, label, folder = _read_adjusted(source, adjustments)
     if folder is not None:
         try:
             onnx.load_external_data_for_model(proto, str(folder))
@@ -96,6 +100,18 @@ def read_original(source: ModelSource) -> onnx.ModelProto:
 def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
     with attribute_errors_to_bytes(partial(NotAModel, label)):
         return read_model(proto)
+
+
+def _read_adjusted(
+    source: ModelSource, adjustments: Adjustments
+) -> tuple[onnx.ModelProto, str, Path | None]:
+    proto, label, folder = _read(source)
+    if not adjustments:
+        return proto, label, folder
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    adjust(changed, adjustments)
+    return changed, label, folder
 
 
 def _read(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:

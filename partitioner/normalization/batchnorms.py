@@ -12,11 +12,13 @@ too.  They are replaced by their formula as well, so that no mode applies to the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import UnsupportedModel, UsageError, quote
+from splitonnx.names import BatchNormMode, BatchNormModes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import find_data, walk_back
@@ -37,19 +39,22 @@ def is_training(node: ir.Node) -> bool:
     return node.attributes.get_int("training_mode", 0) == 1
 
 
-def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
+def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]:
     """Set the mode of every BatchNormalization, and return how running statistics are updated.
 
-    ``mode`` is ``"train"``, ``"frozen"``, or ``None`` to keep the mode of each node.  If training
-    updates a running statistic, the result maps its name to the name of the graph value that
-    replaces it after each step.
+    If training updates a running statistic, the result maps its name to the name of the graph value
+    that replaces it after each step.
 
     Raises:
-        UnsupportedModel: two nodes share a running statistic.
+        UnsupportedModel: two nodes share a running statistic, or a pattern matches no node.
+        UsageError: a pattern is not a regular expression.
     """
     successors: dict[str, str] = {}
-    for node in list_batchnorms(graph):
-        training = is_training(node) if mode is None else mode == "train"
+    nodes = list_batchnorms(graph)
+    _refuse_idle(mode, [list_names(node) for node in nodes])
+    for node in nodes:
+        chosen = choose_mode(mode, list_names(node))
+        training = is_training(node) if chosen is None else chosen == "train"
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", int(training))
         if not training:
             continue
@@ -67,6 +72,40 @@ def train_batchnorms(graph: ir.Graph, *, mode: str | None) -> dict[str, str]:
                 output.type, output.shape = statistic.type, statistic.shape
                 successors[statistic.name or ""] = output.name
     return successors
+
+
+def list_names(node: ir.Node) -> list[str]:
+    """List the names by which a pattern finds a BatchNormalization: its own and its tensors'."""
+    values = [*node.inputs[1:], *node.outputs[:1]]
+    return [name for name in (node.name, *(v.name for v in values if v is not None)) if name]
+
+
+def choose_mode(modes: BatchNormModes, names: Sequence[str]) -> BatchNormMode | None:
+    """Return the mode of a BatchNormalization with these names, or ``None`` for its own mode."""
+    if modes is None or isinstance(modes, str):
+        return modes
+    chosen = None
+    for pattern, mode in modes.items():
+        if any(re.search(pattern, name) for name in names):
+            chosen = mode
+    return chosen
+
+
+def _refuse_idle(modes: BatchNormModes, names: Sequence[Sequence[str]]) -> None:
+    """Refuse a pattern that matches no BatchNormalization, or that is no regular expression."""
+    for pattern in modes if isinstance(modes, dict) else ():
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UsageError(
+                f"--batchnorm '{pattern}' is no regular expression: {error}"
+            ) from error
+        if not any(compiled.search(name) for known in names for name in known):
+            offer = quote([known[0] for known in names if known][:8]) or "none"
+            raise UnsupportedModel(
+                f"--batchnorm '{pattern}'",
+                f"it matches no BatchNormalization; the model has {offer}",
+            )
 
 
 def freeze_batchnorms(graph: ir.Graph) -> set[str]:

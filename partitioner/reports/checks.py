@@ -6,7 +6,7 @@ The check runs the same steps as a cut and collects their results.  It does not 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,7 @@ from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
+from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_moving
@@ -91,6 +92,8 @@ def check(
     *,
     loss: str | None = None,
     output: str | None = None,
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
 ) -> Check:
     """Check whether and how a model can be trained.
 
@@ -98,6 +101,7 @@ def check(
         model: a path, the bytes of an ONNX model, or a loaded model.
         loss: the loss to try; by default the first loss that fits the output.
         output: the output from which the loss is computed; by default the first float output.
+        dims, bind: sizes and values of inputs, as for ``cut``.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
@@ -106,11 +110,12 @@ def check(
     """
     if loss is not None and loss not in list_losses():
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
-    opened = open_model(model)
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    opened = open_model(model, adjustments)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
     remarks = tuple(diagnose(opened))
-    prepared = prepare(opened)
+    prepared = prepare(opened, bound=adjustments.bindings)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []

@@ -13,6 +13,7 @@ from splitonnx.partitioner.cutting.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.cuts import resolve_names
 from splitonnx.partitioner.cutting.joints import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
@@ -47,7 +48,12 @@ class CutCandidate:
 
 @pause_collection()
 def inspect(
-    model: ModelSource, *, batch: int | None = None, sent: Sequence[str] = ()
+    model: ModelSource,
+    *,
+    batch: int | None = None,
+    sent: Sequence[str] = (),
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
 ) -> list[CutCandidate]:
     """List each tensor that is a valid cut of a model on its own, in the order of the graph.
 
@@ -56,12 +62,15 @@ def inspect(
         batch: the batch size (the first dimension of the model's inputs), for models that do not
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
         sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
+        dims, bind: sizes and values of inputs, as for ``cut``.
 
     Raises:
         ModelError: the model cannot be read or prepared.
         UnknownTensor, UsageError: a name in ``sent`` is not an input of the model.
     """
-    return list_cuts(prepare(open_model(model)), batch, sent)
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    prepared = prepare(open_model(model, adjustments), bound=adjustments.bindings)
+    return list_cuts(prepared, batch, sent)
 
 
 @attribute_errors_to_pass("searched for cuts")

@@ -15,13 +15,6 @@ from splitonnx.errors import UsageError
 from splitonnx.optimizers import Optimizer, read_optimizer
 
 
-class BatchNorm(StrEnum):
-    """The values that ``--batchnorm`` accepts."""
-
-    TRAIN = "train"
-    FROZEN = "frozen"
-
-
 class Dropout(StrEnum):
     """The values that ``--dropout`` accepts."""
 
@@ -79,13 +72,6 @@ WeightDecayOption = Annotated[
 ClipNormOption = Annotated[
     float | None,
     typer.Option(help="Clip gradients to this global norm.", rich_help_panel=_RECIPE),
-]
-BatchNormOption = Annotated[
-    BatchNorm | None,
-    typer.Option(
-        help="Batch statistics or the running ones; by default as the model says.",
-        rich_help_panel=_RECIPE,
-    ),
 ]
 DropoutOption = Annotated[
     Dropout | None,

@@ -11,8 +11,15 @@ import typer
 import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
+from splitonnx.commands.groups import spread
+from splitonnx.commands.model_options import (
+    BindOption,
+    DimOption,
+    ModelOptions,
+    read_bindings,
+    read_dims,
+)
 from splitonnx.commands.options import (
-    BatchNormOption,
     BatchSizeOption,
     BundleArgument,
     ClientTargetOption,
@@ -50,6 +57,8 @@ def check(
     model: ModelArgument,
     loss: LossOption = None,
     output: OutputOption = None,
+    dim: DimOption = None,
+    bind: BindOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether a model can be trained; list the rewritten operators and any obstacles.
@@ -57,7 +66,9 @@ def check(
     The exit code is 1 if the model cannot be trained.
     """
     pause_to_the_end()
-    found = splitonnx.check(model, loss=loss, output=output)
+    found = splitonnx.check(
+        model, loss=loss, output=output, dims=read_dims(dim), bind=read_bindings(bind)
+    )
     if as_json:
         printing.print_json(found)
     else:
@@ -79,17 +90,22 @@ def inspect(
             help="An input, such as an attention mask, that may cross beside the tensor.",
         ),
     ] = None,
+    dim: DimOption = None,
+    bind: BindOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step."""
     pause_to_the_end()
-    cuts = splitonnx.inspect(model, batch=batch, sent=sent or ())
+    cuts = splitonnx.inspect(
+        model, batch=batch, sent=sent or (), dims=read_dims(dim), bind=read_bindings(bind)
+    )
     if as_json:
         printing.print_json(cuts)
     else:
         printing.print_cuts(cuts)
 
 
+@spread
 def cut(
     model: ModelArgument,
     at: Annotated[
@@ -120,10 +136,11 @@ def cut(
     momentum: MomentumOption = None,
     weight_decay: WeightDecayOption = None,
     clip_norm: ClipNormOption = None,
-    batchnorm: BatchNormOption = None,
     dropout: DropoutOption = None,
     train: TrainOption = None,
     freeze: FreezeOption = None,
+    *,
+    means: ModelOptions,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
     check: Annotated[
@@ -152,10 +169,16 @@ def cut(
         optimizer=make_optimizer(
             optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
         ),
-        batchnorm=None if batchnorm is None else batchnorm.value,
+        batchnorm=means.read_batchnorm(),
         dropout=None if dropout is None else dropout.value,
         train=train or (),
         freeze=freeze or (),
+        dims=read_dims(means.dim),
+        bind=read_bindings(means.bind),
+        ties=means.read_ties(),
+        stop_gradients=means.stop_gradient or (),
+        class_axis=means.class_axis,
+        labels=means.labels,
         client_target=(client_target or Target.TRAINING).value,
         server_target=(server_target or Target.TRAINING).value,
         check=check,

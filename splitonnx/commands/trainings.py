@@ -16,8 +16,8 @@ import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
+from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
 from splitonnx.commands.options import (
-    BatchNormOption,
     BatchSizeOption,
     ClientTargetOption,
     ClipNormOption,
@@ -93,7 +93,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalOptions:
+class LocalOptions(ModelOptions):
     """The options for ``--local``: how to train an uncut model, and where to write the result."""
 
     merged: Annotated[
@@ -113,7 +113,6 @@ class LocalOptions:
     momentum: MomentumOption = None
     weight_decay: WeightDecayOption = None
     clip_norm: ClipNormOption = None
-    batchnorm: BatchNormOption = None
     dropout: DropoutOption = None
     train: TrainOption = None
     freeze: FreezeOption = None
@@ -149,10 +148,16 @@ class LocalOptions:
                 weight_decay=self.weight_decay,
                 clip_norm=self.clip_norm,
             ),
-            batchnorm=None if self.batchnorm is None else self.batchnorm.value,
+            batchnorm=self.read_batchnorm(),
             dropout=None if self.dropout is None else self.dropout.value,
             train=self.train or (),
             freeze=self.freeze or (),
+            dims=read_dims(self.dim),
+            bind=read_bindings(self.bind),
+            ties=self.read_ties(),
+            stop_gradients=self.stop_gradient or (),
+            class_axis=self.class_axis,
+            labels=self.labels,
             client_target=(self.client_target or Target.TRAINING).value,
         )
 

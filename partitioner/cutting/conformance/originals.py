@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import onnx
 import onnx.inliner
 
+from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.normalization.batchnorms import choose_mode
+
 _RANDOM = frozenset(
     {
         "Bernoulli",
@@ -65,10 +68,13 @@ def set_inference_modes(model: onnx.ModelProto) -> None:
             del node.input[2:]
 
 
-def set_training_modes(model: onnx.ModelProto, batchnorm: str | None, dropout: str | None) -> bool:
+def set_training_modes(
+    model: onnx.ModelProto, batchnorm: BatchNormModes, dropout: DropoutMode | None
+) -> bool:
     """Set every BatchNormalization and Dropout to the modes chosen for training, in place.
 
-    Return whether the result can be compared, which is not so if a Dropout is on.
+    Return whether the result can be compared, which is not so if a Dropout is on, or if patterns
+    choose between nodes without names.
     """
     keeping = _find_without_statistics(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -77,11 +83,12 @@ def set_training_modes(model: onnx.ModelProto, batchnorm: str | None, dropout: s
         if node.domain:
             continue
         if node.op_type == "BatchNormalization" and batchnorm and node.output[0] not in keeping:
-            if batchnorm == "frozen":
+            mode = choose_mode(batchnorm, [node.name, *node.input[1:], node.output[0]])
+            if mode == "frozen":
                 _use_running_statistics(model.graph, node)
-            elif opset >= _TRAINING_MODE:
+            elif mode == "train" and opset >= _TRAINING_MODE:
                 _set_training(node)
-            else:
+            if (mode == "train" and opset < _TRAINING_MODE) or not node.name:
                 return False
         if node.op_type == "Dropout":
             if dropout == "keep" or (dropout is None and _may_drop(node, constants)):

@@ -8,16 +8,13 @@ and in inference.  They do not depend on the cut, the loss or the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Flag, auto
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import Role
-from splitonnx.names import BatchNormMode, DropoutMode
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
     keep_data_outputs,
@@ -25,6 +22,9 @@ from splitonnx.partitioner.cutting.passes.forms import (
     name_nodes,
     refuse_unkept_statistics,
 )
+from splitonnx.partitioner.cutting.passes.gradient_stops import stop_gradients
+from splitonnx.partitioner.cutting.passes.ties import tie_weights
+from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
@@ -52,80 +52,13 @@ from splitonnx.partitioner.normalization.quantizations import (
     refuse_integer_model,
 )
 from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
-from splitonnx.partitioner.normalization.weights import assign_roles, lift_weights, return_weights
+from splitonnx.partitioner.normalization.weights import (
+    assign_roles,
+    lift_weights,
+    pin_names,
+    return_weights,
+)
 from splitonnx.partitioner.rewrites import rewrite
-
-
-class Fact(Flag):
-    """A property of the model that a pass requires, ensures or invalidates."""
-
-    INLINED = auto()  # no node calls a function of the model
-    STORED = auto()  # no initializer is also an input of the graph
-    NAMED = auto()  # every node has a unique name
-    QUANTIZED = auto()  # integer weights are quantized in the graph
-    LIFTED = auto()  # weights are inputs of the graph
-    ADAPTED = auto()  # operators belong to opset 18 to 21
-    USUAL = auto()  # recurrences and ai.onnx.ml operators are in standard form
-    TYPED = auto()  # types and shapes are set if they can be inferred
-    PADDED = auto()  # paddings are explicit if the shapes allow it
-    FLAT = auto()  # sequences of known length are replaced by tensors
-    FOLDED = auto()  # values that depend on no input are constants
-    CHECKED = auto()  # ranks are valid for their operators
-    REDUCED = auto()  # axes of reductions are explicit
-    FORMS = auto()  # the training and inference forms are separate models
-    WIDE = auto()  # both forms compute in float32
-    MODES = auto()  # BatchNormalization and Dropout have each form's mode
-    SEEDED = auto()  # random numbers are drawn from a key
-    OUTPUTS = auto()  # optional outputs that gradients read are declared
-    ROLES = auto()  # every weight has a role
-    SMOOTH = auto()  # operators that depend on trained weights have gradients
-    SHAPED = auto()  # shapes that follow from symbolic dimensions are set too
-
-
-_NOTHING = Fact(0)
-
-
-@dataclass(kw_only=True)
-class Work:
-    """The state that the passes share: the model, which they change in place, and their results."""
-
-    model: ir.Model
-    batchnorm: BatchNormMode | None = None
-    dropout: DropoutMode | None = None
-    train: Sequence[str] = ()
-    freeze: Sequence[str] = ()
-    weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
-    masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
-    buffers: Mapping[str, str] = field(default_factory=dict)
-    frozen_statistics: Collection[str] = ()
-    roles: Mapping[str, Role] = field(default_factory=dict)
-    forms: tuple[ir.Model, ...] = ()
-
-    @property
-    def training(self) -> ir.Model:
-        """The training form of the model."""
-        return self.forms[0]
-
-    @property
-    def inference(self) -> ir.Model:
-        """The inference form of the model."""
-        return self.forms[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One step of the preparation.
-
-    ``run`` performs the pass.  ``work`` describes the pass in error messages, after the words
-    "while the model was".  The facts in ``requires`` must be true before the pass.  After the pass,
-    the facts in ``ensures`` are true, and the facts in ``spoils`` may be false.
-    """
-
-    work: str
-    run: Callable[[Work], object]
-    requires: Fact = _NOTHING
-    ensures: Fact = _NOTHING
-    spoils: Fact = _NOTHING
 
 
 def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
@@ -208,8 +141,9 @@ def _set_modes(work: Work) -> None:
 def _assign_roles(work: Work) -> None:
     refuse_unkept_statistics(work.buffers, work.weights)
     statistics, trained = {*work.buffers, *work.frozen_statistics}, set(work.buffers)
+    bound = pin_names([name for name in work.bound if name in work.weights])
     work.roles = assign_roles(
-        work.weights, statistics, trained, train=work.train, freeze=work.freeze
+        work.weights, statistics, trained, train=work.train, freeze=[*work.freeze, *bound]
     )
 
 
@@ -279,6 +213,11 @@ PASSES: Sequence[Pass] = (
         ensures=_F.USUAL,
     ),
     Pass(
+        work="given its ties",
+        run=lambda work: tie_weights(work.model.graph, work.weights, work.ties),
+        requires=_F.LIFTED,
+    ),
+    Pass(
         work="typed",
         run=_infer,
         requires=_F.ADAPTED | _F.USUAL,
@@ -325,6 +264,11 @@ PASSES: Sequence[Pass] = (
         work="given formulas of normalizations with statistics of their own",
         run=_write_out_own_statistics,
         requires=_F.TYPED | _F.LIFTED,
+    ),
+    Pass(
+        work="relieved of gradients",
+        run=lambda work: stop_gradients(work.model.graph, work.weights, work.stop_gradients),
+        requires=_F.TYPED | _F.LIFTED | _F.FOLDED,
     ),
     Pass(
         work="kept from wrong fusions",

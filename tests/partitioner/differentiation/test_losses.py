@@ -86,32 +86,6 @@ def test_labels_of_the_model_cross_only_when_named() -> None:
     assert verify(bundle, batch, batch_size=8).largest_difference == 0.0
 
 
-def ending_in(kind: str, name: str) -> onnx.ModelProto:
-    model = ZOO[name].build()
-    scores = model.graph.output[0].name
-    model.graph.node.append(helper.make_node(kind, [scores], ["probabilities"], name="last"))
-    model.graph.output[0].name = "probabilities"
-    return model
-
-
-@pytest.mark.parametrize(("kind", "name"), [("Softmax", "chain"), ("Sigmoid", "bce")])
-def test_a_loss_that_contains_the_last_activation_is_taken_before_it(kind: str, name: str) -> None:
-    entry = ZOO[name]
-    data = entry.data(40)
-    results = []
-    for model in (entry.build(), ending_in(kind, name)):
-        with open_client(cut(model, at="act1", loss=entry.loss)) as client:
-            history = client.fit(data, batch_size=8)
-            evaluation = client.evaluate(data)
-            results.append(([record.loss for record in history.steps], evaluation))
-            (predicted,) = client.predict({"x": data["x"]}).values()
-    assert results[0][0] == results[1][0]
-    assert results[0][1]["loss"] == pytest.approx(results[1][1]["loss"], rel=1e-4)
-    assert results[0][1]["accuracy"] == results[1][1]["accuracy"]
-    assert predicted.min() >= 0
-    assert predicted.max() <= 1
-
-
 def vector_of_scores() -> onnx.ModelProto:
     net = Net()
     output = net.op("ReduceSum", net.op("MatMul", "x", net.weight("w", 4, 4), out="m"),

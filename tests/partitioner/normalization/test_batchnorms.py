@@ -9,7 +9,8 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.names import BatchNormModes
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.batchnorms import (
     NEXT,
@@ -51,14 +52,34 @@ def test_nodes_are_listed_in_order_with_their_modes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"), [(None, [True, False]), ("train", [True] * 2), ("frozen", [False] * 2)]
+    ("mode", "expected"),
+    [
+        (None, [True, False]),
+        ("train", [True] * 2),
+        ("frozen", [False] * 2),
+        ({"^n1": "train"}, [True] * 2),
+        ({"n0.bn.mean": "frozen"}, [False] * 2),
+        ({".": "frozen", "^n1": "train"}, [False, True]),
+        ({"^n1": "train", ".": "frozen"}, [False] * 2),
+    ],
 )
-def test_a_mode_overrules_what_each_node_says(mode: str | None, expected: list[bool]) -> None:
+def test_a_mode_overrules_what_each_node_says(mode: BatchNormModes, expected: list[bool]) -> None:
     model = build(True, False)
     successors = train_batchnorms(model.graph, mode=mode)
     assert [is_training(node) for node in list_batchnorms(model.graph)] == expected
     names = [f"n{i}.bn.{s}" for i, on in enumerate(expected) if on for s in ("mean", "var")]
     assert list(successors) == names
+
+
+def test_a_pattern_that_finds_no_node_is_refused_with_their_names() -> None:
+    told = r"matches no BatchNormalization; .*'n0\.bn', 'n1\.bn'"
+    with pytest.raises(UnsupportedModel, match=told):
+        train_batchnorms(build(True, False).graph, mode={"^n2": "train"})
+
+
+def test_a_pattern_that_is_no_expression_is_refused() -> None:
+    with pytest.raises(UsageError, match="no regular expression"):
+        train_batchnorms(build(True, False).graph, mode={"(": "train"})
 
 
 def test_every_running_statistic_has_a_successor_in_the_graph() -> None:

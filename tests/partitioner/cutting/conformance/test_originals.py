@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
     find_random,
@@ -102,7 +103,7 @@ def test_dropout_does_nothing_in_inference() -> None:
 
 @pytest.mark.parametrize(("mode", "comparable"), [(None, False), ("keep", False), ("off", True)])
 def test_a_model_whose_dropout_is_on_cannot_be_compared_in_training(
-    mode: str | None, comparable: bool
+    mode: DropoutMode | None, comparable: bool
 ) -> None:
     assert set_training_modes(build_dropping(), None, mode) == comparable
 

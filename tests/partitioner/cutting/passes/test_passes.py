@@ -12,7 +12,8 @@ import pytest
 from splitonnx.errors import InternalModelError
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.cutting import preparations
-from splitonnx.partitioner.cutting.passes.passes import PASSES, Fact, Pass, Work
+from splitonnx.partitioner.cutting.passes.passes import PASSES
+from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.traversals import find_moving, list_nodes

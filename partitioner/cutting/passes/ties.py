@@ -1,0 +1,69 @@
+"""Join parameters that the user declares to be one.
+
+Exporters store a matrix that a model uses twice as two matrices, often one of them transposed.
+Trained apart, they would no longer be equal after the first step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, MutableMapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import UnknownTensor, UsageError
+from splitonnx.partitioner.graphs.traversals import map_values
+
+
+def tie_weights(
+    graph: ir.Graph,
+    weights: MutableMapping[str, ir.TensorProtocol],
+    ties: Sequence[tuple[str, str]],
+) -> None:
+    """Replace the second parameter of each pair by the first one, in place.
+
+    If the second matrix is the first one transposed, a Transpose node computes it.  The second
+    parameter is removed from ``weights``, which maps the names of lifted weights to their tensors.
+
+    Raises:
+        UnknownTensor: a name is not the name of a weight.
+        UsageError: the numbers of the two parameters differ.
+    """
+    for first, second in ties:
+        kept, dropped = (_read(weights, name) for name in (first, second))
+        if first == second:
+            raise UsageError(f"--tie {first}={second} names the same parameter twice")
+        values = map_values(graph)
+        source, value = values[first], values[second]
+        if not _is_equal(kept, dropped):
+            if kept.ndim != 2 or not _is_equal(kept.T, dropped):
+                raise UsageError(_tell(first, kept, second, dropped))
+            node = ir.node("Transpose", [source], {"perm": [1, 0]}, name=f"{second}/tied")
+            graph.insert_before(graph[0], node)
+            source = node.outputs[0]
+            source.name, source.type = f"{second}.tied", value.type
+            source.shape = value.shape
+        value.replace_all_uses_with(source, replace_graph_outputs=True)
+        graph.inputs.remove(value)
+        del weights[second]
+
+
+def _read(weights: Mapping[str, ir.TensorProtocol], name: str) -> np.ndarray:
+    if name not in weights:
+        raise UnknownTensor(name, difflib.get_close_matches(name, list(weights), n=3, cutoff=0.5))
+    array: np.ndarray = weights[name].numpy()
+    return array
+
+
+def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.dtype == second.dtype and np.array_equal(first, second)
+
+
+def _tell(first: str, kept: np.ndarray, second: str, dropped: np.ndarray) -> str:
+    start = f"--tie {first}={second}: the two are not equal"
+    if kept.shape not in (dropped.shape, dropped.shape[::-1]):
+        return f"{start}; their shapes are {list(kept.shape)} and {list(dropped.shape)}"
+    other = dropped if kept.shape == dropped.shape else dropped.T
+    difference = np.abs(np.subtract(kept, other, dtype=np.float64)).max()
+    return f"{start}; their numbers differ by up to {difference:.1e}"

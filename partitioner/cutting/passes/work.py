@@ -1,0 +1,87 @@
+"""What the preparation passes share: the facts between them, and the state that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+
+import onnx_ir as ir
+
+from splitonnx.manifests import Role
+from splitonnx.names import BatchNormModes, DropoutMode
+
+
+class Fact(Flag):
+    """A property of the model that a pass requires, ensures or invalidates."""
+
+    INLINED = auto()  # no node calls a function of the model
+    STORED = auto()  # no initializer is also an input of the graph
+    NAMED = auto()  # every node has a unique name
+    QUANTIZED = auto()  # integer weights are quantized in the graph
+    LIFTED = auto()  # weights are inputs of the graph
+    ADAPTED = auto()  # operators belong to opset 18 to 21
+    USUAL = auto()  # recurrences and ai.onnx.ml operators are in standard form
+    TYPED = auto()  # types and shapes are set if they can be inferred
+    PADDED = auto()  # paddings are explicit if the shapes allow it
+    FLAT = auto()  # sequences of known length are replaced by tensors
+    FOLDED = auto()  # values that depend on no input are constants
+    CHECKED = auto()  # ranks are valid for their operators
+    REDUCED = auto()  # axes of reductions are explicit
+    FORMS = auto()  # the training and inference forms are separate models
+    WIDE = auto()  # both forms compute in float32
+    MODES = auto()  # BatchNormalization and Dropout have each form's mode
+    SEEDED = auto()  # random numbers are drawn from a key
+    OUTPUTS = auto()  # optional outputs that gradients read are declared
+    ROLES = auto()  # every weight has a role
+    SMOOTH = auto()  # operators that depend on trained weights have gradients
+    SHAPED = auto()  # shapes that follow from symbolic dimensions are set too
+
+
+_NOTHING = Fact(0)
+
+
+@dataclass(kw_only=True)
+class Work:
+    """The state that the passes share: the model, which they change in place, and their results."""
+
+    model: ir.Model
+    batchnorm: BatchNormModes = None
+    dropout: DropoutMode | None = None
+    train: Sequence[str] = ()
+    freeze: Sequence[str] = ()
+    bound: Collection[str] = ()
+    ties: Sequence[tuple[str, str]] = ()
+    stop_gradients: Sequence[str] = ()
+    weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    frozen_statistics: Collection[str] = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    forms: tuple[ir.Model, ...] = ()
+
+    @property
+    def training(self) -> ir.Model:
+        """The training form of the model."""
+        return self.forms[0]
+
+    @property
+    def inference(self) -> ir.Model:
+        """The inference form of the model."""
+        return self.forms[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of the preparation.
+
+    ``run`` performs the pass.  ``work`` describes the pass in error messages, after the words
+    "while the model was".  The facts in ``requires`` must be true before the pass.  After the pass,
+    the facts in ``ensures`` are true, and the facts in ``spoils`` may be false.
+    """
+
+    work: str
+    run: Callable[[Work], object]
+    requires: Fact = _NOTHING
+    ensures: Fact = _NOTHING
+    spoils: Fact = _NOTHING

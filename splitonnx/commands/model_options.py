@@ -1,0 +1,143 @@
+"""Options that say of a model what its file does not say, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from splitonnx.errors import UsageError
+from splitonnx.names import BatchNormMode, BatchNormModes
+
+_PANEL = "What the model means"
+
+DimOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="NAME=SIZE",
+        help="Fix a symbolic size of the inputs, such as T=128; or name one that is fixed, such as "
+        "x:0=N; repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+BindOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bind",
+        metavar="INPUT=VALUE",
+        help="An input that always has this value, such as rate=16000: a number, or numbers with "
+        "commas; repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options that say of a model what its file does not say."""
+
+    dim: DimOption = None
+    bind: BindOption = None
+    batchnorm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[REGEX=]MODE",
+            help="train (batch statistics) or frozen (the running ones), for all or where REGEX "
+            "finds the name; by default as the model says; repeatable, the last one applies.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A=B",
+            help="Two parameters of equal numbers, or one transposed, that are one; repeatable.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    stop_gradient: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A tensor through which no gradient passes, as behind detach(); repeatable.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    class_axis: Annotated[
+        int | None,
+        typer.Option(
+            metavar="AXIS",
+            help="The axis of the scores that holds the classes; 1 by default, or the last if only "
+            "its size is known.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="The name of the labels in the data.", rich_help_panel=_PANEL
+        ),
+    ] = "labels"
+
+    def read_batchnorm(self) -> BatchNormModes:
+        """Return the mode for every BatchNormalization, or modes by regular expressions."""
+        modes: dict[str, BatchNormMode] = {}
+        for text in self.batchnorm or ():
+            pattern, _, mode = text.rpartition("=")
+            if mode not in ("train", "frozen") or text.startswith("="):
+                raise UsageError(
+                    f"--batchnorm {text}: say train or frozen, or REGEX=train or REGEX=frozen"
+                )
+            modes.pop(pattern, None)  # the last one applies
+            modes[pattern] = "train" if mode == "train" else "frozen"
+        return modes[""] if list(modes) == [""] else modes or None
+
+    def read_ties(self) -> list[tuple[str, str]]:
+        """Return the pairs of parameters that are one."""
+        return [_part("--tie", text, "A=B") for text in self.tie or ()]
+
+
+def read_dims(given: Sequence[str] | None) -> dict[str, int | str]:
+    """Return sizes of inputs by name, from options like ``T=128`` or ``x:0=N``.
+
+    Raises:
+        UsageError: an option has another form.
+    """
+    pairs = [_part("--dim", text, "NAME=SIZE") for text in given or ()]
+    return {name: int(size) if _is_integer(size) else size for name, size in pairs}
+
+
+def read_bindings(given: Sequence[str] | None) -> dict[str, list[float | int | bool]]:
+    """Return values of inputs by name, from options like ``rate=16000`` or ``mean=0.1,0.2``.
+
+    Raises:
+        UsageError: an option has another form, or a value is not a number.
+    """
+    pairs = [_part("--bind", text, "INPUT=VALUE") for text in given or ()]
+    return {name: [_read_number(name, text) for text in value.split(",")] for name, value in pairs}
+
+
+def _part(option: str, text: str, form: str) -> tuple[str, str]:
+    name, _, value = text.rpartition("=")
+    if not name or not value:
+        raise UsageError(f"{option} {text}: write it as {form}")
+    return name, value
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _read_number(name: str, text: str) -> float | int | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _is_integer(text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--bind {name}: '{text}' is not a number, true or false") from error
