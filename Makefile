@@ -11,7 +11,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
 	2>/dev/null && echo $$p && break; done)
 
 # Hundreds of processes import the same modules.  They keep the bytecode, even where an image's
-# PYTHONDONTWRITEBYTECODE would have each of them compile all sources again.
+# PYTHONDONTWRITEBYTECODE would have each of them compile all sources again.  pip need not compile
+# what it installs, most of which is never imported.
 unexport PYTHONDONTWRITEBYTECODE
 
 # What is installed stands in requirements/*.txt with its hashes, and only wheels are taken.  Where a
@@ -19,11 +20,11 @@ unexport PYTHONDONTWRITEBYTECODE
 LOCKED ?= yes
 NO_FIT = { echo "the packages of requirements/$(1).txt cannot be installed here (see above); where \
 	this platform lacks a wheel, run make with LOCKED= to install by pyproject.toml, unchecked" >&2; exit 1; }
-install_wheels = $(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: \
-	-r requirements/$(1).txt || $(NO_FIT)
+install_wheels = $(BIN)/python -m pip install --quiet --no-compile --require-hashes \
+	--only-binary :all: -r requirements/$(1).txt || $(NO_FIT)
 # $(1) is the lock file, $(2) what pip is told without it.
 ifeq ($(LOCKED),)
-install = $(BIN)/python -m pip install --quiet --editable ".[cpu]" $(2)
+install = $(BIN)/python -m pip install --quiet --no-compile --editable ".[cpu]" $(2)
 else
 install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -34,27 +35,29 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# The linters take one core, and beside them the page is built; then the clients in JavaScript are
-# tried, in Chromium beside those without.  What measures memory has the machine to itself; the rest
-# runs in three processes, since each often waits for others that it started.  pytest's closing line
-# is to be the last, that of the larger part.
+# All is installed first, pip beside npm.  Then the clients in JavaScript are tried, those without
+# Chromium beside the linters, which take one core, and then beside those in it.  What measures
+# memory has the machine to itself; the rest runs in three processes, since each often waits for
+# others that it started.  pytest's closing line is to be the last, that of the larger part.
 HERE := not sweep and not browser
 ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
-test: $(VENV)/.test
-	$(MAKE) --no-print-directory --jobs 2 lint page
-	$(MAKE) --no-print-directory --jobs 2 test-clients test-browser
+test:
+	$(MAKE) --no-print-directory --jobs 2 $(VENV)/.test $(BROWSER) \
+		$(if $(NODE_20),$(JS_MODULES) $(RN_MODULES))
+	$(MAKE) --no-print-directory --jobs 2 lint test-clients test-browser
 	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
 	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
 
-test-clients: $(VENV)/.test
+test-clients:
 	$(MAKE) --no-print-directory test-js
 	$(MAKE) --no-print-directory test-mobile
 
 # The client in JavaScript, against servers of this environment.
+JS_MODULES := runtime/js/node_modules/.package-lock.json
 NODE_20 := $(shell node -p 'parseInt(process.versions.node) >= 20 ? "yes" : ""' 2>/dev/null)
 
 test-js: export SPLITONNX_NO_CHECK := 1
-test-js: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
+test-js: $(VENV)/.test $(if $(NODE_20),$(JS_MODULES))
 ifeq ($(NODE_20),yes)
 	cd runtime/js && SPLITONNX_PYTHON=$(abspath $(BIN)/python) npm test --silent
 else
@@ -82,10 +85,10 @@ $(RN_MODULES): $(RN)/package-lock.json
 
 # Built anew only where it is older than what it is made of: test-js leaves it fresh.  A build with
 # errors is no build.
-runtime/js/dist/index.js: $(JS_SOURCES) runtime/js/tsconfig.json runtime/js/node_modules/.package-lock.json
+runtime/js/dist/index.js: $(JS_SOURCES) runtime/js/tsconfig.json $(JS_MODULES)
 	cd runtime/js && npm run build --silent || { rm -f dist/index.js; exit 1; }
 
-runtime/js/node_modules/.package-lock.json: runtime/js/package-lock.json
+$(JS_MODULES): runtime/js/package-lock.json
 	cd runtime/js && npm ci --silent --ignore-scripts
 	@touch $@
 
@@ -98,21 +101,22 @@ web: $(PAGE)/dist/index.html $(WEB)/bundle/manifest.json
 	@echo "$(BIN)/splitonnx serve $(WEB)/bundle/server --web $(PAGE)/dist --client $(WEB)/bundle/client"
 
 $(PAGE)/dist/index.html: $(wildcard $(PAGE)/src/*) $(JS_SOURCES) $(PAGE)/index.html \
-		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin runtime/js/node_modules/.package-lock.json
+		$(PAGE)/page.css $(PAGE)/build.mjs $(PAGE)/digits.bin $(JS_MODULES)
 	runtime/js/node_modules/.bin/tsc -p $(PAGE)/tsconfig.json
 	node $(PAGE)/build.mjs
 
 # The pages in Chromium, trained against servers of this environment.
 CHROMIUM := $(shell command -v "$${SPLITONNX_CHROMIUM:-chromium}" || command -v chromium-browser)
 PAGE_MISSES := $(if $(NODE_20),,Node 20 or later) $(if $(CHROMIUM),,Chromium)
+BROWSER := $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser)
 
-page: $(VENV)/.test $(if $(strip $(PAGE_MISSES)),,$(VENV)/.browser $(PAGE)/dist/index.html)
+page: $(VENV)/.test $(if $(BROWSER),$(BROWSER) $(PAGE)/dist/index.html)
 ifneq ($(strip $(PAGE_MISSES)),)
 	@echo "The page is not tried in a browser: this machine has no $(strip $(PAGE_MISSES))."
 endif
 
 test-browser: page
-	$(if $(strip $(PAGE_MISSES)),,$(BIN)/python -m pytest -m browser tests/browser)
+	$(if $(BROWSER),$(BIN)/python -m pytest -m browser tests/browser)
 
 # It drives the system's Chromium, and fetches none.
 $(VENV)/.browser: $(VENV)/.test
@@ -161,7 +165,7 @@ $(VENV)/tools/%/.done: $(VENV)/.pip requirements/%.txt
 container-steps: $(VENV)/.test
 	$(BIN)/python -m tests.support.container_steps
 
-bench: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
+bench: $(VENV)/.test $(if $(NODE_20),$(JS_MODULES))
 	$(BIN)/python benchmarks/resnet_step.py
 	$(BIN)/python -m benchmarks.metrics_cost
 	$(if $(NODE_20),cd runtime/js && npm run build --silent && npm run build:tests --silent && npm run overhead --silent)
@@ -171,7 +175,7 @@ bench: $(VENV)/.test $(if $(NODE_20),runtime/js/node_modules/.package-lock.json)
 CLIENT ?= python
 IS_NODE := $(filter node,$(CLIENT))
 
-device-cost: $(VENV)/.test $(if $(IS_NODE),runtime/js/node_modules/.package-lock.json)
+device-cost: $(VENV)/.test $(if $(IS_NODE),$(JS_MODULES))
 	$(if $(IS_NODE),cd runtime/js && npm run build --silent && npm run build:tests --silent)
 	$(BIN)/python benchmarks/device_cost.py --client $(CLIENT) $(if $(PLOT),--plot $(PLOT))
 
