@@ -57,6 +57,11 @@ def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
         return Path(note.read_text())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that none of them runs last, with a core to spare."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish() -> None:
     """Exempt what is loaded from garbage collections, since it lives until the end anyway."""
     gc.collect()

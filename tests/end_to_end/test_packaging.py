@@ -36,6 +36,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert "splitonnx/py.typed" in names
 
 
+@pytest.mark.long
 def test_the_demo_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "venv", f"{wheel}[cpu]", "scikit-learn")
     listing = run(

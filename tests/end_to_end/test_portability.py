@@ -50,6 +50,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
     return folders
 
 
+@pytest.mark.long
 def test_the_zoo_trains_on_stock_onnxruntime(
     bundles: dict[Path, str], portable_python: Path
 ) -> None:
