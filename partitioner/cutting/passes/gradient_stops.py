@@ -16,7 +16,7 @@ from splitonnx.partitioner.graphs.traversals import find_movers
 
 
 def stop_gradients(graph: ir.Graph, weights: Collection[str], names: Sequence[str]) -> None:
-    """Let no gradient pass through the named tensors, in place.
+    """Stop every gradient at the named tensors, in place.
 
     Each name is the name of a tensor or node, or a glob pattern for tensor names.  The nodes that
     read the tensor get a detached copy of it.
