@@ -18,8 +18,8 @@ from tests.support.page_trainings import TrainedPage, Training, training_a_page
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Playwright
 
-FEW_OPTIMIZED = "--js-flags=--wasm-tiering-budget=100000000"
-"""Each window would have V8 optimize ONNX Runtime anew, for longer than its training takes."""
+UNOPTIMIZED = "--js-flags=--liftoff-only"
+"""V8 would optimize ONNX Runtime anew for each window, which costs more than its training does."""
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def playwright() -> Iterator[Playwright]:
 
 @pytest.fixture(scope="session")
 def browser(playwright: Playwright) -> Iterator[Browser]:
-    with launching_chromium(playwright, FEW_OPTIMIZED) as chromium:
+    with launching_chromium(playwright, UNOPTIMIZED) as chromium:
         yield chromium
 
 

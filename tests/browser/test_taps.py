@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.conftest import FEW_OPTIMIZED
+from tests.browser.conftest import UNOPTIMIZED
 from tests.support.browsers import launching_chromium, tracing
 from tests.support.taps import opening_a_phone
 
@@ -27,7 +27,7 @@ def test_taps_are_answered_between_the_tasks_of_a_training(
 ) -> None:
     """A tap waits for the task that the page is at, not for the training or for a step of it."""
     with (
-        launching_chromium(playwright, FEW_OPTIMIZED) as browser,  # with no other page to be traced
+        launching_chromium(playwright, UNOPTIMIZED) as browser,  # with no other page to be traced
         opening_a_phone(own, browser) as (screen, finger),
     ):
         screen.start(passes=10)

@@ -15,7 +15,7 @@ import pytest
 
 from splitonnx import Client, Server
 from splitonnx.bundles import PartyBundle
-from tests.browser.conftest import FEW_OPTIMIZED
+from tests.browser.conftest import UNOPTIMIZED
 from tests.conftest import ROOT
 from tests.support.browsers import PATIENCE, cut_digits, launching_chromium, read_digits
 
@@ -46,7 +46,7 @@ class Training:
 @pytest.fixture(scope="module")
 def browser(playwright: Playwright) -> Iterator[Browser]:
     """Chromium with WebGPU: without a GPU, by SwiftShader."""
-    with launching_chromium(playwright, FEW_OPTIMIZED, "--enable-unsafe-webgpu") as chromium:
+    with launching_chromium(playwright, UNOPTIMIZED, "--enable-unsafe-webgpu") as chromium:
         yield chromium
 
 
