@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { setFlagsFromString } from "node:v8";
 
 import * as ortNode from "onnxruntime-node";
 import * as ortWeb from "onnxruntime-web/wasm";
@@ -16,6 +17,8 @@ import type { Dtype, NdArray, NdArrays } from "../src/tensors.js";
 export const ROOT = join(dirname(fileURLToPath(import.meta.url)), "../../../..");
 export const VECTORS = join(ROOT, "tests/vectors");
 
+// V8 would optimize ONNX Runtime for longer than the tests run it.
+setFlagsFromString("--liftoff-only");
 ortWeb.env.wasm.numThreads = 1;
 ortWeb.env.logLevel = "error";
 
