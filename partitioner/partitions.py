@@ -120,7 +120,6 @@ def cut(
         ForbiddenOperator: an internal error; the bundle would not run.
         DifferentResult: an internal error; the parts would compute something else than the model.
     """
-    optimizer = optimizer or AdamW(lr=1e-3)
     for target in (client_target, server_target):
         if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
@@ -128,17 +127,56 @@ def cut(
     if adjustments and isinstance(model, ir.Model):
         raise UsageError("dims and bind are for models that are not opened yet")
     opened = model if isinstance(model, ir.Model) else open_model(model, adjustments)
-    stops = _list_names(stop_gradients)
     prepared = prepare(
         opened,
         batchnorm=batchnorm,
         dropout=dropout,
         train=train,
         freeze=freeze,
-        bound=adjustments.bindings,
+        adjustments=adjustments,
         ties=ties,
-        stop_gradients=stops,
+        stop_gradients=_list_names(stop_gradients),
     )
+    bundle = cut_prepared(
+        prepared,
+        at=at,
+        tail_at=tail_at,
+        loss=loss,
+        output=output,
+        optimizer=optimizer,
+        class_axis=class_axis,
+        labels=labels,
+        client_target=client_target,
+        server_target=server_target,
+    )
+    wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
+    if wanted and not isinstance(model, ir.Model):
+        most_bytes = USUAL_BYTES if check is None else MOST_BYTES
+        merged = partial(merge, bundle)
+        for remark in compare_with_original(model, prepared, bundle, merged, most_bytes):
+            _log.warning("%s", remark)
+    return bundle
+
+
+@pause_collection()
+def cut_prepared(
+    prepared: PreparedModel,
+    *,
+    at: str | Sequence[str] | None,
+    tail_at: str | Sequence[str] = (),
+    loss: str = "cross-entropy",
+    output: str | None = None,
+    optimizer: Optimizer | None = None,
+    class_axis: int | None = None,
+    labels: str = LABELS,
+    client_target: Target = TRAINING,
+    server_target: Target = TRAINING,
+) -> Bundle:
+    """Cut a prepared model as :func:`cut` does, without comparing the result with anything.
+
+    The prepared model is not changed, so preparing it once is enough for several cuts.
+    """
+    optimizer = optimizer or AdamW(lr=1e-3)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
     output = choose_output(prepared, output)
     recipe = Recipe(
@@ -147,14 +185,14 @@ def cut(
         loss=loss,
         output=output,
         optimizer=describe_optimizer(optimizer),
-        batchnorm=batchnorm,
-        dropout=dropout,
-        train=tuple(train),
-        freeze=tuple(freeze),
-        dims=dict(adjustments.dims),
-        bound={name: np.asarray(value).ravel().tolist() for name, value in (bind or {}).items()},
-        ties=tuple(ties),
-        stop_gradients=stops,
+        batchnorm=prepared.batchnorm,
+        dropout=prepared.dropout,
+        train=prepared.train,
+        freeze=prepared.freeze,
+        dims=dict(prepared.adjustments.dims),
+        bound=_list_bound(prepared.adjustments),
+        ties=prepared.ties,
+        stop_gradients=prepared.stop_gradients,
         class_axis=class_axis,
         labels=labels,
         client_target=client_target,
@@ -164,16 +202,13 @@ def cut(
     _say_class_axis(prepared, loss, output, options)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
-    bundle = assemble(prepared, training, predict, recipe, optimizer)
-    wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
-    if wanted and not isinstance(model, ir.Model):
-        most_bytes = USUAL_BYTES if check is None else MOST_BYTES
-        merged = partial(merge, bundle)
-        for remark in compare_with_original(
-            model, prepared, bundle, merged, adjustments, most_bytes
-        ):
-            _log.warning("%s", remark)
-    return bundle
+    return assemble(prepared, training, predict, recipe, optimizer)
+
+
+def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
+    return {
+        name: np.asarray(value).ravel().tolist() for name, value in adjustments.bindings.items()
+    }
 
 
 def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:

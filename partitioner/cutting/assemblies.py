@@ -48,6 +48,7 @@ from splitonnx.partitioner.differentiation.losses import (
 )
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.transcripts import write_graph
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.lowerings import lower
@@ -95,8 +96,7 @@ def assemble(
         }
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
     digest = _digest(parties)
-    _keep_orphans(prepared, parties)
-    skeleton = prepared.skeleton.graph
+    skeleton = _keep_orphans(prepared, parties)
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
@@ -106,14 +106,18 @@ def assemble(
     )
 
 
-def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> None:
-    """Store in the skeleton the weights that no party uses.
+def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> ir.Graph:
+    """Return the skeleton's graph, in a copy of which the weights are stored that no party uses.
 
     These are weights that only affect outputs which do not depend on any input.
     """
     owned = {name for party in parties.values() for name in party.weights}
     orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}
-    restore_weights(prepared.skeleton.graph, orphans)
+    if not orphans:
+        return prepared.skeleton.graph
+    skeleton = copy_model(prepared.skeleton).graph
+    restore_weights(skeleton, orphans)
+    return skeleton
 
 
 def _sign(party: PartyBundle, digest: str) -> PartyBundle:

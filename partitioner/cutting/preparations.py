@@ -5,7 +5,7 @@ The table in :mod:`passes` lists the steps in the order in which they run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from splitonnx.manifests import KEY, Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.work import Work
+from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 
@@ -26,7 +27,10 @@ class PreparedModel:
     with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.
     ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
     each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
-    ``training`` that replaces it after a step.
+    ``training`` that replaces it after a step.  The other fields are the options that
+    :func:`prepare` was called with.
+
+    A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
 
     training: ir.Model
@@ -35,6 +39,13 @@ class PreparedModel:
     weights: Mapping[str, ir.TensorProtocol]
     roles: Mapping[str, Role]
     next_buffers: Mapping[str, str]
+    batchnorm: BatchNormModes = None
+    dropout: DropoutMode | None = None
+    train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    adjustments: Adjustments = NONE
+    ties: tuple[tuple[str, str], ...] = ()
+    stop_gradients: tuple[str, ...] = ()
 
     @cached_property
     def state(self) -> frozenset[str]:
@@ -54,7 +65,7 @@ def prepare(
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    bound: Collection[str] = (),
+    adjustments: Adjustments = NONE,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: Sequence[str] = (),
 ) -> PreparedModel:
@@ -64,7 +75,7 @@ def prepare(
     override the modes set in the model.  ``train`` and ``freeze`` are regular expressions for
     parameter names (``re.search``).  Parameters that match ``train`` are trained
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
-    takes precedence.  ``bound`` names inputs that were bound to values, which are not trained.
+    takes precedence.  ``adjustments`` were made to the model already; bound inputs are not trained.
     ``ties`` are pairs of parameters that are joined (:mod:`ties`), and
     ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
 
@@ -80,7 +91,7 @@ def prepare(
         dropout=dropout,
         train=train,
         freeze=freeze,
-        bound=bound,
+        bound=adjustments.bindings,
         ties=ties,
         stop_gradients=stop_gradients,
     )
@@ -94,4 +105,11 @@ def prepare(
         weights=work.masters,
         roles=work.roles,
         next_buffers=work.buffers,
+        batchnorm=batchnorm,
+        dropout=dropout,
+        train=tuple(train),
+        freeze=tuple(freeze),
+        adjustments=adjustments,
+        ties=tuple(ties),
+        stop_gradients=tuple(stop_gradients),
     )

@@ -115,7 +115,7 @@ def check(
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
     remarks = tuple(diagnose(opened))
-    prepared = prepare(opened, bound=adjustments.bindings)
+    prepared = prepare(opened, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []

@@ -69,7 +69,7 @@ def inspect(
         UnknownTensor, UsageError: a name in ``sent`` is not an input of the model.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
-    prepared = prepare(open_model(model, adjustments), bound=adjustments.bindings)
+    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
     return list_cuts(prepared, batch, sent)
 
 

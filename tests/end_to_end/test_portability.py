@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut, cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
 from tests.support import portable_training
 from tests.support.zoo import ZOO
@@ -20,9 +22,9 @@ RTOL = 1e-4
 STEPS = 5
 
 
-def list_places(name: str) -> list[tuple[str, str | None]]:
+def list_places(prepared: PreparedModel) -> list[tuple[str, str | None]]:
     """List every vanilla cut, and one U-shaped cut around the middle."""
-    cuts = [found.tensor for found in inspect(ZOO[name].build())]
+    cuts = [found.tensor for found in list_cuts(prepared, None)]
     return [*((tensor, None) for tensor in cuts), (cuts[0], cuts[-1])]
 
 
@@ -32,11 +34,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
     root = tmp_path_factory.mktemp("portable")
     folders = {}
     for name, entry in ZOO.items():
-        model = entry.build()
+        prepared = prepare(open_model(entry.build()))
         data: dict[str, Any] = {**entry.data(STEPS * portable_training.BATCH)}
-        for number, (at, tail) in enumerate(list_places(name)):
-            bundle = cut(
-                model,
+        for number, (at, tail) in enumerate(list_places(prepared)):
+            bundle = cut_prepared(
+                prepared,
                 at=at,
                 tail_at=tail or (),
                 loss=entry.loss,

@@ -12,8 +12,10 @@ import pytest
 from onnx import helper
 
 from splitonnx.names import Target
-from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.verifications import verify
 from tests.support.wholes import share_wholes
 from tests.support.zoo import FLOAT, Net
@@ -102,14 +104,14 @@ def test_a_cut_trains_as_the_whole_model(
     name: str, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     share_wholes(monkeypatch)
-    model = MODELS[name]()
-    tensors = [found.tensor for found in inspect(model)]
+    prepared = prepare(open_model(MODELS[name]()))
+    tensors = [found.tensor for found in list_cuts(prepared, None)]
     assert len(tensors) > 1
     tensors = tensors[:: max(1, len(tensors) // 3)]
     pairs = list(combinations(tensors, 2))[:2]
     for at, tail_at in [*((tensor, ()) for tensor in tensors), *pairs]:
-        bundle = cut(
-            model, at=at, tail_at=tail_at, loss="cross-entropy",
+        bundle = cut_prepared(
+            prepared, at=at, tail_at=tail_at, loss="cross-entropy",
             client_target=target, server_target=target,
         )  # fmt: skip
         verification = verify(bundle, draw(name), steps=STEPS, batch_size=BATCH)

@@ -3,8 +3,8 @@
     python -m tests.support.case_trials OPERATOR...
 
 A case's float inputs become parameters, all else constants; the loss is the sum of every numeric
-output times a random tensor.  The model goes through :func:`cut`, and loss and gradients are held
-against ``case_oracles``.
+output times a random tensor.  The model is prepared once and cut for each target, and loss and
+gradients are held against ``case_oracles``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -26,11 +23,10 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import NotDifferentiable, SplitonnxError, StageFailed
 from splitonnx.manifests import KEY
 from splitonnx.names import Target
-from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.parameters import TensorKind, classify_tensor
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.partitions import cut_prepared
 from splitonnx.runtime.engine.engines import Engine
 from tests.support.case_oracles import Arrays, Slopes, draw_data, expect
 from tests.support.node_cases import (
@@ -143,24 +139,39 @@ def _to_tensor(case: NodeCase, name: str, array: np.ndarray) -> TensorProto:
     return tensor
 
 
-def try_case(case: NodeCase, target: Target) -> Outcome:
-    """Cut a case whole, run its step, and compare loss and gradients with the oracle."""
+def try_case(case: NodeCase) -> Iterator[Outcome]:
+    """Prepare a case once, and try it on both targets."""
     problem, data = build_problem(case)
-    loss = problem.graph.output[0].name
     try:
-        with _noting_what_is_prepared() as prepared:
-            bundle = cut(
-                problem, at=None, loss="from-model", output=loss, train=_list_trained(problem),
-                client_target=target, server_target=target,
-            )  # fmt: skip
+        prepared = prepare(open_model(problem), train=_list_trained(problem))
     except SplitonnxError as error:
-        return Outcome(
-            case=case.name,
-            target=target,
-            refusal=str(error),
-            undifferentiable=isinstance(error, NotDifferentiable),
-        )
-    parameters = _list_parameters(prepared.trainable, case)
+        yield from (_note_refusal(case, target, error) for target in TARGETS)
+        return
+    for target in TARGETS:
+        yield _try_target(case, target, prepared, problem.graph.output[0].name, data)
+
+
+def _note_refusal(case: NodeCase, target: Target, error: SplitonnxError) -> Outcome:
+    return Outcome(
+        case=case.name,
+        target=target,
+        refusal=str(error),
+        undifferentiable=isinstance(error, NotDifferentiable),
+    )
+
+
+def _try_target(
+    case: NodeCase, target: Target, prepared: PreparedModel, loss: str, data: Arrays
+) -> Outcome:
+    """Cut a case whole, run its step, and compare loss and gradients with the oracle."""
+    try:
+        bundle = cut_prepared(
+            prepared, at=None, loss="from-model", output=loss,
+            client_target=target, server_target=target,
+        )  # fmt: skip
+    except SplitonnxError as error:
+        return _note_refusal(case, target, error)
+    parameters = _list_parameters(set(prepared.trainable), case)
     expected = expect(case.operator, case.name, parameters)
     try:
         feeds, found = run_stage(bundle, {**data, **expected.weights})
@@ -178,35 +189,12 @@ def try_case(case: NodeCase, target: Target) -> Outcome:
         parameters=parameters,
         error=worst,
         loss_error=_compare_losses(float(found["loss"]), expected.loss, data),
-        rewritten=case.operator not in prepared.operators,
+        rewritten=case.operator not in {node.op_type for node in prepared.training.graph},
         worst=where,
         graph=bundle.client.graphs[STEP],
         feeds=feeds,
         found=found,
     )
-
-
-@dataclass(kw_only=True)
-class _Prepared:
-    """What :func:`cut` made of a model before it was differentiated."""
-
-    trainable: Collection[str] = ()
-    operators: Collection[str] = ()
-
-
-@contextmanager
-def _noting_what_is_prepared() -> Iterator[_Prepared]:
-    """Note what the model is that a cut differentiates; preparing it twice takes long."""
-    noted = _Prepared()
-
-    def note(*args: Any, **options: Any) -> PreparedModel:
-        prepared = prepare(*args, **options)
-        noted.trainable = set(prepared.trainable)
-        noted.operators = {node.op_type for node in prepared.training.graph}
-        return prepared
-
-    with patch.object(partitions, "prepare", note):
-        yield noted
 
 
 def _compare_losses(found: float, expected: float, data: Mapping[str, np.ndarray]) -> float:
@@ -275,8 +263,7 @@ def try_cases(operators: Sequence[str]) -> Iterator[tuple[NodeCase, Outcome]]:
     for operator in operators:
         for case in list_node_cases(operator):
             if is_tensors_only(case):
-                for target in TARGETS:
-                    yield case, try_case(case, target)
+                yield from ((case, outcome) for outcome in try_case(case))
 
 
 def main(arguments: Sequence[str]) -> int:

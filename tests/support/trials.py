@@ -20,8 +20,10 @@ from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role
 from splitonnx.names import BatchNormMode, Target
 from splitonnx.optimizers import SGD, Optimizer
-from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
@@ -57,22 +59,26 @@ class Subject:
 
     def cut(self, at: str | None, tail: str | None, target: Target) -> Bundle:
         """Cut the model for one target."""
-        return cut(
-            self.model,
+        return cut_prepared(
+            self.prepared,
             at=at,
             tail_at=tail or (),
             loss=self.loss,
             output=self.output,
             optimizer=self.optimizer,
-            batchnorm=self.batchnorm,
             client_target=target,
             server_target=target,
         )
 
     @cached_property
+    def prepared(self) -> PreparedModel:
+        """The model as every cut of it is made from."""
+        return prepare(open_model(self.model), batchnorm=self.batchnorm)
+
+    @cached_property
     def places(self) -> list[Place]:
         """A cut behind the first trained layer, one in the middle and a U-shaped one."""
-        found = inspect(self.model)
+        found = list_cuts(self.prepared, None)
         names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
         first, middle, last = names[0], names[len(names) // 2], names[-1]
         return [(first, None), (middle, None), (first, last)]

@@ -35,7 +35,6 @@ from splitonnx.partitioner.cutting.conformance.originals import (
 )
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.normalization.weights import read_array
@@ -80,14 +79,12 @@ def compare_with_original(
     prepared: PreparedModel,
     bundle: Bundle,
     merge: Callable[[], bytes],
-    adjustments: Adjustments = NONE,
     most_bytes: int = MOST_BYTES,
 ) -> list[str]:
     """Compare the prepared model, the parts and the merged model with the model given.
 
-    ``source`` is the model given, with inputs changed by ``adjustments``, and ``merge`` returns the
-    merged model before any training.  A model whose weights take more than ``most_bytes`` is not
-    compared.
+    ``source`` is the model given, and ``merge`` returns the merged model before any training.  A
+    model whose weights take more than ``most_bytes`` is not compared.
 
     Return remarks: what could not be compared, and differences that are small.
 
@@ -101,7 +98,7 @@ def compare_with_original(
             f"{subject} was not compared with its parts, because its weights take "
             f"{size / 1e6:,.0f} MB"
         ]
-    inlined = copy_original(read_original(source, adjustments))
+    inlined = copy_original(read_original(source, prepared.adjustments))
     if (node := find_random(inlined)) is not None:
         return [f"{subject} was not compared with its parts: node '{node}' draws random numbers"]
     remarks = [
