@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_once
 from tests.support.hostile import HOSTILE, complete
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="limits are set on forked processes")
@@ -23,16 +24,23 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="limits are set on forke
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], dict[str, Any]]:
-    """Run both commands on every model of the table."""
-    scratch = tmp_path_factory.mktemp("hostile")
-    for name, (make, _) in HOSTILE.items():
-        folder = scratch / name
-        folder.mkdir()
-        (folder / "model.onnx").write_bytes(complete(make(folder)))
-    command = [sys.executable, "-m", "tests.fuzzing.screenings", str(scratch)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    """Run both commands on every model of the table, once for pytest's processes."""
+    found = json.loads(build_once(tmp_path_factory, "hostile", screen_all).read_text())
     return {(outcome["name"], outcome["command"]): outcome for outcome in found}
+
+
+def screen_all(scratch: Path) -> Path:
+    """Screen the models in folders of ``scratch``, and write what came of them to a file."""
+    models = scratch / "models"
+    for name, (make, _) in HOSTILE.items():
+        folder = models / name
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(complete(make(folder)))
+    command = [sys.executable, "-m", "tests.fuzzing.screenings", str(models)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    made = scratch / "outcomes.json"
+    made.write_text(json.dumps([json.loads(line) for line in done.stdout.splitlines()]))
+    return made
 
 
 @pytest.mark.parametrize("command", ["cut", "inspect"])

@@ -15,6 +15,7 @@ from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
+from tests.conftest import build_once
 from tests.support import portable_training
 from tests.support.zoo import ZOO
 
@@ -30,9 +31,16 @@ def list_places(prepared: PreparedModel) -> list[tuple[str, str | None]]:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
-    """Cut the whole zoo into portable parts, each in a folder with its data."""
-    root = tmp_path_factory.mktemp("portable")
-    folders = {}
+    """The whole zoo in portable parts, each in a folder with its data, beside its name.
+
+    Pytest's processes cut it once together.
+    """
+    root = build_once(tmp_path_factory, "portable-zoo", cut_zoo)
+    return {folder: name for name in ZOO for folder in sorted((root / name).iterdir())}
+
+
+def cut_zoo(root: Path) -> Path:
+    """Cut the whole zoo into portable parts in folders of ``root``."""
     for name, entry in ZOO.items():
         prepared = prepare(open_model(entry.build()))
         data: dict[str, Any] = {**entry.data(STEPS * portable_training.BATCH)}
@@ -45,11 +53,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
                 client_target="portable",
                 server_target="portable",
             )
-            folder = root / f"{name}-{number}"
+            folder = root / name / str(number)
             bundle.save(folder / "bundle")
             np.savez(folder / "data.npz", **data)
-            folders[folder] = name
-    return folders
+    return root
 
 
 @pytest.mark.long
@@ -66,7 +73,7 @@ def test_the_zoo_trains_on_stock_onnxruntime(
         for key, value in expected[name].items():
             scale = float(np.abs(value).max()) or 1.0
             difference = float(np.abs(trained[key] - value).max())
-            assert difference <= RTOL * scale, (folder.name, key, difference / scale)
+            assert difference <= RTOL * scale, (name, folder.name, key, difference / scale)
 
 
 def train_whole(name: str) -> dict[str, np.ndarray]:
