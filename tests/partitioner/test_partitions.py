@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -11,10 +12,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import NotAModel, UnknownTensor, UsageError
+from splitonnx.names import Target
 from splitonnx.optimizers import SGD, AdamW, describe_optimizer
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.partitions import choose_output, cut
+from splitonnx.partitioner.partitions import choose_output, cut, cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.verifications import verify
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
@@ -39,6 +42,40 @@ def test_a_path_bytes_and_a_model_give_the_same_bundle(tmp_path: Path) -> None:
     sources = [model, model.SerializeToString(), path, str(path), ir.from_proto(model)]
     digests = {cut(source, at="act1").manifest.digest for source in sources}
     assert len(digests) == 1
+
+
+def build_with_a_weight_that_no_part_uses() -> onnx.ModelProto:
+    """Add an output to a small network that depends on a weight alone."""
+    net = Net()
+    felt = net.op("Relu", net.op("MatMul", "x", net.weight("w", 6, 4), out="made"), out="felt")
+    net.op("MatMul", felt, net.weight("v", 4, 3), out="scores")
+    net.op("MatMul", net.weight("lost", 2, 6), net.weight("gone", 6, 2), out="still")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "scores", 3)
+    model.graph.output.append(helper.make_tensor_value_info("still", FLOAT, [2, 2]))
+    return model
+
+
+@pytest.mark.parametrize("name", ["unused", "attention", "dropout", "shape_paths"])
+def test_a_model_prepared_once_gives_every_cut_as_one_prepared_for_it(name: str) -> None:
+    model = build_with_a_weight_that_no_part_uses() if name == "unused" else ZOO[name].build()
+    prepared = prepare(open_model(model))
+    first, *_, last = (found.tensor for found in list_cuts(prepared, None))
+    targets: list[Target] = ["training", "portable", "training"]
+    places: list[tuple[str | None, str]] = [(first, ""), (first, last), (None, "")]
+    for target, (at, tail) in zip(targets, places, strict=True):
+        tail_at = [tail] if tail else ()
+        options: dict[str, Any] = {"client_target": target, "server_target": target}
+        made = cut_prepared(prepared, at=at, tail_at=tail_at, loss="mse", **options)
+        alone = cut(model, at=at, tail_at=tail_at, loss="mse", **options)
+        assert made.manifest == alone.manifest
+        assert made.skeleton == alone.skeleton
+        for party, part in alone.parties.items():
+            assert made.parties[party].manifest == part.manifest
+            assert made.parties[party].graphs == part.graphs
+    if name == "unused":
+        stored = onnx.load_from_string(made.skeleton).graph.initializer
+        assert {tensor.name for tensor in stored} >= {"lost", "gone"}
+        assert not prepared.skeleton.graph.initializers.keys() & {"lost", "gone"}
 
 
 def test_one_name_is_as_good_as_a_list_of_one() -> None:
