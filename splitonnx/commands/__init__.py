@@ -17,6 +17,7 @@ import typer
 
 from splitonnx.commands import partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
+from splitonnx.commands.imports import RARELY_USED, postpone
 from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
     discard_unprinted,
@@ -67,6 +68,7 @@ def show_options(
 def main() -> None:
     """Run the command line; this is the entry point of ``splitonnx``."""
     replace_closed_streams()
+    postpone(*RARELY_USED)
     try:
         with silencing("onnx_ir", LOGGER):
             code = app(prog_name="splitonnx", standalone_mode=False)
