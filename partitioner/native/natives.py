@@ -26,6 +26,8 @@ import msgspec
 import numpy as np
 import onnx
 
+from splitonnx.imports import leaving_out
+
 SECONDS = 300
 """Time limit of one request; the process exits if a request takes longer."""
 BASE_BYTES = 4 << 30
@@ -124,9 +126,7 @@ def list_types(content: bytes) -> dict[str, str]:
 
     An example of this notation is ``tensor(float)``.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
+    session = _import_onnxruntime().InferenceSession(
         content, _make_options(), providers=["CPUExecutionProvider"]
     )
     return {output.name: output.type for output in session.get_outputs()}
@@ -140,8 +140,7 @@ def run_session(
     Inputs and outputs are serialized tensors; an output of another type is left out.  Without
     ``is_optimized``, the session runs the graph as it is.
     """
-    import onnxruntime
-
+    onnxruntime = _import_onnxruntime()
     options = _make_options()
     if is_optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -201,20 +200,24 @@ def _encode(names: Sequence[str], values: Any) -> dict[str, bytes]:
     }
 
 
-def _import_builder() -> Any:
-    from onnxruntime.capi import _pybind_state
+def _import_onnxruntime() -> Any:
+    with leaving_out("onnxruntime.training"):  # its Python code, which takes long to import
+        import onnxruntime
+    return onnxruntime
 
-    if not hasattr(_pybind_state, "GradientGraphBuilder"):
+
+def _import_builder() -> Any:
+    bindings = _import_onnxruntime().capi._pybind_state
+    if not hasattr(bindings, "GradientGraphBuilder"):
         raise StockRuntime("it has no GradientGraphBuilder")
-    return _pybind_state
+    return bindings
 
 
 def _make_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    runtime = _import_onnxruntime()
+    options = runtime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
+from splitonnx.imports import leaving_out
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.engine.runs import Runs
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
@@ -301,7 +302,9 @@ def _import_onnxruntime() -> Any:
     # does both while it is imported, unless the environment says this before.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        import onnxruntime
+        # The training build imports onnx and more there, which takes as long as all the rest.
+        with leaving_out("onnxruntime.training"):
+            import onnxruntime
     except ImportError as error:
         raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
     onnxruntime.disable_telemetry_events()  # a program that imported it before us

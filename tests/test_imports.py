@@ -1,13 +1,14 @@
-"""Imports that a command puts off: they cost nothing, and are there when they are used."""
+"""Imports that are put off or left out, and are there for whoever uses them."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from splitonnx.commands.imports import postpone
+from splitonnx.imports import leaving_out, postpone
 from tests.conftest import ROOT, run
 from tests.support.commands import AT, MODEL
 
@@ -54,3 +55,37 @@ def test_a_command_leaves_out_what_it_does_not_use(tmp_path: Path) -> None:
     script = USING.format(model=str(MODEL), at=AT, folder=f"{tmp_path}/bundle")
     printed = run(sys.executable, "-c", script, cwd=ROOT).splitlines()
     assert printed[-2:] == ["False", "N + 1 True"]
+
+
+def test_what_is_left_out_is_refused_to_its_package_and_to_nobody_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "two_parts"
+    package.mkdir()
+    (package / "costly.py").touch()
+    (package / "__init__.py").write_text(
+        "try:\n    from two_parts import costly\nexcept ImportError:\n    costly = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with leaving_out("two_parts.costly"):
+        two_parts = import_module("two_parts")
+    assert two_parts.costly is None
+    costly = import_module("two_parts.costly")
+    with leaving_out("two_parts.costly"):
+        assert sys.modules["two_parts.costly"] is costly
+
+
+def test_nothing_is_refused_where_the_package_is_loaded_already() -> None:
+    with leaving_out("json.no_such_module"):
+        assert "json.no_such_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "module", ["splitonnx.runtime.engine.engines", "splitonnx.partitioner.native.natives"]
+)
+def test_onnx_runtime_is_loaded_without_its_code_for_training(module: str) -> None:
+    script = (
+        f"import sys, {module} as module; print(module._import_onnxruntime().InferenceSession, "
+        "'onnxruntime.training' in sys.modules)"
+    )
+    assert run(sys.executable, "-c", script, cwd=ROOT).endswith("InferenceSession'> False\n")

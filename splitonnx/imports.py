@@ -1,0 +1,46 @@
+"""Postpone or leave out imports that take long and are not needed: processes start faster."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+
+class _Postponed(ModuleType):
+    """Stand in for a module that is imported when one of its attributes is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def postpone(*names: str) -> None:
+    """Postpone the import of modules until they are used.
+
+    This changes imports in the whole process.  Use it only in a process that runs a command.
+    """
+    for name in names:
+        sys.modules.setdefault(name, _Postponed(name))
+
+
+@contextmanager
+def leaving_out(name: str) -> Iterator[None]:
+    """Refuse the import of a submodule during a ``with`` block that first imports its package.
+
+    The package must catch the ``ImportError``.  After the block, the submodule can be imported.
+    """
+    package = name.rpartition(".")[0]
+    if package in sys.modules or name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if sys.modules.get(name, package) is None:
+            del sys.modules[name]
