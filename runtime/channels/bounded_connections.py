@@ -88,8 +88,8 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Close the connection; skip the closing handshake if there are too many unread bytes."""
-        if "bytes" in self._pauses:
+        """Close the connection; skip the closing handshake while too much is unread."""
+        if self._pauses:
             self.close_socket()
         else:
             super().close(code, reason)

@@ -55,7 +55,6 @@ def measure(*arguments: str | Path) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@pytest.mark.alone
 @pytest.mark.skipif(os.name == "nt", reason="peaks of memory are measured with wait4")
 def test_cutting_takes_no_more_memory_for_large_weights(tmp_path: Path) -> None:
     size = 8 * 5000**2  # 200 MB

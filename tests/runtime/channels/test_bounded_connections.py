@@ -61,6 +61,7 @@ def test_messages_that_nobody_asked_for_are_not_read_without_end() -> None:
         first = transport.receive()  # what was kept can still be read
         assert len(first) == 1 << 20
         assert transport._socket.waiting_bytes <= bounded_connections.READ_AHEAD + (2 << 20)
+        transport._socket.close_timeout = None  # for ever: there is nothing to wait for
         transport.close()
 
 
