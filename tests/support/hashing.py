@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from splitonnx.tensors import DTYPES, TensorSpec
 
 ROWS = 2
 """What every symbolic dimension is."""
-_SCALAR: tuple[np.dtype[Any], tuple[int, ...]] = (np.dtype(np.float32), ())
+Form = tuple[np.dtype[Any], tuple[int, ...], int]
+"""An output's dtype, shape and number of elements."""
+_SCALAR: Form = (np.dtype(np.float32), (), 1)
 """What an output is of which no manifest tells."""
 
 
@@ -59,7 +61,7 @@ class HashingEngine(Engine):
         for name in sorted(feeds):
             seen.update(name.encode())
             seen.update(np.ascontiguousarray(feeds[name]).tobytes())
-        return {name: self._draw(name, seen.digest()) for name in stage.outputs}
+        return self._draw(stage.outputs, seen.digest())
 
     def _learn(self, manifest: PartyManifest) -> None:
         states = {spec.tensor.name: spec.tensor for spec in manifest.state}
@@ -70,12 +72,18 @@ class HashingEngine(Engine):
             self._specs.update((value, states[name]) for name, value in phase.commits.items())
         self._specs.update((spec.name, spec) for spec in manifest.outputs)
 
-    def _draw(self, name: str, seed: bytes) -> np.ndarray:
-        dtype, shape = self._forms.get(name, _SCALAR)
-        stream = hashlib.shake_128(seed + name.encode()).digest(2 * math.prod(shape))
-        return (np.frombuffer(stream, np.uint16) / 65536).astype(dtype).reshape(shape)
+    def _draw(self, names: Sequence[str], seed: bytes) -> dict[str, Any]:
+        """Draw all outputs from one stream, one after the other."""
+        forms = [self._forms.get(name, _SCALAR) for name in names]
+        stream = hashlib.shake_128(seed).digest(2 * sum(size for *_, size in forms))
+        drawn = np.frombuffer(stream, np.uint16) / 65536
+        outputs, end = {}, 0
+        for name, (dtype, shape, size) in zip(names, forms, strict=True):
+            outputs[name] = drawn[end : end + size].astype(dtype).reshape(shape)
+            end += size
+        return outputs
 
 
-def _read_form(spec: TensorSpec) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _read_form(spec: TensorSpec) -> Form:
     shape = tuple(dim if isinstance(dim, int) else ROWS for dim in spec.shape)
-    return np.dtype(DTYPES[spec.dtype]), shape
+    return np.dtype(DTYPES[spec.dtype]), shape, math.prod(shape)

@@ -7,7 +7,7 @@ connection breaks, and maybe long after the client has given it up.  Mischief go
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from pathlib import Path
@@ -56,20 +56,19 @@ class Network:
     """Serves the folder's server part, and takes events from ``script`` one after the other.
 
     Where the script is over, nothing happens any more, or with ``ends_in_crash`` the client's
-    process ends.  ``events`` counts them; ``replies`` are the different ones that went out for
-    each turn of each step.
+    process ends.  ``events`` counts them.
     """
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.script: deque[Event] = deque()
         self.ends_in_crash = False
         self.events = 0
-        self.replies: dict[tuple[TaskKey, int], set[bytes]] = {}
         self.registry: Registry
         self._folder = folder
         self._engine = engine
         self._lines: list[Line] = []
         self._delayed: list[tuple[Line, bytes]] = []
+        self._noted: set[bytes] = set()
         self._start_server()
 
     def dial(self) -> Line:
@@ -124,10 +123,17 @@ class Network:
         self.crash_server()
 
     def note(self, reply: bytes) -> None:
-        """Note what a server answers in training."""
-        message, _ = decode_message(reply)
-        if isinstance(message, Tensors) and message.phase == TRAIN:
-            self.replies.setdefault((message.key, message.turn), set()).add(reply)
+        """Note what a server answers."""
+        self._noted.add(reply)
+
+    def count_replies(self) -> Counter[tuple[TaskKey, int]]:
+        """Count the different replies in training that went out for each turn of each step."""
+        messages = [decode_message(reply)[0] for reply in self._noted]
+        return Counter(
+            (message.key, message.turn)
+            for message in messages
+            if isinstance(message, Tensors) and message.phase == TRAIN
+        )
 
     def delay(self, line: Line, content: bytes) -> None:
         """Keep a message that the server is to see when its client has given the line up."""

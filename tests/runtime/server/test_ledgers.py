@@ -218,7 +218,7 @@ class Machine(RuleBasedStateMachine):
             self.side.network.ends_in_crash = False
             self.side.train(self.look)
             assert self.side.published() == self.course.published
-            assert {len(replies) for replies in self.side.network.replies.values()} <= {1}
+            assert {*self.side.network.count_replies().values()} <= {1}
         shutil.rmtree(self.scratch)
 
 
@@ -301,7 +301,7 @@ def test_replies_that_were_lost_are_not_computed_again(event: Event) -> None:
         side = Side(course.bundle, engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
         side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
         side.train(lambda _: None)
-        assert {len(replies) for replies in side.network.replies.values()} == {1}, place
+        assert {*side.network.count_replies().values()} == {1}, place
         shutil.rmtree(side.folder.parent)
 
 
