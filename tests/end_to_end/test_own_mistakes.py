@@ -137,9 +137,11 @@ def test_a_mistake_beside_native_code_comes_back_as_one(caplog: pytest.LogCaptur
 # --- the command line -------------------------------------------------------------------------
 
 PLANTING = """
+from splitonnx.commands import UNUSED, main
+from splitonnx.imports import postpone
+postpone(*UNUSED)  # before main does, for it would be too late then
 from splitonnx.partitioner import rewrites
 rewrites.REWRITES["Elu"] = lambda builder, node: node.no_such_attribute
-from splitonnx.commands import main
 main()
 """
 TRACED = {"SPLITONNX_TRACEBACK": "1"}
