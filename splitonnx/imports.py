@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -14,18 +15,22 @@ class _Postponed(ModuleType):
     """Stand in for a module that is imported when one of its attributes is first used."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # from code that inspects all modules
+            raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
 
 
 def postpone(*names: str) -> None:
-    """Postpone the import of modules until they are used.
+    """Postpone the import of modules until they are used; ignore packages that are not installed.
 
     This changes imports in the whole process.  Use it only in a process that runs a command.
     """
     for name in names:
-        sys.modules.setdefault(name, _Postponed(name))
+        package = name.partition(".")[0]
+        if name not in sys.modules and (package in sys.modules or find_spec(package)):
+            sys.modules[name] = _Postponed(name)
 
 
 @contextmanager

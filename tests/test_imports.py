@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -30,13 +31,23 @@ def test_a_module_that_is_there_already_stays() -> None:
     assert sys.modules["pytest"] is pytest
 
 
-def test_a_module_that_is_missing_fails_at_its_first_use() -> None:
-    postpone("no_such_module")
-    import no_such_module  # type: ignore[import-not-found]
+def test_a_module_that_is_missing_fails_when_it_is_imported() -> None:
+    postpone("no_such_module", "no_such_package.module")
+    for name in ("no_such_module", "no_such_package.module"):
+        assert name not in sys.modules
+        with pytest.raises(ModuleNotFoundError):
+            import_module(name)
 
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        no_such_module.anything  # noqa: B018
-    assert "no_such_module" not in sys.modules
+
+def test_who_looks_at_all_modules_does_not_import_a_postponed_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "this", raising=False)  # it would print
+    postpone("this")
+    standing_in = sys.modules["this"]
+    assert not hasattr(standing_in, "__file__")
+    assert inspect.getmodule(postpone) is sys.modules["splitonnx.imports"]
+    assert sys.modules.pop("this") is standing_in
 
 
 USING = """
