@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import IntegerCut, UsageError
+from splitonnx.errors import IntegerCut, NotACut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, resolve_names, survey
@@ -33,7 +33,14 @@ from splitonnx.partitioner.differentiation.losses import (
 )
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
-from splitonnx.partitioner.graphs.traversals import find_movers, map_values, prune, walk_back
+from splitonnx.partitioner.graphs.traversals import (
+    find_movers,
+    list_inputs,
+    map_values,
+    prune,
+    reads_size,
+    walk_back,
+)
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
@@ -104,11 +111,14 @@ def build_training(
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
-    the tensors of the cut.  The loss is computed from ``output``.
+    the tensors of the cut.  The loss is computed from ``output``, and what only other outputs need
+    is left out.
     """
     model = copy_model(prepared.training)
     graph = model.graph
-    partition = _divide(prepared, graph, at, tail_at)
+    cut = [resolve_names(graph, names) for names in (at, tail_at)]
+    graph.outputs[:] = [map_values(graph)[output]]
+    partition = _divide(prepared, graph, *(_keep_needed(graph, values) for values in cut))
     axis = find_class_axis(graph, loss, output, options)
     scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at}, axis)
     known = set(graph)
@@ -167,7 +177,8 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     server also sends the outputs that it computes to the client.
     """
     graph = copy_model(prepared.inference).graph
-    partition = _divide(prepared, graph, at, tail_at)
+    cut = [resolve_names(graph, names) for names in (at, tail_at)]
+    partition = _divide(prepared, graph, *cut)
     ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
@@ -194,10 +205,27 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     )
 
 
+def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
+    """Keep the cut tensors that the graph's output, from which the loss is computed, depends on.
+
+    Raises:
+        NotACut: it depends on none of them, so one party would have no part in training.
+    """
+    nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
+    read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
+    kept = [value for value in tensors if value in read or value in graph.outputs]
+    if tensors and not kept:
+        name = graph.outputs[0].name
+        raise NotACut(
+            [value.name or "" for value in tensors],
+            reason=f"output '{name}', from which the loss is computed, does not depend on them",
+        )
+    return kept
+
+
 def _divide(
-    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
+    prepared: PreparedModel, graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
 ) -> Partition:
-    first, last = resolve_names(graph, at), resolve_names(graph, tail_at)
     for tensors in (first, last):
         lost = find_lost(tensors, prepared.trainable)
         if lost:

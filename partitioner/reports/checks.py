@@ -121,7 +121,7 @@ def check(
     faults: list[NotDifferentiable] = []
     if losses:
         faults, obstacles = _try_training(prepared, losses[0], output)
-    cuts, unlisted = _list_cuts(prepared)
+    cuts, unlisted = _list_cuts(prepared, output)
     return Check(
         opset=opset,
         producer=producer,
@@ -138,10 +138,12 @@ def check(
     )
 
 
-def _list_cuts(prepared: PreparedModel) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
+def _list_cuts(
+    prepared: PreparedModel, output: str
+) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
     """List the cuts, or return no cuts and a remark if finding them would take too long."""
     try:
-        return tuple(list_cuts(prepared, None)), ()
+        return tuple(list_cuts(prepared, None, output=output)), ()
     except TooManyTries as error:
         return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
 

@@ -20,6 +20,7 @@ from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
+from splitonnx.partitioner.partitions import choose_output
 from splitonnx.tensors import DTYPES
 
 
@@ -54,6 +55,7 @@ def inspect(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    output: str | None = None,
 ) -> list[CutCandidate]:
     """List each tensor that is a valid cut of a model on its own, in the order of the graph.
 
@@ -63,24 +65,30 @@ def inspect(
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
         sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
+        output: the output from which the loss is to be computed; by default the first float output.
 
     Raises:
         ModelError: the model cannot be read or prepared.
-        UnknownTensor, UsageError: a name in ``sent`` is not an input of the model.
+        UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, or ``output`` is
+            not an output.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
     prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
-    return list_cuts(prepared, batch, sent)
+    return list_cuts(prepared, batch, sent, output)
 
 
 @attribute_errors_to_pass("searched for cuts")
 def list_cuts(
-    prepared: PreparedModel, batch: int | None, sent: Sequence[str] = ()
+    prepared: PreparedModel,
+    batch: int | None,
+    sent: Sequence[str] = (),
+    output: str | None = None,
 ) -> list[CutCandidate]:
     """List each tensor that is a valid cut of a prepared model on its own.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
-    size.  The raw inputs in ``sent`` may be sent together with a tensor.
+    size.  The raw inputs in ``sent`` may be sent together with a tensor.  The loss is computed from
+    ``output``.
     """
     form = prepared.inference
     if batch is not None:
@@ -91,8 +99,32 @@ def list_cuts(
             raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
     elements = {name: prepared.weights[name].size for name in prepared.trainable}
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
+    trained = _list_trained(prepared, elements, sent, output)
     makers = map_values(prepared.skeleton.graph)
-    return [_describe(each, makers) for each in found if not _loses_gradient(each)]
+    return [
+        _describe(each, makers)
+        for each in found
+        if each.at[0].name in trained and not _loses_gradient(each)
+    ]
+
+
+def _list_trained(
+    prepared: PreparedModel, elements: Mapping[str, int], sent: Sequence[str], output: str | None
+) -> set[str]:
+    """Name the tensors that divide the training form, of which only the loss's output is needed.
+
+    That form differs where operators were rewritten: two results of one node may become two paths.
+    """
+    graph = prepared.training.graph
+    outputs = list(graph.outputs)
+    graph.outputs[:] = [map_values(graph)[choose_output(prepared, output)]]
+    try:
+        found = find_bisections(
+            graph, state=prepared.state, trainable=elements, sent=resolve_names(graph, sent)
+        )
+    finally:
+        graph.outputs[:] = outputs
+    return {each.at[0].name or "" for each in found}
 
 
 def _loses_gradient(bisection: Bisection) -> bool:

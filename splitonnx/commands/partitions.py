@@ -92,12 +92,18 @@ def inspect(
     ] = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step."""
     pause_to_the_end()
     cuts = splitonnx.inspect(
-        model, batch=batch, sent=sent or (), dims=read_dims(dim), bind=read_bindings(bind)
+        model,
+        batch=batch,
+        sent=sent or (),
+        dims=read_dims(dim),
+        bind=read_bindings(bind),
+        output=output,
     )
     if as_json:
         printing.print_json(cuts)

@@ -10,8 +10,6 @@ from tests.support.small_models import load_model
 
 IN_THE_WAY = {
     ("34_passed_through", "b"): ("x",),
-    ("29_batch_axis_1", "Y"): ("x", "h0"),
-    ("29_batch_axis_1", "s"): ("x", "h0"),
 }
 """Cuts, and the raw inputs that the server would need for an output of its own."""
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.commands.printing import print_cuts
 from splitonnx.errors import NativeCrash, NotAModel, UnsupportedModel
 from splitonnx.partitioner.gate import gates
+from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.inference import node_types
@@ -115,9 +116,9 @@ def test_the_collector_is_off_while_a_model_is_worked_on_and_on_again_behind_it(
     seen = []
     opened = gates.open_model
 
-    def spy(source: ModelSource) -> ir.Model:
+    def spy(source: ModelSource, *given: Adjustments) -> ir.Model:
         seen.append(gc.isenabled())
-        return opened(source)
+        return opened(source, *given)
 
     for module in ("reports.checks", "reports.inspections", "partitions"):
         monkeypatch.setattr(f"splitonnx.partitioner.{module}.open_model", spy)

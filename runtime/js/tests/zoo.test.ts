@@ -89,7 +89,7 @@ async function train(name: string, url: string, ort: Ort, party: PartyBundle): P
   return told;
 }
 
-// The server of a bundle trains with a client of each runtime, which are strangers to each other.
+// The server of a bundle trains with a client of each runtime; neither knows of the other.
 test("the zoo trains under every runtime, and no lie about a shape breaks it", async () => {
   const told = new Map(RUNTIMES.map(([title]) => [title, 0])); // lies about shapes
   assert.ok(names.length > 100);

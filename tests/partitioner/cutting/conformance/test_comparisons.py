@@ -16,6 +16,7 @@ from splitonnx.errors import DifferentResult
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.dataflow import run_split
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import NO_CHECK, cut
 from tests.support.nets import FLOAT, Net
@@ -112,8 +113,8 @@ def test_a_fault_planted_in_any_form_is_caught(
 def test_a_fault_planted_in_every_form_is_caught(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_wrongly(model: onnx.ModelProto) -> ir.Model:
-        opened = open_model(model)
+    def open_wrongly(model: onnx.ModelProto, *given: Adjustments) -> ir.Model:
+        opened = open_model(model, *given)
         plant(opened.graph)
         return opened
 
