@@ -133,17 +133,21 @@ def list_types(content: bytes) -> dict[str, str]:
 
 
 def run_session(
-    content: bytes, batches: Sequence[Mapping[str, bytes]], is_optimized: bool
+    content: bytes, batches: Sequence[Mapping[str, bytes]], level: str
 ) -> list[dict[str, bytes]]:
     """Run a model with ONNX Runtime on each of the batches, and return its outputs by name.
 
-    Inputs and outputs are serialized tensors; an output of another type is left out.  Without
-    ``is_optimized``, the session runs the graph as it is.
+    Inputs and outputs are serialized tensors; an output of another type is left out.  ``level`` is
+    the level of graph optimizations: ``none``, ``basic`` or ``all``.
     """
     onnxruntime = _import_onnxruntime()
+    levels = onnxruntime.GraphOptimizationLevel
     options = _make_options()
-    if is_optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.graph_optimization_level = {
+        "none": levels.ORT_DISABLE_ALL,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "all": levels.ORT_ENABLE_ALL,
+    }[level]
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return [_encode(names, session.run(names, _decode(batch))) for batch in batches]

@@ -75,9 +75,9 @@ def test_cut_compares_the_parts_with_the_model(
 ) -> None:
     run = dataflow.run_session
 
-    def run_wrong(*given: Any, is_optimized: bool) -> list[dict[str, np.ndarray]]:
-        made = run(*given, is_optimized=is_optimized)
-        factor = 2 if is_optimized else 1
+    def run_wrong(*given: Any, level: dataflow.Level) -> list[dict[str, np.ndarray]]:
+        made = run(*given, level=level)
+        factor = 1 if level == "none" else 2
         return [{name: factor * array for name, array in values.items()} for values in made]
 
     monkeypatch.setattr(dataflow, "run_session", run_wrong)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from splitonnx.bundles import Bundle
 from splitonnx.errors import DifferentResult
 from splitonnx.manifests import KEY
+from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     NotRun,
     expose,
@@ -118,17 +119,20 @@ def _list_forms(
         weights = {name: read_array(tensor) for name, tensor in prepared.weights.items()}
         written = expose(write_model(model)) if is_traced else write_model(model)
         content = inline_weights(written, weights)
-        return run_session(content, batches, subject, is_optimized=False)
+        return run_session(content, batches, subject, level="none")
 
     inference = copy_original(inlined)
     set_inference_modes(inference)
     trace = partial(run, prepared.inference, True)
-    predict, infer = partial(run_split, bundle), partial(run_session, merged, is_optimized=True)
+    predict, infer = partial(run_split, bundle), partial(run_session, merged, level="all")
     predicting = [
         _Made(label="what the parts predict", run=partial(predict, subject=subject), trace=trace),
         _Made(label="the merged model", run=partial(infer, subject=subject), trace=trace),
     ]
     recipe = bundle.manifest.recipe
+    if recipe.client_target == PORTABLE:  # an export is optimized at this level
+        export = partial(predict, subject=subject, level="basic")
+        predicting.append(_Made(label="what exported parts predict", run=export, trace=trace))
     is_random = any(value.name == KEY for value in prepared.training.graph.inputs)
     if is_random or not set_training_modes(inlined, recipe.batchnorm, recipe.dropout):
         return [_Form(original=inference, made=predicting)]
@@ -195,7 +199,7 @@ def _find_first(made: _Made, expectation: Expectation, difference: Difference, s
     traced = expose(copy_original(expectation.model)).SerializeToString()
     try:
         found = made.trace(expectation.batches)
-        expected = run_session(traced, expectation.batches, subject, is_optimized=False)
+        expected = run_session(traced, expectation.batches, subject, level="none")
     except NotRun:
         return difference.tensor
     for node in expectation.model.graph.node:

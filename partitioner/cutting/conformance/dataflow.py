@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -14,6 +15,8 @@ from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, decode, encode
 from splitonnx.partitioner.native import natives, workers
 
+Level: TypeAlias = Literal["none", "basic", "all"]
+"""The level of ONNX Runtime's graph optimizations."""
 SECONDS = 1.0
 """Processor time of the reference evaluator, whose loops in Python can take very long."""
 
@@ -35,7 +38,7 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 
 
 def run_session(
-    content: bytes, batches: Sequence[Arrays], subject: str, *, is_optimized: bool
+    content: bytes, batches: Sequence[Arrays], subject: str, *, level: Level
 ) -> list[Arrays]:
     """Run a model with ONNX Runtime, and return its outputs for each batch.
 
@@ -43,10 +46,12 @@ def run_session(
         NotRun: ONNX Runtime refuses the model or the inputs.
     """
     given = [encode(batch) for batch in batches]
-    return _decode(lambda: workers.call(natives.run_session, subject, content, given, is_optimized))
+    return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
 
 
-def run_split(bundle: Bundle, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
+def run_split(
+    bundle: Bundle, batches: Sequence[Arrays], subject: str, *, level: Level = "all"
+) -> list[Arrays]:
     """Predict with the parts of a bundle, stage by stage, and return all values by name.
 
     A tensor that one party sends reaches the other under the same name.
@@ -59,7 +64,7 @@ def run_split(bundle: Bundle, batches: Sequence[Arrays], subject: str) -> list[A
         states = {i.name: party.weights[i.name] for i in stage.inputs if i.source is Source.STATE}
         read = [i.name for i in stage.inputs if i.source is not Source.STATE]
         given = [{name: value[name] for name in read} | states for value in values]
-        made = run_session(party.graphs[stage.graph], given, subject, is_optimized=True)
+        made = run_session(party.graphs[stage.graph], given, subject, level=level)
         for value, outputs in zip(values, made, strict=True):
             value.update(outputs)
     return values

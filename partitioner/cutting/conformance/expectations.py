@@ -82,7 +82,7 @@ def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
     """
     content = model.SerializeToString()
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
-        "session": partial(run_session, content, subject=subject, is_optimized=False)
+        "session": partial(run_session, content, subject=subject, level="none")
     }
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)

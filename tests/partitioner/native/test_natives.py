@@ -151,8 +151,10 @@ def test_models_run_in_both_evaluators_on_serialized_tensors() -> None:
     array = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)
     batch = {"x": numpy_helper.from_array(array).SerializeToString()}
     for made in (
-        natives.run_session(content, [batch, batch], True),
-        natives.run_session(content, [batch, batch], False),
+        *(
+            natives.run_session(content, [batch, batch], level)
+            for level in ("none", "basic", "all")
+        ),
         natives.run_reference(content, [batch, batch], 10.0),
     ):
         assert len(made) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -19,7 +18,7 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import NO_CHECK, cut
-from tests.support.nets import FLOAT, Net
+from tests.support.nets import FLOAT, Arrays, Net
 
 Plant = Callable[[ir.Graph], None]
 
@@ -191,10 +190,25 @@ def test_a_model_that_draws_numbers_is_said_not_to_be_compared(
     assert "node 'draw' draws random numbers" in caplog.text
 
 
+def test_a_fusion_that_an_export_alone_would_suffer_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_wrong(*given: object, level: str = "all", **named: object) -> list[Arrays]:
+        made = run_split(*given, **named)  # type: ignore[arg-type]
+        factor = 2.0 if level == "basic" else 1.0
+        return [{name: array * factor for name, array in values.items()} for values in made]
+
+    monkeypatch.setattr(f"{COMPARISONS}.run_split", run_wrong)
+    cut(build_model(), at="second", check=True)
+    with pytest.raises(DifferentResult) as caught:
+        cut(build_model(), at="second", client_target="portable", check=True)
+    assert caught.value.made == "what exported parts predict"
+
+
 def test_a_small_difference_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run_slightly_wrong(*given: object, **named: object) -> list[dict[str, np.ndarray]]:
+    def run_slightly_wrong(*given: object, **named: object) -> list[Arrays]:
         made = run_split(*given, **named)  # type: ignore[arg-type]
         return [{name: array * 1.0003 for name, array in values.items()} for values in made]
 
@@ -208,7 +222,7 @@ def test_a_difference_that_another_draw_does_not_confirm_is_none(
 ) -> None:
     calls = []
 
-    def run_wrong_once(*given: object, **named: object) -> list[dict[str, np.ndarray]]:
+    def run_wrong_once(*given: object, **named: object) -> list[Arrays]:
         made = run_split(*given, **named)  # type: ignore[arg-type]
         calls.append(1)
         factor = 2.0 if len(calls) == 1 else 1.0

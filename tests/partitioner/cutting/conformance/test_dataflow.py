@@ -34,7 +34,7 @@ def test_both_evaluators_run_every_batch() -> None:
     content, name = model.SerializeToString(), model.graph.output[0].name
     for made in (
         run_reference(content, BATCHES, "it"),
-        run_session(content, BATCHES, "it", is_optimized=False),
+        run_session(content, BATCHES, "it", level="none"),
     ):
         for outputs, expected in zip(made, evaluate(model), strict=True):
             np.testing.assert_allclose(outputs[name], expected, rtol=1e-5, atol=1e-6)
@@ -67,14 +67,14 @@ def test_inputs_that_a_model_refuses_are_told() -> None:
     content = build_chain().SerializeToString()
     wrong = [{"x": np.zeros((2, 7), np.float32)}]
     with pytest.raises(NotRun):
-        run_session(content, wrong, "it", is_optimized=False)
+        run_session(content, wrong, "it", level="none")
     with pytest.raises(NotRun):
         run_reference(content, wrong, "it")
 
 
 def test_every_tensor_of_an_exposed_model_is_an_output() -> None:
     model = expose(build_chain())
-    (values,) = run_session(model.SerializeToString(), BATCHES[:1], "it", is_optimized=False)
+    (values,) = run_session(model.SerializeToString(), BATCHES[:1], "it", level="none")
     assert {name for node in model.graph.node for name in node.output} == values.keys()
 
 
@@ -84,5 +84,5 @@ def test_weights_that_are_inputs_become_initializers_of_their_type() -> None:
         {"x": (FLOAT, ["N", 6]), "b": (FLOAT, [6])}, net.op("Add", "x", "b", out="y"), 6
     )
     content = inline_weights(model, {"b": np.arange(6.0), "other": np.ones(2)})
-    (values,) = run_session(content, BATCHES[:1], "it", is_optimized=False)
+    (values,) = run_session(content, BATCHES[:1], "it", level="none")
     np.testing.assert_allclose(values["y"], BATCHES[0]["x"] + np.arange(6, dtype=np.float32))
