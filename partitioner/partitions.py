@@ -108,7 +108,8 @@ def cut(
         check: compare what was cut with the model on random inputs, by onnx's reference evaluator
             and by ONNX Runtime without optimizations.  What cannot be compared is logged as a
             warning.  By default, models with up to 256 MiB of weights are compared, unless the
-            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.
+            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model, which
+            is changed, cannot be compared.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -124,8 +125,10 @@ def cut(
         if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
-    if adjustments and isinstance(model, ir.Model):
-        raise UsageError("dims and bind are for models that are not opened yet")
+    if isinstance(model, ir.Model) and (adjustments or check):
+        raise UsageError(
+            "dims, bind and check are for a model as it was given, not for an ir.Model"
+        )
     opened = model if isinstance(model, ir.Model) else open_model(model, adjustments)
     prepared = prepare(
         opened,

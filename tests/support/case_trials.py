@@ -25,7 +25,7 @@ from splitonnx.manifests import KEY
 from splitonnx.names import Target
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.graphs.traversals import trace_gradients
+from splitonnx.partitioner.graphs.traversals import find_moving, trace_gradients
 from splitonnx.partitioner.normalization.parameters import TensorKind, classify_tensor
 from splitonnx.partitioner.partitions import cut_prepared
 from splitonnx.runtime.engine.engines import Engine
@@ -200,7 +200,10 @@ def _try_target(
 
 def _list_differentiated(prepared: PreparedModel) -> set[str]:
     """List the operators through which gradients pass; a rewrite may keep one for its value."""
-    makers = (value.producer() for value in trace_gradients(prepared.training.graph.outputs))
+    graph = prepared.training.graph
+    trained = [value for value in graph.inputs if value.name in prepared.trainable]
+    passed = trace_gradients(graph.outputs) & find_moving(graph, trained)
+    makers = (value.producer() for value in passed)
     return {node.op_type for node in makers if node is not None}
 
 

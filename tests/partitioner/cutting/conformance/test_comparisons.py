@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import DifferentResult
+from splitonnx.errors import DifferentResult, UsageError
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.dataflow import run_split
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
@@ -156,6 +156,11 @@ def test_nothing_is_compared_where_the_user_says_so(monkeypatch: pytest.MonkeyPa
     cut(build_model(), at="second", check=False)
     monkeypatch.setenv(NO_CHECK, "1")
     cut(build_model(), at="second")
+
+
+def test_a_model_that_the_cut_changes_cannot_be_compared() -> None:
+    with pytest.raises(UsageError, match="check are for a model as it was given"):
+        cut(open_model(build_model()), at="second", check=True)
 
 
 def test_cuts_are_compared_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
