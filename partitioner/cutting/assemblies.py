@@ -196,7 +196,9 @@ def _share_phase(
             graphs[f"{label}.onnx"] = _write_stage(label, graph)
         else:
             graphs[f"{label}.onnx"] = _write_stage(label, cut.view, is_portable=False)
+    results = joint.results if party == CLIENT else ()
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
+    used.update(results)  # an input of the model may be an output, too
     phase = Phase(
         name=name,
         stages=tuple(stages),
@@ -210,7 +212,7 @@ def _share_phase(
             )
             for wire in joint.wires
         ),
-        results=joint.results if party == CLIENT else (),
+        results=results,
         commits={n: v for n, v in joint.commits.items() if party in joint.owners[n]},
     )
     return _Share(phase=phase, graphs=graphs)

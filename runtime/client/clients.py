@@ -292,6 +292,8 @@ class Client:
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
         """Run the model on the data and return its outputs, with samples along the first dimension.
 
+        An output that is a single number has one entry for each batch.
+
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
@@ -302,7 +304,7 @@ class Client:
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
             for name, array in self._loop.perform(PREDICT, batch).items():
                 parts[name].append(array)
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return {name: np.concatenate([*map(np.atleast_1d, parts[name])]) for name in parts}
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the state of this part as read-only arrays, including the optimizer's state."""

@@ -14,6 +14,32 @@ from onnx.reference.ops.op_scatter_elements import ScatterElements
 from tests.support.keyed import draw_words
 
 
+class BatchNormalization(OpRun):
+    """As of opset 15 at every opset; onnx's own evaluator uses the batch's statistics up to 13."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+        mean: np.ndarray,
+        var: np.ndarray,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        training_mode: int = 0,
+    ) -> tuple[np.ndarray, ...]:
+        rows = np.moveaxis(x, 1, -1)
+        flat = rows.reshape(-1, rows.shape[-1])
+        if not training_mode:
+            return (np.moveaxis((rows - mean) / np.sqrt(var + epsilon) * scale + bias, -1, 1),)
+        now, spread = flat.mean(0), flat.var(0)
+        normal = (rows - now) / np.sqrt(spread + epsilon) * scale + bias
+        kept = (mean * momentum + now * (1 - momentum), var * momentum + spread * (1 - momentum))
+        return (np.moveaxis(normal, -1, 1), *kept)
+
+
 class GroupNormalization(OpRun):
     """As of opset 21: scale and bias are per channel."""
 
@@ -146,6 +172,7 @@ class MaxRoiPool(OpRun):
 
 
 DOUBLES: tuple[type[OpRun], ...] = (
+    BatchNormalization,
     Bernoulli,
     GlobalLpPool,
     MaxRoiPool,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_grid_sample
@@ -103,6 +103,9 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
     for tensor in graph.initializer:
         _widen(tensor)
     for node in graph.node:
+        if node.op_type == "ConstantOfShape" and not node.attribute:  # zeros in float32
+            zero = numpy_helper.from_array(np.zeros(1))
+            node.attribute.append(helper.make_attribute("value", zero))
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _widen(attribute.t)

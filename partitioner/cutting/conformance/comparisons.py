@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import DifferentResult
+from splitonnx.errors.roots import quote
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
@@ -59,12 +60,13 @@ class _Made:
     """Something that was made of the model given.
 
     ``run`` runs it and returns its outputs, and ``trace`` runs the prepared model that it was made
-    of and returns all of its tensors.
+    of and returns all of its tensors.  ``has_all`` says that it should have every output.
     """
 
     label: str
     run: _Run
     trace: _Run
+    has_all: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ def _list_forms(
         label="the model prepared for training",
         run=partial(run, prepared.training, False),
         trace=partial(run, prepared.training, True),
+        has_all=False,
     )
     if inlined == inference:  # one evaluation serves both
         return [_Form(original=inference, made=[*predicting, training])]
@@ -156,10 +159,15 @@ def _hold(form: _Form, subject: str) -> list[str]:
     except NotRun as error:
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
     remarks = []
-    if expectation.is_contradictory:
+    for noise in expectation.contradicted[-1:]:  # the largest
         remarks.append(
-            f"onnx's reference evaluator and ONNX Runtime differ by {expectation.noise:.1e} over "
-            f"{subject}; its parts were compared with both"
+            f"onnx's reference evaluator and ONNX Runtime differ by {noise.size:.1e} over "
+            f"{subject}, in '{noise.tensor}'; its parts were compared with both"
+        )
+    for noise in expectation.cancelled:
+        remarks.append(
+            f"rounding leaves little of '{noise.tensor}' in {subject}: onnx's reference evaluator "
+            f"and ONNX Runtime differ by {noise.gap:.1e}, {noise.size:.1e} of its largest value"
         )
     return remarks + [
         remark
@@ -170,17 +178,20 @@ def _hold(form: _Form, subject: str) -> list[str]:
 
 def _hold_made(made: _Made, expectation: Expectation, subject: str) -> str | None:
     try:
-        difference = expectation.find_difference(made.run(expectation.batches))
-        if difference.size <= expectation.allowed:
+        found = made.run(expectation.batches)
+        if made.has_all and (missing := expectation.find_missing(found)):
+            return f"{made.label} leaves out {quote(missing)}, an output of {subject}"
+        difference = expectation.find_difference(found)
+        if not difference.size:
             return None
         again = expect(expectation.model, subject, _SEEDS[1])
         confirmed = again.find_difference(made.run(again.batches))
     except NotRun as error:
         return f"{made.label} does not run on inputs that {subject} takes: {error}"
     size = min(difference.size, confirmed.size)
-    if size <= again.allowed:
+    if not size:
         return None
-    if size <= max(TOLERATED, again.allowed):
+    if size <= TOLERATED:
         return f"{made.label} differs by {size:.1e} from {subject}, in '{difference.tensor}'"
     raise DifferentResult(
         subject,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,7 +13,7 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_reference,
     run_session,
 )
-from splitonnx.partitioner.cutting.conformance.measures import Difference, find_largest
+from splitonnx.partitioner.cutting.conformance.measures import Difference, list_differences
 from splitonnx.partitioner.cutting.conformance.originals import iter_nodes
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
 
@@ -25,6 +25,8 @@ _NOISE_FACTOR = 20
 """Allowed difference, as a multiple of the one between the two evaluators."""
 _CONTRADICTION = 1e-2
 """Relative difference from which on the two evaluators contradict each other."""
+_ROUNDING = 1e-6
+"""Difference up to which rounding explains any relative one, as in a sum that cancels out."""
 _COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _COARSE_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
@@ -47,31 +49,63 @@ class Expectation:
     session: Sequence[Arrays] | None
 
     @cached_property
-    def noise(self) -> float:
-        """Return the largest difference of the two evaluators, or 0 if only one could run."""
+    def noise(self) -> Mapping[str, Difference]:
+        """Map each tensor to the largest difference of the two evaluators, if both could run."""
         if self.reference is None or self.session is None:
-            return 0.0
-        return find_largest(self.reference, self.session).size
+            return {}
+        every = list_differences(self.reference, self.session)
+        return {each.tensor: each for each in sorted(every, key=lambda each: each.size)}
 
     @property
-    def is_contradictory(self) -> bool:
-        """Return whether the two evaluators say different things, so that one of them is wrong."""
-        return self.noise > _CONTRADICTION
+    def contradicted(self) -> list[Difference]:
+        """List the tensors of which the evaluators say different things, so that one is wrong."""
+        return [each for each in self.noise.values() if _is_contradiction(each)]
+
+    @property
+    def cancelled(self) -> list[Difference]:
+        """List the tensors of which rounding has left little, such as a sum that should be zero."""
+        return [
+            each
+            for each in self.noise.values()
+            if each.size > _CONTRADICTION and not _is_contradiction(each)
+        ]
 
     @cached_property
-    def allowed(self) -> float:
-        """Return the relative difference that rounding can explain."""
-        least = COARSE if _is_coarse(self.model) else EXACT
-        return least if self.is_contradictory else max(least, _NOISE_FACTOR * self.noise)
+    def least(self) -> float:
+        """Return the relative difference that is allowed of every tensor."""
+        return COARSE if _is_coarse(self.model) else EXACT
+
+    def allow(self, tensor: str) -> float:
+        """Return the relative difference of a tensor that rounding can explain."""
+        noise = self.noise.get(tensor)
+        if noise is None or _is_contradiction(noise):
+            return self.least
+        return max(self.least, _NOISE_FACTOR * noise.size)
+
+    def find_missing(self, found: Sequence[Arrays]) -> list[str]:
+        """List the outputs of the model that ``found`` does not have."""
+        outcome = self.reference or self.session or ()
+        lists = zip(outcome, found, strict=True)
+        return list(dict.fromkeys(name for want, have in lists for name in want.keys() - have))
 
     def find_difference(self, found: Sequence[Arrays]) -> Difference:
-        """Return the largest difference from what an evaluator says.
+        """Return the largest difference from what an evaluator says, of those not allowed.
 
-        If the evaluators contradict each other, the one that is closer decides.
+        Its size is 0 if there is none.  If the evaluators contradict each other, the one that is
+        closer decides.
         """
         outcomes = [made for made in (self.reference, self.session) if made is not None]
-        differences = [find_largest(outcome, found) for outcome in outcomes]
-        return min(differences, key=lambda difference: difference.size)
+        differences = [
+            [
+                each
+                for each in list_differences(outcome, found)
+                if each.size > self.allow(each.tensor)
+            ]
+            for outcome in outcomes
+        ]
+        none = Difference(tensor="", batch=0, size=0.0)
+        largest = [max([none, *every], key=lambda each: each.size) for every in differences]
+        return min(largest, key=lambda difference: difference.size)
 
 
 def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
@@ -87,6 +121,7 @@ def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
+    fallback = None
     for batches in iter_draws(model, seed):
         made: dict[str, list[Arrays]] = {}
         for name, run in runs.items():
@@ -94,14 +129,25 @@ def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
                 made[name] = run(batches)
             except NotRun as error:
                 refusal = error
-        if made:
-            return Expectation(
-                model=model,
-                batches=batches,
-                reference=made.get("reference"),
-                session=made.get("session"),
-            )
-    raise refusal
+        if not made:
+            continue
+        found = Expectation(
+            model=model,
+            batches=batches,
+            reference=made.get("reference"),
+            session=made.get("session"),
+        )
+        if found.session is not None:
+            return found
+        fallback = fallback or found  # indices out of range, which numpy takes, for instance
+        runs.pop("reference", None)
+    if fallback is None:
+        raise refusal
+    return fallback
+
+
+def _is_contradiction(noise: Difference) -> bool:
+    return noise.size > _CONTRADICTION and noise.gap > _ROUNDING
 
 
 def _is_coarse(model: onnx.ModelProto) -> bool:

@@ -15,24 +15,34 @@ class Difference:
     """The difference of one tensor, relative to the largest value that is expected of it.
 
     ``size`` is infinite if shapes differ, or if only one of the two is not finite.  ``batch`` is
-    the number of the batch, counted from 0.
+    the number of the batch, counted from 0.  ``gap`` is the difference itself.
     """
 
     tensor: str
     batch: int
     size: float
+    gap: float = 0.0
 
 
 def find_largest(expected: Sequence[Arrays], found: Sequence[Arrays]) -> Difference:
     """Return the largest difference among the tensors that both have, over all batches."""
-    differences = [
-        Difference(tensor=name, batch=number, size=measure(have[name], array))
+    none = Difference(tensor="", batch=0, size=0.0)
+    return max([none, *list_differences(expected, found)], key=lambda each: each.size)
+
+
+def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> list[Difference]:
+    """List the differences of the tensors that both have, for each batch."""
+    return [
+        Difference(
+            tensor=name,
+            batch=number,
+            size=measure(have[name], array),
+            gap=_find_gap(have[name], array),
+        )
         for number, (want, have) in enumerate(zip(expected, found, strict=True))
         for name, array in want.items()
         if name in have
     ]
-    none = Difference(tensor="", batch=0, size=0.0)
-    return max([none, *differences], key=lambda difference: difference.size)
 
 
 def measure(found: np.ndarray, expected: np.ndarray) -> float:
@@ -41,15 +51,20 @@ def measure(found: np.ndarray, expected: np.ndarray) -> float:
         return np.inf
     if expected.dtype.kind in "OSU":
         return 0.0 if np.array_equal(found, expected) else np.inf
+    second = _widen(expected)
+    largest = np.abs(second[np.isfinite(second)]).max(initial=0)
+    return _find_gap(found, expected) / float(max(largest, 1e-30))
+
+
+def _find_gap(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of two elements; NaN equals NaN."""
+    if found.shape != expected.shape or expected.dtype.kind in "OSU":
+        return 0.0 if np.array_equal(found, expected) else np.inf
     first, second = _widen(found), _widen(expected)
     same = (first == second) | (np.isnan(first) & np.isnan(second))
-    if same.all():
-        return 0.0
     with np.errstate(invalid="ignore"):  # of infinities
-        gap = np.abs(np.where(same, 0, first - second)).max()
-    largest = np.abs(second[np.isfinite(second)]).max(initial=0)
-    size = float(gap / max(largest, 1e-30))
-    return size if np.isfinite(size) else np.inf
+        gap = float(np.abs(np.where(same, 0, first - second)).max(initial=0))
+    return gap if np.isfinite(gap) else np.inf
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

@@ -163,6 +163,20 @@ def test_models_run_in_both_evaluators_on_serialized_tensors() -> None:
             np.testing.assert_array_equal(found, np.maximum(array, 0))
 
 
+def test_an_input_that_is_an_output_comes_back_as_it_was() -> None:
+    model = onnx.ModelProto.FromString(make_model(helper.make_node("Relu", ["x"], ["y"])))
+    model.graph.output.extend(model.graph.input)
+    array = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)
+    batches = [
+        {"x": numpy_helper.from_array(array * factor).SerializeToString()} for factor in range(4)
+    ]
+    for factor, outputs in enumerate(
+        natives.run_session(model.SerializeToString(), batches, False)
+    ):
+        found = numpy_helper.to_array(onnx.TensorProto.FromString(outputs["x"]))
+        np.testing.assert_array_equal(found, array * factor)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_the_reference_evaluator_is_stopped_after_its_time() -> None:
     body = helper.make_graph(

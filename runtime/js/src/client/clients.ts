@@ -229,7 +229,8 @@ export class SplitClient {
   }
 
   /**
-   * Run the model and return its outputs, the samples along the first dimension.
+   * Run the model and return its outputs, the samples along the first dimension.  An output that is
+   * a single number has one entry for each batch.
    *
    * `data` may be a single tensor where the model has a single input.
    *

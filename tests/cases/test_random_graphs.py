@@ -1,0 +1,78 @@
+"""What random graphs brought to light, each as a small model of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from tests.support.nets import FLOAT, Net
+from tests.support.small_models import evaluate, hold_predictions
+
+ROWS = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
+
+
+def build_net() -> Net:
+    """Build x times a weight."""
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 2), out="y")
+    return net
+
+
+def finish(net: Net, output: str, dims: list[int | str], *more: str) -> onnx.ModelProto:
+    """Close a net with a second output; ``more`` are inputs beside x, each of three columns."""
+    inputs = {"x": (FLOAT, ["N", 4]), **{name: (FLOAT, ["N", 3]) for name in more}}
+    model = net.finish(inputs, "y", 2)
+    model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, dims))
+    return model
+
+
+def test_an_input_that_is_nothing_but_an_output_is_predicted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = finish(build_net(), "z", ["N", 3], "z")
+    bundle = cut(model, at=None, loss="mse", check=True)
+    hold_predictions(bundle, model, {"x": ROWS, "z": ROWS[:, 1:] + 1})
+    assert not caplog.records
+
+
+def test_an_output_that_is_one_number_has_an_entry_for_each_batch() -> None:
+    net = build_net()
+    net.op("ReduceMean", "y", out="mean", keepdims=0)
+    model = finish(net, "mean", [])
+    with Client(cut(model, at=None, loss="mse").client, threads=1) as client:
+        found = client.predict({"x": ROWS}, batch_size=2)["mean"]
+    expected = [evaluate(model, {"x": part})["mean"] for part in (ROWS[:2], ROWS[2:])]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_an_output_that_the_parts_do_not_predict_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = finish(build_net(), "w", [4, 2])
+    cut(model, at=None, loss="mse", check=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "what the parts predict leaves out 'w', an output of the model"
+    ]
+
+
+@pytest.mark.parametrize("opset", [9, 13, 15])
+def test_a_normalization_of_any_opset_is_compared_without_a_remark(
+    opset: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = Net(opset)
+    net.op("Reshape", "x", net.constant("dims", np.array([-1, 2, 2])), out="halves")
+    net.batchnorm("halves", 2, out="y", training=False)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, "y", 2, 2)
+    bundle = cut(model, at=None, loss="mse", check=True)
+    assert not caplog.records
+    halves = ROWS.reshape(3, 2, 2)
+    weights = {t.name: onnx.numpy_helper.to_array(t)[:, None] for t in model.graph.initializer[1:]}
+    scale, bias, mean, var = weights.values()
+    with Client(bundle.client, threads=1) as client:
+        found = client.predict({"x": ROWS})["y"]
+    np.testing.assert_allclose(
+        found, (halves - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-5
+    )
