@@ -248,5 +248,10 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
     if not known:
         raise UsageError("the model has no output that depends on its inputs")
     if output is not None and output not in known:
+        if any(value.name == output for value in prepared.skeleton.graph.outputs):
+            raise UsageError(
+                f"output '{output}' does not depend on the model's inputs, so nothing can be "
+                f"learned from it; choose one of {', '.join(known)}"
+            )
         raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
     return output or next((v.name or "" for v in outputs if is_float(v)), known[0])

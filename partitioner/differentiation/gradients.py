@@ -183,6 +183,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     for fault in list_undifferentiable(model.graph, parameters, loss):
         raise fault
     _part_twins(model.graph, parameters)
+    _name_permutations(model.graph)
     detached = _take_out_detached(model.graph)
     opaques = take_out_opaques(model.graph)  # opaque nodes with a gradient were refused above
     wanted = sorted(parameters)
@@ -239,6 +240,18 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
                 graph.insert_before(use.node, twin)
                 use.node.replace_input_with(use.idx, copy)
             readers.add(use.node)
+
+
+def _name_permutations(graph: ir.Graph) -> None:
+    """Write down the order of axes of each Transpose that leaves it to the default.
+
+    onnxruntime-training 1.19.2 otherwise fails on some of them ("unordered_map::at").
+    """
+    for node in graph:
+        shape = node.inputs[0].shape if node.op_type == "Transpose" and node.inputs[0] else None
+        if shape is not None and not node.domain and "perm" not in node.attributes:
+            order = list(reversed(range(len(shape))))
+            node.attributes["perm"] = ir.AttrInt64s("perm", order)
 
 
 def _take_out_detached(graph: ir.Graph) -> dict[str, str]:

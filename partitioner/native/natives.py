@@ -167,51 +167,17 @@ def run_reference(
     """
     from onnx.reference import ReferenceEvaluator
 
+    from splitonnx.partitioner.native.corrections import CORRECTIONS
+
     with _limit_time(seconds), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy warns of what overflows
         model = onnx.ModelProto.FromString(content)
-        evaluator = ReferenceEvaluator(model, new_ops=[_define_batch_normalization()])
+        evaluator = ReferenceEvaluator(model, new_ops=list(CORRECTIONS))
         names = evaluator.output_names
-        return [_encode(names, evaluator.run(None, _decode(batch))) for batch in batches]
-
-
-def _define_batch_normalization() -> Any:
-    """Define BatchNormalization for the reference evaluator, as the standard does.
-
-    Up to opset 13 the evaluator itself normalizes with statistics of the batch, also in inference.
-    """
-    from onnx.reference.op_run import OpRun
-
-    class BatchNormalization(OpRun):
-        op_domain = ""
-
-        def _run(
-            self,
-            x: Any,
-            scale: Any,
-            bias: Any,
-            mean: Any,
-            var: Any,
-            epsilon: float = 1e-5,
-            momentum: float = 0.9,
-            training_mode: int = 0,
-            spatial: int = 1,
-        ) -> tuple[Any, ...]:
-            """Normalize each channel."""
-            if not spatial:
-                raise NotImplementedError("statistics for each element")
-            used, updated = (mean, var), ()
-            if training_mode:
-                axes = (0, *range(2, x.ndim))
-                used = (x.mean(axes), x.var(axes))
-                pairs = zip((mean, var), used, strict=True)
-                updated = tuple(old * momentum + new * (1 - momentum) for old, new in pairs)
-            each = (-1, *(1,) * (x.ndim - 2))
-            centred = (x - used[0].reshape(each)) / np.sqrt(used[1].reshape(each) + epsilon)
-            normal = centred * scale.reshape(each) + bias.reshape(each)
-            return tuple(array.astype(x.dtype) for array in (normal, *updated))
-
-    return BatchNormalization
+        try:
+            return [_encode(names, evaluator.run(None, _decode(batch))) for batch in batches]
+        except (AttributeError, NameError, TypeError) as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error  # its own, not ours
 
 
 @contextmanager

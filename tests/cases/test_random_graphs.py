@@ -6,8 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
+from splitonnx.errors import UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
+from tests.support.derivatives import assert_differentiable
 from tests.support.nets import FLOAT, Net
 from tests.support.small_models import evaluate, hold_predictions
 
@@ -23,8 +25,8 @@ def build_net() -> Net:
 
 def finish(net: Net, output: str, dims: list[int | str], *more: str) -> onnx.ModelProto:
     """Close a net with a second output; ``more`` are inputs beside x, each of three columns."""
-    inputs = {"x": (FLOAT, ["N", 4]), **{name: (FLOAT, ["N", 3]) for name in more}}
-    model = net.finish(inputs, "y", 2)
+    shapes: dict[str, list[int | str]] = {"x": ["N", 4], **{name: ["N", 3] for name in more}}
+    model = net.finish({name: (FLOAT, dims) for name, dims in shapes.items()}, "y", 2)
     model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, dims))
     return model
 
@@ -76,3 +78,15 @@ def test_a_normalization_of_any_opset_is_compared_without_a_remark(
     np.testing.assert_allclose(
         found, (halves - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-5
     )
+
+
+def test_a_transpose_of_data_without_an_order_of_axes_is_trained_after() -> None:
+    net = Net()
+    net.op("Mul", net.op("Transpose", "x", out="turned"), net.weight("w", 4, 1), out="y")
+    assert_differentiable(net, {"x": ROWS})
+
+
+def test_an_output_that_does_not_depend_on_data_is_no_output_to_learn_from() -> None:
+    model = finish(build_net(), "w", [4, 2])
+    with pytest.raises(UsageError, match="'w' does not depend on the model's inputs.* of y$"):
+        cut(model, at=None, loss="mse", output="w")

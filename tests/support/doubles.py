@@ -61,6 +61,109 @@ class GroupNormalization(OpRun):
         return (normal.reshape(x.shape) * scale.reshape(spread) + bias.reshape(spread),)
 
 
+class Mean(OpRun):
+    """Of arrays that broadcast in any order; onnx's own evaluator adds to the first in place."""
+
+    op_domain = ""
+
+    def _run(self, *arrays: np.ndarray) -> tuple[np.ndarray]:
+        return (sum(arrays[1:], arrays[0]) / np.array(len(arrays), arrays[0].dtype),)
+
+
+class LRN(OpRun):
+    """With every channel; onnx's own evaluator looks at as many as there are samples."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        bias: float = 1.0,
+        size: int = 1,
+    ) -> tuple[np.ndarray]:
+        before = (size - 1) // 2
+        padded = np.pad(x**2, ((0, 0), (before, size - 1 - before), (0, 0), (0, 0)))
+        sums = sum(padded[:, start : start + x.shape[1]] for start in range(size))
+        return (x * (bias + alpha / size * sums) ** -beta,)
+
+
+class ConvTranspose(OpRun):
+    """By definition, each element times the kernel; onnx's own evaluator mixes up the groups."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: np.ndarray,
+        w: np.ndarray,
+        b: np.ndarray | None = None,
+        auto_pad: str = "NOTSET",
+        dilations: tuple[int, ...] | None = None,
+        group: int = 1,
+        kernel_shape: tuple[int, ...] | None = None,
+        output_padding: tuple[int, ...] | None = None,
+        output_shape: tuple[int, ...] | None = None,
+        pads: tuple[int, ...] | None = None,
+        strides: tuple[int, ...] | None = None,
+    ) -> tuple[np.ndarray]:
+        count, kernel, inner = x.ndim - 2, w.shape[2:], x.shape[2:]
+        steps, spread = strides or (1,) * count, dilations or (1,) * count
+        extra = output_padding or (0,) * count
+        full = [
+            step * (size - 1) + (extent - 1) * wide + 1 + more
+            for step, size, extent, wide, more in zip(
+                steps, inner, kernel, spread, extra, strict=True
+            )
+        ]
+        if output_shape is not None or auto_pad.startswith("SAME"):
+            wanted = output_shape or [n * s for n, s in zip(inner, steps, strict=True)]
+            cut = [max(0, have - want) for have, want in zip(full, wanted, strict=True)]
+            small = [each // 2 for each in cut]
+            large = [each - each // 2 for each in cut]
+            upper = auto_pad == "SAME_UPPER"
+            pads = (*small, *large) if upper else (*large, *small)
+        pads = pads or (0,) * (2 * count)
+        each = w.shape[1]
+        made = np.zeros((len(x), each * group, *full), x.dtype)
+        for channel, place in np.ndindex(x.shape[1], int(np.prod(kernel))):
+            at = [int(i) for i in np.unravel_index(place, kernel)]
+            first = channel // (x.shape[1] // group) * each
+            spans = tuple(
+                slice(i * wide, i * wide + step * (size - 1) + 1, step)
+                for i, wide, step, size in zip(at, spread, steps, inner, strict=True)
+            )
+            own = w[channel].reshape(each, -1)[:, place]
+            factor = own.reshape(1, each, *(1,) * count)
+            made[(slice(None), slice(first, first + each), *spans)] += (
+                x[:, channel : channel + 1] * factor
+            )
+        inside = tuple(slice(pads[axis], full[axis] - pads[axis + count]) for axis in range(count))
+        result = made[(slice(None), slice(None), *inside)]
+        return (result if b is None else result + b.reshape(1, -1, *(1,) * count),)
+
+
+def _soften(kind: str) -> type[OpRun]:
+    """Make Softmax or one like it, over a matrix where the opset is below 13."""
+
+    def run(self: OpRun, x: np.ndarray, axis: int | None = None) -> tuple[np.ndarray]:
+        old = self.run_params["opsets"][""] < 13
+        given = [a.i for a in self.onnx_node.attribute if a.name == "axis"]
+        place = given[0] if given else (1 if old else -1)
+        rows = x.reshape(int(np.prod(x.shape[:place])), -1) if old else np.moveaxis(x, place, -1)
+        if kind == "Hardmax":
+            made = np.zeros_like(rows)
+            np.put_along_axis(made, rows.argmax(-1)[..., None], 1, -1)
+        else:
+            log = rows - rows.max(-1, keepdims=True)
+            log = log - np.log(np.exp(log).sum(-1, keepdims=True))
+            made = log if kind == "LogSoftmax" else np.exp(log)
+        return (made.reshape(x.shape) if old else np.moveaxis(made, -1, place),)
+
+    return type(kind, (OpRun,), {"op_domain": "", "_run": run})
+
+
 class LpNormalization(OpRun):
     """x / norm; onnx's own evaluator takes no absolute values for p = 1."""
 
@@ -173,6 +276,12 @@ class MaxRoiPool(OpRun):
 
 DOUBLES: tuple[type[OpRun], ...] = (
     BatchNormalization,
+    ConvTranspose,
+    LRN,
+    Mean,
+    _soften("Hardmax"),
+    _soften("LogSoftmax"),
+    _soften("Softmax"),
     Bernoulli,
     GlobalLpPool,
     MaxRoiPool,

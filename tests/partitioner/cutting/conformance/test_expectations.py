@@ -62,8 +62,8 @@ def test_integers_are_drawn_small_enough_for_a_table() -> None:
 
 def test_integers_are_drawn_so_small_that_onnx_runtime_takes_them_too() -> None:
     net = Net()
-    inputs = {"x": (FLOAT, ["N", 3]), "places": (INT64, ["N", 3])}
-    model = net.finish(inputs, net.op("GatherElements", "x", "places", out="y", axis=1), 3)
+    net.op("GatherElements", "x", "places", out="y", axis=1)
+    model = net.finish({"x": (FLOAT, ["N", 3]), "places": (INT64, ["N", 3])}, "y", 3)
     assert expect(model, "it", 0).session is not None
 
 
