@@ -45,6 +45,7 @@ from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
+from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.tensors import DTYPES, TensorSpec
 
 _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
@@ -234,8 +235,25 @@ def _divide(
     known = Inference(graph.opset_imports[""])
     state, trainable = prepared.state, prepared.trainable
     around = survey(graph, state=state, trainable=trainable, known=known) if first else None
-    partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
+    try:
+        partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
+    except NotACut as error:
+        raise _explain(error, graph) from error
     return _keep_sizes_home(graph, partition, known)
+
+
+def _explain(error: NotACut, graph: ir.Graph) -> NotACut:
+    """Explain a cut between the nodes that update the same running statistic."""
+    values = map_values(graph)
+    for name in error.missing:
+        node = values[name].producer() if name in values else None
+        if node is not None and node.op_type == "BatchNormalization" and values[name].index():
+            return NotACut(
+                error.tensors,
+                reason=f"node '{node.name}' (BatchNormalization) and one on the other side update "
+                "the same running statistics; cut where one party has both",
+            )
+    return error
 
 
 def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
@@ -267,9 +285,10 @@ def _keep_statistics(prepared: PreparedModel, graph: ir.Graph) -> dict[str, str]
     """
     needed, _ = walk_back(graph.outputs)
     values = map_values(graph)
-    kept = {n: v for n, v in prepared.next_buffers.items() if values[v].producer() in needed}
-    graph.outputs.extend(values[value] for value in kept.values())
-    return kept
+    traced = {n: trace_statistic(values[v], needed) for n, v in prepared.next_buffers.items()}
+    kept = {name: value for name, value in traced.items() if value is not None}
+    graph.outputs.extend(kept.values())
+    return {name: value.name or "" for name, value in kept.items()}
 
 
 def _match_gradients(prepared: PreparedModel, derived: ir.Graph) -> dict[str, str]:

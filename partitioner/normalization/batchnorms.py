@@ -45,11 +45,15 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
     If training updates a running statistic, the result maps its name to the name of the graph value
     that replaces it after each step.
 
+    A module that a network calls twice, such as one of two twins, becomes nodes that share their
+    running statistics.  They update them one after the other, in graph order: each starts from what
+    the one before it made.
+
     Raises:
-        UnsupportedModel: two nodes share a running statistic, or a pattern matches no node.
+        UnsupportedModel: a pattern matches no node.
         UsageError: a pattern is not a regular expression.
     """
-    successors: dict[str, str] = {}
+    successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
     _refuse_idle(mode, [list_names(node) for node in nodes])
     for node in nodes:
@@ -61,17 +65,47 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
         with attribute_errors_to(node, "given running statistics"):
             if len(node.outputs) < 3:
                 node.resize_outputs(3)
-            for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
+            for index, output in zip((3, 4), node.outputs[1:3], strict=True):
+                statistic = node.inputs[index]
                 assert statistic is not None
-                if statistic.name in successors:
-                    raise UnsupportedModel(
-                        f"node '{node.name}' (BatchNormalization)",
-                        f"its running statistic '{statistic.name}' belongs to another node as well",
-                    )
-                output.name = output.name or f"{statistic.name}{NEXT}"
+                start = successors.get(statistic.name or "", statistic)
+                if start is not statistic:
+                    _copy_statistic(graph, statistic, start.producer(), index)
+                    node.replace_input_with(index, start)
+                output.name = output.name or f"{start.name}{NEXT}"
                 output.type, output.shape = statistic.type, statistic.shape
-                successors[statistic.name or ""] = output.name
-    return successors
+                successors[statistic.name or ""] = output
+    return {name: value.name or "" for name, value in successors.items()}
+
+
+def _copy_statistic(graph: ir.Graph, statistic: ir.Value, node: ir.Node | None, index: int) -> None:
+    """Have the first of the nodes that share a running statistic start from a copy of it.
+
+    The kernel of onnxruntime-training 1.19.2 writes a new statistic over the old one, unless the
+    new one is an output of the graph.  The new one of the first node is not, and the old one is
+    the state of a party.  Max of one tensor is the copy, since an Identity shares its input's
+    memory.
+    """
+    assert node is not None
+    if node.inputs[index] is statistic:
+        builder = NodeBuilder(f"{statistic.name}/copy")
+        copied = builder.op("Max", statistic)
+        copied.type, copied.shape = statistic.type, statistic.shape
+        node.replace_input_with(index, copied)
+        graph.insert_before(node, builder.nodes)
+
+
+def trace_statistic(value: ir.Value | None, kept: Collection[ir.Node]) -> ir.Value | None:
+    """Trace an updated running statistic back to what the last node in ``kept`` made of it.
+
+    Return ``None`` if none of the nodes that update it is kept.
+    """
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "BatchNormalization" and node in kept:
+            return value
+        is_norm = node.op_type == "BatchNormalization"
+        value = node.inputs[(value.index() or 0) + 2 if is_norm else 0]
+    return None
 
 
 def list_names(node: ir.Node) -> list[str]:

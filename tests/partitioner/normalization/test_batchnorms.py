@@ -17,6 +17,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
     is_training,
     list_batchnorms,
+    trace_statistic,
     train_batchnorms,
     use_running_statistics,
 )
@@ -96,12 +97,22 @@ def test_every_running_statistic_has_a_successor_in_the_graph() -> None:
     }
 
 
-def test_a_statistic_of_two_nodes_is_refused() -> None:
+def test_a_statistic_of_two_nodes_is_handed_from_one_to_the_next() -> None:
     model = build(True, True)
     first, second = list_batchnorms(model.graph)
-    second.replace_input_with(3, first.inputs[3])
-    with pytest.raises(UnsupportedModel, match=r"'n1\.bn'.*'n0\.bn\.mean' belongs to another"):
-        train_batchnorms(model.graph, mode=None)
+    mean = first.inputs[3]
+    second.replace_input_with(3, mean)
+    successors = train_batchnorms(model.graph, mode=None)
+    assert successors["n0.bn.mean"] == second.outputs[1].name
+    assert second.inputs[3] is first.outputs[1]
+    copy = first.inputs[3]
+    assert copy is not None
+    (use,) = mean.uses()  # type: ignore[union-attr]
+    assert use.node.op_type == "Max"
+    assert use.node is copy.producer()
+    assert trace_statistic(second.outputs[1], {first, second}) is second.outputs[1]
+    assert trace_statistic(second.outputs[1], {first}) is first.outputs[1]
+    assert trace_statistic(second.outputs[1], set()) is None
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
